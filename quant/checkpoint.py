@@ -1,0 +1,218 @@
+"""A directory of safetensors files, opened: every tensor's name, dtype, shape, file and byte range, known and checked
+before any weight is read. Source checkpoints and artifacts are both opened by this class."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .safetensors import TensorInfo, read_header
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Checkpoint:
+    """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
+
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], shards: Sequence[Path]):
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+        self.shards = tuple(shards)
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Open a checkpoint or artifact directory and check its structure.
+
+        Raises CheckpointError, naming the file or tensor, for: no directory, no or malformed config.json, pickle
+        weights, an index that names a shard outside the directory, a missing shard or a tensor that its shard does
+        not have, and everything `read_header` refuses (truncated or malformed shards).
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+        config = read_json(directory / CONFIG_NAME)
+        weight_map = _weight_map(directory)
+        shards = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(directory)]
+        paths = {shard: inside(directory, shard) for shard in shards}
+        headers = {shard: read_header(path)[0] for shard, path in paths.items()}
+        tensors = {name: info for header in headers.values() for name, info in header.items()}
+        if weight_map is not None:
+            tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in weight_map.items()}
+        ordered = {name: tensors[name] for name in sorted(tensors, key=natural_key)}
+        return cls(directory, config, ordered, [paths[shard] for shard in shards])
+
+    def info(self, name: str) -> TensorInfo:
+        """Where and what the tensor is; CheckpointError when the checkpoint has none of that name."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory}: no tensor named {name!r}") from None
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, copied into memory of its own."""
+        info = self.info(name)
+        return self._read_range(info, info.start, info.end).view(info.torch_dtype).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension, copied into memory of their own."""
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(f"{info.file}: tensor {name!r} {list(info.shape)} has no rows {start} to {stop}")
+        row_bytes = prod(info.shape[1:]) * info.torch_dtype.itemsize
+        data = self._read_range(info, info.start + start * row_bytes, info.start + stop * row_bytes)
+        return data.view(info.torch_dtype).reshape(stop - start, *info.shape[1:])
+
+    def view(self, name: str) -> Tensor:
+        """The whole tensor over a memory map of its file: nothing is read until it is touched. Do not write to it.
+
+        A tensor that is not aligned to its item size (npuq never writes one) is copied instead: its address would be
+        invalid for vector loads.
+        """
+        info = self.info(name)
+        if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
+            return self.read(name)
+        data = torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.start)
+        return data.view(info.torch_dtype).reshape(info.shape)
+
+    def close(self) -> None:
+        """Close the files. Memory maps stay valid for as long as a tensor uses them."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+            self._maps.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path]
+
+    def _map(self, path: Path) -> mmap.mmap:
+        descriptor = self._descriptor(path)
+        with self._lock:
+            if path not in self._maps:
+                # Copy-on-write: torch wants a writable buffer, and a stray write must never reach the file.
+                self._maps[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            return self._maps[path]
+
+    def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
+        data = torch.empty(end - start, dtype=torch.uint8)
+        buffer, done = memoryview(data.numpy()), 0
+        try:
+            descriptor = self._descriptor(info.file)
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{info.file}: truncated while tensor {info.name!r} was read; fetch it again")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
+        return data
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sort key that puts `layers.2.` before `layers.10.`."""
+    # Splitting by digits alternates text and number at fixed positions, so that keys are always comparable.
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:120]}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file that must lie in `directory`; CheckpointError when its name or a link leads elsewhere.
+
+    One kind of link out is accepted: the Hugging Face cache keeps `snapshots/REVISION/FILE` as a link to `blobs/HASH`
+    of the same repository folder.
+    """
+    path = directory / name
+    root = directory.resolve()
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{directory}: {name!r} lies outside the checkpoint directory; refusing to read it")
+    target = path.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise CheckpointError(f"{path}: a link to {target}, outside the checkpoint directory; refusing to read it")
+    if not target.is_file():
+        raise CheckpointError(f"{path}: missing; fetch the checkpoint again")
+    return path
+
+
+def _weight_map(directory: Path) -> Mapping[str, str] | None:
+    path = directory / INDEX_NAME
+    if not path.exists():
+        return None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to shard files")
+    if not weight_map:
+        raise CheckpointError(f"{path}: weight_map is empty")
+    return weight_map
+
+
+def _single_file(directory: Path) -> str:
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if SINGLE_NAME in files:
+        return SINGLE_NAME
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise CheckpointError(f"{directory}: {len(files)} safetensors files and no {INDEX_NAME}; fetch the index too")
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory / pickles[0]}: pickle weights are not read, they can run code; convert them to safetensors"
+        )
+    raise CheckpointError(f"{directory}: no safetensors files")
+
+
+def _indexed(directory: Path, header: Mapping[str, TensorInfo], name: str, shard: str) -> TensorInfo:
+    try:
+        return header[name]
+    except KeyError:
+        raise CheckpointError(
+            f"{directory / INDEX_NAME}: tensor {name!r} is not in {shard}; fetch the index and that shard again"
+        ) from None

@@ -1,0 +1,166 @@
+"""Headers of safetensors files: read with every check that a hostile or truncated file calls for, and written ahead
+of the data. The `safetensors` library reads whole tensors; streaming needs byte ranges, so the header is ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+# The limit of the safetensors library itself: a longer header is refused by every reader.
+MAX_HEADER_BYTES = 100_000_000
+# Data begins at a multiple of this, so that tensors ordered by falling item size are all aligned in a memory map.
+DATA_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor in one file; `start` and `end` are absolute byte offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read and check the header of a safetensors file; returns its tensors (in file order) and its metadata.
+
+    Raises CheckpointError when the file is not safetensors, is truncated or longer than its header says, when a
+    tensor has an unknown dtype, a byte range that disagrees with its shape, or when ranges overlap or leave holes.
+    """
+    header, data_start, file_size = _read_json_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: malformed safetensors header: __metadata__ must map strings to strings")
+    tensors = [_tensor_info(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    _check_ranges(path, tensors, data_start, file_size)
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: truncated: {file_size} bytes is no safetensors file; fetch it again")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: malformed safetensors file: header length {length} exceeds {MAX_HEADER_BYTES} bytes; "
+                    "fetch the file again"
+                )
+            if 8 + length > file_size:
+                raise CheckpointError(
+                    f"{path}: truncated: the header needs {8 + length} bytes, the file has {file_size}; fetch it again"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: malformed safetensors header: {str(error)[:120]}; fetch it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: malformed safetensors header: not a JSON object; fetch the file again")
+    return header, 8 + length, file_size
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        valid = all(type(number) is int and number >= 0 for number in (*shape, start, end)) and start <= end
+    except (TypeError, KeyError, ValueError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{path}: malformed safetensors header: entry of tensor {name!r}; fetch the file again")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, which npuq cannot read")
+    expected = prod(shape) * DTYPES[dtype].itemsize
+    if end - start != expected:
+        raise CheckpointError(
+            f"{path}: malformed safetensors header: tensor {name!r} ({dtype} {list(shape)}) needs {expected} bytes "
+            f"and has {end - start}; fetch the file again"
+        )
+    return TensorInfo(name, dtype, shape, path, data_start + start, data_start + end)
+
+
+def _check_ranges(path: Path, tensors: Sequence[TensorInfo], data_start: int, file_size: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            raise CheckpointError(
+                f"{path}: malformed safetensors header: tensor {tensor.name!r} overlaps another or leaves a hole; "
+                "fetch the file again"
+            )
+        position = tensor.end
+    if position > file_size:
+        raise CheckpointError(
+            f"{path}: truncated: its header describes {position} bytes, the file has {file_size}; fetch it again"
+        )
+    if position < file_size:
+        raise CheckpointError(
+            f"{path}: {file_size - position} bytes follow the last tensor; fetch the file again, it is not intact"
+        )
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The 8-byte length and the JSON header for (name, dtype code, shape) stored back to back in the given order.
+
+    Padded with spaces, as the format allows, so that the data begins at a multiple of DATA_ALIGNMENT.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"a shard header of {length} bytes exceeds the format's limit; use smaller shards")
+    return struct.pack("<Q", length) + text.ljust(length)
