@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .model_config import ModelConfig, RopeConfig
+from .safetensors import CODES, encode_header
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,14 @@ def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
 
 
 def save_rope(tables: RopeTables, path: Path) -> None:
-    """Write the tables as safetensors, their parameters as its metadata."""
-    from safetensors.torch import save_file
-
-    save_file({"cos": tables.cos, "sin": tables.sin}, str(path), metadata=dict(tables.metadata))
+    """Write the tables as safetensors, their parameters as its metadata: the same tables always give the same bytes."""
+    # The safetensors library writes metadata in an order that changes from process to process.
+    parts = [("cos", tables.cos.contiguous()), ("sin", tables.sin.contiguous())]
+    header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts], tables.metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for _, part in parts:
+            file.write(memoryview(part.numpy()))
 
 
 def load_rope(path: Path) -> RopeTables:
