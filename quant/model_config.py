@@ -86,7 +86,9 @@ class ModelConfig:
         """Read and check a config; CheckpointError names the key that is missing, malformed or unknown."""
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
-            raise CheckpointError(f"config.json: model_type {model_type!r} is unknown; npuq knows {', '.join(MODEL_TYPES)}")
+            raise CheckpointError(
+                f"config.json: model_type {model_type!r} is unknown; npuq knows {', '.join(MODEL_TYPES)}"
+            )
         read = _Reader(config)
         v2 = model_type == "deepseek_v2"
         result = cls(
@@ -147,7 +149,9 @@ class ModelConfig:
         if self.qk_rope_head_dim % 2:
             raise CheckpointError(f"config.json: qk_rope_head_dim {self.qk_rope_head_dim} is odd; rotary needs pairs")
         if self.attention_bias:
-            raise CheckpointError("config.json: attention_bias true is not supported; no released DeepSeek model has it")
+            raise CheckpointError(
+                "config.json: attention_bias true is not supported; no released DeepSeek model has it"
+            )
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -1,0 +1,96 @@
+"""The artifact's format in one place: file names, the description that engines read, the edits to config.json. The
+writer, the verifier and the loader all take it from here."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+from .schemes import Scheme
+
+FORMAT_VERSION = 1
+
+DESCRIPTION_NAME = "quant_model_description.json"
+# Our own files live in a folder, because both engines load every *.safetensors that they find in the root.
+OWN_FOLDER = "npuq"
+MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
+ROPE_NAME = f"{OWN_FOLDER}/rope.safetensors"
+RECIPE_NAME = f"{OWN_FOLDER}/recipe.yaml"
+REPORT_NAME = f"{OWN_FOLDER}/report.json"
+
+# vLLM-Ascend refuses group_size > 0; without ascend_quant_method its guard against TP > 16 never fires.
+DESCRIPTION_GLOBALS: Mapping[str, Any] = {
+    "version": "1.0.0",
+    "model_quant_type": Scheme.W8A8.value,
+    "group_size": 0,
+    "metadata": {},
+    "optional": {},
+    "ascend_quant_method": "ascend",
+}
+
+_CONFIG_QUANTIZE = {Scheme.W4A8: "w4a8_dynamic", Scheme.W8A8: "w8a8_dynamic"}
+
+
+def shard_name(number: int, count: int) -> str:
+    """The Hugging Face name of shard `number` (from 1) of `count`."""
+    return (
+        f"model-{number:05d}-of-{count:06d}.safetensors"
+        if count > 99999
+        else (f"model-{number:05d}-of-{count:05d}.safetensors")
+    )
+
+
+def description(types: Mapping[str, Scheme]) -> dict[str, Any]:
+    """quant_model_description.json for every tensor of the shards, scales included."""
+    return {**DESCRIPTION_GLOBALS, **{name: scheme.value for name, scheme in types.items()}}
+
+
+def read_description(directory: Path) -> dict[str, Scheme] | None:
+    """Tensor name → scheme of an artifact; None for a directory without a description (a float checkpoint).
+
+    Raises ArtifactError for a file that is not such a description, or a type that is not known.
+    """
+    path = directory / DESCRIPTION_NAME
+    if not path.exists():
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        types = {name: value for name, value in entries.items() if name not in DESCRIPTION_GLOBALS}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path}: not a quantization description ({error}); convert again") from error
+    result = {}
+    for name, value in types.items():
+        # ModelSlim adds global keys from release to release; only those that name a tensor matter here.
+        if "." not in name:
+            continue
+        try:
+            result[name] = Scheme(value)
+        except ValueError:
+            known = ", ".join(scheme.value for scheme in Scheme)
+            raise ArtifactError(f"{path}: {name!r} has unknown type {value!r}; npuq knows {known}") from None
+    return result
+
+
+def artifact_config(
+    config: Mapping[str, Any], *, linear: Scheme, experts: Scheme, mtp_experts: Scheme | None
+) -> dict[str, Any]:
+    """The source's config.json as the artifact needs it.
+
+    `quantization_config` is removed, under text_config too: were it left, both engines would take it and ignore the
+    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized:
+    vLLM-Ascend's fused paths ask for them.
+    """
+    result = copy.deepcopy(dict(config))
+    result.pop("quantization_config", None)
+    if isinstance(result.get("text_config"), dict):
+        result["text_config"].pop("quantization_config", None)
+    marks = {"quantize": linear, "moe_quantize": experts, "mtp_quantize": mtp_experts}
+    for key, scheme in marks.items():
+        result.pop(key, None)
+        if scheme in _CONFIG_QUANTIZE:
+            result[key] = _CONFIG_QUANTIZE[scheme]
+    return result

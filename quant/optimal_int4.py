@@ -1,0 +1,258 @@
+"""The exact scale of least squared error for int4 rows.
+
+For a row w and codes q, the best scale is A / B with A = Σ w·q and B = Σ q², and it leaves the error Σ w² − A² / B. So
+the row's optimum is the largest A² / B over all codes that rounding by some scale s can give. As s falls, each element
+climbs from code m − 1 to m when |w| reaches (m − ½)·s: A grows by |w| and B by 2m − 1. Walking these breakpoints in
+order visits every state, 8 for each weight. The search below visits only those that can hold the optimum, and finds
+it all the same:
+
+- Between two scales s_hi > s_lo whose states are (A_hi, B_hi) and (A_lo, B_lo), a state that took β of the
+  B_lo − B_hi has taken α ≤ β·s_hi / 2 of A, because every breakpoint in between has |w| = (2m − 1)/2 · s with s ≤ s_hi;
+  and by the same argument from below α ≤ (A_lo − A_hi) − (B_lo − B_hi − β)·s_lo / 2. (A_hi + α)² / (B_hi + β) is convex
+  along each of the two lines, so its largest value is at an end or where they cross: an upper bound whose slack is of
+  second order in the interval's width.
+- Intervals whose bound is below the best state seen are dropped, the others divided once more, and the breakpoints of
+  the few that remain are walked one by one.
+- Below a scale at which the clipped part alone costs more than the best state's error, nothing is looked at.
+
+Weights are integers here (24-bit fixed point under the row's largest), breakpoints are compared as exact integers and
+A and B are exact sums: the result depends on no order of summation, so that any implementation finds the same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVELS = 8  # codes −8..7: a negative weight has eight breakpoints, a positive one seven
+
+# 2 · lcm(1, 3, …, 15): |w| · UNIT / (2m − 1) is a whole number for every m, in the same unit for all of them.
+UNIT = 90090
+_ROW_SHIFT = 24  # magnitudes are below 2**24: `row << 24 | magnitude` orders a whole block of rows at once
+_BLOCK_ELEMENTS = 1 << 20
+
+# First grid: ratios to the largest scale with a code other than 0 (2 · max|w|). Coarse down to 1.4 · max|w| / 7, where
+# the optimum of a row with more than a few weights never lies, then in steps of 1 %.
+_COARSE = 1.05 ** -torch.arange(48, dtype=torch.float64)
+_FINE_STEP = 1.01
+_FINE_BLOCK = 64
+_SUBDIVISIONS = 8
+# Float64 rounding of A² / B is below this: a bound within it of the best may hide the best.
+_SLACK = 1 - 1e-12
+
+
+def optimal_int4(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The best state of each row: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B. Zero rows give (0, 0).
+
+    `weights` int32 [R, K], |w| < 2**24, K ≤ 2**17. Of states with equal A² / B (in float64) the one of smallest B
+    (largest scale) is taken.
+    """
+    rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, weights.shape[1]))
+    parts = [_optimal_block(block) for block in weights.split(rows_per_block)]
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return empty, empty
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
+
+
+def _optimal_block(weights: Tensor) -> tuple[Tensor, Tensor]:
+    table = _SortedRows(weights)
+    best = _Best(weights.shape[0])
+    live = torch.nonzero(table.largest).flatten()
+    intervals = _first_grid(table, best, live)
+    intervals = intervals.keep(best)
+    intervals = _subdivide(table, best, intervals).keep(best)
+    _walk(table, best, intervals)
+    return best.a, best.b
+
+
+class _SortedRows:
+    """Magnitudes of a block of rows, sorted, with running sums, so that the state at any scale is 16 look-ups."""
+
+    def __init__(self, weights: Tensor):
+        rows, columns = weights.shape
+        magnitude = weights.abs()
+        self.columns = columns
+        self.largest = magnitude.amax(1).to(torch.int64) if columns else torch.zeros(rows, dtype=torch.int64)
+        self.squares = (weights.to(torch.int64) ** 2).sum(1)
+        self._keys, self._sums = self._sorted(magnitude)
+        # Only negative weights reach code 8: positive ones become zeros, which never pass a threshold.
+        self._negative_keys, self._negative_sums = self._sorted(magnitude.where(weights < 0, 0))
+
+    def _sorted(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+        ordered = torch.from_numpy(np.sort(magnitude.numpy(), axis=1)).to(torch.int64)
+        sums = torch.zeros(ordered.numel() + 1, dtype=torch.int64)
+        torch.cumsum(ordered.flatten(), 0, out=sums[1:])
+        rows = torch.arange(ordered.shape[0])[:, None]
+        return (rows << _ROW_SHIFT | ordered).flatten(), sums
+
+    def magnitudes(self, positions: Tensor, negative: Tensor) -> Tensor:
+        keys = torch.where(negative, self._negative_keys[positions], self._keys[positions])
+        return keys & ((1 << _ROW_SHIFT) - 1)
+
+    def positions(self, rows: Tensor, kappa: Tensor) -> Tensor:
+        """int64 [..., 8]: for each breakpoint order m the first sorted position at or above it."""
+        odd = torch.arange(1, 2 * LEVELS, 2)
+        # |w| · UNIT / (2m − 1) ≥ κ; the quotient is rounded up, in integers.
+        threshold = -torch.div(-kappa[..., None] * odd, UNIT, rounding_mode="floor")
+        keys = (rows[..., None] << _ROW_SHIFT) + threshold.clamp(max=(1 << _ROW_SHIFT) - 1)
+        found = torch.empty_like(keys)
+        found[..., :-1] = torch.searchsorted(self._keys, keys[..., :-1].contiguous())
+        found[..., -1] = torch.searchsorted(self._negative_keys, keys[..., -1].contiguous())
+        return found
+
+    def state(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B, int64 [...], when every breakpoint from `positions` up has been passed."""
+        end = (rows + 1) * self.columns
+        a = LEVELS * self._sums[end] - self._sums[positions].sum(-1) + self._sums[positions[..., -1]]
+        a += self._negative_sums[end] - self._negative_sums[positions[..., -1]] - self._sums[end]
+        odd = torch.arange(1, 2 * LEVELS, 2)
+        return a, ((end[..., None] - positions) * odd).sum(-1)
+
+    def clipped_error(self, rows: Tensor, kappa: Tensor) -> Tensor:
+        """float64: a lower bound, by Cauchy-Schwarz, of Σ (|w| − 8s)² over |w| > 8s: (Σ|w| − 8s·n)² / n."""
+        scale = kappa.to(torch.float64) * (2 / UNIT)
+        threshold = (8 * scale).ceil().clamp(max=(1 << _ROW_SHIFT) - 1).to(torch.int64)
+        start = torch.searchsorted(self._keys, (rows << _ROW_SHIFT) + threshold)
+        end = (rows + 1) * self.columns
+        count = (end - start).to(torch.float64)
+        excess = (self._sums[end] - self._sums[start]).to(torch.float64) - 8 * scale * count
+        return torch.where(count > 0, excess.clamp(min=0) ** 2 / count.clamp(min=1), 0.0)
+
+
+class _Best:
+    """The best state of each row so far."""
+
+    def __init__(self, rows: int):
+        self.a = torch.zeros(rows, dtype=torch.int64)
+        self.b = torch.zeros(rows, dtype=torch.int64)
+        self.score = torch.zeros(rows, dtype=torch.float64)
+
+    def update(self, rows: Tensor, a: Tensor, b: Tensor) -> None:
+        """Offer states [M] of the given rows."""
+        score = _score(a, b)
+        self.score.scatter_reduce_(0, rows, score, "amax")
+        smallest = torch.full_like(self.b, torch.iinfo(torch.int64).max)
+        current = _score(self.a, self.b) == self.score
+        smallest[current] = self.b[current]
+        hit = score == self.score[rows]
+        rows, a, b = rows[hit], a[hit], b[hit]
+        smallest.scatter_reduce_(0, rows, b, "amin")
+        chosen = b == smallest[rows]
+        self.a[rows[chosen]] = a[chosen]
+        self.b = smallest
+
+
+@dataclass(frozen=True)
+class _Intervals:
+    """Stretches of scales (κ_lo, κ_hi], each with its row, the look-ups and states at both ends, and a bound."""
+
+    rows: Tensor
+    kappa_hi: Tensor
+    kappa_lo: Tensor
+    positions_hi: Tensor
+    positions_lo: Tensor
+    a_hi: Tensor
+    b_hi: Tensor
+    bound: Tensor
+
+    def keep(self, best: _Best) -> _Intervals:
+        kept = self.bound >= best.score[self.rows] * _SLACK
+        return _Intervals(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
+
+
+def _score(a: Tensor, b: Tensor) -> Tensor:
+    """A² / B in float64; 0 where nothing has been passed."""
+    real = a.to(torch.float64)
+    return torch.where(b > 0, real * real / b.clamp(min=1).to(torch.float64), 0.0)
+
+
+def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> _Intervals:
+    """The intervals between consecutive columns of falling κ int64 [M, C], for rows [M]; offers the states to `best`."""
+    each_row = rows[:, None].expand_as(kappa)
+    positions = table.positions(each_row, kappa)
+    a, b = table.state(each_row, positions)
+    best.update(each_row.flatten(), a.flatten(), b.flatten())
+    bound = _bound(kappa[:, :-1], kappa[:, 1:], a[:, :-1], a[:, 1:], b[:, :-1], b[:, 1:])
+    return _Intervals(
+        each_row[:, 1:].flatten(),
+        kappa[:, :-1].flatten(),
+        kappa[:, 1:].flatten(),
+        positions[:, :-1].flatten(0, 1),
+        positions[:, 1:].flatten(0, 1),
+        a[:, :-1].flatten(),
+        b[:, :-1].flatten(),
+        bound.flatten(),
+    )
+
+
+def _bound(kappa_hi: Tensor, kappa_lo: Tensor, a_hi: Tensor, a_lo: Tensor, b_hi: Tensor, b_lo: Tensor) -> Tensor:
+    """The largest A² / B that any state in the interval can have (see the module's first lines)."""
+    half_hi, half_lo = kappa_hi.to(torch.float64) / UNIT, kappa_lo.to(torch.float64) / UNIT
+    alpha, beta = (a_lo - a_hi).to(torch.float64), (b_lo - b_hi).to(torch.float64)
+    crossing = ((alpha - beta * half_lo) / (half_hi - half_lo).clamp(min=1e-300)).clamp(min=0).minimum(beta)
+    b = b_hi.to(torch.float64) + crossing
+    a = a_hi.to(torch.float64) + crossing * half_hi
+    kink = torch.where(b > 0, a * a / b.clamp(min=1e-300), 0.0)
+    return torch.maximum(kink, torch.maximum(_score(a_hi, b_hi), _score(a_lo, b_lo)))
+
+
+def _first_grid(table: _SortedRows, best: _Best, rows: Tensor) -> _Intervals:
+    top = table.largest[rows] * UNIT  # κ of the first breakpoint: the largest weight reaches code 1
+    kappa = (top[:, None].to(torch.float64) * _COARSE).to(torch.int64).clamp(min=1)
+    found = [_intervals(table, best, rows, kappa)]
+    steps = _FINE_STEP ** -torch.arange(_FINE_BLOCK + 1, dtype=torch.float64)
+    last = kappa[:, -1]
+    while rows.numel():
+        found[-1] = found[-1].keep(best)
+        error = table.squares[rows].to(torch.float64) - best.score[rows]
+        going = (table.clipped_error(rows, last) <= error) & (last > 1)
+        rows, last = rows[going], last[going]
+        if rows.numel():
+            kappa = (last[:, None].to(torch.float64) * steps).to(torch.int64).clamp(min=1)
+            kappa[:, 0] = last
+            found.append(_intervals(table, best, rows, kappa))
+            last = kappa[:, -1]
+    names = _Intervals.__dataclass_fields__
+    return _Intervals(*(torch.cat([getattr(part, name) for part in found]) for name in names))
+
+
+def _subdivide(table: _SortedRows, best: _Best, intervals: _Intervals) -> _Intervals:
+    fractions = torch.arange(_SUBDIVISIONS + 1, dtype=torch.float64) / _SUBDIVISIONS
+    width = (intervals.kappa_hi - intervals.kappa_lo).to(torch.float64)
+    kappa = intervals.kappa_hi[:, None] - (width[:, None] * fractions).to(torch.int64)
+    kappa[:, -1] = intervals.kappa_lo
+    return _intervals(table, best, intervals.rows, kappa)
+
+
+def _walk(table: _SortedRows, best: _Best, intervals: _Intervals) -> None:
+    """Offer every state inside the intervals to `best`, breakpoint by breakpoint."""
+    counts = intervals.positions_hi - intervals.positions_lo  # [M, 8]
+    flat = counts.flatten()
+    total = int(flat.sum())
+    if total == 0:
+        return
+    slot = torch.repeat_interleave(torch.arange(flat.numel()), flat, output_size=total)
+    offset = torch.arange(total) - (flat.cumsum(0) - flat)[slot]
+    interval, level = slot // LEVELS, slot % LEVELS
+    odd = 2 * level + 1
+    magnitude = table.magnitudes(intervals.positions_lo.flatten()[slot] + offset, level == LEVELS - 1)
+    kappa = magnitude * torch.div(UNIT, odd, rounding_mode="floor")
+    # κ falls within an interval and stays below 2**41; an order by interval, then by falling κ, in one key.
+    order, index = (interval << 41 | (1 << 41) - 1 - kappa).sort()
+    interval, magnitude, odd = interval[index], magnitude[index], odd[index]
+    first = (counts.sum(1).cumsum(0) - counts.sum(1))[interval]
+    a, b = _running(magnitude, first) + intervals.a_hi[interval], _running(odd, first) + intervals.b_hi[interval]
+    # Weights of equal |w| / (m − ½) climb together: only after the last of them is the state one that a scale gives.
+    complete = torch.ones(total, dtype=torch.bool)
+    complete[:-1] = order[1:] != order[:-1]
+    best.update(intervals.rows[interval][complete], a[complete], b[complete])
+
+
+def _running(values: Tensor, first: Tensor) -> Tensor:
+    """Inclusive running sums that start anew at `first`, the index of each element's segment."""
+    sums = values.cumsum(0)
+    return sums - (sums - values)[first]

@@ -1,0 +1,116 @@
+"""What a quantized linear consists of: the tensors of each scheme, their shapes, and how rows become them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .int4 import pack_int4, unpack_int4
+from .scales import Method, scale_rows
+
+WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"
+
+# A row-parallel linear (down_proj) is split along K over tensor-parallel ranks: its bias is stored as this many partial
+# sums so that each rank can take its own.
+BIAS_COLUMNS = 16
+
+
+class Scheme(str, Enum):
+    """How a linear is stored, under the names that quant_model_description.json uses."""
+
+    W4A8 = "W4A8_DYNAMIC"
+    W8A8 = "W8A8_DYNAMIC"
+    FLOAT = "FLOAT"
+
+    @property
+    def weight_bits(self) -> int:
+        """4 or 8; ValueError for FLOAT, whose width is the source's."""
+        bits = {Scheme.W4A8: 4, Scheme.W8A8: 8}.get(self)
+        if bits is None:
+            raise ValueError("a FLOAT linear has no code width")
+        return bits
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the artifact: its full name, safetensors dtype code and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Some rows of a quantized linear.
+
+    `tensors` maps weight, weight_scale, weight_offset (and scale_bias for W4A8) to the rows of each, in the artifact's
+    dtypes; `squared_error` and `squared_norm` are Σ (w − ŵ)² and Σ w², float64 [R].
+    """
+
+    tensors: Mapping[str, Tensor]
+    squared_error: Tensor
+    squared_norm: Tensor
+
+
+def output_tensors(
+    weight_name: str, scheme: Scheme, shape: tuple[int, ...], *, row_parallel: bool
+) -> tuple[OutputTensor, ...]:
+    """The tensors that a quantized linear of float shape [N, K] named `P.weight` becomes.
+
+    Raises ValueError, saying why, for a shape that the scheme cannot hold. FLOAT is not handled here: its dtype is the
+    source's.
+    """
+    prefix = weight_name.removesuffix(WEIGHT)
+    if len(shape) != 2:
+        raise ValueError(f"{scheme.value} needs a matrix, not shape {list(shape)}")
+    n, k = shape
+    if scheme is Scheme.W8A8:
+        weight, bias = OutputTensor(weight_name, "I8", (n, k)), ()
+    elif scheme is Scheme.W4A8:
+        if n % 2:
+            raise ValueError(f"{n} output features is odd: int4 rows are packed in pairs")
+        if row_parallel and k % BIAS_COLUMNS:
+            raise ValueError(f"{k} input features are not divisible by {BIAS_COLUMNS}, the partial sums of scale_bias")
+        weight = OutputTensor(weight_name, "I8", (n // 2, k))
+        bias = (OutputTensor(prefix + BIAS, "F32", (n, BIAS_COLUMNS if row_parallel else 1)),)
+    else:
+        raise ValueError("a FLOAT linear is one tensor, its own")
+    scale, offset = (OutputTensor(prefix + suffix, "F32", (n, 1)) for suffix in (SCALE, OFFSET))
+    return (weight, scale, offset, *bias)
+
+
+def quantize_rows(rows: Tensor, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
+    """Quantize float32 rows [R, K] (R even for W4A8). Each row is independent: chunking does not change a bit.
+
+    Raises NonFiniteError for an infinity or NaN.
+    """
+    scaled = scale_rows(rows, scheme.weight_bits, method)
+    scale = scaled.scale[:, None]
+    tensors = {WEIGHT: scaled.codes, SCALE: scale, OFFSET: torch.zeros_like(scale)}
+    if scheme is Scheme.W4A8:
+        tensors[WEIGHT] = pack_int4(scaled.codes)
+        tensors[BIAS] = scale_bias(scaled.codes, scale, BIAS_COLUMNS if row_parallel else 1)
+    return QuantizedRows(tensors, scaled.squared_error, scaled.squared_norm)
+
+
+def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """8 · s · Σ q over `columns` equal slices of K: float32 [N, columns] of codes int8 [N, K] and scale float32 [N, 1].
+
+    The NPU splits an int8 activation a into nibbles, a = 16·hi + (lo − 8) + 8, and computes with hi and lo − 8: this is
+    the part of the product that is left (CANN's documentation of aclnnGroupedMatmulSwigluQuantWeightNZ).
+    """
+    slices = codes.reshape(codes.shape[0], columns, -1)
+    # Exact in int32, and in float32 too: |8 · Σ q| ≤ 64 · K < 2**24 for K ≤ 2**18.
+    return (8 * slices.sum(dim=2, dtype=torch.int32)).to(torch.float32) * scale
+
+
+def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    """float32 [N, K] from a linear's `weight` and `weight_scale`."""
+    weight = tensors[WEIGHT]
+    codes = unpack_int4(weight) if scheme is Scheme.W4A8 else weight
+    return codes.to(torch.float32) * tensors[SCALE]
