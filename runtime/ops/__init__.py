@@ -314,7 +314,7 @@ class Ops(ABC):
             return self.float_linear([part.weight for part in parts])
         if schemes == {Scheme.W8A8}:
             return self.w8a8_linear(parts)
-        names = ", ".join(f"{part.name} ({part.scheme})" for part in parts)
+        names = ", ".join(f"{part.name} ({part.scheme.value})" for part in parts)
         raise ArtifactError(f"linears that run as one must share one scheme, W8A8_DYNAMIC or FLOAT: {names}")
 
     def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
@@ -322,7 +322,7 @@ class Ops(ABC):
         schemes = {part.scheme for parts in experts for part in parts}
         if len(schemes) != 1:
             names = f"{experts[0][0].name} … {experts[-1][-1].name}"
-            raise ArtifactError(f"a layer's routed experts must share one scheme, found {sorted(schemes)}: {names}")
+            raise ArtifactError(f"a layer's routed experts must share one scheme, found {sorted(s.value for s in schemes)}: {names}")
         make = {
             Scheme.FLOAT: self.float_experts,
             Scheme.W8A8: self.w8a8_experts,

@@ -1,0 +1,136 @@
+"""The loop: schedule, run the model, sample, until every sequence has finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence as Tokens
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import GenerationError
+from .block_manager import BlockManager
+from .model import Model
+from .ops import Step
+from .sampler import SamplingParams
+from .scheduler import Scheduled, Scheduler
+from .sequence import Sequence
+from .step import Chunk, RopeRows, StepBuilder
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine.
+
+    kv_cache_bytes: memory for the paged cache (it is touched only as it fills); the context is what fits in it, up to
+    what the model was made for. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at
+    once. max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached
+    tokens that a chunk decompresses at a time. Raises GenerationError for sizes that cannot work.
+    """
+
+    kv_cache_bytes: int = 2 << 30
+    block_size: int = 128
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 1024
+    prefix_segment_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
+            raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
+        if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
+            raise GenerationError(
+                f"max_num_seqs {self.max_num_seqs} must be at least 1 and below max_num_batched_tokens "
+                f"{self.max_num_batched_tokens}"
+            )
+        if self.prefix_segment_tokens < 1:
+            raise GenerationError(f"prefix_segment_tokens {self.prefix_segment_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token just generated; the sequence's finish_reason is set when it is the last."""
+
+    sequence: Sequence
+    token: int
+
+
+class Engine:
+    """Continuous batching over one model and one paged cache.
+
+    context: the most tokens a sequence can have, prompt and completion together.
+    """
+
+    def __init__(self, model: Model, rope: RopeRows, eos_ids: frozenset[int], config: EngineConfig):
+        self.model = model
+        self.config = config
+        self._eos_ids = eos_ids
+        num_blocks = _num_blocks(model, rope.max_position, config)
+        self.context = min(rope.max_position, num_blocks * config.block_size)
+        self.blocks = BlockManager(num_blocks, config.block_size)
+        shape = model.config
+        self._cache = model.ops.new_kv_cache(
+            shape.num_hidden_layers, num_blocks, config.block_size, shape.kv_lora_rank, shape.qk_rope_head_dim
+        )
+        self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+
+    def add(self, prompt: Tokens[int], params: SamplingParams) -> Sequence:
+        """Queue a prompt. GenerationError when it is empty, holds no token ids, or leaves no room to generate."""
+        self._check_tokens(prompt)
+        if len(prompt) >= self.context:
+            raise GenerationError(
+                f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
+                + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
+            )
+        sequence = Sequence.start(prompt, params, self.context)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[NewToken]:
+        """Run one step; the new tokens, of those sequences that got one."""
+        started = time.perf_counter()
+        scheduled = self.scheduler.schedule()
+        chunks = [
+            Chunk(
+                work.sequence.tokens[work.sequence.num_cached : work.sequence.num_cached + work.count],
+                work.sequence.num_cached,
+                work.sequence.blocks,
+                last_row=work.samples,
+            )
+            for work in scheduled
+        ]
+        logits, order = self._run(chunks)
+        ordered = [scheduled[index] for index in order]
+        sampling = [work.sequence for work in ordered if work.samples]
+        new = [NewToken(sequence, self._sample(sequence, row)) for sequence, row in zip(sampling, logits, strict=True)]
+        self._advance(ordered, time.perf_counter() - started)
+        for token in new:
+            self._append(token)
+        return new
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence (a stop string was found, the caller lost interest) and free its blocks."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = reason
+            self.scheduler.finish(sequence)
+
+    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+        """Logits of every token of each sequence, compute dtype `[T, vocab]`, several sequences a step.
+
+        GenerationError for a sequence that is empty, out of vocabulary, or longer than the context.
+        """
+        for tokens in sequences:
+            self._check_tokens(tokens)
+            if len(tokens) > self.context:
+                raise GenerationError(f"{len(tokens)} tokens are more than the context of {self.context}")
+        batch: list[Tokens[int]] = []
+        for tokens in sequences:
+            if sum(map(len, batch)) + len(tokens) > self.config.max_num_batched_tokens and batch:
+                yield from self._logits_of_batch(batch)
+                batch = []
+            if len(tokens) > self.config.max_num_batched_tokens:
+                yield self._logits_by_chunks(tokens)
+            else:
+                batch.append(tokens)
+        if batch:
+            yield from self._logits_of_batch(batch)

@@ -1,0 +1,139 @@
+"""The model, written once against the operators: DeepSeek-V2, V3 and Kimi-K2 differ in their weights and constants.
+
+Decoding tokens attend in absorbed form on the latent cache; prefill chunks attend over decompressed keys and values,
+and a chunk that continues a sequence merges in attention over what is cached. Both kinds share every other operator,
+so that a step can carry decodes beside a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..quant.model_config import ModelConfig
+from .ops import LayerCache, Linear, Mla, MlpWeights, MoeWeights, Ops, Prefill, Step
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. `mlp` is the dense block, or the shared experts beside `moe` (None where there are none)."""
+
+    input_norm: Tensor
+    attention: Mla
+    mlp_norm: Tensor
+    mlp: MlpWeights | None
+    moe: MoeWeights | None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    lm_head: Linear
+
+
+class Model:
+    """Weights, operators and the forward pass."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, weights: ModelWeights, softmax_scale: float):
+        self.config = config
+        self.ops = ops
+        self.weights = weights
+        self.softmax_scale = softmax_scale
+
+    @torch.inference_mode()
+    def forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
+        """Logits of the step's output rows, compute dtype `[S, vocab]`; the cache is written in place."""
+        ops, eps = self.ops, self.config.rms_norm_eps
+        residual = ops.embedding(step.token_ids, self.weights.embedding)
+        delta: Tensor | None = None
+        for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
+            hidden, residual = ops.attention_norm(delta, residual, layer.input_norm, eps)
+            attended = self._attention(hidden, layer.attention, layer_cache, step)
+            normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            delta = self._feed_forward(normed, layer)
+        if step.output_rows is not None:
+            if step.output_rows.shape[0] == 0:
+                return residual.new_empty(0, self.config.vocab_size)
+            residual = residual[step.output_rows]
+            delta = None if delta is None else delta[step.output_rows]
+        if delta is None:
+            return ops.linear(ops.rms_norm(residual, self.weights.norm, eps), self.weights.lm_head)
+        final, _ = ops.add_rms_norm(delta, residual, self.weights.norm, eps)
+        return ops.linear(final, self.weights.lm_head)
+
+    def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
+        dense = None if layer.mlp is None else self.ops.mlp(hidden, layer.mlp)
+        if layer.moe is None:
+            assert dense is not None
+            return dense
+        top_weights, expert_ids = self.ops.moe_gate(hidden, layer.moe)
+        return self.ops.moe_experts(hidden, top_weights, expert_ids, layer.moe, dense)
+
+    def _attention(self, hidden: Tensor, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
+        ops = self.ops
+        if step.prefill is None:
+            q_latent, q_rope = ops.mla_prolog(hidden, mla, cache, step)
+            return ops.mla_output(self._decode(q_latent, q_rope, mla, cache, step), mla)
+
+        q, kv = ops.mla_project(hidden, mla)
+        written = ops.mla_write_cache(kv, mla, cache, step, output_kv=True)
+        assert written is not None
+        k_rope, latent = written  # [T, D], [T, L]
+        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        q_rope = ops.interleave_rope(q_rope, step.cos, step.sin)
+        first = step.num_decode_tokens
+        attended = self._prefill(
+            q_nope[first:], q_rope[first:], latent[first:], k_rope[first:], mla, cache, step.prefill
+        )
+        if first:
+            decoded = self._decode(ops.mla_absorb(q_nope[:first], mla), q_rope[:first], mla, cache, step)
+            attended = torch.cat([decoded, attended])
+        return ops.mla_output(attended, mla)
+
+    def _decode(self, q_latent: Tensor, q_rope: Tensor, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
+        assert step.decode is not None
+        attended = self.ops.fused_infer_attention_paged(q_latent, q_rope, cache, step.decode, self.softmax_scale)
+        return self.ops.mla_bring_out(attended, mla)  # [T, N, v]
+
+    def _prefill(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        mla: Mla,
+        cache: LayerCache,
+        prefill: Prefill,
+    ) -> Tensor:
+        ops, scale = self.ops, self.softmax_scale
+        k_nope, value = ops.mla_decompress(latent, mla)
+        attended, lse = ops.fused_infer_attention(
+            q_nope, q_rope, k_nope, k_rope, value, prefill.q_lens, prefill.q_lens, scale, causal=True
+        )
+        for prefix in prefill.prefixes:
+            rows = slice(*prefix.rows)
+            queries = prefix.rows[1] - prefix.rows[0]
+            outputs, lses = [attended[rows]], [lse[rows]]
+            for segment in prefix.segments:
+                cached_latent, cached_rope = ops.gather_pa_kv_cache(cache, segment)
+                k_nope, value = ops.mla_decompress(cached_latent, mla)
+                out, out_lse = ops.fused_infer_attention(
+                    q_nope[rows],
+                    q_rope[rows],
+                    k_nope,
+                    cached_rope,
+                    value,
+                    (queries,),
+                    (segment.length,),
+                    scale,
+                    causal=False,
+                )
+                outputs.append(out)
+                lses.append(out_lse)
+            attended[rows] = ops.attention_update(outputs, lses)
+        return attended

@@ -1,0 +1,83 @@
+"""The CPU's operators: the reference's results in bounded memory, over memory-mapped weights.
+
+Integer matmuls run as float32 ones over slices of K short enough that every partial sum is a whole number below 2^24:
+the same integers as the reference. An int4 weight is unpacked one expert's matrix at a time, a float one is upcast a
+few rows at a time, and attention scores are made for a few queries at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...quant.schemes import Scheme
+from . import Activation, Experts, LinearPart, Quantized
+from .reference import ReferenceOps, _split
+
+# The largest |activation · weight| is 127·128 for int8 and 127·8 for int4.
+_EXACT_K = {Scheme.W8A8: 2**24 // (127 * 128), Scheme.W4A8: 2**24 // (127 * 8)}
+_UPCAST_BYTES = 32 << 20
+_SCORE_BYTES = 64 << 20
+
+
+class CpuOps(ReferenceOps):
+    """Plain torch on the CPU, without copies of what is mapped and without large temporaries."""
+
+    name = "cpu"
+
+    def grouped_matmul(self, x: Activation, experts: Experts, group_list: Tensor) -> Tensor:
+        groups = zip(_split(x, group_list), experts, strict=True)
+        return torch.cat([self.linear(rows, expert) for rows, expert in groups if _length(rows)])
+
+    def _float_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        if weight.dtype == self.dtype:
+            return F.linear(x, weight)
+        rows = max(1, _UPCAST_BYTES // (4 * weight.shape[1]))
+        x = x.float()
+        return torch.cat([F.linear(x, part.float()) for part in weight.split(rows)], dim=-1).to(self.dtype)
+
+    def _quant_matmul(self, rows: Quantized, part: LinearPart) -> Tensor:
+        assert part.scale is not None
+        if part.scheme is Scheme.W4A8:
+            # Rows 2j and 2j+1 share bytes: one product for each nibble, then interleaved.
+            halves = [_integer_matmul(rows.codes, nibble, part.scheme) for nibble in _nibbles(part.weight)]
+            accumulator = torch.stack(halves, dim=-1).flatten(-2)
+        else:
+            accumulator = _integer_matmul(rows.codes, part.weight, part.scheme)
+        return accumulator.mul_(part.scale.T).mul_(rows.scale[:, None]).to(self.dtype)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
+    ) -> tuple[Tensor, Tensor]:
+        step = max(1, _SCORE_BYTES // (4 * query.shape[1] * max(1, key.shape[0])))
+        outputs, lses = [], []
+        for start in range(0, query.shape[0], step):
+            some = query[start : start + step]
+            seen = key.shape[0] if past is None else max(0, past + start + some.shape[0])
+            first = None if past is None else past + start
+            out, lse = super()._attention(some, key[:seen], value[:seen], scale, first)
+            outputs.append(out)
+            lses.append(lse)
+        return torch.cat(outputs), torch.cat(lses)
+
+
+def _length(x: Activation) -> int:
+    return (x.codes if isinstance(x, Quantized) else x).shape[0]
+
+
+def _nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 `[N/2, K]` → the even and the odd rows, int8 `[N/2, K]` each, sign-extended."""
+    return (packed << 4) >> 4, packed >> 4
+
+
+def _integer_matmul(codes: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
+    """codes int8 `[M, K]` times weight int8 `[N, K]`, summed exactly and then rounded to float32 `[M, N]`."""
+    step, size = _EXACT_K[scheme], codes.shape[1]
+    if size <= step:
+        return codes.float() @ weight.float().T
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.int32)
+    for start in range(0, size, step):
+        columns = slice(start, start + step)
+        total += (codes[:, columns].float() @ weight[:, columns].float().T).int()
+    return total.float()

@@ -1,0 +1,107 @@
+"""What runs in the next step: every decoding sequence, then as much prefill as the token budget leaves.
+
+A sequence gets blocks for all of its known tokens when it enters, and one more whenever it grows into it. When none is
+free, the sequence that entered last gives up its blocks and waits again, to be recomputed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from .block_manager import BlockManager
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """`count` tokens of a sequence, from its first that is not cached."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step brings the sequence to its newest token, so that the next one can be sampled."""
+        return self.count == self.sequence.num_pending
+
+
+class Scheduler:
+    """Waiting and running sequences, the first come first."""
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+        self._blocks = blocks
+        self._max_num_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.num_preempted = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step's work; never empty while there is work."""
+        chosen = [Scheduled(sequence, 1) for sequence in self._grow_decoding()]
+        budget = self._budget - len(chosen)
+        for sequence in self._running:
+            if not sequence.is_decoding and budget > 0:
+                chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))
+                budget -= chosen[-1].count
+        while budget > 0 and self._waiting and self._enter(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))
+            budget -= chosen[-1].count
+        return chosen
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, whatever its state, and free its blocks."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._release(sequence)
+
+    def _grow_decoding(self) -> list[Sequence]:
+        """The decoding sequences that have room for their newest token, after preempting as few as needed."""
+        for sequence in list(self._running):
+            if sequence.is_decoding and sequence in self._running:
+                self._grow(sequence)
+        return [sequence for sequence in self._running if sequence.is_decoding][: self._budget]
+
+    def _grow(self, sequence: Sequence) -> None:
+        missing = self._blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        while missing > 0:
+            allocated = self._blocks.allocate(missing)
+            if allocated is not None:
+                sequence.blocks.extend(allocated)
+                return
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+        self.num_preempted += 1
+
+    def _enter(self, sequence: Sequence) -> bool:
+        if len(self._running) >= self._max_num_seqs:
+            return False
+        allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)))
+        if allocated is None:
+            return False
+        sequence.blocks = allocated
+        self._running.append(sequence)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_cached = 0

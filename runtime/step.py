@@ -1,0 +1,135 @@
+"""From what the scheduler chose to what the model reads: the tensors and lengths of one step, built once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..quant.rope import RopeTables
+from .ops import Decode, Ops, Prefill, Prefix, PrefixSegment, Step
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of one sequence to run: `token_ids` stand at positions `start`, `start + 1`, …
+
+    blocks: the sequence's blocks, enough for the chunk's last token; empty means that nothing is to be cached, which
+    only a whole sequence run at once can do. all_rows: logits are wanted for every token, else for the last one only
+    where `last_row` is set.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    last_row: bool = True
+    all_rows: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the absorbed form serves it: one token that has a past."""
+        return self.start > 0 and len(self.token_ids) == 1
+
+
+@dataclass(frozen=True)
+class RopeRows:
+    """The rope tables as a backend gathers them: compute dtype `[max_position, D]`, halves duplicated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, tables: RopeTables, ops: Ops) -> RopeRows:
+        cos, sin = (torch.cat([table, table], dim=-1) for table in (tables.cos, tables.sin))
+        return cls(ops.parameter(cos, ops.dtype), ops.parameter(sin, ops.dtype))
+
+    @property
+    def max_position(self) -> int:
+        return self.cos.shape[0]
+
+
+class StepBuilder:
+    """Builds steps for one engine. `segment_tokens` bounds how much of a cached prefix is decompressed at a time."""
+
+    def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int):
+        self._ops = ops
+        self._rope = rope
+        self._block_size = block_size
+        self._segment_blocks = max(1, segment_tokens // block_size)
+
+    def build(self, chunks: Sequence[Chunk]) -> tuple[Step, list[int]]:
+        """The step of some chunks, and the order in which its rows hold them: decodes first, else as given."""
+        order = sorted(range(len(chunks)), key=lambda index: not chunks[index].decodes)
+        ordered = [chunks[index] for index in order]
+        decodes = [chunk for chunk in ordered if chunk.decodes]
+        positions = self._tensor([p for chunk in ordered for p in range(chunk.start, chunk.end)])
+        step = Step(
+            token_ids=self._tensor([token for chunk in ordered for token in chunk.token_ids]),
+            positions=positions,
+            slots=self._tensor([slot for chunk in ordered for slot in self._slots(chunk)]),
+            cos=self._rope.cos[positions],
+            sin=self._rope.sin[positions],
+            decode=self._decode(decodes) if decodes else None,
+            prefill=self._prefill(ordered[len(decodes) :]) if len(decodes) < len(ordered) else None,
+            output_rows=self._output_rows(ordered),
+        )
+        return step, order
+
+    def _slots(self, chunk: Chunk) -> list[int]:
+        if not chunk.blocks:
+            return [-1] * len(chunk.token_ids)
+        size = self._block_size
+        return [chunk.blocks[p // size] * size + p % size for p in range(chunk.start, chunk.end)]
+
+    def _decode(self, chunks: Sequence[Chunk]) -> Decode:
+        return Decode(
+            q_lens=tuple(range(1, len(chunks) + 1)),
+            kv_lens=tuple(chunk.end for chunk in chunks),
+            block_table=self._block_table([self._used_blocks(chunk.blocks, 0, chunk.end) for chunk in chunks]),
+        )
+
+    def _prefill(self, chunks: Sequence[Chunk]) -> Prefill:
+        ends = tuple(accumulate(len(chunk.token_ids) for chunk in chunks))
+        prefixes = tuple(
+            Prefix((end - len(chunk.token_ids), end), self._segments(chunk))
+            for end, chunk in zip(ends, chunks, strict=True)
+            if chunk.start
+        )
+        return Prefill(ends, prefixes)
+
+    def _segments(self, chunk: Chunk) -> tuple[PrefixSegment, ...]:
+        stride = self._segment_blocks * self._block_size
+        ranges = [(start, min(start + stride, chunk.start)) for start in range(0, chunk.start, stride)]
+        return tuple(
+            PrefixSegment(start, end - start, self._block_table([self._used_blocks(chunk.blocks, start, end)]))
+            for start, end in ranges
+        )
+
+    def _used_blocks(self, blocks: Sequence[int], start: int, end: int) -> list[int]:
+        return list(blocks[start // self._block_size : -(-end // self._block_size)])
+
+    def _block_table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        width = max(len(row) for row in rows)
+        padded = [[*row, *[0] * (width - len(row))] for row in rows]
+        return torch.tensor(padded, dtype=torch.int32).to(self._ops.device, non_blocking=True)
+
+    def _output_rows(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        rows, first = [], 0
+        for chunk in chunks:
+            end = first + len(chunk.token_ids)
+            if chunk.all_rows:
+                rows.extend(range(first, end))
+            elif chunk.last_row:
+                rows.append(end - 1)
+            first = end
+        return None if len(rows) == first else self._tensor(rows)
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._ops.device, non_blocking=True)

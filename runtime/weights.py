@@ -1,0 +1,250 @@
+"""A directory becomes the weights of a model: a quantized artifact by its description, or an unquantized checkpoint.
+
+Nothing is read at load but headers: tensors are memory-mapped views, and what a backend does with them (keep, upcast,
+lay out for a device) is its own affair. The one exception is FP8, which has no linear of its own and is dequantized.
+Every shape is checked against the config. MTP layers are left where they are: generation does not need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError, CheckpointError
+from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME
+from ..quant.checkpoint import Checkpoint, read_json
+from ..quant.dialects import WeightSource
+from ..quant.model_config import ModelConfig
+from ..quant.rope import RopeTables, load_rope, rope_tables
+from ..quant.schemes import Scheme
+from .model import LayerWeights, ModelWeights
+from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops
+
+_FLOAT_CODES = ("BF16", "F16", "F32")
+
+
+class Store(Protocol):
+    """Where stored tensors come from. Both methods check shapes and name the tensor that is missing or wrong."""
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """A float tensor as it is stored, memory-mapped."""
+
+    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
+        """The linear `{prefix}.weight` with whatever its scheme stores beside it."""
+
+
+class FloatStore:
+    """An unquantized checkpoint. FP8 weights are dequantized into `dtype`, everything else stays a view."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        self._source = WeightSource(checkpoint)
+        self._dtype = dtype
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        checkpoint = self._source.checkpoint
+        weight = self._source.weights.get(name)
+        if weight is None:
+            raise CheckpointError(f"{checkpoint.directory}: no tensor {name!r}, which its config.json asks for")
+        if weight.shape != shape:
+            file = checkpoint.tensors[name].file
+            raise CheckpointError(f"{file}: tensor {name!r} is {list(weight.shape)}; config.json says {list(shape)}")
+        if weight.dtype == "F8_E4M3":
+            return self._source.rows_float32(name).to(self._dtype)
+        return checkpoint.view(name)
+
+    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
+        return LinearPart(prefix, Scheme.FLOAT, self.tensor(f"{prefix}.weight", outputs, inputs))
+
+
+class ArtifactStore:
+    """A quantized artifact: each weight's scheme is what the description says."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._path = checkpoint.directory / DESCRIPTION_NAME
+        self._description: Mapping[str, object] = read_json(self._path)
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        return self._view(name, _FLOAT_CODES, shape)
+
+    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
+        name = f"{prefix}.weight"
+        scheme = self._scheme(name)
+        if scheme is Scheme.FLOAT:
+            return LinearPart(prefix, scheme, self.tensor(name, outputs, inputs))
+        scale = self._view(f"{prefix}.weight_scale", ("F32",), (outputs, 1))
+        if scheme is Scheme.W8A8:
+            return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs, inputs)), scale)
+        if outputs % 2:
+            raise ArtifactError(f"{self._path}: {name!r} has {outputs} output rows; int4 packs them in pairs")
+        stored_bias = self._checkpoint.tensors.get(f"{prefix}.scale_bias")
+        columns = stored_bias.shape[-1] if stored_bias and stored_bias.shape else 1
+        bias = self._view(f"{prefix}.scale_bias", ("F32",), (outputs, columns))
+        return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs // 2, inputs)), scale, bias)
+
+    def _scheme(self, name: str) -> Scheme:
+        value = self._description.get(name)
+        if value is None:
+            raise ArtifactError(f"{self._path}: no entry for {name!r}; convert the checkpoint again")
+        if value not in [scheme.value for scheme in Scheme]:
+            known = ", ".join(scheme.value for scheme in Scheme)
+            raise ArtifactError(f"{self._path}: {name!r} has scheme {value!r}; npuq runs {known}")
+        return Scheme(str(value))
+
+    def _view(self, name: str, codes: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        info = self._checkpoint.tensors.get(name)
+        if info is None:
+            raise ArtifactError(f"{self._checkpoint.directory}: no tensor {name!r}, which its config.json asks for")
+        if info.shape != shape or info.dtype not in codes:
+            raise ArtifactError(
+                f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; "
+                f"config.json and its scheme say {' or '.join(codes)} {list(shape)}"
+            )
+        return self._checkpoint.view(name)
+
+
+def is_artifact(directory: Path) -> bool:
+    """Whether a directory holds a quantized artifact: it has the description that engines look for."""
+    return (directory / DESCRIPTION_NAME).is_file()
+
+
+def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
+    """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
+    return ArtifactStore(checkpoint) if is_artifact(checkpoint.directory) else FloatStore(checkpoint, dtype)
+
+
+def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
+    """The tables an artifact brings, or those of the config. ArtifactError when they do not fit the config."""
+    path = checkpoint.directory / ROPE_NAME
+    if not is_artifact(checkpoint.directory):
+        return rope_tables(config)
+    tables = load_rope(path)
+    if tables.cos.shape[1] * 2 != config.qk_rope_head_dim:
+        raise ArtifactError(
+            f"{path}: tables of {tables.cos.shape[1]} frequencies; qk_rope_head_dim {config.qk_rope_head_dim} "
+            f"needs {config.qk_rope_head_dim // 2}"
+        )
+    return tables
+
+
+def load_weights(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float) -> ModelWeights:
+    """All weights that generation needs, handed to the backend.
+
+    Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config.
+    """
+    hidden = config.hidden_size
+    embedding = ops.parameter(store.tensor("model.embed_tokens.weight", config.vocab_size, hidden))
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return ModelWeights(
+        embedding=embedding,
+        layers=tuple(_layer(store, config, ops, softmax_scale, i) for i in range(config.num_hidden_layers)),
+        norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
+        lm_head=ops.float_linear([store.tensor(head, config.vocab_size, hidden)]),
+    )
+
+
+def gating_of(config: ModelConfig) -> Gating:
+    """The router's rule, as DeepSeek's own code states it.
+
+    V3 (noaux_tc) scores groups by the sum of their two best biased scores, V2 (group_limited_greedy) by the best one.
+    The scaling factor always multiplies in V3; in V2 only where the weights are not normalised.
+    """
+    noaux = config.topk_method == "noaux_tc"
+    grouped = config.topk_method != "greedy"
+    normalise = config.norm_topk_prob and config.num_experts_per_tok > 1
+    return Gating(
+        k=config.num_experts_per_tok,
+        scoring=config.scoring_func,
+        group_count=config.n_group if grouped else 1,
+        k_group=config.topk_group if grouped else 1,
+        group_select_mode=1 if noaux else 0,
+        renormalize=normalise,
+        scaling=config.routed_scaling_factor if noaux or not normalise else 1.0,
+    )
+
+
+def _layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
+    prefix = f"model.layers.{layer}"
+    is_moe = config.is_moe_layer(layer)
+    mlp: MlpWeights | None = None
+    if not is_moe:
+        mlp = _mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+    elif config.n_shared_experts:
+        width = config.n_shared_experts * config.moe_intermediate_size
+        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, width)
+    return LayerWeights(
+        input_norm=ops.parameter(store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype),
+        attention=_attention(store, config, ops, softmax_scale, f"{prefix}.self_attn"),
+        mlp_norm=ops.parameter(
+            store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
+        ),
+        mlp=mlp,
+        moe=_moe(store, config, ops, f"{prefix}.mlp") if is_moe else None,
+    )
+
+
+def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> object:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    q_width, q_lora = heads * config.qk_head_dim, config.q_lora_rank
+    kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    parts = MlaParts(
+        q=store.linear(f"{prefix}.q_proj", q_width, hidden) if q_lora is None else None,
+        q_a=None if q_lora is None else store.linear(f"{prefix}.q_a_proj", q_lora, hidden),
+        q_a_norm=None if q_lora is None else store.tensor(f"{prefix}.q_a_layernorm.weight", q_lora),
+        q_b=None if q_lora is None else store.linear(f"{prefix}.q_b_proj", q_width, q_lora),
+        kv_a=store.linear(f"{prefix}.kv_a_proj_with_mqa", config.kv_lora_rank + config.qk_rope_head_dim, hidden),
+        kv_a_norm=store.tensor(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
+        kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, config.kv_lora_rank),
+        o=store.linear(f"{prefix}.o_proj", hidden, heads * config.v_head_dim),
+    )
+    return ops.mla(
+        parts,
+        MlaConfig(
+            num_heads=heads,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            kv_lora_rank=config.kv_lora_rank,
+            q_lora_rank=q_lora,
+            rms_norm_eps=config.rms_norm_eps,
+            softmax_scale=softmax_scale,
+        ),
+    )
+
+
+def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
+    gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
+    down = store.linear(f"{prefix}.down_proj", hidden, width)
+    return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is not Scheme.FLOAT)
+
+
+def _moe(store: Store, config: ModelConfig, ops: Ops, prefix: str) -> MoeWeights:
+    hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    bias: Tensor | None = None
+    if config.topk_method == "noaux_tc":
+        bias = ops.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
+
+    def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
+        parts = [
+            [store.linear(f"{prefix}.experts.{expert}.{name}", outputs, inputs) for name in names]
+            for expert in range(experts)
+        ]
+        return ops.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
+
+    gate_up, gate_up_quantized = stacked(width, hidden, "gate_proj", "up_proj")
+    down, down_quantized = stacked(hidden, width, "down_proj")
+    if gate_up_quantized != down_quantized:
+        raise ArtifactError(f"{prefix}.experts: gate_proj, up_proj and down_proj must all be quantized, or all FLOAT")
+    return MoeWeights(
+        router=ops.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
+        correction_bias=bias,
+        gating=gating_of(config),
+        gate_up=gate_up,
+        down=down,
+        num_experts=experts,
+        quantized=down_quantized,
+    )
