@@ -1,1 +1,36 @@
-"""npuq."""
+"""npuq: DeepSeek-style mixture-of-experts checkpoints become W4A8 artifacts for Ascend NPUs, and run.
+
+The public functions are imported when they are first used, so that `import npuq` stays instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert import convert_checkpoint, inspect, verify
+    from .runtime import evaluate, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "convert_checkpoint": ".convert",
+    "verify": ".convert",
+    "inspect": ".convert",
+    "load": ".runtime",
+    "evaluate": ".runtime",
+}
+
+__all__ = ["__version__", "convert_checkpoint", "evaluate", "inspect", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home, __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

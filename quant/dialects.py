@@ -85,7 +85,8 @@ class WeightSource:
             nbytes += self._checked_scale_bytes(name)
         elif info.dtype not in _FLOAT_CODES:
             raise CheckpointError(
-                f"{info.file}: tensor {name!r} has dtype {info.dtype}; npuq reads F32, F16, BF16 and DeepSeek FP8 (F8_E4M3)"
+                f"{info.file}: tensor {name!r} has dtype {info.dtype}; npuq reads F32, F16, BF16 and "
+                "DeepSeek FP8 (F8_E4M3)"
             )
         return Weight(name, info.shape, info.dtype, nbytes)
 

@@ -171,7 +171,7 @@ def _score(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> _Intervals:
-    """The intervals between consecutive columns of falling κ int64 [M, C], for rows [M]; offers the states to `best`."""
+    """The intervals between consecutive columns of falling κ int64 [M, C], for rows [M]; offers their states."""
     each_row = rows[:, None].expand_as(kappa)
     positions = table.positions(each_row, kappa)
     a, b = table.state(each_row, positions)

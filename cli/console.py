@@ -1,0 +1,66 @@
+"""What commands share at the terminal: sizes in and out, JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `512MiB`, `1e9` or `4096`; ValueError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in _UNITS or not 0 < float(match[1]) * _UNITS[match[2]] < 2**63:
+        raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 4096")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Size(click.ParamType):
+    """A click parameter that takes sizes such as 5GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def format_bytes(count: float) -> str:
+    """`12.3 GB`: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def emit_json(value: Any) -> None:
+    """One JSON document on stdout; nothing else may be printed there beside it."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def progress_bar(total: int, *, quiet: bool, description: str, unit: str = "B") -> tqdm[Any]:
+    """A tqdm bar on stderr: bytes, rate, ETA. Silent with `quiet` and where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        disable=quiet or not sys.stderr.isatty(),
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,71 @@
+"""The `npuq` command: a group whose commands are imported when they run, and the one place where errors become exit
+codes."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from .. import __version__
+from ..errors import NpuqError
+
+# name → what the group's help says of it. Kept here, so that help does not import the commands.
+COMMANDS = {
+    "convert": "Quantize a checkpoint directory to a W4A8 (or W8A8, or float) artifact.",
+    "verify": "Check that an artifact is all that its format promises and both engines need.",
+    "inspect": "Show tensors, schemes, sizes and errors of a checkpoint or artifact, by role.",
+    "generate": "Generate text with an artifact or a float checkpoint.",
+    "evaluate": "Measure perplexity, and the divergence from the float source.",
+}
+
+
+class LazyGroup(click.Group):
+    """Finds `npuq NAME` in `npuq.cli.NAME.command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f".{name}", __package__).command
+        command.short_help = COMMANDS[name]
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="npuq")
+def group() -> None:
+    """Convert DeepSeek-style mixture-of-experts checkpoints to W4A8 for Ascend NPUs, check the result, and run it."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 130 interrupted."""
+    try:
+        group.main(prog_name="npuq", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(_fail("interrupted", 130))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+    except NpuqError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+    except BrokenPipeError:
+        # The reader of our output went away (`npuq inspect … | head`); a flush at exit would complain again.
+        sys.stderr.close()
+        sys.exit(1)
+    except MemoryError:
+        sys.exit(_fail("out of memory; lower --max-memory or --workers", 1))
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"npuq: error: {' '.join(message.split())}", err=True)
+    return code
