@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..quant.model_config import ModelConfig
-from .ops import LayerCache, Linear, Mla, MlpWeights, MoeWeights, Ops, Prefill, Step
+from .ops import Activation, LayerCache, Linear, Mla, MlpWeights, MoeWeights, Ops, Prefill, Step
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Model:
         residual = ops.embedding(step.token_ids, self.weights.embedding)
         delta: Tensor | None = None
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
-            hidden, residual = ops.attention_norm(delta, residual, layer.input_norm, eps)
+            hidden, residual = ops.attention_norm(delta, residual, layer.input_norm, eps, layer.attention)
             attended = self._attention(hidden, layer.attention, layer_cache, step)
             normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
             delta = self._feed_forward(normed, layer)
@@ -74,17 +74,16 @@ class Model:
         top_weights, expert_ids = self.ops.moe_gate(hidden, layer.moe)
         return self.ops.moe_experts(hidden, top_weights, expert_ids, layer.moe, dense)
 
-    def _attention(self, hidden: Tensor, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
+    def _attention(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         ops = self.ops
         if step.prefill is None:
             q_latent, q_rope = ops.mla_prolog(hidden, mla, cache, step)
             return ops.mla_output(self._decode(q_latent, q_rope, mla, cache, step), mla)
 
-        q, kv = ops.mla_project(hidden, mla)
+        q_nope, q_rope, kv = ops.mla_project(hidden, mla)
         written = ops.mla_write_cache(kv, mla, cache, step, output_kv=True)
         assert written is not None
         k_rope, latent = written  # [T, D], [T, L]
-        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         q_rope = ops.interleave_rope(q_rope, step.cos, step.sin)
         first = step.num_decode_tokens
         attended = self._prefill(

@@ -503,18 +503,18 @@ class Ops(ABC):
     # ---- composites ------------------------------------------------------------------------------------------------
 
     def attention_norm(
-        self, x: Tensor | None, residual: Tensor, gamma: Tensor, eps: float
+        self, x: Tensor | None, residual: Tensor, gamma: Tensor, eps: float, mla: Mla
     ) -> tuple[Activation, Tensor]:
         """The norm before attention, whose output only feeds `mla_project` or `mla_prolog`: (normed, new residual).
 
-        x is None before the first layer. A backend may return the rows already quantized.
+        x is None before the first layer. A backend may return the rows already quantized, where `mla` takes them so.
         """
         if x is None:
             return self.rms_norm(residual, gamma, eps), residual
         return self.add_rms_norm(x, residual, gamma, eps)
 
-    def mla_project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor]:
-        """hidden `[T, H]` → (q `[T, N, nope + D]` before rope, kv `[T, L + D]` before norm and rope)."""
+    def mla_project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden `[T, H]` → (q_nope `[T, N, nope]`, q_rope `[T, N, D]`, kv `[T, L + D]`), before norm and rope."""
         weights: MlaWeights = mla
         config = weights.config
         q_width = config.num_heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
@@ -526,17 +526,17 @@ class Ops(ABC):
             q, kv = (self.linear(hidden, linear) for linear in weights.qkv_a)
         if weights.q_b is not None and weights.q_a_norm is not None:
             q = self.linear(self.rms_norm(q, weights.q_a_norm, config.rms_norm_eps), weights.q_b)
-        return q.unflatten(-1, (config.num_heads, config.qk_head_dim)), kv
+        heads = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
+        q_nope, q_rope = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        return q_nope, q_rope, kv
 
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         """All that precedes absorbed attention when every token of the step decodes; writes the cache.
 
         hidden `[T, H]` → (q_latent `[T, N, L]`, q_rope `[T, N, D]`).
         """
-        weights: MlaWeights = mla
-        q, kv = self.mla_project(hidden, mla)
+        q_nope, q_rope, kv = self.mla_project(hidden, mla)
         self.mla_write_cache(kv, mla, cache, step, output_kv=False)
-        q_nope, q_rope = q.split([weights.config.qk_nope_head_dim, weights.config.qk_rope_head_dim], dim=-1)
         return self.mla_absorb(q_nope, mla), self.interleave_rope(q_rope, step.cos, step.sin)
 
     def mla_write_cache(
