@@ -94,3 +94,27 @@ def artifact_config(
         if scheme in _CONFIG_QUANTIZE:
             result[key] = _CONFIG_QUANTIZE[scheme]
     return result
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """npuq/manifest.json, whose presence says that the artifact is finished.
+
+    Raises ArtifactError when it is missing, is not a manifest, or has a format version that this npuq does not know.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path}: missing; this is no finished npuq artifact: run `npuq convert` (again) to make or finish it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: not an artifact manifest ({error}); convert again") from error
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        raise ArtifactError(f"{path}: not an artifact manifest; convert again")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: artifact format {manifest['format_version']!r}; this npuq knows {FORMAT_VERSION}: "
+            "use the npuq that made it, or convert again"
+        )
+    return manifest

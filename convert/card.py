@@ -1,0 +1,134 @@
+"""The model card of an artifact: what it is, how it was made, what it lost, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from .prepare import Origin
+from .recipe import Recipe, Target
+from .report import RoleTotals
+
+# Kept from the source's card: the artifact stands under the source's terms.
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+_ENGINES = """\
+### vLLM-Ascend
+
+```bash
+vllm serve PATH --quantization ascend --trust-remote-code
+```
+
+It finds `quant_model_description.json` by itself; the flag makes it fail early where it cannot. 4-bit experts run with
+tensor parallelism up to 16 unless expert parallelism is on (`--enable-expert-parallel`).
+
+### SGLang
+
+```bash
+python -m sglang.launch_server --model-path PATH --device npu --trust-remote-code --ep-size N
+```
+
+It finds the description by itself. Split experts by expert parallelism (`--ep-size` equal to `--tp-size`): tensor
+parallelism inside the experts adds the bias of `down_proj` once a rank and gives wrong output.
+"""
+
+_MTP_NOTE = """\
+The artifact keeps the multi-token-prediction layers; as SGLang's draft model they need `--quantization modelslim`.
+"""
+
+_NPUQ_ONLY = """\
+This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this layout. Give them the
+source checkpoint, or convert it with the recipe `w4a8` or `w8a8`.
+"""
+
+_LOAD_NPUQ = """\
+### npuq
+
+```python
+import npuq
+
+model = npuq.load("PATH")
+```
+
+```bash
+npuq verify PATH
+npuq generate PATH --prompt "Once upon a time"
+```
+"""
+
+
+def model_card(
+    origin: Origin,
+    recipe: Recipe,
+    totals: Sequence[RoleTotals],
+    mtp_layers: Sequence[int],
+    source_front_matter: Mapping[str, object],
+) -> str:
+    """README.md of an artifact, front matter included. Depends on its arguments alone: no dates, hosts or paths."""
+    front = {key: source_front_matter[key] for key in _INHERITED if key in source_front_matter}
+    quantized = any(total.scheme != "FLOAT" for total in totals)
+    tags = ["npuq", "ascend", "moe", *(["quantized", recipe.name] if quantized else [])]
+    if origin.repo is not None:
+        front |= {"base_model": origin.repo, "base_model_relation": "quantized"}
+    front |= {"library_name": "npuq", "pipeline_tag": "text-generation", "tags": tags}
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {origin.name}, {recipe.name}\n",
+        _summary(origin.name, recipe, totals, mtp_layers),
+        "## Size and error\n",
+        _error_table(totals),
+        "## Loading\n",
+        _LOAD_NPUQ,
+        _ENGINES if recipe.target is Target.ENGINES else _NPUQ_ONLY,
+    ]
+    if recipe.target is Target.ENGINES and mtp_layers:
+        sections.append(_MTP_NOTE)
+    sections += ["## Recipe\n", f"```yaml\n{recipe.to_yaml()}```\n"]
+    return "\n".join(sections)
+
+
+def _summary(
+    source_name: str, recipe: Recipe, totals: Sequence[RoleTotals], mtp_layers: Sequence[int]
+) -> str:
+    before = sum(total.source_bytes for total in totals)
+    after = sum(total.output_bytes for total in totals)
+    methods = "Scales per output channel, symmetric, " + (
+        "of least squared error" if recipe.method.value == "mse" else "from each row's largest value"
+    )
+    lines = [
+        f"`{source_name}` converted by npuq with the recipe `{recipe.name}`: "
+        f"{_size(before)} of weights became {_size(after)} ({after / before:.0%}).",
+    ]
+    if any(total.scheme != "FLOAT" for total in totals):
+        lines.append(f"{methods}; no calibration data. Activations are quantized to 8 bits per token at run time.")
+    if mtp_layers:
+        lines.append(f"Multi-token-prediction layers: {', '.join(map(str, mtp_layers))}.")
+    return "\n".join(lines) + "\n"
+
+
+def _error_table(totals: Sequence[RoleTotals]) -> str:
+    lines = [
+        "Error: √(Σ(w − ŵ)² / Σw²) of the dequantized against the source weights.",
+        "",
+        "| role | scheme | tensors | before | after | error | largest |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for total in totals:
+        errors = "– | –"
+        if total.scheme != "FLOAT":
+            errors = f"{total.relative_error:.2%} | {total.largest_error:.2%}"
+        lines.append(
+            f"| {total.role} | {total.scheme} | {total.tensors} | {_size(total.source_bytes)} | "
+            f"{_size(total.output_bytes)} | {errors} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):  # noqa: B007
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"

@@ -1,0 +1,165 @@
+"""The last step: everything that is not a shard, and the manifest, which makes a directory an artifact, last.
+
+Every file is written whole and synced before the manifest appears, and every step gives the same bytes when it is done
+again: a kill anywhere in here costs the time of these few files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..quant.artifact import (
+    DESCRIPTION_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    ROPE_NAME,
+    artifact_config,
+    description,
+)
+from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME
+from ..quant.rope import rope_tables, save_rope
+from ..quant.schemes import Scheme
+from .architecture import QUANTIZABLE, ROUTED, Role
+from .card import model_card
+from .journal import JobStats, Record
+from .output import partial_path, publish, write_file
+from .pipeline import file_sha256
+from .plan import Job, Plan
+from .prepare import Prepared
+from .report import relative_error, totals_by_role
+from .side_files import card_front_matter, copy_side_files
+
+CARD_NAME = "README.md"
+
+
+def finish(prepared: Prepared, output: Path, record: Record) -> None:
+    """Write everything but the shards; `record` has the statistics of every job and the hash of every shard.
+
+    OSError when the disk refuses; calling it again starts over.
+    """
+    plan, recipe = prepared.plan, prepared.recipe
+    copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
+    _write_rope(prepared, output)
+    totals = totals_by_role(plan.jobs, record.jobs)
+    report = {
+        "recipe": recipe.name,
+        "method": recipe.method.value,
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "copied_unknown_tensors": list(prepared.inventory.unknown),
+        "dropped_tensors": list(prepared.inventory.dropped),
+        "absent_mtp_layers": list(prepared.inventory.absent_mtp_layers),
+        "roles": [total.as_dict() for total in totals],
+    }
+    front_matter = card_front_matter(prepared.checkpoint.directory)
+    card = model_card(prepared.origin, recipe, totals, prepared.inventory.mtp_layers, front_matter)
+    contents = {
+        RECIPE_NAME: recipe.to_yaml().encode(),
+        REPORT_NAME: _json(report),
+        CARD_NAME: card.encode(),
+        INDEX_NAME: _json(_index(plan)),
+        DESCRIPTION_NAME: _json(description(_types(plan))),
+        # Late: without it no loader takes the directory for a model.
+        CONFIG_NAME: _json(_config(prepared)),
+    }
+    for name, content in contents.items():
+        write_file(output, name, content)
+    small = [*prepared.side_files, ROPE_NAME, *contents]
+    write_file(output, MANIFEST_NAME, _json(_manifest(prepared, output, record, small)))
+
+
+def _write_rope(prepared: Prepared, output: Path) -> None:
+    partial = partial_path(output)
+    save_rope(rope_tables(prepared.config), partial)
+    publish(partial, output / ROPE_NAME)
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    slots = [slot for job in plan.jobs for slot in job.outputs]
+    return {
+        "metadata": {"total_size": sum(slot.nbytes for slot in slots)},
+        "weight_map": {slot.name: plan.shards[slot.shard].name for slot in slots},
+    }
+
+
+def _types(plan: Plan) -> dict[str, Scheme]:
+    return {slot.name: job.scheme for job in plan.jobs for slot in job.outputs}
+
+
+def _config(prepared: Prepared) -> dict[str, Any]:
+    jobs = prepared.plan.jobs
+    linears = [job for job in jobs if job.role in QUANTIZABLE - ROUTED and not job.role.startswith("mtp_")]
+    mtp = [job for job in jobs if job.role is Role.MTP_ROUTED_EXPERT]
+    return artifact_config(
+        prepared.checkpoint.config,
+        linear=_common_scheme(linears),
+        experts=_common_scheme(job for job in jobs if job.role is Role.ROUTED_EXPERT),
+        mtp_experts=_common_scheme(mtp) if mtp else None,
+    )
+
+
+def _common_scheme(jobs: Iterable[Job]) -> Scheme:
+    """The scheme of all of them; FLOAT when they differ, so that no engine takes a fast path meant for one scheme."""
+    schemes = {job.scheme for job in jobs}
+    return schemes.pop() if len(schemes) == 1 else Scheme.FLOAT
+
+
+def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[str]) -> dict[str, Any]:
+    plan, config = prepared.plan, prepared.config
+    files = {
+        shard.name: {"size": shard.nbytes, "sha256": record.hashes[number]} for number, shard in enumerate(plan.shards)
+    }
+    for name in small:
+        path = output / name
+        files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    linears = {job.source: _linear(job, record.jobs[job.index]) for job in plan.jobs if job.scheme is not Scheme.FLOAT}
+    origin = prepared.origin
+    return {
+        "format_version": FORMAT_VERSION,
+        "npuq_version": __version__,
+        "source": {
+            "name": origin.name,
+            "repo": origin.repo,
+            "revision": origin.revision,
+            "config_sha256": origin.config_sha256,
+            "index_sha256": origin.index_sha256,
+        },
+        "architecture": {
+            "model_type": config.model_type,
+            "hidden_size": config.hidden_size,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "n_routed_experts": config.n_routed_experts,
+            "mtp_layers": list(prepared.inventory.mtp_layers),
+        },
+        "recipe": {"name": prepared.recipe.name, "sha256": files[RECIPE_NAME]["sha256"]},
+        "conversion": prepared.identity,
+        "totals": {
+            "tensors": sum(len(job.outputs) for job in plan.jobs),
+            "quantized_linears": len(linears),
+            "source_bytes": plan.source_bytes,
+            "output_bytes": plan.output_bytes,
+        },
+        "files": dict(sorted(files.items())),
+        "linears": linears,
+    }
+
+
+def _linear(job: Job, stats: JobStats) -> dict[str, Any]:
+    return {
+        "scheme": job.scheme.value,
+        "method": job.method.value,
+        "relative_error": relative_error(stats.squared_error, stats.squared_norm),
+        "source_bytes": job.source_bytes,
+        "bytes": job.output_bytes,
+    }
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,153 @@
+"""The output directory: whose it is, and whether to start, continue, or stop because all is done.
+
+npuq owns a directory that it created or found empty, and says so with its journal before anything else is written.
+It writes into no other and deletes nothing but its own journal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError, ConversionError
+from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, REPORT_NAME, read_manifest
+from .journal import Journal
+from .shards import sync_directory
+
+JOURNAL_NAME = "progress.jsonl"
+# Every small file is written here first and renamed into place, so that it is whole or absent.
+_PARTIAL_NAME = "partial"
+
+_REMEDY = "give the same arguments as before, or another output directory, or remove this one yourself"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The directory already holds the artifact that was asked for; `report` is its npuq/report.json."""
+
+    report: Mapping[str, Any]
+
+
+def check_separate(source: Path, output: Path) -> None:
+    """Refuse an output directory that is the source, or inside it: ConversionError."""
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConversionError(f"{output}: lies inside the source checkpoint; choose an output directory elsewhere")
+
+
+def claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
+    """Take the output directory for this conversion: its journal, new or continued, or Finished.
+
+    Raises ConversionError when the directory holds anything else, or a conversion with other arguments.
+    """
+    journal = output / OWN_FOLDER / JOURNAL_NAME
+    if output.exists() and not output.is_dir():
+        raise ConversionError(f"{output}: exists and is not a directory; choose another output")
+    if (output / MANIFEST_NAME).exists():
+        return _finished(output, journal, identity)
+    if journal.exists():
+        return _continued(journal, output, identity)
+    if output.exists() and not _is_blank(output):
+        raise ConversionError(
+            f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
+        )
+    try:
+        (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
+        sync_directory(output)
+        write_file(output, f"{OWN_FOLDER}/{JOURNAL_NAME}", Journal.first_line(identity))
+    except OSError as error:
+        raise write_error(output, error) from error
+    return Journal.open(journal)
+
+
+def describe_state(output: Path) -> str:
+    """For a dry run: what a conversion into this directory would find; changes nothing."""
+    if (output / MANIFEST_NAME).exists():
+        return "finished"
+    if (output / OWN_FOLDER / JOURNAL_NAME).exists():
+        return "unfinished"
+    return "new" if not output.exists() or (output.is_dir() and _is_blank(output)) else "foreign"
+
+
+def write_file(output: Path, name: str, content: bytes) -> None:
+    """Write a file of the artifact whole or not at all, and sync it. OSError when the disk refuses."""
+    partial = output / OWN_FOLDER / _PARTIAL_NAME
+    with partial.open("wb") as file:
+        file.write(content)
+    publish(partial, output / name)
+
+
+def partial_path(output: Path) -> Path:
+    """Where to prepare a file that `publish` then moves into place."""
+    return output / OWN_FOLDER / _PARTIAL_NAME
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Sync a prepared file and give it its name: readers see the whole file or none."""
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+    sync_directory(target.parent)
+
+
+def write_error(path: Path, error: OSError) -> ConversionError:
+    """The error for a disk that refuses, with what to do."""
+    return ConversionError(
+        f"{error.filename or path}: cannot be written: {error.strerror or error}; "
+        "make room (or repair the disk) and run the same command: it continues"
+    )
+
+
+def free_bytes(output: Path) -> int:
+    """Free space of the file system that `output` is or will be on."""
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _is_blank(output: Path) -> bool:
+    """Empty, but for what npuq leaves when it is killed before its journal exists."""
+    for entry in output.iterdir():
+        if entry.name != OWN_FOLDER or not entry.is_dir() or any(e.name != _PARTIAL_NAME for e in entry.iterdir()):
+            return False
+    return True
+
+
+def _continued(journal_path: Path, output: Path, identity: Mapping[str, str]) -> Journal:
+    journal = Journal.open(journal_path)
+    difference = _difference(journal.identity, identity)
+    if difference:
+        journal.close()
+        raise ConversionError(f"{output}: holds an unfinished conversion with another {difference}; {_REMEDY}")
+    return journal
+
+
+def _finished(output: Path, journal: Path, identity: Mapping[str, str]) -> Finished:
+    manifest = read_manifest(output)
+    difference = _difference(manifest.get("conversion", {}), identity)
+    if difference:
+        raise ConversionError(f"{output}: holds a finished artifact with another {difference}; {_REMEDY}")
+    for name, entry in manifest["files"].items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise ArtifactError(
+                f"{path}: the finished artifact has lost or changed this file; remove the directory and convert again"
+            )
+    # A kill between the manifest and this removal leaves a journal that nothing needs.
+    journal.unlink(missing_ok=True)
+    return Finished(json.loads((output / REPORT_NAME).read_text(encoding="utf-8")))
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """`recipe (w8a8 there, w4a8 now)` and so on; empty when nothing differs."""
+    keys = dict.fromkeys([*before, *now])
+    return ", ".join(
+        f"{key} ({before.get(key, 'none')} there, {now.get(key, 'none')} now)"
+        for key in keys
+        if before.get(key) != now.get(key)
+    )

@@ -1,0 +1,165 @@
+"""The pipeline: worker threads take jobs in order, the calling thread watches, a syncer keeps the journal true.
+
+Threads, not processes: torch and the file system release the GIL for all of the work, and nothing has to be copied
+between them. Each worker reads, computes and writes; with several of them the three overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ConversionError
+from ..quant.dialects import WeightSource
+from .journal import JobStats, Journal, Record
+from .memory import Budget
+from .plan import Job, Plan
+from .progress import Progress
+from .shards import ShardFiles
+from .syncer import Syncer
+from .worker import Stopped, run_job
+
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Durability:
+    """How often finished work is made stable. A sync costs the disk's time, so it is rare; a kill loses at most this."""
+
+    seconds: float = 10.0
+    max_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class _Done:
+    job: Job
+
+
+@dataclass(frozen=True)
+class _Ended:
+    failure: BaseException | None
+
+
+class _Work:
+    """What is left to do, handed out to workers: shards to hash before jobs, jobs in plan order."""
+
+    def __init__(self, plan: Plan, record: Record):
+        self._lock = threading.Lock()
+        self._jobs = iter([job for job in plan.jobs if job.index not in record.jobs])
+        self._left = [sum(index not in record.jobs for index in shard.jobs) for shard in plan.shards]
+        self._to_hash = [
+            shard for shard, left in enumerate(self._left) if left == 0 and shard not in record.hashes
+        ]
+
+    def next(self) -> Job | int | None:
+        """A job, the index of a finished shard to hash, or None at the end."""
+        with self._lock:
+            return self._to_hash.pop() if self._to_hash else next(self._jobs, None)
+
+    def job_done(self, job: Job) -> None:
+        with self._lock:
+            self._left[job.shard] -= 1
+            if self._left[job.shard] == 0:
+                self._to_hash.append(job.shard)
+
+
+def run_plan(
+    plan: Plan,
+    source: WeightSource,
+    files: ShardFiles,
+    journal: Journal,
+    budget: Budget,
+    durability: Durability,
+    progress: Progress,
+) -> None:
+    """Do every job that the journal does not vouch for, and hash every shard; afterwards the journal has them all.
+
+    Whatever ends it early (an error, a signal's exception in this thread), workers stop at their next chunk and the
+    finished jobs are journaled before the exception goes on.
+    """
+    work, events, stop = _Work(plan, journal.record), queue.Queue[_Done | _Ended](), threading.Event()
+    syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
+
+    def worker() -> None:
+        try:
+            while not stop.is_set() and (task := work.next()) is not None:
+                if isinstance(task, int):
+                    syncer.shard_hashed(task, file_sha256(files.path(task)))
+                    continue
+                stats = run_job(task, source, files, budget.chunk_elements, stop)
+                syncer.job_done(task.index, stats)
+                work.job_done(task)
+                events.put(_Done(task))
+        except Stopped:
+            events.put(_Ended(None))
+        except BaseException as error:  # carried to the calling thread, which raises it
+            events.put(_Ended(error))
+        else:
+            events.put(_Ended(None))
+
+    threads = [threading.Thread(target=worker, name=f"npuq-{number}", daemon=True) for number in range(budget.workers)]
+    with _single_threaded_torch():
+        try:
+            syncer.start()
+            for thread in threads:
+                thread.start()
+            _watch(events, len(threads), syncer, progress)
+        except BaseException:
+            stop.set()
+            _end(threads, syncer)
+            raise
+        syncer.finish()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in small pieces."""
+    digest, buffer = hashlib.sha256(), bytearray(_HASH_CHUNK)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read back: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _watch(events: queue.Queue[_Done | _Ended], workers: int, syncer: Syncer, progress: Progress) -> None:
+    """Report progress until every worker has ended; raise the first failure."""
+    while workers:
+        event = events.get()
+        if isinstance(event, _Done):
+            progress.advance(event.job.source_bytes, event.job.layer)
+        elif event.failure is not None:
+            raise event.failure
+        else:
+            workers -= 1
+        syncer.check()
+
+
+def _end(threads: list[threading.Thread], syncer: Syncer) -> None:
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
+    try:
+        syncer.finish()
+    except ConversionError:
+        # The failure that brought us here is the one to report; what was not journaled is done again.
+        return
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """One torch thread a worker: the workers are the parallelism."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

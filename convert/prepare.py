@@ -1,0 +1,99 @@
+"""Everything that is decided before work starts: open, classify, resolve the recipe, plan, and sign the result."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..quant.artifact import FORMAT_VERSION
+from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from ..quant.dialects import WeightSource
+from ..quant.model_config import ModelConfig
+from .. import __version__
+from .architecture import Inventory, take_inventory
+from .engine_rules import check_engine_rules
+from .plan import Plan, build_plan
+from .recipe import Recipe, load_recipe, resolve
+from .side_files import side_files
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from, as far as its directory tells: a hub repository in a Hugging Face cache, or a name."""
+
+    name: str
+    repo: str | None
+    revision: str | None
+    config_sha256: str
+    index_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion ready to run. `identity` is what an interrupted run and its continuation must share."""
+
+    checkpoint: Checkpoint
+    source: WeightSource
+    config: ModelConfig
+    origin: Origin
+    recipe: Recipe
+    inventory: Inventory
+    plan: Plan
+    side_files: tuple[str, ...]
+    identity: dict[str, str]
+
+
+def prepare(directory: Path, recipe: str | Path, method: str | None, max_shard_size: int) -> Prepared:
+    """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input."""
+    resolved = load_recipe(recipe, method)
+    checkpoint = Checkpoint.open(directory)
+    try:
+        config = ModelConfig.from_dict(checkpoint.config)
+        source = WeightSource(checkpoint)
+        inventory = take_inventory(config, source.weights)
+        assignments = resolve(resolved, inventory.specs)
+        check_engine_rules(resolved, inventory, assignments)
+        plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size)
+        names = tuple(side_files(directory))
+        origin = _origin(directory)
+    except BaseException:
+        checkpoint.close()
+        raise
+    identity = _identity(checkpoint, origin, resolved, max_shard_size)
+    return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, identity)
+
+
+def _origin(directory: Path) -> Origin:
+    path = directory.resolve()
+    repo = revision = None
+    # A Hugging Face cache: models--OWNER--NAME/snapshots/REVISION
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        repo = path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        revision = path.name
+    index = directory / INDEX_NAME
+    return Origin(
+        name=repo or path.name,
+        repo=repo,
+        revision=revision,
+        config_sha256=hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest(),
+        index_sha256=hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None,
+    )
+
+
+def _identity(checkpoint: Checkpoint, origin: Origin, recipe: Recipe, max_shard_size: int) -> dict[str, str]:
+    """What decides every byte of the artifact, in words that a refusal can show."""
+    digest = hashlib.sha256(origin.config_sha256.encode())
+    for info in checkpoint.tensors.values():
+        entry = (info.name, info.dtype, info.shape, info.file.name, info.start, info.end)
+        digest.update(repr(entry).encode())
+    recipe_digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+    return {
+        "source": origin.name if origin.revision is None else f"{origin.name}@{origin.revision}",
+        "source config or tensors": digest.hexdigest()[:16],
+        "recipe": f"{recipe.name} {recipe_digest[:16]}",
+        "method": recipe.method.value,
+        "maximum shard size": str(max_shard_size),
+        "npuq version": __version__,
+        "artifact format": str(FORMAT_VERSION),
+    }

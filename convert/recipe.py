@@ -1,0 +1,244 @@
+"""Recipes: which scheme and method each weight gets, and the rules that every loader of the artifact imposes.
+
+A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
+and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
+`method`). For each setting of a tensor the first matching rule that gives it wins; what no rule matches stays float.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from fnmatch import translate
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import RecipeError
+from ..quant.scales import Method
+from ..quant.schemes import Scheme
+from .architecture import QUANTIZABLE, Role, Spec
+
+NAMED = ("w4a8", "w8a8", "float")
+_RECIPE_KEYS = ("name", "target", "method", "rules")
+_RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
+
+
+class Target(str, Enum):
+    """Who must be able to load the artifact; `engines` includes npuq's own runtime."""
+
+    ENGINES = "engines"
+    NPUQ = "npuq"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Conditions that all must hold (empty: no condition), and the settings given to the tensors that meet them."""
+
+    roles: tuple[Role, ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()  # inclusive ranges
+    names: tuple[str, ...] = ()
+    scheme: Scheme | None = None
+    method: Method | None = None
+
+    def matches(self, spec: Spec) -> bool:
+        """Whether the rule speaks of this tensor.
+
+        A rule that names neither roles nor tensors speaks of the linears that can be quantized, so that "layers 0-3 in
+        W8A8" does not reach for their norms.
+        """
+        if self.roles or not self.names:
+            allowed: Iterable[Role] = self.roles or QUANTIZABLE
+            if spec.role not in allowed:
+                return False
+        if self.layers and not any(spec.layer is not None and a <= spec.layer <= b for a, b in self.layers):
+            return False
+        return not self.names or self._pattern.match(spec.name) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(translate(name) for name in self.names))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read: `method` is what rules without a method of their own use."""
+
+    name: str
+    target: Target
+    method: Method
+    rules: tuple[Rule, ...]
+
+    def to_yaml(self) -> str:
+        """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
+        rules = []
+        for rule in self.rules:
+            entry: dict[str, Any] = {}
+            if rule.roles:
+                entry["roles"] = [str(role) for role in rule.roles]
+            if rule.layers:
+                entry["layers"] = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in rule.layers)
+            if rule.names:
+                entry["names"] = list(rule.names)
+            if rule.scheme is not None:
+                entry["scheme"] = rule.scheme.value
+            if rule.method is not None:
+                entry["method"] = rule.method.value
+            rules.append(entry)
+        content = {"name": self.name, "target": self.target.value, "method": self.method.value, "rules": rules}
+        return yaml.safe_dump(content, sort_keys=False, width=120)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a recipe decided for one tensor; `rule` is the 1-based number of the rule that gave the scheme, 0: none."""
+
+    scheme: Scheme
+    method: Method
+    rule: int
+
+
+def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
+    """A recipe by name (w4a8, w8a8, float) or from a YAML file; `method` replaces its method.
+
+    Raises RecipeError for a missing or malformed file and for unknown keys and values, with the nearest valid one.
+    """
+    if str(recipe) in NAMED:
+        text = (files(__package__) / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        where = f"recipe {recipe}"
+    else:
+        path = Path(recipe)
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            raise RecipeError(f"no recipe named {str(recipe)!r}{_nearest(str(recipe), NAMED)}; or give a .yaml file")
+        text, where = _read_text(path), str(path)
+    parsed = _parse(text, where)
+    if method is not None:
+        return Recipe(parsed.name, parsed.target, _member(Method, method, "method", "--method"), parsed.rules)
+    return parsed
+
+
+def resolve(recipe: Recipe, specs: Mapping[str, Spec]) -> dict[str, Assignment]:
+    """The scheme and method of every tensor, before any loader's rule is applied (see `engine_rules`)."""
+    return {name: _assign(recipe, spec) for name, spec in specs.items()}
+
+
+def _assign(recipe: Recipe, spec: Spec) -> Assignment:
+    scheme, method, number = None, None, 0
+    for position, rule in enumerate(recipe.rules, start=1):
+        if (scheme is not None or rule.scheme is None) and (method is not None or rule.method is None):
+            continue
+        if not rule.matches(spec):
+            continue
+        if scheme is None and rule.scheme is not None:
+            scheme, number = rule.scheme, position
+        method = method or rule.method
+    return Assignment(scheme or Scheme.FLOAT, method or recipe.method, number)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file; named recipes are {', '.join(NAMED)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {error}") from error
+
+
+def _parse(text: str, where: str) -> Recipe:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping with {', '.join(_RECIPE_KEYS)}")
+    _check_keys(content, _RECIPE_KEYS, where)
+    rules = content.get("rules")
+    if not isinstance(rules, list):
+        raise RecipeError(f"{where}: 'rules' must be a list (empty: everything stays float)")
+    name = content.get("name", Path(where).stem)
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise RecipeError(f"{where}: 'name' must be a line of text")
+    return Recipe(
+        name=name,
+        target=_member(Target, content.get("target", "engines"), "target", where),
+        method=_member(Method, content.get("method", "mse"), "method", where),
+        rules=tuple(_parse_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, start=1)),
+    )
+
+
+def _parse_rule(rule: Any, where: str) -> Rule:
+    if not isinstance(rule, dict):
+        raise RecipeError(f"{where}: a rule is a mapping with {', '.join(_RULE_KEYS)}")
+    _check_keys(rule, _RULE_KEYS, where)
+    if rule.get("scheme") is None and rule.get("method") is None:
+        raise RecipeError(f"{where}: gives neither a scheme nor a method")
+    return Rule(
+        roles=tuple(_member(Role, role, "role", where) for role in _strings(rule.get("roles"), "roles", where)),
+        layers=_ranges(rule.get("layers"), where),
+        names=_strings(rule.get("names"), "names", where),
+        scheme=None if rule.get("scheme") is None else _scheme(rule["scheme"], where),
+        method=None if rule.get("method") is None else _member(Method, rule["method"], "method", where),
+    )
+
+
+def _check_keys(content: Mapping[Any, Any], valid: tuple[str, ...], where: str) -> None:
+    for key in content:
+        if key not in valid:
+            raise RecipeError(f"{where}: unknown key {key!r}{_nearest(str(key), valid)}")
+
+
+def _strings(value: Any, key: str, where: str) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if values is None:
+        return ()
+    if not isinstance(values, list) or not values or not all(isinstance(item, str) and item for item in values):
+        raise RecipeError(f"{where}: {key!r} must be text or a list of texts")
+    return tuple(values)
+
+
+def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
+    if value is None:
+        return ()
+    parts = value if isinstance(value, list) else str(value).split(",")
+    ranges = []
+    for part in parts:
+        found = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", str(part))
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise RecipeError(f"{where}: layers {value!r} is not a list of layers and ranges such as 0-3,7")
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+def _scheme(value: Any, where: str) -> Scheme:
+    """A scheme by its full name or without `_DYNAMIC`, in any case."""
+    short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme}
+    found = short.get(str(value).upper().removesuffix("_DYNAMIC"))
+    if found is None:
+        raise RecipeError(f"{where}: unknown scheme {value!r}{_nearest(str(value).upper(), tuple(Scheme))}")
+    return found
+
+
+Member = TypeVar("Member", bound=Enum)
+
+
+def _member(kind: type[Member], value: Any, what: str, where: str) -> Member:
+    try:
+        return kind(value)
+    except ValueError:
+        valid = tuple(str(member.value) for member in kind)
+        raise RecipeError(f"{where}: unknown {what} {value!r}{_nearest(str(value), valid)}") from None
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    words = [str(word) for word in valid]
+    close = get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(words)}"

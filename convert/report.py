@@ -1,0 +1,70 @@
+"""What a conversion did, in numbers: errors and bytes by role, for the report, the model card and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+from ..quant.schemes import Scheme
+from .journal import JobStats
+from .plan import Job
+
+
+@dataclass
+class RoleTotals:
+    """Sums over all tensors of one role and scheme."""
+
+    role: str
+    scheme: str
+    tensors: int = 0
+    parameters: int = 0
+    source_bytes: int = 0
+    output_bytes: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    largest_error: float = 0.0
+    largest_error_tensor: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """√(Σ (w − ŵ)² / Σ w²) over the role; 0 for float."""
+        return relative_error(self.squared_error, self.squared_norm)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "role": self.role,
+            "scheme": self.scheme,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "relative_error": self.relative_error,
+            "largest_error": self.largest_error,
+            "largest_error_tensor": self.largest_error_tensor,
+        }
+
+
+def relative_error(squared_error: float, squared_norm: float) -> float:
+    """√(squared_error / squared_norm); 0 for an all-zero weight, which every scheme stores exactly."""
+    return sqrt(squared_error / squared_norm) if squared_norm else 0.0
+
+
+def totals_by_role(jobs: Iterable[Job], stats: Mapping[int, JobStats]) -> list[RoleTotals]:
+    """Totals by role and scheme, largest first; error fields stay 0 where `stats` has nothing (a dry run)."""
+    totals: dict[tuple[str, Scheme], RoleTotals] = {}
+    for job in jobs:
+        total = totals.setdefault((job.role.value, job.scheme), RoleTotals(job.role.value, job.scheme.value))
+        total.tensors += 1
+        total.parameters += job.rows * job.columns
+        total.source_bytes += job.source_bytes
+        total.output_bytes += job.output_bytes
+        found = stats.get(job.index)
+        if found is None:
+            continue
+        total.squared_error += found.squared_error
+        total.squared_norm += found.squared_norm
+        error = relative_error(found.squared_error, found.squared_norm)
+        if error > total.largest_error:
+            total.largest_error, total.largest_error_tensor = error, job.source
+    return sorted(totals.values(), key=lambda total: (-total.source_bytes, total.role, total.scheme))

@@ -1,0 +1,100 @@
+"""One job, executed: read rows, quantize them, write each result into its slot, in chunks of bounded size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from math import lcm
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConversionError
+from ..quant.dialects import WeightSource
+from ..quant.safetensors import DTYPES
+from ..quant.scales import NonFiniteError
+from ..quant.schemes import Scheme, quantize_rows
+from .architecture import Role
+from .journal import JobStats
+from .plan import Job, Slot
+from .shards import ShardFiles
+
+
+class Stopped(Exception):
+    """A job was abandoned because the conversion is ending; it will be done again."""
+
+
+def run_job(
+    job: Job, source: WeightSource, files: ShardFiles, chunk_elements: int, stop: threading.Event
+) -> JobStats:
+    """Convert one tensor, at most about `chunk_elements` values at a time, and return its error sums.
+
+    Raises CheckpointError for infinities and NaN in the source, ConversionError when the disk refuses, Stopped when
+    `stop` is set between chunks.
+    """
+    squared_error = np.zeros(job.rows)
+    squared_norm = np.zeros(job.rows)
+    for start, end in row_chunks(job, chunk_elements, source.block_rows):
+        if stop.is_set():
+            raise Stopped
+        if job.scheme is Scheme.FLOAT:
+            _write(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
+            continue
+        rows = source.rows_float32(job.source, start, end)
+        try:
+            quantized = quantize_rows(rows, job.scheme, job.method, row_parallel=job.row_parallel)
+        except NonFiniteError as error:
+            raise _not_finite(job, source) from error
+        for slot in job.outputs:
+            _write(files, job, slot, start, quantized.tensors[slot.suffix])
+        squared_error[start:end] = quantized.squared_error.numpy()
+        squared_norm[start:end] = quantized.squared_norm.numpy()
+    # One sum over all rows, however they were chunked: the result does not depend on the chunks.
+    return JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+
+
+def row_chunks(job: Job, chunk_elements: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of at most `chunk_elements` values (two rows at least), whole FP8 blocks where they fit.
+
+    Always an even number of rows but for the last: two output rows share a byte of int4.
+    """
+    rows = max(2, chunk_elements // max(1, job.columns))
+    granule = lcm(block_rows, 2)
+    rows -= rows % (granule if rows >= granule else 2)
+    for start in range(0, job.rows, rows):
+        yield start, min(start + rows, job.rows)
+
+
+def _float_rows(job: Job, source: WeightSource, start: int, end: int) -> Tensor:
+    target = DTYPES[job.outputs[0].dtype]
+    if not job.shape:
+        rows = source.checkpoint.read(job.source)
+    elif target is torch.float32:
+        rows = source.rows_float32(job.source, start, end)
+    else:
+        rows = source.rows_float(job.source, start, end)
+    # Unknown tensors may hold anything; in a known one an infinity is damage.
+    if job.role is not Role.OTHER and not torch.isfinite(rows).all():
+        raise _not_finite(job, source)
+    return rows
+
+
+def _write(files: ShardFiles, job: Job, slot: Slot, start: int, data: Tensor) -> None:
+    # Exact: `start` is even, and a row of the source is a whole number of half bytes in every output.
+    offset = slot.start + slot.nbytes * start // max(1, job.rows)
+    buffer = data.contiguous().reshape(-1).view(torch.uint8).numpy()
+    try:
+        files.write(slot.shard, offset, memoryview(buffer))
+    except OSError as error:
+        raise ConversionError(
+            f"{files.path(slot.shard)}: cannot write {slot.name!r}: {error.strerror}; "
+            "make room (or repair the disk) and run the same command: it continues"
+        ) from error
+
+
+def _not_finite(job: Job, source: WeightSource) -> CheckpointError:
+    file = source.checkpoint.tensors[job.source].file
+    return CheckpointError(
+        f"{file}: tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch that shard again"
+    )
