@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence as Tokens
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import GenerationError
 from .block_manager import BlockManager
 from .model import Model
-from .ops import Step
 from .sampler import SamplingParams
 from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
@@ -102,7 +103,11 @@ class Engine:
         logits, order = self._run(chunks)
         ordered = [scheduled[index] for index in order]
         sampling = [work.sequence for work in ordered if work.samples]
-        new = [NewToken(sequence, self._sample(sequence, row)) for sequence, row in zip(sampling, logits, strict=True)]
+        rows = logits.to("cpu", torch.float32)
+        new = [
+            NewToken(sequence, sequence.sampler.next_token(row, sequence.tokens))
+            for sequence, row in zip(sampling, rows, strict=True)
+        ]
         self._advance(ordered, time.perf_counter() - started)
         for token in new:
             self._append(token)
@@ -134,3 +139,66 @@ class Engine:
                 batch.append(tokens)
         if batch:
             yield from self._logits_of_batch(batch)
+
+    def _logits_of_batch(self, batch: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+        # Whole sequences in one step need nothing cached.
+        logits, order = self._run([Chunk(tokens, 0, (), all_rows=True) for tokens in batch])
+        parts = dict(zip(order, logits.split([len(batch[index]) for index in order]), strict=True))
+        yield from (parts[index] for index in range(len(batch)))
+
+    def _logits_by_chunks(self, tokens: Tokens[int]) -> Tensor:
+        blocks = self.blocks.allocate(self.blocks.blocks_for(len(tokens)))
+        if blocks is None:
+            raise GenerationError("the cache is in use; finish what is being generated before asking for logits")
+        size = self.config.max_num_batched_tokens
+        try:
+            chunks = [
+                Chunk(tokens[start : start + size], start, blocks, all_rows=True)
+                for start in range(0, len(tokens), size)
+            ]
+            return torch.cat([self._run([chunk])[0] for chunk in chunks])
+        finally:
+            self.blocks.release(blocks)
+
+    def _run(self, chunks: Tokens[Chunk]) -> tuple[Tensor, list[int]]:
+        step, order = self._builder.build(chunks)
+        return self.model.forward(step, self._cache), order
+
+    def _advance(self, scheduled: Tokens[Scheduled], seconds: float) -> None:
+        for work in scheduled:
+            if work.sequence.is_decoding:
+                work.sequence.decode_seconds += seconds
+            else:
+                work.sequence.prefill_seconds += seconds
+            work.sequence.num_cached += work.count
+
+    def _append(self, new: NewToken) -> None:
+        sequence = new.sequence
+        sequence.tokens.append(new.token)
+        if new.token in self._eos_ids and not sequence.params.ignore_eos:
+            self.finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.max_tokens:
+            self.finish(sequence, "length")
+
+    def _check_tokens(self, tokens: Tokens[int]) -> None:
+        if not tokens:
+            raise GenerationError("the prompt is empty: it has no tokens to continue")
+        vocabulary = self.model.config.vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise GenerationError(
+                f"token id {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the model's vocabulary of "
+                f"{vocabulary}; does the tokenizer belong to this model?"
+            )
+
+
+def _num_blocks(model: Model, max_position: int, config: EngineConfig) -> int:
+    """As many blocks as the memory holds, but no more than all sequences together can fill."""
+    shape = model.config
+    token_bytes = shape.num_hidden_layers * (shape.kv_lora_rank + shape.qk_rope_head_dim) * model.ops.dtype.itemsize
+    affordable = config.kv_cache_bytes // (token_bytes * config.block_size)
+    if affordable < 1:
+        raise GenerationError(
+            f"kv_cache_bytes {config.kv_cache_bytes} holds no block; one of {config.block_size} tokens takes "
+            f"{token_bytes * config.block_size}"
+        )
+    return min(affordable, config.max_num_seqs * -(-max_position // config.block_size))

@@ -25,7 +25,7 @@ def nd_from_nz(blocks: Tensor) -> Tensor:
 
 
 def write_nz(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """Put `rows` `[T, D]` at `slots` int64 `[T]` of a cache `[blocks, D/16, block_size, 16]`; negative ones are skipped."""
+    """Put rows `[T, D]` at slots int64 `[T]` of a cache `[blocks, D/16, block_size, 16]`; skip the negative ones."""
     block_size = cache.shape[2]
     kept = slots >= 0
     slots, rows = slots[kept], rows[kept]

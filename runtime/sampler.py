@@ -61,11 +61,10 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def next_token(self, logits: Tensor, context: Sequence[int]) -> int:
-        """The next token from float logits `[vocab]`; `context` are the prompt's and the generated tokens so far.
+        """The next token from float32 logits `[vocab]` on the host; `context`: the prompt's and the generated tokens.
 
         Raises GenerationError when the logits hold no number to choose from.
         """
-        logits = logits.to("cpu", torch.float32)
         params = self._params
         if params.repetition_penalty != 1:
             logits = _penalise(logits, context, params.repetition_penalty)

@@ -71,7 +71,7 @@ class Scheduler:
         for sequence in list(self._running):
             if sequence.is_decoding and sequence in self._running:
                 self._grow(sequence)
-        return [sequence for sequence in self._running if sequence.is_decoding][: self._budget]
+        return [sequence for sequence in self._running if sequence.is_decoding]
 
     def _grow(self, sequence: Sequence) -> None:
         missing = self._blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
-from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME
-from ..quant.checkpoint import Checkpoint, read_json
+from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, read_description
+from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
 from ..quant.rope import RopeTables, load_rope, rope_tables
@@ -66,7 +66,7 @@ class ArtifactStore:
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._path = checkpoint.directory / DESCRIPTION_NAME
-        self._description: Mapping[str, object] = read_json(self._path)
+        self._description: Mapping[str, Scheme] = read_description(checkpoint.directory) or {}
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         return self._view(name, _FLOAT_CODES, shape)
@@ -87,13 +87,10 @@ class ArtifactStore:
         return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs // 2, inputs)), scale, bias)
 
     def _scheme(self, name: str) -> Scheme:
-        value = self._description.get(name)
-        if value is None:
+        scheme = self._description.get(name)
+        if scheme is None:
             raise ArtifactError(f"{self._path}: no entry for {name!r}; convert the checkpoint again")
-        if value not in [scheme.value for scheme in Scheme]:
-            known = ", ".join(scheme.value for scheme in Scheme)
-            raise ArtifactError(f"{self._path}: {name!r} has scheme {value!r}; npuq runs {known}")
-        return Scheme(str(value))
+        return scheme
 
     def _view(self, name: str, codes: Sequence[str], shape: tuple[int, ...]) -> Tensor:
         info = self._checkpoint.tensors.get(name)

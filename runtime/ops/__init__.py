@@ -322,7 +322,9 @@ class Ops(ABC):
         schemes = {part.scheme for parts in experts for part in parts}
         if len(schemes) != 1:
             names = f"{experts[0][0].name} … {experts[-1][-1].name}"
-            raise ArtifactError(f"a layer's routed experts must share one scheme, found {sorted(s.value for s in schemes)}: {names}")
+            raise ArtifactError(
+                f"a layer's routed experts must share one scheme, found {sorted(s.value for s in schemes)}: {names}"
+            )
         make = {
             Scheme.FLOAT: self.float_experts,
             Scheme.W8A8: self.w8a8_experts,

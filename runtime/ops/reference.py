@@ -6,10 +6,12 @@ three quantizers differ on purpose (half-even of x·(127/m), half-away of x/(m/1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,7 +83,13 @@ class ReferenceOps(Ops):
         self, num_layers: int, num_blocks: int, block_size: int, kv_lora_rank: int, rope_dim: int
     ) -> tuple[LayerCache, ...]:
         def pool(channels: int) -> Tensor:
-            return torch.zeros(num_blocks, channels // CHANNELS, block_size, CHANNELS, dtype=self.dtype)
+            shape = (num_blocks, channels // CHANNELS, block_size, CHANNELS)
+            # numpy's zeros come from calloc: the pages of blocks that are never used are never touched.
+            return (
+                torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8))
+                .view(self.dtype)
+                .view(shape)
+            )
 
         return tuple(LayerCache(pool(kv_lora_rank), pool(rope_dim), block_size) for _ in range(num_layers))
 
@@ -302,8 +310,6 @@ def _keep_best_groups(choice: Tensor, gating: Gating) -> Tensor:
 def _split(x: Activation, group_list: Tensor) -> Iterator[Activation]:
     sizes = group_list.tolist()
     if isinstance(x, Quantized):
-        yield from (
-            Quantized(*pair) for pair in zip(x.codes.split(sizes), x.scale.split(sizes), strict=True)
-        )
+        yield from (Quantized(*pair) for pair in zip(x.codes.split(sizes), x.scale.split(sizes), strict=True))
     else:
         yield from x.split(sizes)

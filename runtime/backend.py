@@ -1,0 +1,49 @@
+"""Which set of operators runs: by name, or the best that this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from ..errors import BackendError
+from .ops import Ops
+
+BACKENDS = ("auto", "cpu", "reference", "ascend")
+
+
+def make_ops(backend: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> Ops:
+    """The operators of a backend. `auto` is ascend where an NPU is there, else cpu.
+
+    dtype: the compute dtype; None takes the backend's own (float32 on the CPU, bfloat16 on Ascend). device: which NPU,
+    like "npu:0". Raises BackendError for a backend that is unknown or not available here.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "ascend" if _has_npu() else "cpu"
+    if backend == "ascend":
+        from .ops.ascend import AscendOps
+
+        return AscendOps(dtype=dtype or torch.bfloat16, device=device or "npu:0")
+    if device not in (None, "cpu"):
+        raise BackendError(f"backend {backend} runs on the CPU, not on {device!r}")
+    if backend == "reference":
+        from .ops.reference import ReferenceOps
+
+        return ReferenceOps(dtype or torch.float32)
+    from .ops.cpu import CpuOps
+
+    return CpuOps(dtype or torch.float32)
+
+
+def _has_npu() -> bool:
+    """Whether torch_npu is installed and sees a device; false where it cannot be imported, as without CANN."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        import torch_npu  # noqa: F401
+
+        return bool(torch.npu.is_available())
+    except (ImportError, OSError, RuntimeError):
+        return False
