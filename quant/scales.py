@@ -1,11 +1,10 @@
 """Scale search: one float32 scale for each output row, and the codes that follow from it.
 
-`minmax` puts the largest magnitude on the largest code. `mse` minimizes the squared error of the row: for int4 it is
-the exact optimum over all scales (`optimal_int4`); for int8, where the error is nearly flat around min-max, it is the
-best of a fine grid of scales and of the iterative search s ← Σ w·q / Σ q² from min-max, run to its end.
+`minmax` puts the largest magnitude on the largest code. `mse` takes the scale of least squared error, the exact optimum
+over all scales (`optimal_scale`): no search from any start does better on any row.
 
-A candidate is judged by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, not by float sums whose value
-depends on their order. So the scales do not depend on how rows are grouped, on threads, or on which implementation
+Scales are judged by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, not by float sums whose value
+depends on their order. So the result does not depend on how rows are grouped, on threads, or on which implementation
 (torch here, native elsewhere) did the work.
 """
 
@@ -17,18 +16,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .optimal_int4 import optimal_int4
+from .optimal_scale import optimal_scale
 
 FIXED_POINT_BITS = 23
 # Rows whose largest magnitude is below this are stored as zeros with scale 1: their scale's inverse would overflow.
 TINY = 2.0**-100
-
-# int8 candidates as ratios to the min-max scale: 1.02 to 0.92 finely, for the optimum nearly always lies there, then
-# coarsely down to 0.5 for rows with a single far outlier.
-_INT8_RATIOS = [1.02 - 0.0025 * i for i in range(41)] + [0.90 - 0.02 * i for i in range(21)]
-_ITERATIONS = 50
-_REFINEMENTS = 8
-_INT8_BLOCK_ELEMENTS = 1 << 16
 
 
 class Method(str, Enum):
@@ -72,7 +64,7 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
     if method is Method.MINMAX:
         scale = largest / (2 ** (bits - 1) - 1)
     else:
-        a, b = optimal_int4(fixed) if bits == 4 else _search_int8(fixed)
+        a, b = optimal_scale(fixed, bits)
         unit = exponent - FIXED_POINT_BITS
         scale = torch.ldexp(a.to(torch.float64) / b.clamp(min=1).to(torch.float64), unit).to(torch.float32)
     scale = scale.where(~tiny, 1.0)
@@ -100,7 +92,7 @@ def _codes(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _sums(fixed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ w·q and Σ q² as exact int64 [R]: float64 holds every partial sum, as both stay below 2**53."""
+    """Σ w·q and Σ q² as exact int64 [R]: float64 holds every partial sum, all below 2**53."""
     real = codes.to(torch.float64)[:, :, None]
     a = torch.bmm(fixed.to(torch.float64)[:, None, :], real)
     b = torch.bmm(real.mT, real)
@@ -115,54 +107,3 @@ def _squared_error(fixed: Tensor, codes: Tensor, scale: Tensor, exponent: Tensor
     error = (norm - 2 * sigma * a + sigma * sigma * b).clamp(min=0)
     unit = 2 * (exponent - FIXED_POINT_BITS)
     return torch.ldexp(error, unit), torch.ldexp(norm, unit)
-
-
-class _Int8Search:
-    """The best (Σ w·q, Σ q²) of each row over the candidates tried."""
-
-    def __init__(self, fixed: Tensor):
-        self.fixed = fixed.to(torch.float64)
-        self.real = fixed.to(torch.float32)  # exact: magnitudes are at most 2**23
-        rows = fixed.shape[0]
-        self.a = torch.zeros(rows, dtype=torch.int64)
-        self.b = torch.zeros(rows, dtype=torch.int64)
-        self.score = torch.zeros(rows, dtype=torch.float64)
-
-    def offer(self, scale: Tensor, rows: Tensor) -> Tensor:
-        """Try float32 scales [M] on rows [M]; returns the refitted scales Σ w·q / Σ q²."""
-        codes = _codes(self.real[rows], scale, bits=8)
-        a, b = _sums(self.fixed[rows], codes)
-        real_a, real_b = a.to(torch.float64), b.clamp(min=1).to(torch.float64)
-        score = real_a * real_a / real_b
-        better = score > self.score[rows]
-        chosen = rows[better]
-        self.a[chosen], self.b[chosen], self.score[chosen] = a[better], b[better], score[better]
-        return (real_a / real_b).to(torch.float32)
-
-    def iterate(self, scale: Tensor, rows: Tensor, rounds: int) -> None:
-        """Refit and requantize until the scale repeats, at most `rounds` times."""
-        for _ in range(rounds):
-            refitted = self.offer(scale, rows)
-            moving = refitted != scale
-            scale, rows = refitted[moving], rows[moving]
-            if not rows.numel():
-                return
-
-
-def _search_int8(fixed: Tensor) -> tuple[Tensor, Tensor]:
-    # Some hundred passes over the same rows: in blocks that stay in cache.
-    rows_per_block = max(1, _INT8_BLOCK_ELEMENTS // max(1, fixed.shape[1]))
-    parts = [_search_int8_block(block) for block in fixed.split(rows_per_block)]
-    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
-
-
-def _search_int8_block(fixed: Tensor) -> tuple[Tensor, Tensor]:
-    search = _Int8Search(fixed)
-    rows = fixed.any(1).nonzero().flatten()
-    start = fixed[rows].abs().amax(1).to(torch.float32) / 127 if rows.numel() else torch.zeros(0)
-    search.iterate(start, rows, _ITERATIONS + 1)
-    for ratio in _INT8_RATIOS:
-        search.offer(start * torch.tensor(ratio, dtype=torch.float32), rows)
-    best = (search.a[rows].to(torch.float64) / search.b[rows].to(torch.float64)).to(torch.float32)
-    search.iterate(best, rows, _REFINEMENTS)
-    return search.a, search.b

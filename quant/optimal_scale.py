@@ -1,10 +1,10 @@
-"""The exact scale of least squared error for int4 rows.
+"""The exact scale of least squared error for a row of int4 or int8 codes.
 
 For a row w and codes q, the best scale is A / B with A = Σ w·q and B = Σ q², and it leaves the error Σ w² − A² / B. So
 the row's optimum is the largest A² / B over all codes that rounding by some scale s can give. As s falls, each element
 climbs from code m − 1 to m when |w| reaches (m − ½)·s: A grows by |w| and B by 2m − 1. Walking these breakpoints in
-order visits every state, 8 for each weight. The search below visits only those that can hold the optimum, and finds
-it all the same:
+order visits every state, as many for each weight as there are codes. The search below visits only those that can
+hold the optimum, and finds it all the same:
 
 - Between two scales s_hi > s_lo whose states are (A_hi, B_hi) and (A_lo, B_lo), a state that took β of the
   B_lo − B_hi has taken α ≤ β·s_hi / 2 of A, because every breakpoint in between has |w| = (2m − 1)/2 · s with s ≤ s_hi;
@@ -21,65 +21,84 @@ A and B are exact sums: the result depends on no order of summation, so that any
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LEVELS = 8  # codes −8..7: a negative weight has eight breakpoints, a positive one seven
-
-# 2 · lcm(1, 3, …, 15): |w| · UNIT / (2m − 1) is a whole number for every m, in the same unit for all of them.
-UNIT = 90090
+# Breakpoints are told apart by κ = ⌊|w| · UNIT / (2m − 1)⌋, half the scale in a fixed unit. Two different quotients
+# with denominators up to 255 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
+UNIT = 1 << 17
 _ROW_SHIFT = 24  # magnitudes are below 2**24: `row << 24 | magnitude` orders a whole block of rows at once
-_BLOCK_ELEMENTS = 1 << 20
+_KAPPA_BITS = _ROW_SHIFT + 17
 
-# First grid: ratios to the largest scale with a code other than 0 (2 · max|w|). Coarse down to 1.4 · max|w| / 7, where
-# the optimum of a row with more than a few weights never lies, then in steps of 1 %.
-_COARSE = 1.05 ** -torch.arange(48, dtype=torch.float64)
-_FINE_STEP = 1.01
 _FINE_BLOCK = 64
 _SUBDIVISIONS = 8
 # Float64 rounding of A² / B is below this: a bound within it of the best may hide the best.
 _SLACK = 1 - 1e-12
 
 
-def optimal_int4(weights: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Grid:
+    """How a code width is searched. `levels` breakpoints a negative weight has; a positive one has one less.
+
+    The grid goes from the largest scale with a code other than 0, 2 · max|w|, in steps of `coarse` down to `turn` times
+    the min-max scale, and from there, where optima lie, in steps of `fine` until clipping alone rules the rest out. The
+    steps balance look-ups against the bound's slack, half the step squared, which must be small beside the relative
+    error that the codes leave (about 1 % for int4, 0.01 % for int8).
+    """
+
+    levels: int
+    coarse: float
+    turn: float
+    fine: float
+    block_elements: int
+    block_rows: int
+
+
+_GRIDS = {
+    4: _Grid(levels=8, coarse=1.05, turn=1.4, fine=1.01, block_elements=1 << 20, block_rows=4096),
+    8: _Grid(levels=128, coarse=1.02, turn=1.1, fine=1.001, block_elements=1 << 19, block_rows=128),
+}
+
+
+def optimal_scale(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The best state of each row: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B. Zero rows give (0, 0).
 
-    `weights` int32 [R, K], |w| < 2**24, K ≤ 2**17. Of states with equal A² / B (in float64) the one of smallest B
-    (largest scale) is taken.
+    `weights` int32 [R, K], |w| < 2**24, K ≤ 2**17; `bits` 4 or 8. Of states with equal A² / B (in float64) the one of
+    smallest B (largest scale) is taken.
     """
-    rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, weights.shape[1]))
-    parts = [_optimal_block(block) for block in weights.split(rows_per_block)]
-    if not parts:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return empty, empty
+    grid = _GRIDS[bits]
+    rows_per_block = max(1, min(grid.block_rows, grid.block_elements // max(1, weights.shape[1])))
+    parts = [_optimal_block(block, grid) for block in weights.split(rows_per_block)]
     return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
-def _optimal_block(weights: Tensor) -> tuple[Tensor, Tensor]:
-    table = _SortedRows(weights)
+def _optimal_block(weights: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    table = _SortedRows(weights, grid.levels)
     best = _Best(weights.shape[0])
     live = torch.nonzero(table.largest).flatten()
-    intervals = _first_grid(table, best, live)
-    intervals = intervals.keep(best)
+    intervals = _first_grid(table, best, live, grid).keep(best)
     intervals = _subdivide(table, best, intervals).keep(best)
     _walk(table, best, intervals)
     return best.a, best.b
 
 
 class _SortedRows:
-    """Magnitudes of a block of rows, sorted, with running sums, so that the state at any scale is 16 look-ups."""
+    """Magnitudes of a block of rows, sorted, with running sums, so that the state at any scale is a few look-ups."""
 
-    def __init__(self, weights: Tensor):
+    def __init__(self, weights: Tensor, levels: int):
         rows, columns = weights.shape
+        self.levels = levels
+        self.odd = torch.arange(1, 2 * levels, 2)
         magnitude = weights.abs()
         self.columns = columns
         self.largest = magnitude.amax(1).to(torch.int64) if columns else torch.zeros(rows, dtype=torch.int64)
         self.squares = (weights.to(torch.int64) ** 2).sum(1)
         self._keys, self._sums = self._sorted(magnitude)
-        # Only negative weights reach code 8: positive ones become zeros, which never pass a threshold.
+        # Only negative weights reach the last code: positive ones become zeros, which never pass a threshold.
         self._negative_keys, self._negative_sums = self._sorted(magnitude.where(weights < 0, 0))
 
     def _sorted(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,10 +113,9 @@ class _SortedRows:
         return keys & ((1 << _ROW_SHIFT) - 1)
 
     def positions(self, rows: Tensor, kappa: Tensor) -> Tensor:
-        """int64 [..., 8]: for each breakpoint order m the first sorted position at or above it."""
-        odd = torch.arange(1, 2 * LEVELS, 2)
+        """int64 [..., levels]: for each breakpoint order m the first sorted position at or above it."""
         # |w| · UNIT / (2m − 1) ≥ κ; the quotient is rounded up, in integers.
-        threshold = -torch.div(-kappa[..., None] * odd, UNIT, rounding_mode="floor")
+        threshold = -torch.div(-kappa[..., None] * self.odd, UNIT, rounding_mode="floor")
         keys = (rows[..., None] << _ROW_SHIFT) + threshold.clamp(max=(1 << _ROW_SHIFT) - 1)
         found = torch.empty_like(keys)
         found[..., :-1] = torch.searchsorted(self._keys, keys[..., :-1].contiguous())
@@ -107,19 +125,18 @@ class _SortedRows:
     def state(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """A and B, int64 [...], when every breakpoint from `positions` up has been passed."""
         end = (rows + 1) * self.columns
-        a = LEVELS * self._sums[end] - self._sums[positions].sum(-1) + self._sums[positions[..., -1]]
-        a += self._negative_sums[end] - self._negative_sums[positions[..., -1]] - self._sums[end]
-        odd = torch.arange(1, 2 * LEVELS, 2)
-        return a, ((end[..., None] - positions) * odd).sum(-1)
+        a = (self.levels - 1) * self._sums[end] - self._sums[positions[..., :-1]].sum(-1)
+        a += self._negative_sums[end] - self._negative_sums[positions[..., -1]]
+        return a, ((end[..., None] - positions) * self.odd).sum(-1)
 
     def clipped_error(self, rows: Tensor, kappa: Tensor) -> Tensor:
-        """float64: a lower bound, by Cauchy-Schwarz, of Σ (|w| − 8s)² over |w| > 8s: (Σ|w| − 8s·n)² / n."""
-        scale = kappa.to(torch.float64) * (2 / UNIT)
-        threshold = (8 * scale).ceil().clamp(max=(1 << _ROW_SHIFT) - 1).to(torch.int64)
+        """float64: a lower bound of Σ (|w| − c·s)² over |w| > c·s with the last code c: (Σ|w| − c·s·n)² / n."""
+        limit = kappa.to(torch.float64) * (2 * self.levels / UNIT)
+        threshold = limit.ceil().clamp(max=(1 << _ROW_SHIFT) - 1).to(torch.int64)
         start = torch.searchsorted(self._keys, (rows << _ROW_SHIFT) + threshold)
         end = (rows + 1) * self.columns
         count = (end - start).to(torch.float64)
-        excess = (self._sums[end] - self._sums[start]).to(torch.float64) - 8 * scale * count
+        excess = (self._sums[end] - self._sums[start]).to(torch.float64) - limit * count
         return torch.where(count > 0, excess.clamp(min=0) ** 2 / count.clamp(min=1), 0.0)
 
 
@@ -200,11 +217,13 @@ def _bound(kappa_hi: Tensor, kappa_lo: Tensor, a_hi: Tensor, a_lo: Tensor, b_hi:
     return torch.maximum(kink, torch.maximum(_score(a_hi, b_hi), _score(a_lo, b_lo)))
 
 
-def _first_grid(table: _SortedRows, best: _Best, rows: Tensor) -> _Intervals:
+def _first_grid(table: _SortedRows, best: _Best, rows: Tensor, grid: _Grid) -> _Intervals:
     top = table.largest[rows] * UNIT  # κ of the first breakpoint: the largest weight reaches code 1
-    kappa = (top[:, None].to(torch.float64) * _COARSE).to(torch.int64).clamp(min=1)
+    span = 2 * (grid.levels - 1) / grid.turn
+    coarse = grid.coarse ** -torch.arange(math.ceil(math.log(span, grid.coarse)) + 1, dtype=torch.float64)
+    kappa = (top[:, None].to(torch.float64) * coarse).to(torch.int64).clamp(min=1)
     found = [_intervals(table, best, rows, kappa)]
-    steps = _FINE_STEP ** -torch.arange(_FINE_BLOCK + 1, dtype=torch.float64)
+    steps = grid.fine ** -torch.arange(_FINE_BLOCK + 1, dtype=torch.float64)
     last = kappa[:, -1]
     while rows.numel():
         found[-1] = found[-1].keep(best)
@@ -230,19 +249,19 @@ def _subdivide(table: _SortedRows, best: _Best, intervals: _Intervals) -> _Inter
 
 def _walk(table: _SortedRows, best: _Best, intervals: _Intervals) -> None:
     """Offer every state inside the intervals to `best`, breakpoint by breakpoint."""
-    counts = intervals.positions_hi - intervals.positions_lo  # [M, 8]
+    counts = intervals.positions_hi - intervals.positions_lo  # [M, levels]
     flat = counts.flatten()
     total = int(flat.sum())
     if total == 0:
         return
     slot = torch.repeat_interleave(torch.arange(flat.numel()), flat, output_size=total)
     offset = torch.arange(total) - (flat.cumsum(0) - flat)[slot]
-    interval, level = slot // LEVELS, slot % LEVELS
+    interval, level = slot // table.levels, slot % table.levels
     odd = 2 * level + 1
-    magnitude = table.magnitudes(intervals.positions_lo.flatten()[slot] + offset, level == LEVELS - 1)
-    kappa = magnitude * torch.div(UNIT, odd, rounding_mode="floor")
-    # κ falls within an interval and stays below 2**41; an order by interval, then by falling κ, in one key.
-    order, index = (interval << 41 | (1 << 41) - 1 - kappa).sort()
+    magnitude = table.magnitudes(intervals.positions_lo.flatten()[slot] + offset, level == table.levels - 1)
+    kappa = torch.div(magnitude * UNIT, odd, rounding_mode="floor")
+    # One key that orders by interval, then by falling κ.
+    order, index = (interval << _KAPPA_BITS | (1 << _KAPPA_BITS) - 1 - kappa).sort()
     interval, magnitude, odd = interval[index], magnitude[index], odd[index]
     first = (counts.sum(1).cumsum(0) - counts.sum(1))[interval]
     a, b = _running(magnitude, first) + intervals.a_hi[interval], _running(odd, first) + intervals.b_hi[interval]
