@@ -1,0 +1,198 @@
+"""Stored weights laid out for the NPU: `[K, N]` instead of `[N, K]`, FRACTAL_NZ where it tiles, scales as the kernels read them.
+
+FRACTAL_NZ (ACL format 29) stores a matrix in tiles of 16 rows by 32 bytes; a matrix that does not fill its tiles stays
+ND, which every operator here takes as well, except `npu_mla_prolog_v3`. int4 weights are cast while they still are int8
+bytes of two nibbles, then viewed as int32 of eight: the tiles come out the same, and that is the form the grouped
+matmul takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError
+from . import LinearPart, MlaConfig
+
+FRACTAL_NZ = 29
+TILE_ROWS = 16
+TILE_BYTES = 32
+
+W4A8_K_MULTIPLE = 64
+W4A8_MAX_K = 18432
+INT4_PER_INT32 = 8
+MAX_DIMENSION = 65535
+
+
+@dataclass(frozen=True)
+class FloatLinear:
+    """weight `[N, K]` in the compute dtype, as torch's own linear takes it."""
+
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class W8A8Linear:
+    """weight int8 `[K, N]`, NZ where it tiles; scale float32 `[N]`."""
+
+    weight: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class FloatExperts:
+    """weight `[E, K, N]` in the compute dtype."""
+
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class W8A8Experts:
+    """weight int8 `[E, K, N]`; scale `[E, N]`, bfloat16 for bfloat16 output (the kernel's pairing), else float32."""
+
+    weight: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class W4A8Experts:
+    """weight int32 `[E, K, N/8]`; scale int64 `[E, 1, N]`: float32 bits, high words zero; scale_bias float32 `[E, N]`."""
+
+    weight: Tensor
+    scale: Tensor
+    scale_bias: Tensor
+
+
+@dataclass(frozen=True)
+class PrologWeights:
+    """What `npu_mla_prolog_v3` takes: W8A8 linears of q_a, q_b (nope and rope of each head side by side) and kv_a."""
+
+    q_a: W8A8Linear
+    q_b: W8A8Linear
+    kv_a: W8A8Linear
+
+
+@dataclass(frozen=True)
+class AscendMla:
+    """Attention weights of one layer.
+
+    With `prolog`, q_a, q_b and kv_a live there alone. Otherwise `down` makes q_a's and kv_a's outputs in one matmul
+    (two linears where their schemes differ), and the queries come from two linears: `q_nope`, `q_rope`. In models
+    without q_lora `down` holds kv_a alone. Keys and values are also decompressed apart (`k_b`, `v_b`): each half then
+    is contiguous, which the attention operator asks for. w_uk `[N, nope, L]`, w_uv `[N, L, v]`.
+    """
+
+    config: MlaConfig
+    prolog: PrologWeights | None
+    down: tuple[FloatLinear | W8A8Linear, ...]
+    q_nope: FloatLinear | W8A8Linear | None
+    q_rope: FloatLinear | W8A8Linear | None
+    q_a_norm: Tensor | None
+    kv_a_norm: Tensor
+    k_b: FloatLinear
+    v_b: FloatLinear
+    w_uk: Tensor
+    w_uv: Tensor
+    o: FloatLinear | W8A8Linear
+    takes_quantized: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Lays weights out on `device` for compute in `dtype`."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def float_linear(self, weights: Sequence[Tensor]) -> FloatLinear:
+        return FloatLinear(torch.cat([weight.to(self.dtype) for weight in weights]).to(self.device))
+
+    def w8a8_linear(self, parts: Sequence[LinearPart]) -> W8A8Linear:
+        weight = torch.cat([part.weight for part in parts]).t().contiguous()
+        if max(weight.shape) > MAX_DIMENSION:
+            raise BackendError(f"{parts[0].name}: {list(weight.shape)} exceeds the NPU's {MAX_DIMENSION} a dimension")
+        return W8A8Linear(cast_nz(weight.to(self.device)), self._scales(parts))
+
+    def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> FloatExperts:
+        return FloatExperts(self._stack(experts, self.dtype))
+
+    def w8a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> W8A8Experts:
+        scale = torch.stack([self._scales(parts) for parts in experts])
+        wide = self.dtype if self.dtype == torch.bfloat16 else torch.float32
+        return W8A8Experts(cast_nz(self._stack(experts, torch.int8)), scale.to(wide))
+
+    def w4a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> W4A8Experts:
+        name, inputs = experts[0][0].name, experts[0][0].weight.shape[1]
+        if inputs % W4A8_K_MULTIPLE or inputs > W4A8_MAX_K:
+            raise BackendError(
+                f"{name}: the NPU's W4A8 matmul needs input features that are a multiple of {W4A8_K_MULTIPLE} "
+                f"up to {W4A8_MAX_K}, not {inputs}"
+            )
+        packed = self._stack(experts, torch.int8)  # [E, K, N/2], a byte holding two outputs
+        if packed.shape[2] % (INT4_PER_INT32 // 2):
+            raise BackendError(f"{name}: the NPU's W4A8 matmul needs outputs that are a multiple of {INT4_PER_INT32}")
+        scales = torch.stack([self._scales(parts) for parts in experts])
+        return W4A8Experts(
+            weight=cast_nz(packed).view(torch.int32),
+            scale=scale_words(scales).unsqueeze(1),
+            scale_bias=torch.stack([self._scale_bias(parts) for parts in experts]),
+        )
+
+    def _stack(self, experts: Sequence[Sequence[LinearPart]], dtype: torch.dtype) -> Tensor:
+        """`[E, K, N]` on the device, filled expert by expert: host memory holds one expert at a time."""
+        outputs = sum(part.weight.shape[0] for part in experts[0])
+        shape = (len(experts), experts[0][0].weight.shape[1], outputs)
+        stacked = torch.empty(shape, dtype=dtype, device=self.device)
+        for place, parts in zip(stacked, experts, strict=True):
+            place.copy_(torch.cat([part.weight.to(dtype) for part in parts]).t().contiguous())
+        return stacked
+
+    def _scales(self, parts: Sequence[LinearPart]) -> Tensor:
+        scales = []
+        for part in parts:
+            if part.scale is None:
+                raise BackendError(f"{part.name}: a quantized linear without weight_scale")
+            scales.append(part.scale.flatten())
+        return torch.cat(scales).to(self.device)
+
+    def _scale_bias(self, parts: Sequence[LinearPart]) -> Tensor:
+        """8 · Σ_k q · s of every output: partial sums over slices of K add up to what one device needs."""
+        biases = []
+        for part in parts:
+            if part.scale_bias is None:
+                raise BackendError(f"{part.name}: W4A8 without scale_bias")
+            biases.append(part.scale_bias.sum(dim=1))
+        return torch.cat(biases).to(self.device)
+
+
+def fits_nz(matrix: Tensor) -> bool:
+    """Whether `[..., K, N]` fills the tiles of FRACTAL_NZ."""
+    return matrix.shape[-2] % TILE_ROWS == 0 and matrix.shape[-1] % (TILE_BYTES // matrix.element_size()) == 0
+
+
+def cast_nz(matrix: Tensor) -> Tensor:
+    """`[..., K, N]` in FRACTAL_NZ, its logical shape unchanged; as it is (ND) where it does not fill the tiles."""
+    cast: Tensor = torch.ops.npu.npu_format_cast(matrix, FRACTAL_NZ) if fits_nz(matrix) else matrix
+    return cast
+
+
+def scale_words(scales: Tensor) -> Tensor:
+    """float32 bits in the low words of int64, zeros in the high ones."""
+    return scales.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
+    """A linear whose outputs are heads of `widths[0] + widths[1]`, as two: the first channels of every head, the others."""
+
+    def pick(tensor: Tensor, side: int) -> Tensor:
+        heads = tensor.view(num_heads, sum(widths), tensor.shape[-1])
+        return heads.split(list(widths), dim=1)[side].reshape(-1, tensor.shape[-1])
+
+    def half(side: int) -> LinearPart:
+        scale = None if part.scale is None else pick(part.scale, side)
+        return LinearPart(part.name, part.scheme, pick(part.weight, side), scale)
+
+    return half(0), half(1)

@@ -1,0 +1,144 @@
+"""Registers reference semantics for `torch.ops.npu.*` on CPU tensors, and checks every call made to them.
+
+A call passes three gates: torch_npu's real schema (the dispatcher), the operator's own refusals (what the documentation
+refuses), and torch_npu's shape and dtype rules (the same call on meta tensors must give what the semantics gave).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ScalarType numbers, as an `int?` dtype argument of a schema arrives in an implementation.
+SCALAR_TYPES = {1: torch.int8, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+
+
+class Refused(Exception):
+    """The device, its documentation or torch_npu's own rules would refuse this call."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Refused(message)
+
+
+@dataclass
+class Rules:
+    """How the emulation behaves.
+
+    wide: float32 stands where the device computes in bf16, so that only the order of operations can differ.
+    half_cube: the W4A8 cube results pass through fp16, as the device's do.
+    """
+
+    wide: bool = False
+    half_cube: bool = False
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def floats(self) -> tuple[torch.dtype, ...]:
+        """Dtypes that the operators document for activations."""
+        return (torch.bfloat16, torch.float16, torch.float32) if self.wide else (torch.bfloat16, torch.float16)
+
+
+rules = Rules()
+
+_semantics: dict[str, Callable[..., Any]] = {}
+_without_meta = {"npu_format_cast", "get_npu_format"}
+
+
+@contextmanager
+def use_rules(**changes: Any) -> Iterator[Rules]:
+    """Change the rules for a while, and count calls afresh."""
+    saved = dict(vars(rules))
+    vars(rules).update(calls=Counter(), **changes)
+    try:
+        yield rules
+    finally:
+        vars(rules).update(saved)
+
+
+def semantics(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: `function` is what `torch.ops.npu.<its name>` computes. It takes only arguments that it covers."""
+    _semantics[function.__name__] = function
+    return function
+
+
+def covered() -> list[str]:
+    """Names of the operators that have semantics here."""
+    return sorted(_semantics)
+
+
+def register() -> torch.library.Library:
+    """Register all semantics for CPU tensors; they last as long as the returned library."""
+    library = torch.library.Library("npu", "IMPL")
+    for name, function in _semantics.items():
+        library.impl(name, _checked(name, function), "CPU")
+    return library
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    operator = getattr(torch.ops.npu, name).default
+    arguments = operator._schema.arguments
+    takes = set(inspect.signature(function).parameters)
+    unknown = takes - {argument.name for argument in arguments}
+    if unknown:
+        raise TypeError(f"{name} has no arguments {sorted(unknown)} in the installed torch_npu")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip((argument.name for argument in arguments), args)) | kwargs
+        for argument in arguments:
+            if argument.name not in takes and argument.name in given:
+                value = given[argument.name]
+                require(_is_default(value, argument), f"{name}: {argument.name}={value!r} is not emulated")
+        meta_result = None
+        if name not in _without_meta:
+            meta_result = operator(*_to_meta(args), **_to_meta(kwargs))
+        result = function(**{key: value for key, value in given.items() if key in takes})
+        if name not in _without_meta:
+            _same_shapes(name, result, meta_result)
+        rules.calls[name] += 1
+        return result
+
+    return call
+
+
+def _is_default(value: Any, argument: Any) -> bool:
+    default = argument.default_value if argument.has_default_value() else None
+    if isinstance(value, Tensor):
+        return False
+    return bool(value == default) or (value is None and default is None)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        return {key: _to_meta(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_meta(item) for item in value)
+    return value
+
+
+def _same_shapes(name: str, result: Any, meta: Any) -> None:
+    results = [result] if isinstance(result, Tensor) else list(result or ())
+    metas = [meta] if isinstance(meta, Tensor) else list(meta or ())
+    ours = [(tuple(t.shape), t.dtype) for t in results]
+    theirs = [(tuple(t.shape), t.dtype) for t in metas]
+    require(ours == theirs, f"{name}: the semantics return {ours}, torch_npu's shape rules {theirs}")
+
+
+def dtype_of(number: int | None, default: torch.dtype) -> torch.dtype:
+    """The dtype behind an `int?` dtype argument."""
+    return default if number is None else SCALAR_TYPES[number]
+
+
+def poison(*shape: int, dtype: torch.dtype) -> Tensor:
+    """What an output that the device leaves unwritten looks like: NaN, or 111 where there is no NaN."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 111, dtype=dtype)
