@@ -6,6 +6,7 @@ checkpoint is a dictionary lookup a tensor, however many there are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -135,6 +136,7 @@ DEEPSEEK = Family(
 )
 
 FAMILIES = (DEEPSEEK,)
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,8 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Weight]) -> Invent
 
 def layer_of(name: str) -> int | None:
     """The decoder layer a tensor belongs to: `model.layers.7.mlp…` → 7, None outside the layers."""
-    parts = name.split(".", 3)
-    if len(parts) == 4 and parts[0] == "model" and parts[1] == "layers" and 0 < len(parts[2]) < 7 and parts[2].isdigit() and parts[2].isascii():
-        return int(parts[2])
-    return None
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
 
 
 def expected_specs(config: ModelConfig, mtp_layers: tuple[int, ...]) -> dict[str, Spec]:

@@ -38,8 +38,8 @@ The artifact keeps the multi-token-prediction layers; as SGLang's draft model th
 """
 
 _NPUQ_ONLY = """\
-This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this layout. Give them the
-source checkpoint, or convert it with the recipe `w4a8` or `w8a8`.
+This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this layout. Give them
+the source checkpoint, or convert it with the recipe `w4a8` or `w8a8`.
 """
 
 _LOAD_NPUQ = """\
@@ -88,9 +88,7 @@ def model_card(
     return "\n".join(sections)
 
 
-def _summary(
-    source_name: str, recipe: Recipe, totals: Sequence[RoleTotals], mtp_layers: Sequence[int]
-) -> str:
+def _summary(source_name: str, recipe: Recipe, totals: Sequence[RoleTotals], mtp_layers: Sequence[int]) -> str:
     before = sum(total.source_bytes for total in totals)
     after = sum(total.output_bytes for total in totals)
     methods = "Scales per output channel, symmetric, " + (
@@ -116,7 +114,7 @@ def _error_table(totals: Sequence[RoleTotals]) -> str:
     ]
     for total in totals:
         errors = "– | –"
-        if total.scheme != "FLOAT":
+        if total.relative_error is not None:
             errors = f"{total.relative_error:.2%} | {total.largest_error:.2%}"
         lines.append(
             f"| {total.role} | {total.scheme} | {total.tensors} | {_size(total.source_bytes)} | "
@@ -126,9 +124,7 @@ def _error_table(totals: Sequence[RoleTotals]) -> str:
 
 
 def _size(nbytes: int) -> str:
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "KB", "MB", "GB", "TB"):  # noqa: B007
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
+        if nbytes >= 1000**power:
+            return f"{nbytes / 1000**power:.3g} {unit}"
+    return f"{nbytes} B"

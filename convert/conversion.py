@@ -16,6 +16,7 @@ from .journal import Journal, Record
 from .memory import Budget, plan_budget
 from .output import Finished, check_separate, claim, describe_state, free_bytes, write_error
 from .pipeline import Durability, run_plan
+from .plan import Plan
 from .prepare import Prepared, prepare
 from .progress import Progress, Silent
 from .recipe import Target

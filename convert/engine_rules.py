@@ -31,9 +31,7 @@ def _check_tensor(recipe: Recipe, spec: Spec, given: Assignment) -> None:
             recipe, spec, given, "W4A8_DYNAMIC exists only for the main model's routed experts; use W8A8_DYNAMIC here"
         )
     if given.scheme is Scheme.FLOAT and spec.role in ROUTED and recipe.target is Target.ENGINES:
-        _refuse(
-            recipe, spec, given, "engines refuse FLOAT routed experts; give them a scheme, or set 'target: npuq'"
-        )
+        _refuse(recipe, spec, given, "engines refuse FLOAT routed experts; give them a scheme, or set 'target: npuq'")
 
 
 def _check_fused(recipe: Recipe, inventory: Inventory, assignments: Mapping[str, Assignment]) -> None:

@@ -18,20 +18,20 @@ import torch
 
 from ..errors import ConversionError
 from ..quant.dialects import WeightSource
-from .journal import JobStats, Journal, Record
+from .journal import Journal, Record
 from .memory import Budget
 from .plan import Job, Plan
 from .progress import Progress
 from .shards import ShardFiles
 from .syncer import Syncer
-from .worker import Stopped, run_job
+from .worker import StoppedError, run_job
 
 _HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Durability:
-    """How often finished work is made stable. A sync costs the disk's time, so it is rare; a kill loses at most this."""
+    """How often finished work is made stable: a sync costs the disk's time, a kill costs what was not synced."""
 
     seconds: float = 10.0
     max_bytes: int = 2 << 30
@@ -54,9 +54,7 @@ class _Work:
         self._lock = threading.Lock()
         self._jobs = iter([job for job in plan.jobs if job.index not in record.jobs])
         self._left = [sum(index not in record.jobs for index in shard.jobs) for shard in plan.shards]
-        self._to_hash = [
-            shard for shard, left in enumerate(self._left) if left == 0 and shard not in record.hashes
-        ]
+        self._to_hash = [shard for shard, left in enumerate(self._left) if left == 0 and shard not in record.hashes]
 
     def next(self) -> Job | int | None:
         """A job, the index of a finished shard to hash, or None at the end."""
@@ -97,7 +95,7 @@ def run_plan(
                 syncer.job_done(task.index, stats)
                 work.job_done(task)
                 events.put(_Done(task))
-        except Stopped:
+        except StoppedError:
             events.put(_Ended(None))
         except BaseException as error:  # carried to the calling thread, which raises it
             events.put(_Ended(error))

@@ -144,9 +144,7 @@ def build_plan(
     return Plan(tuple(jobs), tuple(shards))
 
 
-def _outputs(
-    spec: Spec, assignment: Assignment, float_code: Callable[[str], str]
-) -> tuple[OutputTensor, ...]:
+def _outputs(spec: Spec, assignment: Assignment, float_code: Callable[[str], str]) -> tuple[OutputTensor, ...]:
     if assignment.scheme is Scheme.FLOAT:
         # Loaders keep the router's correction bias in float32: rounding it to bf16 reroutes tokens.
         code = "F32" if spec.role in ROUTER_BIASES else float_code(spec.name)

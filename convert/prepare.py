@@ -6,11 +6,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import __version__
 from ..quant.artifact import FORMAT_VERSION
 from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
-from .. import __version__
 from .architecture import Inventory, take_inventory
 from .engine_rules import check_engine_rules
 from .plan import Plan, build_plan
@@ -20,7 +20,7 @@ from .side_files import side_files
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from, as far as its directory tells: a hub repository in a Hugging Face cache, or a name."""
+    """Where a checkpoint came from: the hub repository whose cache it lies in, or only its directory's name."""
 
     name: str
     repo: str | None

@@ -35,7 +35,10 @@ class ShardFiles:
         planned = self._plan.shards[shard]
         try:
             with self.path(shard).open("rb") as file:
-                return os.fstat(file.fileno()).st_size == planned.nbytes and file.read(len(planned.header)) == planned.header
+                return (
+                    os.fstat(file.fileno()).st_size == planned.nbytes
+                    and file.read(len(planned.header)) == planned.header
+                )
         except FileNotFoundError:
             return False
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that are not weights but that loaders need: tokenizer, generation settings, code, licence."""
+"""The files beside the weights that loaders need: tokenizer, generation settings, code, licence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from ..errors import CheckpointError
 from ..quant.checkpoint import inside
 from .output import partial_path, publish
 
@@ -53,7 +54,7 @@ def card_front_matter(source: Path) -> dict[str, object]:
         text = inside(source, "README.md").read_text(encoding="utf-8") if (source / "README.md").exists() else ""
         parts = text.split("---\n", 2)
         content = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (CheckpointError, OSError, UnicodeDecodeError, yaml.YAMLError):
         # Decoration only: a source card that cannot be read must not stop a conversion.
         return {}
     return content if isinstance(content, dict) else {}
@@ -61,5 +62,3 @@ def card_front_matter(source: Path) -> dict[str, object]:
 
 def _wanted(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
-
-

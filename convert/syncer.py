@@ -1,4 +1,4 @@
-"""Durability off the workers' path: a thread that makes finished jobs stable and only then writes them to the journal."""
+"""Durability off the workers' path: a thread that syncs finished jobs to disk and only then journals them."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from math import lcm
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +22,21 @@ from .plan import Job, Slot
 from .shards import ShardFiles
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """A job was abandoned because the conversion is ending; it will be done again."""
 
 
-def run_job(
-    job: Job, source: WeightSource, files: ShardFiles, chunk_elements: int, stop: threading.Event
-) -> JobStats:
+def run_job(job: Job, source: WeightSource, files: ShardFiles, chunk_elements: int, stop: threading.Event) -> JobStats:
     """Convert one tensor, at most about `chunk_elements` values at a time, and return its error sums.
 
-    Raises CheckpointError for infinities and NaN in the source, ConversionError when the disk refuses, Stopped when
-    `stop` is set between chunks.
+    Raises CheckpointError for infinities and NaN in the source, ConversionError when the disk refuses, StoppedError
+    when `stop` is set between chunks.
     """
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)
     for start, end in row_chunks(job, chunk_elements, source.block_rows):
         if stop.is_set():
-            raise Stopped
+            raise StoppedError
         if job.scheme is Scheme.FLOAT:
             _write(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
             continue
@@ -83,7 +82,7 @@ def _float_rows(job: Job, source: WeightSource, start: int, end: int) -> Tensor:
 def _write(files: ShardFiles, job: Job, slot: Slot, start: int, data: Tensor) -> None:
     # Exact: `start` is even, and a row of the source is a whole number of half bytes in every output.
     offset = slot.start + slot.nbytes * start // max(1, job.rows)
-    buffer = data.contiguous().reshape(-1).view(torch.uint8).numpy()
+    buffer: Any = data.contiguous().reshape(-1).view(torch.uint8).numpy()
     try:
         files.write(slot.shard, offset, memoryview(buffer))
     except OSError as error:

@@ -1,0 +1,161 @@
+"""`npuq convert`: a checkpoint directory becomes an artifact directory."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import NpuqError
+from .console import Size, emit_json, format_bytes, progress_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ..convert import Summary
+
+
+class ConversionInterruptedError(NpuqError):
+    """A signal ended the conversion; what is done is kept."""
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by {signal.Signals(number).name}; run the same command to continue")
+        self.exit_code = 128 + number
+
+
+@click.command()
+@click.argument("source", type=click.Path(exists=False))
+@click.argument("output", type=click.Path(exists=False))
+@click.option("--recipe", default="w4a8", show_default=True, help="w4a8, w8a8, float, or a YAML file.")
+@click.option("--method", type=click.Choice(["minmax", "mse"]), help="How scales are found. [default: mse]")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
+@click.option("--max-memory", type=Size(), help="Bound of the working set beside torch itself, such as 500MB.")
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option("--dry-run", is_flag=True, help="Print jobs, sizes, memory and disk needed; write nothing.")
+@click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    source: str,
+    output: str,
+    recipe: str,
+    method: str | None,
+    workers: int | None,
+    max_memory: int | None,
+    max_shard_size: int,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Convert the checkpoint directory SOURCE into the artifact directory OUTPUT.
+
+    Interrupted at any moment, the same command continues. The artifact does not depend on workers, memory or
+    interruptions, to the byte.
+    """
+    from ..convert import convert_checkpoint
+
+    progress = TerminalProgress(quiet)
+    with _signals_raise(), progress:
+        summary = convert_checkpoint(
+            source,
+            output,
+            recipe=recipe,
+            method=method,
+            workers=workers,
+            max_memory=max_memory,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        emit_json(summary.as_dict())
+    else:
+        _print_summary(summary)
+
+
+class TerminalProgress:
+    """Progress as a bar and notes on stderr."""
+
+    def __init__(self, quiet: bool):
+        self._quiet = quiet
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> TerminalProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, total_bytes: int, done_bytes: int) -> None:
+        self._bar = progress_bar(total_bytes, quiet=self._quiet, description="convert")
+        # What an earlier run did counts as done, not as speed.
+        self._bar.initial = self._bar.n = done_bytes
+        if done_bytes:
+            self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(total_bytes)} are done")
+
+    def advance(self, source_bytes: int, layer: int | None) -> None:
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_description("convert" if layer is None else f"layer {layer}", refresh=False)
+            self._bar.update(source_bytes)
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            if self._bar is not None:
+                self._bar.clear()
+            click.echo(text, err=True)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM end the conversion cleanly; a second one, while it ends, acts as it would have before."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        restore()
+        raise ConversionInterruptedError(number)
+
+    for number in previous:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _print_summary(summary: Summary) -> None:
+    before, after = format_bytes(summary.source_bytes), format_bytes(summary.output_bytes)
+    if summary.status == "finished":
+        click.echo(f"{summary.output} is finished already, with these arguments: nothing to do")
+        return
+    click.echo(_table(summary))
+    if summary.status == "converted":
+        resumed = f" ({summary.jobs_resumed} of them before)" if summary.jobs_resumed else ""
+        click.echo(
+            f"{summary.jobs} weights{resumed}, {before} → {after} in {summary.seconds:.1f} s, "
+            f"peak memory {format_bytes(summary.peak_rss_bytes)}: {summary.output}"
+        )
+        return
+    for note in summary.notes:
+        click.echo(note)
+    click.echo(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
+    click.echo(f"memory: about {format_bytes(summary.memory_bytes)} beside torch, with {summary.workers} workers")
+    click.echo(f"disk: {format_bytes(summary.disk_bytes_needed)} needed, {format_bytes(summary.disk_bytes_free)} free")
+
+
+def _table(summary: Summary) -> str:
+    lines = [f"{'role':<18} {'scheme':<14} {'tensors':>8} {'before':>9} {'after':>9} {'error':>8}"]
+    for role in summary.roles:
+        error = f"{role['relative_error']:.2%}" if role["relative_error"] is not None else ""
+        lines.append(
+            f"{role['role']:<18} {role['scheme']:<14} {role['tensors']:>8} {format_bytes(role['source_bytes']):>9} "
+            f"{format_bytes(role['output_bytes']):>9} {error:>8}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
