@@ -36,6 +36,8 @@ _KAPPA_BITS = _ROW_SHIFT + 17
 
 _FINE_BLOCK = 64
 _SUBDIVISIONS = 8
+# A look-up costs as much as rounding this many weights.
+_DIRECT = 6
 # Float64 rounding of A² / B is below this: a bound within it of the best may hide the best.
 _SLACK = 1 - 1e-12
 
@@ -100,6 +102,8 @@ class _SortedRows:
         self._keys, self._sums = self._sorted(magnitude)
         # Only negative weights reach the last code: positive ones become zeros, which never pass a threshold.
         self._negative_keys, self._negative_sums = self._sorted(magnitude.where(weights < 0, 0))
+        self._magnitude = magnitude.to(torch.float64) * UNIT
+        self._limit = torch.where(weights < 0, float(levels), float(levels - 1))
 
     def _sorted(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         ordered = torch.from_numpy(np.sort(magnitude.numpy(), axis=1)).to(torch.int64)
@@ -122,8 +126,26 @@ class _SortedRows:
         found[..., -1] = torch.searchsorted(self._negative_keys, keys[..., -1].contiguous())
         return found
 
-    def state(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B, int64 [...], when every breakpoint from `positions` up has been passed."""
+    def states(self, rows: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B, int64 [M, C], of rows [M] when every breakpoint at or above κ [M, C] has been passed."""
+        if self.columns > _DIRECT * self.levels:
+            return self._states_by_lookup(rows[:, None].expand_as(kappa), kappa)
+        return self._states_by_rounding(rows, kappa)
+
+    def _states_by_rounding(self, rows: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        magnitude, limit = self._magnitude[rows], self._limit[rows]
+        a, b = torch.empty_like(kappa), torch.empty_like(kappa)
+        codes = torch.empty_like(magnitude)
+        for column in range(kappa.shape[1]):
+            # An odd quotient 2m − 1 is met exactly or missed by 2**-41 at least, far more than float64 rounds by.
+            torch.div(magnitude, kappa[:, column, None], out=codes).add_(1).mul_(0.5).floor_()
+            torch.minimum(codes, limit, out=codes)
+            a[:, column] = torch.bmm(magnitude[:, None, :], codes[:, :, None]).flatten() / UNIT
+            b[:, column] = torch.bmm(codes[:, None, :], codes[:, :, None]).flatten()
+        return a, b
+
+    def _states_by_lookup(self, rows: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        positions = self.positions(rows, kappa)
         end = (rows + 1) * self.columns
         a = (self.levels - 1) * self._sums[end] - self._sums[positions[..., :-1]].sum(-1)
         a += self._negative_sums[end] - self._negative_sums[positions[..., -1]]
@@ -165,13 +187,11 @@ class _Best:
 
 @dataclass(frozen=True)
 class _Intervals:
-    """Stretches of scales (κ_lo, κ_hi], each with its row, the look-ups and states at both ends, and a bound."""
+    """Stretches of scales (κ_lo, κ_hi], each with its row, the state at its upper end, and a bound."""
 
     rows: Tensor
     kappa_hi: Tensor
     kappa_lo: Tensor
-    positions_hi: Tensor
-    positions_lo: Tensor
     a_hi: Tensor
     b_hi: Tensor
     bound: Tensor
@@ -190,16 +210,13 @@ def _score(a: Tensor, b: Tensor) -> Tensor:
 def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> _Intervals:
     """The intervals between consecutive columns of falling κ int64 [M, C], for rows [M]; offers their states."""
     each_row = rows[:, None].expand_as(kappa)
-    positions = table.positions(each_row, kappa)
-    a, b = table.state(each_row, positions)
+    a, b = table.states(rows, kappa)
     best.update(each_row.flatten(), a.flatten(), b.flatten())
     bound = _bound(kappa[:, :-1], kappa[:, 1:], a[:, :-1], a[:, 1:], b[:, :-1], b[:, 1:])
     return _Intervals(
         each_row[:, 1:].flatten(),
         kappa[:, :-1].flatten(),
         kappa[:, 1:].flatten(),
-        positions[:, :-1].flatten(0, 1),
-        positions[:, 1:].flatten(0, 1),
         a[:, :-1].flatten(),
         b[:, :-1].flatten(),
         bound.flatten(),
@@ -249,7 +266,8 @@ def _subdivide(table: _SortedRows, best: _Best, intervals: _Intervals) -> _Inter
 
 def _walk(table: _SortedRows, best: _Best, intervals: _Intervals) -> None:
     """Offer every state inside the intervals to `best`, breakpoint by breakpoint."""
-    counts = intervals.positions_hi - intervals.positions_lo  # [M, levels]
+    positions = table.positions(intervals.rows, intervals.kappa_lo)  # [M, levels]
+    counts = table.positions(intervals.rows, intervals.kappa_hi) - positions
     flat = counts.flatten()
     total = int(flat.sum())
     if total == 0:
@@ -258,7 +276,7 @@ def _walk(table: _SortedRows, best: _Best, intervals: _Intervals) -> None:
     offset = torch.arange(total) - (flat.cumsum(0) - flat)[slot]
     interval, level = slot // table.levels, slot % table.levels
     odd = 2 * level + 1
-    magnitude = table.magnitudes(intervals.positions_lo.flatten()[slot] + offset, level == table.levels - 1)
+    magnitude = table.magnitudes(positions.flatten()[slot] + offset, level == table.levels - 1)
     kappa = torch.div(magnitude * UNIT, odd, rounding_mode="floor")
     # One key that orders by interval, then by falling κ.
     order, index = (interval << _KAPPA_BITS | (1 << _KAPPA_BITS) - 1 - kappa).sort()
