@@ -111,15 +111,17 @@ class ReferenceOps(Ops):
 
     def dynamic_quant(self, x: Tensor) -> Quantized:
         values = x.float()
-        factor = 127.0 / values.abs().amax(-1)
+        largest = _largest(values)
+        # A tensor over a tensor: torch computes a number over a tensor as the number times its reciprocal.
+        factor = torch.full_like(largest, 127.0) / largest
         zero = factor.isinf()
-        codes = (values * factor.masked_fill(zero, 0.0)[:, None]).round().to(torch.int8)
-        return Quantized(codes, (1.0 / factor).masked_fill(zero, 0.0))
+        codes = (values * factor.masked_fill(zero, 0.0)[:, None]).round().nan_to_num(0.0).to(torch.int8)
+        return Quantized(codes, factor.reciprocal().masked_fill(zero, 0.0))
 
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
         values = _swiglu(x.float())
-        scale = values.abs().amax(-1) / 127.0
-        return Quantized((values / _nonzero(scale)).round().to(torch.int8), scale)
+        scale = _largest(values) / 127.0
+        return Quantized((values / _nonzero(scale)).round().nan_to_num(0.0).to(torch.int8), scale)
 
     # ---- matmuls ---------------------------------------------------------------------------------------------------
 
@@ -179,9 +181,11 @@ class ReferenceOps(Ops):
         if not quantize:
             return rows, row_index, group_list
         values = rows.float()
-        scale = values.abs().amax(-1) / 127.0
-        quotient = values / _nonzero(scale)
-        codes = (quotient.abs() + 0.5).floor() * quotient.sign()
+        scale = _largest(values) / 127.0
+        quotient = (values / _nonzero(scale)).nan_to_num(0.0)
+        whole = quotient.trunc()
+        # Not floor(|q| + ½): that sum rounds up for the float just below ½.
+        codes = whole + ((quotient - whole).abs() >= 0.5) * quotient.sign()
         return Quantized(codes.to(torch.int8), scale), row_index, group_list
 
     def moe_finalize_routing(
@@ -287,6 +291,13 @@ def _normalise(x: Tensor, eps: float) -> Tensor:
 def _swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def _largest(values: Tensor) -> Tensor:
+    """max |value| of each row; NaN for a row with a NaN or an infinity, which no scale can carry: its codes are 0 and
+    its scale NaN, so that all that follows from it is NaN and not a plausible number."""
+    largest = values.abs().amax(-1)
+    return largest.masked_fill(largest.isinf(), torch.nan)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+/* Rope, the paged cache in NZ layout, and absorbed attention on it. */
+#include <math.h>
+#include <string.h>
+
+#include "pool.h"
+
+enum { CHANNELS = 16 }; /* of one token that lie together */
+
+static size_t size_of(int dtype) { return dtype == NPUQ_F32 ? 4 : 2; }
+
+struct rope {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const char *x, *cos, *sin;
+    int dtype;
+    size_t token_stride, head_stride, heads, dim;
+    char *out;
+};
+
+/* One token, all heads: they share its angles. */
+static void rope_task(const void *context, size_t token, int thread) {
+    const struct rope *rope = context;
+    const struct kernels *kernels = rope->kernels;
+    size_t n = rope->dim, size = size_of(rope->dtype);
+    float *cos = pool_thread_scratch(rope->pool, thread), *sin = cos + n, *x = sin + n, *y = x + n;
+    kernels->to_float(rope->cos + token * n * size, rope->dtype, n, cos);
+    kernels->to_float(rope->sin + token * n * size, rope->dtype, n, sin);
+    for (size_t h = 0; h < rope->heads; h++) {
+        kernels->to_float(rope->x + (token * rope->token_stride + h * rope->head_stride) * size, rope->dtype, n, x);
+        kernels->rope_row(x, cos, sin, n, y);
+        kernels->from_float(y, n, rope->out + (token * rope->heads + h) * n * size, rope->dtype);
+    }
+}
+
+int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride, int64_t head_stride,
+                         int64_t tokens, int64_t heads, int64_t dim, const void *cos, const void *sin, void *out) {
+    struct rope rope = {pool, pool_kernels(pool), x, cos, sin, dtype, (size_t)token_stride, (size_t)head_stride,
+                        (size_t)heads, (size_t)dim, out};
+    pool_begin(pool);
+    int status = pool_scratch(pool, 4 * rope.dim * sizeof(float), 0);
+    if (status == NPUQ_OK) pool_run(pool, rope_task, &rope, (size_t)tokens);
+    pool_end(pool);
+    return status;
+}
+
+struct cache_write {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const npuq_cache *cache;
+    const char *kv, *gamma, *cos, *sin;
+    size_t stride;
+    const int64_t *slots;
+    float eps;
+    char *rope_out, *latent_out;
+};
+
+/* Channels of one token into its slot: [block, channel / 16, offset, channel % 16]. */
+static void scatter(const npuq_cache *cache, void *pool, size_t channels, int64_t slot, const char *row) {
+    size_t bytes = CHANNELS * size_of(cache->dtype), block_size = (size_t)cache->block_size;
+    size_t block = (size_t)slot / block_size, offset = (size_t)slot % block_size;
+    for (size_t g = 0; g < channels / CHANNELS; g++) {
+        size_t at = (block * (channels / CHANNELS) + g) * block_size + offset;
+        memcpy((char *)pool + at * bytes, row + g * bytes, bytes);
+    }
+}
+
+static void cache_write_task(const void *context, size_t token, int thread) {
+    const struct cache_write *write = context;
+    const struct kernels *kernels = write->kernels;
+    const npuq_cache *cache = write->cache;
+    int dtype = cache->dtype;
+    size_t size = size_of(dtype), l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, widest = l > d ? l : d;
+    float *x = pool_thread_scratch(write->pool, thread), *y = x + widest, *first = y + widest, *second = first + widest;
+    char *stored = (char *)(second + widest);
+    const char *row = write->kv + token * write->stride * size;
+    int64_t slot = write->slots[token];
+
+    kernels->to_float(row, dtype, l, x);
+    kernels->to_float(write->gamma, dtype, l, first);
+    kernels->norm_row(x, first, l, write->eps, 0, y);
+    kernels->from_float(y, l, stored, dtype);
+    if (slot >= 0) scatter(cache, cache->latent, l, slot, stored);
+    if (write->latent_out != NULL) memcpy(write->latent_out + token * l * size, stored, l * size);
+
+    kernels->to_float(row + l * size, dtype, d, x);
+    kernels->to_float(write->cos + token * d * size, dtype, d, first);
+    kernels->to_float(write->sin + token * d * size, dtype, d, second);
+    kernels->rope_row(x, first, second, d, y);
+    kernels->from_float(y, d, stored, dtype);
+    if (slot >= 0) scatter(cache, cache->rope, d, slot, stored);
+    if (write->rope_out != NULL) memcpy(write->rope_out + token * d * size, stored, d * size);
+}
+
+int npuq_kv_cache_write(npuq_pool *pool, const npuq_cache *cache, const void *kv, int64_t stride, const void *gamma,
+                        const void *cos, const void *sin, const int64_t *slots, int64_t tokens, float eps,
+                        void *rope_out, void *latent_out) {
+    struct cache_write write = {pool, pool_kernels(pool), cache, kv, gamma, cos, sin, (size_t)stride, slots, eps,
+                                rope_out, latent_out};
+    size_t widest = (size_t)(cache->latent_dim > cache->rope_dim ? cache->latent_dim : cache->rope_dim);
+    pool_begin(pool);
+    int status = pool_scratch(pool, 5 * widest * sizeof(float), 0);
+    if (status == NPUQ_OK) pool_run(pool, cache_write_task, &write, (size_t)tokens);
+    pool_end(pool);
+    return status;
+}
+
+struct attention {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const npuq_cache *cache;
+    const char *q_latent, *q_rope;
+    size_t heads, heads_per_task, tasks_per_token;
+    const int64_t *q_ends, *kv_lens;
+    const int32_t *table;
+    size_t sequences, table_stride;
+    float scale;
+    char *out;
+};
+
+static void load_query(const struct attention *attention, size_t row, float *q) {
+    const npuq_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, size = size_of(cache->dtype);
+    attention->kernels->to_float(attention->q_latent + row * l * size, cache->dtype, l, q);
+    attention->kernels->to_float(attention->q_rope + row * d * size, cache->dtype, d, q + l);
+    for (size_t i = 0; i < l + d; i++) q[i] *= attention->scale;
+}
+
+/* Some heads of one query token, over all the keys it sees. */
+static void attention_task(const void *context, size_t index, int thread) {
+    const struct attention *attention = context;
+    const npuq_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, block_size = (size_t)cache->block_size;
+    size_t token = index / attention->tasks_per_token, sequence = 0;
+    size_t head = index % attention->tasks_per_token * attention->heads_per_task, left = attention->heads - head;
+    size_t heads = left < attention->heads_per_task ? left : attention->heads_per_task;
+    while ((size_t)attention->q_ends[sequence] <= token) sequence++;
+    /* The sequence's last query sees all of its keys, the one before all but one, … */
+    int64_t seen = attention->kv_lens[sequence] - (attention->q_ends[sequence] - 1 - (int64_t)token);
+    size_t keys = seen > 0 ? (size_t)seen : 0;
+
+    float *q = pool_thread_scratch(attention->pool, thread), *out = q + ATTENTION_HEADS * (l + d);
+    float largest[ATTENTION_HEADS], total[ATTENTION_HEADS] = {0};
+    for (size_t h = 0; h < heads; h++) {
+        load_query(attention, token * attention->heads + head + h, q + h * (l + d));
+        largest[h] = -INFINITY;
+    }
+    memset(out, 0, heads * l * sizeof *out);
+    for (size_t key = 0; key < keys;) {
+        size_t block = (size_t)attention->table[sequence * attention->table_stride + key / block_size];
+        size_t first = key % block_size, some = block_size - first;
+        some = some < ATTENTION_KEYS ? some : ATTENTION_KEYS;
+        some = some < keys - key ? some : keys - key;
+        size_t bytes = block_size * size_of(cache->dtype);
+        struct attention_tile tile = {
+            .latent = (const char *)cache->latent + block * l * bytes, .rope = (const char *)cache->rope + block * d * bytes,
+            .dtype = cache->dtype, .block_size = block_size, .first = first, .keys = some, .latent_dim = l,
+            .rope_dim = d, .heads = heads, .q = q, .largest = largest, .total = total, .out = out,
+        };
+        attention->kernels->attend(&tile);
+        key += some;
+    }
+    for (size_t h = 0; h < heads; h++) {
+        float share = total[h] > 0 || total[h] != total[h] ? 1 / total[h] : 0; /* no key seen: zeros */
+        for (size_t c = 0; c < l; c++) out[h * l + c] *= share;
+        size_t row = token * attention->heads + head + h;
+        attention->kernels->from_float(out + h * l, l, attention->out + row * l * size_of(cache->dtype), cache->dtype);
+    }
+}
+
+int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q_latent, const void *q_rope,
+                         int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
+                         const int32_t *table, int64_t table_stride, float softmax_scale, void *out) {
+    if (sequences == 0) return NPUQ_OK;
+    size_t tokens = (size_t)q_ends[sequences - 1], per_task = ATTENTION_HEADS;
+    while (per_task > 1 && tokens * (((size_t)heads + per_task - 1) / per_task) < (size_t)pool_threads(pool)) per_task /= 2;
+    struct attention attention = {
+        .pool = pool, .kernels = pool_kernels(pool), .cache = cache, .q_latent = q_latent, .q_rope = q_rope,
+        .heads = (size_t)heads, .heads_per_task = per_task, .tasks_per_token = ((size_t)heads + per_task - 1) / per_task,
+        .q_ends = q_ends, .kv_lens = kv_lens, .table = table, .sequences = (size_t)sequences,
+        .table_stride = (size_t)table_stride, .scale = softmax_scale, .out = out,
+    };
+    size_t floats = ATTENTION_HEADS * (size_t)(2 * cache->latent_dim + cache->rope_dim);
+    pool_begin(pool);
+    int status = pool_scratch(pool, floats * sizeof(float), 0);
+    if (status == NPUQ_OK) pool_run(pool, attention_task, &attention, tokens * attention.tasks_per_token);
+    pool_end(pool);
+    return status;
+}

@@ -1,0 +1,214 @@
+/* Exact integer dot products of weight rows and token rows, both contiguous along k.
+ *
+ * The lanes of a vector run along k, so weights are used as they are stored: nothing is transposed or repacked. A tile
+ * keeps 4 rows × up to TOKENS tokens of sums in registers and adds each quad's lanes together at the end. Sums are of
+ * codes plus an offset (bytes.h); the caller takes offset · Σ x off. They wrap like int32 everywhere. */
+#ifndef NPUQ_KERNELS_INTEGER_H
+#define NPUQ_KERNELS_INTEGER_H
+
+#include "../levels.h"
+#include "bytes.h"
+
+/* C leaves int32 overflow undefined. */
+INLINE int32_t wrap_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+
+INLINE int flipped_nibble(uint8_t byte, size_t row) { return ((row % 2 ? byte >> 4 : byte) & 15) ^ 8; }
+
+#if defined(NPUQ_SCALAR_DOTS)
+
+static int32_t sum_i8(const int8_t *x, size_t k) {
+    uint32_t sum = 0;
+    for (size_t i = 0; i < k; i++) sum += (uint32_t)x[i];
+    return (int32_t)sum;
+}
+
+static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t t = 0; t < tokens; t++) {
+            uint32_t sum = 0;
+            for (size_t i = 0; i < k; i++) sum += (uint32_t)(w[r * k + i] * x[t * k + i]);
+            acc[t * ldacc + r] = (int32_t)sum;
+        }
+    }
+}
+
+static void unpack_w4(const uint8_t *w, size_t rows, size_t k, uint8_t *out) {
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t i = 0; i < k; i++) out[r * k + i] = (uint8_t)flipped_nibble(w[r / 2 * k + i], r);
+    }
+}
+
+static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc); /* 0..15 is the same byte with a sign */
+}
+
+static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t t = 0; t < tokens; t++) {
+            uint32_t sum = 0;
+            for (size_t i = 0; i < k; i++) sum += (uint32_t)(flipped_nibble(w[r / 2 * k + i], r) * x[t * k + i]);
+            acc[t * ldacc + r] = (int32_t)sum;
+        }
+    }
+}
+
+#else
+
+/* How a weight is stored: int8 codes, nibbles in pairs of rows, or flipped nibbles spread to a byte each. */
+enum storage { CODES, PACKED, SPREAD };
+
+/* Sums of one tile over the first `body` of k, a whole number of steps. Rows past the last repeat it: their sums go to
+ * padding. `storage` and `tokens` are constants where this is inlined, so every loop over them unrolls and the sums
+ * stay in registers. */
+INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens, size_t k,
+                 size_t body, int32_t *acc, size_t ldacc) {
+    enum { MOST_TOKENS = 6 };
+    const size_t step = storage == CODES ? W8_STEP : STEP;
+    const int stored_rows = storage == PACKED ? TILE_ROWS / 2 : TILE_ROWS;
+    const uint8_t *row[TILE_ROWS];
+    for (int r = 0; r < stored_rows; r++) {
+        size_t last = (storage == PACKED ? rows / 2 : rows) - 1;
+        row[r] = w + ((size_t)r < last ? (size_t)r : last) * k;
+    }
+    sums sum[TILE_ROWS][MOST_TOKENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++) {
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) sum[r][t] = sums_zero();
+    }
+    for (size_t i = 0; i < body;) {
+        size_t stop = body - i > NARROW_STEPS * step ? i + NARROW_STEPS * step : body;
+        sums part[TILE_ROWS][MOST_TOKENS];
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; r++) {
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) part[r][t] = sums_zero();
+        }
+        for (; i < stop; i += step) {
+            bytes token[MOST_TOKENS];
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) {
+                const int8_t *from = x + (size_t)t * k + i;
+                token[t] = storage == CODES ? load_x8(from) : load_bytes(from);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < stored_rows; r++) {
+                /* The next tile's bytes: the hardware's own prefetcher starts anew at each row and each 4 KB page. */
+                if (tokens == 1) __builtin_prefetch(row[r] + i + (size_t)stored_rows * k);
+                if (storage == PACKED) {
+                    bytes both = flip_nibbles(load_bytes(row[r] + i));
+                    bytes low = low_nibbles(both), high = high_nibbles(both);
+#pragma GCC unroll 8
+                    for (int t = 0; t < tokens; t++) {
+                        part[2 * r][t] = dot_nibbles(part[2 * r][t], low, token[t]);
+                        part[2 * r + 1][t] = dot_nibbles(part[2 * r + 1][t], high, token[t]);
+                    }
+                } else {
+                    bytes weight = storage == CODES ? load_w8((const int8_t *)row[r] + i) : load_bytes(row[r] + i);
+#pragma GCC unroll 8
+                    for (int t = 0; t < tokens; t++) {
+                        part[r][t] = storage == CODES ? dot_bytes(part[r][t], weight, token[t])
+                                                      : dot_nibbles(part[r][t], weight, token[t]);
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; r++) {
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) {
+                sum[r][t] = storage == CODES ? add_sums(sum[r][t], part[r][t]) : widen(sum[r][t], part[r][t]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) {
+        store_quad(acc + (size_t)t * ldacc, sum[0][t], sum[1][t], sum[2][t], sum[3][t]);
+    }
+}
+
+/* The k that whole steps leave over. */
+static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k,
+                     size_t body, int32_t *acc, size_t ldacc) {
+    for (size_t r = 0; r < rows; r++) {
+        const uint8_t *row = w + (storage == PACKED ? r / 2 : r) * k;
+        for (size_t t = 0; t < tokens; t++) {
+            int32_t sum = 0;
+            for (size_t i = body; i < k; i++) {
+                int code = storage == CODES    ? (int8_t)row[i] + OFFSET_W8
+                           : storage == PACKED ? flipped_nibble(row[i], r)
+                                               : row[i];
+                sum += code * x[t * k + i];
+            }
+            acc[t * ldacc + r] = wrap_add(acc[t * ldacc + r], sum);
+        }
+    }
+}
+
+/* All tiles: a token tile stays in L1 while the weights pass by, from memory or (for many tokens) from L2. */
+INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t *w, size_t rows, const int8_t *x,
+                      size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    const size_t step = storage == CODES ? W8_STEP : STEP;
+    size_t body = k / step * step;
+    for (size_t t = 0; t < tokens;) {
+        size_t left = tokens - t, width = left < (size_t)most ? left : (size_t)most;
+        const int8_t *xt = x + t * k;
+        for (size_t r = 0; r < rows; r += TILE_ROWS) {
+            const uint8_t *wr = w + (storage == PACKED ? r / 2 : r) * k;
+            int32_t *out = acc + t * ldacc + r;
+            switch (width) {
+                case 1: tile(storage, wr, rows - r, xt, 1, k, body, out, ldacc); break;
+                case 2: tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
+                case 3: if (most >= 3) tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
+                case 4: if (most >= 4) tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
+                case 5: if (most >= 5) tile(storage, wr, rows - r, xt, 5, k, body, out, ldacc); break;
+                default: if (most >= 6) tile(storage, wr, rows - r, xt, 6, k, body, out, ldacc); break;
+            }
+        }
+        t += width;
+    }
+    if (body < k) add_rest(storage, w, rows, x, tokens, k, body, acc, ldacc);
+}
+
+static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    dot_tiles(CODES, W8_TOKENS, (const uint8_t *)w, rows, x, tokens, k, acc, ldacc);
+}
+
+static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    dot_tiles(PACKED, DIRECT_TOKENS, w, rows, x, tokens, k, acc, ldacc);
+}
+
+static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+    dot_tiles(SPREAD, W4_TOKENS, w, rows, x, tokens, k, acc, ldacc);
+}
+
+static void unpack_w4(const uint8_t *w, size_t rows, size_t k, uint8_t *out) {
+    for (size_t r = 0; r + 1 < rows; r += 2) {
+        const uint8_t *pair = w + r / 2 * k;
+        size_t i = 0;
+        for (; i + STEP <= k; i += STEP) {
+            bytes both = flip_nibbles(load_bytes(pair + i));
+            store_bytes(out + r * k + i, low_nibbles(both));
+            store_bytes(out + (r + 1) * k + i, high_nibbles(both));
+        }
+        for (; i < k; i++) {
+            out[r * k + i] = (uint8_t)flipped_nibble(pair[i], 0);
+            out[(r + 1) * k + i] = (uint8_t)flipped_nibble(pair[i], 1);
+        }
+    }
+}
+
+static int32_t sum_i8(const int8_t *x, size_t k) {
+    /* A product with nibbles of value 1. */
+    size_t done = 0;
+    bytes one = low_nibbles(flip_nibbles(load_bytes((const uint8_t[64]){[0 ... 63] = 0x99})));
+    sums acc = sums_zero();
+    for (; done + STEP <= k; done += STEP) acc = widen(acc, dot_nibbles(sums_zero(), one, load_bytes(x + done)));
+    int32_t quad[4];
+    store_quad(quad, acc, sums_zero(), sums_zero(), sums_zero());
+    for (; done < k; done++) quad[0] += x[done];
+    return quad[0];
+}
+
+#endif
+#endif

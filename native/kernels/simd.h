@@ -1,0 +1,241 @@
+/* A float vector of the level's width, and the few operations the kernels need on it. Operators + - * / are the
+ * compiler's own (GNU vector extensions); what differs between instruction sets has a function here.
+ *
+ * Included once by level.c, after NPUQ_LEVEL_* is defined. */
+#ifndef NPUQ_KERNELS_SIMD_H
+#define NPUQ_KERNELS_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../npuq.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
+#include <immintrin.h>
+#elif defined(NPUQ_LEVEL_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(NPUQ_LEVEL_AVX512)
+enum { VW = 16 };
+typedef __m512 vf;
+typedef int32_t vi __attribute__((vector_size(64)));
+INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf vf_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+INLINE vi vf_round(vf a) { return (vi)_mm512_cvtps_epi32(a); } /* to nearest, ties to even */
+INLINE vi vf_truncate(vf a) { return (vi)_mm512_cvttps_epi32(a); }
+INLINE vf vi_float(vi a) { return _mm512_cvtepi32_ps((__m512i)a); }
+INLINE vf vf_load_bf16(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void vi_store_u16(uint16_t *p, vi v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE void vi_store_i8(int8_t *p, vi v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE vi vi_load(const int32_t *p) { return (vi)_mm512_loadu_si512(p); }
+
+#elif defined(NPUQ_LEVEL_AVX2)
+enum { VW = 8 };
+typedef __m256 vf;
+typedef int32_t vi __attribute__((vector_size(32)));
+INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void vf_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vf vf_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+INLINE vi vf_round(vf a) { return (vi)_mm256_cvtps_epi32(a); }
+INLINE vi vf_truncate(vf a) { return (vi)_mm256_cvttps_epi32(a); }
+INLINE vf vi_float(vi a) { return _mm256_cvtepi32_ps((__m256i)a); }
+INLINE vf vf_load_bf16(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void vi_store_u16(uint16_t *p, vi v) {
+    __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v); /* within 128-bit halves */
+    packed = _mm256_permute4x64_epi64(packed, 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+}
+INLINE void vi_store_i8(int8_t *p, vi v) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
+INLINE vi vi_load(const int32_t *p) { return (vi)_mm256_loadu_si256((const __m256i *)p); }
+
+#else
+enum { VW = 4 };
+#if defined(NPUQ_LEVEL_NEON)
+typedef float32x4_t vf;
+#else
+typedef float vf __attribute__((vector_size(16)));
+#endif
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint16_t vh __attribute__((vector_size(8)));
+typedef int8_t vb __attribute__((vector_size(4)));
+INLINE vf vf_load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vi vi_load(const int32_t *p) {
+    vi v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void vi_store_u16(uint16_t *p, vi v) {
+    vh half = __builtin_convertvector(v, vh);
+    memcpy(p, &half, sizeof half);
+}
+INLINE void vi_store_i8(int8_t *p, vi v) {
+    vb bytes = __builtin_convertvector(v, vb);
+    memcpy(p, &bytes, sizeof bytes);
+}
+INLINE vf vf_load_bf16(const uint16_t *p) {
+    vh half;
+    memcpy(&half, p, sizeof half);
+    typedef uint32_t vu __attribute__((vector_size(16)));
+    vu wide = __builtin_convertvector(half, vu) << 16;
+    return (vf)wide;
+}
+#if defined(NPUQ_LEVEL_NEON)
+INLINE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+INLINE vf vf_max(vf a, vf b) { return vmaxq_f32(a, b); }
+INLINE vf vf_min(vf a, vf b) { return vminq_f32(a, b); }
+INLINE vf vf_sqrt(vf a) { return vsqrtq_f32(a); }
+INLINE vi vf_round(vf a) { return (vi)vcvtnq_s32_f32(a); }
+INLINE vi vf_truncate(vf a) { return (vi)vcvtq_s32_f32(a); }
+INLINE vf vi_float(vi a) { return vcvtq_f32_s32((int32x4_t)a); }
+INLINE vf vf_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+#else
+INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf vf_pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf vf_max(vf a, vf b) { return vf_pick(a > b, a, b); }
+INLINE vf vf_min(vf a, vf b) { return vf_pick(a < b, a, b); }
+INLINE vf vf_sqrt(vf a) { return (vf){sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])}; }
+INLINE vi vf_truncate(vf a) { return __builtin_convertvector(a, vi); }
+INLINE vf vi_float(vi a) { return __builtin_convertvector(a, vf); }
+INLINE vi vf_round(vf a) {
+    /* Adding 1.5 · 2^23 leaves the integer in the low mantissa bits, rounded as the processor rounds: ties to even. */
+    const float magic = 12582912.0f;
+    vf shifted = a + magic;
+    return (vi)shifted - 0x4B400000;
+}
+INLINE float f16_to_float(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31, mantissa = half & 0x3FF;
+    float value;
+    if (exponent == 0) {
+        value = (float)mantissa * 0x1p-24f;
+    } else {
+        uint32_t bits = (exponent == 31 ? 255u << 23 : (exponent + 112) << 23) | mantissa << 13;
+        memcpy(&value, &bits, sizeof value);
+    }
+    return sign ? -value : value;
+}
+INLINE vf vf_load_f16(const uint16_t *p) {
+    return (vf){f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+}
+#endif
+#endif
+
+INLINE vf vf_set(float a) { return (vf){0} + a; }
+INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7FFFFFFF); }
+INLINE vf vf_sign_of(vf a) { return (vf)((vi)a & (int32_t)0x80000000); }
+
+/* Lane sums in one fixed tree, so that a result does not depend on the compiler. */
+INLINE float vf_sum(vf v) {
+    float lane[VW];
+    vf_store(lane, v);
+    for (int width = VW / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    }
+    return lane[0];
+}
+
+INLINE float vf_largest(vf v) {
+    float lane[VW], largest;
+    vf_store(lane, v);
+    largest = lane[0];
+    for (int i = 1; i < VW; i++) largest = lane[i] > largest ? lane[i] : largest;
+    return largest;
+}
+
+/* Round to nearest even; a NaN stays one (adding could carry it into an infinity). */
+INLINE vi vf_to_bf16(vf v) {
+    typedef uint32_t vu __attribute__((vector_size(VW * 4)));
+    vu bits = (vu)v;
+    vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    vi nan = (vi)(v != v);
+    return (vi)(((vu)nan & ((bits >> 16) | 0x40)) | (~(vu)nan & rounded));
+}
+
+INLINE vf vf_round_bf16(vf v) { return (vf)(vf_to_bf16(v) << 16); }
+
+/* The first n < VW floats of a row, zeros after them: the last step of every row. */
+INLINE vf vf_load_part(const float *p, size_t n) {
+    float lane[VW] = {0};
+    memcpy(lane, p, n * sizeof *p);
+    return vf_load(lane);
+}
+
+INLINE void vf_store_part(float *p, vf v, size_t n) {
+    float lane[VW];
+    vf_store(lane, v);
+    memcpy(p, lane, n * sizeof *p);
+}
+
+/* exp to about 2 ulp: 2^n times a polynomial on |r| <= ln(2) / 2 (Cephes' coefficients). Saturates; NaN gives a number. */
+INLINE vf vf_exp(vf x) {
+    x = vf_min(vf_max(x, vf_set(-87.3f)), vf_set(88.3f));
+    vi n = vf_round(x * 1.44269504f);
+    vf whole = vi_float(n);
+    vf r = vf_fma(whole, vf_set(-0.693359375f), x);
+    r = vf_fma(whole, vf_set(2.12194440e-4f), r);
+    vf p = vf_set(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
+    p = vf_fma(p, r * r, r + 1.0f);
+    return p * (vf)((n + 127) << 23);
+}
+
+/* One vector of a float array stored as `dtype`; constant-folded where dtype is a constant. */
+INLINE vf vf_load_as(const void *p, int dtype, size_t index) {
+    if (dtype == NPUQ_BF16) return vf_load_bf16((const uint16_t *)p + index);
+    if (dtype == NPUQ_F16) return vf_load_f16((const uint16_t *)p + index);
+    return vf_load((const float *)p + index);
+}
+
+INLINE vf vf_load_part_as(const void *p, int dtype, size_t index, size_t n) {
+    if (dtype == NPUQ_F32) return vf_load_part((const float *)p + index, n);
+    uint16_t lane[VW] = {0};
+    memcpy(lane, (const uint16_t *)p + index, n * sizeof *lane);
+    return dtype == NPUQ_BF16 ? vf_load_bf16(lane) : vf_load_f16(lane);
+}
+
+INLINE void vf_store_as(vf v, void *p, int dtype, size_t index) {
+    if (dtype == NPUQ_BF16) vi_store_u16((uint16_t *)p + index, vf_to_bf16(v));
+    else vf_store((float *)p + index, v);
+}
+
+INLINE void vf_store_part_as(vf v, void *p, int dtype, size_t index, size_t n) {
+    if (dtype == NPUQ_F32) {
+        vf_store_part((float *)p + index, v, n);
+        return;
+    }
+    uint16_t lane[VW];
+    vi_store_u16(lane, vf_to_bf16(v));
+    memcpy((uint16_t *)p + index, lane, n * sizeof *lane);
+}
+
+#endif

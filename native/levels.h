@@ -1,0 +1,67 @@
+/* Instruction-set levels: the same kernels compiled several times, chosen at run time.
+ *
+ * A level is one translation unit (level.c) compiled with that set's flags; it exports one table of functions.
+ */
+#ifndef NPUQ_LEVELS_H
+#define NPUQ_LEVELS_H
+
+#include "npuq.h"
+
+enum { ATTENTION_HEADS = 8, ATTENTION_KEYS = 64 };
+
+/* Up to ATTENTION_HEADS heads of one query token, and up to ATTENTION_KEYS keys of one cache block. */
+struct attention_tile {
+    const void *latent, *rope; /* the block: [channels / 16, block_size, 16] */
+    int dtype;
+    size_t block_size, first, keys; /* the keys at [first, first + keys) of the block */
+    size_t latent_dim, rope_dim, heads;
+    const float *q; /* [heads, latent_dim + rope_dim], times the softmax scale */
+    float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
+};
+
+/* Strides in elements. `ldacc` is a multiple of 4 and at least rows rounded up to 4: kernels write whole quads. */
+struct kernels {
+    const char *name;
+
+    /* Raw integer sums acc[t · ldacc + r] = Σ_k stored(w[r, k]) · x[t, k], where `stored` is the code plus an offset
+     * (see the two fields below). */
+    void (*dot_w8)(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
+    /* Straight from the packed nibbles [rows / 2, k]; for few tokens. */
+    void (*dot_w4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
+    /* For many tokens: nibbles spread to a byte each [rows, k], then sums of those. */
+    void (*unpack_w4)(const uint8_t *w, size_t rows, size_t k, uint8_t *out);
+    void (*dot_u4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
+    size_t direct_tokens; /* up to this many, dot_w4 is the faster way */
+    int32_t offset_w8;    /* what `stored` adds to a code: Σ_k x must be taken off this many times */
+    int32_t offset_w4;
+    int32_t (*sum_i8)(const int8_t *x, size_t k);
+    /* out[r] = float(acc[r] − correction) · scale[r] · token_scale, stored as out_dtype. */
+    void (*scale_row)(const int32_t *acc, int32_t correction, const float *scale, float token_scale, size_t rows,
+                      void *out, int out_dtype);
+
+    /* acc[t · ldacc + r] = Σ_k w[r · ldw + k] · x[t · ldx + k]. */
+    void (*dot_float)(const void *w, int w_dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
+                      size_t k, float *acc, size_t ldacc);
+    /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
+    void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
+                       size_t tokens, float *out, size_t ldout);
+    void (*to_float)(const void *x, int dtype, size_t n, float *out);
+    void (*from_float)(const float *x, size_t n, void *out, int dtype);
+
+    /* One row each. `work` is float scratch of the row's length. */
+    void (*quant_row)(const float *x, size_t n, int8_t *codes, float *scale);          /* times 127/max, ties to even */
+    void (*quant_row_divide)(const float *x, size_t n, int away, int8_t *codes, float *scale); /* over max/127 */
+    void (*swiglu_row)(const float *left, const float *right, size_t n, float *out);
+    void (*norm_row)(const float *x, const float *gamma, size_t n, float eps, int round_normed, float *out);
+    void (*add_row)(const float *x, const float *y, size_t n, float *out);
+    void (*scale_add_row)(float weight, const float *x, size_t n, float *out); /* out += weight · x */
+    void (*rope_row)(const float *x, const float *cos, const float *sin, size_t dim, float *out);
+
+    /* Attention of one tile, merged into its running values; see kernels/attention.h. */
+    void (*attend)(const struct attention_tile *tile);
+};
+
+int level_best(void);
+const struct kernels *level_kernels(int level);
+
+#endif

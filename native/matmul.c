@@ -1,0 +1,257 @@
+/* Matrix products: how the work is cut into tasks. The arithmetic is in kernels/. */
+#include <stdbool.h>
+#include <string.h>
+
+#include "pool.h"
+
+/* A task is some rows of one stored weight, for all the tokens of its group. */
+struct task {
+    int32_t group, part;
+    int64_t first, rows; /* rows of the part */
+    int64_t column;      /* of the output */
+    int64_t token, tokens;
+};
+
+enum {
+    /* Weight bytes a task reads when it is bound by memory: long enough to stream, short enough to share out evenly. */
+    STREAM_BYTES = 96 << 10,
+    /* Spread weights a task keeps in L2 while the tokens pass by. */
+    CACHED_BYTES = 128 << 10,
+    /* Tokens whose sums are held at a time. */
+    TOKEN_CHUNK = 48,
+    /* Rows are cut at multiples of this: a tile's height, and a whole number of packed rows. */
+    ROW_UNIT = 8,
+};
+
+struct product {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const npuq_weights *weights;
+    const struct task *tasks;
+    const int8_t *x8;
+    const float *x_scale;
+    const int32_t *x_sum;
+    const float *xf;
+    void *out;
+    int out_dtype;
+    size_t rows_per_task;
+};
+
+static size_t stored_size(int dtype) { return dtype == NPUQ_F32 ? 4 : dtype == NPUQ_BF16 || dtype == NPUQ_F16 ? 2 : 1; }
+
+static size_t out_size(int dtype) { return dtype == NPUQ_F32 ? 4 : 2; }
+
+/* Rows a task of this product takes: `bytes` of them, but enough tasks for every thread to have several. */
+static size_t rows_per_task(const npuq_weights *weights, size_t row_bytes, size_t bytes, size_t active, int threads) {
+    size_t rows = bytes / (row_bytes + 1), most = (size_t)weights->outputs * active / ((size_t)threads * 4);
+    rows = rows < most ? rows : most;
+    rows = rows / ROW_UNIT * ROW_UNIT;
+    return rows < ROW_UNIT ? ROW_UNIT : rows;
+}
+
+static size_t count_tasks(const npuq_weights *weights, const int64_t *group_rows, int64_t m, size_t step) {
+    size_t count = 0;
+    for (int64_t g = 0; g < weights->groups; g++) {
+        if ((group_rows == NULL ? m : group_rows[g]) == 0) continue;
+        for (int64_t p = 0; p < weights->parts; p++) {
+            count += ((size_t)weights->part[g * weights->parts + p].rows + step - 1) / step;
+        }
+    }
+    return count;
+}
+
+static void list_tasks(const npuq_weights *weights, const int64_t *group_rows, int64_t m, size_t step,
+                       struct task *task) {
+    int64_t token = 0;
+    for (int64_t g = 0; g < weights->groups; g++) {
+        int64_t tokens = group_rows == NULL ? m : group_rows[g], column = 0;
+        for (int64_t p = 0; p < weights->parts && tokens > 0; p++) {
+            int64_t rows = weights->part[g * weights->parts + p].rows;
+            for (int64_t first = 0; first < rows; first += (int64_t)step) {
+                int64_t some = rows - first < (int64_t)step ? rows - first : (int64_t)step;
+                *task++ = (struct task){(int32_t)g, (int32_t)p, first, some, column + first, token, tokens};
+            }
+            column += rows;
+        }
+        token += tokens;
+    }
+}
+
+static void *out_at(const struct product *product, int64_t token, int64_t column) {
+    size_t index = (size_t)token * (size_t)product->weights->outputs + (size_t)column;
+    return (char *)product->out + index * out_size(product->out_dtype);
+}
+
+static void integer_task(const void *context, size_t index, int thread) {
+    const struct product *product = context;
+    const struct kernels *kernels = product->kernels;
+    const struct task *task = &product->tasks[index];
+    const npuq_part *part = &product->weights->part[task->group * product->weights->parts + task->part];
+    size_t k = (size_t)product->weights->cols, rows = (size_t)task->rows;
+    bool packed = product->weights->dtype == NPUQ_I4, spread = packed && (size_t)task->tokens > kernels->direct_tokens;
+    const uint8_t *w = (const uint8_t *)part->weight + (size_t)(packed ? task->first / 2 : task->first) * k;
+    size_t ldacc = product->rows_per_task;
+    int32_t *acc = pool_thread_scratch(product->pool, thread);
+    if (spread) {
+        uint8_t *wide = (uint8_t *)(acc + ldacc * TOKEN_CHUNK);
+        kernels->unpack_w4(w, rows, k, wide);
+        w = wide;
+    }
+    int32_t offset = packed ? kernels->offset_w4 : kernels->offset_w8;
+    for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
+        int64_t first = task->token + done, left = task->tokens - done;
+        size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
+        const int8_t *x = product->x8 + (size_t)first * k;
+        if (spread) kernels->dot_u4(w, rows, x, tokens, k, acc, ldacc);
+        else if (packed) kernels->dot_w4(w, rows, x, tokens, k, acc, ldacc);
+        else kernels->dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc);
+        for (size_t t = 0; t < tokens; t++) {
+            int64_t token = first + (int64_t)t;
+            int32_t correction = (int32_t)((uint32_t)offset * (uint32_t)product->x_sum[token]);
+            kernels->scale_row(acc + t * ldacc, correction, part->scale + task->first, product->x_scale[token], rows,
+                               out_at(product, token, task->column), product->out_dtype);
+        }
+    }
+}
+
+static void float_task(const void *context, size_t index, int thread) {
+    const struct product *product = context;
+    const struct kernels *kernels = product->kernels;
+    const struct task *task = &product->tasks[index];
+    const npuq_weights *weights = product->weights;
+    const npuq_part *part = &weights->part[task->group * weights->parts + task->part];
+    size_t k = (size_t)weights->cols, rows = (size_t)task->rows, ldacc = product->rows_per_task;
+    const char *w = (const char *)part->weight + (size_t)task->first * k * stored_size(weights->dtype);
+    float *acc = pool_thread_scratch(product->pool, thread);
+    for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
+        int64_t first = task->token + done, left = task->tokens - done;
+        size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
+        kernels->dot_float(w, weights->dtype, k, rows, product->xf + (size_t)first * k, k, tokens, k, acc, ldacc);
+        for (size_t t = 0; t < tokens; t++) {
+            void *out = out_at(product, first + (int64_t)t, task->column);
+            kernels->from_float(acc + t * ldacc, rows, out, product->out_dtype);
+        }
+    }
+}
+
+struct token_rows {
+    const struct kernels *kernels;
+    const void *x;
+    int dtype;
+    size_t k, m;
+    int32_t *sum;
+    float *wide;
+};
+
+/* Σ x of int8 rows, or float rows widened: what every task of the product needs of every token. Some rows a task. */
+enum { PREPARED_ROWS = 16 };
+
+static void prepare_task(const void *context, size_t index, int thread) {
+    (void)thread;
+    const struct token_rows *rows = context;
+    size_t end = (index + 1) * PREPARED_ROWS < rows->m ? (index + 1) * PREPARED_ROWS : rows->m;
+    for (size_t t = index * PREPARED_ROWS; t < end; t++) {
+        if (rows->dtype == NPUQ_I8) {
+            rows->sum[t] = rows->kernels->sum_i8((const int8_t *)rows->x + t * rows->k, rows->k);
+        } else {
+            const char *x = (const char *)rows->x + t * rows->k * stored_size(rows->dtype);
+            rows->kernels->to_float(x, rows->dtype, rows->k, rows->wide + t * rows->k);
+        }
+    }
+}
+
+static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
+                const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
+    if (m == 0) return NPUQ_OK;
+    size_t k = (size_t)weights->cols, tokens = (size_t)m, active = 0, largest = 0;
+    for (int64_t g = 0; g < weights->groups; g++) {
+        size_t rows = group_rows == NULL ? tokens : (size_t)group_rows[g];
+        active += rows > 0;
+        largest = rows > largest ? rows : largest;
+    }
+    const struct kernels *kernels = pool_kernels(pool);
+    bool integer = x_dtype == NPUQ_I8;
+    bool spread = weights->dtype == NPUQ_I4 && largest > kernels->direct_tokens;
+    size_t row_bytes = spread ? k : weights->dtype == NPUQ_I4 ? k / 2 : k * stored_size(weights->dtype);
+    size_t bytes = largest > kernels->direct_tokens ? CACHED_BYTES : STREAM_BYTES;
+    size_t step = rows_per_task(weights, row_bytes, bytes, active, pool_threads(pool));
+    size_t count = count_tasks(weights, group_rows, m, step);
+    size_t task_bytes = aligned(count * sizeof(struct task));
+    size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 ? 0 : tokens * k * 4;
+    size_t thread_bytes = step * TOKEN_CHUNK * sizeof(int32_t) + (spread ? step * k : 0);
+
+    pool_begin(pool);
+    int status = pool_scratch(pool, thread_bytes, task_bytes + token_bytes);
+    if (status == NPUQ_OK) {
+        struct task *tasks = pool_shared_scratch(pool);
+        void *prepared = (char *)tasks + task_bytes;
+        list_tasks(weights, group_rows, m, step, tasks);
+        struct token_rows rows = {kernels, x, x_dtype, k, tokens, prepared, prepared};
+        if (token_bytes > 0) pool_run(pool, prepare_task, &rows, (tokens + PREPARED_ROWS - 1) / PREPARED_ROWS);
+        struct product product = {
+            .pool = pool, .kernels = kernels, .weights = weights, .tasks = tasks, .x8 = x, .x_scale = x_scale,
+            .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared, .out = out, .out_dtype = out_dtype,
+            .rows_per_task = step,
+        };
+        pool_run(pool, integer ? integer_task : float_task, &product, count);
+    }
+    pool_end(pool);
+    return status;
+}
+
+/* ---- one matrix a head ------------------------------------------------------------------------------------------ */
+
+struct batch {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const char *x, *weight;
+    char *out;
+    int dtype, weight_dtype;
+    size_t x_token_stride, x_head_stride, tokens, heads, a, b;
+    size_t head_stride, row_stride;
+    bool transposed; /* weight rows run along b's inputs: out[b] is a dot product with row b */
+};
+
+/* One head, all tokens: its matrix is read once. */
+static void batch_task(const void *context, size_t head, int thread) {
+    const struct batch *batch = context;
+    const struct kernels *kernels = batch->kernels;
+    size_t a = batch->a, b = batch->b, ldb = (b + 3) / 4 * 4, size = out_size(batch->dtype);
+    float *x = pool_thread_scratch(batch->pool, thread), *out = x + a * TOKEN_CHUNK;
+    const void *w = batch->weight + head * batch->head_stride * stored_size(batch->weight_dtype);
+    for (size_t first = 0; first < batch->tokens; first += TOKEN_CHUNK) {
+        size_t tokens = batch->tokens - first < TOKEN_CHUNK ? batch->tokens - first : TOKEN_CHUNK;
+        for (size_t t = 0; t < tokens; t++) {
+            size_t at = (first + t) * batch->x_token_stride + head * batch->x_head_stride;
+            kernels->to_float(batch->x + at * size, batch->dtype, a, x + t * a);
+        }
+        if (batch->transposed) {
+            kernels->dot_float(w, batch->weight_dtype, batch->row_stride, b, x, a, tokens, a, out, ldb);
+        } else {
+            kernels->axpy_float(w, batch->weight_dtype, batch->row_stride, a, b, x, a, tokens, out, ldb);
+        }
+        for (size_t t = 0; t < tokens; t++) {
+            char *to = batch->out + ((first + t) * batch->heads + head) * b * size;
+            kernels->from_float(out + t * ldb, b, to, batch->dtype);
+        }
+    }
+}
+
+int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_token_stride, int64_t x_head_stride,
+                      int64_t tokens, int64_t heads, int64_t a, int64_t b, const void *weight, int32_t weight_dtype,
+                      int64_t head_stride, int64_t a_stride, int64_t b_stride, void *out) {
+    struct batch batch = {
+        .pool = pool, .kernels = pool_kernels(pool), .x = x, .weight = weight, .out = out, .dtype = dtype,
+        .weight_dtype = weight_dtype, .x_token_stride = (size_t)x_token_stride,
+        .x_head_stride = (size_t)x_head_stride, .tokens = (size_t)tokens, .heads = (size_t)heads, .a = (size_t)a,
+        .b = (size_t)b, .head_stride = (size_t)head_stride, .transposed = b_stride != 1,
+        .row_stride = (size_t)(b_stride != 1 ? b_stride : a_stride),
+    };
+    pool_begin(pool);
+    int status = pool_scratch(pool, (batch.a + batch.b + 3) * TOKEN_CHUNK * sizeof(float), 0);
+    if (status == NPUQ_OK) pool_run(pool, batch_task, &batch, batch.heads);
+    pool_end(pool);
+    return status;
+}

@@ -1,0 +1,131 @@
+/* The C interface of npuq's native kernels: raw pointers, fixed-width integers, no dependency but libc and threads.
+ *
+ * Every function that can fail returns 0 or NPUQ_NO_MEMORY; arguments are checked by the caller (quant/native.py and
+ * runtime/ops/native.py), which knows tensors and can name what is wrong. Matrices are row-major. Strides count
+ * elements. A row may start at any address: nothing here needs alignment.
+ *
+ * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
+ * differ in the last bits (order of additions, fused multiply-add), except in convert.h, where all sets agree.
+ */
+#ifndef NPUQ_H
+#define NPUQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define NPUQ_API __attribute__((visibility("default")))
+
+/* Grows with every incompatible change; the Python side refuses a library of another number. */
+#define NPUQ_ABI_VERSION 1
+
+enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1 };
+
+enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
+
+NPUQ_API int npuq_abi_version(void);
+
+/* Instruction-set levels, worst to best, numbered from 0. One is usable when this CPU has it. */
+NPUQ_API int npuq_level_count(void);
+NPUQ_API const char *npuq_level_name(int level);
+NPUQ_API int npuq_level_usable(int level);
+
+/* Threads that share out the work of one call. `threads` counts the caller; level -1 is the best usable one.
+ * NULL when memory or threads run out. Calls from several threads on one pool take turns. */
+typedef struct npuq_pool npuq_pool;
+NPUQ_API npuq_pool *npuq_pool_create(int threads, int level);
+NPUQ_API void npuq_pool_destroy(npuq_pool *pool);
+NPUQ_API int npuq_pool_level(const npuq_pool *pool);
+
+/* ---- matrix products ------------------------------------------------------------------------------------------- */
+
+/* One stored weight: `rows` outputs of `cols` inputs. I4: rows is even and byte [j, k] holds row 2j (low nibble) and
+ * row 2j + 1 (high nibble). scale: one float a row for I4 and I8, NULL for floats. */
+typedef struct {
+    const void *weight;
+    const float *scale;
+    int64_t rows;
+} npuq_part;
+
+/* `groups` × `parts` weights of one dtype and one `cols`; parts of a group are fused along their outputs, and every
+ * group has the same sum of rows, `outputs`. A plain linear has one group. */
+typedef struct {
+    const npuq_part *part;
+    int64_t groups;
+    int64_t parts;
+    int64_t cols;
+    int64_t outputs;
+    int32_t dtype;
+} npuq_weights;
+
+/* out [m, outputs] = x [m, cols] · weightᵀ. group_rows: how many rows of x each group takes, in order (NULL: one group
+ * takes all m); rows past their sum are not written. out_dtype is F32 or BF16.
+ * I4, I8: x int8, out = float(int32 sum) · scale[n] · x_scale[m], in this order. Floats: x F32 or BF16. */
+NPUQ_API int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype,
+                         const float *x_scale, const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype);
+
+/* out [tokens, heads, b] = x [tokens, heads, a] · weight [heads, a, b], the weight a float array of any dtype whose
+ * strides are (head_stride, a_stride, b_stride), one of the last two being 1. out is contiguous. */
+NPUQ_API int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_token_stride,
+                               int64_t x_head_stride, int64_t tokens, int64_t heads, int64_t a, int64_t b,
+                               const void *weight, int32_t weight_dtype, int64_t head_stride, int64_t a_stride,
+                               int64_t b_stride, void *out);
+
+/* ---- rows: norms, activations, quantization. dtype (of x, gamma, out) is F32 or BF16 --------------------------- */
+
+/* Codes int8 [rows, cols] and one scale a row. A row with a NaN or an infinity has no scale that could carry it: its
+ * codes are 0 and its scale is NaN, so that what is multiplied with it is NaN. */
+NPUQ_API int npuq_dynamic_quant(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t rows,
+                                int64_t cols, int8_t *codes, float *scale);
+/* x [rows, 2 · half]: silu(left) · right. */
+NPUQ_API int npuq_swiglu(npuq_pool *pool, const void *x, int32_t dtype, int64_t rows, int64_t half, void *out);
+NPUQ_API int npuq_swiglu_quant(npuq_pool *pool, const void *x, int32_t dtype, int64_t rows, int64_t half,
+                               int8_t *codes, float *scale);
+NPUQ_API int npuq_rms_norm(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, const void *gamma,
+                           int64_t rows, int64_t cols, float eps, void *out);
+NPUQ_API int npuq_add_rms_norm(npuq_pool *pool, const void *x, const void *residual, int32_t dtype, const void *gamma,
+                               int64_t rows, int64_t cols, float eps, void *out, void *sum);
+
+/* ---- routing ---------------------------------------------------------------------------------------------------- */
+
+/* logits [tokens, experts] → weights [tokens, k], ids [tokens, k]; bias may be NULL. sigmoid: 1, or 0 for softmax.
+ * select_two: a group's score is the sum of its two best biased scores, else its best. */
+NPUQ_API int npuq_gating_top_k(npuq_pool *pool, const float *logits, const float *bias, int64_t tokens,
+                               int64_t experts, int64_t k, int32_t sigmoid, int64_t groups, int64_t top_groups,
+                               int32_t select_two, int32_t renormalize, float scaling, float *weights, int32_t *ids);
+/* Stable sort of the tokens·k copies by expert: row_index[t·k + j] = place; group_rows [experts] counts.
+ * codes NULL: out gets the rows as they are; else codes and scale get them quantized (scale = max / 127, ties away). */
+NPUQ_API int npuq_init_routing(npuq_pool *pool, const void *x, int32_t dtype, int64_t cols, const int32_t *ids,
+                               int64_t tokens, int64_t k, int64_t experts, int32_t *row_index, int64_t *group_rows,
+                               void *out, int8_t *codes, float *scale);
+/* out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]]; skip may be NULL. */
+NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dtype, int64_t cols,
+                                   const float *weights, const int32_t *row_index, int64_t tokens, int64_t k,
+                                   const void *skip, void *out);
+
+/* ---- attention -------------------------------------------------------------------------------------------------- */
+
+/* x [tokens, heads, dim] (strided) → out, contiguous; cos and sin [tokens, dim]. */
+NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride,
+                                  int64_t head_stride, int64_t tokens, int64_t heads, int64_t dim, const void *cos,
+                                  const void *sin, void *out);
+/* One layer's paged cache in NZ layout: [blocks, channels / 16, block_size, 16]. */
+typedef struct {
+    void *latent;
+    void *rope;
+    int64_t block_size;
+    int64_t latent_dim;
+    int64_t rope_dim;
+    int32_t dtype;
+} npuq_cache;
+/* kv [tokens, latent_dim + rope_dim]; a negative slot is not written. latent_out and rope_out may be NULL. */
+NPUQ_API int npuq_kv_cache_write(npuq_pool *pool, const npuq_cache *cache, const void *kv, int64_t stride,
+                                 const void *gamma, const void *cos, const void *sin, const int64_t *slots,
+                                 int64_t tokens, float eps, void *rope_out, void *latent_out);
+/* Absorbed attention of q_latent [tokens, heads, latent_dim], q_rope [tokens, heads, rope_dim] on the cache.
+ * q_ends: cumulative query lengths of the sequences; kv_lens: keys of each; table int32 [sequences, table_stride].
+ * Query i of a sequence with n queries sees its first kv_len − n + i + 1 keys. */
+NPUQ_API int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q_latent, const void *q_rope,
+                                  int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
+                                  const int32_t *table, int64_t table_stride, float softmax_scale, void *out);
+
+#endif

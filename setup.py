@@ -1,0 +1,100 @@
+"""Builds the optional native library beside the Python that loads it; everything else is in pyproject.toml.
+
+The library is plain C behind a plain C interface, loaded with ctypes: it links neither Python nor torch, so one build
+serves every version of both. `native/level.c` is compiled once for each instruction set. Without a compiler the install
+succeeds and torch does the work; `npuq --version` says which.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "libnpuq.so"
+# No contraction into fused multiply-adds: the conversion's floats must be the same on every machine. No errno or
+# trapping floats: neither is looked at, and both keep loops from being vectorized.
+FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math", "-Wall", "-Wextra", "-pthread"]  # fmt: skip
+LEVELS = {
+    "x86_64": {
+        "portable": [],
+        "avx2": ["-DNPUQ_LEVEL_AVX2", "-mavx2", "-mfma", "-mf16c"],
+        "avx512vnni": ["-DNPUQ_LEVEL_AVX512", "-mavx2", "-mfma", "-mf16c",
+                       *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))],  # fmt: skip
+    },
+    "aarch64": {
+        "portable": [],
+        "neon_dotprod": ["-DNPUQ_LEVEL_NEON", "-march=armv8.2-a+dotprod"],
+    },
+}
+
+
+def build(target: Path, objects: Path, compiler: list[str], machine: str, extra: list[str]) -> None:
+    """Compile and link the library. Raises CompileError with the compiler's words."""
+    source = Path("native")
+    units: list[tuple[Path, str, list[str]]] = [
+        (path, path.stem, []) for path in sorted((ROOT / source).glob("*.c")) if path.name != "level.c"
+    ]
+    for level, flags in LEVELS.get(machine, {"portable": []}).items():
+        units.append((ROOT / source / "level.c", f"level_{level}", [f"-DNPUQ_LEVEL_NAME={level}", *flags]))
+    objects.mkdir(parents=True, exist_ok=True)
+
+    def compile_unit(unit: tuple[Path, str, list[str]]) -> str:
+        path, name, flags = unit
+        output = str(objects / f"{name}.o")
+        run([*compiler, *FLAGS, *flags, *extra, "-c", str(path), "-o", output])
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(compile_unit, units))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([*compiler, *extra, "-shared", "-pthread", *compiled, "-lm", "-o", str(target)])
+
+
+def run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"no C compiler ({command[0]}): {error}") from None
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{done.stderr}")
+
+
+class BuildNative(build_ext):
+    """An `Extension` that is a plain shared library: its own name, its own flags for each unit."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        extra = shlex.split(os.environ.get("CFLAGS", ""))
+        build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp), compiler, platform.machine(), extra)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+
+
+class PlatformWheel(bdist_wheel):
+    """The library is bound to a platform, not to a Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "native").rglob("*.[ch]"))
+    extension = Extension(
+        "npuq.quant.libnpuq",
+        sources=[file for file in files if file.endswith(".c")],
+        depends=[file for file in files if file.endswith(".h")],
+        optional=True,
+    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})
