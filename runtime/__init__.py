@@ -4,7 +4,8 @@ The model is written once (`model.py`) against the operators of a backend (`ops/
 """
 
 from .engine import EngineConfig
+from .evaluation import Evaluation, evaluate
 from .llm import Completion, LanguageModel, Piece, load
 from .sampler import SamplingParams
 
-__all__ = ["Completion", "EngineConfig", "LanguageModel", "Piece", "SamplingParams", "load"]
+__all__ = ["Completion", "EngineConfig", "Evaluation", "LanguageModel", "Piece", "SamplingParams", "evaluate", "load"]

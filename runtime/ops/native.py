@@ -356,7 +356,9 @@ def _linear(groups: Sequence[Sequence[LinearPart]]) -> NativeLinear:
         weight = part.weight.contiguous()
         scale = None if part.scale is None else part.scale.contiguous()
         if scale is not None and (scale.numel() != _height(part) or scale.dtype != torch.float32):
-            raise BackendError(f"{part.name}: scale {list(scale.shape)} {scale.dtype}, not float32 [{_height(part)}, 1]")
+            raise BackendError(
+                f"{part.name}: scale {list(scale.shape)} {scale.dtype}, not float32 [{_height(part)}, 1]"
+            )
         parts[index] = Part(weight.data_ptr(), None if scale is None else scale.data_ptr(), _height(part))
         owners += [weight] if scale is None else [weight, scale]
     for group in groups:
