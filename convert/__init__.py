@@ -2,5 +2,8 @@
 `verify` checks one against everything its loaders need; `inspect` says what is in one. Nothing here runs a model."""
 
 from .conversion import Summary, convert_checkpoint
+from .inspection import Inspection, inspect
+from .progress import Progress
+from .verification import VerifyReport, verify
 
-__all__ = ["Summary", "convert_checkpoint"]
+__all__ = ["Inspection", "Progress", "Summary", "VerifyReport", "convert_checkpoint", "inspect", "verify"]

@@ -25,8 +25,8 @@ from ..quant.artifact import (
 from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME
 from ..quant.rope import rope_tables, save_rope
 from ..quant.schemes import Scheme
-from .architecture import QUANTIZABLE, ROUTED, Role
 from .card import model_card
+from .engine_rules import config_schemes
 from .journal import JobStats, Record
 from .output import partial_path, publish, write_file
 from .pipeline import file_sha256
@@ -93,21 +93,8 @@ def _types(plan: Plan) -> dict[str, Scheme]:
 
 
 def _config(prepared: Prepared) -> dict[str, Any]:
-    jobs = prepared.plan.jobs
-    linears = [job for job in jobs if job.role in QUANTIZABLE - ROUTED and not job.role.startswith("mtp_")]
-    mtp = [job for job in jobs if job.role is Role.MTP_ROUTED_EXPERT]
-    return artifact_config(
-        prepared.checkpoint.config,
-        linear=_common_scheme(linears),
-        experts=_common_scheme(job for job in jobs if job.role is Role.ROUTED_EXPERT),
-        mtp_experts=_common_scheme(mtp) if mtp else None,
-    )
-
-
-def _common_scheme(jobs: Iterable[Job]) -> Scheme:
-    """The scheme of all of them; FLOAT when they differ, so that no engine takes a fast path meant for one scheme."""
-    schemes = {job.scheme for job in jobs}
-    return schemes.pop() if len(schemes) == 1 else Scheme.FLOAT
+    schemes = {job.source: job.scheme for job in prepared.plan.jobs}
+    return artifact_config(prepared.checkpoint.config, **config_schemes(prepared.inventory.specs.values(), schemes))
 
 
 def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[str]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def run_plan(
             events.put(_Ended(None))
 
     threads = [threading.Thread(target=worker, name=f"npuq-{number}", daemon=True) for number in range(budget.workers)]
-    with _single_threaded_torch():
+    with single_threaded_torch():
         try:
             syncer.start()
             for thread in threads:
@@ -153,7 +153,7 @@ def _end(threads: list[threading.Thread], syncer: Syncer) -> None:
 
 
 @contextmanager
-def _single_threaded_torch() -> Iterator[None]:
+def single_threaded_torch() -> Iterator[None]:
     """One torch thread a worker: the workers are the parallelism."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

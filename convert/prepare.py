@@ -12,7 +12,7 @@ from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
 from .architecture import Inventory, take_inventory
-from .engine_rules import check_engine_rules
+from .engine_rules import check_recipe
 from .plan import Plan, build_plan
 from .recipe import Recipe, load_recipe, resolve
 from .side_files import side_files
@@ -53,7 +53,7 @@ def prepare(directory: Path, recipe: str | Path, method: str | None, max_shard_s
         source = WeightSource(checkpoint)
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs)
-        check_engine_rules(resolved, inventory, assignments)
+        check_recipe(resolved, inventory.specs, inventory.fused, assignments)
         plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size)
         names = tuple(side_files(directory))
         origin = _origin(directory)

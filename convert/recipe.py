@@ -126,7 +126,7 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
 
 
 def resolve(recipe: Recipe, specs: Mapping[str, Spec]) -> dict[str, Assignment]:
-    """The scheme and method of every tensor, before any loader's rule is applied (see `engine_rules`)."""
+    """The scheme and method of every tensor, before any loader's rule is applied (see engine_rules.py)."""
     return {name: _assign(recipe, spec) for name, spec in specs.items()}
 
 

@@ -1,0 +1,43 @@
+"""`npuq inspect`: what is in a checkpoint or an artifact, by role."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .console import emit_json, format_bytes
+
+if TYPE_CHECKING:
+    from ..convert import Inspection
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def command(path: str, as_json: bool) -> None:
+    """Show the tensors of the checkpoint or artifact PATH by role: schemes, bits a weight, bytes, error."""
+    from ..convert import inspect
+
+    inspection = inspect(path)
+    if as_json:
+        emit_json(inspection.as_dict())
+    else:
+        click.echo(_table(inspection))
+
+
+def _table(inspection: Inspection) -> str:
+    made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
+    lines = [
+        f"{inspection.kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}",
+        f"{'role':<18} {'scheme':<13} {'tensors':>8} {'bits':>6} {'before':>9} {'bytes':>9} {'error':>8}",
+    ]
+    for line in inspection.lines:
+        before = "" if line.source_bytes is None else format_bytes(line.source_bytes)
+        error = "" if line.relative_error is None else f"{line.relative_error:.2%}"
+        lines.append(
+            f"{line.role:<18} {line.scheme:<13} {line.tensors:>8} {line.bits:>6.2f} {before:>9} "
+            f"{format_bytes(line.nbytes):>9} {error:>8}"
+        )
+    total = format_bytes(sum(line.nbytes for line in inspection.lines))
+    return "\n".join(line.rstrip() for line in [*lines, f"{total} in all"])

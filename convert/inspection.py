@@ -1,0 +1,109 @@
+"""`inspect`: what is in a checkpoint or an artifact, by role."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+from ..quant.artifact import DESCRIPTION_NAME, MANIFEST_NAME, REPORT_NAME, read_manifest
+from ..quant.checkpoint import Checkpoint
+from ..quant.dialects import WeightSource
+from ..quant.model_config import ModelConfig
+from .architecture import take_inventory
+
+
+@dataclass(frozen=True)
+class RoleLine:
+    """All tensors of one role and scheme; `bits` is stored bits a parameter, scales included.
+
+    In a source checkpoint `scheme` is the stored dtype, and what conversion would tell is None.
+    """
+
+    role: str
+    scheme: str
+    tensors: int
+    parameters: int
+    bits: float
+    source_bytes: int | None
+    nbytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`kind` is artifact or checkpoint; `recipe` and `source` are None for a checkpoint."""
+
+    path: str
+    kind: str
+    model_type: str
+    layers: int
+    experts: int
+    recipe: str | None
+    source: str | None
+    lines: tuple[RoleLine, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "lines"}
+        return {**fields, "roles": [vars(line) for line in self.lines]}
+
+
+def inspect(path: str | Path) -> Inspection:
+    """What a directory holds, from headers and the artifact's report: no weight is read.
+
+    Raises CheckpointError for a directory that is neither, ArtifactError for an unfinished or damaged artifact.
+    """
+    directory = Path(path)
+    with Checkpoint.open(directory) as checkpoint:
+        config = ModelConfig.from_dict(checkpoint.config)
+        if (directory / MANIFEST_NAME).exists() or (directory / DESCRIPTION_NAME).exists():
+            manifest = read_manifest(directory)
+            kind, recipe, source = "artifact", manifest["recipe"]["name"], manifest["source"]["name"]
+            lines = _artifact_lines(directory)
+        else:
+            kind, recipe, source = "checkpoint", None, None
+            lines = _checkpoint_lines(config, WeightSource(checkpoint))
+    layers, experts = config.num_hidden_layers, config.n_routed_experts
+    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines)
+
+
+def _artifact_lines(directory: Path) -> tuple[RoleLine, ...]:
+    path = directory / REPORT_NAME
+    try:
+        roles = json.loads(path.read_text(encoding="utf-8"))["roles"]
+        return tuple(_artifact_line(role) for role in roles)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error!r}); run npuq verify, or convert again") from error
+
+
+def _artifact_line(role: Mapping[str, Any]) -> RoleLine:
+    return RoleLine(
+        role=role["role"],
+        scheme=role["scheme"],
+        tensors=role["tensors"],
+        parameters=role["parameters"],
+        bits=8 * role["output_bytes"] / max(1, role["parameters"]),
+        source_bytes=role["source_bytes"],
+        nbytes=role["output_bytes"],
+        relative_error=role["relative_error"],
+    )
+
+
+def _checkpoint_lines(config: ModelConfig, source: WeightSource) -> tuple[RoleLine, ...]:
+    inventory = take_inventory(config, source.weights)
+    totals: dict[tuple[str, str], list[int]] = {}
+    for name, spec in inventory.specs.items():
+        weight = source.weights[name]
+        total = totals.setdefault((spec.role.value, weight.dtype), [0, 0, 0])
+        for position, amount in enumerate((1, prod(weight.shape), weight.nbytes)):
+            total[position] += amount
+    lines = [
+        RoleLine(role, dtype, tensors, parameters, 8 * nbytes / max(1, parameters), None, nbytes, None)
+        for (role, dtype), (tensors, parameters, nbytes) in totals.items()
+    ]
+    return tuple(sorted(lines, key=lambda line: (-line.nbytes, line.role, line.scheme)))

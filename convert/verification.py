@@ -1,0 +1,125 @@
+"""`verify`: is an artifact all that its format promises and its loaders need? Streamed, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, NpuqError
+from ..quant.artifact import MANIFEST_NAME, read_manifest
+from ..quant.checkpoint import Checkpoint
+from ..quant.dialects import WeightSource
+from ..quant.schemes import Scheme
+from .pipeline import single_threaded_torch
+from .report import relative_error
+from .verify_layout import Layout, check_file, check_strays, read_layout
+from .verify_values import TensorCheck, check_rope, check_values
+
+# The manifest's error was summed from exact integers, this one in floating point.
+_ERROR_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class LinearError:
+    """Relative error √(Σ (w − ŵ)² / Σ w²) of one quantized linear against the source."""
+
+    name: str
+    role: str
+    scheme: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found: `problems` name a file or tensor each; `errors` has every linear when a source was given."""
+
+    path: str
+    problems: tuple[str, ...]
+    files: int
+    tensors: int
+    linears: int
+    errors: tuple[LinearError, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "errors"}
+        return {"ok": self.ok, **fields, "errors": [vars(error) for error in self.errors]}
+
+
+def verify(path: str | Path, source: str | Path | None = None, *, workers: int | None = None) -> VerifyReport:
+    """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
+
+    Everything wrong with the artifact is a problem in the report. Raises CheckpointError when there is no such
+    directory, or the source cannot be read.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    try:
+        manifest = read_manifest(directory)
+    except NpuqError as error:
+        return VerifyReport(str(path), (str(error),), 0, 0, 0, ())
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return VerifyReport(str(path), (f"{MANIFEST_NAME}: lists no files",), 0, 0, 0, ())
+    with ExitStack() as stack:
+        weights = None
+        if source is not None:
+            weights = WeightSource(stack.enter_context(Checkpoint.open(source)))
+        pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
+        stack.enter_context(single_threaded_torch())
+        problems = [
+            line for lines in pool.map(lambda item: [*check_file(directory, *item)], files.items()) for line in lines
+        ]
+        problems += check_strays(directory, files)
+        layout = read_layout(directory, problems)
+        if layout is None:
+            return VerifyReport(str(path), tuple(problems), len(files), 0, 0, ())
+        stack.enter_context(layout.checkpoint)
+        problems += check_rope(layout)
+        checks = list(pool.map(lambda spec: check_values(layout, spec, weights), layout.specs.values()))
+    problems += [problem for check in checks for problem in check.problems]
+    errors = tuple(_errors(layout, checks))
+    problems += _check_manifest(manifest, layout, errors)
+    linears = sum(layout.schemes[name] is not Scheme.FLOAT for name in layout.specs)
+    return VerifyReport(str(path), tuple(problems), len(files), len(layout.checkpoint.tensors), linears, errors)
+
+
+def _errors(layout: Layout, checks: list[TensorCheck]) -> Iterator[LinearError]:
+    for check in checks:
+        if check.stats is not None:
+            error = relative_error(check.stats.squared_error, check.stats.squared_norm)
+            name = check.spec.name
+            yield LinearError(name, check.spec.role.value, layout.schemes[name].value, error)
+
+
+def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[LinearError, ...]) -> Iterator[str]:
+    """The manifest's linears against those that are there, and its errors against those just measured."""
+    linears = manifest.get("linears")
+    if not isinstance(linears, dict):
+        yield f"{MANIFEST_NAME}: lists no linears"
+        return
+    quantized = {name: layout.schemes[name] for name in layout.specs if layout.schemes[name] is not Scheme.FLOAT}
+    for name in sorted(linears.keys() ^ quantized.keys()):
+        where = "the manifest" if name in linears else "the description"
+        yield f"{MANIFEST_NAME}: linear {name!r} is in {where} alone"
+    for name in sorted(linears.keys() & quantized.keys()):
+        if linears[name].get("scheme") != quantized[name].value:
+            yield f"{MANIFEST_NAME}: {name!r} is {linears[name].get('scheme')}, in the description {quantized[name].value}"
+    for error in errors:
+        promised = linears.get(error.name, {}).get("relative_error", error.relative_error)
+        if abs(error.relative_error - promised) > _ERROR_TOLERANCE * (promised + error.relative_error):
+            yield (
+                f"tensor {error.name!r}: its error against the source is {error.relative_error:.3%}, the manifest has "
+                f"{promised:.3%}: it was made from other weights"
+            )
