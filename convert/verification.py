@@ -78,9 +78,8 @@ def verify(path: str | Path, source: str | Path | None = None, *, workers: int |
             weights = WeightSource(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
-        problems = [
-            line for lines in pool.map(lambda item: [*check_file(directory, *item)], files.items()) for line in lines
-        ]
+        found = pool.map(lambda item: list(check_file(directory, *item)), files.items())
+        problems = [problem for problems_of_file in found for problem in problems_of_file]
         problems += check_strays(directory, files)
         layout = read_layout(directory, problems)
         if layout is None:
@@ -114,8 +113,9 @@ def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[L
         where = "the manifest" if name in linears else "the description"
         yield f"{MANIFEST_NAME}: linear {name!r} is in {where} alone"
     for name in sorted(linears.keys() & quantized.keys()):
-        if linears[name].get("scheme") != quantized[name].value:
-            yield f"{MANIFEST_NAME}: {name!r} is {linears[name].get('scheme')}, in the description {quantized[name].value}"
+        written, described = linears[name].get("scheme"), quantized[name].value
+        if written != described:
+            yield f"{MANIFEST_NAME}: {name!r} is {written}, in the description {described}"
     for error in errors:
         promised = linears.get(error.name, {}).get("relative_error", error.relative_error)
         if abs(error.relative_error - promised) > _ERROR_TOLERANCE * (promised + error.relative_error):

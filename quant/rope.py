@@ -132,7 +132,7 @@ def save_rope(tables: RopeTables, path: Path) -> None:
     with path.open("wb") as file:
         file.write(header)
         for _, part in parts:
-            file.write(memoryview(part.numpy()))
+            file.write(part.numpy().data)
 
 
 def load_rope(path: Path) -> RopeTables:
