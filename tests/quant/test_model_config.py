@@ -1,0 +1,68 @@
+"""Configs of the supported families, and what is wrong with broken ones."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from npuq.errors import CheckpointError
+from npuq.quant.checkpoint import read_json
+from npuq.quant.model_config import ModelConfig
+
+
+@pytest.fixture
+def config(example_fp8) -> dict[str, Any]:
+    return read_json(example_fp8 / "config.json")
+
+
+def test_the_shipped_config(config: dict[str, Any]) -> None:
+    model = ModelConfig.from_dict(config)
+    assert (model.qk_head_dim, model.kv_lora_rank, model.q_lora_rank) == (192, 512, 256)
+    assert [model.is_moe_layer(layer) for layer in range(5)] == [False, True, True, True, True]
+    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
+    assert model.dtype is torch.bfloat16
+    assert (model.rope.rope_type, model.rope.factor, model.rope.original_max_position) == ("yarn", 8.0, 512)
+
+
+def test_deepseek_v2_lite_defaults(config: dict[str, Any]) -> None:
+    lite = {**config, "model_type": "deepseek_v2", "q_lora_rank": None, "n_group": None, "topk_group": None}
+    for key in ("scoring_func", "topk_method", "norm_topk_prob", "num_nextn_predict_layers"):
+        lite.pop(key)
+    model = ModelConfig.from_dict(lite)
+    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("softmax", "greedy", False)
+    assert (model.q_lora_rank, model.n_group, model.topk_group, model.num_nextn_predict_layers) == (None, 1, 1, 0)
+
+
+def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
+    kimi = {**config, "model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "dtype": "bfloat16"}
+    model = ModelConfig.from_dict(kimi)
+    assert (model.scoring_func, model.topk_method, model.n_group) == ("sigmoid", "noaux_tc", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is unknown"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "256"}, "hidden_size must be a whole number"),
+        ({"hidden_size": True}, "hidden_size must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
+        ({"scoring_func": "tanh"}, "scoring_func 'tanh' is unknown"),
+        ({"topk_method": "beam"}, "topk_method 'beam' is unknown"),
+        ({"torch_dtype": "int8"}, "dtype 'int8' is unknown"),
+        ({"n_group": 3}, "groups must divide"),
+        ({"num_experts_per_tok": 9}, "exceeds the experts"),
+        ({"qk_rope_head_dim": 63}, "is odd"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope' is unknown"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "needs original_max_position_embeddings"),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor"),
+        ({"rope_scaling": "yarn"}, "must be an object"),
+    ],
+)
+def test_broken_configs_are_refused_by_key(change: dict[str, Any], message: str, config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ModelConfig.from_dict({**config, **change})
+    assert str(caught.value).startswith("config.json: ")

@@ -1,0 +1,146 @@
+"""Rope tables against transformers' own initializers and DeepSeek's mscale rule."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DeepseekV3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+from npuq.errors import ArtifactError
+from npuq.quant.checkpoint import read_json
+from npuq.quant.model_config import ModelConfig
+from npuq.quant.rope import inverse_frequencies, load_rope, rope_tables, save_rope
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
+    "deepseek-yarn": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "deepseek-v2-lite": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 64,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+    "uneven-mscale": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 64,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+}
+
+
+@pytest.fixture
+def config(example_fp8) -> dict[str, Any]:
+    return {**read_json(example_fp8 / "config.json"), "max_position_embeddings": 2048, "rope_scaling": None}
+
+
+def peer(config: dict[str, Any], scaling: dict[str, Any]) -> DeepseekV3Config:
+    names = set(DeepseekV3Config().to_dict()) - {"rope_parameters", "rope_scaling", "model_type"}
+    kept = {key: value for key, value in config.items() if key in names}
+    parameters = {"rope_type": "default", **scaling, "rope_theta": float(config["rope_theta"])}
+    if "type" in parameters:
+        parameters["rope_type"] = parameters.pop("type")
+    return DeepseekV3Config(**kept, rope_parameters=parameters)
+
+
+def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest distance in units of the last place of theirs, float32."""
+    theirs = theirs.float()
+    spacing = torch.from_numpy(np.spacing(theirs.abs().numpy()))
+    return float(((ours.double() - theirs.double()).abs() / spacing).max())
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_frequencies_and_mscale_are_those_of_transformers(name: str, config: dict[str, Any]) -> None:
+    scaling = SCALINGS[name]
+    model = ModelConfig.from_dict({**config, "rope_scaling": scaling or None})
+    theirs = peer(config, scaling)
+    tables = rope_tables(model)
+    length = tables.cos.shape[0]
+    if name == "default":
+        frequencies, factor = DeepseekV3RotaryEmbedding.compute_default_rope_parameters(theirs)
+    else:
+        function = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]]
+        frequencies, factor = function(theirs, device=torch.device("cpu"), seq_len=length)
+    # transformers computes in float32: base ** x, 1 / x and the ramp's products each round, some ulps together.
+    assert ulps(inverse_frequencies(model.rope, length), frequencies) <= 6
+    assert float(tables.metadata["mscale"]) == pytest.approx(factor, rel=1e-12)
+    assert tables.softmax_scale == pytest.approx(DeepseekV3Attention(theirs, 0).scaling, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_tables_are_float64_trigonometry_rounded_once(name: str, config: dict[str, Any]) -> None:
+    model = ModelConfig.from_dict({**config, "rope_scaling": SCALINGS[name] or None})
+    tables = rope_tables(model)
+    length = tables.cos.shape[0]
+    angles = np.arange(length)[:, None] * inverse_frequencies(model.rope, length).numpy()
+    mscale = float(tables.metadata["mscale"])
+    for table, function in ((tables.cos, np.cos), (tables.sin, np.sin)):
+        assert table.dtype == torch.float32
+        expected = torch.from_numpy(function(angles) * mscale)
+        assert ulps(expected.float(), table) <= 1
+        assert tuple(table.shape) == (length, model.qk_rope_head_dim // 2)
+
+
+def test_dynamic_tables_reach_as_far_as_the_scaling_is_meant_to(config: dict[str, Any]) -> None:
+    tables = rope_tables(ModelConfig.from_dict({**config, "rope_scaling": SCALINGS["dynamic"]}))
+    assert tables.cos.shape[0] == 3 * config["max_position_embeddings"]
+
+
+def test_deepseek_attention_temperature(config: dict[str, Any]) -> None:
+    tables = rope_tables(ModelConfig.from_dict({**config, "rope_scaling": SCALINGS["deepseek-yarn"]}))
+    temperature = 0.1 * math.log(40) + 1
+    assert tables.softmax_scale == pytest.approx(192**-0.5 * temperature**2, rel=1e-12)
+    assert float(tables.metadata["mscale"]) == 1.0
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_both_config_dialects_give_the_same_tables(name: str, config: dict[str, Any]) -> None:
+    old = {**config, "rope_scaling": SCALINGS[name] or None}
+    new = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
+    new["rope_parameters"] = {**SCALINGS[name], "rope_theta": config["rope_theta"]}
+    first, second = (rope_tables(ModelConfig.from_dict(value)) for value in (old, new))
+    assert torch.equal(first.cos, second.cos)
+    assert torch.equal(first.sin, second.sin)
+    assert first.metadata == second.metadata
+
+
+def test_tables_survive_the_file(config: dict[str, Any], tmp_path) -> None:
+    tables = rope_tables(ModelConfig.from_dict({**config, "rope_scaling": SCALINGS["deepseek-yarn"]}))
+    save_rope(tables, tmp_path / "rope.safetensors")
+    loaded = load_rope(tmp_path / "rope.safetensors")
+    assert torch.equal(tables.cos, loaded.cos)
+    assert torch.equal(tables.sin, loaded.sin)
+    assert (loaded.softmax_scale, dict(loaded.metadata)) == (tables.softmax_scale, dict(tables.metadata))
+
+
+def test_a_file_that_is_not_a_table_is_refused(tmp_path) -> None:
+    with pytest.raises(ArtifactError, match="missing"):
+        load_rope(tmp_path / "rope.safetensors")
+    (tmp_path / "rope.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(ArtifactError, match="not an npuq rope table"):
+        load_rope(tmp_path / "rope.safetensors")
