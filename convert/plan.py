@@ -14,7 +14,7 @@ from math import prod
 from ..errors import ConversionError, RecipeError
 from ..quant.artifact import shard_name
 from ..quant.dialects import Weight
-from ..quant.safetensors import DTYPES, encode_header
+from ..quant.safetensors import ITEM_BYTES, encode_header
 from ..quant.scales import Method
 from ..quant.schemes import OutputTensor, Scheme, output_tensors
 from .architecture import ROUTER_BIASES, Inventory, Role, Spec
@@ -112,7 +112,7 @@ class _Draft:
     spec: Spec
     weight: Weight
     assignment: Assignment
-    outputs: tuple[OutputTensor, ...]
+    outputs: tuple[tuple[OutputTensor, int], ...]  # with their bytes
 
 
 def build_plan(
@@ -128,7 +128,7 @@ def build_plan(
     weight whose shape its scheme cannot hold.
     """
     drafts = [
-        _Draft(spec, weights[name], assignments[name], _outputs(spec, assignments[name], float_code))
+        _Draft(spec, weights[name], assignments[name], _sized(_outputs(spec, assignments[name], float_code)))
         for name, spec in inventory.specs.items()
     ]
     if not drafts:
@@ -160,7 +160,7 @@ def _fill_shards(drafts: Sequence[_Draft], max_shard_size: int) -> Iterable[list
     group: list[_Draft] = []
     size = _HEADER_BYTES
     for draft in drafts:
-        wanted = sum(_bound(output) for output in draft.outputs)
+        wanted = sum([_bound(output, size) for output, size in draft.outputs])
         if group and size + wanted > max_shard_size:
             yield group
             group, size = [], _HEADER_BYTES
@@ -169,12 +169,12 @@ def _fill_shards(drafts: Sequence[_Draft], max_shard_size: int) -> Iterable[list
     yield group
 
 
-def _bound(output: OutputTensor) -> int:
+def _bound(output: OutputTensor, size: int) -> int:
     """An upper bound of what a tensor adds to its shard: its data and its header entry."""
     # JSON escapes a quote in two bytes and a control character in six.
     name = len(output.name) * (2 if output.name.isascii() and output.name.isprintable() else 6)
     entry = name + len(output.dtype) + 21 * len(output.shape) + _ENTRY_BYTES
-    return _nbytes(output) + entry
+    return size + entry
 
 
 def _lay_out(number: int, group: Sequence[_Draft]) -> tuple[bytes, int, dict[str, Slot]]:
@@ -184,11 +184,10 @@ def _lay_out(number: int, group: Sequence[_Draft]) -> tuple[bytes, int, dict[str
     memory-mapping readers need.
     """
     outputs = [output for draft in group for output in draft.outputs]
-    outputs.sort(key=lambda output: -DTYPES[output.dtype].itemsize)  # stable
-    header = encode_header([(output.name, output.dtype, output.shape) for output in outputs], METADATA)
+    outputs.sort(key=lambda output: -ITEM_BYTES[output[0].dtype])  # stable
+    header = encode_header([(output.name, output.dtype, output.shape) for output, _ in outputs], METADATA)
     slots, position = {}, len(header)
-    for output in outputs:
-        size = _nbytes(output)
+    for output, size in outputs:
         slots[output.name] = Slot(output.name, output.dtype, output.shape, number, position, size)
         position += size
     return header, position, slots
@@ -206,9 +205,9 @@ def _job(index: int, draft: _Draft, slots: Mapping[str, Slot]) -> Job:
         method=draft.assignment.method,
         row_parallel=spec.row_parallel,
         source_bytes=weight.nbytes,
-        outputs=tuple(slots[output.name] for output in draft.outputs),
+        outputs=tuple(slots[output.name] for output, _ in draft.outputs),
     )
 
 
-def _nbytes(output: OutputTensor) -> int:
-    return prod(output.shape) * DTYPES[output.dtype].itemsize
+def _sized(outputs: Iterable[OutputTensor]) -> tuple[tuple[OutputTensor, int], ...]:
+    return tuple([(output, prod(output.shape) * ITEM_BYTES[output.dtype]) for output in outputs])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,20 @@ class Prepared:
     identity: dict[str, str]
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: a plan is a million objects that all stay, and scanning them again and again
+    takes as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def prepare(directory: Path, recipe: str | Path, method: str | None, max_shard_size: int) -> Prepared:
     """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input."""
     resolved = load_recipe(recipe, method)

@@ -31,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 
 # The limit of the safetensors library itself: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
@@ -118,7 +119,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise CheckpointError(f"{path}: malformed safetensors header: entry of tensor {name!r}; fetch the file again")
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, which npuq cannot read")
-    expected = prod(shape) * DTYPES[dtype].itemsize
+    expected = prod(shape) * ITEM_BYTES[dtype]
     if end - start != expected:
         raise CheckpointError(
             f"{path}: malformed safetensors header: tensor {name!r} ({dtype} {list(shape)}) needs {expected} bytes "
@@ -156,7 +157,7 @@ def encode_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
-        end = position + prod(shape) * DTYPES[dtype].itemsize
+        end = position + prod(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
