@@ -63,18 +63,25 @@ class Guard(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "aten" and (name in SYNCHRONISING or _shape_dependent_index(name, args)):
             raise HostSynchronisation(f"aten.{name} inside a step")
-        if not func.is_view and name not in SILENT:
-            tensors = [arg for arg in _flat([*args, *(kwargs or {}).values()]) if isinstance(arg, Tensor)]
-            strided = sum(not tensor.is_contiguous() for tensor in tensors)
-            self.launches.append(Launch(f"{func.namespace}.{name}", strided))
         self._inside += 1  # what the stand-in for a kernel does on the host is its own affair
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
         finally:
             self._inside -= 1
+        inputs = [value for value in _flat([*args, *(kwargs or {}).values()]) if isinstance(value, Tensor)]
+        if name not in SILENT and not (func.is_view and _shares_memory(result, inputs)):
+            strided = sum(not tensor.is_contiguous() for tensor in inputs)
+            self.launches.append(Launch(f"{func.namespace}.{name}", strided))
+        return result
 
     def counts(self) -> Counter[str]:
         return Counter(launch.name for launch in self.launches)
+
+
+def _shares_memory(result: Any, inputs: list[Tensor]) -> bool:
+    """`to`, `contiguous` or `reshape` are views only when they have nothing to do, which their result shows."""
+    memory = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return all(value.untyped_storage().data_ptr() in memory for value in _flat([result]) if isinstance(value, Tensor))
 
 
 def _shape_dependent_index(name: str, args: tuple[Any, ...]) -> bool:

@@ -317,7 +317,7 @@ def npu_mla_prolog_v3(
     codes, scale = quantize_rows(normed, 1 / factor, normed * factor.unsqueeze(-1))
     q = integer_matmul(codes, to_nd(weight_uq_qr)).float() * dequant_scale_w_uq_qr * scale.unsqueeze(1)
     content, rope = q.view(tokens, heads, nope + ROPE).split([nope, ROPE], dim=-1)
-    query = torch.einsum("tnd,ndl->tnl", content.to(half).float(), weight_uk.float()).to(half)
+    query = torch.einsum("tnd,ndl->tnl", content.to(half).float(), weight_uk.float()).to(half).contiguous()
     query_rope = rotate(rope, rope_cos.unsqueeze(1), rope_sin.unsqueeze(1)).to(half)
     kv = integer_matmul(token_x, to_nd(weight_dkv_kr)).float() * dequant_scale_w_dkv_kr * dequant_scale_x
     compressed = (kv[:, :LATENT] * rms(kv[:, :LATENT], rmsnorm_epsilon_ckv) * rmsnorm_gamma_ckv.float()).to(half)

@@ -1,0 +1,45 @@
+"""Pytest plugin of the checks that run inside the rig: the emulation, and the models they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch_npu  # noqa: F401
+
+from . import emulate, models, ops_attention, ops_matmul, ops_norm, ops_routing
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
+SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention)  # importing them fills the register
+
+Artifacts = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulation() -> Iterator[None]:
+    """torch.ops.npu.* computes on CPU tensors while the checks run."""
+    torch.set_num_threads(1)
+    library = emulate.register()
+    yield
+    library._destroy()
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """A model by name: "example", "v2-lite", "kimi" or "prolog", quantized to W4A8; with "-float" appended, as it was."""
+    made: dict[str, Path] = {}
+    folder = tmp_path_factory.mktemp("models")
+    configs = {"v2-lite": models.V2_LITE, "kimi": models.KIMI, "prolog": models.PROLOG}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            base = name.removesuffix("-float")
+            if name != base:
+                made[name] = EXAMPLE if base == "example" else models.write_checkpoint(folder / name, configs[base])
+            else:
+                made[name] = models.quantize(make(f"{base}-float"), folder / name)
+        return made[name]
+
+    return make

@@ -1,0 +1,111 @@
+"""Runs whole generations through one operator set and keeps every step's logits, to lay beside another set's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from npuq.runtime import llm
+from npuq.runtime.engine import EngineConfig
+from npuq.runtime.ops import LayerCache, Ops, Step
+from npuq.runtime.ops.ascend import AscendOps
+from npuq.runtime.ops.cpu import CpuOps
+from npuq.runtime.ops.reference import ReferenceOps
+from npuq.runtime.sampler import SamplingParams
+
+from .standins import SOC_NAME
+
+BLOCK = 16
+# Prompts of 4, 70, 33 and 21 tokens in chunks of at most 40; two sequences at once, in a cache that holds little more:
+# the later prompts wait for blocks that the earlier ones give back.
+PROMPT_LENGTHS = (4, 70, 33, 21)
+ENGINE = {"block_size": BLOCK, "max_num_seqs": 2, "max_num_batched_tokens": 40, "prefix_segment_tokens": 32}
+CACHE_BLOCKS = 8
+NEW_TOKENS = 4
+
+
+class WideAscendOps(AscendOps):
+    """The Ascend set computing in float32, which no NPU does here: then only the order of operations may differ."""
+
+    COMPUTE_DTYPES = (torch.float32,)
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Ops:
+    """A set of operators by name; `ascend` runs on CPU tensors, through the emulation."""
+    if kind == "ascend":
+        cls = WideAscendOps if dtype == torch.float32 else AscendOps
+        return cls(device="cpu", dtype=dtype, soc=SOC_NAME, **options)
+    return {"reference": ReferenceOps, "cpu": CpuOps}[kind](dtype)
+
+
+@dataclass
+class Run:
+    """What one set of operators made of the prompts: the tokens, each step, and the logits of each step."""
+
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+def prompts(vocabulary: int, lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def load(path: Path, ops: Ops, **engine: Any) -> llm.LanguageModel:
+    """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written."""
+    settings = {**ENGINE, **engine}
+    config = llm.read_json(path / "config.json")
+    token_bytes = config["num_hidden_layers"] * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
+    settings.setdefault("kv_cache_bytes", CACHE_BLOCKS * BLOCK * token_bytes * ops.dtype.itemsize)
+    with mock.patch.object(llm, "make_ops", lambda *_: ops):
+        model = llm.load(path, engine=EngineConfig(**settings))
+    poison_cache(model.engine._cache)
+    return model
+
+
+def poison_cache(cache: Sequence[LayerCache]) -> None:
+    for layer in cache:
+        layer.latent.fill_(float("nan"))
+        layer.rope.fill_(float("nan"))
+
+
+def generate(
+    path: Path, ops: Ops, around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None, **engine: Any
+) -> Run:
+    """Generate from the standard prompts; `around_step` may wrap each pass through the model."""
+    model = load(path, ops, **engine)
+    run = Run()
+    forward = model.engine.model.forward
+
+    def recording(step: Step, cache: Sequence[LayerCache]) -> Tensor:
+        logits = around_step(lambda: forward(step, cache)) if around_step else forward(step, cache)
+        run.steps.append(step)
+        run.logits.append(logits.float().clone())
+        return logits
+
+    texts = prompts(model.engine.model.config.vocab_size)
+    runner = model.engine
+    with mock.patch.object(runner.model, "forward", recording):
+        sequences = [runner.add(text, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for text in texts]
+        while any(sequence.finish_reason is None for sequence in sequences):
+            runner.step()
+    run.tokens = [tuple(sequence.tokens[sequence.num_prompt_tokens :]) for sequence in sequences]
+    return run
+
+
+def relative_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Greatest difference of any logit, over the greatest magnitude of a logit; infinite where anything is not finite."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if not (a.isfinite().all() and b.isfinite().all()):
+            return float("inf")
+        if a.numel():
+            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    return worst

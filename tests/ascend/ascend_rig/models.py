@@ -1,0 +1,155 @@
+"""Small random checkpoints in the shapes of the supported families, with the attention sizes that the NPU fixes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from npuq.convert import convert_checkpoint
+
+_ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_COMMON: dict[str, Any] = {
+    **_ATTENTION,
+    "torch_dtype": "bfloat16",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+}
+
+# DeepSeek-V2-Lite: no q_lora, softmax router without groups or bias, two shared experts, YaRN with mscale. The dense
+# block's 200 channels do not fill tiles of FRACTAL_NZ.
+V2_LITE = {
+    **_COMMON,
+    "intermediate_size": 200,
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 128,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
+
+# Kimi-K2: V3's shape with more experts and a single group.
+KIMI = {
+    **_COMMON,
+    "model_type": "kimi_k2",
+    "num_attention_heads": 4,
+    "q_lora_rank": 96,
+    "n_routed_experts": 24,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827,
+}
+
+# DeepSeek-V3 with sizes that npu_mla_prolog_v3 documents.
+PROLOG = {
+    **KIMI,
+    "model_type": "deepseek_v3",
+    "hidden_size": 1024,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "routed_scaling_factor": 2.5,
+}
+
+
+def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A bf16 checkpoint of random weights, scaled so that activations keep their size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(outputs: int, inputs: int) -> Tensor:
+        return (torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs)).bfloat16()
+
+    def gain(width: int) -> Tensor:
+        return (1 + 0.1 * torch.randn(width, generator=generator)).bfloat16()
+
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(vocabulary, hidden, generator=generator).bfloat16(),
+        "model.norm.weight": gain(hidden),
+        "lm_head.weight": matrix(vocabulary, hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = gain(hidden)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = gain(hidden)
+        for name, (outputs, inputs) in attention_shapes(config).items():
+            tensors[f"{prefix}.self_attn.{name}.weight"] = matrix(outputs, inputs) if inputs else gain(outputs)
+        mlps = {"mlp": config["intermediate_size"]}
+        if layer >= config["first_k_dense_replace"]:
+            experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
+            mlps = {f"mlp.experts.{expert}": width for expert in range(experts)}
+            mlps["mlp.shared_experts"] = width * config["n_shared_experts"]
+            tensors[f"{prefix}.mlp.gate.weight"] = matrix(experts, hidden)
+            if config["topk_method"] == "noaux_tc":
+                bias = 0.1 * torch.randn(experts, generator=generator)
+                tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = bias
+        for name, width in mlps.items():
+            tensors[f"{prefix}.{name}.gate_proj.weight"] = matrix(width, hidden)
+            tensors[f"{prefix}.{name}.up_proj.weight"] = matrix(width, hidden)
+            tensors[f"{prefix}.{name}.down_proj.weight"] = matrix(hidden, width)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """name → (outputs, inputs); inputs 0 for a norm."""
+    hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    rope = config["qk_rope_head_dim"]
+    queries = heads * (config["qk_nope_head_dim"] + rope)
+    shapes = {
+        "kv_a_proj_with_mqa": (latent + rope, hidden),
+        "kv_a_layernorm": (latent, 0),
+        "kv_b_proj": (heads * (config["qk_nope_head_dim"] + config["v_head_dim"]), latent),
+        "o_proj": (hidden, heads * config["v_head_dim"]),
+    }
+    if config["q_lora_rank"] is None:
+        return shapes | {"q_proj": (queries, hidden)}
+    lora = config["q_lora_rank"]
+    return shapes | {"q_a_proj": (lora, hidden), "q_a_layernorm": (lora, 0), "q_b_proj": (queries, lora)}
+
+
+def quantize(source: Path, output: Path) -> Path:
+    """The W4A8 artifact of a checkpoint, by the quickest method."""
+    convert_checkpoint(source, output, method="minmax", workers=1)
+    return output

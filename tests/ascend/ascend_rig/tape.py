@@ -1,0 +1,76 @@
+"""Keeps two sets of operators on the same side of rounding ties.
+
+Activations are rounded to int8 many times a layer. Where a quotient lies within float32 rounding of a tie, two correct
+sets may choose neighbouring codes, and on models this small one such code moves a logit by a percent. So the codes of
+one run are recorded and the other run, after checking that its own differ by at most one code in few places, goes on
+with the recorded ones: what is left is the difference that the operators really make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from npuq.runtime.ops import Ops, Quantized
+
+MOST_TIES = 2e-3
+SCALE_TOLERANCE = 1e-4
+
+
+class Tape:
+    """Quantized activations in the order in which a run makes them."""
+
+    def __init__(self) -> None:
+        self._recorded: list[Quantized] = []
+        self._next = 0
+        self.ties = 0
+        self.codes = 0
+
+    def record(self, ops: Ops) -> Ops:
+        """Make `ops` record."""
+
+        def keep(ours: Quantized) -> Quantized:
+            self._recorded.append(Quantized(ours.codes.clone(), ours.scale.clone()))
+            return ours
+
+        return _hook(ops, keep)
+
+    def replay(self, ops: Ops) -> Ops:
+        """Make `ops` check against what was recorded, and go on with that."""
+
+        def exchange(ours: Quantized) -> Quantized:
+            theirs = self._recorded[self._next]
+            self._next += 1
+            assert ours.codes.shape == theirs.codes.shape, f"quantization {self._next}: {tuple(ours.codes.shape)}"
+            torch.testing.assert_close(ours.scale, theirs.scale, rtol=SCALE_TOLERANCE, atol=0)
+            off = (ours.codes.int() - theirs.codes.int()).abs()
+            assert off.max() <= 1, f"quantization {self._next}: codes differ by {off.max()}"
+            self.ties += int(off.sum())
+            self.codes += off.numel()
+            return Quantized(theirs.codes.clone(), theirs.scale.clone())
+
+        return _hook(ops, exchange)
+
+    def check_end(self) -> None:
+        """The runs quantized equally often, and chose differently only as rarely as ties happen."""
+        assert self._next == len(self._recorded), f"{len(self._recorded)} quantizations recorded, {self._next} replayed"
+        assert self.ties <= MOST_TIES * self.codes, f"{self.ties} of {self.codes} codes differ"
+
+
+def _hook(ops: Ops, exchange: Callable[[Quantized], Quantized]) -> Ops:
+    """Pass everything that `ops` quantizes through `exchange`."""
+    for name in ("dynamic_quant", "dequant_swiglu_quant", "moe_init_routing", "attention_norm"):
+        original = getattr(ops, name)
+
+        def method(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            result = _original(*args, **kwargs)
+            if isinstance(result, Quantized):
+                return exchange(result)
+            if isinstance(result[0], Quantized):
+                return (exchange(result[0]), *result[1:])
+            return result
+
+        setattr(ops, name, method)
+    return ops
