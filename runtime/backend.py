@@ -32,9 +32,20 @@ def make_ops(backend: str = "auto", dtype: torch.dtype | None = None, device: st
         from .ops.reference import ReferenceOps
 
         return ReferenceOps(dtype or torch.float32)
+    return _cpu_ops(dtype or torch.float32)
+
+
+def _cpu_ops(dtype: torch.dtype) -> Ops:
+    """Native kernels where they were built and this CPU can run them, else torch with the same integers."""
+    from ..quant.native import levels
+
+    if dtype in (torch.float32, torch.bfloat16) and levels():
+        from .ops.native import NativeOps
+
+        return NativeOps(dtype)
     from .ops.cpu import CpuOps
 
-    return CpuOps(dtype or torch.float32)
+    return CpuOps(dtype)
 
 
 def _has_npu() -> bool:
