@@ -93,5 +93,5 @@ def test_no_step_waits_for_the_device(artifact):
 )
 def test_the_guard_refuses_what_would_wait(read):
     x = torch.ones(4)
-    with pytest.raises(guard.HostSynchronisation), torch.inference_mode(), guard.watch():
+    with pytest.raises(guard.HostSynchronisationError), torch.inference_mode(), guard.watch():
         read(x)

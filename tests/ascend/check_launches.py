@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from ascend_rig import emulate, guard, harness
 

@@ -20,13 +20,13 @@ from torch import Tensor
 SCALAR_TYPES = {1: torch.int8, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The device, its documentation or torch_npu's own rules would refuse this call."""
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise Refused(message)
+        raise RefusedError(message)
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         raise TypeError(f"{name} has no arguments {sorted(unknown)} in the installed torch_npu")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip((argument.name for argument in arguments), args)) | kwargs
+        given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
         for argument in arguments:
             if argument.name not in takes and argument.name in given:
                 value = given[argument.name]

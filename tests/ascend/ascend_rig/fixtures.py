@@ -28,7 +28,7 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name: "example", "v2-lite", "kimi" or "prolog", quantized to W4A8; with "-float" appended, as it was."""
+    """A model by name ("example", "v2-lite", "kimi", "prolog") quantized to W4A8; with "-float" appended, as it was."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {"v2-lite": models.V2_LITE, "kimi": models.KIMI, "prolog": models.PROLOG}

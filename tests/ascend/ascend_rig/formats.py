@@ -1,7 +1,7 @@
 """FRACTAL_NZ on the CPU: the bytes really are rearranged, and the storage is remembered as being in that format.
 
 A tensor in format 29 keeps its logical shape (as on the device), so reading it without knowing its format gives
-nonsense, as on the device. The memory of formats is keyed by storage: a `.view(dtype)` keeps the format, a copy has none.
+nonsense, as on the device. Formats are remembered by storage: a `.view(dtype)` keeps the format, a copy has none.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ READING = ("tolist", "item", "numpy", "cpu", "__array__", "__bool__", "__int__",
 SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "lift_fresh"}
 
 
-class HostSynchronisation(Exception):
+class HostSynchronisationError(Exception):
     """A step reads a device tensor on the host, or builds one from host data."""
 
 
@@ -62,7 +62,7 @@ class Guard(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if func.namespace == "aten" and (name in SYNCHRONISING or _shape_dependent_index(name, args)):
-            raise HostSynchronisation(f"aten.{name} inside a step")
+            raise HostSynchronisationError(f"aten.{name} inside a step")
         self._inside += 1  # what the stand-in for a kernel does on the host is its own affair
         try:
             result = func(*args, **(kwargs or {}))
@@ -108,7 +108,7 @@ def watch() -> Iterator[Guard]:
     def refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not guard._inside:
-                raise HostSynchronisation(f"Tensor.{name} inside a step")
+                raise HostSynchronisationError(f"Tensor.{name} inside a step")
             return original(self, *args, **kwargs)
 
         return method
@@ -121,3 +121,9 @@ def watch() -> Iterator[Guard]:
     finally:
         for name, original in originals.items():
             setattr(Tensor, name, original)
+
+
+def guarded(forward: Callable[[], Tensor]) -> Tensor:
+    """Run a pass through the model under a guard."""
+    with watch():
+        return forward()

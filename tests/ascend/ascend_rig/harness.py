@@ -53,19 +53,18 @@ class Run:
     logits: list[Tensor] = field(default_factory=list)
 
 
-def prompts(vocabulary: int, lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
+def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(11)
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops, **engine: Any) -> llm.LanguageModel:
+def load(path: Path, ops: Ops) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written."""
-    settings = {**ENGINE, **engine}
     config = llm.read_json(path / "config.json")
     token_bytes = config["num_hidden_layers"] * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
-    settings.setdefault("kv_cache_bytes", CACHE_BLOCKS * BLOCK * token_bytes * ops.dtype.itemsize)
+    cache_bytes = CACHE_BLOCKS * BLOCK * token_bytes * ops.dtype.itemsize
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
-        model = llm.load(path, engine=EngineConfig(**settings))
+        model = llm.load(path, engine=EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE))
     poison_cache(model.engine._cache)
     return model
 
@@ -77,10 +76,14 @@ def poison_cache(cache: Sequence[LayerCache]) -> None:
 
 
 def generate(
-    path: Path, ops: Ops, around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None, **engine: Any
+    path: Path,
+    ops: Ops,
+    around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None,
+    lengths: Sequence[int] = PROMPT_LENGTHS,
+    new_tokens: int = NEW_TOKENS,
 ) -> Run:
-    """Generate from the standard prompts; `around_step` may wrap each pass through the model."""
-    model = load(path, ops, **engine)
+    """Generate from prompts of some lengths; `around_step` may wrap each pass through the model."""
+    model = load(path, ops)
     run = Run()
     forward = model.engine.model.forward
 
@@ -90,10 +93,10 @@ def generate(
         run.logits.append(logits.float().clone())
         return logits
 
-    texts = prompts(model.engine.model.config.vocab_size)
+    texts = prompts(model.engine.model.config.vocab_size, lengths)
     runner = model.engine
     with mock.patch.object(runner.model, "forward", recording):
-        sequences = [runner.add(text, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)) for text in texts]
+        sequences = [runner.add(text, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)) for text in texts]
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
     run.tokens = [tuple(sequence.tokens[sequence.num_prompt_tokens :]) for sequence in sequences]
@@ -101,7 +104,7 @@ def generate(
 
 
 def relative_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Greatest difference of any logit, over the greatest magnitude of a logit; infinite where anything is not finite."""
+    """Greatest difference of a logit over the greatest magnitude of one; infinite where anything is not finite."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         if not (a.isfinite().all() and b.isfinite().all()):

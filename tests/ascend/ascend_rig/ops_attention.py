@@ -77,10 +77,14 @@ def npu_kv_rmsnorm_rope_cache(
 
 
 def check_cache(name: str, cache: Tensor, width: int, dtype: torch.dtype) -> None:
-    require(cache.dim() == 4 and cache.shape[2:] == (1, width), f"{name}: cache {tuple(cache.shape)} for {width} channels")
+    require(
+        cache.dim() == 4 and cache.shape[2:] == (1, width), f"{name}: cache {tuple(cache.shape)} for {width} channels"
+    )
     require(cache.dtype == dtype, f"{name}: cache is {cache.dtype}")
     require(cache.is_contiguous() and format_of(cache) == ND, f"{name}: the cache must be a plain contiguous tensor")
-    require(cache.shape[1] * cache.element_size() % 32 == 0, f"{name}: pages of {cache.shape[1]} are not 32-byte aligned")
+    require(
+        cache.shape[1] * cache.element_size() % 32 == 0, f"{name}: pages of {cache.shape[1]} are not 32-byte aligned"
+    )
 
 
 def write_pages(cache: Tensor, rows: Tensor, slots: Tensor, nz: bool) -> None:
@@ -182,7 +186,9 @@ def check_mask(name: str, sparse_mode: int, mask: Tensor | None) -> None:
     require(mask.shape == (MASK_SIDE, MASK_SIDE), f"{name}: mask {tuple(mask.shape)}")
     require(mask.dtype in (torch.bool, torch.int8, torch.uint8), f"{name}: mask is {mask.dtype}")
     corner = torch.ones(64, 64).triu(1).bool()
-    require(torch.equal(mask[:64, :64].bool(), corner), f"{name}: the mask must be 1 above the diagonal and 0 elsewhere")
+    require(
+        torch.equal(mask[:64, :64].bool(), corner), f"{name}: the mask must be 1 above the diagonal and 0 elsewhere"
+    )
 
 
 def paged_keys(
@@ -197,12 +203,14 @@ def paged_keys(
     size: int,
     kv_heads: int,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Keys, values and rope of each sequence `[S, 1, …]`, collected from the pages in the layout that the rank tells."""
+    """Keys, values and rope of each sequence `[S, 1, …]`, from the pages in the layout that their rank tells."""
     require(heads in HEADS and kv_heads == 1, f"{name}: {heads} query and {kv_heads} key heads with D = {LATENT}")
     require(table is not None, f"{name}: D = {LATENT} reads a paged cache")
     assert table is not None
     require(table.dtype == torch.int32 and table.dim() == 2, f"{name}: block_table is {table.dtype}")
-    require(table.shape[0] == sequences == len(lengths), f"{name}: {len(lengths)} key lengths for {sequences} sequences")
+    require(
+        table.shape[0] == sequences == len(lengths), f"{name}: {len(lengths)} key lengths for {sequences} sequences"
+    )
     require(size % 16 == 0 and 0 < size <= 1024, f"{name}: block_size {size}")
     require(key.data_ptr() == value.data_ptr(), f"{name}: key and value are both the latent cache")
     require(min(lengths) >= 0 and max(lengths) <= table.shape[1] * size, f"{name}: {lengths} overruns the block table")
@@ -220,7 +228,9 @@ def read_pages(name: str, cache: Tensor, width: int, blocks: list[int], size: in
     shape = tuple(cache.shape[1:])
     if shape == (1, width // 16, size, 16):
         return cache[blocks].permute(0, 1, 3, 2, 4).reshape(-1, width)
-    require(shape in ((size, width), (1, size, width)), f"{name}: cache {tuple(cache.shape)} is neither NZ nor ND pages")
+    require(
+        shape in ((size, width), (1, size, width)), f"{name}: cache {tuple(cache.shape)} is neither NZ nor ND pages"
+    )
     return cache[blocks].reshape(-1, width)
 
 
@@ -228,7 +238,9 @@ def ragged_keys(
     name: str, heads: int, key: Tensor, value: Tensor, key_rope: Tensor, lengths: list[int]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     tokens = key.shape[0]
-    require(key.shape == value.shape == (tokens, heads, 128), f"{name}: key {tuple(key.shape)}, value {tuple(value.shape)}")
+    require(
+        key.shape == value.shape == (tokens, heads, 128), f"{name}: key {tuple(key.shape)}, value {tuple(value.shape)}"
+    )
     require(key_rope.shape == (tokens, heads, ROPE), f"{name}: key_rope {tuple(key_rope.shape)}")
     check_cumulative(name, lengths, tokens)
     rows = [slice(start, end) for start, end in zip([0, *lengths], lengths, strict=False)]
@@ -240,13 +252,17 @@ def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type
     name = "npu_attention_update"
     require(len(lse) == len(local_out) and 1 <= len(lse) <= 16, f"{name}: {len(lse)} parts")
     for weight, part in zip(lse, local_out, strict=True):
-        require(weight.dtype == torch.float32 and weight.dim() == 1, f"{name}: lse {weight.dtype} {tuple(weight.shape)}")
+        require(
+            weight.dtype == torch.float32 and weight.dim() == 1, f"{name}: lse {weight.dtype} {tuple(weight.shape)}"
+        )
         require(part.dim() == 2 and part.shape[0] == weight.shape[0], f"{name}: out {tuple(part.shape)}")
         require(part.shape[1] % 8 == 0 and 8 <= part.shape[1] <= 512, f"{name}: head_dim {part.shape[1]}")
         require(part.dtype in (*rules.floats, torch.float32), f"{name}: out is {part.dtype}")
     require(update_type == 0, f"{name}: update_type {update_type}")
     total = torch.stack(lse).logsumexp(0)
-    merged: Any = sum(part.float() * (weight - total).exp().unsqueeze(1) for weight, part in zip(lse, local_out, strict=True))
+    merged: Any = sum(
+        part.float() * (weight - total).exp().unsqueeze(1) for weight, part in zip(lse, local_out, strict=True)
+    )
     return merged.to(local_out[0].dtype), poison(*lse[0].shape, dtype=torch.float32)
 
 
@@ -288,7 +304,9 @@ def npu_mla_prolog_v3(
         (weight_uq_qr, (q_lora, heads * (nope + ROPE))),
         (weight_dkv_kr, (hidden, LATENT + ROPE)),
     ):
-        require(weight.dtype == torch.int8 and weight.shape == shape, f"{name}: weight {tuple(weight.shape)}, not {shape}")
+        require(
+            weight.dtype == torch.int8 and weight.shape == shape, f"{name}: weight {tuple(weight.shape)}, not {shape}"
+        )
         require(format_of(weight) == FRACTAL_NZ, f"{name}: the three int8 weights must be FRACTAL_NZ")
     require(format_of(weight_uk) == ND and weight_uk.dtype == half, f"{name}: weight_uk must be ND bfloat16")
     require(token_x.dtype == torch.int8 and token_x.is_contiguous(), f"{name}: token_x is {token_x.dtype}")
@@ -305,7 +323,10 @@ def npu_mla_prolog_v3(
     ):
         require(tensor is not None, f"{name}: an argument of shape {shape} is missing")
         assert tensor is not None
-        require(tensor.shape == shape and tensor.dtype == dtype, f"{name}: {tuple(tensor.shape)} {tensor.dtype}, not {shape}")
+        require(
+            tensor.shape == shape and tensor.dtype == dtype,
+            f"{name}: {tuple(tensor.shape)} {tensor.dtype}, not {shape}",
+        )
         require(tensor.is_contiguous(), f"{name}: strided tensors are not supported")
     check_cache(name, kv_cache, LATENT, half)
     check_cache(name, kr_cache, ROPE, half)

@@ -15,10 +15,12 @@ W4A8_MAX_K = 18432
 
 
 @semantics
-def npu_format_cast(input: Tensor, acl_format: int) -> Tensor:  # noqa: A002
+def npu_format_cast(input: Tensor, acl_format: int) -> Tensor:
     require(acl_format == FRACTAL_NZ, f"npu_format_cast: only {FRACTAL_NZ} (FRACTAL_NZ) is emulated, not {acl_format}")
     require(format_of(input) == ND and input.is_contiguous(), "npu_format_cast: input must be a contiguous ND tensor")
-    require(input.dtype in (torch.int8, torch.bfloat16, torch.float16, *rules.floats), f"npu_format_cast: {input.dtype}")
+    require(
+        input.dtype in (torch.int8, torch.bfloat16, torch.float16, *rules.floats), f"npu_format_cast: {input.dtype}"
+    )
     try:
         return to_nz(input)
     except ValueError as error:
@@ -41,7 +43,9 @@ def npu_quant_matmul(
     require(max(x1.shape[1], x2.shape[1]) <= LAST_DIMENSION, f"{name}: last dimension over {LAST_DIMENSION}")
     out = dtype_of(output_dtype, torch.int8)
     require(out in rules.floats, f"{name}: output_dtype {out} with per-token scales")
-    require(pertoken_scale is not None, f"{name}: without pertoken_scale the scale must come from npu_trans_quant_param")
+    require(
+        pertoken_scale is not None, f"{name}: without pertoken_scale the scale must come from npu_trans_quant_param"
+    )
     require(scale.dtype == torch.float32, f"{name}: scale is {scale.dtype}")
     require(scale.shape == (x2.shape[1],), f"{name}: scale {tuple(scale.shape)} for {x2.shape[1]} outputs")
     assert pertoken_scale is not None
@@ -53,7 +57,7 @@ def npu_quant_matmul(
 
 @semantics
 def npu_transpose_batchmatmul(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     weight: Tensor,
     perm_x1: list[int] | None = None,
     perm_x2: list[int] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .emulate import Refused, dtype_of, require, rules, semantics
+from .emulate import RefusedError, dtype_of, require, rules, semantics
 
 
 def rms(x: Tensor, epsilon: float) -> Tensor:
@@ -29,7 +29,7 @@ def check_gamma(name: str, x: Tensor, gamma: Tensor) -> None:
 
 
 @semantics
-def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:  # noqa: A002
+def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     check_gamma("npu_rms_norm", input, gamma)
     rstd = rms(input, epsilon)
     return (input.float() * rstd * gamma.float()).to(input.dtype), rstd
@@ -67,7 +67,7 @@ def npu_add_rms_norm_dynamic_quant(
 
 
 @semantics
-def npu_dynamic_quant(input: Tensor, dst_type: int | None = None) -> tuple[Tensor, Tensor]:  # noqa: A002
+def npu_dynamic_quant(input: Tensor, dst_type: int | None = None) -> tuple[Tensor, Tensor]:
     require(input.dtype in rules.floats, f"npu_dynamic_quant: input is {input.dtype}")
     require(input.dim() > 1, "npu_dynamic_quant: input needs two dimensions or more")
     require(dtype_of(dst_type, torch.int8) == torch.int8, "npu_dynamic_quant: only int8 is emulated")
@@ -83,7 +83,7 @@ def swiglu(x: Tensor, activate_left: bool = True) -> Tensor:
 
 
 @semantics
-def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
     require(dim in (-1, input.dim() - 1), "npu_swiglu: only the last dimension is emulated")
     require(input.shape[-1] % 2 == 0, f"npu_swiglu: last dimension {input.shape[-1]} is odd")
     return swiglu(input).to(input.dtype)
@@ -95,7 +95,9 @@ def npu_dequant_swiglu_quant(
 ) -> tuple[Tensor, Tensor]:
     name = "npu_dequant_swiglu_quant"
     if quant_mode != 1:
-        raise Refused(f"{name}: quant_mode {quant_mode} (0, the default, is static quantization) needs a quant_scale")
+        raise RefusedError(
+            f"{name}: quant_mode {quant_mode} (0, the default, is static quantization) needs a quant_scale"
+        )
     require(x.dim() == 2 and x.shape[1] % 2 == 0, f"{name}: x {tuple(x.shape)} is not [tokens, 2 · H]")
     require(x.dtype in rules.floats, f"{name}: x is {x.dtype}")
     require(dtype_of(dst_type, torch.int8) == torch.int8, f"{name}: only int8 is emulated")

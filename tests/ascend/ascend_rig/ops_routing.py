@@ -53,9 +53,7 @@ def npu_moe_gating_top_k(
 
 
 @semantics
-def npu_moe_gating_top_k_softmax_v2(
-    x: Tensor, k: int = 1, renorm: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def npu_moe_gating_top_k_softmax_v2(x: Tensor, k: int = 1, renorm: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     name = "npu_moe_gating_top_k_softmax_v2"
     require(renorm in (0, 1) and k <= 1024 and k <= x.shape[1], f"{name}: renorm {renorm}, k {k}")
     logits = x.float()

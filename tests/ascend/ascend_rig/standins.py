@@ -79,7 +79,7 @@ def system_libraries(roots: list[Path]) -> dict[str, Path]:
 
 
 def symbols(path: Path, which: str) -> list[str]:
-    """Strong dynamic symbols of the ELF file at `path`: nm's `--defined-only` or `--undefined-only` ones, unversioned."""
+    """Strong dynamic symbols of the ELF file at `path`: nm's `--defined-only` or `--undefined-only` ones."""
     text = subprocess.run(["nm", "-D", which, str(path)], capture_output=True, text=True).stdout
     rows = [line.split() for line in text.splitlines()]
     if which == "--undefined-only":

@@ -1,0 +1,251 @@
+"""Deliberately wrong calls: each must be refused, or show in the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ascend_rig import emulate, guard, harness
+
+from npuq.errors import GenerationError
+from npuq.runtime.ops import LayerCache, Quantized
+from npuq.runtime.ops import ascend_weights as weights_module
+
+Arguments = tuple[list[Any], dict[str, Any]]
+Change = Callable[[list[Any], dict[str, Any]], Arguments]
+
+
+class Mutant:
+    """`torch.ops.npu` with one operator called otherwise."""
+
+    def __init__(self, operator: str, change: Change):
+        self._operator, self._change = operator, change
+        self.changed = 0
+
+    def __getattr__(self, name: str) -> Any:
+        original = getattr(torch.ops.npu, name)
+        if name != self._operator:
+            return original
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.changed += 1
+            changed_args, changed_kwargs = self._change(list(args), dict(kwargs))
+            return original(*changed_args, **changed_kwargs)
+
+        return call
+
+
+def setting(**changes: Any) -> Change:
+    """Keyword arguments set to other values."""
+    return lambda args, kwargs: (args, {**kwargs, **changes})
+
+
+def without(*names: str) -> Change:
+    """Keyword arguments left to their defaults."""
+    return lambda args, kwargs: (args, {name: value for name, value in kwargs.items() if name not in names})
+
+
+def renamed(old: str, new: str) -> Change:
+    return lambda args, kwargs: (args, {new if name == old else name: value for name, value in kwargs.items()})
+
+
+def swapped(first: int, second: int) -> Change:
+    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
+        args[first], args[second] = args[second], args[first]
+        return args, kwargs
+
+    return change
+
+
+def mapped(where: int | str, function: Callable[[Any], Any]) -> Change:
+    """One argument passed through a function."""
+
+    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
+        target: Any = args if isinstance(where, int) else kwargs
+        target[where] = function(target[where])
+        return args, kwargs
+
+    return change
+
+
+def next_expert(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.roll(1, 0) for tensor in tensors]
+
+
+def paged_only(name: str, function: Callable[[Any], Any]) -> Change:
+    """One argument of decode attention changed; prefill attention left alone."""
+
+    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
+        return (args, {**kwargs, name: function(kwargs[name])} if "block_table" in kwargs else kwargs)
+
+    return change
+
+
+def running(lengths: list[int]) -> list[int]:
+    return list(accumulate(lengths))
+
+
+def differences(lengths: list[int]) -> list[int]:
+    return [end - start for start, end in zip([0, *lengths], lengths, strict=False)]
+
+
+FIA, CACHE, GMM = "npu_fused_infer_attention_score", "npu_kv_rmsnorm_rope_cache", "npu_grouped_matmul"
+INIT, FINALIZE, GATE = "npu_moe_init_routing_v2", "npu_moe_finalize_routing", "npu_moe_gating_top_k"
+
+MUTATIONS: dict[str, tuple[str, Change]] = {
+    "argument renamed": (FINALIZE, renamed("drop_pad_mode", "drop_mode")),
+    "argument of the other version": (FIA, renamed("actual_seq_lengths_kv", "actual_seq_kvlen")),
+    "group_list cumulative": (GMM, mapped("group_list", lambda counts: counts.cumsum(0))),
+    "group_list cumulative and said so": (
+        GMM,
+        lambda a, k: (a, {**k, "group_list": k["group_list"].cumsum(0), "group_list_type": 0}),
+    ),
+    "group_list_type left out": (GMM, without("group_list_type")),
+    "group_list int32": (GMM, mapped("group_list", lambda counts: counts.int())),
+    "group_list on the host": (GMM, mapped("group_list", lambda counts: counts.tolist())),
+    "init_routing gives running sums": (INIT, without("expert_tokens_num_type")),
+    "init_routing gives no counts": (INIT, without("expert_tokens_num_flag")),
+    "init_routing does not quantize": (INIT, without("quant_mode")),
+    "latent and rope cache swapped": (CACHE, swapped(5, 6)),
+    "cache_mode is a tuple": (CACHE, setting(cache_mode=("PA_NZ",))),
+    "cache_mode left out": (CACHE, without("cache_mode")),
+    "cache written in the other layout": (CACHE, setting(cache_mode="PA")),
+    "slot off by one": (CACHE, mapped(4, lambda slots: (slots + 1) % (harness.BLOCK * harness.CACHE_BLOCKS))),
+    "slots int32": (CACHE, mapped(4, lambda slots: slots.int())),
+    "cos and sin swapped": (CACHE, swapped(2, 3)),
+    "cos of pairs instead of halves": (CACHE, mapped(2, lambda cos: cos[..., :32].repeat_interleave(2, -1))),
+    "epsilon of the cache far off": (CACHE, setting(epsilon=1e-1)),
+    "key and value not asked for": (CACHE, without("is_output_kv")),
+    "rope of queries with cos and sin swapped": ("npu_interleave_rope", swapped(1, 2)),
+    "queries already de-interleaved": (
+        "npu_interleave_rope",
+        mapped(0, lambda x: torch.cat([x[..., 0::2], x[..., 1::2]], -1)),
+    ),
+    "scale_bias of another expert": (GMM, mapped("bias", next_expert)),
+    "scale of another expert": (GMM, mapped("scale", next_expert)),
+    "scale_bias left out": (GMM, without("bias")),
+    "scale as float32": (GMM, mapped("scale", lambda t: [t[0].int().view(torch.float32)])),
+    "scale with sign-extended high words": (GMM, mapped("scale", lambda t: [t[0] | (-1 << 32)])),
+    "scale_bias without the token scale": (GMM, mapped("bias", lambda t: [t[0] * 2])),
+    "split_item left out": (GMM, without("split_item")),
+    "output_dtype left out": (GMM, without("output_dtype")),
+    "kv lengths cumulative": (FIA, paged_only("actual_seq_lengths_kv", running)),
+    "query lengths with a leading 0": (FIA, mapped("actual_seq_lengths", lambda lengths: [0, *lengths])),
+    "query lengths not cumulative": (FIA, mapped("actual_seq_lengths", differences)),
+    "kv length short by one": (FIA, paged_only("actual_seq_lengths_kv", lambda n: [*n[:-1], n[-1] - 1])),
+    "kv length long by one": (FIA, paged_only("actual_seq_lengths_kv", lambda n: [*n[:-1], n[-1] + 1])),
+    "lengths as tensors": (FIA, mapped("actual_seq_lengths", torch.tensor)),
+    "mask the wrong way round": (FIA, mapped("atten_mask", lambda mask: None if mask is None else ~mask)),
+    "no causal mask": (FIA, setting(sparse_mode=0, atten_mask=None)),
+    "softmax scale left out": (FIA, without("scale")),
+    "rope not passed": (FIA, without("query_rope", "key_rope")),
+    "layout of the output forgotten": (FIA, paged_only("input_layout", lambda layout: "TND")),
+    "block table off by one": (FIA, paged_only("block_table", lambda table: (table + 1) % harness.CACHE_BLOCKS)),
+    "block table int64": (FIA, paged_only("block_table", lambda table: table.long())),
+    "key heads left out": (FIA, paged_only("num_key_value_heads", lambda heads: 0)),
+    "block size left out": (FIA, paged_only("block_size", lambda size: 0)),
+    "the right half activated": ("npu_dequant_swiglu_quant", without("activate_left")),
+    "static quantization": ("npu_dequant_swiglu_quant", without("quant_mode")),
+    "row index in column order": (FINALIZE, without("drop_pad_mode")),
+    "weights in another dtype": (FINALIZE, mapped(4, lambda weights: weights.double())),
+    "shared experts left out": (FINALIZE, mapped(1, lambda skip: None)),
+    "correction bias left out": (GATE, without("bias")),
+    "groups left out": (GATE, without("group_count", "k_group")),
+    "group score by the best one": (GATE, without("group_select_mode")),
+    "softmax instead of sigmoid": (GATE, without("norm_type")),
+    "routed scaling left out": (GATE, without("routed_scaling_factor")),
+    "renorm that CANN refuses": (GATE, setting(renorm=1)),
+    "token scale left out": ("npu_quant_matmul", without("pertoken_scale")),
+    "weight not transposed": ("npu_quant_matmul", mapped(1, lambda weight: weight.t())),
+    "absorbed heads in the wrong order": ("npu_transpose_batchmatmul", mapped(1, lambda weight: weight.roll(1, 0))),
+    "perm_x1 left out": ("npu_transpose_batchmatmul", without("perm_x1")),
+    "update with swapped parts": ("npu_attention_update", mapped(0, lambda lse: lse[::-1])),
+    "update with 3-D parts": ("npu_attention_update", mapped(1, lambda outs: [out.unsqueeze(0) for out in outs])),
+    "gamma left in float64": ("npu_add_rms_norm", mapped(2, lambda gamma: gamma.double())),
+    "residual dropped": ("npu_add_rms_norm_dynamic_quant", mapped(1, torch.zeros_like)),
+}
+
+
+# Two prompts, the second in two chunks; then decodes of both.
+RUN: dict[str, Any] = {"lengths": (4, 45), "new_tokens": 3}
+
+
+@cache
+def right(path: Path) -> harness.Run:
+    return harness.generate(path, harness.make("ascend"), **RUN)
+
+
+def outcome(path: Path, change_ops: Callable[[Any], None]) -> str:
+    """ "refused: …", "shows: …" or "unnoticed"."""
+    ops = harness.make("ascend")
+    try:
+        change_ops(ops)
+        run = harness.generate(path, ops, guard.guarded, **RUN)
+    except (emulate.RefusedError, guard.HostSynchronisationError, RuntimeError, TypeError) as error:
+        return f"refused: {str(error).splitlines()[0]}"
+    except GenerationError as error:  # the sampler met NaN
+        return f"shows: {error}"
+    error = harness.relative_error(run.logits, right(path).logits)
+    return f"shows: {error:.2g}" if error > 1e-3 else "unnoticed"
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with emulate.use_rules(wide=True):
+        yield
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_call_does_not_pass(artifact, name):
+    mutants = []
+
+    def change_ops(ops: Any) -> None:
+        mutants.append(Mutant(*MUTATIONS[name]))
+        ops._npu = mutants[0]
+
+    result = outcome(artifact("example"), change_ops)
+    print(f"{name}: {result}")
+    assert mutants[0].changed, f"{MUTATIONS[name][0]} is never called"
+    assert result != "unnoticed"
+
+
+@pytest.mark.parametrize("operator", [FIA, CACHE, GMM, INIT, FINALIZE, GATE])
+def test_a_right_call_does_pass(artifact, operator):
+    """The method above finds nothing where nothing is wrong."""
+    result = outcome(
+        artifact("example"), lambda ops: setattr(ops, "_npu", Mutant(operator, lambda args, kwargs: (args, kwargs)))
+    )
+    assert result == "unnoticed"
+
+
+def test_rows_given_to_the_w4a8_matmul_cannot_be_used_again(artifact):
+    def change_ops(ops: Any) -> None:
+        once = ops.grouped_matmul
+
+        def twice(x: Quantized, experts: Any, group_list: torch.Tensor) -> torch.Tensor:
+            once(x, experts, group_list)
+            return once(x, experts, group_list)
+
+        ops.grouped_matmul = twice
+
+    assert outcome(artifact("example"), change_ops).startswith("shows")
+
+
+def test_a_cache_in_the_tensor_format_is_refused(artifact):
+    def change_ops(ops: Any) -> None:
+        make = ops.new_kv_cache
+
+        def cast(*args: Any) -> tuple[LayerCache, ...]:
+            return tuple(
+                LayerCache(weights_module.cast_nz(layer.latent), weights_module.cast_nz(layer.rope), layer.block_size)
+                for layer in make(*args)
+            )
+
+        ops.new_kv_cache = cast
+
+    assert "plain contiguous" in outcome(artifact("example"), change_ops)
