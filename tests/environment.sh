@@ -1,0 +1,11 @@
+# Sourced by the scripts that set up a virtual environment in the checkout.
+
+# environment DIRECTORY [EXTRA,…]: create it if it is not there, and install npuq with these extras in place.
+environment() {
+  local directory=$1 extras=${2:-}
+  [ -x "$directory/bin/python" ] || "${PYTHON:-python3}" -m venv "$directory"
+  local pip=("$directory/bin/python" -m pip --disable-pip-version-check --quiet)
+  # One torch version for all, named before anything else asks for "any torch".
+  "$directory/bin/python" -c 'import torch' 2>/dev/null || "${pip[@]}" install "torch==2.13.0"
+  "${pip[@]}" install --editable ".${extras:+[$extras]}"
+}

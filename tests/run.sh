@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up an environment of its own in the checkout and runs all tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tests/environment.sh
+environment .venv test
+# Tests are many and small: one process a core, each with one thread.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n "$(nproc)" --dist worksteal "$@"
