@@ -167,9 +167,9 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
     if prepared.recipe.target is Target.NPUQ:
         notes.append(f"recipe {prepared.recipe.name}: for npuq's own runtime; vLLM-Ascend and SGLang will not load it")
     if inventory.unknown:
-        notes.append(f"{len(inventory.unknown)} unknown tensors are copied as they are, first {inventory.unknown[0]!r}")
+        notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:
-        notes.append(f"{len(inventory.dropped)} recomputable buffers are left out, first {inventory.dropped[0]!r}")
+        notes.append(f"{len(inventory.dropped)} recomputable buffer(s) left out, first {inventory.dropped[0]!r}")
     if inventory.absent_mtp_layers:
         layers = ", ".join(map(str, inventory.absent_mtp_layers))
         notes.append(f"config.json counts MTP layers ({layers}) that the checkpoint does not have")

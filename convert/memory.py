@@ -7,26 +7,29 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import ConversionError
+from ..quant.scales import Method
+from ..quant.schemes import Scheme
 from .plan import Plan
 
-# Four million values are 16 MB in float32: large enough that the cost of a call vanishes.
-CHUNK_ELEMENTS = 4 << 20
-# Below this, reads and writes become so small that the disk is slow.
-_PREFERRED_MINIMUM = 256 << 10
-# Working set of reading and quantizing, bytes a value of a chunk; measured (see tests/convert/test_memory.py).
-BYTES_PER_ELEMENT = 64
+# Two million values are 8 MB in float32: large enough that the cost of a call vanishes.
+CHUNK_ELEMENTS = 2 << 20
+# Below this, reads and writes become so small that the disk is slow: fewer workers are better.
+_PREFERRED_MINIMUM = 128 << 10
+
+# Upper bounds, measured on random weights: what reading, rounding and packing take for each value of a chunk, and what
+# the exact scale search holds besides, which grows with its rows up to a block of them.
+BYTES_PER_ELEMENT = 40
+SEARCH_BYTES_PER_ELEMENT = 1280
+SEARCH_BYTES = 160 << 20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Workers, and how many values each may hold at a time. `nbytes` estimates the working set of all of them."""
+    """Workers, how many values each may hold at a time, and an upper bound of what they all hold together."""
 
     workers: int
     chunk_elements: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.workers * self.chunk_elements * BYTES_PER_ELEMENT
+    nbytes: int
 
 
 def plan_budget(plan: Plan, workers: int | None, max_memory: int | None) -> Budget:
@@ -38,18 +41,30 @@ def plan_budget(plan: Plan, workers: int | None, max_memory: int | None) -> Budg
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise ConversionError(f"--workers must be at least 1, not {workers}")
+    search = any(job.scheme is not Scheme.FLOAT and job.method is Method.MSE for job in plan.jobs)
+    smallest = max(2 * prod(job.shape[1:]) for job in plan.jobs)
+    largest = max(CHUNK_ELEMENTS, smallest)
     if max_memory is None:
-        return Budget(workers, max(CHUNK_ELEMENTS, _smallest_chunk(plan)))
-    affordable = max_memory // BYTES_PER_ELEMENT
-    smallest = _smallest_chunk(plan)
-    if affordable < smallest:
+        return Budget(workers, largest, workers * _working_set(largest, search))
+    if max_memory < _working_set(smallest, search):
         raise ConversionError(
             f"--max-memory {max_memory} is too small: two rows of the widest tensor need "
-            f"{smallest * BYTES_PER_ELEMENT} bytes; give at least that"
+            f"{_working_set(smallest, search)} bytes; give at least that"
         )
-    workers = max(1, min(workers, affordable // max(smallest, _PREFERRED_MINIMUM)))
-    return Budget(workers, min(affordable // workers, max(CHUNK_ELEMENTS, smallest)))
+    preferred = _working_set(max(smallest, _PREFERRED_MINIMUM), search)
+    workers = max(1, min(workers, max_memory // preferred))
+    chunk = min(_affordable(max_memory // workers, search), largest)
+    return Budget(workers, chunk, workers * _working_set(chunk, search))
 
 
-def _smallest_chunk(plan: Plan) -> int:
-    return max(2 * prod(job.shape[1:]) for job in plan.jobs)
+def _working_set(elements: int, search: bool) -> int:
+    extra = min(SEARCH_BYTES, SEARCH_BYTES_PER_ELEMENT * elements) if search else 0
+    return BYTES_PER_ELEMENT * elements + extra
+
+
+def _affordable(nbytes: int, search: bool) -> int:
+    """The most values whose working set fits."""
+    if not search:
+        return nbytes // BYTES_PER_ELEMENT
+    within = nbytes // (BYTES_PER_ELEMENT + SEARCH_BYTES_PER_ELEMENT)
+    return max(within, (nbytes - SEARCH_BYTES) // BYTES_PER_ELEMENT)

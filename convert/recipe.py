@@ -223,7 +223,9 @@ def _scheme(value: Any, where: str) -> Scheme:
     short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme}
     found = short.get(str(value).upper().removesuffix("_DYNAMIC"))
     if found is None:
-        raise RecipeError(f"{where}: unknown scheme {value!r}{_nearest(str(value).upper(), tuple(Scheme))}")
+        raise RecipeError(
+            f"{where}: unknown scheme {value!r}{_nearest(str(value).upper(), [scheme.value for scheme in Scheme])}"
+        )
     return found
 
 

@@ -1,0 +1,236 @@
+"""Small checkpoints of every family, written with the safetensors library, and ways to run the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from npuq.cli.main import main
+from npuq.convert import convert_checkpoint
+
+Tensors = dict[str, Tensor]
+MakeCheckpoint = Callable[..., Path]
+
+BASE_CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 2,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000,
+    "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0},
+    "torch_dtype": "bfloat16",
+}
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "v3": {},
+    "kimi": {"model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 6},
+    "v2lite": {
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_group": 1,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "num_nextn_predict_layers": 0,
+        "n_shared_experts": 2,
+    },
+}
+
+
+def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model, spelled out from the families' published layouts, not from npuq's tables."""
+    h, heads = config["hidden_size"], config["num_attention_heads"]
+    nope, rope, v = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    kv, experts, width = config["kv_lora_rank"], config["n_routed_experts"], config["moe_intermediate_size"]
+    main_layers, vocab = config["num_hidden_layers"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, h),
+        "model.norm.weight": (h,),
+        "lm_head.weight": (vocab, h),
+    }
+
+    def mlp(prefix: str, size: int) -> None:
+        shapes[prefix + "gate_proj.weight"] = shapes[prefix + "up_proj.weight"] = (size, h)
+        shapes[prefix + "down_proj.weight"] = (h, size)
+
+    for layer in range(main_layers + config["num_nextn_predict_layers"]):
+        p = f"model.layers.{layer}."
+        a = p + "self_attn."
+        shapes[p + "input_layernorm.weight"] = shapes[p + "post_attention_layernorm.weight"] = (h,)
+        if config["q_lora_rank"] is None:
+            shapes[a + "q_proj.weight"] = (heads * (nope + rope), h)
+        else:
+            q = config["q_lora_rank"]
+            shapes[a + "q_a_proj.weight"], shapes[a + "q_a_layernorm.weight"] = (q, h), (q,)
+            shapes[a + "q_b_proj.weight"] = (heads * (nope + rope), q)
+        shapes[a + "kv_a_proj_with_mqa.weight"], shapes[a + "kv_a_layernorm.weight"] = (kv + rope, h), (kv,)
+        shapes[a + "kv_b_proj.weight"] = (heads * (nope + v), kv)
+        shapes[a + "o_proj.weight"] = (h, heads * v)
+        if layer < config["first_k_dense_replace"]:
+            mlp(p + "mlp.", config["intermediate_size"])
+        else:
+            shapes[p + "mlp.gate.weight"] = (experts, h)
+            if config["topk_method"] == "noaux_tc":
+                shapes[p + "mlp.gate.e_score_correction_bias"] = (experts,)
+            mlp(p + "mlp.shared_experts.", width * config["n_shared_experts"])
+            for expert in range(experts):
+                mlp(p + f"mlp.experts.{expert}.", width)
+        if layer >= main_layers:
+            shapes[p + "eh_proj.weight"] = (h, 2 * h)
+            shapes[p + "enorm.weight"] = shapes[p + "hnorm.weight"] = shapes[p + "shared_head.norm.weight"] = (h,)
+            shapes[p + "embed_tokens.weight"] = shapes[p + "shared_head.head.weight"] = (vocab, h)
+    return shapes
+
+
+def quantizes_to_fp8(name: str) -> bool:
+    """Whether DeepSeek's FP8 releases store this weight in FP8."""
+    return "_proj" in name and "eh_proj" not in name
+
+
+def to_fp8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn codes and float32 block scales of a matrix."""
+    rows, columns = -(-weight.shape[0] // block), -(-weight.shape[1] // block)
+    padded = torch.zeros(rows * block, columns * block)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = padded.reshape(rows, block, columns, block)
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / 448
+    codes = (blocks / scale[:, None, :, None]).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
+    return codes.to(torch.float8_e4m3fn), scale
+
+
+def write_checkpoint(
+    directory: Path,
+    family: str = "v3",
+    dtype: torch.dtype = torch.bfloat16,
+    fp8_block: int | None = None,
+    shards: int = 3,
+    seed: int = 0,
+    config: dict[str, Any] | None = None,
+    edit: Callable[[Tensors], None] | None = None,
+) -> Path:
+    """A random checkpoint; `edit` may change its tensors before they are written. Scales go one shard further."""
+    full = {**BASE_CONFIG, **FAMILY_CONFIGS[family], **(config or {})}
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = {}
+    for name, shape in model_tensors(full).items():
+        values = torch.randn(shape, generator=generator) * 0.1
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = values
+        elif fp8_block and quantizes_to_fp8(name):
+            tensors[name], tensors[name + "_scale_inv"] = to_fp8(values, fp8_block)
+        else:
+            tensors[name] = values.to(dtype)
+    if fp8_block:
+        full["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [fp8_block, fp8_block]}
+    if edit is not None:
+        edit(tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(full))
+    (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (directory / "tokenizer_config.json").write_text("{}")
+    (directory / "LICENSE").write_text("none\n")
+    (directory / "configuration_model.py").write_text("# remote code\n")
+    names = list(tensors)
+    placed: dict[str, str] = {}
+    for number in range(shards):
+        shard = "model.safetensors" if shards == 1 else f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {}
+        for position, name in enumerate(names):
+            if (position * shards // len(names) + name.endswith("_scale_inv")) % shards == number:
+                part[name] = tensors[name].contiguous()
+                placed[name] = shard
+        save_file(part, directory / shard, metadata={"format": "pt"})
+    if shards > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return directory
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """`write_checkpoint` into tmp_path / "source" by default."""
+
+    def make(directory: Path | None = None, **options: Any) -> Path:
+        return write_checkpoint(directory or tmp_path / "source", **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def v3_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A V3-shaped FP8 checkpoint in blocks of 16. Read only."""
+    return write_checkpoint(tmp_path_factory.mktemp("v3") / "source", fp8_block=16)
+
+
+@pytest.fixture(scope="session")
+def v3_artifact(v3_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`v3_source` converted with the default recipe, in several shards. Read only."""
+    output = tmp_path_factory.mktemp("artifact") / "output"
+    convert_checkpoint(v3_source, output, method="minmax", max_shard_size=60_000)
+    return output
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command line left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def npuq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """Run the command line in this process; a traceback fails the test, as it is no SystemExit."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["npuq", *map(str, arguments)])
+        status = 0
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    yield run
+
+
+def tree_bytes(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    return tree_bytes
