@@ -17,6 +17,8 @@ enum {
     STREAM_BYTES = 96 << 10,
     /* Spread weights a task keeps in L2 while the tokens pass by. */
     CACHED_BYTES = 128 << 10,
+    /* More tokens than this, and a task is bound by arithmetic. */
+    MEMORY_BOUND_TOKENS = 8,
     /* Tokens whose sums are held at a time. */
     TOKEN_CHUNK = 48,
     /* Rows are cut at multiples of this: a tile's height, and a whole number of packed rows. */
@@ -175,7 +177,7 @@ int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int
     bool integer = x_dtype == NPUQ_I8;
     bool spread = weights->dtype == NPUQ_I4 && largest > kernels->direct_tokens;
     size_t row_bytes = spread ? k : weights->dtype == NPUQ_I4 ? k / 2 : k * stored_size(weights->dtype);
-    size_t bytes = largest > kernels->direct_tokens ? CACHED_BYTES : STREAM_BYTES;
+    size_t bytes = largest > MEMORY_BOUND_TOKENS ? CACHED_BYTES : STREAM_BYTES;
     size_t step = rows_per_task(weights, row_bytes, bytes, active, pool_threads(pool));
     size_t count = count_tasks(weights, group_rows, m, step);
     size_t task_bytes = aligned(count * sizeof(struct task));

@@ -2,7 +2,8 @@
  *
  * x is signed everywhere. A nibble is flipped to code + 8 in 0..15. VNNI's dpbusd wants one unsigned factor, so int8
  * codes are flipped to code + 128 there (OFFSET_W8). NARROW_STEPS: how many dot_nibbles may follow each other before
- * `widen` must empty their sums into 32 bits (where they are 32 bits already, just often enough). */
+ * `widen` must empty their 16-bit sums into 32 bits; 0 where they are 32 bits wide. …_TOKENS: how many tokens a tile's
+ * registers hold; DIRECT_LIMIT: above this many, nibbles are better spread once than flipped for every tile. */
 #ifndef NPUQ_KERNELS_BYTES_H
 #define NPUQ_KERNELS_BYTES_H
 
@@ -11,7 +12,8 @@
 enum { TILE_ROWS = 4, OFFSET_W4 = 8 };
 
 #if defined(NPUQ_LEVEL_AVX512)
-enum { STEP = 64, W8_STEP = 64, W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 4, OFFSET_W8 = 128, NARROW_STEPS = 1024 };
+enum { STEP = 64, W8_STEP = 64, W4_TOKENS = 3, W8_TOKENS = 3, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30,
+       OFFSET_W8 = 128, NARROW_STEPS = 0 };
 typedef __m512i bytes;
 typedef __m512i sums;
 INLINE sums sums_zero(void) { return _mm512_setzero_si512(); }
@@ -39,7 +41,8 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 #elif defined(NPUQ_LEVEL_AVX2)
 /* Nibble products go through maddubs: |15 · 128 · 2| = 3840 a pair, of which 8 fit an int16. Bytes would saturate it
  * (255 · 128 · 2), so they are widened to int16 first. */
-enum { STEP = 32, W8_STEP = 16, W4_TOKENS = 3, W8_TOKENS = 2, DIRECT_TOKENS = 3, OFFSET_W8 = 0, NARROW_STEPS = 8 };
+enum { STEP = 32, W8_STEP = 16, W4_TOKENS = 2, W8_TOKENS = 2, DIRECT_TOKENS = 2, DIRECT_LIMIT = 8,
+       OFFSET_W8 = 0, NARROW_STEPS = 8 };
 typedef __m256i bytes;
 typedef __m256i sums;
 INLINE sums sums_zero(void) { return _mm256_setzero_si256(); }
@@ -63,7 +66,8 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 }
 
 #elif defined(NPUQ_LEVEL_NEON)
-enum { STEP = 16, W8_STEP = 16, W4_TOKENS = 4, W8_TOKENS = 4, DIRECT_TOKENS = 4, OFFSET_W8 = 0, NARROW_STEPS = 1024 };
+enum { STEP = 16, W8_STEP = 16, W4_TOKENS = 4, W8_TOKENS = 4, DIRECT_TOKENS = 4, DIRECT_LIMIT = 8,
+       OFFSET_W8 = 0, NARROW_STEPS = 0 };
 typedef int8x16_t bytes;
 typedef int32x4_t sums;
 INLINE sums sums_zero(void) { return vdupq_n_s32(0); }
@@ -85,7 +89,7 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 #else
 /* Portable: plain loops, which the compiler vectorizes for its baseline. */
 #define NPUQ_SCALAR_DOTS
-enum { DIRECT_TOKENS = 1, OFFSET_W8 = 0 };
+enum { DIRECT_LIMIT = 1, OFFSET_W8 = 0 };
 #endif
 
 #endif

@@ -13,6 +13,24 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Repeats the statements with the constant `t` from 0 to tokens − 1; `tokens` is a constant once inlined. Written out,
+ * because an array that a loop indexes stays in memory: compilers unroll the loop too late to give it registers. */
+#define EACH_TOKEN(tokens, ...)              \
+    do {                                     \
+        REPEAT(tokens, 0, __VA_ARGS__)       \
+        REPEAT(tokens, 1, __VA_ARGS__)       \
+        REPEAT(tokens, 2, __VA_ARGS__)       \
+        REPEAT(tokens, 3, __VA_ARGS__)       \
+        REPEAT(tokens, 4, __VA_ARGS__)       \
+        REPEAT(tokens, 5, __VA_ARGS__)       \
+    } while (0)
+#define REPEAT(tokens, number, ...) \
+    if (tokens > number) {          \
+        enum { t = number };        \
+        __VA_ARGS__                 \
+    }
+enum { MOST_TOKENS = 6 };
+
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
 #include <immintrin.h>
 #elif defined(NPUQ_LEVEL_NEON)
