@@ -1,4 +1,4 @@
-"""Stored weights laid out for the NPU: `[K, N]` instead of `[N, K]`, FRACTAL_NZ where it tiles, scales as the kernels read them.
+"""Stored weights laid out for the NPU: `[K, N]`, FRACTAL_NZ where it tiles, scales as the kernels read them.
 
 FRACTAL_NZ (ACL format 29) stores a matrix in tiles of 16 rows by 32 bytes; a matrix that does not fill its tiles stays
 ND, which every operator here takes as well, except `npu_mla_prolog_v3`. int4 weights are cast while they still are int8
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from . import LinearPart, MlaConfig
+from . import LinearPart
 
 FRACTAL_NZ = 29
 TILE_ROWS = 16
@@ -59,45 +59,11 @@ class W8A8Experts:
 
 @dataclass(frozen=True)
 class W4A8Experts:
-    """weight int32 `[E, K, N/8]`; scale int64 `[E, 1, N]`: float32 bits, high words zero; scale_bias float32 `[E, N]`."""
+    """weight int32 `[E, K, N/8]`; scale int64 `[E, 1, N]`: float32 bits, high words 0; scale_bias float32 `[E, N]`."""
 
     weight: Tensor
     scale: Tensor
     scale_bias: Tensor
-
-
-@dataclass(frozen=True)
-class PrologWeights:
-    """What `npu_mla_prolog_v3` takes: W8A8 linears of q_a, q_b (nope and rope of each head side by side) and kv_a."""
-
-    q_a: W8A8Linear
-    q_b: W8A8Linear
-    kv_a: W8A8Linear
-
-
-@dataclass(frozen=True)
-class AscendMla:
-    """Attention weights of one layer.
-
-    With `prolog`, q_a, q_b and kv_a live there alone. Otherwise `down` makes q_a's and kv_a's outputs in one matmul
-    (two linears where their schemes differ), and the queries come from two linears: `q_nope`, `q_rope`. In models
-    without q_lora `down` holds kv_a alone. Keys and values are also decompressed apart (`k_b`, `v_b`): each half then
-    is contiguous, which the attention operator asks for. w_uk `[N, nope, L]`, w_uv `[N, L, v]`.
-    """
-
-    config: MlaConfig
-    prolog: PrologWeights | None
-    down: tuple[FloatLinear | W8A8Linear, ...]
-    q_nope: FloatLinear | W8A8Linear | None
-    q_rope: FloatLinear | W8A8Linear | None
-    q_a_norm: Tensor | None
-    kv_a_norm: Tensor
-    k_b: FloatLinear
-    v_b: FloatLinear
-    w_uk: Tensor
-    w_uv: Tensor
-    o: FloatLinear | W8A8Linear
-    takes_quantized: bool
 
 
 @dataclass(frozen=True)
@@ -182,17 +148,3 @@ def cast_nz(matrix: Tensor) -> Tensor:
 def scale_words(scales: Tensor) -> Tensor:
     """float32 bits in the low words of int64, zeros in the high ones."""
     return scales.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-
-
-def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
-    """A linear whose outputs are heads of `widths[0] + widths[1]`, as two: the first channels of every head, the others."""
-
-    def pick(tensor: Tensor, side: int) -> Tensor:
-        heads = tensor.view(num_heads, sum(widths), tensor.shape[-1])
-        return heads.split(list(widths), dim=1)[side].reshape(-1, tensor.shape[-1])
-
-    def half(side: int) -> LinearPart:
-        scale = None if part.scale is None else pick(part.scale, side)
-        return LinearPart(part.name, part.scheme, pick(part.weight, side), scale)
-
-    return half(0), half(1)

@@ -54,6 +54,28 @@ def test_bf16_stays_near_the_reference_in_bf16(artifact, name, half_cube):
     assert harness.relative_error(ours.logits[:1], theirs.logits[:1]) < 0.05
 
 
+@pytest.mark.parametrize("layout", ["nz", "nd"])
+def test_the_fused_prolog_agrees_with_the_unfused_chain(artifact, layout):
+    path = artifact("prolog")
+    with emulate.use_rules() as fused_rules:
+        fused = harness.generate(path, harness.make("ascend", torch.bfloat16, kv_layout=layout))
+        assert fused_rules.calls["npu_mla_prolog_v3"] > 0
+    with emulate.use_rules() as plain_rules:
+        plain = harness.generate(path, harness.make("ascend", torch.bfloat16, kv_layout=layout, fused_prolog=False))
+        assert plain_rules.calls["npu_mla_prolog_v3"] == 0
+    # Prefill runs the same operators either way; the first decode follows the same tokens.
+    first_decode = next(i for i, step in enumerate(fused.steps) if step.prefill is None)
+    assert harness.relative_error(fused.logits[:1], plain.logits[:1]) < 1e-2
+    pair = fused.logits[first_decode : first_decode + 1], plain.logits[first_decode : first_decode + 1]
+    assert harness.relative_error(*pair) < 0.05
+
+
+def test_the_prolog_is_for_documented_shapes_only(artifact):
+    with emulate.use_rules() as rules:
+        harness.generate(artifact("kimi"), harness.make("ascend", torch.bfloat16))
+        assert rules.calls["npu_mla_prolog_v3"] == 0
+
+
 def test_the_generation_covers_what_it_is_meant_to(artifact):
     run = run_of(artifact("example-float"), "reference", torch.float32)
     assert any(step.prefill and step.prefill.prefixes for step in run.steps), "no chunked prefill"

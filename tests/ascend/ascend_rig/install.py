@@ -53,12 +53,14 @@ def install(version: str, target: Path) -> None:
     partial.rename(target)
 
 
-def run_python(*args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`python ARGS` in the rig's environment, from the root of the checkout."""
+def run_python(
+    *args: str, environment: dict[str, str] | None = None, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGS` from the root of the checkout, with the rig's environment variables or others."""
     return subprocess.run(
         [sys.executable, *args],
         cwd=ROOT,
-        env={**os.environ, **prepare()},
+        env={**os.environ, **(prepare() if environment is None else environment)},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -59,11 +59,8 @@ def npu_add_rms_norm_dynamic_quant(
     normed = total * rms(total, epsilon) * gamma.float()
     scale = normed.abs().amax(-1) / 127
     codes, scale = quantize_rows(normed, scale, normed / scale.unsqueeze(-1))
-    unused, unused_scale = torch.empty(0, dtype=torch.int8), torch.empty(0)
-    if output_mask is None:
-        # torch_npu's own shape rule leaves the second output out when there is no second smooth scale.
-        unused, unused_scale = torch.empty(0, dtype=torch.int8), torch.empty(0)
-    return codes, unused, total.to(x1.dtype), scale, unused_scale
+    # The second output is left out where there is no second smooth scale.
+    return codes, torch.empty(0, dtype=torch.int8), total.to(x1.dtype), scale, torch.empty(0)
 
 
 @semantics

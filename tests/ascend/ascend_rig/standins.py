@@ -26,7 +26,7 @@ def build_standins(torch_npu: Path, torch: Path, output: Path) -> list[Path]:
     library: the dynamic linker searches the loaded libraries as one scope.
     """
     roots = linked_libraries(torch_npu)
-    own = [*torch_npu.glob("lib/*.so*"), *torch.glob("lib/*.so*")]
+    own = [*torch_npu.glob("lib/*.so*"), *torch.glob("lib/lib*torch*.so"), *torch.glob("lib/libc10*.so")]
     system = system_libraries(roots)
     present = {path.name for path in own} | set(system)
     missing = sorted({name for root in roots for name in needed(root)} - present)

@@ -1,0 +1,143 @@
+"""Attention weights of a layer, laid out for the NPU's attention operators: which linears run as one, which apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError
+from ...quant.schemes import Scheme
+from . import LinearPart, MlaConfig, MlaParts, Ops
+from .ascend_weights import FloatLinear, Layout, W8A8Linear, fits_nz
+
+DeviceLinear: TypeAlias = FloatLinear | W8A8Linear
+
+# Sizes that the attention operators fix: absorbed attention has 512 + 64 channels, decompressed attention 128 + 64.
+LATENT_DIM, ROPE_DIM, HEAD_DIM = 512, 64, 128
+MAX_HEADS = 128
+# Documented shapes of npu_mla_prolog_v3.
+PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
+PROLOG_Q_LORA = (1536, 2048)
+
+
+@dataclass(frozen=True)
+class PrologWeights:
+    """What `npu_mla_prolog_v3` takes: W8A8 linears of q_a, q_b (nope and rope of each head side by side) and kv_a."""
+
+    q_a: W8A8Linear
+    q_b: W8A8Linear
+    kv_a: W8A8Linear
+
+
+@dataclass(frozen=True)
+class AscendMla:
+    """Attention weights of one layer.
+
+    With `prolog`, q_a, q_b and kv_a live there alone. Otherwise `down` makes q_a's and kv_a's outputs in one matmul
+    (two linears where their schemes differ), and the queries come from two linears: `q_nope`, `q_rope`. In models
+    without q_lora `down` holds kv_a alone. Keys and values are also decompressed apart (`k_b`, `v_b`): each half then
+    is contiguous, which the attention operator asks for. w_uk `[N, nope, L]`, w_uv `[N, L, v]`.
+    """
+
+    config: MlaConfig
+    prolog: PrologWeights | None
+    down: tuple[DeviceLinear, ...]
+    q_nope: DeviceLinear | None
+    q_rope: DeviceLinear | None
+    q_a_norm: Tensor | None
+    kv_a_norm: Tensor
+    k_b: FloatLinear
+    v_b: FloatLinear
+    w_uk: Tensor
+    w_uv: Tensor
+    o: DeviceLinear
+    takes_quantized: bool
+
+
+def lay_out_mla(parts: MlaParts, config: MlaConfig, ops: Ops, layout: Layout, fused_prolog: bool) -> AscendMla:
+    """The attention weights of a layer on the device. Raises BackendError for sizes that the operators do not take."""
+    check_mla(parts.kv_a.name, config)
+    widths = [config.qk_nope_head_dim, config.v_head_dim]
+    k_b, v_b = parts.kv_b.view(config.num_heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
+    prolog = prolog_weights(parts, config, layout) if fused_prolog else None
+    down: tuple[DeviceLinear, ...] = ()
+    q_nope = q_rope = None
+    if prolog is None:
+        down, q_nope, q_rope = projections(parts, config, ops)
+    first = parts.q if parts.q_a is None else parts.q_a
+    return AscendMla(
+        config=config,
+        prolog=prolog,
+        down=down,
+        q_nope=q_nope,
+        q_rope=q_rope,
+        q_a_norm=None if parts.q_a_norm is None else ops.parameter(parts.q_a_norm, layout.dtype),
+        kv_a_norm=ops.parameter(parts.kv_a_norm, layout.dtype),
+        k_b=layout.float_linear([k_b.reshape(-1, config.kv_lora_rank)]),
+        v_b=layout.float_linear([v_b.reshape(-1, config.kv_lora_rank)]),
+        w_uk=ops.parameter(k_b, layout.dtype),
+        w_uv=ops.parameter(v_b.transpose(1, 2), layout.dtype),
+        o=ops.linear_of([parts.o]),
+        takes_quantized=all(part is not None and part.scheme is Scheme.W8A8 for part in (first, parts.kv_a)),
+    )
+
+
+def prolog_weights(parts: MlaParts, config: MlaConfig, layout: Layout) -> PrologWeights | None:
+    """The weights for `npu_mla_prolog_v3`, or None for a layer that it does not document."""
+    if layout.dtype != torch.bfloat16 or parts.q_a is None or parts.q_b is None:
+        return None
+    linears = (parts.q_a, parts.q_b, parts.kv_a)
+    hidden = parts.kv_a.weight.shape[1]
+    documented = hidden in PROLOG_HIDDEN and config.q_lora_rank in PROLOG_Q_LORA
+    if not documented or any(part.scheme is not Scheme.W8A8 or not fits_nz(part.weight.t()) for part in linears):
+        return None
+    return PrologWeights(*(layout.w8a8_linear([part]) for part in linears))
+
+
+def projections(
+    parts: MlaParts, config: MlaConfig, ops: Ops
+) -> tuple[tuple[DeviceLinear, ...], DeviceLinear, DeviceLinear]:
+    """(down, q_nope, q_rope) of `AscendMla`."""
+    queries = parts.q_b if parts.q is None else parts.q
+    if queries is None:
+        raise BackendError(f"{parts.kv_a.name}: the layer has no q_proj and no q_b_proj")
+    halves = head_rows(queries, config.num_heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
+    q_nope, q_rope = (ops.linear_of([half]) for half in halves)
+    if parts.q_a is None:
+        return (ops.linear_of([parts.kv_a]),), q_nope, q_rope
+    fused = parts.q_a.scheme == parts.kv_a.scheme
+    groups = [[parts.q_a, parts.kv_a]] if fused else [[parts.q_a], [parts.kv_a]]
+    return tuple(ops.linear_of(group) for group in groups), q_nope, q_rope
+
+
+def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
+    """A linear whose outputs are heads of `widths[0] + widths[1]`, as two: the first channels and the others."""
+
+    def pick(tensor: Tensor, side: int) -> Tensor:
+        heads = tensor.view(num_heads, sum(widths), tensor.shape[-1])
+        return heads.split(list(widths), dim=1)[side].reshape(-1, tensor.shape[-1])
+
+    def half(side: int) -> LinearPart:
+        scale = None if part.scale is None else pick(part.scale, side)
+        return LinearPart(part.name, part.scheme, pick(part.weight, side), scale)
+
+    return half(0), half(1)
+
+
+def check_mla(name: str, config: MlaConfig) -> None:
+    """Raises BackendError for attention sizes that the NPU's operators do not take."""
+    fixed = {
+        "kv_lora_rank": (config.kv_lora_rank, LATENT_DIM),
+        "qk_rope_head_dim": (config.qk_rope_head_dim, ROPE_DIM),
+        "qk_nope_head_dim": (config.qk_nope_head_dim, HEAD_DIM),
+        "v_head_dim": (config.v_head_dim, HEAD_DIM),
+    }
+    wrong = [f"{key} {value} (must be {wanted})" for key, (value, wanted) in fixed.items() if value != wanted]
+    heads = config.num_heads
+    if heads & (heads - 1) or heads > MAX_HEADS:
+        wrong.append(f"{heads} attention heads (must be a power of two up to {MAX_HEADS})")
+    if wrong:
+        raise BackendError(f"{name}: the NPU's attention operators do not take {', '.join(wrong)}")

@@ -1,0 +1,84 @@
+"""Versions and chips, as messages a user can act on. Needs no torch_npu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from npuq.errors import BackendError
+from npuq.quant.schemes import Scheme
+from npuq.runtime.ops import LinearPart, MlaConfig
+from npuq.runtime.ops.ascend_mla import check_mla
+from npuq.runtime.ops.ascend_support import check_versions, explain_import_error, require_soc, soc_of
+from npuq.runtime.ops.ascend_weights import Layout, scale_words
+
+
+@pytest.mark.parametrize("npu", ["2.13.0", "2.13.0.post1", "2.13.0rc1"])
+def test_a_pair_of_one_release_fits(npu):
+    check_versions("2.13.0+cpu", npu)
+
+
+@pytest.mark.parametrize("torch_version,npu", [("2.12.0", "2.13.0"), ("2.13.1+cpu", "2.13.0")])
+def test_another_release_is_refused_naming_both(torch_version, npu):
+    with pytest.raises(BackendError) as error:
+        check_versions(torch_version, npu)
+    assert torch_version in str(error.value) and npu in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["Ascend910B1", "Ascend910B4-1", "Ascend910_9391", "ascend910b2"])
+def test_a2_and_a3_run(name):
+    assert require_soc(name).int4_experts
+
+
+@pytest.mark.parametrize("name", ["Ascend310P3", "Ascend910_9599", "Ascend950PR"])
+def test_310p_and_a5_are_refused_with_the_reason(name):
+    with pytest.raises(BackendError, match="int4 grouped matmul"):
+        require_soc(name)
+
+
+def test_a5_is_not_mistaken_for_a3():
+    assert "A5" in soc_of("Ascend910_9599").family
+    assert "A3" in soc_of("Ascend910_9382").family
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(BackendError, match="Ascend610"):
+        require_soc("Ascend610")
+
+
+def test_an_import_error_for_another_reason_keeps_its_text():
+    assert "bad magic" in explain_import_error("2.13.0", ImportError("bad magic number"))
+
+
+def test_scale_words_hold_the_bits_and_nothing_else():
+    scales = torch.tensor([1.0, 0.5, 3.0e-5])
+    words = scale_words(scales)
+    assert words.dtype == torch.int64
+    assert (words >> 32).tolist() == [0, 0, 0]
+    assert words[0] == 0x3F800000 and words[1] == 0x3F000000
+
+
+CONFIG = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"num_heads": 24}, "24 attention heads"),
+        ({"num_heads": 256}, "256 attention heads"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
+        ({"v_head_dim": 192}, "v_head_dim 192"),
+        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim 32"),
+    ],
+)
+def test_attention_that_the_operators_do_not_take_is_refused(change, said):
+    values = {"num_heads": 16, "q_lora_rank": None, "rms_norm_eps": 1e-6, "softmax_scale": 1.0, **CONFIG}
+    check_mla("layer", MlaConfig(**values))
+    with pytest.raises(BackendError, match=said):
+        check_mla("layer", MlaConfig(**{**values, **change}))
+
+
+def test_experts_whose_inputs_the_w4a8_matmul_does_not_take_are_refused():
+    part = LinearPart("mlp.experts.0.down_proj", Scheme.W4A8, torch.zeros(8, 96, dtype=torch.int8))
+    with pytest.raises(BackendError, match=r"experts\.0\.down_proj.*multiple of 64"):
+        Layout(torch.device("cpu"), torch.bfloat16).w4a8_experts([[part]])
