@@ -17,6 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -29,8 +30,13 @@ LEVELS = {
     "x86_64": {
         "portable": [],
         "avx2": ["-DNPUQ_LEVEL_AVX2", "-mavx2", "-mfma", "-mf16c"],
-        "avx512vnni": ["-DNPUQ_LEVEL_AVX512", "-mavx2", "-mfma", "-mf16c",
-                       *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))],  # fmt: skip
+        "avx512vnni": [
+            "-DNPUQ_LEVEL_AVX512",
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")),
+        ],  # fmt: skip
     },
     "aarch64": {
         "portable": [],
@@ -82,6 +88,13 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
 
 
+class BuildPackage(build_py):
+    """The repository root is the package: what builds it must not be installed as a part of it."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [found for found in super().find_package_modules(package, package_dir) if found[:2] != ("npuq", "setup")]
+
+
 class PlatformWheel(bdist_wheel):
     """The library is bound to a platform, not to a Python."""
 
@@ -97,4 +110,5 @@ if __name__ == "__main__":
         depends=[file for file in files if file.endswith(".h")],
         optional=True,
     )
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})
+    commands = {"build_ext": BuildNative, "build_py": BuildPackage, "bdist_wheel": PlatformWheel}
+    setup(ext_modules=[extension], cmdclass=commands)

@@ -23,18 +23,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-class Size(click.ParamType):
-    """A click parameter that takes sizes such as 5GB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def size(text: str | int) -> int:
+    """A click parameter type: sizes such as 5GB."""
+    try:
+        return parse_size(str(text))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def format_bytes(count: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NpuqError
-from .console import Size, emit_json, format_bytes, progress_bar
+from .console import emit_json, format_bytes, progress_bar, size
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -33,8 +33,8 @@ class ConversionInterruptedError(NpuqError):
 @click.option("--recipe", default="w4a8", show_default=True, help="w4a8, w8a8, float, or a YAML file.")
 @click.option("--method", type=click.Choice(["minmax", "mse"]), help="How scales are found. [default: mse]")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
-@click.option("--max-memory", type=Size(), help="Bound of the working set beside torch itself, such as 500MB.")
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
+@click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--dry-run", is_flag=True, help="Print jobs, sizes, memory and disk needed; write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -58,7 +58,7 @@ def command(
     from ..convert import convert_checkpoint
 
     progress = TerminalProgress(quiet)
-    with _signals_raise(), progress:
+    with signals_raise(), progress:
         summary = convert_checkpoint(
             source,
             output,
@@ -110,7 +110,7 @@ class TerminalProgress:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """SIGINT and SIGTERM end the conversion cleanly; a second one, while it ends, acts as it would have before."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

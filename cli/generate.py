@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import Size, emit_json
+from .console import emit_json, size
 
 if TYPE_CHECKING:
     from ..runtime import Completion, LanguageModel
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Makes sampling repeatable, whatever else runs beside it.")
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
-@click.option("--cache-size", type=Size(), default="2GiB", show_default=True, help="Memory for the KV cache.")
+@click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON when all are done.")
 def command(
     model: Path,

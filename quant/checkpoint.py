@@ -128,7 +128,7 @@ class Checkpoint:
 
     def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
         data = torch.empty(end - start, dtype=torch.uint8)
-        buffer, done = memoryview(data.numpy()), 0
+        buffer, done = data.numpy().data, 0
         try:
             descriptor = self._descriptor(info.file)
             while done < len(buffer):

@@ -103,7 +103,9 @@ def levels() -> tuple[str, ...]:
     found = library()
     if found is None:
         return ()
-    names = [found.npuq_level_name(index) for index in range(found.npuq_level_count()) if found.npuq_level_usable(index)]
+    names = [
+        found.npuq_level_name(index) for index in range(found.npuq_level_count()) if found.npuq_level_usable(index)
+    ]
     return tuple(name.decode() for name in names)
 
 

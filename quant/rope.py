@@ -61,8 +61,8 @@ def inverse_frequencies(rope: RopeConfig, length: int) -> Tensor:
     if rope.rope_type == "dynamic":
         # bloc97's NTK-aware base: https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5
         growth = rope.factor * max(length, rope.max_position) / rope.max_position - (rope.factor - 1)
-        return (rope.theta * growth ** (rope.dim / (rope.dim - 2))) ** -exponents
-    frequencies = rope.theta**-exponents
+        return torch.pow(rope.theta * growth ** (rope.dim / (rope.dim - 2)), -exponents)
+    frequencies = torch.pow(rope.theta, -exponents)
     if rope.rope_type == "linear":
         return frequencies / rope.factor
     if rope.rope_type == "yarn":
@@ -87,7 +87,7 @@ def attention_factor(rope: RopeConfig) -> float:
 
 def attention_scale(config: ModelConfig) -> float:
     """The factor of q·k before the softmax: (nope + rope)^-0.5, times mscale(factor, mscale_all_dim)² under YaRN."""
-    scale = config.qk_head_dim**-0.5
+    scale = 1 / math.sqrt(config.qk_head_dim)
     if config.rope.rope_type == "yarn":
         scale *= yarn_mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2
     return scale

@@ -66,11 +66,12 @@ def output_tensors(
     source's.
     """
     prefix = weight_name.removesuffix(WEIGHT)
+    bias: tuple[OutputTensor, ...] = ()
     if len(shape) != 2:
         raise ValueError(f"{scheme.value} needs a matrix, not shape {list(shape)}")
     n, k = shape
     if scheme is Scheme.W8A8:
-        weight, bias = OutputTensor(weight_name, "I8", (n, k)), ()
+        weight = OutputTensor(weight_name, "I8", (n, k))
     elif scheme is Scheme.W4A8:
         if n % 2:
             raise ValueError(f"{n} output features is odd: int4 rows are packed in pairs")

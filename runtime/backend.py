@@ -53,8 +53,8 @@ def _has_npu() -> bool:
     if importlib.util.find_spec("torch_npu") is None:
         return False
     try:
-        import torch_npu  # noqa: F401
+        import torch_npu
 
-        return bool(torch.npu.is_available())
+        return bool(torch_npu.npu.is_available())
     except (ImportError, OSError, RuntimeError):
         return False

@@ -121,7 +121,8 @@ class StepBuilder:
         return torch.tensor(padded, dtype=torch.int32).to(self._ops.device, non_blocking=True)
 
     def _output_rows(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        rows, first = [], 0
+        rows: list[int] = []
+        first = 0
         for chunk in chunks:
             end = first + len(chunk.token_ids)
             if chunk.all_rows:
