@@ -16,7 +16,8 @@ CHANNELS = 16
 
 def nz_from_nd(blocks: Tensor) -> Tensor:
     """`[blocks, block_size, D]` → `[blocks, D/16, block_size, 16]` (a copy)."""
-    return blocks.unflatten(-1, (-1, CHANNELS)).transpose(1, 2).contiguous()
+    tiles: Tensor = blocks.unflatten(-1, (-1, CHANNELS))
+    return tiles.transpose(1, 2).contiguous()
 
 
 def nd_from_nz(blocks: Tensor) -> Tensor:

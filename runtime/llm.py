@@ -115,10 +115,12 @@ class LanguageModel:
         return self.engine.logits(sequences)
 
     def _stream(self, prompts: Tokens[Tokens[int]], params: SamplingParams) -> Iterator[Piece]:
-        sequences = [self.engine.add(prompt, params) for prompt in prompts]
-        index_of = {id(sequence): index for index, sequence in enumerate(sequences)}
         texts = [TextStream(self.tokenizer, prompt, params.stop) for prompt in prompts]
+        sequences: list[Sequence] = []
         try:
+            for prompt in prompts:
+                sequences.append(self.engine.add(prompt, params))  # noqa: PERF401  (one may raise: drop the others)
+            index_of = {id(sequence): index for index, sequence in enumerate(sequences)}
             while any(sequence.finish_reason is None for sequence in sequences):
                 for new in self.engine.step():
                     index = index_of[id(new.sequence)]

@@ -135,7 +135,8 @@ class ReferenceOps(Ops):
         return torch.cat([self._float_matmul(x, part.weight) for part in handle.parts], dim=-1)
 
     def router_logits(self, x: Tensor, router: Router) -> Tensor:
-        return x.float() @ router.float().T
+        weight: Tensor = router
+        return x.float() @ weight.float().T
 
     def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         product = x.transpose(0, 1).float() @ weight.float()
@@ -311,7 +312,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _keep_best_groups(choice: Tensor, gating: Gating) -> Tensor:
-    grouped = choice.unflatten(-1, (gating.group_count, -1))
+    grouped: Tensor = choice.unflatten(-1, (gating.group_count, -1))
     best = grouped.topk(2, dim=-1).values.sum(-1) if gating.group_select_mode == 1 else grouped.amax(-1)
     kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : gating.k_group]
     dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import npuq
+import npuq.runtime
+
 SEED = 20240807
 
 _COMMON: dict[str, Any] = {
@@ -143,3 +146,17 @@ def family_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """For each family a transformers model and the directory of its checkpoint."""
     directory = tmp_path_factory.mktemp(request.param)
     return _make_checkpoint(directory, request.param), directory
+
+
+@pytest.fixture(scope="session")
+def artifact(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint as a W4A8 artifact. The fast method: what is tested here is running it."""
+    directory = tmp_path_factory.mktemp("artifact") / "w4a8"
+    npuq.convert_checkpoint(example_fp8, directory, method="minmax", workers=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def example(example_fp8: Path) -> npuq.runtime.LanguageModel:
+    """The shipped checkpoint, loaded."""
+    return npuq.runtime.load(example_fp8, "cpu")

@@ -16,11 +16,8 @@ from npuq.runtime.ops import Decode, Gating, LayerCache, LinearPart, Ops, Prefix
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
 
-SETS = {
-    "reference": ReferenceOps,
-    "torch": CpuOps,
-    "cpu": lambda: make_ops("cpu"),
-}  # the last on native kernels, if built
+# The last runs on native kernels where they are built.
+SETS = {"reference": ReferenceOps, "torch": CpuOps, "cpu": lambda: make_ops("cpu")}
 seeds = st.integers(0, 2**32 - 1)
 
 

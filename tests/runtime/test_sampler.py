@@ -1,0 +1,106 @@
+"""Sampling: the distribution drawn from, and what it depends on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from npuq.errors import GenerationError
+from npuq.runtime import LanguageModel, SamplingParams
+from npuq.runtime.sampler import Sampler
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+DRAWS = 4000
+
+
+def softmax(logits: Tensor | np.ndarray) -> np.ndarray:
+    values = np.exp(np.asarray(logits, np.float64))
+    return values / values.sum()
+
+
+def frequencies(context: tuple[int, ...] = (), **options: object) -> np.ndarray:
+    sampler = Sampler(SamplingParams(seed=7, **options))  # type: ignore[arg-type]
+    counts = Counter(sampler.next_token(LOGITS, context) for _ in range(DRAWS))
+    return np.array([counts[token] for token in range(len(LOGITS))]) / DRAWS
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temperature": 1.0}, softmax(LOGITS)),
+        ({"temperature": 0.5}, softmax(LOGITS / 0.5)),
+        ({"temperature": 1.0, "top_k": 2}, softmax(LOGITS[:2])),
+        # probabilities .56 .21 .13 …: two of them do not reach 0.8, three do.
+        ({"temperature": 1.0, "top_p": 0.8}, softmax(LOGITS[:3])),
+        ({"temperature": 1.0, "top_p": 1e-6}, np.array([1.0])),
+        # at least 0.3 of the best: e^-1 is, e^-1.5 is not.
+        ({"temperature": 1.0, "min_p": 0.3}, softmax(LOGITS[:2])),
+        ({"temperature": 1.0, "top_k": 100}, softmax(LOGITS)),
+    ],
+)
+def test_distribution(options: dict[str, float], expected: np.ndarray) -> None:
+    expected = np.pad(expected, (0, len(LOGITS) - len(expected)))
+    seen = frequencies(**options)
+    assert not seen[expected == 0].any()
+    # Four standard deviations of a binomial count.
+    assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / DRAWS)).all()
+
+
+def test_transformers_filters_leave_the_same_tokens() -> None:
+    """Filters in transformers' order, on many random rows."""
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    from npuq.runtime.sampler import _candidates, _penalise
+
+    params = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3)
+    warpers = [
+        RepetitionPenaltyLogitsProcessor(1.3),
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(20),
+        TopPLogitsWarper(0.8),
+        MinPLogitsWarper(0.05),
+    ]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        logits = torch.randn(64, generator=generator) * 2
+        context = torch.randint(0, 64, (9,), generator=generator)
+        golden = logits[None].clone()
+        for warper in warpers:
+            golden = warper(context[None], golden)
+        tokens, probabilities = _candidates(_penalise(logits, context.tolist(), 1.3) / 0.7, params)
+        ours = torch.zeros(64, dtype=torch.float64).index_copy(0, tokens, probabilities / probabilities.sum())
+        torch.testing.assert_close(ours, golden[0].double().softmax(0), rtol=1e-5, atol=1e-7)
+
+
+def test_greedy_takes_the_best_and_penalty_moves_it() -> None:
+    assert Sampler(SamplingParams()).next_token(LOGITS, ()) == 0
+    assert Sampler(SamplingParams(repetition_penalty=3.0)).next_token(LOGITS, (0, 0)) == 1
+
+
+def test_damaged_logits_are_refused() -> None:
+    for bad in (torch.full((4,), float("nan")), torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")])):
+        with pytest.raises(GenerationError, match="not finite"):
+            Sampler(SamplingParams()).next_token(bad, ())
+
+
+def test_seeded_sampling_does_not_depend_on_company(example: LanguageModel) -> None:
+    options = {"max_new_tokens": 16, "temperature": 1.0, "seed": 11}
+    alone = example.generate("The whale", **options).text
+    among = example.generate(["And he said unto them", "The whale", "Of the Congress"], **options)
+    assert among[1].text == alone
+    assert example.generate("The whale", **options).text == alone
+    assert example.generate("The whale", **{**options, "seed": 12}).text != alone
+
+
+def test_unseeded_sampling_varies(example: LanguageModel) -> None:
+    assert len({example.generate("The", max_new_tokens=16, temperature=1.5).text for _ in range(4)}) > 1
