@@ -1,0 +1,107 @@
+"""The command line as a whole: instant help, and errors in one line with the right exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from npuq import __version__
+from npuq.cli.console import format_bytes, parse_size
+from npuq.cli.main import COMMANDS, group
+
+PROBE = """
+import sys
+from npuq.cli.main import main
+try:
+    main()
+finally:
+    print("LOADED", sorted({"torch", "numpy", "transformers", "safetensors"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def npuq(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "npuq", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "LOADED []"
+    for name in COMMANDS:
+        assert f"  {name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, name, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "LOADED []"
+    assert "Usage: npuq" in done.stdout
+
+
+def test_every_command_is_found_and_has_help() -> None:
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        assert command.help
+
+
+def test_version() -> None:
+    assert __version__ in npuq("--version").stdout
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    for arguments in (
+        ["convrt"],
+        ["convert"],
+        ["convert", "a", "b", "--max-memory", "lots"],
+        ["verify", "a", "--nope"],
+    ):
+        done = npuq(*arguments)
+        assert done.returncode == 2, arguments
+        assert "Error: " in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_bad_input_is_one_line_and_exits_with_1(tmp_path: Path) -> None:
+    done = npuq("convert", str(tmp_path / "nothing"), str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("npuq: error: ")
+    assert "nothing" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_goes_away_is_no_traceback(example_fp8: Path) -> None:
+    command = f"{sys.executable} -m npuq inspect {example_fp8} --json | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4096", 4096), ("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("2e9", 2 * 10**9), ("512m", 512 * 10**6)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "1PB", "0", "five", "1e99"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_formatting_bytes() -> None:
+    values = (0, 999, 1000, 12_345_678, 999_600, 10**13)
+    assert [format_bytes(value) for value in values] == ["0 B", "999 B", "1 kB", "12.3 MB", "1 MB", "10 TB"]
+
+
+def test_json_is_the_only_thing_on_stdout(example_fp8: Path) -> None:
+    done = npuq("inspect", str(example_fp8), "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)
