@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
-from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, read_description
+from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, read_description, read_manifest
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
@@ -61,9 +61,10 @@ class FloatStore:
 
 
 class ArtifactStore:
-    """A quantized artifact: each weight's scheme is what the description says."""
+    """A finished artifact: each weight's scheme is what the description says. ArtifactError for an unfinished one."""
 
     def __init__(self, checkpoint: Checkpoint):
+        read_manifest(checkpoint.directory)
         self._checkpoint = checkpoint
         self._path = checkpoint.directory / DESCRIPTION_NAME
         self._description: Mapping[str, Scheme] = read_description(checkpoint.directory) or {}

@@ -169,6 +169,12 @@ def test_damaged_artifact_is_refused(broken: Path, file: str, changes: dict[str,
     assert "\n" not in str(error.value)
 
 
+def test_unfinished_artifact_is_refused(broken: Path) -> None:
+    (broken / "npuq" / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="no finished npuq artifact"):
+        npuq.runtime.load(broken, "cpu")
+
+
 def test_missing_rope_tables_are_refused(broken: Path) -> None:
     (broken / "npuq" / "rope.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"rope\.safetensors: .*missing"):
