@@ -40,6 +40,8 @@ class Rules:
     wide: bool = False
     half_cube: bool = False
     calls: Counter[str] = field(default_factory=Counter)
+    arguments: dict[str, set[str]] = field(default_factory=dict)
+    positional: Counter[str] = field(default_factory=Counter)
 
     @property
     def floats(self) -> tuple[torch.dtype, ...]:
@@ -57,7 +59,7 @@ _without_meta = {"npu_format_cast", "get_npu_format"}
 def use_rules(**changes: Any) -> Iterator[Rules]:
     """Change the rules for a while, and count calls afresh."""
     saved = dict(vars(rules))
-    vars(rules).update(calls=Counter(), **changes)
+    vars(rules).update(calls=Counter(), arguments={}, positional=Counter(), **changes)
     try:
         yield rules
     finally:

@@ -1,0 +1,86 @@
+"""The listing of schemas against the torch_npu that is installed, and against the calls that the runtime makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from ascend_rig import emulate, harness
+from ascend_rig.install import TORCH_NPU
+from ascend_rig.schemas import fit_table, installed_schema, misfits
+
+from npuq.runtime.ops import Gating
+
+LISTING = json.loads((Path(__file__).parent / "schemas.json").read_text())
+CALLS = LISTING["calls"]
+
+
+class Recorder:
+    """`torch.ops.npu`, noting how its operators are called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, dict[str, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(torch.ops.npu, name)
+        order = [argument.name for argument in operator.default._schema.arguments]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            noted = self.calls.setdefault(name, {"positional": 0, "arguments": []})
+            noted["positional"] = max(noted["positional"], len(args))
+            given = {*noted["arguments"], *order[: len(args)], *kwargs}
+            noted["arguments"] = [argument for argument in order if argument in given]
+            return operator(*args, **kwargs)
+
+        return call
+
+
+def recorded(artifact) -> dict[str, dict[str, Any]]:
+    """The calls of generations that between them take every path of the Ascend set."""
+    recorder = Recorder()
+    runs = [("example", {}), ("example-float", {"kv_layout": "nd"}), ("v2-lite", {}), ("prolog", {})]
+    for name, options in runs:
+        ops = harness.make("ascend", torch.bfloat16, **options)
+        ops._npu = recorder
+        harness.generate(artifact(name), ops, lengths=(4, 45), new_tokens=2)
+    ops.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
+    recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend_weights, not through ops
+    return dict(sorted(recorder.calls.items()))
+
+
+def test_the_listing_names_every_call_the_runtime_makes(artifact):
+    calls = recorded(artifact)
+    print(f"\n{json.dumps(calls, indent=1)}")
+    assert calls == CALLS
+
+
+def test_every_operator_that_is_called_is_emulated():
+    assert sorted(CALLS) == emulate.covered()
+
+
+def test_the_listing_is_what_the_installed_torch_npu_has():
+    assert {operator: installed_schema(operator) for operator in CALLS} == LISTING["versions"][TORCH_NPU]
+
+
+def test_the_table_of_versions_follows_from_the_schemas():
+    assert fit_table(CALLS, LISTING["versions"], TORCH_NPU) == LISTING["misfits"]
+    assert LISTING["misfits"][TORCH_NPU] == []
+
+
+def test_a_schema_that_does_not_fit_is_told():
+    ours = "op(Tensor x, int k, *, Tensor? bias=None, str mode='a') -> (Tensor, Tensor)"
+    call = {"positional": 2, "arguments": ["x", "k", "bias", "mode"]}
+    assert misfits(call, ours, ours) == []
+    assert misfits(call, ours, None) == ["is missing"]
+    without_bias = "op(Tensor x, int k, *, str mode='a') -> (Tensor, Tensor)"
+    assert misfits(call, ours, without_bias) == ["has no argument bias"]
+    other_type = "op(Tensor x, int k, *, Tensor? bias=None, int mode=0) -> (Tensor, Tensor)"
+    assert misfits(call, ours, other_type) == ["mode is int, not str"]
+    other_order = "op(int k, Tensor x, *, Tensor? bias=None, str mode='a') -> (Tensor, Tensor)"
+    assert misfits(call, ours, other_order) == ["positional arguments are k, x"]
+    needs_more = "op(Tensor x, int k, *, int size, Tensor? bias=None, str mode='a') -> (Tensor, Tensor)"
+    assert misfits(call, ours, needs_more) == ["needs size"]
+    returns_one = "op(Tensor x, int k, *, Tensor? bias=None, str mode='a') -> Tensor"
+    assert misfits(call, ours, returns_one) == ["returns 1 values, not 2"]
