@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import convert_checkpoint, inspect, verify
+    from .hub import pull, push
     from .runtime import evaluate, load
 
 __version__ = "0.1.0"
@@ -18,11 +19,13 @@ _HOMES = {
     "convert_checkpoint": ".convert",
     "verify": ".convert",
     "inspect": ".convert",
+    "push": ".hub",
+    "pull": ".hub",
     "load": ".runtime",
     "evaluate": ".runtime",
 }
 
-__all__ = ["__version__", "convert_checkpoint", "evaluate", "inspect", "load", "verify"]
+__all__ = ["__version__", "convert_checkpoint", "evaluate", "inspect", "load", "pull", "push", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from .console import emit_json, progress_bar
 def command(
     model: Path, text: Path, source: Path | None, context: int, backend: str, quiet: bool, as_json: bool
 ) -> None:
-    """Measure MODEL, an artifact or an unquantized checkpoint, on a text.
+    """Measure MODEL, an artifact or an unquantized checkpoint (a directory, or user/repo), on a text.
 
     The text is cut into windows of --context tokens, each preceded by the beginning-of-sequence token where the
     tokenizer has one, and every token is predicted from those before it in its window. With --source also the mean KL
@@ -29,11 +29,14 @@ def command(
     """
     from ..errors import GenerationError
     from ..runtime import evaluate
+    from .transfer import local_model
 
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GenerationError(f"{text}: cannot be read as UTF-8 text: {error}") from error
+    model = local_model(model, quiet=quiet)
+    source = None if source is None else local_model(source, quiet=quiet)
     with progress_bar(0, quiet=quiet, description="windows", unit="") as bar:
 
         def progress(done: int, total: int) -> None:

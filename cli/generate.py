@@ -47,7 +47,7 @@ def command(
     stops: tuple[str, ...],
     **sampling: Any,
 ) -> None:
-    """Generate text with MODEL, a quantized artifact or an unquantized checkpoint.
+    """Generate text with MODEL, a quantized artifact or an unquantized checkpoint: a directory, or user/repo.
 
     Without --temperature the result is greedy: the same prompt gives the same text. One prompt is streamed as it
     comes; several run together and are printed in their order. Prompts are continued as they are; --chat makes a
@@ -60,9 +60,11 @@ def command(
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, load
+    from .transfer import local_model
 
     params = SamplingParams(stop=stops, **sampling)
-    runner = load(model, backend, None if dtype is None else getattr(torch, dtype), engine=EngineConfig(cache_size))
+    compute = None if dtype is None else getattr(torch, dtype)
+    runner = load(local_model(model, quiet=as_json), backend, compute, engine=EngineConfig(cache_size))
     inputs = [runner.tokenizer.chat([{"role": "user", "content": text}]) for text in texts] if chat else texts
     if as_json:
         results = [_as_dict(completion) for completion in runner.generate(inputs, params)]

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 @click.argument("path", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(path: str, as_json: bool) -> None:
-    """Show the tensors of the checkpoint or artifact PATH by role: schemes, bits a weight, bytes, error."""
+    """Show the tensors of a checkpoint or artifact (a directory, or user/repo) by role: schemes, bits, bytes, error."""
     from ..convert import inspect
+    from .transfer import local_model
 
-    inspection = inspect(path)
+    inspection = inspect(local_model(path, quiet=as_json))
     if as_json:
         emit_json(inspection.as_dict())
     else:

@@ -16,6 +16,8 @@ COMMANDS = {
     "convert": "Quantize a checkpoint directory to a W4A8 (or W8A8, or float) artifact.",
     "verify": "Check that an artifact is all that its format promises and both engines need.",
     "inspect": "Show tensors, schemes, sizes and errors of a checkpoint or artifact, by role.",
+    "push": "Push an artifact to a hub, resumably; only what changed is sent.",
+    "pull": "Fetch an artifact from a hub, resumably, every file checked.",
     "generate": "Generate text with an artifact or a float checkpoint.",
     "evaluate": "Measure perplexity, and the divergence from the float source.",
 }

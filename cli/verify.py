@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -19,18 +20,22 @@ if TYPE_CHECKING:
 def command(artifact: str, source: str | None, as_json: bool) -> None:
     """Check that ARTIFACT is whole and that npuq, vLLM-Ascend and SGLang can load it as it is.
 
+    ARTIFACT and --source are directories, or user/repo on the hub, which is fetched first.
+
     Hashes, headers, completeness, shapes, the engines' rules, and every stored value. Exit status 1, with each problem
     named, when anything is wrong.
     """
     from ..convert import verify
+    from .transfer import local_model
 
-    report = verify(artifact, source)
+    where = local_model(artifact, quiet=as_json)
+    report = verify(where, None if source is None else local_model(source, quiet=as_json))
     if as_json:
         emit_json(report.as_dict())
     else:
         _print(report)
     if not report.ok:
-        click.get_current_context().exit(1)
+        sys.exit(1)
 
 
 def _print(report: VerifyReport) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from .prepare import Origin
 from .recipe import Recipe, Target
 from .report import RoleTotals
@@ -13,11 +14,11 @@ from .report import RoleTotals
 # Kept from the source's card: the artifact stands under the source's terms.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
-_ENGINES = """\
+_ENGINES = f"""\
 ### vLLM-Ascend
 
 ```bash
-vllm serve PATH --quantization ascend --trust-remote-code
+vllm serve {CARD_PATH} --quantization ascend --trust-remote-code
 ```
 
 It finds `quant_model_description.json` by itself; the flag makes it fail early where it cannot. 4-bit experts run with
@@ -26,7 +27,7 @@ tensor parallelism up to 16 unless expert parallelism is on (`--enable-expert-pa
 ### SGLang
 
 ```bash
-python -m sglang.launch_server --model-path PATH --device npu --trust-remote-code --ep-size N
+python -m sglang.launch_server --model-path {CARD_PATH} --device npu --trust-remote-code --ep-size N
 ```
 
 It finds the description by itself. Split experts by expert parallelism (`--ep-size` equal to `--tp-size`): tensor
@@ -42,18 +43,17 @@ This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float rou
 the source checkpoint, or convert it with the recipe `w4a8` or `w8a8`.
 """
 
-_LOAD_NPUQ = """\
+_LOAD_NPUQ = f"""\
 ### npuq
 
 ```python
 import npuq
 
-model = npuq.load("PATH")
+model = npuq.load("{CARD_PATH}")
 ```
 
 ```bash
-npuq verify PATH
-npuq generate PATH --prompt "Once upon a time"
+npuq generate {CARD_PATH} --prompt "Once upon a time"
 ```
 """
 
@@ -74,6 +74,7 @@ def model_card(
     front |= {"library_name": "npuq", "pipeline_tag": "text-generation", "tags": tags}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        CARD_BEGIN,
         f"# {origin.name}, {recipe.name}\n",
         _summary(origin.name, recipe, totals, mtp_layers),
         "## Size and error\n",
@@ -84,7 +85,7 @@ def model_card(
     ]
     if recipe.target is Target.ENGINES and mtp_layers:
         sections.append(_MTP_NOTE)
-    sections += ["## Recipe\n", f"```yaml\n{recipe.to_yaml()}```\n"]
+    sections += ["## Recipe\n", f"```yaml\n{recipe.to_yaml()}```\n", f"{CARD_END}\n"]
     return "\n".join(sections)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..quant.artifact import (
+    CARD_NAME,
     DESCRIPTION_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -34,8 +35,6 @@ from .plan import Job, Plan
 from .prepare import Prepared
 from .report import relative_error, totals_by_role
 from .side_files import card_front_matter, copy_side_files
-
-CARD_NAME = "README.md"
 
 
 def finish(prepared: Prepared, output: Path, record: Record) -> None:
@@ -70,7 +69,7 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
     }
     for name, content in contents.items():
         write_file(output, name, content)
-    small = [*prepared.side_files, ROPE_NAME, *contents]
+    small = [*prepared.side_files, ROPE_NAME, *(name for name in contents if name != CARD_NAME)]
     write_file(output, MANIFEST_NAME, _json(_manifest(prepared, output, record, small)))
 
 

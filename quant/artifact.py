@@ -22,6 +22,14 @@ ROPE_NAME = f"{OWN_FOLDER}/rope.safetensors"
 RECIPE_NAME = f"{OWN_FOLDER}/recipe.yaml"
 REPORT_NAME = f"{OWN_FOLDER}/report.json"
 
+# The model card is for people, who edit it on a hub: the manifest does not vouch for it. What lies between the two
+# lines is ours, and is replaced when the artifact is pushed again; the rest belongs to whoever wrote it.
+CARD_NAME = "README.md"
+CARD_BEGIN = "<!-- npuq: this section is generated; edits from here to its end are lost -->"
+CARD_END = "<!-- npuq: end of the generated section -->"
+# Stands in the card's commands for where the artifact is.
+CARD_PATH = "PATH_TO_ARTIFACT"
+
 # vLLM-Ascend refuses group_size > 0; without ascend_quant_method its guard against TP > 16 never fires.
 DESCRIPTION_GLOBALS: Mapping[str, Any] = {
     "version": "1.0.0",

@@ -162,11 +162,12 @@ def load(
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
+    path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
     backend, dtype, device: see `make_ops`; engine: sizes of cache and batches. Weights stay mapped from their files
     on the CPU. Raises CheckpointError or ArtifactError for a directory that is not what it should be, BackendError
     for a backend that cannot run here.
     """
-    directory = Path(path)
+    directory = _local(path)
     ops = make_ops(backend, dtype, device)
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
@@ -177,6 +178,15 @@ def load(
     model = Model(config, ops, weights, tables.softmax_scale)
     runner = Engine(model, RopeRows.of(tables, ops), _eos_ids(directory, raw_config), engine or EngineConfig())
     return LanguageModel(directory, raw_config, runner)
+
+
+def _local(path: str | Path) -> Path:
+    if Path(path).exists():
+        return Path(path)
+    # The client is slow to import, and most models are directories.
+    from ..hub import resolve
+
+    return resolve(path)
 
 
 def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:

@@ -1,9 +1,23 @@
 """Paths and settings that all tests share."""
 
+import os
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Before any test module imports huggingface_hub, which reads these once: no test may reach a real hub, or the user's
+# cache and token. tests/hub serves the endpoint; elsewhere nobody listens.
+_home = tempfile.TemporaryDirectory(prefix="npuq-tests-hf-")
+with socket.socket() as _free:
+    _free.bind(("127.0.0.1", 0))
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_free.getsockname()[1]}"
+os.environ["HF_HOME"] = _home.name
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+for _name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+    os.environ.pop(_name, None)
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

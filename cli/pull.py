@@ -1,0 +1,38 @@
+"""`npuq pull`: an artifact comes from a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .console import emit_json, format_bytes
+from .transfer import TransferBar, silence_client
+
+
+@click.command()
+@click.argument("repo", metavar="USER/NAME")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--revision", help="Branch, tag or commit. [default: main]")
+@click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    repo: str, directory: Path | None, revision: str | None, token: str | None, quiet: bool, as_json: bool
+) -> None:
+    """Fetch the artifact USER/NAME into the Hugging Face cache, or into DIRECTORY, and print where it is.
+
+    Interrupted at any moment, the same command continues, also inside a file. Every file is checked against the
+    manifest's hash.
+    """
+    from ..hub import pull
+
+    silence_client()
+    with TransferBar("pull", quiet) as bar:
+        path = pull(repo, directory, revision=revision, token=token, progress=bar)
+    if as_json:
+        emit_json({"repo": repo, "path": str(path), "fetched_bytes": bar.total_bytes})
+    else:
+        if bar.total_bytes:
+            bar.note(f"{format_bytes(bar.total_bytes)} fetched")
+        click.echo(path)

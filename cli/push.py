@@ -1,0 +1,76 @@
+"""`npuq push`: an artifact goes to a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import ArtifactError
+from .console import emit_json, format_bytes
+from .transfer import TransferBar, silence_client
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--private/--public", default=None, help="Of a repository that is made now. [default: the hub's]")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to, made when it is not there. [default: main]")
+@click.option("--message", help="Title of the commits, or of the pull request.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request, or go on with yours of the same title.")
+@click.option("--tag", metavar="NAME", help="Tag the result.")
+@click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
+@click.option("--no-verify", is_flag=True, help="Do not check the artifact before it is sent.")
+@click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    artifact: Path,
+    repo: str,
+    private: bool | None,
+    revision: str | None,
+    message: str | None,
+    create_pr: bool,
+    tag: str | None,
+    token: str | None,
+    no_verify: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Push ARTIFACT to the repository USER/NAME of the Hugging Face hub.
+
+    Interrupted at any moment, the same command continues; only what is not on the hub yet is sent. Until the last
+    commit the repository says that it is unfinished.
+    """
+    from ..hub import push
+
+    silence_client()
+    with TransferBar("push", quiet) as bar:
+        summary = push(
+            artifact,
+            repo,
+            private=private,
+            revision=revision,
+            message=message,
+            create_pr=create_pr,
+            tag=tag,
+            token=token,
+            verify=None if no_verify else verified,
+            progress=bar,
+        )
+    if as_json:
+        emit_json(summary.as_dict())
+    elif summary.sent_files:
+        sent = f"{summary.sent_files} of {summary.files} files, {format_bytes(summary.sent_bytes)}"
+        click.echo(f"{summary.pull_request or summary.url}: {sent}, commit {summary.commit[:12]}")
+    else:
+        click.echo(f"{summary.url}: has all of it already, commit {summary.commit[:12]}")
+
+
+def verified(artifact: Path) -> None:
+    """Raise ArtifactError unless `npuq verify` finds nothing."""
+    from ..convert import verify
+
+    problems = verify(artifact).problems
+    if problems:
+        more = f" (and {len(problems) - 1} more; see `npuq verify {artifact}`)" if len(problems) > 1 else ""
+        raise ArtifactError(f"{artifact}: not pushed, verification failed: {problems[0]}{more}")

@@ -1,0 +1,11 @@
+"""Artifacts and checkpoints on a hub: push one, pull one, and read a checkpoint there without keeping it here.
+
+huggingface_hub speaks the protocol and finds the token; this room adds what an artifact of hundreds of gigabytes needs:
+resuming inside a file, hashes checked against the manifest, one bad file that does not take the others along.
+"""
+
+from .locate import resolve
+from .pull import pull
+from .push import PushSummary, push
+
+__all__ = ["PushSummary", "pull", "push", "resolve"]

@@ -1,0 +1,77 @@
+"""The model card on the hub: its author's text stays, the section that npuq wrote is brought up to date."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from ..errors import HubError
+from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
+
+# Facts about the artifact that npuq knows better than an older card; everything else in the front matter stays.
+_OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
+
+
+def merge_card(existing: str | None, generated: str, repo: str) -> str:
+    """The card to push: `generated` is the artifact's README.md, `existing` the one on the hub, None when none is.
+
+    Commands in the generated section name `repo`. Raises HubError when the existing front matter is no YAML.
+    """
+    ours_front, ours_body = _split(generated, "the artifact's README.md")
+    section = _section(ours_body).replace(CARD_PATH, repo)
+    if existing is None or not existing.strip():
+        return _join(ours_front, f"\n{section}\n")
+    front, body = _split(existing, f"README.md in {repo}")
+    before, found, rest = body.partition(CARD_BEGIN)
+    if found:
+        after = rest.partition(CARD_END)[2]
+        body = f"{before}{section}{after}"
+    else:
+        body = f"{body.rstrip()}\n\n{section}\n"
+    return _join(_merged_front(front, ours_front), body)
+
+
+def _section(body: str) -> str:
+    """The generated section with its two lines; a card without them (edited by hand) is taken whole."""
+    before, found, rest = body.partition(CARD_BEGIN)
+    inner = rest.partition(CARD_END)[0] if found else before
+    return f"{CARD_BEGIN}\n{inner.strip()}\n{CARD_END}"
+
+
+def _merged_front(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    merged = {**ours, **theirs}
+    merged |= {key: ours[key] for key in _OURS if key in ours}
+    tags = theirs.get("tags")
+    if isinstance(tags, list):
+        merged["tags"] = list(dict.fromkeys([*tags, *ours.get("tags", [])]))
+    return merged
+
+
+def _split(card: str, name: str) -> tuple[dict[str, Any], str]:
+    """Front matter and the rest."""
+    lines = card.splitlines(keepends=True)
+    if not lines or lines[0].strip() != "---":
+        return {}, card
+    for number, line in enumerate(lines[1:], 1):
+        if line.strip() == "---":
+            return _parsed("".join(lines[1:number]), name), "".join(lines[number + 1 :])
+    raise HubError(f"{name}: its front matter has no end; repair it, then push again")
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    try:
+        front = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HubError(
+            f"{name}: its front matter is no YAML ({str(error)[:100]}); repair it, then push again"
+        ) from None
+    if front is None:
+        return {}
+    if not isinstance(front, dict):
+        raise HubError(f"{name}: its front matter is no mapping; repair it, then push again")
+    return front
+
+
+def _join(front: dict[str, Any], body: str) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}" if front else body

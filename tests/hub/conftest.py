@@ -1,0 +1,75 @@
+"""A loopback hub at HF_ENDPOINT, a fresh cache for every test, and one small artifact to push."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+import npuq
+from npuq.hub.client import Backoff
+
+sys.path.insert(0, str(Path(__file__).parent))
+from faults import Fault
+from loopback import LoopbackHub
+from loopback_state import State
+
+WRITER = "hf_writer"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
+    server = LoopbackHub(tmp_path_factory.mktemp("hub"), port).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def hub(server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """An empty hub, an empty cache, the writer's token in HF_TOKEN, and short waits between retries."""
+    folder = tmp_path / "hub-objects"
+    folder.mkdir()
+    server.state = State(folder)
+    server.faults.clear()
+    server.log.clear()
+    server.multipart_from = 1 << 62
+    use_cache(monkeypatch, tmp_path / "hf-home")
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
+    return server
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Make this process and those it starts use another Hugging Face home."""
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+
+
+@pytest.fixture(scope="session")
+def made_artifact(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint as W4A8, in shards of 2 MB. Do not change it: `artifact` is a copy."""
+    path = tmp_path_factory.mktemp("made") / "artifact"
+    npuq.convert_checkpoint(example_fp8, path, method="minmax", max_shard_size=2_000_000)
+    return path
+
+
+@pytest.fixture
+def artifact(made_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made_artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def backoff() -> Backoff:
+    return Backoff(attempts=4, first_seconds=0.01, most_seconds=0.02)
+
+
+__all__ = ["Fault"]
