@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConversionError
 from ..quant.dialects import WeightSource
 from ..quant.safetensors import DTYPES
 from ..quant.scales import NonFiniteError
-from ..quant.schemes import Scheme, quantize_rows
+from ..quant.schemes import Scheme, quantize_stored
 from .architecture import Role
 from .journal import JobStats
 from .plan import Job, Slot
@@ -40,9 +40,9 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, chunk_elements: i
         if job.scheme is Scheme.FLOAT:
             _write(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
             continue
-        rows = source.rows_float32(job.source, start, end)
+        stored = source.stored_rows(job.source, start, end)
         try:
-            quantized = quantize_rows(rows, job.scheme, job.method, row_parallel=job.row_parallel)
+            quantized = quantize_stored(stored, job.scheme, job.method, row_parallel=job.row_parallel)
         except NonFiniteError as error:
             raise _not_finite(job, source) from error
         for slot in job.outputs:

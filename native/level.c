@@ -1,6 +1,7 @@
 /* One instruction-set level: setup.py compiles this file once for each, with that set's flags and
  * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C). */
 #include "kernels/attention.h"
+#include "kernels/convert.h"
 #include "kernels/float.h"
 #include "kernels/integer.h"
 #include "kernels/rows.h"
@@ -35,4 +36,10 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .scale_add_row = scale_add_row,
     .rope_row = rope_row,
     .attend = attend,
+    .convert_scratch = convert_scratch,
+    .convert_release = convert_release,
+    .decode_row = decode_row,
+    .convert_row = convert_row,
+    .slice_sums = slice_sums,
+    .pack_rows = pack_rows,
 };

@@ -19,6 +19,13 @@ struct attention_tile {
     float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
 };
 
+/* One quantized row. `codes` is given, the rest is the result. */
+struct converted {
+    int8_t *codes;
+    float scale;
+    double error, norm;
+};
+
 /* Strides in elements. `ldacc` is a multiple of 4 and at least rows rounded up to 4: kernels write whole quads. */
 struct kernels {
     const char *name;
@@ -59,6 +66,14 @@ struct kernels {
 
     /* Attention of one tile, merged into its running values; see kernels/attention.h. */
     void (*attend)(const struct attention_tile *tile);
+
+    /* Conversion; see kernels/convert.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
+    size_t (*convert_scratch)(size_t n);
+    void (*convert_release)(void *memory);
+    void (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
+    int (*convert_row)(const float *w, size_t n, int bits, int mse, void *memory, struct converted *out);
+    void (*slice_sums)(const int8_t *codes, size_t n, size_t columns, int32_t *sums);
+    void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, int8_t *out);
 };
 
 int level_best(void);

@@ -5,7 +5,7 @@
  * elements. A row may start at any address: nothing here needs alignment.
  *
  * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
- * differ in the last bits (order of additions, fused multiply-add), except in convert.h, where all sets agree.
+ * differ in the last bits (order of additions, fused multiply-add), except in conversion, where all agree.
  */
 #ifndef NPUQ_H
 #define NPUQ_H
@@ -18,7 +18,7 @@
 /* Grows with every incompatible change; the Python side refuses a library of another number. */
 #define NPUQ_ABI_VERSION 1
 
-enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1 };
+enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2 };
 
 enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
 
@@ -35,6 +35,25 @@ typedef struct npuq_pool npuq_pool;
 NPUQ_API npuq_pool *npuq_pool_create(int threads, int level);
 NPUQ_API void npuq_pool_destroy(npuq_pool *pool);
 NPUQ_API int npuq_pool_level(const npuq_pool *pool);
+
+/* ---- conversion ------------------------------------------------------------------------------------------------- */
+
+/* Stored rows: F32, BF16, F16, or F8E4M3 in blocks of block_rows × block_cols with one float32 scale each. block_scale
+ * (NULL for the others) has scale_stride a row of blocks; `first_row` is the place of row 0 in the first of them. */
+typedef struct {
+    const void *data;
+    const float *block_scale;
+    int64_t scale_stride, first_row, block_rows, block_cols;
+    int32_t dtype;
+} npuq_source;
+
+/* What quant/schemes.py's quantize_rows computes, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
+ * codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even) with bias [rows, bias_columns ≤ 16]; scale
+ * [rows]; error and norm: Σ (w − ŵ)² and Σ w² [rows]. cols ≤ 2^17. level −1 is the best.
+ * NPUQ_NOT_FINITE: row *bad_row holds an infinity or NaN, and nothing after it was done. */
+NPUQ_API int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits,
+                                int32_t mse, int64_t bias_columns, int8_t *codes, float *scale, float *bias,
+                                double *error, double *norm, int64_t *bad_row);
 
 /* ---- matrix products ------------------------------------------------------------------------------------------- */
 

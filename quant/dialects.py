@@ -30,6 +30,31 @@ class Weight:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class BlockScale:
+    """The scales of FP8 rows: float32 [row blocks, column blocks], one for each block that the rows touch; `first_row`
+    is the place of row 0 in the first of them."""
+
+    scale: Tensor
+    first_row: int
+    block_rows: int
+    block_columns: int
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows [R, …] of float32, bf16 or fp16, or of FP8 with the scales of their blocks."""
+
+    rows: Tensor
+    blocks: BlockScale | None = None
+
+    def to_float32(self) -> Tensor:
+        if self.blocks is None:
+            return self.rows.to(torch.float32)
+        blocks = self.blocks
+        return dequantize_fp8(self.rows, blocks.scale, blocks.first_row, blocks.block_rows, blocks.block_columns)
+
+
 class WeightSource:
     """The logical tensors of a checkpoint, read as float rows. Thread-safe.
 
@@ -48,15 +73,19 @@ class WeightSource:
 
     def rows_float32(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a weight as float32, dequantized when it is stored in FP8. A scalar has no rows."""
+        return self.stored_rows(name, start, stop).to_float32()
+
+    def stored_rows(self, name: str, start: int = 0, stop: int | None = None) -> StoredRows:
+        """Rows [start, stop) as they are stored, with the scales of the FP8 blocks they lie in."""
         weight = self._find(name)
         stop = weight.shape[0] if stop is None else stop
-        stored = self.checkpoint.read_rows(name, start, stop)
+        rows = self.checkpoint.read_rows(name, start, stop)
         if weight.dtype != "F8_E4M3":
-            return stored.to(torch.float32)
+            return StoredRows(rows)
         block_rows, block_columns = self._block
         first, last = start // block_rows, -(-stop // block_rows)
         scale = self.checkpoint.read_rows(name + _SCALE_SUFFIX, first, last)
-        return dequantize_fp8(stored, scale, start - first * block_rows, block_rows, block_columns)
+        return StoredRows(rows, BlockScale(scale, start - first * block_rows, block_rows, block_columns))
 
     def rows_float(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) in the stored float dtype, bit for bit; FP8 becomes `float_dtype`, rounded once."""

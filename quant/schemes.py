@@ -9,6 +9,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from . import native
+from .dialects import StoredRows
 from .int4 import pack_int4, unpack_int4
 from .scales import Method, scale_rows
 
@@ -97,6 +99,18 @@ def quantize_rows(rows: Tensor, scheme: Scheme, method: Method, *, row_parallel:
         tensors[WEIGHT] = pack_int4(scaled.codes)
         tensors[BIAS] = scale_bias(scaled.codes, scale, BIAS_COLUMNS if row_parallel else 1)
     return QuantizedRows(tensors, scaled.squared_error, scaled.squared_norm)
+
+
+def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
+    """`quantize_rows` of stored rows, by the native kernels where they are built: the same tensors, bit for bit."""
+    if native.library() is None or not 0 < stored.rows.shape[1] <= native.MOST_COLUMNS:
+        return quantize_rows(stored.to_float32(), scheme, method, row_parallel=row_parallel)
+    columns = BIAS_COLUMNS if row_parallel else 1
+    done = native.quantize(stored, scheme.weight_bits, method is Method.MSE, columns)
+    tensors = {WEIGHT: done.codes, SCALE: done.scale, OFFSET: torch.zeros_like(done.scale)}
+    if done.bias is not None:
+        tensors[BIAS] = done.bias
+    return QuantizedRows(tensors, done.squared_error, done.squared_norm)
 
 
 def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:

@@ -142,10 +142,7 @@ INLINE vf vf_sqrt(vf a) { return (vf){sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqr
 INLINE vi vf_truncate(vf a) { return __builtin_convertvector(a, vi); }
 INLINE vf vi_float(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vi vf_round(vf a) {
-    /* Adding 1.5 · 2^23 leaves the integer in the low mantissa bits, rounded as the processor rounds: ties to even. */
-    const float magic = 12582912.0f;
-    vf shifted = a + magic;
-    return (vi)shifted - 0x4B400000;
+    return (vi){(int32_t)lrintf(a[0]), (int32_t)lrintf(a[1]), (int32_t)lrintf(a[2]), (int32_t)lrintf(a[3])};
 }
 INLINE float f16_to_float(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31, mantissa = half & 0x3FF;

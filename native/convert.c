@@ -1,0 +1,44 @@
+/* Rows of a source weight become the rows of a quantized linear, one row (int4: two) at a time. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "levels.h"
+
+static const void *row_at(const npuq_source *source, int64_t row, int64_t cols) {
+    size_t size = source->dtype == NPUQ_F32 ? 4 : source->dtype == NPUQ_F8E4M3 ? 1 : 2;
+    return (const char *)source->data + (size_t)row * (size_t)cols * size;
+}
+
+static const float *scales_at(const npuq_source *source, int64_t row) {
+    if (source->block_scale == NULL) return NULL;
+    return source->block_scale + (source->first_row + row) / source->block_rows * source->scale_stride;
+}
+
+int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits, int32_t mse,
+                       int64_t bias_columns, int8_t *codes, float *scale, float *bias, double *error, double *norm,
+                       int64_t *bad_row) {
+    const struct kernels *kernels = level_kernels(level < 0 ? level_best() : level);
+    size_t n = (size_t)cols, wide = (n + 63) / 64 * 64, scratch = kernels->convert_scratch(n);
+    char *memory = calloc(1, scratch + wide * 6);
+    if (memory == NULL) return NPUQ_NO_MEMORY;
+    float *w = (float *)(memory + scratch);
+    int8_t *pair[2] = {(int8_t *)(w + wide), (int8_t *)(w + wide) + wide};
+    int status = NPUQ_OK;
+    for (int64_t r = 0; r < rows && status == NPUQ_OK; r++) {
+        struct converted out = {.codes = bits == 4 ? pair[r % 2] : codes + (size_t)r * n};
+        kernels->decode_row(row_at(source, r, cols), source->dtype, n, scales_at(source, r), (size_t)source->block_cols, w);
+        status = kernels->convert_row(w, n, bits, mse, memory, &out);
+        if (status == NPUQ_NOT_FINITE) *bad_row = r;
+        scale[r] = out.scale;
+        error[r] = out.error;
+        norm[r] = out.norm;
+        if (bits == 8) continue;
+        int32_t sums[16];
+        kernels->slice_sums(out.codes, n, (size_t)bias_columns, sums);
+        for (int64_t c = 0; c < bias_columns; c++) bias[r * bias_columns + c] = (float)(8 * sums[c]) * out.scale;
+        if (r % 2) kernels->pack_rows(pair[0], pair[1], n, codes + (size_t)(r / 2) * n);
+    }
+    kernels->convert_release(memory);
+    free(memory);
+    return status;
+}
