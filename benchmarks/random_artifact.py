@@ -1,0 +1,141 @@
+"""A W4A8 artifact of any shape with random weights, for benchmarks: laid out as by `npuq convert`, without a source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npuq.quant.artifact import DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME, ROPE_NAME, description
+from npuq.quant.checkpoint import SINGLE_NAME
+from npuq.quant.model_config import ModelConfig
+from npuq.quant.rope import rope_tables, save_rope
+from npuq.quant.safetensors import encode_header
+from npuq.quant.schemes import Scheme, output_tensors
+
+# DeepSeek-V3 made small enough for a laptop: 2.6 GB, of which a decoded token reads about 0.6 GB.
+SMALL_V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 32768,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
+
+_POOL_BYTES = 64 << 20
+
+
+def linears(config: ModelConfig) -> Iterator[tuple[str, Scheme, tuple[int, ...]]]:
+    """Every weight of a model that the runtime reads: name, scheme and logical shape."""
+    hidden, heads, lora = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    yield "model.embed_tokens.weight", Scheme.FLOAT, (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        q_width = heads * config.qk_head_dim
+        yield f"{prefix}.input_layernorm.weight", Scheme.FLOAT, (hidden,)
+        if config.q_lora_rank is None:
+            yield f"{attention}.q_proj.weight", Scheme.W8A8, (q_width, hidden)
+        else:
+            yield f"{attention}.q_a_proj.weight", Scheme.W8A8, (config.q_lora_rank, hidden)
+            yield f"{attention}.q_a_layernorm.weight", Scheme.FLOAT, (config.q_lora_rank,)
+            yield f"{attention}.q_b_proj.weight", Scheme.W8A8, (q_width, config.q_lora_rank)
+        yield f"{attention}.kv_a_proj_with_mqa.weight", Scheme.W8A8, (lora + config.qk_rope_head_dim, hidden)
+        yield f"{attention}.kv_a_layernorm.weight", Scheme.FLOAT, (lora,)
+        kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        yield f"{attention}.kv_b_proj.weight", Scheme.FLOAT, (kv_width, lora)
+        yield f"{attention}.o_proj.weight", Scheme.W8A8, (hidden, heads * config.v_head_dim)
+        yield f"{prefix}.post_attention_layernorm.weight", Scheme.FLOAT, (hidden,)
+        if not config.is_moe_layer(layer):
+            yield from _mlp(f"{prefix}.mlp", Scheme.W8A8, config.intermediate_size, hidden)
+            continue
+        yield f"{prefix}.mlp.gate.weight", Scheme.FLOAT, (config.n_routed_experts, hidden)
+        if config.topk_method == "noaux_tc":
+            yield f"{prefix}.mlp.gate.e_score_correction_bias", Scheme.FLOAT, (config.n_routed_experts,)
+        width = config.moe_intermediate_size
+        yield from _mlp(f"{prefix}.mlp.shared_experts", Scheme.W8A8, width * config.n_shared_experts, hidden)
+        for expert in range(config.n_routed_experts):
+            yield from _mlp(f"{prefix}.mlp.experts.{expert}", Scheme.W4A8, width, hidden)
+    yield "model.norm.weight", Scheme.FLOAT, (hidden,)
+    yield "lm_head.weight", Scheme.FLOAT, (config.vocab_size, hidden)
+
+
+def make(directory: Path, settings: dict[str, Any]) -> None:
+    """Write the artifact. Weights are drawn so that activations keep their size, codes uniformly."""
+    config = ModelConfig.from_dict(settings)
+    torch.manual_seed(0)
+    pool = torch.randint(-128, 128, (_POOL_BYTES,), dtype=torch.int8)
+    entries: list[tuple[str, str, tuple[int, ...], Scheme, int]] = []  # …, scheme, fan-in
+    for name, scheme, shape in linears(config):
+        if scheme is Scheme.FLOAT:
+            code = "F32" if name.endswith("bias") else "BF16"
+            entries.append((name, code, shape, scheme, shape[-1]))
+        else:
+            parts = output_tensors(name, scheme, shape, row_parallel="down_proj" in name)
+            entries += [(part.name, part.dtype, part.shape, scheme, shape[-1]) for part in parts]
+    (directory / MANIFEST_NAME).parent.mkdir(parents=True, exist_ok=True)
+    with (directory / SINGLE_NAME).open("wb") as file:
+        file.write(encode_header([(name, code, shape) for name, code, shape, _, _ in entries]))
+        for position, (name, code, shape, scheme, fan_in) in enumerate(entries):
+            tensor = _draw(pool, position, name, code, shape, scheme, fan_in)
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+    types = {name: scheme for name, _, _, scheme, _ in entries}
+    (directory / "config.json").write_text(json.dumps(settings, indent=2))
+    (directory / DESCRIPTION_NAME).write_text(json.dumps(description(types)))
+    save_rope(rope_tables(config), directory / ROPE_NAME)
+    (directory / MANIFEST_NAME).write_text(json.dumps({"format_version": FORMAT_VERSION}))
+
+
+def _mlp(prefix: str, scheme: Scheme, width: int, hidden: int) -> Iterator[tuple[str, Scheme, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", scheme, (width, hidden)
+    yield f"{prefix}.up_proj.weight", scheme, (width, hidden)
+    yield f"{prefix}.down_proj.weight", scheme, (hidden, width)
+
+
+def _draw(
+    pool: Tensor, position: int, name: str, code: str, shape: tuple[int, ...], scheme: Scheme, fan_in: int
+) -> Tensor:
+    if code == "I8":
+        return _repeat(pool, position, shape)
+    if name.endswith("weight_scale"):
+        # A uniform code of b bits has a standard deviation of 2^b / √12.
+        return torch.full(shape, fan_in**-0.5 * 12**0.5 / 2**scheme.weight_bits)
+    if scheme is not Scheme.FLOAT or name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return (_repeat(pool, position, shape).float() * (fan_in**-0.5 / 74)).bfloat16()
+
+
+def _repeat(pool: Tensor, position: int, shape: tuple[int, ...]) -> Tensor:
+    """Random bytes from somewhere in the pool, different for each tensor."""
+    size = torch.Size(shape).numel()
+    start = position * 7919 % (len(pool) // 2)
+    copies = -(-size // (len(pool) - start))
+    return pool[start:].repeat(copies)[:size].view(shape)
