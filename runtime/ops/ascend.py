@@ -177,6 +177,7 @@ class AscendOps(AscendAttention):
     # ---- routing ---------------------------------------------------------------------------------------------------
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
+        check_gating(gating, bias is not None)
         sigmoid = gating.scoring == "sigmoid"
         if sigmoid == gating.renormalize:
             weights, ids, _ = self._npu.npu_moe_gating_top_k(
@@ -192,8 +193,6 @@ class AscendOps(AscendAttention):
                 eps=1e-20,
             )
             return weights, ids
-        if sigmoid or bias is not None or gating.group_count > 1:
-            raise BackendError(f"the NPU has no router for {gating.scoring} with renormalize={gating.renormalize}")
         # Softmax over the chosen logits is softmax over all of them, normalised.
         weights, ids, _ = self._npu.npu_moe_gating_top_k_softmax_v2(logits, k=gating.k, renorm=1)
         return (weights if gating.scaling == 1.0 else weights * gating.scaling), ids
@@ -220,3 +219,17 @@ class AscendOps(AscendAttention):
             rows, skip, None, None, weights.to(self.dtype), row_index, expert_ids, drop_pad_mode=ROW_ORDER
         )
         return out
+
+
+def check_gating(gating: Gating, biased: bool) -> None:
+    """Raises BackendError for a router that the NPU has no operator for.
+
+    Its sigmoid router always normalises the weights; its softmax router does only without groups and correction bias.
+    """
+    sigmoid = gating.scoring == "sigmoid"
+    if sigmoid != gating.renormalize and (sigmoid or biased or gating.group_count > 1):
+        groups = f" in {gating.group_count} groups" if gating.group_count > 1 else ""
+        raise BackendError(
+            f"the NPU has no router that scores by {gating.scoring}{groups} with norm_topk_prob "
+            f"{str(gating.renormalize).lower()}"
+        )

@@ -17,6 +17,30 @@ from ...errors import BackendError
 INSTALL_HINT = "pip install 'npuq[ascend]' (torch 2.13.0 with torch_npu 2.13.0)"
 
 
+OPERATORS = (
+    "npu_add_rms_norm",
+    "npu_add_rms_norm_dynamic_quant",
+    "npu_attention_update",
+    "npu_dequant_swiglu_quant",
+    "npu_dynamic_quant",
+    "npu_format_cast",
+    "npu_fused_infer_attention_score",
+    "npu_grouped_matmul",
+    "npu_interleave_rope",
+    "npu_kv_rmsnorm_rope_cache",
+    "npu_mla_prolog_v3",
+    "npu_moe_finalize_routing",
+    "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_init_routing_v2",
+    "npu_quant_matmul",
+    "npu_rms_norm",
+    "npu_swiglu",
+    "npu_transpose_batchmatmul",
+)
+"""Every operator of torch_npu that the backend calls."""
+
+
 @dataclass(frozen=True)
 class Soc:
     """A family of chips, recognised by the name that the driver reports, and what its operators can do.

@@ -92,11 +92,7 @@ class Layout:
 
     def w4a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> W4A8Experts:
         name, inputs = experts[0][0].name, experts[0][0].weight.shape[1]
-        if inputs % W4A8_K_MULTIPLE or inputs > W4A8_MAX_K:
-            raise BackendError(
-                f"{name}: the NPU's W4A8 matmul needs input features that are a multiple of {W4A8_K_MULTIPLE} "
-                f"up to {W4A8_MAX_K}, not {inputs}"
-            )
+        check_w4a8_inputs(name, inputs)
         packed = self._stack(experts, torch.int8)  # [E, K, N/2], a byte holding two outputs
         if packed.shape[2] % (INT4_PER_INT32 // 2):
             raise BackendError(f"{name}: the NPU's W4A8 matmul needs outputs that are a multiple of {INT4_PER_INT32}")
@@ -132,6 +128,15 @@ class Layout:
                 raise BackendError(f"{part.name}: W4A8 without scale_bias")
             biases.append(part.scale_bias.sum(dim=1))
         return torch.cat(biases).to(self.device)
+
+
+def check_w4a8_inputs(name: str, inputs: int) -> None:
+    """Raises BackendError for input features that the W4A8 matmul does not take."""
+    if inputs % W4A8_K_MULTIPLE or inputs > W4A8_MAX_K:
+        raise BackendError(
+            f"{name}: the NPU's W4A8 matmul needs input features that are a multiple of {W4A8_K_MULTIPLE} "
+            f"up to {W4A8_MAX_K}, not {inputs}"
+        )
 
 
 def fits_nz(matrix: Tensor) -> bool:

@@ -1,0 +1,113 @@
+"""`npuq doctor`: can this machine, and this model, run on an Ascend NPU, and if not, why."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import emit_json, format_bytes
+
+if TYPE_CHECKING:
+    from ..runtime.doctor import Report
+    from ..runtime.selftest import Result
+
+
+@click.command("doctor")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--selftest", is_flag=True, help="Compare every operator with the reference: the NPU's, else the CPU's.")
+@click.option("--device", default="npu:0", show_default=True, help="The NPU to test.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> None:
+    """Show versions, CANN, driver, devices and operators, and whether MODEL can run on an NPU.
+
+    A machine without an NPU is told so and is no failure (exit 0). Exit 1: MODEL cannot run on an NPU, or an operator
+    of the self-test disagrees with the reference.
+    """
+    # Without CANN, a torch that loads torch_npu by itself does not even import. Here it is imported later, on purpose.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    from ..runtime.doctor import examine
+
+    report = examine(model)
+    results = _selftest(report, device) if selftest else []
+    if as_json:
+        emit_json({**report.as_json(), **({"selftest": _as_json(report, results)} if selftest else {})})
+    else:
+        _print(report)
+        if selftest:
+            _print_selftest(report, results)
+    if (report.model is not None and not report.model.runs) or not all(result.passed for result in results):
+        sys.exit(1)
+
+
+def _selftest(report: Report, device: str) -> list[Result]:
+    from ..runtime.backend import make_ops
+    from ..runtime.selftest import selftest
+
+    return list(selftest(make_ops("ascend", device=device) if report.ready else make_ops("cpu")))
+
+
+def _tested(report: Report) -> str:
+    return "ascend" if report.ready else "cpu"
+
+
+def _as_json(report: Report, results: list[Result]) -> dict[str, Any]:
+    return {
+        "backend": _tested(report),
+        "operators": [
+            {
+                "operator": result.operator,
+                "passed": result.passed,
+                # JSON has no infinity: an error that is none is told by `passed` and this message.
+                "error": result.error if result.error is not None and result.error != float("inf") else None,
+                "tolerance": result.tolerance,
+                "message": result.message
+                or ("not finite, or of another shape" if result.error == float("inf") else ""),
+            }
+            for result in results
+        ],
+    }
+
+
+def _print(report: Report) -> None:
+    rows = {
+        "npuq": report.npuq,
+        "python": f"{report.python} on {report.platform}",
+        "torch": report.torch,
+        "torch_npu": report.torch_npu,
+        "CANN": report.cann,
+        "driver": report.driver,
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:10} {value or 'not found'}")
+    for device in report.devices:
+        memory = f"{format_bytes(device.free_memory)} of {format_bytes(device.total_memory)} free"
+        click.echo(f"npu:{device.index:<6} {device.name}, {device.family or 'unknown family'}, {memory}")
+        if device.problem:
+            click.echo(f"{'':10} {device.problem}")
+    missing = [name for name, schema in report.operators.items() if schema is None]
+    if report.operators:
+        click.echo(f"operators  {len(report.operators) - len(missing)} of {len(report.operators)} are there")
+        for name in missing:
+            click.echo(f"{'':10} missing: {name}")
+    if report.ready:
+        click.echo("The ascend backend can run here.")
+    else:
+        click.echo(f"No Ascend NPU can be used here: {report.problem}. The cpu backend can run here.")
+    if report.model is not None:
+        verdict = "can run on an NPU" if report.model.runs else "cannot run on an NPU:"
+        click.echo(f"{report.model.path} {verdict}")
+        for problem in report.model.problems:
+            click.echo(f"{'':10} {problem}")
+
+
+def _print_selftest(report: Report, results: list[Result]) -> None:
+    click.echo(f"Self-test of the {_tested(report)} backend against the reference:")
+    for result in results:
+        told = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
+        click.echo(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {told}")
+    failed = sum(not result.passed for result in results)
+    click.echo(f"{len(results) - failed} of {len(results)} agree.")

@@ -1,0 +1,49 @@
+"""`npuq doctor --selftest` as it would run on an NPU: it passes in the emulation, and a wrong operator fails it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ascend_rig import emulate, harness
+
+from npuq.runtime.selftest import CASES, selftest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["nz", "nd"])
+def test_the_ascend_set_passes(dtype, layout):
+    with emulate.use_rules(wide=dtype == torch.float32):
+        results = list(selftest(harness.make("ascend", dtype, kv_layout=layout)))
+    for result in results:
+        print(f"{result.operator:40} {result.error} {result.message}")
+    assert [result for result in results if not result.passed] == []
+    assert len(results) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    "method,case",
+    [("swiglu", "swiglu"), ("dynamic_quant", "linear W8A8"), ("interleave_rope", "rope, cache write and read")],
+)
+def test_a_wrong_operator_fails(method, case):
+    ops = harness.make("ascend", torch.bfloat16)
+    right = getattr(ops, method)
+
+    def wrong(x: torch.Tensor, *args: Any) -> Any:
+        return right(x.flip(-1), *args)
+
+    setattr(ops, method, wrong)
+    failed = {result.operator for result in selftest(ops) if not result.passed}
+    assert case in failed and "rms_norm, add_rms_norm" not in failed
+
+
+def test_an_operator_that_raises_is_reported_with_its_message():
+    ops = harness.make("ascend", torch.bfloat16)
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("aclnnSwiGlu failed\nerror code 507011")
+
+    ops.swiglu = broken
+    result = next(result for result in selftest(ops) if result.operator == "swiglu")
+    assert not result.passed and result.message == "aclnnSwiGlu failed error code 507011"

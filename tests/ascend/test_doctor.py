@@ -1,0 +1,166 @@
+"""`npuq doctor` where there is no torch_npu, and with a driver that reports devices. Needs no torch_npu itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from npuq.cli.doctor import command
+from npuq.errors import BackendError
+from npuq.runtime import doctor
+from npuq.runtime.backend import make_ops
+from npuq.runtime.ops import ascend_support
+from npuq.runtime.selftest import CASES, selftest
+
+
+@dataclass
+class FakeNpu:
+    """What torch_npu.npu answers on a machine with these devices."""
+
+    names: list[str]
+    config: SimpleNamespace = field(default_factory=SimpleNamespace)
+
+    def device_count(self) -> int:
+        return len(self.names)
+
+    def get_device_name(self, index: int) -> str:
+        if self.names[index] == "held":
+            raise RuntimeError("aclrtSetDevice failed,\nerror code 507033")
+        return self.names[index]
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        return 60 << 30, 64 << 30
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    def plug(*names: str) -> None:
+        fake = SimpleNamespace(npu=FakeNpu(list(names)))
+        monkeypatch.setattr(ascend_support, "import_torch_npu", lambda: fake)
+
+    return plug
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine without torch_npu."""
+    monkeypatch.setattr(ascend_support, "torch_npu_version", lambda: None)
+
+
+def test_without_an_npu_it_says_so_and_exits_0(bare):
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code == 0
+    assert "No Ascend NPU can be used here" in result.output and "npuq[ascend]" in result.output
+
+
+def test_json_is_one_document(bare):
+    result = CliRunner().invoke(command, ["--json"])
+    report = json.loads(result.stdout)
+    assert report["ready"] is False and report["torch"] == torch.__version__ and report["devices"] == []
+
+
+def test_a_machine_with_an_a2_is_ready(devices):
+    devices("Ascend910B2", "Ascend910B2")
+    report = doctor.examine()
+    assert report.ready and report.problem is None
+    assert [device.family for device in report.devices] == ["Atlas A2 (Ascend 910B)"] * 2
+    assert report.devices[0].free_memory == 60 << 30
+    # This torch has none of the operators: each is told as missing.
+    assert set(report.operators) == set(ascend_support.OPERATORS)
+
+
+def test_chips_that_cannot_and_devices_that_do_not_answer_are_told(devices):
+    devices("Ascend310P3", "held")
+    report = doctor.examine()
+    assert not report.ready
+    assert "int4 grouped matmul" in report.devices[0].problem
+    assert report.devices[1].problem == "aclrtSetDevice failed, error code 507033"
+    assert report.problem == report.devices[0].problem
+
+
+def test_no_device_is_told(devices):
+    devices()
+    assert "npu-smi" in doctor.examine().problem
+
+
+def test_the_shipped_model_fits(bare, example_fp8):
+    result = CliRunner().invoke(command, [str(example_fp8)])
+    assert result.exit_code == 0 and "can run on an NPU" in result.output
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"num_attention_heads": 24}, "24 attention heads"),
+        ({"norm_topk_prob": False}, "no router that scores by sigmoid"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
+        ({"model_type": "llama"}, "model_type"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_why_and_exits_1(bare, example_fp8, tmp_path, change, said):
+    shutil.copytree(example_fp8, tmp_path, dirs_exist_ok=True)
+    config = json.loads((example_fp8 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    result = CliRunner().invoke(command, [str(tmp_path), "--json"])
+    fit = json.loads(result.stdout)["model"]
+    assert result.exit_code == 1 and not fit["runs"]
+    assert any(said in problem for problem in fit["problems"])
+
+
+def test_a_directory_that_is_no_model_is_told(bare, tmp_path):
+    result = CliRunner().invoke(command, [str(tmp_path)])
+    assert result.exit_code == 1 and "cannot run on an NPU" in result.output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selftest_of_the_cpu_set_passes(dtype):
+    results = list(selftest(make_ops("cpu", dtype)))
+    assert [result for result in results if not result.passed] == []
+    assert len(results) == len(CASES)
+
+
+def test_selftest_reports_and_fails_on_a_wrong_operator(bare, monkeypatch):
+    cpu = type(make_ops("cpu"))
+    right = cpu.swiglu
+    monkeypatch.setattr(cpu, "swiglu", lambda self, x: right(self, x) * 1.01)
+    result = CliRunner().invoke(command, ["--selftest", "--json"])
+    operators = {entry["operator"]: entry["passed"] for entry in json.loads(result.stdout)["selftest"]["operators"]}
+    assert result.exit_code == 1
+    assert operators["swiglu"] is False and operators["linear W8A8"] is True
+
+
+def test_selftest_in_words(bare):
+    result = CliRunner().invoke(command, ["--selftest"])
+    assert result.exit_code == 0
+    assert f"{len(CASES)} of {len(CASES)} agree" in result.output
+
+
+def test_versions_are_read_from_the_files_that_cann_leaves(tmp_path):
+    path = tmp_path / "version.cfg"
+    for text, version in [
+        ("# version: 1.0\nruntime_running_version=[8.5.0.T63:8.5.0]\n", "8.5.0.T63"),
+        ("Version=25.0.rc1.1\nascendhal_version=7.35.23\n", "25.0.rc1.1"),
+        ("nothing\n", "unknown"),
+    ]:
+        path.write_text(text)
+        assert doctor._first_version((str(tmp_path / "absent"), str(path))) == version
+    assert doctor._first_version((str(Path(tmp_path / "absent")),)) is None
+
+
+def test_a_device_that_is_no_npu_is_refused(monkeypatch):
+    from npuq.runtime.ops import ascend
+
+    monkeypatch.setattr(ascend, "import_torch_npu", lambda: SimpleNamespace())
+    with pytest.raises(BackendError, match="cpu is not an NPU"):
+        ascend.AscendOps(device="cpu")
+    with pytest.raises(BackendError, match="'nz' nor 'nd'"):
+        ascend.AscendOps(kv_layout="NZ")
+    with pytest.raises(BackendError, match="bfloat16 or float16, not float32"):
+        ascend.AscendOps(dtype=torch.float32)
