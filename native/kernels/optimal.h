@@ -22,6 +22,7 @@ enum {
     COUNT_SHIFT = 42, /* a bin holds count << 42 | sum: sums of 2^17 magnitudes of 2^23 stay below */
     MOST_INTERVALS = 1024,
     SUBDIVISIONS = 8,
+    MOST_LEVELS = 128,
     WINDOW_BINS = 512,
 };
 
@@ -92,11 +93,11 @@ static struct histogram fill_bins(const struct optimal_row *row, struct optimal_
     uint32_t count = (float_bits(0x1p23f) >> shift) - base + 1;
     uint64_t *bins = scratch->bins;
     memset(bins, 0, 2 * ((size_t)count + 1) * sizeof *bins);
-    for (size_t i = 0; i < row->n; i++) {
-        uint32_t bits;
-        memcpy(&bits, row->magnitude + i, sizeof bits);
-        int32_t bin = (int32_t)(bits >> shift) - (int32_t)base;
-        scratch->index[i] = (uint32_t)(bin > 0 ? bin : 0) * 2 + (uint32_t)(row->fixed[i] < 0);
+    for (size_t i = 0; i < row->n; i += VW) { /* arrays are padded to whole vectors */
+        vi bin = ((vi)vf_load(row->magnitude + i) >> (int32_t)shift) - (int32_t)base;
+        bin &= bin > 0;
+        bin = bin + bin - (vi_load(row->fixed + i) < 0);
+        memcpy(scratch->index + i, &bin, sizeof bin);
     }
     for (size_t i = 0; i < row->n; i++) {
         bins[scratch->index[i]] += (1ull << COUNT_SHIFT) + (uint64_t)(uint32_t)abs(row->fixed[i]);
@@ -119,14 +120,24 @@ INLINE uint32_t bin_of(const struct histogram *histogram, float threshold) {
 /* The states when every breakpoint surely (possibly) at or above half scale h has been passed. */
 static void states_at(const struct histogram *histogram, double h, struct state *sure, struct state *possible) {
     uint64_t a = 0, b = 0, more_a = 0, more_b = 0;
-    for (int m = 1; m <= histogram->levels; m++) {
-        uint32_t odd = 2 * (uint32_t)m - 1, negative = m == histogram->levels;
-        float threshold = (float)(odd * h);
-        if (threshold > 0x1p23f * 1.0001f) break;
-        uint32_t above = bin_of(histogram, threshold * (1 + EDGE_DOUBT)) + 1;
-        above = above < histogram->count ? above : histogram->count;
-        uint64_t one = histogram->bins[2 * above + negative];
-        uint64_t other = histogram->bins[2 * bin_of(histogram, threshold * (1 - EDGE_DOUBT)) + negative];
+    uint32_t above[MOST_LEVELS], from[MOST_LEVELS];
+    const float half = (float)h;
+    /* Levels whose threshold no weight reaches have passed nothing. */
+    const double reached = (0x1p23 * 1.0001 / h + 1) / 2;
+    const int levels = reached < histogram->levels ? (int)reached : histogram->levels;
+    for (int m = 0; m < levels; m++) {
+        float threshold = (float)(2 * m + 1) * half, up = threshold * (1 + EDGE_DOUBT), down = threshold * (1 - EDGE_DOUBT);
+        uint32_t up_bits, down_bits;
+        memcpy(&up_bits, &up, sizeof up);
+        memcpy(&down_bits, &down, sizeof down);
+        uint32_t bin = (up_bits >> histogram->shift) - histogram->base + 1;
+        above[m] = 2 * (bin < histogram->count ? bin : histogram->count);
+        bin = (down_bits >> histogram->shift) - histogram->base;
+        from[m] = 2 * (bin < histogram->count ? bin : histogram->count);
+    }
+    for (int m = 0; m < levels; m++) {
+        const uint32_t negative = m + 1 == histogram->levels, odd = 2 * (uint32_t)m + 1;
+        uint64_t one = histogram->bins[above[m] + negative], other = histogram->bins[from[m] + negative];
         a += one & SUM_MASK;
         b += (one >> COUNT_SHIFT) * odd;
         more_a += other & SUM_MASK;
@@ -175,12 +186,15 @@ static void add_interval(struct cut *cut, double hi, struct state sure, double l
 static struct interval find_window(const struct optimal_row *row, const struct histogram *histogram, float largest,
                                    struct optimal_scratch *scratch, double *floor_score) {
     struct cut cut = {histogram, scratch->intervals, 0, 0};
-    double step = row->levels > 8 ? 1 / 1.02 : 1 / 1.05, h = largest;
+    /* Coarse steps where optima never lie, above 1.5 times the min-max scale; then fine ones, whose bound has a slack
+     * of half their square: small beside the error that the codes leave (1 % for int4, 0.01 % for int8). */
+    double turn = largest * 0.75 / (row->levels - 1), h = largest;
+    const double coarse_step = row->levels > 8 ? 1 / 1.1 : 1 / 1.2, fine_step = row->levels > 8 ? 1 / 1.01 : 1 / 1.05;
     struct state sure, possible, next;
     int open = 0; /* the search ran out of resolution before clipping ruled the rest out */
     states_at(histogram, h, &sure, &possible);
     for (;;) {
-        double lower = h * step;
+        double lower = h * (h > turn ? coarse_step : fine_step);
         if (lower * (1 - 2 * EDGE_DOUBT) < histogram->lowest || cut.count >= MOST_INTERVALS / 4) {
             open = 1;
             break;
@@ -236,8 +250,8 @@ static void offer(struct exact_state *best, int64_t a, int64_t b) {
 
 /* Codes at a scale as this level's floats round them. Where they are in doubt (within 1e-6 of the window's ends) no
  * state is offered. */
-INLINE vf window_codes(vf magnitude, vf inverse, vf limit) {
-    return vi_float(vf_truncate(vf_min(vf_fma(magnitude, inverse, vf_set(0.5f)), limit)));
+INLINE vi window_codes(vf magnitude, vf inverse, vf limit) {
+    return vf_truncate(vf_min(vf_fma(magnitude, inverse, vf_set(0.5f)), limit));
 }
 
 /* Collects every breakpoint between the two scales and sums the state above them. NPUQ_NO_MEMORY if they do not fit. */
@@ -249,25 +263,32 @@ static int collect(const struct optimal_row *row, float inverse_hi, float invers
     const float levels = (float)row->levels;
     for (size_t first = 0; first < row->n; first += 256) {
         size_t n = row->n - first < 256 ? row->n - first : 256;
-        float high[256], low[256];
-        uint8_t differ[256];
-        int32_t code[256];
+        int32_t high[256], low[256];
+        vi changed = {0};
         for (size_t i = 0; i < n; i += VW) {
-            /* Arrays are padded to whole vectors. */
+            /* Arrays are padded to whole vectors of zeros, whose code is 0 at any scale. */
             vf magnitude = vf_load(row->magnitude + first + i);
-            vi negative = vi_load(row->fixed + first + i) < 0;
-            vf limit = vi_float(negative & 1) + (levels - 1);
-            vf_store(high + i, window_codes(magnitude, vf_set(inverse_hi), limit));
-            vf_store(low + i, window_codes(magnitude, vf_set(inverse_lo), limit));
+            vf limit = vi_float((vi_load(row->fixed + first + i) < 0) & 1) + (levels - 1);
+            vi above = window_codes(magnitude, vf_set(inverse_hi), limit);
+            vi below = window_codes(magnitude, vf_set(inverse_lo), limit);
+            memcpy(high + i, &above, sizeof above);
+            memcpy(low + i, &below, sizeof below);
+            changed -= above != below;
         }
         uint32_t any = 0, squares = 0;
-        for (size_t i = 0; i < n; i++) {
-            code[i] = (int32_t)high[i];
-            differ[i] = high[i] != low[i];
-            squares += (uint32_t)(code[i] * code[i]);
+        for (int lane = 0; lane < VW; lane++) any += (uint32_t)changed[lane];
+        for (size_t i = 0; i < n; i++) squares += (uint32_t)(high[i] * high[i]);
+        if (row->levels <= 8) { /* 64 products of 2^26 stay below 2^32 */
+            for (size_t part = 0; part < n; part += 32) {
+                uint32_t sum = 0;
+                for (size_t i = part; i < part + 32 && i < n; i++) {
+                    sum += (uint32_t)abs(row->fixed[first + i]) * (uint32_t)high[i];
+                }
+                sum_a += sum;
+            }
+        } else {
+            for (size_t i = 0; i < n; i++) sum_a += (int64_t)abs(row->fixed[first + i]) * high[i];
         }
-        for (size_t i = 0; i < n; i++) any += differ[i];
-        for (size_t i = 0; i < n; i++) sum_a += (int64_t)abs(row->fixed[first + i]) * code[i];
         sum_b += squares;
         if (any == 0) continue;
         if (found + (size_t)any * (size_t)row->levels > scratch->capacity) {
@@ -281,12 +302,12 @@ static int collect(const struct optimal_row *row, float inverse_hi, float invers
         uint32_t places = 0;
         for (size_t i = 0; i < n; i++) { /* branch-free: which differ cannot be predicted */
             place[places] = (uint8_t)i;
-            places += differ[i];
+            places += high[i] != low[i];
         }
         for (uint32_t p = 0; p < places; p++) {
             uint32_t i = place[p], magnitude = (uint32_t)abs(row->fixed[first + i]);
-            for (uint32_t m = (uint32_t)high[i] + 1; m <= (uint32_t)low[i]; m++) {
-                uint32_t odd = 2 * m - 1;
+            for (int32_t m = high[i] + 1; m <= low[i]; m++) {
+                uint32_t odd = 2 * (uint32_t)m - 1;
                 scratch->breakpoints[found++] =
                     (struct breakpoint){kappa_of(magnitude, unit / (double)odd), magnitude, odd, 0};
             }
@@ -341,7 +362,8 @@ static int search_window(struct optimal_scratch *scratch, size_t count, int64_t 
     struct breakpoint *all = scratch->breakpoints;
     struct window_bin *bins = scratch->window;
     int shift = 0;
-    while (((highest - lowest) >> shift) >= WINDOW_BINS) shift++;
+    int64_t most = count / 2 + 16 < WINDOW_BINS ? (int64_t)count / 2 + 16 : WINDOW_BINS; /* two breakpoints a bin */
+    while (((highest - lowest) >> shift) >= most) shift++;
     size_t used = (size_t)((highest - lowest) >> shift) + 1;
     memset(bins, 0, used * sizeof *bins);
     for (size_t i = 0; i < count; i++) {
@@ -364,8 +386,8 @@ static int search_window(struct optimal_scratch *scratch, size_t count, int64_t 
     double enough = fmax(best->score * FINE_SLACK, floor_score);
     for (size_t j = 0; j < used; j++) {
         double top = (double)(highest - ((int64_t)j << shift) + 1) * 0x1p-17 * (j == 0 ? 1.0001 : 1);
-        double most = (double)a + bins[j].b * top; /* no breakpoint here climbs by more than this a unit of B */
-        if (bins[j].count > 0 && most * most >= enough * (double)(b + bins[j].b)) {
+        double reach = (double)a + bins[j].b * top; /* no breakpoint here climbs by more than this a unit of B */
+        if (bins[j].count > 0 && reach * reach >= enough * (double)(b + bins[j].b)) {
             if (walk_bin(all, &bins[j], a, b, highest, lowest, best) != NPUQ_OK) return NPUQ_NO_MEMORY;
             enough = fmax(best->score * FINE_SLACK, enough);
         }
