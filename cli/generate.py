@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--seed", type=int, help="Makes sampling repeatable, whatever else runs beside it.")
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
+@click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON when all are done.")
@@ -41,6 +42,7 @@ def command(
     prompt_file: Path | None,
     chat: bool,
     backend: str,
+    device: str | None,
     dtype: str | None,
     cache_size: int,
     as_json: bool,
@@ -64,7 +66,7 @@ def command(
 
     params = SamplingParams(stop=stops, **sampling)
     compute = None if dtype is None else getattr(torch, dtype)
-    runner = load(local_model(model, quiet=as_json), backend, compute, engine=EngineConfig(cache_size))
+    runner = load(local_model(model, quiet=as_json), backend, compute, device, engine=EngineConfig(cache_size))
     inputs = [runner.tokenizer.chat([{"role": "user", "content": text}]) for text in texts] if chat else texts
     if as_json:
         results = [_as_dict(completion) for completion in runner.generate(inputs, params)]

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from ..errors import BackendError
 from .ops import Ops
+from .ops.ascend_support import npu_count
 
 BACKENDS = ("auto", "cpu", "reference", "ascend")
 
 
-def make_ops(backend: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> Ops:
+def make_ops(
+    backend: str = "auto", dtype: torch.dtype | None = None, device: str | None = None, kv_layout: str = "nz"
+) -> Ops:
     """The operators of a backend. `auto` is ascend where an NPU is there, else cpu.
 
     dtype: the compute dtype; None takes the backend's own (float32 on the CPU, bfloat16 on Ascend). device: which NPU,
-    like "npu:0". Raises BackendError for a backend that is unknown or not available here.
+    like "npu:0". kv_layout: "nz" pages of the KV cache, or "nd" for an NPU that should not use them. Raises
+    BackendError for a backend that is unknown or not available here, and for a setting that it does not have.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "ascend" if _has_npu() else "cpu"
+        backend = "ascend" if npu_count() else "cpu"
     if backend == "ascend":
         from .ops.ascend import AscendOps
 
-        return AscendOps(dtype=dtype or torch.bfloat16, device=device or "npu:0")
+        return AscendOps(device or "npu:0", dtype or torch.bfloat16, kv_layout)
     if device not in (None, "cpu"):
         raise BackendError(f"backend {backend} runs on the CPU, not on {device!r}")
+    if kv_layout != "nz":
+        raise BackendError(f"backend {backend} keeps its KV cache in the 'nz' layout, not in {kv_layout!r}")
     if backend == "reference":
         from .ops.reference import ReferenceOps
 
@@ -46,15 +50,3 @@ def _cpu_ops(dtype: torch.dtype) -> Ops:
     from .ops.cpu import CpuOps
 
     return CpuOps(dtype)
-
-
-def _has_npu() -> bool:
-    """Whether torch_npu is installed and sees a device; false where it cannot be imported, as without CANN."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return False
-    try:
-        import torch_npu
-
-        return bool(torch_npu.npu.is_available())
-    except (ImportError, OSError, RuntimeError):
-        return False

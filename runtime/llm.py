@@ -158,17 +158,18 @@ def load(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    kv_layout: str = "nz",
     engine: EngineConfig | None = None,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
-    backend, dtype, device: see `make_ops`; engine: sizes of cache and batches. Weights stay mapped from their files
-    on the CPU. Raises CheckpointError or ArtifactError for a directory that is not what it should be, BackendError
-    for a backend that cannot run here.
+    backend, dtype, device, kv_layout: see `make_ops`; engine: sizes of cache and batches. Weights stay mapped from
+    their files on the CPU. Raises CheckpointError or ArtifactError for a directory that is not what it should be,
+    BackendError for a backend that cannot run here.
     """
     directory = _local(path)
-    ops = make_ops(backend, dtype, device)
+    ops = make_ops(backend, dtype, device, kv_layout)
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
         tables = load_rope_tables(checkpoint, config)

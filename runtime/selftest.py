@@ -32,7 +32,7 @@ from .ops.reference import ReferenceOps
 
 TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128
 LATENT, ROPE, HEAD = 512, 64, 128
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 EPS = 1e-6
 SCALE = (HEAD + ROPE) ** -0.5
 
@@ -195,8 +195,12 @@ def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
     cache = _written(ops, BLOCK + 9, first_block=1)
     table = torch.tensor([[1, 2], [1, 0]], dtype=torch.int32).to(ops.device)
     decode = Decode(q_lens=(1, 2), kv_lens=(BLOCK + 9, 40), block_table=table)
-    q, q_rope = _rows(ops, 2, HEADS, LATENT, seed=15), _rows(ops, 2, HEADS, ROPE, seed=16)
-    return (ops.fused_infer_attention_paged(q, q_rope, cache, decode, SCALE),)
+    several = Decode(q_lens=(2, 5), kv_lens=decode.kv_lens, block_table=table)  # as when tokens are speculated
+    q, q_rope = _rows(ops, 5, HEADS, LATENT, seed=15), _rows(ops, 5, HEADS, ROPE, seed=16)
+    return (
+        ops.fused_infer_attention_paged(q[:2], q_rope[:2], cache, decode, SCALE),
+        ops.fused_infer_attention_paged(q, q_rope, cache, several, SCALE),
+    )
 
 
 def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:

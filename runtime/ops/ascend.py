@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ..layout import CHANNELS
 from . import Activation, Experts, Gating, LayerCache, Linear, LinearPart, Mla, MlaConfig, MlaParts, Quantized, Router
-from .ascend_attention import AscendAttention, KvLayout, causal_mask
+from .ascend_attention import AscendAttention, causal_mask
 from .ascend_mla import lay_out_mla
 from .ascend_support import import_torch_npu, require_soc
 from .ascend_weights import FloatExperts, FloatLinear, Layout, W4A8Experts, W8A8Experts, W8A8Linear
@@ -41,7 +41,7 @@ class AscendOps(AscendAttention):
         self,
         device: str | torch.device = "npu:0",
         dtype: torch.dtype = torch.bfloat16,
-        kv_layout: KvLayout = "nz",
+        kv_layout: str = "nz",
         fused_prolog: bool = True,
         soc: str | None = None,
     ):
@@ -62,7 +62,7 @@ class AscendOps(AscendAttention):
             raise BackendError(f"{self.device} is not an NPU")
         self.soc = require_soc(soc)
         self.dtype = dtype
-        self.kv_layout = kv_layout
+        self.kv_layout = "nz" if kv_layout == "nz" else "nd"
         self.fused_prolog = fused_prolog
         self._npu: Any = torch.ops.npu
         self._layout = Layout(self.device, dtype)

@@ -11,7 +11,7 @@ from ascend_rig import emulate, harness
 from npuq.runtime.selftest import CASES, selftest
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["nz", "nd"])
 def test_the_ascend_set_passes(dtype, layout):
     with emulate.use_rules(wide=dtype == torch.float32):

@@ -164,3 +164,18 @@ def test_a_device_that_is_no_npu_is_refused(monkeypatch):
         ascend.AscendOps(kv_layout="NZ")
     with pytest.raises(BackendError, match="bfloat16 or float16, not float32"):
         ascend.AscendOps(dtype=torch.float32)
+
+
+def test_nd_pages_are_for_the_ascend_backend_only():
+    with pytest.raises(BackendError, match="'nz' layout, not in 'nd'"):
+        make_ops("cpu", kv_layout="nd")
+
+
+def test_a_machine_without_torch_npu_runs_on_the_cpu(bare):
+    assert make_ops("auto").name == "cpu"
+
+
+def test_auto_takes_the_npu_where_one_is(devices, monkeypatch):
+    devices("Ascend910B2")
+    monkeypatch.setattr(ascend_support, "torch_npu_version", lambda: "2.13.0")
+    assert ascend_support.npu_count() == 1
