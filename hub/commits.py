@@ -15,14 +15,17 @@ from .target import Target
 _DESCRIPTION_UNFINISHED = "Part of a push that is not finished: npuq/manifest.json comes with the last commit."
 
 
-class Committer:
-    """Makes the commits of one push, one after another. `seconds_between` them, at least, while weights go up."""
+# The hub allows 128 commits an hour to a repository.
+SECONDS_BETWEEN = 60.0
 
-    def __init__(self, hub: Hub, target: Target, title: str, seconds_between: float = 60.0):
+
+class Committer:
+    """Makes the commits of one push, one after another."""
+
+    def __init__(self, hub: Hub, target: Target, title: str):
         self.hub = hub
         self.target = target
         self.title = title
-        self.seconds_between = seconds_between
 
     def head(self) -> str:
         """The commit that the branch is at."""

@@ -77,7 +77,8 @@ def _stream(hub: Hub, name: str, commit: str, start: int, end: int, take: Callab
         hf_raise_for_status(response)
         offset = _offset(hub, name, response.status_code, response.headers.get("Content-Range"), start)
         left = end - start
-        for piece in response.iter_bytes(_CHUNK):
+        # As it arrives: pieces gathered up to a size would be lost with the connection.
+        for piece in response.iter_bytes():
             # A server that ignores ranges starts at 0: what was not asked for passes by.
             skipped = min(offset, len(piece))
             offset -= skipped

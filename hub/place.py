@@ -17,7 +17,7 @@ from .fetch import Wanted, fetch_file, file_sha256, mismatch
 from .verified import VerifiedFiles
 
 # Files from here on are fetched by ranges, so that a cut goes on inside the file; smaller ones start again.
-_RANGE_BYTES = 4 << 20
+RANGE_BYTES = 4 << 20
 
 
 class Place(Protocol):
@@ -56,7 +56,7 @@ class CachePlace:
 
     def fetch(self, wanted: Wanted, advance: Callable[[int], object]) -> None:
         path, damaged = self.directory / wanted.name, (self.directory / wanted.name).exists()
-        by_range = wanted.size >= _RANGE_BYTES and wanted.sha256 is not None
+        by_range = wanted.size >= RANGE_BYTES and wanted.sha256 is not None
         if by_range:
             # The cache names an LFS file's content by its sha256 and links to what is there under that name.
             fetch_file(self._hub, wanted, self._commit, self._folder / "blobs" / str(wanted.sha256), advance)

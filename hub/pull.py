@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ..errors import HubError, NpuqError
 from ..quant.artifact import CARD_NAME, DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME
 from ..quant.checkpoint import CONFIG_NAME
-from .client import Backoff, Hub
+from .client import Backoff, Hub, is_transient
 from .fetch import Wanted, mismatch
 from .parallel import in_order
 from .place import CachePlace, FolderPlace, Place
@@ -78,6 +78,12 @@ def _fetch_manifest(hub: Hub, revision: str | None, artifact_only: bool) -> Path
             return None
         except EntryNotFoundError:
             return None
+        except Exception as error:
+            # As the client does when nobody answers: what was fetched before is better than nothing.
+            cached = _cached_manifest(hub, revision) if is_transient(error) else None
+            if cached is None:
+                raise
+            return cached
 
     path = hub.call(f"fetching {hub.repo}", download)
     if path is None and artifact_only:
@@ -167,6 +173,13 @@ def _pull_checkpoint(hub: Hub, revision: str | None, progress: TransferProgress)
         _fetch_all(hub, place, missing, progress)
     place.refer(revision)
     return place.directory
+
+
+def _cached_manifest(hub: Hub, revision: str | None) -> Path | None:
+    try:
+        return Path(hub.api.hf_hub_download(hub.repo, MANIFEST_NAME, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _cached_checkpoint(hub: Hub, revision: str | None) -> Path | None:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from huggingface_hub import CommitOperationAdd
 
 from ..errors import ArtifactError, HubError, NpuqError
+from . import commits
 from .commits import Committer
 from .parallel import in_order
 from .progress import TransferProgress
@@ -90,7 +91,7 @@ def upload_all(committer: Committer, files: Sequence[LocalFile], progress: Trans
         if isinstance(result, Exception):
             raise result
         waiting.append(result)
-        if time.monotonic() - last_commit >= committer.seconds_between:
+        if time.monotonic() - last_commit >= commits.SECONDS_BETWEEN:
             committer.commit(waiting)
             waiting, last_commit = [], time.monotonic()
     if waiting:

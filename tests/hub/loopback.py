@@ -33,14 +33,15 @@ _CHUNK = 1 << 20
 _TREE_PAGE = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
-    """One request, for assertions. `sent`: bytes of the answer's body that were written."""
+    """One request, for assertions, noted when it begins. Bytes of its body and of its answer's, so far."""
 
     request: str
-    received: int
-    sent: int
     authorization: str | None
+    range: str | None
+    received: int = 0
+    sent: int = 0
 
 
 class LoopbackHub:
@@ -102,8 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.route, self.query = unquote(parts.path), parse_qs(parts.query)
         self.raw_route = parts.path
-        self.received = self.sent = 0
         request = f"{self.command} {self.route}"
+        self.seen = Seen(request, self.headers.get("Authorization"), self.headers.get("Range"))
+        self.hub.log.append(self.seen)
         self.fault = self.hub.faults.meet(request) or Fault("")
         try:
             self._answer()
@@ -114,9 +116,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._drop()
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        finally:
-            authorization = self.headers.get("Authorization")
-            self.hub.log.append(Seen(request, self.received, self.sent, authorization))
 
     def _answer(self) -> None:
         if self.fault.reset_before:
@@ -133,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise RefusedError(404, f"no route {self.command} {self.route}")
 
     def _refuse(self, refusal: RefusedError) -> None:
-        body = json.dumps({"error": refusal.message}).encode()
+        body = json.dumps({"error": refusal.message, **refusal.details}).encode()
         headers = {"X-Error-Message": refusal.message, **self.fault.headers}
         if refusal.code is not None:
             headers["X-Error-Code"] = refusal.code
@@ -159,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-            self.sent += len(body)
+            self.seen.sent += len(body)
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._write(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(content).encode())
@@ -177,14 +176,14 @@ class _Handler(BaseHTTPRequestHandler):
         while left:
             wanted = min(left, _CHUNK)
             if self.fault.reset_after is not None and self.command in ("PUT", "POST"):
-                wanted = min(wanted, self.fault.reset_after - self.received)
+                wanted = min(wanted, self.fault.reset_after - self.seen.received)
                 if wanted <= 0:
                     raise _DroppedError
             piece = self.rfile.read(wanted)
             if not piece:
                 raise ConnectionResetError
             take(piece)
-            self.received += len(piece)
+            self.seen.received += len(piece)
             left -= len(piece)
 
     def _user(self) -> User | None:
@@ -226,9 +225,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(
                 403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]!r}"
             )
+        url = f"{self.hub.endpoint}/{name}"
+        if name in self.hub.state.repos:
+            raise RefusedError(409, "You already created this model repo", url=url)
         private = asked.get("private") or asked.get("visibility") == "private"
         self.hub.state.create_repo(name, bool(private))
-        self._json({"url": f"{self.hub.endpoint}/{name}", "name": name})
+        self._json({"url": url, "name": name})
 
     def validate_yaml(self) -> None:
         content = json.loads(self._read_body())["content"]
@@ -415,7 +417,8 @@ class _Handler(BaseHTTPRequestHandler):
             "repo": {"name": name, "type": "model"},
             "diff": "",
             "events": [],
-            "target": "refs/heads/main",
+            "changes": {"base": "refs/heads/main", "mergeCommitId": None},
+            "filesWithConflicts": [],
         }
         repo.discussions.append(pull)
         repo.branches[f"refs/pr/{number}"] = repo.commit("main").sha
@@ -484,7 +487,7 @@ class _Handler(BaseHTTPRequestHandler):
                     flipped[self.fault.corrupt - position] ^= 1
                     piece = bytes(flipped)
                 self.wfile.write(piece)
-                self.sent += len(piece)
+                self.seen.sent += len(piece)
                 position += len(piece)
         if self.fault.truncate:
             self.wfile.flush()

@@ -15,8 +15,9 @@ from typing import Any
 class RefusedError(Exception):
     """An answer with an error status, as the hub gives it: `code` goes into X-Error-Code."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, **details: str):
         super().__init__(message)
+        self.details = details
         self.status = status
         self.message = message
         self.code = code
@@ -87,8 +88,6 @@ class State:
 
     def create_repo(self, name: str, private: bool = False) -> Repo:
         with self.lock:
-            if name in self.repos:
-                raise RefusedError(409, "You already created this model repo")
             repo = self.repos[name] = Repo(name, private)
             attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
             repo.add_commit("main", "initial commit", {".gitattributes": regular(attributes)})

@@ -1,0 +1,281 @@
+"""Pull against the loopback hub: resumed inside files, checked by hash, offline, into the cache or a folder."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import use_cache
+from faults import Fault
+from huggingface_hub import constants
+from loopback import LoopbackHub
+from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
+
+import npuq
+from npuq.errors import HubError
+from npuq.hub import fetch, place, resolve
+from npuq.hub.client import Backoff
+
+SHARD = "model-00002-of"
+
+
+@pytest.fixture(autouse=True)
+def everything_by_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's shards are small; treat them as the large files that they stand for."""
+    monkeypatch.setattr(place, "RANGE_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def pushed(hub: LoopbackHub, artifact: Path) -> Path:
+    files = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    hub.state.put(REPO, files)
+    return artifact
+
+
+FAULTS = {
+    "500 on the manifest": Fault(f"resolve/main/{MANIFEST}", status=500),
+    "reset on the manifest": Fault(f"resolve/main/{MANIFEST}", reset_before=True),
+    "500 on the tree": Fault("/tree/", status=500),
+    "500 on a file's HEAD": Fault(r"^HEAD .*tokenizer\.json", status=500),
+    "503 on a file": Fault(f"^GET .*{SHARD}", status=503, times=2),
+    "reset before a file": Fault(f"^GET .*{SHARD}", reset_before=True),
+    "reset amid a file, twice": Fault(f"^GET .*{SHARD}", reset_after=400_000, times=2),
+    "reset amid a small file": Fault(r"^GET .*tokenizer\.json", reset_after=1000),
+    "a file cut short": Fault(f"^GET .*{SHARD}", truncate=5000),
+    "a bit flipped on the way": Fault(f"^GET .*{SHARD}", corrupt=1_000_000),
+    "429": Fault(f"^GET .*{SHARD}", status=429),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_is_survived(hub: LoopbackHub, pushed: Path, backoff: Backoff, fault: Fault) -> None:
+    hub.faults.add(fault)
+    pulled = npuq.pull(REPO, backoff=backoff)
+    assert hub.faults.hits == fault.times
+    assert contents(pulled) == contents(pushed)
+
+
+def test_a_reset_goes_on_inside_the_file(hub: LoopbackHub, pushed: Path, backoff: Backoff) -> None:
+    hub.faults.add(Fault(f"^GET .*{SHARD}", reset_after=600_000))
+    npuq.pull(REPO, backoff=backoff)
+    sent = hub.requests(f"^GET .*{SHARD}")
+    starts = [int(re.match(r"bytes=(\d+)-", seen.range or "")[1]) for seen in sent]  # type: ignore[index]
+    assert starts[0] == 0
+    assert 0 < starts[1] <= 600_000
+
+
+def test_a_kill_goes_on_inside_the_file(hub: LoopbackHub, pushed: Path) -> None:
+    shard = shards(pushed)[1]
+    hub.faults.add(Fault(f"^GET .*{shard.name}", bytes_per_second=2_000_000, times=1))
+    process = npuq_process("pull", REPO, pushed.parent / "there", "--quiet")
+    assert kill_when(process, lambda: sum(seen.sent for seen in hub.requests(f"^GET .*{shard.name}")) > 500_000)
+    hub.log.clear()
+    pulled = npuq.pull(REPO, pushed.parent / "there")
+    (again,) = hub.requests(f"^GET .*{shard.name}")
+    assert again.sent < shard.stat().st_size - 100_000
+    assert contents(pulled) == contents(pushed)
+
+
+def test_second_pull_asks_for_the_manifest_alone(hub: LoopbackHub, pushed: Path) -> None:
+    npuq.pull(REPO)
+    hub.log.clear()
+    npuq.pull(REPO)
+    assert {seen.request for seen in hub.log} == {f"HEAD /{REPO}/resolve/main/{MANIFEST}"}
+
+
+def test_offline(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled = npuq.pull(REPO)
+    hub.log.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert npuq.pull(REPO) == pulled
+    with pytest.raises(HubError, match="not in the local cache"):
+        npuq.pull("alice/another")
+    damaged = shards(pulled)[0].resolve()
+    damaged.unlink()
+    with pytest.raises(HubError, match="the hub cannot be asked"):
+        npuq.pull(REPO)
+    assert not hub.log
+
+
+def test_the_hub_is_unreachable(hub: LoopbackHub, pushed: Path, backoff: Backoff) -> None:
+    pulled = npuq.pull(REPO)
+    hub.faults.add(Fault("", reset_before=True, times=10**6))
+    assert npuq.pull(REPO, backoff=backoff) == pulled
+    with pytest.raises(HubError, match="the connection failed"):
+        npuq.pull("alice/another", backoff=backoff)
+
+
+def test_content_that_is_not_the_manifests_is_refused(hub: LoopbackHub, pushed: Path) -> None:
+    hub.state.put(REPO, {shards(pushed)[1].name: b"something else"})
+    with pytest.raises(HubError, match=rf"{SHARD}-00013\.safetensors is not what the manifest promises"):
+        npuq.pull(REPO)
+    assert not hub.requests(f"^GET .*{SHARD}")  # known from the listing, before any of it was fetched
+    small = {**contents(pushed), "config.json": contents(pushed)["config.json"].replace(b"1", b"2", 1)}
+    hub.state.put(REPO, small)
+    with pytest.raises(HubError, match=r"config\.json is not what the manifest promises"):
+        npuq.pull(REPO)
+
+
+def test_a_hub_that_keeps_sending_wrong_bytes(hub: LoopbackHub, pushed: Path, backoff: Backoff) -> None:
+    hub.faults.add(Fault(f"^GET .*{SHARD}", corrupt=1000, times=10**6))
+    with pytest.raises(HubError, match="is not what the manifest promises"):
+        npuq.pull(REPO, backoff=backoff)
+    assert len(hub.requests(f"^GET .*{SHARD}")) == 2
+    hub.faults.clear()
+    assert contents(npuq.pull(REPO)) == contents(pushed)
+
+
+def test_a_damaged_cached_file_is_fetched_again(hub: LoopbackHub, pushed: Path) -> None:
+    pulled = npuq.pull(REPO)
+    hub.log.clear()
+    alter(shards(pulled)[3].resolve())
+    config = (pulled / "config.json").resolve()
+    config.write_bytes(config.read_bytes().replace(b"1", b"2", 1))
+    assert contents(npuq.pull(REPO)) == contents(pushed)
+    fetched = {seen.request.rpartition("/")[2] for seen in hub.requests("^GET .*resolve")}
+    assert fetched == {shards(pulled)[3].name, "config.json"}
+
+
+def test_disk_full(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fetch.fetch_range
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(hub: Any, name: str, commit: str, start: int, end: int, file: Any, received: Any) -> None:
+        whole(hub, name, commit, start, end, Full() if SHARD in name else file, received)
+
+    monkeypatch.setattr(fetch, "fetch_range", full)
+    with pytest.raises(HubError, match=f"{SHARD}.*no space left on the disk; make room and run the same command again"):
+        npuq.pull(REPO)
+    monkeypatch.setattr(fetch, "fetch_range", whole)
+    hub.log.clear()
+    assert contents(npuq.pull(REPO)) == contents(pushed)
+    assert len(hub.requests(r"^GET .*\.safetensors")) == 1  # the others had come through
+
+
+class TestFolder:
+    def test_pull(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+        there = npuq.pull(REPO, tmp_path / "there")
+        assert contents(there) == contents(pushed)
+        assert not list(there.rglob("*.npuq-part"))
+        report = npuq.verify(there)
+        assert report.ok, report.problems
+
+    def test_what_is_there_stays_and_is_not_fetched(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+        there = npuq.pull(REPO, tmp_path / "there")
+        (there / MANIFEST).unlink()
+        alter(shards(there)[0])
+        hub.log.clear()
+        npuq.pull(REPO, there)
+        assert len(hub.requests(r"^GET .*\.safetensors")) == 1
+        assert contents(there) == contents(pushed)
+
+    @pytest.mark.parametrize("found", ["file", "foreign", "another"])
+    def test_refused(self, hub: LoopbackHub, pushed: Path, tmp_path: Path, found: str) -> None:
+        there = tmp_path / "there"
+        if found == "file":
+            there.write_text("")
+        elif found == "foreign":
+            there.mkdir()
+            (there / "model.safetensors").write_text("theirs")
+        else:
+            shutil.copytree(pushed, there)
+            alter(shards(there)[0])
+            reseal(there)
+        with pytest.raises(HubError, match="choose another"):
+            npuq.pull(REPO, there)
+        assert not hub.requests(r"^GET .*\.safetensors")
+
+
+class TestRefused:
+    def test_missing(self, hub: LoopbackHub) -> None:
+        with pytest.raises(HubError, match="there is no repository alice/none, or this token may not see it"):
+            npuq.pull("alice/none")
+
+    def test_revision(self, hub: LoopbackHub, pushed: Path) -> None:
+        with pytest.raises(HubError, match="has no such revision"):
+            npuq.pull(REPO, revision="v9")
+
+    def test_private(self, hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.state.repos[REPO].private = True
+        with pytest.raises(HubError, match="or this token may not see it"):
+            npuq.pull(REPO, token="hf_other")
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(HubError, match="or this token may not see it"):
+            npuq.pull(REPO)
+        npuq.pull(REPO, token="hf_writer")
+
+    def test_no_artifact(self, hub: LoopbackHub) -> None:
+        hub.state.put(REPO, {"config.json": b"{}"})
+        with pytest.raises(HubError, match="it is not an artifact of npuq's"):
+            npuq.pull(REPO)
+
+    @pytest.mark.parametrize("name", ["../x.safetensors", "/tmp/x", "a/../../x"])
+    def test_a_name_outside(self, hub: LoopbackHub, pushed: Path, name: str) -> None:
+        manifest = json.loads((pushed / MANIFEST).read_text())
+        manifest["files"][name] = {"size": 1, "sha256": "0" * 64}
+        hub.state.put(REPO, {MANIFEST: json.dumps(manifest).encode()})
+        with pytest.raises(HubError, match="outside the artifact"):
+            npuq.pull(REPO)
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b'{"format_version": 1}', b'{"format_version": 99, "files": {}}'])
+    def test_no_manifest(self, hub: LoopbackHub, pushed: Path, content: bytes) -> None:
+        hub.state.put(REPO, {MANIFEST: content})
+        with pytest.raises(HubError, match=f"{REPO}: "):
+            npuq.pull(REPO)
+
+    def test_a_missing_file(self, hub: LoopbackHub, pushed: Path) -> None:
+        manifest = json.loads((pushed / MANIFEST).read_text())
+        manifest["files"]["model-x.safetensors"] = {"size": 1, "sha256": "0" * 64}
+        hub.state.put(REPO, {MANIFEST: json.dumps(manifest).encode()})
+        with pytest.raises(HubError, match=r"model-x\.safetensors is missing there"):
+            npuq.pull(REPO)
+
+
+class TestByName:
+    """`user/repo` where a directory is expected."""
+
+    def test_load_generates_the_same_text(self, hub: LoopbackHub, pushed: Path) -> None:
+        (here,) = npuq.load(pushed).generate(["Once upon a time"], max_new_tokens=8)
+        (there,) = npuq.load(REPO).generate(["Once upon a time"], max_new_tokens=8)
+        assert here.token_ids == there.token_ids
+
+    def test_command(self, hub: LoopbackHub, pushed: Path) -> None:
+        done = npuq_run("generate", REPO, "--prompt", "Once", "--max-new-tokens", "3", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["completion_tokens"] == 3
+
+    def test_an_unquantized_checkpoint(
+        self, hub: LoopbackHub, example_fp8: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        names = [path.name for path in example_fp8.iterdir()]
+        hub.state.put("alice/float", {name: (example_fp8 / name).read_bytes() for name in names} | {"big.bin": b"x"})
+        fetched = resolve("alice/float")
+        assert sorted(path.name for path in fetched.iterdir()) == sorted(names)
+        assert all((fetched / name).read_bytes() == (example_fp8 / name).read_bytes() for name in names)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert resolve("alice/float") == fetched
+        use_cache(monkeypatch, tmp_path / "empty")
+        with pytest.raises(HubError, match="no such directory here; on the hub"):
+            resolve("alice/float")
+
+    def test_a_revision(self, hub: LoopbackHub, pushed: Path) -> None:
+        commit = hub.state.repos[REPO].branches["main"]
+        hub.state.put(REPO, {CARD: b"changed"})
+        assert resolve(f"{REPO}@{commit}").name == commit
+
+    def test_what_exists_here_is_a_path(
+        self, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "alice" / "tiny-w4a8").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert resolve(REPO) == Path(REPO)
+        assert not hub.log
