@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ascend_rig import emulate, guard, harness
+from ascend_rig import emulate, formats, guard, harness
 
 from npuq.errors import GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
@@ -249,3 +249,43 @@ def test_a_cache_in_the_tensor_format_is_refused(artifact):
         ops.new_kv_cache = cast
 
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
+
+
+PROLOG = "npu_mla_prolog_v3"
+PROLOG_MUTATIONS: dict[str, Change] = {
+    "q_a in ND where NZ is due": mapped(1, lambda weight: formats.to_nd(weight).clone()),
+    "q_b in ND where NZ is due": mapped(2, lambda weight: formats.to_nd(weight).clone()),
+    "kv_a in ND where NZ is due": mapped(4, lambda weight: formats.to_nd(weight).clone()),
+    "w_uk in NZ where ND is due": mapped(3, lambda weight: formats.to_nz(weight)),
+    "cos before sin": swapped(7, 8),
+    "gammas swapped": swapped(5, 6),
+    "rope cache before latent cache": swapped(9, 10),
+    "cache_mode left out": without("cache_mode"),
+    "cache_mode of the other operator": setting(cache_mode="PA"),
+    "slots int32": mapped("cache_index", lambda slots: slots.int()),
+    "slot off by one": mapped("cache_index", lambda slots: slots + 1),
+    "scale of x without its last dimension": mapped("dequant_scale_x", lambda scale: scale.flatten()),
+    "scale of q_a left out": without("dequant_scale_w_dq"),
+    "weight_quant_mode left out": without("weight_quant_mode"),
+}
+
+
+@pytest.mark.parametrize("name", PROLOG_MUTATIONS)
+def test_a_wrong_call_of_the_prolog_does_not_pass(artifact, name):
+    path = artifact("prolog")
+
+    def run(change: Change) -> harness.Run:
+        ops = harness.make("ascend", torch.bfloat16)
+        ops._npu = Mutant(PROLOG, change)
+        done = harness.generate(path, ops, **RUN)
+        assert ops._npu.changed
+        return done
+
+    with emulate.use_rules(wide=False):
+        expected = run(lambda args, kwargs: (args, kwargs))
+        try:
+            wrong = run(PROLOG_MUTATIONS[name])
+        except (emulate.RefusedError, RuntimeError, TypeError, GenerationError) as error:
+            print(f"{name}: {str(error).splitlines()[0]}")
+            return
+    assert harness.relative_error(wrong.logits, expected.logits) > 1e-2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,3 +85,19 @@ def test_experts_whose_inputs_the_w4a8_matmul_does_not_take_are_refused():
     part = LinearPart("mlp.experts.0.down_proj", Scheme.W4A8, torch.zeros(8, 96, dtype=torch.int8))
     with pytest.raises(BackendError, match=r"experts\.0\.down_proj.*multiple of 64"):
         Layout(torch.device("cpu"), torch.bfloat16).w4a8_experts([[part]])
+
+
+def test_the_documented_table_is_the_measured_one():
+    """docs/ascend.md shows launches.json, which the rig measures."""
+    folder = Path(__file__).parent
+    table = json.loads((folder / "launches.json").read_text())
+    rows = {}
+    for line in (folder.parents[1] / "docs" / "ascend.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[cells[0]] = cells[1:]
+    assert rows["operator"] == list(table)
+    assert rows["**launches**"] == [f"**{case['total']}**" for case in table.values()]
+    for kind in {kind for case in table.values() for kind in case["launches"]}:
+        space, name = kind.split(".", 1)
+        shown = rows[f"`{name}`" + (" (aten)" if space == "aten" else "")]
+        assert shown == [str(case["launches"].get(kind, "")) for case in table.values()]
