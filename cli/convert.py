@@ -6,16 +6,15 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import NpuqError
-from .console import emit_json, format_bytes, progress_bar, size
+from .console import emit_json, format_bytes, size
+from .progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from ..convert import Summary
 
 
@@ -57,7 +56,7 @@ def command(
     """
     from ..convert import convert_checkpoint
 
-    progress = TerminalProgress(quiet)
+    progress = TerminalProgress("convert", quiet)
     with signals_raise(), progress:
         summary = convert_checkpoint(
             source,
@@ -74,39 +73,6 @@ def command(
         emit_json(summary.as_dict())
     else:
         _print_summary(summary)
-
-
-class TerminalProgress:
-    """Progress as a bar and notes on stderr."""
-
-    def __init__(self, quiet: bool):
-        self._quiet = quiet
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> TerminalProgress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def start(self, total_bytes: int, done_bytes: int) -> None:
-        self._bar = progress_bar(total_bytes, quiet=self._quiet, description="convert")
-        # What an earlier run did counts as done, not as speed.
-        self._bar.initial = self._bar.n = done_bytes
-        if done_bytes:
-            self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(total_bytes)} are done")
-
-    def advance(self, source_bytes: int, layer: int | None) -> None:
-        if self._bar is not None and not self._bar.disable:
-            self._bar.set_description("convert" if layer is None else f"layer {layer}", refresh=False)
-            self._bar.update(source_bytes)
-
-    def note(self, text: str) -> None:
-        if not self._quiet:
-            if self._bar is not None:
-                self._bar.clear()
-            click.echo(text, err=True)
 
 
 @contextmanager

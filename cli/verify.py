@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from .console import emit_json
+from .progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from ..convert import VerifyReport
+    from ..convert import LinearError, VerifyReport
 
 
 @click.command()
 @click.argument("artifact", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint it was made from: measures every linear's error.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(artifact: str, source: str | None, as_json: bool) -> None:
+def command(artifact: str, source: str | None, quiet: bool, as_json: bool) -> None:
     """Check that ARTIFACT is whole and that npuq, vLLM-Ascend and SGLang can load it as it is.
 
     ARTIFACT and --source are directories, or user/repo on the hub, which is fetched first.
@@ -28,8 +31,10 @@ def command(artifact: str, source: str | None, as_json: bool) -> None:
     from ..convert import verify
     from .transfer import local_model
 
-    where = local_model(artifact, quiet=as_json)
-    report = verify(where, None if source is None else local_model(source, quiet=as_json))
+    where = local_model(artifact, quiet=quiet)
+    original = None if source is None else local_model(source, quiet=quiet)
+    with TerminalProgress("verify", quiet) as progress:
+        report = verify(where, original, progress=progress)
     if as_json:
         emit_json(report.as_dict())
     else:
@@ -41,8 +46,23 @@ def command(artifact: str, source: str | None, as_json: bool) -> None:
 def _print(report: VerifyReport) -> None:
     for problem in report.problems:
         click.echo(f"problem: {problem}")
-    for error in report.errors:
-        click.echo(f"{error.relative_error:>8.3%}  {error.scheme:<13} {error.name}")
+    if report.errors:
+        click.echo(_error_table(report.errors))
     counts = f"{report.files} files, {report.tensors} tensors, {report.linears} quantized linears"
     verdict = "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
     click.echo(f"{report.path}: {verdict} ({counts})")
+
+
+def _error_table(errors: Sequence[LinearError]) -> str:
+    """A line a role: mean and largest error against the source; `--json` has every linear."""
+    roles: dict[tuple[str, str], list[LinearError]] = {}
+    for error in errors:
+        roles.setdefault((error.role, error.scheme), []).append(error)
+    lines = [f"{'role':<18} {'scheme':<13} {'linears':>8} {'error':>8} {'largest':>8}"]
+    for (role, scheme), members in roles.items():
+        mean = sum(error.relative_error for error in members) / len(members)
+        worst = max(members, key=lambda error: error.relative_error)
+        lines.append(
+            f"{role:<18} {scheme:<13} {len(members):>8} {mean:>8.2%} {worst.relative_error:>8.2%}  {worst.name}"
+        )
+    return "\n".join(lines)

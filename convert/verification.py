@@ -15,7 +15,9 @@ from ..quant.artifact import MANIFEST_NAME, read_manifest
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.schemes import Scheme
+from .architecture import Spec
 from .pipeline import single_threaded_torch
+from .progress import Progress, Silent
 from .report import relative_error
 from .verify_layout import Layout, check_file, check_strays, read_layout
 from .verify_values import TensorCheck, check_rope, check_values
@@ -56,10 +58,17 @@ class VerifyReport:
         return {"ok": self.ok, **fields, "errors": [vars(error) for error in self.errors]}
 
 
-def verify(path: str | Path, source: str | Path | None = None, *, workers: int | None = None) -> VerifyReport:
+def verify(
+    path: str | Path,
+    source: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
     """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
 
-    Everything wrong with the artifact is a problem in the report. Raises CheckpointError when there is no such
+    Every byte is read twice, once for its file's hash and once for its value; `progress` hears of both. Everything wrong
+    with the artifact is a problem in the report. Raises CheckpointError when there is no such
     directory, or the source cannot be read.
     """
     directory = Path(path)
@@ -78,20 +87,43 @@ def verify(path: str | Path, source: str | Path | None = None, *, workers: int |
             weights = WeightSource(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
-        found = pool.map(lambda item: list(check_file(directory, *item)), files.items())
-        problems = [problem for problems_of_file in found for problem in problems_of_file]
+        watch = progress or Silent()
+        sizes = {name: _size(directory / name) for name in files}
+        watch.start(sum(sizes.values()) + sum(sizes[name] for name in sizes if name.endswith(".safetensors")), 0)
+        problems = []
+        for name, found in zip(
+            files, pool.map(lambda item: list(check_file(directory, *item)), files.items()), strict=True
+        ):
+            problems += found
+            watch.advance(sizes[name], None)
         problems += check_strays(directory, files)
         layout = read_layout(directory, problems)
         if layout is None:
             return VerifyReport(str(path), tuple(problems), len(files), 0, 0, ())
         stack.enter_context(layout.checkpoint)
         problems += check_rope(layout)
-        checks = list(pool.map(lambda spec: check_values(layout, spec, weights), layout.specs.values()))
+        checks = []
+        for check in pool.map(lambda spec: check_values(layout, spec, weights), layout.specs.values()):
+            checks.append(check)
+            watch.advance(_stored_bytes(layout, check.spec), check.spec.layer)
     problems += [problem for check in checks for problem in check.problems]
     errors = tuple(_errors(layout, checks))
     problems += _check_manifest(manifest, layout, errors)
     linears = sum(layout.schemes[name] is not Scheme.FLOAT for name in layout.specs)
     return VerifyReport(str(path), tuple(problems), len(files), len(layout.checkpoint.tensors), linears, errors)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _stored_bytes(layout: Layout, spec: Spec) -> int:
+    try:
+        outputs = layout.outputs(spec)
+    except ValueError:  # the layout checks have named it
+        return 0
+    tensors = layout.checkpoint.tensors
+    return sum(tensors[output.name].nbytes for output in outputs if output.name in tensors)
 
 
 def _errors(layout: Layout, checks: list[TensorCheck]) -> Iterator[LinearError]:
