@@ -4,6 +4,15 @@
 from .conversion import Summary, convert_checkpoint
 from .inspection import Inspection, inspect
 from .progress import Progress
-from .verification import VerifyReport, verify
+from .verification import LinearError, VerifyReport, verify
 
-__all__ = ["Inspection", "Progress", "Summary", "VerifyReport", "convert_checkpoint", "inspect", "verify"]
+__all__ = [
+    "Inspection",
+    "LinearError",
+    "Progress",
+    "Summary",
+    "VerifyReport",
+    "convert_checkpoint",
+    "inspect",
+    "verify",
+]

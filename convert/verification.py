@@ -67,9 +67,9 @@ def verify(
 ) -> VerifyReport:
     """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
 
-    Every byte is read twice, once for its file's hash and once for its value; `progress` hears of both. Everything wrong
-    with the artifact is a problem in the report. Raises CheckpointError when there is no such
-    directory, or the source cannot be read.
+    Every byte is read twice, once for its file's hash and once for its value; `progress` hears of both. Everything
+    wrong with the artifact is a problem in the report. Raises CheckpointError when there is no such directory, or the
+    source cannot be read.
     """
     directory = Path(path)
     if not directory.is_dir():
