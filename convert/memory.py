@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import ConversionError
+from ..quant import native
 from ..quant.scales import Method
 from ..quant.schemes import Scheme
 from .plan import Plan
@@ -16,8 +17,8 @@ CHUNK_ELEMENTS = 2 << 20
 # Below this, reads and writes become so small that the disk is slow: fewer workers are better.
 _PREFERRED_MINIMUM = 128 << 10
 
-# Upper bounds, measured on random weights: what reading, rounding and packing take for each value of a chunk, and what
-# the exact scale search holds besides, which grows with its rows up to a block of them.
+# Upper bounds, measured on random weights: what reading, rounding and packing in torch take for each value of a chunk,
+# and what the exact scale search in torch holds besides, which grows with its rows up to a block of them.
 BYTES_PER_ELEMENT = 40
 SEARCH_BYTES_PER_ELEMENT = 1280
 SEARCH_BYTES = 160 << 20
@@ -41,7 +42,9 @@ def plan_budget(plan: Plan, workers: int | None, max_memory: int | None) -> Budg
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise ConversionError(f"--workers must be at least 1, not {workers}")
-    search = any(job.scheme is not Scheme.FLOAT and job.method is Method.MSE for job in plan.jobs)
+    # The native kernels search within a row; torch's vectors of candidates span a block of them.
+    searching = any(job.scheme is not Scheme.FLOAT and job.method is Method.MSE for job in plan.jobs)
+    search = searching and native.library() is None
     smallest = max(2 * prod(job.shape[1:]) for job in plan.jobs)
     largest = max(CHUNK_ELEMENTS, smallest)
     if max_memory is None:

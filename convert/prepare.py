@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .. import __version__
@@ -34,7 +35,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion ready to run. `identity` is what an interrupted run and its continuation must share."""
+    """A conversion ready to run."""
 
     checkpoint: Checkpoint
     source: WeightSource
@@ -44,7 +45,29 @@ class Prepared:
     inventory: Inventory
     plan: Plan
     side_files: tuple[str, ...]
-    identity: dict[str, str]
+    max_shard_size: int
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What decides every byte of the artifact, in words that a refusal can show.
+
+        An interrupted run and its continuation must share it.
+        """
+        digest = hashlib.sha256(self.origin.config_sha256.encode())
+        for info in self.checkpoint.tensors.values():
+            entry = (info.name, info.dtype, info.shape, info.file.name, info.start, info.end)
+            digest.update(repr(entry).encode())
+        recipe_digest = hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest()
+        revision = f"@{self.origin.revision}" if self.origin.revision else ""
+        return {
+            "source": self.origin.name + revision,
+            "source config or tensors": digest.hexdigest()[:16],
+            "recipe": f"{self.recipe.name} {recipe_digest[:16]}",
+            "method": self.recipe.method.value,
+            "maximum shard size": str(self.max_shard_size),
+            "npuq version": __version__,
+            "artifact format": str(FORMAT_VERSION),
+        }
 
 
 @contextmanager
@@ -77,8 +100,7 @@ def prepare(directory: Path, recipe: str | Path, method: str | None, max_shard_s
     except BaseException:
         checkpoint.close()
         raise
-    identity = _identity(checkpoint, origin, resolved, max_shard_size)
-    return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, identity)
+    return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, max_shard_size)
 
 
 def _origin(directory: Path) -> Origin:
@@ -96,21 +118,3 @@ def _origin(directory: Path) -> Origin:
         config_sha256=hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest(),
         index_sha256=hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None,
     )
-
-
-def _identity(checkpoint: Checkpoint, origin: Origin, recipe: Recipe, max_shard_size: int) -> dict[str, str]:
-    """What decides every byte of the artifact, in words that a refusal can show."""
-    digest = hashlib.sha256(origin.config_sha256.encode())
-    for info in checkpoint.tensors.values():
-        entry = (info.name, info.dtype, info.shape, info.file.name, info.start, info.end)
-        digest.update(repr(entry).encode())
-    recipe_digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-    return {
-        "source": origin.name if origin.revision is None else f"{origin.name}@{origin.revision}",
-        "source config or tensors": digest.hexdigest()[:16],
-        "recipe": f"{recipe.name} {recipe_digest[:16]}",
-        "method": recipe.method.value,
-        "maximum shard size": str(max_shard_size),
-        "npuq version": __version__,
-        "artifact format": str(FORMAT_VERSION),
-    }

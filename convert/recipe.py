@@ -221,11 +221,10 @@ def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
 def _scheme(value: Any, where: str) -> Scheme:
     """A scheme by its full name or without `_DYNAMIC`, in any case."""
     short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme}
-    found = short.get(str(value).upper().removesuffix("_DYNAMIC"))
+    word = str(value).upper().removesuffix("_DYNAMIC")
+    found = short.get(word)
     if found is None:
-        raise RecipeError(
-            f"{where}: unknown scheme {value!r}{_nearest(str(value).upper(), [scheme.value for scheme in Scheme])}"
-        )
+        raise RecipeError(f"{where}: unknown scheme {value!r}{_nearest(word, short)}")
     return found
 
 

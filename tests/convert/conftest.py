@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,6 +186,18 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 
 @pytest.fixture(scope="session")
+def write() -> MakeCheckpoint:
+    """`write_checkpoint`, for fixtures that outlive one test."""
+    return write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def model_shapes() -> Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]:
+    """`model_tensors`, for tests that write their own files."""
+    return model_tensors
+
+
+@pytest.fixture(scope="session")
 def v3_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A V3-shaped FP8 checkpoint in blocks of 16. Read only."""
     return write_checkpoint(tmp_path_factory.mktemp("v3") / "source", fp8_block=16)
@@ -234,3 +247,32 @@ def tree_bytes(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
     return tree_bytes
+
+
+class Rig:
+    """Conversions in child processes that can be killed (see rig.py)."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).parent / "rig.py"
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, source: Path, output: Path, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request |= {"source": str(source), "output": str(output)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return dict(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def rig() -> Iterator[Rig]:
+    running = Rig()
+    yield running
+    running.close()

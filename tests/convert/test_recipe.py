@@ -139,7 +139,7 @@ def test_float_experts_are_for_our_own_runtime_only(assign):
         ("rules: []\nmethood: mse", ["unknown key 'methood'", "did you mean 'method'?"]),
         ("rules: [{role: [attention], scheme: w8a8}]", ["rule 1", "unknown key 'role'", "'roles'"]),
         ("rules: [{roles: [routed_experts], scheme: w8a8}]", ["unknown role 'routed_experts'", "'routed_expert'"]),
-        ("rules: [{scheme: W4A16}]", ["unknown scheme 'W4A16'", "did you mean 'W4A8_DYNAMIC'"]),
+        ("rules: [{scheme: W4A16}]", ["unknown scheme 'W4A16'", "did you mean 'W4A8'"]),
         ("rules: [{scheme: w8a8, method: gptq}]", ["unknown method 'gptq'", "minmax, mse"]),
         ("target: engine\nrules: []", ["unknown target 'engine'", "'engines'"]),
         ("rules: [{layers: 7-3, scheme: w8a8}]", ["rule 1", "7-3", "0-3,7"]),

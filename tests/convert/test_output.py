@@ -1,0 +1,123 @@
+"""Whose the output directory is: npuq continues its own work, and touches nothing else."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+
+import pytest
+
+from npuq.convert import convert_checkpoint
+from npuq.errors import ArtifactError, ConversionError
+
+OPTIONS = {"method": "minmax", "max_shard_size": 60_000}
+
+
+@pytest.fixture
+def half_done(rig, v3_source, tmp_path):
+    """An output directory whose conversion was killed halfway."""
+    output = tmp_path / "half"
+    assert rig(v3_source, output, options=OPTIONS, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
+    return output
+
+
+def test_finished_with_the_same_arguments_does_nothing(v3_source, v3_artifact, tree):
+    before = tree(v3_artifact)
+    stamps = {path: path.stat().st_mtime_ns for path in v3_artifact.rglob("*")}
+    summary = convert_checkpoint(v3_source, v3_artifact, **OPTIONS)
+    assert summary.status == "finished" and summary.jobs_resumed == summary.jobs
+    assert tree(v3_artifact) == before
+    assert {path: path.stat().st_mtime_ns for path in v3_artifact.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"recipe": "w8a8"}, ["recipe (w4a8 ", "w8a8"]),
+        ({"method": "mse"}, ["method (minmax there, mse now)"]),
+        ({"max_shard_size": 70_000}, ["maximum shard size (60000 there, 70000 now)"]),
+    ],
+)
+@pytest.mark.parametrize("state", ["unfinished", "finished"])
+def test_other_arguments_are_refused_and_nothing_is_touched(
+    changed, said, state, v3_source, v3_artifact, half_done, tree
+):
+    output = half_done if state == "unfinished" else v3_artifact
+    before = tree(output)
+    with pytest.raises(ConversionError) as caught:
+        convert_checkpoint(v3_source, output, **(OPTIONS | changed))
+    message = str(caught.value)
+    assert str(output) in message and state in message
+    assert "same arguments as before, or another output directory" in message
+    for words in said:
+        assert words in message
+    assert tree(output) == before
+
+
+def test_another_source_is_refused(make_checkpoint, half_done):
+    other = make_checkpoint(fp8_block=16, config={"rms_norm_eps": 1e-5})
+    with pytest.raises(ConversionError, match="source config or tensors"):
+        convert_checkpoint(other, half_done, **OPTIONS)
+
+
+def test_a_directory_with_other_things_is_refused(v3_source, tmp_path, tree):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ConversionError, match="is not empty and holds no conversion of npuq's; choose an empty"):
+        convert_checkpoint(v3_source, tmp_path, **OPTIONS)
+    assert tree(tmp_path) == {"thesis.txt": b"precious"}
+
+
+def test_a_file_in_the_way_is_refused(v3_source, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(ConversionError, match="exists and is not a directory"):
+        convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.parametrize("inner", ["", "sub/dir"])
+def test_output_inside_the_source_is_refused(inner, v3_source, tree):
+    before = tree(v3_source)
+    with pytest.raises(ConversionError, match="lies inside the source checkpoint"):
+        convert_checkpoint(v3_source, v3_source / inner, **OPTIONS)
+    assert tree(v3_source) == before
+
+
+def test_files_that_others_put_beside_stay(v3_source, half_done):
+    (half_done / "notes.txt").write_text("mine")
+    convert_checkpoint(v3_source, half_done, **OPTIONS)
+    assert (half_done / "notes.txt").read_text() == "mine"
+
+
+def test_a_second_conversion_into_the_same_directory_is_refused(v3_source, half_done):
+    with (half_done / "npuq" / "progress.jsonl").open() as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(ConversionError, match="another npuq is converting into it right now"):
+            convert_checkpoint(v3_source, half_done, **OPTIONS)
+
+
+def test_a_finished_artifact_that_lost_a_file_is_not_called_finished(v3_source, tmp_path):
+    convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
+    (tmp_path / "out" / "model-00002-of-00006.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model-00002-of-00006\.safetensors.*convert again"):
+        convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
+
+
+def test_a_journal_that_is_none_is_refused(v3_source, tmp_path):
+    (tmp_path / "out" / "npuq").mkdir(parents=True)
+    (tmp_path / "out" / "npuq" / "progress.jsonl").write_text("not ours\n")
+    with pytest.raises(ConversionError, match="not a conversion journal"):
+        convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
+
+
+def test_a_journal_of_another_format_is_refused(v3_source, half_done):
+    journal = half_done / "npuq" / "progress.jsonl"
+    lines = journal.read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"npuq_conversion": 99})
+    journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConversionError, match="written by another version of npuq"):
+        convert_checkpoint(v3_source, half_done, **OPTIONS)
+
+
+def test_dry_run_writes_nothing(v3_source, tmp_path):
+    summary = convert_checkpoint(v3_source, tmp_path / "out", dry_run=True)
+    assert summary.status == "planned" and not (tmp_path / "out").exists()
