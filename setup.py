@@ -36,7 +36,7 @@ LEVELS = {
             "-mfma",
             "-mf16c",
             *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")),
-        ],  # fmt: skip
+        ],
     },
     "aarch64": {
         "portable": [],

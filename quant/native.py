@@ -1,25 +1,36 @@
-"""The native library: finding it, and its pool of threads. What it computes, torch computes too, with the same integers.
+"""The native kernels seen from torch: quantization of stored rows, and the pool of threads that the runtime uses.
 
-`native/npuq.h` is the interface. A call releases Python's global lock for as long as it runs (ctypes does).
+What is computed here, torch computes too, with the same integers (`schemes.quantize_rows`, `runtime/ops/reference.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_int64
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from .dialects import BlockScale, StoredRows
+from .library import Cache, Part, Source, Weights, description, level_index, levels, library
 from .scales import NonFiniteError
 
-LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 1
+__all__ = [
+    "DTYPES",
+    "INT4",
+    "MOST_COLUMNS",
+    "Cache",
+    "NativeRows",
+    "Part",
+    "Pool",
+    "Weights",
+    "description",
+    "levels",
+    "library",
+    "quantize",
+]
 
 DTYPES: Final = {
     torch.float32: 0,
@@ -33,113 +44,7 @@ INT4: Final = 5
 MOST_COLUMNS: Final = 1 << 17
 
 
-class Part(ctypes.Structure):
-    """`npuq_part`: one stored weight."""
-
-    _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("rows", c_int64))
-
-
-class Weights(ctypes.Structure):
-    """`npuq_weights`: groups × parts stored weights of one dtype and width."""
-
-    _fields_ = (
-        ("part", POINTER(Part)),
-        ("groups", c_int64),
-        ("parts", c_int64),
-        ("cols", c_int64),
-        ("outputs", c_int64),
-        ("dtype", c_int32),
-    )
-
-
-class Cache(ctypes.Structure):
-    """`npuq_cache`: one layer's paged cache in NZ layout."""
-
-    _fields_ = (
-        ("latent", c_void_p),
-        ("rope", c_void_p),
-        ("block_size", c_int64),
-        ("latent_dim", c_int64),
-        ("rope_dim", c_int64),
-        ("dtype", c_int32),
-    )
-
-
-class Source(ctypes.Structure):
-    """`npuq_source`: stored rows and, for FP8, the scales of their blocks."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("block_scale", c_void_p),
-        ("scale_stride", c_int64),
-        ("first_row", c_int64),
-        ("block_rows", c_int64),
-        ("block_cols", c_int64),
-        ("dtype", c_int32),
-    )
-
-
 _NO_MEMORY, _NOT_FINITE = 1, 2
-_P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
-_SIGNATURES: Final = {
-    "npuq_quantize_rows": (_I, _P, _L, _L, _I, _I, _L, _P, _P, _P, _P, _P, _P),
-    "npuq_matmul": (_P, _P, _P, _I, _P, _P, _L, _P, _I),
-    "npuq_batch_matmul": (_P, _P, _I, _L, _L, _L, _L, _L, _L, _P, _I, _L, _L, _L, _P),
-    "npuq_dynamic_quant": (_P, _P, _I, _L, _L, _L, _P, _P),
-    "npuq_swiglu": (_P, _P, _I, _L, _L, _P),
-    "npuq_swiglu_quant": (_P, _P, _I, _L, _L, _P, _P),
-    "npuq_rms_norm": (_P, _P, _I, _L, _P, _L, _L, _F, _P),
-    "npuq_add_rms_norm": (_P, _P, _P, _I, _P, _L, _L, _F, _P, _P),
-    "npuq_gating_top_k": (_P, _P, _P, _L, _L, _L, _I, _L, _L, _I, _I, _F, _P, _P),
-    "npuq_init_routing": (_P, _P, _I, _L, _P, _L, _L, _L, _P, _P, _P, _P, _P),
-    "npuq_finalize_routing": (_P, _P, _I, _L, _P, _P, _L, _L, _P, _P),
-    "npuq_interleave_rope": (_P, _P, _I, _L, _L, _L, _L, _L, _P, _P, _P),
-    "npuq_kv_cache_write": (_P, _P, _P, _L, _P, _P, _P, _P, _L, _F, _P, _P),
-    "npuq_attention_paged": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _F, _P),
-}
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built or belongs to another version of the package."""
-    try:
-        loaded = ctypes.CDLL(str(LIBRARY))
-        version = loaded.npuq_abi_version()
-    except (OSError, AttributeError):
-        return None
-    return _declare(loaded) if version == _ABI_VERSION else None
-
-
-def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, c_int
-    loaded.npuq_level_name.argtypes, loaded.npuq_level_name.restype = (c_int,), c_char_p
-    loaded.npuq_pool_create.argtypes, loaded.npuq_pool_create.restype = (c_int, c_int), c_void_p
-    loaded.npuq_pool_destroy.argtypes, loaded.npuq_pool_destroy.restype = (c_void_p,), None
-    loaded.npuq_pool_level.argtypes = (c_void_p,)
-    return loaded
-
-
-def levels() -> tuple[str, ...]:
-    """Names of the instruction-set levels that this library has and this CPU can run, worst first."""
-    found = library()
-    if found is None:
-        return ()
-    names = [
-        found.npuq_level_name(index) for index in range(found.npuq_level_count()) if found.npuq_level_usable(index)
-    ]
-    return tuple(name.decode() for name in names)
-
-
-def description() -> str:
-    """What does the arithmetic here, for `npuq --version` and `npuq doctor`."""
-    usable = levels()
-    if usable:
-        return f"native kernels ({usable[-1]})"
-    if LIBRARY.exists():
-        return f"torch (native kernels are of another version or platform: reinstall npuq to rebuild {LIBRARY.name})"
-    return "torch (native kernels were not built: install a C compiler and reinstall npuq)"
 
 
 @dataclass(frozen=True)
@@ -177,7 +82,7 @@ def quantize(
     source = _source(rows, stored.blocks)
     bad_row = c_int64()
     status = found.npuq_quantize_rows(
-        -1 if level is None else _level_index(found, level),
+        -1 if level is None else level_index(found, level),
         ctypes.byref(source),
         count,
         columns,
@@ -215,13 +120,6 @@ def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
     )
 
 
-def _level_index(found: ctypes.CDLL, level: str) -> int:
-    if level not in levels():
-        raise RuntimeError(f"no native kernels for {level!r} here, only for {', '.join(levels())}")
-    names = [found.npuq_level_name(index).decode() for index in range(found.npuq_level_count())]
-    return names.index(level)
-
-
 class Pool:
     """Threads that share out the work of one call at a time; calls from several Python threads take turns.
 
@@ -237,7 +135,7 @@ class Pool:
         self.threads = torch.get_num_threads() if threads is None else threads
         self.level = level or levels()[-1]
         self._library = found
-        self.handle: int | None = found.npuq_pool_create(self.threads, _level_index(found, self.level))
+        self.handle: int | None = found.npuq_pool_create(self.threads, level_index(found, self.level))
         if self.handle is None:
             raise RuntimeError(f"cannot start {self.threads} threads")
 

@@ -31,10 +31,9 @@ static void scale_row(const int32_t *acc, int32_t correction, const float *scale
     }
     if (r < rows) {
         float lane[VW] = {0};
-        for (size_t i = r; i < rows; i++) {
-            lane[i - r] = (float)(int32_t)((uint32_t)acc[i] - (uint32_t)correction) * scale[i] * token_scale;
-        }
-        vf_store_part_as(vf_load(lane), out, out_dtype, r, rows - r);
+        for (size_t i = r; i < rows; i++) lane[i - r] = (float)(int32_t)((uint32_t)acc[i] - (uint32_t)correction);
+        vf scaled = vf_load(lane) * vf_load_part(scale + r, rows - r) * token_scale;
+        vf_store_part_as(scaled, out, out_dtype, r, rows - r);
     }
 }
 

@@ -1,0 +1,146 @@
+"""The one-pass conversion gives the bits of the torch version, at every level, for every kind of row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from npuq.quant import native
+from npuq.quant.dialects import BlockScale, StoredRows
+from npuq.quant.scales import Method, NonFiniteError
+from npuq.quant.schemes import QuantizedRows, Scheme, quantize_rows
+from torch import Tensor
+
+from .cases import LEVELS
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
+
+KINDS = ["normal", "heavy tails", "whole numbers", "outlier", "sparse", "constant", "bf16", "two sizes"]
+
+
+def _rows(kind: str, rows: int, columns: int, exponent: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    if kind == "heavy tails":
+        x = x**3
+    elif kind == "whole numbers":
+        x = torch.randint(-9, 10, x.shape, generator=generator).float()
+    elif kind == "outlier":
+        x[:, 0] *= 300
+    elif kind == "sparse":
+        x *= torch.rand(x.shape, generator=generator) < 0.02
+    elif kind == "constant":
+        x = torch.where(x > 0, 3.0, -3.0)
+    elif kind == "bf16":
+        x = x.bfloat16().float()
+    elif kind == "two sizes":
+        x = torch.where(x > 0, x, x * 1e-4)
+    return x * 2.0**exponent
+
+
+def _check(got: native.NativeRows, expected: QuantizedRows) -> None:
+    assert torch.equal(got.codes, expected.tensors["weight"])
+    assert torch.equal(got.scale, expected.tensors["weight_scale"])
+    assert torch.equal(got.squared_error, expected.squared_error)
+    assert torch.equal(got.squared_norm, expected.squared_norm)
+    if got.bias is not None:
+        assert torch.equal(got.bias, expected.tensors["scale_bias"])
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("scheme", [Scheme.W4A8, Scheme.W8A8])
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(KINDS),
+    pairs=st.integers(1, 2),
+    columns=st.one_of(st.integers(1, 40), st.integers(41, 1500)),
+    exponent=st.sampled_from([-110, -99, -30, -6, 0, 20, 100]),
+    seed=st.integers(0, 2**31),
+)
+def test_same_bits_as_torch(
+    scheme: Scheme, method: Method, kind: str, pairs: int, columns: int, exponent: int, seed: int
+) -> None:
+    rows = _rows(kind, 2 * pairs, columns, exponent, seed)
+    wide = columns % 16 == 0
+    expected = quantize_rows(rows, scheme, method, row_parallel=wide)
+    bits = scheme.weight_bits
+    for level in LEVELS:
+        got = native.quantize(StoredRows(rows), bits, method is Method.MSE, 16 if wide else 1, level)
+        _check(got, expected)
+
+
+@pytest.mark.parametrize("columns", [4095, 4096, 7168])
+def test_long_rows(columns: int) -> None:
+    rows = _rows("bf16", 4, columns, -6, columns)
+    for scheme in (Scheme.W4A8, Scheme.W8A8):
+        expected = quantize_rows(rows, scheme, Method.MSE, row_parallel=False)
+        for level in LEVELS:
+            _check(native.quantize(StoredRows(rows), scheme.weight_bits, True, 1, level), expected)
+
+
+@given(
+    rows=st.integers(1, 8).map(lambda half: 2 * half),
+    columns=st.integers(1, 300),
+    block=st.tuples(st.integers(1, 6), st.sampled_from([1, 7, 16, 100, 128])),
+    first=st.integers(0, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_fp8_blocks(rows: int, columns: int, block: tuple[int, int], first: int, seed: int) -> None:
+    """Every one of the 254 finite codes, in blocks that need not divide the matrix, from any row of a block on."""
+    generator = torch.Generator().manual_seed(seed)
+    first %= block[0]
+    byte = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
+    byte[byte % 128 == 127] = 0
+    scale = torch.rand(-(-(first + rows) // block[0]), -(-columns // block[1]), generator=generator)
+    stored = StoredRows(byte.view(torch.float8_e4m3fn), BlockScale(scale, first, *block))
+    expected = quantize_rows(stored.to_float32(), Scheme.W4A8, Method.MSE, row_parallel=False)
+    for level in LEVELS:
+        _check(native.quantize(stored, 4, True, 1, level), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sources(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    rows = bits[bits.isfinite()][:63424].view(64, -1)  # every finite value there is, subnormal ones too
+    for method in Method:
+        expected = quantize_rows(rows.float(), Scheme.W8A8, method, row_parallel=False)
+        for level in LEVELS:
+            _check(native.quantize(StoredRows(rows), 8, method is Method.MSE, 1, level), expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 20, 44])
+def test_non_finite_rows_are_refused_by_number(poison: float, column: int) -> None:
+    rows = torch.randn(6, 45)
+    rows[3, column] = poison
+    rows[5] = poison
+    for level in LEVELS:
+        with pytest.raises(NonFiniteError) as caught:
+            native.quantize(StoredRows(rows), 4, True, 1, level)
+        assert caught.value.row == 3
+
+
+def test_fp8_nan_is_refused() -> None:
+    for byte in (0x7F, 0xFF):
+        stored = torch.zeros(4, 200, dtype=torch.uint8)
+        stored[2, 150] = byte
+        rows = StoredRows(stored.view(torch.float8_e4m3fn), BlockScale(torch.ones(1, 2), 0, 128, 128))
+        with pytest.raises(NonFiniteError) as caught:
+            native.quantize(rows, 8, False, 1)
+        assert caught.value.row == 2
+
+
+def test_best_of_all_scales() -> None:
+    """Against a search that shares nothing with the kernel: every breakpoint of short rows, in float64."""
+    for seed in range(20):
+        row = _rows("normal", 2, 24, 0, seed)
+        got = native.quantize(StoredRows(row), 4, True, 1)
+        w = row.double()
+        for r in range(2):
+            breakpoints = (w[r].abs()[:, None] / (torch.arange(1, 9) - 0.5)).flatten().sort().values
+            scales = torch.cat([(breakpoints[1:] + breakpoints[:-1]) / 2, breakpoints * (1 + 1e-9)])
+            q = (w[r] / scales[:, None]).round().clamp(-8, 7)
+            a, b = (q * w[r]).sum(1), (q * q).sum(1)
+            best = (w[r] ** 2).sum() - (a * a / b.clamp(min=1)).max()
+            assert got.squared_error[r] <= best * (1 + 1e-5)
