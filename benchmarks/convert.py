@@ -1,0 +1,197 @@
+"""Conversion speed beside a plain copy of the same bytes, and the memory it takes.
+
+    python benchmarks/convert.py --directory /dev/shm          a memory-backed file system: the program's own speed
+    python benchmarks/convert.py --directory build --experts 16 --source bf16 --method mse
+
+Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
+to W4A8. In each round the conversion runs, then a plain sequential copy (read the source, write as many bytes as the
+artifact has, sync). Printed are medians: GB/s of source, the ratio to the copy of the same round, and the highest
+resident memory, of which anonymous memory is what the process holds, torch included, and the rest is mapped files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npuq.convert import convert_checkpoint
+from npuq.quant.native import description
+from npuq.quant.safetensors import encode_header
+
+HIDDEN, WIDTH, BLOCK = 7168, 2048, 128
+COPY_CHUNK = 16 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("build"), help="where source and artifact are written")
+    parser.add_argument("--experts", type=int, default=16, help="44 MB of FP8 source each")
+    parser.add_argument("--source", choices=["fp8", "bf16"], default="fp8")
+    parser.add_argument("--method", choices=["minmax", "mse"], action="append", help="default both")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="npuq-", dir=options.directory) as folder:
+        source = Path(folder) / "source"
+        write_source(source, options.experts, options.source)
+        rows = [measure(source, method, options) for method in options.method or ["minmax", "mse"]]
+    if options.json:
+        print(json.dumps({"kernels": description(), **vars(options), "rows": rows}, indent=2, default=str))
+        return
+    print(f"{options.experts} experts in {options.source}, {options.workers} workers, {description()}")
+    print("method  source GB/s  copy GB/s  of copy  peak RSS  anonymous")
+    for row in rows:
+        print(
+            f"{row['method']:6}  {row['source_bytes_per_s'] / 1e9:11.3f}  {row['copy_bytes_per_s'] / 1e9:9.3f}  "
+            f"{row['of_copy']:7.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  {row['peak_anonymous_bytes'] / 1e6:6.0f} MB"
+        )
+
+
+def write_source(directory: Path, experts: int, kind: str) -> None:
+    """One MoE layer; the rest of the model is so small that the experts are nearly all of it."""
+    config = {
+        "model_type": "deepseek_v3",
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "moe_intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": experts,
+        "n_shared_experts": 0,
+        "num_experts_per_tok": 1,
+        "first_k_dense_replace": 0,
+        "vocab_size": 16,
+        "max_position_embeddings": 64,
+        "torch_dtype": "bfloat16",
+    }
+    if kind == "fp8":
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0."
+    tensors: dict[str, torch.Tensor] = {
+        "model.embed_tokens.weight": _normal(16, HIDDEN),
+        "model.norm.weight": _normal(HIDDEN),
+        "lm_head.weight": _normal(16, HIDDEN),
+        f"{layer}input_layernorm.weight": _normal(HIDDEN),
+        f"{layer}post_attention_layernorm.weight": _normal(HIDDEN),
+        f"{layer}self_attn.q_proj.weight": _normal(32, HIDDEN),
+        f"{layer}self_attn.kv_a_proj_with_mqa.weight": _normal(32, HIDDEN),
+        f"{layer}self_attn.kv_a_layernorm.weight": _normal(16),
+        f"{layer}self_attn.kv_b_proj.weight": _normal(32, 16),
+        f"{layer}self_attn.o_proj.weight": _normal(HIDDEN, 16),
+        f"{layer}mlp.gate.weight": _normal(experts, HIDDEN),
+        f"{layer}mlp.gate.e_score_correction_bias": torch.zeros(experts),
+    }
+    shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+    # One random matrix a projection, shared by all experts: speed does not depend on which values there are.
+    for projection, shape in shapes.items():
+        weight = _normal(*shape)
+        scale = torch.rand(shape[0] // BLOCK, shape[1] // BLOCK) * 1e-4 + 1e-5
+        codes = (weight.float() * 4000).clamp(-448, 448).to(torch.float8_e4m3fn)
+        for expert in range(experts):
+            name = f"{layer}mlp.experts.{expert}.{projection}.weight"
+            tensors[name] = codes if kind == "fp8" else weight
+            if kind == "fp8":
+                tensors[name + "_scale_inv"] = scale
+    codes_of = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
+    entries = [(name, codes_of[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(encode_header(entries, {"format": "pt"}))
+        for tensor in tensors.values():
+            file.write(tensor.view(torch.uint8).numpy().data)
+        os.fsync(file.fileno())
+
+
+def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of copy and conversion into fresh files; medians of both."""
+    rounds = []
+    for number in range(options.rounds):
+        output = source.parent / f"artifact-{method}-{number}"
+        with memory_peaks() as peaks:
+            started = time.perf_counter()
+            summary = convert_checkpoint(
+                source, output, method=method, workers=options.workers, max_shard_size=5_000_000_000
+            )
+            seconds = time.perf_counter() - started
+        shutil.rmtree(output)
+        copied = plain_copy(source, source.parent / "copy", summary.output_bytes)
+        rounds.append((seconds, copied, dict(peaks), summary.source_bytes))
+    source_bytes = rounds[0][3]
+    return {
+        "method": method,
+        "source_bytes": source_bytes,
+        "source_bytes_per_s": source_bytes / statistics.median(seconds for seconds, *_ in rounds),
+        "copy_bytes_per_s": source_bytes / statistics.median(copied for _, copied, *_ in rounds),
+        "of_copy": statistics.median(copied / seconds for seconds, copied, *_ in rounds),
+        "peak_rss_bytes": max(peaks["VmRSS"] for *_, peaks, _ in rounds),
+        "peak_anonymous_bytes": max(peaks["RssAnon"] for *_, peaks, _ in rounds),
+    }
+
+
+def plain_copy(source: Path, target: Path, size: int) -> float:
+    """Seconds to read every byte of the source in order and write `size` bytes, with a sync at the end."""
+    buffer = memoryview(bytearray(COPY_CHUNK))
+    started = time.perf_counter()
+    with target.open("wb", buffering=0) as output:
+        left = size
+        for path in sorted(source.glob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    left -= output.write(buffer[: min(count, left)])
+        while left:
+            left -= output.write(buffer[: min(COPY_CHUNK, left)])
+        os.fsync(output.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
+
+
+@contextmanager
+def memory_peaks() -> Iterator[dict[str, int]]:
+    """Highest VmRSS and RssAnon of this process meanwhile, in bytes, looked at every 5 ms."""
+    peaks = {"VmRSS": 0, "RssAnon": 0}
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            with Path("/proc/self/status").open() as file:
+                for line in file:
+                    key, _, value = line.partition(":")
+                    if key in peaks:
+                        peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return (torch.randn(*shape) * 0.02).to(torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
