@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from ascend_rig import emulate
-from ascend_rig.formats import FRACTAL_NZ, format_of, to_nd, to_nz, unpack_int4
+from ascend_rig.formats import FRACTAL_NZ, ND, format_of, to_nd, to_nz, unpack_int4
+
+from npuq.runtime.ops.ascend_weights import cast_nz
 
 npu = torch.ops.npu
 SLOTS_PER_PAGE = 16
@@ -56,6 +58,13 @@ def test_a_copy_of_an_nz_tensor_is_nd_and_a_partial_view_is_refused():
 def test_a_matrix_that_does_not_fill_its_tiles_is_refused():
     with pytest.raises(emulate.RefusedError, match="does not fill tiles"):
         npu.npu_format_cast(torch.zeros(24, 32, dtype=torch.int8), FRACTAL_NZ)
+
+
+def test_the_runtime_casts_what_tiles_and_keeps_the_rest():
+    for shape, expected in [((128, 384), FRACTAL_NZ), ((128, 400), ND), ((200, 128), ND), ((3, 64, 96), FRACTAL_NZ)]:
+        assert format_of(cast_nz(torch.zeros(shape, dtype=torch.int8))) == expected
+    assert format_of(cast_nz(torch.zeros(32, 16, dtype=torch.bfloat16))) == FRACTAL_NZ
+    assert format_of(cast_nz(torch.zeros(32, 24, dtype=torch.bfloat16))) == ND
 
 
 def test_dynamic_quant_rounds_half_to_even():

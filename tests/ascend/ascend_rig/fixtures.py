@@ -28,18 +28,19 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name ("example", "v2-lite", "kimi", "prolog") quantized to W4A8; with "-float" appended, as it was."""
+    """A model by name ("example", "v2-lite", "kimi", "prolog") in W4A8; with "-w8a8" or "-float" appended, in that."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {"v2-lite": models.V2_LITE, "kimi": models.KIMI, "prolog": models.PROLOG}
 
     def make(name: str) -> Path:
         if name not in made:
-            base = name.removesuffix("-float")
-            if name != base:
+            base = name.removesuffix("-float").removesuffix("-w8a8")
+            if name.endswith("-float"):
                 made[name] = EXAMPLE if base == "example" else models.write_checkpoint(folder / name, configs[base])
             else:
-                made[name] = models.quantize(make(f"{base}-float"), folder / name)
+                recipe = "w8a8" if name.endswith("-w8a8") else "w4a8"
+                made[name] = models.quantize(make(f"{base}-float"), folder / name, recipe)
         return made[name]
 
     return make

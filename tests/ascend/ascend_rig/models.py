@@ -149,7 +149,7 @@ def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return shapes | {"q_a_proj": (lora, hidden), "q_a_layernorm": (lora, 0), "q_b_proj": (queries, lora)}
 
 
-def quantize(source: Path, output: Path) -> Path:
-    """The W4A8 artifact of a checkpoint, by the quickest method."""
-    convert_checkpoint(source, output, method="minmax", workers=1)
+def quantize(source: Path, output: Path, recipe: str) -> Path:
+    """The artifact of a checkpoint, by the quickest method."""
+    convert_checkpoint(source, output, recipe=recipe, method="minmax", workers=1)
     return output
