@@ -42,8 +42,18 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from ..quant.library import description
+
+        click.echo(f"npuq, version {__version__}, {description()}")
+        ctx.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="npuq")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
 def group() -> None:
     """Convert DeepSeek-style mixture-of-experts checkpoints to W4A8 for Ascend NPUs, check the result, and run it."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from npuq.quant.library import levels
 from npuq.quant.schemes import Scheme
 from npuq.runtime.ops import LinearPart, Quantized
-from torch import Tensor
 
 LEVELS = levels()
 
@@ -26,7 +27,9 @@ def part(generator: np.random.Generator, scheme: Scheme, rows: int, columns: int
 
 
 def quantized(generator: np.random.Generator, rows: int, columns: int, offset: int = 0) -> Quantized:
-    return Quantized(codes(generator, rows, columns, offset), torch.from_numpy(generator.random(rows, dtype=np.float32)))
+    return Quantized(
+        codes(generator, rows, columns, offset), torch.from_numpy(generator.random(rows, dtype=np.float32))
+    )
 
 
 def integers(stored: LinearPart) -> np.ndarray:

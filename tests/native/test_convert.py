@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from npuq.quant import native
 from npuq.quant.dialects import BlockScale, StoredRows
 from npuq.quant.scales import Method, NonFiniteError
 from npuq.quant.schemes import QuantizedRows, Scheme, quantize_rows
-from torch import Tensor
 
 from .cases import LEVELS
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from npuq.errors import BackendError
 from npuq.quant.schemes import Scheme
 from npuq.runtime.ops import LinearPart, Quantized
@@ -39,9 +40,7 @@ def test_w8a8_is_exact(ops: NativeOps, seed: int, m: int, n: int, k: int, offset
     k=SIZES,
     offset=st.integers(0, 3),
 )
-def test_w4a8_experts_are_exact(
-    ops: NativeOps, seed: int, counts: list[int], pairs: int, k: int, offset: int
-) -> None:
+def test_w4a8_experts_are_exact(ops: NativeOps, seed: int, counts: list[int], pairs: int, k: int, offset: int) -> None:
     generator = np.random.default_rng(seed)
     experts = [[part(generator, Scheme.W4A8, 2 * pairs, k, offset) for _ in range(2)] for _ in counts]
     x = quantized(generator, sum(counts), k, offset)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from npuq.runtime.ops import Decode
 from npuq.runtime.ops.native import NativeOps
 

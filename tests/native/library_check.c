@@ -1,0 +1,132 @@
+/* Runs the library's own interface, without Python: every usable level against level 0, at odd sizes and addresses, on
+ * several threads. For processors that the Python tests do not run on (under qemu) and for sanitizers. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "npuq.h"
+
+static uint32_t state = 12345;
+
+static uint32_t draw(void) { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+static float draw_float(void) { return ((float)(draw() % 20001) - 10000) / 3000; }
+
+static void fail(const char *what, int level) {
+    fprintf(stderr, "%s: level %s differs\n", what, npuq_level_name(level));
+    exit(1);
+}
+
+static void *filled(size_t bytes) {
+    uint8_t *memory = malloc(bytes + 1);
+    for (size_t i = 0; i < bytes; i++) memory[i] = (uint8_t)draw();
+    return memory;
+}
+
+static float *floats(size_t n) {
+    float *memory = malloc((n + 1) * sizeof *memory);
+    for (size_t i = 0; i < n; i++) memory[i] = draw_float();
+    return memory;
+}
+
+static npuq_pool *pools[8];
+
+static void check_integer_products(void) {
+    for (int round = 0; round < 60; round++) {
+        int64_t groups = 1 + draw() % 3, rows = 2 * (1 + draw() % 20), k = 1 + draw() % 300, m = 0, counts[3];
+        int dtype = round % 2 ? NPUQ_I4 : NPUQ_I8;
+        for (int g = 0; g < groups; g++) m += counts[g] = draw() % 12;
+        uint8_t *w = filled((size_t)(groups * rows * k) + 3);
+        int8_t *x = filled((size_t)(m * k));
+        float *scale = floats((size_t)rows), *x_scale = floats((size_t)m);
+        npuq_part part[3];
+        for (int g = 0; g < groups; g++) part[g] = (npuq_part){w + 3 + g * rows * k, scale, rows};
+        npuq_weights weights = {part, groups, 1, k, rows, dtype};
+        size_t bytes = (size_t)(m * rows) * sizeof(float);
+        float *expected = malloc(bytes + 1), *out = malloc(bytes + 1);
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            if (npuq_matmul(pools[level], &weights, x, NPUQ_I8, x_scale, counts, m, level ? out : expected, NPUQ_F32)) exit(2);
+            if (level && memcmp(out, expected, bytes)) fail("integer product", level);
+        }
+        free(w), free(x), free(scale), free(x_scale), free(expected), free(out);
+    }
+}
+
+static void check_float_products(void) {
+    for (int round = 0; round < 30; round++) {
+        int64_t rows = 1 + draw() % 30, k = 1 + draw() % 200, m = 1 + draw() % 15;
+        float *w = floats((size_t)(rows * k)), *x = floats((size_t)(m * k));
+        npuq_part part = {w, NULL, rows};
+        npuq_weights weights = {&part, 1, 1, k, rows, NPUQ_F32};
+        float *expected = malloc((size_t)(m * rows) * 4), *out = malloc((size_t)(m * rows) * 4);
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            npuq_matmul(pools[level], &weights, x, NPUQ_F32, NULL, NULL, m, level ? out : expected, NPUQ_F32);
+            for (int64_t i = 0; level && i < m * rows; i++) {
+                if (fabsf(out[i] - expected[i]) > 1e-4f * (float)k) fail("float product", level);
+            }
+        }
+        free(w), free(x), free(expected), free(out);
+    }
+}
+
+static void check_quantizers(void) {
+    for (int round = 0; round < 40; round++) {
+        int64_t rows = 1 + draw() % 5, cols = 1 + draw() % 150;
+        float *x = floats((size_t)(rows * cols)), scale[2][8];
+        int8_t *codes[2] = {malloc((size_t)(rows * cols)), malloc((size_t)(rows * cols))};
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            int which = level != 0;
+            npuq_dynamic_quant(pools[level], x, NPUQ_F32, cols, rows, cols, codes[which], scale[which]);
+            if (level && (memcmp(codes[0], codes[1], (size_t)(rows * cols)) || memcmp(scale[0], scale[1], (size_t)rows * 4))) {
+                fail("dynamic quantization", level);
+            }
+        }
+        free(x), free(codes[0]), free(codes[1]);
+    }
+}
+
+static void check_conversion(void) {
+    for (int round = 0; round < 40; round++) {
+        int64_t rows = 2, cols = 1 + draw() % 700, bad;
+        int bits = round % 2 ? 4 : 8, mse = round % 4 < 2;
+        uint8_t *fp8 = filled((size_t)(rows * cols));
+        for (int64_t i = 0; i < rows * cols; i++) fp8[i] = (fp8[i] & 0x7F) == 0x7F ? 0 : fp8[i];
+        float *blocks = floats((size_t)(cols / 16 + 1));
+        npuq_source source = {fp8, blocks, cols / 16 + 1, 0, 2, 16, NPUQ_F8E4M3};
+        int8_t *codes[2] = {malloc((size_t)(rows * cols)), malloc((size_t)(rows * cols))};
+        float scale[2][2], bias[2][2] = {{0}};
+        double error[2][2], norm[2][2];
+        size_t stored = (size_t)(rows * cols) / (bits == 4 ? 2 : 1);
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (!npuq_level_usable(level)) continue;
+            int w = level != 0;
+            if (npuq_quantize_rows(level, &source, rows, cols, bits, mse, 1, codes[w], scale[w], bias[w], error[w], norm[w], &bad)) exit(2);
+            if (level && (memcmp(codes[0], codes[1], stored) || memcmp(scale[0], scale[1], sizeof scale[0]) ||
+                          memcmp(bias[0], bias[1], sizeof bias[0]) || memcmp(error[0], error[1], sizeof error[0]))) {
+                fail("conversion", level);
+            }
+        }
+        free(fp8), free(blocks), free(codes[0]), free(codes[1]);
+    }
+}
+
+int main(void) {
+    int checked = 0;
+    for (int level = 0; level < npuq_level_count(); level++) {
+        if (!npuq_level_usable(level)) continue;
+        pools[level] = npuq_pool_create(3, level);
+        if (pools[level] == NULL) return 2;
+        checked += level > 0;
+    }
+    check_integer_products();
+    check_float_products();
+    check_quantizers();
+    check_conversion();
+    for (int level = 0; level < npuq_level_count(); level++) npuq_pool_destroy(pools[level]);
+    printf("%d levels beside portable agree\n", checked);
+    return 0;
+}

@@ -1,0 +1,123 @@
+"""Other builds of the library: under sanitizers, for Arm, and none at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("gcc")
+ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]  # -O3 takes a minute to build
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="gcc is not installed")
+
+
+def _setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("npuq_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_program(directory: Path, compiler: str, machine: str, extra: list[str]) -> Path:
+    """The library and library_check.c, built together for `machine`."""
+    _setup().build(directory / "libnpuq.so", directory / "objects", [compiler], machine, extra)
+    program = directory / "check"
+    source = str(Path(__file__).with_name("library_check.c"))
+    include = ["-I", str(ROOT / "native")]
+    link = [str(directory / "libnpuq.so"), f"-Wl,-rpath,{directory}", "-lm"]
+    subprocess.run([compiler, "-O1", *extra, *include, source, *link, "-o", str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The check program beside a libnpuq.so that were both built with AddressSanitizer and UBSan."""
+    return _check_program(tmp_path_factory.mktemp("sanitized"), str(COMPILER), platform.machine(), SANITIZE)
+
+
+@needs_compiler
+def test_levels_agree_under_sanitizers(sanitized: Path) -> None:
+    done = subprocess.run([sanitized], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "agree" in done.stdout
+
+
+@needs_compiler
+def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
+    """The tests beside this one again, on that library."""
+    library = sanitized.with_name("libnpuq.so")
+    found = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("products", "rows", "convert")]
+    program = (
+        "import pathlib, sys, pytest, npuq.quant.library as library\n"
+        "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
+        "from hypothesis import settings\n"
+        "settings.register_profile('few', max_examples=4, deadline=None)\n"
+        "sys.exit(pytest.main(['-p', 'no:cacheprovider', '--hypothesis-profile', 'few', *sys.argv[2:]]))\n"
+    )
+    # Python and torch keep memory to their end: leaks are not looked for. torch was not built with the checks.
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library), *tests],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "LD_PRELOAD": found.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.skipif(
+    ARM_COMPILER is None or ARM_EMULATOR is None, reason="gcc-aarch64-linux-gnu and qemu-user are not installed"
+)
+def test_levels_agree_on_arm(tmp_path: Path) -> None:
+    program = _check_program(tmp_path, str(ARM_COMPILER), "aarch64", [])
+    done = subprocess.run(
+        [str(ARM_EMULATOR), "-L", "/usr/aarch64-linux-gnu", str(program)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 levels beside portable agree\n"
+
+
+def test_no_compiler_is_an_error_that_the_build_may_ignore(tmp_path: Path) -> None:
+    setup = _setup()
+    with pytest.raises(setup.CompileError, match="no C compiler"):
+        setup.build(tmp_path / "libnpuq.so", tmp_path, ["no-such-compiler"], platform.machine(), [])
+
+
+def test_without_the_library_torch_does_the_work(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys, npuq.quant.library as library\n"
+        "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
+        "from npuq.runtime.backend import *\n"
+        "from npuq.quant.schemes import *\n"
+        "from npuq.quant.dialects import StoredRows\n"
+        "import torch\n"
+        "rows = torch.arange(32.0).view(2, 16)\n"
+        "direct = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=True)\n"
+        "stored = quantize_stored(StoredRows(rows), Scheme.W4A8, Method.MSE, row_parallel=True)\n"
+        "assert all(torch.equal(direct.tensors[name], stored.tensors[name]) for name in direct.tensors)\n"
+        "print(library.description())\n"
+    )
+    absent = str(tmp_path / "libnpuq.so")
+    done = subprocess.run([sys.executable, "-c", program, absent], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch (native kernels were not built")
