@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
+from ..quant.checkpoint import Checkpoint
 from .finish import finish
 from .journal import Journal, Record
 from .memory import Budget, plan_budget
 from .output import Finished, check_separate, claim, describe_state, free_bytes, write_error
-from .pipeline import Durability, run_plan
+from .pipeline import Durability, OnShard, run_plan
 from .plan import Plan
 from .prepare import Prepared, prepare
 from .progress import Progress, Silent
@@ -64,7 +65,7 @@ class Internals:
 
 
 def convert_checkpoint(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     output: str | Path,
     *,
     recipe: str | Path = "w4a8",
@@ -74,6 +75,7 @@ def convert_checkpoint(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
     progress: Progress | None = None,
+    on_shard: OnShard | None = None,
     internals: Internals | None = None,
 ) -> Summary:
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
@@ -82,16 +84,20 @@ def convert_checkpoint(
     set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each output file. The artifact does not
     depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing.
 
+    `source` may also be a checkpoint that is open (one on a hub, say), which is closed at the end. `on_shard` is called
+    with the name and sha256 of each output shard whose bytes are final, in the calling thread.
+
     Raises CheckpointError and RecipeError for bad input, ConversionError when the output belongs to something else, the
     disk refuses, or memory does not suffice.
     """
-    source, output = Path(source), Path(output)
+    opened = source if isinstance(source, Checkpoint) else Path(source)
+    output = Path(output)
     progress, internals = progress or Silent(), internals or Internals()
     started = time.monotonic()
     if max_shard_size < 1:
         raise ConversionError(f"--max-shard-size must be positive, not {max_shard_size}")
-    check_separate(source, output)
-    prepared = prepare(source, recipe, method, max_shard_size)
+    check_separate(opened.directory if isinstance(opened, Checkpoint) else opened, output)
+    prepared = prepare(opened, recipe, method, max_shard_size)
     try:
         budget = plan_budget(prepared.plan, workers, max_memory)
         notes = _notes(prepared)
@@ -105,7 +111,7 @@ def convert_checkpoint(
         if isinstance(claimed, Finished):
             return _finished(prepared, budget, output, claimed, started, notes)
         try:
-            return _run(prepared, budget, output, claimed, internals, progress, started, notes)
+            return _run(prepared, budget, output, claimed, internals, progress, on_shard, started, notes)
         finally:
             claimed.close()
     finally:
@@ -119,16 +125,18 @@ def _run(
     journal: Journal,
     internals: Internals,
     progress: Progress,
+    on_shard: OnShard | None,
     started: float,
     notes: tuple[str, ...],
 ) -> Summary:
     plan, files = prepared.plan, ShardFiles(output, prepared.plan, internals.write)
     _forget_lost_shards(journal.record, files, plan, progress)
     resumed = list(journal.record.jobs)
-    _warn_of_space(plan, resumed, output, progress)
+    _warn_of_space(plan, resumed, output, _EXTRA_BYTES + prepared.checkpoint.scratch_bytes, progress)
     progress.start(plan.source_bytes, sum(plan.jobs[index].source_bytes for index in resumed))
+    prepared.source.expect([job.source for job in plan.jobs], {plan.jobs[index].source for index in resumed})
     try:
-        run_plan(plan, prepared.source, files, journal, budget, internals.durability, progress)
+        run_plan(plan, prepared.source, files, journal, budget, internals.durability, progress, on_shard)
     finally:
         files.close()
     progress.note("shards are written; finishing")
@@ -151,8 +159,8 @@ def _forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress:
                 record.jobs.pop(index, None)
 
 
-def _warn_of_space(plan: Plan, resumed: Sequence[int], output: Path, progress: Progress) -> None:
-    needed = plan.output_bytes + _EXTRA_BYTES - sum(plan.jobs[index].output_bytes for index in resumed)
+def _warn_of_space(plan: Plan, resumed: Sequence[int], output: Path, extra: int, progress: Progress) -> None:
+    needed = plan.output_bytes + extra - sum(plan.jobs[index].output_bytes for index in resumed)
     free = free_bytes(output)
     if free < needed:
         progress.note(
@@ -206,7 +214,7 @@ def _summary(
         output_bytes=plan.output_bytes,
         workers=budget.workers,
         memory_bytes=budget.nbytes,
-        disk_bytes_needed=plan.output_bytes + _EXTRA_BYTES,
+        disk_bytes_needed=plan.output_bytes + _EXTRA_BYTES + prepared.checkpoint.scratch_bytes,
         disk_bytes_free=free_bytes(output),
         seconds=time.monotonic() - started,
         # Linux counts in KiB.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,27 @@ class Durability:
     max_bytes: int = 2 << 30
 
 
+# Told the name and sha256 of every shard whose bytes are final.
+OnShard = Callable[[str, str], object]
+
+
 @dataclass(frozen=True)
 class _Done:
     job: Job
 
 
 @dataclass(frozen=True)
+class _Hashed:
+    shard: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class _Ended:
     failure: BaseException | None
+
+
+_Event = _Done | _Hashed | _Ended
 
 
 class _Work:
@@ -76,22 +89,26 @@ def run_plan(
     budget: Budget,
     durability: Durability,
     progress: Progress,
+    on_shard: OnShard | None = None,
 ) -> None:
     """Do every job that the journal does not vouch for, and hash every shard; afterwards the journal has them all.
 
     Whatever ends it early (an error, a signal's exception in this thread), workers stop at their next chunk and the
     finished jobs are journaled before the exception goes on.
     """
-    work, events, stop = _Work(plan, journal.record), queue.Queue[_Done | _Ended](), threading.Event()
+    work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
 
     def worker() -> None:
         try:
             while not stop.is_set() and (task := work.next()) is not None:
                 if isinstance(task, int):
-                    syncer.shard_hashed(task, file_sha256(files.path(task)))
+                    sha256 = file_sha256(files.path(task))
+                    syncer.shard_hashed(task, sha256)
+                    events.put(_Hashed(task, sha256))
                     continue
                 stats = run_job(task, source, files, budget.chunk_elements, stop)
+                source.release(task.source)
                 syncer.job_done(task.index, stats)
                 work.job_done(task)
                 events.put(_Done(task))
@@ -102,15 +119,22 @@ def run_plan(
         else:
             events.put(_Ended(None))
 
+    def told(shard: int, sha256: str) -> None:
+        if on_shard is not None:
+            on_shard(plan.shards[shard].name, sha256)
+
     threads = [threading.Thread(target=worker, name=f"npuq-{number}", daemon=True) for number in range(budget.workers)]
     with single_threaded_torch():
         try:
             syncer.start()
+            for shard, sha256 in sorted(journal.record.hashes.items()):
+                told(shard, sha256)
             for thread in threads:
                 thread.start()
-            _watch(events, len(threads), syncer, progress)
+            _watch(events, len(threads), syncer, progress, told)
         except BaseException:
             stop.set()
+            source.checkpoint.interrupt()
             _end(threads, syncer)
             raise
         syncer.finish()
@@ -128,12 +152,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _watch(events: queue.Queue[_Done | _Ended], workers: int, syncer: Syncer, progress: Progress) -> None:
+def _watch(
+    events: queue.Queue[_Event], workers: int, syncer: Syncer, progress: Progress, told: Callable[[int, str], None]
+) -> None:
     """Report progress until every worker has ended; raise the first failure."""
     while workers:
         event = events.get()
         if isinstance(event, _Done):
             progress.advance(event.job.source_bytes, event.job.layer)
+        elif isinstance(event, _Hashed):
+            told(event.shard, event.sha256)
         elif event.failure is not None:
             raise event.failure
         else:

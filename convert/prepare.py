@@ -84,11 +84,17 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def prepare(directory: Path, recipe: str | Path, method: str | None, max_shard_size: int) -> Prepared:
-    """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input."""
-    resolved = load_recipe(recipe, method)
-    checkpoint = Checkpoint.open(directory)
+def prepare(opened: Path | Checkpoint, recipe: str | Path, method: str | None, max_shard_size: int) -> Prepared:
+    """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input.
+
+    A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it.
+    """
+    checkpoint = opened if isinstance(opened, Checkpoint) else None
     try:
+        resolved = load_recipe(recipe, method)
+        if checkpoint is None:
+            checkpoint = Checkpoint.open(opened)
+        directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
         source = WeightSource(checkpoint)
         inventory = take_inventory(config, source.weights)
@@ -98,7 +104,8 @@ def prepare(directory: Path, recipe: str | Path, method: str | None, max_shard_s
         names = tuple(side_files(directory))
         origin = _origin(directory)
     except BaseException:
-        checkpoint.close()
+        if checkpoint is not None:
+            checkpoint.close()
         raise
     return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, max_shard_size)
 

@@ -7,5 +7,6 @@ resuming inside a file, hashes checked against the manifest, one bad file that d
 from .locate import resolve
 from .pull import pull
 from .push import PushSummary, push
+from .remote import RemoteCheckpoint
 
-__all__ = ["PushSummary", "pull", "push", "resolve"]
+__all__ = ["PushSummary", "RemoteCheckpoint", "pull", "push", "resolve"]

@@ -8,7 +8,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -53,15 +53,15 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         config = read_json(directory / CONFIG_NAME)
-        weight_map = _weight_map(directory)
-        shards = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(directory)]
+        weight_map = read_weight_map(directory)
+        if weight_map is not None:
+            shards = sorted(set(weight_map.values()))
+        else:
+            shards = [single_file(directory, [path.name for path in directory.iterdir()])]
         paths = {shard: inside(directory, shard) for shard in shards}
         headers = {shard: read_header(path)[0] for shard, path in paths.items()}
-        tensors = {name: info for header in headers.values() for name, info in header.items()}
-        if weight_map is not None:
-            tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in weight_map.items()}
-        ordered = {name: tensors[name] for name in sorted(tensors, key=natural_key)}
-        return cls(directory, config, ordered, [paths[shard] for shard in shards])
+        tensors = collect_tensors(directory, weight_map, headers)
+        return cls(directory, config, tensors, [paths[shard] for shard in shards])
 
     def info(self, name: str) -> TensorInfo:
         """Where and what the tensor is; CheckpointError when the checkpoint has none of that name."""
@@ -95,6 +95,24 @@ class Checkpoint:
             return self.read(name)
         data = torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.start)
         return data.view(info.torch_dtype).reshape(info.shape)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk space that reading takes beside the checkpoint: none."""
+        return 0
+
+    def expect(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
+        """Say which tensors will be read, in this order, those of a group together; but not groups whose first tensor
+        is `finished`. A local checkpoint has them all."""
+        return
+
+    def release(self, group: Sequence[str]) -> None:
+        """Say that the tensors of an expected group will not be read again."""
+        return
+
+    def interrupt(self) -> None:
+        """End reads that wait for something: the caller gives up. A local checkpoint waits for nothing."""
+        return
 
     def close(self) -> None:
         """Close the files. Memory maps stay valid for as long as a tensor uses them."""
@@ -183,7 +201,19 @@ def inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _weight_map(directory: Path) -> Mapping[str, str] | None:
+def collect_tensors(
+    directory: Path, weight_map: Mapping[str, str] | None, headers: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of all shards in natural name order; CheckpointError when the index names one that is not there."""
+    if weight_map is None:
+        tensors = {name: info for header in headers.values() for name, info in header.items()}
+    else:
+        tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in weight_map.items()}
+    return {name: tensors[name] for name in sorted(tensors, key=natural_key)}
+
+
+def read_weight_map(directory: Path) -> Mapping[str, str] | None:
+    """Tensor name → shard, from the index; None when there is no index. CheckpointError when it is malformed."""
     path = directory / INDEX_NAME
     if not path.exists():
         return None
@@ -195,15 +225,17 @@ def _weight_map(directory: Path) -> Mapping[str, str] | None:
     return weight_map
 
 
-def _single_file(directory: Path) -> str:
-    files = sorted(path.name for path in directory.glob("*.safetensors"))
+def single_file(directory: Path, names: Iterable[str]) -> str:
+    """The weights' file of a checkpoint without index, among the files' `names`; CheckpointError when none fits."""
+    names = sorted(names)
+    files = [name for name in names if name.endswith(".safetensors")]
     if SINGLE_NAME in files:
         return SINGLE_NAME
     if len(files) == 1:
         return files[0]
     if files:
         raise CheckpointError(f"{directory}: {len(files)} safetensors files and no {INDEX_NAME}; fetch the index too")
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         raise CheckpointError(
             f"{directory / pickles[0]}: pickle weights are not read, they can run code; convert them to safetensors"

@@ -6,6 +6,7 @@ FP8 in blocks with a `weight_scale_inv` beside each weight, in whatever shard th
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,14 @@ class WeightSource:
         fp8 = any(weight.dtype == "F8_E4M3" for weight in self.weights.values())
         self.block_rows = self._block[0] if fp8 else 1
 
+    def expect(self, names: Iterable[str], finished: Container[str]) -> None:
+        """Say which weights will be read, in this order, but for `finished` ones: some checkpoints have to fetch them."""
+        self.checkpoint.expect([self._stored_names(name) for name in names], finished)
+
+    def release(self, name: str) -> None:
+        """Say that an expected weight will not be read again."""
+        self.checkpoint.release(self._stored_names(name))
+
     def rows_float32(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a weight as float32, dequantized when it is stored in FP8. A scalar has no rows."""
         return self.stored_rows(name, start, stop).to_float32()
@@ -100,6 +109,9 @@ class WeightSource:
 
         weight = self._find(name)
         return CODES[self.float_dtype] if weight.dtype == "F8_E4M3" else weight.dtype
+
+    def _stored_names(self, name: str) -> tuple[str, ...]:
+        return (name, name + _SCALE_SUFFIX) if self._find(name).dtype == "F8_E4M3" else (name,)
 
     def _find(self, name: str) -> Weight:
         try:

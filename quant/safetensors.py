@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -65,7 +65,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises CheckpointError when the file is not safetensors, is truncated or longer than its header says, when a
     tensor has an unknown dtype, a byte range that disagrees with its shape, or when ranges overlap or leave holes.
     """
-    header, data_start, file_size = _read_json_header(path)
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            return parse_header(path, file_size, lambda start, count: os.pread(file.fileno(), count, start))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_header(
+    path: Path, file_size: int, read: Callable[[int, int], bytes]
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """As `read_header`, of a file that is elsewhere: `read(start, count)` gives its bytes, `path` its name."""
+    header, data_start = _read_json_header(path, file_size, read)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: malformed safetensors header: __metadata__ must map strings to strings")
@@ -75,31 +87,27 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_json_header(path: Path, file_size: int, read: Callable[[int, int], bytes]) -> tuple[dict[str, Any], int]:
+    prefix = read(0, 8) if file_size >= 8 else b""
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: truncated: {file_size} bytes is no safetensors file; fetch it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: malformed safetensors file: header length {length} exceeds {MAX_HEADER_BYTES} bytes; "
+            "fetch the file again"
+        )
+    if 8 + length > file_size:
+        raise CheckpointError(
+            f"{path}: truncated: the header needs {8 + length} bytes, the file has {file_size}; fetch it again"
+        )
     try:
-        with path.open("rb") as file:
-            file_size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: truncated: {file_size} bytes is no safetensors file; fetch it again")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: malformed safetensors file: header length {length} exceeds {MAX_HEADER_BYTES} bytes; "
-                    "fetch the file again"
-                )
-            if 8 + length > file_size:
-                raise CheckpointError(
-                    f"{path}: truncated: the header needs {8 + length} bytes, the file has {file_size}; fetch it again"
-                )
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        header = json.loads(read(8, length), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: malformed safetensors header: {str(error)[:120]}; fetch it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: malformed safetensors header: not a JSON object; fetch the file again")
-    return header, 8 + length, file_size
+    return header, 8 + length
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

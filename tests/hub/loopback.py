@@ -487,6 +487,8 @@ class _Handler(BaseHTTPRequestHandler):
                     flipped[self.fault.corrupt - position] ^= 1
                     piece = bytes(flipped)
                 self.wfile.write(piece)
+                if self.fault.bytes_per_second is not None:
+                    self.wfile.flush()
                 self.seen.sent += len(piece)
                 position += len(piece)
         if self.fault.truncate:

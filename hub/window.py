@@ -1,0 +1,228 @@
+"""A bounded window on a remote checkpoint: tensors are fetched ahead of their reader and dropped behind it.
+
+Tensors that are used together form a group; groups in their announced order are gathered into batches; of a batch, the
+byte ranges in every shard are fetched as files of a folder, and removed when all of its groups are released. Batches
+are admitted in order while they fit into the window, so that the group that is needed next is always there or on its
+way, whatever the window's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from ..errors import CheckpointError
+from ..quant.safetensors import TensorInfo
+
+# Fetch(shard, start, end, file, received): append bytes [start, end) of a shard to the file.
+Fetch = Callable[[str, int, int, IO[bytes], Callable[[bytes], object]], None]
+
+_FETCHERS = 4
+_BATCH_BYTES = 256 << 20
+# Reading over a small gap is cheaper than another request.
+_GAP_BYTES = 64 << 10
+_PARTIAL_SUFFIX = ".npuq-part"
+_OURS = re.compile(r"\.[0-9]+-[0-9]+(\.[0-9a-f]{32}\.npuq-part)?$")
+
+
+@dataclass
+class Extent:
+    """Bytes [start, end) of a shard, in a file of the folder when `ready`."""
+
+    shard: str
+    start: int
+    end: int
+    ready: bool = False
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.shard.replace('/', '_')}.{self.start}-{self.end}"
+
+
+@dataclass
+class _Batch:
+    extents: list[Extent]
+    groups_left: int
+    admitted: bool = False
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(extent.end - extent.start for extent in self.extents)
+
+
+class StoppedFetchError(Exception):
+    """The window was closed while a fetcher was at work."""
+
+
+class Window:
+    """The fetched part of a remote checkpoint, at most `max_bytes` of it (or one batch, where that is more)."""
+
+    def __init__(self, folder: Path, max_bytes: int, tensors: Mapping[str, TensorInfo], fetch: Fetch):
+        self._folder = folder
+        self.max_bytes = max_bytes
+        self._tensors = tensors
+        self._fetch = fetch
+        self._changed = threading.Condition()
+        self._extent_of: dict[str, Extent] = {}
+        self._batch_of: dict[str, _Batch] = {}
+        self._queue: deque[tuple[_Batch, Extent]] = deque()
+        self._resident = 0
+        self._failure: Exception | None = None
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self.most_resident = 0
+
+    def start(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
+        """Begin to fetch the tensors of these groups, in this order, but for groups whose first tensor is `finished`.
+
+        What an earlier run with the same groups left in the folder is used.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for gathered in self._gather(groups):
+            left = [group for group in gathered if group[0] not in finished]
+            if not left:
+                continue
+            # Of all its groups, finished or not: the same ranges in every run, so that their files are found again.
+            extents = self._extents([name for group in gathered for name in group])
+            batch = _Batch(extents, len(left))
+            self._batch_of |= {group[0]: batch for group in left}
+            self._queue.extend((batch, extent) for extent in extents)
+        kept = {extent.file_name: extent.end - extent.start for _, extent in self._queue}
+        for path in self._folder.iterdir():
+            if _OURS.search(path.name) and path.stat().st_size != kept.get(path.name):
+                path.unlink()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"npuq-fetch-{number}", daemon=True) for number in range(_FETCHERS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for(self, name: str) -> tuple[Path, int]:
+        """The file that has an expected tensor's bytes, once it is there, and the offset in its shard it begins at.
+
+        Raises what fetching failed with, or CheckpointError after `close`.
+        """
+        with self._changed:
+            extent = self._extent_of.get(name)
+            if extent is None:
+                raise CheckpointError(f"tensor {name!r} was not announced, or was released already")
+            self._changed.wait_for(lambda: extent.ready or self._failure is not None or self._closed)
+            if self._failure is not None:
+                raise self._failure
+            if not extent.ready:
+                raise CheckpointError("interrupted while a tensor was fetched")
+            return self._folder / extent.file_name, extent.start
+
+    def release(self, group: Sequence[str]) -> None:
+        """The tensors of a group are not needed any more."""
+        with self._changed:
+            for name in group:
+                del self._extent_of[name]
+            batch = self._batch_of.pop(group[0])
+            batch.groups_left -= 1
+            if batch.groups_left:
+                return
+            for extent in batch.extents:
+                (self._folder / extent.file_name).unlink(missing_ok=True)
+            self._resident -= batch.nbytes
+            self._changed.notify_all()
+
+    def interrupt(self) -> None:
+        """End waiting reads and fetches; what is fetched stays for the next run."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the fetchers. The folder goes when nothing is left in it."""
+        self.interrupt()
+        for thread in self._threads:
+            thread.join(timeout=5)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+    def _gather(self, groups: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
+        """Consecutive groups of about a quarter of the window, so that fetching and reading overlap."""
+        limit = min(_BATCH_BYTES, self.max_bytes // 4)
+        gathered: list[Sequence[str]] = []
+        size = 0
+        for group in groups:
+            nbytes = sum(self._tensors[name].nbytes for name in group)
+            if gathered and size + nbytes > limit:
+                yield gathered
+                gathered, size = [], 0
+            gathered.append(group)
+            size += nbytes
+        if gathered:
+            yield gathered
+
+    def _extents(self, names: Sequence[str]) -> list[Extent]:
+        extents: list[Extent] = []
+        for name in sorted(names, key=lambda name: (self._tensors[name].file.name, self._tensors[name].start)):
+            info = self._tensors[name]
+            last = extents[-1] if extents else None
+            if last is None or last.shard != info.file.name or info.start - last.end > _GAP_BYTES:
+                last = Extent(info.file.name, info.start, info.end)
+                extents.append(last)
+            last.end = max(last.end, info.end)
+            self._extent_of[name] = last
+        return extents
+
+    def _run(self) -> None:
+        while (extent := self._next()) is not None:
+            try:
+                self._bring(extent)
+            except StoppedFetchError:
+                return
+            except Exception as error:  # raised where the tensor is waited for
+                with self._changed:
+                    self._failure = self._failure or error
+                    self._changed.notify_all()
+                return
+
+    def _next(self) -> Extent | None:
+        """The next extent in order, as soon as its batch fits; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._failure is not None or self._may_start())
+            if self._closed or self._failure is not None or not self._queue:
+                return None
+            batch, extent = self._queue.popleft()
+            if not batch.admitted:
+                batch.admitted = True
+                self._resident += batch.nbytes
+                self.most_resident = max(self.most_resident, self._resident)
+            return extent
+
+    def _may_start(self) -> bool:
+        if not self._queue:
+            return True
+        batch = self._queue[0][0]
+        fits = self._resident == 0 or self._resident + batch.nbytes <= self.max_bytes
+        return batch.admitted or fits
+
+    def _bring(self, extent: Extent) -> None:
+        target = self._folder / extent.file_name
+        if not target.exists():
+            # A name of our own: a fetcher that an interrupted run left behind may still be writing.
+            partial = self._folder / f"{extent.file_name}.{uuid.uuid4().hex}{_PARTIAL_SUFFIX}"
+            with partial.open("wb") as file:
+                self._fetch(extent.shard, extent.start, extent.end, file, self._check_open)
+                file.flush()
+                # Before it gets its name: after a loss of power that name must not stand for anything else.
+                os.fsync(file.fileno())
+            partial.replace(target)
+        with self._changed:
+            extent.ready = True
+            self._changed.notify_all()
+
+    def _check_open(self, piece: bytes) -> None:
+        if self._closed:
+            raise StoppedFetchError

@@ -1,0 +1,217 @@
+"""Conversion straight from the hub: a window smaller than the checkpoint, faults, kills, and shards pushed as they
+are finished. The artifact must be that of a conversion from the disk, to the byte."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import Fault
+from loopback import LoopbackHub
+from support import MANIFEST, contents, kill_when, npuq_process, npuq_run
+
+import npuq
+from npuq.convert import convert_checkpoint
+from npuq.errors import CheckpointError, HubError
+from npuq.hub import RemoteCheckpoint
+from npuq.hub.client import Backoff
+
+SOURCE = "alice/source"
+OPTIONS = {"method": "minmax", "max_shard_size": 2_000_000}
+WINDOW = 2_500_000  # an eighth of the checkpoint
+
+
+@pytest.fixture
+def source(hub: LoopbackHub, example_fp8: Path) -> str:
+    """The shipped checkpoint on the hub; returns the commit."""
+    card = b"---\nlicense: mit\n---\n# Source\n"
+    files = {path.name: path.read_bytes() for path in example_fp8.iterdir()}
+    return hub.state.put(SOURCE, {**files, "README.md": card}).sha
+
+
+@pytest.fixture(scope="module")
+def expected(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The artifact of a conversion from the disk."""
+    path = tmp_path_factory.mktemp("expected") / "out"
+    convert_checkpoint(example_fp8, path, **OPTIONS)  # type: ignore[arg-type]
+    return {name: content for name, content in contents(path).items() if name != MANIFEST}
+
+
+@contextlib.contextmanager
+def remote(output: Path, backoff: Backoff | None = None, window_bytes: int = WINDOW) -> Iterator[RemoteCheckpoint]:
+    folder = output / "npuq" / "download"
+    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=window_bytes, backoff=backoff) as checkpoint:
+        yield checkpoint
+
+
+def without_manifest(output: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(output).items() if name != MANIFEST}
+
+
+def test_the_same_artifact_in_a_small_window(
+    hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+        assert checkpoint.window.most_resident <= WINDOW
+    assert without_manifest(tmp_path / "out") == expected
+    assert not (tmp_path / "out" / "npuq" / "download").exists()
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["source"]["repo"] == SOURCE
+    assert manifest["source"]["revision"] == source
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert f"base_model: {SOURCE}\nbase_model_relation: quantized" in card
+    # Every weight was fetched once; headers, and small gaps between tensors, come on top.
+    total = sum(blob.size for name, blob in hub.state.repos[SOURCE].commit("main").files.items() if "safe" in name)
+    fetched = sum(seen.sent for seen in hub.requests(r"^GET .*\.safetensors$"))
+    assert total <= fetched + 100_000 <= total + 3 * (1 << 20) + 1_000_000
+    assert npuq.verify(tmp_path / "out").ok
+
+
+def test_a_window_smaller_than_a_tensor(
+    hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    with remote(tmp_path / "out", window_bytes=1) as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", workers=3, **OPTIONS)  # type: ignore[arg-type]
+    assert without_manifest(tmp_path / "out") == expected
+
+
+FAULTS = {
+    "500 on the repository": Fault(f"models/{SOURCE}/revision|models/{SOURCE}$", status=500),
+    "500 on a header": Fault(r"^GET .*\.safetensors", status=500),
+    "500 on a range": Fault(r"^GET .*\.safetensors", after=5, status=500, times=3),
+    "resets amid ranges": Fault(r"^GET .*\.safetensors", after=4, reset_after=100_000, times=5),
+    "reset before a range": Fault(r"^GET .*\.safetensors", after=6, reset_before=True),
+    "a range cut short": Fault(r"^GET .*\.safetensors", after=6, truncate=10),
+    "slow": Fault(r"^GET .*\.safetensors", after=6, bytes_per_second=3_000_000, times=2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_fault_is_survived(
+    hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path, backoff: Backoff, fault: Fault
+) -> None:
+    hub.faults.add(fault)
+    with remote(tmp_path / "out", backoff) as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+    assert hub.faults.hits == fault.times
+    assert without_manifest(tmp_path / "out") == expected
+
+
+def test_a_hub_that_goes_away_and_comes_back(
+    hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path, backoff: Backoff
+) -> None:
+    hub.faults.add(Fault(r"^GET .*\.safetensors", after=12, status=500, times=10**6))
+    with remote(tmp_path / "out", backoff) as checkpoint, pytest.raises(HubError, match="the hub keeps failing"):
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    hub.faults.clear()
+    with remote(tmp_path / "out", backoff) as checkpoint:
+        summary = convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+    assert summary.jobs_resumed > 0
+    assert without_manifest(tmp_path / "out") == expected
+
+
+def test_killed_and_run_again(hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["convert", SOURCE, output, "--method", "minmax", "--max-shard-size", "2MB", "--quiet"]
+    arguments += ["--download-window", "2MB"]
+    for requests in (12, 25):
+        start = len(hub.requests(r"^GET .*\.safetensors"))
+        process = npuq_process(*arguments)
+        killed = kill_when(
+            process, lambda wanted=start + requests: len(hub.requests(r"^GET .*\.safetensors")) >= wanted
+        )
+        assert killed
+        assert not (output / MANIFEST).exists()
+    done = npuq_run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert without_manifest(output) == expected
+    assert not (output / "npuq" / "download").exists()
+
+
+def test_what_was_fetched_before_an_interruption_is_used(
+    hub: LoopbackHub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, names = tmp_path / "window", []
+    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
+        names = [name for name, info in checkpoint.tensors.items() if info.nbytes > 1000][:40]
+        checkpoint.expect([(name,) for name in names], ())
+        before = {name: checkpoint.read(name) for name in names}
+        checkpoint.release((names[0],))
+    (folder / "notes.txt").write_text("not ours")
+    hub.log.clear()
+    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
+        asked = len(hub.log)
+        checkpoint.expect([(name,) for name in names], {names[0]})
+        assert all(
+            bool((checkpoint.read(name).view(-1) == before[name].view(-1)).all())
+            for name in names[1:]
+            if before[name].element_size() > 1
+        )
+        assert len(hub.log) == asked
+        for name in names[1:]:
+            checkpoint.release((name,))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_interrupt_wakes_a_waiting_read(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
+    import threading
+
+    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+        hub.faults.add(Fault(r"^GET .*\.safetensors", bytes_per_second=10_000, times=10**6))
+        name = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
+        checkpoint.expect([(name,)], ())
+        raised: list[Exception] = []
+
+        def read() -> None:
+            try:
+                checkpoint.read(name)
+            except CheckpointError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        time.sleep(0.01)
+        checkpoint.interrupt()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+        assert "interrupted" in str(raised[0])
+
+
+class TestRefused:
+    def test_a_shard_that_is_not_there(self, hub: LoopbackHub, source: str, tmp_path: Path) -> None:
+        del hub.state.repos[SOURCE].commit("main").files["model-00002-of-000003.safetensors"]
+        with (
+            pytest.raises(CheckpointError, match="model-00002-of-000003.safetensors is missing there"),
+            remote(tmp_path),
+        ):
+            pass
+
+    def test_a_truncated_shard(self, hub: LoopbackHub, source: str, example_fp8: Path, tmp_path: Path) -> None:
+        name = "model-00002-of-000003.safetensors"
+        hub.state.put(SOURCE, {name: (example_fp8 / name).read_bytes()[:-5]})
+        with pytest.raises(CheckpointError, match=f"{name}: truncated"), remote(tmp_path):
+            pass
+
+    def test_no_checkpoint(self, hub: LoopbackHub, tmp_path: Path) -> None:
+        hub.state.put(SOURCE, {"a.txt": b""})
+        with pytest.raises(HubError, match=r"has no config\.json; it is not a checkpoint"), remote(tmp_path):
+            pass
+
+    def test_pickles(self, hub: LoopbackHub, tmp_path: Path) -> None:
+        hub.state.put(SOURCE, {"config.json": b"{}", "pytorch_model.bin": b""})
+        with pytest.raises(CheckpointError, match="pickle weights are not read"), remote(tmp_path):
+            pass
+
+    def test_neither_here_nor_there(self, hub: LoopbackHub, tmp_path: Path) -> None:
+        done = npuq_run("convert", "alice/none", tmp_path / "out")
+        assert done.returncode == 1
+        assert "no such directory here; on the hub" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
