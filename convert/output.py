@@ -42,8 +42,16 @@ def check_separate(source: Path, output: Path) -> None:
 def claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
     """Take the output directory for this conversion: its journal, new or continued, or Finished.
 
-    Raises ConversionError when the directory holds anything else, or a conversion with other arguments.
+    Raises ConversionError when the directory holds anything else, or a conversion with other arguments, or cannot be
+    read or written.
     """
+    try:
+        return _claim(output, identity)
+    except OSError as error:
+        raise write_error(output, error) from error
+
+
+def _claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
     journal = output / OWN_FOLDER / JOURNAL_NAME
     if output.exists() and not output.is_dir():
         raise ConversionError(f"{output}: exists and is not a directory; choose another output")
@@ -55,12 +63,9 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
         raise ConversionError(
             f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
         )
-    try:
-        (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
-        sync_directory(output)
-        write_file(output, f"{OWN_FOLDER}/{JOURNAL_NAME}", Journal.first_line(identity))
-    except OSError as error:
-        raise write_error(output, error) from error
+    (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
+    sync_directory(output)
+    write_file(output, f"{OWN_FOLDER}/{JOURNAL_NAME}", Journal.first_line(identity))
     return Journal.open(journal)
 
 
