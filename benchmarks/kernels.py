@@ -1,0 +1,175 @@
+"""Speed of the native kernels, level by level, beside the machine's own limits measured in the same run.
+
+    python benchmarks/kernels.py [--threads 2] [--repeat 30] [--json]
+
+Limits: copying and reading a buffer larger than any cache, and torch's int8 matrix product (oneDNN). Each figure is the
+best of many short repetitions, so that other work on the machine disturbs it little. Shapes are those of a
+DeepSeek-V3-shaped model of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from npuq.quant import native
+from npuq.quant.dialects import BlockScale, StoredRows
+from npuq.quant.library import levels
+from npuq.quant.schemes import Scheme
+from npuq.runtime.ops import LinearPart, Quantized
+from npuq.runtime.ops.native import NativeOps
+
+HIDDEN, INTERMEDIATE, EXPERTS = 2048, 1408, 64
+PROMPT = 512
+V3_HIDDEN, V3_INTERMEDIATE = 7168, 2048
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure: `value` in `unit`, and `ratio` to the limit named `limit`."""
+
+    level: str
+    what: str
+    value: float
+    unit: str
+    ratio: float
+    limit: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes/s of reading (sum) and copying (bytes read), and int8 multiply-adds/s of torch._int_mm."""
+
+    read: float
+    copy: float
+    int8: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    limits = measure_limits(options.repeat)
+    weights = _Weights()
+    rows = []
+    for level in levels():
+        if level != "portable":
+            rows += measure_products(weights, level, options.threads, options.repeat, limits)
+        rows += measure_conversion(level, options.repeat, limits)
+    if options.json:
+        print(
+            json.dumps({"threads": options.threads, **asdict(limits), "rows": [asdict(row) for row in rows]}, indent=2)
+        )
+        return
+    print(f"{options.threads} threads: read {limits.read / 1e9:.1f} GB/s, copy {limits.copy / 1e9:.1f} GB/s, ", end="")
+    print(f"torch int8 product of {PROMPT} rows {limits.int8 / 1e9:.0f} G multiply-adds/s")
+    for row in rows:
+        ratio = f"{row.ratio:5.2f} of {row.limit}" if row.limit else ""
+        print(f"{row.level:11} {row.what:34} {row.value:8.1f} {row.unit:7} {ratio}")
+
+
+def best(work: Callable[[], object], repeat: int) -> float:
+    """Seconds of the fastest of `repeat` runs, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def measure_limits(repeat: int) -> Limits:
+    """What the machine can do at most, with torch's threads."""
+    source = torch.ones(48 << 20)
+    target = torch.empty_like(source)
+    read = source.nbytes / best(lambda: torch.sum(source), repeat)
+    copy = source.nbytes / best(lambda: target.copy_(source), repeat)
+    x = torch.randint(-127, 128, (PROMPT, HIDDEN), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (2 * INTERMEDIATE, HIDDEN), dtype=torch.int8).T
+    return Limits(read, copy, PROMPT * HIDDEN * 2 * INTERMEDIATE / best(lambda: torch._int_mm(x, weight), repeat))
+
+
+class _Weights:
+    """Random stored weights: the gate|up experts of a layer (W4A8), a wide dense linear (W8A8), a head (bf16)."""
+
+    def __init__(self) -> None:
+        def part(scheme: Scheme, rows: int) -> LinearPart:
+            stored = rows // 2 if scheme is Scheme.W4A8 else rows
+            weight = torch.randint(-128, 128, (stored, HIDDEN), dtype=torch.int8)
+            return LinearPart("random", scheme, weight, torch.rand(rows, 1))
+
+        self.experts = [[part(Scheme.W4A8, INTERMEDIATE) for _ in range(2)] for _ in range(EXPERTS)]
+        self.dense = part(Scheme.W8A8, 8 * INTERMEDIATE * 4)
+        self.head = torch.randn(32768, HIDDEN).bfloat16()
+
+
+def _rows(count: int) -> Quantized:
+    return Quantized(torch.randint(-127, 128, (count, HIDDEN), dtype=torch.int8), torch.rand(count))
+
+
+def measure_products(weights: _Weights, level: str, threads: int, repeat: int, limits: Limits) -> list[Row]:
+    """One token (bound by reading) and a prompt (bound by arithmetic)."""
+    ops = NativeOps(threads=threads, level=level)
+    experts, dense = ops.w4a8_experts(weights.experts), ops.w8a8_linear([weights.dense])
+    head = ops.float_linear([weights.head])
+
+    def read(what: str, nbytes: int, work: Callable[[], object]) -> Row:
+        rate = nbytes / best(work, repeat)
+        return Row(level, what, rate / 1e9, "GB/s", rate / limits.read, "read bandwidth")
+
+    def compute(what: str, operations: int, work: Callable[[], object]) -> Row:
+        rate = operations / best(work, max(3, repeat // 5))
+        return Row(level, what, rate / 1e9, "GMAC/s", rate / limits.int8, "torch int8")
+
+    one = torch.ones(EXPERTS, dtype=torch.int64)
+    token, token_rows, x = _rows(1), _rows(EXPERTS), torch.randn(1, HIDDEN)
+    spread = PROMPT * 6 // EXPERTS
+    prompt, prompt_rows = _rows(PROMPT), _rows(EXPERTS * spread)
+    expert_bytes, dense_rows = EXPERTS * INTERMEDIATE * HIDDEN, weights.dense.weight.shape[0]
+    return [
+        read("W4A8 experts, one token each", expert_bytes, lambda: ops.grouped_matmul(token_rows, experts, one)),
+        read("W8A8, one token", dense_rows * HIDDEN, lambda: ops.linear(token, dense)),
+        read("bf16 head, one token", weights.head.nbytes, lambda: ops.linear(x, head)),
+        compute(
+            f"W4A8 experts, {spread} tokens each",
+            2 * expert_bytes * spread,
+            lambda: ops.grouped_matmul(prompt_rows, experts, one * spread),
+        ),
+        compute(f"W8A8, {PROMPT} tokens", dense_rows * HIDDEN * PROMPT, lambda: ops.linear(prompt, dense)),
+    ]
+
+
+def measure_conversion(level: str, repeat: int, limits: Limits) -> list[Row]:
+    """One thread, FP8 rows of DeepSeek-V3's experts; the rate counts source bytes."""
+    found = []
+    for what, columns in (("gate/up", V3_HIDDEN), ("down", V3_INTERMEDIATE)):
+        stored = fp8_rows(256, columns)
+        for name, bits, mse in (("int4 minmax", 4, False), ("int4 mse", 4, True), ("int8 mse", 8, True)):
+            times = max(2, repeat // 5) if mse else repeat
+            rate = stored.rows.numel() / best(lambda: native.quantize(stored, bits, mse, 1, level), times)  # noqa: B023
+            found.append(Row(level, f"{name}, {what} rows, 1 thread", rate / 1e6, "MB/s", rate / limits.copy, "copy"))
+    return found
+
+
+def fp8_rows(rows: int, columns: int) -> StoredRows:
+    """Gaussian weights in 128 × 128 blocks of e4m3, the largest of each block on 448."""
+    weight = torch.randn(rows, columns)
+    blocks = weight.view(rows // 128, 128, columns // 128, 128)
+    scale = blocks.abs().amax(dim=(1, 3)) / 448
+    stored: Tensor = (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
+    return StoredRows(stored, BlockScale(scale, 0, 128, 128))
+
+
+if __name__ == "__main__":
+    main()
