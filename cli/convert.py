@@ -13,6 +13,7 @@ import click
 from ..errors import NpuqError
 from .console import emit_json, format_bytes, size
 from .progress import TerminalProgress
+from .transfer import open_pusher, open_source
 
 if TYPE_CHECKING:
     from ..convert import Summary
@@ -34,6 +35,13 @@ class ConversionInterruptedError(NpuqError):
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
+@click.option("--revision", help="Branch, tag or commit, of a SOURCE on the hub. [default: main]")
+@click.option(
+    "--download-window", type=size, default="20GB", show_default=True, help="Disk for weights of a SOURCE on the hub."
+)
+@click.option(
+    "--push", "repo", metavar="USER/NAME", help="Push finished shards while later ones are made, then the rest."
+)
 @click.option("--dry-run", is_flag=True, help="Print jobs, sizes, memory and disk needed; write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -45,21 +53,30 @@ def command(
     workers: int | None,
     max_memory: int | None,
     max_shard_size: int,
+    revision: str | None,
+    download_window: int,
+    repo: str | None,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Convert the checkpoint directory SOURCE into the artifact directory OUTPUT.
+    """Convert the checkpoint SOURCE into the artifact directory OUTPUT.
+
+    SOURCE is a directory, or user/name on the hub: its weights are then fetched, converted and dropped piece by piece,
+    and never more of them than --download-window are on the disk.
 
     Interrupted at any moment, the same command continues. The artifact does not depend on workers, memory or
     interruptions, to the byte.
     """
     from ..convert import convert_checkpoint
 
+    if repo is not None and dry_run:
+        raise click.UsageError("--push has nothing to push in a --dry-run")
     progress = TerminalProgress("convert", quiet)
     with signals_raise(), progress:
+        pusher = None if repo is None else open_pusher(output, repo, progress.note)
         summary = convert_checkpoint(
-            source,
+            open_source(source, output, revision, download_window),
             output,
             recipe=recipe,
             method=method,
@@ -68,11 +85,15 @@ def command(
             max_shard_size=max_shard_size,
             dry_run=dry_run,
             progress=progress,
+            on_shard=None if pusher is None else pusher.add,
         )
+        pushed = None if pusher is None else pusher.finish()
     if as_json:
-        emit_json(summary.as_dict())
-    else:
-        _print_summary(summary)
+        emit_json(summary.as_dict() | ({} if pushed is None else {"push": pushed.as_dict()}))
+        return
+    _print_summary(summary)
+    if pushed is not None:
+        click.echo(f"pushed: {pushed.url}, commit {pushed.commit[:12]}")
 
 
 @contextmanager

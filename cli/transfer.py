@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import HubError
 from .console import format_bytes, progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from ..hub import ShardPusher
+    from ..quant.checkpoint import Checkpoint
 
 
 class TransferBar:
@@ -57,6 +62,38 @@ def local_model(model: str | Path, *, quiet: bool) -> Path:
     if bar.total_bytes:
         bar.note(f"{model}: {format_bytes(bar.total_bytes)} fetched to {path}")
     return path
+
+
+def open_source(source: str, output: str, revision: str | None, window_bytes: int) -> Path | Checkpoint:
+    """What a SOURCE argument names: a directory, or a checkpoint on the hub, opened to be read from there."""
+    named = None
+    if not Path(source).exists():
+        from ..hub.locate import repo_and_revision
+
+        named = repo_and_revision(source)
+    if named is None:
+        if revision is not None:
+            raise click.UsageError("--revision is for a repository on the hub; SOURCE is a directory")
+        return Path(source)
+    from ..hub import RemoteCheckpoint
+    from ..quant.artifact import OWN_FOLDER
+
+    silence_client()
+    repo, pinned = named
+    # Beside the shards that it becomes: the same disk, and gone with the output directory.
+    folder = Path(output) / OWN_FOLDER / "download"
+    try:
+        return RemoteCheckpoint.open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
+    except HubError as error:
+        raise HubError(f"{source}: no such directory here; on the hub: {error}") from None
+
+
+def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPusher:
+    """A push of an artifact that is being made; HubError when it cannot be, before the work begins."""
+    from ..hub import ShardPusher
+
+    silence_client()
+    return ShardPusher(output, repo, note=note)
 
 
 def silence_client() -> None:

@@ -37,7 +37,7 @@ class Durability:
     max_bytes: int = 2 << 30
 
 
-# Told the name and sha256 of every shard whose bytes are final.
+# Told the name and sha256 of every shard whose bytes are final, in the shards' order.
 OnShard = Callable[[str, str], object]
 
 
@@ -119,9 +119,17 @@ def run_plan(
         else:
             events.put(_Ended(None))
 
+    finished: dict[int, str] = {}
+    next_shard = 0
+
     def told(shard: int, sha256: str) -> None:
-        if on_shard is not None:
-            on_shard(plan.shards[shard].name, sha256)
+        """Pass on finished shards in their order, whatever the order in which workers finish two neighbours."""
+        nonlocal next_shard
+        finished[shard] = sha256
+        while next_shard in finished:
+            if on_shard is not None:
+                on_shard(plan.shards[next_shard].name, finished[next_shard])
+            next_shard += 1
 
     threads = [threading.Thread(target=worker, name=f"npuq-{number}", daemon=True) for number in range(budget.workers)]
     with single_threaded_torch():

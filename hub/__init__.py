@@ -8,5 +8,6 @@ from .locate import resolve
 from .pull import pull
 from .push import PushSummary, push
 from .remote import RemoteCheckpoint
+from .shard_pusher import ShardPusher
 
-__all__ = ["PushSummary", "RemoteCheckpoint", "pull", "push", "resolve"]
+__all__ = ["PushSummary", "RemoteCheckpoint", "ShardPusher", "pull", "push", "resolve"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -34,12 +34,10 @@ class Committer:
             hub.call(f"asking {hub.repo}", lambda: hub.api.repo_info(hub.repo, revision=self.target.revision).sha)
         )
 
-    def begin(self, remote: Mapping[str, RemoteFile]) -> None:
-        """Say that a push is under way: from now on no reader takes the repository for a finished artifact."""
-        if UNFINISHED_NAME in remote and MANIFEST_NAME not in remote:
-            return
-        replaces = sorted(previous_files(self.hub, remote, self.target.revision))
-        content = json.dumps({"unfinished_push": self.title, "replaces": replaces}, indent=1).encode() + b"\n"
+    def begin(self, remote: Mapping[str, RemoteFile], names: Iterable[str]) -> None:
+        """Say that a push of files with these `names` is under way: no reader takes the repository for an artifact."""
+        replaces = sorted({*previous_files(self.hub, remote, self.target.revision), *names} - {UNFINISHED_NAME})
+        content = json.dumps({"unfinished_push": True, "replaces": replaces}, indent=1).encode() + b"\n"
         deletions = [CommitOperationDelete(MANIFEST_NAME)] if MANIFEST_NAME in remote else []
         self._commit([CommitOperationAdd(UNFINISHED_NAME, content)], deletions, finished=False)
 

@@ -78,10 +78,10 @@ def push(
     that could not be sent; all others are sent then, and pushing again continues.
     """
     artifact, progress = Path(artifact), progress or Silent()
-    hub = Hub(repo, token, backoff)
+    hub, title = Hub(repo, token, backoff), message or default_title(artifact)
     manifest = read_manifest(artifact)
     files = local_files(artifact, manifest)
-    target = open_target(hub, private, revision, create_pr, _title(message, artifact))
+    target = open_target(hub, private, revision, create_pr, title)
     if verify is not None:
         verify(artifact)
     remote = list_files(hub, target.revision)
@@ -91,7 +91,7 @@ def push(
     changed = [file for name, file in files.items() if not _is_there(file, remote.get(name))]
     texts = {name: text for name, text in texts.items() if not _holds_text(remote.get(name), text)}
     stale = sorted(previous - files.keys() - {MANIFEST_NAME, CARD_NAME})
-    committer = Committer(hub, target, _title(message, artifact))
+    committer = Committer(hub, target, title)
     commit = _send(committer, files, changed, texts, stale, remote, progress)
     if tag is not None:
         _tag(hub, tag, commit)
@@ -135,7 +135,7 @@ def _send(
         return committer.head()
     large = [file for file in changed if file.size > _SMALL_BYTES]
     if large:
-        committer.begin(remote)
+        committer.begin(remote, [*files, *texts])
     failed = upload_all(committer, large, progress)
     if failed:
         names = ", ".join(failed)
@@ -177,8 +177,9 @@ def _card(hub: Hub, artifact: Path, remote: Mapping[str, RemoteFile], target: Ta
     return {CARD_NAME: card.encode()}
 
 
-def _title(message: str | None, artifact: Path) -> str:
-    return message or f"Upload {artifact.resolve().name} with npuq"
+def default_title(artifact: Path) -> str:
+    """The title of the commits where no message is given."""
+    return f"Upload {artifact.resolve().name} with npuq"
 
 
 def _tag(hub: Hub, tag: str, commit: str) -> None:

@@ -177,16 +177,15 @@ class Window:
         return extents
 
     def _run(self) -> None:
-        while (extent := self._next()) is not None:
-            try:
+        try:
+            while (extent := self._next()) is not None:
                 self._bring(extent)
-            except StoppedFetchError:
-                return
-            except Exception as error:  # raised where the tensor is waited for
-                with self._changed:
-                    self._failure = self._failure or error
-                    self._changed.notify_all()
-                return
+        except StoppedFetchError:
+            return
+        except Exception as error:  # raised where the tensor is waited for
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
 
     def _next(self) -> Extent | None:
         """The next extent in order, as soon as its batch fits; None at the end."""

@@ -526,7 +526,7 @@ _ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("POST",), rf"/api/models/{_NAME}/discussions/(\d+)/status", _Handler.discussion_status),
     (("GET",), rf"/api/models/{_NAME}/revision/(.+)", _Handler.model_info),
     (("GET",), rf"/api/models/{_NAME}", _Handler.model_info),
-    (("GET", "HEAD"), rf"/{_NAME}/resolve/([^/]+|refs/pr/\d+)/(.+)", _Handler.resolve),
+    (("GET", "HEAD"), rf"/{_NAME}/resolve/(refs/pr/\d+|[^/]+)/(.+)", _Handler.resolve),
 ]
 
 

@@ -4,6 +4,7 @@ are finished. The artifact must be that of a conversion from the disk, to the by
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback import LoopbackHub
-from support import MANIFEST, contents, kill_when, npuq_process, npuq_run
+from support import MANIFEST, REPO, assert_pushed, contents, kill_when, npuq_process, npuq_run
 
 import npuq
 from npuq.convert import convert_checkpoint
@@ -184,11 +185,45 @@ def test_interrupt_wakes_a_waiting_read(hub: LoopbackHub, source: str, tmp_path:
         assert "interrupted" in str(raised[0])
 
 
+class TestPushWhileConverting:
+    ARGUMENTS = ("--method", "minmax", "--max-shard-size", "2MB", "--download-window", "2500kB", "--quiet")
+
+    def test_from_hub_to_hub(self, hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path) -> None:
+        done = npuq_run("convert", SOURCE, tmp_path / "out", *self.ARGUMENTS, "--push", REPO, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["push"]["repo"] == REPO
+        assert_pushed(hub, tmp_path / "out")
+        assert without_manifest(tmp_path / "out") == expected
+        added = [set(commit.files) for commit in hub.state.repos[REPO].commits]
+        order = [name for before, after in itertools.pairwise(added) for name in after - before if "model-0" in name]
+        assert order == sorted(order)
+        assert len(added) > 10  # shards came one by one
+
+    def test_killed_and_run_again(
+        self, hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        arguments = ("convert", SOURCE, tmp_path / "out", *self.ARGUMENTS, "--push", REPO)
+        assert kill_when(npuq_process(*arguments), lambda: len(hub.requests("^PUT /lfs/")) >= 3)
+        assert MANIFEST not in hub.state.files(REPO)
+        done = npuq_run(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert_pushed(hub, tmp_path / "out")
+        assert without_manifest(tmp_path / "out") == expected
+        shards = sum(len(content) for name, content in expected.items() if name.endswith(".safetensors"))
+        assert hub.uploaded_bytes() <= shards + 2 * 2_100_000
+
+    def test_a_repository_that_may_not_be_written_to(self, hub: LoopbackHub, source: str, tmp_path: Path) -> None:
+        done = npuq_run("convert", SOURCE, tmp_path / "out", *self.ARGUMENTS, "--push", "bob/his")
+        assert done.returncode == 1
+        assert "may not write to bob/his" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
 class TestRefused:
     def test_a_shard_that_is_not_there(self, hub: LoopbackHub, source: str, tmp_path: Path) -> None:
         del hub.state.repos[SOURCE].commit("main").files["model-00002-of-000003.safetensors"]
         with (
-            pytest.raises(CheckpointError, match="model-00002-of-000003.safetensors is missing there"),
+            pytest.raises(CheckpointError, match=r"model-00002-of-000003\.safetensors is missing there"),
             remote(tmp_path),
         ):
             pass
