@@ -257,7 +257,8 @@ INLINE vi window_codes(vf magnitude, vf inverse, vf limit) {
 /* Collects every breakpoint between the two scales and sums the state above them. NPUQ_NO_MEMORY if they do not fit. */
 static int collect(const struct optimal_row *row, float inverse_hi, float inverse_lo, struct optimal_scratch *scratch,
                    size_t *count, int64_t *a, int64_t *b) {
-    static const double unit = 1 << KAPPA_BITS;
+    double inverse[MOST_LEVELS + 1]; /* 2^17 / (2m − 1) */
+    for (int m = 1; m <= row->levels; m++) inverse[m] = (double)(1 << KAPPA_BITS) / (2 * m - 1);
     size_t found = 0;
     int64_t sum_a = 0, sum_b = 0;
     const float levels = (float)row->levels;
@@ -309,7 +310,7 @@ static int collect(const struct optimal_row *row, float inverse_hi, float invers
             for (int32_t m = high[i] + 1; m <= low[i]; m++) {
                 uint32_t odd = 2 * (uint32_t)m - 1;
                 scratch->breakpoints[found++] =
-                    (struct breakpoint){kappa_of(magnitude, unit / (double)odd), magnitude, odd, 0};
+                    (struct breakpoint){kappa_of(magnitude, inverse[m]), magnitude, odd, 0};
             }
         }
     }
@@ -325,7 +326,7 @@ static int by_falling_kappa(const void *left, const void *right) {
 }
 
 static void sort_breakpoints(struct breakpoint *list, size_t n) {
-    if (n > 32) {
+    if (n > 64) {
         qsort(list, n, sizeof *list, by_falling_kappa);
         return;
     }
