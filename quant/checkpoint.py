@@ -159,10 +159,16 @@ class Checkpoint:
         return data
 
 
-def natural_key(name: str) -> list[str | int]:
+def natural_key(name: str) -> list[str | tuple[int, str]]:
     """Sort key that puts `layers.2.` before `layers.10.`."""
-    # Splitting by digits alternates text and number at fixed positions, so that keys are always comparable.
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    # Splitting by digits alternates text and number at fixed positions, so that keys are always comparable. A number
+    # is its length and its digits: one of any length compares, where int() would refuse thousands of digits.
+    return [_number(part) if part[:1].isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def _number(digits: str) -> tuple[int, str]:
+    significant = digits.lstrip("0")
+    return len(significant), significant
 
 
 def read_json(path: Path) -> dict[str, Any]:
