@@ -89,11 +89,12 @@ def prepare(opened: Path | Checkpoint, recipe: str | Path, method: str | None, m
 
     A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it.
     """
-    checkpoint = opened if isinstance(opened, Checkpoint) else None
+    checkpoint: Checkpoint | None = None
     try:
+        if isinstance(opened, Checkpoint):
+            checkpoint = opened
         resolved = load_recipe(recipe, method)
-        if checkpoint is None:
-            checkpoint = Checkpoint.open(opened)
+        checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
         source = WeightSource(checkpoint)

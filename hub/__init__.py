@@ -5,8 +5,8 @@ resuming inside a file, hashes checked against the manifest, one bad file that d
 """
 
 from .locate import resolve
-from .pull import pull
-from .push import PushSummary, push
+from .pulling import pull
+from .pushing import PushSummary, push
 from .remote import RemoteCheckpoint
 from .shard_pusher import ShardPusher
 

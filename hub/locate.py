@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import HubError
 from .client import is_repo_id
 from .progress import TransferProgress
-from .pull import pull
+from .pulling import pull
 
 
 def resolve(

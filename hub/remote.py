@@ -110,7 +110,7 @@ class RemoteCheckpoint(Checkpoint):
     def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
         path, offset = self.window.wait_for(info.name)
         data = torch.empty(end - start, dtype=torch.uint8)
-        buffer, done = memoryview(data.numpy()), 0
+        buffer, done = data.numpy().data, 0
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:

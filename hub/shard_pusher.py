@@ -11,7 +11,7 @@ from ..errors import NpuqError
 from .client import Backoff, Hub
 from .commits import Committer
 from .progress import Silent
-from .push import PushSummary, default_title, push
+from .pushing import PushSummary, default_title, push
 from .remote_state import list_files, previous_files, refuse_strays
 from .target import open_target
 from .upload import LocalFile, upload_all
