@@ -60,7 +60,7 @@ def test_finds_the_best_of_all_states(kind: str, columns: int, bits: int) -> Non
     check(fixed(values), bits)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=12), st.sampled_from([4, 8]))
 def test_small_integers_full_of_ties(row: list[int], bits: int) -> None:
     check(np.array([row]), bits)
