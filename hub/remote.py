@@ -79,8 +79,7 @@ class RemoteCheckpoint(Checkpoint):
         tensors = collect_tensors(directory, weight_map, headers)
 
         def fetch(shard: str, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
-            with hub.errors(f"fetching {shard} of {repo}"):
-                fetch_range(hub, shard, commit, start, end, file, received)
+            fetch_range(hub, shard, commit, start, end, file, received)
 
         window = Window(Path(folder), window_bytes, tensors, fetch)
         return cls(directory, config, tensors, [directory / shard for shard in shards], window)

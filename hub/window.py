@@ -85,7 +85,6 @@ class Window:
 
         What an earlier run with the same groups left in the folder is used.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         for gathered in self._gather(groups):
             left = [group for group in gathered if group[0] not in finished]
             if not left:
@@ -95,10 +94,10 @@ class Window:
             batch = _Batch(extents, len(left))
             self._batch_of |= {group[0]: batch for group in left}
             self._queue.extend((batch, extent) for extent in extents)
-        kept = {extent.file_name: extent.end - extent.start for _, extent in self._queue}
-        for path in self._folder.iterdir():
-            if _OURS.search(path.name) and path.stat().st_size != kept.get(path.name):
-                path.unlink()
+        try:
+            self._tidy({extent.file_name: extent.end - extent.start for _, extent in self._queue})
+        except OSError as error:
+            raise self._disk_error(error) from error
         self._threads = [
             threading.Thread(target=self._run, name=f"npuq-fetch-{number}", daemon=True) for number in range(_FETCHERS)
         ]
@@ -176,6 +175,19 @@ class Window:
             self._extent_of[name] = last
         return extents
 
+    def _tidy(self, kept: Mapping[str, int]) -> None:
+        """Make the folder, and remove what earlier runs left there and none of these files (name → size) is."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            if _OURS.search(path.name) and path.stat().st_size != kept.get(path.name):
+                path.unlink()
+
+    def _disk_error(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{error.filename or self._folder}: cannot be written: {error.strerror or error}; "
+            "make room, or give a smaller --download-window, and run the same command: it continues"
+        )
+
     def _run(self) -> None:
         try:
             while (extent := self._next()) is not None:
@@ -183,8 +195,9 @@ class Window:
         except StoppedFetchError:
             return
         except Exception as error:  # raised where the tensor is waited for
+            failure = self._disk_error(error) if isinstance(error, OSError) else error
             with self._changed:
-                self._failure = self._failure or error
+                self._failure = self._failure or failure
                 self._changed.notify_all()
 
     def _next(self) -> Extent | None:

@@ -4,8 +4,10 @@ are finished. The artifact must be that of a conversion from the disk, to the by
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,25 @@ def test_a_hub_that_goes_away_and_comes_back(
     with remote(tmp_path / "out", backoff) as checkpoint:
         summary = convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
     assert summary.jobs_resumed > 0
+    assert without_manifest(tmp_path / "out") == expected
+
+
+def test_disk_full(
+    hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, calls = os.fsync, itertools.count()
+
+    def full(descriptor: int) -> None:
+        if "download" in str(Path(f"/proc/self/fd/{descriptor}").readlink()) and next(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = "download: cannot be written: No space left on device; make room, or give a smaller --download-window"
+    with remote(tmp_path / "out") as checkpoint, pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
     assert without_manifest(tmp_path / "out") == expected
 
 
