@@ -61,14 +61,17 @@ class Hub:
         self._token = token
         self.api = HfApi(token=token, library_name="npuq", library_version=__version__)
 
-    def call(self, doing: str, action: Callable[[], T]) -> T:
-        """Do `action`, again after faults that may pass; other errors become a HubError that begins with `doing`."""
-        attempt = 1
+    def call(self, doing: str, action: Callable[[], T], attempts: int | None = None) -> T:
+        """Do `action`, again after faults that may pass; other errors become a HubError that begins with `doing`.
+
+        `attempts` is for what the client repeats by itself, so that waiting does not multiply.
+        """
+        attempt, attempts = 1, attempts or self.backoff.attempts
         while True:
             try:
                 return action()
             except Exception as error:
-                if not is_transient(error) or attempt >= self.backoff.attempts:
+                if not is_transient(error) or attempt >= attempts:
                     translated = self.translate(doing, error)
                     if translated is None:
                         raise

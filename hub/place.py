@@ -90,6 +90,7 @@ class CachePlace:
         hub.call(
             f"{hub.repo}: {name}",
             lambda: hub.api.hf_hub_download(hub.repo, name, revision=self._commit, force_download=force),
+            attempts=3,
         )
 
     def _is_right(self, wanted: Wanted) -> bool:

@@ -85,7 +85,7 @@ def _fetch_manifest(hub: Hub, revision: str | None, artifact_only: bool) -> Path
                 raise
             return cached
 
-    path = hub.call(f"fetching {hub.repo}", download)
+    path = hub.call(f"fetching {hub.repo}", download, attempts=2)
     if path is None and artifact_only:
         remote = list_files(hub, revision or "main")
         if UNFINISHED_NAME in remote or DESCRIPTION_NAME in remote:

@@ -6,6 +6,7 @@ another; the last commit brings the small files and the manifest. Content that t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from .progress import Silent, TransferProgress
 from .remote_state import (
     UNFINISHED_NAME,
     RemoteFile,
-    git_blob_id,
     list_files,
     previous_files,
     read_small_file,
@@ -89,6 +89,7 @@ def push(
     refuse_strays(hub, remote, {*files, *previous})
     texts = {MANIFEST_NAME: (artifact / MANIFEST_NAME).read_bytes(), **_card(hub, artifact, remote, target)}
     changed = [file for name, file in files.items() if not _is_there(file, remote.get(name))]
+    count = len({*files, *texts})
     texts = {name: text for name, text in texts.items() if not _holds_text(remote.get(name), text)}
     stale = sorted(previous - files.keys() - {MANIFEST_NAME, CARD_NAME})
     committer = Committer(hub, target, title)
@@ -101,7 +102,7 @@ def push(
         revision=target.revision,
         commit=commit,
         url=f"{hub.api.endpoint}/{repo}",
-        files=len(files) + 1,
+        files=count,
         sent_files=len(changed) + len(texts),
         sent_bytes=sum(file.size for file in changed) + sum(map(len, texts.values())),
         pull_request=target.pull_request,
@@ -159,7 +160,7 @@ def _is_there(file: LocalFile, remote: RemoteFile | None) -> bool:
 
 
 def _holds_text(remote: RemoteFile | None, text: bytes) -> bool:
-    return remote is not None and remote.blob_id == git_blob_id(text)
+    return remote is not None and remote.holds(len(text), hashlib.sha256(text).hexdigest(), text)
 
 
 def _card(hub: Hub, artifact: Path, remote: Mapping[str, RemoteFile], target: Target) -> dict[str, bytes]:

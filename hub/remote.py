@@ -141,7 +141,7 @@ def _fetch_small_files(hub: Hub, commit: str, files: Mapping[str, RemoteFile]) -
 
     def download(name: str) -> Path:
         doing = f"{hub.repo}: {name}"
-        return hub.call(doing, lambda: Path(hub.api.hf_hub_download(hub.repo, name, revision=commit)))
+        return hub.call(doing, lambda: Path(hub.api.hf_hub_download(hub.repo, name, revision=commit)), attempts=3)
 
     directory: Path | None = None
     for _, result in in_order(names, download, _WORKERS):
