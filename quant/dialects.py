@@ -73,7 +73,7 @@ class WeightSource:
         self.block_rows = self._block[0] if fp8 else 1
 
     def expect(self, names: Iterable[str], finished: Container[str]) -> None:
-        """Say which weights will be read, in this order, but for `finished` ones: some checkpoints have to fetch them."""
+        """Say which weights will be read, in this order, without `finished` ones: some checkpoints must fetch them."""
         self.checkpoint.expect([self._stored_names(name) for name in names], finished)
 
     def release(self, name: str) -> None:

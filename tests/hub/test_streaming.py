@@ -76,6 +76,27 @@ def test_the_same_artifact_in_a_small_window(
     assert npuq.verify(tmp_path / "out").ok
 
 
+def test_dry_run_reads_headers_alone_and_writes_nothing(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
+    done = npuq_run("convert", SOURCE, tmp_path / "out", "--download-window", "3MB", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["status"] == "planned"
+    assert plan["disk_bytes_needed"] == plan["output_bytes"] + 3_000_000 + (64 << 20)
+    assert len(hub.requests(r"^GET .*\.safetensors$")) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_revision_pins_and_a_moved_branch_is_refused(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
+    arguments = ("convert", SOURCE, tmp_path / "out", "--method", "minmax", "--quiet", "--json")
+    assert npuq_run(*arguments).returncode == 0
+    moved = hub.state.put(SOURCE, {"generation_config.json": b"{}"}).sha
+    again = npuq_run(*arguments)
+    assert again.returncode == 1
+    assert source in again.stderr and moved in again.stderr
+    pinned = npuq_run(*arguments, "--revision", source)
+    assert json.loads(pinned.stdout)["status"] == "finished"
+
+
 def test_a_window_smaller_than_a_tensor(
     hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
