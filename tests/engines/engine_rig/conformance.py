@@ -1,0 +1,234 @@
+"""The check itself: load an artifact with an engine, every rank of it, and compare what its operators compute.
+
+For each quantized linear the same int8 rows go to the emulated NPU operators, with the operands that the engine made of
+the artifact, and to npuq's own runtime; each rank's part is put beside the others' or added to them, as the layer asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from npuq.quant.checkpoint import Checkpoint
+from npuq.quant.schemes import Scheme
+from npuq.runtime.ops import LinearPart, Quantized
+from npuq.runtime.ops.reference import ReferenceOps
+from npuq.runtime.weights import ArtifactStore
+
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+TOLERANCE = 1e-5
+ROWS = 3
+
+
+class ConformanceError(Exception):
+    """The engine computes something else than npuq's runtime."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All ranks of a model in an engine. `rename`: an engine's module name → the artifact's.
+    `borrowed`: parts of names of modules whose weights come from another model."""
+
+    directory: Path
+    ranks: Sequence[dict[str, nn.Module]]
+    moe_tp: int
+    rename: Callable[[str], str]
+    borrowed: tuple[str, ...]
+
+
+def load(engine: ModuleType, directory: Path, tp: int, ep: int = 1, mtp: bool = False) -> Loaded:
+    """Every rank of the model, or of its MTP draft."""
+    with Checkpoint.open(directory) as checkpoint:
+        last = checkpoint.config["num_hidden_layers"]
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name in checkpoint.tensors:
+                yield name, checkpoint.read(name)
+
+        models = [engine.build(directory, weights(), tp, ep, rank, mtp) for rank in range(tp)]
+
+    def rename(name: str) -> str:
+        return name.replace("model.decoder.", f"model.layers.{last}.").replace(".mtp_block.", ".")
+
+    return Loaded(
+        directory,
+        [dict(model.named_modules()) for model in models],
+        tp // ep,
+        rename,
+        engine.BORROWED_BY_DRAFT if mtp else (),
+    )
+
+
+def compare(loaded: Loaded) -> int:
+    """Compare every linear, and count the quantized ones, a layer's experts as one.
+
+    Raises ConformanceError for the first that differs.
+    """
+    count = 0
+    with Checkpoint.open(loaded.directory) as checkpoint:
+        comparison = Comparison(loaded, checkpoint)
+        for name, module in loaded.ranks[0].items():
+            if any(part in name for part in loaded.borrowed):
+                continue
+            weight = getattr(module, "weight", None)
+            if hasattr(module, "w13_weight"):
+                comparison.experts(name)
+                count += 1
+            elif isinstance(weight, Tensor) and weight.dtype == torch.int8:
+                comparison.linear(name)
+                count += 1
+            elif isinstance(weight, Tensor) and f"{loaded.rename(name)}.weight" in checkpoint.tensors:
+                comparison.same(f"{name}.weight")
+            if isinstance(getattr(module, "e_score_correction_bias", None), Tensor) and name.endswith(".gate"):
+                comparison.same(f"{name}.e_score_correction_bias")
+    return count
+
+
+class Comparison:
+    """One model against npuq's runtime."""
+
+    def __init__(self, loaded: Loaded, checkpoint: Checkpoint):
+        self.loaded, self.checkpoint = loaded, checkpoint
+        self.store = ArtifactStore(checkpoint)
+        self.ops = ReferenceOps()
+        self.generator = torch.Generator().manual_seed(7)
+
+    def same(self, name: str) -> None:
+        """A float tensor: the same on every rank, or in rows over the ranks, padded at the end."""
+        stored = self.checkpoint.read(self.loaded.rename(name))
+        module, _, leaf = name.rpartition(".")
+        held = [getattr(modules[module], leaf).data for modules in self.loaded.ranks]
+        whole = [tensor for tensor in held if tensor.shape == stored.shape]
+        for tensor in whole or [torch.cat(held)[: stored.shape[0]]]:
+            # A router may be held in float32; nothing may be held in less than it is stored in.
+            if tensor.dtype not in (stored.dtype, torch.float32) or not torch.equal(tensor.to(stored.dtype), stored):
+                raise ConformanceError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what the artifact has")
+
+    def parts(self, name: str, names: Sequence[str]) -> list[LinearPart]:
+        prefix = self.loaded.rename(name).rpartition(".")[0]
+        found = []
+        for part in names:
+            scale = self.checkpoint.tensors[f"{prefix}.{part}.weight_scale"].shape[0]
+            inputs = self.checkpoint.tensors[f"{prefix}.{part}.weight"].shape[1]
+            offset = self.checkpoint.read(f"{prefix}.{part}.weight_offset")
+            if offset.shape != (scale, 1) or bool(offset.any()):
+                raise ConformanceError(f"{prefix}.{part}.weight_offset: {list(offset.shape)} zeros are wanted")
+            found.append(self.store.linear(f"{prefix}.{part}", scale, inputs))
+        return found
+
+    def rows(self, count: int, width: int) -> Quantized:
+        codes = torch.randint(-127, 128, (count, width), generator=self.generator, dtype=torch.int8)
+        return Quantized(codes, torch.rand(count, generator=self.generator, dtype=torch.float32) + 0.5)
+
+    def linear(self, name: str) -> None:
+        leaf = name.rpartition(".")[2]
+        parts = self.parts(name, FUSED.get(leaf, (leaf,)))
+        if parts[0].scheme is not Scheme.W8A8:
+            raise ConformanceError(f"{name}: {parts[0].scheme.value} where the engine has int8")
+        x = self.rows(ROWS, parts[0].weight.shape[1])
+        # Both engines keep the scales of linears in the model's dtype.
+        ours = self.ops.linear(x, self.ops.w8a8_linear([_rounded(part) for part in parts]))
+        outputs = []
+        for rank, modules in enumerate(self.loaded.ranks):
+            module = modules[name]
+            taken = _columns(x, module.weight.shape[0], rank)
+            scale = module.weight_scale.data.float()
+            outputs.append(
+                torch.ops.npu.npu_quant_matmul(
+                    taken.codes, module.weight.data, scale, pertoken_scale=taken.scale, output_dtype=torch.float32
+                )
+            )
+        sizes = [part.weight.shape[0] for part in parts]
+        _equal(name, _gather(outputs, sizes, outputs[0].shape[1], self.loaded.ranks[0][name].weight.shape[0], x), ours)
+
+    def experts(self, name: str) -> None:
+        """Gate and up of all experts at once, then down: the two grouped matmuls of a layer."""
+        for leaf, names in (("w13", ("gate_proj", "up_proj")), ("w2", ("down_proj",))):
+            self.grouped(name, leaf, names)
+
+    def grouped(self, name: str, leaf: str, names: Sequence[str]) -> None:
+        local = getattr(self.loaded.ranks[0][name], f"{leaf}_weight").shape[0]
+        count = local * len(self.loaded.ranks) // self.loaded.moe_tp
+        experts = [self.parts(f"{name}.{expert}.x", names) for expert in range(count)]
+        scheme = experts[0][0].scheme
+        if scheme is Scheme.W8A8:
+            experts = [[_rounded(part) for part in parts] for parts in experts]
+        inputs = experts[0][0].weight.shape[1]
+        x = self.rows(count * ROWS, inputs)
+        counts = torch.full((count,), ROWS)
+        ours = self.ops.grouped_matmul(x, self.ops.experts_of(experts), counts)
+        sizes = [parts.scale.shape[0] for parts in experts[0] if parts.scale is not None]
+        done = []
+        for first in range(0, len(self.loaded.ranks), self.loaded.moe_tp):
+            start = first // self.loaded.moe_tp * local * ROWS
+            rows = Quantized(x.codes[start : start + local * ROWS], x.scale[start : start + local * ROWS])
+            members = range(first, first + self.loaded.moe_tp)
+            outputs = [self.product(name, leaf, rank, rows, scheme) for rank in members]
+            held = getattr(self.loaded.ranks[0][name], f"{leaf}_weight").shape[1]
+            done.append(_gather(outputs, sizes, outputs[0].shape[1], held, x))
+        _equal(f"{name}.{leaf}", torch.cat(done), ours)
+
+    def product(self, name: str, leaf: str, rank: int, rows: Quantized, scheme: Scheme) -> Tensor:
+        module = self.loaded.ranks[rank][name]
+        weight = getattr(module, f"{leaf}_weight").data
+        taken = _columns(rows, weight.shape[1], rank % self.loaded.moe_tp)
+        scale = getattr(module, f"{leaf}_weight_scale").data.reshape(weight.shape[0], -1)
+        extra = {}
+        if (weight.dtype == torch.int32) != (scheme is Scheme.W4A8):
+            raise ConformanceError(f"{name}.{leaf}: {weight.dtype} for {scheme.value}")
+        if scheme is Scheme.W4A8:
+            # The per-channel scale is [E, N] for vLLM-Ascend's fused operator, [E, 1, N] for the plain one.
+            scale, extra["bias"] = scale.unsqueeze(1), [getattr(module, f"{leaf}_scale_bias").data]
+        return torch.ops.npu.npu_grouped_matmul(
+            [taken.codes.clone()],
+            [weight],
+            scale=[scale if scheme is Scheme.W4A8 else scale.float()],
+            per_token_scale=[taken.scale],
+            group_list=torch.full((weight.shape[0],), ROWS),
+            split_item=2,
+            group_type=0,
+            group_list_type=1,
+            output_dtype=torch.float32,
+            **extra,
+        )[0]
+
+
+def _rounded(part: LinearPart) -> LinearPart:
+    assert part.scale is not None
+    return LinearPart(part.name, part.scheme, part.weight, part.scale.bfloat16().float(), part.scale_bias)
+
+
+def _columns(x: Quantized, width: int, rank: int) -> Quantized:
+    """The inputs of a rank that holds `width` of them; all of them where it holds all."""
+    if width == x.codes.shape[1]:
+        return x
+    return Quantized(x.codes[:, rank * width : (rank + 1) * width].contiguous(), x.scale)
+
+
+def _gather(outputs: Sequence[Tensor], sizes: Sequence[int], width: int, held: int, x: Quantized) -> Tensor:
+    """Ranks' outputs put together: added where inputs are split, side by side where outputs are, else the first."""
+    if held < x.codes.shape[1]:
+        return torch.stack(list(outputs)).sum(dim=0)
+    if width == sum(sizes):
+        for other in outputs[1:]:
+            _equal("replicated", other, outputs[0])
+        return outputs[0]
+    pieces = [output.split([size // len(outputs) for size in sizes], dim=1) for output in outputs]
+    return torch.cat([torch.cat([piece[index] for piece in pieces], dim=1) for index in range(len(sizes))], dim=1)
+
+
+def _equal(name: str, theirs: Tensor, ours: Tensor) -> None:
+    if theirs.shape != ours.shape:
+        raise ConformanceError(f"{name}: {list(theirs.shape)} in the engine, {list(ours.shape)} here")
+    error = float((theirs - ours).abs().max() / ours.abs().max())
+    if not error <= TOLERANCE:
+        raise ConformanceError(f"{name}: differs by {error:.2g} of the greatest output")

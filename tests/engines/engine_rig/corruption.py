@@ -1,0 +1,95 @@
+"""Copies of an artifact with one thing wrong, to show that the checks would see it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from npuq.quant.artifact import DESCRIPTION_NAME
+
+Tensors = dict[str, Tensor]
+Tags = dict[str, str]
+Corruption = Callable[[Tensors, Tags], None]
+
+LAYER = "model.layers.1"
+EXPERT = f"{LAYER}.mlp.experts.3"
+
+
+def corrupt(artifact: Path, target: Path, how: Corruption) -> Path:
+    """A copy of `artifact` at `target`, in one shard, after `how` changed its tensors and its description."""
+    shutil.copytree(artifact, target)
+    tensors: Tensors = {}
+    for shard in target.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    description = json.loads((target / DESCRIPTION_NAME).read_text())
+    how(tensors, description)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    (target / DESCRIPTION_NAME).write_text(json.dumps(description))
+    return target
+
+
+def corruptions() -> Iterator[tuple[str, Corruption]]:
+    """Every kind of tensor of a layer: renamed, of another shape, tagged otherwise, of another content."""
+    linears = [f"{LAYER}.self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj")]
+    linears += [f"{LAYER}.mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    experts = [f"{EXPERT}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    for prefix in linears + experts:
+        for leaf in ("weight", "weight_scale", "weight_offset", "scale_bias")[: 4 if prefix in experts else 3]:
+            name = f"{prefix}.{leaf}"
+            yield f"{name} renamed", _rename(name)
+            yield f"{name} has a row more", _grow(name)
+    for name in ("kv_b_proj", "q_a_layernorm", "kv_a_layernorm"):
+        yield f"{name} renamed", _rename(f"{LAYER}.self_attn.{name}.weight")
+    for name in (f"{LAYER}.mlp.gate.weight", f"{LAYER}.mlp.gate.e_score_correction_bias"):
+        yield f"{name} renamed", _rename(name)
+    for prefix in linears:
+        yield f"{prefix} tagged FLOAT", _tag(f"{prefix}.weight", "FLOAT")
+    for name in ("gate_proj", "up_proj", "down_proj"):  # engines read the tags of a layer's first expert alone
+        yield f"first expert's {name} tagged W8A8", _tag(f"{LAYER}.mlp.experts.0.{name}.weight", "W8A8_DYNAMIC")
+    for prefix in experts:
+        yield f"{prefix} nibbles swapped", _change(f"{prefix}.weight", _swap_nibbles)
+        yield f"{prefix} bias of other codes", _change(f"{prefix}.scale_bias", lambda bias: bias.roll(1, 0))
+        yield f"{prefix} bias of half the factor", _change(f"{prefix}.scale_bias", lambda bias: bias / 2)
+
+
+def _rename(name: str) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        new = name.replace("proj", "prj").replace("norm", "nrm").replace("gate.", "gat.")
+        tensors[new], tags[new] = tensors.pop(name), tags.pop(name)
+
+    return how
+
+
+def _grow(name: str) -> Corruption:
+    return _change(name, lambda tensor: torch.cat([tensor, tensor[:1]]))
+
+
+def _tag(name: str, value: str) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        assert tags[name] != value
+        tags[name] = value
+
+    return how
+
+
+def _change(name: str, change: Callable[[Tensor], Tensor]) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        changed = change(tensors[name])
+        assert changed.shape != tensors[name].shape or not torch.equal(changed, tensors[name])
+        tensors[name] = changed
+
+    return how
+
+
+def _swap_nibbles(packed: Tensor) -> Tensor:
+    values = packed.view(torch.uint8)
+    return ((values << 4) | (values >> 4)).view(torch.int8)

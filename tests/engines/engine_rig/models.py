@@ -1,0 +1,66 @@
+"""Artifacts to load: the shipped example, and random ones that all the numbers of ranks divide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from ascend_rig import models
+from safetensors.torch import load_file, save_file
+
+from npuq.convert import convert_checkpoint
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
+_WIDE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 1024,  # 16 ranks get 64 each, the least that the NPU's W4A8 matmul takes
+    "n_routed_experts": 16,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "vocab_size": 512,
+    "num_nextn_predict_layers": 0,
+    "architectures": ["DeepseekV3ForCausalLM"],
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "v2-lite": models.V2_LITE | _WIDE | {"architectures": ["DeepseekV2ForCausalLM"]},
+    "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
+    "kimi": models.KIMI | _WIDE,
+}
+
+
+def write_artifact(name: str, folder: Path) -> Path:
+    """The artifact named `name` ("example" or one of CONFIGS), converted under `folder`."""
+    source = EXAMPLE if name == "example" else _write_source(name, folder / f"{name}-source")
+    convert_checkpoint(source, folder / name, method="minmax", workers=1)
+    return folder / name
+
+
+def _write_source(name: str, directory: Path) -> Path:
+    config = CONFIGS[name]
+    layers, extra = config["num_hidden_layers"], config["num_nextn_predict_layers"]
+    # An MTP layer is a decoder layer with its embedding, head and projection beside it.
+    models.write_checkpoint(directory, config | {"num_hidden_layers": layers + extra})
+    (directory / "config.json").write_text(json.dumps(config))
+    if extra:
+        file = directory / "model.safetensors"
+        tensors = load_file(file)
+        hidden = config["hidden_size"]
+        for layer in range(layers, layers + extra):
+            prefix = f"model.layers.{layer}"
+            tensors |= {
+                f"{prefix}.embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+                f"{prefix}.shared_head.head.weight": tensors["lm_head.weight"].clone(),
+                f"{prefix}.shared_head.norm.weight": torch.rand(hidden).bfloat16(),
+                f"{prefix}.enorm.weight": torch.rand(hidden).bfloat16(),
+                f"{prefix}.hnorm.weight": torch.rand(hidden).bfloat16(),
+                f"{prefix}.eh_proj.weight": torch.rand(hidden, 2 * hidden).bfloat16(),
+            }
+        save_file(tensors, file, metadata={"format": "pt"})
+    return directory

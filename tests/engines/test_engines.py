@@ -1,0 +1,37 @@
+"""Each engine's checks, in a subprocess of its own, on artifacts that are converted here."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ascend_rig.install import TORCH_NPU
+from engine_rig.install import run_checks
+from engine_rig.models import CONFIGS, write_artifact
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11)
+    or sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or not torch.__version__.startswith(TORCH_NPU),
+    reason=f"the engines' wheels and the rig need CPython 3.11 on Linux x86-64 and torch {TORCH_NPU}",
+)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts")
+    for name in ("example", *CONFIGS):
+        write_artifact(name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["vllm-ascend", "sglang", "msmodelslim"])
+def test_checks_inside_the_engine(engine, artifacts):
+    done = run_checks(engine, HERE / f"check_{engine.replace('-', '_')}.py", artifacts)
+    assert done.returncode == 0, done.stdout + done.stderr
