@@ -11,7 +11,7 @@ CALLS = ["pwrite", "write", "ftruncate", "fdatasync", "fsync", "replace", "renam
 def test_no_space_at_many_points(rig, v3_source, v3_artifact, tmp_path, tree):
     expected = tree(v3_artifact)
     calls = rig(v3_source, tmp_path / "undisturbed", options=OPTIONS, calls=CALLS)["calls"]
-    points = [1, 2, 3, *range(5, calls - 60, 140), *range(calls - 60, calls, 7)]
+    points = [1, 2, 3, *range(5, calls - 60, 140), *range(calls - 60, calls - 4, 7), *range(calls - 4, calls + 1)]
     for point in points:
         output = tmp_path / str(point)
         answer = rig(v3_source, output, options=OPTIONS, fail_at=point, calls=CALLS)
@@ -21,8 +21,10 @@ def test_no_space_at_many_points(rig, v3_source, v3_artifact, tmp_path, tree):
         assert "No space left on device" in answer["error"]
         assert "make room" in answer["error"] and "run the same command" in answer["error"]
         assert str(output) in answer["error"] and "\n" not in answer["error"]
-        assert not (output / "npuq" / "manifest.json").exists()
-        assert rig(v3_source, output, options=OPTIONS)["summary"]["status"] == "converted"
+        # A manifest may be there only when all that it vouches for is: then syncing the folder it lies in was refused.
+        if whole := (output / "npuq" / "manifest.json").exists():
+            assert expected.items() <= tree(output).items()
+        assert rig(v3_source, output, options=OPTIONS)["summary"]["status"] == ("finished" if whole else "converted")
         assert tree(output) == expected
 
 
