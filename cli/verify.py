@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import NpuqError
 from .console import emit_json
 from .progress import TerminalProgress
 
@@ -18,23 +21,34 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("artifact", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint it was made from: measures every linear's error.")
+@click.option("--engine", type=click.Choice(["vllm-ascend", "sglang"]), help="Check that this engine can run it too.")
+@click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that --engine shall use.")
+@click.option("--ep", is_flag=True, help="Expert parallelism: whole routed experts are spread over the ranks.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(artifact: str, source: str | None, quiet: bool, as_json: bool) -> None:
+def command(
+    artifact: str, source: str | None, engine: str | None, tp: int, ep: bool, quiet: bool, as_json: bool
+) -> None:
     """Check that ARTIFACT is whole and that npuq, vLLM-Ascend and SGLang can load it as it is.
 
     ARTIFACT and --source are directories, or user/repo on the hub, which is fetched first.
 
     Hashes, headers, completeness, shapes, the engines' rules, and every stored value. Exit status 1, with each problem
-    named, when anything is wrong.
+    named, when anything is wrong. With --engine also what that engine cannot do with the model on --tp ranks.
     """
-    from ..convert import verify
+    from ..convert import check_placement, verify
     from .transfer import local_model
 
+    if engine is None and (tp != 1 or ep):
+        raise click.UsageError("--tp and --ep are about an engine: name it with --engine")
     where = local_model(artifact, quiet=quiet)
     original = None if source is None else local_model(source, quiet=quiet)
     with TerminalProgress("verify", quiet) as progress:
         report = verify(where, original, progress=progress)
+    if engine is not None:
+        # An artifact whose config or description cannot be read has been found out already.
+        with suppress(NpuqError):
+            report = replace(report, problems=(*report.problems, *check_placement(where, engine, tp, ep)))
     if as_json:
         emit_json(report.as_dict())
     else:

@@ -2,6 +2,7 @@
 `verify` checks one against everything its loaders need; `inspect` says what is in one. Nothing here runs a model."""
 
 from .conversion import Summary, convert_checkpoint
+from .engine_placement import check_placement
 from .inspection import Inspection, inspect
 from .progress import Progress
 from .verification import LinearError, VerifyReport, verify
@@ -12,6 +13,7 @@ __all__ = [
     "Progress",
     "Summary",
     "VerifyReport",
+    "check_placement",
     "convert_checkpoint",
     "inspect",
     "verify",

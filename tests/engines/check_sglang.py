@@ -52,3 +52,11 @@ def test_corruption_is_seen(artifact, tmp_path, what, how):
     broken = corrupt(artifact("v3-mtp"), tmp_path / "broken", how)
     with pytest.raises(SEEN):
         compare(load(engine, broken, 1))
+
+
+def test_float_experts_are_refused(artifact, tmp_path):
+    def tag(tensors, tags):
+        tags |= {name: "FLOAT" for name in tags if ".mlp.experts." in name}
+
+    with pytest.raises(ValueError, match="Unsupported ModelSlim MoE"):
+        load(engine, corrupt(artifact("v3-mtp"), tmp_path / "float", tag), 1)
