@@ -1,7 +1,8 @@
 """The journal of a conversion: which jobs are truly on disk, so that a killed run continues where it was.
 
 A text file of JSON lines. The first says what is being converted, every later one names jobs (with their error
-statistics) or shard hashes that were synced to disk before the line was written. A line torn by a crash is ignored.
+statistics) or shard hashes that were synced to disk before the line was written, or those that were lost since. A line
+torn by a crash is ignored.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Journal:
         self.identity = dict(identity)
         self.record = record
         self._descriptor = descriptor
+        self._read = Record(dict(record.jobs), dict(record.hashes))
 
     @staticmethod
     def first_line(identity: Mapping[str, str]) -> bytes:
@@ -74,12 +76,25 @@ class Journal:
             lines += _line({"jobs": entries})
         if hashes:
             lines += _line({"hashes": list(hashes.items())})
+        self._write(lines)
+        self.record.jobs.update(jobs)
+        self.record.hashes.update(hashes)
+
+    def settle(self) -> None:
+        """Write down what was taken out of the record since it was read; on stable storage when this returns.
+
+        To be called before any of it is made again: a new file soon looks like the one that was lost.
+        """
+        jobs = sorted(self._read.jobs.keys() - self.record.jobs.keys())
+        hashes = sorted(self._read.hashes.keys() - self.record.hashes.keys())
+        if jobs or hashes:
+            self._write(_line({"lost_jobs": jobs, "lost_hashes": hashes}))
+
+    def _write(self, lines: bytes) -> None:
         rest = memoryview(lines)
         while rest:
             rest = rest[os.write(self._descriptor, rest) :]
         os.fsync(self._descriptor)
-        self.record.jobs.update(jobs)
-        self.record.hashes.update(hashes)
 
     def close(self) -> None:
         """Close and unlock; the file stays."""
@@ -129,3 +144,7 @@ def _apply(entry: Mapping[str, Any], record: Record) -> None:
         record.jobs[int(index)] = JobStats(float(squared_error), float(squared_norm))
     for shard, digest in entry.get("hashes", ()):
         record.hashes[int(shard)] = str(digest)
+    for index in entry.get("lost_jobs", ()):
+        record.jobs.pop(int(index), None)
+    for shard in entry.get("lost_hashes", ()):
+        record.hashes.pop(int(shard), None)

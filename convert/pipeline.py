@@ -20,6 +20,7 @@ from ..errors import ConversionError
 from ..quant.dialects import WeightSource
 from .journal import Journal, Record
 from .memory import Budget
+from .output import write_error
 from .plan import Job, Plan
 from .progress import Progress
 from .shards import ShardFiles
@@ -96,6 +97,10 @@ def run_plan(
     Whatever ends it early (an error, a signal's exception in this thread), workers stop at their next chunk and the
     finished jobs are journaled before the exception goes on.
     """
+    try:
+        journal.settle()
+    except OSError as error:
+        raise write_error(journal.path, error) from error
     work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
 

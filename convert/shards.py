@@ -39,7 +39,8 @@ class ShardFiles:
                     os.fstat(file.fileno()).st_size == planned.nbytes
                     and file.read(len(planned.header)) == planned.header
                 )
-        except FileNotFoundError:
+        except OSError:
+            # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
             return False
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:

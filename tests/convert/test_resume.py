@@ -134,6 +134,20 @@ def test_shards_lost_since_the_interruption_are_made_again(damage, rig, v3_sourc
     assert tree(output) == expected
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_kill_while_lost_shards_are_made_again(seed, rig, v3_source, undisturbed, tmp_path, tree):
+    """The new file of a lost shard has its header and size at once: the journal must not vouch for its slots."""
+    expected, _ = undisturbed
+    output = tmp_path / "out"
+    assert rig(v3_source, output, options=OPTIONS, kill_at=2, calls=["replace", "rename"])["killed"]
+    for shard in sorted(output.glob("*.safetensors"))[1:4]:
+        shard.unlink()
+    kill_at = random.Random(seed).randint(2, 30)
+    assert rig(v3_source, output, options=OPTIONS, kill_at=kill_at, calls=["pwrite", "ftruncate"])["killed"]
+    assert rig(v3_source, output, options=OPTIONS)["summary"]["jobs_resumed"] < JOBS
+    assert tree(output) == expected
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_catchable_signals_end_cleanly_and_keep_what_is_done(
     number, status, rig, v3_source, undisturbed, tmp_path, tree
