@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 from ..errors import CheckpointError
 from ..quant.dialects import Weight
@@ -256,7 +257,7 @@ def _unroll(family: Family, config: ModelConfig, mtp_layers: tuple[int, ...]) ->
                 yield Spec(prefix + entry.name, role, shape, layer, expert, optional, entry.row_parallel)
 
     yield from take(family.top, "", None, None, False)
-    for layer in (*range(config.num_hidden_layers), *mtp_layers):
+    for layer in chain(range(config.num_hidden_layers), mtp_layers):
         mtp = layer >= config.num_hidden_layers
         prefix = f"model.layers.{layer}."
         if mtp:

@@ -23,6 +23,9 @@ _ROPE_REQUIRED = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# Far above any model: what a config claims is enumerated, and must not fill the memory before it is found wrong.
+_MAX_LAYERS = 1000
+_MAX_POSITIONS = 1 << 24
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -96,8 +99,8 @@ class ModelConfig:
             hidden_size=read.size("hidden_size"),
             intermediate_size=read.size("intermediate_size"),
             moe_intermediate_size=read.size("moe_intermediate_size"),
-            num_hidden_layers=read.size("num_hidden_layers"),
-            num_nextn_predict_layers=read.count("num_nextn_predict_layers", 0),
+            num_hidden_layers=read.size("num_hidden_layers", most=_MAX_LAYERS),
+            num_nextn_predict_layers=read.count("num_nextn_predict_layers", 0, most=_MAX_LAYERS),
             num_attention_heads=read.size("num_attention_heads"),
             q_lora_rank=None if config.get("q_lora_rank") is None else read.size("q_lora_rank"),
             kv_lora_rank=read.size("kv_lora_rank"),
@@ -121,10 +124,16 @@ class ModelConfig:
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             attention_bias=read.flag("attention_bias", False),
-            max_position_embeddings=read.size("max_position_embeddings"),
+            max_position_embeddings=read.size("max_position_embeddings", most=_MAX_POSITIONS),
             dtype=model_dtype(config),
             rope=_rope_config(config),
         )
+        # What another value would mean is not computed: refuse it rather than run another model.
+        read.choice("hidden_act", ("silu",), "silu")
+        if not read.flag("rope_interleave", True):
+            raise CheckpointError(
+                "config.json: rope_interleave false is not supported; DeepSeek's rotary is interleaved"
+            )
         result._check()
         return result
 
@@ -167,7 +176,7 @@ def _rope_config(config: Mapping[str, Any]) -> RopeConfig:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         raise CheckpointError("config.json: rope_scaling (or rope_parameters) must be an object")
-    name = parameters.get("rope_type") or parameters.get("type") or "default"
+    name = str(parameters.get("rope_type") or parameters.get("type") or "default")
     rope_type = _ROPE_ALIASES.get(name, name)
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"config.json: rope type {name!r} is unknown; npuq knows {', '.join(ROPE_TYPES)}")
@@ -178,7 +187,7 @@ def _rope_config(config: Mapping[str, Any]) -> RopeConfig:
     original = None
     if parameters.get("original_max_position_embeddings") is not None:
         original = read.size("original_max_position_embeddings")
-    return RopeConfig(
+    rope = RopeConfig(
         rope_type=rope_type,
         theta=read.number("rope_theta", 10000.0),
         dim=read.size("qk_rope_head_dim"),
@@ -194,6 +203,24 @@ def _rope_config(config: Mapping[str, Any]) -> RopeConfig:
         high_freq_factor=read.number("high_freq_factor", 4.0),
         truncate=read.flag("truncate", True),
     )
+    _check_rope(rope)
+    return rope
+
+
+def _check_rope(rope: RopeConfig) -> None:
+    """Refuse what gives tables without meaning: divisions by zero, logarithms of nothing, lengths beyond all memory."""
+    for key in ("factor", "beta_fast", "beta_slow"):
+        if getattr(rope, key) <= 0:
+            raise CheckpointError(f"config.json: rope {key} must be above 0, not {getattr(rope, key)}")
+    if rope.theta <= 1:
+        raise CheckpointError(f"config.json: rope_theta must be above 1, not {rope.theta}")
+    if rope.rope_type == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise CheckpointError("config.json: rope high_freq_factor must be above low_freq_factor")
+    if rope.rope_type == "dynamic" and (rope.dim == 2 or rope.max_position * rope.factor > _MAX_POSITIONS):
+        raise CheckpointError(
+            f"config.json: dynamic rope of factor {rope.factor} over {rope.max_position} positions needs more than two "
+            f"rotary dimensions and at most {_MAX_POSITIONS} positions in all"
+        )
 
 
 class _Reader:
@@ -202,22 +229,25 @@ class _Reader:
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
 
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.count(key, default)
+    def size(self, key: str, default: int | None = None, most: int | None = None) -> int:
+        value = self.count(key, default, most)
         if value < 1:
             raise CheckpointError(f"config.json: {key} must be at least 1, not {value}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int | None = None) -> int:
         value = self._get(key, default)
         if type(value) is not int or value < 0:
             raise CheckpointError(f"config.json: {key} must be a whole number, not {value!r}")
+        if most is not None and value > most:
+            raise CheckpointError(f"config.json: {key} {value} is more than any model has; npuq reads up to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
+        # JSON has no infinity and no NaN, but Python reads both.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+            raise CheckpointError(f"config.json: {key} must be a finite number, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

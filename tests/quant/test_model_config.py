@@ -9,6 +9,15 @@ from npuq.errors import CheckpointError
 from npuq.quant.checkpoint import read_json
 from npuq.quant.model_config import ModelConfig
 
+YARN = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 512}
+LLAMA3 = {
+    "type": "llama3",
+    "factor": 2,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 512,
+}
+
 
 @pytest.fixture
 def config(example_fp8) -> dict[str, Any]:
@@ -47,7 +56,7 @@ def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
         ({"hidden_size": "256"}, "hidden_size must be a whole number"),
         ({"hidden_size": True}, "hidden_size must be a whole number"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a finite number"),
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
         ({"scoring_func": "tanh"}, "scoring_func 'tanh' is unknown"),
         ({"topk_method": "beam"}, "topk_method 'beam' is unknown"),
@@ -60,6 +69,19 @@ def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "needs original_max_position_embeddings"),
         ({"rope_scaling": {"type": "linear"}}, "needs factor"),
         ({"rope_scaling": "yarn"}, "must be an object"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope type .* is unknown"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope factor must be above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor must be a finite number"),
+        ({"rope_scaling": {**YARN, "beta_slow": 0}}, "rope beta_slow must be above 0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e9}}, "dynamic rope of factor"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor must be above"),
+        ({"rope_theta": 1}, "rope_theta must be above 1"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
+        ({"rope_interleave": False}, "rope_interleave false is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is unknown"),
+        ({"max_position_embeddings": 10**15}, "max_position_embeddings .* is more than any model has"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers .* is more than any model has"),
+        ({"num_nextn_predict_layers": 10**12}, "num_nextn_predict_layers .* is more than any model has"),
     ],
 )
 def test_broken_configs_are_refused_by_key(change: dict[str, Any], message: str, config: dict[str, Any]) -> None:
