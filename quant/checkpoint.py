@@ -196,7 +196,10 @@ def inside(directory: Path, name: str) -> Path:
     root = directory.resolve()
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{directory}: {name!r} lies outside the checkpoint directory; refusing to read it")
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL in the name
+        raise CheckpointError(f"{directory}: {name!r} is no file that can be opened; fetch it again") from error
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")

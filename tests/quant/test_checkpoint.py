@@ -111,6 +111,14 @@ BAD = {
         ),
         "outside the checkpoint directory",
     ),
+    "link to itself": (
+        lambda d: (
+            (d / "x.safetensors").symlink_to("x.safetensors"),
+            damage_index(d, {"a": "x.safetensors"}),
+        ),
+        "'x.safetensors' is no file that can be opened",
+    ),
+    "NUL in a shard's name": (lambda d: damage_index(d, {"a": "x\0.safetensors"}), "is no file that can be opened"),
     "several files, no index": (lambda d: (d / INDEX_NAME).unlink(), "no model.safetensors.index.json"),
 }
 
