@@ -62,14 +62,24 @@ def inspect(path: str | Path) -> Inspection:
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
         if (directory / MANIFEST_NAME).exists() or (directory / DESCRIPTION_NAME).exists():
-            manifest = read_manifest(directory)
-            kind, recipe, source = "artifact", manifest["recipe"]["name"], manifest["source"]["name"]
+            kind, (recipe, source) = "artifact", _origin(directory)
             lines = _artifact_lines(directory)
         else:
             kind, recipe, source = "checkpoint", None, None
             lines = _checkpoint_lines(config, WeightSource(checkpoint))
     layers, experts = config.num_hidden_layers, config.n_routed_experts
     return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines)
+
+
+def _origin(directory: Path) -> tuple[str, str]:
+    """The names of the recipe and the source that an artifact was made from."""
+    manifest = read_manifest(directory)
+    try:
+        return str(manifest["recipe"]["name"]), str(manifest["source"]["name"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{directory / MANIFEST_NAME}: does not say what it was made from; run npuq verify, or convert again"
+        ) from error
 
 
 def _artifact_lines(directory: Path) -> tuple[RoleLine, ...]:

@@ -331,6 +331,9 @@ def test_inspect(npuq, v3_artifact, v3_source):
 def test_inspect_refuses_the_unfinished_and_the_damaged(artifact, npuq):
     (artifact.directory / "npuq" / "report.json").write_text("[]")
     assert npuq("inspect", artifact.directory).status == 1
+    (artifact.directory / "npuq" / "manifest.json").write_text('{"format_version": 1}')
+    outcome = npuq("inspect", artifact.directory)
+    assert outcome.status == 1 and "does not say what it was made from" in outcome.stderr
     (artifact.directory / "npuq" / "manifest.json").unlink()
     outcome = npuq("inspect", artifact.directory)
     assert outcome.status == 1 and "manifest.json: missing" in outcome.stderr
