@@ -62,6 +62,7 @@ _SHARED = [
     "pygtrie",
     "pyzmq",
     "requests",
+    "scipy",
     "sentencepiece",
     "setproctitle",
     "sniffio",
