@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -49,12 +50,17 @@ def progress_bar(total: int, *, quiet: bool, description: str, unit: str = "B") 
     """A tqdm bar on stderr: bytes, rate, ETA. Silent with `quiet` and where stderr is no terminal."""
     from tqdm import tqdm
 
+    shown = not quiet and sys.stderr.isatty()
+    # Terminals of `script`, of containers and of CI often say that they have no size: tqdm would draw nothing there.
+    sized = shown and all(os.get_terminal_size(sys.stderr.fileno()))
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         unit_scale=True,
-        disable=quiet or not sys.stderr.isatty(),
+        disable=not shown,
         file=sys.stderr,
-        dynamic_ncols=True,
+        dynamic_ncols=sized,
+        ncols=None if sized else 80,
+        nrows=None if sized else 24,
     )
