@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ class Journal:
     def close(self) -> None:
         """Close and unlock; the file stays."""
         os.close(self._descriptor)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Meanwhile other processes wait here: of two conversions that start at once, one makes the journal."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Some network file systems have no locks.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import ArtifactError, ConversionError
 from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, REPORT_NAME, read_manifest
-from .journal import Journal
+from .journal import Journal, locked_directory
 from .shards import sync_directory
 
 JOURNAL_NAME = "progress.jsonl"
@@ -59,14 +59,16 @@ def _claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
         return _finished(output, journal, identity)
     if journal.exists():
         return _continued(journal, output, identity)
-    if output.exists() and not _is_blank(output):
+    if output.exists() and not _is_blank(output) and not journal.exists():  # another npuq may just have made it
         raise ConversionError(
             f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
         )
     (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
     sync_directory(output)
-    write_file(output, f"{OWN_FOLDER}/{JOURNAL_NAME}", Journal.first_line(identity))
-    return Journal.open(journal)
+    with locked_directory(output / OWN_FOLDER):
+        if not journal.exists():
+            write_file(output, f"{OWN_FOLDER}/{JOURNAL_NAME}", Journal.first_line(identity))
+    return _continued(journal, output, identity)
 
 
 def describe_state(output: Path) -> str:

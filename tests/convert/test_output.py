@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from npuq.convert import convert_checkpoint
+from npuq.convert.journal import Journal, locked_directory
+from npuq.convert.output import claim
 from npuq.errors import ArtifactError, ConversionError
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000}
@@ -93,6 +97,22 @@ def test_a_second_conversion_into_the_same_directory_is_refused(v3_source, half_
         fcntl.flock(journal, fcntl.LOCK_EX)
         with pytest.raises(ConversionError, match="another npuq is converting into it right now"):
             convert_checkpoint(v3_source, half_done, **OPTIONS)
+
+
+def test_of_two_conversions_that_start_at_once_one_makes_the_journal(tmp_path):
+    """The second has found no journal yet; the first writes one before the second gets to it."""
+    own = tmp_path / "out" / "npuq"
+    own.mkdir(parents=True)
+    first, second = ({"recipe": name} for name in ("first", "second"))
+    with ThreadPoolExecutor(1) as pool:
+        with locked_directory(own):
+            late = pool.submit(claim, tmp_path / "out", second)
+            time.sleep(0.1)
+            assert not late.done()
+            (own / "progress.jsonl").write_bytes(Journal.first_line(first))
+        with pytest.raises(ConversionError, match=r"recipe \(first there, second now\)"):
+            late.result(timeout=10)
+    assert (own / "progress.jsonl").read_bytes() == Journal.first_line(first)
 
 
 def test_a_finished_artifact_that_lost_a_file_is_not_called_finished(v3_source, tmp_path):
