@@ -136,18 +136,25 @@ def _continued(journal_path: Path, output: Path, identity: Mapping[str, str]) ->
 
 def _finished(output: Path, journal: Path, identity: Mapping[str, str]) -> Finished:
     manifest = read_manifest(output)
-    difference = _difference(manifest.get("conversion", {}), identity)
+    try:
+        difference = _difference(manifest["conversion"], identity)
+        sizes = {output / name: entry["size"] for name, entry in manifest["files"].items()}
+        report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
+    except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError) as error:
+        raise ArtifactError(
+            f"{output}: holds a finished artifact whose manifest or report is damaged ({error!r}); "
+            "run npuq verify, or remove the directory and convert again"
+        ) from error
     if difference:
         raise ConversionError(f"{output}: holds a finished artifact with another {difference}; {_REMEDY}")
-    for name, entry in manifest["files"].items():
-        path = output / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size != size:
             raise ArtifactError(
                 f"{path}: the finished artifact has lost or changed this file; remove the directory and convert again"
             )
     # A kill between the manifest and this removal leaves a journal that nothing needs.
     journal.unlink(missing_ok=True)
-    return Finished(json.loads((output / REPORT_NAME).read_text(encoding="utf-8")))
+    return Finished(report)
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:

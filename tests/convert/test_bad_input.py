@@ -141,7 +141,8 @@ def test_pickle_weights(refused, make_checkpoint):
         ({"torch_dtype": "float7"}, "float7"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 3}, "shape"),
-        ({"num_hidden_layers": 4_000_000}, "missing"),
+        ({"num_hidden_layers": 900}, "missing"),
+        ({"num_hidden_layers": 4_000_000}, "num_hidden_layers"),
         ({"n_routed_experts": 8}, "missing"),
     ],
 )

@@ -122,6 +122,21 @@ def test_a_finished_artifact_that_lost_a_file_is_not_called_finished(v3_source, 
         convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", '{"format_version": 1}'),
+        ("manifest.json", '{"format_version": 1, "conversion": [], "files": []}'),
+        ("report.json", "{"),
+    ],
+)
+def test_a_finished_artifact_with_a_damaged_manifest_or_report_is_refused(name, content, v3_source, tmp_path):
+    convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
+    (tmp_path / "out" / "npuq" / name).write_text(content)
+    with pytest.raises(ArtifactError, match="manifest or report is damaged"):
+        convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
+
+
 def test_a_journal_that_is_none_is_refused(v3_source, tmp_path):
     (tmp_path / "out" / "npuq").mkdir(parents=True)
     (tmp_path / "out" / "npuq" / "progress.jsonl").write_text("not ours\n")
