@@ -75,6 +75,10 @@ def main() -> None:
         # The reader of our output went away (`npuq inspect … | head`); a flush at exit would complain again.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        # What the system refuses (a name that is too long, a directory that may not be read) names its file.
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.exit(_fail(f"{where}{error.strerror or error}", 1))
     except MemoryError:
         sys.exit(_fail("out of memory; lower --max-memory or --workers", 1))
 

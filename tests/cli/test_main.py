@@ -111,6 +111,13 @@ def test_json_is_the_only_thing_on_stdout(example_fp8: Path) -> None:
     assert json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["generate", "--prompt", "a"]])
+def test_what_the_system_refuses_is_one_line(command: list[str]) -> None:
+    done = npuq(command[0], "x" * 300, *command[1:])
+    assert done.returncode == 1
+    assert done.stderr.startswith("npuq: error: xxx") and done.stderr.count("\n") == 1
+
+
 BAR = """
 from npuq.cli.console import progress_bar
 with progress_bar(4000, quiet=QUIET, description="layer 3") as bar:
