@@ -5,5 +5,6 @@ cd "$(dirname "$0")/.."
 source tests/environment.sh
 environment .venv test
 # Tests are many and small: one process a core, each with one thread.
+workers=$(nproc) # before the next line, which nproc heeds
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "$(nproc)" --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@"
