@@ -41,4 +41,9 @@ def _table(inspection: Inspection) -> str:
             f"{format_bytes(line.nbytes):>9} {error:>8}"
         )
     total = format_bytes(sum(line.nbytes for line in inspection.lines))
-    return "\n".join(line.rstrip() for line in [*lines, f"{total} in all"])
+    lines.append(f"{total} in all")
+    lines += [
+        f"perplexity {result['perplexity']:.3f} on {result['text']}, context {result['context']}"
+        for result in inspection.evaluations
+    ]
+    return "\n".join(line.rstrip() for line in lines)

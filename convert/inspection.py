@@ -15,6 +15,7 @@ from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
 from .architecture import take_inventory
+from .stored_evaluation import stored_evaluations
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class RoleLine:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`kind` is artifact or checkpoint; `recipe` and `source` are None for a checkpoint."""
+    """`kind` is artifact or checkpoint; `recipe` and `source` are None for a checkpoint. `evaluations` are the results
+    that `npuq evaluate --save` stored, oldest first.
+    """
 
     path: str
     kind: str
@@ -46,6 +49,7 @@ class Inspection:
     recipe: str | None
     source: str | None
     lines: tuple[RoleLine, ...]
+    evaluations: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -62,18 +66,18 @@ def inspect(path: str | Path) -> Inspection:
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
         if (directory / MANIFEST_NAME).exists() or (directory / DESCRIPTION_NAME).exists():
-            kind, (recipe, source) = "artifact", _origin(directory)
-            lines = _artifact_lines(directory)
+            manifest = read_manifest(directory)
+            kind, (recipe, source) = "artifact", _origin(directory, manifest)
+            lines, evaluations = _artifact_lines(directory), tuple(stored_evaluations(manifest))
         else:
             kind, recipe, source = "checkpoint", None, None
-            lines = _checkpoint_lines(config, WeightSource(checkpoint))
+            lines, evaluations = _checkpoint_lines(config, WeightSource(checkpoint)), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
-    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines)
+    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)
 
 
-def _origin(directory: Path) -> tuple[str, str]:
+def _origin(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     """The names of the recipe and the source that an artifact was made from."""
-    manifest = read_manifest(directory)
     try:
         return str(manifest["recipe"]["name"]), str(manifest["source"]["name"])
     except (KeyError, TypeError) as error:

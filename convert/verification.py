@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, NpuqError
+from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..quant.artifact import MANIFEST_NAME, read_manifest
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
@@ -19,6 +19,7 @@ from .architecture import Spec
 from .pipeline import single_threaded_torch
 from .progress import Progress, Silent
 from .report import relative_error
+from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
 from .verify_values import TensorCheck, check_rope, check_values
 
@@ -135,7 +136,13 @@ def _errors(layout: Layout, checks: list[TensorCheck]) -> Iterator[LinearError]:
 
 
 def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[LinearError, ...]) -> Iterator[str]:
-    """The manifest's linears against those that are there, and its errors against those just measured."""
+    """The manifest's linears against those that are there, and its errors against those just measured; the evaluations
+    that it keeps have the form that the card needs.
+    """
+    try:
+        stored_evaluations(manifest)
+    except ArtifactError as error:
+        yield str(error)
     linears = manifest.get("linears")
     if not isinstance(linears, dict):
         yield f"{MANIFEST_NAME}: lists no linears"

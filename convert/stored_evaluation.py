@@ -1,0 +1,125 @@
+"""What `npuq evaluate --save` measured, kept with the artifact: in its manifest and in its model card.
+
+The results are a key of npuq/manifest.json and no file of their own: one rename stores them, so that at no moment the
+manifest vouches for other bytes than those on the disk, and a push sends them in its last commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtifactError
+from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
+from .journal import locked_directory
+from .output import write_error, write_file
+
+if TYPE_CHECKING:
+    from ..runtime.evaluation import Evaluation
+
+KEY = "evaluations"
+_HEADING = "## Evaluation\n"
+_NEXT_HEADING = "## Loading\n"
+_OPTIONAL = ("source_perplexity", "kl_divergence", "top1_agreement")
+
+
+def check_storable(artifact: Path) -> None:
+    """ArtifactError unless a result can be stored here: a finished artifact, and not a snapshot in a hub's cache."""
+    read_manifest(artifact)
+    if (artifact / MANIFEST_NAME).is_symlink():
+        raise ArtifactError(
+            f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
+            "evaluate that one and push it"
+        )
+
+
+def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: int) -> None:
+    """Store a result in the manifest and the card, in place of an earlier one on the same text and context.
+
+    A card without npuq's section stays as it is. Raises ArtifactError for what is no finished artifact, and
+    ConversionError when the disk refuses; what was stored before stays then.
+    """
+    check_storable(artifact)
+    entry = {
+        "text": text.name,
+        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "context": context,
+        "tokens": result.tokens,
+        "perplexity": result.perplexity,
+        **{key: getattr(result, key) for key in _OPTIONAL},
+    }
+    try:
+        with locked_directory(artifact / OWN_FOLDER):
+            manifest = read_manifest(artifact)
+            entries = [old for old in stored_evaluations(manifest) if _identity(old) != _identity(entry)]
+            manifest[KEY] = [*entries, entry]
+            content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
+            write_file(artifact, MANIFEST_NAME, content)
+            card = artifact / CARD_NAME
+            if card.is_file():
+                write_file(artifact, CARD_NAME, with_evaluations(card.read_text("utf-8"), manifest[KEY]).encode())
+    except UnicodeDecodeError:
+        raise ArtifactError(f"{artifact / CARD_NAME}: is not UTF-8 text; repair it, then evaluate again") from None
+    except OSError as error:
+        raise write_error(artifact, error) from error
+
+
+def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results that a manifest holds, oldest first; ArtifactError when they are damaged."""
+    entries = manifest.get(KEY, [])
+    if not isinstance(entries, list) or not all(_is_sound(entry) for entry in entries):
+        raise ArtifactError(f"{MANIFEST_NAME}: {KEY!r} is damaged; convert again, or remove the key")
+    return entries
+
+
+def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    """The card with the results in npuq's section, between errors and loading; all else stays as it is."""
+    before, begin, rest = card.partition(CARD_BEGIN)
+    section, end, after = rest.partition(CARD_END)
+    if not (begin and end):
+        return card
+    head, heading, tail = section.partition(_NEXT_HEADING)
+    head = head.partition(_HEADING)[0].rstrip("\n") + "\n"
+    if entries:
+        head += f"\n{_HEADING}\n{_table(entries)}"
+    return f"{before}{begin}{head}\n{heading}{tail}{end}{after}"
+
+
+def _table(entries: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "Windows of so many tokens, each from nothing. KL divergence of the source's predictions from this artifact's,",
+        "in nats a token; top-1: how often both find the same token the likeliest.",
+        "",
+        "| text | sha256 | context | tokens | perplexity | source's | KL | top-1 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in entries:
+        name = str(entry["text"]).replace("|", "\\|")
+        source, divergence, agreement = (entry.get(key) for key in _OPTIONAL)
+        lines.append(
+            f"| {name} | `{entry['text_sha256'][:16]}` | {entry['context']} | {entry['tokens']} | "
+            f"{entry['perplexity']:.3f} | {_number(source, '.3f')} | {_number(divergence, '.5f')} | "
+            f"{_number(agreement, '.2%')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[object, object]:
+    return entry["text_sha256"], entry["context"]
+
+
+def _is_sound(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    texts = all(isinstance(entry.get(key), str) for key in ("text", "text_sha256"))
+    counts = all(isinstance(entry.get(key), int) for key in ("context", "tokens"))
+    numbers = [entry.get("perplexity"), *(entry[key] for key in _OPTIONAL if entry.get(key) is not None)]
+    return texts and counts and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)

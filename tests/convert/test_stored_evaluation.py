@@ -1,0 +1,123 @@
+"""`npuq evaluate --save`: the manifest and the card keep the result, and verify and inspect agree with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import npuq
+from npuq.convert import inspect, verify
+from npuq.convert.stored_evaluation import check_storable, store_evaluation
+from npuq.errors import ArtifactError, ConversionError
+from npuq.runtime.evaluation import Evaluation
+
+MANIFEST, CARD = "npuq/manifest.json", "README.md"
+RESULT = Evaluation(66.5, 1000, 66.41, 0.00131, 0.977)
+
+
+@pytest.fixture
+def artifact(example_fp8: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "artifact"
+    npuq.convert_checkpoint(example_fp8, path, method="minmax")
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "wiki|text.txt"
+    path.write_bytes(b"Once\r\nupon a time")
+    return path
+
+
+def test_manifest_and_card(artifact: Path, text: Path) -> None:
+    before = (artifact / CARD).read_text()
+    files = json.loads((artifact / MANIFEST).read_text())["files"]
+    store_evaluation(artifact, RESULT, text, 256)
+    manifest, digest = json.loads((artifact / MANIFEST).read_text()), hashlib.sha256(text.read_bytes()).hexdigest()
+    assert manifest["files"] == files
+    assert manifest["evaluations"] == [
+        {
+            "text": "wiki|text.txt",
+            "text_sha256": digest,
+            "context": 256,
+            "tokens": 1000,
+            "perplexity": 66.5,
+            "source_perplexity": 66.41,
+            "kl_divergence": 0.00131,
+            "top1_agreement": 0.977,
+        }
+    ]
+    card = (artifact / CARD).read_text()
+    row = f"| wiki\\|text.txt | `{digest[:16]}` | 256 | 1000 | 66.500 | 66.410 | 0.00131 | 97.70% |"
+    assert row in card
+    assert before.index("## Size") < card.index("## Evaluation") < card.index("## Loading")
+    start, end = card.index("## Evaluation"), card.index("## Loading")
+    assert card[:start] + card[end:] == before
+    assert verify(artifact).problems == ()
+    assert inspect(artifact).as_dict()["evaluations"][0]["perplexity"] == 66.5
+
+
+def test_replaced_by_text_and_context(artifact: Path, text: Path) -> None:
+    for context, perplexity in ((256, 70.0), (512, 60.0), (256, 71.0)):
+        store_evaluation(artifact, Evaluation(perplexity, 10), text, context)
+    stored = inspect(artifact).evaluations
+    assert [(entry["context"], entry["perplexity"]) for entry in stored] == [(512, 60.0), (256, 71.0)]
+    card = (artifact / CARD).read_text()
+    assert card.count("## Evaluation") == 1
+    assert "70.000" not in card
+    assert "| 71.000 | – | – | – |" in card
+
+
+def test_the_authors_text_stays(artifact: Path, text: Path) -> None:
+    card = artifact / CARD
+    card.write_text("Foreword\n## Evaluation\n\n## Loading\n" + card.read_text() + "Afterword\n")
+    before = card.read_text()
+    store_evaluation(artifact, RESULT, text, 256)
+    assert card.read_text().startswith("Foreword\n## Evaluation\n\n## Loading\n---")
+    assert card.read_text().endswith("Afterword\n")
+    assert len(card.read_text()) > len(before)
+    card.write_text("mine alone\n")
+    store_evaluation(artifact, RESULT, text, 256)
+    assert card.read_text() == "mine alone\n"
+
+
+def test_a_second_conversion_finds_it_finished(artifact: Path, text: Path, example_fp8: Path) -> None:
+    store_evaluation(artifact, RESULT, text, 256)
+    before = (artifact / MANIFEST).read_bytes()
+    npuq.convert_checkpoint(example_fp8, artifact, method="minmax")
+    assert (artifact / MANIFEST).read_bytes() == before
+
+
+def test_refusals(artifact: Path, text: Path, example_fp8: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no finished npuq artifact"):
+        check_storable(example_fp8)
+    cached = tmp_path / "cached"
+    (cached / "npuq").mkdir(parents=True)
+    (cached / MANIFEST).symlink_to(artifact / MANIFEST)
+    with pytest.raises(ArtifactError, match="npuq pull"):
+        check_storable(cached)
+
+
+def test_a_kill_before_the_rename_loses_nothing(artifact: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (artifact / MANIFEST).read_bytes()
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ConversionError, match="space"):
+        store_evaluation(artifact, RESULT, text, 256)
+    assert (artifact / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [{}, [1], [{"text": "a"}], [{"text": 1, "text_sha256": "", "context": 1}]])
+def test_damaged(artifact: Path, damage: object) -> None:
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    (artifact / MANIFEST).write_text(json.dumps({**manifest, "evaluations": damage}))
+    assert any("'evaluations' is damaged" in problem for problem in verify(artifact).problems)
+    with pytest.raises(ArtifactError, match="'evaluations' is damaged"):
+        inspect(artifact)
