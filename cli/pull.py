@@ -15,10 +15,13 @@ from .transfer import TransferBar, silence_client
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit. [default: main]")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
+@click.option(
+    "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
+)
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    repo: str, directory: Path | None, revision: str | None, token: str | None, quiet: bool, as_json: bool
+    repo: str, directory: Path | None, revision: str | None, token: str | None, which: str, quiet: bool, as_json: bool
 ) -> None:
     """Fetch the artifact USER/NAME into the Hugging Face cache, or into DIRECTORY, and print where it is.
 
@@ -29,7 +32,12 @@ def command(
 
     silence_client()
     with TransferBar("pull", quiet) as bar:
-        path = pull(repo, directory, revision=revision, token=token, progress=bar)
+        if which == "modelscope":
+            from ..hub.modelscope import pull_modelscope
+
+            path = pull_modelscope(repo, directory, revision=revision, token=token, progress=bar)
+        else:
+            path = pull(repo, directory, revision=revision, token=token, progress=bar)
     if as_json:
         emit_json({"repo": repo, "path": str(path), "fetched_bytes": bar.total_bytes})
     else:

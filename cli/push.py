@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import click
 
 from ..errors import ArtifactError
 from .console import emit_json, format_bytes
 from .transfer import TransferBar, silence_client
+
+
+class PushArguments(TypedDict):
+    """What pushes to either hub take."""
+
+    private: bool | None
+    revision: str | None
+    message: str | None
+    tag: str | None
+    token: str | None
+    verify: Callable[[Path], None] | None
+    progress: TransferBar
 
 
 @click.command()
@@ -21,6 +35,9 @@ from .transfer import TransferBar, silence_client
 @click.option("--tag", metavar="NAME", help="Tag the result.")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
 @click.option("--no-verify", is_flag=True, help="Do not check the artifact before it is sent.")
+@click.option(
+    "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
+)
 @click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
@@ -33,37 +50,46 @@ def command(
     tag: str | None,
     token: str | None,
     no_verify: bool,
+    which: str,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Push ARTIFACT to the repository USER/NAME of the Hugging Face hub.
+    """Push ARTIFACT to the repository USER/NAME of the Hugging Face hub, or of ModelScope.
 
     Interrupted at any moment, the same command continues; only what is not on the hub yet is sent. Until the last
     commit the repository says that it is unfinished.
     """
-    from ..hub import push
-
     silence_client()
     with TransferBar("push", quiet) as bar:
-        summary = push(
-            artifact,
-            repo,
+        common = PushArguments(
             private=private,
             revision=revision,
             message=message,
-            create_pr=create_pr,
             tag=tag,
             token=token,
             verify=None if no_verify else verified,
             progress=bar,
         )
+        if which == "modelscope":
+            if create_pr:
+                raise click.UsageError("--create-pr is not for ModelScope: its client opens no pull requests")
+            from ..hub.modelscope import push_modelscope
+
+            summary = push_modelscope(artifact, repo, **common)
+        else:
+            from ..hub import push
+
+            summary = push(artifact, repo, create_pr=create_pr, **common)
     if as_json:
         emit_json(summary.as_dict())
-    elif summary.sent_files:
+        return
+    # ModelScope's client does not tell.
+    commit = f", commit {summary.commit[:12]}" if summary.commit else ""
+    if summary.sent_files:
         sent = f"{summary.sent_files} of {summary.files} files, {format_bytes(summary.sent_bytes)}"
-        click.echo(f"{summary.pull_request or summary.url}: {sent}, commit {summary.commit[:12]}")
+        click.echo(f"{summary.pull_request or summary.url}: {sent}{commit}")
     else:
-        click.echo(f"{summary.url}: has all of it already, commit {summary.commit[:12]}")
+        click.echo(f"{summary.url}: has all of it already{commit}")
 
 
 def verified(artifact: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..hub import ShardPusher
     from ..quant.checkpoint import Checkpoint
 
+HUBS = ("huggingface", "modelscope")
+
 
 class TransferBar:
     """Progress of a push or a pull, as a bar and notes on stderr."""

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -50,7 +49,7 @@ def pull(
         if manifest_path is None:
             return _pull_checkpoint(hub, revision, progress)
         commit = manifest_path.parents[1].name
-        wanted = _manifest_files(hub, _read_manifest(hub, manifest_path))
+        wanted = manifest_files(repo, manifest_path.read_bytes())
         place: Place = CachePlace(hub, commit)
         if directory is not None:
             place = FolderPlace(hub, commit, Path(directory), manifest_path)
@@ -97,26 +96,23 @@ def _fetch_manifest(hub: Hub, revision: str | None, artifact_only: bool) -> Path
     return path
 
 
-def _read_manifest(hub: Hub, path: Path) -> Mapping[str, Any]:
+def manifest_files(repo: str, content: bytes) -> list[Wanted]:
+    """What a manifest that came from `repo` lists. HubError for what is none, or could write outside the artifact."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(content)
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError):
-        raise HubError(f"{hub.repo}: {MANIFEST_NAME} is no artifact's manifest; ask its owner to push again") from None
+        raise HubError(f"{repo}: {MANIFEST_NAME} is no artifact's manifest; ask its owner to push again") from None
     if version != FORMAT_VERSION:
-        raise HubError(f"{hub.repo}: artifact format {version!r}; this npuq knows {FORMAT_VERSION}: use another npuq")
-    return dict(manifest)
-
-
-def _manifest_files(hub: Hub, manifest: Mapping[str, Any]) -> list[Wanted]:
+        raise HubError(f"{repo}: artifact format {version!r}; this npuq knows {FORMAT_VERSION}: use another npuq")
     wanted = []
     try:
         for name, entry in manifest["files"].items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise HubError(f"{hub.repo}: {MANIFEST_NAME} names {name!r}, outside the artifact; refusing it")
+                raise HubError(f"{repo}: {MANIFEST_NAME} names {name!r}, outside the artifact; refusing it")
             wanted.append(Wanted(name, int(entry["size"]), str(entry["sha256"])))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise HubError(f"{hub.repo}: {MANIFEST_NAME} lists no files; ask its owner to push again") from None
+        raise HubError(f"{repo}: {MANIFEST_NAME} lists no files; ask its owner to push again") from None
     return wanted
 
 

@@ -86,7 +86,7 @@ def push(
         verify(artifact)
     remote = list_files(hub, target.revision)
     previous = previous_files(hub, remote, target.revision)
-    refuse_strays(hub, remote, {*files, *previous})
+    refuse_strays(repo, remote, {*files, *previous})
     texts = {MANIFEST_NAME: (artifact / MANIFEST_NAME).read_bytes(), **_card(hub, artifact, remote, target)}
     changed = [file for name, file in files.items() if not _is_there(file, remote.get(name))]
     count = len({*files, *texts})

@@ -89,13 +89,13 @@ def _names(content: bytes, key: str) -> Iterable[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def refuse_strays(hub: Hub, remote: Mapping[str, RemoteFile], ours: Iterable[str]) -> None:
+def refuse_strays(repo: str, remote: Mapping[str, RemoteFile], ours: Iterable[str]) -> None:
     """HubError when the repository holds weights that are not the artifact's: engines would load them too."""
     known = set(ours)
     for name in sorted(remote):
         in_root = "/" not in name
         if in_root and name not in known and (name.endswith((".safetensors", DESCRIPTION_NAME))):
             raise HubError(
-                f"{hub.repo} holds {name}, which is not part of this artifact, and engines load every such file; "
+                f"{repo} holds {name}, which is not part of this artifact, and engines load every such file; "
                 "push to another repository, or delete it there first"
             )

@@ -1,0 +1,168 @@
+"""Push to and pull from ModelScope, with its real client against a loopback server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import Fault
+from loopback_modelscope import READER, WRITER, LoopbackModelScope
+from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
+
+from npuq.errors import HubError
+from npuq.hub.modelscope import pull_modelscope, push_modelscope
+from npuq.hub.remote_state import UNFINISHED_NAME
+
+
+@pytest.fixture
+def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackModelScope]:
+    server = LoopbackModelScope()
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", WRITER)
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "ms-home"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms-cache"))
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
+    yield server
+    server.stop()
+
+
+def assert_there(scope: LoopbackModelScope, artifact: Path) -> None:
+    there = scope.repos[REPO]
+    assert set(there) == {*contents(artifact), CARD}
+    for name, content in contents(artifact).items():
+        assert there[name] == content, name
+
+
+def test_push_and_pull(scope: LoopbackModelScope, artifact: Path, tmp_path: Path) -> None:
+    done = npuq_run("push", artifact, REPO, "--hub", "modelscope", "--tag", "v1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sent_files"] == len(contents(artifact)) + 1
+    assert_there(scope, artifact)
+    assert scope.tags == {"v1": "master"}
+    assert scope.commits[0] == [f"create {UNFINISHED_NAME}"]
+    assert scope.commits[-2] == [f"create {MANIFEST}"]
+    pulled = npuq_run("pull", REPO, tmp_path / "here", "--hub", "modelscope")
+    assert pulled.returncode == 0, pulled.stderr
+    assert contents(tmp_path / "here") == contents(artifact)
+    assert contents(pull_modelscope(REPO)) == contents(artifact)
+
+
+def test_a_second_push_sends_what_changed(scope: LoopbackModelScope, artifact: Path) -> None:
+    push_modelscope(artifact, REPO)
+    commits = len(scope.commits)
+    assert push_modelscope(artifact, REPO).sent_files == 0
+    assert len(scope.commits) == commits
+    alter(shards(artifact)[1])
+    reseal(artifact)
+    before = scope.sent_bytes()
+    push_modelscope(artifact, REPO)
+    manifest = (artifact / MANIFEST).stat().st_size
+    # The client sends files of more than 64 KiB through the store, the manifest among them.
+    assert scope.sent_bytes() - before in (size := shards(artifact)[1].stat().st_size, size + manifest)
+    assert_there(scope, artifact)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET .*/repo/files", status=500),
+        Fault("POST .*/objects/batch", status=503),
+        Fault("PUT /store", status=500),
+        Fault("POST .*/commit/", after=2, status=500),
+        Fault("POST .*/commit/", after=2, lose_response=True),
+        Fault("PUT /store", reset_after=1000),
+    ],
+    ids=lambda fault: f"{fault.pattern} {fault.status or fault.reset_after or 'lost'}",
+)
+def test_push_faults(scope: LoopbackModelScope, artifact: Path, fault: Fault) -> None:
+    scope.faults.add(fault)
+    try:
+        push_modelscope(artifact, REPO)
+    except HubError as error:
+        assert "\n" not in str(error)
+        assert MANIFEST not in scope.repos.get(REPO, {})
+        push_modelscope(artifact, REPO)
+    assert scope.faults.hits == 1
+    assert_there(scope, artifact)
+
+
+def test_one_bad_file_stops_no_other(scope: LoopbackModelScope, artifact: Path) -> None:
+    scope.faults.add(Fault("PUT /store", after=1, times=1, status=400))
+    with pytest.raises(HubError, match=r"1 of \d+ files were not sent \(model-00002.*push again to continue"):
+        push_modelscope(artifact, REPO)
+    there = scope.repos[REPO]
+    assert shards(artifact)[1].name not in there
+    assert all(shard.name in there for shard in shards(artifact) if shard != shards(artifact)[1])
+    assert MANIFEST not in there
+    with pytest.raises(HubError, match="no finished artifact"):
+        pull_modelscope(REPO)
+    push_modelscope(artifact, REPO)
+    assert_there(scope, artifact)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_killed(scope: LoopbackModelScope, artifact: Path, count: int) -> None:
+    process = npuq_process("push", artifact, REPO, "--hub", "modelscope", "--no-verify", "--quiet")
+    assert kill_when(process, lambda: len(scope.commits) >= count)
+    before = len(scope.blobs)
+    push_modelscope(artifact, REPO)
+    assert_there(scope, artifact)
+    puts = [seen.request for seen in scope.log if seen.request.startswith("PUT /store/")]
+    assert len(puts) <= len(scope.blobs) + 1, (before, "content was sent twice")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(r"GET .*/repo$", after=4, status=500),
+        Fault(r"GET .*/repo$", after=4, reset_after=100),
+        Fault(r"GET .*/repo$", after=4, corrupt=10),
+    ],
+    ids=["500", "reset", "corrupt"],
+)
+def test_pull_faults(scope: LoopbackModelScope, artifact: Path, tmp_path: Path, fault: Fault) -> None:
+    push_modelscope(artifact, REPO)
+    scope.faults.add(fault)
+    assert contents(pull_modelscope(REPO, tmp_path / "here")) == contents(artifact)
+    assert scope.faults.hits == 1
+
+
+def test_wrong_content_is_refused(scope: LoopbackModelScope, artifact: Path, tmp_path: Path) -> None:
+    push_modelscope(artifact, REPO)
+    name = shards(artifact)[0].name
+    scope.repos[REPO][name] = bytes(len(scope.repos[REPO][name]))
+    with pytest.raises(HubError, match=name):
+        pull_modelscope(REPO, tmp_path / "here")
+    assert not (tmp_path / "here" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(("token", "reason"), [("ms-secret-wrong", "myaccesstoken"), (READER, "may not do this")])
+def test_tokens(scope: LoopbackModelScope, artifact: Path, token: str, reason: str) -> None:
+    done = npuq_run("push", artifact, REPO, "--hub", "modelscope", "--no-verify", "--token", token)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert token not in done.stderr + done.stdout
+
+
+def test_without_the_extra(artifact: Path) -> None:
+    code = (
+        "import sys; sys.modules['modelscope_hub'] = None; from npuq.cli.main import main; "
+        f"sys.argv = ['npuq', 'push', {str(artifact)!r}, {REPO!r}, '--hub', 'modelscope']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'npuq[modelscope]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_pull_requests(artifact: Path) -> None:
+    done = npuq_run("push", artifact, REPO, "--hub", "modelscope", "--create-pr")
+    assert done.returncode == 2
+    assert "opens no pull requests" in done.stderr
