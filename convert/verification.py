@@ -141,8 +141,8 @@ def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[L
     """
     try:
         stored_evaluations(manifest)
-    except ArtifactError as error:
-        yield str(error)
+    except ArtifactError as damage:
+        yield str(damage)
     linears = manifest.get("linears")
     if not isinstance(linears, dict):
         yield f"{MANIFEST_NAME}: lists no linears"

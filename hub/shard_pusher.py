@@ -75,7 +75,7 @@ class ShardPusher:
         if there is not None and there.sha256 == shard.sha256:
             return
         if not self._begun:
-            refuse_strays(self._hub, remote, {*self._names, *previous_files(self._hub, remote, revision)})
+            refuse_strays(self._hub.repo, remote, {*self._names, *previous_files(self._hub, remote, revision)})
             self._committer.begin(remote, self._names)
             self._begun = True
         for error in upload_all(self._committer, [shard], Silent()).values():
