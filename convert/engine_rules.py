@@ -83,23 +83,33 @@ def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
         return f"the role {spec.role} must stay FLOAT in every loader"
     if scheme is Scheme.W4A8 and spec.role is not Role.ROUTED_EXPERT:
         return "W4A8_DYNAMIC exists only for the main model's routed experts; use W8A8_DYNAMIC here"
+    if scheme is Scheme.W8A8_STATIC and spec.role in ROUTED:
+        return "no loader has routed experts with a static input scale; use W4A8_DYNAMIC or W8A8_DYNAMIC here"
     if scheme is Scheme.FLOAT and spec.role in ROUTED and target is Target.ENGINES:
         return "engines refuse FLOAT routed experts; give them a scheme, or set 'target: npuq'"
     return None
 
 
-def _split_groups(
-    specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], scheme_of: SchemeOf
-) -> Iterator[Violation]:
-    """Projections that loaders fuse into one parameter (gate|up, q_a|kv_a) must share a scheme."""
+def fused_pairs(specs: Mapping[str, Spec], fused: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(first, other) for every two weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
     group_of = {member: group for group in fused for member in group[1:]}
-    for name, spec in specs.items():
+    for name in specs:
         prefix, projection, suffix = _split(name)
         group = group_of.get(projection)
         leader = f"{prefix}{group[0]}{suffix}" if group else ""
-        if group and leader in specs and scheme_of(name) is not scheme_of(leader):
-            why = f"{leader!r} is {scheme_of(leader).value}; engines fuse {' and '.join(group)}: give them one scheme"
-            yield Violation(spec, scheme_of(name), why)
+        if leader in specs:
+            yield leader, name
+
+
+def _split_groups(
+    specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], scheme_of: SchemeOf
+) -> Iterator[Violation]:
+    """Projections that loaders fuse into one parameter must share a scheme."""
+    for leader, name in fused_pairs(specs, fused):
+        if scheme_of(name) is not scheme_of(leader):
+            group = f"{_split(leader)[1]} and {_split(name)[1]}"
+            why = f"{leader!r} is {scheme_of(leader).value}; engines fuse {group}: give them one scheme"
+            yield Violation(specs[name], scheme_of(name), why)
 
 
 def _mixed_experts(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:

@@ -220,7 +220,8 @@ def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
 
 def _scheme(value: Any, where: str) -> Scheme:
     """A scheme by its full name or without `_DYNAMIC`, in any case."""
-    short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme}
+    # Static W8A8 needs calibrated activations, and shares its short name with the dynamic scheme.
+    short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme if scheme is not Scheme.W8A8_STATIC}
     word = str(value).upper().removesuffix("_DYNAMIC")
     found = short.get(word)
     if found is None:

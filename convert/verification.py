@@ -21,7 +21,7 @@ from .progress import Progress, Silent
 from .report import relative_error
 from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
-from .verify_values import TensorCheck, check_rope, check_values
+from .verify_values import TensorCheck, check_rope, check_shared_inputs, check_values
 
 # The manifest's error was summed from exact integers, this one in floating point.
 _ERROR_TOLERANCE = 1e-3
@@ -103,6 +103,7 @@ def verify(
             return VerifyReport(str(path), tuple(problems), len(files), 0, 0, ())
         stack.enter_context(layout.checkpoint)
         problems += check_rope(layout)
+        problems += check_shared_inputs(layout)
         checks = []
         for check in pool.map(lambda spec: check_values(layout, spec, weights), layout.specs.values()):
             checks.append(check)

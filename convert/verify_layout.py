@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import NpuqError
 from ..quant.artifact import (
     DESCRIPTION_GLOBALS,
@@ -22,9 +24,9 @@ from ..quant.artifact import (
     read_description,
 )
 from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from ..quant.model_config import ModelConfig
+from ..quant.model_config import ModelConfig, model_dtype
 from ..quant.safetensors import read_header
-from ..quant.schemes import OutputTensor, Scheme, output_tensors
+from ..quant.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from .architecture import ROUTER_BIASES, Role, Spec, expected_specs, family_of, layer_of
 from .engine_rules import config_schemes, violations
 from .pipeline import file_sha256
@@ -48,7 +50,12 @@ class Layout:
         if scheme is Scheme.FLOAT:
             code = "F32" if spec.role in ROUTER_BIASES else self.checkpoint.tensors[spec.name].dtype
             return (OutputTensor(spec.name, code, spec.shape),)
-        return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel)
+        return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel, float16=self.is_float16)
+
+    @property
+    def is_float16(self) -> bool:
+        """Whether config.json says that engines compute in float16."""
+        return model_dtype(self.checkpoint.config) is torch.float16
 
 
 def check_file(directory: Path, name: str, entry: Any) -> Iterator[str]:
@@ -140,7 +147,7 @@ def _specs(
         elif spec.name not in checkpoint.tensors and not spec.optional:
             problems.append(f"tensor {spec.name!r} is missing: config.json calls for it")
         prefix = spec.name.removesuffix("weight")
-        claimed |= {spec.name, prefix + "weight_scale", prefix + "weight_offset", prefix + "scale_bias"}
+        claimed |= {spec.name, *(prefix + suffix for suffix in SUFFIXES)}
     for name, info in checkpoint.tensors.items():
         if name not in claimed and name in schemes:
             specs[name] = Spec(name, Role.OTHER, info.shape, layer_of(name))

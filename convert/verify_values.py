@@ -3,7 +3,7 @@ the source at hand, the error of every linear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,31 @@ from ..quant.artifact import ROPE_NAME
 from ..quant.dialects import WeightSource
 from ..quant.int4 import unpack_int4
 from ..quant.rope import load_rope, rope_tables
-from ..quant.schemes import BIAS, OFFSET, SCALE, WEIGHT, OutputTensor, Scheme, dequantize, scale_bias
-from .architecture import ROUTER_BIASES, Role, Spec
+from ..quant.schemes import (
+    BIAS,
+    DEQ_SCALE,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    OFFSET,
+    QUANT_BIAS,
+    SCALE,
+    WEIGHT,
+    OutputTensor,
+    Scheme,
+    dequantize,
+    scale_bias,
+)
+from ..quant.static_w8a8 import input_scale_of, load_deq_scale, quant_bias
+from .architecture import ROUTER_BIASES, Role, Spec, family_of
+from .engine_rules import fused_pairs
 from .journal import JobStats
 from .verify_layout import Layout
 
 _CHUNK_ELEMENTS = 1 << 20
 # Tables recomputed with another libm may differ in the last bit.
 _ROPE_TOLERANCE = 1e-6
+# input_scale · weight_scale, where weight_scale may itself be a rounded quotient.
+_DEQ_TOLERANCE = 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -110,10 +127,11 @@ def _check_linear(
     names = {output.name.rpartition(".")[2]: output.name for output in outputs}
     problems: dict[str, None] = {}  # each once, in order
     squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
+    by_row = {suffix: name for suffix, name in names.items() if suffix in (WEIGHT, SCALE, OFFSET, BIAS)}
     for start, stop in _chunks(spec):
         rows = {
             suffix: layout.checkpoint.read_rows(name, start // 2 if packed else start, stop // 2 if packed else stop)
-            for suffix, name in names.items()
+            for suffix, name in by_row.items()
             for packed in [suffix == WEIGHT and scheme is Scheme.W4A8]
         }
         codes = unpack_int4(rows[WEIGHT]) if scheme is Scheme.W4A8 else rows[WEIGHT]
@@ -129,8 +147,40 @@ def _check_linear(
             difference = dequantize(rows, scheme).to(torch.float64) - expected
             squared_error[start:stop] = difference.square().sum(1).numpy()
             squared_norm[start:stop] = expected.square().sum(1).numpy()
+    if scheme is Scheme.W8A8_STATIC:
+        problems.update(dict.fromkeys(_static_problems(layout, names)))
     stats = None if source is None else JobStats(float(squared_error.sum()), float(squared_norm.sum()))
     return TensorCheck(spec, tuple(problems), stats)
+
+
+def _static_problems(layout: Layout, names: Mapping[str, str]) -> Iterator[str]:
+    """The tensors of a W8A8 linear that is quantized for a fixed input scale, against each other."""
+    read = layout.checkpoint.read
+    try:
+        inputs = input_scale_of({suffix: read(names[suffix]) for suffix in (INPUT_SCALE, INPUT_OFFSET)})
+    except ValueError as error:
+        yield f"tensor {names[INPUT_SCALE]!r}: {error}"
+        return
+    deq_scale, expected = load_deq_scale(read(names[DEQ_SCALE])), inputs.scale * read(names[SCALE]).flatten()
+    # Written so that NaN counts as wrong.
+    if not ((deq_scale - expected).abs() <= _DEQ_TOLERANCE * expected).all():
+        yield f"tensor {names[DEQ_SCALE]!r} is not input_scale · weight_scale: outputs would be scaled wrongly"
+    if not torch.equal(read(names[QUANT_BIAS]), quant_bias(layout.checkpoint.view(names[WEIGHT]), inputs.offset)):
+        yield f"tensor {names[QUANT_BIAS]!r} disagrees with the stored codes and input_offset: outputs would be shifted"
+
+
+def check_shared_inputs(layout: Layout) -> Iterator[str]:
+    """Linears that loaders fuse quantize their activations once: in static W8A8 they need one input scale."""
+    for leader, member in fused_pairs(layout.specs, family_of(layout.config.model_type).fused):
+        names = [name.removesuffix(WEIGHT) for name in (leader, member)]
+        if {layout.schemes[leader], layout.schemes[member]} != {Scheme.W8A8_STATIC}:
+            continue
+        for suffix in (INPUT_SCALE, INPUT_OFFSET):
+            stored = [name + suffix for name in names]
+            if all(name in layout.checkpoint.tensors for name in stored):
+                first, second = map(layout.checkpoint.read, stored)
+                if not torch.equal(first, second):
+                    yield f"tensor {stored[1]!r} differs from {stored[0]!r}: engines fuse them: calibrate both as one"
 
 
 def _chunks(spec: Spec) -> Iterator[tuple[int, int]]:

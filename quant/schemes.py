@@ -15,6 +15,10 @@ from .int4 import pack_int4, unpack_int4
 from .scales import Method, scale_rows
 
 WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"
+# What W8A8 with a static input scale stores besides (static_w8a8.py).
+INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS = "input_scale", "input_offset", "deq_scale", "quant_bias"
+# Every tensor that some scheme stores beside `P.weight`.
+SUFFIXES = (SCALE, OFFSET, BIAS, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS)
 
 # A row-parallel linear (down_proj) is split along K over tensor-parallel ranks: its bias is stored as this many partial
 # sums so that each rank can take its own.
@@ -26,12 +30,13 @@ class Scheme(str, Enum):
 
     W4A8 = "W4A8_DYNAMIC"
     W8A8 = "W8A8_DYNAMIC"
+    W8A8_STATIC = "W8A8"
     FLOAT = "FLOAT"
 
     @property
     def weight_bits(self) -> int:
         """4 or 8; ValueError for FLOAT, whose width is the source's."""
-        bits = {Scheme.W4A8: 4, Scheme.W8A8: 8}.get(self)
+        bits = {Scheme.W4A8: 4, Scheme.W8A8: 8, Scheme.W8A8_STATIC: 8}.get(self)
         if bits is None:
             raise ValueError("a FLOAT linear has no code width")
         return bits
@@ -50,8 +55,8 @@ class OutputTensor:
 class QuantizedRows:
     """Some rows of a quantized linear.
 
-    `tensors` maps weight, weight_scale, weight_offset (and scale_bias for W4A8) to the rows of each, in the artifact's
-    dtypes; `squared_error` and `squared_norm` are Σ (w − ŵ)² and Σ w², float64 [R].
+    `tensors` maps weight, weight_scale, weight_offset (and what else the scheme has) to the rows of each, in the
+    artifact's dtypes; `squared_error` and `squared_norm` are Σ (w − ŵ)² and Σ w², float64 [R].
     """
 
     tensors: Mapping[str, Tensor]
@@ -60,38 +65,49 @@ class QuantizedRows:
 
 
 def output_tensors(
-    weight_name: str, scheme: Scheme, shape: tuple[int, ...], *, row_parallel: bool
+    weight_name: str, scheme: Scheme, shape: tuple[int, ...], *, row_parallel: bool, float16: bool = False
 ) -> tuple[OutputTensor, ...]:
     """The tensors that a quantized linear of float shape [N, K] named `P.weight` becomes.
 
-    Raises ValueError, saying why, for a shape that the scheme cannot hold. FLOAT is not handled here: its dtype is the
-    source's.
+    `float16` says that the model is a float16 one. Raises ValueError, saying why, for a shape that the scheme cannot
+    hold. FLOAT is not handled here: its dtype is the source's.
     """
     prefix = weight_name.removesuffix(WEIGHT)
-    bias: tuple[OutputTensor, ...] = ()
+    more: tuple[OutputTensor, ...] = ()
     if len(shape) != 2:
         raise ValueError(f"{scheme.value} needs a matrix, not shape {list(shape)}")
     n, k = shape
     if scheme is Scheme.W8A8:
         weight = OutputTensor(weight_name, "I8", (n, k))
+    elif scheme is Scheme.W8A8_STATIC:
+        weight = OutputTensor(weight_name, "I8", (n, k))
+        more = (
+            OutputTensor(prefix + INPUT_SCALE, "F32", (1,)),
+            OutputTensor(prefix + INPUT_OFFSET, "F32", (1,)),
+            OutputTensor(prefix + DEQ_SCALE, "I64" if float16 else "F32", (n,)),
+            OutputTensor(prefix + QUANT_BIAS, "I32", (n,)),
+        )
     elif scheme is Scheme.W4A8:
         if n % 2:
             raise ValueError(f"{n} output features is odd: int4 rows are packed in pairs")
         if row_parallel and k % BIAS_COLUMNS:
             raise ValueError(f"{k} input features are not divisible by {BIAS_COLUMNS}, the partial sums of scale_bias")
         weight = OutputTensor(weight_name, "I8", (n // 2, k))
-        bias = (OutputTensor(prefix + BIAS, "F32", (n, BIAS_COLUMNS if row_parallel else 1)),)
+        more = (OutputTensor(prefix + BIAS, "F32", (n, BIAS_COLUMNS if row_parallel else 1)),)
     else:
         raise ValueError("a FLOAT linear is one tensor, its own")
     scale, offset = (OutputTensor(prefix + suffix, "F32", (n, 1)) for suffix in (SCALE, OFFSET))
-    return (weight, scale, offset, *bias)
+    return (weight, scale, offset, *more)
 
 
 def quantize_rows(rows: Tensor, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
     """Quantize float32 rows [R, K] (R even for W4A8). Each row is independent: chunking does not change a bit.
 
-    Raises NonFiniteError for an infinity or NaN.
+    Raises NonFiniteError for an infinity or NaN, ValueError for a scheme that weights alone do not determine: FLOAT,
+    and static W8A8 (`static_w8a8.quantize_static`).
     """
+    if scheme is Scheme.W8A8_STATIC:
+        raise ValueError("static W8A8 needs the range of its activations")
     scaled = scale_rows(rows, scheme.weight_bits, method)
     scale = scaled.scale[:, None]
     tensors = {WEIGHT: scaled.codes, SCALE: scale, OFFSET: torch.zeros_like(scale)}
@@ -103,7 +119,7 @@ def quantize_rows(rows: Tensor, scheme: Scheme, method: Method, *, row_parallel:
 
 def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
     """`quantize_rows` of stored rows, by the native kernels where they are built: the same tensors, bit for bit."""
-    if native.library() is None or not 0 < stored.rows.shape[1] <= native.MOST_COLUMNS:
+    if scheme is Scheme.W8A8_STATIC or native.library() is None or not 0 < stored.rows.shape[1] <= native.MOST_COLUMNS:
         return quantize_rows(stored.to_float32(), scheme, method, row_parallel=row_parallel)
     columns = BIAS_COLUMNS if row_parallel else 1
     done = native.quantize(stored, scheme.weight_bits, method is Method.MSE, columns)

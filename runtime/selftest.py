@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import BackendError
 from ..quant.scales import Method
 from ..quant.schemes import Scheme, quantize_rows
+from ..quant.static_w8a8 import input_scale_of, quantize_static
 from .ops import (
     Activation,
     Decode,
@@ -26,6 +27,7 @@ from .ops import (
     Ops,
     PrefixSegment,
     Quantized,
+    Static,
     Step,
 )
 from .ops.reference import ReferenceOps
@@ -97,6 +99,10 @@ def _part(scheme: Scheme, outputs: int, inputs: int, seed: int, name: str = "sel
     weight = _weight(outputs, inputs, seed)
     if scheme is Scheme.FLOAT:
         return LinearPart(name, scheme, weight)
+    if scheme is Scheme.W8A8_STATIC:
+        stored = quantize_static(weight.float(), -3.0, 4.0, Method.MINMAX).tensors
+        static = Static(input_scale_of(stored), stored["deq_scale"], stored["quant_bias"])
+        return LinearPart(name, scheme, stored["weight"], static=static)
     stored = quantize_rows(weight.float(), scheme, Method.MINMAX, row_parallel=False).tensors
     return LinearPart(name, scheme, stored["weight"], stored["weight_scale"], stored.get("scale_bias"))
 
@@ -242,6 +248,7 @@ CASES: dict[str, Case] = {
     "dequant_swiglu_quant": lambda ops: (ops.dequant_swiglu_quant(_rows(ops, TOKENS, HIDDEN)),),
     "linear FLOAT": _linear(Scheme.FLOAT),
     "linear W8A8": _linear(Scheme.W8A8),
+    "linear W8A8, static": _linear(Scheme.W8A8_STATIC),
     "batch_matmul": lambda ops: (
         ops.batch_matmul(_rows(ops, TOKENS, HEADS, HEAD), ops.parameter(_rows(ops, HEADS, HEAD, LATENT, seed=2))),
     ),
@@ -262,5 +269,6 @@ CASES: dict[str, Case] = {
     "attention, paged": _paged_attention,
     "decode attention FLOAT": _attention_layer(Scheme.FLOAT, HIDDEN, q_lora=192),
     "decode attention W8A8": _attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
+    "decode attention W8A8, static": _attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),
     "decode attention W8A8, prolog shapes": _attention_layer(Scheme.W8A8, 1024, q_lora=1536),
 }

@@ -20,9 +20,10 @@ from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
 from ..quant.rope import RopeTables, load_rope, rope_tables
-from ..quant.schemes import Scheme
+from ..quant.schemes import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
+from ..quant.static_w8a8 import input_scale_of, load_deq_scale
 from .model import LayerWeights, ModelWeights
-from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops
+from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -77,6 +78,10 @@ class ArtifactStore:
         scheme = self._scheme(name)
         if scheme is Scheme.FLOAT:
             return LinearPart(prefix, scheme, self.tensor(name, outputs, inputs))
+        if scheme is Scheme.W8A8_STATIC:
+            return LinearPart(
+                prefix, scheme, self._view(name, ("I8",), (outputs, inputs)), static=self._static(prefix, outputs)
+            )
         scale = self._view(f"{prefix}.weight_scale", ("F32",), (outputs, 1))
         if scheme is Scheme.W8A8:
             return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs, inputs)), scale)
@@ -86,6 +91,15 @@ class ArtifactStore:
         columns = stored_bias.shape[-1] if stored_bias and stored_bias.shape else 1
         bias = self._view(f"{prefix}.scale_bias", ("F32",), (outputs, columns))
         return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs // 2, inputs)), scale, bias)
+
+    def _static(self, prefix: str, outputs: int) -> Static:
+        ranges = {suffix: self._view(f"{prefix}.{suffix}", ("F32",), (1,)) for suffix in (INPUT_SCALE, INPUT_OFFSET)}
+        try:
+            inputs = input_scale_of(ranges)
+        except ValueError as error:
+            raise ArtifactError(f"{self._checkpoint.directory}: tensor {prefix + '.input_scale'!r}: {error}") from error
+        deq_scale = load_deq_scale(self._view(f"{prefix}.{DEQ_SCALE}", ("F32", "I64"), (outputs,)))
+        return Static(inputs, deq_scale, self._view(f"{prefix}.{QUANT_BIAS}", ("I32",), (outputs,)))
 
     def _scheme(self, name: str) -> Scheme:
         scheme = self._description.get(name)
@@ -217,7 +231,7 @@ def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float
 def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
     gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
     down = store.linear(f"{prefix}.down_proj", hidden, width)
-    return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is not Scheme.FLOAT)
+    return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is Scheme.W8A8)
 
 
 def _moe(store: Store, config: ModelConfig, ops: Ops, prefix: str) -> MoeWeights:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...errors import ArtifactError
 from ...quant.schemes import Scheme
+from ...quant.static_w8a8 import InputScale
 
 Linear: TypeAlias = Any
 """Opaque: one or several linears fused along their outputs, laid out as the backend likes."""
@@ -52,13 +53,26 @@ Activation: TypeAlias = Tensor | Quantized
 
 
 @dataclass(frozen=True)
+class Static:
+    """What a W8A8 linear with a static input scale has: its activations become clamp(round(x / scale + offset)).
+
+    deq_scale: float32 `[N]`, the product's scale; quant_bias: int32 `[N]`, added to the integer product before it.
+    """
+
+    inputs: InputScale
+    deq_scale: Tensor
+    quant_bias: Tensor
+
+
+@dataclass(frozen=True)
 class LinearPart:
     """One linear as it is stored; tensors are memory-mapped and must not be written to.
 
-    weight: FLOAT: float `[N, K]` (bf16, fp16 or fp32); W8A8_DYNAMIC: int8 `[N, K]`; W4A8_DYNAMIC: int8 `[N/2, K]`,
-    byte `[j, k]` holding row 2j in the low and row 2j+1 in the high nibble.
-    scale: float32 `[N, 1]`, None for FLOAT.
+    weight: FLOAT: float `[N, K]` (bf16, fp16 or fp32); W8A8_DYNAMIC and W8A8: int8 `[N, K]`; W4A8_DYNAMIC: int8
+    `[N/2, K]`, byte `[j, k]` holding row 2j in the low and row 2j+1 in the high nibble.
+    scale: float32 `[N, 1]`, None for FLOAT and W8A8.
     scale_bias: float32 `[N, 1]` or `[N, 16]` (partial sums over K, to be added), only for W4A8_DYNAMIC.
+    static: only for W8A8.
     """
 
     name: str
@@ -66,6 +80,7 @@ class LinearPart:
     weight: Tensor
     scale: Tensor | None = None
     scale_bias: Tensor | None = None
+    static: Static | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,7 @@ class MlpWeights:
 
     gate_up: Linear
     down: Linear
-    quantized: bool  # down takes int8 activations
+    quantized: bool  # down takes rows quantized per token
 
 
 @dataclass(frozen=True)
@@ -282,6 +297,10 @@ class Ops(ABC):
         """Fuse W8A8 parts (`weight` int8 `[N_i, K]`, `scale` float32 `[N_i, 1]`) along their outputs."""
 
     @abstractmethod
+    def static_linear(self, parts: Sequence[LinearPart]) -> Linear:
+        """Fuse W8A8 parts (`weight` int8 `[N_i, K]`, `static` with one InputScale for all) along their outputs."""
+
+    @abstractmethod
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         """For each expert the FLOAT parts to fuse along their outputs (gate, up) or (down,)."""
 
@@ -315,7 +334,11 @@ class Ops(ABC):
         if schemes == {Scheme.W8A8}:
             return self.w8a8_linear(parts)
         names = ", ".join(f"{part.name} ({part.scheme.value})" for part in parts)
-        raise ArtifactError(f"linears that run as one must share one scheme, W8A8_DYNAMIC or FLOAT: {names}")
+        if schemes != {Scheme.W8A8_STATIC}:
+            raise ArtifactError(f"linears that run as one must share one scheme, W8A8_DYNAMIC, W8A8 or FLOAT: {names}")
+        if len({part.static.inputs for part in parts if part.static is not None}) != 1:
+            raise ArtifactError(f"linears that run as one must share input_scale and input_offset: {names}")
+        return self.static_linear(parts)
 
     def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         """Stack experts that all have one scheme. Raises ArtifactError where they do not."""
@@ -325,6 +348,8 @@ class Ops(ABC):
             raise ArtifactError(
                 f"a layer's routed experts must share one scheme, found {sorted(s.value for s in schemes)}: {names}"
             )
+        if Scheme.W8A8_STATIC in schemes:
+            raise ArtifactError(f"{experts[0][0].name}: routed experts cannot have a static input scale (W8A8)")
         make = {
             Scheme.FLOAT: self.float_experts,
             Scheme.W8A8: self.w8a8_experts,
@@ -383,11 +408,13 @@ class Ops(ABC):
 
     @abstractmethod
     def linear(self, x: Activation, linear: Linear) -> Tensor:
-        """x `[rows, K]` times a handle of `float_linear` or `w8a8_linear` → `[rows, N]` in the compute dtype.
+        """x `[rows, K]` times a handle of one of the `…_linear` methods → `[rows, N]` in the compute dtype.
 
         A W8A8 handle takes a `Quantized`, or quantizes a tensor with `dynamic_quant` first; the result is
         float32(int32 accumulator) · scale[n] · token_scale[m], in this order in float32, rounded once.
-        A FLOAT handle takes a tensor only.
+        A FLOAT handle takes a tensor only, and so does a static W8A8 one. That quantizes it, in float32, to
+        clamp(round-half-even(x · f + offset)), f = 1 / scale in the compute dtype; the result is
+        float32(int32 accumulator + quant_bias[n]) · deq_scale[n], rounded once.
         """
 
     @abstractmethod

@@ -19,7 +19,7 @@ from . import Activation, Experts, Gating, LayerCache, Linear, LinearPart, Mla, 
 from .ascend_attention import AscendAttention, causal_mask
 from .ascend_mla import lay_out_mla
 from .ascend_support import import_torch_npu, require_soc
-from .ascend_weights import FloatExperts, FloatLinear, Layout, W4A8Experts, W8A8Experts, W8A8Linear
+from .ascend_weights import FloatExperts, FloatLinear, Layout, StaticLinear, W4A8Experts, W8A8Experts, W8A8Linear
 
 COUNTS = 1  # group_list_type and expert_tokens_num_type: rows of each expert, not running sums
 ROW_ORDER = 2  # drop_pad_mode of finalize: row_index[t · k + j], as init_routing_v2 gives it (the default is columns)
@@ -75,6 +75,9 @@ class AscendOps(AscendAttention):
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return self._layout.w8a8_linear(parts)
+
+    def static_linear(self, parts: Sequence[LinearPart]) -> Linear:
+        return self._layout.static_linear(parts)
 
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         return self._layout.float_experts(experts)
@@ -135,14 +138,26 @@ class AscendOps(AscendAttention):
     # ---- matmuls ---------------------------------------------------------------------------------------------------
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
-        handle: FloatLinear | W8A8Linear = linear
+        handle: FloatLinear | W8A8Linear | StaticLinear = linear
         if isinstance(handle, FloatLinear):
             if isinstance(x, Quantized):
                 raise BackendError("a float linear was given quantized rows")
             return F.linear(x, handle.weight)
+        if isinstance(handle, StaticLinear):
+            return self._static_matmul(x, handle)
         rows = x if isinstance(x, Quantized) else self.dynamic_quant(x)
         product: Tensor = self._npu.npu_quant_matmul(
             rows.codes, handle.weight, handle.scale, pertoken_scale=rows.scale, output_dtype=self.dtype
+        )
+        return product
+
+    def _static_matmul(self, x: Activation, handle: StaticLinear) -> Tensor:
+        if isinstance(x, Quantized):
+            raise BackendError("a static W8A8 linear was given quantized rows")
+        # div_mode False multiplies: the engines' choice, and the one that takes float16 too.
+        codes = self._npu.npu_quantize(x, handle.factor, handle.offset, torch.qint8, -1, False)
+        product: Tensor = self._npu.npu_quant_matmul(
+            codes, handle.weight, handle.deq_scale, bias=handle.quant_bias, output_dtype=self.dtype
         )
         return product
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...quant.schemes import Scheme
-from . import LinearPart, MlaConfig, MlaParts, Ops
-from .ascend_weights import FloatLinear, Layout, W8A8Linear, fits_nz
+from . import LinearPart, MlaConfig, MlaParts, Ops, Static
+from .ascend_weights import FloatLinear, Layout, StaticLinear, W8A8Linear, fits_nz
 
-DeviceLinear: TypeAlias = FloatLinear | W8A8Linear
+DeviceLinear: TypeAlias = FloatLinear | W8A8Linear | StaticLinear
 
 # Sizes that the attention operators fix: absorbed attention has 512 + 64 channels, decompressed attention 128 + 64.
 LATENT_DIM, ROPE_DIM, HEAD_DIM = 512, 64, 128
@@ -117,12 +117,15 @@ def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tupl
     """A linear whose outputs are heads of `widths[0] + widths[1]`, as two: the first channels and the others."""
 
     def pick(tensor: Tensor, side: int) -> Tensor:
-        heads = tensor.view(num_heads, sum(widths), tensor.shape[-1])
-        return heads.split(list(widths), dim=1)[side].reshape(-1, tensor.shape[-1])
+        heads = tensor.view(num_heads, sum(widths), *tensor.shape[1:])
+        return heads.split(list(widths), dim=1)[side].flatten(0, 1)
 
     def half(side: int) -> LinearPart:
         scale = None if part.scale is None else pick(part.scale, side)
-        return LinearPart(part.name, part.scheme, pick(part.weight, side), scale)
+        static = part.static and Static(
+            part.static.inputs, pick(part.static.deq_scale, side), pick(part.static.quant_bias, side)
+        )
+        return LinearPart(part.name, part.scheme, pick(part.weight, side), scale, static=static)
 
     return half(0), half(1)
 

@@ -34,6 +34,7 @@ OPERATORS = (
     "npu_moe_gating_top_k_softmax_v2",
     "npu_moe_init_routing_v2",
     "npu_quant_matmul",
+    "npu_quantize",
     "npu_rms_norm",
     "npu_swiglu",
     "npu_transpose_batchmatmul",

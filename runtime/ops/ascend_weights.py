@@ -43,6 +43,19 @@ class W8A8Linear:
 
 
 @dataclass(frozen=True)
+class StaticLinear:
+    """weight int8 `[K, N]`, NZ where it tiles; factor and offset in the compute dtype `[1]`, as `npu_quantize` takes
+    them; deq_scale float32 `[N]`, or for float16 output int64 with its bits in the low words; quant_bias int32 `[N]`.
+    """
+
+    weight: Tensor
+    factor: Tensor
+    offset: Tensor
+    deq_scale: Tensor
+    quant_bias: Tensor
+
+
+@dataclass(frozen=True)
 class FloatExperts:
     """weight `[E, K, N]` in the compute dtype."""
 
@@ -77,10 +90,28 @@ class Layout:
         return FloatLinear(torch.cat([weight.to(self.dtype) for weight in weights]).to(self.device))
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> W8A8Linear:
+        return W8A8Linear(self._int8_matrix(parts), self._scales(parts))
+
+    def static_linear(self, parts: Sequence[LinearPart]) -> StaticLinear:
+        statics = [part.static for part in parts if part.static is not None]
+        if len(statics) != len(parts):
+            raise BackendError(f"{parts[0].name}: static W8A8 without its input scale")
+        deq_scale = torch.cat([static.deq_scale for static in statics])
+        words = scale_words(deq_scale) if self.dtype == torch.float16 else deq_scale
+        inputs = statics[0].inputs
+        return StaticLinear(
+            weight=self._int8_matrix(parts),
+            factor=(1.0 / torch.tensor([inputs.scale]).to(self.dtype)).to(self.device),
+            offset=torch.tensor([float(inputs.offset)]).to(self.device, self.dtype),
+            deq_scale=words.to(self.device),
+            quant_bias=torch.cat([static.quant_bias for static in statics]).to(self.device),
+        )
+
+    def _int8_matrix(self, parts: Sequence[LinearPart]) -> Tensor:
         weight = torch.cat([part.weight for part in parts]).t().contiguous()
         if max(weight.shape) > MAX_DIMENSION:
             raise BackendError(f"{parts[0].name}: {list(weight.shape)} exceeds the NPU's {MAX_DIMENSION} a dimension")
-        return W8A8Linear(cast_nz(weight.to(self.device)), self._scales(parts))
+        return cast_nz(weight.to(self.device))
 
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> FloatExperts:
         return FloatExperts(self._stack(experts, self.dtype))

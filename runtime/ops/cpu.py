@@ -15,8 +15,12 @@ from ...quant.schemes import Scheme
 from . import Activation, Experts, LinearPart, Quantized
 from .reference import ReferenceOps, _split
 
-# The largest |activation · weight| is 127·128 for int8 and 127·8 for int4.
-_EXACT_K = {Scheme.W8A8: 2**24 // (127 * 128), Scheme.W4A8: 2**24 // (127 * 8)}
+# The largest |activation · weight|: activations quantized per token reach ±127, those with an offset −128.
+_EXACT_K = {
+    Scheme.W8A8: 2**24 // (127 * 128),
+    Scheme.W8A8_STATIC: 2**24 // (128 * 128),
+    Scheme.W4A8: 2**24 // (127 * 8),
+}
 _UPCAST_BYTES = 32 << 20
 _SCORE_BYTES = 64 << 20
 
@@ -45,7 +49,12 @@ class CpuOps(ReferenceOps):
             accumulator = torch.stack(halves, dim=-1).flatten(-2)
         else:
             accumulator = _integer_matmul(rows.codes, part.weight, part.scheme)
-        return accumulator.mul_(part.scale.T).mul_(rows.scale[:, None]).to(self.dtype)
+        return accumulator.float().mul_(part.scale.T).mul_(rows.scale[:, None]).to(self.dtype)
+
+    def _static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
+        assert part.static is not None
+        accumulator = _integer_matmul(codes, part.weight, part.scheme).int() + part.static.quant_bias
+        return accumulator.float().mul_(part.static.deq_scale).to(self.dtype)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
@@ -72,7 +81,7 @@ def _nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _integer_matmul(codes: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
-    """codes int8 `[M, K]` times weight int8 `[N, K]`, summed exactly and then rounded to float32 `[M, N]`."""
+    """codes int8 `[M, K]` times weight int8 `[N, K]`, summed exactly: whole numbers `[M, N]`, float32 or int32."""
     step, size = _EXACT_K[scheme], codes.shape[1]
     if size <= step:
         return codes.float() @ weight.float().T
@@ -80,4 +89,4 @@ def _integer_matmul(codes: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     for start in range(0, size, step):
         columns = slice(start, start + step)
         total += (codes[:, columns].float() @ weight[:, columns].float().T).int()
-    return total.float()
+    return total

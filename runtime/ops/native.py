@@ -18,6 +18,7 @@ from ...quant.native import DTYPES, INT4, Cache, Part, Pool, Weights
 from ...quant.schemes import Scheme
 from . import Activation, Decode, Experts, Gating, LayerCache, Linear, LinearPart, Quantized, Router
 from .cpu import CpuOps
+from .reference import PartsLinear
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,6 +54,9 @@ class NativeOps(CpuOps):
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return _linear([parts])
+
+    def static_linear(self, parts: Sequence[LinearPart]) -> Linear:
+        return PartsLinear(tuple(parts))
 
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         return _linear(experts)
@@ -118,6 +122,8 @@ class NativeOps(CpuOps):
     # ---- matmuls ---------------------------------------------------------------------------------------------------
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
+        if isinstance(linear, PartsLinear):  # static W8A8, which is torch's
+            return super().linear(x, linear)
         return self._matmul(x, linear, None, self.dtype)
 
     def router_logits(self, x: Tensor, router: Router) -> Tensor:

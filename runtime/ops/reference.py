@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...quant.int4 import unpack_int4
 from ...quant.schemes import Scheme
+from ...quant.static_w8a8 import InputScale
 from ..layout import CHANNELS, read_nz, write_nz
 from . import (
     Activation,
@@ -44,8 +45,8 @@ class PartsLinear:
     parts: tuple[LinearPart, ...]
 
     @property
-    def quantized(self) -> bool:
-        return self.parts[0].scheme is not Scheme.FLOAT
+    def scheme(self) -> Scheme:
+        return self.parts[0].scheme
 
 
 class ReferenceOps(Ops):
@@ -66,6 +67,8 @@ class ReferenceOps(Ops):
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return PartsLinear(tuple(parts))
+
+    static_linear = w8a8_linear
 
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         return tuple(PartsLinear(tuple(parts)) for parts in experts)
@@ -127,12 +130,18 @@ class ReferenceOps(Ops):
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
         handle: PartsLinear = linear
-        if handle.quantized:
+        if handle.scheme in (Scheme.W8A8, Scheme.W4A8):
             rows = x if isinstance(x, Quantized) else self.dynamic_quant(x)
             return torch.cat([self._quant_matmul(rows, part) for part in handle.parts], dim=-1)
         if isinstance(x, Quantized):
-            raise BackendError(f"{handle.parts[0].name}: a float linear was given quantized rows")
-        return torch.cat([self._float_matmul(x, part.weight) for part in handle.parts], dim=-1)
+            kind = "float" if handle.scheme is Scheme.FLOAT else "static W8A8"
+            raise BackendError(f"{handle.parts[0].name}: a {kind} linear was given quantized rows")
+        if handle.scheme is Scheme.FLOAT:
+            return torch.cat([self._float_matmul(x, part.weight) for part in handle.parts], dim=-1)
+        static = handle.parts[0].static
+        assert static is not None
+        codes = self._quantize(x, static.inputs)
+        return torch.cat([self._static_matmul(codes, part) for part in handle.parts], dim=-1)
 
     def router_logits(self, x: Tensor, router: Router) -> Tensor:
         weight: Tensor = router
@@ -157,6 +166,16 @@ class ReferenceOps(Ops):
         accumulator = rows.codes.double() @ codes.double().T
         assert part.scale is not None
         return (accumulator.float() * part.scale.T * rows.scale[:, None]).to(self.dtype)
+
+    def _quantize(self, x: Tensor, inputs: InputScale) -> Tensor:
+        # The device takes the scale's inverse in the dtype of x.
+        factor = (1.0 / torch.tensor(inputs.scale).to(self.dtype)).float()
+        return (x.float() * factor + inputs.offset).round().clamp(-128, 127).to(torch.int8)
+
+    def _static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
+        assert part.static is not None
+        accumulator = codes.double() @ part.weight.double().T + part.static.quant_bias
+        return (accumulator.float() * part.static.deq_scale).to(self.dtype)
 
     # ---- routing ---------------------------------------------------------------------------------------------------
 

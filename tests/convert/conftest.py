@@ -18,6 +18,8 @@ from torch import Tensor
 from npuq.cli.main import main
 from npuq.convert import convert_checkpoint
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 Tensors = dict[str, Tensor]
 MakeCheckpoint = Callable[..., Path]
 

@@ -34,6 +34,7 @@ def npu_quant_matmul(
     x2: Tensor,
     scale: Tensor,
     pertoken_scale: Tensor | None = None,
+    bias: Tensor | None = None,
     output_dtype: int | None = None,
 ) -> Tensor:
     name = "npu_quant_matmul"
@@ -41,18 +42,32 @@ def npu_quant_matmul(
     require(x1.dim() == x2.dim() == 2 and x1.shape[1] == x2.shape[0], f"{name}: {tuple(x1.shape)} @ {tuple(x2.shape)}")
     require(format_of(x1) == ND, f"{name}: x1 must be ND")
     require(max(x1.shape[1], x2.shape[1]) <= LAST_DIMENSION, f"{name}: last dimension over {LAST_DIMENSION}")
-    out = dtype_of(output_dtype, torch.int8)
-    require(out in rules.floats, f"{name}: output_dtype {out} with per-token scales")
-    require(
-        pertoken_scale is not None, f"{name}: without pertoken_scale the scale must come from npu_trans_quant_param"
-    )
-    require(scale.dtype == torch.float32, f"{name}: scale is {scale.dtype}")
     require(scale.shape == (x2.shape[1],), f"{name}: scale {tuple(scale.shape)} for {x2.shape[1]} outputs")
-    assert pertoken_scale is not None
+    out = dtype_of(output_dtype, torch.int8)
+    require(out in rules.floats, f"{name}: output_dtype {out}")
+    accumulator = integer_matmul(x1, to_nd(x2))
+    if pertoken_scale is None:
+        return _static_quant_matmul(name, accumulator, scale, bias, out)
+    require(bias is None, f"{name}: a bias beside per-token scales is not emulated")
+    require(scale.dtype == torch.float32, f"{name}: scale is {scale.dtype}")
     require(pertoken_scale.dtype == torch.float32, f"{name}: pertoken_scale is {pertoken_scale.dtype}")
     require(pertoken_scale.shape == (x1.shape[0],), f"{name}: pertoken_scale {tuple(pertoken_scale.shape)}")
-    accumulator = integer_matmul(x1, to_nd(x2))
     return (accumulator.float() * scale * pertoken_scale.unsqueeze(1)).to(out)
+
+
+def _static_quant_matmul(
+    name: str, accumulator: Tensor, scale: Tensor, bias: Tensor | None, out: torch.dtype
+) -> Tensor:
+    """Without per-token scales: float16 output takes int64 words that hold float32 bits, bfloat16 float32 scales."""
+    if out == torch.float16:
+        require(scale.dtype == torch.int64, f"{name}: float16 output needs int64 scales, not {scale.dtype}")
+        require(bool((scale >> 32 == 0).all()), f"{name}: the high words of scale must be zero")
+        scale = scale.to(torch.int32).view(torch.float32)
+    require(scale.dtype == torch.float32, f"{name}: scale is {scale.dtype}")
+    if bias is not None:
+        require(bias.dtype == torch.int32 and bias.shape == scale.shape, f"{name}: bias {bias.dtype} {bias.shape}")
+        accumulator = accumulator + bias
+    return (accumulator.float() * scale).to(out)
 
 
 @semantics

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .emulate import RefusedError, dtype_of, require, rules, semantics
 
+QINT8 = 12  # ScalarType number of torch.qint8
+
 
 def rms(x: Tensor, epsilon: float) -> Tensor:
     """1 / sqrt(mean(x²) + epsilon) over the last dimension, float32."""
@@ -71,6 +73,21 @@ def npu_dynamic_quant(input: Tensor, dst_type: int | None = None) -> tuple[Tenso
     x = input.float()
     factor = 127.0 / x.abs().amax(-1)
     return quantize_rows(x, 1.0 / factor, x * factor.unsqueeze(-1))
+
+
+@semantics
+def npu_quantize(
+    input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int = 1, div_mode: bool = True
+) -> Tensor:
+    name = "npu_quantize"
+    require(input.dtype in rules.floats, f"{name}: input is {input.dtype}")
+    require(dtype == QINT8 and not div_mode, f"{name}: only products that give qint8 are emulated")
+    require(axis in (-1, input.dim() - 1), f"{name}: axis {axis} is not the last")
+    require(scales.dtype == input.dtype, f"{name}: scales are {scales.dtype}, input {input.dtype}")
+    require(scales.shape in ((1,), input.shape[-1:]), f"{name}: scales {tuple(scales.shape)}")
+    shift = torch.zeros_like(scales) if zero_points is None else zero_points
+    require(shift.dtype == scales.dtype and shift.shape == scales.shape, f"{name}: zero_points are not like scales")
+    return (input.float() * scales.float() + shift.float()).round().clamp(-128, 127).to(torch.int8)
 
 
 def swiglu(x: Tensor, activate_left: bool = True) -> Tensor:
