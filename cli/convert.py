@@ -30,7 +30,9 @@ class ConversionInterruptedError(NpuqError):
 @click.command()
 @click.argument("source", type=click.Path(exists=False))
 @click.argument("output", type=click.Path(exists=False))
-@click.option("--recipe", default="w4a8", show_default=True, help="w4a8, w8a8, float, or a YAML file.")
+@click.option(
+    "--recipe", help="w4a8, w8a8, float, or a YAML file. [default: w4a8; a quantized SOURCE keeps what it has]"
+)
 @click.option("--method", type=click.Choice(["minmax", "mse"]), help="How scales are found. [default: mse]")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
@@ -48,7 +50,7 @@ class ConversionInterruptedError(NpuqError):
 def command(
     source: str,
     output: str,
-    recipe: str,
+    recipe: str | None,
     method: str | None,
     workers: int | None,
     max_memory: int | None,
@@ -64,6 +66,9 @@ def command(
 
     SOURCE is a directory, or user/name on the hub: its weights are then fetched, converted and dropped piece by piece,
     and never more of them than --download-window are on the disk.
+
+    SOURCE may be quantized already, by ModelSlim or by llm-compressor (compressed-tensors, one scale a channel): its
+    codes and scales are kept, and get the names, tables and manifest of an artifact.
 
     Interrupted at any moment, the same command continues. The artifact does not depend on workers, memory or
     interruptions, to the byte.

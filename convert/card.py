@@ -99,7 +99,9 @@ def _summary(source_name: str, recipe: Recipe, totals: Sequence[RoleTotals], mtp
         f"`{source_name}` converted by npuq with the recipe `{recipe.name}`: "
         f"{_size(before)} of weights became {_size(after)} ({after / before:.0%}).",
     ]
-    if any(total.scheme != "FLOAT" for total in totals):
+    if recipe.stored:
+        lines.append("The source was quantized already: codes and scales are as they were there, to the bit.")
+    elif any(total.scheme != "FLOAT" for total in totals):
         lines.append(f"{methods}; no calibration data. Activations are quantized to 8 bits per token at run time.")
     if mtp_layers:
         lines.append(f"Multi-token-prediction layers: {', '.join(map(str, mtp_layers))}.")

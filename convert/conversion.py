@@ -68,7 +68,7 @@ def convert_checkpoint(
     source: str | Path | Checkpoint,
     output: str | Path,
     *,
-    recipe: str | Path = "w4a8",
+    recipe: str | Path | None = None,
     method: str | None = None,
     workers: int | None = None,
     max_memory: int | None = None,
@@ -80,9 +80,10 @@ def convert_checkpoint(
 ) -> Summary:
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
 
-    `recipe` is a name (w4a8, w8a8, float) or a YAML file; `method` replaces its method; `max_memory` bounds the working
-    set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each output file. The artifact does not
-    depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing.
+    `recipe` is a name (w4a8, w8a8, float) or a YAML file. Without one a float checkpoint becomes w4a8, and one that
+    ModelSlim or llm-compressor has quantized keeps its codes and scales. `method` replaces its method; `max_memory`
+    bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each output file.
+    The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing.
 
     `source` may also be a checkpoint that is open (one on a hub, say), which is closed at the end. `on_shard` is called
     with the name and sha256 of each output shard whose bytes are final, in the calling thread.

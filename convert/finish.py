@@ -33,6 +33,7 @@ from .output import partial_path, publish, write_file
 from .pipeline import file_sha256
 from .plan import Job, Plan
 from .prepare import Prepared
+from .recipe import STORED
 from .report import relative_error, totals_by_role
 from .side_files import card_front_matter, copy_side_files
 
@@ -48,7 +49,7 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
     totals = totals_by_role(plan.jobs, record.jobs)
     report = {
         "recipe": recipe.name,
-        "method": recipe.method.value,
+        "method": STORED if recipe.stored else recipe.method.value,
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "copied_unknown_tensors": list(prepared.inventory.unknown),
@@ -104,7 +105,10 @@ def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[
     for name in small:
         path = output / name
         files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    linears = {job.source: _linear(job, record.jobs[job.index]) for job in plan.jobs if job.scheme is not Scheme.FLOAT}
+    stored = prepared.recipe.stored
+    linears = {
+        job.source: _linear(job, record.jobs[job.index], stored) for job in plan.jobs if job.scheme is not Scheme.FLOAT
+    }
     origin = prepared.origin
     return {
         "format_version": FORMAT_VERSION,
@@ -137,10 +141,10 @@ def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[
     }
 
 
-def _linear(job: Job, stats: JobStats) -> dict[str, Any]:
+def _linear(job: Job, stats: JobStats, stored: bool) -> dict[str, Any]:
     return {
         "scheme": job.scheme.value,
-        "method": job.method.value,
+        "method": STORED if stored else job.method.value,
         "relative_error": relative_error(stats.squared_error, stats.squared_norm),
         "source_bytes": job.source_bytes,
         "bytes": job.output_bytes,

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..quant.artifact import DESCRIPTION_NAME, MANIFEST_NAME, REPORT_NAME, read_manifest
+from ..quant.artifact import MANIFEST_NAME, REPORT_NAME, is_own, read_manifest
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
+from ..quant.sources import open_weights
+from ..quant.stored import QuantizedSource
 from .architecture import take_inventory
 from .stored_evaluation import stored_evaluations
 
@@ -37,8 +39,9 @@ class RoleLine:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`kind` is artifact or checkpoint; `recipe` and `source` are None for a checkpoint. `evaluations` are the results
-    that `npuq evaluate --save` stored, oldest first.
+    """`kind` is artifact (npuq's own), quantized checkpoint (ModelSlim's or llm-compressor's) or checkpoint; `recipe`
+    and `source` are None for all but the first. `evaluations` are the results that `npuq evaluate --save` stored,
+    oldest first.
     """
 
     path: str
@@ -65,13 +68,14 @@ def inspect(path: str | Path) -> Inspection:
     directory = Path(path)
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
-        if (directory / MANIFEST_NAME).exists() or (directory / DESCRIPTION_NAME).exists():
+        if is_own(directory):
             manifest = read_manifest(directory)
             kind, (recipe, source) = "artifact", _origin(directory, manifest)
             lines, evaluations = _artifact_lines(directory), tuple(stored_evaluations(manifest))
         else:
-            kind, recipe, source = "checkpoint", None, None
-            lines, evaluations = _checkpoint_lines(config, WeightSource(checkpoint)), ()
+            weights, recipe, source = open_weights(checkpoint), None, None
+            kind = "quantized checkpoint" if isinstance(weights, QuantizedSource) else "checkpoint"
+            lines, evaluations = _checkpoint_lines(config, weights), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
     return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)
 

@@ -121,14 +121,17 @@ def build_plan(
     assignments: Mapping[str, Assignment],
     float_code: Callable[[str], str],
     max_shard_size: int,
+    *,
+    float16: bool = False,
 ) -> Plan:
-    """Place every output tensor; `float_code` gives the safetensors dtype of a weight that stays float.
+    """Place every output tensor; `float_code` gives the safetensors dtype of a weight that stays float, `float16` says
+    that the model computes in it.
 
     No shard exceeds `max_shard_size` bytes, header included, unless a single job's outputs do. Raises RecipeError for a
     weight whose shape its scheme cannot hold.
     """
     drafts = [
-        _Draft(spec, weights[name], assignments[name], _sized(_outputs(spec, assignments[name], float_code)))
+        _Draft(spec, weights[name], assignments[name], _sized(_outputs(spec, assignments[name], float_code, float16)))
         for name, spec in inventory.specs.items()
     ]
     if not drafts:
@@ -144,13 +147,15 @@ def build_plan(
     return Plan(tuple(jobs), tuple(shards))
 
 
-def _outputs(spec: Spec, assignment: Assignment, float_code: Callable[[str], str]) -> tuple[OutputTensor, ...]:
+def _outputs(
+    spec: Spec, assignment: Assignment, float_code: Callable[[str], str], float16: bool
+) -> tuple[OutputTensor, ...]:
     if assignment.scheme is Scheme.FLOAT:
         # Loaders keep the router's correction bias in float32: rounding it to bf16 reroutes tokens.
         code = "F32" if spec.role in ROUTER_BIASES else float_code(spec.name)
         return (OutputTensor(spec.name, code, spec.shape),)
     try:
-        return output_tensors(spec.name, assignment.scheme, spec.shape, row_parallel=spec.row_parallel)
+        return output_tensors(spec.name, assignment.scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)
     except ValueError as error:
         raise RecipeError(f"{assignment.scheme.value} for {spec.name!r} {list(spec.shape)}: {error}") from error
 

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from .. import __version__
 from ..quant.artifact import FORMAT_VERSION
-from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from ..quant.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
+from ..quant.sources import open_weights
+from ..quant.stored import QuantizedSource
 from .architecture import Inventory, take_inventory
 from .engine_rules import check_recipe
 from .plan import Plan, build_plan
-from .recipe import Recipe, load_recipe, resolve
+from .recipe import STORED, Recipe, check_source, load_recipe, resolve
 from .side_files import side_files
 
 
@@ -63,7 +67,7 @@ class Prepared:
             "source": self.origin.name + revision,
             "source config or tensors": digest.hexdigest()[:16],
             "recipe": f"{self.recipe.name} {recipe_digest[:16]}",
-            "method": self.recipe.method.value,
+            "method": STORED if self.recipe.stored else self.recipe.method.value,
             "maximum shard size": str(self.max_shard_size),
             "npuq version": __version__,
             "artifact format": str(FORMAT_VERSION),
@@ -84,24 +88,29 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def prepare(opened: Path | Checkpoint, recipe: str | Path, method: str | None, max_shard_size: int) -> Prepared:
+def prepare(opened: Path | Checkpoint, recipe: str | Path | None, method: str | None, max_shard_size: int) -> Prepared:
     """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input.
 
-    A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it.
+    A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it. Without a
+    recipe a float checkpoint gets w4a8, and a quantized one keeps what it has.
     """
     checkpoint: Checkpoint | None = None
     try:
         if isinstance(opened, Checkpoint):
             checkpoint = opened
-        resolved = load_recipe(recipe, method)
+        resolved = None if recipe is None else load_recipe(recipe, method)
         checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
-        source = WeightSource(checkpoint)
+        source = open_weights(checkpoint)
+        stored = source.schemes if isinstance(source, QuantizedSource) else None
+        resolved = resolved or load_recipe("w4a8" if stored is None else STORED, method)
+        check_source(resolved, stored is not None)
         inventory = take_inventory(config, source.weights)
-        assignments = resolve(resolved, inventory.specs)
+        assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
-        plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size)
+        float16 = source.float_dtype is torch.float16
+        plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size, float16=float16)
         names = tuple(side_files(directory))
         origin = _origin(directory)
     except BaseException:
@@ -118,11 +127,11 @@ def _origin(directory: Path) -> Origin:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         repo = path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         revision = path.name
-    index = directory / INDEX_NAME
+    index = index_path(directory)
     return Origin(
         name=repo or path.name,
         repo=repo,
         revision=revision,
         config_sha256=hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest(),
-        index_sha256=hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None,
+        index_sha256=hashlib.sha256(index.read_bytes()).hexdigest() if index is not None else None,
     )

@@ -25,8 +25,9 @@ from ..quant.scales import Method
 from ..quant.schemes import Scheme
 from .architecture import QUANTIZABLE, Role, Spec
 
+STORED = "stored"
 NAMED = ("w4a8", "w8a8", "float")
-_RECIPE_KEYS = ("name", "target", "method", "rules")
+_RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
 _RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
 
 
@@ -70,15 +71,22 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read: `method` is what rules without a method of their own use."""
+    """A recipe as read: `method` is what rules without a method of their own use.
+
+    With `stored` there are no rules: every weight keeps the scheme, codes and scales that it has in the source.
+    """
 
     name: str
     target: Target
     method: Method
     rules: tuple[Rule, ...]
+    stored: bool = False
 
     def to_yaml(self) -> str:
         """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
+        if self.stored:
+            content: dict[str, Any] = {"name": self.name, "target": self.target.value, "schemes": STORED}
+            return yaml.safe_dump(content, sort_keys=False, width=120)
         rules = []
         for rule in self.rules:
             entry: dict[str, Any] = {}
@@ -111,7 +119,7 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
 
     Raises RecipeError for a missing or malformed file and for unknown keys and values, with the nearest valid one.
     """
-    if str(recipe) in NAMED:
+    if str(recipe) in (*NAMED, STORED):
         text = (files(__package__) / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
         where = f"recipe {recipe}"
     else:
@@ -120,13 +128,33 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
             raise RecipeError(f"no recipe named {str(recipe)!r}{_nearest(str(recipe), NAMED)}; or give a .yaml file")
         text, where = _read_text(path), str(path)
     parsed = _parse(text, where)
+    if method is not None and parsed.stored:
+        raise RecipeError(f"{where}: keeps the scales of a quantized source: there is none to find; leave --method out")
     if method is not None:
         return Recipe(parsed.name, parsed.target, _member(Method, method, "method", "--method"), parsed.rules)
     return parsed
 
 
-def resolve(recipe: Recipe, specs: Mapping[str, Spec]) -> dict[str, Assignment]:
-    """The scheme and method of every tensor, before any loader's rule is applied (see engine_rules.py)."""
+def check_source(recipe: Recipe, quantized: bool) -> None:
+    """Raise RecipeError for a recipe that a source cannot follow: what is quantized already only keeps its schemes."""
+    if quantized and not recipe.stored:
+        raise RecipeError(
+            f"recipe {recipe.name!r} is for a float checkpoint, and this one is quantized already: leave --recipe out "
+            "to keep its codes, or convert the float checkpoint"
+        )
+    if recipe.stored and not quantized:
+        raise RecipeError(f"recipe {recipe.name!r} keeps the schemes of the source, and this one is not quantized")
+
+
+def resolve(
+    recipe: Recipe, specs: Mapping[str, Spec], stored: Mapping[str, Scheme] | None = None
+) -> dict[str, Assignment]:
+    """The scheme and method of every tensor, before any loader's rule is applied (see engine_rules.py).
+
+    `stored` has the schemes of a quantized source.
+    """
+    if recipe.stored and stored is not None:
+        return {name: Assignment(stored[name], recipe.method, 0) for name in specs}
     return {name: _assign(recipe, spec) for name, spec in specs.items()}
 
 
@@ -160,7 +188,10 @@ def _parse(text: str, where: str) -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(f"{where}: a recipe is a mapping with {', '.join(_RECIPE_KEYS)}")
     _check_keys(content, _RECIPE_KEYS, where)
-    rules = content.get("rules")
+    stored = content.get("schemes") == STORED
+    if "schemes" in content and (not stored or content.keys() & {"rules", "method"}):
+        raise RecipeError(f"{where}: 'schemes' can only be {STORED!r}, and then nothing is left for rules or a method")
+    rules = [] if stored else content.get("rules")
     if not isinstance(rules, list):
         raise RecipeError(f"{where}: 'rules' must be a list (empty: everything stays float)")
     name = content.get("name", Path(where).stem)
@@ -171,6 +202,7 @@ def _parse(text: str, where: str) -> Recipe:
         target=_member(Target, content.get("target", "engines"), "target", where),
         method=_member(Method, content.get("method", "mse"), "method", where),
         rules=tuple(_parse_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, start=1)),
+        stored=stored,
     )
 
 

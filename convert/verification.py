@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, CheckpointError, NpuqError
-from ..quant.artifact import MANIFEST_NAME, read_manifest
+from ..quant.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
 from ..quant.checkpoint import Checkpoint
-from ..quant.dialects import WeightSource
 from ..quant.schemes import Scheme
+from ..quant.sources import open_weights
 from .architecture import Spec
 from .pipeline import single_threaded_torch
 from .progress import Progress, Silent
+from .recipe import STORED
 from .report import relative_error
 from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
+from .verify_stored import check_stored
 from .verify_values import TensorCheck, check_rope, check_shared_inputs, check_values
 
 # The manifest's error was summed from exact integers, this one in floating point.
@@ -68,13 +70,15 @@ def verify(
 ) -> VerifyReport:
     """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
 
-    Every byte is read twice, once for its file's hash and once for its value; `progress` hears of both. Everything
-    wrong with the artifact is a problem in the report. Raises CheckpointError when there is no such directory, or the
-    source cannot be read.
+    An artifact that ModelSlim made has no manifest and no rotary tables: the rest is checked. Every byte is read twice,
+    once for its file's hash and once for its value; `progress` hears of both. Everything wrong with the artifact is a
+    problem in the report. Raises CheckpointError when there is no such directory, or the source cannot be read.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
+    if not is_own(directory) and description_path(directory) is not None:
+        return _verify_stored(path, source, workers, progress or Silent())
     try:
         manifest = read_manifest(directory)
     except NpuqError as error:
@@ -85,7 +89,7 @@ def verify(
     with ExitStack() as stack:
         weights = None
         if source is not None:
-            weights = WeightSource(stack.enter_context(Checkpoint.open(source)))
+            weights = open_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
         watch = progress or Silent()
@@ -103,16 +107,32 @@ def verify(
             return VerifyReport(str(path), tuple(problems), len(files), 0, 0, ())
         stack.enter_context(layout.checkpoint)
         problems += check_rope(layout)
-        problems += check_shared_inputs(layout)
+        problems += check_shared_inputs(layout.checkpoint, layout.config, layout.specs, layout.schemes)
         checks = []
         for check in pool.map(lambda spec: check_values(layout, spec, weights), layout.specs.values()):
             checks.append(check)
             watch.advance(_stored_bytes(layout, check.spec), check.spec.layer)
     problems += [problem for check in checks for problem in check.problems]
-    errors = tuple(_errors(layout, checks))
+    errors = tuple(_errors(layout.schemes, checks))
     problems += _check_manifest(manifest, layout, errors)
     linears = sum(layout.schemes[name] is not Scheme.FLOAT for name in layout.specs)
     return VerifyReport(str(path), tuple(problems), len(files), len(layout.checkpoint.tensors), linears, errors)
+
+
+def _verify_stored(
+    path: str | Path, source: str | Path | None, workers: int | None, progress: Progress
+) -> VerifyReport:
+    """ModelSlim's own artifact: there is no manifest to check it against."""
+    with ExitStack() as stack:
+        original = None if source is None else open_weights(stack.enter_context(Checkpoint.open(source)))
+        pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
+        stack.enter_context(single_threaded_torch())
+        found = check_stored(Path(path), original, pool, progress)
+    if found.source is None:
+        return VerifyReport(str(path), found.problems, 0, 0, 0, ())
+    errors = tuple(_errors(found.source.schemes, found.checks))
+    checkpoint, linears = found.source.checkpoint, len(found.source.linears)
+    return VerifyReport(str(path), found.problems, len(checkpoint.shards), len(checkpoint.tensors), linears, errors)
 
 
 def _size(path: Path) -> int:
@@ -128,12 +148,12 @@ def _stored_bytes(layout: Layout, spec: Spec) -> int:
     return sum(tensors[output.name].nbytes for output in outputs if output.name in tensors)
 
 
-def _errors(layout: Layout, checks: list[TensorCheck]) -> Iterator[LinearError]:
+def _errors(schemes: Mapping[str, Scheme], checks: Iterable[TensorCheck]) -> Iterator[LinearError]:
     for check in checks:
         if check.stats is not None:
             error = relative_error(check.stats.squared_error, check.stats.squared_norm)
             name = check.spec.name
-            yield LinearError(name, check.spec.role.value, layout.schemes[name].value, error)
+            yield LinearError(name, check.spec.role.value, schemes[name].value, error)
 
 
 def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[LinearError, ...]) -> Iterator[str]:
@@ -157,6 +177,9 @@ def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[L
         if written != described:
             yield f"{MANIFEST_NAME}: {name!r} is {written}, in the description {described}"
     for error in errors:
+        # Made from codes: the float checkpoint behind them is as good a source, with an error of its own.
+        if linears.get(error.name, {}).get("method") == STORED:
+            continue
         promised = linears.get(error.name, {}).get("relative_error", error.relative_error)
         if abs(error.relative_error - promised) > _ERROR_TOLERANCE * (promised + error.relative_error):
             yield (

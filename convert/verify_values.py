@@ -11,8 +11,10 @@ import torch
 
 from ..errors import NpuqError
 from ..quant.artifact import ROPE_NAME
+from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.int4 import unpack_int4
+from ..quant.model_config import ModelConfig
 from ..quant.rope import load_rope, rope_tables
 from ..quant.schemes import (
     BIAS,
@@ -105,7 +107,7 @@ def _readable(layout: Layout, spec: Spec) -> tuple[OutputTensor, ...]:
 def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> Iterator[str]:
     if not spec.shape:
         return
-    for start, stop in _chunks(spec):
+    for start, stop in row_chunks(spec):
         rows = layout.checkpoint.read_rows(spec.name, start, stop)
         if spec.role is not Role.OTHER and not torch.isfinite(rows).all():
             yield f"tensor {spec.name!r} holds infinities or NaN"
@@ -128,7 +130,7 @@ def _check_linear(
     problems: dict[str, None] = {}  # each once, in order
     squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
     by_row = {suffix: name for suffix, name in names.items() if suffix in (WEIGHT, SCALE, OFFSET, BIAS)}
-    for start, stop in _chunks(spec):
+    for start, stop in row_chunks(spec):
         rows = {
             suffix: layout.checkpoint.read_rows(name, start // 2 if packed else start, stop // 2 if packed else stop)
             for suffix, name in by_row.items()
@@ -169,21 +171,22 @@ def _static_problems(layout: Layout, names: Mapping[str, str]) -> Iterator[str]:
         yield f"tensor {names[QUANT_BIAS]!r} disagrees with the stored codes and input_offset: outputs would be shifted"
 
 
-def check_shared_inputs(layout: Layout) -> Iterator[str]:
+def check_shared_inputs(
+    checkpoint: Checkpoint, config: ModelConfig, specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]
+) -> Iterator[str]:
     """Linears that loaders fuse quantize their activations once: in static W8A8 they need one input scale."""
-    for leader, member in fused_pairs(layout.specs, family_of(layout.config.model_type).fused):
-        names = [name.removesuffix(WEIGHT) for name in (leader, member)]
-        if {layout.schemes[leader], layout.schemes[member]} != {Scheme.W8A8_STATIC}:
+    for leader, member in fused_pairs(specs, family_of(config.model_type).fused):
+        if {schemes[leader], schemes[member]} != {Scheme.W8A8_STATIC}:
             continue
         for suffix in (INPUT_SCALE, INPUT_OFFSET):
-            stored = [name + suffix for name in names]
-            if all(name in layout.checkpoint.tensors for name in stored):
-                first, second = map(layout.checkpoint.read, stored)
+            stored = [name.removesuffix(WEIGHT) + suffix for name in (leader, member)]
+            if all(name in checkpoint.tensors for name in stored):
+                first, second = map(checkpoint.read, stored)
                 if not torch.equal(first, second):
                     yield f"tensor {stored[1]!r} differs from {stored[0]!r}: engines fuse them: calibrate both as one"
 
 
-def _chunks(spec: Spec) -> Iterator[tuple[int, int]]:
+def row_chunks(spec: Spec) -> Iterator[tuple[int, int]]:
     """Row ranges of about a million values, of an even number of rows for packed int4."""
     columns = max(1, spec.shape[1] if len(spec.shape) > 1 else 1)
     rows = max(2, _CHUNK_ELEMENTS // columns // 2 * 2)

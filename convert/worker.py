@@ -15,7 +15,8 @@ from ..errors import CheckpointError, ConversionError
 from ..quant.dialects import WeightSource
 from ..quant.safetensors import DTYPES
 from ..quant.scales import NonFiniteError
-from ..quant.schemes import Scheme, quantize_stored
+from ..quant.schemes import INPUT_OFFSET, INPUT_SCALE, QuantizedRows, Scheme, quantize_stored
+from ..quant.stored import QuantizedSource
 from .architecture import Role
 from .journal import JobStats
 from .plan import Job, Slot
@@ -40,17 +41,26 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, chunk_elements: i
         if job.scheme is Scheme.FLOAT:
             _write(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
             continue
-        stored = source.stored_rows(job.source, start, end)
-        try:
-            quantized = quantize_stored(stored, job.scheme, job.method, row_parallel=job.row_parallel)
-        except NonFiniteError as error:
-            raise _not_finite(job, source) from error
+        quantized = _quantized_rows(job, source, start, end)
         for slot in job.outputs:
+            # One value for the whole linear is written with its first rows.
+            if slot.suffix in (INPUT_SCALE, INPUT_OFFSET) and start:
+                continue
             _write(files, job, slot, start, quantized.tensors[slot.suffix])
         squared_error[start:end] = quantized.squared_error.numpy()
         squared_norm[start:end] = quantized.squared_norm.numpy()
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     return JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+
+
+def _quantized_rows(job: Job, source: WeightSource, start: int, end: int) -> QuantizedRows:
+    if isinstance(source, QuantizedSource):
+        return source.quantized_rows(job.source, start, end, row_parallel=job.row_parallel)
+    stored = source.stored_rows(job.source, start, end)
+    try:
+        return quantize_stored(stored, job.scheme, job.method, row_parallel=job.row_parallel)
+    except NonFiniteError as error:
+        raise _not_finite(job, source) from error
 
 
 def row_chunks(job: Job, chunk_elements: int, block_rows: int) -> Iterator[tuple[int, int]]:

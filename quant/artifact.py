@@ -57,19 +57,43 @@ def description(types: Mapping[str, Scheme]) -> dict[str, Any]:
     return {**DESCRIPTION_GLOBALS, **{name: scheme.value for name, scheme in types.items()}}
 
 
+def description_path(directory: Path) -> Path | None:
+    """The description: under the name that engines look for, or the only one with a suffix, as older ModelSlim wrote
+    it (`quant_model_description_w8a8_dynamic.json`); None for a directory without. ArtifactError where several are.
+    """
+    path = directory / DESCRIPTION_NAME
+    if path.exists():
+        return path
+    others = sorted(directory.glob(f"{Path(DESCRIPTION_NAME).stem}*.json"))
+    if len(others) > 1:
+        names = " and ".join(path.name for path in others[:2])
+        raise ArtifactError(f"{directory}: {names}: which description is meant? Keep one, named {DESCRIPTION_NAME}")
+    return others[0] if others else None
+
+
+def is_own(directory: Path) -> bool:
+    """Whether npuq made the artifact, or has begun to: what comes from ModelSlim has neither manifest nor tables."""
+    return (directory / OWN_FOLDER).exists()
+
+
 def read_description(directory: Path) -> dict[str, Scheme] | None:
     """Tensor name → scheme of an artifact; None for a directory without a description (a float checkpoint).
 
-    Raises ArtifactError for a file that is not such a description, or a type that is not known.
+    Raises ArtifactError for a file that is not such a description, a type that is not known, or groups along K.
     """
-    path = directory / DESCRIPTION_NAME
-    if not path.exists():
+    path = description_path(directory)
+    if path is None:
         return None
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         types = {name: value for name, value in entries.items() if name not in DESCRIPTION_GLOBALS}
     except (OSError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path}: not a quantization description ({error}); convert again") from error
+    if entries.get("group_size", 0):
+        raise ArtifactError(
+            f"{path}: group_size {entries['group_size']!r}: npuq and the engines read one scale a channel; "
+            "quantize the float checkpoint per channel"
+        )
     result = {}
     for name, value in types.items():
         # ModelSlim adds global keys from release to release; only those that name a tensor matter here.

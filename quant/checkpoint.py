@@ -221,10 +221,24 @@ def collect_tensors(
     return {name: tensors[name] for name in sorted(tensors, key=natural_key)}
 
 
+def index_path(directory: Path) -> Path | None:
+    """The index: Hugging Face's, or the only one of another name (ModelSlim's `quant_model_weights…`); None without.
+
+    CheckpointError where several could be meant.
+    """
+    if (directory / INDEX_NAME).exists():
+        return directory / INDEX_NAME
+    others = sorted(directory.glob("*.safetensors.index.json"))
+    if len(others) > 1:
+        names = " and ".join(path.name for path in others[:2])
+        raise CheckpointError(f"{directory}: {names}: which index is meant? Keep the one that names the weights")
+    return others[0] if others else None
+
+
 def read_weight_map(directory: Path) -> Mapping[str, str] | None:
     """Tensor name → shard, from the index; None when there is no index. CheckpointError when it is malformed."""
-    path = directory / INDEX_NAME
-    if not path.exists():
+    path = index_path(directory)
+    if path is None:
         return None
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -257,5 +271,5 @@ def _indexed(directory: Path, header: Mapping[str, TensorInfo], name: str, shard
         return header[name]
     except KeyError:
         raise CheckpointError(
-            f"{directory / INDEX_NAME}: tensor {name!r} is not in {shard}; fetch the index and that shard again"
+            f"{index_path(directory)}: tensor {name!r} is not in {shard}; fetch the index and that shard again"
         ) from None

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
-from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, read_description, read_manifest
+from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, description_path, is_own, read_description, read_manifest
 from ..quant.checkpoint import Checkpoint
+from ..quant.compressed_tensors import is_compressed
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
 from ..quant.rope import RopeTables, load_rope, rope_tables
@@ -62,12 +63,16 @@ class FloatStore:
 
 
 class ArtifactStore:
-    """A finished artifact: each weight's scheme is what the description says. ArtifactError for an unfinished one."""
+    """A finished artifact of npuq's, or ModelSlim's own: each weight's scheme is what the description says.
+
+    ArtifactError for an unfinished one.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
-        read_manifest(checkpoint.directory)
+        if is_own(checkpoint.directory):
+            read_manifest(checkpoint.directory)
         self._checkpoint = checkpoint
-        self._path = checkpoint.directory / DESCRIPTION_NAME
+        self._path = description_path(checkpoint.directory) or checkpoint.directory / DESCRIPTION_NAME
         self._description: Mapping[str, Scheme] = read_description(checkpoint.directory) or {}
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -121,18 +126,22 @@ class ArtifactStore:
 
 def is_artifact(directory: Path) -> bool:
     """Whether a directory holds a quantized artifact: it has the description that engines look for."""
-    return (directory / DESCRIPTION_NAME).is_file()
+    return description_path(directory) is not None
 
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
-    return ArtifactStore(checkpoint) if is_artifact(checkpoint.directory) else FloatStore(checkpoint, dtype)
+    if is_artifact(checkpoint.directory):
+        return ArtifactStore(checkpoint)
+    if is_compressed(checkpoint.config):
+        raise CheckpointError(f"{checkpoint.directory}: compressed-tensors weights: run `npuq convert` on it first")
+    return FloatStore(checkpoint, dtype)
 
 
 def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
-    """The tables an artifact brings, or those of the config. ArtifactError when they do not fit the config."""
+    """The tables that npuq's artifacts bring, or those of the config. ArtifactError when they do not fit the config."""
     path = checkpoint.directory / ROPE_NAME
-    if not is_artifact(checkpoint.directory):
+    if not (is_artifact(checkpoint.directory) and is_own(checkpoint.directory)):
         return rope_tables(config)
     tables = load_rope(path)
     if tables.cos.shape[1] * 2 != config.qk_rope_head_dim:

@@ -19,7 +19,7 @@ from npuq.quant.dialects import Weight
 from npuq.quant.scales import Method
 from npuq.quant.schemes import Scheme
 
-ITEM = {"F32": 4, "BF16": 2, "I8": 1}
+ITEM = {"I32": 4, "F32": 4, "BF16": 2, "I8": 1}
 
 
 def plan_of(tensors: list[tuple[str, tuple[int, ...], Scheme]], max_shard_size: int):

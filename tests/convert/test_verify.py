@@ -138,11 +138,16 @@ def test_description_is_complete_both_ways(artifact):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("group_size", 128), ("ascend_quant_method", None), ("version", "2"), ("model_quant_type", "W4A8")],
+    [("ascend_quant_method", None), ("version", "2"), ("model_quant_type", "W4A8")],
 )
 def test_description_globals(key, value, artifact):
     artifact.edit_json(DESCRIPTION, lambda content: content.update({key: value}))
     assert f"{key!r} is {value!r} and must be" in artifact.problems()
+
+
+def test_scales_by_group_are_refused(artifact):
+    artifact.edit_json(DESCRIPTION, lambda content: content.update({"group_size": 128}))
+    assert "group_size 128: npuq and the engines read one scale a channel" in artifact.problems()
 
 
 @pytest.mark.parametrize(
