@@ -77,12 +77,13 @@ def verify(
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    if not is_own(directory) and description_path(directory) is not None:
-        return _verify_stored(path, source, workers, progress or Silent())
     try:
-        manifest = read_manifest(directory)
+        stored = not is_own(directory) and description_path(directory) is not None
+        manifest = {} if stored else read_manifest(directory)
     except NpuqError as error:
         return VerifyReport(str(path), (str(error),), 0, 0, 0, ())
+    if stored:
+        return _verify_stored(path, source, workers, progress or Silent())
     files = manifest.get("files")
     if not isinstance(files, dict):
         return VerifyReport(str(path), (f"{MANIFEST_NAME}: lists no files",), 0, 0, 0, ())

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +16,17 @@ import foreign
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import npuq
+from npuq.convert.conversion import Internals
+from npuq.convert.pipeline import Durability
+from npuq.errors import ConversionError
 
 STATIC = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")
 PROMPT = list(range(40, 80))
+EVAL = Path(__file__).parent.parent.parent / "examples" / "eval.txt"
 
 
 @pytest.fixture(scope="module", params=["w4a8", "w8a8", "static", "legacy names"])
@@ -91,3 +101,70 @@ def test_inspect_shows_schemes(directory):
     assert found.kind == "quantized checkpoint" and found.recipe is None
     assert {line.scheme for line in found.lines if line.role == "routed_expert"} <= {"W4A8_DYNAMIC", "W8A8_DYNAMIC"}
     assert {line.scheme for line in found.lines if line.role == "attention"} <= {"W8A8_DYNAMIC", "W8A8"}
+
+
+def test_an_interrupted_conversion_continues(float_model, tmp_path):
+    directory = foreign.write_modelslim(float_model, tmp_path / "in", static=STATIC)
+    npuq.convert_checkpoint(directory, tmp_path / "whole", max_shard_size=4_000_000)
+    fail_at = [40, 90, 200, 0]
+    for limit in fail_at:
+        count = itertools.count(1)
+
+        def write(descriptor: int, data: Any, offset: int, count: Iterator[int] = count, limit: int = limit) -> int:
+            if next(count) == limit:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return os.pwrite(descriptor, data, offset)
+
+        internals = Internals(Durability(0.0, 1), write)
+        options: dict[str, Any] = {"max_shard_size": 4_000_000, "internals": internals, "workers": 1}
+        if limit:
+            with pytest.raises(ConversionError, match="make room"):
+                npuq.convert_checkpoint(directory, tmp_path / "out", **options)
+        else:
+            summary = npuq.convert_checkpoint(directory, tmp_path / "out", **options)
+            assert summary.status == "converted" and summary.jobs_resumed > 0
+    whole = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    for name, path in whole.items():
+        assert (tmp_path / "out" / name).read_bytes() == path.read_bytes(), name
+    assert npuq.convert_checkpoint(directory, tmp_path / "out", max_shard_size=4_000_000).status == "finished"
+
+
+def test_a_float16_model_keeps_its_bit_patterns(float_model, tmp_path):
+    half = tmp_path / "half"
+    half.mkdir()
+    for path in float_model.glob("*.json"):
+        (half / path.name).write_bytes(path.read_bytes())
+    config = json.loads((half / "config.json").read_text()) | {"torch_dtype": "float16"}
+    (half / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.half() for name, tensor in load_file(float_model / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors")
+    directory = foreign.write_modelslim(half, tmp_path / "in", static=STATIC)
+    npuq.convert_checkpoint(directory, tmp_path / "out")
+    assert npuq.verify(directory).problems == npuq.verify(tmp_path / "out", half).problems == ()
+    stored = weights_of(tmp_path / "out")["model.layers.0.self_attn.q_a_proj.deq_scale"]
+    assert stored.dtype == torch.int64
+    assert torch.equal(stored, weights_of(directory)["model.layers.0.self_attn.q_a_proj.deq_scale"])
+    assert continuation(tmp_path / "out") == continuation(directory)
+
+
+def test_the_command_line(float_model, tmp_path):
+    directory = foreign.write_modelslim(float_model, tmp_path / "in")
+    npuq_command = [sys.executable, "-m", "npuq"]
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [*npuq_command, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    planned = run("convert", directory, tmp_path / "out", "--dry-run")
+    assert planned.returncode == 0 and "W4A8_DYNAMIC" in planned.stdout and not (tmp_path / "out").exists()
+    verified = run("verify", directory, "--engine", "vllm-ascend", "--tp", 4, "--ep", "--json")
+    assert verified.returncode == 0 and json.loads(verified.stdout)["ok"]
+    shown = run("inspect", directory)
+    assert shown.stdout.startswith("quantized checkpoint: deepseek_v3, 4 layers, 16 experts\n")
+    written = run("generate", directory, "--prompt", "Call me", "--max-new-tokens", 3)
+    assert written.returncode == 0, written.stderr
+    evaluated = run("evaluate", directory, "--source", float_model, "--text", EVAL, "--context", 128, "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    (directory / "quant_model_weights.safetensors.index.json").write_text("{}")
+    failed = run("convert", directory, tmp_path / "out")
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "weight_map" in failed.stderr

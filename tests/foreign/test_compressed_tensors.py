@@ -1,0 +1,152 @@
+"""compressed-tensors checkpoints become artifacts; what there is no scheme for is refused in a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import foreign
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import npuq
+from npuq.errors import CheckpointError, NpuqError
+
+EXPERT = "model.layers.1.mlp.experts.3.down_proj"
+Q_A = "model.layers.0.self_attn.q_a_proj"
+
+
+@pytest.fixture(scope="module", params=["int4", "int4 packed", "int8"])
+def directory(request: pytest.FixtureRequest, float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bits, packed = (8 if request.param == "int8" else 4), request.param == "int4 packed"
+    folder = tmp_path_factory.mktemp("compressed")
+    return foreign.write_compressed(float_model, folder / "model", bits=bits, packed=packed)
+
+
+def weights_of(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def test_it_becomes_an_artifact(directory, float_model, float_tensors, tmp_path):
+    summary = npuq.convert_checkpoint(directory, tmp_path / "out", max_shard_size=4_000_000)
+    assert (summary.status, summary.recipe) == ("converted", "stored")
+    report = npuq.verify(tmp_path / "out", float_model)
+    assert report.problems == ()
+    four = "int8" not in str(directory) and any(e.scheme == "W4A8_DYNAMIC" for e in report.errors)
+    # Their scales are rounded to bfloat16: 8-bit errors stay below two percent, 4-bit ones below twenty.
+    assert all(0 < e.relative_error < (0.2 if e.scheme == "W4A8_DYNAMIC" else 0.02) for e in report.errors)
+    ours = weights_of(tmp_path / "out")
+    codes, scale = foreign.codes_of(float_tensors[f"{EXPERT}.weight"], 4 if four else 8)
+    stored = ours[f"{EXPERT}.weight"]
+    if four:
+        nibbles = stored.view(torch.uint8)
+        stored = torch.stack([nibbles & 15, nibbles >> 4], dim=1).flatten(0, 1).to(torch.int64)
+        stored = torch.where(stored > 7, stored - 16, stored)
+    assert stored.tolist() == codes.tolist()
+    expected = torch.from_numpy(scale).bfloat16().float()
+    assert torch.equal(ours[f"{EXPERT}.weight_scale"], expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and config["quantize"] == "w8a8_dynamic"
+    assert config["moe_quantize"] == ("w4a8_dynamic" if four else "w8a8_dynamic")
+    completion = npuq.load(tmp_path / "out").generate([list(range(40, 80))], max_new_tokens=4)[0]
+    assert completion.completion_tokens > 0
+
+
+def test_inspect_and_load(directory):
+    assert npuq.inspect(directory).kind == "quantized checkpoint"
+    with pytest.raises(CheckpointError, match="compressed-tensors weights: run `npuq convert` on it first"):
+        npuq.load(directory)
+
+
+def group(content: dict[str, Any]) -> dict[str, Any]:
+    return content["config_groups"]["group_1"]
+
+
+REFUSED = {
+    "groups": (
+        lambda c: group(c)["weights"].update(strategy="group", group_size=128),
+        "config.json: group_1: weights by group of 128: only one scale a channel is read: use strategy 'channel'",
+    ),
+    "one scale for all": (lambda c: group(c)["weights"].update(strategy="tensor"), "weights by tensor: only one scale"),
+    "asymmetric": (
+        lambda c: group(c)["weights"].update(symmetric=False),
+        "group_1: asymmetric weights are not read; quantize with symmetric: true",
+    ),
+    "actorder": (
+        lambda c: group(c)["weights"].update(actorder="group"),
+        "group_1: actorder 'group' reorders input channels",
+    ),
+    "float8": (lambda c: group(c)["weights"].update(type="float"), "type 'float': npuq reads int of 4 and 8 bits"),
+    "2 bits": (lambda c: group(c)["weights"].update(num_bits=2), "weights of 2 bits"),
+    "weight only": (lambda c: group(c).update(input_activations=None), "activations stay float (weight-only)"),
+    "static activations": (
+        lambda c: group(c)["input_activations"].update(dynamic=False, strategy="tensor"),
+        "activations must be int8, symmetric, dynamic and per token",
+    ),
+    "output activations": (lambda c: group(c).update(output_activations={"num_bits": 8}), "output_activations"),
+    "marlin": (lambda c: group(c).update(format="marlin-24"), "format 'marlin-24' is not read"),
+    "packed int8": (
+        lambda c: c["config_groups"]["group_0"].update(format="pack-quantized"),
+        "group_0: packed weights of 8 bits are not read",
+    ),
+    "cache": (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+    "sparse": (lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
+    "pattern": (lambda c: group(c).update(targets=["re:("]), "'re:(' is no pattern"),
+    "no groups": (lambda c: c.pop("config_groups"), "has no config_groups"),
+    "no targets": (lambda c: group(c).pop("targets"), "group_1: needs targets and weights"),
+    "nobody's scale": (lambda c: c["ignore"].append(Q_A), f"does not quantize '{Q_A}'"),
+    "other widths": (lambda c: c["config_groups"].pop("group_1"), "config.json implies"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_scheme_is_refused(case, float_model, tmp_path):
+    edit, message = REFUSED[case]
+    if case == "other widths":  # 4-bit experts read as 8-bit ones are codes of an eighth of the inputs, or of int32
+        message = "is I32"
+    source = foreign.write_compressed(float_model, tmp_path / "in", packed=case == "other widths", edit_config=edit)
+    with pytest.raises(NpuqError) as caught:
+        npuq.convert_checkpoint(source, tmp_path / "out")
+    if case == "other widths":
+        assert f"'{EXPERT}.weight" in str(caught.value) or "experts" in str(caught.value)
+    else:
+        assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+DAMAGED = {
+    "weight dtype": (f"{EXPERT}.weight", lambda t: t.to(torch.int32), "is I32"),
+    "weight shape": (f"{EXPERT}.weight", lambda t: t[:-1], "npuq reads one scale for each of 255 channels"),
+    "transposed": (f"{Q_A}.weight", lambda t: t[:, :-1], "has shape"),
+    "group scales": (f"{EXPERT}.weight_scale", lambda t: t.repeat(1, 4), "npuq reads one scale for each of 256"),
+    "scale dtype": (f"{EXPERT}.weight_scale", lambda t: t.to(torch.int32), "is I32"),
+    "a zero scale": (f"{EXPERT}.weight_scale", lambda t: t * 0, "holds a scale that is not a positive number"),
+    "an infinite scale": (f"{EXPERT}.weight_scale", lambda t: t / 0, "holds a scale that is not a positive number"),
+    "8-bit codes": (f"{EXPERT}.weight", lambda t: t.clone().fill_(8), "holds codes outside"),
+    "no scale": (f"{EXPERT}.weight_scale", None, "is I8, but nothing says how it is quantized"),
+    "no weight": (f"{EXPERT}.weight", None, f"has no '{EXPERT}.weight' in any shard"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_found(case, float_model, tmp_path):
+    name, change, message = DAMAGED[case]
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change(tensors[name]).contiguous()
+
+    source = foreign.write_compressed(float_model, tmp_path / "in", edit=edit)
+    with pytest.raises(NpuqError) as caught:
+        npuq.convert_checkpoint(source, tmp_path / "out")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "npuq" / "manifest.json").exists()
