@@ -94,6 +94,8 @@ def _read_config(where: object, quantization: Mapping[str, Any]) -> tuple[list[_
     sparsity = quantization.get("sparsity_config") or {}
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise CheckpointError(f"{where}: sparsity_config: compressed sparse weights are not read; save them dense")
+    if quantization.get("transform_config"):
+        raise CheckpointError(f"{where}: transform_config: rotations at run time are not supported; quantize without")
     default = quantization.get("format")
     return [_read_group(f"{where}: {name}", group, default) for name, group in groups.items()], tuple(map(str, ignore))
 

@@ -31,7 +31,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("engine", ["vllm-ascend", "sglang", "msmodelslim"])
+@pytest.mark.parametrize("engine", ["vllm-ascend", "sglang", "msmodelslim", "compressed-tensors"])
 def test_checks_inside_the_engine(engine, artifacts):
     done = run_checks(engine, HERE / f"check_{engine.replace('-', '_')}.py", artifacts)
     assert done.returncode == 0, done.stdout + done.stderr

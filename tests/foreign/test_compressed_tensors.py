@@ -97,6 +97,7 @@ REFUSED = {
     ),
     "cache": (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "sparse": (lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
+    "rotations": (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "rotations at run time"),
     "pattern": (lambda c: group(c).update(targets=["re:("]), "'re:(' is no pattern"),
     "no groups": (lambda c: c.pop("config_groups"), "has no config_groups"),
     "no targets": (lambda c: group(c).pop("targets"), "group_1: needs targets and weights"),

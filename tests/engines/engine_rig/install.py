@@ -79,6 +79,7 @@ VERSIONS = {
     "vllm-ascend": ["vllm==0.23.0", "vllm-ascend==0.23.0"],
     "sglang": ["sglang==0.5.23"],
     "msmodelslim": ["msmodelslim==26.1.0"],
+    "compressed-tensors": ["compressed-tensors==0.18.0"],
 }
 
 
