@@ -11,11 +11,11 @@ shims.install("sglang")
 
 from engine_rig import sglang_engine as engine  # noqa: E402
 from engine_rig.conformance import ConformanceError, compare, load  # noqa: E402
-from engine_rig.corruption import corrupt, corruptions  # noqa: E402
+from engine_rig.corruption import corrupt, corruptions, static_corruptions  # noqa: E402
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
 # Quantized linears of each model: attention and MLP of each layer, a layer's experts counted once.
-LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "kimi": 11}
+LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "v3-static": 11, "kimi": 11}
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -29,7 +29,7 @@ def test_one_rank(artifact, name):
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
-@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "kimi"])
+@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "v3-static", "kimi"])
 def test_expert_parallel(artifact, name, ranks):
     """Tensor-parallel attention and shared experts, whole routed experts spread over the ranks."""
     assert compare(load(engine, artifact(name), ranks, ep=ranks)) == LINEARS[name]
@@ -45,6 +45,15 @@ def test_tensor_parallel_experts_add_the_bias_of_all_ranks_on_each(artifact, tp)
 @pytest.mark.parametrize(("name", "ranks"), [("example", 1), ("example", 2), ("v3-mtp", 4)])
 def test_mtp_draft(artifact, name, ranks):
     assert compare(load(engine, artifact(name), ranks, ep=ranks, mtp=True)) == 6
+
+
+@pytest.mark.parametrize(
+    ("what", "how"), static_corruptions(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_corruption_of_static_linears_is_seen(artifact, tmp_path, what, how):
+    broken = corrupt(artifact("v3-static"), tmp_path / "broken", how)
+    with pytest.raises(SEEN):
+        compare(load(engine, broken, 1))
 
 
 @pytest.mark.parametrize(("what", "how"), corruptions(), ids=lambda value: value if isinstance(value, str) else "")

@@ -11,11 +11,11 @@ shims.install("vllm-ascend")
 
 from engine_rig import vllm_ascend_engine as engine  # noqa: E402
 from engine_rig.conformance import ConformanceError, compare, load  # noqa: E402
-from engine_rig.corruption import corrupt, corruptions  # noqa: E402
+from engine_rig.corruption import corrupt, corruptions, static_corruptions  # noqa: E402
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
 # Quantized linears of each model: attention and MLP of each layer, a layer's experts counted once.
-LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "kimi": 11}
+LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "v3-static": 11, "kimi": 11}
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -24,7 +24,7 @@ def test_detection(artifact, name):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "kimi"])
+@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "v3-static", "kimi"])
 def test_tensor_parallel(artifact, name, tp):
     assert compare(load(engine, artifact(name), tp)) == LINEARS[name]
 
@@ -52,6 +52,15 @@ def test_more_than_16_ranks_are_refused(artifact):
     """The engine's own guard, for W4A8 experts without expert parallelism."""
     with pytest.raises(ValueError, match="tp>16"):
         engine.moe_scheme(artifact("v3-mtp"), 32)
+
+
+@pytest.mark.parametrize(
+    ("what", "how"), static_corruptions(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_corruption_of_static_linears_is_seen(artifact, tmp_path, what, how):
+    broken = corrupt(artifact("v3-static"), tmp_path / "broken", how)
+    with pytest.raises(SEEN):
+        compare(load(engine, broken, 1))
 
 
 @pytest.mark.parametrize(("what", "how"), corruptions(), ids=lambda value: value if isinstance(value, str) else "")

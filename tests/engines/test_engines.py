@@ -10,7 +10,7 @@ import pytest
 import torch
 from ascend_rig.install import TORCH_NPU
 from engine_rig.install import run_checks
-from engine_rig.models import CONFIGS, write_artifact
+from engine_rig.models import CONFIGS, STATIC, write_artifact
 
 HERE = Path(__file__).parent
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    for name in ("example", *CONFIGS):
+    for name in ("example", *CONFIGS, STATIC):
         write_artifact(name, folder)
     return folder
 

@@ -7,7 +7,7 @@ the artifact, and to npuq's own runtime; each rank's part is put beside the othe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from npuq.quant.checkpoint import Checkpoint
 from npuq.quant.schemes import Scheme
-from npuq.runtime.ops import LinearPart, Quantized
+from npuq.quant.static_w8a8 import static_tensors
+from npuq.runtime.ops import LinearPart, Quantized, Static
 from npuq.runtime.ops.reference import ReferenceOps
 from npuq.runtime.weights import ArtifactStore
 
@@ -132,6 +133,9 @@ class Comparison:
     def linear(self, name: str) -> None:
         leaf = name.rpartition(".")[2]
         parts = self.parts(name, FUSED.get(leaf, (leaf,)))
+        if parts[0].scheme is Scheme.W8A8_STATIC:
+            self.static(name, parts)
+            return
         if parts[0].scheme is not Scheme.W8A8:
             raise ConformanceError(f"{name}: {parts[0].scheme.value} where the engine has int8")
         x = self.rows(ROWS, parts[0].weight.shape[1])
@@ -149,6 +153,43 @@ class Comparison:
             )
         sizes = [part.weight.shape[0] for part in parts]
         _equal(name, _gather(outputs, sizes, outputs[0].shape[1], self.loaded.ranks[0][name].weight.shape[0], x), ours)
+
+    def static(self, name: str, parts: Sequence[LinearPart]) -> None:
+        """Activations by the engine's scale in the model's dtype, then the product: codes equal, sums equal."""
+        inputs = parts[0].weight.shape[1]
+        x = (4 * torch.randn(ROWS, inputs, generator=self.generator)).bfloat16()
+        static = parts[0].static
+        assert static is not None
+        codes = ReferenceOps(torch.bfloat16)._quantize(x, static.inputs)
+        ours = torch.cat([self.ops._static_matmul(codes, self.recomputed(part)) for part in parts], dim=1)
+        outputs = []
+        held = self.loaded.ranks[0][name].weight.shape[0]
+        for rank, modules in enumerate(self.loaded.ranks):
+            module = modules[name]
+            mine = x if held == inputs else x[:, rank * held : (rank + 1) * held].contiguous()
+            offset = module.aclnn_input_offset.data.to(x.dtype)
+            factor = module.aclnn_input_scale_reciprocal.data[: mine.shape[1]]
+            theirs = torch.ops.npu.npu_quantize(mine, factor, offset[: mine.shape[1]], torch.qint8, -1, False)
+            expected = codes if held == inputs else codes[:, rank * held : (rank + 1) * held]
+            if not torch.equal(theirs, expected):
+                raise ConformanceError(f"{name}: activations become other codes")
+            # Where inputs are split, both engines add the bias on the first rank alone.
+            bias = module.quant_bias.data if held == inputs or rank == 0 else None
+            outputs.append(
+                torch.ops.npu.npu_quant_matmul(
+                    theirs, module.weight.data, module.deq_scale.data, bias=bias, output_dtype=torch.float32
+                )
+            )
+        sizes = [part.weight.shape[0] for part in parts]
+        rows = Quantized(codes, torch.ones(ROWS))
+        _equal(name, _gather(outputs, sizes, outputs[0].shape[1], held, rows), ours)
+
+    def recomputed(self, part: LinearPart) -> LinearPart:
+        """A static linear whose deq_scale and quant_bias follow from its codes and scales, whatever is stored."""
+        assert part.static is not None
+        scale = self.checkpoint.read(f"{part.name}.weight_scale")
+        made = static_tensors(part.weight, scale, part.static.inputs)
+        return replace(part, static=Static(part.static.inputs, made["deq_scale"], made["quant_bias"]))
 
     def experts(self, name: str) -> None:
         """Gate and up of all experts at once, then down: the two grouped matmuls of a layer."""

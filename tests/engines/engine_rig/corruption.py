@@ -61,6 +61,22 @@ def corruptions() -> Iterator[tuple[str, Corruption]]:
         yield f"{prefix} bias of half the factor", _change(f"{prefix}.scale_bias", lambda bias: bias / 2)
 
 
+def static_corruptions() -> Iterator[tuple[str, Corruption]]:
+    """Every tensor of two static linears, one of them fused with another: renamed, or of another content."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "weight": lambda codes: codes.roll(1, 0),
+        "input_scale": lambda scale: scale * 2,
+        "input_offset": lambda offset: offset + 1,
+        "deq_scale": lambda scale: scale * 1.01,
+        "quant_bias": lambda bias: bias.roll(1, 0),
+    }
+    for prefix in (f"{LAYER}.self_attn.q_a_proj", f"{LAYER}.self_attn.o_proj"):
+        for leaf, change in changes.items():
+            yield f"{prefix}.{leaf} renamed", _rename(f"{prefix}.{leaf}")
+            yield f"{prefix}.{leaf} of another linear", _change(f"{prefix}.{leaf}", change)
+        yield f"{prefix} tagged dynamic", _tag(f"{prefix}.weight", "W8A8_DYNAMIC")
+
+
 def _rename(name: str) -> Corruption:
     def how(tensors: Tensors, tags: Tags) -> None:
         new = name.replace("proj", "prj").replace("norm", "nrm").replace("gate.", "gat.")

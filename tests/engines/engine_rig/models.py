@@ -11,6 +11,9 @@ from ascend_rig import models
 from safetensors.torch import load_file, save_file
 
 from npuq.convert import convert_checkpoint
+from npuq.quant.static_w8a8 import InputScale, static_tensors
+
+from .corruption import corrupt
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 _WIDE = {
@@ -35,11 +38,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+STATIC = "v3-static"
+# What ModelSlim's own recipes quantize statically, for the engines' fused preprocessing of attention; and an MLP.
+_STATIC_LINEARS = (
+    "q_a_proj",
+    "kv_a_proj_with_mqa",
+    "q_b_proj",
+    "o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
 def write_artifact(name: str, folder: Path) -> Path:
-    """The artifact named `name` ("example" or one of CONFIGS), converted under `folder`."""
+    """The artifact named `name` ("example", one of CONFIGS or STATIC, after "v3-mtp"), converted under `folder`."""
+    if name == STATIC:
+        return corrupt(folder / "v3-mtp", folder / name, _make_static)
     source = EXAMPLE if name == "example" else _write_source(name, folder / f"{name}-source")
     convert_checkpoint(source, folder / name, method="minmax", workers=1)
     return folder / name
+
+
+def _make_static(tensors: dict[str, torch.Tensor], tags: dict[str, str]) -> None:
+    """Turn dynamic linears into static ones of the same weights."""
+    for name in [name for name, kind in tags.items() if kind == "W8A8_DYNAMIC" and name.endswith(".weight")]:
+        prefix = name.removesuffix("weight")
+        if not prefix.endswith(tuple(f"{linear}." for linear in _STATIC_LINEARS)):
+            continue
+        # Fused linears share their input's range; others have ranges of their own.
+        inputs = InputScale.of_range(-4.0, 6.0 if "_a_proj" in name or "mlp" in name else 5.0)
+        made = static_tensors(tensors[name], tensors[f"{prefix}weight_scale"], inputs)
+        tensors |= {prefix + suffix: tensor for suffix, tensor in made.items()}
+        tags |= {prefix + suffix: "W8A8" for suffix in made}
 
 
 def _write_source(name: str, directory: Path) -> Path:
