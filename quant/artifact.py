@@ -30,7 +30,8 @@ CARD_END = "<!-- npuq: end of the generated section -->"
 # Stands in the card's commands for where the artifact is.
 CARD_PATH = "PATH_TO_ARTIFACT"
 
-# vLLM-Ascend refuses group_size > 0; without ascend_quant_method its guard against TP > 16 never fires.
+# vLLM-Ascend refuses group_size > 0, knows packed int4 experts and their limit of 16 ranks by version 1.0.0, and tells
+# ModelSlim's layout from compressed-tensors' by ascend_quant_method.
 DESCRIPTION_GLOBALS: Mapping[str, Any] = {
     "version": "1.0.0",
     "model_quant_type": Scheme.W8A8.value,
@@ -93,6 +94,12 @@ def read_description(directory: Path) -> dict[str, Scheme] | None:
         raise ArtifactError(
             f"{path}: group_size {entries['group_size']!r}: npuq and the engines read one scale a channel; "
             "quantize the float checkpoint per channel"
+        )
+    packed = Scheme.W4A8.value in types.values()
+    if packed and not is_own(directory) and entries.get("version") != DESCRIPTION_GLOBALS["version"]:
+        raise ArtifactError(
+            f"{path}: version {entries.get('version')!r}: its 4-bit weights lie in ModelSlim's older, unpacked layout; "
+            "npuq reads 1.0.0: quantize the float checkpoint again"
         )
     result = {}
     for name, value in types.items():

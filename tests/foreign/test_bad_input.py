@@ -106,6 +106,7 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "float called codes": ({"model.norm.weight": "W8A8_DYNAMIC"}, "is described as W8A8_DYNAMIC and stored as BF16"),
     "unknown": ({f"{O}.weight": "W8A16"}, "unknown type 'W8A16'; npuq knows W4A8_DYNAMIC, W8A8_DYNAMIC, W8A8, FLOAT"),
     "flatquant": ({f"{O}.weight": "W4A4_FLATQUANT_DYNAMIC"}, "unknown type 'W4A4_FLATQUANT_DYNAMIC'"),
+    "unpacked": ({"version": "0.0.0"}, "version '0.0.0': its 4-bit weights lie in ModelSlim's older, unpacked layout"),
     "groups": ({"group_size": 256}, "group_size 256: npuq and the engines read one scale a channel"),
 }
 
