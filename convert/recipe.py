@@ -200,7 +200,8 @@ def _parse(text: str, where: str) -> Recipe:
     return Recipe(
         name=name,
         target=_member(Target, content.get("target", "engines"), "target", where),
-        method=_member(Method, content.get("method", "mse"), "method", where),
+        # What is stored has its scales: nothing is searched for.
+        method=Method.MINMAX if stored else _member(Method, content.get("method", "mse"), "method", where),
         rules=tuple(_parse_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, start=1)),
         stored=stored,
     )

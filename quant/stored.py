@@ -123,7 +123,7 @@ class QuantizedSource(WeightSource):
             tensors[BIAS] = scale_bias(codes, scale, BIAS_COLUMNS if row_parallel else 1)
         elif linear.scheme is Scheme.W8A8_STATIC:
             tensors |= self._static(linear, codes, scale, start, stop)
-        squares = codes.to(torch.float64).square().sum(1) * scale.to(torch.float64).flatten().square()
+        squares = codes.to(torch.int32).square().sum(1, dtype=torch.int64) * scale.to(torch.float64).flatten().square()
         return QuantizedRows(tensors, torch.zeros_like(squares), squares)
 
     def input_scale(self, name: str) -> InputScale:

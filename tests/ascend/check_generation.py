@@ -10,7 +10,7 @@ import torch
 from ascend_rig import emulate, guard, harness
 from ascend_rig.tape import Tape
 
-MODELS = ("example", "example-float", "v2-lite", "kimi", "kimi-w8a8")
+MODELS = ("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static")
 
 
 @cache
@@ -44,7 +44,7 @@ def test_float32_semantics_agree_with_the_cpu_set(artifact, name):
 
 
 @pytest.mark.parametrize("half_cube", [False, True])
-@pytest.mark.parametrize("name", ["example", "v2-lite", "kimi", "prolog"])
+@pytest.mark.parametrize("name", ["example", "v2-lite", "kimi", "prolog", "kimi-static"])
 def test_bf16_stays_near_the_reference_in_bf16(artifact, name, half_cube):
     path = artifact(name)
     with emulate.use_rules(half_cube=half_cube):

@@ -105,6 +105,32 @@ def test_a_window_smaller_than_a_tensor(
     assert without_manifest(tmp_path / "out") == expected
 
 
+def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """Its files have other names, and neither manifest nor tables."""
+    convert_checkpoint(example_fp8, tmp_path / "ours", **OPTIONS)  # type: ignore[arg-type]
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for path in (tmp_path / "ours").iterdir():
+        if path.is_file() and path.name != "README.md":
+            name = path.name.replace("model-0", "quant_model_weights-0").replace(
+                "model.safe", "quant_model_weights.safe"
+            )
+            content = path.read_bytes()
+            if path.name.endswith("index.json"):
+                content = content.replace(b"model-0", b"quant_model_weights-0")
+            (theirs / name).write_bytes(content)
+    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in theirs.iterdir()})
+    convert_checkpoint(theirs, tmp_path / "local", max_shard_size=2_000_000)
+    with remote(tmp_path / "out") as checkpoint:
+        summary = convert_checkpoint(checkpoint, tmp_path / "out", max_shard_size=2_000_000)
+        assert checkpoint.window.most_resident <= WINDOW
+    assert (summary.status, summary.recipe) == ("converted", "stored")
+    local, streamed = without_manifest(tmp_path / "local"), without_manifest(tmp_path / "out")
+    assert local.keys() == streamed.keys()
+    assert all(content == streamed[name] for name, content in local.items() if name != "README.md")
+    assert npuq.verify(tmp_path / "out").ok
+
+
 FAULTS = {
     "500 on the repository": Fault(f"models/{SOURCE}/revision|models/{SOURCE}$", status=500),
     "500 on a header": Fault(r"^GET .*\.safetensors", status=500),

@@ -28,7 +28,8 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name ("example", "v2-lite", "kimi", "prolog") in W4A8; with "-w8a8" or "-float" appended, in that."""
+    """A model by name ("example", "v2-lite", "kimi", "prolog") in W4A8; with "-w8a8" or "-float" appended, in that;
+    with "-static" appended, its 8-bit linears have a static input scale."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {"v2-lite": models.V2_LITE, "kimi": models.KIMI, "prolog": models.PROLOG}
@@ -36,7 +37,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     def make(name: str) -> Path:
         if name not in made:
             base = name.removesuffix("-float").removesuffix("-w8a8")
-            if name.endswith("-float"):
+            if name.endswith("-static"):
+                made[name] = models.make_static(make(name.removesuffix("-static")), folder / name)
+            elif name.endswith("-float"):
                 made[name] = EXAMPLE if base == "example" else models.write_checkpoint(folder / name, configs[base])
             else:
                 recipe = "w8a8" if name.endswith("-w8a8") else "w4a8"

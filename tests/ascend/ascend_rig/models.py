@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npuq.convert import convert_checkpoint
+from npuq.quant.artifact import DESCRIPTION_NAME, ROPE_NAME
+from npuq.quant.static_w8a8 import InputScale, static_tensors
 
 _ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _COMMON: dict[str, Any] = {
@@ -152,4 +155,24 @@ def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def quantize(source: Path, output: Path, recipe: str) -> Path:
     """The artifact of a checkpoint, by the quickest method."""
     convert_checkpoint(source, output, recipe=recipe, method="minmax", workers=1)
+    return output
+
+
+def make_static(artifact: Path, output: Path) -> Path:
+    """The artifact with every W8A8_DYNAMIC linear turned into a static one of the same weights."""
+    shutil.copytree(artifact, output, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    shutil.copy(artifact / ROPE_NAME, output / ROPE_NAME)
+    tensors: dict[str, Tensor] = {}
+    for shard in artifact.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    description = json.loads((output / DESCRIPTION_NAME).read_text())
+    for name in [name for name, kind in description.items() if kind == "W8A8_DYNAMIC" and name.endswith(".weight")]:
+        prefix = name.removesuffix("weight")
+        # Norms give a few units either way, values and swiglu less: some activations saturate, as they do in a model.
+        inputs = InputScale.of_range(-3.5, 4.0)
+        made = static_tensors(tensors[name], tensors[f"{prefix}weight_scale"], inputs)
+        tensors |= {prefix + suffix: tensor for suffix, tensor in made.items()}
+        description |= {prefix + suffix: "W8A8" for suffix in made}
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / DESCRIPTION_NAME).write_text(json.dumps(description))
     return output
