@@ -44,6 +44,8 @@ def check_recipe(
 ) -> None:
     """Raise RecipeError, naming tensor and rule, when no loader of the recipe's target could load the result."""
     for violation in violations(specs, fused, lambda name: assignments[name].scheme, recipe.target):
+        if recipe.stored:
+            raise RecipeError(f"the source has {violation}; quantize the float checkpoint again, or convert that one")
         number = assignments[violation.spec.name].rule
         raise RecipeError(f"recipe {recipe.name!r}, {f'rule {number}' if number else 'no rule'}: {violation}")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..quant.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
-from ..quant.checkpoint import Checkpoint
+from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from ..quant.compressed_tensors import is_compressed
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
 from .architecture import Spec
@@ -79,7 +80,7 @@ def verify(
         raise CheckpointError(f"{directory}: no such directory")
     try:
         stored = not is_own(directory) and description_path(directory) is not None
-        manifest = {} if stored else read_manifest(directory)
+        manifest = {} if stored else _own_manifest(directory)
     except NpuqError as error:
         return VerifyReport(str(path), (str(error),), 0, 0, 0, ())
     if stored:
@@ -118,6 +119,14 @@ def verify(
     problems += _check_manifest(manifest, layout, errors)
     linears = sum(layout.schemes[name] is not Scheme.FLOAT for name in layout.specs)
     return VerifyReport(str(path), tuple(problems), len(files), len(layout.checkpoint.tensors), linears, errors)
+
+
+def _own_manifest(directory: Path) -> Mapping[str, Any]:
+    """`read_manifest`, but a compressed-tensors checkpoint is called that and not an unfinished artifact."""
+    config = directory / CONFIG_NAME
+    if not is_own(directory) and config.is_file() and is_compressed(read_json(config)):
+        raise ArtifactError(f"{directory}: compressed-tensors weights: run `npuq convert` on it, and verify the result")
+    return read_manifest(directory)
 
 
 def _verify_stored(

@@ -5,7 +5,7 @@ quantized per token. Its `quantization_config` says which linears are which; wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,6 @@ class _Group:
     targets: tuple[str, ...]
     scheme: Scheme
     packed: bool
-
-    def names(self, module: str) -> bool:
-        return any(_matches(target, module) for target in self.targets)
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
@@ -146,11 +143,13 @@ def _activation_problems(group: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _group_of(groups: list[_Group], module: str) -> _Group | None:
-    """By name or pattern first, then by class, as compressed-tensors itself chooses."""
-    for group in groups:
-        if group.names(module):
-            return group
-    return next((group for group in groups if "Linear" in group.targets), None)
+    """By name, then by pattern, then by class, as compressed-tensors itself chooses."""
+    tests: tuple[Callable[[_Group], bool], ...] = (
+        lambda group: module in group.targets,
+        lambda group: any(_matches(target, module) for target in group.targets),
+        lambda group: "Linear" in group.targets,
+    )
+    return next((group for test in tests for group in groups if test(group)), None)
 
 
 def _matches(target: str, module: str) -> bool:

@@ -125,9 +125,10 @@ class WeightSource:
         if info.dtype == "F8_E4M3":
             nbytes += self._checked_scale_bytes(name)
         elif info.dtype not in _FLOAT_CODES:
+            quantized = "; if ModelSlim quantized it, its description is missing" if info.dtype == "I8" else ""
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} has dtype {info.dtype}; npuq reads F32, F16, BF16 and "
-                "DeepSeek FP8 (F8_E4M3)"
+                f"DeepSeek FP8 (F8_E4M3){quantized}"
             )
         return Weight(name, info.shape, info.dtype, nbytes)
 

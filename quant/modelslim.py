@@ -67,7 +67,7 @@ def _linear(checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, sche
                     f"{info.file}: tensor {part!r} is missing: {scheme.value} needs it; fetch all shards"
                 )
             continue
-        if found.dtype not in dtypes or not _fits(suffix, found.shape, outputs):
+        if found.dtype not in dtypes or not _fits(suffix, found.shape, outputs, inputs):
             raise CheckpointError(
                 f"{found.file}: tensor {part!r} is {found.dtype} {list(found.shape)}, which {scheme.value} of "
                 f"{outputs} outputs cannot have; npuq reads one scale a channel"
@@ -80,9 +80,9 @@ def _linear(checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, sche
     return StoredLinear(name, scheme, (outputs, inputs), Codes.INT4_OUTPUTS if packed else Codes.INT8, tensors)
 
 
-def _fits(suffix: str, shape: tuple[int, ...], outputs: int) -> bool:
+def _fits(suffix: str, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
     if suffix in (INPUT_SCALE, INPUT_OFFSET):
         return shape in ((1,), ())
     if suffix == BIAS:
-        return len(shape) == 2 and shape[0] == outputs and shape[1] > 0
+        return len(shape) == 2 and shape[0] == outputs and shape[1] > 0 and inputs % shape[1] == 0
     return shape in ((outputs,), (outputs, 1))

@@ -36,6 +36,7 @@ DAMAGED: dict[str, tuple[str, Change, str]] = {
     "bias of one row": (f"{EXPERT}.scale_bias", lambda t: t.index_fill(0, torch.tensor([9]), 7.0), "disagrees"),
     "bias is NaN": (f"{EXPERT}.scale_bias", lambda t: t * float("nan"), "disagrees"),
     "bias shape": (f"{EXPERT}.scale_bias", lambda t: t[:-2], "which W4A8_DYNAMIC of 128 outputs cannot have"),
+    "bias columns": (f"{EXPERT}.scale_bias", lambda t: t.repeat(1, 3), "which W4A8_DYNAMIC of 128 outputs cannot have"),
     "scale changed": (f"{EXPERT}.weight_scale", lambda t: t * 1.01, "disagrees with the stored codes"),
     "scale negative": (f"{O}.weight_scale", lambda t: -t, "is not a positive number"),
     "scales by group": (f"{O}.weight_scale", lambda t: t.repeat(1, 2), "npuq reads one scale a channel"),

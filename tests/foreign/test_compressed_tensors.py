@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import npuq
-from npuq.errors import CheckpointError, NpuqError
+from npuq.errors import CheckpointError, NpuqError, RecipeError
 
 EXPERT = "model.layers.1.mlp.experts.3.down_proj"
 Q_A = "model.layers.0.self_attn.q_a_proj"
@@ -62,6 +62,36 @@ def test_inspect_and_load(directory):
     assert npuq.inspect(directory).kind == "quantized checkpoint"
     with pytest.raises(CheckpointError, match="compressed-tensors weights: run `npuq convert` on it first"):
         npuq.load(directory)
+    problems = npuq.verify(directory).problems
+    assert problems == (f"{directory}: compressed-tensors weights: run `npuq convert` on it, and verify the result",)
+
+
+def test_an_exact_name_goes_before_a_pattern(float_model, float_tensors, tmp_path):
+    """Wherever in the file its group is: as compressed-tensors itself chooses."""
+    names = [name.removesuffix(".weight") for name in float_tensors if foreign.is_expert(name, layers=4)]
+
+    def edit(content: dict[str, Any]) -> None:
+        eight, four = content["config_groups"].values()
+        content["config_groups"] = {"all": eight | {"targets": ["re:.*"]}, "experts": four | {"targets": names}}
+
+    found = npuq.inspect(foreign.write_compressed(float_model, tmp_path / "in", edit_config=edit))
+    assert {line.scheme for line in found.lines if line.role == "routed_expert"} == {"W4A8_DYNAMIC"}
+    assert {line.scheme for line in found.lines if line.role == "mtp_routed_expert"} == {"W8A8_DYNAMIC"}
+
+
+def test_what_engines_need_in_float_is_refused(float_model, float_tensors, tmp_path):
+    name = "model.layers.0.self_attn.kv_b_proj"
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        codes, scale = foreign.codes_of(float_tensors[f"{name}.weight"], 8)
+        tensors[f"{name}.weight"] = torch.from_numpy(codes).to(torch.int8)
+        tensors[f"{name}.weight_scale"] = torch.from_numpy(scale)
+
+    directory = foreign.write_compressed(
+        float_model, tmp_path / "in", edit=edit, edit_config=lambda content: content["ignore"].remove(name)
+    )
+    with pytest.raises(RecipeError, match=f"the source has W8A8_DYNAMIC for '{name}.weight': the role kv_b must stay"):
+        npuq.convert_checkpoint(directory, tmp_path / "out")
 
 
 def group(content: dict[str, Any]) -> dict[str, Any]:
