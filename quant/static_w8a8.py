@@ -58,10 +58,14 @@ class InputScale:
 
 
 def quantize_static(weight: Tensor, low: float, high: float, method: Method, *, float16: bool = False) -> QuantizedRows:
-    """Every tensor of a W8A8 linear: weight float32 [N, K], activations calibrated to lie in [low, high].
+    """A linear of weight float32 [N, K] for activations that calibration saw between `low` and `high`, as W8A8.
 
-    `float16` says that the model is a float16 one. Raises NonFiniteError for a weight that holds an infinity or NaN,
-    ValueError for a range that gives no scale.
+    The tensors, by suffix: weight int8 [N, K], weight_scale and weight_offset float32 [N, 1], input_scale and
+    input_offset float32 [1], deq_scale float32 [N] (int64 where `float16` says that the model is a float16 one),
+    quant_bias int32 [N]. Codes and errors are those of W8A8_DYNAMIC by the same method. Linears that run as one need
+    one range, that of their common input. For codes that another method has found see `static_tensors`.
+
+    Raises NonFiniteError for a weight that holds an infinity or NaN, ValueError for a range that gives no scale.
     """
     inputs = InputScale.of_range(low, high)
     rows = quantize_rows(weight, Scheme.W8A8, method, row_parallel=False)

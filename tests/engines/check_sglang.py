@@ -11,7 +11,7 @@ shims.install("sglang")
 
 from engine_rig import sglang_engine as engine  # noqa: E402
 from engine_rig.conformance import ConformanceError, compare, load  # noqa: E402
-from engine_rig.corruption import corrupt, corruptions, static_corruptions  # noqa: E402
+from engine_rig.corruption import corrupt, corruptions, mtp_corruptions, static_corruptions  # noqa: E402
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
 # Quantized linears of each model: attention and MLP of each layer, a layer's experts counted once.
@@ -54,6 +54,13 @@ def test_corruption_of_static_linears_is_seen(artifact, tmp_path, what, how):
     broken = corrupt(artifact("v3-static"), tmp_path / "broken", how)
     with pytest.raises(SEEN):
         compare(load(engine, broken, 1))
+
+
+@pytest.mark.parametrize(("what", "how"), mtp_corruptions(), ids=lambda value: value if isinstance(value, str) else "")
+def test_corruption_of_the_mtp_draft_is_seen(artifact, tmp_path, what, how):
+    broken = corrupt(artifact("v3-mtp"), tmp_path / "broken", how)
+    with pytest.raises(SEEN):
+        compare(load(engine, broken, 1, mtp=True))
 
 
 @pytest.mark.parametrize(("what", "how"), corruptions(), ids=lambda value: value if isinstance(value, str) else "")

@@ -19,6 +19,7 @@ Corruption = Callable[[Tensors, Tags], None]
 
 LAYER = "model.layers.1"
 EXPERT = f"{LAYER}.mlp.experts.3"
+MTP = "model.layers.2"  # the first after the model's own
 
 
 def corrupt(artifact: Path, target: Path, how: Corruption) -> Path:
@@ -47,8 +48,12 @@ def corruptions() -> Iterator[tuple[str, Corruption]]:
             name = f"{prefix}.{leaf}"
             yield f"{name} renamed", _rename(name)
             yield f"{name} has a row more", _grow(name)
-    for name in ("kv_b_proj", "q_a_layernorm", "kv_a_layernorm"):
-        yield f"{name} renamed", _rename(f"{LAYER}.self_attn.{name}.weight")
+    floats = [f"{LAYER}.self_attn.{name}" for name in ("kv_b_proj", "q_a_layernorm", "kv_a_layernorm")]
+    floats += [f"{LAYER}.input_layernorm", f"{LAYER}.post_attention_layernorm"]
+    floats += ["model.norm", "model.embed_tokens", "lm_head"]
+    for name in floats:
+        yield f"{name} renamed", _rename(f"{name}.weight")
+        yield f"{name} has a row more", _grow(f"{name}.weight")
     for name in (f"{LAYER}.mlp.gate.weight", f"{LAYER}.mlp.gate.e_score_correction_bias"):
         yield f"{name} renamed", _rename(name)
     for prefix in linears:
@@ -59,6 +64,19 @@ def corruptions() -> Iterator[tuple[str, Corruption]]:
         yield f"{prefix} nibbles swapped", _change(f"{prefix}.weight", _swap_nibbles)
         yield f"{prefix} bias of other codes", _change(f"{prefix}.scale_bias", lambda bias: bias.roll(1, 0))
         yield f"{prefix} bias of half the factor", _change(f"{prefix}.scale_bias", lambda bias: bias / 2)
+
+
+def mtp_corruptions() -> Iterator[tuple[str, Corruption]]:
+    """What only the draft model reads."""
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm", "self_attn.kv_b_proj"):
+        yield f"{MTP}.{name} renamed", _rename(f"{MTP}.{name}.weight")
+        yield f"{MTP}.{name} has a row more", _grow(f"{MTP}.{name}.weight")
+    for name in (f"{MTP}.self_attn.q_a_proj", f"{MTP}.mlp.experts.15.down_proj"):
+        for leaf in ("weight", "weight_scale"):
+            yield f"{name}.{leaf} renamed", _rename(f"{name}.{leaf}")
+            yield f"{name}.{leaf} has a row more", _grow(f"{name}.{leaf}")
+    yield f"{MTP}.self_attn.q_a_proj tagged FLOAT", _tag(f"{MTP}.self_attn.q_a_proj.weight", "FLOAT")
+    yield f"{MTP} first expert tagged W4A8", _tag(f"{MTP}.mlp.experts.0.down_proj.weight", "W4A8_DYNAMIC")
 
 
 def static_corruptions() -> Iterator[tuple[str, Corruption]]:
@@ -80,6 +98,7 @@ def static_corruptions() -> Iterator[tuple[str, Corruption]]:
 def _rename(name: str) -> Corruption:
     def how(tensors: Tensors, tags: Tags) -> None:
         new = name.replace("proj", "prj").replace("norm", "nrm").replace("gate.", "gat.")
+        new = new.replace("embed", "embd").replace("lm_head", "lm_hd")
         tensors[new], tags[new] = tensors.pop(name), tags.pop(name)
 
     return how

@@ -123,7 +123,7 @@ def _pip(command: str, *arguments: str | Path) -> None:
     subprocess.run([*base, *map(str, arguments)], check=True)
 
 
-def run_checks(engine: str, checks: Path, artifacts: Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+def run_checks(engine: str, checks: Path, artifacts: Path, timeout: float = 1800) -> subprocess.CompletedProcess[str]:
     """pytest on a file of checks, in a subprocess that has the engine, torch_npu and the stand-ins for CANN."""
     sys.path.insert(0, str(RIG))
     try:

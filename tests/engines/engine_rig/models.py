@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ascend_rig import models
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from npuq.convert import convert_checkpoint
 from npuq.quant.static_w8a8 import InputScale, static_tensors
@@ -36,6 +37,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
     "kimi": models.KIMI | _WIDE,
 }
+# Stored in FP8 blocks, as DeepSeek and Moonshot publish; the others in bfloat16.
+_FP8 = {"kimi"}
+_BLOCK = 32
 
 
 STATIC = "v3-static"
@@ -94,4 +98,24 @@ def _write_source(name: str, directory: Path) -> Path:
                 f"{prefix}.eh_proj.weight": torch.rand(hidden, 2 * hidden).bfloat16(),
             }
         save_file(tensors, file, metadata={"format": "pt"})
+    if name in _FP8:
+        _store_in_fp8(directory)
     return directory
+
+
+def _store_in_fp8(directory: Path) -> None:
+    """Every projection of a bf16 checkpoint in float8_e4m3fn, with a float32 scale for each block of it."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "_proj" in name]:
+        rows, columns = tensors[name].shape
+        padded = nn.functional.pad(tensors[name].float(), (0, -columns % _BLOCK, 0, -rows % _BLOCK))
+        blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))
+        scale = blocks.abs().amax((1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (blocks / scale).flatten(2, 3).flatten(0, 1)[:rows, :columns]
+        tensors[name] = codes.contiguous().to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [_BLOCK, _BLOCK]}
+    (directory / "config.json").write_text(json.dumps(config))
