@@ -105,7 +105,7 @@ def _read_group(where: str, group: Any, default_format: Any) -> _Group:
     for problem in (*_weight_problems(weights), *_activation_problems(group)):
         raise CheckpointError(f"{where}: {problem}")
     bits, form = weights["num_bits"], group.get("format") or default_format
-    if form not in _FORMATS:
+    if not isinstance(form, str) or form not in _FORMATS:
         raise CheckpointError(f"{where}: format {form!r} is not read; npuq reads {', '.join(sorted(_FORMATS))}")
     packed = form == "pack-quantized"
     if packed and bits != 4:
@@ -120,7 +120,7 @@ def _weight_problems(weights: Mapping[str, Any]) -> Iterator[str]:
         yield "asymmetric weights are not read; quantize with symmetric: true"
     if weights.get("actorder"):
         yield f"actorder {weights['actorder']!r} reorders input channels, which no Ascend operator does; turn it off"
-    if weights.get("strategy") != "channel" or (weights.get("group_size") or -1) > 0:
+    if weights.get("strategy") != "channel" or weights.get("group_size") not in (None, -1):
         size = f" of {weights['group_size']}" if weights.get("group_size") else ""
         yield f"weights by {weights.get('strategy')}{size}: only one scale a channel is read: use strategy 'channel'"
 

@@ -129,6 +129,8 @@ REFUSED = {
     "sparse": (lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
     "rotations": (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "rotations at run time"),
     "pattern": (lambda c: group(c).update(targets=["re:("]), "'re:(' is no pattern"),
+    "a format that is none": (lambda c: group(c).update(format=[1]), "format [1] is not read"),
+    "a group size that is none": (lambda c: group(c)["weights"].update(group_size="x"), "weights by channel of x"),
     "no groups": (lambda c: c.pop("config_groups"), "has no config_groups"),
     "no targets": (lambda c: group(c).pop("targets"), "group_1: needs targets and weights"),
     "nobody's scale": (lambda c: c["ignore"].append(Q_A), f"does not quantize '{Q_A}'"),
