@@ -14,7 +14,7 @@ from itertools import chain
 
 from ..errors import CheckpointError
 from ..quant.dialects import Weight
-from ..quant.model_config import ModelConfig
+from ..quant.model_config import ModelConfig, check_unbiased
 
 
 class Role(str, Enum):
@@ -177,10 +177,11 @@ def family_of(model_type: str) -> Family:
 def take_inventory(config: ModelConfig, weights: Mapping[str, Weight]) -> Inventory:
     """Match a checkpoint's tensors against its family's table, in time linear in their number.
 
-    Raises CheckpointError for a tensor that is missing or whose shape disagrees with the config. Layers from
+    Raises CheckpointError for a tensor that is missing, whose shape disagrees with the config, or a bias. Layers from
     `num_hidden_layers` on are multi-token-prediction layers: each is there whole or not at all.
     """
     family = family_of(config.model_type)
+    check_unbiased(weights)
     present = {layer for name in weights if (layer := layer_of(name)) is not None}
     first_mtp = config.num_hidden_layers
     mtp = tuple(sorted(layer for layer in present if layer >= first_mtp))

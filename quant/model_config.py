@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ _ROPE_REQUIRED = {
 _MAX_LAYERS = 1000
 _MAX_POSITIONS = 1 << 24
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_BIAS = re.compile(r"model\.(?:layers\.[0-9]+\..+|norm)\.bias")
 
 
 @dataclass(frozen=True)
@@ -269,3 +272,14 @@ class _Reader:
         if value is None:
             raise CheckpointError(f"config.json: {key} is missing")
         return value
+
+
+def check_unbiased(names: Iterable[str]) -> None:
+    """Raise CheckpointError for a bias of a norm or linear: no model of these types has one, and no loader adds it.
+
+    Asymmetric smoothing before quantization leaves such biases.
+    """
+    for name in filter(_BIAS.fullmatch, names):
+        raise CheckpointError(
+            f"tensor {name!r}: npuq and the engines compute without biases; smooth symmetrically and quantize again"
+        )

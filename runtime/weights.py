@@ -19,7 +19,7 @@ from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, description_path, is_o
 from ..quant.checkpoint import Checkpoint
 from ..quant.compressed_tensors import is_compressed
 from ..quant.dialects import WeightSource
-from ..quant.model_config import ModelConfig
+from ..quant.model_config import ModelConfig, check_unbiased
 from ..quant.rope import RopeTables, load_rope, rope_tables
 from ..quant.schemes import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..quant.static_w8a8 import input_scale_of, load_deq_scale
@@ -131,6 +131,7 @@ def is_artifact(directory: Path) -> bool:
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
+    check_unbiased(checkpoint.tensors)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
     if is_compressed(checkpoint.config):

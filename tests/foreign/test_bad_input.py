@@ -111,6 +111,25 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({"group_size": 256}, "group_size 256: npuq and the engines read one scale a channel"),
 }
 
+
+@pytest.mark.parametrize("name", ["model.norm.bias", f"{Q_A}.bias", "model.layers.0.input_layernorm.bias"])
+def test_a_bias_is_refused_everywhere(name, float_model, tmp_path):
+    """Nobody would add it: the output would be wrong without a word."""
+    directory = foreign.write_modelslim(
+        float_model,
+        tmp_path / "in",
+        edit=lambda tensors: tensors.update({name: torch.ones(256).bfloat16()}),
+        edit_types=lambda types: types.update({name: "FLOAT"}),
+    )
+    message = f"tensor '{name}': npuq and the engines compute without biases"
+    assert any(message in problem for problem in npuq.verify(directory).problems)
+    for use in (npuq.load, lambda path: npuq.convert_checkpoint(path, tmp_path / "out")):
+        with pytest.raises(NpuqError) as caught:
+            use(directory)
+        assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 # The runtime asks for the types of linears' weights alone.
 UNREAD = {"one part of another type", "float called codes"}
 
