@@ -31,6 +31,7 @@ def command(
     """
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
+    from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate
     from .transfer import local_model
 
@@ -49,8 +50,9 @@ def command(
             bar.update(done - bar.n)
 
         result = evaluate(model, content, source, context, backend, progress)
-    if save:
-        store_evaluation(model, result, text, context)
+    if save and not store_evaluation(model, result, text, context):
+        # Also with --quiet: the user asked for something that was not done.
+        click.echo(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result", err=True)
     values = asdict(result)
     if as_json:
         emit_json(values)

@@ -37,11 +37,12 @@ def check_storable(artifact: Path) -> None:
         )
 
 
-def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: int) -> None:
+def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: int) -> bool:
     """Store a result in the manifest and the card, in place of an earlier one on the same text and context.
 
-    A card without npuq's section stays as it is. Raises ArtifactError for what is no finished artifact, and
-    ConversionError when the disk refuses; what was stored before stays then.
+    Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
+    ArtifactError for what is no finished artifact, and ConversionError when the disk refuses; what was stored before
+    stays then.
     """
     check_storable(artifact)
     entry = {
@@ -60,12 +61,15 @@ def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: in
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
             card = artifact / CARD_NAME
-            if card.is_file():
-                write_file(artifact, CARD_NAME, with_evaluations(card.read_text("utf-8"), manifest[KEY]).encode())
+            before = card.read_text("utf-8") if card.is_file() else ""
+            shown = CARD_END in before.partition(CARD_BEGIN)[2]
+            if shown:
+                write_file(artifact, CARD_NAME, with_evaluations(before, manifest[KEY]).encode())
     except UnicodeDecodeError:
         raise ArtifactError(f"{artifact / CARD_NAME}: is not UTF-8 text; repair it, then evaluate again") from None
     except OSError as error:
         raise write_error(artifact, error) from error
+    return shown
 
 
 def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -76,13 +76,17 @@ def test_the_authors_text_stays(artifact: Path, text: Path) -> None:
     card = artifact / CARD
     card.write_text("Foreword\n## Evaluation\n\n## Loading\n" + card.read_text() + "Afterword\n")
     before = card.read_text()
-    store_evaluation(artifact, RESULT, text, 256)
+    assert store_evaluation(artifact, RESULT, text, 256)
     assert card.read_text().startswith("Foreword\n## Evaluation\n\n## Loading\n---")
     assert card.read_text().endswith("Afterword\n")
     assert len(card.read_text()) > len(before)
     card.write_text("mine alone\n")
-    store_evaluation(artifact, RESULT, text, 256)
+    assert not store_evaluation(artifact, RESULT, text, 256)
     assert card.read_text() == "mine alone\n"
+    card.unlink()
+    assert not store_evaluation(artifact, RESULT, text, 256)
+    assert not card.exists()
+    assert len(inspect(artifact).evaluations) == 1
 
 
 def test_a_second_conversion_finds_it_finished(artifact: Path, text: Path, example_fp8: Path) -> None:
