@@ -43,10 +43,10 @@ def command(
     tokenizer has one, and every token is predicted from those before it in its window. With --source also the mean KL
     divergence (nats a token) of the source's predictions from the model's and how often their first choices agree.
     With --layers also ‖model − source‖ / ‖source‖ of the hidden states after every decoder layer, and their cosine:
-    as they have accumulated, and of the layer alone, both being given the source's hidden states. This reads
-    one layer of each at a time.
+    as they have accumulated, and of the layer alone, both being given the source's hidden states. This reads one layer
+    of each at a time.
 
-    With --save the artifact keeps the result, and its model card shows it.
+    With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
@@ -70,7 +70,7 @@ def command(
     if layers and source is not None:
         with _progress("layers", quiet) as progress:
             errors = layer_errors(model, content, source, context, backend, progress)
-    if save and not store_evaluation(model, result, text, context):
+    if save and not store_evaluation(model, result, text, context, errors):
         # Also with --quiet: the user asked for something that was not done.
         click.echo(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result", err=True)
     values = asdict(result)

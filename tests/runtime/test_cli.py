@@ -260,10 +260,12 @@ def test_evaluate_against_the_source(run: Run, artifact: Path, example: Language
     assert 1e-4 < values["kl_divergence"] < 1e-2
 
 
-def test_evaluate_layers(run: Run, artifact: Path, example: LanguageModel, text: Path) -> None:
+def test_evaluate_layers(run: Run, artifact: Path, example: LanguageModel, text: Path, tmp_path: Path) -> None:
+    artifact = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     arguments = ("evaluate", artifact, "--text", text, "--source", example.directory, "--context", 128, "--layers")
-    _, out, _ = run(*arguments, "--json")
+    _, out, _ = run(*arguments, "--json", "--save")
     layers = json.loads(out)["layers"]
+    assert npuq.convert.inspect(artifact).evaluations[0]["layers"] == layers
     content = text.read_text(encoding="utf-8")
     assert layers == [vars(error) for error in npuq.runtime.layer_errors(artifact, content, example.directory, 128)]
     _, table, _ = run(*arguments)
