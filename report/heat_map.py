@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from .style import PERCENT, laid_out
 
+_UNKNOWN = "#e3e6ea"
 _GAPS_UP_TO = 40  # cells; more have no room for lines between them
 
 
@@ -44,7 +45,7 @@ def heat_map(
         )
     )
     # Layers are names, not numbers: those that are not there take no room.
-    figure.update_yaxes(title="layer", type="category", autorange="reversed", nticks=min(len(rows), 31))
-    figure.update_layout(plot_bgcolor="#e3e6ea")
-    laid_out(figure, 130 + (24 if len(rows) <= 16 else 10) * len(rows))
-    return figure.update_layout(plot_bgcolor="#e3e6ea").update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    # The ranges are those of the cells alone, the first layer on top: marks at the edges shall not widen them.
+    figure.update_yaxes(title="layer", type="category", range=[len(rows) - 0.5, -0.5], nticks=min(len(rows), 31))
+    figure.update_xaxes(range=[-0.5, len(columns) - 0.5], showgrid=False).update_yaxes(showgrid=False)
+    return laid_out(figure, 130 + (24 if len(rows) <= 16 else 10) * len(rows)).update_layout(plot_bgcolor=_UNKNOWN)
