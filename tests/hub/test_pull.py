@@ -271,6 +271,11 @@ class TestByName:
         commit = hub.state.repos[REPO].branches["main"]
         hub.state.put(REPO, {CARD: b"changed"})
         assert resolve(f"{REPO}@{commit}").name == commit
+        done = npuq_run("pull", f"{REPO}@{commit}", "--quiet")
+        assert (done.returncode, Path(done.stdout.strip()).name) == (0, commit), done.stderr
+        for wrong in ((f"{REPO}@{commit}", "--revision", "main"), (f"{REPO}@",)):
+            done = npuq_run("pull", *wrong)
+            assert (done.returncode, "give the revision once" in done.stderr) == (2, True)
 
     def test_what_exists_here_is_a_path(
         self, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

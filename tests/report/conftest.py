@@ -10,7 +10,7 @@ import pytest
 
 import npuq
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 from report_support import CALIBRATION, EVALUATION, edit_json
 
 
