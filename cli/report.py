@@ -39,7 +39,8 @@ def command(artifact: Path, output: Path, quiet: bool, as_json: bool) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        facts = read_facts(directory, progress)
+        # What the hub's cache calls a directory, a commit, means nothing to a reader.
+        facts = read_facts(directory, progress, None if directory == artifact else str(artifact))
     if as_json:
         emit_json(facts.as_dict())
         return

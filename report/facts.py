@@ -71,30 +71,34 @@ class Facts:
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
 
 
-def read_facts(directory: str | Path, progress: Callable[[int, int], None] | None = None) -> Facts:
+def read_facts(
+    directory: str | Path, progress: Callable[[int, int], None] | None = None, name: str | None = None
+) -> Facts:
     """The facts about an artifact of npuq's or ModelSlim's; `progress(done, total)` counts linears, by their scales.
+    `name` is what to call it, the directory's name where it is None.
 
     Raises ArtifactError when the directory holds no finished artifact, or its manifest, report or scales are damaged,
     and CheckpointError when its config or shards are.
     """
     directory = Path(directory)
+    name = directory.resolve().name if name is None else name
     with Checkpoint.open(directory) as checkpoint:
         if (directory / OWN_FOLDER).exists():
-            return _own(checkpoint, progress)
-        return _foreign(checkpoint, progress)
+            return _own(name, checkpoint, progress)
+        return _foreign(name, checkpoint, progress)
 
 
-def _own(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+def _own(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
     directory = checkpoint.directory
     manifest, config = read_manifest(directory), ModelConfig.from_dict(checkpoint.config)
     try:
         specs = expected_specs(config, tuple(manifest["architecture"]["mtp_layers"]))
-        linears = tuple(_linear(specs[name], entry) for name, entry in manifest["linears"].items())
+        linears = tuple(_linear(specs[linear], entry) for linear, entry in manifest["linears"].items())
         recipe_name, provenance = str(manifest["recipe"]["name"]), _provenance(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(directory / MANIFEST_NAME, error) from error
     return Facts(
-        name=directory.resolve().name,
+        name=name,
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         n_routed_experts=config.n_routed_experts,
@@ -109,7 +113,7 @@ def _own(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) ->
     )
 
 
-def _foreign(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
     directory = checkpoint.directory
     types = read_description(directory)
     if types is None:
@@ -122,7 +126,7 @@ def _foreign(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
     # ModelSlim's static W8A8 may leave the weight's scale out: it is folded into another one.
     scaled = [linear for linear in linears if scale_name(linear) in checkpoint.tensors]
     return Facts(
-        name=directory.resolve().name,
+        name=name,
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         n_routed_experts=config.n_routed_experts,

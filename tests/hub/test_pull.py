@@ -253,6 +253,11 @@ class TestByName:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["completion_tokens"] == 3
 
+    def test_a_report(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+        done = npuq_run("report", REPO, "-o", tmp_path / "report.html")
+        assert done.returncode == 0, done.stderr
+        assert f"<title>{REPO}: quantization report</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
     def test_an_unquantized_checkpoint(
         self, hub: LoopbackHub, example_fp8: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
