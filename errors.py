@@ -35,3 +35,7 @@ class BackendError(NpuqError):
 
 class HubError(NpuqError):
     """A hub refused, or what came back is not what was pushed."""
+
+
+class ReportError(NpuqError):
+    """A report cannot be drawn or written."""

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..units import format_bytes
+
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+__all__ = ["emit_json", "format_bytes", "parse_size", "progress_bar", "size"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -30,15 +34,6 @@ def size(text: str | int) -> int:
         return parse_size(str(text))
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
-
-
-def format_bytes(count: float) -> str:
-    """`12.3 GB`: decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def emit_json(value: Any) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .console import emit_json, progress_bar
+
+if TYPE_CHECKING:
+    from ..runtime import LayerError
 
 
 @click.command()
@@ -15,25 +21,41 @@ from .console import emit_json, progress_bar
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float checkpoint that MODEL was converted from.")
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a window.")
+@click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
 @click.option("--save", is_flag=True, help="Store the result in MODEL's manifest and model card.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    model: Path, text: Path, source: Path | None, context: int, backend: str, save: bool, quiet: bool, as_json: bool
+    model: Path,
+    text: Path,
+    source: Path | None,
+    context: int,
+    layers: bool,
+    backend: str,
+    save: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Measure MODEL, an artifact or an unquantized checkpoint (a directory, or user/repo), on a text.
 
     The text is cut into windows of --context tokens, each preceded by the beginning-of-sequence token where the
     tokenizer has one, and every token is predicted from those before it in its window. With --source also the mean KL
     divergence (nats a token) of the source's predictions from the model's and how often their first choices agree.
-    With --save the artifact keeps the result, and its model card shows it.
+    With --layers also ‖model − source‖ / ‖source‖ of the hidden states after every decoder layer, and their cosine:
+    as they have accumulated, and of the layer alone, both being given the source's hidden states. This reads one layer
+    of each at a time.
+
+    With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
-    from ..runtime import evaluate
+    from ..quant.artifact import CARD_NAME
+    from ..runtime import evaluate, layer_errors
     from .transfer import local_model
 
+    if layers and source is None:
+        raise click.UsageError("--layers compares with the float checkpoint: name it with --source")
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,17 +64,19 @@ def command(
     if save:
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet)
-    with progress_bar(0, quiet=quiet, description="windows", unit="") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _progress("windows", quiet) as progress:
         result = evaluate(model, content, source, context, backend, progress)
-    if save:
-        store_evaluation(model, result, text, context)
+    errors: list[LayerError] = []
+    if layers and source is not None:
+        with _progress("layers", quiet) as progress:
+            errors = layer_errors(model, content, source, context, backend, progress)
+    if save and not store_evaluation(model, result, text, context, errors):
+        # Also with --quiet: the user asked for something that was not done.
+        click.echo(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result", err=True)
     values = asdict(result)
     if as_json:
+        if layers:
+            values["layers"] = [asdict(error) for error in errors]
         emit_json(values)
         return
     click.echo(f"perplexity         {result.perplexity:.3f}  ({result.tokens} tokens)")
@@ -60,3 +84,26 @@ def command(
         click.echo(f"source perplexity  {result.source_perplexity:.3f}")
         click.echo(f"KL divergence      {result.kl_divergence:.5f}")
         click.echo(f"top-1 agreement    {100 * (result.top1_agreement or 0.0):.2f} %")
+    if errors:
+        click.echo(_layer_table(errors))
+
+
+@contextmanager
+def _progress(description: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    with progress_bar(0, quiet=quiet, description=description, unit="") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def _layer_table(errors: Sequence[LayerError]) -> str:
+    lines = ["", "layer     error   cosine   its own   cosine"]
+    lines += [
+        f"{error.layer:>5}  {error.relative_error:>8.3%}  {error.cosine:.5f}  {error.own_relative_error:>8.3%}  "
+        f"{error.own_cosine:.5f}"
+        for error in errors
+    ]
+    return "\n".join(lines)

@@ -20,6 +20,7 @@ COMMANDS = {
     "pull": "Fetch an artifact from a hub, resumably, every file checked.",
     "generate": "Generate text with an artifact or a float checkpoint.",
     "evaluate": "Measure perplexity, and the divergence from the float source.",
+    "report": "Write one HTML page about an artifact: sizes, errors, scales, calibration, provenance.",
     "doctor": "Say what is here for the Ascend backend, and whether a model can run on an NPU.",
 }
 

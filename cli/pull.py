@@ -11,7 +11,7 @@ from .transfer import TransferBar, silence_client
 
 
 @click.command()
-@click.argument("repo", metavar="USER/NAME")
+@click.argument("repo", metavar="USER/NAME[@REVISION]")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit. [default: main]")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
@@ -30,6 +30,11 @@ def command(
     """
     from ..hub import pull
 
+    # As where a model is named: user/name@revision.
+    repo, at, pinned = repo.partition("@")
+    if at and (revision is not None or not pinned):
+        raise click.UsageError(f"{repo}@{pinned}: give the revision once, behind @ or with --revision")
+    revision = pinned or revision
     silence_client()
     with TransferBar("pull", quiet) as bar:
         if which == "modelscope":

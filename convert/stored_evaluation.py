@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from .output import write_error, write_file
 
 if TYPE_CHECKING:
     from ..runtime.evaluation import Evaluation
+    from ..runtime.layer_error import LayerError
 
 KEY = "evaluations"
 _HEADING = "## Evaluation\n"
 _NEXT_HEADING = "## Loading\n"
 _OPTIONAL = ("source_perplexity", "kl_divergence", "top1_agreement")
+_OF_A_LAYER = ("relative_error", "cosine", "own_relative_error", "own_cosine")
 
 
 def check_storable(artifact: Path) -> None:
@@ -37,11 +40,15 @@ def check_storable(artifact: Path) -> None:
         )
 
 
-def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: int) -> None:
+def store_evaluation(
+    artifact: Path, result: Evaluation, text: Path, context: int, layers: Sequence[LayerError] = ()
+) -> bool:
     """Store a result in the manifest and the card, in place of an earlier one on the same text and context.
 
-    A card without npuq's section stays as it is. Raises ArtifactError for what is no finished artifact, and
-    ConversionError when the disk refuses; what was stored before stays then.
+    The errors of layers, where they were measured, go into the manifest alone, under the result's `layers`.
+    Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
+    ArtifactError for what is no finished artifact, and ConversionError when the disk refuses; what was stored before
+    stays then.
     """
     check_storable(artifact)
     entry = {
@@ -52,6 +59,8 @@ def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: in
         "perplexity": result.perplexity,
         **{key: getattr(result, key) for key in _OPTIONAL},
     }
+    if layers:
+        entry["layers"] = [asdict(layer) for layer in layers]
     try:
         with locked_directory(artifact / OWN_FOLDER):
             manifest = read_manifest(artifact)
@@ -60,12 +69,15 @@ def store_evaluation(artifact: Path, result: Evaluation, text: Path, context: in
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
             card = artifact / CARD_NAME
-            if card.is_file():
-                write_file(artifact, CARD_NAME, with_evaluations(card.read_text("utf-8"), manifest[KEY]).encode())
+            before = card.read_text("utf-8") if card.is_file() else ""
+            shown = CARD_END in before.partition(CARD_BEGIN)[2]
+            if shown:
+                write_file(artifact, CARD_NAME, with_evaluations(before, manifest[KEY]).encode())
     except UnicodeDecodeError:
         raise ArtifactError(f"{artifact / CARD_NAME}: is not UTF-8 text; repair it, then evaluate again") from None
     except OSError as error:
         raise write_error(artifact, error) from error
+    return shown
 
 
 def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -122,4 +134,17 @@ def _is_sound(entry: object) -> bool:
     texts = all(isinstance(entry.get(key), str) for key in ("text", "text_sha256"))
     counts = all(isinstance(entry.get(key), int) for key in ("context", "tokens"))
     numbers = [entry.get("perplexity"), *(entry[key] for key in _OPTIONAL if entry.get(key) is not None)]
-    return texts and counts and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    layers = entry.get("layers", [])
+    if not isinstance(layers, list) or not all(map(_is_sound_layer, layers)):
+        return False
+    return texts and counts and all(map(_is_finite, numbers))
+
+
+def _is_sound_layer(layer: object) -> bool:
+    if not isinstance(layer, dict) or not isinstance(layer.get("layer"), int):
+        return False
+    return all(_is_finite(layer.get(key)) for key in _OF_A_LAYER)
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number)

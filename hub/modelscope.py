@@ -20,7 +20,7 @@ from typing import TypeVar
 from ..errors import HubError, NpuqError
 from ..quant.artifact import CARD_NAME, MANIFEST_NAME, read_manifest
 from .card import merge_card
-from .client import is_repo_id
+from .client import Backoff, is_repo_id
 from .fetch import Wanted
 from .parallel import in_order
 from .progress import Silent, TransferProgress
@@ -41,7 +41,7 @@ _INSTALL = "pip install 'npuq[modelscope]'"
 class ModelScope:
     """One repository on ModelScope. `token` None: the client's own (MODELSCOPE_API_TOKEN, `modelscope login`)."""
 
-    def __init__(self, repo: str, token: str | None = None):
+    def __init__(self, repo: str, token: str | None = None, backoff: Backoff | None = None):
         try:
             import modelscope_hub
         except ImportError:
@@ -50,19 +50,32 @@ class ModelScope:
             raise HubError(f"{repo!r} is not a repository: write it as user/name")
         logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
         self.repo = repo
+        self.backoff = backoff or Backoff()
         self.client = modelscope_hub
         self.config = modelscope_hub.HubConfig(token=token)
         self.api = modelscope_hub.HubApi(self.config)
 
-    def call(self, doing: str, action: Callable[[], T]) -> T:
-        """Do `action` (the client tries again by itself); its errors become a HubError of one line."""
-        try:
-            return action()
-        except NpuqError:
-            raise
-        except (self.client.HubError, OSError) as error:
-            text = " ".join(f"{doing}: {self._reason(error)}".split())
-            raise HubError(text.replace(self.config.token, "***") if self.config.token else text) from None
+    def call(self, doing: str, action: Callable[[], T], attempts: int = 1) -> T:
+        """Do `action`; its errors become a HubError of one line.
+
+        The client itself tries again what it asks and commits, but not what it uploads: that is what `attempts` is for.
+        """
+        attempt = 1
+        while True:
+            try:
+                return action()
+            except NpuqError:
+                raise
+            except (self.client.HubError, OSError) as error:
+                if attempt >= attempts or not self._is_transient(error):
+                    text = " ".join(f"{doing}: {self._reason(error)}".split())
+                    raise HubError(text.replace(self.config.token, "***") if self.config.token else text) from None
+            self.backoff.wait(attempt)
+            attempt += 1
+
+    def _is_transient(self, error: Exception) -> bool:
+        errors = self.client.errors
+        return isinstance(error, (errors.NetworkError, errors.ServerError, errors.RateLimitError, ConnectionError))
 
     def _reason(self, error: Exception) -> str:
         errors = self.client.errors
@@ -74,7 +87,7 @@ class ModelScope:
             return f"the token may not do this in {self.repo}; give one that may, from {_TOKEN_PAGE}"
         if isinstance(error, errors.NotExistError):
             return f"{self.repo} has no such file or revision, or is not there, or this token may not see it"
-        if isinstance(error, (errors.NetworkError, errors.ServerError, errors.RateLimitError)):
+        if self._is_transient(error):
             return f"{str(error)[:160]}; run the same command again: it continues"
         return str(error)[:200]
 
@@ -104,6 +117,7 @@ class ModelScope:
                 lambda: self.api.upload_file(
                     self.repo, _TYPE, content, name, revision=revision, commit_message=title, disable_tqdm=True
                 ),
+                self.backoff.attempts,
             )
 
     def remove(self, names: list[str], revision: str, title: str) -> None:
@@ -125,6 +139,7 @@ def push_modelscope(
     token: str | None = None,
     verify: Callable[[Path], None] | None = None,
     progress: TransferProgress | None = None,
+    backoff: Backoff | None = None,
 ) -> PushSummary:
     """Push an artifact to a ModelScope repository, continuing what an earlier push did; arguments as of `push`.
 
@@ -132,7 +147,7 @@ def push_modelscope(
     ArtifactError and HubError as `push` does.
     """
     artifact, progress = Path(artifact), progress or Silent()
-    scope, title, branch = ModelScope(repo, token), message or default_title(artifact), revision or _MAIN
+    scope, title, branch = ModelScope(repo, token, backoff), message or default_title(artifact), revision or _MAIN
     manifest = read_manifest(artifact)
     files = local_files(artifact, manifest)
     _open(scope, private)

@@ -35,12 +35,13 @@ _OURS = re.compile(r"\.[0-9]+-[0-9]+(\.[0-9a-f]{32}\.npuq-part)?$")
 
 @dataclass
 class Extent:
-    """Bytes [start, end) of a shard, in a file of the folder when `ready`."""
+    """Bytes [start, end) of a shard, in a file of the folder when `ready`, until it is `released`."""
 
     shard: str
     start: int
     end: int
     ready: bool = False
+    released: bool = False
 
     @property
     def file_name(self) -> str:
@@ -74,7 +75,10 @@ class Window:
         self._extent_of: dict[str, Extent] = {}
         self._batch_of: dict[str, _Batch] = {}
         self._queue: deque[tuple[_Batch, Extent]] = deque()
+        # What an earlier run left of batches that are not admitted yet: file name → bytes, in the order of fetching.
+        self._left_over: dict[str, int] = {}
         self._resident = 0
+        self._admitted = 0
         self._failure: Exception | None = None
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -83,14 +87,17 @@ class Window:
     def start(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
         """Begin to fetch the tensors of these groups, in this order, but for groups whose first tensor is `finished`.
 
-        What an earlier run with the same groups left in the folder is used.
+        What an earlier run with the same groups left in the folder is used, and counts to the window.
         """
         for gathered in self._gather(groups):
             left = [group for group in gathered if group[0] not in finished]
             if not left:
                 continue
             # Of all its groups, finished or not: the same ranges in every run, so that their files are found again.
-            extents = self._extents([name for group in gathered for name in group])
+            extent_of = self._extents([name for group in gathered for name in group])
+            self._extent_of |= {name: extent_of[name] for group in left for name in group}
+            needed = {extent_of[name].file_name for group in left for name in group}
+            extents = list({x.file_name: x for x in extent_of.values() if x.file_name in needed}.values())
             batch = _Batch(extents, len(left))
             self._batch_of |= {group[0]: batch for group in left}
             self._queue.extend((batch, extent) for extent in extents)
@@ -130,8 +137,10 @@ class Window:
             if batch.groups_left:
                 return
             for extent in batch.extents:
+                extent.released = True
                 (self._folder / extent.file_name).unlink(missing_ok=True)
             self._resident -= batch.nbytes
+            self._admitted -= 1
             self._changed.notify_all()
 
     def interrupt(self) -> None:
@@ -163,24 +172,36 @@ class Window:
         if gathered:
             yield gathered
 
-    def _extents(self, names: Sequence[str]) -> list[Extent]:
-        extents: list[Extent] = []
+    def _extents(self, names: Sequence[str]) -> dict[str, Extent]:
+        """The extent that each of these tensors is in, in the order of the shards."""
+        extent_of: dict[str, Extent] = {}
+        last: Extent | None = None
         for name in sorted(names, key=lambda name: (self._tensors[name].file.name, self._tensors[name].start)):
             info = self._tensors[name]
-            last = extents[-1] if extents else None
             if last is None or last.shard != info.file.name or info.start - last.end > _GAP_BYTES:
                 last = Extent(info.file.name, info.start, info.end)
-                extents.append(last)
             last.end = max(last.end, info.end)
-            self._extent_of[name] = last
-        return extents
+            extent_of[name] = last
+        return extent_of
 
     def _tidy(self, kept: Mapping[str, int]) -> None:
-        """Make the folder, and remove what earlier runs left there and none of these files (name → size) is."""
+        """Make the folder, and remove what earlier runs left there and none of these files (name → size) is, or what is
+        too much for the window."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
             if _OURS.search(path.name) and path.stat().st_size != kept.get(path.name):
                 path.unlink()
+        self._left_over = {name: size for name, size in kept.items() if (self._folder / name).exists()}
+        self._resident = sum(self._left_over.values())
+        self._drop_left_over(self.max_bytes, ())
+
+    def _drop_left_over(self, most: int, needed: Container[str]) -> None:
+        """Remove what an earlier run left, the last first, until no more than `most` bytes are resident."""
+        for name in reversed([name for name in self._left_over if name not in needed]):
+            if self._resident <= most:
+                return
+            (self._folder / name).unlink(missing_ok=True)
+            self._resident -= self._left_over.pop(name)
 
     def _disk_error(self, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -208,17 +229,27 @@ class Window:
                 return None
             batch, extent = self._queue.popleft()
             if not batch.admitted:
-                batch.admitted = True
-                self._resident += batch.nbytes
-                self.most_resident = max(self.most_resident, self._resident)
+                self._admit(batch)
             return extent
 
+    def _admit(self, batch: _Batch) -> None:
+        names = {extent.file_name for extent in batch.extents}
+        missing = batch.nbytes - sum(self._left_over.get(name, 0) for name in names)
+        self._drop_left_over(self.max_bytes - missing, names)
+        for name in names:
+            self._left_over.pop(name, None)
+        batch.admitted = True
+        self._admitted += 1
+        self._resident += missing
+        self.most_resident = max(self.most_resident, self._resident)
+
     def _may_start(self) -> bool:
+        """Whether the next batch is admitted, or fits. Where the reader has nothing else, it is made to fit."""
         if not self._queue:
             return True
         batch = self._queue[0][0]
-        fits = self._resident == 0 or self._resident + batch.nbytes <= self.max_bytes
-        return batch.admitted or fits
+        missing = batch.nbytes - sum(self._left_over.get(extent.file_name, 0) for extent in batch.extents)
+        return batch.admitted or self._admitted == 0 or self._resident + missing <= self.max_bytes
 
     def _bring(self, extent: Extent) -> None:
         target = self._folder / extent.file_name
@@ -233,6 +264,8 @@ class Window:
             partial.replace(target)
         with self._changed:
             extent.ready = True
+            if extent.released:  # its groups were done without it
+                target.unlink(missing_ok=True)
             self._changed.notify_all()
 
     def _check_open(self, piece: bytes) -> None:

@@ -5,7 +5,19 @@ The model is written once (`model.py`) against the operators of a backend (`ops/
 
 from .engine import EngineConfig
 from .evaluation import Evaluation, evaluate
+from .layer_error import LayerError, layer_errors
 from .llm import Completion, LanguageModel, Piece, load
 from .sampler import SamplingParams
 
-__all__ = ["Completion", "EngineConfig", "Evaluation", "LanguageModel", "Piece", "SamplingParams", "evaluate", "load"]
+__all__ = [
+    "Completion",
+    "EngineConfig",
+    "Evaluation",
+    "LanguageModel",
+    "LayerError",
+    "Piece",
+    "SamplingParams",
+    "evaluate",
+    "layer_errors",
+    "load",
+]

@@ -52,10 +52,7 @@ class Model:
         residual = ops.embedding(step.token_ids, self.weights.embedding)
         delta: Tensor | None = None
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
-            hidden, residual = ops.attention_norm(delta, residual, layer.input_norm, eps, layer.attention)
-            attended = self._attention(hidden, layer.attention, layer_cache, step)
-            normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
-            delta = self._feed_forward(normed, layer)
+            delta, residual = self.decoder_layer(layer, delta, residual, layer_cache, step)
         if step.output_rows is not None:
             if step.output_rows.shape[0] == 0:
                 return residual.new_empty(0, self.config.vocab_size)
@@ -65,6 +62,20 @@ class Model:
             return ops.linear(ops.rms_norm(residual, self.weights.norm, eps), self.weights.lm_head)
         final, _ = ops.add_rms_norm(delta, residual, self.weights.norm, eps)
         return ops.linear(final, self.weights.lm_head)
+
+    def decoder_layer(
+        self, layer: LayerWeights, delta: Tensor | None, residual: Tensor, cache: LayerCache, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """One layer of the forward pass: (delta, residual), compute dtype `[T, H]` each, whose sum is its output.
+
+        The sum of those that come in is its input; delta is None where the residual alone is. The next layer's norm
+        adds them, in one operator.
+        """
+        ops, eps = self.ops, self.config.rms_norm_eps
+        hidden, residual = ops.attention_norm(delta, residual, layer.input_norm, eps, layer.attention)
+        attended = self._attention(hidden, layer.attention, cache, step)
+        normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
+        return self._feed_forward(normed, layer), residual
 
     def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         dense = None if layer.mlp is None else self.ops.mlp(hidden, layer.mlp)

@@ -153,17 +153,20 @@ def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
     return tables
 
 
-def load_weights(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float) -> ModelWeights:
-    """All weights that generation needs, handed to the backend.
+def load_weights(
+    store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layers: Sequence[int] | None = None
+) -> ModelWeights:
+    """All weights that generation needs, handed to the backend; of the decoder layers only `layers`, if given.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config.
     """
     hidden = config.hidden_size
+    chosen = range(config.num_hidden_layers) if layers is None else layers
     embedding = ops.parameter(store.tensor("model.embed_tokens.weight", config.vocab_size, hidden))
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return ModelWeights(
         embedding=embedding,
-        layers=tuple(_layer(store, config, ops, softmax_scale, i) for i in range(config.num_hidden_layers)),
+        layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
         norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
         lm_head=ops.float_linear([store.tensor(head, config.vocab_size, hidden)]),
     )
@@ -189,7 +192,8 @@ def gating_of(config: ModelConfig) -> Gating:
     )
 
 
-def _layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
+def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
+    """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
     prefix = f"model.layers.{layer}"
     is_moe = config.is_moe_layer(layer)
     mlp: MlpWeights | None = None

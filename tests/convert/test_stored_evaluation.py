@@ -13,6 +13,7 @@ import npuq
 from npuq.convert import inspect, verify
 from npuq.convert.stored_evaluation import check_storable, store_evaluation
 from npuq.errors import ArtifactError, ConversionError
+from npuq.runtime import LayerError
 from npuq.runtime.evaluation import Evaluation
 
 MANIFEST, CARD = "npuq/manifest.json", "README.md"
@@ -72,17 +73,40 @@ def test_replaced_by_text_and_context(artifact: Path, text: Path) -> None:
     assert "| 71.000 | – | – | – |" in card
 
 
+def test_errors_of_layers(artifact: Path, text: Path) -> None:
+    card = (artifact / CARD).read_text()
+    layers = [LayerError(0, 0.01, 0.999, 0.01, 0.999), LayerError(1, 0.03, 0.99, 0.02, 0.995)]
+    store_evaluation(artifact, RESULT, text, 256, layers)
+    (stored,) = inspect(artifact).evaluations
+    assert stored["layers"][1] == {
+        "layer": 1,
+        "relative_error": 0.03,
+        "cosine": 0.99,
+        "own_relative_error": 0.02,
+        "own_cosine": 0.995,
+    }
+    assert verify(artifact).problems == ()
+    with_layers = (artifact / CARD).read_text()
+    store_evaluation(artifact, RESULT, text, 256)  # in place of the first, whose layers go with it
+    assert "layers" not in inspect(artifact).evaluations[0]
+    assert (artifact / CARD).read_text() == with_layers != card
+
+
 def test_the_authors_text_stays(artifact: Path, text: Path) -> None:
     card = artifact / CARD
     card.write_text("Foreword\n## Evaluation\n\n## Loading\n" + card.read_text() + "Afterword\n")
     before = card.read_text()
-    store_evaluation(artifact, RESULT, text, 256)
+    assert store_evaluation(artifact, RESULT, text, 256)
     assert card.read_text().startswith("Foreword\n## Evaluation\n\n## Loading\n---")
     assert card.read_text().endswith("Afterword\n")
     assert len(card.read_text()) > len(before)
     card.write_text("mine alone\n")
-    store_evaluation(artifact, RESULT, text, 256)
+    assert not store_evaluation(artifact, RESULT, text, 256)
     assert card.read_text() == "mine alone\n"
+    card.unlink()
+    assert not store_evaluation(artifact, RESULT, text, 256)
+    assert not card.exists()
+    assert len(inspect(artifact).evaluations) == 1
 
 
 def test_a_second_conversion_finds_it_finished(artifact: Path, text: Path, example_fp8: Path) -> None:
@@ -114,7 +138,22 @@ def test_a_kill_before_the_rename_loses_nothing(artifact: Path, text: Path, monk
     assert (artifact / MANIFEST).read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [{}, [1], [{"text": "a"}], [{"text": 1, "text_sha256": "", "context": 1}]])
+SOUND = {"text": "a", "text_sha256": "b", "context": 1, "tokens": 1, "perplexity": 2.0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {},
+        [1],
+        [{"text": "a"}],
+        [{**SOUND, "text": 1}],
+        [{**SOUND, "perplexity": float("nan")}],
+        [{**SOUND, "layers": 4}],
+        [{**SOUND, "layers": [0.01]}],
+        [{**SOUND, "layers": [{"layer": 0, "relative_error": 0.1, "cosine": 1.0, "own_relative_error": 0.1}]}],
+    ],
+)
 def test_damaged(artifact: Path, damage: object) -> None:
     manifest = json.loads((artifact / MANIFEST).read_text())
     (artifact / MANIFEST).write_text(json.dumps({**manifest, "evaluations": damage}))

@@ -15,6 +15,7 @@ from loopback_modelscope import READER, WRITER, LoopbackModelScope
 from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
 
 from npuq.errors import HubError
+from npuq.hub.client import Backoff
 from npuq.hub.modelscope import pull_modelscope, push_modelscope
 from npuq.hub.remote_state import UNFINISHED_NAME
 
@@ -80,15 +81,34 @@ def test_a_second_push_sends_what_changed(scope: LoopbackModelScope, artifact: P
     ],
     ids=lambda fault: f"{fault.pattern} {fault.status or fault.reset_after or 'lost'}",
 )
-def test_push_faults(scope: LoopbackModelScope, artifact: Path, fault: Fault) -> None:
+def test_push_faults(scope: LoopbackModelScope, artifact: Path, backoff: Backoff, fault: Fault) -> None:
     scope.faults.add(fault)
-    try:
-        push_modelscope(artifact, REPO)
-    except HubError as error:
-        assert "\n" not in str(error)
-        assert MANIFEST not in scope.repos.get(REPO, {})
-        push_modelscope(artifact, REPO)
+    summary = push_modelscope(artifact, REPO, backoff=backoff)
     assert scope.faults.hits == 1
+    assert_there(scope, artifact)
+    assert summary.sent_files == len(contents(artifact)) + 1
+    # Every file was committed once (after a lost answer the client repeats that one), the mark first, the manifest
+    # last but for taking the mark away; and no content went twice but what the fault hit.
+    made = [action for actions in scope.commits for action in actions]
+    again = 1 if fault.lose_response else 0
+    assert len(made) == len({*made}) + again
+    assert {*made} == {
+        *(f"create {name}" for name in (*contents(artifact), CARD, UNFINISHED_NAME)),
+        f"delete {UNFINISHED_NAME}",
+    }
+    assert (made[0], made[-2:]) == (f"create {UNFINISHED_NAME}", [f"create {MANIFEST}", f"delete {UNFINISHED_NAME}"])
+    puts = [seen.request for seen in scope.log if seen.request.startswith("PUT /store/")]
+    assert len(puts) == len({*puts}) + ("PUT" in fault.pattern)
+
+
+def test_a_fault_that_stays(scope: LoopbackModelScope, artifact: Path, backoff: Backoff) -> None:
+    scope.faults.add(Fault("PUT /store", times=10**6, status=500))
+    with pytest.raises(HubError, match=r"files were not sent .*push again to continue") as caught:
+        push_modelscope(artifact, REPO, backoff=backoff)
+    assert "\n" not in str(caught.value)
+    assert MANIFEST not in scope.repos[REPO]
+    scope.faults.clear()
+    push_modelscope(artifact, REPO, backoff=backoff)
     assert_there(scope, artifact)
 
 

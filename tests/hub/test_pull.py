@@ -253,6 +253,11 @@ class TestByName:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["completion_tokens"] == 3
 
+    def test_a_report(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+        done = npuq_run("report", REPO, "-o", tmp_path / "report.html")
+        assert done.returncode == 0, done.stderr
+        assert f"<title>{REPO}: quantization report</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
     def test_an_unquantized_checkpoint(
         self, hub: LoopbackHub, example_fp8: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -271,6 +276,11 @@ class TestByName:
         commit = hub.state.repos[REPO].branches["main"]
         hub.state.put(REPO, {CARD: b"changed"})
         assert resolve(f"{REPO}@{commit}").name == commit
+        done = npuq_run("pull", f"{REPO}@{commit}", "--quiet")
+        assert (done.returncode, Path(done.stdout.strip()).name) == (0, commit), done.stderr
+        for wrong in ((f"{REPO}@{commit}", "--revision", "main"), (f"{REPO}@",)):
+            done = npuq_run("pull", *wrong)
+            assert (done.returncode, "give the revision once" in done.stderr) == (2, True)
 
     def test_what_exists_here_is_a_path(
         self, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -61,6 +61,27 @@ def test_one_changed_shard_costs_that_shards_bytes(hub: LoopbackHub, artifact: P
     assert_pushed(hub, artifact)
 
 
+def test_a_stored_evaluation_costs_manifest_and_card(hub: LoopbackHub, artifact: Path, eval_text: Path) -> None:
+    npuq.push(artifact, REPO)
+    before = hub.state.files(REPO)
+    hub.log.clear()
+    text = artifact.parent / "text.txt"
+    text.write_text(eval_text.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    done = npuq_run("evaluate", artifact, "--text", text, "--context", "64", "--save", "--quiet", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    npuq.push(artifact, REPO)
+    after = hub.state.files(REPO)
+    assert hub.uploaded_bytes() == 0
+    assert {name for name in after if after[name] != before.get(name)} == {MANIFEST, CARD}
+    (commit,) = hub.requests("/commit/")
+    assert 0 < commit.received < 3 * (len(after[MANIFEST]) + len(after[CARD]))
+    pulled = npuq.pull(REPO)
+    assert contents(pulled) == contents(artifact)
+    (stored,) = json.loads((pulled / MANIFEST).read_text())["evaluations"]
+    assert stored["perplexity"] == json.loads(done.stdout)["perplexity"]
+    assert f"| text.txt | `{stored['text_sha256'][:16]}` | 64 |" in (pulled / CARD).read_text()
+
+
 def test_multipart_transfer(hub: LoopbackHub, artifact: Path) -> None:
     hub.multipart_from = 1 << 20
     hub.part_size = 300_000
@@ -94,9 +115,16 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_fault_is_survived(hub: LoopbackHub, artifact: Path, backoff: Backoff, fault: Fault) -> None:
     hub.faults.add(fault)
-    npuq.push(artifact, REPO, backoff=backoff)
+    summary = npuq.push(artifact, REPO, backoff=backoff)
     assert hub.faults.hits == fault.times
     assert_pushed(hub, artifact)
+    # The mark, the weights, the rest, once each; no file sent twice but the one that the fault hit.
+    repo = hub.state.repos[REPO]
+    assert len(repo.commits) == 4
+    assert summary.commit == repo.branches["main"]
+    sizes = [path.stat().st_size for path in artifact.rglob("*.safetensors")]
+    again = fault.times * max(sizes) if "PUT" in fault.pattern else 0
+    assert sum(sizes) <= hub.uploaded_bytes() <= sum(sizes) + again
 
 
 def test_a_lost_commit_answer_makes_no_second_commit(hub: LoopbackHub, artifact: Path, backoff: Backoff) -> None:

@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +286,19 @@ class TestPushWhileConverting:
         assert done.returncode == 1
         assert "may not write to bob/his" in done.stderr
         assert not (tmp_path / "out").exists()
+
+    def test_foreign_weights_are_named_with_their_repository(
+        self, hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        hub.state.put(REPO, {"adapter.safetensors": b"theirs"})
+        arguments = [argument for argument in self.ARGUMENTS if argument != "--quiet"]
+        done = npuq_run("convert", SOURCE, tmp_path / "out", *arguments, "--push", REPO)
+        assert done.returncode == 1
+        message = f"{REPO} holds adapter.safetensors, which is not part of this artifact"
+        assert re.search(rf"^model-00001-of-\d+\.safetensors was not pushed yet: {message}", done.stderr, re.MULTILINE)
+        assert re.search(f"^npuq: error: {message}", done.stderr, re.MULTILINE)
+        assert set(hub.state.files(REPO)) == {"adapter.safetensors", ".gitattributes"}
+        assert without_manifest(tmp_path / "out") == expected  # the conversion itself is finished
 
 
 class TestRefused:

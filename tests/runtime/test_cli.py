@@ -260,6 +260,22 @@ def test_evaluate_against_the_source(run: Run, artifact: Path, example: Language
     assert 1e-4 < values["kl_divergence"] < 1e-2
 
 
+def test_evaluate_layers(run: Run, artifact: Path, example: LanguageModel, text: Path, tmp_path: Path) -> None:
+    artifact = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    arguments = ("evaluate", artifact, "--text", text, "--source", example.directory, "--context", 128, "--layers")
+    _, out, _ = run(*arguments, "--json", "--save")
+    layers = json.loads(out)["layers"]
+    assert npuq.convert.inspect(artifact).evaluations[0]["layers"] == layers
+    content = text.read_text(encoding="utf-8")
+    assert layers == [vars(error) for error in npuq.runtime.layer_errors(artifact, content, example.directory, 128)]
+    _, table, _ = run(*arguments)
+    assert [line.split()[:2] for line in table.splitlines()[-4:]] == [
+        [str(layer["layer"]), f"{layer['relative_error']:.3%}"] for layer in layers
+    ]
+    code, _, err = run("evaluate", artifact, "--text", text, "--layers")
+    assert (code, "name it with --source" in err) == (2, True)
+
+
 def test_evaluate_prints_a_table(run: Run, example: LanguageModel, text: Path) -> None:
     _, out, _ = run("evaluate", example.directory, "--text", text, "--source", example.directory)
     assert "perplexity" in out

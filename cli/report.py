@@ -1,0 +1,49 @@
+"""`npuq report`: one HTML page about an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .console import emit_json, progress_bar
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page to write; an earlier report is replaced.",
+)
+@click.option("--quiet", is_flag=True, help="No progress on stderr, and nothing on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON; write no page.")
+def command(artifact: Path, output: Path, quiet: bool, as_json: bool) -> None:
+    """Write a page about ARTIFACT (a directory, or user/repo): sizes, errors, scales, calibration, provenance.
+
+    One HTML file that opens without a network. It shows what conversion, calibration and `npuq evaluate --save` left in
+    the artifact; of one that ModelSlim made, sizes and scales. Needs plotly: pip install 'npuq[report]'.
+    """
+    from ..report import check_output, read_facts, write_report
+    from .transfer import local_model
+
+    if not as_json:
+        check_output(output)
+    directory = local_model(artifact, quiet=quiet or as_json)
+    with progress_bar(0, quiet=quiet, description="scales", unit="") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        # What the hub's cache calls a directory, a commit, means nothing to a reader.
+        facts = read_facts(directory, progress, None if directory == artifact else str(artifact))
+    if as_json:
+        emit_json(facts.as_dict())
+        return
+    write_report(facts, output)
+    if not quiet:
+        click.echo(output)

@@ -1,0 +1,71 @@
+"""What a calibrated conversion left in the manifest: how many tokens each expert saw, and what became of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ArtifactError
+from ..quant.artifact import MANIFEST_NAME
+
+KEY = "calibration"
+FALLBACKS = ("blended", "pooled", "data-free")
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """One layer: tokens routed to each expert (empty in a dense one), what experts with too few got instead of their
+    own Hessian, and the relative error of the layer's output (None where it was not measured)."""
+
+    layer: int
+    expert_tokens: tuple[int, ...]
+    fallbacks: Mapping[int, str]
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The calibration set and what it reached."""
+
+    name: str
+    sha256: str
+    samples: int
+    sequence_length: int
+    tokens: int
+    layers: tuple[LayerCoverage, ...]
+
+
+def read_coverage(manifest: Mapping[str, Any]) -> Coverage | None:
+    """The manifest's `calibration`; None where there is none. ArtifactError when it is damaged."""
+    stored = manifest.get(KEY)
+    if stored is None:
+        return None
+    try:
+        layers = tuple(
+            _layer(int(number), layer) for number, layer in sorted(stored["layers"].items(), key=lambda i: int(i[0]))
+        )
+        return Coverage(
+            name=str(stored["name"]),
+            sha256=str(stored["sha256"]),
+            samples=int(stored["samples"]),
+            sequence_length=int(stored["sequence_length"]),
+            tokens=int(stored["tokens"]),
+            layers=layers,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{MANIFEST_NAME}: {KEY!r} is damaged ({error!r}); convert again") from error
+
+
+def _layer(number: int, stored: Mapping[str, Any]) -> LayerCoverage:
+    tokens = tuple(int(count) for count in stored.get("expert_tokens") or ())
+    fallbacks = {int(expert): str(kind) for expert, kind in (stored.get("fallbacks") or {}).items()}
+    error = stored.get("output_error")
+    if any(count < 0 for count in tokens) or any(not 0 <= expert < len(tokens) for expert in fallbacks):
+        raise ValueError(f"layer {number}: a count below 0, or a fallback of an expert that is not there")
+    if unknown := set(fallbacks.values()) - set(FALLBACKS):
+        raise ValueError(f"layer {number}: fallback {min(unknown)!r}")
+    if error is not None and not math.isfinite(error):
+        raise ValueError(f"layer {number}: output_error {error}")
+    return LayerCoverage(number, tokens, fallbacks, None if error is None else float(error))

@@ -1,0 +1,201 @@
+"""The numbers of a report, read from a finished artifact: headers, scales and the manifest, but no weight."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.architecture import Spec, expected_specs
+from ..convert.stored_evaluation import stored_evaluations
+from ..errors import ArtifactError
+from ..quant.artifact import (
+    DESCRIPTION_NAME,
+    MANIFEST_NAME,
+    OWN_FOLDER,
+    RECIPE_NAME,
+    REPORT_NAME,
+    read_description,
+    read_manifest,
+)
+from ..quant.checkpoint import Checkpoint
+from ..quant.model_config import ModelConfig
+from .calibration import Coverage, read_coverage
+from .foreign import foreign_linears, foreign_roles, mtp_layers
+from .linears import LinearFacts, RoleFacts, linear_facts
+from .scale_histogram import ScaleHistogram, scale_histograms, scale_name
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a report shows. What only npuq's manifest tells is None or empty for an artifact of ModelSlim's;
+    `coverage` is also None for one that was made without calibration.
+
+    provenance: what the artifact was made from and by, in the order in which it is shown. recipe: YAML.
+    """
+
+    name: str
+    model_type: str
+    num_hidden_layers: int
+    n_routed_experts: int
+    recipe_name: str | None
+    recipe: str | None
+    provenance: Mapping[str, str]
+    roles: tuple[RoleFacts, ...]
+    linears: tuple[LinearFacts, ...]
+    scales: tuple[ScaleHistogram, ...]
+    coverage: Coverage | None
+    evaluations: tuple[Mapping[str, Any], ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(role.output_bytes for role in self.roles)
+
+    @property
+    def source_bytes(self) -> int | None:
+        """Bytes of the same tensors in the source; None where they are not known."""
+        known = [role.source_bytes for role in self.roles if role.source_bytes is not None]
+        return sum(known) if len(known) == len(self.roles) else None
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether there are quantized linears in multi-token-prediction layers."""
+        return any(linear.layer >= self.num_hidden_layers for linear in self.linears)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
+
+
+def read_facts(
+    directory: str | Path, progress: Callable[[int, int], None] | None = None, name: str | None = None
+) -> Facts:
+    """The facts about an artifact of npuq's or ModelSlim's; `progress(done, total)` counts linears, by their scales.
+    `name` is what to call it, the directory's name where it is None.
+
+    Raises ArtifactError when the directory holds no finished artifact, or its manifest, report or scales are damaged,
+    and CheckpointError when its config or shards are.
+    """
+    directory = Path(directory)
+    name = directory.resolve().name if name is None else name
+    with Checkpoint.open(directory) as checkpoint:
+        if (directory / OWN_FOLDER).exists():
+            return _own(name, checkpoint, progress)
+        return _foreign(name, checkpoint, progress)
+
+
+def _own(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+    directory = checkpoint.directory
+    manifest, config = read_manifest(directory), ModelConfig.from_dict(checkpoint.config)
+    try:
+        specs = expected_specs(config, tuple(manifest["architecture"]["mtp_layers"]))
+        linears = tuple(_linear(specs[linear], entry) for linear, entry in manifest["linears"].items())
+        recipe_name, provenance = str(manifest["recipe"]["name"]), _provenance(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(directory / MANIFEST_NAME, error) from error
+    return Facts(
+        name=name,
+        model_type=config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        n_routed_experts=config.n_routed_experts,
+        recipe_name=recipe_name,
+        recipe=_text(directory / RECIPE_NAME),
+        provenance=provenance,
+        roles=_roles(directory / REPORT_NAME),
+        linears=linears,
+        scales=scale_histograms(checkpoint, linears, progress),
+        coverage=read_coverage(manifest),
+        evaluations=tuple(stored_evaluations(manifest)),
+    )
+
+
+def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+    directory = checkpoint.directory
+    types = read_description(directory)
+    if types is None:
+        raise ArtifactError(
+            f"{directory}: has no {DESCRIPTION_NAME}: not a quantized artifact; make one with npuq convert"
+        )
+    config = ModelConfig.from_dict(checkpoint.config)
+    specs = expected_specs(config, mtp_layers(checkpoint, config))
+    linears = foreign_linears(checkpoint, types, specs)
+    # ModelSlim's static W8A8 may leave the weight's scale out: it is folded into another one.
+    scaled = [linear for linear in linears if scale_name(linear) in checkpoint.tensors]
+    return Facts(
+        name=name,
+        model_type=config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        n_routed_experts=config.n_routed_experts,
+        recipe_name=None,
+        recipe=None,
+        provenance={},
+        roles=foreign_roles(checkpoint, types, specs),
+        linears=linears,
+        scales=scale_histograms(checkpoint, scaled, progress),
+        coverage=None,
+        evaluations=(),
+    )
+
+
+def _linear(spec: Spec, entry: Mapping[str, Any]) -> LinearFacts:
+    return linear_facts(spec, str(entry["scheme"]), _finite(entry["relative_error"], spec.name))
+
+
+def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+    source, totals = manifest["source"], manifest["totals"]
+    told = {
+        "source": source["name"],
+        "source repository": source["repo"],
+        "source commit": source["revision"],
+        "sha256 of its config.json": source["config_sha256"],
+        "sha256 of its index": source["index_sha256"],
+        "recipe": manifest["recipe"]["name"],
+        "sha256 of the recipe": manifest["recipe"]["sha256"],
+        "method": manifest["conversion"].get("method"),
+        "made by": f"npuq {manifest['npuq_version']}",
+        "artifact format": manifest["format_version"],
+        "tensors": f"{totals['tensors']:,}",
+        "files with size and sha256": f"{len(manifest['files']):,}",
+    }
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+def _roles(path: Path) -> tuple[RoleFacts, ...]:
+    try:
+        return tuple(_role(entry) for entry in json.loads(_text(path))["roles"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _role(entry: Mapping[str, Any]) -> RoleFacts:
+    error = entry["relative_error"]
+    return RoleFacts(
+        role=str(entry["role"]),
+        scheme=str(entry["scheme"]),
+        tensors=int(entry["tensors"]),
+        parameters=int(entry["parameters"]),
+        source_bytes=int(entry["source_bytes"]),
+        output_bytes=int(entry["output_bytes"]),
+        relative_error=None if error is None else _finite(error, entry["role"]),
+    )
+
+
+def _finite(error: Any, what: str) -> float:
+    if not math.isfinite(error):
+        raise ValueError(f"{what}: relative_error {error}")
+    return float(error)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path}: missing or damaged ({error!r}); run npuq verify, or convert again")

@@ -1,0 +1,54 @@
+"""What a report knows of a quantized linear, and of all tensors of a role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from ..convert.architecture import Spec
+
+
+@dataclass(frozen=True)
+class LinearFacts:
+    """A quantized linear. relative_error: √(Σ (w − ŵ)² / Σ w²) of its weight, None where it is not known.
+    `projection` is its name within its layer or expert."""
+
+    name: str
+    role: str
+    scheme: str
+    layer: int
+    expert: int | None
+    projection: str
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class RoleFacts:
+    """Sums over all tensors of a role and scheme.
+
+    `source_bytes` and `relative_error` are None where they are not known, the error also for what stays float.
+    """
+
+    role: str
+    scheme: str
+    tensors: int
+    parameters: int
+    source_bytes: int | None
+    output_bytes: int
+    relative_error: float | None
+
+
+def linear_facts(spec: Spec, scheme: str, relative_error: float | None) -> LinearFacts:
+    """The facts of a linear that the architecture knows; ValueError for one outside the layers."""
+    if spec.layer is None:
+        raise ValueError(f"{spec.name}: belongs to no layer")
+    parts = spec.name.removesuffix(".weight").split(".")
+    projection = f"shared {parts[-1]}" if "shared_experts" in parts else parts[-1]
+    return LinearFacts(spec.name, spec.role.value, scheme, spec.layer, spec.expert, projection, relative_error)
+
+
+def root_mean_square(linears: Sequence[LinearFacts]) -> float | None:
+    """Of their errors; None of none, or where one is not known."""
+    errors = [linear.relative_error for linear in linears if linear.relative_error is not None]
+    return sqrt(sum(error**2 for error in errors) / len(errors)) if errors and len(errors) == len(linears) else None

@@ -1,0 +1,70 @@
+"""How the scales of an artifact are distributed, role by role, in eighths of an octave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ArtifactError
+from ..quant.checkpoint import Checkpoint
+from ..quant.schemes import SCALE, WEIGHT
+from .linears import LinearFacts
+
+BINS_PER_OCTAVE = 8
+# Every positive float32, the subnormal ones too, is within 2**-149 … 2**128.
+_LOWEST, _HIGHEST = -149, 128
+
+
+@dataclass(frozen=True)
+class ScaleHistogram:
+    """Output channels of a role and scheme by their scale: `counts[i]` of them have
+    2^(first + i/8) <= scale < 2^(first + (i+1)/8)."""
+
+    role: str
+    scheme: str
+    first: float
+    counts: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        return sum(self.counts)
+
+
+def scale_name(linear: LinearFacts) -> str:
+    """The tensor with one scale an output channel."""
+    return linear.name.removesuffix(WEIGHT) + SCALE
+
+
+def scale_histograms(
+    checkpoint: Checkpoint, linears: Sequence[LinearFacts], progress: Callable[[int, int], None] | None = None
+) -> tuple[ScaleHistogram, ...]:
+    """The histograms of all scales, largest role first, one linear's scales in memory at a time.
+
+    Raises CheckpointError for a linear without scales, ArtifactError for a scale that is not positive and finite.
+    """
+    size = (_HIGHEST - _LOWEST) * BINS_PER_OCTAVE
+    totals: dict[tuple[str, str], torch.Tensor] = {}
+    for done, linear in enumerate(linears, 1):
+        name = scale_name(linear)
+        scale = checkpoint.read(name).flatten()
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ArtifactError(
+                f"{checkpoint.info(name).file}: tensor {name!r} has a scale that is not positive and finite; "
+                "run npuq verify, or convert again"
+            )
+        bins = (scale.double().log2().sub_(_LOWEST) * BINS_PER_OCTAVE).floor_().long().clamp_(0, size - 1)
+        total = totals.setdefault((linear.role, linear.scheme), torch.zeros(size, dtype=torch.int64))
+        total += torch.bincount(bins, minlength=size)
+        if progress is not None:
+            progress(done, len(linears))
+    found = [_trimmed(role, scheme, total) for (role, scheme), total in totals.items()]
+    return tuple(sorted(found, key=lambda histogram: (-histogram.channels, histogram.role, histogram.scheme)))
+
+
+def _trimmed(role: str, scheme: str, total: torch.Tensor) -> ScaleHistogram:
+    used = total.nonzero().flatten()
+    first, last = int(used[0]), int(used[-1])
+    counts = tuple(map(int, total[first : last + 1].tolist()))
+    return ScaleHistogram(role, scheme, _LOWEST + first / BINS_PER_OCTAVE, counts)

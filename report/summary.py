@@ -1,0 +1,79 @@
+"""What a reader wants to know first: the few numbers on top of a report, and the lists of what stands out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..units import format_bytes
+from .calibration import FALLBACKS, Coverage
+from .linears import LinearFacts
+from .numbers import error, number
+from .style import scheme_label
+
+if TYPE_CHECKING:
+    from .facts import Facts
+
+_LARGEST = 5
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number, what it is, and a remark."""
+
+    title: str
+    value: str
+    remark: str = ""
+
+
+def tiles(facts: Facts) -> list[Tile]:
+    """Size, weight error of the largest quantized role, perplexity and divergence, calibration: as far as known."""
+    made = [_size_tile(facts)]
+    quantized = [role for role in facts.roles if role.relative_error is not None]
+    if quantized:
+        role = max(quantized, key=lambda role: role.parameters)
+        made.append(Tile("Weight error", error(role.relative_error), f"{role.role}, {scheme_label(role.scheme)}"))
+    if facts.evaluations:
+        made += _evaluation_tiles(facts.evaluations[-1])
+    if facts.coverage is not None:
+        helped = sum(len(layer.fallbacks) for layer in facts.coverage.layers)
+        remark = f"{number(helped)} experts reached too little" if helped else "every expert reached"
+        made.append(Tile("Calibration", f"{number(facts.coverage.tokens)} tokens", remark))
+    return made
+
+
+def _size_tile(facts: Facts) -> Tile:
+    after, before = facts.output_bytes, facts.source_bytes
+    if not before:
+        return Tile("Size", format_bytes(after))
+    return Tile("Size", format_bytes(after), f"{after / before:.0%} of the source's {format_bytes(before)}")
+
+
+def _evaluation_tiles(entry: Mapping[str, Any]) -> list[Tile]:
+    where = f"{entry['text']}, context {entry['context']}"
+    source, divergence, agreement = (entry.get(k) for k in ("source_perplexity", "kl_divergence", "top1_agreement"))
+    change = "" if source is None else f"{entry['perplexity'] / source - 1:+.2%} from the source's, "
+    made = [Tile("Perplexity", f"{entry['perplexity']:.3f}", change + where)]
+    if divergence is not None:
+        agreed = "" if agreement is None else f"nats a token; top-1 agreement {agreement:.2%}"
+        made.append(Tile("KL to the source", f"{divergence:.2g}", agreed))
+    return made
+
+
+def largest_errors(linears: Sequence[LinearFacts]) -> list[LinearFacts]:
+    """Of every scheme the few linears with the largest weight errors, all of them largest first."""
+    known = [linear for linear in linears if linear.relative_error is not None]
+    ranked = sorted(known, key=lambda linear: (-(linear.relative_error or 0.0), linear.name))
+    schemes = dict.fromkeys(linear.scheme for linear in ranked)
+    return [linear for scheme in schemes for linear in [of for of in ranked if of.scheme == scheme][:_LARGEST]]
+
+
+def unreached(coverage: Coverage) -> list[tuple[int, str, list[int]]]:
+    """(layer, fallback, experts) of the experts that calibration reached too little."""
+    return [
+        (layer.layer, kind, experts)
+        for layer in coverage.layers
+        for kind in FALLBACKS
+        if (experts := sorted(expert for expert, what in layer.fallbacks.items() if what == kind))
+    ]

@@ -1,0 +1,176 @@
+"""How far quantization moves the output of each decoder layer. One layer of either model is in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import GenerationError
+from ..quant.checkpoint import Checkpoint
+from ..quant.model_config import ModelConfig
+from .backend import make_ops
+from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
+from .model import LayerWeights, Model
+from .ops import Ops, Step
+from .step import Chunk, RopeRows, StepBuilder
+from .tokenizer import Tokenizer
+from .weights import load_layer, load_rope_tables, load_weights, open_store
+
+_STEP_TOKENS = 1024
+_BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The output of decoder layer `layer`, the hidden states [tokens, hidden_size] after it, against the source's.
+
+    relative_error: ‖quantized − float‖ / ‖float‖ over all tokens. cosine: of the two outputs of a token, mean over
+    tokens. Both with each model's own layers before it, so that they show what has accumulated. `own_…`: the same with
+    the float model's hidden states going into both, so that they show what this layer alone adds.
+    """
+
+    layer: int
+    relative_error: float
+    cosine: float
+    own_relative_error: float
+    own_cosine: float
+
+
+def layer_errors(
+    model: str | Path,
+    text: str,
+    source: str | Path,
+    context: int = DEFAULT_CONTEXT,
+    backend: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LayerError]:
+    """The errors of every decoder layer of an artifact (MTP layers not) on a text cut into windows as by `evaluate`.
+
+    Beside one layer of each model, memory holds the hidden states of all tokens twice, in the compute dtype.
+    `progress(done, total)` counts layers. Raises GenerationError when the text is too short, when the two directories
+    do not hold the same model, and when a layer's output is not finite, naming it.
+    """
+    with ExitStack() as stack:
+        quantized, original = (
+            _Side(stack.enter_context(Checkpoint.open(directory)), make_ops(backend)) for directory in (model, source)
+        )
+        quantized.refuse_unlike(original)
+        windows = cut_windows(text, Tokenizer(quantized.directory), context)
+        return _walk(quantized, original, _batches(windows), progress)
+
+
+@torch.inference_mode()
+def _walk(
+    quantized: _Side,
+    original: _Side,
+    batches: Sequence[Sequence[Window]],
+    progress: Callable[[int, int], None] | None,
+) -> list[LayerError]:
+    steps = [(quantized.step(batch), original.step(batch)) for batch in batches]
+    streams = [(quantized.embed(ours), original.embed(theirs)) for ours, theirs in steps]
+    layers = original.config.num_hidden_layers
+    errors = []
+    for number in range(layers):
+        ours, theirs = quantized.load(number), original.load(number)
+        accumulated, own = _Comparison(), _Comparison()
+        for index, (our_step, their_step) in enumerate(steps):
+            our_stream, their_stream = streams[index]
+            output = original.run(theirs, their_stream, their_step)
+            moved = quantized.run(ours, our_stream, our_step)
+            accumulated.add(moved, output)
+            own.add(quantized.run(ours, their_stream, our_step), output)
+            streams[index] = moved, output
+        errors.append(LayerError(number, *accumulated.result(number), *own.result(number)))
+        if progress is not None:
+            progress(number + 1, layers)
+    return errors
+
+
+class _Side:
+    """One of the two models, its decoder layers left on the disk."""
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops):
+        self.directory = checkpoint.directory
+        self.config = ModelConfig.from_dict(checkpoint.config)
+        tables = load_rope_tables(checkpoint, self.config)
+        self._store = open_store(checkpoint, ops.dtype)
+        weights = load_weights(self._store, self.config, ops, tables.softmax_scale, layers=())
+        self._model = Model(self.config, ops, weights, tables.softmax_scale)
+        self._rope = RopeRows.of(tables, ops)
+        # Whole sequences in one step cache nothing, but operators that write take a cache.
+        (self._cache,) = ops.new_kv_cache(1, 1, _BLOCK_SIZE, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+
+    def refuse_unlike(self, other: _Side) -> None:
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+            ours, theirs = getattr(self.config, name), getattr(other.config, name)
+            if ours != theirs:
+                raise GenerationError(
+                    f"{self.directory} has {name} {ours} and {other.directory} has {theirs}: not the same model"
+                )
+
+    def step(self, batch: Sequence[Window]) -> Step:
+        longest = max(len(window.inputs) for window in batch)
+        if longest > self._rope.max_position:
+            raise GenerationError(
+                f"windows of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
+            )
+        self._check_tokens(batch)
+        builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
+        return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
+
+    def _check_tokens(self, batch: Sequence[Window]) -> None:
+        largest = max(max(window.inputs) for window in batch)
+        if largest >= self.config.vocab_size:
+            raise GenerationError(
+                f"token id {largest} is outside the vocabulary of {self.config.vocab_size} of {self.directory}; "
+                "does the tokenizer belong to this model?"
+            )
+
+    def embed(self, step: Step) -> Tensor:
+        return self._model.ops.embedding(step.token_ids, self._model.weights.embedding)
+
+    def load(self, layer: int) -> LayerWeights:
+        return load_layer(self._store, self.config, self._model.ops, self._model.softmax_scale, layer)
+
+    def run(self, layer: LayerWeights, stream: Tensor, step: Step) -> Tensor:
+        """The layer's output `[T, H]` for its input `[T, H]`."""
+        delta, residual = self._model.decoder_layer(layer, None, stream.clone(), self._cache, step)
+        return delta + residual
+
+
+class _Comparison:
+    """Sums over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self._error = self._norm = self._cosine = 0.0
+        self._tokens = 0
+
+    def add(self, output: Tensor, reference: Tensor) -> None:
+        ours, theirs = output.to("cpu", torch.float64), reference.to("cpu", torch.float64)
+        self._error += float((ours - theirs).square().sum())
+        self._norm += float(theirs.square().sum())
+        self._cosine += float(torch.cosine_similarity(ours, theirs, dim=-1).sum())
+        self._tokens += ours.shape[0]
+
+    def result(self, layer: int) -> tuple[float, float]:
+        if not (math.isfinite(self._error) and math.isfinite(self._norm)):
+            raise GenerationError(
+                f"layer {layer}: its output is not finite: weights or scales are damaged; run npuq verify"
+            )
+        relative = math.sqrt(self._error / self._norm) if self._norm else float(self._error > 0)
+        return relative, self._cosine / self._tokens
+
+
+def _batches(windows: Sequence[Window]) -> list[list[Window]]:
+    batches: list[list[Window]] = [[]]
+    for window in windows:
+        if batches[-1] and sum(len(some.inputs) for some in batches[-1]) + len(window.inputs) > _STEP_TOKENS:
+            batches.append([])
+        batches[-1].append(window)
+    return batches
