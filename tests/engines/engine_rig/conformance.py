@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from npuq.quant.artifact import read_description
 from npuq.quant.checkpoint import Checkpoint
 from npuq.quant.schemes import Scheme
 from npuq.quant.static_w8a8 import static_tensors
@@ -77,6 +78,7 @@ def compare(loaded: Loaded) -> int:
     count = 0
     with Checkpoint.open(loaded.directory) as checkpoint:
         comparison = Comparison(loaded, checkpoint)
+        comparison.tags()
         for name, module in loaded.ranks[0].items():
             if any(part in name for part in loaded.borrowed):
                 continue
@@ -102,6 +104,17 @@ class Comparison:
         self.store = ArtifactStore(checkpoint)
         self.ops = ReferenceOps()
         self.generator = torch.Generator().manual_seed(7)
+
+    def tags(self) -> None:
+        """The description's other entries. Engines read those of weights that can be quantized and trust the rest."""
+        types, stored = read_description(self.loaded.directory) or {}, self.checkpoint.tensors
+        if types.keys() != stored.keys():
+            raise ConformanceError(f"the description lacks or adds {sorted(types.keys() ^ stored.keys())[0]}")
+        for name, scheme in types.items():
+            weight = f"{name.rpartition('.')[0]}.weight"
+            quantized = weight in stored and stored[weight].dtype == "I8"
+            if scheme is not (types[weight] if quantized else Scheme.FLOAT):
+                raise ConformanceError(f"{name}: described as {scheme.value}, which its weight is not")
 
     def same(self, name: str) -> None:
         """A float tensor: the same on every rank, or in rows over the ranks, padded at the end."""

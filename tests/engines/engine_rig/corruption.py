@@ -58,6 +58,12 @@ def corruptions() -> Iterator[tuple[str, Corruption]]:
         yield f"{name} renamed", _rename(name)
     for prefix in linears:
         yield f"{prefix} tagged FLOAT", _tag(f"{prefix}.weight", "FLOAT")
+        yield f"{prefix}.weight_scale tagged FLOAT", _tag(f"{prefix}.weight_scale", "FLOAT")
+    for prefix in experts:
+        yield f"{prefix}.scale_bias tagged W8A8", _tag(f"{prefix}.scale_bias", "W8A8_DYNAMIC")
+        yield f"{prefix}.weight_offset tagged FLOAT", _tag(f"{prefix}.weight_offset", "FLOAT")
+    for name in floats:
+        yield f"{name} tagged W8A8", _tag(f"{name}.weight", "W8A8_DYNAMIC")
     for name in ("gate_proj", "up_proj", "down_proj"):  # engines read the tags of a layer's first expert alone
         yield f"first expert's {name} tagged W8A8", _tag(f"{LAYER}.mlp.experts.0.{name}.weight", "W8A8_DYNAMIC")
     for prefix in experts:
