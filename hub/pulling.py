@@ -87,12 +87,13 @@ def _fetch_manifest(hub: Hub, revision: str | None, artifact_only: bool) -> Path
     path = hub.call(f"fetching {hub.repo}", download, attempts=2)
     if path is None and artifact_only:
         remote = list_files(hub, revision or "main")
-        if UNFINISHED_NAME in remote or DESCRIPTION_NAME in remote:
+        if UNFINISHED_NAME in remote:
             raise HubError(
                 f"{hub.repo}: a push to it is not finished ({MANIFEST_NAME} comes with its last commit); "
                 "push again to finish it, or give another --revision"
             )
-        raise HubError(f"{hub.repo}: has no {MANIFEST_NAME}; it is not an artifact of npuq's")
+        other = "; run `npuq convert` on what another tool has quantized" if DESCRIPTION_NAME in remote else ""
+        raise HubError(f"{hub.repo}: has no {MANIFEST_NAME}; it is not an artifact of npuq's{other}")
     return path
 
 

@@ -77,3 +77,17 @@ def kill_when(process: subprocess.Popen[str], condition: object, limit: float = 
         time.sleep(0.001)
     process.communicate()
     return False
+
+
+def as_modelslim(artifact: Path, directory: Path) -> Path:
+    """An artifact under the names that ModelSlim gives its files, without what it does not write."""
+    directory.mkdir()
+    for path in artifact.iterdir():
+        if path.is_file() and path.name != CARD:
+            name = path.name.replace("model-0", "quant_model_weights-0")
+            name = name.replace("model.safe", "quant_model_weights.safe")
+            content = path.read_bytes()
+            if name.endswith("index.json"):
+                content = content.replace(b"model-0", b"quant_model_weights-0")
+            (directory / name).write_bytes(content)
+    return directory

@@ -15,7 +15,19 @@ from conftest import use_cache
 from faults import Fault
 from huggingface_hub import constants
 from loopback import LoopbackHub
-from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
+from support import (
+    CARD,
+    MANIFEST,
+    REPO,
+    alter,
+    as_modelslim,
+    contents,
+    kill_when,
+    npuq_process,
+    npuq_run,
+    reseal,
+    shards,
+)
 
 import npuq
 from npuq.errors import HubError
@@ -271,6 +283,16 @@ class TestByName:
         use_cache(monkeypatch, tmp_path / "empty")
         with pytest.raises(HubError, match="no such directory here; on the hub"):
             resolve("alice/float")
+
+    def test_what_modelslim_quantized(self, hub: LoopbackHub, artifact: Path, tmp_path: Path) -> None:
+        theirs = as_modelslim(artifact, tmp_path / "theirs")
+        hub.state.put("alice/theirs", {path.name: path.read_bytes() for path in theirs.iterdir()})
+        fetched = resolve("alice/theirs")
+        assert sorted(path.name for path in fetched.iterdir()) == sorted(path.name for path in theirs.iterdir())
+        assert npuq.verify(fetched).problems == ()
+        done = npuq_run("pull", "alice/theirs")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "not an artifact of npuq's; run `npuq convert` on what another tool has quantized" in done.stderr
 
     def test_a_revision(self, hub: LoopbackHub, pushed: Path) -> None:
         commit = hub.state.repos[REPO].branches["main"]

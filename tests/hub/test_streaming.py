@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback import LoopbackHub
-from support import MANIFEST, REPO, assert_pushed, contents, kill_when, npuq_process, npuq_run
+from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, kill_when, npuq_process, npuq_run
 
 import npuq
 from npuq.convert import convert_checkpoint
@@ -109,17 +109,7 @@ def test_a_window_smaller_than_a_tensor(
 def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
     """Its files have other names, and neither manifest nor tables."""
     convert_checkpoint(example_fp8, tmp_path / "ours", **OPTIONS)  # type: ignore[arg-type]
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    for path in (tmp_path / "ours").iterdir():
-        if path.is_file() and path.name != "README.md":
-            name = path.name.replace("model-0", "quant_model_weights-0").replace(
-                "model.safe", "quant_model_weights.safe"
-            )
-            content = path.read_bytes()
-            if path.name.endswith("index.json"):
-                content = content.replace(b"model-0", b"quant_model_weights-0")
-            (theirs / name).write_bytes(content)
+    theirs = as_modelslim(tmp_path / "ours", tmp_path / "theirs")
     hub.state.put(SOURCE, {path.name: path.read_bytes() for path in theirs.iterdir()})
     convert_checkpoint(theirs, tmp_path / "local", max_shard_size=2_000_000)
     with remote(tmp_path / "out") as checkpoint:
