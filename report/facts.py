@@ -15,9 +15,9 @@ from ..errors import ArtifactError
 from ..quant.artifact import (
     DESCRIPTION_NAME,
     MANIFEST_NAME,
-    OWN_FOLDER,
     RECIPE_NAME,
     REPORT_NAME,
+    is_own,
     read_description,
     read_manifest,
 )
@@ -83,7 +83,7 @@ def read_facts(
     directory = Path(directory)
     name = directory.resolve().name if name is None else name
     with Checkpoint.open(directory) as checkpoint:
-        if (directory / OWN_FOLDER).exists():
+        if is_own(directory):
             return _own(name, checkpoint, progress)
         return _foreign(name, checkpoint, progress)
 
@@ -118,7 +118,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], N
     types = read_description(directory)
     if types is None:
         raise ArtifactError(
-            f"{directory}: has no {DESCRIPTION_NAME}: not a quantized artifact; make one with npuq convert"
+            f"{directory}: has no {DESCRIPTION_NAME}: no artifact of npuq's or ModelSlim's; npuq convert makes one"
         )
     config = ModelConfig.from_dict(checkpoint.config)
     specs = expected_specs(config, mtp_layers(checkpoint, config))

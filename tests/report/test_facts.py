@@ -117,7 +117,7 @@ def test_no_manifest_but_a_description(made_artifact: Path, foreign: Path) -> No
 
 
 def test_no_artifact(example_fp8: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not a quantized artifact"):
+    with pytest.raises(ArtifactError, match="no artifact of npuq's or ModelSlim's"):
         read_facts(example_fp8)
     with pytest.raises(CheckpointError, match="no such directory"):
         read_facts(tmp_path / "nothing")
