@@ -142,7 +142,13 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], N
 
 
 def _linear(spec: Spec, entry: Mapping[str, Any]) -> LinearFacts:
-    return linear_facts(spec, str(entry["scheme"]), _finite(entry["relative_error"], spec.name))
+    output = entry.get("output_error")
+    return linear_facts(
+        spec,
+        str(entry["scheme"]),
+        _finite(entry["relative_error"], spec.name),
+        None if output is None else _finite(output, spec.name),
+    )
 
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -156,6 +162,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
+        "transforms": ", ".join(map(str, manifest.get("transforms", []))) or None,
         "made by": f"npuq {manifest['npuq_version']}",
         "artifact format": manifest["format_version"],
         "tensors": f"{totals['tensors']:,}",
@@ -186,7 +193,7 @@ def _role(entry: Mapping[str, Any]) -> RoleFacts:
 
 def _finite(error: Any, what: str) -> float:
     if not math.isfinite(error):
-        raise ValueError(f"{what}: relative_error {error}")
+        raise ValueError(f"{what}: an error of {error}")
     return float(error)
 
 

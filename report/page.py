@@ -30,6 +30,7 @@ _SECTIONS = {
     "linears": "Other linears",
     "largest": "Largest errors",
     "coverage": "Calibration",
+    "smoothing": "Smoothing",
     "sizes": "Size",
     "scales": "Scales",
     "provenance": "Recipe and provenance",
@@ -90,10 +91,10 @@ def render(facts: Facts) -> str:
             figure,
             full_html=False,
             include_plotlyjs=False,
-            div_id=f"figure-{name.replace(' ', '-')}",
+            div_id=f"figure-{index}",
             config={"responsive": True, "displayModeBar": False},
         )
-        for name, figure in figures(facts).items()
+        for index, (name, figure) in enumerate(figures(facts).items())
     }
     largest = largest_errors(facts.linears)
     shown = {"sizes", "provenance", *(name.split()[0] for name in drawn)}

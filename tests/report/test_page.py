@@ -26,7 +26,18 @@ from npuq.report.summary import largest_errors, tiles, unreached
 
 Run = Callable[..., tuple[int, str, str]]
 
-SECTIONS = ["evaluation", "layers", "experts", "linears", "largest", "coverage", "sizes", "scales", "provenance"]
+SECTIONS = [
+    "evaluation",
+    "layers",
+    "experts",
+    "linears",
+    "largest",
+    "coverage",
+    "smoothing",
+    "sizes",
+    "scales",
+    "provenance",
+]
 
 
 class Page(HTMLParser):
@@ -106,11 +117,12 @@ def test_every_section_and_a_link_to_each(facts: Facts) -> None:
         assert piece in text, piece
     assert "calibration.txt: 1,024 tokens in 8 samples of 128" in text
     assert "cd" * 32 in render(facts)
+    assert "against the transformed weights" in text
 
 
 def test_only_what_is_known(artifact: Path) -> None:
     page = plain_page(read_facts(artifact))
-    assert page.sections == [name for name in SECTIONS if name not in ("evaluation", "layers", "coverage")]
+    assert page.sections == [name for name in SECTIONS if name not in ("evaluation", "layers", "coverage", "smoothing")]
 
 
 def test_a_foreign_artifact(foreign: Path) -> None:
@@ -137,8 +149,8 @@ def test_a_browser_draws_it(facts: Facts, tmp_path: Path) -> None:
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000", "--enable-logging=stderr"]
     done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300)
-    drawn = set(re.findall(r'id="figure-([\w-]+)" class="plotly-graph-div js-plotly-plot"', done.stdout))
-    assert drawn == {name.replace(" ", "-") for name in figures(facts)}
+    drawn = re.findall(r'id="figure-(\d+)" class="plotly-graph-div js-plotly-plot"', done.stdout)
+    assert sorted(map(int, drawn)) == list(range(len(figures(facts))))
     assert "CONSOLE" not in done.stderr
 
 
@@ -171,30 +183,48 @@ def heat(figure: Any) -> tuple[list[Any], list[str], list[list[float | None]]]:
 
 
 def test_the_figure_of_experts(facts: Facts, calibrated: Path) -> None:
-    errors = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
+    entries = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
     made = figures(facts)
-    assert list(made)[1:5] == ["experts W4A8", "experts W8A8", "linears W8A8", "layers"]
-    for name, layers in (("experts W4A8", [1, 2, 3]), ("experts W8A8", [4])):
+    assert [name for name in made if name.startswith("experts")] == [
+        "experts W4A8, output error",
+        "experts W4A8, weight error",
+        "experts W8A8, weight error",  # the MTP layer's, which nothing calibrated
+    ]
+    for name, layers, key in (
+        ("experts W4A8, output error", [1, 2, 3], "output_error"),
+        ("experts W4A8, weight error", [1, 2, 3], "relative_error"),
+        ("experts W8A8, weight error", [4], "relative_error"),
+    ):
         experts, rows, values = heat(made[name])
         assert (experts, rows) == (list(range(16)), [str(layer) for layer in layers])
         for layer, row in zip(layers, values, strict=True):
             for expert, value in zip(experts, row, strict=True):
-                parts = [
-                    errors[f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"]["relative_error"]
-                    for part in ("gate", "up", "down")
-                ]
-                assert value == pytest.approx(math.hypot(*parts) / math.sqrt(3))
+                prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+                parts = [entries[f"{prefix}.{part}_proj.weight"].get(key) for part in ("gate", "up", "down")]
+                if (layer, expert, key) == (2, 3, "output_error"):
+                    assert (value, parts) == (None, [None] * 3)
+                else:
+                    assert value == pytest.approx(math.hypot(*parts) / math.sqrt(3))
 
 
 def test_the_figure_of_other_linears(facts: Facts, calibrated: Path) -> None:
-    errors = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
-    projections, rows, values = heat(figures(facts)["linears W8A8"])
-    assert rows == ["0", "1", "2", "3", "4"]
-    column = projections.index("shared down_proj")
-    assert [row[column] for row in values] == [
-        None,
-        *(errors[f"model.layers.{i}.mlp.shared_experts.down_proj.weight"]["relative_error"] for i in range(1, 5)),
-    ]
+    entries = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
+    for measure, key in (("output error", "output_error"), ("weight error", "relative_error")):
+        projections, rows, values = heat(figures(facts)[f"linears W8A8, {measure}"])
+        assert rows == ["0", "1", "2", "3", "4"]
+        column = projections.index("shared down_proj")
+        assert [row[column] for row in values] == [
+            None,
+            *(entries[f"model.layers.{i}.mlp.shared_experts.down_proj.weight"].get(key) for i in range(1, 5)),
+        ]
+
+
+def test_the_figure_of_smoothing(facts: Facts) -> None:
+    assert heat(figures(facts)["smoothing"]) == (
+        ["input_layernorm", "mlp.experts.down_proj"],
+        ["0", "2"],
+        [[0.5, None], [0.25, 0.0]],
+    )
 
 
 def test_the_figure_of_coverage(facts: Facts) -> None:
