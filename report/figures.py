@@ -160,7 +160,7 @@ def layer_figure(lines: Sequence[tuple[str, list[int], list[float]]]) -> Any:
     most = max(len(numbers) for _, numbers, _ in lines)
     figure.update_xaxes(title="layer", **({"dtick": 1} if most <= 16 else {}))
     figure.update_yaxes(title="relative error of the output", tickformat=PERCENT, rangemode="tozero")
-    return laid_out(figure, 340 + 20 * len(lines))
+    return laid_out(figure, 340 + 20 * len(lines)).update_layout(showlegend=True)
 
 
 def scale_figure(histograms: Sequence[ScaleHistogram]) -> Any:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from report_support import CALIBRATION, EVALUATION, edit_json
 
 from npuq.cli.main import main
 from npuq.errors import ReportError
 from npuq.report import Facts, read_facts, write_report
+from npuq.report.coverage_figure import _ticks
 from npuq.report.figures import figures
 from npuq.report.page import render
 from npuq.report.summary import largest_errors, tiles, unreached
@@ -258,14 +261,19 @@ def test_the_figure_of_scales(facts: Facts) -> None:
         assert sum(trace.y) == pytest.approx(1.0)
 
 
-def test_tiles_and_lists(facts: Facts) -> None:
+def test_tiles_and_lists(facts: Facts, made_artifact: Path) -> None:
+    outputs = [x.output_error for x in facts.linears if x.role == "routed_expert" and x.output_error is not None]
+    assert len(outputs) == 3 * (3 * 16 - 1)
     assert [(tile.title, tile.value) for tile in tiles(facts)] == [
         ("Size", "22.7 MB"),
-        ("Weight error", f"{facts.roles[0].relative_error:.2%}"),
+        ("Output error", f"{math.hypot(*outputs) / math.sqrt(len(outputs)):.2%}"),
         ("Perplexity", "66.500"),
         ("KL to the source", "0.0013"),
         ("Calibration", "1,024 tokens"),
     ]
+    plain = tiles(read_facts(made_artifact))
+    assert (plain[1].title, plain[1].value) == ("Weight error", f"{facts.roles[0].relative_error:.2%}")
+    assert len(plain) == 2
     assert tiles(facts)[2].remark.startswith("+0.76% from the source's")
     assert tiles(facts)[4].remark == "3 experts reached too little"
     largest = largest_errors(facts.linears)
@@ -285,6 +293,15 @@ def test_calibration_that_reached_no_expert(calibrated: Path) -> None:
     nothing = {"expert_tokens": [0, 0], "fallbacks": {"0": "data-free", "1": "data-free"}, "output_error": 0.1}
     edit_json(calibrated / "npuq/manifest.json", lambda manifest: manifest["calibration"].update(layers={"1": nothing}))
     assert heat(figures(read_facts(calibrated))["coverage"])[2] == [[None, None]]
+
+
+@given(st.integers(1, 10**7), st.integers(0, 10**7))
+def test_ticks(low: int, more: int) -> None:
+    ticks = _ticks(low, low + more)
+    assert ticks[0] <= low
+    assert low + more <= ticks[-1]
+    assert 2 <= len(ticks) <= 9
+    assert ticks == sorted({*ticks})
 
 
 # ---- writing it ------------------------------------------------------------------------------------------------------
