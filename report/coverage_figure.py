@@ -47,6 +47,8 @@ def coverage_figure(coverage: Coverage) -> Any:
                 hoverinfo="skip",
                 showlegend=True,
             )
+    if not any(layer.fallbacks for layer in layers):
+        return figure
     # Below the axis: above it stands the colour bar.
     legend = {"yref": "container", "y": 0.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"}
     return figure.update_layout(legend=legend, margin_b=64, height=figure.layout.height + 30)

@@ -122,7 +122,7 @@ def smoothing_figure(coverage: Coverage) -> Any:
     layers = [layer for layer in coverage.layers if layer.smoothing]
     names = list(dict.fromkeys(name for layer in layers for name in layer.smoothing))
     figure = heat_map(
-        names,
+        [name.removeprefix("mlp.") for name in names],
         [str(layer.layer) for layer in layers],
         [[layer.smoothing.get(name) for name in names] for layer in layers],
         [names for _ in layers],

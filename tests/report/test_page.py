@@ -224,7 +224,7 @@ def test_the_figure_of_other_linears(facts: Facts, calibrated: Path) -> None:
 
 def test_the_figure_of_smoothing(facts: Facts) -> None:
     assert heat(figures(facts)["smoothing"]) == (
-        ["input_layernorm", "mlp.experts.down_proj"],
+        ["input_layernorm", "experts.down_proj"],
         ["0", "2"],
         [[0.5, None], [0.25, 0.0]],
     )
