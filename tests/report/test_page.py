@@ -333,8 +333,9 @@ def test_what_is_no_report_stays(facts: Facts, tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="is no report of npuq's"):
         write_report(facts, mine)
     assert mine.read_text() == "<!doctype html><p>mine"
-    with pytest.raises(ReportError, match="is a directory"):
-        write_report(facts, tmp_path)
+    for other in (tmp_path, Path("/dev/null")):
+        with pytest.raises(ReportError, match="is a directory or a device"):
+            write_report(facts, other)
     with pytest.raises(ReportError, match="no such directory"):
         write_report(facts, tmp_path / "nowhere/report.html")
 
