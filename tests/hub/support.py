@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
 from loopback import LoopbackHub
 
 REPO = "alice/tiny-w4a8"
@@ -77,3 +79,10 @@ def kill_when(process: subprocess.Popen[str], condition: object, limit: float = 
         time.sleep(0.001)
     process.communicate()
     return False
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Make this process and those it starts use another Hugging Face home."""
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))

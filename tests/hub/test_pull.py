@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import use_cache
 from faults import Fault
 from huggingface_hub import constants
 from loopback import LoopbackHub
-from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
+from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards, use_cache
 
 import npuq
 from npuq.errors import HubError
