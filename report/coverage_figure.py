@@ -16,7 +16,6 @@ def coverage_figure(coverage: Coverage) -> Any:
     """Tokens routed to each expert, on a logarithmic scale, and a mark on those that had too few."""
     layers = [layer for layer in coverage.layers if layer.expert_tokens]
     rows = [str(layer.layer) for layer in layers]
-    most = max(max(layer.expert_tokens) for layer in layers)
     figure = heat_map(
         list(range(max(len(layer.expert_tokens) for layer in layers))),
         rows,
@@ -27,9 +26,14 @@ def coverage_figure(coverage: Coverage) -> Any:
         ],
         "layer %{y}, expert %{x}: %{text}<extra></extra>",
     ).update_xaxes(title="expert")
-    powers = list(range(int(log10(max(most, 1))) + 1))
-    bar = {"tickvals": powers, "ticktext": [f"{10**power:,}" for power in powers], "tickformat": None}
-    figure.update_traces(colorbar=bar, zmin=0.0, zmax=log10(max(most, 10)), hoverongaps=True)
+    reached = [count for layer in layers for count in layer.expert_tokens if count] or [1]
+    ticks = _ticks(min(reached), max(reached))
+    figure.update_traces(
+        colorbar={"tickvals": [log10(tick) for tick in ticks], "ticktext": [f"{tick:,}" for tick in ticks]},
+        zmin=log10(ticks[0]),
+        zmax=log10(ticks[-1]),
+        hoverongaps=True,
+    )
     for kind in FALLBACKS:
         marked = [(row, expert) for row, layer in zip(rows, layers, strict=True)
                   for expert, what in layer.fallbacks.items() if what == kind]  # fmt: skip
@@ -43,9 +47,20 @@ def coverage_figure(coverage: Coverage) -> Any:
                 hoverinfo="skip",
                 showlegend=True,
             )
+    if not any(layer.fallbacks for layer in layers):
+        return figure
     # Below the axis: above it stands the colour bar.
     legend = {"yref": "container", "y": 0.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"}
     return figure.update_layout(legend=legend, margin_b=64, height=figure.layout.height + 30)
+
+
+def _ticks(low: int, high: int) -> list[int]:
+    """Round counts, two at least, the first of them no more than `low` and the last no less than `high`."""
+    steps = (1,) if high >= 100 * low else (1, 2, 5)
+    rounded = [step * 10**power for power in range(len(str(high)) + 1) for step in steps]
+    first = max(index for index, tick in enumerate(rounded) if tick <= low)
+    last = min(index for index, tick in enumerate(rounded) if tick >= high)
+    return rounded[first : max(last, first + 1) + 1]
 
 
 def _text(count: int, fallback: str | None) -> str:

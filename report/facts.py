@@ -15,9 +15,9 @@ from ..errors import ArtifactError
 from ..quant.artifact import (
     DESCRIPTION_NAME,
     MANIFEST_NAME,
-    OWN_FOLDER,
     RECIPE_NAME,
     REPORT_NAME,
+    is_own,
     read_description,
     read_manifest,
 )
@@ -83,7 +83,7 @@ def read_facts(
     directory = Path(directory)
     name = directory.resolve().name if name is None else name
     with Checkpoint.open(directory) as checkpoint:
-        if (directory / OWN_FOLDER).exists():
+        if is_own(directory):
             return _own(name, checkpoint, progress)
         return _foreign(name, checkpoint, progress)
 
@@ -118,7 +118,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], N
     types = read_description(directory)
     if types is None:
         raise ArtifactError(
-            f"{directory}: has no {DESCRIPTION_NAME}: not a quantized artifact; make one with npuq convert"
+            f"{directory}: has no {DESCRIPTION_NAME}: no artifact of npuq's or ModelSlim's; npuq convert makes one"
         )
     config = ModelConfig.from_dict(checkpoint.config)
     specs = expected_specs(config, mtp_layers(checkpoint, config))
@@ -142,7 +142,13 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], N
 
 
 def _linear(spec: Spec, entry: Mapping[str, Any]) -> LinearFacts:
-    return linear_facts(spec, str(entry["scheme"]), _finite(entry["relative_error"], spec.name))
+    output = entry.get("output_error")
+    return linear_facts(
+        spec,
+        str(entry["scheme"]),
+        _finite(entry["relative_error"], spec.name),
+        None if output is None else _finite(output, spec.name),
+    )
 
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -156,6 +162,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
+        "transforms": ", ".join(map(str, manifest.get("transforms", []))) or None,
         "made by": f"npuq {manifest['npuq_version']}",
         "artifact format": manifest["format_version"],
         "tensors": f"{totals['tensors']:,}",
@@ -186,7 +193,7 @@ def _role(entry: Mapping[str, Any]) -> RoleFacts:
 
 def _finite(error: Any, what: str) -> float:
     if not math.isfinite(error):
-        raise ValueError(f"{what}: relative_error {error}")
+        raise ValueError(f"{what}: an error of {error}")
     return float(error)
 
 

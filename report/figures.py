@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
+from .calibration import Coverage
 from .coverage_figure import coverage_figure
 from .facts import Facts
 from .heat_map import heat_map
 from .linears import LinearFacts, RoleFacts, root_mean_square
+from .numbers import error
 from .scale_histogram import BINS_PER_OCTAVE, ScaleHistogram
 from .style import AFTER, BEFORE, COLOURS, PERCENT, laid_out, plain, scheme_label
 
+ErrorOf = Callable[[LinearFacts], "float | None"]
+
 _SMALL = 0.01  # of all bytes
+# What calibration minimizes first.
+_MEASURES: dict[str, ErrorOf] = {
+    "output error": lambda linear: linear.output_error,
+    "weight error": lambda linear: linear.relative_error,
+}
 
 
 def figures(facts: Facts) -> dict[str, Any]:
-    """Every figure that these facts allow, by name: sizes, layers, scales, coverage; and experts and linears, followed
-    by the scheme: beside int4's errors, those of int8 would all be one colour.
+    """Every figure that these facts allow, by name: sizes, layers, scales, coverage, smoothing; and `experts …` and
+    `linears …`, with scheme and measure.
     """
     made: dict[str, Any] = {}
     if facts.roles:
         made["sizes"] = size_figure(facts.roles)
-    known = [linear for linear in facts.linears if linear.relative_error is not None]
-    by_error = sorted(known, key=lambda linear: -(linear.relative_error or 0.0))
-    for scheme in dict.fromkeys(linear.scheme for linear in by_error):
-        linears = [linear for linear in known if linear.scheme == scheme]
-        if experts := [linear for linear in linears if linear.expert is not None]:
-            made[f"experts {scheme_label(scheme)}"] = expert_figure(experts)
-        if others := [linear for linear in linears if linear.expert is None]:
-            made[f"linears {scheme_label(scheme)}"] = linear_figure(others)
+    made |= _error_figures(facts.linears)
     if lines := output_errors(facts):
         made["layers"] = layer_figure(lines)
     if facts.scales:
         made["scales"] = scale_figure(facts.scales)
     if facts.coverage is not None and any(layer.expert_tokens for layer in facts.coverage.layers):
         made["coverage"] = coverage_figure(facts.coverage)
+    if facts.coverage is not None and any(layer.smoothing for layer in facts.coverage.layers):
+        made["smoothing"] = smoothing_figure(facts.coverage)
+    return made
+
+
+def _error_figures(linears: Sequence[LinearFacts]) -> dict[str, Any]:
+    """A figure a scheme, the one with the largest errors first: beside int4's, int8's would all be one colour."""
+    made: dict[str, Any] = {}
+    by_error = sorted(linears, key=lambda linear: -(linear.relative_error or 0.0))
+    for scheme in dict.fromkeys(linear.scheme for linear in by_error):
+        for kind, draw, chosen in (
+            ("experts", expert_figure, [x for x in linears if x.scheme == scheme and x.expert is not None]),
+            ("linears", linear_figure, [x for x in linears if x.scheme == scheme and x.expert is None]),
+        ):
+            for measure, error_of in _MEASURES.items():
+                if any(error_of(linear) is not None for linear in chosen):
+                    made[f"{kind} {scheme_label(scheme)}, {measure}"] = draw(chosen, error_of)
     return made
 
 
@@ -65,8 +84,8 @@ def size_figure(roles: Sequence[RoleFacts]) -> Any:
     return laid_out(figure, 110 + 30 * len(names))
 
 
-def expert_figure(linears: Sequence[LinearFacts]) -> Any:
-    """Weight error by layer and expert: the root mean square of its projections' relative errors."""
+def expert_figure(linears: Sequence[LinearFacts], error_of: ErrorOf) -> Any:
+    """Error by layer and expert: the root mean square over its projections."""
     cells: dict[tuple[int, int], list[LinearFacts]] = {}
     for linear in linears:
         if linear.expert is not None:
@@ -77,14 +96,14 @@ def expert_figure(linears: Sequence[LinearFacts]) -> Any:
     return heat_map(
         experts,
         [str(layer) for layer in layers],
-        [[root_mean_square(cell) for cell in row] for row in at],
-        [[_parts(cell) for cell in row] for row in at],
+        [[root_mean_square([error_of(linear) for linear in cell]) for cell in row] for row in at],
+        [[_parts(cell, error_of) for cell in row] for row in at],
         "layer %{y}, expert %{x}: %{z:.3%}<br>%{text}<extra></extra>",
     ).update_xaxes(title="expert")
 
 
-def linear_figure(linears: Sequence[LinearFacts]) -> Any:
-    """Weight error of every other linear, by layer and projection."""
+def linear_figure(linears: Sequence[LinearFacts], error_of: ErrorOf) -> Any:
+    """Error of other linears, by layer and projection."""
     projections = list(dict.fromkeys(linear.projection for linear in linears))
     layers = sorted({linear.layer for linear in linears})
     found = {(linear.layer, linear.projection): linear for linear in linears}
@@ -92,10 +111,24 @@ def linear_figure(linears: Sequence[LinearFacts]) -> Any:
     return heat_map(
         projections,
         [str(layer) for layer in layers],
-        [[None if linear is None else linear.relative_error for linear in row] for row in at],
+        [[None if linear is None else error_of(linear) for linear in row] for row in at],
         [["" if linear is None else f"{linear.name}, {scheme_label(linear.scheme)}" for linear in row] for row in at],
         "layer %{y}: %{z:.3%}<br>%{text}<extra></extra>",
     )
+
+
+def smoothing_figure(coverage: Coverage) -> Any:
+    """Strength of smoothing by layer and what was smoothed."""
+    layers = [layer for layer in coverage.layers if layer.smoothing]
+    names = list(dict.fromkeys(name for layer in layers for name in layer.smoothing))
+    figure = heat_map(
+        [name.removeprefix("mlp.") for name in names],
+        [str(layer.layer) for layer in layers],
+        [[layer.smoothing.get(name) for name in names] for layer in layers],
+        [names for _ in layers],
+        "layer %{y}, %{text}: %{z:.2f}<extra></extra>",
+    )
+    return figure.update_traces(colorbar_tickformat=".2f")
 
 
 def output_errors(facts: Facts) -> list[tuple[str, list[int], list[float]]]:
@@ -127,7 +160,7 @@ def layer_figure(lines: Sequence[tuple[str, list[int], list[float]]]) -> Any:
     most = max(len(numbers) for _, numbers, _ in lines)
     figure.update_xaxes(title="layer", **({"dtick": 1} if most <= 16 else {}))
     figure.update_yaxes(title="relative error of the output", tickformat=PERCENT, rangemode="tozero")
-    return laid_out(figure, 340 + 20 * len(lines))
+    return laid_out(figure, 340 + 20 * len(lines)).update_layout(showlegend=True)
 
 
 def scale_figure(histograms: Sequence[ScaleHistogram]) -> Any:
@@ -150,8 +183,8 @@ def scale_figure(histograms: Sequence[ScaleHistogram]) -> Any:
     return laid_out(figure, 360 + 12 * len(histograms))
 
 
-def _parts(linears: Sequence[LinearFacts]) -> str:
-    return ", ".join(f"{linear.projection.removesuffix('_proj')} {linear.relative_error:.3%}" for linear in linears)
+def _parts(linears: Sequence[LinearFacts], error_of: ErrorOf) -> str:
+    return ", ".join(f"{linear.projection.removesuffix('_proj')} {error(error_of(linear))}" for linear in linears)
 
 
 def _small_together(roles: Sequence[RoleFacts]) -> list[RoleFacts]:

@@ -23,7 +23,7 @@ def foreign_linears(
 ) -> tuple[LinearFacts, ...]:
     """The quantized linears that the architecture knows, in natural order."""
     return tuple(
-        linear_facts(specs[name], types[name].value, None)
+        linear_facts(specs[name], types[name].value)
         for name in checkpoint.tensors
         if name in specs and specs[name].layer is not None and types.get(name, Scheme.FLOAT) is not Scheme.FLOAT
     )

@@ -48,4 +48,7 @@ def heat_map(
     # The ranges are those of the cells alone, the first layer on top: marks at the edges shall not widen them.
     figure.update_yaxes(title="layer", type="category", range=[len(rows) - 0.5, -0.5], nticks=min(len(rows), 31))
     figure.update_xaxes(range=[-0.5, len(columns) - 0.5], showgrid=False).update_yaxes(showgrid=False)
-    return laid_out(figure, 130 + (24 if len(rows) <= 16 else 10) * len(rows)).update_layout(plot_bgcolor=_UNKNOWN)
+    # Names stand aslant below the map, and need room there.
+    names = 7 * max(len(str(column)) for column in columns) if isinstance(columns[0], str) else 0
+    height = 130 + min(names, 150) + (24 if len(rows) <= 16 else 10) * len(rows)
+    return laid_out(figure, height).update_layout(plot_bgcolor=_UNKNOWN)

@@ -11,8 +11,11 @@ from ..convert.architecture import Spec
 
 @dataclass(frozen=True)
 class LinearFacts:
-    """A quantized linear. relative_error: √(Σ (w − ŵ)² / Σ w²) of its weight, None where it is not known.
-    `projection` is its name within its layer or expert."""
+    """A quantized linear; `projection` is its name within its layer or expert.
+
+    relative_error: √(Σ (w − ŵ)² / Σ w²) of its weight. output_error: √(Σ ‖x(w − ŵ)ᵀ‖² / Σ ‖xwᵀ‖²) over the inputs x
+    that calibration gave it. None where they are not known.
+    """
 
     name: str
     role: str
@@ -21,6 +24,7 @@ class LinearFacts:
     expert: int | None
     projection: str
     relative_error: float | None
+    output_error: float | None
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,27 @@ class RoleFacts:
     relative_error: float | None
 
 
-def linear_facts(spec: Spec, scheme: str, relative_error: float | None) -> LinearFacts:
+def linear_facts(
+    spec: Spec, scheme: str, relative_error: float | None = None, output_error: float | None = None
+) -> LinearFacts:
     """The facts of a linear that the architecture knows; ValueError for one outside the layers."""
     if spec.layer is None:
         raise ValueError(f"{spec.name}: belongs to no layer")
     parts = spec.name.removesuffix(".weight").split(".")
     projection = f"shared {parts[-1]}" if "shared_experts" in parts else parts[-1]
-    return LinearFacts(spec.name, spec.role.value, scheme, spec.layer, spec.expert, projection, relative_error)
+    return LinearFacts(
+        name=spec.name,
+        role=spec.role.value,
+        scheme=scheme,
+        layer=spec.layer,
+        expert=spec.expert,
+        projection=projection,
+        relative_error=relative_error,
+        output_error=output_error,
+    )
 
 
-def root_mean_square(linears: Sequence[LinearFacts]) -> float | None:
-    """Of their errors; None of none, or where one is not known."""
-    errors = [linear.relative_error for linear in linears if linear.relative_error is not None]
-    return sqrt(sum(error**2 for error in errors) / len(errors)) if errors and len(errors) == len(linears) else None
+def root_mean_square(errors: Sequence[float | None]) -> float | None:
+    """Of these errors; None of none, or where one is not known."""
+    known = [error for error in errors if error is not None]
+    return sqrt(sum(error**2 for error in known) / len(known)) if known and len(known) == len(errors) else None

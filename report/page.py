@@ -30,6 +30,7 @@ _SECTIONS = {
     "linears": "Other linears",
     "largest": "Largest errors",
     "coverage": "Calibration",
+    "smoothing": "Smoothing",
     "sizes": "Size",
     "scales": "Scales",
     "provenance": "Recipe and provenance",
@@ -39,8 +40,8 @@ _SECTIONS = {
 def write_report(facts: Facts, output: str | Path) -> Path:
     """Write the page about an artifact; an earlier report of npuq's is replaced, by one rename.
 
-    Raises ReportError when plotly is not installed, when `output` is a directory or a file that is no report, and when
-    the disk refuses; what was there before is still there then.
+    Raises ReportError when plotly is not installed, when `output` is anything but a report, and when the disk refuses;
+    what was there before is still there then.
     """
     output = Path(output)
     check_output(output)
@@ -61,8 +62,8 @@ def write_report(facts: Facts, output: str | Path) -> Path:
 
 def check_output(output: Path) -> None:
     """ReportError unless a report can be written here without the loss of anything but an older one."""
-    if output.is_dir():
-        raise ReportError(f"{output}: is a directory; name a file with -o")
+    if output.exists() and not output.is_file():
+        raise ReportError(f"{output}: is a directory or a device; name a file with -o")
     if not output.parent.is_dir():
         raise ReportError(f"{output.parent}: no such directory; make it, or name another file with -o")
     try:
@@ -90,10 +91,10 @@ def render(facts: Facts) -> str:
             figure,
             full_html=False,
             include_plotlyjs=False,
-            div_id=f"figure-{name.replace(' ', '-')}",
+            div_id=f"figure-{index}",
             config={"responsive": True, "displayModeBar": False},
         )
-        for name, figure in figures(facts).items()
+        for index, (name, figure) in enumerate(figures(facts).items())
     }
     largest = largest_errors(facts.linears)
     shown = {"sizes", "provenance", *(name.split()[0] for name in drawn)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..units import format_bytes
 from .calibration import FALLBACKS, Coverage
-from .linears import LinearFacts
+from .linears import LinearFacts, RoleFacts, root_mean_square
 from .numbers import error, number
 from .style import scheme_label
 
@@ -28,12 +28,11 @@ class Tile:
 
 
 def tiles(facts: Facts) -> list[Tile]:
-    """Size, weight error of the largest quantized role, perplexity and divergence, calibration: as far as known."""
+    """Size, error of the largest quantized role, perplexity and divergence, calibration: as far as known."""
     made = [_size_tile(facts)]
     quantized = [role for role in facts.roles if role.relative_error is not None]
     if quantized:
-        role = max(quantized, key=lambda role: role.parameters)
-        made.append(Tile("Weight error", error(role.relative_error), f"{role.role}, {scheme_label(role.scheme)}"))
+        made.append(_error_tile(facts, max(quantized, key=lambda role: role.parameters)))
     if facts.evaluations:
         made += _evaluation_tiles(facts.evaluations[-1])
     if facts.coverage is not None:
@@ -48,6 +47,17 @@ def _size_tile(facts: Facts) -> Tile:
     if not before:
         return Tile("Size", format_bytes(after))
     return Tile("Size", format_bytes(after), f"{after / before:.0%} of the source's {format_bytes(before)}")
+
+
+def _error_tile(facts: Facts, role: RoleFacts) -> Tile:
+    """The output error where calibration measured it, which is what counts; else the weight error."""
+    of = f"{role.role}, {scheme_label(role.scheme)}"
+    linears = [linear for linear in facts.linears if (linear.role, linear.scheme) == (role.role, role.scheme)]
+    measured = [linear.output_error for linear in linears if linear.output_error is not None]
+    if not measured:
+        return Tile("Weight error", error(role.relative_error), of)
+    remark = f"{of}, root mean square on calibration inputs; of the weights {error(role.relative_error)}"
+    return Tile("Output error", error(root_mean_square(measured)), remark)
 
 
 def _evaluation_tiles(entry: Mapping[str, Any]) -> list[Tile]:

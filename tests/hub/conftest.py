@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 import npuq
 from npuq.hub.client import Backoff
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import Fault
 from loopback import LoopbackHub
 from loopback_state import State
+from support import use_cache
 
 WRITER = "hf_writer"
 
@@ -45,13 +45,6 @@ def hub(server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
     return server
-
-
-def use_cache(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Make this process and those it starts use another Hugging Face home."""
-    monkeypatch.setenv("HF_HOME", str(home))
-    monkeypatch.setattr(constants, "HF_HOME", str(home))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
 from loopback import LoopbackHub
 
 REPO = "alice/tiny-w4a8"
@@ -91,3 +93,10 @@ def as_modelslim(artifact: Path, directory: Path) -> Path:
                 content = content.replace(b"model-0", b"quant_model_weights-0")
             (directory / name).write_bytes(content)
     return directory
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Make this process and those it starts use another Hugging Face home."""
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))

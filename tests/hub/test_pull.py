@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import use_cache
 from faults import Fault
 from huggingface_hub import constants
 from loopback import LoopbackHub
@@ -27,6 +26,7 @@ from support import (
     npuq_run,
     reseal,
     shards,
+    use_cache,
 )
 
 import npuq

@@ -80,7 +80,7 @@ def test_every_scale_is_counted_once(values: list[float]) -> None:
         def read(self, name: str) -> torch.Tensor:
             return torch.tensor(values)[:, None]
 
-    linear = LinearFacts("a.weight", "attention", "W8A8_DYNAMIC", 0, None, "a", 0.1)
+    linear = LinearFacts("a.weight", "attention", "W8A8_DYNAMIC", 0, None, "a", 0.1, None)
     (histogram,) = scale_histograms(Stored(), [linear, linear])
     assert histogram.channels == 2 * len(values)
     low, high = 2.0**histogram.first, 2.0 ** (histogram.first + len(histogram.counts) / BINS_PER_OCTAVE)
@@ -97,6 +97,12 @@ def test_calibration_and_evaluation(calibrated: Path) -> None:
     assert list(coverage.layers[2].expert_tokens) == CALIBRATION["layers"]["2"]["expert_tokens"]
     assert coverage.layers[2].fallbacks == {3: "data-free", 0: "blended"}
     assert coverage.layers[3].output_error == 0.041
+    assert coverage.layers[2].smoothing == {"input_layernorm": 0.25, "mlp.experts.down_proj": 0.0}
+    assert facts.provenance["transforms"] == "rotate, smooth"
+    errors = {linear.name: (linear.relative_error, linear.output_error) for linear in facts.linears}
+    weight, output = errors[LINEAR]
+    assert output == (weight or 0.0) / 2
+    assert errors["model.layers.2.mlp.experts.3.up_proj.weight"][1] is None
     assert facts.evaluations == (EVALUATION,)
     as_json = json.loads(json.dumps(facts.as_dict(), allow_nan=False))
     assert as_json["coverage"]["layers"][2]["fallbacks"] == {"3": "data-free", "0": "blended"}
@@ -117,7 +123,7 @@ def test_no_manifest_but_a_description(made_artifact: Path, foreign: Path) -> No
 
 
 def test_no_artifact(example_fp8: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not a quantized artifact"):
+    with pytest.raises(ArtifactError, match="no artifact of npuq's or ModelSlim's"):
         read_facts(example_fp8)
     with pytest.raises(CheckpointError, match="no such directory"):
         read_facts(tmp_path / "nothing")
@@ -135,6 +141,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Any], object]]] = {
     "an unknown linear": (MANIFEST, lambda manifest: manifest["linears"].update({"a.weight": {}})),
     "an error that is no number": (MANIFEST, lambda manifest: manifest["linears"][LINEAR].update(relative_error="a")),
     "an error that is NaN": (MANIFEST, lambda manifest: manifest["linears"][LINEAR].update(relative_error=np.nan)),
+    "an output error that is NaN": (MANIFEST, lambda manifest: manifest["linears"][LINEAR].update(output_error=np.nan)),
+    "transforms that are a number": (MANIFEST, lambda manifest: manifest.update(transforms=3)),
     "layers that are no numbers": (MANIFEST, lambda manifest: manifest["architecture"].update(mtp_layers=["a"])),
     "no source": (MANIFEST, lambda manifest: manifest.update(source=None)),
     "no evaluations": (MANIFEST, lambda manifest: manifest.update(evaluations=3)),
@@ -180,6 +188,8 @@ CALIBRATION_DAMAGE: dict[str, Callable[[Any], object]] = {
     "tokens are text": lambda calibration: calibration["layers"]["1"].update(expert_tokens=["many"]),
     "a fallback of no expert": lambda calibration: calibration["layers"]["1"].update(fallbacks={"16": "pooled"}),
     "an unknown fallback": lambda calibration: calibration["layers"]["1"].update(fallbacks={"1": "float"}),
+    "a strength that is text": lambda calibration: calibration["layers"]["1"].update(smoothing={"a": "strong"}),
+    "a strength that is NaN": lambda calibration: calibration["layers"]["1"].update(smoothing={"a": np.nan}),
     "an error that is NaN": lambda calibration: calibration["layers"]["1"].update(output_error=np.nan),
 }
 

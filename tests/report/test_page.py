@@ -15,18 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from report_support import CALIBRATION, EVALUATION, edit_json
 
 from npuq.cli.main import main
 from npuq.errors import ReportError
 from npuq.report import Facts, read_facts, write_report
+from npuq.report.coverage_figure import _ticks
 from npuq.report.figures import figures
 from npuq.report.page import render
 from npuq.report.summary import largest_errors, tiles, unreached
 
 Run = Callable[..., tuple[int, str, str]]
 
-SECTIONS = ["evaluation", "layers", "experts", "linears", "largest", "coverage", "sizes", "scales", "provenance"]
+SECTIONS = [
+    "evaluation",
+    "layers",
+    "experts",
+    "linears",
+    "largest",
+    "coverage",
+    "smoothing",
+    "sizes",
+    "scales",
+    "provenance",
+]
 
 
 class Page(HTMLParser):
@@ -106,11 +120,12 @@ def test_every_section_and_a_link_to_each(facts: Facts) -> None:
         assert piece in text, piece
     assert "calibration.txt: 1,024 tokens in 8 samples of 128" in text
     assert "cd" * 32 in render(facts)
+    assert "against the transformed weights" in text
 
 
 def test_only_what_is_known(artifact: Path) -> None:
     page = plain_page(read_facts(artifact))
-    assert page.sections == [name for name in SECTIONS if name not in ("evaluation", "layers", "coverage")]
+    assert page.sections == [name for name in SECTIONS if name not in ("evaluation", "layers", "coverage", "smoothing")]
 
 
 def test_a_foreign_artifact(foreign: Path) -> None:
@@ -137,8 +152,8 @@ def test_a_browser_draws_it(facts: Facts, tmp_path: Path) -> None:
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000", "--enable-logging=stderr"]
     done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300)
-    drawn = set(re.findall(r'id="figure-([\w-]+)" class="plotly-graph-div js-plotly-plot"', done.stdout))
-    assert drawn == {name.replace(" ", "-") for name in figures(facts)}
+    drawn = re.findall(r'id="figure-(\d+)" class="plotly-graph-div js-plotly-plot"', done.stdout)
+    assert sorted(map(int, drawn)) == list(range(len(figures(facts))))
     assert "CONSOLE" not in done.stderr
 
 
@@ -171,30 +186,48 @@ def heat(figure: Any) -> tuple[list[Any], list[str], list[list[float | None]]]:
 
 
 def test_the_figure_of_experts(facts: Facts, calibrated: Path) -> None:
-    errors = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
+    entries = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
     made = figures(facts)
-    assert list(made)[1:5] == ["experts W4A8", "experts W8A8", "linears W8A8", "layers"]
-    for name, layers in (("experts W4A8", [1, 2, 3]), ("experts W8A8", [4])):
+    assert [name for name in made if name.startswith("experts")] == [
+        "experts W4A8, output error",
+        "experts W4A8, weight error",
+        "experts W8A8, weight error",  # the MTP layer's, which nothing calibrated
+    ]
+    for name, layers, key in (
+        ("experts W4A8, output error", [1, 2, 3], "output_error"),
+        ("experts W4A8, weight error", [1, 2, 3], "relative_error"),
+        ("experts W8A8, weight error", [4], "relative_error"),
+    ):
         experts, rows, values = heat(made[name])
         assert (experts, rows) == (list(range(16)), [str(layer) for layer in layers])
         for layer, row in zip(layers, values, strict=True):
             for expert, value in zip(experts, row, strict=True):
-                parts = [
-                    errors[f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"]["relative_error"]
-                    for part in ("gate", "up", "down")
-                ]
-                assert value == pytest.approx(math.hypot(*parts) / math.sqrt(3))
+                prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+                parts = [entries[f"{prefix}.{part}_proj.weight"].get(key) for part in ("gate", "up", "down")]
+                if (layer, expert, key) == (2, 3, "output_error"):
+                    assert (value, parts) == (None, [None] * 3)
+                else:
+                    assert value == pytest.approx(math.hypot(*parts) / math.sqrt(3))
 
 
 def test_the_figure_of_other_linears(facts: Facts, calibrated: Path) -> None:
-    errors = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
-    projections, rows, values = heat(figures(facts)["linears W8A8"])
-    assert rows == ["0", "1", "2", "3", "4"]
-    column = projections.index("shared down_proj")
-    assert [row[column] for row in values] == [
-        None,
-        *(errors[f"model.layers.{i}.mlp.shared_experts.down_proj.weight"]["relative_error"] for i in range(1, 5)),
-    ]
+    entries = json.loads((calibrated / "npuq/manifest.json").read_text())["linears"]
+    for measure, key in (("output error", "output_error"), ("weight error", "relative_error")):
+        projections, rows, values = heat(figures(facts)[f"linears W8A8, {measure}"])
+        assert rows == ["0", "1", "2", "3", "4"]
+        column = projections.index("shared down_proj")
+        assert [row[column] for row in values] == [
+            None,
+            *(entries[f"model.layers.{i}.mlp.shared_experts.down_proj.weight"].get(key) for i in range(1, 5)),
+        ]
+
+
+def test_the_figure_of_smoothing(facts: Facts) -> None:
+    assert heat(figures(facts)["smoothing"]) == (
+        ["input_layernorm", "experts.down_proj"],
+        ["0", "2"],
+        [[0.5, None], [0.25, 0.0]],
+    )
 
 
 def test_the_figure_of_coverage(facts: Facts) -> None:
@@ -228,14 +261,19 @@ def test_the_figure_of_scales(facts: Facts) -> None:
         assert sum(trace.y) == pytest.approx(1.0)
 
 
-def test_tiles_and_lists(facts: Facts) -> None:
+def test_tiles_and_lists(facts: Facts, made_artifact: Path) -> None:
+    outputs = [x.output_error for x in facts.linears if x.role == "routed_expert" and x.output_error is not None]
+    assert len(outputs) == 3 * (3 * 16 - 1)
     assert [(tile.title, tile.value) for tile in tiles(facts)] == [
         ("Size", "22.7 MB"),
-        ("Weight error", f"{facts.roles[0].relative_error:.2%}"),
+        ("Output error", f"{math.hypot(*outputs) / math.sqrt(len(outputs)):.2%}"),
         ("Perplexity", "66.500"),
         ("KL to the source", "0.0013"),
         ("Calibration", "1,024 tokens"),
     ]
+    plain = tiles(read_facts(made_artifact))
+    assert (plain[1].title, plain[1].value) == ("Weight error", f"{facts.roles[0].relative_error:.2%}")
+    assert len(plain) == 2
     assert tiles(facts)[2].remark.startswith("+0.76% from the source's")
     assert tiles(facts)[4].remark == "3 experts reached too little"
     largest = largest_errors(facts.linears)
@@ -255,6 +293,15 @@ def test_calibration_that_reached_no_expert(calibrated: Path) -> None:
     nothing = {"expert_tokens": [0, 0], "fallbacks": {"0": "data-free", "1": "data-free"}, "output_error": 0.1}
     edit_json(calibrated / "npuq/manifest.json", lambda manifest: manifest["calibration"].update(layers={"1": nothing}))
     assert heat(figures(read_facts(calibrated))["coverage"])[2] == [[None, None]]
+
+
+@given(st.integers(1, 10**7), st.integers(0, 10**7))
+def test_ticks(low: int, more: int) -> None:
+    ticks = _ticks(low, low + more)
+    assert ticks[0] <= low
+    assert low + more <= ticks[-1]
+    assert 2 <= len(ticks) <= 9
+    assert ticks == sorted({*ticks})
 
 
 # ---- writing it ------------------------------------------------------------------------------------------------------
@@ -286,8 +333,9 @@ def test_what_is_no_report_stays(facts: Facts, tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="is no report of npuq's"):
         write_report(facts, mine)
     assert mine.read_text() == "<!doctype html><p>mine"
-    with pytest.raises(ReportError, match="is a directory"):
-        write_report(facts, tmp_path)
+    for other in (tmp_path, Path("/dev/null")):
+        with pytest.raises(ReportError, match="is a directory or a device"):
+            write_report(facts, other)
     with pytest.raises(ReportError, match="no such directory"):
         write_report(facts, tmp_path / "nowhere/report.html")
 
