@@ -17,6 +17,10 @@ class RecipeError(NpuqError):
     """A recipe is malformed, or asks for something that no engine could load."""
 
 
+class CalibrationError(NpuqError):
+    """A calibration text cannot be used, or the model does not compute with it."""
+
+
 class ConversionError(NpuqError):
     """A conversion cannot start or go on: the output belongs to another run, the disk is full, memory is too small."""
 

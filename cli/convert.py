@@ -33,7 +33,15 @@ class ConversionInterruptedError(NpuqError):
 @click.option(
     "--recipe", help="w4a8, w8a8, float, or a YAML file. [default: w4a8; a quantized SOURCE keeps what it has]"
 )
-@click.option("--method", type=click.Choice(["minmax", "mse"]), help="How scales are found. [default: mse]")
+@click.option(
+    "--method",
+    help="minmax, mse or gptq, after rotate, smooth or both: rotate+smooth+gptq, for example. [default: mse]",
+)
+@click.option(
+    "--calibration", help="Text for gptq and smooth: a file (.txt, .jsonl), a directory, or builtin. [default: builtin]"
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Windows of the calibration text. [default: 128]")
+@click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a window. [default: 512]")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
@@ -52,6 +60,9 @@ def command(
     output: str,
     recipe: str | None,
     method: str | None,
+    calibration: str | None,
+    samples: int | None,
+    sequence_length: int | None,
     workers: int | None,
     max_memory: int | None,
     max_shard_size: int,
@@ -73,7 +84,8 @@ def command(
     Interrupted at any moment, the same command continues. The artifact does not depend on workers, memory or
     interruptions, to the byte.
     """
-    from ..convert import convert_checkpoint
+    from ..convert import CalibrationText, convert_checkpoint
+    from ..convert.calibration.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")
@@ -85,6 +97,9 @@ def command(
             output,
             recipe=recipe,
             method=method,
+            calibration=CalibrationText(
+                calibration, samples or DEFAULT_SAMPLES, sequence_length or DEFAULT_SEQUENCE_LENGTH
+            ),
             workers=workers,
             max_memory=max_memory,
             max_shard_size=max_shard_size,

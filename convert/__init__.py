@@ -1,13 +1,16 @@
 """A checkpoint goes in, an artifact comes out. `convert_checkpoint` makes one, resumably and in bounded memory;
-`verify` checks one against everything its loaders need; `inspect` says what is in one. Nothing here runs a model."""
+`verify` checks one against everything its loaders need; `inspect` says what is in one. Only calibration runs a model,
+layer by layer."""
 
 from .conversion import Summary, convert_checkpoint
 from .engine_placement import check_placement
 from .inspection import Inspection, inspect
+from .prepare import CalibrationText
 from .progress import Progress
 from .verification import LinearError, VerifyReport, verify
 
 __all__ = [
+    "CalibrationText",
     "Inspection",
     "LinearError",
     "Progress",

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
+from ..quant.artifact import OWN_FOLDER
 from ..quant.checkpoint import Checkpoint
+from .calibration.states import remove_states
+from .calibration.walk import CalibratedWalk
 from .finish import finish
 from .journal import Journal, Record
 from .memory import Budget, plan_budget
 from .output import Finished, check_separate, claim, describe_state, free_bytes, write_error
 from .pipeline import Durability, OnShard, run_plan
 from .plan import Plan
-from .prepare import Prepared, prepare
+from .prepare import CalibrationText, Prepared, prepare
 from .progress import Progress, Silent
 from .recipe import Target
 from .report import totals_by_role
@@ -70,6 +73,7 @@ def convert_checkpoint(
     *,
     recipe: str | Path | None = None,
     method: str | None = None,
+    calibration: CalibrationText | None = None,
     workers: int | None = None,
     max_memory: int | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
@@ -81,8 +85,10 @@ def convert_checkpoint(
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
 
     `recipe` is a name (w4a8, w8a8, float) or a YAML file. Without one a float checkpoint becomes w4a8, and one that
-    ModelSlim or llm-compressor has quantized keeps its codes and scales. `method` replaces its method; `max_memory`
-    bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each output file.
+    ModelSlim or llm-compressor has quantized keeps its codes and scales. `method` replaces its method, and may be a
+    chain such as rotate+smooth+gptq; `calibration` is the text that gptq and smooth need (a built-in one by default).
+    `max_memory` bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each
+    output file.
     The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing.
 
     `source` may also be a checkpoint that is open (one on a hub, say), which is closed at the end. `on_shard` is called
@@ -98,7 +104,7 @@ def convert_checkpoint(
     if max_shard_size < 1:
         raise ConversionError(f"--max-shard-size must be positive, not {max_shard_size}")
     check_separate(opened.directory if isinstance(opened, Checkpoint) else opened, output)
-    prepared = prepare(opened, recipe, method, max_shard_size)
+    prepared = prepare(opened, recipe, method, max_shard_size, calibration)
     try:
         budget = plan_budget(prepared.plan, workers, max_memory)
         notes = _notes(prepared)
@@ -110,6 +116,8 @@ def convert_checkpoint(
             progress.note(note)
         claimed = claim(output, prepared.identity)
         if isinstance(claimed, Finished):
+            # A kill between the manifest and their removal leaves hidden states that nothing needs.
+            remove_states(output / OWN_FOLDER)
             return _finished(prepared, budget, output, claimed, started, notes)
         try:
             return _run(prepared, budget, output, claimed, internals, progress, on_shard, started, notes)
@@ -132,11 +140,17 @@ def _run(
 ) -> Summary:
     plan, files = prepared.plan, ShardFiles(output, prepared.plan, internals.write)
     _forget_lost_shards(journal.record, files, plan, progress)
+    walk = None
+    if prepared.calibration is not None:
+        walk = CalibratedWalk(prepared, prepared.calibration, files, journal, output, budget, progress)
+        walk.forget_unvouched()
     resumed = list(journal.record.jobs)
     _warn_of_space(plan, resumed, output, _EXTRA_BYTES + prepared.checkpoint.scratch_bytes, progress)
     progress.start(plan.source_bytes, sum(plan.jobs[index].source_bytes for index in resumed))
     prepared.source.expect([job.source for job in plan.jobs], {plan.jobs[index].source for index in resumed})
     try:
+        if walk is not None:
+            walk.run()
         run_plan(plan, prepared.source, files, journal, budget, internals.durability, progress, on_shard)
     finally:
         files.close()
@@ -144,6 +158,7 @@ def _run(
     try:
         finish(prepared, output, journal.record)
         journal.path.unlink()
+        remove_states(output / OWN_FOLDER)
     except OSError as error:
         raise write_error(output, error) from error
     roles = [total.as_dict() for total in totals_by_role(plan.jobs, journal.record.jobs)]

@@ -17,6 +17,7 @@ from ..quant.artifact import (
     DESCRIPTION_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
+    OWN_FOLDER,
     RECIPE_NAME,
     REPORT_NAME,
     ROPE_NAME,
@@ -26,6 +27,7 @@ from ..quant.artifact import (
 from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME
 from ..quant.rope import rope_tables, save_rope
 from ..quant.schemes import Scheme
+from .calibration.states import stored_reports
 from .card import model_card
 from .engine_rules import config_schemes
 from .journal import JobStats, Record
@@ -49,7 +51,7 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
     totals = totals_by_role(plan.jobs, record.jobs)
     report = {
         "recipe": recipe.name,
-        "method": STORED if recipe.stored else recipe.method.value,
+        "method": STORED if recipe.stored else recipe.chain,
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "copied_unknown_tensors": list(prepared.inventory.unknown),
@@ -138,6 +140,30 @@ def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[
         },
         "files": dict(sorted(files.items())),
         "linears": linears,
+        # What was done to the weights before: they are not the source's any more, though the model's function is.
+        "transforms": [str(transform) for transform in prepared.recipe.transforms],
+        **_calibration(prepared, output, linears),
+    }
+
+
+def _calibration(prepared: Prepared, output: Path, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What calibrated, what it reached, and the output error of every layer and linear on it."""
+    calibration = prepared.calibration
+    if calibration is None:
+        return {}
+    reports = stored_reports(output / OWN_FOLDER)
+    for report in reports.values():
+        for name, error in report.pop("linear_errors").items():
+            linears[name]["output_error"] = error
+    return {
+        "calibration": {
+            "name": calibration.name,
+            "sha256": calibration.sha256,
+            "samples": calibration.samples,
+            "sequence_length": calibration.sequence_length,
+            "tokens": calibration.tokens.numel(),
+            "layers": reports,
+        }
     }
 
 

@@ -43,7 +43,7 @@ def plan_budget(plan: Plan, workers: int | None, max_memory: int | None) -> Budg
     if workers < 1:
         raise ConversionError(f"--workers must be at least 1, not {workers}")
     # The native kernels search within a row; torch's vectors of candidates span a block of them.
-    searching = any(job.scheme is not Scheme.FLOAT and job.method is Method.MSE for job in plan.jobs)
+    searching = any(job.scheme is not Scheme.FLOAT and job.method.scale_search is Method.MSE for job in plan.jobs)
     search = searching and native.library() is None
     smallest = max(2 * prod(job.shape[1:]) for job in plan.jobs)
     largest = max(CHUNK_ELEMENTS, smallest)

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from .. import __version__
+from ..errors import RecipeError
 from ..quant.artifact import FORMAT_VERSION
 from ..quant.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
+from ..quant.scales import Method
+from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
 from ..quant.stored import QuantizedSource
 from .architecture import Inventory, take_inventory
+from .calibration.texts import (
+    BUILTIN,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQUENCE_LENGTH,
+    Calibration,
+    read_calibration,
+)
 from .engine_rules import check_recipe
 from .plan import Plan, build_plan
-from .recipe import STORED, Recipe, check_source, load_recipe, resolve
+from .recipe import STORED, Assignment, Recipe, check_source, load_recipe, resolve
+from .rewriting import RewrittenSource, rotated
 from .side_files import side_files
 
 
@@ -38,6 +49,15 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class CalibrationText:
+    """What the user asked to calibrate on: a file, a directory or "builtin", and how much of it."""
+
+    path: str | Path | None = None
+    samples: int = DEFAULT_SAMPLES
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A conversion ready to run."""
 
@@ -50,6 +70,7 @@ class Prepared:
     plan: Plan
     side_files: tuple[str, ...]
     max_shard_size: int
+    calibration: Calibration | None = None
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -63,11 +84,15 @@ class Prepared:
             digest.update(repr(entry).encode())
         recipe_digest = hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest()
         revision = f"@{self.origin.revision}" if self.origin.revision else ""
+        calibrated = {}
+        if self.calibration is not None:
+            calibrated["calibration"] = f"{self.calibration.name} {self.calibration.sha256[:16]}"
         return {
             "source": self.origin.name + revision,
             "source config or tensors": digest.hexdigest()[:16],
             "recipe": f"{self.recipe.name} {recipe_digest[:16]}",
-            "method": STORED if self.recipe.stored else self.recipe.method.value,
+            "method": STORED if self.recipe.stored else self.recipe.chain,
+            **calibrated,
             "maximum shard size": str(self.max_shard_size),
             "npuq version": __version__,
             "artifact format": str(FORMAT_VERSION),
@@ -88,7 +113,13 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def prepare(opened: Path | Checkpoint, recipe: str | Path | None, method: str | None, max_shard_size: int) -> Prepared:
+def prepare(
+    opened: Path | Checkpoint,
+    recipe: str | Path | None,
+    method: str | None,
+    max_shard_size: int,
+    text: CalibrationText | None = None,
+) -> Prepared:
     """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input.
 
     A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it. Without a
@@ -109,6 +140,10 @@ def prepare(opened: Path | Checkpoint, recipe: str | Path | None, method: str | 
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
+        assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
+        calibration = _calibration(resolved, assignments, text or CalibrationText(), directory, config)
+        if resolved.rotate:
+            source = RewrittenSource(checkpoint, rotated(config, inventory))
         float16 = source.float_dtype is torch.float16
         plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size, float16=float16)
         names = tuple(side_files(directory))
@@ -117,7 +152,49 @@ def prepare(opened: Path | Checkpoint, recipe: str | Path | None, method: str | 
         if checkpoint is not None:
             checkpoint.close()
         raise
-    return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, max_shard_size)
+    return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, max_shard_size, calibration)
+
+
+def _data_free_outside_walk(
+    config: ModelConfig, inventory: Inventory, assignments: dict[str, Assignment], recipe: Recipe
+) -> dict[str, Assignment]:
+    """Calibration walks the main model's layers: what lies outside of them gets GPTQ's data-free part."""
+    result = {}
+    for name, spec in inventory.specs.items():
+        assignment = assignments[name]
+        if spec.layer is None or spec.layer >= config.num_hidden_layers:
+            if assignment.scheme is Scheme.W8A8_STATIC and not recipe.stored:
+                raise RecipeError(
+                    f"recipe {recipe.name!r}: {name!r} cannot be W8A8_STATIC: calibration does not run MTP layers; "
+                    "give the rule 'layers' that leave them out"
+                )
+            assignment = replace(assignment, method=assignment.method.scale_search)
+        result[name] = assignment
+    return result
+
+
+def _calibration(
+    recipe: Recipe, assignments: Mapping[str, Assignment], text: CalibrationText, directory: Path, config: ModelConfig
+) -> Calibration | None:
+    """The calibration tokens, where some weight needs them."""
+    needed = not recipe.stored and (
+        recipe.smooth
+        or any(
+            assignment.scheme is Scheme.W8A8_STATIC
+            or (assignment.method is Method.GPTQ and assignment.scheme is not Scheme.FLOAT)
+            for assignment in assignments.values()
+        )
+    )
+    if needed:
+        position = int(config.rope.max_position)
+        path = text.path or BUILTIN
+        return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)
+    if text.path is not None:
+        method = STORED if recipe.stored else recipe.chain
+        raise RecipeError(
+            f"--calibration is of no use to method {method}: give --method gptq, smooth or a chain of them"
+        )
+    return None
 
 
 def _origin(directory: Path) -> Origin:

@@ -2,14 +2,16 @@
 
 A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
 and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
-`method`). For each setting of a tensor the first matching rule that gives it wins; what no rule matches stays float.
+`method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the way codes are found, as in
+`rotate+smooth+gptq`. For each setting of a tensor the first matching rule that gives it wins; what no rule matches
+stays float.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from fnmatch import translate
@@ -29,6 +31,15 @@ STORED = "stored"
 NAMED = ("w4a8", "w8a8", "float")
 _RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
 _RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
+
+
+class Transform(str, Enum):
+    """What is done to a model before it is quantized, leaving its function as it is."""
+
+    ROTATE = "rotate"
+    SMOOTH = "smooth"
+
+    __str__ = str.__str__
 
 
 class Target(str, Enum):
@@ -81,6 +92,20 @@ class Recipe:
     method: Method
     rules: tuple[Rule, ...]
     stored: bool = False
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def rotate(self) -> bool:
+        return Transform.ROTATE in self.transforms
+
+    @property
+    def smooth(self) -> bool:
+        return Transform.SMOOTH in self.transforms
+
+    @property
+    def chain(self) -> str:
+        """The method with its transforms, as `--method` takes it."""
+        return "+".join([*map(str, self.transforms), self.method.value])
 
     def to_yaml(self) -> str:
         """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
@@ -97,11 +122,11 @@ class Recipe:
             if rule.names:
                 entry["names"] = list(rule.names)
             if rule.scheme is not None:
-                entry["scheme"] = rule.scheme.value
+                entry["scheme"] = "W8A8_STATIC" if rule.scheme is Scheme.W8A8_STATIC else rule.scheme.value
             if rule.method is not None:
                 entry["method"] = rule.method.value
             rules.append(entry)
-        content = {"name": self.name, "target": self.target.value, "method": self.method.value, "rules": rules}
+        content = {"name": self.name, "target": self.target.value, "method": self.chain, "rules": rules}
         return yaml.safe_dump(content, sort_keys=False, width=120)
 
 
@@ -131,7 +156,8 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
     if method is not None and parsed.stored:
         raise RecipeError(f"{where}: keeps the scales of a quantized source: there is none to find; leave --method out")
     if method is not None:
-        return Recipe(parsed.name, parsed.target, _member(Method, method, "method", "--method"), parsed.rules)
+        base, transforms = _chain(method, "--method")
+        return replace(parsed, method=base, transforms=transforms)
     return parsed
 
 
@@ -197,11 +223,13 @@ def _parse(text: str, where: str) -> Recipe:
     name = content.get("name", Path(where).stem)
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise RecipeError(f"{where}: 'name' must be a line of text")
+    # What is stored has its scales: nothing is searched for.
+    method, transforms = _chain("minmax" if stored else content.get("method", "mse"), where)
     return Recipe(
         name=name,
         target=_member(Target, content.get("target", "engines"), "target", where),
-        # What is stored has its scales: nothing is searched for.
-        method=Method.MINMAX if stored else _member(Method, content.get("method", "mse"), "method", where),
+        method=method,
+        transforms=transforms,
         rules=tuple(_parse_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, start=1)),
         stored=stored,
     )
@@ -251,10 +279,25 @@ def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
+def _chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
+    """`rotate+smooth+gptq`: transforms, each at most once, and at the end how codes are found (mse where that is left
+    out)."""
+    words = str(value).split("+")
+    transforms = list(Transform)
+    if words[-1] in [str(transform) for transform in transforms]:
+        words.append(Method.MSE.value)
+    method = _member(Method, words[-1], "method", where)
+    found = [_member(Transform, word, "transform", where) for word in words[:-1]]
+    if len(set(found)) < len(found):
+        raise RecipeError(f"{where}: method {value!r} names a transform twice")
+    return method, tuple(sorted(found, key=transforms.index))
+
+
 def _scheme(value: Any, where: str) -> Scheme:
-    """A scheme by its full name or without `_DYNAMIC`, in any case."""
-    # Static W8A8 needs calibrated activations, and shares its short name with the dynamic scheme.
+    """A scheme by its full name or without `_DYNAMIC`, in any case; static W8A8 is W8A8_STATIC."""
     short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme if scheme is not Scheme.W8A8_STATIC}
+    # In artifacts it shares its name with the short one of the dynamic scheme.
+    short["W8A8_STATIC"] = Scheme.W8A8_STATIC
     word = str(value).upper().removesuffix("_DYNAMIC")
     found = short.get(word)
     if found is None:

@@ -39,14 +39,14 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, chunk_elements: i
         if stop.is_set():
             raise StoppedError
         if job.scheme is Scheme.FLOAT:
-            _write(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
+            write_slot(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
             continue
         quantized = _quantized_rows(job, source, start, end)
         for slot in job.outputs:
             # One value for the whole linear is written with its first rows.
             if slot.suffix in (INPUT_SCALE, INPUT_OFFSET) and start:
                 continue
-            _write(files, job, slot, start, quantized.tensors[slot.suffix])
+            write_slot(files, job, slot, start, quantized.tensors[slot.suffix])
         squared_error[start:end] = quantized.squared_error.numpy()
         squared_norm[start:end] = quantized.squared_norm.numpy()
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
@@ -58,7 +58,7 @@ def _quantized_rows(job: Job, source: WeightSource, start: int, end: int) -> Qua
         return source.quantized_rows(job.source, start, end, row_parallel=job.row_parallel)
     stored = source.stored_rows(job.source, start, end)
     try:
-        return quantize_stored(stored, job.scheme, job.method, row_parallel=job.row_parallel)
+        return quantize_stored(stored, job.scheme, job.method.scale_search, row_parallel=job.row_parallel)
     except NonFiniteError as error:
         raise _not_finite(job, source) from error
 
@@ -89,7 +89,8 @@ def _float_rows(job: Job, source: WeightSource, start: int, end: int) -> Tensor:
     return rows
 
 
-def _write(files: ShardFiles, job: Job, slot: Slot, start: int, data: Tensor) -> None:
+def write_slot(files: ShardFiles, job: Job, slot: Slot, start: int, data: Tensor) -> None:
+    """Write the rows of one output tensor from row `start` of the job on. ConversionError when the disk refuses."""
     # Exact: `start` is even, and a row of the source is a whole number of half bytes in every output.
     offset = slot.start + slot.nbytes * start // max(1, job.rows)
     buffer: Any = data.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -24,10 +24,16 @@ TINY = 2.0**-100
 
 
 class Method(str, Enum):
-    """Data-free ways to choose a row's scale."""
+    """How codes are found: data-free from a row's scale, or GPTQ, whose scales are those of mse."""
 
     MINMAX = "minmax"
     MSE = "mse"
+    GPTQ = "gptq"
+
+    @property
+    def scale_search(self) -> Method:
+        """The data-free method by which it finds scales."""
+        return Method.MSE if self is Method.GPTQ else self
 
 
 class NonFiniteError(ValueError):
@@ -61,6 +67,8 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
     tiny = largest < TINY
     fixed = torch.ldexp(rows, (FIXED_POINT_BITS - exponent).where(~tiny, 0)[:, None]).round().to(torch.int32)
     fixed[tiny] = 0
+    if method is Method.GPTQ:
+        raise ValueError("GPTQ needs calibration: give its scale_search")
     if method is Method.MINMAX:
         scale = largest / (2 ** (bits - 1) - 1)
     else:

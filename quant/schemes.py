@@ -109,12 +109,18 @@ def quantize_rows(rows: Tensor, scheme: Scheme, method: Method, *, row_parallel:
     if scheme is Scheme.W8A8_STATIC:
         raise ValueError("static W8A8 needs the range of its activations")
     scaled = scale_rows(rows, scheme.weight_bits, method)
-    scale = scaled.scale[:, None]
-    tensors = {WEIGHT: scaled.codes, SCALE: scale, OFFSET: torch.zeros_like(scale)}
-    if scheme is Scheme.W4A8:
-        tensors[WEIGHT] = pack_int4(scaled.codes)
-        tensors[BIAS] = scale_bias(scaled.codes, scale, BIAS_COLUMNS if row_parallel else 1)
+    tensors = linear_tensors(scaled.codes, scaled.scale, scheme, row_parallel=row_parallel)
     return QuantizedRows(tensors, scaled.squared_error, scaled.squared_norm)
+
+
+def linear_tensors(codes: Tensor, scale: Tensor, scheme: Scheme, *, row_parallel: bool) -> dict[str, Tensor]:
+    """What W8A8 and W4A8 store of rows, by suffix: codes int8 [R, K] (R even for W4A8) and scale float32 [R]."""
+    column = scale[:, None]
+    tensors = {WEIGHT: codes, SCALE: column, OFFSET: torch.zeros_like(column)}
+    if scheme is Scheme.W4A8:
+        tensors[WEIGHT] = pack_int4(codes)
+        tensors[BIAS] = scale_bias(codes, column, BIAS_COLUMNS if row_parallel else 1)
+    return tensors
 
 
 def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:

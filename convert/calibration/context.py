@@ -1,0 +1,120 @@
+"""What all layers of a walk share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...quant.dialects import WeightSource
+from ...quant.model_config import ModelConfig
+from ...quant.rope import rope_tables
+from ...runtime.ops.reference import ReferenceOps
+from ..journal import JobStats
+from ..plan import Job
+from .linears import Deployed, Inputs, Linears, factored, measure
+from .pool import Mapper
+
+# Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The model, its calibration tokens and the means to work on it."""
+
+    config: ModelConfig
+    source: WeightSource
+    jobs: dict[str, Job]
+    linears: Linears
+    pool: Mapper
+    samples: int
+    sequence_length: int
+    smooth: bool
+    done: Callable[[Job], None]
+    ops: ReferenceOps = field(default_factory=ReferenceOps)
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.sequence_length
+
+    @property
+    def batches(self) -> list[slice]:
+        """Token ranges of whole windows."""
+        size = max(1, _BATCH_TOKENS // self.sequence_length) * self.sequence_length
+        return [slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
+
+
+class Layer:
+    """One decoder layer of a walk: its weights as float32, and what is written of it.
+
+    `stats` collects the error sums of each job by index, `errors` the relative output error of each quantized linear.
+    """
+
+    def __init__(self, walk: Walk, index: int):
+        self.walk = walk
+        self.index = index
+        self.prefix = f"model.layers.{index}."
+        self.stats: dict[int, JobStats] = {}
+        self.errors: dict[str, float] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has `{prefix}{name}.weight`."""
+        return f"{self.prefix}{name}.weight" in self.walk.jobs
+
+    def weight(self, name: str, suffix: str = "weight") -> Tensor:
+        """`{prefix}{name}.weight` float32, rewritten if the model is."""
+        return self.walk.source.rows_float32(f"{self.prefix}{name}.{suffix}")
+
+    def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
+        """Write a tensor that stays float; what engines will read, as float32."""
+        job = self.walk.jobs[f"{self.prefix}{name}.{suffix}"]
+        stored = self.walk.linears.float(job, tensor)
+        self.finish(job, JobStats(0.0, float(tensor.double().square().sum())))
+        return stored
+
+    def finish(self, job: Job, stats: JobStats) -> None:
+        """Count a job as written."""
+        self.stats[job.index] = stats
+        self.walk.done(job)
+
+    def quantize(self, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
+        """Quantize linears that share their inputs on all batches, in the order given."""
+        walk, mapper = self.walk, self.walk.pool
+        jobs = [walk.jobs[f"{self.prefix}{name}.weight"] for name in weights]
+        hessian, scale = measure(jobs, inputs, range(len(walk.batches)), mapper)
+        factor = factored(hessian)
+        deployed = []
+        for job, weight in zip(jobs, weights.values(), strict=True):
+            linear, stats = walk.linears.quantize(job, weight, hessian, factor, scale, mapper)
+            self.note_error(job, linear)
+            self.finish(job, stats)
+            deployed.append(linear)
+        return deployed
+
+    def note_error(self, job: Job, linear: Deployed) -> None:
+        if linear.error is not None:
+            self.errors[job.source] = linear.error
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin float32 [sequence_length, rope_dim] as the operators take them, and the softmax scale."""
+
+    cos: Tensor
+    sin: Tensor
+    softmax_scale: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, length: int) -> Rotary:
+        tables = rope_tables(config)
+        cos, sin = (torch.cat([table[:length], table[:length]], dim=-1) for table in (tables.cos, tables.sin))
+        return cls(cos, sin, tables.softmax_scale)
+
+
+def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:
+    """Ranges of at most `size` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,161 @@
+"""Linears that share their inputs, calibrated together: the Hessian of what they will be given, then codes, written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...quant.dialects import StoredRows
+from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, gptq, output_error
+from ...quant.safetensors import DTYPES
+from ...quant.scales import Method, NonFiniteError
+from ...quant.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
+from ...quant.static_w8a8 import InputScale, static_tensors
+from ..journal import JobStats
+from ..plan import Job
+from ..shards import ShardFiles
+from ..worker import write_slot
+from .pool import INLINE, Mapper
+
+# Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
+# no number of threads.
+_ROWS = 512
+_PANEL = 1024
+
+Inputs = Callable[[int], Tensor]
+"""The inputs of some linears in the batch of that index: float32 [T, K], as the quantized model computes them."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A linear as engines will run it: `weight` float32 [N, K] behind its codes, and how its inputs are rounded."""
+
+    weight: Tensor
+    scheme: Scheme
+    inputs: InputScale | None = None
+    error: float | None = None  # √ of the squared relative output error on the calibration inputs; None: not measured
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [T, K] → [T, N]."""
+        return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
+
+
+def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:
+    """Activations float32 [T, K] as a linear of this scheme sees them: int8 per token, of a fixed grid, or as is."""
+    if scheme is Scheme.FLOAT:
+        return x
+    if inputs is not None:
+        codes = (x / inputs.scale + inputs.offset).round_().clamp_(-128, 127)
+        return codes.sub_(inputs.offset).mul_(inputs.scale)
+    factors = 127.0 / x.abs().amax(dim=1, keepdim=True)
+    factors.masked_fill_(factors.isinf(), 0.0)
+    return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
+
+
+class Linears:
+    """Quantizes linears of a plan and writes them into its shards. Thread-safe."""
+
+    def __init__(self, files: ShardFiles):
+        self._files = files
+
+    def float(self, job: Job, tensor: Tensor) -> Tensor:
+        """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
+        stored = self.rounded(job, tensor).reshape(job.shape)
+        if not bool(torch.isfinite(stored).all()):
+            raise CheckpointError(f"tensor {job.source!r} holds infinities or NaN, or outgrows its dtype")
+        write_slot(self._files, job, job.outputs[0], 0, stored)
+        return stored.to(torch.float32)
+
+    def rounded(self, job: Job, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype that its job stores it in."""
+        return tensor.to(DTYPES[job.outputs[0].dtype])
+
+    def quantize(
+        self,
+        job: Job,
+        weight: Tensor,
+        hessian: Hessian | None,
+        factored: Factor | None,
+        inputs: InputScale | None,
+        mapper: Mapper = INLINE,
+    ) -> tuple[Deployed, JobStats]:
+        """Quantize a weight float32 [N, K] and write it.
+
+        GPTQ where the job asks for it and there is a factor; else the job's data-free method (mse for GPTQ).
+        """
+        if job.scheme is Scheme.FLOAT:
+            return Deployed(self.float(job, weight), job.scheme), JobStats(0.0, float(weight.double().square().sum()))
+        base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
+        rows = _round(job, weight, base)
+        tensors = dict(rows.tensors)
+        if job.method is Method.GPTQ and factored is not None:
+            scale = rows.tensors[SCALE][:, 0]
+            starts = range(0, weight.shape[0], _ROWS)
+
+            def some(start: int) -> Tensor:
+                part = slice(start, start + _ROWS)
+                return gptq(weight[part], factored, scale[part], base.weight_bits)
+
+            codes = torch.cat(list(mapper.map(some, starts)))
+            tensors = linear_tensors(codes, scale, base, row_parallel=job.row_parallel)
+        found = dequantize(tensors, base)
+        if job.scheme is Scheme.W8A8_STATIC:
+            assert inputs is not None
+            float16 = any(slot.dtype == "I64" for slot in job.outputs)
+            tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
+        for slot in job.outputs:
+            write_slot(self._files, job, slot, 0, tensors[slot.suffix])
+        lost = (weight - found).double().square().sum()
+        error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.mean) ** 0.5
+        stats = JobStats(float(lost), float(weight.double().square().sum()))
+        return Deployed(found, job.scheme, inputs, error), stats
+
+
+def _round(job: Job, weight: Tensor, scheme: Scheme) -> QuantizedRows:
+    try:
+        return quantize_stored(StoredRows(weight), scheme, job.method.scale_search, row_parallel=job.row_parallel)
+    except NonFiniteError as error:
+        raise CheckpointError(
+            f"tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch it again"
+        ) from error
+
+
+def measure(
+    jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], mapper: Mapper
+) -> tuple[Hessian | None, InputScale | None]:
+    """The Hessian and the static input scale that these jobs, which share their inputs, need; None what they do not."""
+    batches, scale = list(batches), None
+    if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
+        ranges = [torch.aminmax(x) for x in mapper.map(inputs, batches)]
+        low, high = min(float(found.min) for found in ranges), max(float(found.max) for found in ranges)
+        scale = InputScale.of_range(low, high)
+    if not any(job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT for job in jobs):
+        return None, scale
+    scheme = jobs[0].scheme
+    hessian: Hessian | None = None
+    for x in mapper.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches):
+        hessian = hessian or Hessian(x.shape[1])
+        add_rows(hessian, x, mapper)
+    return hessian, scale
+
+
+def add_rows(hessian: Hessian, x: Tensor, mapper: Mapper) -> None:
+    """`Hessian.add` in panels of columns, which threads may share."""
+    columns = range(0, x.shape[1], _PANEL)
+    for start, part in zip(columns, mapper.map(lambda start: x.T @ x[:, start : start + _PANEL], columns), strict=True):
+        hessian.sum[:, start : start + _PANEL] += part
+    hessian.rows += x.shape[0]
+
+
+def factored(hessian: Hessian | None) -> Factor | None:
+    """The factor of a Hessian; None where there is none, or where it cannot be factored."""
+    if hessian is None or not hessian.rows:
+        return None
+    try:
+        return factor(hessian.mean)
+    except SingularHessianError:
+        return None

@@ -1,0 +1,68 @@
+"""Smoothing strengths, each chosen by the error that it really leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...quant.dialects import StoredRows
+from ...quant.schemes import Scheme, dequantize, quantize_stored
+from ...quant.smoothing import smoothing_scale
+from ..plan import Job
+from .context import Layer
+
+STRENGTHS = (0.3, 0.5, 0.7)
+# A strength must lower the squared error by this much to be worth a change.
+GAIN = 0.98
+
+Change = Callable[[Tensor], dict[str, Tensor]]
+"""From a scale [K] to the tensors that it changes, by name."""
+
+
+def choose(
+    activation: Tensor,
+    tensors: dict[str, Tensor],
+    readers: tuple[str, ...],
+    change: Change,
+    error: Callable[[dict[str, Tensor], tuple[str, ...]], float],
+) -> float:
+    """Find the best strength, make its change in `tensors`, and return it; 0 where none is better than nothing.
+
+    activation: the largest magnitudes [K] of what the `readers` are given. error: the squared error with some tensors
+    changed and the readers rounded.
+    """
+    weight = torch.stack([tensors[name].abs().amax(0) for name in readers]).amax(0)
+    best, strength, found = error({}, readers) * GAIN, 0.0, dict[str, Tensor]()
+    for candidate in STRENGTHS:
+        changed = change(smoothing_scale(activation, weight, candidate))
+        left = error(changed, readers)
+        if left < best:
+            best, strength, found = left, candidate, changed
+    tensors.update(found)
+    return strength
+
+
+def fake_quantize(layer: Layer, name: str, weight: Tensor) -> Tensor:
+    """A weight float32 rounded as its job would without calibration."""
+    return rounded(layer.walk.jobs[f"{layer.prefix}{name}.weight"], weight)
+
+
+def rounded(job: Job, weight: Tensor) -> Tensor:
+    """A weight float32 [N, K] behind the codes of the job's scheme, data-free."""
+    if job.scheme is Scheme.FLOAT:
+        return weight
+    base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
+    rows = quantize_stored(StoredRows(weight), base, job.method.scale_search, row_parallel=False)
+    return dequantize(rows.tensors, base)
+
+
+def norm_quotient(layer: Layer, norm: str, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's gain [K] divided by `scale`, as far as its stored dtype can hold the quotient, and the factor by which
+    the columns of its readers grow to match: both float32."""
+    smaller = layer.walk.linears.rounded(
+        layer.walk.jobs[f"{layer.prefix}{norm}.weight"], gain.double() / scale
+    ).double()
+    factor = (gain.double() / smaller).where(smaller != 0, 1.0)
+    return smaller.float(), factor.float()

@@ -1,0 +1,124 @@
+"""Hidden states between layers, on disk: whole or absent, so that a walk continues at the layer where it was killed.
+
+Two streams of float32 [tokens, hidden] lie in one file: what the float model computes, and what the quantized one does.
+`state.json` names the layer they go into, the file and its hash, and carries the reports of the layers before. It is
+renamed into place after the file is synced, and only then is the file of the layer before removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import ConversionError
+from ..pipeline import file_sha256
+from ..shards import sync_directory
+
+FOLDER = "calibration"
+_STATE, _PARTIAL = "state.json", "partial.json"
+_READY = "streams-{}.bin"
+_SCRATCH = "scratch-{}.bin"
+
+
+class Streams:
+    """Both streams of one file, memory-mapped: `floats` and `quantized`, float32 [tokens, hidden]."""
+
+    def __init__(self, path: Path, tokens: int, hidden: int, *, create: bool):
+        self.path = path
+        shape = (2, tokens, hidden)
+        if create:
+            with path.open("wb") as file:
+                # Blocks now, not when a page is touched: a full disk is then an error and not a signal.
+                os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * hidden)
+        self._map = np.memmap(path, np.float32, "r+", shape=shape)
+        self.floats, self.quantized = torch.from_numpy(self._map).unbind(0)
+
+    def sync(self) -> None:
+        """Return once every value is on stable storage."""
+        self._map.flush()
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+@dataclass
+class State:
+    """Where a walk stands: the next layer, and what was measured in those before it (by layer, JSON values)."""
+
+    layer: int
+    reports: dict[str, Any] = field(default_factory=dict)
+
+
+class StateStore:
+    """The folder of a walk's hidden states."""
+
+    def __init__(self, folder: Path, tokens: int, hidden: int):
+        self._folder = folder
+        self._shape = (tokens, hidden)
+        self.nbytes = 3 * 4 * 2 * tokens * hidden  # two layers' streams and the scratch between attention and experts
+
+    def load(self) -> tuple[State, Streams] | None:
+        """The newest state that is whole, or None: start at the first layer."""
+        try:
+            found = json.loads((self._folder / _STATE).read_text(encoding="utf-8"))
+            path = self._folder / _READY.format(int(found["layer"]))
+            if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
+                return None
+            state = State(int(found["layer"]), dict(found["reports"]))
+            return state, Streams(path, *self._shape, create=False)
+        except (OSError, ConversionError, ValueError, KeyError, TypeError):
+            return None  # torn or of another walk: everything is computed again
+
+    def new(self, layer: int) -> Streams:
+        """Streams to be filled for the input of `layer`; they count only once `publish`ed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return Streams(self._folder / _SCRATCH.format(layer), *self._shape, create=True)
+
+    def scratch(self) -> Streams:
+        """Streams within a layer, which nothing resumes from."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
+
+    def publish(self, streams: Streams, layer: int, reports: Mapping[str, Any]) -> Streams:
+        """Make `streams` the input of `layer` that a later run starts from; the same streams under their new name."""
+        streams.sync()
+        path = self._folder / _READY.format(layer)
+        streams.path.replace(path)
+        streams.path = path
+        content = {"layer": layer, "sha256": file_sha256(path), "reports": dict(reports)}
+        partial = self._folder / _PARTIAL
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._folder / _STATE)
+        sync_directory(self._folder)
+        for old in self._folder.glob(_READY.format("*")):
+            if old != path:
+                old.unlink()
+        return streams
+
+
+def stored_reports(output_folder: Path) -> dict[str, Any]:
+    """The reports of a walk that has ended, from its state: {} where there is none."""
+    path = output_folder / FOLDER / _STATE
+    if not path.exists():
+        return {}
+    reports: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["reports"]
+    return reports
+
+
+def remove_states(output_folder: Path) -> None:
+    """Remove what a walk keeps for its continuation; nothing else lies in its folder."""
+    folder = output_folder / FOLDER
+    if not folder.is_dir():
+        return
+    for path in (*folder.glob("*.bin"), *folder.glob("*.json")):
+        path.unlink()
+    folder.rmdir()

@@ -1,0 +1,136 @@
+"""Calibration text: files become windows of token ids, always the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CalibrationError, GenerationError
+from ...runtime.tokenizer import Tokenizer
+
+BUILTIN = "builtin"
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQUENCE_LENGTH = 512
+_SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrates: `tokens` int64 [samples, sequence_length], the text's name, and a hash of the tokens."""
+
+    name: str
+    tokens: Tensor
+    sha256: str
+
+    @property
+    def samples(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def sequence_length(self) -> int:
+        return self.tokens.shape[1]
+
+
+def read_calibration(
+    path: str | Path, checkpoint: Path, vocab_size: int, max_position: int, samples: int, sequence_length: int
+) -> Calibration:
+    """Windows of a text, by the tokenizer in the checkpoint's directory.
+
+    `path` is "builtin", a file of plain text or of JSON lines ({"text": …}, or {"messages": […]} for the chat
+    template), or a directory of such files. Documents are tokenized each for itself and joined, with the end-of-
+    sequence token between them where there is one; `samples` windows, spread evenly over the text and overlapping only
+    where it is too short, are each led by the beginning-of-sequence token, as a prompt would be. Raises
+    CalibrationError for a text that is missing, not UTF-8, malformed or shorter than one window, and for token ids that
+    the model does not have.
+    """
+    if samples < 1 or sequence_length < 2:
+        raise CalibrationError(f"--samples {samples} and --sequence-length {sequence_length} must be at least 1 and 2")
+    if sequence_length > max_position:
+        raise CalibrationError(f"--sequence-length {sequence_length} exceeds the model's {max_position} positions")
+    try:
+        tokenizer = Tokenizer(checkpoint)
+    except GenerationError as error:
+        raise CalibrationError(f"calibration needs the checkpoint's tokenizer: {error}") from error
+    name, documents = _documents(path)
+    separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    stream: list[int] = []
+    for document in documents:
+        ids = (
+            tokenizer.encode(document, special=False) if isinstance(document, str) else _chat(tokenizer, document, name)
+        )
+        stream += [*(separator if stream else []), *ids]
+    if stream and not 0 <= min(stream) <= max(stream) < vocab_size:
+        raise CalibrationError(
+            f"{name}: its tokens go up to {max(stream)}, but the model has {vocab_size}: tokenizer and config.json of "
+            f"{checkpoint} are not of one model"
+        )
+    lead = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    width = sequence_length - len(lead)
+    if len(stream) < width:
+        raise CalibrationError(
+            f"{name}: has {len(stream)} tokens, and one window of --sequence-length {sequence_length} needs {width}; "
+            "give a longer text or shorter windows"
+        )
+    count = min(samples, len(stream) - width + 1)
+    last = len(stream) - width
+    starts = [last * index // max(1, count - 1) for index in range(count)]
+    if count * width <= len(stream):
+        starts = [len(stream) // width * index // count * width for index in range(count)]
+    tokens = torch.tensor([lead + stream[start : start + width] for start in starts])
+    return Calibration(name, tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+
+
+def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
+    if str(path) == BUILTIN:
+        text = (files(__package__) / "builtin.jsonl").read_text(encoding="utf-8")
+        return BUILTIN, _json_lines(text, BUILTIN)
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
+        if not found:
+            raise CalibrationError(f"{path}: no {', '.join(_SUFFIXES)} files in it to calibrate on")
+        return path.resolve().name, (document for child in found for document in _read(child))
+    return path.name, _read(path)
+
+
+def _read(path: Path) -> Iterator[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CalibrationError(f"{path}: no such file; give a text to calibrate on, or 'builtin'") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise CalibrationError(f"{path}: is empty; give a text to calibrate on, or 'builtin'")
+    return _json_lines(text, str(path)) if path.suffix == ".jsonl" else iter([text])
+
+
+def _json_lines(text: str, where: str) -> Iterator[Any]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{where}, line {number}: not JSON: {error}") from None
+        found = record.get("text", record.get("messages")) if isinstance(record, dict) else None
+        if not isinstance(found, (str, list)) or not found:
+            raise CalibrationError(f'{where}, line {number}: needs {{"text": "…"}} or {{"messages": […]}}')
+        yield found
+
+
+def _chat(tokenizer: Tokenizer, messages: list[Any], where: str) -> list[int]:
+    try:
+        return tokenizer.chat(messages)
+    except (GenerationError, TypeError, AttributeError) as error:
+        raise CalibrationError(f"{where}: a chat cannot be rendered: {error}") from error

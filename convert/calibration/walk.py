@@ -1,0 +1,178 @@
+"""The walk: every decoder layer in order, from the embedding on, each journaled and its hidden states kept."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CalibrationError
+from ...quant.artifact import OWN_FOLDER
+from ...quant.safetensors import DTYPES
+from ..journal import Journal
+from ..memory import Budget
+from ..output import write_error
+from ..pipeline import single_threaded_torch
+from ..prepare import Prepared
+from ..progress import Progress
+from ..shards import ShardFiles
+from ..worker import run_job
+from .attention import run_attention
+from .context import Layer, Rotary, Walk
+from .feed_forward import run_feed_forward
+from .linears import Linears
+from .pool import Pool
+from .states import FOLDER, State, StateStore, Streams
+from .texts import Calibration
+
+_EMBEDDING = "model.embed_tokens.weight"
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class CalibratedWalk:
+    """Converts every tensor of the decoder layers. A walk that was interrupted goes on after the last layer it kept."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        calibration: Calibration,
+        files: ShardFiles,
+        journal: Journal,
+        output: Path,
+        budget: Budget,
+        progress: Progress,
+    ):
+        self._prepared = prepared
+        self._calibration = calibration
+        self._files = files
+        self._journal = journal
+        self._budget = budget
+        self._progress = progress
+        self._folder = output / OWN_FOLDER / FOLDER
+        self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size)
+        self._start = self._store.load()
+
+    def forget_unvouched(self) -> None:
+        """Take out of the journal's record the layers that will be walked: those from the first one on that is not
+        whole, or that no hidden states were kept for."""
+        record, layers = self._journal.record, self._layers()
+        missing = [layer for layer, jobs in layers.items() if any(job not in record.jobs for job in jobs)]
+        first = min(missing, default=len(layers))
+        if self._start is None or self._start[0].layer > first:
+            # Hidden states of a layer that must be done again are gone: the walk begins where they come from.
+            self._start, first = None, 0
+        else:
+            first = self._start[0].layer
+        for layer, jobs in layers.items():
+            if layer >= first:
+                for job in jobs:
+                    record.jobs.pop(job, None)
+                    record.hashes.pop(self._prepared.plan.jobs[job].shard, None)
+
+    def run(self) -> None:
+        """Walk. Afterwards the journal has all jobs of the decoder layers.
+
+        Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
+        """
+        calibration, pool = self._calibration, Pool(self._budget.workers)
+        try:
+            self._journal.settle()
+            walk = Walk(
+                config=self._prepared.config,
+                source=self._prepared.source,
+                jobs={job.source: job for job in self._prepared.plan.jobs},
+                linears=Linears(self._files),
+                pool=pool,
+                samples=calibration.samples,
+                sequence_length=calibration.sequence_length,
+                smooth=self._prepared.recipe.smooth,
+                done=lambda job: self._progress.advance(job.source_bytes, job.layer),
+            )
+            with single_threaded_torch():
+                self._run(walk)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
+        finally:
+            pool.close()
+
+    def _layers(self) -> dict[int, list[int]]:
+        """The jobs of each decoder layer."""
+        layers: dict[int, list[int]] = {layer: [] for layer in range(self._prepared.config.num_hidden_layers)}
+        for job in self._prepared.plan.jobs:
+            if job.layer in layers:
+                layers[job.layer].append(job.index)
+        return layers
+
+    def _run(self, walk: Walk) -> None:
+        if self._start is None:
+            self._progress.note(f"calibrating on {walk.samples} windows of {walk.sequence_length} tokens")
+            state, streams = State(0), _embedded(walk, self._calibration.tokens, self._store)
+        else:
+            state, streams = self._start
+        rotary = Rotary.of(walk.config, walk.sequence_length)
+        while state.layer < walk.config.num_hidden_layers:
+            layer, out = Layer(walk, state.layer), self._store.new(state.layer + 1)
+            report = _run_layer(layer, rotary, streams, self._store.scratch(), out)
+            self._convert_rest(layer)
+            self._files.sync(sorted({self._prepared.plan.jobs[index].shard for index in layer.stats}))
+            self._journal.append(layer.stats, {})
+            state = State(state.layer + 1, state.reports | {str(state.layer): report})
+            streams = self._store.publish(out, state.layer, state.reports)
+
+    def _convert_rest(self, layer: Layer) -> None:
+        """Tensors of the layer that a walk has no use for: those the architecture does not know."""
+        for job in self._prepared.plan.jobs:
+            if job.layer == layer.index and job.index not in layer.stats:
+                stats = run_job(job, self._prepared.source, self._files, _CHUNK_ELEMENTS, threading.Event())
+                layer.finish(job, stats)
+
+
+def _run_layer(layer: Layer, rotary: Rotary, streams: Streams, middle: Streams, out: Streams) -> dict[str, Any]:
+    """Quantize one layer; its report."""
+    strengths = run_attention(layer, rotary, streams, middle)
+    _check_finite(middle, layer.index, "attention")
+    more, coverage = run_feed_forward(layer, middle, out)
+    _check_finite(out, layer.index, "feed-forward part")
+    report: dict[str, Any] = {
+        "expert_tokens": coverage.expert_tokens,
+        "fallbacks": coverage.fallbacks,
+        "output_error": _relative(out),
+        "linear_errors": layer.errors,
+    }
+    if layer.walk.smooth:
+        report["smoothing"] = strengths | more
+    return report
+
+
+def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
+    """The streams before the first layer: rows of the embedding, exact and as they are stored."""
+    streams = store.new(0)
+    dtype = DTYPES[walk.jobs[_EMBEDDING].outputs[0].dtype]
+    used, place = tokens.flatten().unique(return_inverse=True)
+    rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
+    streams.floats.copy_(rows[place])
+    streams.quantized.copy_(rows.to(dtype).float()[place])
+    return streams
+
+
+def _check_finite(streams: Streams, layer: int, part: str) -> None:
+    for name, stream in (("the float model", streams.floats), ("the quantized model", streams.quantized)):
+        if not math.isfinite(float(stream.sum(dtype=torch.float64))):
+            raise CalibrationError(
+                f"layer {layer}: the {part} of {name} gives activations that are no numbers; the checkpoint is "
+                "damaged, or its config.json is another model's"
+            )
+
+
+def _relative(streams: Streams) -> float:
+    """‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
+    lost = norm = 0.0
+    for start in range(0, streams.floats.shape[0], 4096):
+        part = slice(start, start + 4096)
+        lost += float((streams.quantized[part] - streams.floats[part]).double().square().sum())
+        norm += float(streams.floats[part].double().square().sum())
+    return math.sqrt(lost / norm) if norm else 0.0

@@ -1,0 +1,119 @@
+"""GPTQ: codes chosen column by column, each column's rounding error made good by the columns still to come.
+
+For a linear y = W·x with calibration inputs x, the error Σ |W·x − Ŵ·x|² = Σ rows (w − ŵ)ᵀ·H·(w − ŵ), H = Σ x·xᵀ. With
+the upper Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ·U), rounding column j to q and adding −(w_j − q) / U_jj · U_j,k to every
+later column k is the optimal correction (Frantar et al., "GPTQ", 2022). Columns go in the order of falling H_jj. All of
+it in float64; scales are given, and stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+# Damping goes up to this multiple of the mean of H's diagonal before a Hessian counts as singular.
+_MOST_DAMPING = 1.0
+_BLOCK = 64
+
+
+class SingularHessianError(ArithmeticError):
+    """A Hessian that no damping makes positive definite."""
+
+
+class Hessian:
+    """H = Σ x·xᵀ over rows x [T, K], float64 [K, K], and how many rows went in."""
+
+    def __init__(self, size: int):
+        self.sum = torch.zeros(size, size, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows float32 [T, K]; products of a call are summed in float32 where they are many, calls in float64."""
+        self.sum += x.T @ x
+        self.rows += x.shape[0]
+
+    def mixed(self, other: Tensor, share: float) -> Tensor:
+        """(1 − share) · the mean of x·xᵀ + share · `other`, another mean: the Hessian of a blended calibration set."""
+        own = self.sum / self.rows if self.rows else torch.zeros_like(self.sum)
+        return (1 - share) * own + share * other
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of x·xᵀ: what `factor` and `gptq` take, as any multiple of it."""
+        return self.sum / max(1, self.rows)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What `gptq` needs of a Hessian: the upper factor U [K, K] of its damped, permuted inverse, and the order."""
+
+    upper: Tensor
+    order: Tensor  # int64 [K]: column `order[j]` is the j-th to be rounded
+    damping: float
+
+
+def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
+    """Factor a Hessian float64 [K, K], once for all linears that share their inputs.
+
+    `damping` times the mean of the diagonal is added to it; ten times more until the factorization succeeds. Channels
+    that were never active (zero on the diagonal) are rounded without correction. Raises SingularHessianError.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise SingularHessianError("holds infinities or NaN")
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        raise SingularHessianError("is zero: no calibration input was active")
+    order = diagonal.argsort(descending=True, stable=True)
+    permuted = hessian[order][:, order]
+    dead = permuted.diagonal() == 0
+    permuted.diagonal()[dead] = mean
+    while damping <= _MOST_DAMPING:
+        damped = permuted.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed) and bool(torch.isfinite(upper).all()):
+                return Factor(upper, order, damping)
+        damping *= 10
+    raise SingularHessianError(f"cannot be factored even with {_MOST_DAMPING:g} of its mean diagonal added")
+
+
+def gptq(weight: Tensor, factored: Factor, scale: Tensor, bits: int) -> Tensor:
+    """Codes int8 [N, K] for a weight float [N, K] with scales float32 [N]: signed, of `bits` (4 or 8) bits."""
+    bound = 2 ** (bits - 1)
+    rest = weight.to(torch.float64)[:, factored.order]
+    # One row a column of the weight: what the inner loop touches is contiguous.
+    rest = rest.T.contiguous()
+    step = scale.to(torch.float64)
+    codes = torch.empty(rest.shape, dtype=torch.int8)
+    upper, columns = factored.upper, rest.shape[0]
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.empty(end - start, rest.shape[1], dtype=torch.float64)
+        for j in range(start, end):
+            code = (rest[j] / step).round_().clamp_(-bound, bound - 1)
+            codes[j] = code.to(torch.int8)
+            error = (rest[j] - code * step) / upper[j, j]
+            errors[j - start] = error
+            if j + 1 < end:
+                rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        if end < columns:
+            rest[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    result = torch.empty(weight.shape, dtype=torch.int8)
+    result[:, factored.order] = codes.T
+    return result
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Σ (w − ŵ)ᵀ·H·(w − ŵ) / Σ wᵀ·H·w over the rows of two weights float [N, K]: the squared relative output error."""
+    weight = weight.to(torch.float64)
+    difference = weight - quantized.to(torch.float64)
+    lost = float(((difference @ hessian) * difference).sum())
+    whole = float(((weight @ hessian) * weight).sum())
+    return lost / whole if whole > 0 else 0.0
