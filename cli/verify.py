@@ -60,6 +60,8 @@ def command(
 def _print(report: VerifyReport) -> None:
     for problem in report.problems:
         click.echo(f"problem: {problem}")
+    for note in report.notes:
+        click.echo(f"note: {note}")
     if report.errors:
         click.echo(_error_table(report.errors))
     counts = f"{report.files} files, {report.tensors} tensors, {report.linears} quantized linears"

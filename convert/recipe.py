@@ -295,9 +295,9 @@ def _chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
 
 def _scheme(value: Any, where: str) -> Scheme:
     """A scheme by its full name or without `_DYNAMIC`, in any case; static W8A8 is W8A8_STATIC."""
-    short = {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme if scheme is not Scheme.W8A8_STATIC}
-    # In artifacts it shares its name with the short one of the dynamic scheme.
-    short["W8A8_STATIC"] = Scheme.W8A8_STATIC
+    # In artifacts the static scheme has the short name of the dynamic one.
+    short: dict[str, Scheme] = {"W8A8_STATIC": Scheme.W8A8_STATIC}
+    short |= {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme if scheme is not Scheme.W8A8_STATIC}
     word = str(value).upper().removesuffix("_DYNAMIC")
     found = short.get(word)
     if found is None:

@@ -24,6 +24,7 @@ from .report import relative_error
 from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
 from .verify_stored import check_stored
+from .verify_original import Original
 from .verify_values import TensorCheck, check_rope, check_shared_inputs, check_values
 
 # The manifest's error was summed from exact integers, this one in floating point.
@@ -42,7 +43,8 @@ class LinearError:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found: `problems` name a file or tensor each; `errors` has every linear when a source was given."""
+    """What `verify` found: `problems` name a file or tensor each; `errors` has every linear when a source was given, but
+    for those whose weights were smoothed, of which `notes` speak."""
 
     path: str
     problems: tuple[str, ...]
@@ -50,6 +52,7 @@ class VerifyReport:
     tensors: int
     linears: int
     errors: tuple[LinearError, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -110,15 +113,22 @@ def verify(
         stack.enter_context(layout.checkpoint)
         problems += check_rope(layout)
         problems += check_shared_inputs(layout.checkpoint, layout.config, layout.specs, layout.schemes)
-        checks = []
-        for check in pool.map(lambda spec: check_values(layout, spec, weights), layout.specs.values()):
+        checks, notes = [], []
+        original = Original(layout, weights, manifest)
+        if original.skipped:
+            notes.append(
+                f"{original.skipped} tensors were smoothed: they are no longer the source's, weight by weight; "
+                "npuq evaluate --source compares what the models compute"
+            )
+        for check in pool.map(lambda spec: check_values(layout, spec, original.of(spec)), layout.specs.values()):
             checks.append(check)
             watch.advance(_stored_bytes(layout, check.spec), check.spec.layer)
     problems += [problem for check in checks for problem in check.problems]
     errors = tuple(_errors(layout.schemes, checks))
     problems += _check_manifest(manifest, layout, errors)
     linears = sum(layout.schemes[name] is not Scheme.FLOAT for name in layout.specs)
-    return VerifyReport(str(path), tuple(problems), len(files), len(layout.checkpoint.tensors), linears, errors)
+    tensors = len(layout.checkpoint.tensors)
+    return VerifyReport(str(path), tuple(problems), len(files), tensors, linears, errors, tuple(notes))
 
 
 def _own_manifest(directory: Path) -> Mapping[str, Any]:

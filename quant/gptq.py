@@ -3,7 +3,7 @@
 For a linear y = W·x with calibration inputs x, the error Σ |W·x − Ŵ·x|² = Σ rows (w − ŵ)ᵀ·H·(w − ŵ), H = Σ x·xᵀ. With
 the upper Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ·U), rounding column j to q and adding −(w_j − q) / U_jj · U_j,k to every
 later column k is the optimal correction (Frantar et al., "GPTQ", 2022). Columns go in the order of falling H_jj. All of
-it in float64; scales are given, and stay.
+it in float64; scales are given, and stay (refine.py goes on from there).
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """What `gptq` needs of a Hessian: the upper factor U [K, K] of its damped, permuted inverse, and the order."""
+    """What `gptq` needs of a Hessian: the damped one [K, K] itself, the upper factor U [K, K] of its permuted inverse,
+    and the order."""
 
+    hessian: Tensor
     upper: Tensor
     order: Tensor  # int64 [K]: column `order[j]` is the j-th to be rounded
     damping: float
@@ -68,18 +70,17 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     if mean <= 0:
         raise SingularHessianError("is zero: no calibration input was active")
     order = diagonal.argsort(descending=True, stable=True)
-    permuted = hessian[order][:, order]
-    dead = permuted.diagonal() == 0
-    permuted.diagonal()[dead] = mean
+    dead = diagonal == 0
     while damping <= _MOST_DAMPING:
-        damped = permuted.clone()
+        damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped.diagonal()[dead] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not bool(failed):
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return Factor(upper, order, damping)
+                return Factor(damped, upper, order, damping)
         damping *= 10
     raise SingularHessianError(f"cannot be factored even with {_MOST_DAMPING:g} of its mean diagonal added")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 # Two Sylvester factors of up to this order each, instead of one large one: n · 2^(k/2) products instead of n · 2^k.
 _LARGEST_FACTOR = 128
+_PRODUCT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,26 @@ class Rotation:
         x = x.to(torch.float64).reshape(-1, self.size) * self.signs
         for factor in reversed(self.factors):
             # The last axis is multiplied and brought to the front: after all of them, the axes are in order again.
-            order = factor.shape[0]
-            x = (x.reshape(-1, order) @ factor).view(x.shape[0], -1, order).transpose(1, 2).reshape(x.shape[0], -1)
+            product = _multiply(x.reshape(-1, factor.shape[0]), factor)
+            x = product.view(x.shape[0], -1, factor.shape[0]).transpose(1, 2).reshape(x.shape[0], -1)
         return x.reshape(shape)
 
     def columns(self, x: Tensor) -> Tensor:
         """Qᵀ · x for x [k · size, …], every `size` rows on their own; float64. What makes outputs rotated."""
         flat = x.reshape(x.shape[0], -1)
-        return self.rows(flat.T).T.reshape(x.shape)
+        return self.rows(flat.T).T.reshape(x.shape).contiguous()
 
     def matrix(self) -> Tensor:
         """Q itself, float64 [size, size]."""
         return self.rows(torch.eye(self.size, dtype=torch.float64))
+
+
+def _multiply(x: Tensor, factor: Tensor) -> Tensor:
+    """x · factor as products of one shape: a row's result then does not depend, to the last bit, on how many others are
+    multiplied with it, as it may in one large product."""
+    count, order = x.shape
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -count % _PRODUCT_ROWS)).view(-1, _PRODUCT_ROWS, order)
+    return torch.bmm(padded, factor.expand(padded.shape[0], -1, -1)).view(-1, order)[:count]
 
 
 @lru_cache(maxsize=16)

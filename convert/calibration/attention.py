@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,10 +133,12 @@ _NAMES = (
 )
 
 
-def _floats(tensors: dict[str, Tensor]) -> Attention:
+def _floats(tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme] | None = None) -> Attention:
+    """The block of some weights; the inputs of those that have a scheme are rounded as it asks."""
+
     def linear(name: str) -> Linear | None:
         weight = tensors.get(f"self_attn.{name}")
-        return None if weight is None else Deployed(weight, Scheme.FLOAT)
+        return None if weight is None else Deployed(weight, (schemes or {}).get(f"self_attn.{name}", Scheme.FLOAT))
 
     kv_a, o = linear("kv_a_proj_with_mqa"), linear("o_proj")
     assert kv_a is not None and o is not None
@@ -195,10 +197,8 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
     def error(changed: dict[str, Tensor], rounded: tuple[str, ...]) -> float:
         trial = tensors | changed
         trial |= {name: fake_quantize(layer, name, trial[name]) for name in rounded}
-        weights = _floats(trial)
         schemes = {name: layer.walk.jobs[f"{layer.prefix}{name}.weight"].scheme for name in rounded}
-        weights = replace(weights, **{_FIELDS[name]: Deployed(trial[name], scheme) for name, scheme in schemes.items()})
-        return float((block.output(weights, x) - truth).double().square().sum())
+        return float((block.output(_floats(trial, schemes), x) - truth).double().square().sum())
 
     def activations(step: Callable[[Attention, Tensor], Tensor]) -> Tensor:
         weights, largest = _floats(tensors), None
@@ -236,15 +236,6 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
         error,
     )
     return strengths
-
-
-_FIELDS = {
-    "self_attn.q_proj": "q",
-    "self_attn.q_a_proj": "q_a",
-    "self_attn.q_b_proj": "q_b",
-    "self_attn.kv_a_proj_with_mqa": "kv_a",
-    "self_attn.o_proj": "o",
-}
 
 
 def _norm_change(

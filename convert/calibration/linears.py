@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...quant.dialects import StoredRows
-from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, gptq, output_error
+from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
+from ...quant.refine import calibrated_codes
 from ...quant.safetensors import DTYPES
 from ...quant.scales import Method, NonFiniteError
 from ...quant.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
@@ -96,12 +97,12 @@ class Linears:
             scale = rows.tensors[SCALE][:, 0]
             starts = range(0, weight.shape[0], _ROWS)
 
-            def some(start: int) -> Tensor:
+            def some(start: int) -> tuple[Tensor, Tensor]:
                 part = slice(start, start + _ROWS)
-                return gptq(weight[part], factored, scale[part], base.weight_bits)
+                return calibrated_codes(weight[part], factored, scale[part], base.weight_bits)
 
-            codes = torch.cat(list(mapper.map(some, starts)))
-            tensors = linear_tensors(codes, scale, base, row_parallel=job.row_parallel)
+            codes, scales = (torch.cat(parts) for parts in zip(*mapper.map(some, starts), strict=True))
+            tensors = linear_tensors(codes, scales, base, row_parallel=job.row_parallel)
         found = dequantize(tensors, base)
         if job.scheme is Scheme.W8A8_STATIC:
             assert inputs is not None
