@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
+from ..quant.scales import Method
+from .calibration.texts import Calibration
 from .prepare import Origin
-from .recipe import Recipe, Target
+from .recipe import Recipe, Target, Transform
 from .report import RoleTotals
 
 # Kept from the source's card: the artifact stands under the source's terms.
@@ -64,6 +66,7 @@ def model_card(
     totals: Sequence[RoleTotals],
     mtp_layers: Sequence[int],
     source_front_matter: Mapping[str, object],
+    calibration: Calibration | None = None,
 ) -> str:
     """README.md of an artifact, front matter included. Depends on its arguments alone: no dates, hosts or paths."""
     front = {key: source_front_matter[key] for key in _INHERITED if key in source_front_matter}
@@ -76,7 +79,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         CARD_BEGIN,
         f"# {origin.name}, {recipe.name}\n",
-        _summary(origin.name, recipe, totals, mtp_layers),
+        _summary(origin.name, recipe, totals, mtp_layers, calibration),
         "## Size and error\n",
         _error_table(totals),
         "## Loading\n",
@@ -89,12 +92,39 @@ def model_card(
     return "\n".join(sections)
 
 
-def _summary(source_name: str, recipe: Recipe, totals: Sequence[RoleTotals], mtp_layers: Sequence[int]) -> str:
+_TRANSFORMS = {
+    Transform.ROTATE: "The residual stream was rotated (Hadamard) with norms folded in.",
+    Transform.SMOOTH: "Channels were smoothed between norms and linears, values and o_proj, up_proj and down_proj.",
+}
+_METHODS = {
+    Method.MINMAX: "Scales per output channel, symmetric, from each row's largest value.",
+    Method.MSE: "Scales per output channel, symmetric, of least squared error.",
+    Method.GPTQ: "Scales per output channel, symmetric; codes by GPTQ and coordinate descent.",
+}
+
+
+def _how(recipe: Recipe, calibration: Calibration | None) -> str:
+    """How codes were found, in sentences."""
+    parts = [*(_TRANSFORMS[transform] for transform in recipe.transforms), _METHODS[recipe.method]]
+    if calibration is None:
+        parts.append("No calibration data.")
+    else:
+        parts.append(
+            f"Calibrated on {calibration.samples} windows of {calibration.sequence_length} tokens "
+            f"({calibration.name}, sha256 of the tokens {calibration.sha256[:16]}…)."
+        )
+    return " ".join(parts)
+
+
+def _summary(
+    source_name: str,
+    recipe: Recipe,
+    totals: Sequence[RoleTotals],
+    mtp_layers: Sequence[int],
+    calibration: Calibration | None,
+) -> str:
     before = sum(total.source_bytes for total in totals)
     after = sum(total.output_bytes for total in totals)
-    methods = "Scales per output channel, symmetric, " + (
-        "of least squared error" if recipe.method.value == "mse" else "from each row's largest value"
-    )
     lines = [
         f"`{source_name}` converted by npuq with the recipe `{recipe.name}`: "
         f"{_size(before)} of weights became {_size(after)} ({after / before:.0%}).",
@@ -102,7 +132,7 @@ def _summary(source_name: str, recipe: Recipe, totals: Sequence[RoleTotals], mtp
     if recipe.stored:
         lines.append("The source was quantized already: codes and scales are as they were there, to the bit.")
     elif any(total.scheme != "FLOAT" for total in totals):
-        lines.append(f"{methods}; no calibration data. Activations are quantized to 8 bits per token at run time.")
+        lines.append(f"{_how(recipe, calibration)} Activations are quantized to 8 bits per token at run time.")
     if mtp_layers:
         lines.append(f"Multi-token-prediction layers: {', '.join(map(str, mtp_layers))}.")
     return "\n".join(lines) + "\n"

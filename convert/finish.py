@@ -60,7 +60,9 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
         "roles": [total.as_dict() for total in totals],
     }
     front_matter = card_front_matter(prepared.checkpoint.directory)
-    card = model_card(prepared.origin, recipe, totals, prepared.inventory.mtp_layers, front_matter)
+    card = model_card(
+        prepared.origin, recipe, totals, prepared.inventory.mtp_layers, front_matter, prepared.calibration
+    )
     contents = {
         RECIPE_NAME: recipe.to_yaml().encode(),
         REPORT_NAME: _json(report),

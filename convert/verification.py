@@ -23,8 +23,8 @@ from .recipe import STORED
 from .report import relative_error
 from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
-from .verify_stored import check_stored
 from .verify_original import Original
+from .verify_stored import check_stored
 from .verify_values import TensorCheck, check_rope, check_shared_inputs, check_values
 
 # The manifest's error was summed from exact integers, this one in floating point.
@@ -43,8 +43,8 @@ class LinearError:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found: `problems` name a file or tensor each; `errors` has every linear when a source was given, but
-    for those whose weights were smoothed, of which `notes` speak."""
+    """What `verify` found: `problems` name a file or tensor each; `errors` has every linear when a source was given,
+    but for those whose weights were smoothed, of which `notes` speak."""
 
     path: str
     problems: tuple[str, ...]

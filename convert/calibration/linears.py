@@ -92,7 +92,7 @@ class Linears:
             return Deployed(self.float(job, weight), job.scheme), JobStats(0.0, float(weight.double().square().sum()))
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
         rows = _round(job, weight, base)
-        tensors = dict(rows.tensors)
+        tensors, squared_error = dict(rows.tensors), float(rows.squared_error.sum())
         if job.method is Method.GPTQ and factored is not None:
             scale = rows.tensors[SCALE][:, 0]
             starts = range(0, weight.shape[0], _ROWS)
@@ -103,6 +103,7 @@ class Linears:
 
             codes, scales = (torch.cat(parts) for parts in zip(*mapper.map(some, starts), strict=True))
             tensors = linear_tensors(codes, scales, base, row_parallel=job.row_parallel)
+            squared_error = float((weight.double() - dequantize(tensors, base).double()).square().sum())
         found = dequantize(tensors, base)
         if job.scheme is Scheme.W8A8_STATIC:
             assert inputs is not None
@@ -110,9 +111,8 @@ class Linears:
             tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
         for slot in job.outputs:
             write_slot(self._files, job, slot, 0, tensors[slot.suffix])
-        lost = (weight - found).double().square().sum()
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.mean) ** 0.5
-        stats = JobStats(float(lost), float(weight.double().square().sum()))
+        stats = JobStats(squared_error, float(rows.squared_norm.sum()))
         return Deployed(found, job.scheme, inputs, error), stats
 
 

@@ -20,6 +20,7 @@ BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 512
 _SUFFIXES = (".txt", ".md", ".jsonl")
+_TURN = {"role", "content"}
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,17 @@ def _json_lines(text: str, where: str) -> Iterator[Any]:
         except ValueError as error:
             raise CalibrationError(f"{where}, line {number}: not JSON: {error}") from None
         found = record.get("text", record.get("messages")) if isinstance(record, dict) else None
-        if not isinstance(found, (str, list)) or not found:
+        if not found or not (isinstance(found, str) or _is_chat(found)):
             raise CalibrationError(f'{where}, line {number}: needs {{"text": "…"}} or {{"messages": […]}}')
         yield found
+
+
+def _is_chat(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(turn, dict) and turn.keys() >= _TURN for turn in found)
 
 
 def _chat(tokenizer: Tokenizer, messages: list[Any], where: str) -> list[int]:
     try:
         return tokenizer.chat(messages)
-    except (GenerationError, TypeError, AttributeError) as error:
+    except GenerationError as error:
         raise CalibrationError(f"{where}: a chat cannot be rendered: {error}") from error

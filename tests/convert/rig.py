@@ -2,7 +2,7 @@
 
 Reads one JSON request a line on stdin and answers with one JSON line on stdout. torch is imported once, here; every
 conversion runs in a forked child, so that a run costs milliseconds. A request has `source`, `output`, `options` for
-convert_checkpoint, and at most one of
+convert_checkpoint (`calibration` as the arguments of CalibrationText), and at most one of
   `kill_at`: SIGKILL before the n-th call that changes the disk,
   `kill_after`: SIGKILL from outside, after so many seconds,
   `signal_at`: [number, signal], a catchable signal before the n-th call,
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from npuq.cli.convert import signals_raise
-from npuq.convert import convert_checkpoint
+from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.conversion import Internals
 from npuq.convert.pipeline import Durability
 from npuq.errors import NpuqError
@@ -68,9 +68,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         with signals_raise():
             # The write is looked up late, so that the injected one is used.
             internals = Internals(Durability(0.002, 1 << 30), lambda *arguments: os.pwrite(*arguments))
-            summary = convert_checkpoint(
-                request["source"], request["output"], internals=internals, **request.get("options", {})
-            )
+            options = dict(request.get("options", {}))
+            if "calibration" in options:
+                options["calibration"] = CalibrationText(*options["calibration"])
+            summary = convert_checkpoint(request["source"], request["output"], internals=internals, **options)
     except NpuqError as error:
         return {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code, "calls": count()}
     return {"summary": summary.as_dict(), "calls": count(), "memory": memory_peak() - before}

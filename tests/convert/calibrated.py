@@ -1,0 +1,32 @@
+"""Checkpoints that can be calibrated: small models with a tokenizer, and text for it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+VOCABULARY = 100
+
+
+def add_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
+    """A tokenizer whose words are w0, w1, …; <s> and </s> begin and end."""
+    words = ["<s>", "</s>", *(f"w{index}" for index in range(vocabulary - 2))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def text(words: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    return " ".join(f"w{draw.randrange(VOCABULARY - 2)}" for _ in range(words))

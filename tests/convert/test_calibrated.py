@@ -1,0 +1,192 @@
+"""Calibrated conversion on small models: interrupted, with any number of workers, with experts nobody chose."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from calibrated import add_tokenizer, text
+
+from npuq.convert import CalibrationText, convert_checkpoint, verify
+from npuq.errors import CalibrationError, RecipeError
+
+LENGTH = 16
+CHAIN = "rotate+smooth+gptq"
+
+
+@pytest.fixture(scope="module")
+def source(write, tmp_path_factory) -> Path:
+    directory = write(tmp_path_factory.mktemp("calibrated") / "source", fp8_block=16)
+    add_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text(2000))
+    return path
+
+
+def convert(source, output, texts, **options):
+    calibration = CalibrationText(texts, 8, LENGTH)
+    return convert_checkpoint(source, output, **{"method": CHAIN, "calibration": calibration} | options)
+
+
+def manifest_of(output: Path) -> dict:
+    return json.loads((output / "npuq" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite"])
+@pytest.mark.parametrize("method", ["gptq", "smooth+mse", CHAIN])
+def test_every_family_and_chain_gives_a_sound_artifact(family, method, write, texts, tmp_path):
+    directory = write(tmp_path / "source", family=family)
+    add_tokenizer(directory)
+    convert(directory, tmp_path / "out", texts, method=method)
+    report = verify(tmp_path / "out", directory)
+    assert report.problems == ()
+    assert bool(report.notes) is ("smooth" in method)
+    manifest = manifest_of(tmp_path / "out")
+    layers = manifest["calibration"]["layers"]
+    assert list(layers) == ["0", "1", "2"] and layers["0"]["expert_tokens"] == []
+    assert sum(layers["1"]["expert_tokens"]) == 8 * LENGTH * 2  # two experts a token
+    assert 0 < layers["2"]["output_error"] < 1
+    assert manifest["transforms"] == method.split("+")[:-1]
+    assert not (tmp_path / "out" / "npuq" / "calibration").exists()
+
+
+def test_workers_and_memory_do_not_change_a_byte(source, texts, tmp_path, tree):
+    for name, options in {"one": {"workers": 1}, "three": {"workers": 3, "max_memory": 500_000_000}}.items():
+        convert(source, tmp_path / name, texts, **options)
+    assert tree(tmp_path / "one") == tree(tmp_path / "three")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_anywhere_it_continues_to_the_same_bytes(seed, rig, source, texts, tmp_path, tree, undisturbed):
+    expected, calls = undisturbed
+    draw = random.Random(seed)
+    options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH], "workers": 1}
+    for _ in range(2):
+        answer = rig(source, tmp_path / "out", options=options, kill_at=draw.randint(1, calls))
+        if not answer["killed"]:
+            break
+    answer = rig(source, tmp_path / "out", options=options | {"workers": 2})
+    assert answer["summary"]["status"] in ("converted", "finished")
+    assert tree(tmp_path / "out") == expected
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rig, source, texts, tmp_path_factory, tree):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH], "workers": 1}
+    answer = rig(source, output, options=options)
+    assert answer["summary"]["status"] == "converted"
+    return tree(output), answer["calls"]
+
+
+def test_a_continued_walk_does_not_repeat_layers(rig, source, texts, tmp_path):
+    """Killed when the third layer's state is published, only what follows is left."""
+    options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH], "workers": 1}
+    # The journal itself, then a file of streams and a state for each of four points.
+    assert rig(source, tmp_path / "out", options=options, kill_at=7, calls=["replace"])["killed"]
+    state = json.loads((tmp_path / "out" / "npuq" / "calibration" / "state.json").read_text())
+    summary = rig(source, tmp_path / "out", options=options)["summary"]
+    assert state["layer"] >= 1 and summary["jobs_resumed"] > 10
+
+
+def test_a_lost_shard_or_state_is_made_again(rig, source, texts, tmp_path, tree, undisturbed):
+    options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH], "workers": 1}
+    output = tmp_path / "out"
+    assert rig(source, output, options=options, kill_at=8, calls=["replace"])["killed"]
+    for path in (output / "npuq" / "calibration").glob("streams-*.bin"):
+        path.write_bytes(b"torn")
+    assert rig(source, output, options=options)["summary"]["status"] == "converted"
+    assert tree(output) == undisturbed[0]
+
+
+def test_other_arguments_are_refused(rig, source, texts, tmp_path):
+    options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH]}
+    assert rig(source, tmp_path / "out", options=options, kill_at=8, calls=["replace"])["killed"]
+    changed = {"method": CHAIN, "calibration": [str(texts), 9, LENGTH]}
+    answer = rig(source, tmp_path / "out", options=changed)
+    assert answer["kind"] == "ConversionError" and "calibration" in answer["error"]
+
+
+def test_experts_that_nobody_chose_are_data_free_and_listed(write, texts, tmp_path):
+    def starve(tensors):
+        bias = tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
+        bias[:] = torch.tensor([10.0, 10.0, -10.0, -10.0])
+
+    directory = write(tmp_path / "source", edit=starve, config={"n_group": 1})
+    add_tokenizer(directory)
+    convert(directory, tmp_path / "out", texts, method="gptq")
+    manifest = manifest_of(tmp_path / "out")
+    layer = manifest["calibration"]["layers"]["1"]
+    assert layer["expert_tokens"] == [128, 128, 0, 0]
+    assert layer["fallbacks"] == {"2": "data-free", "3": "data-free"}
+    convert_checkpoint(directory, tmp_path / "mse", method="mse")
+    free, plain = (
+        json.loads((tmp_path / name / "npuq" / "manifest.json").read_text())["linears"] for name in ("out", "mse")
+    )
+    starved, fed = (f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (2, 0))
+    assert free[starved]["relative_error"] == plain[starved]["relative_error"]
+    assert free[fed]["relative_error"] != plain[fed]["relative_error"]
+    assert verify(tmp_path / "out", directory).ok
+
+
+def test_rare_experts_are_blended(monkeypatch, source, texts, tmp_path):
+    monkeypatch.setattr("npuq.convert.calibration.experts.ENOUGH", 70)
+    convert(source, tmp_path / "out", texts, method="gptq")
+    for layer in ("1", "2"):
+        found = manifest_of(tmp_path / "out")["calibration"]["layers"][layer]
+        expected = {str(e): "blended" for e, n in enumerate(found["expert_tokens"]) if 0 < n < 70}
+        assert found["fallbacks"] == expected
+    assert expected
+
+
+def test_activations_that_are_no_numbers_name_the_layer(write, texts, tmp_path):
+    def explode(tensors):
+        tensors["model.layers.1.mlp.experts.0.up_proj.weight"][:] = 3e38
+        tensors["model.layers.1.mlp.gate.e_score_correction_bias"][:] = torch.tensor([9.0, 9.0, 0.0, 0.0])
+
+    directory = write(tmp_path / "source", edit=explode, config={"n_group": 1})
+    add_tokenizer(directory)
+    with pytest.raises(CalibrationError, match="layer 1: the feed-forward part"):
+        convert(directory, tmp_path / "out", texts, method="gptq")
+
+
+def test_calibration_where_it_is_of_no_use(source, texts, tmp_path):
+    with pytest.raises(RecipeError, match="of no use to method mse"):
+        convert(source, tmp_path / "out", texts, method="mse")
+    with pytest.raises(RecipeError, match="did you mean 'rotate'"):
+        convert(source, tmp_path / "out", texts, method="rotat+gptq")
+    with pytest.raises(RecipeError, match="twice"):
+        convert(source, tmp_path / "out", texts, method="smooth+smooth+gptq")
+
+
+def test_static_scheme_gets_one_range_for_q_a_and_kv_a(source, texts, tmp_path):
+    recipe = tmp_path / "static.yaml"
+    recipe.write_text(STATIC)
+    convert(source, tmp_path / "out", texts, recipe=recipe, method=None)
+    assert verify(tmp_path / "out", source).ok
+    manifest = manifest_of(tmp_path / "out")
+    schemes = {
+        name.split(".")[4]: linear["scheme"] for name, linear in manifest["linears"].items() if "layers.1.self" in name
+    }
+    assert schemes == {"q_a_proj": "W8A8", "kv_a_proj_with_mqa": "W8A8", "q_b_proj": "W8A8", "o_proj": "W8A8_DYNAMIC"}
+
+
+STATIC = """\
+name: static
+method: gptq
+rules:
+  - names: ["*.self_attn.q_a_proj.weight", "*.self_attn.kv_a_proj_with_mqa.weight", "*.self_attn.q_b_proj.weight"]
+    layers: 0-2
+    scheme: W8A8_STATIC
+  - roles: [routed_expert]
+    scheme: W4A8
+  - scheme: W8A8
+"""
