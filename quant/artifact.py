@@ -77,6 +77,11 @@ def is_own(directory: Path) -> bool:
     return (directory / OWN_FOLDER).exists()
 
 
+def is_rotated(directory: Path) -> bool:
+    """Whether the residual stream of an artifact is the source's rotated by `rotation(hidden_size)`."""
+    return (directory / MANIFEST_NAME).exists() and "rotate" in read_manifest(directory).get("transforms", ())
+
+
 def read_description(directory: Path) -> dict[str, Scheme] | None:
     """Tensor name → scheme of an artifact; None for a directory without a description (a float checkpoint).
 

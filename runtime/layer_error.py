@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..quant.artifact import is_rotated
 from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
+from ..quant.rotation import rotation
 from .backend import make_ops
 from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
 from .model import LayerWeights, Model
@@ -62,7 +64,18 @@ def layer_errors(
         )
         quantized.refuse_unlike(original)
         windows = cut_windows(text, Tokenizer(quantized.directory), context)
-        return _walk(quantized, original, _batches(windows), progress)
+        turn = _turn(quantized, original)
+        return _walk(quantized, original, _batches(windows), turn, progress)
+
+
+def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
+    """The source's hidden states as the model has them: rotated where its residual stream is, and the source's not."""
+    if is_rotated(quantized.directory) == is_rotated(original.directory):
+        return lambda stream: stream
+    if is_rotated(original.directory):
+        raise GenerationError(f"{original.directory}: is rotated; give the float checkpoint as --source")
+    turned = rotation(quantized.config.hidden_size)
+    return lambda stream: turned.rows(stream.to("cpu")).to(stream.device, stream.dtype)
 
 
 @torch.inference_mode()
@@ -70,6 +83,7 @@ def _walk(
     quantized: _Side,
     original: _Side,
     batches: Sequence[Sequence[Window]],
+    turn: Callable[[Tensor], Tensor],
     progress: Callable[[int, int], None] | None,
 ) -> list[LayerError]:
     steps = [(quantized.step(batch), original.step(batch)) for batch in batches]
@@ -83,8 +97,8 @@ def _walk(
             our_stream, their_stream = streams[index]
             output = original.run(theirs, their_stream, their_step)
             moved = quantized.run(ours, our_stream, our_step)
-            accumulated.add(moved, output)
-            own.add(quantized.run(ours, their_stream, our_step), output)
+            accumulated.add(moved, turn(output))
+            own.add(quantized.run(ours, turn(their_stream), our_step), turn(output))
             streams[index] = moved, output
         errors.append(LayerError(number, *accumulated.result(number), *own.result(number)))
         if progress is not None:
