@@ -13,7 +13,8 @@ from typing import Any
 from ..errors import ConversionError
 from ..quant.artifact import OWN_FOLDER
 from ..quant.checkpoint import Checkpoint
-from .calibration.states import remove_states
+from .calibration.memory import calibrated_budget
+from .calibration.states import remove_states, state_bytes
 from .calibration.walk import CalibratedWalk
 from .finish import finish
 from .journal import Journal, Record
@@ -107,6 +108,9 @@ def convert_checkpoint(
     prepared = prepare(opened, recipe, method, max_shard_size, calibration)
     try:
         budget = plan_budget(prepared.plan, workers, max_memory)
+        if prepared.calibration is not None:
+            tokens = prepared.calibration.tokens.numel()
+            budget = calibrated_budget(prepared.config, tokens, budget, max_memory)
         notes = _notes(prepared)
         if dry_run:
             notes = (*notes, f"output directory: {describe_state(output)}")
@@ -145,7 +149,7 @@ def _run(
         walk = CalibratedWalk(prepared, prepared.calibration, files, journal, output, budget, progress)
         walk.forget_unvouched()
     resumed = list(journal.record.jobs)
-    _warn_of_space(plan, resumed, output, _EXTRA_BYTES + prepared.checkpoint.scratch_bytes, progress)
+    _warn_of_space(plan, resumed, output, _extra_bytes(prepared), progress)
     progress.start(plan.source_bytes, sum(plan.jobs[index].source_bytes for index in resumed))
     prepared.source.expect([job.source for job in plan.jobs], {plan.jobs[index].source for index in resumed})
     try:
@@ -173,6 +177,14 @@ def _forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress:
             record.hashes.pop(shard, None)
             for index in plan.shards[shard].jobs:
                 record.jobs.pop(index, None)
+
+
+def _extra_bytes(prepared: Prepared) -> int:
+    """Disk beside the shards: small files, a download's window, hidden states."""
+    extra = _EXTRA_BYTES + prepared.checkpoint.scratch_bytes
+    if prepared.calibration is not None:
+        extra += state_bytes(prepared.calibration.tokens.numel(), prepared.config.hidden_size)
+    return extra
 
 
 def _warn_of_space(plan: Plan, resumed: Sequence[int], output: Path, extra: int, progress: Progress) -> None:
@@ -230,7 +242,7 @@ def _summary(
         output_bytes=plan.output_bytes,
         workers=budget.workers,
         memory_bytes=budget.nbytes,
-        disk_bytes_needed=plan.output_bytes + _EXTRA_BYTES + prepared.checkpoint.scratch_bytes,
+        disk_bytes_needed=plan.output_bytes + _extra_bytes(prepared),
         disk_bytes_free=free_bytes(output),
         seconds=time.monotonic() - started,
         # Linux counts in KiB.

@@ -17,6 +17,7 @@ DAMPING = 0.01
 # Damping goes up to this multiple of the mean of H's diagonal before a Hessian counts as singular.
 _MOST_DAMPING = 1.0
 _BLOCK = 64
+_ROWS = 512
 
 
 class SingularHessianError(ArithmeticError):
@@ -24,7 +25,7 @@ class SingularHessianError(ArithmeticError):
 
 
 class Hessian:
-    """H = Σ x·xᵀ over rows x [T, K], float64 [K, K], and how many rows went in."""
+    """`sum` = Σ x·xᵀ over rows x [T, K], float64 [K, K], and how many `rows` went in."""
 
     def __init__(self, size: int):
         self.sum = torch.zeros(size, size, dtype=torch.float64)
@@ -34,16 +35,6 @@ class Hessian:
         """Add rows float32 [T, K]; products of a call are summed in float32 where they are many, calls in float64."""
         self.sum += x.T @ x
         self.rows += x.shape[0]
-
-    def mixed(self, other: Tensor, share: float) -> Tensor:
-        """(1 − share) · the mean of x·xᵀ + share · `other`, another mean: the Hessian of a blended calibration set."""
-        own = self.sum / self.rows if self.rows else torch.zeros_like(self.sum)
-        return (1 - share) * own + share * other
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean of x·xᵀ: what `factor` and `gptq` take, as any multiple of it."""
-        return self.sum / max(1, self.rows)
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class Factor:
 
 
 def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
-    """Factor a Hessian float64 [K, K], once for all linears that share their inputs.
+    """Factor a Hessian float64 [K, K], or any multiple of it, once for all linears that share their inputs.
 
     `damping` times the mean of the diagonal is added to it; ten times more until the factorization succeeds. Channels
     that were never active (zero on the diagonal) are rounded without correction. Raises SingularHessianError.
@@ -75,14 +66,22 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
         damped.diagonal()[dead] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return Factor(damped, upper, order, damping)
+        upper = _inverse_factor(damped[order][:, order])
+        if upper is not None:
+            return Factor(damped, upper, order, damping)
         damping *= 10
     raise SingularHessianError(f"cannot be factored even with {_MOST_DAMPING:g} of its mean diagonal added")
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    """The upper Cholesky factor of the inverse; None where it is not positive definite. `hessian` is used up."""
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if bool(failed):
+        return None
+    # The buffer is as large as all that is left: at most two such matrices live at once beside the caller's.
+    inverse = torch.cholesky_inverse(lower, out=hessian)
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True, out=(lower, failed))
+    return None if bool(failed) or not bool(torch.isfinite(upper.diagonal()).all()) else upper
 
 
 def gptq(weight: Tensor, factored: Factor, scale: Tensor, bits: int) -> Tensor:
@@ -113,8 +112,10 @@ def gptq(weight: Tensor, factored: Factor, scale: Tensor, bits: int) -> Tensor:
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Σ (w − ŵ)ᵀ·H·(w − ŵ) / Σ wᵀ·H·w over the rows of two weights float [N, K]: the squared relative output error."""
-    weight = weight.to(torch.float64)
-    difference = weight - quantized.to(torch.float64)
-    lost = float(((difference @ hessian) * difference).sum())
-    whole = float(((weight @ hessian) * weight).sum())
+    lost = whole = 0.0
+    for start in range(0, weight.shape[0], _ROWS):
+        part = weight[start : start + _ROWS].to(torch.float64)
+        difference = part - quantized[start : start + _ROWS].to(torch.float64)
+        lost += float(((difference @ hessian) * difference).sum())
+        whole += float(((part @ hessian) * part).sum())
     return lost / whole if whole > 0 else 0.0

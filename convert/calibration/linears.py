@@ -111,7 +111,7 @@ class Linears:
             tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
         for slot in job.outputs:
             write_slot(self._files, job, slot, 0, tensors[slot.suffix])
-        error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.mean) ** 0.5
+        error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
         stats = JobStats(squared_error, float(rows.squared_norm.sum()))
         return Deployed(found, job.scheme, inputs, error), stats
 
@@ -157,6 +157,6 @@ def factored(hessian: Hessian | None) -> Factor | None:
     if hessian is None or not hessian.rows:
         return None
     try:
-        return factor(hessian.mean)
+        return factor(hessian.sum)
     except SingularHessianError:
         return None

@@ -55,13 +55,17 @@ class State:
     reports: dict[str, Any] = field(default_factory=dict)
 
 
+def state_bytes(tokens: int, hidden: int) -> int:
+    """Disk that hidden states take: those of two layers, and those between attention and experts."""
+    return 3 * 2 * 4 * tokens * hidden
+
+
 class StateStore:
     """The folder of a walk's hidden states."""
 
     def __init__(self, folder: Path, tokens: int, hidden: int):
         self._folder = folder
         self._shape = (tokens, hidden)
-        self.nbytes = 3 * 4 * 2 * tokens * hidden  # two layers' streams and the scratch between attention and experts
 
     def load(self) -> tuple[State, Streams] | None:
         """The newest state that is whole, or None: start at the first layer."""

@@ -19,7 +19,6 @@ from npuq.quant.rotation import rotation
 from npuq.runtime.layer_error import layer_errors
 from npuq.runtime.llm import load
 
-
 # The runtime keeps rope keys in blocks of 16 channels.
 RUNNABLE = {"qk_rope_head_dim": 16}
 
