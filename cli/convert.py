@@ -35,13 +35,16 @@ class ConversionInterruptedError(NpuqError):
 )
 @click.option(
     "--method",
-    help="minmax, mse or gptq, after rotate, smooth or both: rotate+smooth+gptq, for example. [default: mse]",
+    help="minmax, mse or gptq, after rotate, smooth or both (rotate+smooth+gptq, say); or auto. [default: mse]",
 )
 @click.option(
     "--calibration", help="Text for gptq and smooth: a file (.txt, .jsonl), a directory, or builtin. [default: builtin]"
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Windows of the calibration text. [default: 128]")
 @click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a window. [default: 512]")
+@click.option(
+    "--time-budget", type=click.FloatRange(min=0), metavar="MINUTES", help="Bound of what auto's trials may add."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
@@ -63,6 +66,7 @@ def command(
     calibration: str | None,
     samples: int | None,
     sequence_length: int | None,
+    time_budget: float | None,
     workers: int | None,
     max_memory: int | None,
     max_shard_size: int,
@@ -98,7 +102,10 @@ def command(
             recipe=recipe,
             method=method,
             calibration=CalibrationText(
-                calibration, samples or DEFAULT_SAMPLES, sequence_length or DEFAULT_SEQUENCE_LENGTH
+                calibration,
+                samples or DEFAULT_SAMPLES,
+                sequence_length or DEFAULT_SEQUENCE_LENGTH,
+                None if time_budget is None else 60 * time_budget,
             ),
             workers=workers,
             max_memory=max_memory,

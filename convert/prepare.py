@@ -32,7 +32,7 @@ from .calibration.texts import (
 )
 from .engine_rules import check_recipe
 from .plan import Plan, build_plan
-from .recipe import STORED, Assignment, Recipe, check_source, load_recipe, resolve
+from .recipe import STORED, Assignment, Recipe, Transform, check_source, load_recipe, resolve
 from .rewriting import RewrittenSource, rotated
 from .side_files import side_files
 
@@ -55,6 +55,7 @@ class CalibrationText:
     path: str | Path | None = None
     samples: int = DEFAULT_SAMPLES
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH
+    time_budget: float | None = None  # seconds, for the trials of `auto`
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Prepared:
     side_files: tuple[str, ...]
     max_shard_size: int
     calibration: Calibration | None = None
+    time_budget: float | None = None
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -137,6 +139,8 @@ def prepare(
         stored = source.schemes if isinstance(source, QuantizedSource) else None
         resolved = resolved or load_recipe("w4a8" if stored is None else STORED, method)
         check_source(resolved, stored is not None)
+        if resolved.auto and config.tie_word_embeddings:
+            resolved = replace(resolved, transforms=(Transform.SMOOTH,))
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
@@ -152,7 +156,19 @@ def prepare(
         if checkpoint is not None:
             checkpoint.close()
         raise
-    return Prepared(checkpoint, source, config, origin, resolved, inventory, plan, names, max_shard_size, calibration)
+    return Prepared(
+        checkpoint,
+        source,
+        config,
+        origin,
+        resolved,
+        inventory,
+        plan,
+        names,
+        max_shard_size,
+        calibration,
+        text.time_budget if text else None,
+    )
 
 
 def _data_free_outside_walk(

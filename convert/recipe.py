@@ -3,8 +3,8 @@
 A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
 and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
 `method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the way codes are found, as in
-`rotate+smooth+gptq`. For each setting of a tensor the first matching rule that gives it wins; what no rule matches
-stays float.
+`rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; what no rule
+matches stays float.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..quant.schemes import Scheme
 from .architecture import QUANTIZABLE, Role, Spec
 
 STORED = "stored"
+AUTO = "auto"
 NAMED = ("w4a8", "w8a8", "float")
 _RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
 _RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
@@ -93,6 +94,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     stored: bool = False
     transforms: tuple[Transform, ...] = ()
+    auto: bool = False  # each layer is smoothed or not by trial
 
     @property
     def rotate(self) -> bool:
@@ -105,7 +107,7 @@ class Recipe:
     @property
     def chain(self) -> str:
         """The method with its transforms, as `--method` takes it."""
-        return "+".join([*map(str, self.transforms), self.method.value])
+        return AUTO if self.auto else "+".join([*map(str, self.transforms), self.method.value])
 
     def to_yaml(self) -> str:
         """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
@@ -157,7 +159,7 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
         raise RecipeError(f"{where}: keeps the scales of a quantized source: there is none to find; leave --method out")
     if method is not None:
         base, transforms = _chain(method, "--method")
-        return replace(parsed, method=base, transforms=transforms)
+        return replace(parsed, method=base, transforms=transforms, auto=method == AUTO)
     return parsed
 
 
@@ -230,6 +232,7 @@ def _parse(text: str, where: str) -> Recipe:
         target=_member(Target, content.get("target", "engines"), "target", where),
         method=method,
         transforms=transforms,
+        auto=content.get("method") == AUTO,
         rules=tuple(_parse_rule(rule, f"{where}, rule {number}") for number, rule in enumerate(rules, start=1)),
         stored=stored,
     )
@@ -281,8 +284,10 @@ def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
 
 def _chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
     """`rotate+smooth+gptq`: transforms, each at most once, and at the end how codes are found (mse where that is left
-    out)."""
+    out). `auto` is all of them, smoothing by trial."""
     words = str(value).split("+")
+    if words == [AUTO]:
+        return Method.GPTQ, tuple(Transform)
     transforms = list(Transform)
     if words[-1] in [str(transform) for transform in transforms]:
         words.append(Method.MSE.value)

@@ -13,7 +13,7 @@ from ...quant.smoothing import power_of_two
 from .context import Layer, Rotary
 from .linears import Deployed
 from .smooth import choose, fake_quantize, norm_quotient
-from .states import Streams
+from .states import StreamPair
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -94,7 +94,7 @@ class AttentionBlock:
         return weights.o(self.attended(weights, x))
 
 
-def run_attention(layer: Layer, rotary: Rotary, streams: Streams, out: Streams) -> dict[str, float]:
+def run_attention(layer: Layer, rotary: Rotary, streams: StreamPair, out: StreamPair) -> dict[str, float]:
     """Quantize a layer's attention and write both streams after it into `out`; smoothing strengths, if any."""
     walk = layer.walk
     block = AttentionBlock(layer, rotary)
@@ -156,7 +156,7 @@ def _floats(tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme] | None 
 
 
 def _quantize(
-    layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], floats: Attention, streams: Streams
+    layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], floats: Attention, streams: StreamPair
 ) -> Attention:
     batches, stream = layer.walk.batches, streams.quantized
 
@@ -185,7 +185,7 @@ def _quantize(
     return replace(found, o=o)
 
 
-def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], streams: Streams) -> dict[str, float]:
+def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], streams: StreamPair) -> dict[str, float]:
     """Rescale the channels between norm and q_a|kv_a, q_a's norm and q_b, values and o_proj; `tensors` in place.
 
     Strengths are those of least error at the block's output on the first batch, each step after the one before.

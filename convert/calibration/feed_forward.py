@@ -14,7 +14,7 @@ from .context import Layer, row_chunks
 from .experts import ExpertResult, Mlp, Routed, choose_tokens, float_mlp, quantize_expert, smooth_inner
 from .linears import Deployed
 from .smooth import GAIN, STRENGTHS, norm_quotient, rounded
-from .states import Streams
+from .states import StreamPair
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _NORM = "post_attention_layernorm"
@@ -38,7 +38,7 @@ class Coverage:
     fallbacks: dict[str, str]
 
 
-def run_feed_forward(layer: Layer, middle: Streams, out: Streams) -> tuple[dict[str, float], Coverage]:
+def run_feed_forward(layer: Layer, middle: StreamPair, out: StreamPair) -> tuple[dict[str, float], Coverage]:
     """Quantize and write the part after attention, and compute both streams of the next layer from those between.
 
     Returns smoothing strengths by what they act on, and how calibration reached the experts.
@@ -48,7 +48,7 @@ def run_feed_forward(layer: Layer, middle: Streams, out: Streams) -> tuple[dict[
 
 
 class _FeedForward:
-    def __init__(self, layer: Layer, middle: Streams, out: Streams):
+    def __init__(self, layer: Layer, middle: StreamPair, out: StreamPair):
         self._layer = layer
         self._walk = layer.walk
         self._middle = middle

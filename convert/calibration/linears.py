@@ -17,7 +17,7 @@ from ...quant.scales import Method, NonFiniteError
 from ...quant.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ...quant.static_w8a8 import InputScale, static_tensors
 from ..journal import JobStats
-from ..plan import Job
+from ..plan import Job, Slot
 from ..shards import ShardFiles
 from ..worker import write_slot
 from .pool import INLINE, Mapper
@@ -58,17 +58,21 @@ def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor
 
 
 class Linears:
-    """Quantizes linears of a plan and writes them into its shards. Thread-safe."""
+    """Quantizes linears of a plan and writes them into its shards, if there are any. Thread-safe."""
 
-    def __init__(self, files: ShardFiles):
+    def __init__(self, files: ShardFiles | None):
         self._files = files
+
+    def _write(self, job: Job, slot: Slot, tensor: Tensor) -> None:
+        if self._files is not None:
+            write_slot(self._files, job, slot, 0, tensor)
 
     def float(self, job: Job, tensor: Tensor) -> Tensor:
         """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
         stored = self.rounded(job, tensor).reshape(job.shape)
         if not bool(torch.isfinite(stored).all()):
             raise CheckpointError(f"tensor {job.source!r} holds infinities or NaN, or outgrows its dtype")
-        write_slot(self._files, job, job.outputs[0], 0, stored)
+        self._write(job, job.outputs[0], stored)
         return stored.to(torch.float32)
 
     def rounded(self, job: Job, tensor: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ class Linears:
             float16 = any(slot.dtype == "I64" for slot in job.outputs)
             tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
         for slot in job.outputs:
-            write_slot(self._files, job, slot, 0, tensors[slot.suffix])
+            self._write(job, slot, tensors[slot.suffix])
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
         stats = JobStats(squared_error, float(rows.squared_norm.sum()))
         return Deployed(found, job.scheme, inputs, error), stats

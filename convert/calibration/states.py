@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...errors import ConversionError
 from ..pipeline import file_sha256
@@ -27,8 +28,24 @@ _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"
 
 
-class Streams:
-    """Both streams of one file, memory-mapped: `floats` and `quantized`, float32 [tokens, hidden]."""
+class StreamPair:
+    """Hidden states float32 [tokens, hidden] twice: what the float model computes, and what the quantized one does."""
+
+    def __init__(self, floats: Tensor, quantized: Tensor):
+        self.floats = floats
+        self.quantized = quantized
+
+    def first(self, tokens: int) -> StreamPair:
+        """The first tokens of both."""
+        return StreamPair(self.floats[:tokens], self.quantized[:tokens])
+
+    def like(self) -> StreamPair:
+        """Two streams of the same shape in memory, to be filled."""
+        return StreamPair(torch.empty(self.floats.shape), torch.empty(self.quantized.shape))
+
+
+class Streams(StreamPair):
+    """Both streams of one file, memory-mapped."""
 
     def __init__(self, path: Path, tokens: int, hidden: int, *, create: bool):
         self.path = path
@@ -38,7 +55,7 @@ class Streams:
                 # Blocks now, not when a page is touched: a full disk is then an error and not a signal.
                 os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * hidden)
         self._map = np.memmap(path, np.float32, "r+", shape=shape)
-        self.floats, self.quantized = torch.from_numpy(self._map).unbind(0)
+        super().__init__(*torch.from_numpy(self._map).unbind(0))
 
     def sync(self) -> None:
         """Return once every value is on stable storage."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from ..progress import Progress
 from ..shards import ShardFiles
 from ..worker import run_job
 from .attention import run_attention
+from .auto import TimeBudget, better, trial_errors
 from .context import Layer, Rotary, Walk
 from .feed_forward import run_feed_forward
 from .linears import Linears
 from .pool import Pool
-from .states import FOLDER, State, StateStore, Streams
+from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -53,6 +56,7 @@ class CalibratedWalk:
         self._budget = budget
         self._progress = progress
         self._folder = output / OWN_FOLDER / FOLDER
+        self._time = TimeBudget(prepared.time_budget)
         self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size)
         self._start = self._store.load()
 
@@ -115,13 +119,31 @@ class CalibratedWalk:
             state, streams = self._start
         rotary = Rotary.of(walk.config, walk.sequence_length)
         while state.layer < walk.config.num_hidden_layers:
-            layer, out = Layer(walk, state.layer), self._store.new(state.layer + 1)
-            report = _run_layer(layer, rotary, streams, self._store.scratch(), out)
+            began = time.monotonic()
+            report = self._choose(walk, state.layer, rotary, streams) if self._prepared.recipe.auto else {}
+            chosen = replace(walk, smooth=report.get("smooth", walk.smooth))
+            layer, out = Layer(chosen, state.layer), self._store.new(state.layer + 1)
+            report |= _run_layer(layer, rotary, streams, self._store.scratch(), out)
+            self._time.layer_took(time.monotonic() - began)
             self._convert_rest(layer)
             self._files.sync(sorted({self._prepared.plan.jobs[index].shard for index in layer.stats}))
             self._journal.append(layer.stats, {})
             state = State(state.layer + 1, state.reports | {str(state.layer): report})
             streams = self._store.publish(out, state.layer, state.reports)
+
+    def _choose(self, walk: Walk, index: int, rotary: Rotary, streams: Streams) -> dict[str, Any]:
+        """Whether a layer is smoothed, and the errors of the trials that say so."""
+        if not self._time.allows_trials(walk.config.num_hidden_layers - index):
+            return {"smooth": walk.smooth}
+        began = time.monotonic()
+
+        def run(trial: Walk, start: StreamPair, middle: StreamPair, out: StreamPair) -> float:
+            error = _run_layer(Layer(trial, index), rotary, start, middle, out)["output_error"]
+            return float(error)
+
+        errors = trial_errors(walk, streams, run)
+        self._time.trial_took(time.monotonic() - began)
+        return {"smooth": better(errors), "trials": {"smooth": errors[True], "not": errors[False]}}
 
     def _convert_rest(self, layer: Layer) -> None:
         """Tensors of the layer that a walk has no use for: those the architecture does not know."""
@@ -131,7 +153,9 @@ class CalibratedWalk:
                 layer.finish(job, stats)
 
 
-def _run_layer(layer: Layer, rotary: Rotary, streams: Streams, middle: Streams, out: Streams) -> dict[str, Any]:
+def _run_layer(
+    layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair
+) -> dict[str, Any]:
     """Quantize one layer; its report."""
     strengths = run_attention(layer, rotary, streams, middle)
     _check_finite(middle, layer.index, "attention")
@@ -159,7 +183,7 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     return streams
 
 
-def _check_finite(streams: Streams, layer: int, part: str) -> None:
+def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
     for name, stream in (("the float model", streams.floats), ("the quantized model", streams.quantized)):
         if not math.isfinite(float(stream.sum(dtype=torch.float64))):
             raise CalibrationError(
@@ -168,7 +192,7 @@ def _check_finite(streams: Streams, layer: int, part: str) -> None:
             )
 
 
-def _relative(streams: Streams) -> float:
+def _relative(streams: StreamPair) -> float:
     """‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
     lost = norm = 0.0
     for start in range(0, streams.floats.shape[0], 4096):

@@ -158,6 +158,27 @@ def test_activations_that_are_no_numbers_name_the_layer(write, texts, tmp_path):
         convert(directory, tmp_path / "out", texts, method="gptq")
 
 
+def test_auto_takes_the_better_trial(source, texts, tmp_path, tree):
+    convert(source, tmp_path / "out", texts, method="auto")
+    assert verify(tmp_path / "out", source).ok
+    layers = manifest_of(tmp_path / "out")["calibration"]["layers"].values()
+    for layer in layers:
+        assert layer["smooth"] is (layer["trials"]["smooth"] <= layer["trials"]["not"])
+        assert ("smoothing" in layer) is layer["smooth"]
+    convert(source, tmp_path / "again", texts, method="auto", workers=1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "again")
+
+
+def test_auto_without_time_for_trials_smooths(source, texts, tmp_path):
+    calibration = CalibrationText(texts, 8, LENGTH, time_budget=0.0)
+    convert_checkpoint(source, tmp_path / "out", method="auto", calibration=calibration)
+    convert(source, tmp_path / "chain", texts)
+    ours, chain = (manifest_of(tmp_path / name)["calibration"]["layers"] for name in ("out", "chain"))
+    for layer in ours.values():
+        assert layer.pop("smooth") is True and "trials" not in layer
+    assert ours == chain
+
+
 def test_calibration_where_it_is_of_no_use(source, texts, tmp_path):
     with pytest.raises(RecipeError, match="of no use to method mse"):
         convert(source, tmp_path / "out", texts, method="mse")

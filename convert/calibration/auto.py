@@ -1,0 +1,63 @@
+"""The chain of each layer, by trial: smoothed or not, whichever leaves the smaller error at the layer's output.
+
+Trials quantize the layer on some of the windows and write nothing. Rotation is the whole model's affair and not tried
+here; GPTQ with its refinement is never worse than plain rounding on what calibrates, row for row, so that rounding is
+not tried either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from .context import Walk
+from .linears import Linears
+from .states import StreamPair
+
+# Trials take this share of the windows, and not less than the second number where there are so many.
+_SHARE, _LEAST = 0.25, 16
+
+
+@dataclass
+class TimeBudget:
+    """Seconds for a whole walk, of which trials may take what layers leave; None: trials are never left out."""
+
+    seconds: float | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _layer: float = 0.0
+    _trial: float = 0.0
+
+    def allows_trials(self, layers_left: int) -> bool:
+        """Whether the layers that are left, each as long as the longest so far, fit in beside another trial."""
+        if self.seconds is None:
+            return True
+        spent = time.monotonic() - self._began
+        return spent + self._trial + layers_left * self._layer <= self.seconds
+
+    def trial_took(self, seconds: float) -> None:
+        self._trial = max(self._trial, seconds)
+
+    def layer_took(self, seconds: float) -> None:
+        self._layer = max(self._layer, seconds)
+
+
+def trial_errors(
+    walk: Walk, streams: StreamPair, run: Callable[[Walk, StreamPair, StreamPair, StreamPair], float]
+) -> dict[bool, float]:
+    """The output error of a layer with smoothing (True) and without, on the first windows.
+
+    run: quantizes the layer from its input streams, through those between attention and experts, to those after it.
+    """
+    samples = min(walk.samples, max(_LEAST, round(walk.samples * _SHARE)))
+    part = streams.first(samples * walk.sequence_length)
+    errors = {}
+    for smooth in (True, False):
+        trial = replace(walk, smooth=smooth, linears=Linears(None), samples=samples, done=lambda job: None)
+        errors[smooth] = run(trial, part, part.like(), part.like())
+    return errors
+
+
+def better(errors: dict[bool, float]) -> bool:
+    """Whether to smooth, by the errors of the trials; yes where they are equal."""
+    return errors[True] <= errors[False]
