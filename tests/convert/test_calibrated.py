@@ -11,7 +11,10 @@ import torch
 from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint, verify
-from npuq.errors import CalibrationError, RecipeError
+from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
+from npuq.convert.memory import Budget
+from npuq.errors import CalibrationError, ConversionError, RecipeError
+from npuq.quant.model_config import ModelConfig
 
 LENGTH = 16
 CHAIN = "rotate+smooth+gptq"
@@ -211,3 +214,48 @@ rules:
     scheme: W4A8
   - scheme: W8A8
 """
+
+
+def test_memory_is_that_of_one_expert_and_not_of_the_layer(write, texts, rig, tmp_path):
+    """Sixteen times as many experts (75 MB of them in float32, 5 MB before) need no more memory."""
+    peaks = []
+    for experts in (4, 64):
+        config = {"hidden_size": 256, "moe_intermediate_size": 384, "num_hidden_layers": 2, "n_routed_experts": experts}
+        directory = write(tmp_path / f"source{experts}", config=config | {"num_nextn_predict_layers": 0})
+        add_tokenizer(directory)
+        options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH], "workers": 1}
+        peaks.append(rig(directory, tmp_path / f"out{experts}", options=options)["memory"])
+    # Between runs the same conversion differs by up to 30 MB: arenas of the allocator.
+    assert peaks[1] < peaks[0] + 45_000_000
+
+
+# DeepSeek-V3's own sizes.
+V3 = {
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+}
+
+
+def test_max_memory_takes_workers_away_and_then_refuses(source):
+    config = ModelConfig.from_dict(json.loads((source / "config.json").read_text()) | V3)
+    plenty = calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), None)
+    assert plenty.workers == 16 and plenty.nbytes > 16 * expert_bytes(config, 65536) - 1
+    # Its 256 experts would take 45 GB in float32.
+    assert expert_bytes(config, 65536) < 4e9
+    less = calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), 20 * 10**9)
+    assert 1 <= less.workers < 16 and less.nbytes <= 20 * 10**9
+    with pytest.raises(ConversionError, match="--max-memory 1000000000 is too small: calibrating"):
+        calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), 10**9)
