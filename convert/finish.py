@@ -28,9 +28,9 @@ from ..quant.rope import rope_tables, save_rope
 from ..quant.schemes import Scheme
 from .card import model_card
 from .engine_rules import config_schemes
+from .hashes import file_sha256
 from .journal import JobStats, Record
 from .output import partial_path, publish, write_file
-from .pipeline import file_sha256
 from .plan import Job, Plan
 from .prepare import Prepared
 from .recipe import STORED
