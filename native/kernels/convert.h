@@ -56,53 +56,118 @@ static void decode_row(const void *x, int dtype, size_t n, const float *block_sc
     else to_float(x, dtype, n, out);
 }
 
-/* Codes round-half-even(w · inverse) between −bound and bound − 1. */
-static void round_codes(const float *w, size_t n, float inverse, int bound, int8_t *codes) {
-    vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
-    size_t i = 0;
-    for (; i + VW <= n; i += VW) {
-        vi_store_i8(codes + i, vf_round(vf_min(vf_max(vf_load(w + i) * inverse, low), high)));
-    }
-    if (i < n) {
-        int8_t lane[VW];
-        vi_store_i8(lane, vf_round(vf_min(vf_max(vf_load_part(w + i, n - i) * inverse, low), high)));
-        memcpy(codes + i, lane, n - i);
-    }
-}
-
-/* Bytes of scratch that a row of n needs. */
-static size_t convert_scratch(size_t n) {
-    size_t padded = (n + 63) / 64 * 64;
-    return sizeof(struct optimal_scratch) + (2 * ((11u << 10) + 8)) * sizeof(uint64_t) + padded * 12 + 64;
-}
-
-/* Lays the search's arrays out in `memory`, zeroed before the first row. */
+/* What a search works on: the row in fixed point, in one scratch. */
 struct convert_memory {
     struct optimal_scratch *search;
     int32_t *fixed;
     float *magnitude;
 };
 
+enum { BIN_WORDS = 2 * ((11 << 10) + 8) };
+
+INLINE size_t padded_length(size_t n) { return (n + 63) / 64 * 64; }
+
+/* Bytes of scratch that a row of n needs. */
+static size_t convert_scratch(size_t n) {
+    /* fixed, magnitude, index; the active ones with room for a last whole vector; two int16 planes. */
+    return sizeof(struct optimal_scratch) + BIN_WORDS * sizeof(uint64_t) + padded_length(n) * (5 * 4 + 2 * 2) + 2 * 64 * 4;
+}
+
 static struct convert_memory convert_layout(void *memory, size_t n) {
-    size_t padded = (n + 63) / 64 * 64;
+    size_t padded = padded_length(n);
     struct optimal_scratch *search = memory;
-    search->bins = (uint64_t *)(search + 1);
-    int32_t *fixed = (int32_t *)(search->bins + 2 * ((11u << 10) + 8));
+    search->histogram.bins = (uint64_t *)(search + 1);
+    int32_t *fixed = (int32_t *)(search->histogram.bins + BIN_WORDS);
     float *magnitude = (float *)(fixed + padded);
-    search->index = (uint32_t *)(magnitude + padded);
+    search->histogram.index = (uint32_t *)(magnitude + padded);
+    search->active_fixed = (int32_t *)(search->histogram.index + padded);
+    search->active_magnitude = (float *)(search->active_fixed + padded + 64);
+    search->high = (int16_t *)(search->active_magnitude + padded + 64);
+    search->low = search->high + padded;
     return (struct convert_memory){search, fixed, magnitude};
 }
 
-static void to_fixed(const float *w, size_t n, float unit, int32_t *fixed, float *magnitude) {
-    size_t padded = (n + VW - 1) / VW * VW;
-    for (size_t i = 0; i < padded; i += VW) {
-        vf v = i + VW <= n ? vf_load(w + i) : vf_load_part(w + i, n - i);
-        vi whole = vf_round(v * unit);
-        memcpy(fixed + i, &whole, sizeof whole);
-        vf_store(magnitude + i, vf_abs(vi_float(whole)));
-    }
+/* Eight-byte lanes: acc + Σ a · b of 32-bit lanes, exact. */
+#if defined(NPUQ_LEVEL_AVX512)
+typedef __m512i vl;
+INLINE vl vl_dot(vl acc, vi a, vi b) {
+    acc = _mm512_add_epi64(acc, _mm512_mul_epi32((__m512i)a, (__m512i)b));
+    return _mm512_add_epi64(acc, _mm512_mul_epi32(_mm512_srli_epi64((__m512i)a, 32), _mm512_srli_epi64((__m512i)b, 32)));
+}
+#elif defined(NPUQ_LEVEL_AVX2)
+typedef __m256i vl;
+INLINE vl vl_dot(vl acc, vi a, vi b) {
+    acc = _mm256_add_epi64(acc, _mm256_mul_epi32((__m256i)a, (__m256i)b));
+    return _mm256_add_epi64(acc, _mm256_mul_epi32(_mm256_srli_epi64((__m256i)a, 32), _mm256_srli_epi64((__m256i)b, 32)));
+}
+#else
+typedef int64_t vl __attribute__((vector_size(VW * 8)));
+INLINE vl vl_dot(vl acc, vi a, vi b) { return acc + __builtin_convertvector(a, vl) * __builtin_convertvector(b, vl); }
+#endif
+
+INLINE int64_t vl_total(vl v) {
+    int64_t lane[sizeof v / 8], sum = 0;
+    memcpy(lane, &v, sizeof v);
+    for (size_t i = 0; i < sizeof v / 8; i++) sum += lane[i];
+    return sum;
 }
 
+/* Exact sums over a row in fixed point. */
+struct fixed_sums {
+    int64_t squares, all; /* Σ w² and Σ |w| times the last code of its sign, 7 or 8 */
+};
+
+/* Rows are zero-padded to padded_length here, and so is what is made of them. */
+static struct fixed_sums to_fixed(const float *w, size_t n, float unit, const struct convert_memory *memory) {
+    const vi half = (vi){0} + PLANE_DOUBT;
+    const size_t padded = padded_length(n);
+    vl squares = {0};
+    int64_t all = 0;
+    for (size_t part = 0; part < padded; part += 64 * PLANE_STEP) { /* 128 sums of 2^23 · 8 fit 32 bits, unsigned */
+        size_t end = part + 64 * PLANE_STEP < padded ? part + 64 * PLANE_STEP : padded;
+        vi size_sum = {0}, negative_sum = {0};
+        for (size_t i = part; i < end; i += PLANE_STEP) {
+            vi high[2], low[2];
+            for (int k = 0; k < 2; k++) {
+                vi whole = vf_round(vf_load(w + i + k * VW) * unit), sign = whole >> 31, size = (whole ^ sign) - sign;
+                memcpy(memory->fixed + i + k * VW, &whole, sizeof whole);
+                vf_store(memory->magnitude + i + k * VW, vi_float(size));
+                high[k] = (whole + half) >> PLANE_SHIFT;
+                low[k] = whole - (high[k] << PLANE_SHIFT);
+                size_sum += size;
+                negative_sum += size & sign;
+                squares = vl_dot(squares, whole, whole);
+            }
+            vs_narrow(memory->search->high + i, high[0], high[1]);
+            vs_narrow(memory->search->low + i, low[0], low[1]);
+        }
+        all += 7 * vi_total_unsigned(size_sum) + vi_total_unsigned(negative_sum);
+    }
+    return (struct fixed_sums){vl_total(squares), all};
+}
+
+/* Codes round-half-even(w · inverse) between −bound and bound − 1, and the exact sums A and B of those codes. */
+static struct exact_state round_codes(const float *w, const int32_t *fixed, size_t n, float inverse, int bound,
+                                      int8_t *codes) {
+    vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
+    vl a = {0};
+    vi b = {0}; /* 2^14 · 2^17 / VW fits */
+    for (size_t i = 0; i < n; i += VW) { /* what lies behind n is 0 */
+        vi code = vf_round(vf_min(vf_max(vf_load(w + i) * inverse, low), high));
+        a = vl_dot(a, vi_load(fixed + i), code);
+        b += code * code;
+        if (i + VW <= n) {
+            vi_store_i8(codes + i, code);
+        } else {
+            int8_t lane[VW];
+            vi_store_i8(lane, code);
+            memcpy(codes + i, lane, n - i);
+        }
+    }
+    return (struct exact_state){vl_total(a), vi_total_unsigned(b), 0};
+}
+
+/* One row w [n], zero-padded to a multiple of 64. */
 static int convert_row(const float *w, size_t n, int bits, int mse, void *memory, struct converted *out) {
     int bound = 1 << (bits - 1), exponent;
     float largest = largest_finite(w, n);
@@ -114,32 +179,26 @@ static int convert_row(const float *w, size_t n, int bits, int mse, void *memory
         return NPUQ_OK;
     }
     struct convert_memory layout = convert_layout(memory, n);
-    int32_t *fixed = layout.fixed;
     (void)frexpf(largest, &exponent);
-    to_fixed(w, n, ldexpf(1, FIXED_BITS - exponent), fixed, layout.magnitude);
-    uint64_t squares = 0;
-    for (size_t i = 0; i < n; i++) squares += (uint64_t)((int64_t)fixed[i] * fixed[i]);
-    double norm = (double)(int64_t)squares;
+    struct fixed_sums sums = to_fixed(w, n, ldexpf(1, FIXED_BITS - exponent), &layout);
+    double norm = (double)sums.squares;
     out->scale = largest / (float)(bound - 1);
     if (mse) {
-        struct optimal_row row = {fixed, layout.magnitude, n, bound, norm};
+        struct optimal_row row = {layout.fixed, layout.magnitude, n, bound, norm};
         struct exact_state best;
         float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
-        if (optimal_state(&row, top, layout.search, &best) != NPUQ_OK) return NPUQ_NO_MEMORY;
+        if (optimal_state(&row, top, (double)sums.all, layout.search, &best) != NPUQ_OK) return NPUQ_NO_MEMORY;
         out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
     }
-    round_codes(w, n, 1.0f / out->scale, bound, out->codes);
-    int64_t a = 0, b = 0;
-    for (size_t i = 0; i < n; i++) a += (int64_t)fixed[i] * out->codes[i];
-    for (size_t i = 0; i < n; i++) b += out->codes[i] * out->codes[i];
+    struct exact_state state = round_codes(w, layout.fixed, n, 1.0f / out->scale, bound, out->codes);
     double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);
-    double error = norm - 2 * sigma * (double)a + sigma * sigma * (double)b;
+    double error = norm - 2 * sigma * (double)state.a + sigma * sigma * (double)state.b;
     out->error = ldexp(error > 0 ? error : 0, 2 * (exponent - FIXED_BITS));
     out->norm = ldexp(norm, 2 * (exponent - FIXED_BITS));
     return NPUQ_OK;
 }
 
-static void convert_release(void *memory) { free(((struct optimal_scratch *)memory)->breakpoints); }
+static void convert_release(void *memory) { free(((struct optimal_scratch *)memory)->walk.breakpoints); }
 
 /* Σ codes of each of `columns` equal slices. */
 static void slice_sums(const int8_t *codes, size_t n, size_t columns, int32_t *sums) {

@@ -1,0 +1,128 @@
+/* A row of 24-bit magnitudes as two planes of int16, fixed = 512 · high + low, so that the state of any scale costs a
+ * quarter of an instruction a weight. Codes are rounded from `high` alone: which side of a threshold a weight is on is
+ * certain up to PLANE_DOUBT of its magnitude; the sums A and B of the codes so found are exact. */
+#ifndef NPUQ_KERNELS_PLANES_H
+#define NPUQ_KERNELS_PLANES_H
+
+#include "simd.h"
+
+enum { PLANE_SHIFT = 9, PLANE_DOUBT = 1 << (PLANE_SHIFT - 1), PLANE_STEP = 2 * VW, PLANE_PART = 8192 };
+
+typedef int16_t vs __attribute__((vector_size(VW * 4)));
+
+INLINE vs vs_load(const int16_t *p) {
+    vs v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE vs vs_set(int value) { return (vs){0} + (int16_t)value; }
+
+/* mulhi: (a · b) >> 16. dot: acc + a₀ · b₀ + a₁ · b₁ of neighbours. */
+#if defined(NPUQ_LEVEL_AVX512)
+INLINE vs vs_mulhi(vs a, vs b) { return (vs)_mm512_mulhi_epi16((__m512i)a, (__m512i)b); }
+INLINE vs vs_min(vs a, vs b) { return (vs)_mm512_min_epi16((__m512i)a, (__m512i)b); }
+INLINE vs vs_max(vs a, vs b) { return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+INLINE vi vs_dot(vi acc, vs a, vs b) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+INLINE void vs_narrow(int16_t *p, vi even, vi odd) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)even));
+    _mm256_storeu_si256((__m256i *)(p + VW), _mm512_cvtepi32_epi16((__m512i)odd));
+}
+#elif defined(NPUQ_LEVEL_AVX2)
+INLINE vs vs_mulhi(vs a, vs b) { return (vs)_mm256_mulhi_epi16((__m256i)a, (__m256i)b); }
+INLINE vs vs_min(vs a, vs b) { return (vs)_mm256_min_epi16((__m256i)a, (__m256i)b); }
+INLINE vs vs_max(vs a, vs b) { return (vs)_mm256_max_epi16((__m256i)a, (__m256i)b); }
+INLINE vi vs_dot(vi acc, vs a, vs b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE void vs_narrow(int16_t *p, vi first, vi second) {
+    __m256i packed = _mm256_packs_epi32((__m256i)first, (__m256i)second); /* within 128-bit halves */
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+#else
+#if defined(NPUQ_LEVEL_NEON)
+INLINE vs vs_mulhi(vs a, vs b) {
+    int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
+    return (vs)vuzp2q_s16(vreinterpretq_s16_s32(low), vreinterpretq_s16_s32(high));
+}
+INLINE vs vs_min(vs a, vs b) { return (vs)vminq_s16((int16x8_t)a, (int16x8_t)b); }
+INLINE vs vs_max(vs a, vs b) { return (vs)vmaxq_s16((int16x8_t)a, (int16x8_t)b); }
+INLINE vi vs_dot(vi acc, vs a, vs b) {
+    int32x4_t sum = vmlal_s16((int32x4_t)acc, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return (vi)vmlal_high_s16(sum, (int16x8_t)a, (int16x8_t)b);
+}
+#else
+typedef int32_t vi_pair __attribute__((vector_size(32)));
+INLINE vs vs_mulhi(vs a, vs b) {
+    vi_pair product = __builtin_convertvector(a, vi_pair) * __builtin_convertvector(b, vi_pair);
+    return __builtin_convertvector(product >> 16, vs);
+}
+INLINE vs vs_min(vs a, vs b) {
+    vs mask = a < b;
+    return (mask & a) | (~mask & b);
+}
+INLINE vs vs_max(vs a, vs b) {
+    vs mask = a > b;
+    return (mask & a) | (~mask & b);
+}
+INLINE vi vs_dot(vi acc, vs a, vs b) {
+    vi_pair product = __builtin_convertvector(a, vi_pair) * __builtin_convertvector(b, vi_pair);
+    vi low, high;
+    memcpy(&low, &product, sizeof low);
+    memcpy(&high, (char *)&product + sizeof low, sizeof high);
+    return acc + low + high;
+}
+#endif
+INLINE void vs_narrow(int16_t *p, vi first, vi second) {
+    vi_store_u16((uint16_t *)p, first);
+    vi_store_u16((uint16_t *)p + VW, second);
+}
+#endif
+
+INLINE int64_t vi_total(vi v) {
+    int64_t sum = 0;
+    int32_t lane[VW];
+    memcpy(lane, &v, sizeof v);
+    for (int i = 0; i < VW; i++) sum += lane[i];
+    return sum;
+}
+
+/* Codes Σ: A = Σ w·q and B = Σ q² of a whole row, exact for the codes q that were found at half scale `h`. */
+struct mark {
+    double h;
+    int64_t a, b;
+};
+
+/* Zero-padded to whole PLANE_STEPs. */
+struct planes {
+    const int16_t *high, *low;
+    size_t n;
+};
+
+/* The state at half scale h or very little beside it: `h` of the result. For PLANE_LEAST ≤ h ≤ 2^23. */
+enum { PLANE_LEAST = 32 << PLANE_SHIFT };
+
+static struct mark plane_mark(const struct planes *row, double h) {
+    /* high · inverse / 2^16 is below 2^13, of which `shift` bits are fraction: |high| ≥ (2m − 1) · h / 512 gives m. */
+    double scaled = h / (1 << PLANE_SHIFT);
+    int shift = ilogb(scaled);
+    if (shift > 13) shift = 13;
+    int inverse = (int)(ldexp(1, 15 + shift) / scaled);
+    if (inverse > 32767) inverse = 32767;
+    struct mark mark = {ldexp(1, 15 + shift + PLANE_SHIFT) / inverse, 0, 0};
+    const vs factor = vs_set(inverse), half = vs_set(1 << (shift - 1)), least = vs_set(-8), most = vs_set(7);
+    for (size_t part = 0; part < row->n; part += PLANE_PART) { /* 32-bit sums hold that many */
+        size_t end = part + PLANE_PART < row->n ? part + PLANE_PART : row->n;
+        vi high = {0}, low = {0}, squares = {0};
+        for (size_t i = part; i < end; i += PLANE_STEP) {
+            vs w = vs_load(row->high + i);
+            vs q = vs_max(vs_min((vs_mulhi(w, factor) + half) >> shift, most), least);
+            high = vs_dot(high, w, q);
+            low = vs_dot(low, vs_load(row->low + i), q);
+            squares = vs_dot(squares, q, q);
+        }
+        mark.a += vi_total(high) * (1 << PLANE_SHIFT) + vi_total(low);
+        mark.b += vi_total(squares);
+    }
+    return mark;
+}
+
+#endif
