@@ -13,11 +13,14 @@
 #include "exact.h"
 #include "planes.h"
 
-enum { MOST_MARKS = 160, ACTIVE_PARTS = 12 };
+/* PART: products of 2^23 and 8 of which 16 fit a 32-bit lane. */
+enum { MOST_MARKS = 160, ACTIVE_PARTS = 12, PART = 16 * VW };
 
 /* Widths, relative, below which intervals stay as they are. */
 #define WHOLE_ROW_WIDTH 0.012
 #define ACTIVE_WIDTH 0.003
+/* Marks whose A² / B is this much below the best need not be exact. */
+#define ROUGH_GAP 8e-4
 /* How far from a threshold float32 rounding may go wrong, and how much wider a window is collected on its account. */
 #define ROUNDING_DOUBT 1e-6
 #define WINDOW_DOUBT 1e-5
@@ -33,36 +36,23 @@ struct bracket {
     const struct planes *planes;
     const struct active_row *active;
     size_t count;
-    double best; /* A² / B of the best mark */
+    double best, best_h; /* A² / B of the best mark, and where it is */
     struct mark marks[MOST_MARKS];
 };
 
-/* Σ of unsigned 32-bit lanes. */
-INLINE int64_t vi_total_unsigned(vi v) {
-    int64_t sum = 0;
-    uint32_t lane[VW];
-    memcpy(lane, &v, sizeof v);
-    for (int i = 0; i < VW; i++) sum += lane[i];
-    return sum;
-}
-
-/* Stores the lanes that `keep` selects, packed, at both places (which have room for whole vectors); how many. */
-INLINE size_t vi_compress(vi keep, vi a, int32_t *to_a, vf b, float *to_b) {
+/* Stores the lanes that `keep` selects, packed, with room behind them for a whole vector; how many. */
+INLINE size_t vi_compress(vi keep, vi v, int32_t *out) {
 #if defined(NPUQ_LEVEL_AVX512)
     __mmask16 mask = _mm512_movepi32_mask((__m512i)keep);
-    _mm512_storeu_si512(to_a, _mm512_maskz_compress_epi32(mask, (__m512i)a));
-    _mm512_storeu_ps(to_b, _mm512_maskz_compress_ps(mask, b));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, (__m512i)v));
     return (size_t)__builtin_popcount(mask);
 #else
     int32_t lane[VW], flag[VW];
-    float other[VW];
     size_t kept = 0;
-    memcpy(lane, &a, sizeof a);
+    memcpy(lane, &v, sizeof v);
     memcpy(flag, &keep, sizeof keep);
-    memcpy(other, &b, sizeof b);
     for (int i = 0; i < VW; i++) {
-        to_a[kept] = lane[i];
-        to_b[kept] = other[i];
+        out[kept] = lane[i];
         kept += flag[i] != 0;
     }
     return kept;
@@ -73,9 +63,11 @@ static struct mark active_mark(const struct active_row *active, double h) {
     const struct optimal_row *row = &active->row;
     struct mark mark = {h, active->a, active->b};
     const vf inverse = vf_set((float)(0.5 / h));
-    for (size_t part = 0; part < row->n; part += 32 * VW) { /* products below 2^26: 32-bit lanes hold 32 of them */
-        size_t end = part + 32 * VW < row->n ? part + 32 * VW : row->n;
-        vi a = {0}, b = {0};
+    vl sum = {0};
+    vi b = {0};
+    for (size_t part = 0; part < row->n; part += PART) {
+        size_t end = part + PART < row->n ? part + PART : row->n;
+        vi a = {0};
         for (size_t i = part; i < end; i += VW) {
             vi fixed = vi_load(row->fixed + i);
             vf limit = vi_float(7 - (fixed >> 31));
@@ -83,9 +75,10 @@ static struct mark active_mark(const struct active_row *active, double h) {
             a += (fixed ^ (fixed >> 31)) * code - (fixed >> 31) * code; /* |w| · q */
             b += code * code;
         }
-        mark.a += vi_total_unsigned(a);
-        mark.b += vi_total_unsigned(b);
+        sum = vl_add(sum, a);
     }
+    mark.a += vl_total(sum);
+    mark.b += vi_total(b);
     return mark;
 }
 
@@ -95,14 +88,24 @@ INLINE double mark_doubt(const struct bracket *bracket, double h) {
     return bracket->planes != NULL ? PLANE_DOUBT : h * ROUNDING_DOUBT;
 }
 
-/* Evaluates half scale h and puts it at its place; where. */
-static size_t add_mark(struct bracket *bracket, double h) {
-    struct mark mark = bracket->planes != NULL ? plane_mark(bracket->planes, h) : active_mark(bracket->active, h);
+/* Puts a mark at its place. */
+static void insert_mark(struct bracket *bracket, struct mark mark) {
+    
     size_t at = bracket->count++;
     for (; at > 0 && bracket->marks[at - 1].h < mark.h; at--) bracket->marks[at] = bracket->marks[at - 1];
     bracket->marks[at] = mark;
-    bracket->best = fmax(bracket->best, mark_score(mark));
-    return at;
+}
+
+static void add_mark(struct bracket *bracket, double h) {
+    struct mark mark = bracket->planes != NULL ? plane_mark(bracket->planes, h) : active_mark(bracket->active, h);
+    insert_mark(bracket, mark);
+    if (mark_score(mark) > bracket->best) bracket->best = mark_score(mark), bracket->best_h = mark.h;
+}
+
+/* A mark far from the best one, or near it: `from` is its neighbour. */
+static void march(struct bracket *bracket, struct mark from, double h) {
+    if (1 - mark_score(from) / bracket->best > ROUGH_GAP) insert_mark(bracket, rough_mark(bracket->planes, h));
+    else add_mark(bracket, h);
 }
 
 /* No state between marks i and i + 1 has a larger A² / B. */
@@ -113,24 +116,23 @@ static double bound_below(const struct bracket *bracket, size_t i) {
     return interval_bound(high, low, hi.h + z, lo.h - z);
 }
 
-/* Halves every interval that may hold the optimum until it is narrower than `width`. */
-static void refine(struct bracket *bracket, double width) {
-    for (size_t i = 0; i + 1 < bracket->count;) {
-        double hi = bracket->marks[i].h, lo = bracket->marks[i + 1].h;
-        /* Marks must be farther apart than their doubts, and may lie 2^-14 beside the h that was asked for. */
-        int wide = hi - lo > fmax(width * lo, 8 * mark_doubt(bracket, hi) + lo / 2048) && bracket->count < MOST_MARKS;
-        if (wide && bound_below(bracket, i) >= bracket->best * COARSE_SLACK) add_mark(bracket, sqrt(hi * lo));
-        else i++;
-    }
-}
-
-/* The hull of the intervals that may hold the optimum. */
-static struct interval hull(const struct bracket *bracket) {
+/* Halves every interval that may hold the optimum until it is narrower than `width`; the hull of those that remain. */
+static struct interval refine(struct bracket *bracket, double width) {
     struct interval window = {0, bracket->marks[0].h, 0};
-    for (size_t i = 0; i + 1 < bracket->count; i++) {
-        if (bound_below(bracket, i) < bracket->best * COARSE_SLACK) continue;
-        window.hi = fmax(window.hi, bracket->marks[i].h + mark_doubt(bracket, bracket->marks[i].h));
-        window.lo = bracket->marks[i + 1].h - mark_doubt(bracket, bracket->marks[i + 1].h);
+    for (size_t i = 0; i + 1 < bracket->count;) {
+        double hi = bracket->marks[i].h, lo = bracket->marks[i + 1].h, z = mark_doubt(bracket, hi);
+        /* Marks must be farther apart than their doubts, and may lie 2^-14 beside the h that was asked for. */
+        int wide = hi - lo > fmax(width * lo, 8 * z + lo / 2048) && bracket->count < MOST_MARKS;
+        int open = bound_below(bracket, i) >= bracket->best * COARSE_SLACK;
+        if (open && wide) {
+            add_mark(bracket, sqrt(hi * lo));
+            continue;
+        }
+        if (open) {
+            window.hi = fmax(window.hi, hi + z);
+            window.lo = lo - z;
+        }
+        i++;
     }
     return window;
 }
@@ -158,13 +160,13 @@ static int march_up(struct bracket *bracket, const struct optimal_row *row, doub
     double tried = 0;
     while (bracket->count < MOST_MARKS / 2) {
         struct mark top = bracket->marks[0];
-        if (top.h > fmax(tried, 1.15 * bracket->marks[bracket->count - 1].h)) {
+        if (top.h > fmax(tried, 2.2 * bracket->best_h)) {
             if (row->norm - zeroed_norm(row, top.h - PLANE_DOUBT) < bracket->best * COARSE_SLACK) return 1;
             tried = 1.15 * top.h;
         }
         double next = top.h * (1 + step_from(bracket, top)) + 4 * PLANE_DOUBT;
         if (next >= largest - 4 * PLANE_DOUBT) break;
-        add_mark(bracket, next);
+        march(bracket, top, next);
     }
     return 0;
 }
@@ -182,7 +184,7 @@ static int march_down(struct bracket *bracket, double all) {
         if (bracket->count > 1 && most < bracket->best * COARSE_SLACK) return 1;
         double next = low.h / (1 + step_from(bracket, low)) - 4 * PLANE_DOUBT;
         if (next < PLANE_LEAST) return 0;
-        add_mark(bracket, next);
+        march(bracket, low, next);
     }
     return 0;
 }
@@ -193,6 +195,9 @@ static struct interval bracket_row(struct bracket *bracket, const struct optimal
     *bracket = (struct bracket){.planes = planes, .count = 0};
     if (largest < 4 * PLANE_LEAST) return (struct interval){largest, 0, 0};
     add_mark(bracket, fmin(fmax(guess, PLANE_LEAST), largest / 2));
+    /* A / B is the best scale for the codes at hand; the optimum lies some four times as far. */
+    double drift = (double)bracket->marks[0].a / (2 * bracket->marks[0].h * (double)bracket->marks[0].b) - 1;
+    if (fabs(drift) > 0.003 && fabs(drift) < 0.1) add_mark(bracket, fmin(fmax(bracket->marks[0].h * (1 + 4 * drift), PLANE_LEAST), largest / 2));
     /* Climb until the best mark has a neighbour on each side. */
     for (double step = 0.03; bracket->count < MOST_MARKS / 4; step *= 1.3) {
         struct mark top = bracket->marks[0], low = bracket->marks[bracket->count - 1];
@@ -208,8 +213,7 @@ static struct interval bracket_row(struct bracket *bracket, const struct optimal
         bracket->count++;
     }
     if (bracket->count < 2) return (struct interval){largest, 0, 0};
-    refine(bracket, WHOLE_ROW_WIDTH);
-    struct interval window = hull(bracket);
+    struct interval window = refine(bracket, WHOLE_ROW_WIDTH);
     if (!below) window.lo = 0;
     return window;
 }
@@ -219,10 +223,11 @@ static struct interval bracket_row(struct bracket *bracket, const struct optimal
 static void keep_active(const struct optimal_row *row, float inverse_hi, float inverse_lo, int32_t *fixed,
                         float *magnitude, struct active_row *out) {
     size_t kept = 0;
-    out->a = out->b = 0;
-    for (size_t part = 0; part < row->n; part += 32 * VW) {
-        size_t end = part + 32 * VW < row->n ? part + 32 * VW : row->n;
-        vi a = {0}, b = {0};
+    vl sum = {0};
+    vi b = {0};
+    for (size_t part = 0; part < row->n; part += PART) {
+        size_t end = part + PART < row->n ? part + PART : row->n;
+        vi a = {0};
         for (size_t i = part; i < end; i += VW) {
             vi w = vi_load(row->fixed + i), sign = w >> 31;
             vf size = vf_load(row->magnitude + i), limit = vi_float(7 - sign);
@@ -231,14 +236,15 @@ static void keep_active(const struct optimal_row *row, float inverse_hi, float i
             code &= same;
             a += ((w ^ sign) - sign) * code;
             b += code * code;
-            kept += vi_compress(~same, w, fixed + kept, size, magnitude + kept);
+            kept += vi_compress(~same, w, fixed + kept);
         }
-        out->a += vi_total_unsigned(a);
-        out->b += vi_total_unsigned(b);
+        sum = vl_add(sum, a);
     }
+    out->a = vl_total(sum);
+    out->b = vi_total(b);
     size_t padded = (kept + VW - 1) / VW * VW;
     memset(fixed + kept, 0, (padded - kept) * sizeof *fixed);
-    memset(magnitude + kept, 0, (padded - kept) * sizeof *magnitude);
+    for (size_t i = 0; i < padded; i += VW) vf_store(magnitude + i, vf_abs(vi_float(vi_load(fixed + i))));
     out->row = (struct optimal_row){fixed, magnitude, padded, row->levels, 0};
 }
 
@@ -250,8 +256,7 @@ static struct interval bracket_active(struct bracket *bracket, const struct acti
     double hi = window.hi * (1 + 4 * ROUNDING_DOUBT), step = (hi - window.lo * (1 - 4 * ROUNDING_DOUBT)) / ACTIVE_PARTS;
     if (step < 1024 * ROUNDING_DOUBT * hi) return window;
     for (int part = 0; part <= ACTIVE_PARTS; part++) add_mark(bracket, hi - part * step);
-    refine(bracket, ACTIVE_WIDTH);
-    return hull(bracket);
+    return refine(bracket, ACTIVE_WIDTH);
 }
 
 #endif

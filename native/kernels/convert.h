@@ -87,31 +87,6 @@ static struct convert_memory convert_layout(void *memory, size_t n) {
     return (struct convert_memory){search, fixed, magnitude};
 }
 
-/* Eight-byte lanes: acc + Σ a · b of 32-bit lanes, exact. */
-#if defined(NPUQ_LEVEL_AVX512)
-typedef __m512i vl;
-INLINE vl vl_dot(vl acc, vi a, vi b) {
-    acc = _mm512_add_epi64(acc, _mm512_mul_epi32((__m512i)a, (__m512i)b));
-    return _mm512_add_epi64(acc, _mm512_mul_epi32(_mm512_srli_epi64((__m512i)a, 32), _mm512_srli_epi64((__m512i)b, 32)));
-}
-#elif defined(NPUQ_LEVEL_AVX2)
-typedef __m256i vl;
-INLINE vl vl_dot(vl acc, vi a, vi b) {
-    acc = _mm256_add_epi64(acc, _mm256_mul_epi32((__m256i)a, (__m256i)b));
-    return _mm256_add_epi64(acc, _mm256_mul_epi32(_mm256_srli_epi64((__m256i)a, 32), _mm256_srli_epi64((__m256i)b, 32)));
-}
-#else
-typedef int64_t vl __attribute__((vector_size(VW * 8)));
-INLINE vl vl_dot(vl acc, vi a, vi b) { return acc + __builtin_convertvector(a, vl) * __builtin_convertvector(b, vl); }
-#endif
-
-INLINE int64_t vl_total(vl v) {
-    int64_t lane[sizeof v / 8], sum = 0;
-    memcpy(lane, &v, sizeof v);
-    for (size_t i = 0; i < sizeof v / 8; i++) sum += lane[i];
-    return sum;
-}
-
 /* Exact sums over a row in fixed point. */
 struct fixed_sums {
     int64_t squares, all; /* Σ w² and Σ |w| times the last code of its sign, 7 or 8 */
@@ -123,8 +98,8 @@ static struct fixed_sums to_fixed(const float *w, size_t n, float unit, const st
     const size_t padded = padded_length(n);
     vl squares = {0};
     int64_t all = 0;
-    for (size_t part = 0; part < padded; part += 64 * PLANE_STEP) { /* 128 sums of 2^23 · 8 fit 32 bits, unsigned */
-        size_t end = part + 64 * PLANE_STEP < padded ? part + 64 * PLANE_STEP : padded;
+    for (size_t part = 0; part < padded; part += 32 * PLANE_STEP) { /* 64 sums of 2^23 fit 32 bits */
+        size_t end = part + 32 * PLANE_STEP < padded ? part + 32 * PLANE_STEP : padded;
         vi size_sum = {0}, negative_sum = {0};
         for (size_t i = part; i < end; i += PLANE_STEP) {
             vi high[2], low[2];
@@ -141,7 +116,7 @@ static struct fixed_sums to_fixed(const float *w, size_t n, float unit, const st
             vs_narrow(memory->search->high + i, high[0], high[1]);
             vs_narrow(memory->search->low + i, low[0], low[1]);
         }
-        all += 7 * vi_total_unsigned(size_sum) + vi_total_unsigned(negative_sum);
+        all += 7 * vi_total(size_sum) + vi_total(negative_sum);
     }
     return (struct fixed_sums){vl_total(squares), all};
 }
@@ -164,7 +139,7 @@ static struct exact_state round_codes(const float *w, const int32_t *fixed, size
             memcpy(codes + i, lane, n - i);
         }
     }
-    return (struct exact_state){vl_total(a), vi_total_unsigned(b), 0};
+    return (struct exact_state){vl_total(a), vi_total(b), 0};
 }
 
 /* One row w [n], zero-padded to a multiple of 64. */

@@ -77,30 +77,72 @@ INLINE void vs_narrow(int16_t *p, vi first, vi second) {
 }
 #endif
 
-INLINE int64_t vi_total(vi v) {
+/* Sums in 64-bit lanes: of 32-bit lanes, and of their products; exact. */
+#if defined(NPUQ_LEVEL_AVX512)
+typedef __m512i vl;
+INLINE vl vl_add(vl acc, vi v) {
+    acc = _mm512_add_epi64(acc, _mm512_cvtepi32_epi64(_mm512_castsi512_si256((__m512i)v)));
+    return _mm512_add_epi64(acc, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64((__m512i)v, 1)));
+}
+INLINE vl vl_dot(vl acc, vi a, vi b) {
+    acc = _mm512_add_epi64(acc, _mm512_mul_epi32((__m512i)a, (__m512i)b));
+    return _mm512_add_epi64(acc, _mm512_mul_epi32(_mm512_srli_epi64((__m512i)a, 32), _mm512_srli_epi64((__m512i)b, 32)));
+}
+INLINE int64_t vl_total(vl v) { return _mm512_reduce_add_epi64(v); }
+#elif defined(NPUQ_LEVEL_AVX2)
+typedef __m256i vl;
+INLINE vl vl_add(vl acc, vi v) {
+    acc = _mm256_add_epi64(acc, _mm256_cvtepi32_epi64(_mm256_castsi256_si128((__m256i)v)));
+    return _mm256_add_epi64(acc, _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)v, 1)));
+}
+INLINE vl vl_dot(vl acc, vi a, vi b) {
+    acc = _mm256_add_epi64(acc, _mm256_mul_epi32((__m256i)a, (__m256i)b));
+    return _mm256_add_epi64(acc, _mm256_mul_epi32(_mm256_srli_epi64((__m256i)a, 32), _mm256_srli_epi64((__m256i)b, 32)));
+}
+INLINE int64_t vl_total(vl v) {
+    __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return _mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1);
+}
+#else
+typedef int64_t vl __attribute__((vector_size(VW * 8)));
+INLINE vl vl_add(vl acc, vi v) { return acc + __builtin_convertvector(v, vl); }
+INLINE vl vl_dot(vl acc, vi a, vi b) { return acc + __builtin_convertvector(a, vl) * __builtin_convertvector(b, vl); }
+INLINE int64_t vl_total(vl v) {
     int64_t sum = 0;
-    int32_t lane[VW];
-    memcpy(lane, &v, sizeof v);
-    for (int i = 0; i < VW; i++) sum += lane[i];
+    for (int i = 0; i < VW; i++) sum += v[i];
     return sum;
 }
+#endif
 
-/* Codes Σ: A = Σ w·q and B = Σ q² of a whole row, exact for the codes q that were found at half scale `h`. */
+INLINE int64_t vi_total(vi v) { return vl_total(vl_add((vl){0}, v)); }
+
+/* The state at half scale h: A = Σ |w|·q and B = Σ q² of the whole row, for codes q that were found at h. */
 struct mark {
     double h;
     int64_t a, b;
 };
 
-/* Zero-padded to whole PLANE_STEPs. */
+/* Zero-padded to whole pairs of PLANE_STEPs. */
 struct planes {
     const int16_t *high, *low;
     size_t n;
 };
 
-/* The state at half scale h or very little beside it: `h` of the result. For PLANE_LEAST ≤ h ≤ 2^23. */
 enum { PLANE_LEAST = 32 << PLANE_SHIFT };
 
-static struct mark plane_mark(const struct planes *row, double h) {
+struct plane_sums {
+    vi high, low, squares;
+};
+
+INLINE void plane_add(const struct planes *row, size_t i, vs factor, vs half, int shift, int exact, struct plane_sums *sums) {
+    vs w = vs_load(row->high + i);
+    vs q = vs_max(vs_min((vs_mulhi(w, factor) + half) >> shift, vs_set(7)), vs_set(-8));
+    sums->high = vs_dot(sums->high, w, q);
+    if (exact) sums->low = vs_dot(sums->low, vs_load(row->low + i), q);
+    sums->squares = vs_dot(sums->squares, q, q);
+}
+
+INLINE struct mark plane_mark_as(const struct planes *row, double h, const int exact) {
     /* high · inverse / 2^16 is below 2^13, of which `shift` bits are fraction: |high| ≥ (2m − 1) · h / 512 gives m. */
     double scaled = h / (1 << PLANE_SHIFT);
     int shift = ilogb(scaled);
@@ -108,20 +150,29 @@ static struct mark plane_mark(const struct planes *row, double h) {
     int inverse = (int)(ldexp(1, 15 + shift) / scaled);
     if (inverse > 32767) inverse = 32767;
     struct mark mark = {ldexp(1, 15 + shift + PLANE_SHIFT) / inverse, 0, 0};
-    const vs factor = vs_set(inverse), half = vs_set(1 << (shift - 1)), least = vs_set(-8), most = vs_set(7);
+    const vs factor = vs_set(inverse), half = vs_set(1 << (shift - 1));
     for (size_t part = 0; part < row->n; part += PLANE_PART) { /* 32-bit sums hold that many */
         size_t end = part + PLANE_PART < row->n ? part + PLANE_PART : row->n;
-        vi high = {0}, low = {0}, squares = {0};
-        for (size_t i = part; i < end; i += PLANE_STEP) {
-            vs w = vs_load(row->high + i);
-            vs q = vs_max(vs_min((vs_mulhi(w, factor) + half) >> shift, most), least);
-            high = vs_dot(high, w, q);
-            low = vs_dot(low, vs_load(row->low + i), q);
-            squares = vs_dot(squares, q, q);
+        struct plane_sums even = {{0}, {0}, {0}}, odd = even; /* two sets: additions wait for each other */
+        for (size_t i = part; i < end; i += 2 * PLANE_STEP) {
+            plane_add(row, i, factor, half, shift, exact, &even);
+            plane_add(row, i + PLANE_STEP, factor, half, shift, exact, &odd);
         }
-        mark.a += vi_total(high) * (1 << PLANE_SHIFT) + vi_total(low);
-        mark.b += vi_total(squares);
+        mark.a += vi_total(even.high + odd.high) * (1 << PLANE_SHIFT) + vi_total(even.low + odd.low);
+        mark.b += vi_total(even.squares + odd.squares);
     }
+    return mark;
+}
+
+/* The mark at half scale h or very little beside it (`h` of the result), for PLANE_LEAST ≤ h ≤ 2^23; exact for its codes.
+ */
+static struct mark plane_mark(const struct planes *row, double h) { return plane_mark_as(row, h, 1); }
+
+/* The same from half of the data, with an upper bound of A. */
+static struct mark rough_mark(const struct planes *row, double h) {
+    struct mark mark = plane_mark_as(row, h, 0);
+    /* |w| ≤ 512 · |high| + 256, and Σ |q| ≤ √(n · Σ q²). */
+    mark.a += (int64_t)(PLANE_DOUBT * sqrt((double)row->n * (double)mark.b)) + 1;
     return mark;
 }
 
