@@ -35,25 +35,43 @@ INLINE vf vf_load_fp8(const uint8_t *p) {
 }
 #endif
 
-static void decode_fp8(const uint8_t *x, size_t n, const float *block_scale, size_t block, float *out) {
-    uint8_t nan = 0;
-    for (size_t i = 0; i < n; i++) nan |= (x[i] & 0x7F) == 0x7F;
-    for (size_t first = 0; first < n; first += block) {
-        size_t end = first + block < n ? first + block : n, i = first;
-        float scale = block_scale[first / block];
-        for (; i + VW <= end; i += VW) vf_store(out + i, vf_load_fp8(x + i) * scale);
-        if (i < end) {
-            uint8_t lane[16] = {0};
-            memcpy(lane, x + i, end - i);
-            vf_store_part(out + i, vf_load_fp8(lane) * scale, end - i);
-        }
+/* A block of up to `count` weights; raises `largest`. */
+INLINE vf decode_block(const uint8_t *x, size_t count, float scale, float *out, vf largest) {
+    size_t i = 0;
+    for (; i + VW <= count; i += VW) {
+        vf w = vf_load_fp8(x + i) * scale;
+        vf_store(out + i, w);
+        largest = vf_max(vf_abs(w), largest);
     }
-    if (nan) out[0] = NAN; /* the row is refused: which element it was does not matter */
+    if (i < count) {
+        uint8_t lane[16] = {0};
+        memcpy(lane, x + i, count - i);
+        vf w = vf_load_fp8(lane) * scale;
+        vf_store_part(out + i, w, count - i);
+        largest = vf_max(vf_abs(w), largest);
+    }
+    return largest;
 }
 
-static void decode_row(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out) {
-    if (dtype == NPUQ_F8E4M3) decode_fp8(x, n, block_scale, block, out);
-    else to_float(x, dtype, n, out);
+static float decode_fp8(const uint8_t *x, size_t n, const float *block_scale, size_t block, float *out) {
+    uint8_t nan = 0;
+    vf most = vf_set(0);
+    float poison = 0;
+    for (size_t i = 0; i < n; i++) nan |= (x[i] & 0x7F) == 0x7F;
+    for (size_t first = 0; first < n; first += block) {
+        float scale = block_scale[first / block];
+        most = decode_block(x + first, first + block < n ? block : n - first, scale, out + first, most);
+        poison += scale * 0.0f;
+    }
+    /* Finite scales leave only overflow, which a maximum keeps. */
+    float largest = vf_largest(most);
+    return nan || poison != 0 || isinf(largest) ? NAN : largest;
+}
+
+static float decode_row(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out) {
+    if (dtype == NPUQ_F8E4M3) return decode_fp8(x, n, block_scale, block, out);
+    to_float(x, dtype, n, out);
+    return largest_finite(out, n);
 }
 
 /* What a search works on: the row in fixed point, in one scratch. */
@@ -121,55 +139,77 @@ static struct fixed_sums to_fixed(const float *w, size_t n, float unit, const st
     return (struct fixed_sums){vl_total(squares), all};
 }
 
-/* Codes round-half-even(w · inverse) between −bound and bound − 1, and the exact sums A and B of those codes. */
-static struct exact_state round_codes(const float *w, const int32_t *fixed, size_t n, float inverse, int bound,
-                                      int8_t *codes) {
+/* Codes round-half-even(w · inverse) between −bound and bound − 1, and the exact sums A and B of those codes; where
+ * `squares` is given, also Σ w² in fixed point. */
+INLINE struct exact_state round_codes_as(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
+                                         const int bits, int64_t *squares) {
     vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
-    vl a = {0};
+    vl even = {0}, odd = {0}, sum = {0};
     vi b = {0}; /* 2^14 · 2^17 / VW fits */
-    for (size_t i = 0; i < n; i += VW) { /* what lies behind n is 0 */
-        vi code = vf_round(vf_min(vf_max(vf_load(w + i) * inverse, low), high));
-        a = vl_dot(a, vi_load(fixed + i), code);
-        b += code * code;
-        if (i + VW <= n) {
-            vi_store_i8(codes + i, code);
-        } else {
-            int8_t lane[VW];
-            vi_store_i8(lane, code);
-            memcpy(codes + i, lane, n - i);
+    for (size_t i = 0; i < n;) { /* what lies behind n is 0 */
+        size_t end = i + PART < n ? i + PART : n;
+        vi a = {0};
+        for (; i < end; i += VW) {
+            vf v = vf_load(w + i);
+            vi fixed = vf_round(v * unit), code = vf_round(vf_min(vf_max(v * inverse, low), high));
+            if (bits == 4) a += fixed * code; /* 2^26 at most, PART / VW times */
+            else sum = vl_dot(sum, fixed, code);
+            if (squares != NULL) vl_squares(fixed, &even, &odd);
+            b = vi_square_bytes(b, code);
+            if (i + VW <= n) {
+                vi_store_i8(codes + i, code);
+            } else {
+                int8_t lane[VW];
+                vi_store_i8(lane, code);
+                memcpy(codes + i, lane, n - i);
+            }
         }
+        if (bits == 4) sum = vl_add(sum, a);
     }
-    return (struct exact_state){vl_total(a), vi_total(b), 0};
+    if (squares != NULL) *squares = vl_total(even) + vl_total(odd);
+    return (struct exact_state){vl_total(sum), vi_total(b), 0};
 }
 
-/* One row w [n], zero-padded to a multiple of 64. */
-static int convert_row(const float *w, size_t n, int bits, int mse, void *memory, struct converted *out) {
+static struct exact_state round_codes(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
+                                      int64_t *squares) {
+    if (bound == 8) return round_codes_as(w, n, unit, inverse, bound, codes, 4, squares);
+    return round_codes_as(w, n, unit, inverse, bound, codes, 8, squares);
+}
+
+/* The error of codes with the exact sums A and B, and the norm, of a row in fixed point. */
+INLINE void account(struct converted *out, double norm, struct exact_state state, int exponent) {
+    double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);
+    double error = norm - 2 * sigma * (double)state.a + sigma * sigma * (double)state.b;
+    out->error = ldexp(error > 0 ? error : 0, 2 * (exponent - FIXED_BITS));
+    out->norm = ldexp(norm, 2 * (exponent - FIXED_BITS));
+}
+
+static int convert_row(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out) {
     int bound = 1 << (bits - 1), exponent;
-    float largest = largest_finite(w, n);
-    if (largest != largest) return NPUQ_NOT_FINITE;
     if (largest < 0x1p-100f) {
         memset(out->codes, 0, n);
         out->scale = 1;
         out->error = out->norm = 0;
         return NPUQ_OK;
     }
-    struct convert_memory layout = convert_layout(memory, n);
     (void)frexpf(largest, &exponent);
-    struct fixed_sums sums = to_fixed(w, n, ldexpf(1, FIXED_BITS - exponent), &layout);
-    double norm = (double)sums.squares;
+    const float unit = ldexpf(1, FIXED_BITS - exponent);
     out->scale = largest / (float)(bound - 1);
-    if (mse) {
-        struct optimal_row row = {layout.fixed, layout.magnitude, n, bound, norm};
-        struct exact_state best;
-        float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
-        if (optimal_state(&row, top, (double)sums.all, layout.search, &best) != NPUQ_OK) return NPUQ_NO_MEMORY;
-        out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
+    int64_t squares;
+    if (!mse) {
+        struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, &squares);
+        account(out, (double)squares, state, exponent);
+        return NPUQ_OK;
     }
-    struct exact_state state = round_codes(w, layout.fixed, n, 1.0f / out->scale, bound, out->codes);
-    double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);
-    double error = norm - 2 * sigma * (double)state.a + sigma * sigma * (double)state.b;
-    out->error = ldexp(error > 0 ? error : 0, 2 * (exponent - FIXED_BITS));
-    out->norm = ldexp(norm, 2 * (exponent - FIXED_BITS));
+    struct convert_memory layout = convert_layout(memory, n);
+    struct fixed_sums sums = to_fixed(w, n, unit, &layout);
+    struct optimal_row row = {layout.fixed, layout.magnitude, n, bound, (double)sums.squares};
+    struct exact_state best;
+    float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
+    if (optimal_state(&row, top, (double)sums.all, layout.search, &best) != NPUQ_OK) return NPUQ_NO_MEMORY;
+    out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
+    struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, NULL);
+    account(out, row.norm, state, exponent);
     return NPUQ_OK;
 }
 
