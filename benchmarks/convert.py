@@ -1,12 +1,13 @@
-"""Conversion speed beside a plain copy of the same bytes, and the memory it takes.
+"""Conversion speed beside a plain copy of the same bytes, in memory and on disk, and the memory it takes.
 
-    python benchmarks/convert.py --directory /dev/shm          a memory-backed file system: the program's own speed
+    python benchmarks/convert.py                       /dev/shm (the program's own speed), then build/ (the disk's)
     python benchmarks/convert.py --directory build --experts 16 --source bf16 --method mse
 
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
-to W4A8. In each round the conversion runs, then a plain sequential copy (read the source, write as many bytes as the
-artifact has, sync). Printed are medians: GB/s of source, the ratio to the copy of the same round, and the highest
-resident memory, of which anonymous memory is what the process holds, torch included, and the rest is mapped files.
+to W4A8. In each round the conversion runs, then a plain sequential copy: read the source, write as many bytes as the
+artifact has, sync. The conversion syncs too. Printed are medians: GB/s of source, the ratio to the copy of the same
+round, and the highest anonymous memory, which is what the process holds, torch included (the rest of its resident
+memory is mapped files).
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ COPY_CHUNK = 16 << 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=Path("build"), help="where source and artifact are written")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        action="append",
+        help="where source and artifact are written; default /dev/shm and build",
+    )
     parser.add_argument("--experts", type=int, default=16, help="44 MB of FP8 source each")
     parser.add_argument("--source", choices=["fp8", "bf16"], default="fp8")
     parser.add_argument("--method", choices=["minmax", "mse"], action="append", help="default both")
@@ -44,20 +50,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="npuq-", dir=options.directory) as folder:
-        source = Path(folder) / "source"
-        write_source(source, options.experts, options.source)
-        rows = [measure(source, method, options) for method in options.method or ["minmax", "mse"]]
+    rows = []
+    for directory in options.directory or [Path("/dev/shm"), Path("build")]:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="npuq-", dir=directory) as folder:
+            source = Path(folder) / "source"
+            write_source(source, options.experts, options.source)
+            methods = options.method or ["minmax", "mse"]
+            rows += [{"directory": str(directory), **measure(source, method, options)} for method in methods]
     if options.json:
         print(json.dumps({"kernels": description(), **vars(options), "rows": rows}, indent=2, default=str))
         return
     print(f"{options.experts} experts in {options.source}, {options.workers} workers, {description()}")
-    print("method  source GB/s  copy GB/s  of copy  peak RSS  anonymous")
+    print("directory  method  source GB/s  copy GB/s  of copy  peak RSS  anonymous")
     for row in rows:
         print(
-            f"{row['method']:6}  {row['source_bytes_per_s'] / 1e9:11.3f}  {row['copy_bytes_per_s'] / 1e9:9.3f}  "
-            f"{row['of_copy']:7.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  {row['peak_anonymous_bytes'] / 1e6:6.0f} MB"
+            f"{row['directory']:9}  {row['method']:6}  {row['source_bytes_per_s'] / 1e9:11.3f}  "
+            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {row['of_copy']:7.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  "
+            f"{row['peak_anonymous_bytes'] / 1e6:6.0f} MB"
         )
 
 

@@ -30,9 +30,9 @@ from ..quant.schemes import Scheme
 from .calibration.states import stored_reports
 from .card import model_card
 from .engine_rules import config_schemes
+from .hashes import file_sha256
 from .journal import JobStats, Record
 from .output import partial_path, publish, write_file
-from .pipeline import file_sha256
 from .plan import Job, Plan
 from .prepare import Prepared
 from .recipe import STORED

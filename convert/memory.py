@@ -12,8 +12,9 @@ from ..quant.scales import Method
 from ..quant.schemes import Scheme
 from .plan import Plan
 
-# Two million values are 8 MB in float32: large enough that the cost of a call vanishes.
-CHUNK_ELEMENTS = 2 << 20
+# A million values: large enough that the cost of a call vanishes, small enough that what is read is still in cache when
+# it is converted.
+CHUNK_ELEMENTS = 1 << 20
 # Below this, reads and writes become so small that the disk is slow: fewer workers are better.
 _PREFERRED_MINIMUM = 128 << 10
 

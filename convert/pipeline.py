@@ -6,18 +6,17 @@ between them. Each worker reads, computes and writes; with several of them the t
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..errors import ConversionError
 from ..quant.dialects import WeightSource
+from .hashes import ShardHashes
 from .journal import Journal, Record
 from .memory import Budget
 from .output import write_error
@@ -26,8 +25,6 @@ from .progress import Progress
 from .shards import ShardFiles
 from .syncer import Syncer
 from .worker import StoppedError, run_job
-
-_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -62,24 +59,21 @@ _Event = _Done | _Hashed | _Ended
 
 
 class _Work:
-    """What is left to do, handed out to workers: shards to hash before jobs, jobs in plan order."""
+    """What is left to do, handed out to workers: finished shards that were never hashed, then jobs in plan order."""
 
     def __init__(self, plan: Plan, record: Record):
         self._lock = threading.Lock()
         self._jobs = iter([job for job in plan.jobs if job.index not in record.jobs])
-        self._left = [sum(index not in record.jobs for index in shard.jobs) for shard in plan.shards]
-        self._to_hash = [shard for shard, left in enumerate(self._left) if left == 0 and shard not in record.hashes]
+        self._to_hash = [
+            number
+            for number, shard in enumerate(plan.shards)
+            if number not in record.hashes and all(index in record.jobs for index in shard.jobs)
+        ]
 
     def next(self) -> Job | int | None:
         """A job, the index of a finished shard to hash, or None at the end."""
         with self._lock:
             return self._to_hash.pop() if self._to_hash else next(self._jobs, None)
-
-    def job_done(self, job: Job) -> None:
-        with self._lock:
-            self._left[job.shard] -= 1
-            if self._left[job.shard] == 0:
-                self._to_hash.append(job.shard)
 
 
 def run_plan(
@@ -103,20 +97,25 @@ def run_plan(
         raise write_error(journal.path, error) from error
     work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
+    hashes = ShardHashes(plan, files, journal.record.jobs)
+
+    def do(task: Job | int) -> None:
+        if isinstance(task, int):
+            shard, sha256 = task, hashes.advance(task, stop)
+        else:
+            stats = run_job(task, source, files, budget.chunk_elements, stop)
+            source.release(task.source)
+            syncer.job_done(task.index, stats)
+            events.put(_Done(task))
+            shard, sha256 = task.shard, hashes.job_done(task, stop)
+        if sha256 is not None:
+            syncer.shard_hashed(shard, sha256)
+            events.put(_Hashed(shard, sha256))
 
     def worker() -> None:
         try:
             while not stop.is_set() and (task := work.next()) is not None:
-                if isinstance(task, int):
-                    sha256 = file_sha256(files.path(task))
-                    syncer.shard_hashed(task, sha256)
-                    events.put(_Hashed(task, sha256))
-                    continue
-                stats = run_job(task, source, files, budget.chunk_elements, stop)
-                source.release(task.source)
-                syncer.job_done(task.index, stats)
-                work.job_done(task)
-                events.put(_Done(task))
+                do(task)
         except StoppedError:
             events.put(_Ended(None))
         except BaseException as error:  # carried to the calling thread, which raises it
@@ -151,18 +150,6 @@ def run_plan(
             _end(threads, syncer)
             raise
         syncer.finish()
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in small pieces."""
-    digest, buffer = hashlib.sha256(), bytearray(_HASH_CHUNK)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read back: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _watch(

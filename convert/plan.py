@@ -183,19 +183,26 @@ def _bound(output: OutputTensor, size: int) -> int:
 
 
 def _lay_out(number: int, group: Sequence[_Draft]) -> tuple[bytes, int, dict[str, Slot]]:
-    """Header, file size and slots of one shard.
+    """Header, file size and slots of one shard: in job order, so that files fill from front to back.
 
-    Tensors are ordered by falling item size, otherwise in job order: every tensor is then aligned to its item size, as
-    memory-mapping readers need.
+    Every tensor is aligned to its item size, as memory-mapping readers need. Where an odd shape breaks that, all
+    tensors of the shard are ordered by falling item size instead.
     """
-    outputs = [output for draft in group for output in draft.outputs]
-    outputs.sort(key=lambda output: -ITEM_BYTES[output[0].dtype])  # stable
-    header = encode_header([(output.name, output.dtype, output.shape) for output, _ in outputs], METADATA)
-    slots, position = {}, len(header)
-    for output, size in outputs:
-        slots[output.name] = Slot(output.name, output.dtype, output.shape, number, position, size)
-        position += size
+    by_job = [output for draft in group for output in _falling(draft.outputs)]
+    for outputs in (by_job, _falling(by_job)):
+        header = encode_header([(output.name, output.dtype, output.shape) for output, _ in outputs], METADATA)
+        slots, position = {}, len(header)
+        for output, size in outputs:
+            slots[output.name] = Slot(output.name, output.dtype, output.shape, number, position, size)
+            position += size
+        if all(slot.start % ITEM_BYTES[slot.dtype] == 0 for slot in slots.values()):
+            break
     return header, position, slots
+
+
+def _falling(outputs: Iterable[tuple[OutputTensor, int]]) -> list[tuple[OutputTensor, int]]:
+    """By falling item size, otherwise in the order they have."""
+    return sorted(outputs, key=lambda output: -ITEM_BYTES[output[0].dtype])
 
 
 def _job(index: int, draft: _Draft, slots: Mapping[str, Slot]) -> Job:

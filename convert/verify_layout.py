@@ -29,7 +29,7 @@ from ..quant.safetensors import read_header
 from ..quant.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from .architecture import ROUTER_BIASES, Role, Spec, expected_specs, family_of, layer_of
 from .engine_rules import config_schemes, violations
-from .pipeline import file_sha256
+from .hashes import file_sha256
 from .recipe import Target, load_recipe
 
 _FLOAT_CODES = ("BF16", "F16", "F32")

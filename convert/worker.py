@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ConversionError
 from ..quant.dialects import WeightSource
 from ..quant.safetensors import DTYPES
 from ..quant.scales import NonFiniteError
-from ..quant.schemes import INPUT_OFFSET, INPUT_SCALE, QuantizedRows, Scheme, quantize_stored
+from ..quant.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
 from ..quant.stored import QuantizedSource
 from .architecture import Role
 from .journal import JobStats
@@ -35,6 +35,7 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, chunk_elements: i
     """
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)
+    small: dict[Slot, list[Tensor]] = {}
     for start, end in row_chunks(job, chunk_elements, source.block_rows):
         if stop.is_set():
             raise StoppedError
@@ -43,12 +44,16 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, chunk_elements: i
             continue
         quantized = _quantized_rows(job, source, start, end)
         for slot in job.outputs:
-            # One value for the whole linear is written with its first rows.
-            if slot.suffix in (INPUT_SCALE, INPUT_OFFSET) and start:
-                continue
-            write_slot(files, job, slot, start, quantized.tensors[slot.suffix])
+            if slot.suffix == WEIGHT:
+                write_slot(files, job, slot, start, quantized.tensors[WEIGHT])
+            # One value for the whole linear comes with its first rows.
+            elif slot.suffix not in (INPUT_SCALE, INPUT_OFFSET) or start == 0:
+                small.setdefault(slot, []).append(quantized.tensors[slot.suffix])
         squared_error[start:end] = quantized.squared_error.numpy()
         squared_norm[start:end] = quantized.squared_norm.numpy()
+    # A few bytes a row: one write a tensor, not one a chunk.
+    for slot, parts in small.items():
+        write_slot(files, job, slot, 0, torch.cat(parts))
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     return JobStats(float(squared_error.sum()), float(squared_norm.sum()))
 

@@ -26,9 +26,14 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
     int status = NPUQ_OK;
     for (int64_t r = 0; r < rows && status == NPUQ_OK; r++) {
         struct converted out = {.codes = bits == 4 ? pair[r % 2] : codes + (size_t)r * n};
-        kernels->decode_row(row_at(source, r, cols), source->dtype, n, scales_at(source, r), (size_t)source->block_cols, w);
-        status = kernels->convert_row(w, n, bits, mse, memory, &out);
-        if (status == NPUQ_NOT_FINITE) *bad_row = r;
+        float largest = kernels->decode_row(row_at(source, r, cols), source->dtype, n, scales_at(source, r),
+                                            (size_t)source->block_cols, w);
+        if (largest != largest) {
+            *bad_row = r;
+            status = NPUQ_NOT_FINITE;
+            break;
+        }
+        status = kernels->convert_row(w, n, largest, bits, mse, memory, &out);
         scale[r] = out.scale;
         error[r] = out.error;
         norm[r] = out.norm;

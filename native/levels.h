@@ -70,8 +70,10 @@ struct kernels {
     /* Conversion; see kernels/convert.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
     size_t (*convert_scratch)(size_t n);
     void (*convert_release)(void *memory);
-    void (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
-    int (*convert_row)(const float *w, size_t n, int bits, int mse, void *memory, struct converted *out);
+    /* The largest magnitude; NaN when there is an infinity or a NaN. */
+    float (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
+    /* w is zero-padded to a multiple of 64. */
+    int (*convert_row)(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out);
     void (*slice_sums)(const int8_t *codes, size_t n, size_t columns, int32_t *sums);
     void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, int8_t *out);
 };

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ..pipeline import file_sha256
+from ..hashes import file_sha256
 from ..shards import sync_directory
 
 FOLDER = "calibration"

@@ -1,0 +1,74 @@
+"""Runs inside a peer's own environment, for convert_peers.py: quantizes matrices with the peer's code, and times that.
+
+    python peer_quantizers.py llmcompressor|msmodelslim METHOD INPUT.safetensors OUTPUT.safetensors THREADS
+
+INPUT holds bf16 matrices [N, K]; OUTPUT gets NAME.codes int8 and NAME.scale float32 [N, 1]. Prints the seconds from the
+matrix in memory to codes and scales in memory, for all matrices after the first, which only warms up.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def llmcompressor(method: str) -> Quantizer:
+    """Symmetric int4 per channel as its recipes do it: an observer gives the scale, compressed-tensors the codes."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from llmcompressor.observers import Observer
+
+    observer = {"mse": "memoryless_mse", "minmax": "memoryless_minmax"}[method]
+
+    def run(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="channel", observer=observer)
+        found = Observer.load_from_registry(observer, base_name="weight", args=args)(weight).get_qparams()
+        codes = quantize(weight, found["scale"], found["zero_point"], args, dtype=torch.int8)
+        return codes, found["scale"]
+
+    return run
+
+
+def msmodelslim(method: str) -> Quantizer:
+    """Its weight quantizer for int4 per channel: "ssz", the iterative search of its W4A8 recipes, or "minmax"."""
+    from msmodelslim.core.quantizer.base import AutoWeightQuantizer, QConfig
+    from msmodelslim.ir.qal import QDType, QStorage
+
+    config: dict[str, Any] = {"dtype": "int4", "scope": "per_channel", "symmetric": True}
+    config["method"] = {"mse": "ssz", "minmax": "minmax"}[method]
+
+    def run(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        quantizer = AutoWeightQuantizer.from_config(QConfig(**config))
+        quantizer.init_weight(QStorage(dtype=QDType.FLOAT, value=weight))
+        quantizer()
+        codes, scale = quantizer.get_q_storage().value, quantizer.get_q_param().ext["scale"]
+        return (codes if codes.shape == weight.shape else codes.T).to(torch.int8), scale.reshape(-1, 1)
+
+    return run
+
+
+def main() -> None:
+    peer, method, source, target, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    run = {"llmcompressor": llmcompressor, "msmodelslim": msmodelslim}[peer](method)
+    result, seconds = {}, 0.0
+    with torch.no_grad():
+        for number, (name, weight) in enumerate(sorted(load_file(source).items())):
+            started = time.perf_counter()
+            codes, scale = run(weight)
+            seconds += time.perf_counter() - started if number else 0
+            result[name + ".codes"] = codes.contiguous()
+            result[name + ".scale"] = scale.float().contiguous()
+    save_file(result, target)
+    print(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+/* A row of 24-bit magnitudes as two planes of int16, fixed = 512 · high + low, so that the state of any scale costs a
+ * quarter of an instruction a weight. Codes are rounded from `high` alone: which side of a threshold a weight is on is
+ * certain up to PLANE_DOUBT of its magnitude; the sums A and B of the codes so found are exact. */
+#ifndef NPUQ_KERNELS_PLANES_H
+#define NPUQ_KERNELS_PLANES_H
+
+#include "simd.h"
+
+enum { PLANE_SHIFT = 9, PLANE_DOUBT = 1 << (PLANE_SHIFT - 1), PLANE_STEP = 2 * VW, PLANE_PART = 8192 };
+
+typedef int16_t vs __attribute__((vector_size(VW * 4)));
+
+INLINE vs vs_load(const int16_t *p) {
+    vs v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE vs vs_set(int value) { return (vs){0} + (int16_t)value; }
+
+/* mulhi: (a · b) >> 16. dot: acc + a₀ · b₀ + a₁ · b₁ of neighbours. */
+#if defined(NPUQ_LEVEL_AVX512)
+INLINE vs vs_mulhi(vs a, vs b) { return (vs)_mm512_mulhi_epi16((__m512i)a, (__m512i)b); }
+INLINE vs vs_min(vs a, vs b) { return (vs)_mm512_min_epi16((__m512i)a, (__m512i)b); }
+INLINE vs vs_max(vs a, vs b) { return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b); }
+INLINE vi vs_dot(vi acc, vs a, vs b) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+INLINE void vs_narrow(int16_t *p, vi even, vi odd) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)even));
+    _mm256_storeu_si256((__m256i *)(p + VW), _mm512_cvtepi32_epi16((__m512i)odd));
+}
+#elif defined(NPUQ_LEVEL_AVX2)
+INLINE vs vs_mulhi(vs a, vs b) { return (vs)_mm256_mulhi_epi16((__m256i)a, (__m256i)b); }
+INLINE vs vs_min(vs a, vs b) { return (vs)_mm256_min_epi16((__m256i)a, (__m256i)b); }
+INLINE vs vs_max(vs a, vs b) { return (vs)_mm256_max_epi16((__m256i)a, (__m256i)b); }
+INLINE vi vs_dot(vi acc, vs a, vs b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE void vs_narrow(int16_t *p, vi first, vi second) {
+    __m256i packed = _mm256_packs_epi32((__m256i)first, (__m256i)second); /* within 128-bit halves */
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+#else
+#if defined(NPUQ_LEVEL_NEON)
+INLINE vs vs_mulhi(vs a, vs b) {
+    int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
+    return (vs)vuzp2q_s16(vreinterpretq_s16_s32(low), vreinterpretq_s16_s32(high));
+}
+INLINE vs vs_min(vs a, vs b) { return (vs)vminq_s16((int16x8_t)a, (int16x8_t)b); }
+INLINE vs vs_max(vs a, vs b) { return (vs)vmaxq_s16((int16x8_t)a, (int16x8_t)b); }
+INLINE vi vs_dot(vi acc, vs a, vs b) {
+    int32x4_t sum = vmlal_s16((int32x4_t)acc, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return (vi)vmlal_high_s16(sum, (int16x8_t)a, (int16x8_t)b);
+}
+#else
+typedef int32_t vi_pair __attribute__((vector_size(32)));
+INLINE vs vs_mulhi(vs a, vs b) {
+    vi_pair product = __builtin_convertvector(a, vi_pair) * __builtin_convertvector(b, vi_pair);
+    return __builtin_convertvector(product >> 16, vs);
+}
+INLINE vs vs_min(vs a, vs b) {
+    vs mask = a < b;
+    return (mask & a) | (~mask & b);
+}
+INLINE vs vs_max(vs a, vs b) {
+    vs mask = a > b;
+    return (mask & a) | (~mask & b);
+}
+INLINE vi vs_dot(vi acc, vs a, vs b) {
+    vi_pair product = __builtin_convertvector(a, vi_pair) * __builtin_convertvector(b, vi_pair);
+    vi low, high;
+    memcpy(&low, &product, sizeof low);
+    memcpy(&high, (char *)&product + sizeof low, sizeof high);
+    return acc + low + high;
+}
+#endif
+INLINE void vs_narrow(int16_t *p, vi first, vi second) {
+    vi_store_u16((uint16_t *)p, first);
+    vi_store_u16((uint16_t *)p + VW, second);
+}
+#endif
+
+/* Sums in 64-bit lanes: of 32-bit lanes, and of their products; exact. */
+#if defined(NPUQ_LEVEL_AVX512)
+typedef __m512i vl;
+INLINE vl vl_add(vl acc, vi v) {
+    acc = _mm512_add_epi64(acc, _mm512_cvtepi32_epi64(_mm512_castsi512_si256((__m512i)v)));
+    return _mm512_add_epi64(acc, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64((__m512i)v, 1)));
+}
+INLINE vl vl_dot(vl acc, vi a, vi b) {
+    acc = _mm512_add_epi64(acc, _mm512_mul_epi32((__m512i)a, (__m512i)b));
+    return _mm512_add_epi64(acc, _mm512_mul_epi32(_mm512_srli_epi64((__m512i)a, 32), _mm512_srli_epi64((__m512i)b, 32)));
+}
+INLINE int64_t vl_total(vl v) { return _mm512_reduce_add_epi64(v); }
+#elif defined(NPUQ_LEVEL_AVX2)
+typedef __m256i vl;
+INLINE vl vl_add(vl acc, vi v) {
+    acc = _mm256_add_epi64(acc, _mm256_cvtepi32_epi64(_mm256_castsi256_si128((__m256i)v)));
+    return _mm256_add_epi64(acc, _mm256_cvtepi32_epi64(_mm256_extracti128_si256((__m256i)v, 1)));
+}
+INLINE vl vl_dot(vl acc, vi a, vi b) {
+    acc = _mm256_add_epi64(acc, _mm256_mul_epi32((__m256i)a, (__m256i)b));
+    return _mm256_add_epi64(acc, _mm256_mul_epi32(_mm256_srli_epi64((__m256i)a, 32), _mm256_srli_epi64((__m256i)b, 32)));
+}
+INLINE int64_t vl_total(vl v) {
+    __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return _mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1);
+}
+#else
+typedef int64_t vl __attribute__((vector_size(VW * 8)));
+INLINE vl vl_add(vl acc, vi v) { return acc + __builtin_convertvector(v, vl); }
+INLINE vl vl_dot(vl acc, vi a, vi b) { return acc + __builtin_convertvector(a, vl) * __builtin_convertvector(b, vl); }
+INLINE int64_t vl_total(vl v) {
+    int64_t sum = 0;
+    for (int i = 0; i < VW; i++) sum += v[i];
+    return sum;
+}
+#endif
+
+/* Σ v² in two sets of sums, of even and odd lanes; and acc + v² of lanes below 2^8. */
+#if defined(NPUQ_LEVEL_AVX512)
+INLINE void vl_squares(vi v, vl *even, vl *odd) {
+    __m512i up = _mm512_srli_epi64((__m512i)v, 32);
+    *even = _mm512_add_epi64(*even, _mm512_mul_epi32((__m512i)v, (__m512i)v));
+    *odd = _mm512_add_epi64(*odd, _mm512_mul_epi32(up, up));
+}
+INLINE vi vi_square_bytes(vi acc, vi v) {
+    v &= 0xFFFF; /* the sign's upper half would be squared too */
+    return (vi)_mm512_add_epi32((__m512i)acc, _mm512_madd_epi16((__m512i)v, (__m512i)v));
+}
+#elif defined(NPUQ_LEVEL_AVX2)
+INLINE void vl_squares(vi v, vl *even, vl *odd) {
+    __m256i up = _mm256_srli_epi64((__m256i)v, 32);
+    *even = _mm256_add_epi64(*even, _mm256_mul_epi32((__m256i)v, (__m256i)v));
+    *odd = _mm256_add_epi64(*odd, _mm256_mul_epi32(up, up));
+}
+INLINE vi vi_square_bytes(vi acc, vi v) {
+    v &= 0xFFFF;
+    return (vi)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16((__m256i)v, (__m256i)v));
+}
+#else
+INLINE void vl_squares(vi v, vl *even, vl *odd) {
+    (void)odd;
+    *even = vl_dot(*even, v, v);
+}
+INLINE vi vi_square_bytes(vi acc, vi v) { return acc + v * v; }
+#endif
+
+INLINE int64_t vi_total(vi v) { return vl_total(vl_add((vl){0}, v)); }
+
+/* The state at half scale h: A = Σ |w|·q and B = Σ q² of the whole row, for codes q that were found at h. */
+struct mark {
+    double h;
+    int64_t a, b;
+};
+
+/* Zero-padded to whole pairs of PLANE_STEPs. */
+struct planes {
+    const int16_t *high, *low;
+    size_t n;
+};
+
+enum { PLANE_LEAST = 32 << PLANE_SHIFT };
+
+struct plane_sums {
+    vi high, low, squares;
+};
+
+INLINE void plane_add(const struct planes *row, size_t i, vs factor, vs half, int shift, int exact, struct plane_sums *sums) {
+    vs w = vs_load(row->high + i);
+    vs q = vs_max(vs_min((vs_mulhi(w, factor) + half) >> shift, vs_set(7)), vs_set(-8));
+    sums->high = vs_dot(sums->high, w, q);
+    if (exact) sums->low = vs_dot(sums->low, vs_load(row->low + i), q);
+    sums->squares = vs_dot(sums->squares, q, q);
+}
+
+INLINE struct mark plane_mark_as(const struct planes *row, double h, const int exact) {
+    /* high · inverse / 2^16 is below 2^13, of which `shift` bits are fraction: |high| ≥ (2m − 1) · h / 512 gives m. */
+    double scaled = h / (1 << PLANE_SHIFT);
+    int shift = ilogb(scaled);
+    if (shift > 13) shift = 13;
+    int inverse = (int)(ldexp(1, 15 + shift) / scaled);
+    if (inverse > 32767) inverse = 32767;
+    struct mark mark = {ldexp(1, 15 + shift + PLANE_SHIFT) / inverse, 0, 0};
+    const vs factor = vs_set(inverse), half = vs_set(1 << (shift - 1));
+    for (size_t part = 0; part < row->n; part += PLANE_PART) { /* 32-bit sums hold that many */
+        size_t end = part + PLANE_PART < row->n ? part + PLANE_PART : row->n;
+        struct plane_sums even = {{0}, {0}, {0}}, odd = even; /* two sets: additions wait for each other */
+        for (size_t i = part; i < end; i += 2 * PLANE_STEP) {
+            plane_add(row, i, factor, half, shift, exact, &even);
+            plane_add(row, i + PLANE_STEP, factor, half, shift, exact, &odd);
+        }
+        mark.a += vi_total(even.high + odd.high) * (1 << PLANE_SHIFT) + vi_total(even.low + odd.low);
+        mark.b += vi_total(even.squares + odd.squares);
+    }
+    return mark;
+}
+
+/* The mark at half scale h or very little beside it (`h` of the result), for PLANE_LEAST ≤ h ≤ 2^23; exact for its codes.
+ */
+static struct mark plane_mark(const struct planes *row, double h) { return plane_mark_as(row, h, 1); }
+
+/* The same from half of the data, with an upper bound of A. */
+static struct mark rough_mark(const struct planes *row, double h) {
+    struct mark mark = plane_mark_as(row, h, 0);
+    /* |w| ≤ 512 · |high| + 256, and Σ |q| ≤ √(n · Σ q²). */
+    mark.a += (int64_t)(PLANE_DOUBT * sqrt((double)row->n * (double)mark.b)) + 1;
+    return mark;
+}
+
+#endif
