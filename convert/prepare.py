@@ -145,6 +145,11 @@ def prepare(
         assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
+        if checkpoint.passes_by and (resolved.transforms or _needs_calibration(resolved, assignments)):
+            raise RecipeError(
+                f"method {resolved.chain} reads weights more than once, and a checkpoint on a hub passes by: fetch it "
+                "first (hf download), and convert the directory"
+            )
         calibration = _calibration(resolved, assignments, text or CalibrationText(), directory, config)
         if resolved.rotate:
             source = RewrittenSource(checkpoint, rotated(config, inventory))
@@ -189,11 +194,8 @@ def _data_free_outside_walk(
     return result
 
 
-def _calibration(
-    recipe: Recipe, assignments: Mapping[str, Assignment], text: CalibrationText, directory: Path, config: ModelConfig
-) -> Calibration | None:
-    """The calibration tokens, where some weight needs them."""
-    needed = not recipe.stored and (
+def _needs_calibration(recipe: Recipe, assignments: Mapping[str, Assignment]) -> bool:
+    return not recipe.stored and (
         recipe.smooth
         or any(
             assignment.scheme is Scheme.W8A8_STATIC
@@ -201,7 +203,13 @@ def _calibration(
             for assignment in assignments.values()
         )
     )
-    if needed:
+
+
+def _calibration(
+    recipe: Recipe, assignments: Mapping[str, Assignment], text: CalibrationText, directory: Path, config: ModelConfig
+) -> Calibration | None:
+    """The calibration tokens, where some weight needs them."""
+    if _needs_calibration(recipe, assignments):
         position = int(config.rope.max_position)
         path = text.path or BUILTIN
         return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)

@@ -97,6 +97,11 @@ class Checkpoint:
         return data.view(info.torch_dtype).reshape(info.shape)
 
     @property
+    def passes_by(self) -> bool:
+        """Whether tensors can only be read in the order that was announced, until they are released: not here."""
+        return False
+
+    @property
     def scratch_bytes(self) -> int:
         """Disk space that reading takes beside the checkpoint: none."""
         return 0

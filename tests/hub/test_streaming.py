@@ -20,7 +20,7 @@ from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, kill_
 
 import npuq
 from npuq.convert import convert_checkpoint
-from npuq.errors import CheckpointError, HubError
+from npuq.errors import CheckpointError, HubError, RecipeError
 from npuq.hub import RemoteCheckpoint
 from npuq.hub.client import Backoff
 
@@ -75,6 +75,15 @@ def test_the_same_artifact_in_a_small_window(
     fetched = sum(seen.sent for seen in hub.requests(r"^GET .*\.safetensors$"))
     assert total <= fetched + 100_000 <= total + 3 * (1 << 20) + 1_000_000
     assert npuq.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("method", ["rotate+mse", "gptq", "smooth+mse"])
+def test_methods_that_read_weights_twice_are_refused(
+    hub: LoopbackHub, source: str, tmp_path: Path, method: str
+) -> None:
+    with remote(tmp_path / "out") as checkpoint, pytest.raises(RecipeError, match="fetch it first"):
+        convert_checkpoint(checkpoint, tmp_path / "out", method=method)
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 def test_dry_run_reads_headers_alone_and_writes_nothing(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
