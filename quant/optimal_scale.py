@@ -98,7 +98,7 @@ class _SortedRows:
         magnitude = weights.abs()
         self.columns = columns
         self.largest = magnitude.amax(1).to(torch.int64) if columns else torch.zeros(rows, dtype=torch.int64)
-        self.squares = (weights.to(torch.int64) ** 2).sum(1)
+        self.squares = (weights.to(torch.int64) ** 2).sum(1).to(torch.float64).abs()  # 2**63 wraps to its negative
         self._keys, self._sums = self._sorted(magnitude)
         # Only negative weights reach the last code: positive ones become zeros, which never pass a threshold.
         self._negative_keys, self._negative_sums = self._sorted(magnitude.where(weights < 0, 0))
@@ -244,7 +244,7 @@ def _first_grid(table: _SortedRows, best: _Best, rows: Tensor, grid: _Grid) -> _
     last = kappa[:, -1]
     while rows.numel():
         found[-1] = found[-1].keep(best)
-        error = table.squares[rows].to(torch.float64) - best.score[rows]
+        error = table.squares[rows] - best.score[rows]
         going = (table.clipped_error(rows, last) <= error) & (last > 1)
         rows, last = rows[going], last[going]
         if rows.numel():

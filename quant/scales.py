@@ -110,7 +110,8 @@ def _sums(fixed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 def _squared_error(fixed: Tensor, codes: Tensor, scale: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """Σ (w − s·q)² and Σ w² from exact sums, in float64."""
     a, b = (value.to(torch.float64) for value in _sums(fixed, codes))
-    norm = (fixed.to(torch.int64) ** 2).sum(1).to(torch.float64)
+    # 2**63, the largest there can be, wraps to its negative.
+    norm = (fixed.to(torch.int64) ** 2).sum(1).to(torch.float64).abs()
     sigma = torch.ldexp(scale.to(torch.float64), FIXED_POINT_BITS - exponent)
     error = (norm - 2 * sigma * a + sigma * sigma * b).clamp(min=0)
     unit = 2 * (exponent - FIXED_POINT_BITS)

@@ -173,9 +173,12 @@ static int march_up(struct bracket *bracket, const struct optimal_row *row, doub
 
 /* Marks downwards from the best until nothing below them can be better; 0 if that was not reached. `all` is A when
  * every code is its last. */
-static int march_down(struct bracket *bracket, double all) {
+static int march_down(struct bracket *bracket, const struct optimal_row *row, double largest, double all) {
     while (bracket->count < 3 * MOST_MARKS / 4) {
         struct mark low = bracket->marks[bracket->count - 1];
+        /* The largest weight alone, if it is clipped at 8 scales. */
+        double clipped = largest - 16 * (low.h + PLANE_DOUBT);
+        if (clipped > 0 && row->norm - clipped * clipped < bracket->best * COARSE_SLACK) return 1;
         double above = bracket->count > 1 ? (double)(low.b - bracket->marks[bracket->count - 2].b) : 0;
         double a = (double)low.a + 2 * PLANE_DOUBT * above, rest = fmax(0, all - a);
         /* A grows by `rest` at most, and by no more than h a unit of B. */
@@ -206,7 +209,7 @@ static struct interval bracket_row(struct bracket *bracket, const struct optimal
         else if (mark_score(low) == bracket->best && down > PLANE_LEAST) add_mark(bracket, down);
         else break;
     }
-    int below = march_down(bracket, all), above = march_up(bracket, row, largest);
+    int below = march_down(bracket, row, largest, all), above = march_up(bracket, row, largest);
     if (!above) { /* the state in which every code is 0 closes the list */
         memmove(bracket->marks + 1, bracket->marks, bracket->count * sizeof *bracket->marks);
         bracket->marks[0] = (struct mark){largest + 4 * PLANE_DOUBT, 0, 0};

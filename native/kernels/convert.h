@@ -107,7 +107,8 @@ static struct convert_memory convert_layout(void *memory, size_t n) {
 
 /* Exact sums over a row in fixed point. */
 struct fixed_sums {
-    int64_t squares, all; /* Σ w² and Σ |w| times the last code of its sign, 7 or 8 */
+    uint64_t squares; /* Σ w², 2^63 at most */
+    int64_t all;      /* Σ |w| times the last code of its sign, 7 or 8 */
 };
 
 /* Rows are zero-padded to padded_length here, and so is what is made of them. */
@@ -136,13 +137,13 @@ static struct fixed_sums to_fixed(const float *w, size_t n, float unit, const st
         }
         all += 7 * vi_total(size_sum) + vi_total(negative_sum);
     }
-    return (struct fixed_sums){vl_total(squares), all};
+    return (struct fixed_sums){(uint64_t)vl_total(squares), all};
 }
 
 /* Codes round-half-even(w · inverse) between −bound and bound − 1, and the exact sums A and B of those codes; where
  * `squares` is given, also Σ w² in fixed point. */
 INLINE struct exact_state round_codes_as(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
-                                         const int bits, int64_t *squares) {
+                                         const int bits, uint64_t *squares) {
     vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
     vl even = {0}, odd = {0}, sum = {0};
     vi b = {0}; /* 2^14 · 2^17 / VW fits */
@@ -166,12 +167,12 @@ INLINE struct exact_state round_codes_as(const float *w, size_t n, float unit, f
         }
         if (bits == 4) sum = vl_add(sum, a);
     }
-    if (squares != NULL) *squares = vl_total(even) + vl_total(odd);
+    if (squares != NULL) *squares = (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
     return (struct exact_state){vl_total(sum), vi_total(b), 0};
 }
 
 static struct exact_state round_codes(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
-                                      int64_t *squares) {
+                                      uint64_t *squares) {
     if (bound == 8) return round_codes_as(w, n, unit, inverse, bound, codes, 4, squares);
     return round_codes_as(w, n, unit, inverse, bound, codes, 8, squares);
 }
@@ -195,7 +196,7 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
     (void)frexpf(largest, &exponent);
     const float unit = ldexpf(1, FIXED_BITS - exponent);
     out->scale = largest / (float)(bound - 1);
-    int64_t squares;
+    uint64_t squares;
     if (!mse) {
         struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, &squares);
         account(out, (double)squares, state, exponent);

@@ -88,7 +88,11 @@ INLINE vl vl_dot(vl acc, vi a, vi b) {
     acc = _mm512_add_epi64(acc, _mm512_mul_epi32((__m512i)a, (__m512i)b));
     return _mm512_add_epi64(acc, _mm512_mul_epi32(_mm512_srli_epi64((__m512i)a, 32), _mm512_srli_epi64((__m512i)b, 32)));
 }
-INLINE int64_t vl_total(vl v) { return _mm512_reduce_add_epi64(v); }
+INLINE int64_t vl_total(vl v) { /* squares may come to 2^63: unsigned */
+    __m256i half = _mm256_add_epi64(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return (int64_t)((uint64_t)_mm_cvtsi128_si64(sum) + (uint64_t)_mm_extract_epi64(sum, 1));
+}
 #elif defined(NPUQ_LEVEL_AVX2)
 typedef __m256i vl;
 INLINE vl vl_add(vl acc, vi v) {
@@ -101,16 +105,16 @@ INLINE vl vl_dot(vl acc, vi a, vi b) {
 }
 INLINE int64_t vl_total(vl v) {
     __m128i sum = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    return _mm_cvtsi128_si64(sum) + _mm_extract_epi64(sum, 1);
+    return (int64_t)((uint64_t)_mm_cvtsi128_si64(sum) + (uint64_t)_mm_extract_epi64(sum, 1));
 }
 #else
 typedef int64_t vl __attribute__((vector_size(VW * 8)));
 INLINE vl vl_add(vl acc, vi v) { return acc + __builtin_convertvector(v, vl); }
 INLINE vl vl_dot(vl acc, vi a, vi b) { return acc + __builtin_convertvector(a, vl) * __builtin_convertvector(b, vl); }
 INLINE int64_t vl_total(vl v) {
-    int64_t sum = 0;
-    for (int i = 0; i < VW; i++) sum += v[i];
-    return sum;
+    uint64_t sum = 0;
+    for (int i = 0; i < VW; i++) sum += (uint64_t)v[i];
+    return (int64_t)sum;
 }
 #endif
 

@@ -80,6 +80,43 @@ def test_long_rows(columns: int) -> None:
             _check(native.quantize(StoredRows(rows), scheme.weight_bits, True, 1, level), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [2048, 8193, 20000])
+def test_every_kind_of_long_row(kind: str, columns: int) -> None:
+    """Long enough for states in int16, for more than one part of their sums, and for windows that grow or stay open."""
+    rows = _rows(kind, 2, columns, 3, columns)
+    expected = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=False)
+    for level in LEVELS:
+        _check(native.quantize(StoredRows(rows), 4, True, 1, level), expected)
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "largest"])
+def test_sums_of_the_widest_rows_fit(kind: str) -> None:
+    """Magnitudes and codes as large as they can be: "largest" rounds up to 2**23 in fixed point, everywhere."""
+    rows = _rows("normal" if kind == "normal" else "constant", 2, native.MOST_COLUMNS, 0, 0)
+    if kind == "largest":
+        rows *= (2 - 2.0**-23) / 3
+    for method in Method:
+        expected = quantize_rows(rows, Scheme.W4A8, method, row_parallel=False)
+        assert torch.allclose(expected.squared_norm, rows.double().square().sum(1))
+        for level in LEVELS:
+            _check(native.quantize(StoredRows(rows), 4, method is Method.MSE, 1, level), expected)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 200), st.integers(0, 2**31), st.floats(0.5, 3))
+def test_no_scale_is_better(columns: int, seed: int, power: float) -> None:
+    """Against scales of every size, in float64: none has less error, whatever the distribution."""
+    row = _rows("normal", 2, columns, 0, seed)
+    row = row.sign() * row.abs() ** power
+    got, w = native.quantize(StoredRows(row), 4, True, 1), row.double()
+    largest = w.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    scales = largest * torch.logspace(-3, 0.5, 1000, dtype=torch.float64)
+    codes = (w[:, None, :] / scales[:, :, None]).round().clamp(-8, 7)
+    error = (w[:, None, :] - scales[:, :, None] * codes).square().sum(2).amin(1)
+    assert bool((got.squared_error <= error * (1 + 1e-5) + 1e-12 * got.squared_norm).all())
+
+
 @given(
     rows=st.integers(1, 8).map(lambda half: 2 * half),
     columns=st.integers(1, 300),
