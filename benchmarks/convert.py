@@ -6,8 +6,9 @@
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
 to W4A8. In each round the conversion runs, then a plain sequential copy: read the source, write as many bytes as the
 artifact has, sync. The conversion syncs too. Printed are medians: GB/s of source, the ratio to the copy of the same
-round, and the highest anonymous memory, which is what the process holds, torch included (the rest of its resident
-memory is mapped files).
+round, processor seconds for a GB of source (which other work on the machine disturbs least: divided by the workers they
+say what a quiet machine would need), and the highest anonymous memory, which is what the process holds, torch included
+(the rest of its resident memory is mapped files).
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ def main() -> None:
         print(json.dumps({"kernels": description(), **vars(options), "rows": rows}, indent=2, default=str))
         return
     print(f"{options.experts} experts in {options.source}, {options.workers} workers, {description()}")
-    print("directory  method  source GB/s  copy GB/s  of copy  peak RSS  anonymous")
+    print("directory  method  source GB/s  copy GB/s  of copy  CPU s/GB  copy's  peak RSS  anonymous")
     for row in rows:
         print(
             f"{row['directory']:9}  {row['method']:6}  {row['source_bytes_per_s'] / 1e9:11.3f}  "
-            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {row['of_copy']:7.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  "
+            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {row['of_copy']:7.2f}  {row['cpu_s_per_gb']:8.2f}  "
+            f"{row['copy_cpu_s_per_gb']:6.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  "
             f"{row['peak_anonymous_bytes'] / 1e6:6.0f} MB"
         )
 
@@ -138,14 +140,16 @@ def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str,
     for number in range(options.rounds):
         output = source.parent / f"artifact-{method}-{number}"
         with memory_peaks() as peaks:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             summary = convert_checkpoint(
                 source, output, method=method, workers=options.workers, max_shard_size=5_000_000_000
             )
-            seconds = time.perf_counter() - started
+            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
         shutil.rmtree(output)
+        cpu_started = time.process_time()
         copied = plain_copy(source, source.parent / "copy", summary.output_bytes)
-        rounds.append((seconds, copied, dict(peaks), summary.source_bytes))
+        copy_cpu = time.process_time() - cpu_started
+        rounds.append((seconds, copied, dict(peaks), summary.source_bytes, cpu, copy_cpu))
     source_bytes = rounds[0][3]
     return {
         "method": method,
@@ -153,8 +157,10 @@ def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str,
         "source_bytes_per_s": source_bytes / statistics.median(seconds for seconds, *_ in rounds),
         "copy_bytes_per_s": source_bytes / statistics.median(copied for _, copied, *_ in rounds),
         "of_copy": statistics.median(copied / seconds for seconds, copied, *_ in rounds),
-        "peak_rss_bytes": max(peaks["VmRSS"] for *_, peaks, _ in rounds),
-        "peak_anonymous_bytes": max(peaks["RssAnon"] for *_, peaks, _ in rounds),
+        "cpu_s_per_gb": statistics.median(each[4] for each in rounds) / source_bytes * 1e9,
+        "copy_cpu_s_per_gb": statistics.median(each[5] for each in rounds) / source_bytes * 1e9,
+        "peak_rss_bytes": max(each[2]["VmRSS"] for each in rounds),
+        "peak_anonymous_bytes": max(each[2]["RssAnon"] for each in rounds),
     }
 
 
