@@ -115,11 +115,13 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
         f"{layer}mlp.gate.e_score_correction_bias": torch.zeros(experts),
     }
     shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
-    # One random matrix a projection, shared by all experts: speed does not depend on which values there are.
+    # One Gaussian matrix a projection, shared by all experts.
     for projection, shape in shapes.items():
         weight = _normal(*shape)
-        scale = torch.rand(shape[0] // BLOCK, shape[1] // BLOCK) * 1e-4 + 1e-5
-        codes = (weight.float() * 4000).clamp(-448, 448).to(torch.float8_e4m3fn)
+        blocks = weight.float().view(shape[0] // BLOCK, BLOCK, shape[1] // BLOCK, BLOCK)
+        # As DeepSeek's own: the largest of each block on e4m3's largest.
+        scale = blocks.abs().amax(dim=(1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).reshape(shape).to(torch.float8_e4m3fn)
         for expert in range(experts):
             name = f"{layer}mlp.experts.{expert}.{projection}.weight"
             tensors[name] = codes if kind == "fp8" else weight
