@@ -17,6 +17,7 @@ from .cases import LEVELS
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
 
+DATA_FREE = [Method.MINMAX, Method.MSE]
 KINDS = ["normal", "heavy tails", "whole numbers", "outlier", "sparse", "constant", "bf16", "two sizes"]
 
 
@@ -49,7 +50,7 @@ def _check(got: native.NativeRows, expected: QuantizedRows) -> None:
         assert torch.equal(got.bias, expected.tensors["scale_bias"])
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", DATA_FREE)
 @pytest.mark.parametrize("scheme", [Scheme.W4A8, Scheme.W8A8])
 @settings(max_examples=25)
 @given(
@@ -96,7 +97,7 @@ def test_sums_of_the_widest_rows_fit(kind: str) -> None:
     rows = _rows("normal" if kind == "normal" else "constant", 2, native.MOST_COLUMNS, 0, 0)
     if kind == "largest":
         rows *= (2 - 2.0**-23) / 3
-    for method in Method:
+    for method in DATA_FREE:
         expected = quantize_rows(rows, Scheme.W4A8, method, row_parallel=False)
         assert torch.allclose(expected.squared_norm, rows.double().square().sum(1))
         for level in LEVELS:
@@ -141,7 +142,7 @@ def test_fp8_blocks(rows: int, columns: int, block: tuple[int, int], first: int,
 def test_half_precision_sources(dtype: torch.dtype) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     rows = bits[bits.isfinite()][:63424].view(64, -1)  # every finite value there is, subnormal ones too
-    for method in Method:
+    for method in DATA_FREE:
         expected = quantize_rows(rows.float(), Scheme.W8A8, method, row_parallel=False)
         for level in LEVELS:
             _check(native.quantize(StoredRows(rows), 8, method is Method.MSE, 1, level), expected)
