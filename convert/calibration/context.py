@@ -84,11 +84,15 @@ class Layer:
         """Quantize linears that share their inputs on all batches, in the order given."""
         walk, mapper = self.walk, self.walk.pool
         jobs = [walk.jobs[f"{self.prefix}{name}.weight"] for name in weights]
-        hessian, scale = measure(jobs, inputs, range(len(walk.batches)), mapper)
-        factor = factored(hessian)
+        # Inputs are rounded as the scheme asks: linears of one have one Hessian.
+        groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
+        measured = {}
+        for scheme, members in groups.items():
+            hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
+            measured[scheme] = hessian, factored(hessian), scale
         deployed = []
         for job, weight in zip(jobs, weights.values(), strict=True):
-            linear, stats = walk.linears.quantize(job, weight, hessian, factor, scale, mapper)
+            linear, stats = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
             self.note_error(job, linear)
             self.finish(job, stats)
             deployed.append(linear)
