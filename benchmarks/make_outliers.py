@@ -1,6 +1,6 @@
 """Gives a DeepSeek checkpoint the channel outliers of large models without changing what it computes.
 
-    python benchmarks/make_outliers.py SOURCE OUT [--seed 0] [--spread 1.0] [--outliers 0.02] [--outlier-power 4]
+    python benchmarks/make_outliers.py SOURCE OUT [--seed 0] [--spread 0.9] [--outliers 0.02] [--outlier-power 4]
 
 Scale moves between layers that meet with nothing but linear maps between them: a norm's gain and the linears behind it
 (the router too), the v rows of kv_b and o, up_proj and down_proj of every MLP. Every factor is a power of two, drawn
@@ -44,7 +44,7 @@ class Draw:
     `outliers` of the channels gets `outlier_power` more."""
 
     seed: int
-    spread: float = 1.0
+    spread: float = 0.9
     outliers: float = 0.02
     outlier_power: int = 4
 
