@@ -18,6 +18,8 @@ METHOD = "compressed-tensors"
 _PACKED, _SHAPE, _ZERO_POINT = "weight_packed", "weight_shape", "weight_zero_point"
 _FORMATS = {"int-quantized", "naive-quantized", "pack-quantized"}
 _FLOATS = ("F32", "BF16", "F16")
+# GPTQ's orders of work that leave the channels where they were; "static" is llm-compressor's default.
+_STORED_IN_PLACE = ("weight", "static")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _weight_problems(weights: Mapping[str, Any]) -> Iterator[str]:
         yield f"weights of {weights.get('num_bits')} bits, type {weights.get('type')!r}: npuq reads int of 4 and 8 bits"
     if not weights.get("symmetric", True):
         yield "asymmetric weights are not read; quantize with symmetric: true"
-    if weights.get("actorder"):
+    if weights.get("actorder") and weights["actorder"] not in _STORED_IN_PLACE:
         yield f"actorder {weights['actorder']!r} reorders input channels, which no Ascend operator does; turn it off"
     if weights.get("strategy") != "channel" or weights.get("group_size") not in (None, -1):
         size = f" of {weights['group_size']}" if weights.get("group_size") else ""

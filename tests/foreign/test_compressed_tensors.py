@@ -154,6 +154,19 @@ def test_what_has_no_scheme_is_refused(case, float_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("order", ["static", "weight"])
+def test_gptq_s_order_of_work_does_not_matter(order, float_model, tmp_path):
+    """llm-compressor's GPTQ writes actorder `static` by default: the channels are where they were."""
+
+    def edit(content: dict[str, Any]) -> None:
+        for one in content["config_groups"].values():
+            one["weights"].update(actorder=order)
+
+    source = foreign.write_compressed(float_model, tmp_path / "in", edit_config=edit)
+    npuq.convert_checkpoint(source, tmp_path / "out")
+    assert npuq.verify(tmp_path / "out", float_model).problems == ()
+
+
 DAMAGED = {
     "weight dtype": (f"{EXPERT}.weight", lambda t: t.to(torch.int32), "is I32"),
     "weight shape": (f"{EXPERT}.weight", lambda t: t[:-1], "npuq reads one scale for each of 255 channels"),
