@@ -147,4 +147,41 @@ NPUQ_API int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, cons
                                   int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                                   const int32_t *table, int64_t table_stride, float softmax_scale, void *out);
 
+/* ---- several operators in one call; results as if called one by one ---------------------------------------------- */
+
+/* npuq_dynamic_quant (for I4 and I8 weights) and npuq_matmul. `stride` is that of x's rows: cols for float weights. */
+NPUQ_API int npuq_linear(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t dtype, int64_t stride,
+                         int64_t rows, void *out, int32_t out_dtype);
+/* out [rows, down's outputs] = down · swiglu(gate_up · x). */
+NPUQ_API int npuq_mlp(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x,
+                      int32_t dtype, int64_t rows, void *out);
+/* The router's product and npuq_gating_top_k. */
+NPUQ_API int npuq_moe_gate(npuq_pool *pool, const npuq_weights *router, const float *bias, const void *x,
+                           int32_t dtype, int64_t tokens, int64_t k, int32_t sigmoid, int64_t groups,
+                           int64_t top_groups, int32_t select_two, int32_t renormalize, float scaling, float *weights,
+                           int32_t *ids);
+/* npuq_init_routing, the experts' two products, npuq_finalize_routing. A group of the weights is an expert. */
+NPUQ_API int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x,
+                              int32_t dtype, const float *weights, const int32_t *ids, int64_t tokens, int64_t k,
+                              const void *skip, void *out);
+
+/* One layer's attention weights up to the cache. qkv_a: (q_a, or q where q_b is NULL) | kv_a; norms in the compute
+ * dtype; w_uk [heads, nope_dim, latent_dim] as in npuq_batch_matmul. */
+typedef struct {
+    const npuq_weights *qkv_a;
+    const npuq_weights *q_b;
+    const void *q_a_norm;
+    const void *kv_a_norm;
+    const void *w_uk;
+    int64_t w_uk_strides[3];
+    int64_t heads;
+    int64_t nope_dim;
+    int32_t w_uk_dtype;
+    float eps;
+} npuq_mla;
+/* x [tokens, hidden] → q_latent [tokens, heads, latent_dim] and q_rope [tokens, heads, rope_dim]; writes the cache. */
+NPUQ_API int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x,
+                             int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
+                             void *q_latent, void *q_rope);
+
 #endif

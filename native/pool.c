@@ -33,7 +33,7 @@ struct npuq_pool {
     pthread_mutex_t calls;
     struct worker *workers;   /* threads - 1 of them */
     struct buffer *scratch;   /* one a thread */
-    struct buffer shared;
+    struct buffer shared, workspace;
 
     /* The open region. Written only while the gate is shut and empty. */
     pool_task task;
@@ -144,6 +144,10 @@ int pool_scratch(npuq_pool *pool, size_t bytes, size_t shared) {
     return grow(&pool->shared, shared);
 }
 
+void *pool_workspace(npuq_pool *pool, size_t bytes) {
+    return grow(&pool->workspace, bytes + 1) == NPUQ_OK ? pool->workspace.data : NULL;
+}
+
 void *pool_thread_scratch(const npuq_pool *pool, int thread) { return pool->scratch[thread].data; }
 
 void *pool_shared_scratch(const npuq_pool *pool) { return pool->shared.data; }
@@ -160,7 +164,11 @@ npuq_pool *npuq_pool_create(int threads, int level) {
     npuq_pool *pool = aligned_alloc(ALIGNMENT, (sizeof *pool + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     if (pool == NULL) return NULL;
     *pool = (npuq_pool){.kernels = level_kernels(level), .level = level, .threads = 1, .owner = getpid()};
-    pthread_mutex_init(&pool->calls, NULL);
+    pthread_mutexattr_t nested;
+    pthread_mutexattr_init(&nested);
+    pthread_mutexattr_settype(&nested, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&pool->calls, &nested);
+    pthread_mutexattr_destroy(&nested);
     pthread_mutex_init(&pool->sleep_lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pool->scratch = calloc((size_t)threads, sizeof *pool->scratch);
@@ -190,6 +198,7 @@ void npuq_pool_destroy(npuq_pool *pool) {
     }
     for (int thread = 0; pool->scratch != NULL && thread < pool->threads; thread++) free(pool->scratch[thread].data);
     free(pool->shared.data);
+    free(pool->workspace.data);
     free(pool->scratch);
     free(pool->workers);
     pthread_cond_destroy(&pool->wake);

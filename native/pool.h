@@ -12,7 +12,8 @@ typedef void (*pool_task)(const void *context, size_t index, int thread);
 const struct kernels *pool_kernels(const npuq_pool *pool);
 int pool_threads(const npuq_pool *pool);
 
-/* A call on the pool: begin, any number of scratch and run, end. Calls of other threads wait in between. */
+/* A call on the pool: begin, any number of scratch and run, end. Calls of other threads wait in between; the same
+ * thread may begin another call inside, which has the same scratch but not the workspace. */
 void pool_begin(npuq_pool *pool);
 void pool_end(npuq_pool *pool);
 
@@ -21,6 +22,9 @@ void pool_end(npuq_pool *pool);
 int pool_scratch(npuq_pool *pool, size_t bytes, size_t shared);
 void *pool_thread_scratch(const npuq_pool *pool, int thread);
 void *pool_shared_scratch(const npuq_pool *pool);
+
+/* `bytes` for a call that makes other calls, which leave it alone; NULL when there is no memory. */
+void *pool_workspace(npuq_pool *pool, size_t bytes);
 
 /* Runs all `count` tasks and returns when they are done. */
 void pool_run(npuq_pool *pool, pool_task task, const void *context, size_t count);

@@ -47,6 +47,23 @@ class Cache(ctypes.Structure):
     )
 
 
+class MlaBlock(ctypes.Structure):
+    """`npuq_mla`: one layer's attention weights up to the cache."""
+
+    _fields_ = (
+        ("qkv_a", POINTER(Weights)),
+        ("q_b", POINTER(Weights)),
+        ("q_a_norm", c_void_p),
+        ("kv_a_norm", c_void_p),
+        ("w_uk", c_void_p),
+        ("w_uk_strides", c_int64 * 3),
+        ("heads", c_int64),
+        ("nope_dim", c_int64),
+        ("w_uk_dtype", c_int32),
+        ("eps", c_float),
+    )
+
+
 class Source(ctypes.Structure):
     """`npuq_source`: stored rows and, for FP8, the scales of their blocks."""
 
@@ -77,6 +94,11 @@ _SIGNATURES: Final = {
     "npuq_interleave_rope": (_P, _P, _I, _L, _L, _L, _L, _L, _P, _P, _P),
     "npuq_kv_cache_write": (_P, _P, _P, _L, _P, _P, _P, _P, _L, _F, _P, _P),
     "npuq_attention_paged": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _F, _P),
+    "npuq_linear": (_P, _P, _P, _I, _L, _L, _P, _I),
+    "npuq_mlp": (_P, _P, _P, _P, _I, _L, _P),
+    "npuq_moe_gate": (_P, _P, _P, _P, _I, _L, _L, _I, _L, _L, _I, _I, _F, _P, _P),
+    "npuq_moe_experts": (_P, _P, _P, _P, _I, _P, _P, _L, _L, _P, _P),
+    "npuq_mla_prolog": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .dialects import BlockScale, StoredRows
-from .library import Cache, Part, Source, Weights, description, level_index, levels, library
+from .library import Cache, MlaBlock, Part, Source, Weights, description, level_index, levels, library
 from .scales import NonFiniteError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "INT4",
     "MOST_COLUMNS",
     "Cache",
+    "MlaBlock",
     "NativeRows",
     "Part",
     "Pool",

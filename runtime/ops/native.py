@@ -8,33 +8,33 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.native import DTYPES, INT4, Cache, Part, Pool, Weights
+from ...quant.native import DTYPES, Pool
 from ...quant.schemes import Scheme
-from . import Activation, Decode, Experts, Gating, LayerCache, Linear, LinearPart, Quantized, Router
+from . import (
+    Activation,
+    Decode,
+    Experts,
+    Gating,
+    LayerCache,
+    Linear,
+    LinearPart,
+    Mla,
+    MlaConfig,
+    MlaParts,
+    MlpWeights,
+    MoeWeights,
+    Quantized,
+    Router,
+    Step,
+)
 from .cpu import CpuOps
+from .native_weights import NativeLinear, NativeMla, native_cache, native_linear, native_mla
 from .reference import PartsLinear
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class NativeLinear:
-    """Stored weights by address: `weights` for the kernels, `owners` to keep the memory behind it."""
-
-    weights: Weights
-    quantized: bool
-    name: str
-    owners: tuple[object, ...] = field(repr=False)
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self.weights)
 
 
 class NativeOps(CpuOps):
@@ -50,22 +50,22 @@ class NativeOps(CpuOps):
     # ---- at load ---------------------------------------------------------------------------------------------------
 
     def float_linear(self, weights: Sequence[Tensor]) -> Linear:
-        return _linear([[LinearPart("", Scheme.FLOAT, weight) for weight in weights]])
+        return native_linear([[LinearPart("", Scheme.FLOAT, weight) for weight in weights]])
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
-        return _linear([parts])
+        return native_linear([parts])
 
     def static_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return PartsLinear(tuple(parts))
 
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
-        return _linear(experts)
+        return native_linear(experts)
 
     w8a8_experts = float_experts
     w4a8_experts = float_experts
 
     def router(self, weight: Tensor) -> Router:
-        return _linear([[LinearPart("router", Scheme.FLOAT, weight)]])
+        return native_linear([[LinearPart("router", Scheme.FLOAT, weight)]])
 
     # ---- norms and activations -------------------------------------------------------------------------------------
 
@@ -124,20 +124,44 @@ class NativeOps(CpuOps):
     def linear(self, x: Activation, linear: Linear) -> Tensor:
         if isinstance(linear, PartsLinear):  # static W8A8, which is torch's
             return super().linear(x, linear)
-        return self._matmul(x, linear, None, self.dtype)
+        handle: NativeLinear = linear
+        if isinstance(x, Quantized):
+            return self._matmul(x, handle, None)
+        return self._linear(x, handle, self.dtype)
 
     def router_logits(self, x: Tensor, router: Router) -> Tensor:
-        return self._matmul(x, router, None, torch.float32)
+        return self._linear(x, router, torch.float32)
 
     def grouped_matmul(self, x: Activation, experts: Experts, group_list: Tensor) -> Tensor:
-        return self._matmul(x, experts, group_list, self.dtype)
+        handle: NativeLinear = experts
+        if handle.quantized and not isinstance(x, Quantized):
+            x = self.dynamic_quant(x)
+        return self._matmul(x, handle, group_list)
 
-    def _matmul(self, x: Activation, handle: NativeLinear, group_list: Tensor | None, dtype: torch.dtype) -> Tensor:
-        rows, scale = self._operand(x, handle)
-        weights = handle.weights
-        if rows.shape[1] != weights.cols:
-            raise BackendError(f"{handle.name}: rows of {rows.shape[1]} channels for a weight of {weights.cols}")
-        out = torch.empty(rows.shape[0], weights.outputs, dtype=dtype)
+    def _linear(self, x: Tensor, handle: NativeLinear, dtype: torch.dtype) -> Tensor:
+        x, weights = _rows(x) if handle.quantized else x.contiguous(), handle.weights
+        _check_width(x, handle)
+        out = torch.empty(x.shape[0], weights.outputs, dtype=dtype)
+        self.pool.call(
+            "linear",
+            handle.address,
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            x.stride(0),
+            x.shape[0],
+            out.data_ptr(),
+            DTYPES[dtype],
+        )
+        return out
+
+    def _matmul(self, x: Activation, handle: NativeLinear, group_list: Tensor | None) -> Tensor:
+        if isinstance(x, Quantized) and not handle.quantized:
+            raise BackendError(f"{handle.name}: a float linear was given quantized rows")
+        rows, scale = (
+            (x.codes.contiguous(), x.scale.contiguous()) if isinstance(x, Quantized) else (x.contiguous(), None)
+        )
+        _check_width(rows, handle)
+        out = torch.empty(rows.shape[0], handle.weights.outputs, dtype=self.dtype)
         self.pool.call(
             "matmul",
             handle.address,
@@ -147,17 +171,9 @@ class NativeOps(CpuOps):
             None if group_list is None else group_list.data_ptr(),
             rows.shape[0],
             out.data_ptr(),
-            DTYPES[dtype],
+            self._code,
         )
         return out
-
-    def _operand(self, x: Activation, handle: NativeLinear) -> tuple[Tensor, Tensor | None]:
-        if handle.quantized:
-            quantized = x if isinstance(x, Quantized) else self.dynamic_quant(x)
-            return quantized.codes.contiguous(), quantized.scale.contiguous()
-        if isinstance(x, Quantized):
-            raise BackendError(f"{handle.name}: a float linear was given quantized rows")
-        return x.contiguous(), None
 
     def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         tokens, heads, a = x.shape
@@ -194,13 +210,7 @@ class NativeOps(CpuOps):
             None if bias is None else bias.data_ptr(),
             tokens,
             experts,
-            gating.k,
-            gating.scoring == "sigmoid",
-            gating.group_count,
-            gating.k_group,
-            gating.group_select_mode,
-            gating.renormalize,
-            gating.scaling,
+            *_rule(gating),
             weights.data_ptr(),
             ids.data_ptr(),
         )
@@ -293,7 +303,7 @@ class NativeOps(CpuOps):
         latent = torch.empty(tokens, latent_dim, dtype=self.dtype) if output_kv else None
         self.pool.call(
             "kv_cache_write",
-            ctypes.byref(_cache(cache)),
+            ctypes.byref(native_cache(cache)),
             kv.data_ptr(),
             kv.stride(0),
             gamma.data_ptr(),
@@ -316,7 +326,7 @@ class NativeOps(CpuOps):
         out = torch.empty_like(q_latent)
         self.pool.call(
             "attention_paged",
-            ctypes.byref(_cache(cache)),
+            ctypes.byref(native_cache(cache)),
             q_latent.data_ptr(),
             q_rope.data_ptr(),
             q_latent.shape[1],
@@ -330,62 +340,107 @@ class NativeOps(CpuOps):
         )
         return out
 
+    # ---- composites: several operators a call, of the same results -------------------------------------------------
+
+    def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:
+        return native_mla(super().mla(parts, config))
+
+    def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+        if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized):
+            return super().mla_prolog(hidden, mla, cache, step)
+        hidden, cos, sin, slots = (each.contiguous() for each in (hidden, step.cos, step.sin, step.slots))
+        tokens, config = hidden.shape[0], mla.config
+        q_latent = torch.empty(tokens, config.num_heads, config.kv_lora_rank, dtype=self.dtype)
+        q_rope = torch.empty(tokens, config.num_heads, config.qk_rope_head_dim, dtype=self.dtype)
+        self.pool.call(
+            "mla_prolog",
+            ctypes.byref(mla.block),
+            ctypes.byref(native_cache(cache)),
+            hidden.data_ptr(),
+            self._code,
+            tokens,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            q_latent.data_ptr(),
+            q_rope.data_ptr(),
+        )
+        return q_latent, q_rope
+
+    def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
+        gate_up, down = weights.gate_up, weights.down
+        if not isinstance(gate_up, NativeLinear) or not isinstance(down, NativeLinear):
+            return super().mlp(hidden, weights)
+        hidden = hidden.contiguous()
+        out = torch.empty(hidden.shape[0], down.weights.outputs, dtype=self.dtype)
+        self.pool.call(
+            "mlp",
+            gate_up.address,
+            down.address,
+            hidden.data_ptr(),
+            self._code,
+            hidden.shape[0],
+            out.data_ptr(),
+        )
+        return out
+
+    def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+        hidden, gating, bias, tokens = hidden.contiguous(), weights.gating, weights.correction_bias, hidden.shape[0]
+        top_weights, ids = torch.empty(tokens, gating.k), torch.empty(tokens, gating.k, dtype=torch.int32)
+        self.pool.call(
+            "moe_gate",
+            weights.router.address,
+            None if bias is None else bias.data_ptr(),
+            hidden.data_ptr(),
+            self._code,
+            tokens,
+            *_rule(gating),
+            top_weights.data_ptr(),
+            ids.data_ptr(),
+        )
+        return top_weights, ids
+
+    def moe_experts(
+        self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
+    ) -> Tensor:
+        hidden, top_weights, expert_ids = hidden.contiguous(), top_weights.contiguous(), expert_ids.contiguous()
+        shared = None if shared is None else shared.contiguous()
+        tokens, k = expert_ids.shape
+        out = torch.empty(tokens, weights.down.weights.outputs, dtype=self.dtype)
+        self.pool.call(
+            "moe_experts",
+            weights.gate_up.address,
+            weights.down.address,
+            hidden.data_ptr(),
+            self._code,
+            top_weights.data_ptr(),
+            expert_ids.data_ptr(),
+            tokens,
+            k,
+            None if shared is None else shared.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+
+def _rule(gating: Gating) -> tuple[int | float, ...]:
+    """A router's rule in the order of the kernels' arguments."""
+    return (
+        gating.k,
+        gating.scoring == "sigmoid",
+        gating.group_count,
+        gating.k_group,
+        gating.group_select_mode,
+        gating.renormalize,
+        gating.scaling,
+    )
+
 
 def _rows(x: Tensor) -> Tensor:
     """Rows that may lie apart, each of them contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _cache(cache: LayerCache) -> Cache:
-    channels = cache.latent.shape[1] * cache.latent.shape[3], cache.rope.shape[1] * cache.rope.shape[3]
-    return Cache(
-        cache.latent.data_ptr(), cache.rope.data_ptr(), cache.block_size, *channels, DTYPES[cache.latent.dtype]
-    )
-
-
-def _linear(groups: Sequence[Sequence[LinearPart]]) -> NativeLinear:
-    """Groups of parts, the same count in each, fused along their outputs.
-
-    Raises BackendError where their shapes, dtypes or schemes do not allow it.
-    """
-    first = groups[0][0]
-    owners: list[Tensor] = []
-    parts = (Part * (len(groups) * len(groups[0])))()
-    outputs = _outputs(groups[0])
-    for index, part in enumerate(part for group in groups for part in group):
-        if (part.scheme, part.weight.dtype, part.weight.shape[1]) != (
-            first.scheme,
-            first.weight.dtype,
-            first.weight.shape[1],
-        ):
-            raise BackendError(f"{part.name}: linears that run as one must be alike, {first.name} is not")
-        weight = part.weight.contiguous()
-        scale = None if part.scale is None else part.scale.contiguous()
-        if scale is not None and (scale.numel() != _height(part) or scale.dtype != torch.float32):
-            raise BackendError(
-                f"{part.name}: scale {list(scale.shape)} {scale.dtype}, not float32 [{_height(part)}, 1]"
-            )
-        parts[index] = Part(weight.data_ptr(), None if scale is None else scale.data_ptr(), _height(part))
-        owners += [weight] if scale is None else [weight, scale]
-    for group in groups:
-        if len(group) != len(groups[0]) or _outputs(group) != outputs:
-            raise BackendError(f"{group[0].name}: the experts of a layer must have one shape")
-    weights = Weights(parts, len(groups), len(groups[0]), first.weight.shape[1], outputs, _dtype_code(first))
-    return NativeLinear(weights, first.scheme is not Scheme.FLOAT, first.name, (parts, *owners))
-
-
-def _height(part: LinearPart) -> int:
-    return part.weight.shape[0] * (2 if part.scheme is Scheme.W4A8 else 1)
-
-
-def _outputs(group: Sequence[LinearPart]) -> int:
-    return sum(_height(part) for part in group)
-
-
-def _dtype_code(part: LinearPart) -> int:
-    if part.scheme is Scheme.W4A8:
-        return INT4
-    wanted = _FLOATS if part.scheme is Scheme.FLOAT else (torch.int8,)
-    if part.weight.dtype not in wanted:
-        raise BackendError(f"{part.name}: {part.scheme.value} weight of dtype {part.weight.dtype}")
-    return DTYPES[part.weight.dtype]
+def _check_width(x: Tensor, handle: NativeLinear) -> None:
+    if x.shape[1] != handle.weights.cols:
+        raise BackendError(f"{handle.name}: rows of {x.shape[1]} channels for a weight of {handle.weights.cols}")

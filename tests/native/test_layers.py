@@ -1,0 +1,189 @@
+"""Composites in one call give, bit for bit, what the same kernels give called one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from npuq.quant.schemes import Scheme
+from npuq.runtime.ops import (
+    Decode,
+    Gating,
+    LinearPart,
+    MlaConfig,
+    MlaParts,
+    MlpWeights,
+    MoeWeights,
+    Ops,
+    Step,
+)
+from npuq.runtime.ops.native import NativeOps
+from npuq.runtime.ops.native_weights import NativeMla
+
+from .cases import LEVELS, part
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=LEVELS, scope="module")
+def all_ops(request: pytest.FixtureRequest) -> dict[torch.dtype, NativeOps]:
+    return {dtype: NativeOps(dtype, threads=2, level=request.param) for dtype in DTYPES}
+
+
+def _part(generator: np.random.Generator, scheme: Scheme, rows: int, columns: int) -> LinearPart:
+    if scheme is not Scheme.FLOAT:
+        return part(generator, scheme, rows, columns, int(generator.integers(4)))
+    weight = torch.from_numpy(generator.standard_normal((rows, columns), dtype=np.float32)).bfloat16()
+    return LinearPart("float", scheme, weight)
+
+
+def _moe(
+    ops: NativeOps, generator: np.random.Generator, scheme: Scheme, experts: int, hidden: int, width: int
+) -> MoeWeights:
+    gate_up = [[_part(generator, scheme, width, hidden) for _ in range(2)] for _ in range(experts)]
+    down = [[_part(generator, scheme, hidden, width)] for _ in range(experts)]
+    router = torch.from_numpy(generator.standard_normal((experts, hidden), dtype=np.float32))
+    gating = Gating(min(3, experts), "sigmoid", renormalize=True, scaling=2.5)
+    return MoeWeights(
+        ops.router(router),
+        torch.from_numpy(generator.standard_normal(experts, dtype=np.float32)),
+        gating,
+        ops.experts_of(gate_up),
+        ops.experts_of(down),
+        experts,
+        scheme is not Scheme.FLOAT,
+    )
+
+
+def _rows(generator: np.random.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).to(dtype)
+
+
+def _same(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8])
+@given(seed=st.integers(0, 2**31), rows=st.integers(0, 20), hidden=st.integers(1, 90), width=st.integers(1, 70))
+def test_mlp(
+    all_ops: dict[torch.dtype, NativeOps],
+    dtype: torch.dtype,
+    scheme: Scheme,
+    seed: int,
+    rows: int,
+    hidden: int,
+    width: int,
+) -> None:
+    ops, generator = all_ops[dtype], np.random.default_rng(seed)
+    gate_up = ops.linear_of([_part(generator, scheme, width, hidden) for _ in range(2)])
+    down = ops.linear_of([_part(generator, scheme, hidden, width)])
+    weights = MlpWeights(gate_up, down, scheme is not Scheme.FLOAT)
+    x = _rows(generator, dtype, rows, hidden)
+    _same(ops.mlp(x, weights), Ops.mlp(ops, x, weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8, Scheme.W4A8])
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 12),
+    experts=st.integers(1, 7),
+    pairs=st.integers(1, 20),
+    width=st.integers(1, 20),
+    with_shared=st.booleans(),
+    poisoned=st.booleans(),
+)
+def test_moe(
+    all_ops: dict[torch.dtype, NativeOps],
+    dtype: torch.dtype,
+    scheme: Scheme,
+    seed: int,
+    tokens: int,
+    experts: int,
+    pairs: int,
+    width: int,
+    with_shared: bool,
+    poisoned: bool,
+) -> None:
+    ops, generator = all_ops[dtype], np.random.default_rng(seed)
+    weights = _moe(ops, generator, scheme, experts, 2 * pairs, 2 * width)
+    x = _rows(generator, dtype, tokens, 2 * pairs)
+    shared = _rows(generator, dtype, tokens, 2 * pairs) if with_shared else None
+    top_weights, ids = ops.moe_gate(x, weights)
+    expected_weights, expected_ids = Ops.moe_gate(ops, x, weights)
+    _same(top_weights, expected_weights)
+    _same(ids, expected_ids)
+    if poisoned and tokens:
+        x[0, 0] = torch.nan
+    out = ops.moe_experts(x, top_weights, ids, weights, shared)
+    _same(out, Ops.moe_experts(ops, x, top_weights, ids, weights, shared))
+    if poisoned and tokens:
+        assert out[0].isnan().all()
+        assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W4A8])
+def test_more_rows_than_the_middle_holds(scheme: Scheme) -> None:
+    """Experts in several turns, and one expert with more rows than a turn has."""
+    ops, generator = NativeOps(threads=2), np.random.default_rng(0)
+    weights = _moe(ops, generator, scheme, 5, 8, 8200)  # 12 MB hold 191 rows of 16400 floats
+    x = _rows(generator, torch.float32, 400, 8)
+    ids = torch.from_numpy(generator.choice([0, 1, 3, 3, 3, 3], (400, 1)).astype(np.int32))
+    top_weights = torch.ones(400, 1)
+    _same(ops.moe_experts(x, top_weights, ids, weights, None), Ops.moe_experts(ops, x, top_weights, ids, weights, None))
+    mlp = MlpWeights(
+        ops.linear_of([_part(generator, Scheme.W8A8, 8200, 8) for _ in range(2)]),
+        ops.linear_of([_part(generator, Scheme.W8A8, 8, 8200)]),
+        quantized=True,
+    )
+    _same(ops.mlp(x, mlp), Ops.mlp(ops, x, mlp))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_lora", [None, 40])
+@pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_mla_prolog(
+    all_ops: dict[torch.dtype, NativeOps], dtype: torch.dtype, q_lora: int | None, scheme: Scheme, tokens: int
+) -> None:
+    ops, generator = all_ops[dtype], np.random.default_rng(tokens)
+    hidden, heads, nope, rope, latent = 50, 3, 24, 16, 32
+    config = MlaConfig(heads, nope, rope, 20, latent, q_lora, 1e-6, 0.1)
+    parts = MlaParts(
+        q=None if q_lora else _part(generator, scheme, heads * (nope + rope), hidden),
+        q_a=_part(generator, scheme, q_lora, hidden) if q_lora else None,
+        q_a_norm=_rows(generator, torch.bfloat16, q_lora) if q_lora else None,
+        q_b=_part(generator, scheme, heads * (nope + rope), q_lora) if q_lora else None,
+        kv_a=_part(generator, scheme, latent + rope, hidden),
+        kv_a_norm=_rows(generator, torch.bfloat16, latent),
+        kv_b=_rows(generator, torch.bfloat16, heads * (nope + 20), latent),
+        o=_part(generator, scheme, hidden, heads * 20),
+    )
+    mla = ops.mla(parts, config)
+    assert isinstance(mla, NativeMla)
+    step = Step(
+        token_ids=torch.zeros(tokens, dtype=torch.int64),
+        positions=torch.zeros(tokens, dtype=torch.int64),
+        slots=torch.tensor([17, 3, -1, 0, 31][:tokens]),
+        cos=_rows(generator, dtype, tokens, rope),
+        sin=_rows(generator, dtype, tokens, rope),
+        decode=Decode((tokens,), (tokens,), torch.zeros(1, 1, dtype=torch.int32)),
+        prefill=None,
+        output_rows=None,
+    )
+    caches = [ops.new_kv_cache(1, 2, 16, latent, rope)[0] for _ in range(2)]
+    x = _rows(generator, dtype, tokens, hidden)
+    got, expected = ops.mla_prolog(x, mla, caches[0], step), Ops.mla_prolog(ops, x, mla, caches[1], step)
+    for left, right in zip(got, expected, strict=True):
+        _same(left, right)
+    assert caches[0].latent.any()
+    _same(caches[0].latent, caches[1].latent)
+    _same(caches[0].rope, caches[1].rope)
