@@ -52,6 +52,9 @@ struct kernels {
     /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
     void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout);
+    /* The same on float32 weights, added to what is in out. */
+    void (*axpy_add)(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
+                     float *out, size_t ldout);
     void (*to_float)(const void *x, int dtype, size_t n, float *out);
     void (*from_float)(const float *x, size_t n, void *out, int dtype);
 
@@ -66,6 +69,10 @@ struct kernels {
 
     /* Attention of one tile, merged into its running values; see kernels/attention.h. */
     void (*attend)(const struct attention_tile *tile);
+    /* Scores of one query and `seen` of `keys` keys become their exponentials (0 where not seen), merged into the
+     * query's running maximum and sum; returns the factor that what it has gathered so far must be taken times. */
+    float (*online_softmax)(float *score, size_t seen, size_t keys, float *largest, float *total);
+    void (*multiply_row)(float factor, size_t n, float *x);
 
     /* Conversion; see kernels/convert.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
     size_t (*convert_scratch)(size_t n);

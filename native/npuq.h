@@ -147,6 +147,22 @@ NPUQ_API int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, cons
                                   int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                                   const int32_t *table, int64_t table_stride, float softmax_scale, void *out);
 
+/* [tokens, heads, channels]; head_stride 0 where heads share their channels. */
+typedef struct {
+    const void *data;
+    int64_t token_stride, head_stride;
+} npuq_strided;
+/* Queries, keys and values of `count` heads: nope and rope channels of queries and keys lie apart. */
+typedef struct {
+    npuq_strided q_nope, q_rope, k_nope, k_rope, value;
+    int64_t count, nope_dim, rope_dim, value_dim;
+    int32_t dtype;
+} npuq_heads;
+/* q_ends, kv_ends: cumulative lengths of the sequences. causal: query i of n sees keys j ≤ i + (keys − n), else all.
+ * out [tokens, count, value_dim] in the heads' dtype, lse [tokens, count]; a query that sees no key gives 0 and −inf. */
+NPUQ_API int npuq_attention(npuq_pool *pool, const npuq_heads *heads, const int64_t *q_ends, const int64_t *kv_ends,
+                            int64_t sequences, float softmax_scale, int32_t causal, void *out, float *lse);
+
 /* ---- several operators in one call; results as if called one by one ---------------------------------------------- */
 
 /* npuq_dynamic_quant (for I4 and I8 weights) and npuq_matmul. `stride` is that of x's rows: cols for float weights. */

@@ -47,6 +47,22 @@ class Cache(ctypes.Structure):
     )
 
 
+class Strided(ctypes.Structure):
+    """`npuq_strided`: [tokens, heads, channels] anywhere in memory."""
+
+    _fields_ = (("data", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64))
+
+
+class Heads(ctypes.Structure):
+    """`npuq_heads`: queries, keys and values of attention over decompressed keys."""
+
+    _fields_ = (
+        *((name, Strided) for name in ("q_nope", "q_rope", "k_nope", "k_rope", "value")),
+        *((name, c_int64) for name in ("count", "nope_dim", "rope_dim", "value_dim")),
+        ("dtype", c_int32),
+    )
+
+
 class MlaBlock(ctypes.Structure):
     """`npuq_mla`: one layer's attention weights up to the cache."""
 
@@ -94,6 +110,7 @@ _SIGNATURES: Final = {
     "npuq_interleave_rope": (_P, _P, _I, _L, _L, _L, _L, _L, _P, _P, _P),
     "npuq_kv_cache_write": (_P, _P, _P, _L, _P, _P, _P, _P, _L, _F, _P, _P),
     "npuq_attention_paged": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _F, _P),
+    "npuq_attention": (_P, _P, _P, _P, _L, _F, _I, _P, _P),
     "npuq_linear": (_P, _P, _P, _I, _L, _L, _P, _I),
     "npuq_mlp": (_P, _P, _P, _P, _I, _L, _P),
     "npuq_moe_gate": (_P, _P, _P, _P, _I, _L, _L, _I, _L, _L, _I, _I, _F, _P, _P),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .dialects import BlockScale, StoredRows
-from .library import Cache, MlaBlock, Part, Source, Weights, description, level_index, levels, library
+from .library import Cache, Heads, MlaBlock, Part, Source, Strided, Weights, description, level_index, levels, library
 from .scales import NonFiniteError
 
 __all__ = [
@@ -22,10 +22,12 @@ __all__ = [
     "INT4",
     "MOST_COLUMNS",
     "Cache",
+    "Heads",
     "MlaBlock",
     "NativeRows",
     "Part",
     "Pool",
+    "Strided",
     "Weights",
     "description",
     "levels",

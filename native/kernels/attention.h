@@ -10,25 +10,15 @@
 #include "simd.h"
 
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_NEON)
-enum { SCORE_HEADS = 4, SCORE_KEYS = 4 };
+enum { SCORE_HEADS = 4, SCORE_KEYS = 4, WEIGH_VECTORS = 2 };
 #else
-enum { SCORE_HEADS = 4, SCORE_KEYS = 2 };
+enum { SCORE_HEADS = 4, SCORE_KEYS = 2, WEIGH_VECTORS = 1 };
 #endif
 
-/* score[h][j] += q[h] · key[j] over `groups` groups of 16 channels. */
-INLINE void score_tile(const char *cache, const int dtype, size_t block_size, size_t key, size_t keys, const float *q,
-                       size_t ldq, size_t heads, size_t groups, float *score) {
+/* Adds q[h] · key[j] over `groups` groups of 16 channels, of keys at rows `row` of each group. */
+INLINE void score_groups(const char *cache, const int dtype, size_t block_size, const size_t *row,
+                         const float *const *query, size_t groups, vf sum[SCORE_HEADS][SCORE_KEYS]) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
-    vf sum[SCORE_HEADS][SCORE_KEYS];
-    const float *query[SCORE_HEADS];
-    size_t row[SCORE_KEYS];
-    for (size_t h = 0; h < SCORE_HEADS; h++) query[h] = q + (h < heads ? h : heads - 1) * ldq;
-    for (size_t j = 0; j < SCORE_KEYS; j++) row[j] = (key + (j < keys ? j : keys - 1)) * 16;
-#pragma GCC unroll 8
-    for (int h = 0; h < SCORE_HEADS; h++) {
-#pragma GCC unroll 8
-        for (int j = 0; j < SCORE_KEYS; j++) sum[h][j] = vf_set(0);
-    }
     for (size_t g = 0; g < groups; g++) {
         const char *group = cache + g * block_size * 16 * size;
         for (size_t part = 0; part < 16; part += VW) {
@@ -43,67 +33,114 @@ INLINE void score_tile(const char *cache, const int dtype, size_t block_size, si
             }
         }
     }
-    for (size_t h = 0; h < SCORE_HEADS && h < heads; h++) {
-        for (size_t j = 0; j < SCORE_KEYS && j < keys; j++) score[h * ATTENTION_KEYS + j] += vf_sum(sum[h][j]);
+}
+
+/* score[h][j] = q[h] · key[j], latent and rope channels together. Heads and keys past the last repeat it. */
+INLINE void score_tile(const struct attention_tile *tile, const int dtype, size_t head, size_t key, float *score) {
+    const size_t ldq = tile->latent_dim + tile->rope_dim, heads = tile->heads - head, keys = tile->keys - key;
+    vf sum[SCORE_HEADS][SCORE_KEYS];
+    const float *query[SCORE_HEADS], *rope_query[SCORE_HEADS];
+    size_t row[SCORE_KEYS];
+#pragma GCC unroll 8
+    for (size_t h = 0; h < SCORE_HEADS; h++) {
+        query[h] = tile->q + (head + (h < heads ? h : heads - 1)) * ldq;
+        rope_query[h] = query[h] + tile->latent_dim;
+#pragma GCC unroll 8
+        for (int j = 0; j < SCORE_KEYS; j++) sum[h][j] = vf_set(0);
+    }
+    for (size_t j = 0; j < SCORE_KEYS; j++) row[j] = (tile->first + key + (j < keys ? j : keys - 1)) * 16;
+    score_groups(tile->latent, dtype, tile->block_size, row, query, tile->latent_dim / 16, sum);
+    score_groups(tile->rope, dtype, tile->block_size, row, rope_query, tile->rope_dim / 16, sum);
+#pragma GCC unroll 8
+    for (size_t h = 0; h < SCORE_HEADS; h++) {
+        float *to = score + (head + h) * ATTENTION_KEYS + key;
+        if (h < heads) {
+            float found[4];
+            vf_sum4(sum[h][0], sum[h][1], sum[h][SCORE_KEYS - 2], sum[h][SCORE_KEYS - 1], found);
+            memcpy(to, found, (keys < SCORE_KEYS ? keys : SCORE_KEYS) * sizeof *to);
+        }
     }
 }
 
-/* out[h] = out[h] · keep[h] + Σ_j weight[h][j] · latent[j], one vector of channels at a time. */
-INLINE void weigh_keys(const struct attention_tile *tile, const int dtype, const float *weight, const float *keep) {
+static float online_softmax(float *score, size_t seen, size_t keys, float *largest, float *total) {
+    vf maxima = vf_set(*largest);
+    size_t whole = seen / VW * VW;
+    for (size_t j = 0; j < whole; j += VW) maxima = vf_max(vf_load(score + j), maxima);
+    float most = vf_largest(maxima);
+    for (size_t j = whole; j < seen; j++) most = score[j] > most ? score[j] : most;
+    /* Before the first key the maximum is −inf: exp(−inf) must be 0, and vf_exp saturates. */
+    float keep = *largest == -INFINITY ? 0 : expf(*largest - most);
+    vf sum = vf_set(0), poison = vf_set(0); /* a score that is no number makes the sum none: vf_exp would not */
+    for (size_t j = 0; j < whole; j += VW) {
+        vf now = vf_load(score + j), weight = vf_exp(now - most);
+        poison = poison + now * 0.0f;
+        vf_store(score + j, weight);
+        sum = sum + weight;
+    }
+    if (whole < seen) {
+        vf now = vf_load_part(score + whole, seen - whole);
+        poison = poison + now * 0.0f;
+        vf_store_part(score + whole, vf_exp(now - most), seen - whole);
+        sum = sum + vf_load_part(score + whole, seen - whole);
+    }
+    for (size_t j = seen; j < keys; j++) score[j] = 0;
+    *total = *total * keep + vf_sum(sum + poison);
+    *largest = most;
+    return keep;
+}
+
+/* out[h] = out[h] · keep[h] + Σ_j weight[h][j] · latent[j] for `vectors` vectors of channels from number `unit` on. */
+INLINE void weigh_units(const struct attention_tile *tile, const int dtype, const float *weight, const float *keep,
+                        size_t unit, const int vectors) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
-    for (size_t g = 0; g < tile->latent_dim / 16; g++) {
-        const char *group = (const char *)tile->latent + (g * tile->block_size + tile->first) * 16 * size;
-        for (size_t part = 0; part < 16; part += VW) {
-            float *out = tile->out + g * 16 + part;
-            vf sum[ATTENTION_HEADS];
+    const char *channels[WEIGH_VECTORS];
+    float *out = tile->out + unit * VW;
+    vf sum[ATTENTION_HEADS][WEIGH_VECTORS];
 #pragma GCC unroll 8
-            for (size_t h = 0; h < ATTENTION_HEADS; h++) {
-                sum[h] = vf_set(0);
-                if (h < tile->heads) sum[h] = vf_load(out + h * tile->latent_dim) * keep[h];
-            }
-            for (size_t j = 0; j < tile->keys; j++) {
-                vf value = vf_load_as(group, dtype, j * 16 + part);
+    for (int v = 0; v < vectors; v++) {
+        size_t channel = (unit + (size_t)v) * VW;
+        channels[v] = (const char *)tile->latent + ((channel / 16 * tile->block_size + tile->first) * 16 + channel % 16) * size;
 #pragma GCC unroll 8
-                for (size_t h = 0; h < ATTENTION_HEADS; h++) {
-                    sum[h] = vf_fma(vf_set(weight[h * ATTENTION_KEYS + j]), value, sum[h]);
-                }
-            }
-#pragma GCC unroll 8
-            for (size_t h = 0; h < ATTENTION_HEADS; h++) {
-                if (h < tile->heads) vf_store(out + h * tile->latent_dim, sum[h]);
-            }
+        for (size_t h = 0; h < ATTENTION_HEADS; h++) {
+            sum[h][v] = vf_set(0);
+            if (h < tile->heads) sum[h][v] = vf_load(out + h * tile->latent_dim + (size_t)v * VW) * keep[h];
         }
     }
+    for (size_t j = 0; j < tile->keys; j++) {
+        vf value[WEIGH_VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) value[v] = vf_load_as(channels[v], dtype, j * 16);
+#pragma GCC unroll 8
+        for (size_t h = 0; h < ATTENTION_HEADS; h++) {
+            vf factor = vf_set(weight[h * ATTENTION_KEYS + j]);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sum[h][v] = vf_fma(factor, value[v], sum[h][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (size_t h = 0; h < ATTENTION_HEADS; h++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            if (h < tile->heads) vf_store(out + h * tile->latent_dim + (size_t)v * VW, sum[h][v]);
+        }
+    }
+}
+
+INLINE void weigh_keys(const struct attention_tile *tile, const int dtype, const float *weight, const float *keep) {
+    size_t unit = 0, units = tile->latent_dim / VW;
+    for (; unit + WEIGH_VECTORS <= units; unit += WEIGH_VECTORS) {
+        weigh_units(tile, dtype, weight, keep, unit, WEIGH_VECTORS);
+    }
+    for (; unit < units; unit++) weigh_units(tile, dtype, weight, keep, unit, 1);
 }
 
 INLINE void attend_as(const struct attention_tile *tile, const int dtype) {
     float score[ATTENTION_HEADS * ATTENTION_KEYS] = {0}, keep[ATTENTION_HEADS] = {0};
-    size_t ldq = tile->latent_dim + tile->rope_dim;
     for (size_t h = 0; h < tile->heads; h += SCORE_HEADS) {
-        for (size_t j = 0; j < tile->keys; j += SCORE_KEYS) {
-            const float *q = tile->q + h * ldq;
-            float *to = score + h * ATTENTION_KEYS + j;
-            size_t heads = tile->heads - h, keys = tile->keys - j, key = tile->first + j;
-            score_tile(tile->latent, dtype, tile->block_size, key, keys, q, ldq, heads, tile->latent_dim / 16, to);
-            score_tile(tile->rope, dtype, tile->block_size, key, keys, q + tile->latent_dim, ldq, heads,
-                       tile->rope_dim / 16, to);
-        }
+        for (size_t j = 0; j < tile->keys; j += SCORE_KEYS) score_tile(tile, dtype, h, j, score);
     }
     for (size_t h = 0; h < tile->heads; h++) {
-        float *row = score + h * ATTENTION_KEYS, largest = tile->largest[h];
-        for (size_t j = 0; j < tile->keys; j++) largest = row[j] > largest ? row[j] : largest;
-        /* The first tile has −inf before it: exp(−inf) must be 0, and vf_exp saturates. */
-        keep[h] = tile->largest[h] == -INFINITY ? 0 : expf(tile->largest[h] - largest);
-        vf sum = vf_set(0);
-        size_t j = 0;
-        for (; j < tile->keys; j += VW) {
-            size_t left = tile->keys - j < VW ? tile->keys - j : VW;
-            vf weight = vf_exp(vf_load(row + j) - largest);
-            vf_store_part(row + j, weight, left);
-            sum = sum + (left == VW ? weight : vf_load_part(row + j, left));
-        }
-        tile->total[h] = tile->total[h] * keep[h] + vf_sum(sum);
-        tile->largest[h] = largest;
+        keep[h] = online_softmax(score + h * ATTENTION_KEYS, tile->keys, tile->keys, tile->largest + h, tile->total + h);
     }
     weigh_keys(tile, dtype, score, keep);
 }

@@ -6,11 +6,11 @@
 #include "simd.h"
 
 #if defined(NPUQ_LEVEL_AVX512)
-enum { FLOAT_TOKENS = 6, FLOAT_ROWS = 4 };
+enum { FLOAT_TOKENS = 6, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
 #elif defined(NPUQ_LEVEL_NEON)
-enum { FLOAT_TOKENS = 4, FLOAT_ROWS = 4 };
+enum { FLOAT_TOKENS = 4, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
 #else
-enum { FLOAT_TOKENS = 2, FLOAT_ROWS = 4 }; /* 16 registers: 8 sums, 2 tokens, a weight */
+enum { FLOAT_TOKENS = 2, FLOAT_ROWS = 4, AXPY_TOKENS = 2 }; /* 16 registers: 8 sums, 2 tokens, a weight */
 #endif
 
 INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
@@ -29,9 +29,12 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
         vf token[6];
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) token[t] = vf_load(x + (size_t)t * ldx + i);
+        /* The next tile, in the order its rows lie in memory where they are packed; see kernels/integer.h. */
+        for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
+            __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < FLOAT_ROWS; r++) {
-            if (tokens == 1) __builtin_prefetch(row[r] + (i + FLOAT_ROWS * ldw) * size);
             vf weight = vf_load_as(row[r], dtype, i);
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; t++) sum[r][t] = vf_fma(weight, token[t], sum[r][t]);
@@ -46,9 +49,8 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
             }
         }
     }
-    for (int t = 0; t < tokens; t++) {
-        for (int r = 0; r < FLOAT_ROWS; r++) acc[(size_t)t * ldacc + (size_t)r] = vf_sum(sum[r][t]);
-    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) vf_sum4(sum[0][t], sum[1][t], sum[2][t], sum[3][t], acc + (size_t)t * ldacc);
 }
 
 INLINE void float_tiles(const void *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
@@ -81,43 +83,51 @@ static void dot_float(const void *w, int dtype, size_t ldw, size_t rows, const f
     else float_tiles(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc);
 }
 
-/* Four vectors of columns for up to two tokens: rows of w are read once for both. */
+/* Four vectors of columns for up to AXPY_TOKENS tokens: rows of w are read once for all. */
 INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, const float *x, size_t ldx,
-                      const int tokens, float *out, size_t ldout) {
-    vf sum[4][2];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-#pragma GCC unroll 2
-        for (int t = 0; t < tokens; t++) sum[v][t] = vf_set(0);
-    }
-    for (size_t i = 0; i < a; i++) {
+                      const int tokens, const int accumulate, float *out, size_t ldout) {
+    vf sum[AXPY_TOKENS][4];
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) {
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
-            vf weight = vf_load_as(w, dtype, i * ldw + (size_t)v * VW);
-#pragma GCC unroll 2
-            for (int t = 0; t < tokens; t++) sum[v][t] = vf_fma(vf_set(x[(size_t)t * ldx + i]), weight, sum[v][t]);
+            sum[t][v] = accumulate ? vf_load(out + (size_t)t * ldout + (size_t)v * VW) : vf_set(0);
         }
     }
-    for (int v = 0; v < 4; v++) {
-        for (int t = 0; t < tokens; t++) vf_store(out + (size_t)t * ldout + (size_t)v * VW, sum[v][t]);
+    for (size_t i = 0; i < a; i++) {
+        vf weight[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) weight[v] = vf_load_as(w, dtype, i * ldw + (size_t)v * VW);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            vf token = vf_set(x[(size_t)t * ldx + i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) sum[t][v] = vf_fma(token, weight[v], sum[t][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) vf_store(out + (size_t)t * ldout + (size_t)v * VW, sum[t][v]);
     }
 }
 
 INLINE void axpy_columns(const char *w, const int dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
-                         size_t tokens, float *out, size_t ldout) {
+                         size_t tokens, const int accumulate, float *out, size_t ldout) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
     size_t c = 0;
     for (; c + 4 * VW <= cols; c += 4 * VW) {
+        const char *wc = w + c * size;
         size_t t = 0;
-        for (; t + 2 <= tokens; t += 2) {
-            axpy_tile(w + c * size, dtype, ldw, a, x + t * ldx, ldx, 2, out + t * ldout + c, ldout);
+        for (; t + AXPY_TOKENS <= tokens; t += AXPY_TOKENS) {
+            axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, AXPY_TOKENS, accumulate, out + t * ldout + c, ldout);
         }
-        if (t < tokens) axpy_tile(w + c * size, dtype, ldw, a, x + t * ldx, ldx, 1, out + t * ldout + c, ldout);
+        for (; t < tokens; t++) axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, 1, accumulate, out + t * ldout + c, ldout);
     }
     for (; c < cols; c += VW) {
         size_t n = cols - c < VW ? cols - c : VW;
         for (size_t t = 0; t < tokens; t++) {
-            vf sum = vf_set(0);
+            vf sum = accumulate ? vf_load_part(out + t * ldout + c, n) : vf_set(0);
             for (size_t i = 0; i < a; i++) {
                 sum = vf_fma(vf_set(x[t * ldx + i]), vf_load_part_as(w, dtype, i * ldw + c, n), sum);
             }
@@ -128,9 +138,14 @@ INLINE void axpy_columns(const char *w, const int dtype, size_t ldw, size_t a, s
 
 static void axpy_float(const void *w, int dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout) {
-    if (dtype == NPUQ_BF16) axpy_columns(w, NPUQ_BF16, ldw, a, cols, x, ldx, tokens, out, ldout);
-    else if (dtype == NPUQ_F16) axpy_columns(w, NPUQ_F16, ldw, a, cols, x, ldx, tokens, out, ldout);
-    else axpy_columns(w, NPUQ_F32, ldw, a, cols, x, ldx, tokens, out, ldout);
+    if (dtype == NPUQ_BF16) axpy_columns(w, NPUQ_BF16, ldw, a, cols, x, ldx, tokens, 0, out, ldout);
+    else if (dtype == NPUQ_F16) axpy_columns(w, NPUQ_F16, ldw, a, cols, x, ldx, tokens, 0, out, ldout);
+    else axpy_columns(w, NPUQ_F32, ldw, a, cols, x, ldx, tokens, 0, out, ldout);
+}
+
+static void axpy_add(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
+                     float *out, size_t ldout) {
+    axpy_columns((const char *)w, NPUQ_F32, ldw, a, cols, x, ldx, tokens, 1, out, ldout);
 }
 
 #endif

@@ -140,6 +140,10 @@ static void scale_add_row(float weight, const float *x, size_t n, float *out) {
     for (size_t i = 0; i < n; i++) out[i] += weight * x[i];
 }
 
+static void multiply_row(float factor, size_t n, float *x) {
+    for (size_t i = 0; i < n; i++) x[i] *= factor;
+}
+
 /* Interleaved pairs (even, odd) in, halves out: first = even · cos − odd · sin, second = odd · cos + even · sin. */
 static void rope_row(const float *x, const float *cos, const float *sin, size_t dim, float *out) {
     size_t half = dim / 2;

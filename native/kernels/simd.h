@@ -165,7 +165,7 @@ INLINE vf vf_set(float a) { return (vf){0} + a; }
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7FFFFFFF); }
 INLINE vf vf_sign_of(vf a) { return (vf)((vi)a & (int32_t)0x80000000); }
 
-/* Lane sums in one fixed tree, so that a result does not depend on the compiler. */
+/* Lane sums in one fixed tree, so that a result does not depend on the compiler: halves are added until one is left. */
 INLINE float vf_sum(vf v) {
     float lane[VW];
     vf_store(lane, v);
@@ -174,6 +174,29 @@ INLINE float vf_sum(vf v) {
     }
     return lane[0];
 }
+
+/* The same sums of four vectors. */
+#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
+INLINE __m128 vf_quarter(vf v) {
+#if defined(NPUQ_LEVEL_AVX512)
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#else
+    __m256 half = v;
+#endif
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+INLINE void vf_sum4(vf a, vf b, vf c, vf d, float out[4]) {
+    __m128 p = vf_quarter(a), q = vf_quarter(b), r = vf_quarter(c), s = vf_quarter(d);
+    __m128 left = _mm_add_ps(_mm_movelh_ps(p, q), _mm_movehl_ps(q, p));
+    __m128 right = _mm_add_ps(_mm_movelh_ps(r, s), _mm_movehl_ps(s, r));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(left, right, 0x88), _mm_shuffle_ps(left, right, 0xDD)));
+}
+#else
+INLINE void vf_sum4(vf a, vf b, vf c, vf d, float out[4]) {
+    const vf each[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) out[i] = vf_sum(each[i]);
+}
+#endif
 
 INLINE float vf_largest(vf v) {
     float lane[VW], largest;

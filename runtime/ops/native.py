@@ -33,7 +33,7 @@ from . import (
     Step,
 )
 from .cpu import CpuOps
-from .native_weights import NativeLinear, NativeMla, native_cache, native_linear, native_mla
+from .native_weights import NativeLinear, NativeMla, native_cache, native_heads, native_linear, native_mla
 from .reference import PartsLinear
 
 
@@ -316,6 +316,36 @@ class NativeOps(CpuOps):
             None if latent is None else latent.data_ptr(),
         )
         return None if rope is None or latent is None else (rope, latent)
+
+    def fused_infer_attention(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        k_nope: Tensor,
+        k_rope: Tensor,
+        value: Tensor,
+        q_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = [_rows(each) for each in (q_nope, q_rope, k_nope, k_rope[:, None], value)]
+        heads = native_heads(*tensors)
+        sequences, tokens, count = len(q_lens), q_nope.shape[0], q_nope.shape[1]
+        lengths = ctypes.c_int64 * sequences
+        out, lse = torch.empty(tokens, count, value.shape[2], dtype=self.dtype), torch.empty(tokens, count, 1)
+        self.pool.call(
+            "attention",
+            ctypes.byref(heads),
+            lengths(*q_lens),
+            lengths(*kv_lens),
+            sequences,
+            scale,
+            causal,
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
+        return out, lse
 
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float

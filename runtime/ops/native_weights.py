@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.native import DTYPES, INT4, Cache, MlaBlock, Part, Weights
+from ...quant.native import DTYPES, INT4, Cache, Heads, MlaBlock, Part, Strided, Weights
 from ...quant.schemes import Scheme
 from . import LayerCache, LinearPart, MlaWeights
 
@@ -69,6 +69,22 @@ def native_cache(cache: LayerCache) -> Cache:
     channels = cache.latent.shape[1] * cache.latent.shape[3], cache.rope.shape[1] * cache.rope.shape[3]
     return Cache(
         cache.latent.data_ptr(), cache.rope.data_ptr(), cache.block_size, *channels, DTYPES[cache.latent.dtype]
+    )
+
+
+def native_heads(q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor) -> Heads:
+    """Tensors `[tokens, heads, channels]` whose channels lie together; k_rope has one head for all."""
+
+    def strided(x: Tensor) -> Strided:
+        return Strided(x.data_ptr(), x.stride(0), x.stride(1) if x.shape[1] > 1 else 0)
+
+    return Heads(
+        *(strided(each) for each in (q_nope, q_rope, k_nope, k_rope, value)),
+        q_nope.shape[1],
+        q_nope.shape[2],
+        q_rope.shape[2],
+        value.shape[2],
+        DTYPES[q_nope.dtype],
     )
 
 

@@ -57,7 +57,10 @@ def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
     """The tests beside this one again, on that library."""
     library = sanitized.with_name("libnpuq.so")
     found = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("products", "rows", "layers", "convert")]
+    tests = [
+        str(Path(__file__).with_name(f"test_{name}.py"))
+        for name in ("products", "rows", "layers", "attention", "convert")
+    ]
     program = (
         "import pathlib, sys, pytest, npuq.quant.library as library\n"
         "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
