@@ -12,7 +12,7 @@
 enum { TILE_ROWS = 4, OFFSET_W4 = 8 };
 
 #if defined(NPUQ_LEVEL_AVX512)
-enum { STEP = 64, W8_STEP = 64, W4_TOKENS = 3, W8_TOKENS = 3, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30,
+enum { STEP = 64, W8_STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30,
        OFFSET_W8 = 128, NARROW_STEPS = 0 };
 typedef __m512i bytes;
 typedef __m512i sums;
@@ -21,10 +21,15 @@ INLINE bytes load_bytes(const void *p) { return _mm512_loadu_si512(p); }
 INLINE bytes flip_nibbles(bytes b) { return _mm512_xor_si512(b, _mm512_set1_epi8((char)0x88)); }
 INLINE bytes low_nibbles(bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
 INLINE bytes high_nibbles(bytes b) { return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15)); }
-INLINE sums dot_nibbles(sums acc, bytes nibbles, bytes x) { return _mm512_dpbusd_epi32(acc, nibbles, x); }
+/* _mm512_dpbusd_epi32, written out: GCC 12 copies every sum to another register before it and back after it, which
+ * leaves room for half as many sums. */
+INLINE sums dot_nibbles(sums acc, bytes nibbles, bytes x) {
+    __asm__("vpdpbusd\t%2, %1, %0" : "+v"(acc) : "v"(nibbles), "v"(x));
+    return acc;
+}
 INLINE bytes load_w8(const int8_t *p) { return _mm512_xor_si512(load_bytes(p), _mm512_set1_epi8((char)0x80)); }
 INLINE bytes load_x8(const int8_t *p) { return load_bytes(p); }
-INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return _mm512_dpbusd_epi32(acc, w, x); }
+INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return dot_nibbles(acc, w, x); }
 INLINE void store_bytes(void *p, bytes b) { _mm512_storeu_si512(p, b); }
 INLINE sums add_sums(sums a, sums b) { return _mm512_add_epi32(a, b); }
 INLINE sums widen(sums acc, sums narrow) { return add_sums(acc, narrow); }
