@@ -1,15 +1,16 @@
-"""llama.cpp on a model of the same shape and random weights, as the CPU peer of benchmarks/decode.py.
+"""llama.cpp on a model of the same shape and random weights: the CPU peer that benchmarks/runtime.py runs.
 
     pip install llama-cpp-python gguf        in an environment of its own; builds from source, ten minutes on two cores
-    python benchmarks/llama_cpp.py [MODEL.gguf] [--threads 2]
+    python benchmarks/peer_llama_cpp.py [MODEL.gguf] [--threads 2]
 
 Writes the model once (2.6 GB: Q4_0 routed experts, Q8_0 elsewhere, float32 norms and router), then prints tokens/s of
-prefill and decode. Run it and decode.py after each other on an otherwise idle machine, with the same threads.
+prefill and decode as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 HIDDEN, HEADS, LAYERS, VOCABULARY = 2048, 16, 8, 32768
 Q_LORA, KV_LORA, NOPE, ROPE, VALUE = 1536, 512, 128, 64, 128
 DENSE, EXPERTS, EXPERT, SHARED, TOP_K = 8192, 64, 1408, 2, 6
-CONTEXT, BATCH = 1024, 512
 
 
 def main() -> None:
@@ -28,13 +28,14 @@ def main() -> None:
     default = Path(__file__).resolve().parent.parent / "build" / "random-small-v3.gguf"
     parser.add_argument("model", nargs="?", type=Path, default=default)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
     options = parser.parse_args()
     if not options.model.exists():
         options.model.parent.mkdir(parents=True, exist_ok=True)
         write_model(options.model)
-    prefill, decode = measure(options.model, options.threads, options.tokens)
-    print(f"llama.cpp, {options.threads} threads: prefill {prefill:.1f} tokens/s, decode {decode:.2f} tokens/s")
+    prefill, decode = measure(options.model, options.threads, options.prompt, options.tokens)
+    print(json.dumps({"threads": options.threads, "prefill": prefill, "decode": decode}))
 
 
 def write_model(path: Path) -> None:
@@ -141,14 +142,14 @@ def _tensors() -> list[tuple[str, tuple[int, ...], str]]:
     return found
 
 
-def measure(path: Path, threads: int, tokens: int) -> tuple[float, float]:
-    """Tokens/s of a prompt of BATCH tokens and of decode (median step)."""
+def measure(path: Path, threads: int, prompt: int, tokens: int) -> tuple[float, float]:
+    """Tokens/s of a prompt in one batch and of decode (median step)."""
     import llama_cpp as llama
 
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, BATCH, BATCH
+    params.n_ctx, params.n_batch, params.n_ubatch = prompt + tokens + 16, prompt, prompt
     params.n_threads = params.n_threads_batch = threads
     context = llama.llama_init_from_model(model, params)
     generator = np.random.default_rng(0)
@@ -169,8 +170,8 @@ def measure(path: Path, threads: int, tokens: int) -> tuple[float, float]:
 
     warm = 8
     decode(warm, 0)
-    prefill = (BATCH - warm) / decode(BATCH - warm, warm)
-    steps = [decode(1, BATCH + step) for step in range(tokens + 3)]
+    prefill = (prompt - warm) / decode(prompt - warm, warm)
+    steps = [decode(1, prompt + step) for step in range(tokens + 3)]
     return prefill, 1 / statistics.median(steps[3:])
 
 

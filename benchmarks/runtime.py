@@ -1,0 +1,198 @@
+"""Decode and prefill of the runtime beside the machine's limits, llama.cpp and transformers, in one run.
+
+    python benchmarks/runtime.py [--threads 2] [--rounds 3] [--json]
+    python benchmarks/runtime.py --llama-cpp ENV/bin/python --transformers     # the peers too
+
+The model is random, 2.6 GB, DeepSeek-V3 in small (build/random-small-v3, written once). `--llama-cpp` names the Python
+of an environment that has llama-cpp-python and gguf: the same shape as a GGUF (build/random-small-v3.gguf, written
+once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and torch's
+int8 product (oneDNN) on every shape and row count of the prefill. All take turns with the same threads, a round each;
+figures are medians over the rounds, and ratios are made within a round before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from random_artifact import SMALL_V3, linears, make
+
+import npuq.runtime
+from npuq.quant.model_config import ModelConfig
+from npuq.quant.native import description
+from npuq.quant.schemes import Scheme
+from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / "build"
+Figures = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
+    parser.add_argument("--batch", type=int, default=16, help="sequences at once, beside one")
+    parser.add_argument("--model", type=Path, default=BUILD / "random-small-v3")
+    parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
+    parser.add_argument("--gguf", type=Path, default=BUILD / "random-small-v3.gguf")
+    parser.add_argument("--transformers", action="store_true", help="needs transformers and 4 GB")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    if not (options.model / "npuq" / "manifest.json").is_file():
+        make(options.model, SMALL_V3)
+    tokens = options.prompt + options.tokens + 16
+    sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=max(1024, tokens), kv_cache_bytes=2 << 30)
+    model = npuq.runtime.load(options.model, "cpu", engine=sizes)
+    peers: dict[str, list[str]] = {}
+    shared = ["--threads", str(options.threads), "--prompt", str(options.prompt), "--tokens", str(options.tokens)]
+    if options.llama_cpp is not None:
+        peers["llama.cpp"] = [str(options.llama_cpp), str(HERE / "peer_llama_cpp.py"), str(options.gguf), *shared]
+    if options.transformers:
+        peers["transformers bf16"] = [sys.executable, str(HERE / "peer_transformers.py"), str(options.model), *shared]
+
+    rounds = []
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        rounds.append(measure_round(model, peers, options.batch, options.prompt, options.tokens))
+    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    if options.json:
+        print(json.dumps({"threads": options.threads, "rounds": rounds, "medians": medians}, indent=2))
+    else:
+        print(f"{description()}, {options.threads} threads, medians of {options.rounds} rounds")
+        print(table(medians, list(peers), options.batch, options.prompt))
+
+
+def measure_round(model: LanguageModel, peers: dict[str, list[str]], batch: int, prompt: int, tokens: int) -> Figures:
+    """All figures of one round: rates in tokens/s, B/s and multiply-adds/s, and the ratios between them."""
+    config = model.engine.model.config
+    found: Figures = {"read bandwidth": read_bandwidth()}
+    ideal = int8_seconds(config, prompt)
+    prefill, decode = measure(model, 1, prompt, tokens)
+    _, many = measure(model, batch, prompt, tokens)
+    found["read bandwidth"] = max(found["read bandwidth"], read_bandwidth())  # what else ran moves it
+    found["int8 limit"] = integer_work(config, prompt) / ideal
+    found["weights"] = bytes_per_token(config)
+    found |= {"npuq prefill": prefill, "npuq decode": decode, "npuq batch": many, "batch gain": many / decode}
+    found["of bandwidth"] = found["weights"] * decode / found["read bandwidth"]
+    found["of int8"] = ideal * prefill / prompt
+    for name, command in peers.items():
+        theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found |= {f"{name} {what}": theirs[what] for what in ("prefill", "decode")}
+        found |= {
+            f"{name} prefill ratio": prefill / theirs["prefill"],
+            f"{name} decode ratio": decode / theirs["decode"],
+        }
+    return found
+
+
+def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
+    lines = [
+        f"limits: read {found['read bandwidth'] / 1e9:.1f} GB/s; torch int8 on the prefill's shapes "
+        f"{found['int8 limit'] / 1e9:.0f} G multiply-adds/s; a decoded token reads {found['weights'] / 1e6:.0f} MB",
+        f"{'':20} {f'prefill {prompt}':>12} {'decode':>10} {f'batch {batch}':>10}   tokens/s",
+        f"{'npuq':20} {found['npuq prefill']:12.1f} {found['npuq decode']:10.2f} {found['npuq batch']:10.1f}",
+        f"{'  of the limit':20} {found['of int8']:12.2f} {found['of bandwidth']:10.2f} "
+        f"{found['batch gain']:9.2f}×   (of int8, of bandwidth, of batch 1)",
+    ]
+    for name in peers:
+        lines.append(f"{name:20} {found[f'{name} prefill']:12.1f} {found[f'{name} decode']:10.2f}")
+        lines.append(
+            f"{'  npuq is faster':20} {found[f'{name} prefill ratio']:11.2f}× {found[f'{name} decode ratio']:9.2f}×"
+        )
+    return "\n".join(lines)
+
+
+def measure(model: LanguageModel, batch: int, prompt: int, tokens: int) -> tuple[float, float]:
+    """Tokens/s of prefill and of decode (median step) for `batch` random prompts at once."""
+    generator = torch.Generator().manual_seed(batch)
+    vocabulary = model.engine.model.config.vocab_size
+    engine = model.engine
+    params = SamplingParams(max_new_tokens=tokens + 2, ignore_eos=True)
+    engine.add(torch.randint(vocabulary, (prompt,), generator=generator).tolist(), SamplingParams(max_new_tokens=3))
+    while engine.scheduler.has_work:  # touches the mapped weights and the scratch memory once
+        engine.step()
+    for _ in range(batch):
+        engine.add(torch.randint(vocabulary, (prompt,), generator=generator).tolist(), params)
+    started, first = time.perf_counter(), 0
+    while first < batch:
+        first += len(engine.step())
+    prefill = batch * prompt / (time.perf_counter() - started)
+    seconds = []
+    while engine.scheduler.has_work:
+        started = time.perf_counter()
+        new = engine.step()
+        if len(new) == batch:
+            seconds.append(time.perf_counter() - started)
+    return prefill, batch / statistics.median(seconds)
+
+
+def bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of weights and scales that one decoded token reads: of the routed experts only those it is sent to."""
+    total = 0.0
+    for name, scheme, shape in linears(config):
+        numel = torch.Size(shape).numel()
+        if name == "model.embed_tokens.weight":
+            numel = config.hidden_size
+        size = 2.0 * numel if scheme is Scheme.FLOAT else numel * scheme.weight_bits / 8 + 4 * shape[0]
+        if ".experts." in name:
+            size *= config.num_experts_per_tok / config.n_routed_experts
+        total += size
+    return int(total)
+
+
+def integer_shapes(config: ModelConfig, prompt: int) -> Counter[tuple[int, int, int]]:
+    """How many integer products [rows, K] × [K, N] a prompt takes, by (rows, K, N); experts share its tokens evenly."""
+    spread = prompt * config.num_experts_per_tok // max(1, config.n_routed_experts)
+    found: Counter[tuple[int, int, int]] = Counter()
+    for name, scheme, shape in linears(config):
+        if scheme is not Scheme.FLOAT:
+            found[spread if ".experts." in name else prompt, shape[1], shape[0]] += 1
+    return found
+
+
+def integer_work(config: ModelConfig, prompt: int) -> int:
+    """Multiply-adds of those products."""
+    return sum(rows * k * n * count for (rows, k, n), count in integer_shapes(config, prompt).items())
+
+
+def int8_seconds(config: ModelConfig, prompt: int) -> float:
+    """What torch._int_mm takes for them: the best of several runs of each shape."""
+    total = 0.0
+    for (rows, k, n), count in integer_shapes(config, prompt).items():
+        x = torch.randint(-127, 128, (max(rows, 17), k), dtype=torch.int8)  # it wants more than 16 rows
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8).T
+        total += count * best(lambda: torch._int_mm(x, weight), 5)  # noqa: B023
+    return total
+
+
+def read_bandwidth() -> float:
+    """Bytes/s of summing a buffer far larger than any cache: the best of several passes."""
+    buffer = torch.ones(256 << 20, dtype=torch.float32)
+    return buffer.nbytes / best(buffer.sum, 7)
+
+
+def best(work: Callable[[], object], repeat: int) -> float:
+    """Seconds of the fastest of `repeat` runs."""
+    seconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
