@@ -41,6 +41,7 @@ LEVELS = {
     "aarch64": {
         "portable": [],
         "neon_dotprod": ["-DNPUQ_LEVEL_NEON", "-march=armv8.2-a+dotprod"],
+        "neon_i8mm": ["-DNPUQ_LEVEL_NEON", "-DNPUQ_LEVEL_I8MM", "-march=armv8.2-a+dotprod+i8mm"],
     },
 }
 

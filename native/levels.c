@@ -9,7 +9,7 @@ extern const struct kernels kernels_portable;
 #if defined(__x86_64__)
 extern const struct kernels kernels_avx2, kernels_avx512vnni;
 #elif defined(__aarch64__)
-extern const struct kernels kernels_neon_dotprod;
+extern const struct kernels kernels_neon_dotprod, kernels_neon_i8mm;
 #endif
 
 static const struct kernels *const levels[] = {
@@ -19,6 +19,7 @@ static const struct kernels *const levels[] = {
     &kernels_avx512vnni,
 #elif defined(__aarch64__)
     &kernels_neon_dotprod,
+    &kernels_neon_i8mm,
 #endif
 };
 
@@ -44,8 +45,10 @@ int npuq_level_usable(int level) {
                __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     }
 #elif defined(__aarch64__)
-    enum { ASIMDDP = 1 << 20 }; /* HWCAP_ASIMDDP of the Linux ABI; older headers lack the name */
-    if (level == 1) return (getauxval(AT_HWCAP) & ASIMDDP) != 0;
+    enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* of the Linux ABI's HWCAP and HWCAP2; older headers lack the names */
+    int dotprod = (getauxval(AT_HWCAP) & ASIMDDP) != 0;
+    if (level == 1) return dotprod;
+    if (level == 2) return dotprod && (getauxval(AT_HWCAP2) & I8MM) != 0;
 #endif
     return level == 0;
 }

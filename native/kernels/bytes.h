@@ -71,8 +71,12 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 }
 
 #elif defined(NPUQ_LEVEL_NEON)
-enum { STEP = 16, W8_STEP = 16, W4_TOKENS = 4, W8_TOKENS = 4, DIRECT_TOKENS = 4, DIRECT_LIMIT = 8,
-       OFFSET_W8 = 0, NARROW_STEPS = 0 };
+#if defined(NPUQ_LEVEL_I8MM)
+enum { W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6 };
+#else
+enum { W4_TOKENS = 4, W8_TOKENS = 4, DIRECT_TOKENS = 4 };
+#endif
+enum { STEP = 16, W8_STEP = 16, DIRECT_LIMIT = 8, OFFSET_W8 = 0, NARROW_STEPS = 0 };
 typedef int8x16_t bytes;
 typedef int32x4_t sums;
 INLINE sums sums_zero(void) { return vdupq_n_s32(0); }
@@ -85,6 +89,15 @@ INLINE bytes load_w8(const int8_t *p) { return vld1q_s8(p); }
 INLINE bytes load_x8(const int8_t *p) { return vld1q_s8(p); }
 INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return vdotq_s32(acc, w, x); }
 INLINE void store_bytes(void *p, bytes b) { vst1q_s8(p, b); }
+#if defined(NPUQ_LEVEL_I8MM)
+/* Eight bytes of each: a pair of rows as smmla takes it. */
+INLINE bytes pair_first(bytes a, bytes b) {
+    return vreinterpretq_s8_s64(vzip1q_s64(vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b)));
+}
+INLINE bytes pair_second(bytes a, bytes b) {
+    return vreinterpretq_s8_s64(vzip2q_s64(vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b)));
+}
+#endif
 INLINE sums add_sums(sums a, sums b) { return vaddq_s32(a, b); }
 INLINE sums widen(sums acc, sums narrow) { return add_sums(acc, narrow); }
 INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {

@@ -140,6 +140,50 @@ INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, cons
     EACH_TOKEN(tokens, store_quad(acc + t * ldacc, sum.row0[t], sum.row1[t], sum.row2[t], sum.row3[t]););
 }
 
+#if defined(NPUQ_LEVEL_I8MM)
+/* A tile of two or more tokens by smmla: a register holds the sums of two rows and two tokens. An odd token out is
+ * paired with itself. */
+INLINE void pair_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens,
+                      size_t k, size_t body, int32_t *acc, size_t ldacc) {
+    const size_t last = (storage == PACKED ? rows / 2 : rows) - 1;
+    const uint8_t *row0 = w, *row1 = w + (last < 1 ? 0 : k), *row2 = w + (last < 2 ? last : 2) * k,
+                  *row3 = w + (last < 3 ? last : 3) * k;
+    const int pairs = (tokens + 1) / 2;
+    sums upper[MOST_TOKENS], lower[MOST_TOKENS]; /* rows 0 and 1, 2 and 3 */
+    clear_row(upper, pairs);
+    clear_row(lower, pairs);
+    for (size_t i = 0; i < body; i += STEP) {
+        bytes first, second, third, fourth;
+        if (storage == PACKED) {
+            bytes both = flip_nibbles(load_bytes(row0 + i)), next = flip_nibbles(load_bytes(row1 + i));
+            first = low_nibbles(both), second = high_nibbles(both);
+            third = low_nibbles(next), fourth = high_nibbles(next);
+        } else {
+            first = load_bytes(row0 + i), second = load_bytes(row1 + i);
+            third = load_bytes(row2 + i), fourth = load_bytes(row3 + i);
+        }
+        bytes upper_first = pair_first(first, second), upper_second = pair_second(first, second);
+        bytes lower_first = pair_first(third, fourth), lower_second = pair_second(third, fourth);
+        EACH_TOKEN(pairs, {
+            bytes even = load_bytes(x + 2 * t * k + i);
+            bytes odd = load_bytes(x + (2 * t + 1 < tokens ? 2 * t + 1 : 2 * t) * k + i);
+            bytes token = pair_first(even, odd);
+            upper[t] = vmmlaq_s32(upper[t], upper_first, token);
+            lower[t] = vmmlaq_s32(lower[t], lower_first, token);
+            token = pair_second(even, odd);
+            upper[t] = vmmlaq_s32(upper[t], upper_second, token);
+            lower[t] = vmmlaq_s32(lower[t], lower_second, token);
+        });
+    }
+    EACH_TOKEN(pairs, {
+        vst1q_s32(acc + 2 * t * ldacc, vuzp1q_s32(upper[t], lower[t]));
+        if (2 * t + 1 < tokens) vst1q_s32(acc + (2 * t + 1) * ldacc, vuzp2q_s32(upper[t], lower[t]));
+    });
+}
+#else
+#define pair_tile tile
+#endif
+
 /* The k that whole steps leave over. */
 static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k,
                      size_t body, int32_t *acc, size_t ldacc) {
@@ -171,11 +215,11 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
             int32_t *out = acc + t * ldacc + r;
             switch (width) {
                 case 1: tile(storage, wr, rows - r, xt, 1, k, body, out, ldacc); break;
-                case 2: tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
-                case 3: if (most >= 3) tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
-                case 4: if (most >= 4) tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
-                case 5: if (most >= 5) tile(storage, wr, rows - r, xt, 5, k, body, out, ldacc); break;
-                default: if (most >= 6) tile(storage, wr, rows - r, xt, 6, k, body, out, ldacc); break;
+                case 2: pair_tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
+                case 3: if (most >= 3) pair_tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
+                case 4: if (most >= 4) pair_tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
+                case 5: if (most >= 5) pair_tile(storage, wr, rows - r, xt, 5, k, body, out, ldacc); break;
+                default: if (most >= 6) pair_tile(storage, wr, rows - r, xt, 6, k, body, out, ldacc); break;
             }
         }
         t += width;

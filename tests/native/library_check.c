@@ -89,6 +89,57 @@ static void check_quantizers(void) {
     }
 }
 
+static void near(const char *what, int level, const float *out, const float *expected, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (fabsf(out[i] - expected[i]) > 1e-4f) fail(what, level);
+    }
+}
+
+static void check_attention(void) {
+    for (int round = 0; round < 20; round++) {
+        int64_t heads = 1 + draw() % 3, nope = 1 + draw() % 40, rope = 2 * (1 + draw() % 8), value = 1 + draw() % 80;
+        int64_t q_ends[2], kv_ends[2];
+        for (int s = 0; s < 2; s++) {
+            q_ends[s] = (s ? q_ends[0] : 0) + 1 + draw() % 140;
+            kv_ends[s] = (s ? kv_ends[0] : 0) + 1 + draw() % 140;
+        }
+        int64_t tokens = q_ends[1], keys = kv_ends[1], n = tokens * heads * value;
+        float *q = floats((size_t)(tokens * heads * (nope + rope))), *k = floats((size_t)(keys * heads * nope));
+        float *k_rope = floats((size_t)(keys * rope)), *v = floats((size_t)(keys * heads * value));
+        int64_t width = nope + rope;
+        npuq_heads all = {{q, heads * width, width}, {q + nope, heads * width, width}, {k, heads * nope, nope},
+                          {k_rope, rope, 0}, {v, heads * value, value}, heads, nope, rope, value, NPUQ_F32};
+        float *expected = malloc((size_t)n * 4), *out = malloc((size_t)n * 4);
+        float *lse[2] = {malloc((size_t)(tokens * heads) * 4), malloc((size_t)(tokens * heads) * 4)};
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            float *to = level ? out : expected;
+            if (npuq_attention(pools[level], &all, q_ends, kv_ends, 2, 0.1f, round % 2, to, lse[level != 0])) exit(2);
+            if (level) near("attention", level, out, expected, n);
+        }
+        free(q), free(k), free(k_rope), free(v), free(expected), free(out), free(lse[0]), free(lse[1]);
+    }
+}
+
+/* One block of 16 keys and its neighbour, 2 or 5 heads, absorbed. */
+static void check_paged_attention(void) {
+    for (int round = 0; round < 20; round++) {
+        int64_t heads = round % 2 ? 2 : 5, latent = 16 * (1 + draw() % 5), rope = 16, kv_len = 1 + draw() % 32, q_end = 1;
+        float *pages = floats((size_t)(2 * 16 * latent)), *ropes = floats((size_t)(2 * 16 * rope));
+        float *q = floats((size_t)(heads * latent)), *q_rope = floats((size_t)(heads * rope));
+        int32_t table[2] = {1, 0};
+        npuq_cache cache = {pages, ropes, 16, latent, rope, NPUQ_F32};
+        float *expected = malloc((size_t)(heads * latent) * 4), *out = malloc((size_t)(heads * latent) * 4);
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            float *to = level ? out : expected;
+            if (npuq_attention_paged(pools[level], &cache, q, q_rope, heads, &q_end, &kv_len, 1, table, 2, 0.1f, to)) exit(2);
+            if (level) near("paged attention", level, out, expected, heads * latent);
+        }
+        free(pages), free(ropes), free(q), free(q_rope), free(expected), free(out);
+    }
+}
+
 static void check_conversion(void) {
     for (int round = 0; round < 40; round++) {
         int64_t rows = 2, cols = 1 + draw() % 700, bad;
@@ -125,6 +176,8 @@ int main(void) {
     check_integer_products();
     check_float_products();
     check_quantizers();
+    check_attention();
+    check_paged_attention();
     check_conversion();
     for (int level = 0; level < npuq_level_count(); level++) npuq_pool_destroy(pools[level]);
     printf("%d levels beside portable agree\n", checked);

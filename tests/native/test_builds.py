@@ -97,7 +97,7 @@ def test_levels_agree_on_arm(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "1 levels beside portable agree\n"
+    assert done.stdout == "2 levels beside portable agree\n"
 
 
 def test_no_compiler_is_an_error_that_the_build_may_ignore(tmp_path: Path) -> None:
