@@ -231,6 +231,35 @@ int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, const npuq_we
     return status;
 }
 
+int npuq_moe_layer(npuq_pool *pool, const npuq_moe *moe, const void *x, int32_t dtype, int64_t tokens, void *out) {
+    size_t copies = (size_t)(tokens * moe->k), shared_bytes = (size_t)(tokens * moe->down->outputs) * size_of(dtype);
+    struct space space = {0};
+    pool_begin(pool);
+    space.used = 2 * (copies * sizeof(float) + ALIGNMENT) + shared_bytes;
+    space = (struct space){pool_workspace(pool, space.used), 0};
+    int status = space.base == NULL ? NPUQ_NO_MEMORY : NPUQ_OK;
+    float *weights = NULL;
+    int32_t *ids = NULL;
+    void *shared = NULL;
+    if (status == NPUQ_OK) {
+        weights = take(&space, copies * sizeof *weights);
+        ids = take(&space, copies * sizeof *ids);
+        if (moe->shared_down != NULL) {
+            shared = take(&space, shared_bytes);
+            status = npuq_mlp(pool, moe->shared_gate_up, moe->shared_down, x, dtype, tokens, shared);
+        }
+    }
+    if (status == NPUQ_OK) {
+        status = npuq_moe_gate(pool, moe->router, moe->bias, x, dtype, tokens, moe->k, moe->sigmoid, moe->groups,
+                               moe->top_groups, moe->select_two, moe->renormalize, moe->scaling, weights, ids);
+    }
+    if (status == NPUQ_OK) {
+        status = npuq_moe_experts(pool, moe->gate_up, moe->down, x, dtype, weights, ids, tokens, moe->k, shared, out);
+    }
+    pool_end(pool);
+    return status;
+}
+
 /* ---- attention -------------------------------------------------------------------------------------------------- */
 
 struct prolog {
@@ -289,13 +318,58 @@ int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cach
     }
     if (status == NPUQ_OK) {
         status = npuq_batch_matmul(pool, q, dtype, q_stride, head, tokens, mla->heads, mla->nope_dim,
-                                   cache->latent_dim, mla->w_uk, mla->w_uk_dtype, mla->w_uk_strides[0],
+                                   cache->latent_dim, mla->w_uk, mla->kv_b_dtype, mla->w_uk_strides[0],
                                    mla->w_uk_strides[1], mla->w_uk_strides[2], q_latent);
     }
     if (status == NPUQ_OK) {
         const char *rope = (const char *)q + (size_t)mla->nope_dim * size_of(dtype);
         status = npuq_interleave_rope(pool, rope, dtype, q_stride, head, tokens, mla->heads, cache->rope_dim, cos, sin,
                                       q_rope);
+    }
+    pool_end(pool);
+    return status;
+}
+
+/* Queries in latent space, what they attended to, and that out of latent space. */
+struct attended {
+    void *q_latent, *q_rope, *latent, *value;
+};
+
+static struct attended take_attended(struct space *space, const npuq_mla *mla, const npuq_cache *cache, size_t tokens) {
+    size_t size = size_of(cache->dtype) * tokens * (size_t)mla->heads;
+    struct attended attended = {.q_latent = take(space, size * (size_t)cache->latent_dim)};
+    attended.q_rope = take(space, size * (size_t)cache->rope_dim);
+    attended.latent = take(space, size * (size_t)cache->latent_dim);
+    attended.value = take(space, size * (size_t)mla->value_dim);
+    return attended;
+}
+
+int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x, int32_t dtype,
+                    int64_t tokens, const void *cos, const void *sin, const int64_t *slots, const int64_t *q_ends,
+                    const int64_t *kv_lens, int64_t sequences, const int32_t *table, int64_t table_stride,
+                    float softmax_scale, void *out) {
+    int64_t heads = mla->heads, latent = cache->latent_dim;
+    struct space space = {0};
+    pool_begin(pool);
+    take_attended(&space, mla, cache, (size_t)tokens);
+    space = (struct space){pool_workspace(pool, space.used), 0};
+    int status = space.base == NULL ? NPUQ_NO_MEMORY : NPUQ_OK;
+    struct attended in = {0};
+    if (status == NPUQ_OK) {
+        in = take_attended(&space, mla, cache, (size_t)tokens);
+        status = npuq_mla_prolog(pool, mla, cache, x, dtype, tokens, cos, sin, slots, in.q_latent, in.q_rope);
+    }
+    if (status == NPUQ_OK) {
+        status = npuq_attention_paged(pool, cache, in.q_latent, in.q_rope, heads, q_ends, kv_lens, sequences, table,
+                                      table_stride, softmax_scale, in.latent);
+    }
+    if (status == NPUQ_OK) {
+        status = npuq_batch_matmul(pool, in.latent, dtype, heads * latent, latent, tokens, heads, latent,
+                                   mla->value_dim, mla->w_uv, mla->kv_b_dtype, mla->w_uv_strides[0],
+                                   mla->w_uv_strides[1], mla->w_uv_strides[2], in.value);
+    }
+    if (status == NPUQ_OK) {
+        status = npuq_linear(pool, mla->o, in.value, dtype, heads * mla->value_dim, tokens, out, dtype);
     }
     pool_end(pool);
     return status;

@@ -181,23 +181,36 @@ NPUQ_API int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, cons
                               int32_t dtype, const float *weights, const int32_t *ids, int64_t tokens, int64_t k,
                               const void *skip, void *out);
 
-/* One layer's attention weights up to the cache. qkv_a: (q_a, or q where q_b is NULL) | kv_a; norms in the compute
- * dtype; w_uk [heads, nope_dim, latent_dim] as in npuq_batch_matmul. */
+/* A mixture of experts: the router's gating rule is that of npuq_gating_top_k. Shared experts may be NULL. */
 typedef struct {
-    const npuq_weights *qkv_a;
-    const npuq_weights *q_b;
-    const void *q_a_norm;
-    const void *kv_a_norm;
-    const void *w_uk;
-    int64_t w_uk_strides[3];
-    int64_t heads;
-    int64_t nope_dim;
-    int32_t w_uk_dtype;
+    const npuq_weights *router, *gate_up, *down, *shared_gate_up, *shared_down;
+    const float *bias;
+    int64_t k, groups, top_groups;
+    int32_t sigmoid, select_two, renormalize;
+    float scaling;
+} npuq_moe;
+/* npuq_mlp of the shared experts, npuq_moe_gate, npuq_moe_experts: x [tokens, hidden] → out. */
+NPUQ_API int npuq_moe_layer(npuq_pool *pool, const npuq_moe *moe, const void *x, int32_t dtype, int64_t tokens,
+                            void *out);
+
+/* One layer's attention weights. qkv_a: (q_a, or q where q_b is NULL) | kv_a; norms in the compute dtype; w_uk
+ * [heads, nope_dim, latent_dim] and w_uv [heads, latent_dim, value_dim] of one dtype, as in npuq_batch_matmul. */
+typedef struct {
+    const npuq_weights *qkv_a, *q_b, *o;
+    const void *q_a_norm, *kv_a_norm, *w_uk, *w_uv;
+    int64_t w_uk_strides[3], w_uv_strides[3];
+    int64_t heads, nope_dim, value_dim;
+    int32_t kv_b_dtype;
     float eps;
 } npuq_mla;
 /* x [tokens, hidden] → q_latent [tokens, heads, latent_dim] and q_rope [tokens, heads, rope_dim]; writes the cache. */
 NPUQ_API int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x,
                              int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
                              void *q_latent, void *q_rope);
+/* npuq_mla_prolog, npuq_attention_paged, w_uv, o: x [tokens, hidden] → out [tokens, o's outputs]. */
+NPUQ_API int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x,
+                             int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
+                             const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
+                             int64_t table_stride, float softmax_scale, void *out);
 
 #endif

@@ -33,7 +33,8 @@ struct npuq_pool {
     pthread_mutex_t calls;
     struct worker *workers;   /* threads - 1 of them */
     struct buffer *scratch;   /* one a thread */
-    struct buffer shared, workspace;
+    struct buffer shared, workspace[POOL_DEPTH];
+    int depth; /* of calls inside calls; under `calls` */
 
     /* The open region. Written only while the gate is shut and empty. */
     pool_task task;
@@ -122,9 +123,15 @@ void pool_run(npuq_pool *pool, pool_task task, const void *context, size_t count
     }
 }
 
-void pool_begin(npuq_pool *pool) { pthread_mutex_lock(&pool->calls); }
+void pool_begin(npuq_pool *pool) {
+    pthread_mutex_lock(&pool->calls);
+    pool->depth++;
+}
 
-void pool_end(npuq_pool *pool) { pthread_mutex_unlock(&pool->calls); }
+void pool_end(npuq_pool *pool) {
+    pool->depth--;
+    pthread_mutex_unlock(&pool->calls);
+}
 
 static int grow(struct buffer *buffer, size_t bytes) {
     if (buffer->bytes >= bytes) return NPUQ_OK;
@@ -145,7 +152,8 @@ int pool_scratch(npuq_pool *pool, size_t bytes, size_t shared) {
 }
 
 void *pool_workspace(npuq_pool *pool, size_t bytes) {
-    return grow(&pool->workspace, bytes + 1) == NPUQ_OK ? pool->workspace.data : NULL;
+    struct buffer *workspace = &pool->workspace[pool->depth - 1];
+    return grow(workspace, bytes + 1) == NPUQ_OK ? workspace->data : NULL;
 }
 
 void *pool_thread_scratch(const npuq_pool *pool, int thread) { return pool->scratch[thread].data; }
@@ -198,7 +206,7 @@ void npuq_pool_destroy(npuq_pool *pool) {
     }
     for (int thread = 0; pool->scratch != NULL && thread < pool->threads; thread++) free(pool->scratch[thread].data);
     free(pool->shared.data);
-    free(pool->workspace.data);
+    for (int depth = 0; depth < POOL_DEPTH; depth++) free(pool->workspace[depth].data);
     free(pool->scratch);
     free(pool->workers);
     pthread_cond_destroy(&pool->wake);

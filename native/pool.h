@@ -12,8 +12,9 @@ typedef void (*pool_task)(const void *context, size_t index, int thread);
 const struct kernels *pool_kernels(const npuq_pool *pool);
 int pool_threads(const npuq_pool *pool);
 
-/* A call on the pool: begin, any number of scratch and run, end. Calls of other threads wait in between; the same
- * thread may begin another call inside, which has the same scratch but not the workspace. */
+/* A call on the pool: begin, any number of scratch and run, end. Calls of other threads wait in between. The same thread
+ * may begin further calls inside, POOL_DEPTH deep; they share its scratch, but each depth has a workspace of its own. */
+enum { POOL_DEPTH = 4 };
 void pool_begin(npuq_pool *pool);
 void pool_end(npuq_pool *pool);
 
@@ -23,7 +24,7 @@ int pool_scratch(npuq_pool *pool, size_t bytes, size_t shared);
 void *pool_thread_scratch(const npuq_pool *pool, int thread);
 void *pool_shared_scratch(const npuq_pool *pool);
 
-/* `bytes` for a call that makes other calls, which leave it alone; NULL when there is no memory. */
+/* `bytes` that the calls inside this one leave alone (64-byte aligned, kept between calls); NULL: no memory. */
 void *pool_workspace(npuq_pool *pool, size_t bytes);
 
 /* Runs all `count` tasks and returns when they are done. */

@@ -64,19 +64,28 @@ class Heads(ctypes.Structure):
 
 
 class MlaBlock(ctypes.Structure):
-    """`npuq_mla`: one layer's attention weights up to the cache."""
+    """`npuq_mla`: one layer's attention weights."""
 
     _fields_ = (
-        ("qkv_a", POINTER(Weights)),
-        ("q_b", POINTER(Weights)),
-        ("q_a_norm", c_void_p),
-        ("kv_a_norm", c_void_p),
-        ("w_uk", c_void_p),
+        *((name, POINTER(Weights)) for name in ("qkv_a", "q_b", "o")),
+        *((name, c_void_p) for name in ("q_a_norm", "kv_a_norm", "w_uk", "w_uv")),
         ("w_uk_strides", c_int64 * 3),
-        ("heads", c_int64),
-        ("nope_dim", c_int64),
-        ("w_uk_dtype", c_int32),
+        ("w_uv_strides", c_int64 * 3),
+        *((name, c_int64) for name in ("heads", "nope_dim", "value_dim")),
+        ("kv_b_dtype", c_int32),
         ("eps", c_float),
+    )
+
+
+class MoeBlock(ctypes.Structure):
+    """`npuq_moe`: one layer's router, experts and shared experts."""
+
+    _fields_ = (
+        *((name, POINTER(Weights)) for name in ("router", "gate_up", "down", "shared_gate_up", "shared_down")),
+        ("bias", c_void_p),
+        *((name, c_int64) for name in ("k", "groups", "top_groups")),
+        *((name, c_int32) for name in ("sigmoid", "select_two", "renormalize")),
+        ("scaling", c_float),
     )
 
 
@@ -115,7 +124,9 @@ _SIGNATURES: Final = {
     "npuq_mlp": (_P, _P, _P, _P, _I, _L, _P),
     "npuq_moe_gate": (_P, _P, _P, _P, _I, _L, _L, _I, _L, _L, _I, _I, _F, _P, _P),
     "npuq_moe_experts": (_P, _P, _P, _P, _I, _P, _P, _L, _L, _P, _P),
+    "npuq_moe_layer": (_P, _P, _P, _I, _L, _P),
     "npuq_mla_prolog": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P),
+    "npuq_mla_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
 }
 
 

@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 from .dialects import BlockScale, StoredRows
-from .library import Cache, Heads, MlaBlock, Part, Source, Strided, Weights, description, level_index, levels, library
+from .library import (
+    Cache,
+    Heads,
+    MlaBlock,
+    MoeBlock,
+    Part,
+    Source,
+    Strided,
+    Weights,
+    description,
+    level_index,
+    levels,
+    library,
+)
 from .scales import NonFiniteError
 
 __all__ = [
@@ -24,6 +37,7 @@ __all__ = [
     "Cache",
     "Heads",
     "MlaBlock",
+    "MoeBlock",
     "NativeRows",
     "Part",
     "Pool",

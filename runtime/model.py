@@ -78,18 +78,15 @@ class Model:
         return self._feed_forward(normed, layer), residual
 
     def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
-        dense = None if layer.mlp is None else self.ops.mlp(hidden, layer.mlp)
-        if layer.moe is None:
-            assert dense is not None
-            return dense
-        top_weights, expert_ids = self.ops.moe_gate(hidden, layer.moe)
-        return self.ops.moe_experts(hidden, top_weights, expert_ids, layer.moe, dense)
+        if layer.moe is not None:
+            return self.ops.moe(hidden, layer.moe, layer.mlp)
+        assert layer.mlp is not None
+        return self.ops.mlp(hidden, layer.mlp)
 
     def _attention(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         ops = self.ops
         if step.prefill is None:
-            q_latent, q_rope = ops.mla_prolog(hidden, mla, cache, step)
-            return ops.mla_output(self._decode(q_latent, q_rope, mla, cache, step), mla)
+            return ops.mla_decode(hidden, mla, cache, step, self.softmax_scale)
 
         q_nope, q_rope, kv = ops.mla_project(hidden, mla)
         written = ops.mla_write_cache(kv, mla, cache, step, output_kv=True)

@@ -568,6 +568,13 @@ class Ops(ABC):
         self.mla_write_cache(kv, mla, cache, step, output_kv=False)
         return self.mla_absorb(q_nope, mla), self.interleave_rope(q_rope, step.cos, step.sin)
 
+    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
+        """The whole attention block when every token of the step decodes; writes the cache: `[T, H]` → `[T, H]`."""
+        assert step.decode is not None
+        q_latent, q_rope = self.mla_prolog(hidden, mla, cache, step)
+        attended = self.fused_infer_attention_paged(q_latent, q_rope, cache, step.decode, scale)
+        return self.mla_output(self.mla_bring_out(attended, mla), mla)
+
     def mla_write_cache(
         self, kv: Tensor, mla: Mla, cache: LayerCache, step: Step, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
@@ -601,6 +608,12 @@ class Ops(ABC):
         gate_up = self.linear(hidden, weights.gate_up)
         inner = self.dequant_swiglu_quant(gate_up) if weights.quantized else self.swiglu(gate_up)
         return self.linear(inner, weights.down)
+
+    def moe(self, hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
+        """A mixture of experts and the shared ones beside it: `[T, H]` → `[T, H]`."""
+        dense = None if shared is None else self.mlp(hidden, shared)
+        top_weights, expert_ids = self.moe_gate(hidden, weights)
+        return self.moe_experts(hidden, top_weights, expert_ids, weights, dense)
 
     def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """The router: hidden `[T, H]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.native import DTYPES, Pool
+from ...quant.native import DTYPES, MoeBlock, Pool
 from ...quant.schemes import Scheme
 from . import (
     Activation,
@@ -33,7 +33,7 @@ from . import (
     Step,
 )
 from .cpu import CpuOps
-from .native_weights import NativeLinear, NativeMla, native_cache, native_heads, native_linear, native_mla
+from .native_weights import NativeLinear, NativeMla, native_cache, native_heads, native_linear, native_mla, native_moe
 from .reference import PartsLinear
 
 
@@ -46,6 +46,8 @@ class NativeOps(CpuOps):
             raise BackendError(f"the native kernels compute in float32 or bfloat16, not {dtype}")
         self.pool = Pool(threads, level)
         self._code = DTYPES[dtype]
+        # By identity; what the key names is kept beside the block, so that no other object can come to have its name.
+        self._moe_blocks: dict[tuple[int, int], tuple[MoeBlock | None, MoeWeights, MlpWeights | None]] = {}
 
     # ---- at load ---------------------------------------------------------------------------------------------------
 
@@ -396,6 +398,46 @@ class NativeOps(CpuOps):
             q_rope.data_ptr(),
         )
         return q_latent, q_rope
+
+    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
+        decode = step.decode
+        if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or decode is None:
+            return super().mla_decode(hidden, mla, cache, step, scale)
+        hidden, cos, sin, slots = (each.contiguous() for each in (hidden, step.cos, step.sin, step.slots))
+        sequences = len(decode.q_lens)
+        lengths = ctypes.c_int64 * sequences
+        out = torch.empty(hidden.shape[0], mla.o.weights.outputs, dtype=self.dtype)
+        self.pool.call(
+            "mla_decode",
+            ctypes.byref(mla.block),
+            ctypes.byref(native_cache(cache)),
+            hidden.data_ptr(),
+            self._code,
+            hidden.shape[0],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            lengths(*decode.q_lens),
+            lengths(*decode.kv_lens),
+            sequences,
+            decode.block_table.data_ptr(),
+            decode.block_table.stride(0),
+            scale,
+            out.data_ptr(),
+        )
+        return out
+
+    def moe(self, hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
+        key = id(weights), id(shared)
+        if key not in self._moe_blocks:
+            self._moe_blocks[key] = native_moe(weights, shared), weights, shared
+        block = self._moe_blocks[key][0]
+        if block is None:
+            return super().moe(hidden, weights, shared)
+        hidden = hidden.contiguous()
+        out = torch.empty(hidden.shape[0], weights.down.weights.outputs, dtype=self.dtype)
+        self.pool.call("moe_layer", ctypes.byref(block), hidden.data_ptr(), self._code, hidden.shape[0], out.data_ptr())
+        return out
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         gate_up, down = weights.gate_up, weights.down

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.native import DTYPES, INT4, Cache, Heads, MlaBlock, Part, Strided, Weights
+from ...quant.native import DTYPES, INT4, Cache, Heads, MlaBlock, MoeBlock, Part, Strided, Weights
 from ...quant.schemes import Scheme
-from . import LayerCache, LinearPart, MlaWeights
+from . import LayerCache, LinearPart, MlaWeights, MlpWeights, MoeWeights
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,32 +37,58 @@ class NativeLinear:
 
 @dataclass(frozen=True)
 class NativeMla(MlaWeights):
-    """The default handle, and `block`: what comes before attention as one call takes it."""
+    """The default handle, and `block`: all of it as one call takes it."""
 
     block: MlaBlock = field(repr=False)
 
 
 def native_mla(handle: MlaWeights) -> MlaWeights:
     """The handle with its block; as it is where its linears are not all the kernels' own, or not fused."""
-    q_b, w_uk = handle.q_b, handle.w_uk
-    linears = [*handle.qkv_a, *([] if q_b is None else [q_b])]
+    q_b, w_uk, w_uv = handle.q_b, handle.w_uk, handle.w_uv
+    linears = [*handle.qkv_a, handle.o, *([] if q_b is None else [q_b])]
     if len(handle.qkv_a) != 1 or not all(isinstance(linear, NativeLinear) for linear in linears):
         return handle
-    if 1 not in w_uk.stride()[1:]:
+    if 1 not in w_uk.stride()[1:] or 1 not in w_uv.stride()[1:]:
         return handle
+    strides = ctypes.c_int64 * 3
     block = MlaBlock(
         qkv_a=handle.qkv_a[0].pointer,
         q_b=None if q_b is None else q_b.pointer,
+        o=handle.o.pointer,
         q_a_norm=None if handle.q_a_norm is None else handle.q_a_norm.data_ptr(),
         kv_a_norm=handle.kv_a_norm.data_ptr(),
         w_uk=w_uk.data_ptr(),
-        w_uk_strides=(ctypes.c_int64 * 3)(*w_uk.stride()),
+        w_uv=w_uv.data_ptr(),
+        w_uk_strides=strides(*w_uk.stride()),
+        w_uv_strides=strides(*w_uv.stride()),
         heads=handle.config.num_heads,
         nope_dim=handle.config.qk_nope_head_dim,
-        w_uk_dtype=DTYPES[w_uk.dtype],
+        value_dim=handle.config.v_head_dim,
+        kv_b_dtype=DTYPES[w_uk.dtype],
         eps=handle.config.rms_norm_eps,
     )
     return NativeMla(**{each.name: getattr(handle, each.name) for each in fields(MlaWeights)}, block=block)
+
+
+def native_moe(weights: MoeWeights, shared: MlpWeights | None) -> MoeBlock | None:
+    """A layer's experts as one call takes them; None where its linears are not all the kernels' own."""
+    linears = [weights.router, weights.gate_up, weights.down]
+    linears += [] if shared is None else [shared.gate_up, shared.down]
+    if not all(isinstance(linear, NativeLinear) for linear in linears):
+        return None
+    names = ("router", "gate_up", "down", "shared_gate_up", "shared_down")
+    gating, bias = weights.gating, weights.correction_bias
+    return MoeBlock(
+        **{name: linear.pointer for name, linear in zip(names, linears, strict=False)},
+        bias=None if bias is None else bias.data_ptr(),
+        k=gating.k,
+        groups=gating.group_count,
+        top_groups=gating.k_group,
+        sigmoid=gating.scoring == "sigmoid",
+        select_two=gating.group_select_mode,
+        renormalize=gating.renormalize,
+        scaling=gating.scaling,
+    )
 
 
 def native_cache(cache: LayerCache) -> Cache:

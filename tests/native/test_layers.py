@@ -125,6 +125,11 @@ def test_moe(
         x[0, 0] = torch.nan
     out = ops.moe_experts(x, top_weights, ids, weights, shared)
     _same(out, Ops.moe_experts(ops, x, top_weights, ids, weights, shared))
+    mlp = None
+    if with_shared:
+        gate_up = ops.linear_of([_part(generator, Scheme.W8A8, 9, 2 * pairs) for _ in range(2)])
+        mlp = MlpWeights(gate_up, ops.linear_of([_part(generator, Scheme.W8A8, 2 * pairs, 9)]), quantized=True)
+    _same(ops.moe(x, weights, mlp), Ops.moe(ops, x, weights, mlp))
     if poisoned and tokens:
         assert out[0].isnan().all()
         assert out[1:].isfinite().all()
@@ -151,7 +156,7 @@ def test_more_rows_than_the_middle_holds(scheme: Scheme) -> None:
 @pytest.mark.parametrize("q_lora", [None, 40])
 @pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_mla_prolog(
+def test_mla_before_attention_and_all_of_it(
     all_ops: dict[torch.dtype, NativeOps], dtype: torch.dtype, q_lora: int | None, scheme: Scheme, tokens: int
 ) -> None:
     ops, generator = all_ops[dtype], np.random.default_rng(tokens)
@@ -175,7 +180,7 @@ def test_mla_prolog(
         slots=torch.tensor([17, 3, -1, 0, 31][:tokens]),
         cos=_rows(generator, dtype, tokens, rope),
         sin=_rows(generator, dtype, tokens, rope),
-        decode=Decode((tokens,), (tokens,), torch.zeros(1, 1, dtype=torch.int32)),
+        decode=Decode((tokens,), (20,), torch.tensor([[1, 0]], dtype=torch.int32)),
         prefill=None,
         output_rows=None,
     )
@@ -187,3 +192,8 @@ def test_mla_prolog(
     assert caches[0].latent.any()
     _same(caches[0].latent, caches[1].latent)
     _same(caches[0].rope, caches[1].rope)
+    for cache in caches:
+        cache.latent[0], cache.rope[0] = 0.5, -0.5  # keys that no slot of the step has written
+    out = ops.mla_decode(x, mla, caches[0], step, 0.1)
+    _same(out, Ops.mla_decode(ops, x, mla, caches[1], step, 0.1))
+    assert out.any()
