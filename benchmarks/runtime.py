@@ -7,7 +7,8 @@ The model is random, 2.6 GB, DeepSeek-V3 in small (build/random-small-v3, writte
 of an environment that has llama-cpp-python and gguf: the same shape as a GGUF (build/random-small-v3.gguf, written
 once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and torch's
 int8 product (oneDNN) on every shape and row count of the prefill. All take turns with the same threads, a round each;
-figures are medians over the rounds, and ratios are made within a round before that.
+figures are medians over the rounds, and ratios are made within a round before that. On a machine that has other work,
+`--threads 1 --cpu-time` leaves out the time in which it had the core.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 Figures = dict[str, float]
+Clock = Callable[[], float]  # seconds
 
 
 def main() -> None:
@@ -42,14 +44,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
-    parser.add_argument("--batch", type=int, default=16, help="sequences at once, beside one")
+    parser.add_argument("--batch", type=int, default=16, help="sequences at once, beside one; 0: only one")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time; with one thread only")
     parser.add_argument("--model", type=Path, default=BUILD / "random-small-v3")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, default=BUILD / "random-small-v3.gguf")
     parser.add_argument("--transformers", action="store_true", help="needs transformers and 4 GB")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time counts the time of all threads together: use it with --threads 1")
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
 
     if not (options.model / "npuq" / "manifest.json").is_file():
         make(options.model, SMALL_V3)
@@ -58,6 +64,7 @@ def main() -> None:
     model = npuq.runtime.load(options.model, "cpu", engine=sizes)
     peers: dict[str, list[str]] = {}
     shared = ["--threads", str(options.threads), "--prompt", str(options.prompt), "--tokens", str(options.tokens)]
+    shared += ["--cpu-time"] if options.cpu_time else []
     if options.llama_cpp is not None:
         peers["llama.cpp"] = [str(options.llama_cpp), str(HERE / "peer_llama_cpp.py"), str(options.gguf), *shared]
     if options.transformers:
@@ -66,26 +73,31 @@ def main() -> None:
     rounds = []
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        rounds.append(measure_round(model, peers, options.batch, options.prompt, options.tokens))
+        rounds.append(measure_round(model, peers, options.batch, options.prompt, options.tokens, clock))
     medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
     if options.json:
         print(json.dumps({"threads": options.threads, "rounds": rounds, "medians": medians}, indent=2))
     else:
-        print(f"{description()}, {options.threads} threads, medians of {options.rounds} rounds")
+        print(f"{description()}, {options.threads} threads{', processor time' if options.cpu_time else ''}, ", end="")
+        print(f"medians of {options.rounds} rounds")
         print(table(medians, list(peers), options.batch, options.prompt))
 
 
-def measure_round(model: LanguageModel, peers: dict[str, list[str]], batch: int, prompt: int, tokens: int) -> Figures:
+def measure_round(
+    model: LanguageModel, peers: dict[str, list[str]], batch: int, prompt: int, tokens: int, clock: Clock
+) -> Figures:
     """All figures of one round: rates in tokens/s, B/s and multiply-adds/s, and the ratios between them."""
     config = model.engine.model.config
-    found: Figures = {"read bandwidth": read_bandwidth()}
-    ideal = int8_seconds(config, prompt)
-    prefill, decode = measure(model, 1, prompt, tokens)
-    _, many = measure(model, batch, prompt, tokens)
-    found["read bandwidth"] = max(found["read bandwidth"], read_bandwidth())  # what else ran moves it
+    before = read_bandwidth(clock)
+    ideal = int8_seconds(config, prompt, clock)
+    prefill, decode = measure(model, 1, prompt, tokens, clock)
+    after = read_bandwidth(clock)  # what else runs moves it
+    found: Figures = {"read bandwidth": max(before, after), "npuq prefill": prefill, "npuq decode": decode}
+    if batch:
+        _, found["npuq batch"] = measure(model, batch, prompt, tokens, clock)
+        found["batch gain"] = found["npuq batch"] / decode
     found["int8 limit"] = integer_work(config, prompt) / ideal
     found["weights"] = bytes_per_token(config)
-    found |= {"npuq prefill": prefill, "npuq decode": decode, "npuq batch": many, "batch gain": many / decode}
     found["of bandwidth"] = found["weights"] * decode / found["read bandwidth"]
     found["of int8"] = ideal * prefill / prompt
     for name, command in peers.items():
@@ -103,10 +115,12 @@ def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
         f"limits: read {found['read bandwidth'] / 1e9:.1f} GB/s; torch int8 on the prefill's shapes "
         f"{found['int8 limit'] / 1e9:.0f} G multiply-adds/s; a decoded token reads {found['weights'] / 1e6:.0f} MB",
         f"{'':20} {f'prefill {prompt}':>12} {'decode':>10} {f'batch {batch}':>10}   tokens/s",
-        f"{'npuq':20} {found['npuq prefill']:12.1f} {found['npuq decode']:10.2f} {found['npuq batch']:10.1f}",
-        f"{'  of the limit':20} {found['of int8']:12.2f} {found['of bandwidth']:10.2f} "
-        f"{found['batch gain']:9.2f}×   (of int8, of bandwidth, of batch 1)",
+        f"{'npuq':20} {found['npuq prefill']:12.1f} {found['npuq decode']:10.2f}",
+        f"{'  of the limit':20} {found['of int8']:12.2f} {found['of bandwidth']:10.2f}",
     ]
+    if batch:
+        lines[2] += f" {found['npuq batch']:10.1f}"
+        lines[3] += f" {found['batch gain']:9.2f}×   (of int8, of bandwidth, of one sequence)"
     for name in peers:
         lines.append(f"{name:20} {found[f'{name} prefill']:12.1f} {found[f'{name} decode']:10.2f}")
         lines.append(
@@ -115,7 +129,7 @@ def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
     return "\n".join(lines)
 
 
-def measure(model: LanguageModel, batch: int, prompt: int, tokens: int) -> tuple[float, float]:
+def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: Clock) -> tuple[float, float]:
     """Tokens/s of prefill and of decode (median step) for `batch` random prompts at once."""
     generator = torch.Generator().manual_seed(batch)
     vocabulary = model.engine.model.config.vocab_size
@@ -126,16 +140,16 @@ def measure(model: LanguageModel, batch: int, prompt: int, tokens: int) -> tuple
         engine.step()
     for _ in range(batch):
         engine.add(torch.randint(vocabulary, (prompt,), generator=generator).tolist(), params)
-    started, first = time.perf_counter(), 0
+    started, first = clock(), 0
     while first < batch:
         first += len(engine.step())
-    prefill = batch * prompt / (time.perf_counter() - started)
+    prefill = batch * prompt / (clock() - started)
     seconds = []
     while engine.scheduler.has_work:
-        started = time.perf_counter()
+        started = clock()
         new = engine.step()
         if len(new) == batch:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
     return prefill, batch / statistics.median(seconds)
 
 
@@ -168,29 +182,29 @@ def integer_work(config: ModelConfig, prompt: int) -> int:
     return sum(rows * k * n * count for (rows, k, n), count in integer_shapes(config, prompt).items())
 
 
-def int8_seconds(config: ModelConfig, prompt: int) -> float:
+def int8_seconds(config: ModelConfig, prompt: int, clock: Clock) -> float:
     """What torch._int_mm takes for them: the best of several runs of each shape."""
     total = 0.0
     for (rows, k, n), count in integer_shapes(config, prompt).items():
         x = torch.randint(-127, 128, (max(rows, 17), k), dtype=torch.int8)  # it wants more than 16 rows
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8).T
-        total += count * best(lambda: torch._int_mm(x, weight), 5)  # noqa: B023
+        total += count * best(lambda: torch._int_mm(x, weight), 5, clock)  # noqa: B023
     return total
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(clock: Clock) -> float:
     """Bytes/s of summing a buffer far larger than any cache: the best of several passes."""
     buffer = torch.ones(256 << 20, dtype=torch.float32)
-    return buffer.nbytes / best(buffer.sum, 7)
+    return buffer.nbytes / best(buffer.sum, 7, clock)
 
 
-def best(work: Callable[[], object], repeat: int) -> float:
+def best(work: Callable[[], object], repeat: int, clock: Clock) -> float:
     """Seconds of the fastest of `repeat` runs."""
     seconds = []
     for _ in range(repeat):
-        started = time.perf_counter()
+        started = clock()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return min(seconds)
 
 
