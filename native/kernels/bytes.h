@@ -11,6 +11,11 @@
 
 enum { TILE_ROWS = 4, OFFSET_W4 = 8 };
 
+/* A single token takes weights row by row where sums need no widening. */
+#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_NEON)
+#define NPUQ_ONE_BY_ONE
+#endif
+
 #if defined(NPUQ_LEVEL_AVX512)
 enum { STEP = 64, W8_STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30,
        OFFSET_W8 = 128, NARROW_STEPS = 0 };

@@ -140,6 +140,49 @@ INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, cons
     EACH_TOKEN(tokens, store_quad(acc + t * ldacc, sum.row0[t], sum.row1[t], sum.row2[t], sum.row3[t]););
 }
 
+#if defined(NPUQ_ONE_BY_ONE)
+/* A tile of one token, row by row in the order of memory: the hardware's prefetcher follows one long stream, twice as
+ * fast as prefetching by hand could (a core has room for few of those at a time). */
+INLINE void stream_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t k,
+                        size_t body, int32_t *acc) {
+    const size_t step = storage == CODES ? W8_STEP : STEP, last = (storage == PACKED ? rows / 2 : rows) - 1;
+    sums sum[TILE_ROWS];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < TILE_ROWS; r += storage == PACKED ? 2 : 1) {
+        size_t stored = storage == PACKED ? r / 2 : r;
+        const uint8_t *row = w + (stored < last ? stored : last) * k;
+        sums even = sums_zero(), odd = sums_zero(), even_high = sums_zero(), odd_high = sums_zero();
+        size_t i = 0;
+        for (; i + 2 * step <= body; i += 2 * step) {
+            bytes first = load_bytes(x + i), second = load_bytes(x + i + step);
+            if (storage == PACKED) {
+                bytes both = flip_nibbles(load_bytes(row + i)), next = flip_nibbles(load_bytes(row + i + step));
+                even = dot_nibbles(even, low_nibbles(both), first);
+                even_high = dot_nibbles(even_high, high_nibbles(both), first);
+                odd = dot_nibbles(odd, low_nibbles(next), second);
+                odd_high = dot_nibbles(odd_high, high_nibbles(next), second);
+            } else {
+                even = dot_bytes(even, load_w8((const int8_t *)row + i), first);
+                odd = dot_bytes(odd, load_w8((const int8_t *)row + i + step), second);
+            }
+        }
+        if (i < body) {
+            bytes token = load_bytes(x + i);
+            if (storage == PACKED) {
+                bytes both = flip_nibbles(load_bytes(row + i));
+                even = dot_nibbles(even, low_nibbles(both), token);
+                even_high = dot_nibbles(even_high, high_nibbles(both), token);
+            } else {
+                even = dot_bytes(even, load_w8((const int8_t *)row + i), token);
+            }
+        }
+        sum[r] = add_sums(even, odd);
+        if (storage == PACKED) sum[r + 1] = add_sums(even_high, odd_high);
+    }
+    store_quad(acc, sum[0], sum[1], sum[2], sum[3]);
+}
+#endif
+
 #if defined(NPUQ_LEVEL_I8MM)
 /* A tile of two or more tokens by smmla: a register holds the sums of two rows and two tokens. An odd token out is
  * paired with itself. */
@@ -184,6 +227,16 @@ INLINE void pair_tile(const enum storage storage, const uint8_t *w, size_t rows,
 #define pair_tile tile
 #endif
 
+INLINE void one_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t k, size_t body,
+                     int32_t *acc, size_t ldacc) {
+#if defined(NPUQ_ONE_BY_ONE)
+    (void)ldacc;
+    stream_tile(storage, w, rows, x, k, body, acc);
+#else
+    tile(storage, w, rows, x, 1, k, body, acc, ldacc);
+#endif
+}
+
 /* The k that whole steps leave over. */
 static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k,
                      size_t body, int32_t *acc, size_t ldacc) {
@@ -214,7 +267,7 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
             const uint8_t *wr = w + (storage == PACKED ? r / 2 : r) * k;
             int32_t *out = acc + t * ldacc + r;
             switch (width) {
-                case 1: tile(storage, wr, rows - r, xt, 1, k, body, out, ldacc); break;
+                case 1: one_tile(storage, wr, rows - r, xt, k, body, out, ldacc); break;
                 case 2: pair_tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
                 case 3: if (most >= 3) pair_tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
                 case 4: if (most >= 4) pair_tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
