@@ -181,6 +181,29 @@ INLINE void stream_tile(const enum storage storage, const uint8_t *w, size_t row
     }
     store_quad(acc, sum[0], sum[1], sum[2], sum[3]);
 }
+
+/* The same of two or three tokens of packed rows: their sums already hide each other's latency. */
+INLINE void stream_packed(const uint8_t *w, size_t rows, const int8_t *x, const int tokens, size_t k, size_t body,
+                          int32_t *acc, size_t ldacc) {
+    const size_t last = rows / 2 - 1;
+    sums low[2][MOST_TOKENS], high[2][MOST_TOKENS];
+#pragma GCC unroll 2
+    for (size_t r = 0; r < 2; r++) {
+        const uint8_t *row = w + (r < last ? r : last) * k;
+        sums even[MOST_TOKENS], odd[MOST_TOKENS];
+        clear_row(even, tokens);
+        clear_row(odd, tokens);
+        for (size_t i = 0; i < body; i += STEP) {
+            bytes token[MOST_TOKENS];
+            EACH_TOKEN(tokens, token[t] = load_bytes(x + t * k + i););
+            bytes both = flip_nibbles(load_bytes(row + i));
+            dot_row(PACKED, even, low_nibbles(both), token, tokens);
+            dot_row(PACKED, odd, high_nibbles(both), token, tokens);
+        }
+        EACH_TOKEN(tokens, low[r][t] = even[t]; high[r][t] = odd[t];);
+    }
+    EACH_TOKEN(tokens, store_quad(acc + t * ldacc, low[0][t], high[0][t], low[1][t], high[1][t]););
+}
 #endif
 
 #if defined(NPUQ_LEVEL_I8MM)
@@ -266,6 +289,13 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
         for (size_t r = 0; r < rows; r += TILE_ROWS) {
             const uint8_t *wr = w + (storage == PACKED ? r / 2 : r) * k;
             int32_t *out = acc + t * ldacc + r;
+#if defined(NPUQ_ONE_BY_ONE)
+            if (storage == PACKED && (tokens == 2 || tokens == 3)) { /* bound by memory */
+                if (tokens == 2) stream_packed(wr, rows - r, xt, 2, k, body, out, ldacc);
+                else stream_packed(wr, rows - r, xt, 3, k, body, out, ldacc);
+                continue;
+            }
+#endif
             switch (width) {
                 case 1: one_tile(storage, wr, rows - r, xt, k, body, out, ldacc); break;
                 case 2: pair_tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
