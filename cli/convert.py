@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import NpuqError
+from ..errors import NpuqError, RecipeError
 from .console import emit_json, format_bytes, size
 from .progress import TerminalProgress
 from .transfer import open_pusher, open_source
@@ -27,6 +27,18 @@ class ConversionInterruptedError(NpuqError):
         self.exit_code = 128 + number
 
 
+def _known_method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A misspelt method is wrong usage."""
+    from ..convert.recipe import parse_chain
+
+    if value is not None:
+        try:
+            parse_chain(value, "--method")
+        except RecipeError as error:
+            raise click.BadParameter(str(error).removeprefix("--method: ")) from error
+    return value
+
+
 @click.command()
 @click.argument("source", type=click.Path(exists=False))
 @click.argument("output", type=click.Path(exists=False))
@@ -35,6 +47,7 @@ class ConversionInterruptedError(NpuqError):
 )
 @click.option(
     "--method",
+    callback=_known_method,
     help="minmax, mse or gptq, after rotate, smooth or both (rotate+smooth+gptq, say); or auto. [default: mse]",
 )
 @click.option(

@@ -158,7 +158,7 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
     if method is not None and parsed.stored:
         raise RecipeError(f"{where}: keeps the scales of a quantized source: there is none to find; leave --method out")
     if method is not None:
-        base, transforms = _chain(method, "--method")
+        base, transforms = parse_chain(method, "--method")
         return replace(parsed, method=base, transforms=transforms, auto=method == AUTO)
     return parsed
 
@@ -226,7 +226,7 @@ def _parse(text: str, where: str) -> Recipe:
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise RecipeError(f"{where}: 'name' must be a line of text")
     # What is stored has its scales: nothing is searched for.
-    method, transforms = _chain("minmax" if stored else content.get("method", "mse"), where)
+    method, transforms = parse_chain("minmax" if stored else content.get("method", "mse"), where)
     return Recipe(
         name=name,
         target=_member(Target, content.get("target", "engines"), "target", where),
@@ -282,9 +282,9 @@ def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def _chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
+def parse_chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
     """`rotate+smooth+gptq`: transforms, each at most once, and at the end how codes are found (mse where that is left
-    out). `auto` is all of them, smoothing by trial."""
+    out). `auto` is all of them, smoothing by trial. RecipeError for anything else, which `where` has."""
     words = str(value).split("+")
     if words == [AUTO]:
         return Method.GPTQ, tuple(Transform)
