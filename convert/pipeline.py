@@ -113,6 +113,7 @@ def run_plan(
             events.put(_Hashed(shard, sha256))
 
     def worker() -> None:
+        one_torch_thread()
         try:
             while not stop.is_set() and (task := work.next()) is not None:
                 do(task)
@@ -178,6 +179,11 @@ def _end(threads: list[threading.Thread], syncer: Syncer) -> None:
     except ConversionError:
         # The failure that brought us here is the one to report; what was not journaled is done again.
         return
+
+
+def one_torch_thread() -> None:
+    """To be called in each thread within `single_threaded_torch`: until one asks, BLAS there takes all cores."""
+    torch.set_num_threads(1)
 
 
 @contextmanager

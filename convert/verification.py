@@ -17,7 +17,7 @@ from ..quant.compressed_tensors import is_compressed
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
 from .architecture import Spec
-from .pipeline import single_threaded_torch
+from .pipeline import one_torch_thread, single_threaded_torch
 from .progress import Progress, Silent
 from .recipe import STORED
 from .report import relative_error
@@ -95,7 +95,9 @@ def verify(
         weights = None
         if source is not None:
             weights = open_weights(stack.enter_context(Checkpoint.open(source)))
-        pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
+        pool = stack.enter_context(
+            ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
+        )
         stack.enter_context(single_threaded_torch())
         watch = progress or Silent()
         sizes = {name: _size(directory / name) for name in files}
@@ -145,7 +147,9 @@ def _verify_stored(
     """ModelSlim's own artifact: there is no manifest to check it against."""
     with ExitStack() as stack:
         original = None if source is None else open_weights(stack.enter_context(Checkpoint.open(source)))
-        pool = stack.enter_context(ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))))
+        pool = stack.enter_context(
+            ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
+        )
         stack.enter_context(single_threaded_torch())
         found = check_stored(Path(path), original, pool, progress)
     if found.source is None:

@@ -15,7 +15,7 @@ from ...runtime.ops.reference import ReferenceOps
 from ..journal import JobStats
 from ..plan import Job
 from .linears import Deployed, Inputs, Linears, factored, measure
-from .pool import Mapper
+from .pool import Pool
 
 # Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
 _BATCH_TOKENS = 2048
@@ -29,7 +29,7 @@ class Walk:
     source: WeightSource
     jobs: dict[str, Job]
     linears: Linears
-    pool: Mapper
+    pool: Pool
     samples: int
     sequence_length: int
     smooth: bool

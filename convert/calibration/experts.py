@@ -23,7 +23,6 @@ from ..journal import JobStats
 from ..plan import Job
 from .context import Layer, row_chunks
 from .linears import Deployed, add_rows, factored, round_inputs
-from .pool import INLINE
 from .smooth import GAIN, STRENGTHS, rounded
 
 ENOUGH = 512
@@ -101,6 +100,7 @@ def quantize_expert(
     near: further inputs of the quantized stream to calibrate on.
     """
     floats, quantized = own
+    inline = layer.walk.pool.inline
     inputs = torch.cat([quantized, near])
     truth = float_mlp(weights)(floats)
     strength = smooth_inner(jobs, weights, inputs) if layer.walk.smooth and inputs.shape[0] else 0.0
@@ -116,12 +116,12 @@ def quantize_expert(
         if any(job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT for job, _ in some):
             hessian = Hessian(x.shape[1])
             for part in row_chunks(x.shape[0]):
-                add_rows(hessian, round_inputs(x[part], some[0][0].scheme, None), INLINE)
+                add_rows(hessian, round_inputs(x[part], some[0][0].scheme, None), inline)
         factor = factored(hessian)
         missed |= hessian is not None and factor is None
         found = []
         for job, weight in some:
-            linear, stats[job.index] = layer.walk.linears.quantize(job, weight, hessian, factor, None)
+            linear, stats[job.index] = layer.walk.linears.quantize(job, weight, hessian, factor, None, inline)
             if linear.error is not None:
                 errors[job.source] = linear.error
             found.append(linear)

@@ -20,7 +20,7 @@ from ..journal import JobStats
 from ..plan import Job, Slot
 from ..shards import ShardFiles
 from ..worker import write_slot
-from .pool import INLINE, Mapper
+from .pool import Mapper
 
 # Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
 # no number of threads.
@@ -86,7 +86,7 @@ class Linears:
         hessian: Hessian | None,
         factored: Factor | None,
         inputs: InputScale | None,
-        mapper: Mapper = INLINE,
+        mapper: Mapper,
     ) -> tuple[Deployed, JobStats]:
         """Quantize a weight float32 [N, K] and write it.
 

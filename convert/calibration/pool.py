@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
+
+from ..pipeline import one_torch_thread
+from ..worker import StoppedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,11 +22,13 @@ class Mapper(Protocol):
 
 
 class Pool:
-    """A pool of `workers` threads. Not to be used from its own threads: those take `INLINE`."""
+    """A pool of `workers` threads. Not to be used from its own threads: those take `inline`, which ends with it."""
 
     def __init__(self, workers: int):
         self._workers = workers
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="npuq-walk")
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="npuq-walk", initializer=one_torch_thread)
+        self._stop = threading.Event()
+        self.inline = Inline(self._stop)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order of `items`, of which at most one more than there are threads is begun ahead."""
@@ -39,15 +45,19 @@ class Pool:
                 future.cancel()
 
     def close(self) -> None:
-        """Wait for what is running; what has not begun is dropped."""
+        """Wait for what is running, which stops before its next item of `inline`; what has not begun is dropped."""
+        self._stop.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-class _Inline:
-    """The same in the calling thread."""
+class Inline:
+    """The same in the calling thread; StoppedError before the next item once `stop` is set."""
+
+    def __init__(self, stop: threading.Event):
+        self._stop = stop
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        return map(function, items)
-
-
-INLINE = _Inline()
+        for item in items:
+            if self._stop.is_set():
+                raise StoppedError
+            yield function(item)

@@ -25,7 +25,7 @@ from ..shards import ShardFiles
 from ..worker import run_job
 from .attention import run_attention
 from .auto import TimeBudget, better, trial_errors
-from .context import Layer, Rotary, Walk
+from .context import Layer, Rotary, Walk, row_chunks
 from .feed_forward import run_feed_forward
 from .linears import Linears
 from .pool import Pool
@@ -176,16 +176,18 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     """The streams before the first layer: rows of the embedding, exact and as they are stored."""
     streams = store.new(0)
     dtype = DTYPES[walk.jobs[_EMBEDDING].outputs[0].dtype]
-    used, place = tokens.flatten().unique(return_inverse=True)
-    rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
-    streams.floats.copy_(rows[place])
-    streams.quantized.copy_(rows.to(dtype).float()[place])
+    for part in row_chunks(tokens.numel()):
+        used, place = tokens.flatten()[part].unique(return_inverse=True)
+        rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
+        streams.floats[part] = rows[place]
+        streams.quantized[part] = rows.to(dtype).float()[place]
     return streams
 
 
 def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
     for name, stream in (("the float model", streams.floats), ("the quantized model", streams.quantized)):
-        if not math.isfinite(float(stream.sum(dtype=torch.float64))):
+        # In chunks: a sum in another dtype would convert a copy of the whole stream.
+        if not all(bool(torch.isfinite(stream[chunk]).all()) for chunk in row_chunks(stream.shape[0])):
             raise CalibrationError(
                 f"layer {layer}: the {part} of {name} gives activations that are no numbers; the checkpoint is "
                 "damaged, or its config.json is another model's"
@@ -195,8 +197,7 @@ def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
 def _relative(streams: StreamPair) -> float:
     """‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
     lost = norm = 0.0
-    for start in range(0, streams.floats.shape[0], 4096):
-        part = slice(start, start + 4096)
+    for part in row_chunks(streams.floats.shape[0]):
         lost += float((streams.quantized[part] - streams.floats[part]).double().square().sum())
         norm += float(streams.floats[part].double().square().sum())
     return math.sqrt(lost / norm) if norm else 0.0
