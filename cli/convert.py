@@ -56,7 +56,10 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option("--samples", type=click.IntRange(min=1), help="Windows of the calibration text. [default: 128]")
 @click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a window. [default: 512]")
 @click.option(
-    "--time-budget", type=click.FloatRange(min=0), metavar="MINUTES", help="Bound of what auto's trials may add."
+    "--time-budget",
+    type=click.FloatRange(min=0),
+    metavar="MINUTES",
+    help="Leave out auto's trials where calibrating all layers would take longer with them.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
@@ -99,7 +102,7 @@ def command(
     codes and scales are kept, and get the names, tables and manifest of an artifact.
 
     Interrupted at any moment, the same command continues. The artifact does not depend on workers, memory or
-    interruptions, to the byte.
+    interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
     """
     from ..convert import CalibrationText, convert_checkpoint
     from ..convert.calibration.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH

@@ -55,7 +55,7 @@ class CalibrationText:
     path: str | Path | None = None
     samples: int = DEFAULT_SAMPLES
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH
-    time_budget: float | None = None  # seconds, for the trials of `auto`
+    time_budget: float | None = None  # seconds for all layers, in which the trials of `auto` must fit
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ def prepare(
         source = open_weights(checkpoint)
         stored = source.schemes if isinstance(source, QuantizedSource) else None
         resolved = resolved or load_recipe("w4a8" if stored is None else STORED, method)
+        if text is not None and text.time_budget is not None and not resolved.auto:
+            raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
         check_source(resolved, stored is not None)
         if resolved.auto and config.tie_word_embeddings:
             resolved = replace(resolved, transforms=(Transform.SMOOTH,))

@@ -43,18 +43,23 @@ class TimeBudget:
 
 
 def trial_errors(
-    walk: Walk, streams: StreamPair, run: Callable[[Walk, StreamPair, StreamPair, StreamPair], float]
+    walk: Walk,
+    streams: StreamPair,
+    middle: StreamPair,
+    out: StreamPair,
+    run: Callable[[Walk, StreamPair, StreamPair, StreamPair], float],
 ) -> dict[bool, float]:
     """The output error of a layer with smoothing (True) and without, on the first windows.
 
-    run: quantizes the layer from its input streams, through those between attention and experts, to those after it.
+    run: quantizes the layer from its input streams, through those between attention and experts, to those after it;
+    of `middle` and `out` it overwrites the first windows.
     """
     samples = min(walk.samples, max(_LEAST, round(walk.samples * _SHARE)))
-    part = streams.first(samples * walk.sequence_length)
+    parts = [pair.first(samples * walk.sequence_length) for pair in (streams, middle, out)]
     errors = {}
     for smooth in (True, False):
         trial = replace(walk, smooth=smooth, linears=Linears(None), samples=samples, done=lambda job: None)
-        errors[smooth] = run(trial, part, part.like(), part.like())
+        errors[smooth] = run(trial, *parts)
     return errors
 
 

@@ -39,10 +39,6 @@ class StreamPair:
         """The first tokens of both."""
         return StreamPair(self.floats[:tokens], self.quantized[:tokens])
 
-    def like(self) -> StreamPair:
-        """Two streams of the same shape in memory, to be filled."""
-        return StreamPair(torch.empty(self.floats.shape), torch.empty(self.quantized.shape))
-
 
 class Streams(StreamPair):
     """Both streams of one file, memory-mapped."""

@@ -117,13 +117,15 @@ class CalibratedWalk:
             state, streams = State(0), _embedded(walk, self._calibration.tokens, self._store)
         else:
             state, streams = self._start
-        rotary = Rotary.of(walk.config, walk.sequence_length)
+        rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
         while state.layer < walk.config.num_hidden_layers:
+            out = self._store.new(state.layer + 1)
+            report: dict[str, Any] = {}
+            if self._prepared.recipe.auto:
+                report = self._choose(walk, state.layer, rotary, (streams, middle, out))
             began = time.monotonic()
-            report = self._choose(walk, state.layer, rotary, streams) if self._prepared.recipe.auto else {}
-            chosen = replace(walk, smooth=report.get("smooth", walk.smooth))
-            layer, out = Layer(chosen, state.layer), self._store.new(state.layer + 1)
-            report |= _run_layer(layer, rotary, streams, self._store.scratch(), out)
+            layer = Layer(replace(walk, smooth=report.get("smooth", walk.smooth)), state.layer)
+            report |= _run_layer(layer, rotary, streams, middle, out)
             self._time.layer_took(time.monotonic() - began)
             self._convert_rest(layer)
             self._files.sync(sorted({self._prepared.plan.jobs[index].shard for index in layer.stats}))
@@ -131,8 +133,10 @@ class CalibratedWalk:
             state = State(state.layer + 1, state.reports | {str(state.layer): report})
             streams = self._store.publish(out, state.layer, state.reports)
 
-    def _choose(self, walk: Walk, index: int, rotary: Rotary, streams: Streams) -> dict[str, Any]:
-        """Whether a layer is smoothed, and the errors of the trials that say so."""
+    def _choose(
+        self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]
+    ) -> dict[str, Any]:
+        """Whether a layer is smoothed, and the errors of the trials that say so, which use up the last two streams."""
         if not self._time.allows_trials(walk.config.num_hidden_layers - index):
             return {"smooth": walk.smooth}
         began = time.monotonic()
@@ -141,7 +145,7 @@ class CalibratedWalk:
             error = _run_layer(Layer(trial, index), rotary, start, middle, out)["output_error"]
             return float(error)
 
-        errors = trial_errors(walk, streams, run)
+        errors = trial_errors(walk, *streams, run)
         self._time.trial_took(time.monotonic() - began)
         return {"smooth": better(errors), "trials": {"smooth": errors[True], "not": errors[False]}}
 

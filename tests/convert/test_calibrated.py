@@ -11,6 +11,7 @@ import torch
 from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint, verify
+from npuq.convert.calibration.auto import TimeBudget
 from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
 from npuq.convert.memory import Budget
 from npuq.errors import CalibrationError, ConversionError, RecipeError
@@ -182,7 +183,23 @@ def test_auto_without_time_for_trials_smooths(source, texts, tmp_path):
     assert ours == chain
 
 
+def test_a_time_budget_counts_trials_apart_from_layers(source, texts, tmp_path, monkeypatch):
+    clock, took = [0.0], []
+
+    def trials(*_):
+        clock[0] += 1000
+        return {True: 0.0, False: 1.0}
+
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("npuq.convert.calibration.walk.trial_errors", trials)
+    monkeypatch.setattr(TimeBudget, "layer_took", lambda self, seconds: took.append(seconds))
+    convert(source, tmp_path / "out", texts, method="auto")
+    assert took == [0.0, 0.0, 0.0]
+
+
 def test_calibration_where_it_is_of_no_use(source, texts, tmp_path):
+    with pytest.raises(RecipeError, match="--time-budget bounds the trials of --method auto"):
+        convert(source, tmp_path / "out", texts, calibration=CalibrationText(texts, 8, LENGTH, time_budget=60.0))
     with pytest.raises(RecipeError, match="of no use to method mse"):
         convert(source, tmp_path / "out", texts, method="mse")
     with pytest.raises(RecipeError, match="did you mean 'rotate'"):
