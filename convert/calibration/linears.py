@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CalibrationError, CheckpointError
 from ...quant.dialects import StoredRows
 from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
 from ...quant.refine import calibrated_codes
@@ -96,7 +97,7 @@ class Linears:
             return Deployed(self.float(job, weight), job.scheme), JobStats(0.0, float(weight.double().square().sum()))
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
         rows = _round(job, weight, base)
-        tensors, squared_error = dict(rows.tensors), float(rows.squared_error.sum())
+        tensors, calibrated = dict(rows.tensors), False
         if job.method is Method.GPTQ and factored is not None:
             scale = rows.tensors[SCALE][:, 0]
             starts = range(0, weight.shape[0], _ROWS)
@@ -106,8 +107,7 @@ class Linears:
                 return calibrated_codes(weight[part], factored, scale[part], base.weight_bits)
 
             codes, scales = (torch.cat(parts) for parts in zip(*mapper.map(some, starts), strict=True))
-            tensors = linear_tensors(codes, scales, base, row_parallel=job.row_parallel)
-            squared_error = float((weight.double() - dequantize(tensors, base).double()).square().sum())
+            tensors, calibrated = linear_tensors(codes, scales, base, row_parallel=job.row_parallel), True
         found = dequantize(tensors, base)
         if job.scheme is Scheme.W8A8_STATIC:
             assert inputs is not None
@@ -116,6 +116,7 @@ class Linears:
         for slot in job.outputs:
             self._write(job, slot, tensors[slot.suffix])
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
+        squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
         stats = JobStats(squared_error, float(rows.squared_norm.sum()))
         return Deployed(found, job.scheme, inputs, error), stats
 
@@ -129,6 +130,12 @@ def _round(job: Job, weight: Tensor, scheme: Scheme) -> QuantizedRows:
         ) from error
 
 
+def _squared_error(weight: Tensor, found: Tensor) -> float:
+    """Σ (w − ŵ)² in float64, of which only some rows are held at a time."""
+    parts = zip(weight.split(_ROWS), found.split(_ROWS), strict=True)
+    return sum(float((part.double() - other.double()).square().sum()) for part, other in parts)
+
+
 def measure(
     jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], mapper: Mapper
 ) -> tuple[Hessian | None, InputScale | None]:
@@ -137,6 +144,11 @@ def measure(
     if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
         ranges = [torch.aminmax(x) for x in mapper.map(inputs, batches)]
         low, high = min(float(found.min) for found in ranges), max(float(found.max) for found in ranges)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                f"the inputs of {jobs[0].source!r} are no numbers; the checkpoint is damaged, or its config.json is "
+                "another model's"
+            )
         scale = InputScale.of_range(low, high)
     if not any(job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT for job in jobs):
         return None, scale

@@ -64,5 +64,7 @@ def norm_quotient(layer: Layer, norm: str, gain: Tensor, scale: Tensor) -> tuple
     smaller = layer.walk.linears.rounded(
         layer.walk.jobs[f"{layer.prefix}{norm}.weight"], gain.double() / scale
     ).double()
+    # A quotient that the dtype (float16, say) flushes to zero or cannot hold would silence its channel or spoil it.
+    smaller = smaller.where((smaller != 0) & torch.isfinite(smaller), gain.double())
     factor = (gain.double() / smaller).where(smaller != 0, 1.0)
     return smaller.float(), factor.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint, verify
 from npuq.convert.calibration.auto import TimeBudget
+from npuq.convert.calibration.linears import Linears
 from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
+from npuq.convert.calibration.smooth import norm_quotient
 from npuq.convert.memory import Budget
 from npuq.errors import CalibrationError, ConversionError, RecipeError
 from npuq.quant.model_config import ModelConfig
@@ -220,6 +223,17 @@ def test_static_scheme_gets_one_range_for_q_a_and_kv_a(source, texts, tmp_path):
     assert schemes == {"q_a_proj": "W8A8", "kv_a_proj_with_mqa": "W8A8", "q_b_proj": "W8A8", "o_proj": "W8A8_DYNAMIC"}
 
 
+def test_static_scheme_of_inputs_that_are_no_numbers(write, texts, tmp_path):
+    def damage(tensors):
+        tensors["model.embed_tokens.weight"][:50] = float("nan")
+
+    directory = write(tmp_path / "source", edit=damage)
+    add_tokenizer(directory)
+    (tmp_path / "static.yaml").write_text(STATIC)
+    with pytest.raises(CalibrationError, match=r"inputs of 'model.layers.0.self_attn.q_a_proj.weight'"):
+        convert(directory, tmp_path / "out", texts, recipe=tmp_path / "static.yaml", method=None)
+
+
 STATIC = """\
 name: static
 method: gptq
@@ -276,3 +290,13 @@ def test_max_memory_takes_workers_away_and_then_refuses(source):
     assert 1 <= less.workers < 16 and less.nbytes <= 20 * 10**9
     with pytest.raises(ConversionError, match="--max-memory 1000000000 is too small: calibrating"):
         calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), 10**9)
+
+
+def test_a_gain_that_float16_cannot_divide_stays():
+    """A norm's gain over a scale is stored in the model's dtype: what it flushes to zero would silence the channel."""
+    job = SimpleNamespace(outputs=[SimpleNamespace(dtype="F16")])
+    walk = SimpleNamespace(linears=Linears(None), jobs={"layer.norm.weight": job})
+    gain, scale = torch.tensor([1.0, 1e-4, 1e4, 0.0]), torch.tensor([4.0, 1e5, 1e-3, 2.0], dtype=torch.float64)
+    smaller, factor = norm_quotient(SimpleNamespace(walk=walk, prefix="layer."), "norm", gain, scale)
+    assert smaller.tolist() == [0.25, pytest.approx(1e-4), 1e4, 0.0]
+    torch.testing.assert_close(smaller * factor, gain)
