@@ -26,6 +26,7 @@ from .prepare import CalibrationText, Prepared, prepare
 from .progress import Progress, Silent
 from .recipe import Target
 from .report import totals_by_role
+from .rewriting import RewrittenSource
 from .shards import ShardFiles, Write
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -107,7 +108,8 @@ def convert_checkpoint(
     check_separate(opened.directory if isinstance(opened, Checkpoint) else opened, output)
     prepared = prepare(opened, recipe, method, max_shard_size, calibration)
     try:
-        budget = plan_budget(prepared.plan, workers, max_memory)
+        held = prepared.source.held_bytes if isinstance(prepared.source, RewrittenSource) else 0
+        budget = plan_budget(prepared.plan, workers, max_memory, held)
         if prepared.calibration is not None:
             tokens = prepared.calibration.tokens.numel()
             budget = calibrated_budget(prepared.config, tokens, budget, max_memory)

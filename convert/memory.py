@@ -34,8 +34,10 @@ class Budget:
     nbytes: int
 
 
-def plan_budget(plan: Plan, workers: int | None, max_memory: int | None) -> Budget:
+def plan_budget(plan: Plan, workers: int | None, max_memory: int | None, held: int = 0) -> Budget:
     """Choose workers (default: cores of this process) and chunk so that the working set fits `max_memory` bytes.
+
+    `held` bytes are what the source holds for each worker, whatever the chunk.
 
     The working set is what conversion adds to the interpreter and torch. First the chunk shrinks, then the number of
     workers, then the chunk again down to two rows of the widest tensor. ConversionError when even that does not fit.
@@ -49,16 +51,18 @@ def plan_budget(plan: Plan, workers: int | None, max_memory: int | None) -> Budg
     smallest = max(2 * prod(job.shape[1:]) for job in plan.jobs)
     largest = max(CHUNK_ELEMENTS, smallest)
     if max_memory is None:
-        return Budget(workers, largest, workers * _working_set(largest, search))
-    if max_memory < _working_set(smallest, search):
+        return Budget(workers, largest, workers * (held + _working_set(largest, search)))
+    least = held + _working_set(smallest, search)
+    if max_memory < least:
+        rotated = ", and the largest weight that is rotated as a whole," if held else ""
         raise ConversionError(
-            f"--max-memory {max_memory} is too small: two rows of the widest tensor need "
-            f"{_working_set(smallest, search)} bytes; give at least that"
+            f"--max-memory {max_memory} is too small: two rows of the widest tensor{rotated} need {least} bytes; "
+            "give at least that"
         )
-    preferred = _working_set(max(smallest, _PREFERRED_MINIMUM), search)
+    preferred = held + _working_set(max(smallest, _PREFERRED_MINIMUM), search)
     workers = max(1, min(workers, max_memory // preferred))
-    chunk = min(_affordable(max_memory // workers, search), largest)
-    return Budget(workers, chunk, workers * _working_set(chunk, search))
+    chunk = min(_affordable(max_memory // workers - held, search), largest)
+    return Budget(workers, chunk, workers * (held + _working_set(chunk, search)))
 
 
 def _working_set(elements: int, search: bool) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from ..quant.model_config import ModelConfig
 from ..quant.rotation import Rotation, rotation
 from ..quant.safetensors import DTYPES
 from .architecture import Inventory, Role
+
+# Rows, and then columns, of a weight that are rotated at a time.
+_PANEL = 256
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,31 @@ class RewrittenSource(WeightSource):
             return super().rows_float(name, start, stop)
         return self.rows_float32(name, start, stop).to(DTYPES[self.float_code(name)])
 
+    @property
+    def held_bytes(self) -> int:
+        """What each thread that reads holds beside the rows it was given: the largest weight with rotated outputs."""
+        outputs = (self.weights.get(name) for name, change in self.rewrites.items() if change.outputs is not None)
+        return max((4 * prod(weight.shape) for weight in outputs if weight is not None), default=0)
+
     def _whole(self, name: str, change: Rewrite) -> Tensor:
-        """All rows float32, since every output depends on all; the last one is held for a thread's next chunk."""
+        """All rows float32, since every output depends on all; the last one is held for a thread's next chunk.
+
+        In float64 there are only some rows, then only some columns of it.
+        """
         held: tuple[str, Tensor] | None = getattr(self._held, "last", None)
         if held is not None and held[0] == name:
             return held[1]
-        rows = self._inputs_changed(name, change, 0, self._find(name).shape[0])
-        turned = _outputs_rotated(rows, change).to(torch.float32)
-        self._held.last = (name, turned)
-        return turned
+        self._held.last = held = None  # not two at once
+        count, columns = self._find(name).shape
+        whole = torch.empty(count, columns)
+        for start in range(0, count, _PANEL):
+            part = slice(start, min(start + _PANEL, count))
+            whole[part] = self._inputs_changed(name, change, part.start, part.stop)
+        for start in range(0, columns, _PANEL):
+            panel = slice(start, start + _PANEL)
+            whole[:, panel] = _outputs_rotated(whole[:, panel].to(torch.float64).contiguous(), change)
+        self._held.last = (name, whole)
+        return whole
 
     def _inputs_changed(self, name: str, change: Rewrite, start: int, stop: int) -> Tensor:
         """float64 rows with gain and input rotation."""

@@ -111,3 +111,25 @@ def test_tied_embeddings_are_refused(write, tmp_path):
     with pytest.raises(RecipeError, match="tied"):
         convert_checkpoint(directory, tmp_path / "out", method="rotate")
     assert not (tmp_path / "out").exists()
+
+
+def test_held_bytes_are_those_of_the_largest_weight_with_rotated_outputs(write, tmp_path):
+    checkpoint = Checkpoint.open(write(tmp_path / "source", config={"hidden_size": 512, "intermediate_size": 640}))
+    config, plain = ModelConfig.from_dict(checkpoint.config), WeightSource(checkpoint)
+    turned = RewrittenSource(checkpoint, rotated(config, take_inventory(config, plain.weights)))
+    assert turned.held_bytes == 4 * 512 * 1024  # eh_proj's
+    # Panels of rows and columns: what a float64 matrix product gives.
+    name, q, v = "model.layers.1.self_attn.o_proj.weight", rotation(512).matrix(), rotation(config.v_head_dim).matrix()
+    blocks = torch.block_diag(*[v] * config.num_attention_heads)
+    expected = q.T @ plain.rows_float32(name).double() @ blocks
+    torch.testing.assert_close(turned.rows_float32(name).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_counts_the_weight_that_each_worker_holds(write, tmp_path):
+    directory = write(tmp_path / "source")
+    for method, more in (("minmax", 0), ("rotate+minmax", 2 * 4 * 64 * 128)):
+        plans = [
+            convert_checkpoint(directory, tmp_path / "out", method=m, workers=2, dry_run=True)
+            for m in (method, "minmax")
+        ]
+        assert plans[0].memory_bytes - plans[1].memory_bytes == more
