@@ -111,8 +111,8 @@ def convert_checkpoint(
         held = prepared.source.held_bytes if isinstance(prepared.source, RewrittenSource) else 0
         budget = plan_budget(prepared.plan, workers, max_memory, held)
         if prepared.calibration is not None:
-            tokens = prepared.calibration.tokens.numel()
-            budget = calibrated_budget(prepared.config, tokens, budget, max_memory)
+            tokens, length = prepared.calibration.tokens.numel(), prepared.calibration.sequence_length
+            budget = calibrated_budget(prepared.config, tokens, length, budget, max_memory)
         notes = _notes(prepared)
         if dry_run:
             notes = (*notes, f"output directory: {describe_state(output)}")

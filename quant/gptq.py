@@ -31,11 +31,6 @@ class Hessian:
         self.sum = torch.zeros(size, size, dtype=torch.float64)
         self.rows = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add rows float32 [T, K]; products of a call are summed in float32 where they are many, calls in float64."""
-        self.sum += x.T @ x
-        self.rows += x.shape[0]
-
 
 @dataclass(frozen=True)
 class Factor:

@@ -18,7 +18,7 @@ from .linears import Deployed, Inputs, Linears, factored, measure
 from .pool import Pool
 
 # Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Walk:
     @property
     def batches(self) -> list[slice]:
         """Token ranges of whole windows."""
-        size = max(1, _BATCH_TOKENS // self.sequence_length) * self.sequence_length
+        size = max(1, BATCH_TOKENS // self.sequence_length) * self.sequence_length
         return [slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
 
 

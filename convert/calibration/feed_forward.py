@@ -91,10 +91,10 @@ class _FeedForward:
         return weight if self._factor is None else weight * self._factor
 
     def _bias(self) -> Tensor | None:
-        name = "mlp.gate"
-        if f"{self._layer.prefix}{name}.e_score_correction_bias" not in self._walk.jobs:
+        # Only V3's rule has one; with another rule engines read no such tensor, even where a checkpoint has it.
+        if self._walk.config.topk_method != "noaux_tc":
             return None
-        return self._layer.weight(name, "e_score_correction_bias")
+        return self._layer.weight("mlp.gate", "e_score_correction_bias")
 
     # ---- the dense block or the shared experts ---------------------------------------------------------------------
 

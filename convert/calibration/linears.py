@@ -161,7 +161,10 @@ def measure(
 
 
 def add_rows(hessian: Hessian, x: Tensor, mapper: Mapper) -> None:
-    """`Hessian.add` in panels of columns, which threads may share."""
+    """Add rows float32 [T, K] to a Hessian, in panels of columns, which threads may share.
+
+    Products are summed in float32 within a call, calls in float64.
+    """
     columns = range(0, x.shape[1], _PANEL)
     for start, part in zip(columns, mapper.map(lambda start: x.T @ x[:, start : start + _PANEL], columns), strict=True):
         hessian.sum[:, start : start + _PANEL] += part

@@ -1,5 +1,5 @@
-"""How much a walk holds in memory at once: a layer's attention, its dense or shared block, then one expert with its
-Hessian for each worker."""
+"""How much a walk holds in memory at once: a layer's attention, its dense or shared block, and for each worker some
+windows in attention, then one expert with its Hessian."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from ...errors import ConversionError
 from ...quant.model_config import ModelConfig
 from ..memory import Budget
+from .context import BATCH_TOKENS
 
 # Square matrices of float64 that factoring a Hessian holds at its peak: itself, damped, permuted, and a factor.
 _SQUARES = 4
@@ -15,10 +16,13 @@ _SQUARES = 4
 _COPIES, _ROWS = 6, 512
 
 
-def calibrated_budget(config: ModelConfig, tokens: int, budget: Budget, max_memory: int | None) -> Budget:
-    """The budget with as many workers as `max_memory` bytes have room for experts beside the hidden states' pages,
-    which are a file's and count for nothing. ConversionError where there is room for none."""
-    shared, expert = max(attention_bytes(config), dense_bytes(config)), expert_bytes(config, tokens)
+def calibrated_budget(
+    config: ModelConfig, tokens: int, sequence_length: int, budget: Budget, max_memory: int | None
+) -> Budget:
+    """The budget with as many workers as `max_memory` bytes have room for experts, or windows in attention, beside the
+    hidden states' pages, which are a file's and count for nothing. ConversionError where there is room for none."""
+    shared = max(attention_bytes(config), dense_bytes(config))
+    expert = max(expert_bytes(config, tokens), window_bytes(config, sequence_length))
     workers = budget.workers
     if max_memory is not None:
         if max_memory < max(shared, expert):
@@ -36,6 +40,14 @@ def expert_bytes(config: ModelConfig, tokens: int) -> int:
     routed = tokens * config.num_experts_per_tok // max(1, config.n_routed_experts)
     weights = 2 * 3 * 4 * hidden * width
     return weights + _calibration_bytes(max(hidden, width), width) + 6 * 4 * routed * hidden
+
+
+def window_bytes(config: ModelConfig, sequence_length: int) -> int:
+    """One batch of windows in attention, in float32: queries three times, keys and values, outputs; the scores of one
+    window as four steps of its softmax hold them."""
+    heads, tokens = config.num_attention_heads, max(BATCH_TOKENS, sequence_length)
+    token = 4 * config.qk_head_dim + config.qk_nope_head_dim + 4 * config.v_head_dim
+    return 4 * heads * (tokens * token + 4 * sequence_length**2)
 
 
 def attention_bytes(config: ModelConfig) -> int:

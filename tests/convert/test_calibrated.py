@@ -282,14 +282,16 @@ V3 = {
 
 def test_max_memory_takes_workers_away_and_then_refuses(source):
     config = ModelConfig.from_dict(json.loads((source / "config.json").read_text()) | V3)
-    plenty = calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), None)
+    plenty = calibrated_budget(config, 65536, 512, Budget(16, 1 << 20, 10**9), None)
     assert plenty.workers == 16 and plenty.nbytes > 16 * expert_bytes(config, 65536) - 1
     # Its 256 experts would take 45 GB in float32.
     assert expert_bytes(config, 65536) < 4e9
-    less = calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), 20 * 10**9)
+    less = calibrated_budget(config, 65536, 512, Budget(16, 1 << 20, 10**9), 20 * 10**9)
     assert 1 <= less.workers < 16 and less.nbytes <= 20 * 10**9
+    # Scores of a window of 8192 tokens for 128 heads: 34 GB, four times.
+    assert calibrated_budget(config, 65536, 8192, Budget(1, 1 << 20, 10**9), None).nbytes > 4 * 34 * 10**9
     with pytest.raises(ConversionError, match="--max-memory 1000000000 is too small: calibrating"):
-        calibrated_budget(config, 65536, Budget(16, 1 << 20, 10**9), 10**9)
+        calibrated_budget(config, 65536, 512, Budget(16, 1 << 20, 10**9), 10**9)
 
 
 def test_a_gain_that_float16_cannot_divide_stays():
