@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,13 @@ def read_calibration(
             tokenizer.encode(document, special=False) if isinstance(document, str) else _chat(tokenizer, document, name)
         )
         stream += [*(separator if stream else []), *ids]
-    if stream and not 0 <= min(stream) <= max(stream) < vocab_size:
+    lead = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    largest = max(chain(lead, stream), default=0)
+    if largest >= vocab_size:
         raise CalibrationError(
-            f"{name}: its tokens go up to {max(stream)}, but the model has {vocab_size}: tokenizer and config.json of "
+            f"{name}: its tokens go up to {largest}, but the model has {vocab_size}: tokenizer and config.json of "
             f"{checkpoint} are not of one model"
         )
-    lead = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     width = sequence_length - len(lead)
     if len(stream) < width:
         raise CalibrationError(
@@ -122,11 +124,17 @@ def _json_lines(text: str, where: str) -> Iterator[Any]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{where}, line {number}: not JSON: {error}") from None
         found = record.get("text", record.get("messages")) if isinstance(record, dict) else None
         if not found or not (isinstance(found, str) or _is_chat(found)):
             raise CalibrationError(f'{where}, line {number}: needs {{"text": "…"}} or {{"messages": […]}}')
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise CalibrationError(
+                f"{where}, line {number}: half a surrogate pair (\\ud800 to \\udfff) is no text"
+            ) from None
         yield found
 
 

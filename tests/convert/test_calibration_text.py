@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from calibrated import add_tokenizer, text
+from tokenizers import Tokenizer
 
 from npuq.convert.calibration.texts import read_calibration
 from npuq.errors import CalibrationError
@@ -69,6 +70,9 @@ def test_json_lines_chats_and_directories(checkpoint, tmp_path):
         (b'{"text": 3}', "jsonl", "line 1: needs"),
         (b'{"text": "w1"}\n[]', "jsonl", "line 2: needs"),
         (b'{"text": "w1"', "jsonl", "line 1: not JSON"),
+        (b"[" * 100_000, "jsonl", "line 1: not JSON"),
+        (b'{"text": "w1 \\ud800"}', "jsonl", "line 1: half a surrogate pair"),
+        (b'{"messages": [{"role": "user", "content": "\\udfff"}]}', "jsonl", "line 1: half a surrogate pair"),
         (b'{"messages": [3]}', "jsonl", "line 1: needs"),
         (b'{"messages": [{"role": "user"}]}', "jsonl", "line 1: needs"),
     ],
@@ -91,6 +95,13 @@ def test_other_bad_input(checkpoint, tmp_path):
     file.write_text(text(100))
     with pytest.raises(CalibrationError, match="the model has 50: tokenizer and config"):
         read(file, checkpoint, vocabulary=50)
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<late>"])
+    (tmp_path / "late").mkdir()
+    tokenizer.save(str(tmp_path / "late" / "tokenizer.json"))
+    (tmp_path / "late" / "tokenizer_config.json").write_text('{"bos_token": "<late>"}')
+    with pytest.raises(CalibrationError, match="go up to 100, but the model has 100"):
+        read(file, tmp_path / "late")
     with pytest.raises(CalibrationError, match="exceeds the model's 8 positions"):
         read(file, checkpoint, positions=8)
     with pytest.raises(CalibrationError, match="must be at least"):
