@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,29 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(seed, rig, source, texts
     answer = rig(source, tmp_path / "out", options=options | {"workers": 2})
     assert answer["summary"]["status"] in ("converted", "finished")
     assert tree(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_a_full_disk_and_a_signal_are_one_line_and_lose_nothing(share, rig, source, texts, tmp_path, tree, undisturbed):
+    expected, calls = undisturbed
+    options = {"method": CHAIN, "calibration": [str(texts), 8, LENGTH], "workers": 2}
+    point = int(share * calls)
+    full = rig(source, tmp_path / "full", options=options, fail_at=point)
+    assert full["kind"] == "ConversionError" and full["exit_code"] == 1 and "\n" not in full["error"]
+    assert "No space left on device" in full["error"] and "run the same command" in full["error"]
+    stopped = rig(source, tmp_path / "stopped", options=options, signal_at=[point, int(signal.SIGINT)])
+    assert stopped["kind"] == "ConversionInterruptedError" and stopped["exit_code"] == 130
+    for name in ("full", "stopped"):
+        assert rig(source, tmp_path / name, options=options)["summary"]["status"] == "converted"
+        assert tree(tmp_path / name) == expected
+
+
+def test_no_room_for_hidden_states(rig, source, texts, tmp_path):
+    """The kernel itself refuses: every shard fits its limit, the hidden states do not."""
+    options = {"method": CHAIN, "calibration": [str(texts), 128, LENGTH], "max_shard_size": 100_000}
+    answer = rig(source, tmp_path / "out", options=options, file_limit=300_000)
+    assert answer["kind"] == "ConversionError" and "\n" not in answer["error"]
+    assert "npuq/calibration" in answer["error"] and "File too large" in answer["error"]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +245,23 @@ def test_static_scheme_gets_one_range_for_q_a_and_kv_a(source, texts, tmp_path):
         name.split(".")[4]: linear["scheme"] for name, linear in manifest["linears"].items() if "layers.1.self" in name
     }
     assert schemes == {"q_a_proj": "W8A8", "kv_a_proj_with_mqa": "W8A8", "q_b_proj": "W8A8", "o_proj": "W8A8_DYNAMIC"}
+
+
+def test_linears_of_two_schemes_share_inputs(write, texts, tmp_path):
+    """Without q_lora, q_proj and kv_a are not one parameter: each may have its own scheme."""
+    directory = write(tmp_path / "source", family="v2lite")
+    add_tokenizer(directory)
+    for name, quantized in (("one", "q_proj"), ("other", "kv_a_proj_with_mqa")):
+        recipe = tmp_path / "static.yaml"
+        recipe.write_text(
+            f"method: gptq\nrules:\n- {{names: '*.self_attn.{quantized}.weight', scheme: W8A8_STATIC}}\n"
+            "- {roles: routed_expert, scheme: W4A8}\n- scheme: W8A8\n"
+        )
+        convert(directory, tmp_path / name, texts, recipe=recipe, method=None)
+        assert verify(tmp_path / name, directory).ok
+        linears = manifest_of(tmp_path / name)["linears"]
+        schemes = {key.split(".")[4]: linear["scheme"] for key, linear in linears.items() if "layers.0.self" in key}
+        assert schemes[quantized] == "W8A8" and set(schemes.values()) == {"W8A8", "W8A8_DYNAMIC"}
 
 
 def test_static_scheme_of_inputs_that_are_no_numbers(write, texts, tmp_path):
