@@ -96,7 +96,7 @@ class Linears:
         if job.scheme is Scheme.FLOAT:
             return Deployed(self.float(job, weight), job.scheme), JobStats(0.0, float(weight.double().square().sum()))
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
-        rows = _round(job, weight, base)
+        rows = _round(job, weight, base, mapper)
         tensors, calibrated = dict(rows.tensors), False
         if job.method is Method.GPTQ and factored is not None:
             scale = rows.tensors[SCALE][:, 0]
@@ -121,13 +121,23 @@ class Linears:
         return Deployed(found, job.scheme, inputs, error), stats
 
 
-def _round(job: Job, weight: Tensor, scheme: Scheme) -> QuantizedRows:
+def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> QuantizedRows:
+    """`quantize_stored`, of some rows at a time: what it holds beside them is many times their size."""
+
+    def some(part: Tensor) -> QuantizedRows:
+        return quantize_stored(StoredRows(part), scheme, job.method.scale_search, row_parallel=job.row_parallel)
+
     try:
-        return quantize_stored(StoredRows(weight), scheme, job.method.scale_search, row_parallel=job.row_parallel)
+        parts = list(mapper.map(some, weight.split(_ROWS)))
     except NonFiniteError as error:
         raise CheckpointError(
             f"tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch it again"
         ) from error
+    return QuantizedRows(
+        {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors},
+        torch.cat([part.squared_error for part in parts]),
+        torch.cat([part.squared_norm for part in parts]),
+    )
 
 
 def _squared_error(weight: Tensor, found: Tensor) -> float:

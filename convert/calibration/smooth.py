@@ -11,11 +11,13 @@ from ...quant.dialects import StoredRows
 from ...quant.schemes import Scheme, dequantize, quantize_stored
 from ...quant.smoothing import smoothing_scale
 from ..plan import Job
-from .context import Layer
+from .context import Layer, row_chunks
 
 STRENGTHS = (0.3, 0.5, 0.7)
 # A strength must lower the squared error by this much to be worth a change.
 GAIN = 0.98
+# Rows that are rounded at a time: what the search for their scales holds beside them is many times their size.
+_ROWS = 512
 
 Change = Callable[[Tensor], dict[str, Tensor]]
 """From a scale [K] to the tensors that it changes, by name."""
@@ -54,8 +56,11 @@ def rounded(job: Job, weight: Tensor) -> Tensor:
     if job.scheme is Scheme.FLOAT:
         return weight
     base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
-    rows = quantize_stored(StoredRows(weight), base, job.method.scale_search, row_parallel=False)
-    return dequantize(rows.tensors, base)
+    method, result = job.method.scale_search, torch.empty_like(weight)
+    for part in row_chunks(weight.shape[0], _ROWS):
+        rows = quantize_stored(StoredRows(weight[part]), base, method, row_parallel=False)
+        result[part] = dequantize(rows.tensors, base)
+    return result
 
 
 def norm_quotient(layer: Layer, norm: str, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,13 @@ from npuq.convert import CalibrationText, convert_checkpoint, verify
 from npuq.convert.calibration.auto import TimeBudget
 from npuq.convert.calibration.linears import Linears
 from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
-from npuq.convert.calibration.smooth import norm_quotient
+from npuq.convert.calibration.pool import Pool
+from npuq.convert.calibration.smooth import norm_quotient, rounded
 from npuq.convert.memory import Budget
 from npuq.errors import CalibrationError, ConversionError, RecipeError
 from npuq.quant.model_config import ModelConfig
+from npuq.quant.scales import Method
+from npuq.quant.schemes import Scheme, dequantize, quantize_rows
 
 LENGTH = 16
 CHAIN = "rotate+smooth+gptq"
@@ -343,3 +346,15 @@ def test_a_gain_that_float16_cannot_divide_stays():
     smaller, factor = norm_quotient(SimpleNamespace(walk=walk, prefix="layer."), "norm", gain, scale)
     assert smaller.tolist() == [0.25, pytest.approx(1e-4), 1e4, 0.0]
     torch.testing.assert_close(smaller * factor, gain)
+
+
+@pytest.mark.parametrize("bits", ["W4A8", "W8A8"])
+def test_rounding_some_rows_at_a_time_is_rounding_them_all(bits):
+    weight = torch.randn(1100, 64, generator=torch.Generator().manual_seed(3))
+    job = SimpleNamespace(source="w", method=Method.GPTQ, scheme=Scheme[bits], row_parallel=True, outputs=())
+    plain = quantize_rows(weight, Scheme[bits], Method.MSE, row_parallel=True)
+    inline = Pool(1).inline
+    deployed, stats = Linears(None).quantize(job, weight, None, None, None, inline)
+    expected = dequantize(plain.tensors, Scheme[bits])
+    assert torch.equal(deployed.weight, expected) and torch.equal(rounded(job, weight), expected)
+    assert stats.squared_error == float(plain.squared_error.sum())
