@@ -215,10 +215,11 @@ def _calibration(
         position = int(config.rope.max_position)
         path = text.path or BUILTIN
         return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)
-    if text.path is not None:
+    if (text.path, text.samples, text.sequence_length) != (None, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH):
         method = STORED if recipe.stored else recipe.chain
         raise RecipeError(
-            f"--calibration is of no use to method {method}: give --method gptq, smooth or a chain of them"
+            f"--calibration, --samples and --sequence-length are of no use to method {method}: give --method gptq, "
+            "smooth or a chain of them"
         )
     return None
 

@@ -232,6 +232,8 @@ def test_calibration_where_it_is_of_no_use(source, texts, tmp_path):
         convert(source, tmp_path / "out", texts, calibration=CalibrationText(texts, 8, LENGTH, time_budget=60.0))
     with pytest.raises(RecipeError, match="of no use to method mse"):
         convert(source, tmp_path / "out", texts, method="mse")
+    with pytest.raises(RecipeError, match="of no use to method mse"):
+        convert(source, tmp_path / "out", None, method="mse", calibration=CalibrationText(samples=8))
     with pytest.raises(RecipeError, match="did you mean 'rotate'"):
         convert(source, tmp_path / "out", texts, method="rotat+gptq")
     with pytest.raises(RecipeError, match="twice"):
