@@ -18,7 +18,7 @@ from .states import StreamPair
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _NORM = "post_attention_layernorm"
-# What reads an expert's inputs for the choice of a dense block's strength.
+# Rows whose largest activations a dense block is smoothed by.
 _JUDGED = 2048
 
 

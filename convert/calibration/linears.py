@@ -72,7 +72,12 @@ class Linears:
         """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
         stored = self.rounded(job, tensor).reshape(job.shape)
         if not bool(torch.isfinite(stored).all()):
-            raise CheckpointError(f"tensor {job.source!r} holds infinities or NaN, or outgrows its dtype")
+            if bool(torch.isfinite(tensor).all()):
+                dtype = str(stored.dtype).removeprefix("torch.")
+                why = f"outgrows {dtype} once it is rotated or smoothed; leave that out of the method"
+            else:
+                why = "holds infinities or NaN; the checkpoint is damaged: fetch it again"
+            raise CheckpointError(f"tensor {job.source!r} {why}")
         self._write(job, job.outputs[0], stored)
         return stored.to(torch.float32)
 

@@ -19,7 +19,7 @@ from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
 from npuq.convert.calibration.pool import Pool
 from npuq.convert.calibration.smooth import norm_quotient, rounded
 from npuq.convert.memory import Budget
-from npuq.errors import CalibrationError, ConversionError, RecipeError
+from npuq.errors import CalibrationError, CheckpointError, ConversionError, RecipeError
 from npuq.quant.model_config import ModelConfig
 from npuq.quant.scales import Method
 from npuq.quant.schemes import Scheme, dequantize, quantize_rows
@@ -360,3 +360,11 @@ def test_rounding_some_rows_at_a_time_is_rounding_them_all(bits):
     expected = dequantize(plain.tensors, Scheme[bits])
     assert torch.equal(deployed.weight, expected) and torch.equal(rounded(job, weight), expected)
     assert stats.squared_error == float(plain.squared_error.sum())
+
+
+def test_a_float_tensor_that_cannot_be_stored_is_one_line():
+    job = SimpleNamespace(source="w", shape=(2,), outputs=[SimpleNamespace(dtype="F16")])
+    with pytest.raises(CheckpointError, match=r"^tensor 'w' outgrows float16 once it is rotated or smoothed; leave"):
+        Linears(None).float(job, torch.tensor([1.0, 1e6]))
+    with pytest.raises(CheckpointError, match=r"^tensor 'w' holds infinities or NaN; the checkpoint is damaged"):
+        Linears(None).float(job, torch.tensor([1.0, float("nan")]))
