@@ -121,7 +121,9 @@ def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
             "rotate: embedding and head are one tied weight, and the final norm can be folded into the head alone; "
             "leave rotate out of the method"
         )
-    return {name: change for name, change in _rewrites(config, inventory) if name in inventory.specs}
+    # What the architecture does not know is copied as it is, even under a name that other models have.
+    known = {name for name, spec in inventory.specs.items() if spec.role is not Role.OTHER}
+    return {name: change for name, change in _rewrites(config, inventory) if name in known}
 
 
 def _rewrites(config: ModelConfig, inventory: Inventory) -> Iterator[tuple[str, Rewrite]]:

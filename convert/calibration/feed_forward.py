@@ -54,6 +54,9 @@ class _FeedForward:
         self._middle = middle
         self._out = out
         self._is_moe = layer.walk.config.is_moe_layer(layer.index)
+        # The config decides, as it does in engines, not what else a checkpoint may have.
+        shared = ["mlp.shared_experts."] if layer.walk.config.n_shared_experts else []
+        self._dense_blocks = shared if self._is_moe else ["mlp."]
         self._gain = layer.weight(_NORM)
         self._factor: Tensor | None = None
         self._strengths: dict[str, float] = {}
@@ -64,9 +67,8 @@ class _FeedForward:
         self._stored_gain = self._layer.keep(_NORM, self._gain)
         for result, start in ((self._out.floats, self._middle.floats), (self._out.quantized, self._middle.quantized)):
             result.copy_(start)
-        dense = "mlp.shared_experts." if self._is_moe else "mlp."
-        if self._layer.has(f"{dense}gate_proj"):
-            self._dense(dense)
+        for prefix in self._dense_blocks:
+            self._dense(prefix)
         return self._strengths, self._experts() if self._is_moe else Coverage([], {})
 
     # ---- what all blocks read --------------------------------------------------------------------------------------
@@ -189,9 +191,7 @@ class _FeedForward:
             lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches
         )
         activation = torch.stack(list(maxima)).amax(0)
-        dense = "mlp.shared_experts." if self._is_moe else "mlp."
-        prefixes = [dense] if layer.has(f"{dense}gate_proj") else []
-        prefixes += self._prefixes() if self._is_moe else []
+        prefixes = [*self._dense_blocks, *(self._prefixes() if self._is_moe else [])]
         columns = walk.pool.map(lambda prefix: torch.cat(self._block(prefix)[:2]).abs().amax(0), prefixes)
         weight = torch.stack(list(columns)).amax(0)
         scales = [norm_quotient(layer, _NORM, self._gain, smoothing_scale(activation, weight, s)) for s in STRENGTHS]
