@@ -123,7 +123,10 @@ def convert_checkpoint(
         claimed = claim(output, prepared.identity)
         if isinstance(claimed, Finished):
             # A kill between the manifest and their removal leaves hidden states that nothing needs.
-            remove_states(output / OWN_FOLDER)
+            try:
+                remove_states(output / OWN_FOLDER)
+            except OSError as error:
+                raise write_error(output, error) from error
             return _finished(prepared, budget, output, claimed, started, notes)
         try:
             return _run(prepared, budget, output, claimed, internals, progress, on_shard, started, notes)

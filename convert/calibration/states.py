@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,11 @@ def stored_reports(output_folder: Path) -> dict[str, Any]:
 
 
 def remove_states(output_folder: Path) -> None:
-    """Remove what a walk keeps for its continuation; nothing else lies in its folder."""
+    """Remove what a walk keeps for its continuation, and its folder, unless somebody put something else there."""
     folder = output_folder / FOLDER
     if not folder.is_dir():
         return
     for path in (*folder.glob("*.bin"), *folder.glob("*.json")):
         path.unlink()
-    folder.rmdir()
+    with suppress(OSError):
+        folder.rmdir()

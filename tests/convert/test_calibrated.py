@@ -368,3 +368,13 @@ def test_a_float_tensor_that_cannot_be_stored_is_one_line():
         Linears(None).float(job, torch.tensor([1.0, 1e6]))
     with pytest.raises(CheckpointError, match=r"^tensor 'w' holds infinities or NaN; the checkpoint is damaged"):
         Linears(None).float(job, torch.tensor([1.0, float("nan")]))
+
+
+def test_hidden_states_that_are_left_over_go_and_nothing_else_does(source, texts, tmp_path):
+    convert(source, tmp_path / "out", texts)
+    folder = tmp_path / "out" / "npuq" / "calibration"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    (folder / "mine.txt").write_text("mine")
+    assert convert(source, tmp_path / "out", texts).status == "finished"
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
