@@ -101,7 +101,7 @@ def quantize_expert(
     """
     floats, quantized = own
     inline = layer.walk.pool.inline
-    inputs = torch.cat([quantized, near])
+    inputs = torch.cat([quantized, near]) if near.shape[0] else quantized
     truth = float_mlp(weights)(floats)
     strength = smooth_inner(jobs, weights, inputs) if layer.walk.smooth and inputs.shape[0] else 0.0
     gate_w, up_w, down_w = weights
