@@ -16,7 +16,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Grows with every incompatible change; the Python side refuses a library of another number. */
-#define NPUQ_ABI_VERSION 1
+#define NPUQ_ABI_VERSION 2
 
 enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2 };
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 
 
 class Part(ctypes.Structure):
