@@ -37,10 +37,6 @@ class Routed:
     own: Tensor
     near: Tensor
 
-    @property
-    def calibrating(self) -> Tensor:
-        return torch.cat([self.own, self.near])
-
 
 @dataclass(frozen=True)
 class ExpertResult:
