@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="int8: MODEL attends to an int8 cache, throughout.",
+)
 @click.option("--save", is_flag=True, help="Store the result in MODEL's manifest and model card.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -33,6 +40,7 @@ def command(
     context: int,
     layers: bool,
     backend: str,
+    kv_cache_dtype: str,
     save: bool,
     quiet: bool,
     as_json: bool,
@@ -44,7 +52,7 @@ def command(
     divergence (nats a token) of the source's predictions from the model's and how often their first choices agree.
     With --layers also ‖model − source‖ / ‖source‖ of the hidden states after every decoder layer, and their cosine:
     as they have accumulated, and of the layer alone, both being given the source's hidden states. This reads one layer
-    of each at a time.
+    of each at a time, and no cache.
 
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
@@ -65,12 +73,12 @@ def command(
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet)
     with _progress("windows", quiet) as progress:
-        result = evaluate(model, content, source, context, backend, progress)
+        result = evaluate(model, content, source, context, backend, progress, kv_cache_dtype)
     errors: list[LayerError] = []
     if layers and source is not None:
         with _progress("layers", quiet) as progress:
             errors = layer_errors(model, content, source, context, backend, progress)
-    if save and not store_evaluation(model, result, text, context, errors):
+    if save and not store_evaluation(model, result, text, context, errors, kv_cache_dtype):
         # Also with --quiet: the user asked for something that was not done.
         click.echo(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result", err=True)
     values = asdict(result)

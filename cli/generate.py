@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
 @click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="int8: a smaller cache, for artifacts that were calibrated.",
+)
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON when all are done.")
 def command(
@@ -44,6 +51,7 @@ def command(
     backend: str,
     device: str | None,
     dtype: str | None,
+    kv_cache_dtype: str,
     cache_size: int,
     as_json: bool,
     stops: tuple[str, ...],
@@ -66,7 +74,10 @@ def command(
 
     params = SamplingParams(stop=stops, **sampling)
     compute = None if dtype is None else getattr(torch, dtype)
-    runner = load(local_model(model, quiet=as_json), backend, compute, device, engine=EngineConfig(cache_size))
+    directory = local_model(model, quiet=as_json)
+    runner = load(
+        directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype
+    )
     inputs = [runner.tokenizer.chat([{"role": "user", "content": text}]) for text in texts] if chat else texts
     if as_json:
         results = [_as_dict(completion) for completion in runner.generate(inputs, params)]

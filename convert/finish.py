@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__
 from ..quant.artifact import (
     CARD_NAME,
     DESCRIPTION_NAME,
     FORMAT_VERSION,
+    KV_CACHE_NAME,
     MANIFEST_NAME,
     OWN_FOLDER,
     RECIPE_NAME,
@@ -25,9 +28,10 @@ from ..quant.artifact import (
     description,
 )
 from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME
+from ..quant.kv_cache import save_scales
 from ..quant.rope import rope_tables, save_rope
 from ..quant.schemes import Scheme
-from .calibration.states import stored_reports
+from .calibration.states import KV_CACHE_SCALE, stored_reports
 from .card import model_card
 from .engine_rules import config_schemes
 from .hashes import file_sha256
@@ -48,6 +52,11 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
     plan, recipe = prepared.plan, prepared.recipe
     copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
     _write_rope(prepared, output)
+    reports = stored_reports(output / OWN_FOLDER)
+    own = [ROPE_NAME]
+    if prepared.calibration is not None:
+        _write_kv_cache_scales(reports, output)
+        own.append(KV_CACHE_NAME)
     totals = totals_by_role(plan.jobs, record.jobs)
     report = {
         "recipe": recipe.name,
@@ -74,14 +83,21 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
     }
     for name, content in contents.items():
         write_file(output, name, content)
-    small = [*prepared.side_files, ROPE_NAME, *(name for name in contents if name != CARD_NAME)]
-    write_file(output, MANIFEST_NAME, _json(_manifest(prepared, output, record, small)))
+    small = [*prepared.side_files, *own, *(name for name in contents if name != CARD_NAME)]
+    write_file(output, MANIFEST_NAME, _json(_manifest(prepared, output, record, small, reports)))
 
 
 def _write_rope(prepared: Prepared, output: Path) -> None:
     partial = partial_path(output)
     save_rope(rope_tables(prepared.config), partial)
     publish(partial, output / ROPE_NAME)
+
+
+def _write_kv_cache_scales(reports: Mapping[str, dict[str, Any]], output: Path) -> None:
+    """The scales that the walk found, out of its reports into a file."""
+    partial = partial_path(output)
+    save_scales([torch.tensor(reports[str(layer)].pop(KV_CACHE_SCALE)) for layer in range(len(reports))], partial)
+    publish(partial, output / KV_CACHE_NAME)
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -101,7 +117,9 @@ def _config(prepared: Prepared) -> dict[str, Any]:
     return artifact_config(prepared.checkpoint.config, **config_schemes(prepared.inventory.specs.values(), schemes))
 
 
-def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[str]) -> dict[str, Any]:
+def _manifest(
+    prepared: Prepared, output: Path, record: Record, small: Iterable[str], reports: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
     plan, config = prepared.plan, prepared.config
     files = {
         shard.name: {"size": shard.nbytes, "sha256": record.hashes[number]} for number, shard in enumerate(plan.shards)
@@ -144,16 +162,17 @@ def _manifest(prepared: Prepared, output: Path, record: Record, small: Iterable[
         "linears": linears,
         # What was done to the weights before: they are not the source's any more, though the model's function is.
         "transforms": [str(transform) for transform in prepared.recipe.transforms],
-        **_calibration(prepared, output, linears),
+        **_calibration(prepared, reports, linears),
     }
 
 
-def _calibration(prepared: Prepared, output: Path, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _calibration(
+    prepared: Prepared, reports: Mapping[str, dict[str, Any]], linears: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """What calibrated, what it reached, and the output error of every layer and linear on it."""
     calibration = prepared.calibration
     if calibration is None:
         return {}
-    reports = stored_reports(output / OWN_FOLDER)
     for report in reports.values():
         for name, error in report.pop("linear_errors").items():
             linears[name]["output_error"] = error

@@ -41,9 +41,14 @@ def check_storable(artifact: Path) -> None:
 
 
 def store_evaluation(
-    artifact: Path, result: Evaluation, text: Path, context: int, layers: Sequence[LayerError] = ()
+    artifact: Path,
+    result: Evaluation,
+    text: Path,
+    context: int,
+    layers: Sequence[LayerError] = (),
+    kv_cache_dtype: str = "auto",
 ) -> bool:
-    """Store a result in the manifest and the card, in place of an earlier one on the same text and context.
+    """Store a result in the manifest and the card, in place of an earlier one on the same text, context and KV cache.
 
     The errors of layers, where they were measured, go into the manifest alone, under the result's `layers`.
     Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
@@ -59,6 +64,8 @@ def store_evaluation(
         "perplexity": result.perplexity,
         **{key: getattr(result, key) for key in _OPTIONAL},
     }
+    if kv_cache_dtype != "auto":
+        entry["kv_cache_dtype"] = kv_cache_dtype
     if layers:
         entry["layers"] = [asdict(layer) for layer in layers]
     try:
@@ -88,6 +95,11 @@ def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
+def evaluated_on(entry: Mapping[str, Any]) -> str:
+    """The text of a result, and its KV cache where that was not the usual one."""
+    return f"{entry['text']} ({entry['kv_cache_dtype']} KV cache)" if "kv_cache_dtype" in entry else str(entry["text"])
+
+
 def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
     """The card with the results in npuq's section, between errors and loading; all else stays as it is."""
     before, begin, rest = card.partition(CARD_BEGIN)
@@ -110,7 +122,7 @@ def _table(entries: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in entries:
-        name = str(entry["text"]).replace("|", "\\|")
+        name = evaluated_on(entry).replace("|", "\\|")
         source, divergence, agreement = (entry.get(key) for key in _OPTIONAL)
         lines.append(
             f"| {name} | `{entry['text_sha256'][:16]}` | {entry['context']} | {entry['tokens']} | "
@@ -124,14 +136,15 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _identity(entry: Mapping[str, Any]) -> tuple[object, object]:
-    return entry["text_sha256"], entry["context"]
+def _identity(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    return entry["text_sha256"], entry["context"], entry.get("kv_cache_dtype")
 
 
 def _is_sound(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     texts = all(isinstance(entry.get(key), str) for key in ("text", "text_sha256"))
+    texts = texts and isinstance(entry.get("kv_cache_dtype", ""), str)
     counts = all(isinstance(entry.get(key), int) for key in ("context", "tokens"))
     numbers = [entry.get("perplexity"), *(entry[key] for key in _OPTIONAL if entry.get(key) is not None)]
     layers = entry.get("layers", [])

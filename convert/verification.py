@@ -25,7 +25,7 @@ from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
 from .verify_original import Original
 from .verify_stored import check_stored
-from .verify_values import TensorCheck, check_rope, check_shared_inputs, check_values
+from .verify_values import TensorCheck, check_kv_cache, check_rope, check_shared_inputs, check_values
 
 # The manifest's error was summed from exact integers, this one in floating point.
 _ERROR_TOLERANCE = 1e-3
@@ -114,6 +114,7 @@ def verify(
             return VerifyReport(str(path), tuple(problems), len(files), 0, 0, ())
         stack.enter_context(layout.checkpoint)
         problems += check_rope(layout)
+        problems += check_kv_cache(layout)
         problems += check_shared_inputs(layout.checkpoint, layout.config, layout.specs, layout.schemes)
         checks, notes = [], []
         original = Original(layout, weights, manifest)

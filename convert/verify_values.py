@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from ..errors import NpuqError
-from ..quant.artifact import ROPE_NAME
+from ..quant.artifact import KV_CACHE_NAME, ROPE_NAME
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.int4 import unpack_int4
 from ..quant.model_config import ModelConfig
+from ..quant.kv_cache import load_scales
 from ..quant.rope import load_rope, rope_tables
 from ..quant.schemes import (
     BIAS,
@@ -87,6 +88,17 @@ def check_rope(layout: Layout) -> Iterator[str]:
         if not right.all():
             position = int((~right).nonzero()[0, 0])
             yield f"{ROPE_NAME}: {name} at position {position} differs from its recomputation"
+
+
+def check_kv_cache(layout: Layout) -> Iterator[str]:
+    """The scales of an int8 KV cache, which calibrated artifacts have: a positive number for every channel."""
+    path = layout.checkpoint.directory / KV_CACHE_NAME
+    if not path.exists():
+        return
+    try:
+        load_scales(path, layout.config.num_hidden_layers, layout.config.kv_lora_rank)
+    except NpuqError as error:
+        yield str(error)
 
 
 def _readable(layout: Layout, spec: Spec) -> tuple[OutputTensor, ...]:

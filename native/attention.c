@@ -4,9 +4,12 @@
 
 #include "pool.h"
 
-enum { CHANNELS = 16 }; /* of one token that lie together */
+static size_t size_of(int dtype) { return dtype == NPUQ_I8 ? 1 : dtype == NPUQ_F32 ? 4 : 2; }
 
-static size_t size_of(int dtype) { return dtype == NPUQ_F32 ? 4 : 2; }
+/* Channels of one token that lie together. */
+static size_t group_of(int dtype) { return dtype == NPUQ_I8 ? 32 : 16; }
+
+static int latent_dtype(const npuq_cache *cache) { return cache->latent_scale != NULL ? NPUQ_I8 : cache->dtype; }
 
 struct rope {
     npuq_pool *pool;
@@ -54,14 +57,26 @@ struct cache_write {
     char *rope_out, *latent_out;
 };
 
-/* Channels of one token into its slot: [block, channel / 16, offset, channel % 16]. */
-static void scatter(const npuq_cache *cache, void *pool, size_t channels, int64_t slot, const char *row) {
-    size_t bytes = CHANNELS * size_of(cache->dtype), block_size = (size_t)cache->block_size;
+/* Channels of one token into its slot: [block, channel / group, offset, channel % group]. */
+static void scatter(void *pool, int dtype, size_t block_size, size_t channels, int64_t slot, const void *row) {
+    size_t bytes = group_of(dtype) * size_of(dtype), groups = channels / group_of(dtype);
     size_t block = (size_t)slot / block_size, offset = (size_t)slot % block_size;
-    for (size_t g = 0; g < channels / CHANNELS; g++) {
-        size_t at = (block * (channels / CHANNELS) + g) * block_size + offset;
-        memcpy((char *)pool + at * bytes, row + g * bytes, bytes);
+    for (size_t g = 0; g < groups; g++) {
+        size_t at = (block * groups + g) * block_size + offset;
+        memcpy((char *)pool + at * bytes, (const char *)row + g * bytes, bytes);
     }
+}
+
+/* The latent as it is stored: `row` in the cache's dtype, or codes of it. `x` is float scratch. */
+static void scatter_latent(const struct cache_write *write, int64_t slot, const char *row, float *x, int8_t *codes) {
+    const npuq_cache *cache = write->cache;
+    size_t l = (size_t)cache->latent_dim;
+    if (cache->latent_scale != NULL) {
+        write->kernels->to_float(row, cache->dtype, l, x);
+        write->kernels->code_row(x, cache->latent_scale, l, codes);
+    }
+    const void *stored = cache->latent_scale != NULL ? (const void *)codes : row;
+    scatter(cache->latent, latent_dtype(cache), (size_t)cache->block_size, l, slot, stored);
 }
 
 static void cache_write_task(const void *context, size_t token, int thread) {
@@ -79,7 +94,7 @@ static void cache_write_task(const void *context, size_t token, int thread) {
     kernels->to_float(write->gamma, dtype, l, first);
     kernels->norm_row(x, first, l, write->eps, 0, y);
     kernels->from_float(y, l, stored, dtype);
-    if (slot >= 0) scatter(cache, cache->latent, l, slot, stored);
+    if (slot >= 0) scatter_latent(write, slot, stored, x, (int8_t *)y);
     if (write->latent_out != NULL) memcpy(write->latent_out + token * l * size, stored, l * size);
 
     kernels->to_float(row + l * size, dtype, d, x);
@@ -87,7 +102,7 @@ static void cache_write_task(const void *context, size_t token, int thread) {
     kernels->to_float(write->sin + token * d * size, dtype, d, second);
     kernels->rope_row(x, first, second, d, y);
     kernels->from_float(y, d, stored, dtype);
-    if (slot >= 0) scatter(cache, cache->rope, d, slot, stored);
+    if (slot >= 0) scatter(cache->rope, dtype, (size_t)cache->block_size, d, slot, stored);
     if (write->rope_out != NULL) memcpy(write->rope_out + token * d * size, stored, d * size);
 }
 
@@ -117,10 +132,21 @@ struct attention {
     char *out;
 };
 
-static void load_query(const struct attention *attention, size_t row, float *q) {
+/* A query as int8 keys see it: times their channels' scales, and rounded to int8 itself. `codes` is scratch. */
+static void round_query(const struct attention *attention, float *q, int8_t *codes) {
+    const npuq_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent_dim;
+    float scale;
+    for (size_t i = 0; i < l; i++) q[i] *= cache->latent_scale[i];
+    attention->kernels->quant_row(q, l, codes, &scale);
+    for (size_t i = 0; i < l; i++) q[i] = (float)codes[i] * scale;
+}
+
+static void load_query(const struct attention *attention, size_t row, float *q, int8_t *codes) {
     const npuq_cache *cache = attention->cache;
     size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, size = size_of(cache->dtype);
     attention->kernels->to_float(attention->q_latent + row * l * size, cache->dtype, l, q);
+    if (cache->latent_scale != NULL) round_query(attention, q, codes);
     attention->kernels->to_float(attention->q_rope + row * d * size, cache->dtype, d, q + l);
     for (size_t i = 0; i < l + d; i++) q[i] *= attention->scale;
 }
@@ -141,7 +167,7 @@ static void attention_task(const void *context, size_t index, int thread) {
     float *q = pool_thread_scratch(attention->pool, thread), *out = q + ATTENTION_HEADS * (l + d);
     float largest[ATTENTION_HEADS], total[ATTENTION_HEADS] = {0};
     for (size_t h = 0; h < heads; h++) {
-        load_query(attention, token * attention->heads + head + h, q + h * (l + d));
+        load_query(attention, token * attention->heads + head + h, q + h * (l + d), (int8_t *)out);
         largest[h] = -INFINITY;
     }
     memset(out, 0, heads * l * sizeof *out);
@@ -150,10 +176,10 @@ static void attention_task(const void *context, size_t index, int thread) {
         size_t first = key % block_size, some = block_size - first;
         some = some < ATTENTION_KEYS ? some : ATTENTION_KEYS;
         some = some < keys - key ? some : keys - key;
-        size_t bytes = block_size * size_of(cache->dtype);
         struct attention_tile tile = {
-            .latent = (const char *)cache->latent + block * l * bytes, .rope = (const char *)cache->rope + block * d * bytes,
-            .dtype = cache->dtype, .block_size = block_size, .first = first, .keys = some, .latent_dim = l,
+            .latent = (const char *)cache->latent + block * l * block_size * size_of(latent_dtype(cache)),
+            .rope = (const char *)cache->rope + block * d * block_size * size_of(cache->dtype),
+            .dtype = cache->dtype, .latent_dtype = latent_dtype(cache), .block_size = block_size, .first = first, .keys = some, .latent_dim = l,
             .rope_dim = d, .heads = heads, .q = q, .largest = largest, .total = total, .out = out,
         };
         attention->kernels->attend(&tile);
@@ -162,6 +188,9 @@ static void attention_task(const void *context, size_t index, int thread) {
     for (size_t h = 0; h < heads; h++) {
         float share = total[h] > 0 || total[h] != total[h] ? 1 / total[h] : 0; /* no key seen: zeros */
         for (size_t c = 0; c < l; c++) out[h * l + c] *= share;
+        if (cache->latent_scale != NULL) {
+            for (size_t c = 0; c < l; c++) out[h * l + c] *= cache->latent_scale[c];
+        }
         size_t row = token * attention->heads + head + h;
         attention->kernels->from_float(out + h * l, l, attention->out + row * l * size_of(cache->dtype), cache->dtype);
     }

@@ -29,6 +29,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .axpy_add = axpy_add,
     .to_float = to_float,
     .from_float = from_float,
+    .code_row = code_row,
     .quant_row = quant_row,
     .quant_row_divide = quant_row_divide,
     .swiglu_row = swiglu_row,

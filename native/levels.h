@@ -11,8 +11,8 @@ enum { ATTENTION_HEADS = 8, ATTENTION_KEYS = 64 };
 
 /* Up to ATTENTION_HEADS heads of one query token, and up to ATTENTION_KEYS keys of one cache block. */
 struct attention_tile {
-    const void *latent, *rope; /* the block: [channels / 16, block_size, 16] */
-    int dtype;
+    const void *latent, *rope; /* the block: [channels / 16, block_size, 16], or int8 [channels / 32, block_size, 32] */
+    int dtype, latent_dtype;
     size_t block_size, first, keys; /* the keys at [first, first + keys) of the block */
     size_t latent_dim, rope_dim, heads;
     const float *q; /* [heads, latent_dim + rope_dim], times the softmax scale */
@@ -59,6 +59,7 @@ struct kernels {
     void (*from_float)(const float *x, size_t n, void *out, int dtype);
 
     /* One row each. `work` is float scratch of the row's length. */
+    void (*code_row)(const float *x, const float *scale, size_t n, int8_t *codes); /* x · (1 / scale), saturated */
     void (*quant_row)(const float *x, size_t n, int8_t *codes, float *scale);          /* times 127/max, ties to even */
     void (*quant_row_divide)(const float *x, size_t n, int away, int8_t *codes, float *scale); /* over max/127 */
     void (*swiglu_row)(const float *left, const float *right, size_t n, float *out);

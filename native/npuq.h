@@ -16,7 +16,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Grows with every incompatible change; the Python side refuses a library of another number. */
-#define NPUQ_ABI_VERSION 2
+#define NPUQ_ABI_VERSION 3
 
 enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2 };
 
@@ -127,13 +127,16 @@ NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dt
 NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride,
                                   int64_t head_stride, int64_t tokens, int64_t heads, int64_t dim, const void *cos,
                                   const void *sin, void *out);
-/* One layer's paged cache in NZ layout: [blocks, channels / 16, block_size, 16]. */
+/* One layer's paged cache in NZ layout: [blocks, channels / 16, block_size, 16] of `dtype`. With latent_scale (one float
+ * a channel, else NULL) the latent is int8 codes [blocks, channels / 32, block_size, 32] of what it would be: the codes
+ * are round-half-even(latent · (1 / scale)), and queries are quantized per token and head, as by npuq_dynamic_quant. */
 typedef struct {
     void *latent;
     void *rope;
     int64_t block_size;
     int64_t latent_dim;
     int64_t rope_dim;
+    const float *latent_scale;
     int32_t dtype;
 } npuq_cache;
 /* kv [tokens, latent_dim + rope_dim]; a negative slot is not written. latent_out and rope_out may be NULL. */

@@ -19,6 +19,7 @@ DESCRIPTION_NAME = "quant_model_description.json"
 OWN_FOLDER = "npuq"
 MANIFEST_NAME = f"{OWN_FOLDER}/manifest.json"
 ROPE_NAME = f"{OWN_FOLDER}/rope.safetensors"
+KV_CACHE_NAME = f"{OWN_FOLDER}/kv_cache.safetensors"
 RECIPE_NAME = f"{OWN_FOLDER}/recipe.yaml"
 REPORT_NAME = f"{OWN_FOLDER}/report.json"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 
 
 class Part(ctypes.Structure):
@@ -43,6 +43,7 @@ class Cache(ctypes.Structure):
         ("block_size", c_int64),
         ("latent_dim", c_int64),
         ("rope_dim", c_int64),
+        ("latent_scale", c_void_p),
         ("dtype", c_int32),
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from ..convert.stored_evaluation import evaluated_on
 from .calibration import Coverage
 from .coverage_figure import coverage_figure
 from .facts import Facts
@@ -138,7 +139,7 @@ def output_errors(facts: Facts) -> list[tuple[str, list[int], list[float]]]:
         known = [(layer.layer, layer.output_error) for layer in facts.coverage.layers if layer.output_error is not None]
         lines.append(("on the calibration set", [layer for layer, _ in known], [error for _, error in known]))
     for entry in facts.evaluations:
-        stored, where = entry.get("layers", []), f"on {entry['text']}, context {entry['context']}"
+        stored, where = entry.get("layers", []), f"on {evaluated_on(entry)}, context {entry['context']}"
         numbers = [layer["layer"] for layer in stored]
         for name, key in (("accumulated", "relative_error"), ("of the layer alone", "own_relative_error")):
             lines.append((f"{name}, {where}", numbers, [layer[key] for layer in stored]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..convert.stored_evaluation import evaluated_on
 from ..units import format_bytes
 from .calibration import FALLBACKS, Coverage
 from .linears import LinearFacts, RoleFacts, root_mean_square
@@ -61,7 +62,7 @@ def _error_tile(facts: Facts, role: RoleFacts) -> Tile:
 
 
 def _evaluation_tiles(entry: Mapping[str, Any]) -> list[Tile]:
-    where = f"{entry['text']}, context {entry['context']}"
+    where = f"{evaluated_on(entry)}, context {entry['context']}"
     source, divergence, agreement = (entry.get(k) for k in ("source_perplexity", "kl_divergence", "top1_agreement"))
     change = "" if source is None else f"{entry['perplexity'] / source - 1:+.2%} from the source's, "
     made = [Tile("Perplexity", f"{entry['perplexity']:.3f}", change + where)]

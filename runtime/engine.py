@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -58,19 +59,33 @@ class NewToken:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: the most tokens a sequence can have, prompt and completion together.
+    context: the most tokens a sequence can have, prompt and completion together. With `latent_scales` (float32
+    `[kv_lora_rank]` a layer) the cache's latent is int8.
     """
 
-    def __init__(self, model: Model, rope: RopeRows, eos_ids: frozenset[int], config: EngineConfig):
+    def __init__(
+        self,
+        model: Model,
+        rope: RopeRows,
+        eos_ids: frozenset[int],
+        config: EngineConfig,
+        latent_scales: Tokens[Tensor] | None = None,
+    ):
         self.model = model
         self.config = config
         self._eos_ids = eos_ids
-        num_blocks = _num_blocks(model, rope.max_position, config)
+        self._int8_cache = latent_scales is not None
+        num_blocks = _num_blocks(model, rope.max_position, config, int8=self._int8_cache)
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size)
         shape = model.config
         self._cache = model.ops.new_kv_cache(
-            shape.num_hidden_layers, num_blocks, config.block_size, shape.kv_lora_rank, shape.qk_rope_head_dim
+            shape.num_hidden_layers,
+            num_blocks,
+            config.block_size,
+            shape.kv_lora_rank,
+            shape.qk_rope_head_dim,
+            latent_scales,
         )
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
@@ -122,6 +137,7 @@ class Engine:
     def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
         """Logits of every token of each sequence, compute dtype `[T, vocab]`, several sequences a step.
 
+        With an int8 cache every token attends to codes, its own among them, as tokens do that are generated.
         GenerationError for a sequence that is empty, out of vocabulary, or longer than the context.
         """
         for tokens in sequences:
@@ -141,24 +157,44 @@ class Engine:
             yield from self._logits_of_batch(batch)
 
     def _logits_of_batch(self, batch: Tokens[Tokens[int]]) -> Iterator[Tensor]:
-        # Whole sequences in one step need nothing cached.
-        logits, order = self._run([Chunk(tokens, 0, (), all_rows=True) for tokens in batch])
+        # Whole sequences in one step need nothing cached, unless it is the cache that is to be judged.
+        blocks = self._take_blocks([len(tokens) if self._int8_cache else 0 for tokens in batch])
+        try:
+            logits, order = self._run(
+                [
+                    Chunk(tokens, 0, own, all_rows=True, absorbed=self._int8_cache)
+                    for tokens, own in zip(batch, blocks, strict=True)
+                ]
+            )
+        finally:
+            for own in blocks:
+                self.blocks.release(own)
         parts = dict(zip(order, logits.split([len(batch[index]) for index in order]), strict=True))
         yield from (parts[index] for index in range(len(batch)))
 
     def _logits_by_chunks(self, tokens: Tokens[int]) -> Tensor:
-        blocks = self.blocks.allocate(self.blocks.blocks_for(len(tokens)))
-        if blocks is None:
-            raise GenerationError("the cache is in use; finish what is being generated before asking for logits")
+        (blocks,) = self._take_blocks([len(tokens)])
         size = self.config.max_num_batched_tokens
         try:
             chunks = [
-                Chunk(tokens[start : start + size], start, blocks, all_rows=True)
+                Chunk(tokens[start : start + size], start, blocks, all_rows=True, absorbed=self._int8_cache)
                 for start in range(0, len(tokens), size)
             ]
             return torch.cat([self._run([chunk])[0] for chunk in chunks])
         finally:
             self.blocks.release(blocks)
+
+    def _take_blocks(self, lengths: Tokens[int]) -> list[list[int]]:
+        """Blocks for sequences of some lengths, all or none. GenerationError where there are too few."""
+        counts = [self.blocks.blocks_for(length) for length in lengths]
+        blocks = self.blocks.allocate(sum(counts))
+        if blocks is None:
+            raise GenerationError(
+                f"the cache has no room for {sum(lengths)} tokens; finish what is being generated before asking for "
+                "logits, or raise kv_cache_bytes"
+            )
+        taken = iter(blocks)
+        return [list(islice(taken, count)) for count in counts]
 
     def _run(self, chunks: Tokens[Chunk]) -> tuple[Tensor, list[int]]:
         step, order = self._builder.build(chunks)
@@ -191,10 +227,12 @@ class Engine:
             )
 
 
-def _num_blocks(model: Model, max_position: int, config: EngineConfig) -> int:
+def _num_blocks(model: Model, max_position: int, config: EngineConfig, *, int8: bool) -> int:
     """As many blocks as the memory holds, but no more than all sequences together can fill."""
     shape = model.config
-    token_bytes = shape.num_hidden_layers * (shape.kv_lora_rank + shape.qk_rope_head_dim) * model.ops.dtype.itemsize
+    size = model.ops.dtype.itemsize
+    layer_bytes = shape.kv_lora_rank * (1 if int8 else size) + shape.qk_rope_head_dim * size
+    token_bytes = shape.num_hidden_layers * layer_bytes
     affordable = config.kv_cache_bytes // (token_bytes * config.block_size)
     if affordable < 1:
         raise GenerationError(

@@ -50,16 +50,18 @@ def evaluate(
     context: int = DEFAULT_CONTEXT,
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Evaluation:
     """Evaluate a model (a directory to load, or one that is loaded) on a text, beside its float source if given.
 
     The text is tokenized once without special tokens and cut into windows of `context` tokens, the last one maybe
     shorter; each is run from nothing, after BOS where the tokenizer has one, and every token of it is predicted (all
     but a window's first where there is no BOS to predict it from). `progress(done, total)` counts windows.
+    kv_cache_dtype: as of `load`, for the model and not for the source.
     Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
     a vocabulary.
     """
-    judged = model if isinstance(model, LanguageModel) else load(model, backend)
+    judged = model if isinstance(model, LanguageModel) else load(model, backend, kv_cache_dtype=kv_cache_dtype)
     reference = source if source is None or isinstance(source, LanguageModel) else load(source, backend)
     windows = cut_windows(text, judged.tokenizer, context)
     _check(judged, windows, context)

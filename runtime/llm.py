@@ -23,7 +23,9 @@ from .sequence import Sequence
 from .step import RopeRows
 from .text import TextStream
 from .tokenizer import Tokenizer
-from .weights import load_rope_tables, load_weights, open_store
+from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_store
+
+KV_CACHE_DTYPES = ("auto", "int8")
 
 Prompt: TypeAlias = str | Tokens[int]
 """Text, or the token ids of one."""
@@ -160,14 +162,18 @@ def load(
     device: str | None = None,
     kv_layout: str = "nz",
     engine: EngineConfig | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
-    backend, dtype, device, kv_layout: see `make_ops`; engine: sizes of cache and batches. Weights stay mapped from
-    their files on the CPU. Raises CheckpointError or ArtifactError for a directory that is not what it should be,
+    backend, dtype, device, kv_layout: see `make_ops`; engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
+    compute dtype; "int8" halves the cache of a 16-bit one, and needs the scales that calibrated conversion leaves in an
+    artifact. Weights stay mapped from their files on the CPU. Raises CheckpointError or ArtifactError for a directory that is not what it should be,
     BackendError for a backend that cannot run here.
     """
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
     directory = _local(path)
     ops = make_ops(backend, dtype, device, kv_layout)
     with Checkpoint.open(directory) as checkpoint:
@@ -175,9 +181,11 @@ def load(
         tables = load_rope_tables(checkpoint, config)
         store = open_store(checkpoint, ops.dtype)
         weights = load_weights(store, config, ops, tables.softmax_scale)
+        scales = load_kv_cache_scales(checkpoint, config) if kv_cache_dtype == "int8" else None
         raw_config = dict(checkpoint.config)
     model = Model(config, ops, weights, tables.softmax_scale)
-    runner = Engine(model, RopeRows.of(tables, ops), _eos_ids(directory, raw_config), engine or EngineConfig())
+    rope, eos_ids = RopeRows.of(tables, ops), _eos_ids(directory, raw_config)
+    runner = Engine(model, rope, eos_ids, engine or EngineConfig(), scales)
     return LanguageModel(directory, raw_config, runner)
 
 

@@ -19,7 +19,7 @@ class Chunk:
 
     blocks: the sequence's blocks, enough for the chunk's last token; empty means that nothing is to be cached, which
     only a whole sequence run at once can do. all_rows: logits are wanted for every token, else for the last one only
-    where `last_row` is set.
+    where `last_row` is set. absorbed: attend to what the cache holds, the chunk's own tokens included, however many.
     """
 
     token_ids: Sequence[int]
@@ -27,6 +27,7 @@ class Chunk:
     blocks: Sequence[int]
     last_row: bool = True
     all_rows: bool = False
+    absorbed: bool = False
 
     @property
     def end(self) -> int:
@@ -34,8 +35,8 @@ class Chunk:
 
     @property
     def decodes(self) -> bool:
-        """Whether the absorbed form serves it: one token that has a past."""
-        return self.start > 0 and len(self.token_ids) == 1
+        """Whether the absorbed form serves it: one token that has a past, or what asks for it."""
+        return self.absorbed or (self.start > 0 and len(self.token_ids) == 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class StepBuilder:
 
     def _decode(self, chunks: Sequence[Chunk]) -> Decode:
         return Decode(
-            q_lens=tuple(range(1, len(chunks) + 1)),
+            q_lens=tuple(accumulate(len(chunk.token_ids) for chunk in chunks)),
             kv_lens=tuple(chunk.end for chunk in chunks),
             block_table=self._block_table([self._used_blocks(chunk.blocks, 0, chunk.end) for chunk in chunks]),
         )

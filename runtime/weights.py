@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
-from ..quant.artifact import DESCRIPTION_NAME, ROPE_NAME, description_path, is_own, read_description, read_manifest
+from ..quant.artifact import DESCRIPTION_NAME, KV_CACHE_NAME, ROPE_NAME, description_path, is_own, read_description, read_manifest
 from ..quant.checkpoint import Checkpoint
 from ..quant.compressed_tensors import is_compressed
 from ..quant.dialects import WeightSource
+from ..quant.kv_cache import INT8_CHANNELS, load_scales
 from ..quant.model_config import ModelConfig, check_unbiased
 from ..quant.rope import RopeTables, load_rope, rope_tables
 from ..quant.schemes import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
@@ -151,6 +152,20 @@ def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
             f"needs {config.qk_rope_head_dim // 2}"
         )
     return tables
+
+
+def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Tensor, ...]:
+    """The scales of an int8 KV cache, float32 `[kv_lora_rank]` a layer.
+
+    Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a latent
+    that is not made of whole tiles.
+    """
+    if config.kv_lora_rank % INT8_CHANNELS:
+        raise ArtifactError(
+            f"{checkpoint.directory}: kv_lora_rank {config.kv_lora_rank} is no multiple of {INT8_CHANNELS}, as an int8 "
+            "KV cache needs; leave the KV cache in the compute dtype"
+        )
+    return load_scales(checkpoint.directory / KV_CACHE_NAME, config.num_hidden_layers, config.kv_lora_rank)
 
 
 def load_weights(

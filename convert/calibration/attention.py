@@ -11,6 +11,7 @@ from torch import Tensor
 from ...quant.schemes import Scheme
 from ...quant.smoothing import power_of_two
 from .context import Layer, Rotary
+from .kv_cache import LatentScale, search_scale
 from .linears import Deployed
 from .smooth import choose, fake_quantize, norm_quotient
 from .states import StreamPair
@@ -60,6 +61,11 @@ class AttentionBlock:
         assert weights.q_a is not None and weights.q_norm is not None
         return self.normed(weights.q_a(hidden), weights.q_norm)
 
+    def kv_latent(self, weights: Attention, x: Tensor) -> Tensor:
+        """What the KV cache holds for the residual stream x [T, H], beside the rope channels: [T, L]."""
+        latent = weights.kv_a(self.normed(x, weights.norm))[:, : self._config.kv_lora_rank]
+        return self.normed(latent, weights.kv_norm)
+
     def attended(self, weights: Attention, x: Tensor) -> Tensor:
         """What o_proj is given, of the residual stream x [T, H]: [T, N · v]."""
         config, ops = self._config, self._ops
@@ -94,8 +100,13 @@ class AttentionBlock:
         return weights.o(self.attended(weights, x))
 
 
-def run_attention(layer: Layer, rotary: Rotary, streams: StreamPair, out: StreamPair) -> dict[str, float]:
-    """Quantize a layer's attention and write both streams after it into `out`; smoothing strengths, if any."""
+def run_attention(
+    layer: Layer, rotary: Rotary, streams: StreamPair, out: StreamPair
+) -> tuple[dict[str, float], LatentScale]:
+    """Quantize a layer's attention and write both streams after it into `out`.
+
+    Returns smoothing strengths, if any, and the scales for an int8 KV cache.
+    """
     walk = layer.walk
     block = AttentionBlock(layer, rotary)
     tensors = {name: layer.weight(name) for name in _NAMES if layer.has(name)}
@@ -112,7 +123,10 @@ def run_attention(layer: Layer, rotary: Rotary, streams: StreamPair, out: Stream
 
     for _ in walk.pool.map(step, walk.batches):
         pass
-    return strengths
+    scale = search_scale(
+        lambda batch: block.kv_latent(deployed, streams.quantized[batch]), walk.batches, walk.pool
+    )
+    return strengths, scale
 
 
 _NAMES = (

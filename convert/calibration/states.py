@@ -24,6 +24,8 @@ from ..hashes import file_sha256
 from ..shards import sync_directory
 
 FOLDER = "calibration"
+# The key of a layer's report that holds the scales of its KV cache: numbers for a file of their own.
+KV_CACHE_SCALE = "kv_cache_scale"
 _STATE, _PARTIAL = "state.json", "partial.json"
 _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"

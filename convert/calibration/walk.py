@@ -29,7 +29,7 @@ from .context import Layer, Rotary, Walk, row_chunks
 from .feed_forward import run_feed_forward
 from .linears import Linears
 from .pool import Pool
-from .states import FOLDER, State, StateStore, StreamPair, Streams
+from .states import FOLDER, KV_CACHE_SCALE, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -161,7 +161,7 @@ def _run_layer(
     layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair
 ) -> dict[str, Any]:
     """Quantize one layer; its report."""
-    strengths = run_attention(layer, rotary, streams, middle)
+    strengths, kv_cache = run_attention(layer, rotary, streams, middle)
     _check_finite(middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
     _check_finite(out, layer.index, "feed-forward part")
@@ -170,6 +170,8 @@ def _run_layer(
         "fallbacks": coverage.fallbacks,
         "output_error": _relative(out),
         "linear_errors": layer.errors,
+        "kv_cache_error": kv_cache.error,
+        KV_CACHE_SCALE: kv_cache.scale.tolist(),
     }
     if layer.walk.smooth:
         report["smoothing"] = strengths | more

@@ -1,7 +1,7 @@
 /* Absorbed attention of some heads over some keys of one cache block, merged into what came before (online softmax).
  *
- * In the NZ layout 16 channels of one token lie together, and the tokens of a block follow each other: a group of 16
- * channels is a small [keys, 16] matrix. Scores run over the groups with a vector of channels a key; outputs run over
+ * In the NZ layout 16 channels of one token lie together (32 of int8), and the tokens of a block follow each other: such
+ * a group of channels is a small [keys, 16] matrix. Scores run over the groups with a vector of channels a key; outputs run over
  * the keys with a vector of channels a head. Both read the cache where it lies. */
 #ifndef NPUQ_KERNELS_ATTENTION_H
 #define NPUQ_KERNELS_ATTENTION_H
@@ -15,19 +15,23 @@ enum { SCORE_HEADS = 4, SCORE_KEYS = 4, WEIGH_VECTORS = 2 };
 enum { SCORE_HEADS = 4, SCORE_KEYS = 2, WEIGH_VECTORS = 1 };
 #endif
 
-/* Adds q[h] · key[j] over `groups` groups of 16 channels, of keys at rows `row` of each group. */
+/* Channels of a token that lie together, and the bytes of one. */
+INLINE size_t group_width(const int dtype) { return dtype == NPUQ_I8 ? 32 : 16; }
+INLINE size_t channel_bytes(const int dtype) { return dtype == NPUQ_I8 ? 1 : dtype == NPUQ_F32 ? 4 : 2; }
+
+/* Adds q[h] · key[j] over `channels` channels, of keys at rows `row` of each group. */
 INLINE void score_groups(const char *cache, const int dtype, size_t block_size, const size_t *row,
-                         const float *const *query, size_t groups, vf sum[SCORE_HEADS][SCORE_KEYS]) {
-    const size_t size = dtype == NPUQ_F32 ? 4 : 2;
-    for (size_t g = 0; g < groups; g++) {
-        const char *group = cache + g * block_size * 16 * size;
-        for (size_t part = 0; part < 16; part += VW) {
+                         const float *const *query, size_t channels, vf sum[SCORE_HEADS][SCORE_KEYS]) {
+    const size_t size = channel_bytes(dtype), width = group_width(dtype);
+    for (size_t first = 0; first < channels; first += width) {
+        const char *group = cache + first * block_size * size;
+        for (size_t part = 0; part < width; part += VW) {
             vf keys_now[SCORE_KEYS];
 #pragma GCC unroll 8
-            for (int j = 0; j < SCORE_KEYS; j++) keys_now[j] = vf_load_as(group, dtype, row[j] + part);
+            for (int j = 0; j < SCORE_KEYS; j++) keys_now[j] = vf_load_as(group, dtype, row[j] * width + part);
 #pragma GCC unroll 8
             for (int h = 0; h < SCORE_HEADS; h++) {
-                vf now = vf_load(query[h] + g * 16 + part);
+                vf now = vf_load(query[h] + first + part);
 #pragma GCC unroll 8
                 for (int j = 0; j < SCORE_KEYS; j++) sum[h][j] = vf_fma(now, keys_now[j], sum[h][j]);
             }
@@ -36,7 +40,8 @@ INLINE void score_groups(const char *cache, const int dtype, size_t block_size, 
 }
 
 /* score[h][j] = q[h] · key[j], latent and rope channels together. Heads and keys past the last repeat it. */
-INLINE void score_tile(const struct attention_tile *tile, const int dtype, size_t head, size_t key, float *score) {
+INLINE void score_tile(const struct attention_tile *tile, const int dtype, const int latent_dtype, size_t head,
+                       size_t key, float *score) {
     const size_t ldq = tile->latent_dim + tile->rope_dim, heads = tile->heads - head, keys = tile->keys - key;
     vf sum[SCORE_HEADS][SCORE_KEYS];
     const float *query[SCORE_HEADS], *rope_query[SCORE_HEADS];
@@ -48,9 +53,9 @@ INLINE void score_tile(const struct attention_tile *tile, const int dtype, size_
 #pragma GCC unroll 8
         for (int j = 0; j < SCORE_KEYS; j++) sum[h][j] = vf_set(0);
     }
-    for (size_t j = 0; j < SCORE_KEYS; j++) row[j] = (tile->first + key + (j < keys ? j : keys - 1)) * 16;
-    score_groups(tile->latent, dtype, tile->block_size, row, query, tile->latent_dim / 16, sum);
-    score_groups(tile->rope, dtype, tile->block_size, row, rope_query, tile->rope_dim / 16, sum);
+    for (size_t j = 0; j < SCORE_KEYS; j++) row[j] = tile->first + key + (j < keys ? j : keys - 1);
+    score_groups(tile->latent, latent_dtype, tile->block_size, row, query, tile->latent_dim, sum);
+    score_groups(tile->rope, dtype, tile->block_size, row, rope_query, tile->rope_dim, sum);
 #pragma GCC unroll 8
     for (size_t h = 0; h < SCORE_HEADS; h++) {
         float *to = score + (head + h) * ATTENTION_KEYS + key;
@@ -92,14 +97,15 @@ static float online_softmax(float *score, size_t seen, size_t keys, float *large
 /* out[h] = out[h] · keep[h] + Σ_j weight[h][j] · latent[j] for `vectors` vectors of channels from number `unit` on. */
 INLINE void weigh_units(const struct attention_tile *tile, const int dtype, const float *weight, const float *keep,
                         size_t unit, const int vectors) {
-    const size_t size = dtype == NPUQ_F32 ? 4 : 2;
+    const size_t size = channel_bytes(dtype), width = group_width(dtype);
     const char *channels[WEIGH_VECTORS];
     float *out = tile->out + unit * VW;
     vf sum[ATTENTION_HEADS][WEIGH_VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
         size_t channel = (unit + (size_t)v) * VW;
-        channels[v] = (const char *)tile->latent + ((channel / 16 * tile->block_size + tile->first) * 16 + channel % 16) * size;
+        size_t row = channel / width * tile->block_size + tile->first;
+        channels[v] = (const char *)tile->latent + (row * width + channel % width) * size;
 #pragma GCC unroll 8
         for (size_t h = 0; h < ATTENTION_HEADS; h++) {
             sum[h][v] = vf_set(0);
@@ -109,7 +115,7 @@ INLINE void weigh_units(const struct attention_tile *tile, const int dtype, cons
     for (size_t j = 0; j < tile->keys; j++) {
         vf value[WEIGH_VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) value[v] = vf_load_as(channels[v], dtype, j * 16);
+        for (int v = 0; v < vectors; v++) value[v] = vf_load_as(channels[v], dtype, j * width);
 #pragma GCC unroll 8
         for (size_t h = 0; h < ATTENTION_HEADS; h++) {
             vf factor = vf_set(weight[h * ATTENTION_KEYS + j]);
@@ -134,20 +140,26 @@ INLINE void weigh_keys(const struct attention_tile *tile, const int dtype, const
     for (; unit < units; unit++) weigh_units(tile, dtype, weight, keep, unit, 1);
 }
 
-INLINE void attend_as(const struct attention_tile *tile, const int dtype) {
+INLINE void attend_as(const struct attention_tile *tile, const int dtype, const int latent_dtype) {
     float score[ATTENTION_HEADS * ATTENTION_KEYS] = {0}, keep[ATTENTION_HEADS] = {0};
     for (size_t h = 0; h < tile->heads; h += SCORE_HEADS) {
-        for (size_t j = 0; j < tile->keys; j += SCORE_KEYS) score_tile(tile, dtype, h, j, score);
+        for (size_t j = 0; j < tile->keys; j += SCORE_KEYS) score_tile(tile, dtype, latent_dtype, h, j, score);
     }
     for (size_t h = 0; h < tile->heads; h++) {
         keep[h] = online_softmax(score + h * ATTENTION_KEYS, tile->keys, tile->keys, tile->largest + h, tile->total + h);
     }
-    weigh_keys(tile, dtype, score, keep);
+    weigh_keys(tile, latent_dtype, score, keep);
 }
 
 static void attend(const struct attention_tile *tile) {
-    if (tile->dtype == NPUQ_BF16) attend_as(tile, NPUQ_BF16);
-    else attend_as(tile, NPUQ_F32);
+    if (tile->latent_dtype == NPUQ_I8) {
+        if (tile->dtype == NPUQ_BF16) attend_as(tile, NPUQ_BF16, NPUQ_I8);
+        else attend_as(tile, NPUQ_F32, NPUQ_I8);
+    } else if (tile->dtype == NPUQ_BF16) {
+        attend_as(tile, NPUQ_BF16, NPUQ_BF16);
+    } else {
+        attend_as(tile, NPUQ_F32, NPUQ_F32);
+    }
 }
 
 #endif

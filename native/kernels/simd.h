@@ -58,6 +58,9 @@ INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_s
 INLINE void vi_store_u16(uint16_t *p, vi v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 INLINE void vi_store_i8(int8_t *p, vi v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
 INLINE vi vi_load(const int32_t *p) { return (vi)_mm512_loadu_si512(p); }
+INLINE vf vf_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 
 #elif defined(NPUQ_LEVEL_AVX2)
 enum { VW = 8 };
@@ -87,6 +90,9 @@ INLINE void vi_store_i8(int8_t *p, vi v) {
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 INLINE vi vi_load(const int32_t *p) { return (vi)_mm256_loadu_si256((const __m256i *)p); }
+INLINE vf vf_load_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 
 #else
 enum { VW = 4 };
@@ -116,6 +122,11 @@ INLINE void vi_store_u16(uint16_t *p, vi v) {
 INLINE void vi_store_i8(int8_t *p, vi v) {
     vb bytes = __builtin_convertvector(v, vb);
     memcpy(p, &bytes, sizeof bytes);
+}
+INLINE vf vf_load_i8(const int8_t *p) {
+    vb bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, vf);
 }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     vh half;
@@ -247,8 +258,9 @@ INLINE vf vf_exp(vf x) {
     return p * (vf)((n + 127) << 23);
 }
 
-/* One vector of a float array stored as `dtype`; constant-folded where dtype is a constant. */
+/* One vector of a float or int8 array stored as `dtype`; constant-folded where dtype is a constant. */
 INLINE vf vf_load_as(const void *p, int dtype, size_t index) {
+    if (dtype == NPUQ_I8) return vf_load_i8((const int8_t *)p + index);
     if (dtype == NPUQ_BF16) return vf_load_bf16((const uint16_t *)p + index);
     if (dtype == NPUQ_F16) return vf_load_f16((const uint16_t *)p + index);
     return vf_load((const float *)p + index);

@@ -186,11 +186,15 @@ class LayerCache:
     `npu_kv_rmsnorm_rope_cache` writes them with `cache_mode="PA_NZ"`: channel d of the token at slot s is
     `[s // block_size, d // 16, s % block_size, d % 16]`. A backend set to the ND layout keeps
     `[blocks, block_size, 1, L]` and `[blocks, block_size, 1, D]` instead.
+
+    latent_scale: None, or float32 `[L]`: then the latent is int8 in tiles of 32 channels, `[blocks, L/32, block_size,
+    32]`, its codes those of `quant.kv_cache.latent_codes`, and code · scale is the channel's value.
     """
 
     latent: Tensor
     rope: Tensor
     block_size: int
+    latent_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -322,9 +326,15 @@ class Ops(ABC):
 
     @abstractmethod
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, kv_lora_rank: int, rope_dim: int
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_lora_rank: int,
+        rope_dim: int,
+        latent_scales: Sequence[Tensor] | None = None,
     ) -> tuple[LayerCache, ...]:
-        """Allocate the paged cache of every layer."""
+        """Allocate the paged cache of every layer; with scales (float32 `[L]` a layer) its latent is int8."""
 
     def linear_of(self, parts: Sequence[LinearPart]) -> Linear:
         """Fuse parts that share one scheme. Raises ArtifactError where they do not, or where it is not a dense one."""
@@ -486,7 +496,8 @@ class Ops(ABC):
         """Normalise the latent, rotate the rope channels, write both into the cache in place.
 
         kv `[T, L + D]` (a view with a row stride is fine), gamma `[L]`, slots int64 `[T]` (negative: not written).
-        Norm and rope in float32 with one rounding each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`).
+        Norm and rope in float32 with one rounding each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`),
+        also where the cache is int8: the codes that it stores are made of this latent.
         """
 
     @abstractmethod
@@ -515,12 +526,14 @@ class Ops(ABC):
     ) -> Tensor:
         """Absorbed attention on the paged cache, the latent being both key and value: `[T, N, L]`.
 
-        q_latent `[T, N, L]`, q_rope `[T, N, D]`. Causal within a sequence, aligned at the end.
+        q_latent `[T, N, L]`, q_rope `[T, N, D]`. Causal within a sequence, aligned at the end. With an int8 cache the
+        latent query is multiplied by the channels' scales and quantized, per token and head, as `dynamic_quant` does.
         """
 
     @abstractmethod
     def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> tuple[Tensor, Tensor]:
-        """Copy a segment of cached tokens out of the pages: (latent `[length, L]`, k_rope `[length, D]`)."""
+        """Copy a segment of cached tokens out of the pages: (latent `[length, L]`, k_rope `[length, D]`), both in the
+        compute dtype."""
 
     @abstractmethod
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:

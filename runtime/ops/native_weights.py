@@ -93,8 +93,14 @@ def native_moe(weights: MoeWeights, shared: MlpWeights | None) -> MoeBlock | Non
 
 def native_cache(cache: LayerCache) -> Cache:
     channels = cache.latent.shape[1] * cache.latent.shape[3], cache.rope.shape[1] * cache.rope.shape[3]
+    scale = cache.latent_scale
     return Cache(
-        cache.latent.data_ptr(), cache.rope.data_ptr(), cache.block_size, *channels, DTYPES[cache.latent.dtype]
+        cache.latent.data_ptr(),
+        cache.rope.data_ptr(),
+        cache.block_size,
+        *channels,
+        None if scale is None else scale.data_ptr(),
+        DTYPES[cache.rope.dtype],
     )
 
 

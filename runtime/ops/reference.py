@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...quant.int4 import unpack_int4
+from ...quant.kv_cache import INT8_CHANNELS, latent_codes
 from ...quant.schemes import Scheme
 from ...quant.static_w8a8 import InputScale
 from ..layout import CHANNELS, read_nz, write_nz
@@ -83,18 +84,25 @@ class ReferenceOps(Ops):
         return tensor if dtype is None else tensor.to(dtype)
 
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, kv_lora_rank: int, rope_dim: int
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_lora_rank: int,
+        rope_dim: int,
+        latent_scales: Sequence[Tensor] | None = None,
     ) -> tuple[LayerCache, ...]:
-        def pool(channels: int) -> Tensor:
-            shape = (num_blocks, channels // CHANNELS, block_size, CHANNELS)
+        def pool(channels: int, tile: int, dtype: torch.dtype) -> Tensor:
+            shape = (num_blocks, channels // tile, block_size, tile)
             # numpy's zeros come from calloc: the pages of blocks that are never used are never touched.
-            return (
-                torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8))
-                .view(self.dtype)
-                .view(shape)
-            )
+            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-        return tuple(LayerCache(pool(kv_lora_rank), pool(rope_dim), block_size) for _ in range(num_layers))
+        int8 = latent_scales is not None
+        latent = (INT8_CHANNELS, torch.int8) if int8 else (CHANNELS, self.dtype)
+        return tuple(
+            LayerCache(pool(kv_lora_rank, *latent), pool(rope_dim, CHANNELS, self.dtype), block_size, scale)
+            for _, scale in zip(range(num_layers), latent_scales or repeat(None), strict=False)
+        )
 
     # ---- norms and activations -------------------------------------------------------------------------------------
 
@@ -238,7 +246,7 @@ class ReferenceOps(Ops):
         latent, rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
         latent = self.rms_norm(latent, gamma, eps)
         rope = _rope(rope.float(), cos.float(), sin.float()).to(self.dtype)
-        write_nz(cache.latent, slots, latent)
+        write_nz(cache.latent, slots, latent if cache.latent_scale is None else latent_codes(latent, cache.latent_scale))
         write_nz(cache.rope, slots, rope)
         return (rope, latent) if output_kv else None
 
@@ -267,7 +275,8 @@ class ReferenceOps(Ops):
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        query = torch.cat([q_latent, q_rope], dim=-1).float()
+        content = q_latent.float() if cache.latent_scale is None else self._in_codes(q_latent, cache.latent_scale)
+        query = torch.cat([content, q_rope.float()], dim=-1)
         outputs = []
         for (q0, q1), length, blocks in zip(
             pairwise([0, *decode.q_lens]), decode.kv_lens, decode.block_table, strict=True
@@ -276,8 +285,13 @@ class ReferenceOps(Ops):
             latent = read_nz(cache.latent, used, length).float()
             key = torch.cat([latent, read_nz(cache.rope, used, length).float()], dim=-1)
             out, _ = self._attention(query[q0:q1], key[:, None], latent[:, None], scale, length - (q1 - q0))
-            outputs.append(out.to(self.dtype))
+            outputs.append((out if cache.latent_scale is None else out * cache.latent_scale).to(self.dtype))
         return torch.cat(outputs)
+
+    def _in_codes(self, q_latent: Tensor, scale: Tensor) -> Tensor:
+        """Queries `[T, N, L]` for keys that are int8 codes, as rounded to int8 per token and head: float32."""
+        rows = self.dynamic_quant((q_latent.float() * scale).flatten(0, 1))
+        return (rows.codes.float() * rows.scale[:, None]).view(q_latent.shape)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
@@ -297,7 +311,10 @@ class ReferenceOps(Ops):
 
     def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> tuple[Tensor, Tensor]:
         blocks = segment.block_table[0]
-        return read_nz(cache.latent, blocks, segment.length), read_nz(cache.rope, blocks, segment.length)
+        latent = read_nz(cache.latent, blocks, segment.length)
+        if cache.latent_scale is not None:
+            latent = (latent.float() * cache.latent_scale).to(self.dtype)
+        return latent, read_nz(cache.rope, blocks, segment.length)
 
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         weights = torch.stack(list(lses)).softmax(dim=0)  # [parts, T, N, 1]

@@ -1,0 +1,86 @@
+"""An int8 KV cache: static scales for the normalised latent, one a channel, and the codes that they give.
+
+The latent is what absorbed attention reads as key and as value; its norm's gain makes some channels larger than others
+in the same way for every token, so that a scale a channel costs nothing at run time: queries are multiplied by it before
+attention, outputs after. The rope channels stay in the compute dtype, as the NPU's int8 attention wants them.
+
+Every scale is a bfloat16 and a float16 number: operators that take it in the compute dtype lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError
+from .safetensors import CODES, encode_header
+
+INT8_CHANNELS = 32
+"""Channels of an NZ tile of int8: 32 bytes, as 16 channels of a 16-bit type are."""
+
+# The smallest normal float16, and the largest bfloat16 that float16 holds.
+_LEAST, _MOST = 2.0**-14, 65280.0
+
+
+def scale_name(layer: int) -> str:
+    """The name under which a layer's scales are stored."""
+    return f"model.layers.{layer}.self_attn.kv_cache_scale"
+
+
+def latent_codes(latent: Tensor, scale: Tensor) -> Tensor:
+    """Float `[T, L]` → int8 `[T, L]`: round-half-even(latent · (1 / scale)), saturated; NaN gives 0.
+
+    scale float32 `[L]`. What `npu_quantize` computes of rows with the reciprocal scales.
+    """
+    codes = (latent.float() * scale.reciprocal()).round().clamp(-128, 127)
+    return codes.nan_to_num(0.0).to(torch.int8)
+
+
+def storable_scale(scale: Tensor) -> Tensor:
+    """The next bfloat16 upwards of each positive float32 scale, in the range that float16 shares; float32 still."""
+    bits = scale.float().contiguous().view(torch.int32)
+    rounded = ((bits + 0xFFFF) & -0x10000).view(torch.float32)
+    return rounded.clamp(_LEAST, _MOST)
+
+
+def save_scales(scales: Sequence[Tensor], path: Path) -> None:
+    """Write the float32 `[L]` scales of every layer as safetensors; the same scales always give the same bytes."""
+    parts = [(scale_name(layer), scale.float().contiguous()) for layer, scale in enumerate(scales)]
+    header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts], {})
+    with path.open("wb") as file:
+        file.write(header)
+        for _, part in parts:
+            file.write(part.numpy().data)
+
+
+def load_scales(path: Path, layers: int, channels: int) -> tuple[Tensor, ...]:
+    """What `save_scales` wrote, float32 `[channels]` for each of `layers` layers.
+
+    Raises ArtifactError when the file is missing, is something else, or does not fit the model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            scales = tuple(file.get_tensor(scale_name(layer)) for layer in range(layers))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path}: there are no scales for an int8 KV cache; convert with a calibrated method "
+            "(npuq convert --method gptq), or leave the KV cache in the compute dtype"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not the KV cache scales of {layers} layers ({error}); convert again") from error
+    for layer, scale in enumerate(scales):
+        if scale.dtype != torch.float32 or scale.shape != (channels,):
+            raise ArtifactError(
+                f"{path}: tensor {scale_name(layer)!r} is {scale.dtype} {list(scale.shape)}; config.json says float32 "
+                f"[{channels}]"
+            )
+        if not bool(((scale >= _LEAST) & (scale <= _MOST)).all()):
+            raise ArtifactError(
+                f"{path}: tensor {scale_name(layer)!r} holds scales outside {_LEAST:.3g} to {_MOST:.3g}; convert again"
+            )
+    return scales

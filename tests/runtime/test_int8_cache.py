@@ -1,0 +1,172 @@
+"""The int8 KV cache against numpy: which code lies where, attention over codes, and who refuses what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npuq.errors import ArtifactError, GenerationError
+from npuq.quant.artifact import KV_CACHE_NAME
+from npuq.quant.kv_cache import latent_codes, load_scales, save_scales, storable_scale
+from npuq.quant.library import levels
+from npuq.runtime import load
+from npuq.runtime.ops import Decode, LayerCache, Ops, PrefixSegment
+from npuq.runtime.ops.cpu import CpuOps
+from npuq.runtime.ops.native import NativeOps
+from npuq.runtime.ops.reference import ReferenceOps
+
+LATENT, ROPE, BLOCK, HEADS = 96, 16, 16, 3
+
+
+def _native(level: str) -> Callable[[], Ops]:
+    return lambda: NativeOps(threads=2, level=level)
+
+
+SETS: dict[str, Callable[[], Ops]] = {
+    "reference": ReferenceOps,
+    "torch": CpuOps,
+    **{f"native-{level}": _native(level) for level in levels()},
+}
+
+
+@pytest.fixture(params=SETS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return SETS[request.param]()
+
+
+def _cache(ops: Ops, scale: np.ndarray, blocks: int = 8) -> LayerCache:
+    return ops.new_kv_cache(1, blocks, BLOCK, len(scale), ROPE, [torch.from_numpy(scale)])[0]
+
+
+def _scale(rng: np.random.Generator) -> np.ndarray:
+    scales = torch.from_numpy(rng.uniform(0.004, 0.05, LATENT).astype(np.float32))
+    return storable_scale(scales).numpy()
+
+
+def _codes(latent: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """In float32, as the operator's kernel: times the reciprocal, ties to even, saturated."""
+    return np.clip(np.rint(latent.astype(np.float32) * (np.float32(1) / scale)), -128, 127)
+
+
+def test_codes_lie_in_tiles_of_32_and_outputs_stay_float(ops: Ops) -> None:
+    rng = np.random.default_rng(1)
+    scale = _scale(rng)
+    cache = _cache(ops, scale, blocks=3)
+    assert cache.latent.shape == (3, LATENT // 32, BLOCK, 32)
+    assert cache.latent.dtype == torch.int8
+    assert cache.rope.dtype == ops.dtype
+    kv = torch.from_numpy(rng.standard_normal((5, LATENT + ROPE)).astype(np.float32))
+    gamma = torch.from_numpy(rng.uniform(0.5, 2, LATENT).astype(np.float32))
+    kv[:, 7], gamma[7] = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]), 40.0  # saturates
+    cos, sin = torch.ones(5, ROPE), torch.zeros(5, ROPE)
+    slots = [40, 3, -1, 15, 16]
+    written = ops.kv_rmsnorm_rope_cache(kv, gamma, cos, sin, torch.tensor(slots), cache, 1e-6, True)
+    assert written is not None
+    _, latent = written
+    exact = kv[:, :LATENT].double()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6) * gamma
+    torch.testing.assert_close(latent.double(), exact, atol=1e-5, rtol=1e-5)
+    golden = np.zeros(tuple(cache.latent.shape), np.int8)
+    for slot, row in zip(slots, _codes(latent.numpy(), scale), strict=True):
+        for channel, code in enumerate(row):
+            if slot >= 0:
+                golden[slot // BLOCK, channel // 32, slot % BLOCK, channel % 32] = code
+    assert np.array_equal(cache.latent.numpy(), golden)
+    assert {-128, 127} <= set(golden[:, 0, :, 7].flatten().tolist())
+
+
+def test_attention_over_codes(ops: Ops) -> None:
+    """Against float64 on the values that the codes stand for, with the queries rounded to int8 as they are."""
+    rng = np.random.default_rng(2)
+    scale = _scale(rng)
+    cache = _cache(ops, scale)
+    cache.latent.fill_(99)
+    cache.rope.fill_(float("nan"))
+    tables, lengths, queries = [[6, 2], [5, 0, 3]], [20, 33], [1, 3]
+    sequences = []
+    for table, length in zip(tables, lengths, strict=True):
+        codes = rng.integers(-128, 128, (length, LATENT)).astype(np.int8)
+        rope = rng.standard_normal((length, ROPE)).astype(np.float32)
+        for token in range(length):
+            block, offset = table[token // BLOCK], token % BLOCK
+            cache.latent[block, :, offset] = torch.from_numpy(codes[token]).view(-1, 32)
+            cache.rope[block, :, offset] = torch.from_numpy(rope[token]).view(-1, 16)
+        sequences.append((codes, rope))
+    q_latent = rng.standard_normal((4, HEADS, LATENT)).astype(np.float32)
+    q_rope = rng.standard_normal((4, HEADS, ROPE)).astype(np.float32)
+    scaled = q_latent * scale
+    largest = np.abs(scaled).max(-1, keepdims=True)
+    rounded = np.rint(scaled * (np.float32(127) / largest)) * (largest.astype(np.float64) / 127)
+    decode = Decode((1, 4), tuple(lengths), torch.tensor([[6, 2, 0], [5, 0, 3]], dtype=torch.int32))
+    out = ops.fused_infer_attention_paged(torch.from_numpy(q_latent), torch.from_numpy(q_rope), cache, decode, 0.2)
+    first = 0
+    for (codes, rope), count in zip(sequences, queries, strict=True):
+        rows = slice(first, first + count)
+        scores = np.einsum("qnl,sl->nqs", rounded[rows], codes.astype(np.float64))
+        scores = 0.2 * (scores + np.einsum("qnr,sr->nqs", q_rope[rows].astype(np.float64), rope.astype(np.float64)))
+        hidden = np.arange(len(codes))[None] > np.arange(count)[:, None] + len(codes) - count
+        weights = np.exp(np.where(hidden, -np.inf, scores - scores.max(-1, keepdims=True)))
+        weights /= weights.sum(-1, keepdims=True)
+        golden = np.einsum("nqs,sl->qnl", weights, codes * scale.astype(np.float64))
+        np.testing.assert_allclose(out[rows].numpy(), golden, atol=2e-5)
+        first += count
+    latent, rope_rows = ops.gather_pa_kv_cache(cache, PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32)))
+    assert np.array_equal(latent.numpy(), (sequences[1][0] * scale)[16:33])
+    assert np.array_equal(rope_rows.numpy(), sequences[1][1][16:33])
+
+
+def test_a_query_that_is_no_number_does_not_become_one(ops: Ops) -> None:
+    cache = _cache(ops, np.full(LATENT, 0.5, np.float32))
+    cache.latent.fill_(3)
+    q_latent, q_rope = torch.ones(2, HEADS, LATENT), torch.ones(2, HEADS, ROPE)
+    q_latent[0, 1, 5] = torch.nan
+    decode = Decode((1, 2), (9, 9), torch.tensor([[1], [2]], dtype=torch.int32))
+    out = ops.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.2)
+    assert out[0, 1].isnan().all()
+    out[0, 1] = 0
+    assert out.isfinite().all()
+
+
+@given(st.lists(st.floats(2.0**-14, 6e4, width=32), min_size=1))
+def test_scales_lose_nothing_in_a_16_bit_type(values: list[float]) -> None:
+    scale = torch.tensor(values)
+    stored = storable_scale(scale)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(stored.to(dtype).float(), stored)
+    assert (stored >= scale).all()
+    assert (stored <= scale * (1 + 2**-7)).all()
+
+
+def test_codes_of_extremes() -> None:
+    codes = latent_codes(torch.tensor([[2.5, 3.5, 1e9, -1e9, torch.nan, torch.inf]]), torch.ones(6))
+    assert codes.tolist() == [[2, 4, 127, -128, 0, 127]]
+
+
+def test_stored_scales_come_back_and_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kv_cache.safetensors"
+    scales = [storable_scale(torch.rand(32) + 0.1) for _ in range(2)]
+    save_scales(scales, path)
+    assert all(torch.equal(a, b) for a, b in zip(scales, load_scales(path, 2, 32), strict=True))
+    with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.kv_cache_scale.*\[64\]"):
+        load_scales(path, 2, 64)
+    with pytest.raises(ArtifactError, match="scales of 3 layers"):
+        load_scales(path, 3, 32)
+    save_scales([scales[0], torch.full((32,), torch.nan)], path)
+    with pytest.raises(ArtifactError, match=r"layers\.1\..*outside"):
+        load_scales(path, 2, 32)
+    path.write_bytes(b"damage")
+    with pytest.raises(ArtifactError, match="not the KV cache scales"):
+        load_scales(path, 2, 32)
+
+
+def test_without_scales_it_is_refused(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"{KV_CACHE_NAME}: there are no scales .*--method gptq"):
+        load(artifact, kv_cache_dtype="int8")
+    with pytest.raises(GenerationError, match="'fp8' is unknown; npuq has auto, int8"):
+        load(artifact, kv_cache_dtype="fp8")
