@@ -75,9 +75,7 @@ def command(
     params = SamplingParams(stop=stops, **sampling)
     compute = None if dtype is None else getattr(torch, dtype)
     directory = local_model(model, quiet=as_json)
-    runner = load(
-        directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype
-    )
+    runner = load(directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype)
     inputs = [runner.tokenizer.chat([{"role": "user", "content": text}]) for text in texts] if chat else texts
     if as_json:
         results = [_as_dict(completion) for completion in runner.generate(inputs, params)]

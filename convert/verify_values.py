@@ -14,8 +14,8 @@ from ..quant.artifact import KV_CACHE_NAME, ROPE_NAME
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.int4 import unpack_int4
-from ..quant.model_config import ModelConfig
 from ..quant.kv_cache import load_scales
+from ..quant.model_config import ModelConfig
 from ..quant.rope import load_rope, rope_tables
 from ..quant.schemes import (
     BIAS,

@@ -59,7 +59,7 @@ struct kernels {
     void (*from_float)(const float *x, size_t n, void *out, int dtype);
 
     /* One row each. `work` is float scratch of the row's length. */
-    void (*code_row)(const float *x, const float *scale, size_t n, int8_t *codes); /* x · (1 / scale), saturated */
+    void (*code_row)(const float *x, const float *scale, size_t n, int8_t *codes); /* x / scale, saturated */
     void (*quant_row)(const float *x, size_t n, int8_t *codes, float *scale);          /* times 127/max, ties to even */
     void (*quant_row_divide)(const float *x, size_t n, int away, int8_t *codes, float *scale); /* over max/127 */
     void (*swiglu_row)(const float *left, const float *right, size_t n, float *out);

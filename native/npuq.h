@@ -129,7 +129,7 @@ NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype,
                                   const void *sin, void *out);
 /* One layer's paged cache in NZ layout: [blocks, channels / 16, block_size, 16] of `dtype`. With latent_scale (one float
  * a channel, else NULL) the latent is int8 codes [blocks, channels / 32, block_size, 32] of what it would be: the codes
- * are round-half-even(latent · (1 / scale)), and queries are quantized per token and head, as by npuq_dynamic_quant. */
+ * are round-half-even(latent / scale), and queries are quantized per token and head, as by npuq_dynamic_quant. */
 typedef struct {
     void *latent;
     void *rope;

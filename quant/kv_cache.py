@@ -1,8 +1,8 @@
 """An int8 KV cache: static scales for the normalised latent, one a channel, and the codes that they give.
 
-The latent is what absorbed attention reads as key and as value; its norm's gain makes some channels larger than others
-in the same way for every token, so that a scale a channel costs nothing at run time: queries are multiplied by it before
-attention, outputs after. The rope channels stay in the compute dtype, as the NPU's int8 attention wants them.
+The latent is what absorbed attention reads as key and as value. Its norm's gain makes some channels larger than others,
+for every token alike, and a scale for each costs nothing at run time: queries are multiplied by it before attention,
+outputs after. The rope channels stay in the compute dtype, as the NPU's int8 attention wants them.
 
 Every scale is a bfloat16 and a float16 number: operators that take it in the compute dtype lose nothing.
 """
@@ -31,11 +31,11 @@ def scale_name(layer: int) -> str:
 
 
 def latent_codes(latent: Tensor, scale: Tensor) -> Tensor:
-    """Float `[T, L]` → int8 `[T, L]`: round-half-even(latent · (1 / scale)), saturated; NaN gives 0.
+    """Float `[T, L]` → int8 `[T, L]`: round-half-even(latent / scale), saturated; NaN gives 0. scale: float `[L]`.
 
-    scale float32 `[L]`. What `npu_quantize` computes of rows with the reciprocal scales.
+    What `npu_quantize` with `div_mode` computes of rows (torch_npu's documentation of the operator).
     """
-    codes = (latent.float() * scale.reciprocal()).round().clamp(-128, 127)
+    codes = (latent.float() / scale.float()).round().clamp(-128, 127)
     return codes.nan_to_num(0.0).to(torch.int8)
 
 

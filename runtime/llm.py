@@ -168,9 +168,9 @@ def load(
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
     backend, dtype, device, kv_layout: see `make_ops`; engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
-    compute dtype; "int8" halves the cache of a 16-bit one, and needs the scales that calibrated conversion leaves in an
-    artifact. Weights stay mapped from their files on the CPU. Raises CheckpointError or ArtifactError for a directory that is not what it should be,
-    BackendError for a backend that cannot run here.
+    compute dtype; "int8" nearly halves a 16-bit cache, and needs the scales that calibrated conversion leaves in an
+    artifact. Weights stay mapped from their files on the CPU. Raises CheckpointError or ArtifactError for a directory
+    that is not what it should be, BackendError for a backend that cannot run here.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from ..quant.kv_cache import storable_scale
 from ..quant.scales import Method
 from ..quant.schemes import Scheme, quantize_rows
 from ..quant.static_w8a8 import input_scale_of, quantize_static
+from .layout import read_nz, write_nz
 from .ops import (
     Activation,
     Decode,
@@ -56,10 +58,10 @@ class Result:
 
 
 def selftest(ops: Ops) -> Iterator[Result]:
-    """Run every case with `ops` and with the reference in the same compute dtype."""
+    """Run every case that `ops` has operators for with it, and with the reference in the same compute dtype."""
     reference = ReferenceOps(ops.dtype)
     tolerance = TOLERANCE[ops.dtype]
-    for name, case in CASES.items():
+    for name, case in cases_of(ops).items():
         try:
             ours = case(ops)
         except (BackendError, RuntimeError, TypeError) as error:
@@ -67,6 +69,11 @@ def selftest(ops: Ops) -> Iterator[Result]:
             continue
         theirs = case(reference)
         yield Result(name, max(map(_error, ours, theirs)), tolerance)
+
+
+def cases_of(ops: Ops) -> dict[str, Case]:
+    """The cases that concern a backend with its settings: not those of an int8 cache that it does not have."""
+    return {name: case for name, case in CASES.items() if ops.has_int8_cache or name not in INT8_CACHE_CASES}
 
 
 def _error(ours: Activation, theirs: Activation) -> float:
@@ -198,7 +205,35 @@ def _ragged_attention(ops: Ops) -> tuple[Activation, ...]:
 
 
 def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
-    cache = _written(ops, BLOCK + 9, first_block=1)
+    return _attend(ops, _written(ops, BLOCK + 9, first_block=1))
+
+
+def _int8_cache(ops: Ops) -> LayerCache:
+    scale = storable_scale((3 + _random(LATENT, seed=93).abs()) / 127)
+    return ops.new_kv_cache(1, 4, BLOCK, LATENT, ROPE, [scale])[0]
+
+
+def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
+    cache, cos, sin = _int8_cache(ops), *_tables(ops, TOKENS)
+    slots = torch.tensor([2 * BLOCK, 2 * BLOCK + 1, -1, 2 * BLOCK + 3, 5, -1]).to(ops.device)
+    kv = _rows(ops, TOKENS, LATENT + ROPE, seed=92)
+    written = ops.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), cos, sin, slots, cache, EPS, output_kv=True)
+    assert written is not None
+    codes = read_nz(cache.latent, torch.arange(4, device=ops.device), 4 * BLOCK)
+    read = ops.gather_pa_kv_cache(cache, PrefixSegment(0, 4, _table(ops, 2)))
+    return *written, Quantized(codes, torch.ones(1)), read[1]
+
+
+def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
+    cache, generator = _int8_cache(ops), torch.Generator().manual_seed(94)
+    codes = torch.randint(-127, 128, (BLOCK + 9, LATENT), generator=generator, dtype=torch.int8)
+    slots = torch.arange(BLOCK + 9, device=ops.device) + BLOCK
+    write_nz(cache.latent, slots, codes.to(ops.device))
+    write_nz(cache.rope, slots, _rows(ops, BLOCK + 9, ROPE, seed=95))
+    return *_attend(ops, cache), *ops.gather_pa_kv_cache(cache, PrefixSegment(0, 40, _table(ops, 1)))
+
+
+def _attend(ops: Ops, cache: LayerCache) -> tuple[Activation, ...]:
     table = torch.tensor([[1, 2], [1, 0]], dtype=torch.int32).to(ops.device)
     decode = Decode(q_lens=(1, 2), kv_lens=(BLOCK + 9, 40), block_table=table)
     several = Decode(q_lens=(2, 5), kv_lens=decode.kv_lens, block_table=table)  # as when tokens are speculated
@@ -267,8 +302,12 @@ CASES: dict[str, Case] = {
     "rope, cache write and read": _rope_and_cache,
     "attention, ragged": _ragged_attention,
     "attention, paged": _paged_attention,
+    "int8 cache write and read": _int8_cache_write,
+    "attention, paged, int8": _int8_attention,
     "decode attention FLOAT": _attention_layer(Scheme.FLOAT, HIDDEN, q_lora=192),
     "decode attention W8A8": _attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
     "decode attention W8A8, static": _attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),
     "decode attention W8A8, prolog shapes": _attention_layer(Scheme.W8A8, 1024, q_lora=1536),
 }
+
+INT8_CACHE_CASES = ("int8 cache write and read", "attention, paged, int8")

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
-from ..quant.artifact import DESCRIPTION_NAME, KV_CACHE_NAME, ROPE_NAME, description_path, is_own, read_description, read_manifest
+from ..quant.artifact import (
+    DESCRIPTION_NAME,
+    KV_CACHE_NAME,
+    ROPE_NAME,
+    description_path,
+    is_own,
+    read_description,
+    read_manifest,
+)
 from ..quant.checkpoint import Checkpoint
 from ..quant.compressed_tensors import is_compressed
 from ..quant.dialects import WeightSource

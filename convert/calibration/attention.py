@@ -123,9 +123,7 @@ def run_attention(
 
     for _ in walk.pool.map(step, walk.batches):
         pass
-    scale = search_scale(
-        lambda batch: block.kv_latent(deployed, streams.quantized[batch]), walk.batches, walk.pool
-    )
+    scale = search_scale(lambda batch: block.kv_latent(deployed, streams.quantized[batch]), walk.batches, walk.pool)
     return strengths, scale
 
 

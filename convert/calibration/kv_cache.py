@@ -1,4 +1,4 @@
-"""Scales for an int8 KV cache: for each channel of the latent, the one of least squared error on the calibration text."""
+"""Scales for an int8 KV cache: for each channel of the latent, that of least squared error on the calibration text."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], p
 
     def lost(batch: slice) -> tuple[Tensor, Tensor]:
         latent = latents(batch)
-        errors = [
-            (latent_codes(latent, scale).float() * scale - latent).double().square().sum(0) for scale in scales
-        ]
+        errors = [(latent_codes(latent, scale).float() * scale - latent).double().square().sum(0) for scale in scales]
         return torch.stack(errors), latent.double().square().sum()
 
     found = list(pool.map(lost, batches))

@@ -97,7 +97,7 @@ static void quant_row(const float *x, size_t n, int8_t *codes, float *scale) {
 /* n is a multiple of 16, which every level's vectors divide. */
 static void code_row(const float *x, const float *scale, size_t n, int8_t *codes) {
     for (size_t i = 0; i < n; i += VW) {
-        vf v = vf_load(x + i) * (vf_set(1) / vf_load(scale + i));
+        vf v = vf_load(x + i) / vf_load(scale + i);
         vi number = (vi)(v == v); /* NaN has no code: 0 */
         vi code = vf_round(vf_min(vf_max(v, vf_set(-128)), vf_set(127)));
         vi_store_i8(codes + i, code & number);

@@ -187,8 +187,9 @@ class LayerCache:
     `[s // block_size, d // 16, s % block_size, d % 16]`. A backend set to the ND layout keeps
     `[blocks, block_size, 1, L]` and `[blocks, block_size, 1, D]` instead.
 
-    latent_scale: None, or float32 `[L]`: then the latent is int8 in tiles of 32 channels, `[blocks, L/32, block_size,
-    32]`, its codes those of `quant.kv_cache.latent_codes`, and code · scale is the channel's value.
+    latent_scale: None, or float `[L]` on the device: then the latent is int8 in tiles of 32 channels, `[blocks, L/32,
+    block_size, 32]`, its codes those of `quant.kv_cache.latent_codes`, and code · scale is the channel's value. It is
+    float32, or the compute dtype, which holds the same numbers.
     """
 
     latent: Tensor
@@ -290,6 +291,11 @@ class Ops(ABC):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def has_int8_cache(self) -> bool:
+        """Whether `new_kv_cache` takes scales."""
+        return True
+
     # ---- at load: stored weights become handles -------------------------------------------------------------------
 
     @abstractmethod
@@ -334,7 +340,10 @@ class Ops(ABC):
         rope_dim: int,
         latent_scales: Sequence[Tensor] | None = None,
     ) -> tuple[LayerCache, ...]:
-        """Allocate the paged cache of every layer; with scales (float32 `[L]` a layer) its latent is int8."""
+        """Allocate the paged cache of every layer; with scales (float32 `[L]` a layer) its latent is int8.
+
+        Raises BackendError for a setting that the backend's operators do not take.
+        """
 
     def linear_of(self, parts: Sequence[LinearPart]) -> Linear:
         """Fuse parts that share one scheme. Raises ArtifactError where they do not, or where it is not a dense one."""
@@ -407,8 +416,11 @@ class Ops(ABC):
         """silu(left half) · right half: `[rows, 2·I]` → `[rows, I]`, float32 inside."""
 
     @abstractmethod
-    def dynamic_quant(self, x: Tensor) -> Quantized:
-        """Per row: f = 127 / max|x|, codes = round-half-even(x · f), scale = 1 / f. A zero row gives zeros."""
+    def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
+        """Per row: f = 127 / max|x|, codes = round-half-even(x · f), scale = 1 / f. A zero row gives zeros.
+
+        With `smooth`, float `[K]`, of x · smooth instead, in float32.
+        """
 
     @abstractmethod
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:

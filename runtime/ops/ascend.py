@@ -16,7 +16,8 @@ from torch import Tensor
 from ...errors import BackendError
 from ..layout import CHANNELS
 from . import Activation, Experts, Gating, LayerCache, Linear, LinearPart, Mla, MlaConfig, MlaParts, Quantized, Router
-from .ascend_attention import AscendAttention, causal_mask
+from .ascend_attention import causal_mask
+from .ascend_int8_cache import AscendInt8Cache
 from .ascend_mla import lay_out_mla
 from .ascend_support import import_torch_npu, require_soc
 from .ascend_weights import FloatExperts, FloatLinear, Layout, StaticLinear, W4A8Experts, W8A8Experts, W8A8Linear
@@ -26,7 +27,7 @@ ROW_ORDER = 2  # drop_pad_mode of finalize: row_index[t · k + j], as init_routi
 DYNAMIC_INT8, NOT_QUANTIZED = 1, -1  # quant_mode of init_routing_v2
 
 
-class AscendOps(AscendAttention):
+class AscendOps(AscendInt8Cache):
     """Operators on one NPU.
 
     kv_layout: "nz" (pages in FRACTAL_NZ, what decode attention reads fastest) or "nd". fused_prolog: use
@@ -67,6 +68,7 @@ class AscendOps(AscendAttention):
         self._npu: Any = torch.ops.npu
         self._layout = Layout(self.device, dtype)
         self._causal_mask = causal_mask(self.device)
+        self._one = torch.ones(1, dtype=torch.float32, device=self.device)
 
     # ---- at load ---------------------------------------------------------------------------------------------------
 
@@ -95,10 +97,19 @@ class AscendOps(AscendAttention):
         return tensor.to(self.device, dtype or tensor.dtype).contiguous()
 
     def new_kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, kv_lora_rank: int, rope_dim: int
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_lora_rank: int,
+        rope_dim: int,
+        latent_scales: Sequence[Tensor] | None = None,
     ) -> tuple[LayerCache, ...]:
         if block_size % 16 or not 0 < block_size <= 1024:
             raise BackendError(f"block_size {block_size}: the NPU's paged attention takes multiples of 16 up to 1024")
+
+        if latent_scales is not None:
+            return self._int8_cache(latent_scales, num_blocks, block_size, rope_dim)
 
         def pool(channels: int) -> Tensor:
             pages = (
@@ -128,8 +139,10 @@ class AscendOps(AscendAttention):
         activated: Tensor = self._npu.npu_swiglu(x, dim=-1)
         return activated
 
-    def dynamic_quant(self, x: Tensor) -> Quantized:
-        return Quantized(*self._npu.npu_dynamic_quant(x))
+    def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
+        if smooth is None:
+            return Quantized(*self._npu.npu_dynamic_quant(x))
+        return Quantized(*self._npu.npu_dynamic_quant(x, smooth_scales=smooth))
 
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
         # Both defaults are wrong here: they activate the right half and quantize statically.

@@ -190,7 +190,7 @@ class AscendAttention(Ops):
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         weights: AscendMla = mla
         prolog = weights.prolog
-        if prolog is None:
+        if prolog is None or cache.latent_scale is not None:
             return super().mla_prolog(hidden, mla, cache, step)
         rows = hidden if isinstance(hidden, Quantized) else self.dynamic_quant(hidden)
         q_latent, q_rope, *_ = self._npu.npu_mla_prolog_v3(

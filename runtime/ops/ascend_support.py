@@ -25,6 +25,7 @@ OPERATORS = (
     "npu_dynamic_quant",
     "npu_format_cast",
     "npu_fused_infer_attention_score",
+    "npu_fused_infer_attention_score_v2",
     "npu_grouped_matmul",
     "npu_interleave_rope",
     "npu_kv_rmsnorm_rope_cache",

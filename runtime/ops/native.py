@@ -105,7 +105,9 @@ class NativeOps(CpuOps):
         self.pool.call("swiglu", x.data_ptr(), self._code, rows, half, out.data_ptr())
         return out
 
-    def dynamic_quant(self, x: Tensor) -> Quantized:
+    def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
+        if smooth is not None:
+            return super().dynamic_quant(x, smooth)
         x = _rows(x)
         rows, cols = x.shape
         codes, scale = torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows)

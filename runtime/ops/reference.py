@@ -93,6 +93,10 @@ class ReferenceOps(Ops):
         latent_scales: Sequence[Tensor] | None = None,
     ) -> tuple[LayerCache, ...]:
         def pool(channels: int, tile: int, dtype: torch.dtype) -> Tensor:
+            if channels % tile:
+                raise BackendError(
+                    f"the NZ layout keeps {tile} channels of {dtype} together; {channels} are no multiple"
+                )
             shape = (num_blocks, channels // tile, block_size, tile)
             # numpy's zeros come from calloc: the pages of blocks that are never used are never touched.
             return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
@@ -120,8 +124,8 @@ class ReferenceOps(Ops):
     def swiglu(self, x: Tensor) -> Tensor:
         return _swiglu(x.float()).to(self.dtype)
 
-    def dynamic_quant(self, x: Tensor) -> Quantized:
-        values = x.float()
+    def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
+        values = x.float() if smooth is None else x.float() * smooth.float()
         largest = _largest(values)
         # A tensor over a tensor: torch computes a number over a tensor as the number times its reciprocal.
         factor = torch.full_like(largest, 127.0) / largest
@@ -246,7 +250,9 @@ class ReferenceOps(Ops):
         latent, rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
         latent = self.rms_norm(latent, gamma, eps)
         rope = _rope(rope.float(), cos.float(), sin.float()).to(self.dtype)
-        write_nz(cache.latent, slots, latent if cache.latent_scale is None else latent_codes(latent, cache.latent_scale))
+        write_nz(
+            cache.latent, slots, latent if cache.latent_scale is None else latent_codes(latent, cache.latent_scale)
+        )
         write_nz(cache.rope, slots, rope)
         return (rope, latent) if output_kv else None
 
@@ -290,7 +296,7 @@ class ReferenceOps(Ops):
 
     def _in_codes(self, q_latent: Tensor, scale: Tensor) -> Tensor:
         """Queries `[T, N, L]` for keys that are int8 codes, as rounded to int8 per token and head: float32."""
-        rows = self.dynamic_quant((q_latent.float() * scale).flatten(0, 1))
+        rows = self.dynamic_quant(q_latent.flatten(0, 1), scale)
         return (rows.codes.float() * rows.scale[:, None]).view(q_latent.shape)
 
     def _attention(

@@ -39,6 +39,7 @@ def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.
 CASES = {
     "decode, unfused": ("kimi", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {"fused_prolog": False}),
     "decode, fused prolog": ("prolog", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
+    "decode, int8 cache": ("prolog-int8-cache", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, no q_lora": ("v2-lite", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "first prefill chunk": ("kimi", [Chunk(range(3, 23), 0, [1, 2])], {"fused_prolog": False}),
     "later prefill chunk": ("kimi", [Chunk(range(3, 23), 16, [1, 2, 3])], {"fused_prolog": False}),

@@ -251,6 +251,45 @@ def test_a_cache_in_the_tensor_format_is_refused(artifact):
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
 
 
+FIA8, QUANT8 = "npu_fused_infer_attention_score_v2", "npu_quantize"
+INT8_MUTATIONS: dict[str, tuple[str, Change]] = {
+    "queries' quant mode left out": (FIA8, without("query_quant_mode")),
+    "no scale of the value": (FIA8, without("dequant_scale_value")),
+    "scale of the query in bf16": (FIA8, mapped("dequant_scale_query", lambda scale: scale.bfloat16())),
+    "scale of the query of another head": (FIA8, mapped("dequant_scale_query", lambda scale: scale.roll(1, -1))),
+    "scale of the query left out of rope": (FIA8, mapped("query_rope", lambda rope: rope * 0.01)),
+    "rope of queries in int8": (FIA8, mapped("query_rope", lambda rope: rope.to(torch.int8))),
+    "pages in tiles of 16": (FIA8, mapped(1, lambda pages: pages.reshape(pages.shape[0], 1, 32, -1, 16))),
+    "block table of another sequence": (FIA8, mapped("block_table", lambda table: table.flip(0))),
+    "running lengths of keys": (FIA8, mapped("actual_seq_kvlen", running)),
+    "lengths of the first version": (FIA8, renamed("actual_seq_kvlen", "actual_seq_lengths_kv")),
+    "output not head-major": (FIA8, setting(input_layout="BSND")),
+    "codes by product": (QUANT8, lambda args, kwargs: ([*args, False], kwargs)),
+    "codes by the next channel's scale": (QUANT8, mapped(1, lambda scale: 4 * scale)),
+    "queries without the channels' scales": ("npu_dynamic_quant", without("smooth_scales")),
+}
+
+
+@pytest.mark.parametrize("name", INT8_MUTATIONS)
+def test_a_wrong_call_on_an_int8_cache_does_not_pass(artifact, name):
+    mutants = []
+
+    def change_ops(ops: Any) -> None:
+        mutants.append(Mutant(*INT8_MUTATIONS[name]))
+        ops._npu = mutants[0]
+
+    result = outcome(artifact("example-int8-cache"), change_ops)
+    print(f"{name}: {result}")
+    assert mutants[0].changed, f"{INT8_MUTATIONS[name][0]} is never called"
+    assert result != "unnoticed"
+
+
+@pytest.mark.parametrize("operator", [FIA8, QUANT8, "npu_dynamic_quant"])
+def test_a_right_call_on_an_int8_cache_does_pass(artifact, operator):
+    right = Mutant(operator, lambda args, kwargs: (args, kwargs))
+    assert outcome(artifact("example-int8-cache"), lambda ops: setattr(ops, "_npu", right)) == "unnoticed"
+
+
 PROLOG = "npu_mla_prolog_v3"
 PROLOG_MUTATIONS: dict[str, Change] = {
     "q_a in ND where NZ is due": mapped(1, lambda weight: formats.to_nd(weight).clone()),

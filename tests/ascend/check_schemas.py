@@ -42,13 +42,20 @@ class Recorder:
 def recorded(artifact) -> dict[str, dict[str, Any]]:
     """The calls of generations that between them take every path of the Ascend set."""
     recorder = Recorder()
-    runs = [("example", {}), ("example-float", {"kv_layout": "nd"}), ("v2-lite", {}), ("prolog", {})]
+    runs = [
+        ("example", {}),
+        ("example-float", {"kv_layout": "nd"}),
+        ("v2-lite", {}),
+        ("prolog", {}),
+        ("prolog-int8-cache", {}),
+    ]
     for name, options in runs:
         ops = harness.make("ascend", torch.bfloat16, **options)
         ops._npu = recorder
         harness.generate(artifact(name), ops, lengths=(4, 45), new_tokens=2)
     ops.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
     CASES["linear W8A8, static"](ops)
+    CASES["attention, paged, int8"](ops)
     recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend_weights, not through ops
     return dict(sorted(recorder.calls.items()))
 

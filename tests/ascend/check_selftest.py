@@ -8,7 +8,7 @@ import pytest
 import torch
 from ascend_rig import emulate, harness
 
-from npuq.runtime.selftest import CASES, selftest
+from npuq.runtime.selftest import CASES, INT8_CACHE_CASES, selftest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -19,7 +19,10 @@ def test_the_ascend_set_passes(dtype, layout):
     for result in results:
         print(f"{result.operator:40} {result.error} {result.message}")
     assert [result for result in results if not result.passed] == []
-    assert len(results) == len(CASES)
+    # The NPU's int8 attention takes NZ pages and bfloat16.
+    int8_cache = layout == "nz" and dtype != torch.float16
+    left_out = set(CASES) - {result.operator for result in results}
+    assert left_out == (set() if int8_cache else set(INT8_CACHE_CASES))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,20 @@ def test_init_routing_rounds_half_away_from_zero():
     assert codes.tolist() == [[127, 1, 2, 3, -1, -2]]
 
 
+def test_dynamic_quant_of_smoothed_rows():
+    x, smooth = normal(5, 64), normal(64, seed=1).abs() + 0.1
+    codes, scale = npu.npu_dynamic_quant(x, smooth_scales=smooth)
+    values = x.numpy() * smooth.numpy()
+    np.testing.assert_allclose(scale, np.abs(values).max(1) / 127, rtol=1e-6)
+    np.testing.assert_array_equal(codes, np.rint(values * (np.float32(127) / np.abs(values).max(1, keepdims=True))))
+
+
+def test_quantize_divides_by_default_and_saturates():
+    x = torch.tensor([[1.0, 1.5, 2.5, -1e4, 1e4, 0.3]])
+    scales = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.5, 0.1])
+    assert npu.npu_quantize(x, scales, None, torch.qint8, -1).tolist() == [[0, 2, 2, -128, 127, 3]]
+
+
 def test_dequant_swiglu_quant_activates_the_left_half_only_when_told():
     x = normal(3, 64)
     left, right = np.split(x.double().numpy(), 2, axis=1)
@@ -311,6 +325,36 @@ def test_paged_attention_reads_pages_through_the_table(layout):
             np.testing.assert_allclose(out[head, sequence], expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_token", [True, False])
+def test_int8_attention_multiplies_both_parts_by_the_scales(by_token):
+    heads, size, lengths = 2, SLOTS_PER_PAGE, [20, 5]
+    generator = torch.Generator().manual_seed(3)
+    latent = torch.randint(-128, 128, (4, 1, 16, size, 32), generator=generator, dtype=torch.int8)
+    q = torch.randint(-128, 128, (2, heads, 512), generator=generator, dtype=torch.int8)
+    rope, q_rope, scale = normal(4, 1, 4, size, 16), normal(2, heads, 64, seed=1), normal(2, heads, seed=2).abs() / 99
+    table = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32)
+    one = torch.ones(1)
+    wide = (lambda x: x) if by_token else (lambda x: x.unsqueeze(1))
+    out, _ = npu.npu_fused_infer_attention_score_v2(
+        wide(q), latent, latent, query_rope=wide(q_rope), key_rope=rope, num_query_heads=heads, num_key_value_heads=1,
+        softmax_scale=0.05, actual_seq_qlen=[1, 2] if by_token else None, actual_seq_kvlen=lengths, block_table=table,
+        block_size=size, dequant_scale_query=wide(scale), dequant_scale_key=0.5 * one, dequant_scale_value=0.25 * one,
+        query_quant_mode=3, input_layout="TND_NTD" if by_token else "BSND_NBSD",
+    )  # fmt: skip
+    for sequence, length in enumerate(lengths):
+        k, kr = np.zeros((length, 512)), np.zeros((length, 64))
+        for token, channel in np.ndindex(length, 512):
+            page, row = table[sequence, token // size], token % size
+            k[token, channel] = latent[page, 0, channel // 32, row, channel % 32]
+            if channel < 64:
+                kr[token, channel] = rope[page, 0, channel // 16, row, channel % 16]
+        for head in range(heads):
+            sums = k @ q[sequence, head].double().numpy() + kr @ q_rope[sequence, head].double().numpy()
+            weights = np.exp(0.05 * 0.5 * float(scale[sequence, head]) * (sums - sums.max()))
+            expected = weights / weights.sum() @ k * 0.25
+            np.testing.assert_allclose(out[head, sequence].flatten(), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_update_merges_attention_over_two_halves_of_the_keys():
     q, k, v = (normal(4, 16, seed=s).double().numpy() for s in range(3))
     whole, _ = attention(q, k, v, 0.3, causal=False)
@@ -337,8 +381,8 @@ def test_a_shape_that_torch_npu_does_not_expect_is_refused(monkeypatch):
 
 
 def test_an_argument_that_is_not_emulated_is_refused():
-    with pytest.raises(emulate.RefusedError, match="smooth_scales"):
-        npu.npu_dynamic_quant(normal(2, 8), smooth_scales=torch.ones(8))
+    with pytest.raises(emulate.RefusedError, match="group_index"):
+        npu.npu_dynamic_quant(normal(2, 8), group_index=torch.tensor([2], dtype=torch.int32))
 
 
 def test_narrow_rules_refuse_float32_activations():

@@ -73,6 +73,17 @@ def test_replaced_by_text_and_context(artifact: Path, text: Path) -> None:
     assert "| 71.000 | – | – | – |" in card
 
 
+def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: Path) -> None:
+    store_evaluation(artifact, Evaluation(70.0, 10), text, 256)
+    store_evaluation(artifact, Evaluation(71.0, 10), text, 256, kv_cache_dtype="int8")
+    store_evaluation(artifact, Evaluation(72.0, 10), text, 256, kv_cache_dtype="int8")
+    stored = inspect(artifact).evaluations
+    assert [(entry.get("kv_cache_dtype"), entry["perplexity"]) for entry in stored] == [(None, 70.0), ("int8", 72.0)]
+    card = (artifact / CARD).read_text()
+    assert "| wiki\\|text.txt | `" in card
+    assert "| wiki\\|text.txt (int8 KV cache) | `" in card
+
+
 def test_errors_of_layers(artifact: Path, text: Path) -> None:
     card = (artifact / CARD).read_text()
     layers = [LayerError(0, 0.01, 0.999, 0.01, 0.999), LayerError(1, 0.03, 0.99, 0.02, 0.995)]

@@ -156,8 +156,14 @@ def test_more_rows_than_the_middle_holds(scheme: Scheme) -> None:
 @pytest.mark.parametrize("q_lora", [None, 40])
 @pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W8A8])
 @pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("int8_cache", [False, True])
 def test_mla_before_attention_and_all_of_it(
-    all_ops: dict[torch.dtype, NativeOps], dtype: torch.dtype, q_lora: int | None, scheme: Scheme, tokens: int
+    all_ops: dict[torch.dtype, NativeOps],
+    dtype: torch.dtype,
+    q_lora: int | None,
+    scheme: Scheme,
+    tokens: int,
+    int8_cache: bool,
 ) -> None:
     ops, generator = all_ops[dtype], np.random.default_rng(tokens)
     hidden, heads, nope, rope, latent = 50, 3, 24, 16, 32
@@ -184,7 +190,8 @@ def test_mla_before_attention_and_all_of_it(
         prefill=None,
         output_rows=None,
     )
-    caches = [ops.new_kv_cache(1, 2, 16, latent, rope)[0] for _ in range(2)]
+    scales = [torch.linspace(0.01, 0.05, latent)] if int8_cache else None
+    caches = [ops.new_kv_cache(1, 2, 16, latent, rope, scales)[0] for _ in range(2)]
     x = _rows(generator, dtype, tokens, hidden)
     got, expected = ops.mla_prolog(x, mla, caches[0], step), Ops.mla_prolog(ops, x, mla, caches[1], step)
     for left, right in zip(got, expected, strict=True):
@@ -193,7 +200,7 @@ def test_mla_before_attention_and_all_of_it(
     _same(caches[0].latent, caches[1].latent)
     _same(caches[0].rope, caches[1].rope)
     for cache in caches:
-        cache.latent[0], cache.rope[0] = 0.5, -0.5  # keys that no slot of the step has written
+        cache.latent[0], cache.rope[0] = 50 if int8_cache else 0.5, -0.5  # keys that the step has not written
     out = ops.mla_decode(x, mla, caches[0], step, 0.1)
     _same(out, Ops.mla_decode(ops, x, mla, caches[1], step, 0.1))
     assert out.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 
 import npuq
 import npuq.runtime
+from npuq.quant.artifact import KV_CACHE_NAME
+from npuq.quant.checkpoint import Checkpoint
+from npuq.quant.kv_cache import save_scales, storable_scale
+from npuq.quant.model_config import ModelConfig
 
 SEED = 20240807
 
@@ -160,3 +165,18 @@ def artifact(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def example(example_fp8: Path) -> npuq.runtime.LanguageModel:
     """The shipped checkpoint, loaded."""
     return npuq.runtime.load(example_fp8, "cpu")
+
+
+@pytest.fixture(scope="session")
+def int8_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with scales for an int8 KV cache, such as calibration finds: a few times the norm's gain at code 127."""
+    directory = tmp_path_factory.mktemp("int8-cache") / "w4a8"
+    shutil.copytree(artifact, directory)
+    with Checkpoint.open(directory) as checkpoint:
+        config = ModelConfig.from_dict(checkpoint.config)
+        gains = [
+            checkpoint.view(f"model.layers.{layer}.self_attn.kv_a_layernorm.weight").float().abs()
+            for layer in range(config.num_hidden_layers)
+        ]
+    save_scales([storable_scale(4 * gain / 127) for gain in gains], directory / KV_CACHE_NAME)
+    return directory

@@ -15,7 +15,7 @@ from npuq.errors import ArtifactError, GenerationError
 from npuq.quant.artifact import KV_CACHE_NAME
 from npuq.quant.kv_cache import latent_codes, load_scales, save_scales, storable_scale
 from npuq.quant.library import levels
-from npuq.runtime import load
+from npuq.runtime import EngineConfig, evaluate, load
 from npuq.runtime.ops import Decode, LayerCache, Ops, PrefixSegment
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.native import NativeOps
@@ -27,6 +27,8 @@ LATENT, ROPE, BLOCK, HEADS = 96, 16, 16, 3
 def _native(level: str) -> Callable[[], Ops]:
     return lambda: NativeOps(threads=2, level=level)
 
+
+BACKENDS = ("cpu", "reference")
 
 SETS: dict[str, Callable[[], Ops]] = {
     "reference": ReferenceOps,
@@ -50,8 +52,8 @@ def _scale(rng: np.random.Generator) -> np.ndarray:
 
 
 def _codes(latent: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """In float32, as the operator's kernel: times the reciprocal, ties to even, saturated."""
-    return np.clip(np.rint(latent.astype(np.float32) * (np.float32(1) / scale)), -128, 127)
+    """In float32, as the operator's kernel: ties to even, saturated."""
+    return np.clip(np.rint(latent.astype(np.float32) / scale), -128, 127)
 
 
 def test_codes_lie_in_tiles_of_32_and_outputs_stay_float(ops: Ops) -> None:
@@ -170,3 +172,66 @@ def test_without_scales_it_is_refused(artifact: Path) -> None:
         load(artifact, kv_cache_dtype="int8")
     with pytest.raises(GenerationError, match="'fp8' is unknown; npuq has auto, int8"):
         load(artifact, kv_cache_dtype="fp8")
+
+
+TEXTS = [list(range(5, 60)), [7, 300, 12], list(range(900, 940))]
+
+
+def test_all_tokens_attend_to_codes_when_logits_are_asked_for(int8_artifact: Path) -> None:
+    """The three sets agree among themselves, and differ from a float cache by what int8 costs, which is little."""
+    sizes = EngineConfig(max_num_batched_tokens=64)  # two steps
+    plain = list(load(int8_artifact, "cpu", engine=sizes).logits(TEXTS))
+    found = [list(load(int8_artifact, kind, engine=sizes, kv_cache_dtype="int8").logits(TEXTS)) for kind in BACKENDS]
+    for ours, theirs, floats in zip(*found, plain, strict=True):
+        span = float(floats.abs().max())
+        assert float((ours - theirs).abs().max()) < 0.02 * span
+        assert 1e-4 * span < float((ours - floats).abs().mean()) < 0.02 * span
+
+
+def test_a_sequence_longer_than_a_step_is_read_from_codes_too(int8_artifact: Path) -> None:
+    whole, parts = (
+        load(int8_artifact, "cpu", engine=EngineConfig(max_num_batched_tokens=size), kv_cache_dtype="int8")
+        for size in (1024, 33)
+    )
+    tokens = list(range(20, 120))
+    (expected,), (found,) = (list(model.logits([tokens])) for model in (whole, parts))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert whole.engine.blocks.num_free == whole.engine.blocks.num_blocks
+
+
+def test_generation_over_chunks_and_blocks(int8_artifact: Path) -> None:
+    """Several prompts, chunked prefill beside decodes, blocks used again: both backends find the same tokens."""
+    sizes = EngineConfig(8 << 20, block_size=16, max_num_seqs=2, max_num_batched_tokens=20, prefix_segment_tokens=32)
+    results = [
+        load(int8_artifact, kind, engine=sizes, kv_cache_dtype="int8").generate(TEXTS, max_new_tokens=8)
+        for kind in BACKENDS
+    ]
+    assert [each.token_ids for each in results[0]] == [each.token_ids for each in results[1]]
+
+
+def test_more_tokens_fit(int8_artifact: Path) -> None:
+    sizes = EngineConfig(kv_cache_bytes=4 << 20, max_num_seqs=1000)
+    plain, int8 = (load(int8_artifact, "cpu", engine=sizes, kv_cache_dtype=kind) for kind in ("auto", "int8"))
+    layer = int8.engine._cache[0]
+    stored = sum(each.numel() * each.element_size() for each in (layer.latent, layer.rope)) * len(int8.engine._cache)
+    assert stored <= sizes.kv_cache_bytes
+    assert int8.engine.blocks.num_blocks == pytest.approx(
+        plain.engine.blocks.num_blocks * 4 * 576 / (512 + 4 * 64), abs=2
+    )
+
+
+def test_too_small_a_cache_for_logits_is_one_line(int8_artifact: Path) -> None:
+    sizes = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=2)
+    model = load(int8_artifact, "cpu", engine=sizes, kv_cache_dtype="int8")
+    with pytest.raises(GenerationError, match=r"no room for .* tokens.*raise kv_cache_bytes"):
+        list(model.logits([list(range(model.context))] * 3))
+
+
+def test_evaluate_judges_the_cache(int8_artifact: Path, example_fp8: Path, tmp_path: Path) -> None:
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 12
+    plain, int8 = (
+        evaluate(int8_artifact, text, example_fp8, 128, "cpu", kv_cache_dtype=kind) for kind in ("auto", "int8")
+    )
+    assert plain.source_perplexity == int8.source_perplexity
+    assert plain.perplexity != int8.perplexity
+    assert int8.perplexity == pytest.approx(plain.perplexity, rel=0.02)

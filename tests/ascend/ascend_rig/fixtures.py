@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch_npu  # noqa: F401
 
-from . import emulate, models, ops_attention, ops_matmul, ops_norm, ops_routing
+from . import emulate, models, ops_attention, ops_attention_int8, ops_matmul, ops_norm, ops_routing
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
-SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention)  # importing them fills the register
+SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8)  # importing them fills the register
 
 Artifacts = Callable[[str], Path]
 
@@ -29,7 +29,8 @@ def emulation() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """A model by name ("example", "v2-lite", "kimi", "prolog") in W4A8; with "-w8a8" or "-float" appended, in that;
-    with "-static" appended, its 8-bit linears have a static input scale."""
+    with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has scales
+    for an int8 KV cache."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {"v2-lite": models.V2_LITE, "kimi": models.KIMI, "prolog": models.PROLOG}
@@ -37,7 +38,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     def make(name: str) -> Path:
         if name not in made:
             base = name.removesuffix("-float").removesuffix("-w8a8")
-            if name.endswith("-static"):
+            if name.endswith("-int8-cache"):
+                made[name] = models.add_cache_scales(make(name.removesuffix("-int8-cache")), folder / name)
+            elif name.endswith("-static"):
                 made[name] = models.make_static(make(name.removesuffix("-static")), folder / name)
             elif name.endswith("-float"):
                 made[name] = EXAMPLE if base == "example" else models.write_checkpoint(folder / name, configs[base])

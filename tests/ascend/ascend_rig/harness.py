@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from npuq.quant.artifact import KV_CACHE_NAME
 from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
@@ -59,19 +60,24 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def load(path: Path, ops: Ops) -> llm.LanguageModel:
-    """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written."""
+    """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
+
+    Its latent is int8 where the artifact has scales for that.
+    """
     config = llm.read_json(path / "config.json")
-    token_bytes = config["num_hidden_layers"] * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
-    cache_bytes = CACHE_BLOCKS * BLOCK * token_bytes * ops.dtype.itemsize
+    int8, size = (path / KV_CACHE_NAME).exists(), ops.dtype.itemsize
+    channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
+    cache_bytes = CACHE_BLOCKS * BLOCK * config["num_hidden_layers"] * channels
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
-        model = llm.load(path, engine=EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE))
+        sizes = EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE)
+        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto")
     poison_cache(model.engine._cache)
     return model
 
 
 def poison_cache(cache: Sequence[LayerCache]) -> None:
     for layer in cache:
-        layer.latent.fill_(float("nan"))
+        layer.latent.fill_(111 if layer.latent.dtype == torch.int8 else float("nan"))
         layer.rope.fill_(float("nan"))
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npuq.convert import convert_checkpoint
-from npuq.quant.artifact import DESCRIPTION_NAME, ROPE_NAME
+from npuq.quant.artifact import DESCRIPTION_NAME, KV_CACHE_NAME, ROPE_NAME
+from npuq.quant.kv_cache import save_scales, storable_scale
 from npuq.quant.static_w8a8 import InputScale, static_tensors
 
 _ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -155,6 +156,21 @@ def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def quantize(source: Path, output: Path, recipe: str) -> Path:
     """The artifact of a checkpoint, by the quickest method."""
     convert_checkpoint(source, output, recipe=recipe, method="minmax", workers=1)
+    return output
+
+
+def add_cache_scales(artifact: Path, output: Path) -> Path:
+    """The artifact with scales for an int8 KV cache: a few times the norm's gain is the largest code."""
+    shutil.copytree(artifact, output)
+    config = json.loads((output / "config.json").read_text())
+    tensors: dict[str, Tensor] = {}
+    for shard in output.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    gains = [
+        tensors[f"model.layers.{layer}.self_attn.kv_a_layernorm.weight"].float().abs()
+        for layer in range(config["num_hidden_layers"])
+    ]
+    save_scales([storable_scale(4 * gain / 127) for gain in gains], output / KV_CACHE_NAME)
     return output
 
 

@@ -225,8 +225,8 @@ def paged_keys(
 
 
 def read_pages(name: str, cache: Tensor, width: int, blocks: list[int], size: int) -> Tensor:
-    shape = tuple(cache.shape[1:])
-    if shape == (1, width // 16, size, 16):
+    shape, tile = tuple(cache.shape[1:]), 32 if cache.dtype == torch.int8 else 16
+    if shape == (1, width // tile, size, tile):
         return cache[blocks].permute(0, 1, 3, 2, 4).reshape(-1, width)
     require(
         shape in ((size, width), (1, size, width)), f"{name}: cache {tuple(cache.shape)} is neither NZ nor ND pages"

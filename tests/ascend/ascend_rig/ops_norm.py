@@ -66,11 +66,19 @@ def npu_add_rms_norm_dynamic_quant(
 
 
 @semantics
-def npu_dynamic_quant(input: Tensor, dst_type: int | None = None) -> tuple[Tensor, Tensor]:
+def npu_dynamic_quant(
+    input: Tensor, smooth_scales: Tensor | None = None, dst_type: int | None = None
+) -> tuple[Tensor, Tensor]:
     require(input.dtype in rules.floats, f"npu_dynamic_quant: input is {input.dtype}")
     require(input.dim() > 1, "npu_dynamic_quant: input needs two dimensions or more")
     require(dtype_of(dst_type, torch.int8) == torch.int8, "npu_dynamic_quant: only int8 is emulated")
     x = input.float()
+    if smooth_scales is not None:
+        require(
+            smooth_scales.shape == input.shape[-1:], f"npu_dynamic_quant: smooth_scales {tuple(smooth_scales.shape)}"
+        )
+        require(smooth_scales.dtype == input.dtype, f"npu_dynamic_quant: smooth_scales are {smooth_scales.dtype}")
+        x = x * smooth_scales.float()
     factor = 127.0 / x.abs().amax(-1)
     return quantize_rows(x, 1.0 / factor, x * factor.unsqueeze(-1))
 
@@ -81,10 +89,14 @@ def npu_quantize(
 ) -> Tensor:
     name = "npu_quantize"
     require(input.dtype in rules.floats, f"{name}: input is {input.dtype}")
-    require(dtype == QINT8 and not div_mode, f"{name}: only products that give qint8 are emulated")
+    require(dtype == QINT8, f"{name}: only qint8 is emulated")
     require(axis in (-1, input.dim() - 1), f"{name}: axis {axis} is not the last")
-    require(scales.dtype == input.dtype, f"{name}: scales are {scales.dtype}, input {input.dtype}")
     require(scales.shape in ((1,), input.shape[-1:]), f"{name}: scales {tuple(scales.shape)}")
+    if div_mode:
+        require(scales.dtype in (torch.bfloat16, torch.float32), f"{name}: scales are {scales.dtype}")
+        require(zero_points is None, f"{name}: zero_points of a quotient are not emulated")
+        return (input.float() / scales.float()).round().clamp(-128, 127).to(torch.int8)
+    require(scales.dtype == input.dtype, f"{name}: scales are {scales.dtype}, input {input.dtype}")
     shift = torch.zeros_like(scales) if zero_points is None else zero_points
     require(shift.dtype == scales.dtype and shift.shape == scales.shape, f"{name}: zero_points are not like scales")
     return (input.float() * scales.float() + shift.float()).round().clamp(-128, 127).to(torch.int8)
