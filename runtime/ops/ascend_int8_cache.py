@@ -1,9 +1,10 @@
 """The int8 latent cache on torch_npu: written in plain steps, read by attention in full int8.
 
 `npu_fused_infer_attention_score_v2` wants queries, keys and values all int8, one scale a tensor for keys and for
-values, and rope in bfloat16. The channels' scales therefore go into the queries before it and into its result after it, and keys
-and values have the scale 1. No operator writes an int8 latent beside a bfloat16 rope: `npu_kv_rmsnorm_rope_cache` and
-`npu_mla_prolog_v3` quantize with one scale a tensor, or both caches.
+values, and rope in bfloat16. The channels' scales therefore go into the queries before it and into its result after
+it, and keys and values have the scale 1. No operator writes an int8 latent beside a bfloat16 rope with a scale a
+channel: `npu_kv_rmsnorm_rope_cache` quantizes both caches or none, and `npu_mla_prolog_v3` would be of use to decoding
+steps only.
 """
 
 from __future__ import annotations
