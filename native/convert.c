@@ -18,9 +18,11 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
                        int64_t bias_columns, int8_t *codes, float *scale, float *bias, double *error, double *norm,
                        int64_t *bad_row) {
     const struct kernels *kernels = level_kernels(level < 0 ? level_best() : level);
-    size_t n = (size_t)cols, wide = (n + 63) / 64 * 64, scratch = kernels->convert_scratch(n);
-    char *memory = calloc(1, scratch + wide * 6);
+    size_t n = (size_t)cols, wide = (n + 63) / 64 * 64;
+    size_t scratch = mse ? (kernels->convert_scratch(n) + 63) / 64 * 64 : 0;
+    char *memory = aligned_alloc(64, scratch + wide * 6);
     if (memory == NULL) return NPUQ_NO_MEMORY;
+    memset(memory, 0, scratch + wide * 6);
     float *w = (float *)(memory + scratch);
     int8_t *pair[2] = {(int8_t *)(w + wide), (int8_t *)(w + wide) + wide};
     int status = NPUQ_OK;
@@ -43,7 +45,7 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
         for (int64_t c = 0; c < bias_columns; c++) bias[r * bias_columns + c] = (float)(8 * sums[c]) * out.scale;
         if (r % 2) kernels->pack_rows(pair[0], pair[1], n, codes + (size_t)(r / 2) * n);
     }
-    kernels->convert_release(memory);
+    if (mse) kernels->convert_release(memory);
     free(memory);
     return status;
 }

@@ -74,94 +74,120 @@ static float decode_row(const void *x, int dtype, size_t n, const float *block_s
     return largest_finite(out, n);
 }
 
-/* What a search works on: the row in fixed point, in one scratch. */
+/* A row in fixed point, in one scratch: as a search for int8 codes and as one for int4 codes wants it. */
 struct convert_memory {
     struct optimal_scratch *search;
-    int32_t *fixed;
+    int32_t *fixed; /* int8 */
     float *magnitude;
+    struct planes planes; /* int4 */
+    struct changes changes;
 };
 
-enum { BIN_WORDS = 2 * ((11 << 10) + 8) };
+enum { BIN_WORDS = 2 * ((11 << 10) + 8), SEARCH_BYTES = (sizeof(struct optimal_scratch) + 63) / 64 * 64 };
 
 INLINE size_t padded_length(size_t n) { return (n + 63) / 64 * 64; }
 
-/* Bytes of scratch that a row of n needs. */
+/* Bytes of scratch that a row of n needs, at a multiple of 64. */
 static size_t convert_scratch(size_t n) {
-    /* fixed, magnitude, index; the active ones with room for a last whole vector; two int16 planes. */
-    return sizeof(struct optimal_scratch) + BIN_WORDS * sizeof(uint64_t) + padded_length(n) * (5 * 4 + 2 * 2) + 2 * 64 * 4;
+    /* int8: fixed, magnitude and index. int4: planes of 3 bytes, a bit, places (eight are written at once) and three
+     * more numbers of 4 bytes. */
+    return SEARCH_BYTES + BIN_WORDS * sizeof(uint64_t) + padded_length(n) * 20 + 512;
 }
 
 static struct convert_memory convert_layout(void *memory, size_t n) {
-    size_t padded = padded_length(n);
-    struct optimal_scratch *search = memory;
-    search->histogram.bins = (uint64_t *)(search + 1);
-    int32_t *fixed = (int32_t *)(search->histogram.bins + BIN_WORDS);
-    float *magnitude = (float *)(fixed + padded);
-    search->histogram.index = (uint32_t *)(magnitude + padded);
-    search->active_fixed = (int32_t *)(search->histogram.index + padded);
-    search->active_magnitude = (float *)(search->active_fixed + padded + 64);
-    search->high = (int16_t *)(search->active_magnitude + padded + 64);
-    search->low = search->high + padded;
-    return (struct convert_memory){search, fixed, magnitude};
-}
-
-/* Exact sums over a row in fixed point. */
-struct fixed_sums {
-    uint64_t squares; /* Σ w², 2^63 at most */
-    int64_t all;      /* Σ |w| times the last code of its sign, 7 or 8 */
-};
-
-/* Rows are zero-padded to padded_length here, and so is what is made of them. */
-static struct fixed_sums to_fixed(const float *w, size_t n, float unit, const struct convert_memory *memory) {
-    const vi half = (vi){0} + PLANE_DOUBT;
     const size_t padded = padded_length(n);
-    vl squares = {0};
-    int64_t all = 0;
-    for (size_t part = 0; part < padded; part += 32 * PLANE_STEP) { /* 64 sums of 2^23 fit 32 bits */
-        size_t end = part + 32 * PLANE_STEP < padded ? part + 32 * PLANE_STEP : padded;
-        vi size_sum = {0}, negative_sum = {0};
-        for (size_t i = part; i < end; i += PLANE_STEP) {
-            vi high[2], low[2];
-            for (int k = 0; k < 2; k++) {
-                vi whole = vf_round(vf_load(w + i + k * VW) * unit), sign = whole >> 31, size = (whole ^ sign) - sign;
-                memcpy(memory->fixed + i + k * VW, &whole, sizeof whole);
-                vf_store(memory->magnitude + i + k * VW, vi_float(size));
-                high[k] = (whole + half) >> PLANE_SHIFT;
-                low[k] = whole - (high[k] << PLANE_SHIFT);
-                size_sum += size;
-                negative_sum += size & sign;
-                squares = vl_dot(squares, whole, whole);
-            }
-            vs_narrow(memory->search->high + i, high[0], high[1]);
-            vs_narrow(memory->search->low + i, low[0], low[1]);
-        }
-        all += 7 * vi_total(size_sum) + vi_total(negative_sum);
-    }
-    return (struct fixed_sums){(uint64_t)vl_total(squares), all};
+    struct convert_memory layout = {.search = memory};
+    layout.search->histogram.bins = (uint64_t *)((char *)memory + SEARCH_BYTES);
+    char *row = (char *)(layout.search->histogram.bins + BIN_WORDS);
+    layout.fixed = (int32_t *)row;
+    layout.magnitude = (float *)(layout.fixed + padded);
+    layout.search->histogram.index = (uint32_t *)(layout.magnitude + padded);
+    layout.planes = (struct planes){(int16_t *)row, (int8_t *)((int16_t *)row + padded), padded, 0};
+    struct changes *changes = &layout.changes;
+    changes->words = (uint64_t *)(layout.planes.low + padded);
+    changes->places = (uint32_t *)(changes->words + padded / 64);
+    changes->magnitude = (int32_t *)(changes->places + padded + 16);
+    changes->odd = changes->magnitude + padded + VW;
+    changes->kappa = (float *)(changes->odd + padded + VW);
+    return layout;
 }
+
+/* Rows are zero-padded to padded_length here, and so is what is made of them. Both functions give the exact Σ w², which
+ * is 2^63 at most. */
+static uint64_t to_fixed(const float *w, size_t n, float unit, int32_t *fixed, float *magnitude) {
+    vl even = {0}, odd = {0};
+    for (size_t i = 0; i < n; i += VW) {
+        vi whole = vf_round(vf_load(w + i) * unit);
+        memcpy(fixed + i, &whole, sizeof whole);
+        vf_store(magnitude + i, vf_abs(vi_float(whole)));
+        vl_squares(whole, &even, &odd);
+    }
+    return (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
+}
+
+/* `full`: some weight may need a `high` of 2^15. */
+INLINE uint64_t to_planes_as(const float *w, float unit, struct planes *planes, const int full) {
+    const vi half = (vi){0} + PLANE_DOUBT, most = (vi){0} + 127;
+    vl even = {0}, odd = {0};
+    vi excess = {0}; /* 2^17 / VW times 2^8 fits */
+    for (size_t i = 0; i < planes->n; i += 2 * PLANE_STEP) {
+        vi high[4], low[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            vi whole = vf_round(vf_load(w + i + k * VW) * unit);
+            high[k] = (whole + half) >> PLANE_SHIFT;
+            vi over = full ? high[k] > MOST_HIGH : (vi){0}; /* -1 where it is */
+            high[k] += over;
+            low[k] = whole - (high[k] << PLANE_SHIFT);
+            if (full) {
+                excess += (low[k] - most) & over;
+                low[k] = (most & over) | (low[k] & ~over);
+            }
+            vl_squares(whole, &even, &odd);
+        }
+        vs_narrow(planes->high + i, high[0], high[1]);
+        vs_narrow(planes->high + i + PLANE_STEP, high[2], high[3]);
+        vi_store_i8x4(planes->low + i, low[0], low[1], low[2], low[3]);
+    }
+    planes->excess = vi_total(excess);
+    return (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
+}
+
+static uint64_t to_planes(const float *w, float unit, float largest, struct planes *planes) {
+    if (largest + PLANE_DOUBT < 0x1p23f) return to_planes_as(w, unit, planes, 0);
+    return to_planes_as(w, unit, planes, 1);
+}
+
+/* Products of 2^23 and 8 of which 16 fit a 32-bit lane. */
+enum { PART = 16 * VW };
 
 /* Codes round-half-even(w · inverse) between −bound and bound − 1, and the exact sums A and B of those codes; where
  * `squares` is given, also Σ w² in fixed point. */
 INLINE struct exact_state round_codes_as(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
                                          const int bits, uint64_t *squares) {
-    vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
+    const vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
     vl even = {0}, odd = {0}, sum = {0};
     vi b = {0}; /* 2^14 · 2^17 / VW fits */
     for (size_t i = 0; i < n;) { /* what lies behind n is 0 */
         size_t end = i + PART < n ? i + PART : n;
         vi a = {0};
-        for (; i < end; i += VW) {
-            vf v = vf_load(w + i);
-            vi fixed = vf_round(v * unit), code = vf_round(vf_min(vf_max(v * inverse, low), high));
-            if (bits == 4) a += fixed * code; /* 2^26 at most, PART / VW times */
-            else sum = vl_dot(sum, fixed, code);
-            if (squares != NULL) vl_squares(fixed, &even, &odd);
-            b = vi_square_bytes(b, code);
-            if (i + VW <= n) {
-                vi_store_i8(codes + i, code);
+        for (; i < end; i += 4 * VW) {
+            vi code[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {
+                vf v = vf_load(w + i + k * VW);
+                vi fixed = vf_round(v * unit);
+                code[k] = vf_round(vf_min(vf_max(v * inverse, low), high));
+                if (bits == 4) a += fixed * code[k]; /* 2^26 at most, PART / VW times */
+                else sum = vl_dot(sum, fixed, code[k]);
+                if (squares != NULL) vl_squares(fixed, &even, &odd);
+                b = vi_square_bytes(b, code[k]);
+            }
+            if (i + 4 * VW <= n) {
+                vi_store_i8x4(codes + i, code[0], code[1], code[2], code[3]);
             } else {
-                int8_t lane[VW];
-                vi_store_i8(lane, code);
+                int8_t lane[4 * VW];
+                vi_store_i8x4(lane, code[0], code[1], code[2], code[3]);
                 memcpy(codes + i, lane, n - i);
             }
         }
@@ -196,31 +222,47 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
     (void)frexpf(largest, &exponent);
     const float unit = ldexpf(1, FIXED_BITS - exponent);
     out->scale = largest / (float)(bound - 1);
-    uint64_t squares;
     if (!mse) {
+        uint64_t squares;
         struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, &squares);
         account(out, (double)squares, state, exponent);
         return NPUQ_OK;
     }
     struct convert_memory layout = convert_layout(memory, n);
-    struct fixed_sums sums = to_fixed(w, n, unit, &layout);
-    struct optimal_row row = {layout.fixed, layout.magnitude, n, bound, (double)sums.squares};
+    const float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
+    double norm_fixed;
     struct exact_state best;
-    float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
-    if (optimal_state(&row, top, (double)sums.all, layout.search, &best) != NPUQ_OK) return NPUQ_NO_MEMORY;
+    int status;
+    if (bits == 4) {
+        norm_fixed = (double)to_planes(w, unit, top, &layout.planes);
+        status = optimal_int4(&layout.planes, w, unit, n, top, norm_fixed, &layout.changes, layout.search, &best);
+    } else {
+        norm_fixed = (double)to_fixed(w, n, unit, layout.fixed, layout.magnitude);
+        const struct optimal_row row = {layout.fixed, layout.magnitude, n, norm_fixed};
+        status = optimal_int8(&row, top, layout.search, &best);
+    }
+    if (status != NPUQ_OK) return status;
     out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
     struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, NULL);
-    account(out, row.norm, state, exponent);
+    account(out, norm_fixed, state, exponent);
     return NPUQ_OK;
 }
 
 static void convert_release(void *memory) { free(((struct optimal_scratch *)memory)->walk.breakpoints); }
 
-/* Σ codes of each of `columns` equal slices. */
+/* Σ codes of each of `columns` equal slices, of codes between -8 and 7. */
 static void slice_sums(const int8_t *codes, size_t n, size_t columns, int32_t *sums) {
+    const size_t slice = n / columns, part = 1024 * PLANE_STEP; /* 2^10 sums of 8 fit 16 bits */
     for (size_t c = 0; c < columns; c++) {
+        const int8_t *at = codes + slice * c, *end = at + slice;
         int32_t sum = 0;
-        for (size_t i = n / columns * c; i < n / columns * (c + 1); i++) sum += codes[i];
+        while (at + PLANE_STEP <= end) {
+            const int8_t *stop = end - at > (ptrdiff_t)part ? at + part : end;
+            vs lanes = vs_set(0);
+            for (; at + PLANE_STEP <= stop; at += PLANE_STEP) lanes += vs_load_i8(at);
+            sum += (int32_t)vi_total(vs_dot((vi){0}, lanes, vs_set(1)));
+        }
+        for (; at < end; at++) sum += *at;
         sums[c] = sum;
     }
 }

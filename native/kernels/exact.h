@@ -1,5 +1,5 @@
-/* The last step of the search for a row's best scale: every breakpoint inside a narrow window of scales is collected,
- * ordered by its exact integer κ and walked. See quant/optimal_scale.py for the mathematics. */
+/* The last step of the search for a row's best scale: every breakpoint inside a window of scales is collected, ordered
+ * by its exact integer κ and walked. See quant/optimal_scale.py for the mathematics. */
 #ifndef NPUQ_KERNELS_EXACT_H
 #define NPUQ_KERNELS_EXACT_H
 
@@ -11,7 +11,7 @@
 enum {
     FIXED_BITS = 23,
     KAPPA_BITS = 17, /* κ = ⌊|w| · 2^17 / (2m − 1)⌋: half a scale */
-    MOST_LEVELS = 128,
+    INT8_LEVELS = 128, /* breakpoints that a negative weight has; a positive one has one less */
     WINDOW_BINS = 512,
 };
 
@@ -42,12 +42,11 @@ struct walk_scratch {
     struct window_bin window[WINDOW_BINS + 2];
 };
 
-/* The row in fixed point: values, their magnitudes as floats (exact), and what to search. */
+/* A row for int8 codes in fixed point: values, and their magnitudes as floats (exact). */
 struct optimal_row {
     const int32_t *fixed;
     const float *magnitude;
     size_t n;
-    int levels;
     double norm; /* Σ fixed² */
 };
 
@@ -82,6 +81,16 @@ static void offer(struct exact_state *best, int64_t a, int64_t b) {
     if (score > best->score || (score == best->score && b < best->b)) *best = (struct exact_state){a, b, score};
 }
 
+/* Room for that many breakpoints; those that are there stay. */
+static int reserve_breakpoints(struct walk_scratch *scratch, size_t count) {
+    if (count <= scratch->capacity) return NPUQ_OK;
+    struct breakpoint *larger = realloc(scratch->breakpoints, 2 * count * sizeof *larger);
+    if (larger == NULL) return NPUQ_NO_MEMORY;
+    scratch->breakpoints = larger;
+    scratch->capacity = 2 * count;
+    return NPUQ_OK;
+}
+
 /* Codes at a scale as this level's floats round them. Where they are in doubt (within 1e-6 of the window's ends) no
  * state is offered. */
 INLINE vi window_codes(vf magnitude, vf inverse, vf limit) {
@@ -91,11 +100,10 @@ INLINE vi window_codes(vf magnitude, vf inverse, vf limit) {
 /* Collects every breakpoint between the two scales and sums the state above them. NPUQ_NO_MEMORY if they do not fit. */
 static int collect(const struct optimal_row *row, float inverse_hi, float inverse_lo, struct walk_scratch *scratch,
                    size_t *count, int64_t *a, int64_t *b) {
-    double inverse[MOST_LEVELS + 1]; /* 2^17 / (2m − 1) */
-    for (int m = 1; m <= row->levels; m++) inverse[m] = (double)(1 << KAPPA_BITS) / (2 * m - 1);
+    double inverse[INT8_LEVELS + 1]; /* 2^17 / (2m − 1) */
+    for (int m = 1; m <= INT8_LEVELS; m++) inverse[m] = (double)(1 << KAPPA_BITS) / (2 * m - 1);
     size_t found = 0;
     int64_t sum_a = 0, sum_b = 0;
-    const float levels = (float)row->levels;
     for (size_t first = 0; first < row->n; first += 256) {
         size_t n = row->n - first < 256 ? row->n - first : 256;
         int32_t high[256], low[256];
@@ -103,7 +111,7 @@ static int collect(const struct optimal_row *row, float inverse_hi, float invers
         for (size_t i = 0; i < n; i += VW) {
             /* Arrays are padded to whole vectors of zeros, whose code is 0 at any scale. */
             vf magnitude = vf_load(row->magnitude + first + i);
-            vf limit = vi_float((vi_load(row->fixed + first + i) < 0) & 1) + (levels - 1);
+            vf limit = vi_float((vi_load(row->fixed + first + i) < 0) & 1) + (float)(INT8_LEVELS - 1);
             vi above = window_codes(magnitude, vf_set(inverse_hi), limit);
             vi below = window_codes(magnitude, vf_set(inverse_lo), limit);
             memcpy(high + i, &above, sizeof above);
@@ -113,26 +121,10 @@ static int collect(const struct optimal_row *row, float inverse_hi, float invers
         uint32_t any = 0, squares = 0;
         for (int lane = 0; lane < VW; lane++) any += (uint32_t)changed[lane];
         for (size_t i = 0; i < n; i++) squares += (uint32_t)(high[i] * high[i]);
-        if (row->levels <= 8) { /* 64 products of 2^26 stay below 2^32 */
-            for (size_t part = 0; part < n; part += 32) {
-                uint32_t sum = 0;
-                for (size_t i = part; i < part + 32 && i < n; i++) {
-                    sum += (uint32_t)abs(row->fixed[first + i]) * (uint32_t)high[i];
-                }
-                sum_a += sum;
-            }
-        } else {
-            for (size_t i = 0; i < n; i++) sum_a += (int64_t)abs(row->fixed[first + i]) * high[i];
-        }
+        for (size_t i = 0; i < n; i++) sum_a += (int64_t)abs(row->fixed[first + i]) * high[i];
         sum_b += squares;
         if (any == 0) continue;
-        if (found + (size_t)any * (size_t)row->levels > scratch->capacity) {
-            size_t capacity = 2 * (found + (size_t)any * (size_t)row->levels);
-            struct breakpoint *larger = realloc(scratch->breakpoints, capacity * sizeof *larger);
-            if (larger == NULL) return NPUQ_NO_MEMORY;
-            scratch->breakpoints = larger;
-            scratch->capacity = capacity;
-        }
+        if (reserve_breakpoints(scratch, found + (size_t)any * INT8_LEVELS) != NPUQ_OK) return NPUQ_NO_MEMORY;
         uint8_t place[256];
         uint32_t places = 0;
         for (size_t i = 0; i < n; i++) { /* branch-free: which differ cannot be predicted */
@@ -172,13 +164,9 @@ static void sort_breakpoints(struct breakpoint *list, size_t n) {
     }
 }
 
-/* Offers every state of one bin that lies inside [lowest, highest]. NPUQ_NO_MEMORY if the list cannot be held. */
-static int walk_bin(const struct breakpoint *all, const struct window_bin *bin, int64_t a, int64_t b, int64_t highest,
-                    int64_t lowest, struct exact_state *best) {
-    struct breakpoint few[64], *list = bin->count > 64 ? malloc(bin->count * sizeof *list) : few;
-    if (list == NULL) return NPUQ_NO_MEMORY;
-    size_t n = 0;
-    for (uint32_t at = bin->first; at != 0; at = all[at - 1].next) list[n++] = all[at - 1];
+/* Offers every state of the listed breakpoints that lies inside [lowest, highest]; (a, b) is the state above them. */
+static void walk_list(struct breakpoint *list, size_t n, int64_t a, int64_t b, int64_t highest, int64_t lowest,
+                      struct exact_state *best) {
     sort_breakpoints(list, n);
     for (size_t i = 0; i < n; i++) {
         a += list[i].magnitude;
@@ -187,12 +175,23 @@ static int walk_bin(const struct breakpoint *all, const struct window_bin *bin, 
         int complete = i + 1 == n || list[i + 1].kappa != list[i].kappa;
         if (complete && list[i].kappa <= highest && list[i].kappa >= lowest) offer(best, a, b);
     }
+}
+
+/* The same of one bin. NPUQ_NO_MEMORY if the list cannot be held. */
+static int walk_bin(const struct breakpoint *all, const struct window_bin *bin, int64_t a, int64_t b, int64_t highest,
+                    int64_t lowest, struct exact_state *best) {
+    struct breakpoint few[64], *list = bin->count > 64 ? malloc(bin->count * sizeof *list) : few;
+    if (list == NULL) return NPUQ_NO_MEMORY;
+    size_t n = 0;
+    for (uint32_t at = bin->first; at != 0; at = all[at - 1].next) list[n++] = all[at - 1];
+    walk_list(list, n, a, b, highest, lowest, best);
     if (list != few) free(list);
     return NPUQ_OK;
 }
 
-/* Step 2. `breakpoints` lie roughly between highest and lowest; (a, b) is the state above them. */
-static int search_window(struct walk_scratch *scratch, size_t count, int64_t a, int64_t b, int64_t highest,
+/* Offers the states between `highest` and `lowest` that may be better than floor_score. Breakpoints lie roughly between
+ * them, none above `top`; (a, b) is the state above all. */
+static int search_window(struct walk_scratch *scratch, size_t count, int64_t a, int64_t b, int64_t top, int64_t highest,
                          int64_t lowest, double floor_score, struct exact_state *best) {
     struct breakpoint *all = scratch->breakpoints;
     struct window_bin *bins = scratch->window;
@@ -220,8 +219,9 @@ static int search_window(struct walk_scratch *scratch, size_t count, int64_t a, 
     }
     double enough = fmax(best->score * FINE_SLACK, floor_score);
     for (size_t j = 0; j < used; j++) {
-        double top = (double)(highest - ((int64_t)j << shift) + 1) * 0x1p-17 * (j == 0 ? 1.0001 : 1);
-        double reach = (double)a + bins[j].b * top; /* no breakpoint here climbs by more than this a unit of B */
+        /* No breakpoint here climbs by more than this a unit of B. */
+        double steepest = (double)(j == 0 ? top : highest - ((int64_t)j << shift) + 1) * 0x1p-17;
+        double reach = (double)a + bins[j].b * steepest;
         if (bins[j].count > 0 && reach * reach >= enough * (double)(b + bins[j].b)) {
             if (walk_bin(all, &bins[j], a, b, highest, lowest, best) != NPUQ_OK) return NPUQ_NO_MEMORY;
             enough = fmax(best->score * FINE_SLACK, enough);

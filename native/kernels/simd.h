@@ -57,6 +57,12 @@ INLINE vf vf_load_bf16(const uint16_t *p) {
 INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE void vi_store_u16(uint16_t *p, vi v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 INLINE void vi_store_i8(int8_t *p, vi v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE void vi_store_i8x4(int8_t *p, vi a, vi b, vi c, vi d) {
+    vi_store_i8(p, a);
+    vi_store_i8(p + VW, b);
+    vi_store_i8(p + 2 * VW, c);
+    vi_store_i8(p + 3 * VW, d);
+}
 INLINE vi vi_load(const int32_t *p) { return (vi)_mm512_loadu_si512(p); }
 INLINE vf vf_load_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
@@ -88,6 +94,12 @@ INLINE void vi_store_u16(uint16_t *p, vi v) {
 INLINE void vi_store_i8(int8_t *p, vi v) {
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
+/* Four vectors of numbers that fit int8, one after the other. */
+INLINE void vi_store_i8x4(int8_t *p, vi a, vi b, vi c, vi d) {
+    __m256i first = _mm256_packs_epi32((__m256i)a, (__m256i)b), second = _mm256_packs_epi32((__m256i)c, (__m256i)d);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packs work within 128-bit halves */
+    _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), order));
 }
 INLINE vi vi_load(const int32_t *p) { return (vi)_mm256_loadu_si256((const __m256i *)p); }
 INLINE vf vf_load_i8(const int8_t *p) {
@@ -127,6 +139,12 @@ INLINE vf vf_load_i8(const int8_t *p) {
     vb bytes;
     memcpy(&bytes, p, sizeof bytes);
     return __builtin_convertvector(bytes, vf);
+}
+INLINE void vi_store_i8x4(int8_t *p, vi a, vi b, vi c, vi d) {
+    vi_store_i8(p, a);
+    vi_store_i8(p + VW, b);
+    vi_store_i8(p + 2 * VW, c);
+    vi_store_i8(p + 3 * VW, d);
 }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     vh half;

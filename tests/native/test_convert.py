@@ -72,8 +72,9 @@ def test_same_bits_as_torch(
         _check(got, expected)
 
 
-@pytest.mark.parametrize("columns", [4095, 4096, 7168])
+@pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 7168])
 def test_long_rows(columns: int) -> None:
+    """Around the length up to which int8 states are summed weight by weight, and those of real models."""
     rows = _rows("bf16", 4, columns, -6, columns)
     for scheme in (Scheme.W4A8, Scheme.W8A8):
         expected = quantize_rows(rows, scheme, Method.MSE, row_parallel=False)
@@ -86,6 +87,43 @@ def test_long_rows(columns: int) -> None:
 def test_every_kind_of_long_row(kind: str, columns: int) -> None:
     """Long enough for states in int16, for more than one part of their sums, and for windows that grow or stay open."""
     rows = _rows(kind, 2, columns, 3, columns)
+    expected = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=False)
+    for level in LEVELS:
+        _check(native.quantize(StoredRows(rows), 4, True, 1, level), expected)
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_long_fp8_rows_full_of_equal_weights(block: int) -> None:
+    """Many weights change their code at one scale, and blocks of very different size stand beside each other."""
+    generator = torch.Generator().manual_seed(block)
+    byte = (torch.randn(4, 7168, generator=generator) * 40).to(torch.float8_e4m3fn)
+    scale = torch.rand(1, 7168 // block, generator=generator) ** 4 + 1e-3
+    stored = StoredRows(byte, BlockScale(scale, 0, 128, block))
+    expected = quantize_rows(stored.to_float32(), Scheme.W4A8, Method.MSE, row_parallel=False)
+    for level in LEVELS:
+        _check(native.quantize(stored, 4, True, 1, level), expected)
+
+
+@pytest.mark.parametrize("seed", [42, 81, 153, 232, 300, 317])
+def test_optima_beside_the_states_that_were_looked_at(seed: int) -> None:
+    """Rows whose best scale lies so close to a rounded one that which codes that one has is in doubt."""
+    rows = _rows("normal", 2, 20 + seed % 200, 0, seed)
+    rows = rows.sign() * rows.abs().sqrt()
+    expected = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=False)
+    for level in LEVELS:
+        _check(native.quantize(StoredRows(rows), 4, True, 1, level), expected)
+
+
+@pytest.mark.parametrize("columns", [60, 4000])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rows_of_largest_weights(columns: int, share: float) -> None:
+    """Weights just below a power of two, which round up to one in fixed point, beside others: alone, few and many."""
+    generator = torch.Generator().manual_seed(columns)
+    rows = torch.randn(6, columns, generator=generator) * 0.2
+    top = 2 - 2.0**-23 * torch.randint(1, 2000, rows.shape, generator=generator)
+    sign = torch.randn(rows.shape, generator=generator).sign()
+    rows = torch.where(torch.rand(rows.shape, generator=generator) < share, top * sign, rows.clamp(-1.5, 1.5))
+    rows[:, 3] = top[:, 3]
     expected = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=False)
     for level in LEVELS:
         _check(native.quantize(StoredRows(rows), 4, True, 1, level), expected)

@@ -1,0 +1,186 @@
+/* The walk over a window of scales for int4 codes: which weights change their code inside it, and the best state. */
+#ifndef NPUQ_KERNELS_NARROW_H
+#define NPUQ_KERNELS_NARROW_H
+
+#include "bracket.h"
+
+/* How far its ends may be apart at most: |w| / 2h in the middle is within 0.47 of m − ½. */
+#define WALKED_RATIO 1.125
+/* A window is cut into so many parts at a time, until so few changes are left or so many rounds are over. */
+enum { WINDOW_PARTS = 16, FEW_CHANGES = 48, MOST_ROUNDS = 5, SUM_PART = 128 * VW };
+
+/* Room for a row's changes: a bit and a place for each weight; then of each change |w|, 2m − 1, and κ as a float. */
+struct changes {
+    uint64_t *words;
+    uint32_t *places;
+    int32_t *magnitude, *odd;
+    float *kappa;
+};
+
+/* What is asked of a walk: the state above the window, its ends in κ, and a score that is known to be reached. */
+struct walk {
+    int64_t a, b, top, highest, lowest;
+    double floor_score;
+};
+
+/* The places of the weights whose codes differ between the two ends of a window, in `places`; how many. `words`: a bit
+ * for each weight. */
+static size_t changed_places(const struct planes *planes, struct window window, uint64_t *words, uint32_t *places) {
+    const struct factors above = factors_of(window.above.rounding), below = factors_of(window.below);
+    for (size_t i = 0; i < planes->n; i += 64) {
+        uint64_t word = 0;
+        for (size_t k = 0; k < 64; k += PLANE_STEP) {
+            vs w = vs_load(planes->high + i + k);
+            word |= (uint64_t)vs_bits(plane_codes(w, above) != plane_codes(w, below)) << k;
+        }
+        words[i / 64] = window.open ? ~0ull : word;
+    }
+    size_t found = 0;
+    for (size_t i = 0; i < planes->n; i += 64) {
+        uint64_t word = words[i / 64];
+        size_t count = (size_t)__builtin_popcountll(word);
+        for (size_t k = 0; k < count || k < 8; k++) { /* always eight: how many there are cannot be predicted */
+            places[found + k] = (uint32_t)i + (uint32_t)__builtin_ctzll(word | 1ull << 63);
+            word &= word - 1;
+        }
+        found += count;
+    }
+    return found;
+}
+
+INLINE struct breakpoint breakpoint_of(uint32_t magnitude, int m) {
+    static const double inverse[9] = {0,         0x1p17,      0x1p17 / 3,  0x1p17 / 5, 0x1p17 / 7,
+                                      0x1p17 / 9, 0x1p17 / 11, 0x1p17 / 13, 0x1p17 / 15};
+    return (struct breakpoint){kappa_of(magnitude, inverse[m]), magnitude, 2 * (uint32_t)m - 1, 0};
+}
+
+/* Every breakpoint of a window of the row w · unit. NPUQ_NO_MEMORY if they do not fit. */
+static int window_breakpoints(const struct planes *planes, struct window window, const float *w, float unit,
+                              const uint32_t *places, size_t changed, struct walk_scratch *scratch, size_t *count) {
+    if (reserve_breakpoints(scratch, 8 * changed) != NPUQ_OK) return NPUQ_NO_MEMORY;
+    struct breakpoint *out = scratch->breakpoints;
+    for (size_t p = 0; p < changed; p++) {
+        const int32_t fixed = (int32_t)rintf(w[places[p]] * unit);
+        const uint32_t magnitude = (uint32_t)abs(fixed);
+        const int high = planes->high[places[p]], last = fixed < 0 ? 8 : fixed > 0 ? 7 : 0;
+        const int end = window.open ? last : abs(code_at(high, window.below));
+        for (int m = abs(code_at(high, window.above.rounding)) + 1; m <= end; m++) *out++ = breakpoint_of(magnitude, m);
+    }
+    *count = (size_t)(out - scratch->breakpoints);
+    return NPUQ_OK;
+}
+
+/* What changes in a narrow window. The float of κ, |w| / (2m − 1) correctly rounded, never falls as κ grows and is equal
+ * where κ is: all changes at or above some float make a state. */
+static void find_changes(const float *w, float unit, struct window window, size_t count, const struct changes *changes) {
+    const float in_codes = (float)(1 / (window.above.h + window.below_h));
+    float *value = changes->kappa;
+    for (size_t p = 0; p < count; p++) value[p] = w[changes->places[p]];
+    memset(value + count, 0, (VW - 1) * sizeof *value);
+    for (size_t p = 0; p < count; p += VW) { /* zeros behind the last have κ = 0 */
+        vi whole = vf_round(vf_load(value + p) * unit), size = (whole ^ (whole >> 31)) - (whole >> 31);
+        vf magnitude = vi_float(size);
+        vi code = vf_truncate(magnitude * in_codes + 1.0f), odd = code + code - 1; /* |w| / 2h is within ½ of m − ½ */
+        vf_store(changes->kappa + p, magnitude / vi_float(odd));
+        memcpy(changes->magnitude + p, &size, sizeof size);
+        memcpy(changes->odd + p, &odd, sizeof odd);
+    }
+}
+
+/* Adds to (a, b) every change at or above κ. */
+static void add_changes(const struct changes *changes, size_t count, float kappa, int64_t *a, int64_t *b) {
+    vl sum = {0};
+    vi odd = {0}; /* 2^17 times 15 fits */
+    for (size_t part = 0; part < count; part += SUM_PART) { /* 2^7 magnitudes of 2^23 fit 32 bits */
+        size_t end = part + SUM_PART < count ? part + SUM_PART : count;
+        vi size = {0};
+        for (size_t p = part; p < end; p += VW) {
+            vi passed = (vi)(vf_load(changes->kappa + p) >= kappa);
+            size += vi_load(changes->magnitude + p) & passed;
+            odd += vi_load(changes->odd + p) & passed;
+        }
+        sum = vl_add(sum, size);
+    }
+    *a += vl_total(sum);
+    *b += vi_total(odd);
+}
+
+/* Keeps the changes with low ≤ κ < high, and zeros behind them; how many. */
+static size_t keep_changes(const struct changes *changes, size_t count, float low, float high) {
+    size_t kept = 0;
+    for (size_t p = 0; p < count; p += VW) {
+        vf kappa = vf_load(changes->kappa + p);
+        uint32_t bits = vi_bits((vi)(kappa >= low) & (vi)(kappa < high));
+        for (; bits != 0; bits &= bits - 1, kept++) {
+            const size_t at = p + (size_t)__builtin_ctz(bits);
+            changes->kappa[kept] = changes->kappa[at];
+            changes->magnitude[kept] = changes->magnitude[at];
+            changes->odd[kept] = changes->odd[at];
+        }
+    }
+    memset(changes->kappa + kept, 0, (VW - 1) * sizeof *changes->kappa);
+    return kept;
+}
+
+/* As search_window, of a narrow window's changes: the window is cut in parts, those that no better state can lie in are
+ * dropped, and so on until few changes are left to walk. */
+static int walk_narrow(const float *w, float unit, struct window window, const struct walk *walk, size_t count,
+                       const struct changes *changes, struct walk_scratch *scratch, struct exact_state *best) {
+    double high = (double)walk->highest / (1 << KAPPA_BITS), low = (double)walk->lowest / (1 << KAPPA_BITS);
+    int64_t a = walk->a, b = walk->b;
+    find_changes(w, unit, window, count, changes);
+    for (int round = 0; count > FEW_CHANGES && round < MOST_ROUNDS; round++) {
+        float edge[WINDOW_PARTS + 1];
+        struct exact_state at[WINDOW_PARTS + 1];
+        for (int j = 0; j <= WINDOW_PARTS; j++) {
+            edge[j] = (float)(high - (high - low) * j / WINDOW_PARTS);
+            at[j] = (struct exact_state){a, b, 0};
+            add_changes(changes, count, edge[j], &at[j].a, &at[j].b);
+            offer(best, at[j].a, at[j].b);
+        }
+        const double enough = fmax(best->score * FINE_SLACK, walk->floor_score);
+        int first = WINDOW_PARTS, last = 0;
+        for (int j = 0; j < WINDOW_PARTS; j++) {
+            struct state above = {(double)at[j].a, (double)at[j].b}, below = {(double)at[j + 1].a, (double)at[j + 1].b};
+            if (interval_bound(above, below, edge[j] * (1 + 1e-6), edge[j + 1] * (1 - 1e-6)) < enough) continue;
+            first = j < first ? j : first;
+            last = j + 1;
+        }
+        if (last == 0) return NPUQ_OK; /* no state inside is better than those at the edges */
+        high = edge[first];
+        low = edge[last];
+        a = at[first].a;
+        b = at[first].b;
+        count = keep_changes(changes, count, (float)low, (float)high);
+    }
+    if (reserve_breakpoints(scratch, count) != NPUQ_OK) return NPUQ_NO_MEMORY;
+    for (size_t p = 0; p < count; p++) {
+        scratch->breakpoints[p] = breakpoint_of((uint32_t)changes->magnitude[p], (changes->odd[p] + 1) / 2);
+    }
+    walk_list(scratch->breakpoints, count, a, b, walk->highest, walk->lowest, best);
+    return NPUQ_OK;
+}
+
+/* The best state of a window of the row w · unit. NPUQ_NO_MEMORY if its breakpoints do not fit. */
+static int walk_row(const struct planes *row, const float *w, float unit, struct window window, double known,
+                    const struct changes *changes, struct walk_scratch *scratch, struct exact_state *best) {
+    const double kappa = 1 << KAPPA_BITS;
+    const struct walk walk = {
+        .a = window.above.a,
+        .b = window.above.b,
+        .top = (int64_t)((window.above.h + PLANE_DOUBT) * kappa) + 1,
+        .highest = (int64_t)(window.hi * kappa),
+        .lowest = (int64_t)(window.lo * kappa),
+        .floor_score = known * COARSE_SLACK,
+    };
+    *best = (struct exact_state){0, 0, 0};
+    size_t changed = changed_places(row, window, changes->words, changes->places), count;
+    if (!window.open && window.above.h < WALKED_RATIO * window.below_h) {
+        return walk_narrow(w, unit, window, &walk, changed, changes, scratch, best);
+    }
+    int status = window_breakpoints(row, window, w, unit, changes->places, changed, scratch, &count);
+    if (status != NPUQ_OK) return status;
+    return search_window(scratch, count, walk.a, walk.b, walk.top, walk.highest, walk.lowest, walk.floor_score, best);
+}
+
+#endif
