@@ -23,7 +23,7 @@ from ..journal import JobStats
 from ..plan import Job
 from .context import Layer, row_chunks
 from .linears import Deployed, add_rows, factored, round_inputs
-from .smooth import GAIN, STRENGTHS, rounded
+from .smooth import least, rounded
 
 ENOUGH = 512
 # Rows on which smoothing strengths are judged.
@@ -143,18 +143,13 @@ def smooth_inner(jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tens
     truth = block(x)
     gate = Deployed(rounded(jobs[0], weights[0]), jobs[0].scheme)
 
-    def error(up: Tensor, down: Tensor) -> float:
-        trial = Mlp(
-            gate, Deployed(rounded(jobs[1], up), jobs[1].scheme), Deployed(rounded(jobs[2], down), jobs[2].scheme)
-        )
-        return float((trial(x) - truth).double().square().sum())
-
-    best, strength, found = error(weights[1], weights[2]) * GAIN, 0.0, (weights[1], weights[2])
-    for candidate in STRENGTHS:
+    def rescaled(candidate: float) -> tuple[Tensor, Tensor]:
         scale = smoothing_scale(activation, weight, candidate)
-        trial = (weights[1].double() / scale[:, None]).float(), (weights[2].double() * scale).float()
-        left = error(*trial)
-        if left < best:
-            best, strength, found = left, candidate, trial
-    weights[1:] = found
+        return (weights[1].double() / scale[:, None]).float(), (weights[2].double() * scale).float()
+
+    def error(trial: tuple[Tensor, Tensor]) -> float:
+        up, down = (Deployed(rounded(job, changed), job.scheme) for job, changed in zip(jobs[1:], trial, strict=True))
+        return float((Mlp(gate, up, down)(x) - truth).double().square().sum())
+
+    strength, weights[1:] = least((weights[1], weights[2]), rescaled, error)
     return strength

@@ -13,7 +13,7 @@ from ..plan import Job
 from .context import Layer, row_chunks
 from .experts import ExpertResult, Mlp, Routed, choose_tokens, float_mlp, quantize_expert, smooth_inner
 from .linears import Deployed
-from .smooth import GAIN, STRENGTHS, norm_quotient, rounded
+from .smooth import STRENGTHS, least, norm_quotient, rounded
 from .states import StreamPair
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -221,8 +221,7 @@ class _FeedForward:
             for total, part in zip(totals, found, strict=True):
                 total.index_add_(0, rows, part)
         errors = [float(total.double().square().sum()) for total in totals]
-        best = min(range(len(errors)), key=lambda index: errors[index] * (1.0 if index else GAIN))
-        self._strengths[_NORM] = STRENGTHS[best - 1] if best else 0.0
+        self._strengths[_NORM], best = least(0, lambda strength: 1 + STRENGTHS.index(strength), errors.__getitem__)
         if best:
             self._gain, self._factor = trials[best]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,21 @@ GAIN = 0.98
 # Rows that are rounded at a time: what the search for their scales holds beside them is many times their size.
 _ROWS = 512
 
+Trial = TypeVar("Trial")
+
 Change = Callable[[Tensor], dict[str, Tensor]]
 """From a scale [K] to the tensors that it changes, by name."""
+
+
+def least(unchanged: Trial, trial: Callable[[float], Trial], error: Callable[[Trial], float]) -> tuple[float, Trial]:
+    """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where none gains."""
+    best, strength, found = error(unchanged) * GAIN, 0.0, unchanged
+    for candidate in STRENGTHS:
+        changed = trial(candidate)
+        left = error(changed)
+        if left < best:
+            best, strength, found = left, candidate, changed
+    return strength, found
 
 
 def choose(
@@ -36,13 +50,12 @@ def choose(
     changed and the readers rounded.
     """
     weight = torch.stack([tensors[name].abs().amax(0) for name in readers]).amax(0)
-    best, strength, found = error({}, readers) * GAIN, 0.0, dict[str, Tensor]()
-    for candidate in STRENGTHS:
-        changed = change(smoothing_scale(activation, weight, candidate))
-        left = error(changed, readers)
-        if left < best:
-            best, strength, found = left, candidate, changed
-    tensors.update(found)
+    strength, changed = least(
+        {},
+        lambda candidate: change(smoothing_scale(activation, weight, candidate)),
+        lambda trial: error(trial, readers),
+    )
+    tensors.update(changed)
     return strength
 
 
