@@ -28,6 +28,8 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _table(inspection: Inspection) -> str:
+    from ..convert.stored_evaluation import evaluated_on
+
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
     lines = [
         f"{inspection.kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}",
@@ -43,7 +45,7 @@ def _table(inspection: Inspection) -> str:
     total = format_bytes(sum(line.nbytes for line in inspection.lines))
     lines.append(f"{total} in all")
     lines += [
-        f"perplexity {result['perplexity']:.3f} on {result['text']}, context {result['context']}"
+        f"perplexity {result['perplexity']:.3f} on {evaluated_on(result)}, context {result['context']}"
         for result in inspection.evaluations
     ]
     return "\n".join(line.rstrip() for line in lines)

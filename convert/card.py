@@ -111,7 +111,8 @@ def _how(recipe: Recipe, calibration: Calibration | None) -> str:
     else:
         parts.append(
             f"Calibrated on {calibration.samples} windows of {calibration.sequence_length} tokens "
-            f"({calibration.name}, sha256 of the tokens {calibration.sha256[:16]}…)."
+            f"({calibration.name}, sha256 of the tokens {calibration.sha256[:16]}…), "
+            "with scales for an int8 KV cache (`--kv-cache-dtype int8`, npuq's runtime alone)."
         )
     return " ".join(parts)
 

@@ -179,8 +179,9 @@ static void attention_task(const void *context, size_t index, int thread) {
         struct attention_tile tile = {
             .latent = (const char *)cache->latent + block * l * block_size * size_of(latent_dtype(cache)),
             .rope = (const char *)cache->rope + block * d * block_size * size_of(cache->dtype),
-            .dtype = cache->dtype, .latent_dtype = latent_dtype(cache), .block_size = block_size, .first = first, .keys = some, .latent_dim = l,
-            .rope_dim = d, .heads = heads, .q = q, .largest = largest, .total = total, .out = out,
+            .dtype = cache->dtype, .latent_dtype = latent_dtype(cache), .block_size = block_size, .first = first,
+            .keys = some, .latent_dim = l, .rope_dim = d, .heads = heads, .q = q, .largest = largest, .total = total,
+            .out = out,
         };
         attention->kernels->attend(&tile);
         key += some;

@@ -7,7 +7,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ..convert.stored_evaluation import evaluated_on
 from .calibration import Coverage
 from .coverage_figure import coverage_figure
 from .facts import Facts
@@ -135,15 +134,19 @@ def smoothing_figure(coverage: Coverage) -> Any:
 def output_errors(facts: Facts) -> list[tuple[str, list[int], list[float]]]:
     """Lines of (name, layers, relative errors of their output): as calibration left them, and as evaluated."""
     lines = []
+    evaluated: dict[tuple[str, str], tuple[str, list[int], list[float]]] = {}
     if facts.coverage is not None:
         known = [(layer.layer, layer.output_error) for layer in facts.coverage.layers if layer.output_error is not None]
         lines.append(("on the calibration set", [layer for layer, _ in known], [error for _, error in known]))
     for entry in facts.evaluations:
-        stored, where = entry.get("layers", []), f"on {evaluated_on(entry)}, context {entry['context']}"
+        # No layer's error comes from the KV cache: results that differ in it alone share their lines.
+        stored, where = entry.get("layers", []), f"on {entry['text']}, context {entry['context']}"
         numbers = [layer["layer"] for layer in stored]
         for name, key in (("accumulated", "relative_error"), ("of the layer alone", "own_relative_error")):
-            lines.append((f"{name}, {where}", numbers, [layer[key] for layer in stored]))
-    return [line for line in lines if line[1]]
+            if stored:
+                line = f"{name}, {where}"
+                evaluated[line, entry["text_sha256"]] = line, numbers, [layer[key] for layer in stored]
+    return [line for line in (*lines, *evaluated.values()) if line[1]]
 
 
 def layer_figure(lines: Sequence[tuple[str, list[int], list[float]]]) -> Any:

@@ -146,7 +146,7 @@ class Engine:
                 raise GenerationError(f"{len(tokens)} tokens are more than the context of {self.context}")
         batch: list[Tokens[int]] = []
         for tokens in sequences:
-            if sum(map(len, batch)) + len(tokens) > self.config.max_num_batched_tokens and batch:
+            if batch and not self._fits_a_step([*batch, tokens]):
                 yield from self._logits_of_batch(batch)
                 batch = []
             if len(tokens) > self.config.max_num_batched_tokens:
@@ -155,6 +155,11 @@ class Engine:
                 batch.append(tokens)
         if batch:
             yield from self._logits_of_batch(batch)
+
+    def _fits_a_step(self, batch: Tokens[Tokens[int]]) -> bool:
+        if self._int8_cache and sum(self.blocks.blocks_for(len(tokens)) for tokens in batch) > self.blocks.num_free:
+            return False
+        return sum(map(len, batch)) <= self.config.max_num_batched_tokens
 
     def _logits_of_batch(self, batch: Tokens[Tokens[int]]) -> Iterator[Tensor]:
         # Whole sequences in one step need nothing cached, unless it is the cache that is to be judged.
@@ -185,14 +190,11 @@ class Engine:
             self.blocks.release(blocks)
 
     def _take_blocks(self, lengths: Tokens[int]) -> list[list[int]]:
-        """Blocks for sequences of some lengths, all or none. GenerationError where there are too few."""
+        """Blocks for sequences of some lengths, all or none. GenerationError while others hold too many."""
         counts = [self.blocks.blocks_for(length) for length in lengths]
         blocks = self.blocks.allocate(sum(counts))
         if blocks is None:
-            raise GenerationError(
-                f"the cache has no room for {sum(lengths)} tokens; finish what is being generated before asking for "
-                "logits, or raise kv_cache_bytes"
-            )
+            raise GenerationError("the cache is in use; finish what is being generated before asking for logits")
         taken = iter(blocks)
         return [list(islice(taken, count)) for count in counts]
 

@@ -57,7 +57,7 @@ def evaluate(
     The text is tokenized once without special tokens and cut into windows of `context` tokens, the last one maybe
     shorter; each is run from nothing, after BOS where the tokenizer has one, and every token of it is predicted (all
     but a window's first where there is no BOS to predict it from). `progress(done, total)` counts windows.
-    kv_cache_dtype: as of `load`, for the model and not for the source.
+    backend, kv_cache_dtype: as of `load`, where there is something to load; the source's cache stays as it is.
     Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
     a vocabulary.
     """

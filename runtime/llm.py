@@ -179,9 +179,9 @@ def load(
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
         tables = load_rope_tables(checkpoint, config)
+        scales = load_kv_cache_scales(checkpoint, config) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
         weights = load_weights(store, config, ops, tables.softmax_scale)
-        scales = load_kv_cache_scales(checkpoint, config) if kv_cache_dtype == "int8" else None
         raw_config = dict(checkpoint.config)
     model = Model(config, ops, weights, tables.softmax_scale)
     rope, eos_ids = RopeRows.of(tables, ops), _eos_ids(directory, raw_config)

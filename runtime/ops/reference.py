@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -102,10 +102,11 @@ class ReferenceOps(Ops):
             return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
         int8 = latent_scales is not None
+        scales: Sequence[Tensor | None] = latent_scales or [None] * num_layers
         latent = (INT8_CHANNELS, torch.int8) if int8 else (CHANNELS, self.dtype)
         return tuple(
             LayerCache(pool(kv_lora_rank, *latent), pool(rope_dim, CHANNELS, self.dtype), block_size, scale)
-            for _, scale in zip(range(num_layers), latent_scales or repeat(None), strict=False)
+            for scale in scales
         )
 
     # ---- norms and activations -------------------------------------------------------------------------------------

@@ -113,12 +113,14 @@ def test_they_fit_what_the_runtime_puts_into_the_cache(calibrated: Path, texts: 
 def test_an_artifact_without_calibration_has_none(write, tmp_path) -> None:
     convert_checkpoint(write(tmp_path / "source"), tmp_path / "out", method="minmax")
     assert not (tmp_path / "out" / SCALES).exists()
+    assert "int8 KV cache" not in (tmp_path / "out" / "README.md").read_text()
     assert verify(tmp_path / "out").problems == ()
 
 
 def test_verify_names_damage(calibrated: Path, tmp_path: Path) -> None:
     artifact = Artifact(Path(shutil.copytree(calibrated, tmp_path / "copy")))
     assert artifact.problems() == ""
+    assert "scales for an int8 KV cache (`--kv-cache-dtype int8`" in (artifact.directory / "README.md").read_text()
     path = artifact.directory / SCALES
     content = bytearray(path.read_bytes())
     content[-4:] = b"\x00\x00\x00\x00"

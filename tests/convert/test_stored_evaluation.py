@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import npuq
+from npuq.cli.inspect import command as inspect_command
 from npuq.convert import inspect, verify
 from npuq.convert.stored_evaluation import check_storable, store_evaluation
 from npuq.errors import ArtifactError, ConversionError
@@ -82,6 +84,9 @@ def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: Path) -> Non
     card = (artifact / CARD).read_text()
     assert "| wiki\\|text.txt | `" in card
     assert "| wiki\\|text.txt (int8 KV cache) | `" in card
+    shown = CliRunner().invoke(inspect_command, [str(artifact)]).output
+    assert "perplexity 70.000 on wiki|text.txt, context 256\n" in shown
+    assert "perplexity 72.000 on wiki|text.txt (int8 KV cache), context 256\n" in shown
 
 
 def test_errors_of_layers(artifact: Path, text: Path) -> None:

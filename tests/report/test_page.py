@@ -248,6 +248,15 @@ def test_the_figure_of_layers(facts: Facts) -> None:
     }
 
 
+def test_errors_of_layers_know_no_kv_cache(calibrated: Path) -> None:
+    before = [trace.name for trace in figures(read_facts(calibrated))["layers"].data]
+    int8 = {**EVALUATION, "kv_cache_dtype": "int8"}
+    edit_json(calibrated / "npuq/manifest.json", lambda manifest: manifest["evaluations"].append(int8))
+    facts = read_facts(calibrated)
+    assert [trace.name for trace in figures(facts)["layers"].data] == before
+    assert "more</b>.txt (int8 KV cache), context 256" in " ".join(tile.remark for tile in tiles(facts))
+
+
 def test_the_figure_of_sizes(facts: Facts) -> None:
     after, before = figures(facts)["sizes"].data
     assert sum(after.customdata) == facts.output_bytes

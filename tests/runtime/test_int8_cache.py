@@ -220,11 +220,26 @@ def test_more_tokens_fit(int8_artifact: Path) -> None:
     )
 
 
-def test_too_small_a_cache_for_logits_is_one_line(int8_artifact: Path) -> None:
-    sizes = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=2)
+def test_logits_of_more_sequences_than_the_cache_holds(int8_artifact: Path) -> None:
+    """A step takes as many as there are blocks for; one of another's is all that refuses."""
+    sizes = EngineConfig(kv_cache_bytes=1 << 20, block_size=64, max_num_seqs=2)
     model = load(int8_artifact, "cpu", engine=sizes, kv_cache_dtype="int8")
-    with pytest.raises(GenerationError, match=r"no room for .* tokens.*raise kv_cache_bytes"):
-        list(model.logits([list(range(model.context))] * 3))
+    blocks = model.engine.blocks
+    count = 2 * blocks.num_blocks + 1
+    assert count * 3 < sizes.max_num_batched_tokens
+    found = list(model.logits([[7, 300, 12]] * count))
+    assert len(found) == count
+    assert blocks.num_free == blocks.num_blocks
+    taken = blocks.allocate(blocks.num_blocks)
+    with pytest.raises(GenerationError, match="the cache is in use"):
+        list(model.logits([[7, 300, 12]]))
+    blocks.release(taken or [])
+
+
+def test_missing_scales_are_told_before_weights_are_read(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npuq.runtime.llm.load_weights", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(ArtifactError, match="there are no scales"):
+        load(artifact, kv_cache_dtype="int8")
 
 
 def test_evaluate_judges_the_cache(int8_artifact: Path, example_fp8: Path, tmp_path: Path) -> None:
