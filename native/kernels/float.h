@@ -29,10 +29,14 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
         vf token[6];
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) token[t] = vf_load(x + (size_t)t * ldx + i);
-        /* The next tile, in the order its rows lie in memory where they are packed; see kernels/integer.h. */
+        /* A single token is bound by memory: see kernels/integer.h and integer_rows.h for both ways. */
+#if defined(NPUQ_LEVEL_AVX2)
+        for (int r = 0; tokens == 1 && r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + i * size + 512, 0, 0);
+#else
         for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
         }
+#endif
 #pragma GCC unroll 8
         for (int r = 0; r < FLOAT_ROWS; r++) {
             vf weight = vf_load_as(row[r], dtype, i);
