@@ -193,7 +193,8 @@ INLINE vf vf_load_f16(const uint16_t *p) {
 #endif
 #endif
 
-INLINE vf vf_set(float a) { return (vf){0} + a; }
+/* Minus zero is nothing; plus zero would be an addition, since −0 + 0 is not −0. */
+INLINE vf vf_set(float a) { return a - (vf){0}; }
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7FFFFFFF); }
 INLINE vf vf_sign_of(vf a) { return (vf)((vi)a & (int32_t)0x80000000); }
 
