@@ -5,9 +5,10 @@
 
 The model is random, 2.6 GB, DeepSeek-V3 in small (build/random-small-v3, written once). `--llama-cpp` names the Python
 of an environment that has llama-cpp-python and gguf: the same shape as a GGUF (build/random-small-v3.gguf, written
-once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and torch's
-int8 product (oneDNN) on every shape and row count of the prefill. All take turns with the same threads, a round each;
-figures are medians over the rounds, and ratios are made within a round before that. On a machine that has other work,
+once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and the fastest
+int8 product torch has here on every shape and row count of the prefill. What a step of many sequences reads is counted
+from the experts its tokens were really sent to. All take turns with the same threads, a round each; figures are
+medians over the rounds, and ratios are made within a round before that. On a machine that has other work,
 `--threads 1 --cpu-time` leaves out the time in which it had the core.
 """
 
@@ -21,16 +22,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from random_artifact import SMALL_V3, linears, make
+from torch import Tensor
 
 import npuq.runtime
 from npuq.quant.model_config import ModelConfig
 from npuq.quant.native import description
 from npuq.quant.schemes import Scheme
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
+from npuq.runtime.ops import MlpWeights, MoeWeights, Ops
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
@@ -89,16 +93,23 @@ def measure_round(
     """All figures of one round: rates in tokens/s, B/s and multiply-adds/s, and the ratios between them."""
     config = model.engine.model.config
     before = read_bandwidth(clock)
-    ideal = int8_seconds(config, prompt, clock)
-    prefill, decode = measure(model, 1, prompt, tokens, clock)
+    product = fastest_int8(clock)
+    ideal = int8_seconds(config, prompt, product, clock)
+    one = measure(model, 1, prompt, tokens, clock)
     after = read_bandwidth(clock)  # what else runs moves it
+    prefill, decode = one.prefill, one.decode
     found: Figures = {"read bandwidth": max(before, after), "npuq prefill": prefill, "npuq decode": decode}
+    found["bytes of one"] = step_bytes(config, 1, one)
+    found["bandwidth of one"] = found["bytes of one"] * decode
+    found["of bandwidth"] = found["bandwidth of one"] / found["read bandwidth"]
     if batch:
-        _, found["npuq batch"] = measure(model, batch, prompt, tokens, clock)
-        found["batch gain"] = found["npuq batch"] / decode
+        many = measure(model, batch, prompt, tokens, clock)
+        found["npuq batch"], found["batch experts"] = many.decode, many.experts
+        found["batch gain"] = many.decode / decode
+        found["bytes of batch"] = step_bytes(config, batch, many)
+        found["bandwidth of batch"] = found["bytes of batch"] * many.decode / batch
+        found["batch bound"] = batch * found["bytes of one"] / found["bytes of batch"]
     found["int8 limit"] = integer_work(config, prompt) / ideal
-    found["weights"] = bytes_per_token(config)
-    found["of bandwidth"] = found["weights"] * decode / found["read bandwidth"]
     found["of int8"] = ideal * prefill / prompt
     for name, command in peers.items():
         theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -113,7 +124,7 @@ def measure_round(
 def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
     lines = [
         f"limits: read {found['read bandwidth'] / 1e9:.1f} GB/s; torch int8 on the prefill's shapes "
-        f"{found['int8 limit'] / 1e9:.0f} G multiply-adds/s; a decoded token reads {found['weights'] / 1e6:.0f} MB",
+        f"{found['int8 limit'] / 1e9:.0f} G multiply-adds/s; a token reads {found['bytes of one'] / 1e6:.0f} MB",
         f"{'':20} {f'prefill {prompt}':>12} {'decode':>10} {f'batch {batch}':>10}   tokens/s",
         f"{'npuq':20} {found['npuq prefill']:12.1f} {found['npuq decode']:10.2f}",
         f"{'  of the limit':20} {found['of int8']:12.2f} {found['of bandwidth']:10.2f}",
@@ -121,6 +132,12 @@ def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
     if batch:
         lines[2] += f" {found['npuq batch']:10.1f}"
         lines[3] += f" {found['batch gain']:9.2f}×   (of int8, of bandwidth, of one sequence)"
+        lines += [
+            f"  {batch} sequences read {found['bytes of batch'] / 1e6:.0f} MB a step, of {found['batch experts']:.1f} "
+            f"experts a layer: {found['batch bound']:.2f}× at the bandwidth of one",
+            f"  one reads at {found['bandwidth of one'] / 1e9:.1f} GB/s, {batch} at "
+            f"{found['bandwidth of batch'] / 1e9:.1f} GB/s",
+        ]
     for name in peers:
         lines.append(f"{name:20} {found[f'{name} prefill']:12.1f} {found[f'{name} decode']:10.2f}")
         lines.append(
@@ -129,40 +146,73 @@ def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
     return "\n".join(lines)
 
 
-def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: Clock) -> tuple[float, float]:
-    """Tokens/s of prefill and of decode (median step) for `batch` random prompts at once."""
+@dataclass(frozen=True)
+class Measured:
+    """Tokens/s of prefill and decode (median step), and how many experts a layer ran and keys it read in a step."""
+
+    prefill: float
+    decode: float
+    experts: float
+    keys: float
+
+
+def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: Clock) -> Measured:
+    """`batch` random prompts at once. Steps take turns: one is timed, the next has its experts counted."""
     generator = torch.Generator().manual_seed(batch)
     vocabulary = model.engine.model.config.vocab_size
     engine = model.engine
-    params = SamplingParams(max_new_tokens=tokens + 2, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=2 * tokens + 2, ignore_eos=True)
     engine.add(torch.randint(vocabulary, (prompt,), generator=generator).tolist(), SamplingParams(max_new_tokens=3))
     while engine.scheduler.has_work:  # touches the mapped weights and the scratch memory once
         engine.step()
-    for _ in range(batch):
-        engine.add(torch.randint(vocabulary, (prompt,), generator=generator).tolist(), params)
-    started, first = clock(), 0
-    while first < batch:
-        first += len(engine.step())
+    prompts = torch.randint(vocabulary, (batch, prompt), generator=generator).tolist()
+    sequences = [engine.add(tokens, params) for tokens in prompts]
+    started = clock()
+    while not all(sequence.is_decoding for sequence in sequences):
+        engine.step()
     prefill = batch * prompt / (clock() - started)
-    seconds = []
-    while engine.scheduler.has_work:
+    seconds: list[float] = []
+    experts: list[int] = []
+    while not any(sequence.finish_reason for sequence in sequences):
         started = clock()
-        new = engine.step()
-        if len(new) == batch:
-            seconds.append(clock() - started)
-    return prefill, batch / statistics.median(seconds)
+        engine.step()
+        seconds.append(clock() - started)
+        if not any(sequence.finish_reason for sequence in sequences):
+            experts += count_experts(engine.model.ops, engine.step)
+    while engine.scheduler.has_work:
+        engine.step()
+    keys = prompt + tokens
+    return Measured(prefill, batch / statistics.median(seconds), statistics.mean(experts), keys)
 
 
-def bytes_per_token(config: ModelConfig) -> int:
-    """Bytes of weights and scales that one decoded token reads: of the routed experts only those it is sent to."""
-    total = 0.0
+def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
+    """Runs a step, and says how many experts each of its layers sent a token to."""
+    found: list[int] = []
+    run = ops.moe
+
+    def counted(hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
+        found.append(len(ops.moe_gate(hidden, weights)[1].unique()))
+        return run(hidden, weights, shared)
+
+    ops.moe = counted  # type: ignore[method-assign]
+    try:
+        step()
+    finally:
+        ops.moe = run  # type: ignore[method-assign]
+    return found
+
+
+def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
+    """Bytes of weights, scales and cached keys that a decode step reads: of routed experts those it really ran."""
+    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    total = 2.0 * sequences * measured.keys * cached * config.num_hidden_layers
     for name, scheme, shape in linears(config):
         numel = torch.Size(shape).numel()
         if name == "model.embed_tokens.weight":
-            numel = config.hidden_size
+            numel = sequences * config.hidden_size
         size = 2.0 * numel if scheme is Scheme.FLOAT else numel * scheme.weight_bits / 8 + 4 * shape[0]
         if ".experts." in name:
-            size *= config.num_experts_per_tok / config.n_routed_experts
+            size *= measured.experts / config.n_routed_experts
         total += size
     return int(total)
 
@@ -182,14 +232,47 @@ def integer_work(config: ModelConfig, prompt: int) -> int:
     return sum(rows * k * n * count for (rows, k, n), count in integer_shapes(config, prompt).items())
 
 
-def int8_seconds(config: ModelConfig, prompt: int, clock: Clock) -> float:
-    """What torch._int_mm takes for them: the best of several runs of each shape."""
+# int8 rows [M, K] and weights [N, K] to a product that is ready to run.
+Product = Callable[[Tensor, Tensor], Callable[[], object]]
+
+
+def int8_seconds(config: ModelConfig, prompt: int, product: Product, clock: Clock) -> float:
+    """What `product` takes for them: the best of several runs of each shape."""
     total = 0.0
     for (rows, k, n), count in integer_shapes(config, prompt).items():
-        x = torch.randint(-127, 128, (max(rows, 17), k), dtype=torch.int8)  # it wants more than 16 rows
-        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8).T
-        total += count * best(lambda: torch._int_mm(x, weight), 5, clock)  # noqa: B023
+        total += count * best(product(*random_int8(rows, k, n)), 5, clock)
     return total
+
+
+def fastest_int8(clock: Clock) -> Product:
+    """The fastest int8 product that torch has on this processor: where there is no VNNI, _int_mm is a plain loop, and
+    the quantized linear layers (FBGEMM's, oneDNN's) are not."""
+    products = [_int_mm, *(_quantized_linear(engine) for engine in torch.backends.quantized.supported_engines)]
+    operands = random_int8(64, 1024, 1024)
+    return min(products, key=lambda product: best(product(*operands), 3, clock))
+
+
+def random_int8(rows: int, k: int, n: int) -> tuple[Tensor, Tensor]:
+    rows = max(rows, 17)  # _int_mm wants more than 16
+    return torch.randint(-127, 128, (rows, k), dtype=torch.int8), torch.randint(-127, 128, (n, k), dtype=torch.int8)
+
+
+def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    return lambda: torch._int_mm(x, weight.T)
+
+
+def _quantized_linear(engine: str) -> Product:
+    def product(x: Tensor, weight: Tensor) -> Callable[[], object]:
+        torch.backends.quantized.engine = engine
+        scales, zeros = torch.full((len(weight),), 0.01), torch.zeros(len(weight), dtype=torch.int64)
+        packed = torch.ops.quantized.linear_prepack(
+            torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0), None
+        )
+        # Unsigned activations around 128 are what these kernels take.
+        rows = torch._make_per_tensor_quantized_tensor((x.short() + 128).to(torch.uint8), 0.01, 128)
+        return lambda: torch.ops.quantized.linear(rows, packed, 1.0, 128)
+
+    return product
 
 
 def read_bandwidth(clock: Clock) -> float:

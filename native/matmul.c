@@ -14,7 +14,7 @@ struct task {
 
 enum {
     /* Weight bytes a task reads when it is bound by memory: long enough to stream, short enough to share out evenly. */
-    STREAM_BYTES = 96 << 10,
+    STREAM_BYTES = 384 << 10,
     /* Spread weights a task keeps in L2 while the tokens pass by. */
     CACHED_BYTES = 128 << 10,
     /* More tokens than this, and a task is bound by arithmetic. */

@@ -2,7 +2,7 @@
  *
  * x is signed everywhere. A nibble is flipped to code + 8 in 0..15. VNNI's dpbusd wants one unsigned factor, so int8
  * codes are flipped to code + 128 there (OFFSET_W8). NARROW_STEPS: how many dot_nibbles may follow each other before
- * `widen` must empty their 16-bit sums into 32 bits; 0 where they are 32 bits wide. …_TOKENS: how many tokens a tile's
+ * `widen` must empty their 16-bit sums into 32 bits; sums are 32 bits wide where there is none. …_TOKENS: how many tokens a tile's
  * registers hold; DIRECT_LIMIT: above this many, nibbles are better spread once than flipped for every tile. */
 #ifndef NPUQ_KERNELS_BYTES_H
 #define NPUQ_KERNELS_BYTES_H
@@ -11,14 +11,8 @@
 
 enum { TILE_ROWS = 4, OFFSET_W4 = 8 };
 
-/* A single token takes weights row by row where sums need no widening. */
-#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_NEON)
-#define NPUQ_ONE_BY_ONE
-#endif
-
 #if defined(NPUQ_LEVEL_AVX512)
-enum { STEP = 64, W8_STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30,
-       OFFSET_W8 = 128, NARROW_STEPS = 0 };
+enum { STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 128 };
 typedef __m512i bytes;
 typedef __m512i sums;
 INLINE sums sums_zero(void) { return _mm512_setzero_si512(); }
@@ -33,7 +27,6 @@ INLINE sums dot_nibbles(sums acc, bytes nibbles, bytes x) {
     return acc;
 }
 INLINE bytes load_w8(const int8_t *p) { return _mm512_xor_si512(load_bytes(p), _mm512_set1_epi8((char)0x80)); }
-INLINE bytes load_x8(const int8_t *p) { return load_bytes(p); }
 INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return dot_nibbles(acc, w, x); }
 INLINE void store_bytes(void *p, bytes b) { _mm512_storeu_si512(p, b); }
 INLINE sums add_sums(sums a, sums b) { return _mm512_add_epi32(a, b); }
@@ -49,10 +42,11 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 }
 
 #elif defined(NPUQ_LEVEL_AVX2)
-/* Nibble products go through maddubs: |15 · 128 · 2| = 3840 a pair, of which 8 fit an int16. Bytes would saturate it
- * (255 · 128 · 2), so they are widened to int16 first. */
-enum { STEP = 32, W8_STEP = 16, W4_TOKENS = 2, W8_TOKENS = 2, DIRECT_TOKENS = 2, DIRECT_LIMIT = 8,
-       OFFSET_W8 = 0, NARROW_STEPS = 8 };
+/* Nibble products go through maddubs: |15 · 128 · 2| = 3840 a pair, of which 8 fit an int16. Codes would saturate it as
+ * 0..255 (255 · 128 · 2); as magnitudes, with their signs given to x, they do not (128 · 128 · 2, and that only as
+ * −32768). See negate_lowest for the one x that has no opposite. */
+enum { STEP = 32, W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 0,
+       NARROW_STEPS = 8 };
 typedef __m256i bytes;
 typedef __m256i sums;
 INLINE sums sums_zero(void) { return _mm256_setzero_si256(); }
@@ -60,14 +54,21 @@ INLINE bytes load_bytes(const void *p) { return _mm256_loadu_si256((const __m256
 INLINE bytes flip_nibbles(bytes b) { return _mm256_xor_si256(b, _mm256_set1_epi8((char)0x88)); }
 INLINE bytes low_nibbles(bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 INLINE bytes high_nibbles(bytes b) { return _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(15)); }
+/* Written out: around intrinsics GCC 12 gives every sum two registers and copies them back and forth. */
 INLINE sums dot_nibbles(sums narrow, bytes nibbles, bytes x) {
-    return _mm256_add_epi16(narrow, _mm256_maddubs_epi16(nibbles, x));
+    bytes product;
+    __asm__("vpmaddubsw\t%3, %2, %1\n\tvpaddw\t%1, %0, %0" : "+x"(narrow), "=&x"(product) : "x"(nibbles), "x"(x));
+    return narrow;
 }
 INLINE sums add_sums(sums a, sums b) { return _mm256_add_epi32(a, b); }
 INLINE sums widen(sums acc, sums narrow) { return add_sums(acc, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1))); }
-INLINE bytes load_w8(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
-INLINE bytes load_x8(const int8_t *p) { return load_w8(p); }
-INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x)); }
+INLINE bytes load_w8(const int8_t *p) { return load_bytes(p); }
+INLINE sums dot_bytes(sums acc, bytes w, bytes x) {
+    bytes pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    bytes product = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __asm__("vpaddd\t%1, %0, %0" : "+x"(acc) : "x"(product));
+    return acc;
+}
 INLINE void store_bytes(void *p, bytes b) { _mm256_storeu_si256((__m256i *)p, b); }
 INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
     __m256i abcd = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
@@ -81,7 +82,7 @@ enum { W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6 };
 #else
 enum { W4_TOKENS = 4, W8_TOKENS = 4, DIRECT_TOKENS = 4 };
 #endif
-enum { STEP = 16, W8_STEP = 16, DIRECT_LIMIT = 8, OFFSET_W8 = 0, NARROW_STEPS = 0 };
+enum { STEP = 16, DIRECT_LIMIT = 8, OFFSET_W8 = 0 };
 typedef int8x16_t bytes;
 typedef int32x4_t sums;
 INLINE sums sums_zero(void) { return vdupq_n_s32(0); }
@@ -91,7 +92,6 @@ INLINE bytes low_nibbles(bytes b) { return vandq_s8(b, vdupq_n_s8(15)); }
 INLINE bytes high_nibbles(bytes b) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(b), 4)); }
 INLINE sums dot_nibbles(sums acc, bytes nibbles, bytes x) { return vdotq_s32(acc, nibbles, x); }
 INLINE bytes load_w8(const int8_t *p) { return vld1q_s8(p); }
-INLINE bytes load_x8(const int8_t *p) { return vld1q_s8(p); }
 INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return vdotq_s32(acc, w, x); }
 INLINE void store_bytes(void *p, bytes b) { vst1q_s8(p, b); }
 #if defined(NPUQ_LEVEL_I8MM)

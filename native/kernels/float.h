@@ -5,6 +5,7 @@
 #include "../levels.h"
 #include "simd.h"
 
+enum { AXPY_WIDE = 8 };
 #if defined(NPUQ_LEVEL_AVX512)
 enum { FLOAT_TOKENS = 6, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
 #elif defined(NPUQ_LEVEL_NEON)
@@ -29,10 +30,14 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
         vf token[6];
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) token[t] = vf_load(x + (size_t)t * ldx + i);
-        /* The next tile, in the order its rows lie in memory where they are packed; see kernels/integer.h. */
+        /* A single token is bound by memory: see kernels/integer.h and integer_rows.h for both ways. */
+#if defined(NPUQ_LEVEL_AVX2)
+        for (int r = 0; tokens == 1 && r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + i * size + 512, 0, 0);
+#else
         for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
         }
+#endif
 #pragma GCC unroll 8
         for (int r = 0; r < FLOAT_ROWS; r++) {
             vf weight = vf_load_as(row[r], dtype, i);
@@ -83,32 +88,32 @@ static void dot_float(const void *w, int dtype, size_t ldw, size_t rows, const f
     else float_tiles(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc);
 }
 
-/* Four vectors of columns for up to AXPY_TOKENS tokens: rows of w are read once for all. */
-INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, const float *x, size_t ldx,
-                      const int tokens, const int accumulate, float *out, size_t ldout) {
-    vf sum[AXPY_TOKENS][4];
+/* `vectors` of columns for `tokens`: rows of w are read once for all. */
+INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, const int vectors, const float *x,
+                      size_t ldx, const int tokens, const int accumulate, float *out, size_t ldout) {
+    vf sum[AXPY_TOKENS][AXPY_WIDE];
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; t++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
             sum[t][v] = accumulate ? vf_load(out + (size_t)t * ldout + (size_t)v * VW) : vf_set(0);
         }
     }
     for (size_t i = 0; i < a; i++) {
-        vf weight[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) weight[v] = vf_load_as(w, dtype, i * ldw + (size_t)v * VW);
+        vf weight[AXPY_WIDE];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) weight[v] = vf_load_as(w, dtype, i * ldw + (size_t)v * VW);
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) {
             vf token = vf_set(x[(size_t)t * ldx + i]);
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) sum[t][v] = vf_fma(token, weight[v], sum[t][v]);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) sum[t][v] = vf_fma(token, weight[v], sum[t][v]);
         }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; t++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) vf_store(out + (size_t)t * ldout + (size_t)v * VW, sum[t][v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) vf_store(out + (size_t)t * ldout + (size_t)v * VW, sum[t][v]);
     }
 }
 
@@ -116,13 +121,19 @@ INLINE void axpy_columns(const char *w, const int dtype, size_t ldw, size_t a, s
                          size_t tokens, const int accumulate, float *out, size_t ldout) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
     size_t c = 0;
+    /* A single token is bound by memory, and two lines of a row come faster than one. */
+    for (; tokens == 1 && c + AXPY_WIDE * VW <= cols; c += AXPY_WIDE * VW) {
+        axpy_tile(w + c * size, dtype, ldw, a, AXPY_WIDE, x, ldx, 1, accumulate, out + c, ldout);
+    }
     for (; c + 4 * VW <= cols; c += 4 * VW) {
         const char *wc = w + c * size;
         size_t t = 0;
         for (; t + AXPY_TOKENS <= tokens; t += AXPY_TOKENS) {
-            axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, AXPY_TOKENS, accumulate, out + t * ldout + c, ldout);
+            axpy_tile(wc, dtype, ldw, a, 4, x + t * ldx, ldx, AXPY_TOKENS, accumulate, out + t * ldout + c, ldout);
         }
-        for (; t < tokens; t++) axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, 1, accumulate, out + t * ldout + c, ldout);
+        for (; t < tokens; t++) {
+            axpy_tile(wc, dtype, ldw, a, 4, x + t * ldx, ldx, 1, accumulate, out + t * ldout + c, ldout);
+        }
     }
     for (; c < cols; c += VW) {
         size_t n = cols - c < VW ? cols - c : VW;

@@ -66,143 +66,50 @@ INLINE void dot_row(const enum storage storage, sums *row, bytes weight, const b
                                                  : dot_nibbles(row[t], weight, token[t]););
 }
 
-INLINE void widen_row(sums *row, const sums *part, const int tokens) {
-    EACH_TOKEN(tokens, row[t] = widen(row[t], part[t]););
-}
-
 INLINE bytes load_weight(const enum storage storage, const uint8_t *from) {
     return storage == CODES ? load_w8((const int8_t *)from) : load_bytes(from);
 }
 
-/* The sums of four rows, those of each for up to MOST_TOKENS tokens. */
-struct tile_sums {
-    sums row0[MOST_TOKENS], row1[MOST_TOKENS], row2[MOST_TOKENS], row3[MOST_TOKENS];
-};
+#include "integer_rows.h"
 
-INLINE void clear_tile(struct tile_sums *sum, const int tokens) {
-    clear_row(sum->row0, tokens);
-    clear_row(sum->row1, tokens);
-    clear_row(sum->row2, tokens);
-    clear_row(sum->row3, tokens);
-}
-
-/* Adds the products at [begin, end) of k, a whole number of steps. */
-INLINE void add_stretch(const enum storage storage, struct tile_sums *sum, const uint8_t *const row[TILE_ROWS],
-                        const int8_t *x, const int tokens, size_t k, size_t begin, size_t end) {
-    const uint8_t *row0 = row[0], *row1 = row[1], *row2 = row[2], *row3 = row[3];
-    for (size_t i = begin; i < end; i += storage == CODES ? W8_STEP : STEP) {
+#if !defined(NPUQ_LEVEL_AVX2)
+/* Sums of one tile over the first `body` of k, a whole number of steps: four rows at once, those of each for up to
+ * MOST_TOKENS tokens. Rows past the last repeat it: their sums go to padding. `storage` and `tokens` are constants where
+ * this is inlined. */
+INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens, size_t k,
+                 size_t body, int32_t *acc, size_t ldacc) {
+    const size_t last = (storage == PACKED ? rows / 2 : rows) - 1;
+    const uint8_t *row0 = w, *row1 = w + (last < 1 ? 0 : k), *row2 = w + (last < 2 ? last : 2) * k,
+                  *row3 = w + (last < 3 ? last : 3) * k;
+    sums sum0[MOST_TOKENS], sum1[MOST_TOKENS], sum2[MOST_TOKENS], sum3[MOST_TOKENS];
+    clear_row(sum0, tokens);
+    clear_row(sum1, tokens);
+    clear_row(sum2, tokens);
+    clear_row(sum3, tokens);
+    for (size_t i = 0; i < body; i += STEP) {
         bytes token[MOST_TOKENS];
-        EACH_TOKEN(tokens, token[t] = storage == CODES ? load_x8(x + t * k + i) : load_bytes(x + t * k + i););
+        EACH_TOKEN(tokens, token[t] = load_bytes(x + t * k + i););
         /* The next tile's bytes, in the order they lie in memory: the hardware's prefetcher sees several short streams
          * here, and stops at the end of each (measured: a third of the bandwidth without). Spread ones are in L2. */
-        const size_t step = storage == CODES ? W8_STEP : STEP, stored_rows = storage == PACKED ? 2 : TILE_ROWS;
-        for (size_t line = 0; storage != SPREAD && line < stored_rows * step; line += 64) {
+        const size_t stored_rows = storage == PACKED ? 2 : TILE_ROWS;
+        for (size_t line = 0; storage != SPREAD && line < stored_rows * STEP; line += 64) {
             __builtin_prefetch(row0 + stored_rows * (k + i) + line);
         }
         if (storage == PACKED) {
             bytes both = flip_nibbles(load_bytes(row0 + i));
-            dot_row(storage, sum->row0, low_nibbles(both), token, tokens);
-            dot_row(storage, sum->row1, high_nibbles(both), token, tokens);
+            dot_row(storage, sum0, low_nibbles(both), token, tokens);
+            dot_row(storage, sum1, high_nibbles(both), token, tokens);
             both = flip_nibbles(load_bytes(row1 + i));
-            dot_row(storage, sum->row2, low_nibbles(both), token, tokens);
-            dot_row(storage, sum->row3, high_nibbles(both), token, tokens);
+            dot_row(storage, sum2, low_nibbles(both), token, tokens);
+            dot_row(storage, sum3, high_nibbles(both), token, tokens);
         } else {
-            dot_row(storage, sum->row0, load_weight(storage, row0 + i), token, tokens);
-            dot_row(storage, sum->row1, load_weight(storage, row1 + i), token, tokens);
-            dot_row(storage, sum->row2, load_weight(storage, row2 + i), token, tokens);
-            dot_row(storage, sum->row3, load_weight(storage, row3 + i), token, tokens);
+            dot_row(storage, sum0, load_weight(storage, row0 + i), token, tokens);
+            dot_row(storage, sum1, load_weight(storage, row1 + i), token, tokens);
+            dot_row(storage, sum2, load_weight(storage, row2 + i), token, tokens);
+            dot_row(storage, sum3, load_weight(storage, row3 + i), token, tokens);
         }
     }
-}
-
-/* Sums of one tile over the first `body` of k. Rows past the last repeat it: their sums go to padding. `storage` and
- * `tokens` are constants where this is inlined. */
-INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens, size_t k,
-                 size_t body, int32_t *acc, size_t ldacc) {
-    const size_t last = (storage == PACKED ? rows / 2 : rows) - 1;
-    const uint8_t *const row[TILE_ROWS] = {w, w + (last < 1 ? 0 : k), w + (last < 2 ? last : 2) * k,
-                                           w + (last < 3 ? last : 3) * k};
-    struct tile_sums sum;
-    clear_tile(&sum, tokens);
-    if (storage == CODES || NARROW_STEPS == 0) {
-        add_stretch(storage, &sum, row, x, tokens, k, 0, body);
-    } else {
-        for (size_t i = 0; i < body; i += NARROW_STEPS * STEP) {
-            struct tile_sums part;
-            clear_tile(&part, tokens);
-            add_stretch(storage, &part, row, x, tokens, k, i, body - i > NARROW_STEPS * STEP ? i + NARROW_STEPS * STEP : body);
-            widen_row(sum.row0, part.row0, tokens);
-            widen_row(sum.row1, part.row1, tokens);
-            widen_row(sum.row2, part.row2, tokens);
-            widen_row(sum.row3, part.row3, tokens);
-        }
-    }
-    EACH_TOKEN(tokens, store_quad(acc + t * ldacc, sum.row0[t], sum.row1[t], sum.row2[t], sum.row3[t]););
-}
-
-#if defined(NPUQ_ONE_BY_ONE)
-/* A tile of one token, row by row in the order of memory: the hardware's prefetcher follows one long stream, twice as
- * fast as prefetching by hand could (a core has room for few of those at a time). */
-INLINE void stream_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t k,
-                        size_t body, int32_t *acc) {
-    const size_t step = storage == CODES ? W8_STEP : STEP, last = (storage == PACKED ? rows / 2 : rows) - 1;
-    sums sum[TILE_ROWS];
-#pragma GCC unroll 4
-    for (size_t r = 0; r < TILE_ROWS; r += storage == PACKED ? 2 : 1) {
-        size_t stored = storage == PACKED ? r / 2 : r;
-        const uint8_t *row = w + (stored < last ? stored : last) * k;
-        sums even = sums_zero(), odd = sums_zero(), even_high = sums_zero(), odd_high = sums_zero();
-        size_t i = 0;
-        for (; i + 2 * step <= body; i += 2 * step) {
-            bytes first = load_bytes(x + i), second = load_bytes(x + i + step);
-            if (storage == PACKED) {
-                bytes both = flip_nibbles(load_bytes(row + i)), next = flip_nibbles(load_bytes(row + i + step));
-                even = dot_nibbles(even, low_nibbles(both), first);
-                even_high = dot_nibbles(even_high, high_nibbles(both), first);
-                odd = dot_nibbles(odd, low_nibbles(next), second);
-                odd_high = dot_nibbles(odd_high, high_nibbles(next), second);
-            } else {
-                even = dot_bytes(even, load_w8((const int8_t *)row + i), first);
-                odd = dot_bytes(odd, load_w8((const int8_t *)row + i + step), second);
-            }
-        }
-        if (i < body) {
-            bytes token = load_bytes(x + i);
-            if (storage == PACKED) {
-                bytes both = flip_nibbles(load_bytes(row + i));
-                even = dot_nibbles(even, low_nibbles(both), token);
-                even_high = dot_nibbles(even_high, high_nibbles(both), token);
-            } else {
-                even = dot_bytes(even, load_w8((const int8_t *)row + i), token);
-            }
-        }
-        sum[r] = add_sums(even, odd);
-        if (storage == PACKED) sum[r + 1] = add_sums(even_high, odd_high);
-    }
-    store_quad(acc, sum[0], sum[1], sum[2], sum[3]);
-}
-
-/* The same of two or three tokens of packed rows: their sums already hide each other's latency. */
-INLINE void stream_packed(const uint8_t *w, size_t rows, const int8_t *x, const int tokens, size_t k, size_t body,
-                          int32_t *acc, size_t ldacc) {
-    const size_t last = rows / 2 - 1;
-    sums low[2][MOST_TOKENS], high[2][MOST_TOKENS];
-#pragma GCC unroll 2
-    for (size_t r = 0; r < 2; r++) {
-        const uint8_t *row = w + (r < last ? r : last) * k;
-        sums even[MOST_TOKENS], odd[MOST_TOKENS];
-        clear_row(even, tokens);
-        clear_row(odd, tokens);
-        for (size_t i = 0; i < body; i += STEP) {
-            bytes token[MOST_TOKENS];
-            EACH_TOKEN(tokens, token[t] = load_bytes(x + t * k + i););
-            bytes both = flip_nibbles(load_bytes(row + i));
-            dot_row(PACKED, even, low_nibbles(both), token, tokens);
-            dot_row(PACKED, odd, high_nibbles(both), token, tokens);
-        }
-        EACH_TOKEN(tokens, low[r][t] = even[t]; high[r][t] = odd[t];);
-    }
-    EACH_TOKEN(tokens, store_quad(acc + t * ldacc, low[0][t], high[0][t], low[1][t], high[1][t]););
+    EACH_TOKEN(tokens, store_quad(acc + t * ldacc, sum0[t], sum1[t], sum2[t], sum3[t]););
 }
 #endif
 
@@ -246,17 +153,23 @@ INLINE void pair_tile(const enum storage storage, const uint8_t *w, size_t rows,
         if (2 * t + 1 < tokens) vst1q_s32(acc + (2 * t + 1) * ldacc, vuzp2q_s32(upper[t], lower[t]));
     });
 }
-#else
-#define pair_tile tile
 #endif
 
-INLINE void one_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t k, size_t body,
-                     int32_t *acc, size_t ldacc) {
-#if defined(NPUQ_ONE_BY_ONE)
-    (void)ldacc;
-    stream_tile(storage, w, rows, x, k, body, acc);
+/* The way that this level's registers and prefetchers like best. */
+INLINE void best_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens,
+                      size_t k, size_t body, int32_t *acc, size_t ldacc) {
+#if defined(NPUQ_LEVEL_AVX2)
+    row_tile(storage, w, rows, x, tokens, k, body, acc, ldacc);
 #else
-    tile(storage, w, rows, x, 1, k, body, acc, ldacc);
+    if (tokens == 1) {
+        stream_tile(storage, w, rows, x, k, body, acc);
+        return;
+    }
+#if defined(NPUQ_LEVEL_I8MM)
+    pair_tile(storage, w, rows, x, tokens, k, body, acc, ldacc);
+#else
+    tile(storage, w, rows, x, tokens, k, body, acc, ldacc);
+#endif
 #endif
 }
 
@@ -281,15 +194,14 @@ static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const 
 /* All tiles: a token tile stays in L1 while the weights pass by, from memory or (for many tokens) from L2. */
 INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t *w, size_t rows, const int8_t *x,
                       size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
-    const size_t step = storage == CODES ? W8_STEP : STEP;
-    size_t body = k / step * step;
+    size_t body = k / STEP * STEP;
     for (size_t t = 0; t < tokens;) {
         size_t left = tokens - t, width = left < (size_t)most ? left : (size_t)most;
         const int8_t *xt = x + t * k;
         for (size_t r = 0; r < rows; r += TILE_ROWS) {
             const uint8_t *wr = w + (storage == PACKED ? r / 2 : r) * k;
             int32_t *out = acc + t * ldacc + r;
-#if defined(NPUQ_ONE_BY_ONE)
+#if !defined(NPUQ_LEVEL_AVX2)
             if (storage == PACKED && (tokens == 2 || tokens == 3)) { /* bound by memory */
                 if (tokens == 2) stream_packed(wr, rows - r, xt, 2, k, body, out, ldacc);
                 else stream_packed(wr, rows - r, xt, 3, k, body, out, ldacc);
@@ -297,12 +209,12 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
             }
 #endif
             switch (width) {
-                case 1: one_tile(storage, wr, rows - r, xt, k, body, out, ldacc); break;
-                case 2: pair_tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
-                case 3: if (most >= 3) pair_tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
-                case 4: if (most >= 4) pair_tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
-                case 5: if (most >= 5) pair_tile(storage, wr, rows - r, xt, 5, k, body, out, ldacc); break;
-                default: if (most >= 6) pair_tile(storage, wr, rows - r, xt, 6, k, body, out, ldacc); break;
+                case 1: best_tile(storage, wr, rows - r, xt, 1, k, body, out, ldacc); break;
+                case 2: best_tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
+                case 3: if (most >= 3) best_tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
+                case 4: if (most >= 4) best_tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
+                case 5: if (most >= 5) best_tile(storage, wr, rows - r, xt, 5, k, body, out, ldacc); break;
+                default: if (most >= 6) best_tile(storage, wr, rows - r, xt, 6, k, body, out, ldacc); break;
             }
         }
         t += width;
@@ -312,6 +224,9 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
 
 static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
     dot_tiles(CODES, W8_TOKENS, (const uint8_t *)w, rows, x, tokens, k, acc, ldacc);
+#if defined(NPUQ_LEVEL_AVX2)
+    negate_lowest(w, rows, x, tokens, k, k / STEP * STEP, acc, ldacc);
+#endif
 }
 
 static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {

@@ -81,9 +81,12 @@ INLINE vf vf_sqrt(vf a) { return _mm256_sqrt_ps(a); }
 INLINE vi vf_round(vf a) { return (vi)_mm256_cvtps_epi32(a); }
 INLINE vi vf_truncate(vf a) { return (vi)_mm256_cvttps_epi32(a); }
 INLINE vf vi_float(vi a) { return _mm256_cvtepi32_ps((__m256i)a); }
+/* One shuffle: widening and shifting would be two, on the units that products and sums also want. */
 INLINE vf vf_load_bf16(const uint16_t *p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1,
+                                            10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, places));
 }
 INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE void vi_store_u16(uint16_t *p, vi v) {
@@ -190,7 +193,8 @@ INLINE vf vf_load_f16(const uint16_t *p) {
 #endif
 #endif
 
-INLINE vf vf_set(float a) { return (vf){0} + a; }
+/* Minus zero is nothing; plus zero would be an addition, since −0 + 0 is not −0. */
+INLINE vf vf_set(float a) { return a - (vf){0}; }
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7FFFFFFF); }
 INLINE vf vf_sign_of(vf a) { return (vf)((vi)a & (int32_t)0x80000000); }
 

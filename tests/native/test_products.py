@@ -17,7 +17,7 @@ from .cases import LEVELS, part, product, quantized
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
 
-SIZES = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 300, 511, 515, 1030])
+SIZES = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 300, 511, 515, 1030, 3525])
 
 
 @pytest.fixture(params=LEVELS, scope="module")
