@@ -51,7 +51,7 @@ def choose(
     """
     weight = torch.stack([tensors[name].abs().amax(0) for name in readers]).amax(0)
     strength, changed = least(
-        {},
+        dict[str, Tensor](),
         lambda candidate: change(smoothing_scale(activation, weight, candidate)),
         lambda trial: error(trial, readers),
     )
