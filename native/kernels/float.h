@@ -5,7 +5,7 @@
 #include "../levels.h"
 #include "simd.h"
 
-enum { AXPY_WIDE = 8 };
+enum { AXPY_ROWS = 8 };
 #if defined(NPUQ_LEVEL_AVX512)
 enum { FLOAT_TOKENS = 6, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
 #elif defined(NPUQ_LEVEL_NEON)
@@ -32,7 +32,10 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
         for (int t = 0; t < tokens; t++) token[t] = vf_load(x + (size_t)t * ldx + i);
         /* A single token is bound by memory: see kernels/integer.h and integer_rows.h for both ways. */
 #if defined(NPUQ_LEVEL_AVX2)
-        for (int r = 0; tokens == 1 && r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + i * size + 512, 0, 0);
+        /* Half a kilobyte ahead in each row, and behind its end in the row that follows it in its place. */
+        size_t ahead = i * size + 512;
+        if (ahead >= k * size) ahead += (FLOAT_ROWS * ldw - k) * size;
+        for (int r = 0; tokens == 1 && r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + ahead, 0, 0);
 #else
         for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
@@ -88,10 +91,11 @@ static void dot_float(const void *w, int dtype, size_t ldw, size_t rows, const f
     else float_tiles(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc);
 }
 
-/* `vectors` of columns for `tokens`: rows of w are read once for all. */
-INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, const int vectors, const float *x,
-                      size_t ldx, const int tokens, const int accumulate, float *out, size_t ldout) {
-    vf sum[AXPY_TOKENS][AXPY_WIDE];
+/* Four vectors of columns for `tokens`: rows of w are read once for all. */
+INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, const float *x, size_t ldx,
+                      const int tokens, const int accumulate, float *out, size_t ldout) {
+    enum { vectors = 4 };
+    vf sum[AXPY_TOKENS][vectors];
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; t++) {
 #pragma GCC unroll 8
@@ -100,7 +104,7 @@ INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, cons
         }
     }
     for (size_t i = 0; i < a; i++) {
-        vf weight[AXPY_WIDE];
+        vf weight[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) weight[v] = vf_load_as(w, dtype, i * ldw + (size_t)v * VW);
 #pragma GCC unroll 8
@@ -117,22 +121,51 @@ INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, cons
     }
 }
 
+/* A single token is bound by memory: whole rows, AXPY_ROWS at a time, in the order in which they lie there. Sums go on in
+ * `out`, in the order of the rows as in a tile. */
+INLINE size_t axpy_single(const char *w, const int dtype, size_t ldw, size_t a, size_t cols, const float *x,
+                          const int accumulate, float *out) {
+    const size_t size = dtype == NPUQ_F32 ? 4 : 2, whole = cols / VW * VW;
+    if (!accumulate) memset(out, 0, whole * sizeof *out);
+    for (size_t i = 0; i < a; i += AXPY_ROWS) {
+        const size_t rows = a - i < AXPY_ROWS ? a - i : AXPY_ROWS;
+        const char *at = w + i * ldw * size;
+        vf factor[AXPY_ROWS];
+#pragma GCC unroll 8
+        for (size_t r = 0; r < AXPY_ROWS; r++) factor[r] = vf_set(r < rows ? x[i + r] : 0);
+        if (rows < AXPY_ROWS) {
+            for (size_t c = 0; c < whole; c += VW) {
+                vf sum = vf_load(out + c);
+                for (size_t r = 0; r < rows; r++) sum = vf_fma(factor[r], vf_load_as(at, dtype, r * ldw + c), sum);
+                vf_store(out + c, sum);
+            }
+            continue;
+        }
+        for (size_t c = 0; c < whole; c += VW) {
+            vf sum = vf_load(out + c);
+#pragma GCC unroll 8
+            for (size_t r = 0; r < AXPY_ROWS; r++) {
+                __builtin_prefetch(at + ((AXPY_ROWS + r) * ldw + c) * size, 0, 0);
+                sum = vf_fma(factor[r], vf_load_as(at, dtype, r * ldw + c), sum);
+            }
+            vf_store(out + c, sum);
+        }
+    }
+    return whole;
+}
+
 INLINE void axpy_columns(const char *w, const int dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                          size_t tokens, const int accumulate, float *out, size_t ldout) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
-    size_t c = 0;
-    /* A single token is bound by memory, and two lines of a row come faster than one. */
-    for (; tokens == 1 && c + AXPY_WIDE * VW <= cols; c += AXPY_WIDE * VW) {
-        axpy_tile(w + c * size, dtype, ldw, a, AXPY_WIDE, x, ldx, 1, accumulate, out + c, ldout);
-    }
+    size_t c = tokens == 1 ? axpy_single(w, dtype, ldw, a, cols, x, accumulate, out) : 0;
     for (; c + 4 * VW <= cols; c += 4 * VW) {
         const char *wc = w + c * size;
         size_t t = 0;
         for (; t + AXPY_TOKENS <= tokens; t += AXPY_TOKENS) {
-            axpy_tile(wc, dtype, ldw, a, 4, x + t * ldx, ldx, AXPY_TOKENS, accumulate, out + t * ldout + c, ldout);
+            axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, AXPY_TOKENS, accumulate, out + t * ldout + c, ldout);
         }
         for (; t < tokens; t++) {
-            axpy_tile(wc, dtype, ldw, a, 4, x + t * ldx, ldx, 1, accumulate, out + t * ldout + c, ldout);
+            axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, 1, accumulate, out + t * ldout + c, ldout);
         }
     }
     for (; c < cols; c += VW) {
