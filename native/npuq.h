@@ -1,7 +1,7 @@
 /* The C interface of npuq's native kernels: raw pointers, fixed-width integers, no dependency but libc and threads.
  *
  * Every function that can fail returns 0 or NPUQ_NO_MEMORY; arguments are checked by the caller (quant/native.py and
- * runtime/ops/native.py), which knows tensors and can name what is wrong. Matrices are row-major. Strides count
+ * runtime/ops/native_*.py), which knows tensors and can name what is wrong. Matrices are row-major. Strides count
  * elements. A row may start at any address: nothing here needs alignment.
  *
  * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
