@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--threads 2] [--repeat 30] [--json]
 
-Limits: copying and reading a buffer larger than any cache, and torch's int8 matrix product (oneDNN). Each figure is the
-best of many short repetitions, so that other work on the machine disturbs it little. Shapes are those of a
-DeepSeek-V3-shaped model of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
+Limits: copying and reading a buffer larger than any cache, and the fastest int8 matrix product that torch has here.
+Each figure is the best of many short repetitions, so that other work on the machine disturbs it little. Shapes are those
+of a DeepSeek-V3-shaped model of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from machine_limits import best as best_of
+from machine_limits import fastest_int8, random_int8
 from torch import Tensor
 
 from npuq.quant import native
@@ -44,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes/s of reading (sum) and copying (bytes read), and int8 multiply-adds/s of torch._int_mm."""
+    """Bytes/s of reading (sum) and copying (bytes read), and int8 multiply-adds/s of torch's fastest product."""
 
     read: float
     copy: float
@@ -81,12 +83,7 @@ def main() -> None:
 def best(work: Callable[[], object], repeat: int) -> float:
     """Seconds of the fastest of `repeat` runs, after one that is not counted."""
     work()
-    seconds = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return best_of(work, repeat, time.perf_counter)
 
 
 def measure_limits(repeat: int) -> Limits:
@@ -95,9 +92,9 @@ def measure_limits(repeat: int) -> Limits:
     target = torch.empty_like(source)
     read = source.nbytes / best(lambda: torch.sum(source), repeat)
     copy = source.nbytes / best(lambda: target.copy_(source), repeat)
-    x = torch.randint(-127, 128, (PROMPT, HIDDEN), dtype=torch.int8)
-    weight = torch.randint(-127, 128, (2 * INTERMEDIATE, HIDDEN), dtype=torch.int8).T
-    return Limits(read, copy, PROMPT * HIDDEN * 2 * INTERMEDIATE / best(lambda: torch._int_mm(x, weight), repeat))
+    product = fastest_int8(time.perf_counter)
+    seconds = best(product(*random_int8(PROMPT, HIDDEN, 2 * INTERMEDIATE)), repeat)
+    return Limits(read, copy, PROMPT * HIDDEN * 2 * INTERMEDIATE / seconds)
 
 
 class _Weights:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from machine_limits import Clock, Product, best, fastest_int8, random_int8, read_bandwidth
 from random_artifact import SMALL_V3, linears, make
 from torch import Tensor
 
@@ -39,7 +40,6 @@ from npuq.runtime.ops import MlpWeights, MoeWeights, Ops
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 Figures = dict[str, float]
-Clock = Callable[[], float]  # seconds
 
 
 def main() -> None:
@@ -233,62 +233,12 @@ def integer_work(config: ModelConfig, prompt: int) -> int:
 
 
 # int8 rows [M, K] and weights [N, K] to a product that is ready to run.
-Product = Callable[[Tensor, Tensor], Callable[[], object]]
-
-
 def int8_seconds(config: ModelConfig, prompt: int, product: Product, clock: Clock) -> float:
     """What `product` takes for them: the best of several runs of each shape."""
     total = 0.0
     for (rows, k, n), count in integer_shapes(config, prompt).items():
         total += count * best(product(*random_int8(rows, k, n)), 5, clock)
     return total
-
-
-def fastest_int8(clock: Clock) -> Product:
-    """The fastest int8 product that torch has on this processor: where there is no VNNI, _int_mm is a plain loop, and
-    the quantized linear layers (FBGEMM's, oneDNN's) are not."""
-    products = [_int_mm, *(_quantized_linear(engine) for engine in torch.backends.quantized.supported_engines)]
-    operands = random_int8(64, 1024, 1024)
-    return min(products, key=lambda product: best(product(*operands), 3, clock))
-
-
-def random_int8(rows: int, k: int, n: int) -> tuple[Tensor, Tensor]:
-    rows = max(rows, 17)  # _int_mm wants more than 16
-    return torch.randint(-127, 128, (rows, k), dtype=torch.int8), torch.randint(-127, 128, (n, k), dtype=torch.int8)
-
-
-def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], object]:
-    return lambda: torch._int_mm(x, weight.T)
-
-
-def _quantized_linear(engine: str) -> Product:
-    def product(x: Tensor, weight: Tensor) -> Callable[[], object]:
-        torch.backends.quantized.engine = engine
-        scales, zeros = torch.full((len(weight),), 0.01), torch.zeros(len(weight), dtype=torch.int64)
-        packed = torch.ops.quantized.linear_prepack(
-            torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0), None
-        )
-        # Unsigned activations around 128 are what these kernels take.
-        rows = torch._make_per_tensor_quantized_tensor((x.short() + 128).to(torch.uint8), 0.01, 128)
-        return lambda: torch.ops.quantized.linear(rows, packed, 1.0, 128)
-
-    return product
-
-
-def read_bandwidth(clock: Clock) -> float:
-    """Bytes/s of summing a buffer far larger than any cache: the best of several passes."""
-    buffer = torch.ones(256 << 20, dtype=torch.float32)
-    return buffer.nbytes / best(buffer.sum, 7, clock)
-
-
-def best(work: Callable[[], object], repeat: int, clock: Clock) -> float:
-    """Seconds of the fastest of `repeat` runs."""
-    seconds = []
-    for _ in range(repeat):
-        started = clock()
-        work()
-        seconds.append(clock() - started)
-    return min(seconds)
 
 
 if __name__ == "__main__":
