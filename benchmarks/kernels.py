@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--threads 2] [--repeat 30] [--json]
 
 Limits: copying and reading a buffer larger than any cache, and the fastest int8 matrix product that torch has here.
-Each figure is the best of many short repetitions, so that other work on the machine disturbs it little. Shapes are those
-of a DeepSeek-V3-shaped model of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
+Each figure is the best of many short repetitions, so that other work on the machine disturbs it little. Shapes are
+those of a DeepSeek-V3-shaped model of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
 """
 
 from __future__ import annotations
