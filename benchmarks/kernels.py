@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from machine_limits import best as best_of
@@ -24,11 +25,11 @@ from npuq.quant import native
 from npuq.quant.dialects import BlockScale, StoredRows
 from npuq.quant.library import levels
 from npuq.quant.schemes import Scheme
-from npuq.runtime.ops import LinearPart, Quantized
+from npuq.runtime.ops import Decode, LinearPart, Quantized
 from npuq.runtime.ops.native import NativeOps
 
 HIDDEN, INTERMEDIATE, EXPERTS = 2048, 1408, 64
-PROMPT = 512
+PROMPT, KEYS = 512, 32768
 V3_HIDDEN, V3_INTERMEDIATE = 7168, 2048
 
 
@@ -46,11 +47,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes/s of reading (sum) and copying (bytes read), and int8 multiply-adds/s of torch's fastest product."""
+    """Bytes/s of reading (sum) and copying (bytes read); multiply-adds/s of torch's products, the fastest int8 one and
+    float32."""
 
     read: float
     copy: float
     int8: float
+    floats: float
 
 
 def main() -> None:
@@ -67,6 +70,7 @@ def main() -> None:
     for level in levels():
         if level != "portable":
             rows += measure_products(weights, level, options.threads, options.repeat, limits)
+            rows += measure_attention(level, options.threads, options.repeat, limits)
         rows += measure_conversion(level, options.repeat, limits)
     if options.json:
         print(
@@ -74,10 +78,10 @@ def main() -> None:
         )
         return
     print(f"{options.threads} threads: read {limits.read / 1e9:.1f} GB/s, copy {limits.copy / 1e9:.1f} GB/s, ", end="")
-    print(f"torch int8 product of {PROMPT} rows {limits.int8 / 1e9:.0f} G multiply-adds/s")
+    print(f"torch's products of {PROMPT} rows: int8 {limits.int8 / 1e9:.0f}, float32 {limits.floats / 1e9:.0f} GMAC/s")
     for row in rows:
         ratio = f"{row.ratio:5.2f} of {row.limit}" if row.limit else ""
-        print(f"{row.level:11} {row.what:34} {row.value:8.1f} {row.unit:7} {ratio}")
+        print(f"{row.level:11} {row.what:44} {row.value:8.1f} {row.unit:7} {ratio}")
 
 
 def best(work: Callable[[], object], repeat: int) -> float:
@@ -94,7 +98,9 @@ def measure_limits(repeat: int) -> Limits:
     copy = source.nbytes / best(lambda: target.copy_(source), repeat)
     product = fastest_int8(time.perf_counter)
     seconds = best(product(*random_int8(PROMPT, HIDDEN, 2 * INTERMEDIATE)), repeat)
-    return Limits(read, copy, PROMPT * HIDDEN * 2 * INTERMEDIATE / seconds)
+    x, weight = torch.randn(PROMPT, HIDDEN), torch.randn(HIDDEN, 2 * INTERMEDIATE)
+    operations = PROMPT * HIDDEN * 2 * INTERMEDIATE
+    return Limits(read, copy, operations / seconds, operations / best(lambda: x @ weight, repeat))
 
 
 class _Weights:
@@ -145,6 +151,23 @@ def measure_products(weights: _Weights, level: str, threads: int, repeat: int, l
         ),
         compute(f"W8A8, {PROMPT} tokens", dense_rows * HIDDEN * PROMPT, lambda: ops.linear(prompt, dense)),
     ]
+
+
+def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> list[Row]:
+    """One token of 16 heads over a long cache of DeepSeek-V3's width, in bfloat16 and with an int8 latent."""
+    ops, latent, rope, heads, block = NativeOps(torch.bfloat16, threads, level), 512, 64, 16, 128
+    q_latent, q_rope = (torch.randn(1, heads, width).bfloat16() for width in (latent, rope))
+    table = torch.arange(KEYS // block, dtype=torch.int32)[None]
+    decode, operations, found = Decode((1,), (KEYS,), table), KEYS * heads * (2 * latent + rope), []
+    for name, scales in (("bf16", None), ("int8", [torch.full((latent,), 0.03)])):
+        (cache,) = ops.new_kv_cache(1, KEYS // block, block, latent, rope, scales)
+        cache.latent.random_(-100, 100)
+        cache.rope.normal_()
+        attend = partial(ops.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
+        rate = operations / best(attend, max(3, repeat // 5))
+        what = f"absorbed attention, {KEYS} keys, {name} cache"
+        found.append(Row(level, what, rate / 1e9, "GMAC/s", rate / limits.floats, "torch float32"))
+    return found
 
 
 def measure_conversion(level: str, repeat: int, limits: Limits) -> list[Row]:
