@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .safetensors import CODES, encode_header
+from .safetensors import write_tensors
 
 INT8_CHANNELS = 32
 """Channels of an NZ tile of int8: 32 bytes, as 16 channels of a 16-bit type are."""
@@ -48,12 +48,7 @@ def storable_scale(scale: Tensor) -> Tensor:
 
 def save_scales(scales: Sequence[Tensor], path: Path) -> None:
     """Write the float32 `[L]` scales of every layer as safetensors; the same scales always give the same bytes."""
-    parts = [(scale_name(layer), scale.float().contiguous()) for layer, scale in enumerate(scales)]
-    header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts], {})
-    with path.open("wb") as file:
-        file.write(header)
-        for _, part in parts:
-            file.write(part.numpy().data)
+    write_tensors(path, {scale_name(layer): scale.float() for layer, scale in enumerate(scales)}, {})
 
 
 def load_scales(path: Path, layers: int, channels: int) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .model_config import ModelConfig, RopeConfig
-from .safetensors import CODES, encode_header
+from .safetensors import write_tensors
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,7 @@ def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
 
 def save_rope(tables: RopeTables, path: Path) -> None:
     """Write the tables as safetensors, their parameters as its metadata: the same tables always give the same bytes."""
-    # The safetensors library writes metadata in an order that changes from process to process.
-    parts = [("cos", tables.cos.contiguous()), ("sin", tables.sin.contiguous())]
-    header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts], tables.metadata)
-    with path.open("wb") as file:
-        file.write(header)
-        for _, part in parts:
-            file.write(part.numpy().data)
+    write_tensors(path, {"cos": tables.cos, "sin": tables.sin}, tables.metadata)
 
 
 def load_rope(path: Path) -> RopeTables:
