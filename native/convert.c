@@ -14,6 +14,20 @@ static const float *scales_at(const npuq_source *source, int64_t row) {
     return source->block_scale + (source->first_row + row) / source->block_rows * source->scale_stride;
 }
 
+static int convert_one(const struct kernels *kernels, const npuq_source *source, int64_t row, size_t n, int bits, int mse,
+                       void *memory, float *w, struct converted *out) {
+    const void *x = row_at(source, row, (int64_t)n);
+    const float *scales = scales_at(source, row);
+    const size_t block = (size_t)source->block_cols;
+    if (source->dtype == NPUQ_F8E4M3 && bits == 4 && mse) {
+        int status = kernels->convert_distinct(x, n, scales, block, memory, out);
+        if (status >= 0) return status;
+    }
+    float largest = kernels->decode_row(x, source->dtype, n, scales, block, w);
+    if (largest != largest) return NPUQ_NOT_FINITE;
+    return kernels->convert_row(w, n, largest, bits, mse, memory, out);
+}
+
 int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits, int32_t mse,
                        int64_t bias_columns, int8_t *codes, float *scale, float *bias, double *error, double *norm,
                        int64_t *bad_row) {
@@ -28,14 +42,11 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
     int status = NPUQ_OK;
     for (int64_t r = 0; r < rows && status == NPUQ_OK; r++) {
         struct converted out = {.codes = bits == 4 ? pair[r % 2] : codes + (size_t)r * n};
-        float largest = kernels->decode_row(row_at(source, r, cols), source->dtype, n, scales_at(source, r),
-                                            (size_t)source->block_cols, w);
-        if (largest != largest) {
+        status = convert_one(kernels, source, r, n, bits, mse, memory, w, &out);
+        if (status != NPUQ_OK) {
             *bad_row = r;
-            status = NPUQ_NOT_FINITE;
             break;
         }
-        status = kernels->convert_row(w, n, largest, bits, mse, memory, &out);
         scale[r] = out.scale;
         error[r] = out.error;
         norm[r] = out.norm;

@@ -5,35 +5,8 @@
 #ifndef NPUQ_KERNELS_CONVERT_H
 #define NPUQ_KERNELS_CONVERT_H
 
-#include "optimal.h"
+#include "distinct.h"
 #include "rows.h"
-
-/* FP8 (e4m3fn) to float32, exact. A NaN's pattern comes out as ±480; decode_fp8 looks for it. */
-#if defined(NPUQ_LEVEL_AVX512)
-INLINE vf vf_load_fp8(const uint8_t *p) {
-    __m256i byte = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-    __m256i sign = _mm256_slli_epi16(_mm256_and_si256(byte, _mm256_set1_epi16(0x80)), 8);
-    __m256i rest = _mm256_slli_epi16(_mm256_and_si256(byte, _mm256_set1_epi16(0x7F)), 7);
-    return _mm512_cvtph_ps(_mm256_or_si256(sign, rest)) * 256.0f; /* fp16 has a bias of 15, e4m3 one of 7 */
-}
-#elif defined(NPUQ_LEVEL_AVX2)
-INLINE vf vf_load_fp8(const uint8_t *p) {
-    __m128i byte = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p));
-    __m128i sign = _mm_slli_epi16(_mm_and_si128(byte, _mm_set1_epi16(0x80)), 8);
-    __m128i rest = _mm_slli_epi16(_mm_and_si128(byte, _mm_set1_epi16(0x7F)), 7);
-    return _mm256_cvtph_ps(_mm_or_si128(sign, rest)) * 256.0f;
-}
-#else
-INLINE vf vf_load_fp8(const uint8_t *p) {
-    typedef uint8_t vb4 __attribute__((vector_size(4)));
-    typedef uint32_t vu4 __attribute__((vector_size(16)));
-    vb4 byte;
-    memcpy(&byte, p, sizeof byte);
-    vu4 wide = __builtin_convertvector(byte, vu4);
-    vu4 bits = (wide & 0x7F) << 20 | (wide & 0x80) << 24;
-    return (vf)bits * 0x1p120f;
-}
-#endif
 
 /* A block of up to `count` weights; raises `largest`. */
 INLINE vf decode_block(const uint8_t *x, size_t count, float scale, float *out, vf largest) {
@@ -72,44 +45,6 @@ static float decode_row(const void *x, int dtype, size_t n, const float *block_s
     if (dtype == NPUQ_F8E4M3) return decode_fp8(x, n, block_scale, block, out);
     to_float(x, dtype, n, out);
     return largest_finite(out, n);
-}
-
-/* A row in fixed point, in one scratch: as a search for int8 codes and as one for int4 codes wants it. */
-struct convert_memory {
-    struct optimal_scratch *search;
-    int32_t *fixed; /* int8 */
-    float *magnitude;
-    struct planes planes; /* int4 */
-    struct changes changes;
-};
-
-enum { BIN_WORDS = 2 * ((11 << 10) + 8), SEARCH_BYTES = (sizeof(struct optimal_scratch) + 63) / 64 * 64 };
-
-INLINE size_t padded_length(size_t n) { return (n + 63) / 64 * 64; }
-
-/* Bytes of scratch that a row of n needs, at a multiple of 64. */
-static size_t convert_scratch(size_t n) {
-    /* int8: fixed, magnitude and index. int4: planes of 3 bytes, a bit, places (eight are written at once) and three
-     * more numbers of 4 bytes. */
-    return SEARCH_BYTES + BIN_WORDS * sizeof(uint64_t) + padded_length(n) * 20 + 512;
-}
-
-static struct convert_memory convert_layout(void *memory, size_t n) {
-    const size_t padded = padded_length(n);
-    struct convert_memory layout = {.search = memory};
-    layout.search->histogram.bins = (uint64_t *)((char *)memory + SEARCH_BYTES);
-    char *row = (char *)(layout.search->histogram.bins + BIN_WORDS);
-    layout.fixed = (int32_t *)row;
-    layout.magnitude = (float *)(layout.fixed + padded);
-    layout.search->histogram.index = (uint32_t *)(layout.magnitude + padded);
-    layout.planes = (struct planes){(int16_t *)row, (int8_t *)((int16_t *)row + padded), padded, 0};
-    struct changes *changes = &layout.changes;
-    changes->words = (uint64_t *)(layout.planes.low + padded);
-    changes->places = (uint32_t *)(changes->words + padded / 64);
-    changes->magnitude = (int32_t *)(changes->places + padded + 16);
-    changes->odd = changes->magnitude + padded + VW;
-    changes->kappa = (float *)(changes->odd + padded + VW);
-    return layout;
 }
 
 /* Rows are zero-padded to padded_length here, and so is what is made of them. Both functions give the exact Σ w², which
@@ -203,13 +138,8 @@ static struct exact_state round_codes(const float *w, size_t n, float unit, floa
     return round_codes_as(w, n, unit, inverse, bound, codes, 8, squares);
 }
 
-/* The error of codes with the exact sums A and B, and the norm, of a row in fixed point. */
-INLINE void account(struct converted *out, double norm, struct exact_state state, int exponent) {
-    double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);
-    double error = norm - 2 * sigma * (double)state.a + sigma * sigma * (double)state.b;
-    out->error = ldexp(error > 0 ? error : 0, 2 * (exponent - FIXED_BITS));
-    out->norm = ldexp(norm, 2 * (exponent - FIXED_BITS));
-}
+/* Width, relative, below which an interval of scales stays as it is. */
+#define PLANE_NARROW 0.02
 
 static int convert_row(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out) {
     int bound = 1 << (bits - 1), exponent;
@@ -235,7 +165,8 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
     int status;
     if (bits == 4) {
         norm_fixed = (double)to_planes(w, unit, top, &layout.planes);
-        status = optimal_int4(&layout.planes, w, unit, n, top, norm_fixed, &layout.changes, layout.search, &best);
+        const struct searched row = {&layout.planes, NULL, (double)n, PLANE_LEAST, PLANE_DOUBT, PLANE_NARROW};
+        status = optimal_int4(&row, w, unit, top, norm_fixed, &layout.changes, layout.search, &best);
     } else {
         norm_fixed = (double)to_fixed(w, n, unit, layout.fixed, layout.magnitude);
         const struct optimal_row row = {layout.fixed, layout.magnitude, n, norm_fixed};

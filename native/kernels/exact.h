@@ -54,6 +54,10 @@ struct state {
     double a, b;
 };
 
+/* Without the calls that NaN takes. */
+INLINE double larger(double a, double b) { return a > b ? a : b; }
+INLINE double smaller(double a, double b) { return a < b ? a : b; }
+
 INLINE double score_of(struct state state) { return state.b > 0 ? state.a * state.a / state.b : 0; }
 
 /* The largest A² / B of any state between half scales hi and lo. */
@@ -62,8 +66,7 @@ static double interval_bound(struct state high, struct state low, double hi, dou
     double crossing = (alpha - beta * lo) / (hi - lo);
     crossing = crossing < 0 ? 0 : crossing > beta ? beta : crossing;
     double kink = score_of((struct state){high.a + crossing * hi, high.b + crossing});
-    double ends = fmax(score_of(high), score_of(low));
-    return fmax(kink, ends);
+    return larger(kink, larger(score_of(high), score_of(low)));
 }
 
 INLINE int64_t kappa_of(uint32_t magnitude, const double inverse) {
@@ -217,14 +220,14 @@ static int search_window(struct walk_scratch *scratch, size_t count, int64_t a, 
         double real = (double)at;
         if (real * real >= best->score * FINE_SLACK * (double)bt) offer(best, at, bt);
     }
-    double enough = fmax(best->score * FINE_SLACK, floor_score);
+    double enough = larger(best->score * FINE_SLACK, floor_score);
     for (size_t j = 0; j < used; j++) {
         /* No breakpoint here climbs by more than this a unit of B. */
         double steepest = (double)(j == 0 ? top : highest - ((int64_t)j << shift) + 1) * 0x1p-17;
         double reach = (double)a + bins[j].b * steepest;
         if (bins[j].count > 0 && reach * reach >= enough * (double)(b + bins[j].b)) {
             if (walk_bin(all, &bins[j], a, b, highest, lowest, best) != NPUQ_OK) return NPUQ_NO_MEMORY;
-            enough = fmax(best->score * FINE_SLACK, enough);
+            enough = larger(best->score * FINE_SLACK, enough);
         }
         a += (int64_t)bins[j].a;
         b += bins[j].b;

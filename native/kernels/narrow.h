@@ -7,13 +7,14 @@
 /* How far its ends may be apart at most: |w| / 2h in the middle is within 0.47 of m − ½. */
 #define WALKED_RATIO 1.125
 /* A window is cut into so many parts at a time, until so few changes are left or so many rounds are over. */
-enum { WINDOW_PARTS = 16, FEW_CHANGES = 48, MOST_ROUNDS = 5, SUM_PART = 128 * VW };
+enum { WINDOW_PARTS = 16, FEW_CHANGES = 16, MOST_ROUNDS = 5, SUM_PART = 128 * VW };
 
-/* Room for a row's changes: a bit and a place for each weight; then of each change |w|, 2m − 1, and κ as a float. */
+/* Room for a row's changes: a bit and a place for each weight; then of each change |w|, 2m − 1, how many weights make it
+ * (of a row in tables), and κ as a float. */
 struct changes {
     uint64_t *words;
     uint32_t *places;
-    int32_t *magnitude, *odd;
+    int32_t *magnitude, *odd, *times;
     float *kappa;
 };
 
@@ -48,10 +49,10 @@ static size_t changed_places(const struct planes *planes, struct window window, 
     return found;
 }
 
-INLINE struct breakpoint breakpoint_of(uint32_t magnitude, int m) {
+INLINE struct breakpoint breakpoint_of(uint32_t magnitude, int m, uint32_t times) {
     static const double inverse[9] = {0,         0x1p17,      0x1p17 / 3,  0x1p17 / 5, 0x1p17 / 7,
                                       0x1p17 / 9, 0x1p17 / 11, 0x1p17 / 13, 0x1p17 / 15};
-    return (struct breakpoint){kappa_of(magnitude, inverse[m]), magnitude, 2 * (uint32_t)m - 1, 0};
+    return (struct breakpoint){kappa_of(magnitude, inverse[m]), magnitude * times, (2 * (uint32_t)m - 1) * times, 0};
 }
 
 /* Every breakpoint of a window of the row w · unit. NPUQ_NO_MEMORY if they do not fit. */
@@ -64,7 +65,7 @@ static int window_breakpoints(const struct planes *planes, struct window window,
         const uint32_t magnitude = (uint32_t)abs(fixed);
         const int high = planes->high[places[p]], last = fixed < 0 ? 8 : fixed > 0 ? 7 : 0;
         const int end = window.open ? last : abs(code_at(high, window.below));
-        for (int m = abs(code_at(high, window.above.rounding)) + 1; m <= end; m++) *out++ = breakpoint_of(magnitude, m);
+        for (int m = abs(code_at(high, window.above.rounding)) + 1; m <= end; m++) *out++ = breakpoint_of(magnitude, m, 1);
     }
     *count = (size_t)(out - scratch->breakpoints);
     return NPUQ_OK;
@@ -88,16 +89,19 @@ static void find_changes(const float *w, float unit, struct window window, size_
 }
 
 /* Adds to (a, b) every change at or above κ. */
-static void add_changes(const struct changes *changes, size_t count, float kappa, int64_t *a, int64_t *b) {
+INLINE void add_changes(const struct changes *changes, size_t count, float kappa, int64_t *a, int64_t *b,
+                        const int counted) {
     vl sum = {0};
     vi odd = {0}; /* 2^17 times 15 fits */
-    for (size_t part = 0; part < count; part += SUM_PART) { /* 2^7 magnitudes of 2^23 fit 32 bits */
-        size_t end = part + SUM_PART < count ? part + SUM_PART : count;
+    const size_t step = counted ? VW : SUM_PART; /* a magnitude of 2^23 times 2^7 fits 32 bits, or 2^7 of them do */
+    for (size_t part = 0; part < count; part += step) {
+        size_t end = part + step < count ? part + step : count;
         vi size = {0};
         for (size_t p = part; p < end; p += VW) {
             vi passed = (vi)(vf_load(changes->kappa + p) >= kappa);
-            size += vi_load(changes->magnitude + p) & passed;
-            odd += vi_load(changes->odd + p) & passed;
+            if (counted) passed &= vi_load(changes->times + p);
+            size += counted ? vi_load(changes->magnitude + p) * passed : vi_load(changes->magnitude + p) & passed;
+            odd += counted ? vi_load(changes->odd + p) * passed : vi_load(changes->odd + p) & passed;
         }
         sum = vl_add(sum, size);
     }
@@ -106,7 +110,7 @@ static void add_changes(const struct changes *changes, size_t count, float kappa
 }
 
 /* Keeps the changes with low ≤ κ < high, and zeros behind them; how many. */
-static size_t keep_changes(const struct changes *changes, size_t count, float low, float high) {
+INLINE size_t keep_changes(const struct changes *changes, size_t count, float low, float high, const int counted) {
     size_t kept = 0;
     for (size_t p = 0; p < count; p += VW) {
         vf kappa = vf_load(changes->kappa + p);
@@ -116,6 +120,7 @@ static size_t keep_changes(const struct changes *changes, size_t count, float lo
             changes->kappa[kept] = changes->kappa[at];
             changes->magnitude[kept] = changes->magnitude[at];
             changes->odd[kept] = changes->odd[at];
+            if (counted) changes->times[kept] = changes->times[at];
         }
     }
     memset(changes->kappa + kept, 0, (VW - 1) * sizeof *changes->kappa);
@@ -124,21 +129,20 @@ static size_t keep_changes(const struct changes *changes, size_t count, float lo
 
 /* As search_window, of a narrow window's changes: the window is cut in parts, those that no better state can lie in are
  * dropped, and so on until few changes are left to walk. */
-static int walk_narrow(const float *w, float unit, struct window window, const struct walk *walk, size_t count,
-                       const struct changes *changes, struct walk_scratch *scratch, struct exact_state *best) {
+INLINE int walk_narrow(const struct walk *walk, size_t count, const struct changes *changes,
+                       struct walk_scratch *scratch, struct exact_state *best, const int counted) {
     double high = (double)walk->highest / (1 << KAPPA_BITS), low = (double)walk->lowest / (1 << KAPPA_BITS);
     int64_t a = walk->a, b = walk->b;
-    find_changes(w, unit, window, count, changes);
     for (int round = 0; count > FEW_CHANGES && round < MOST_ROUNDS; round++) {
         float edge[WINDOW_PARTS + 1];
         struct exact_state at[WINDOW_PARTS + 1];
         for (int j = 0; j <= WINDOW_PARTS; j++) {
             edge[j] = (float)(high - (high - low) * j / WINDOW_PARTS);
             at[j] = (struct exact_state){a, b, 0};
-            add_changes(changes, count, edge[j], &at[j].a, &at[j].b);
+            add_changes(changes, count, edge[j], &at[j].a, &at[j].b, counted);
             offer(best, at[j].a, at[j].b);
         }
-        const double enough = fmax(best->score * FINE_SLACK, walk->floor_score);
+        const double enough = larger(best->score * FINE_SLACK, walk->floor_score);
         int first = WINDOW_PARTS, last = 0;
         for (int j = 0; j < WINDOW_PARTS; j++) {
             struct state above = {(double)at[j].a, (double)at[j].b}, below = {(double)at[j + 1].a, (double)at[j + 1].b};
@@ -151,34 +155,89 @@ static int walk_narrow(const float *w, float unit, struct window window, const s
         low = edge[last];
         a = at[first].a;
         b = at[first].b;
-        count = keep_changes(changes, count, (float)low, (float)high);
+        count = keep_changes(changes, count, (float)low, (float)high, counted);
     }
     if (reserve_breakpoints(scratch, count) != NPUQ_OK) return NPUQ_NO_MEMORY;
     for (size_t p = 0; p < count; p++) {
-        scratch->breakpoints[p] = breakpoint_of((uint32_t)changes->magnitude[p], (changes->odd[p] + 1) / 2);
+        const uint32_t times = counted ? (uint32_t)changes->times[p] : 1;
+        scratch->breakpoints[p] = breakpoint_of((uint32_t)changes->magnitude[p], (changes->odd[p] + 1) / 2, times);
     }
     walk_list(scratch->breakpoints, count, a, b, walk->highest, walk->lowest, best);
     return NPUQ_OK;
 }
 
-/* The best state of a window of the row w · unit. NPUQ_NO_MEMORY if its breakpoints do not fit. */
-static int walk_row(const struct planes *row, const float *w, float unit, struct window window, double known,
+/* Where a change of a row in tables goes: among the changes of a narrow window, or else among the breakpoints. */
+INLINE void put_change(const struct tables *tables, const struct segment *segment, int place, int m, uint32_t times,
+                       const struct changes *changes, struct breakpoint *breakpoints, size_t at) {
+    const float w = fp8_magnitudes[segment->first + place] * segment->scale;
+    const int32_t fixed = (int32_t)rintf(w * tables->unit), odd = 2 * m - 1;
+    if (changes == NULL) {
+        breakpoints[at] = breakpoint_of((uint32_t)fixed, m, times);
+        return;
+    }
+    changes->magnitude[at] = fixed;
+    changes->odd[at] = odd;
+    changes->times[at] = (int32_t)times;
+    changes->kappa[at] = (float)fixed / (float)odd;
+}
+
+/* What changes in a window of a row in tables: what lies between the thresholds at its two ends. `changes` is NULL where
+ * breakpoints are wanted; NPUQ_NO_MEMORY if they do not fit. */
+static int table_changes(const struct tables *tables, struct window window, const struct changes *changes,
+                         struct walk_scratch *scratch, size_t *count) {
+    size_t found = 0;
+    for (size_t s = 0; s < tables->segments; s++) {
+        const struct segment *segment = &tables->segments_at[s];
+        const uint8_t *negative = tables->counts + s * COUNT_BYTES + segment->first, *all = negative + 128;
+        int32_t above[8], below[8];
+        thresholds_of(tables, s, (float)window.above.h, above);
+        thresholds_of(tables, s, (float)window.below_h, below);
+        uint32_t differ = 0;
+        for (int m = 0; m < 8; m++) differ |= (uint32_t)(below[m] < above[m]) << m;
+        const int codes = segment->last + 1 - segment->first;
+        if (changes == NULL && reserve_breakpoints(scratch, found + 8 * MOST_CODES) != NPUQ_OK) return NPUQ_NO_MEMORY;
+        for (; differ != 0; differ &= differ - 1) {
+            const int m = __builtin_ctz(differ) + 1, end = above[m - 1] < codes ? above[m - 1] : codes;
+            for (int j = below[m - 1] > 0 ? below[m - 1] : 0; j < end; j++) {
+                const uint32_t times = m == 8 ? (all[j] > 0 ? negative[j] : 0) : all[j];
+                put_change(tables, segment, j, m, times, changes, scratch->breakpoints, found);
+                found += times > 0;
+            }
+        }
+    }
+    if (changes != NULL) memset(changes->kappa + found, 0, (VW - 1) * sizeof *changes->kappa);
+    *count = found;
+    return NPUQ_OK;
+}
+
+/* The best state of a window of the row w · unit (w is not looked at where it is in tables). NPUQ_NO_MEMORY if its
+ * breakpoints do not fit. */
+static int walk_row(const struct searched *row, const float *w, float unit, struct window window, double known,
                     const struct changes *changes, struct walk_scratch *scratch, struct exact_state *best) {
     const double kappa = 1 << KAPPA_BITS;
     const struct walk walk = {
         .a = window.above.a,
         .b = window.above.b,
-        .top = (int64_t)((window.above.h + PLANE_DOUBT) * kappa) + 1,
+        .top = (int64_t)((window.above.h + row->doubt) * kappa) + 1,
         .highest = (int64_t)(window.hi * kappa),
         .lowest = (int64_t)(window.lo * kappa),
         .floor_score = known * COARSE_SLACK,
     };
+    const int narrow = !window.open && window.above.h < WALKED_RATIO * window.below_h;
+    size_t count;
+    int status;
     *best = (struct exact_state){0, 0, 0};
-    size_t changed = changed_places(row, window, changes->words, changes->places), count;
-    if (!window.open && window.above.h < WALKED_RATIO * window.below_h) {
-        return walk_narrow(w, unit, window, &walk, changed, changes, scratch, best);
+    if (row->tables != NULL) {
+        status = table_changes(row->tables, window, narrow ? changes : NULL, scratch, &count);
+        if (status == NPUQ_OK && narrow) return walk_narrow(&walk, count, changes, scratch, best, 1);
+    } else {
+        const size_t changed = changed_places(row->planes, window, changes->words, changes->places);
+        if (narrow) {
+            find_changes(w, unit, window, changed, changes);
+            return walk_narrow(&walk, changed, changes, scratch, best, 0);
+        }
+        status = window_breakpoints(row->planes, window, w, unit, changes->places, changed, scratch, &count);
     }
-    int status = window_breakpoints(row, window, w, unit, changes->places, changed, scratch, &count);
     if (status != NPUQ_OK) return status;
     return search_window(scratch, count, walk.a, walk.b, walk.top, walk.highest, walk.lowest, walk.floor_score, best);
 }

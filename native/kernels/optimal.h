@@ -22,11 +22,22 @@ struct optimal_scratch {
 /* How much wider than the window breakpoints are collected, so that floats that round the wrong way do no harm in it. */
 #define WINDOW_DOUBT 1e-5
 
-/* The best state of an int4 row of n weights w · unit. `largest` > 0 and `norm` are its largest magnitude and Σ w². */
-static int optimal_int4(const struct planes *row, const float *w, float unit, size_t n, double largest, double norm,
+/* Of a row in tables: it must be searched in planes. */
+enum { NOT_IN_TABLES = -1 };
+
+/* Half the scale that is likely the best, in the unit of the norm. */
+static double guess_half_scale(const struct optimal_scratch *scratch, double norm, size_t n) {
+    return (scratch->ratio > 0 ? scratch->ratio : GAUSSIAN_RATIO) * sqrt(norm / (double)n);
+}
+
+/* The best state of an int4 row of n weights w · unit (w is not looked at where the row is in tables). `largest` > 0 and
+ * `norm` are its largest magnitude and Σ w². NOT_IN_TABLES if the best scale may be below those that tables know. */
+static int optimal_int4(const struct searched *row, const float *w, float unit, double largest, double norm,
                         const struct changes *changes, struct optimal_scratch *scratch, struct exact_state *best) {
-    double rms = sqrt(norm / (double)n), ratio = scratch->ratio > 0 ? scratch->ratio : GAUSSIAN_RATIO;
-    const struct window window = bracket_row(&scratch->bracket, norm, row, largest, ratio * rms);
+    const double rms = sqrt(norm / row->weights);
+    const double guess = guess_half_scale(scratch, norm, (size_t)row->weights);
+    const struct window window = bracket_row(&scratch->bracket, norm, row, largest, guess);
+    if (window.open && row->tables != NULL) return NOT_IN_TABLES;
     int status = walk_row(row, w, unit, window, scratch->bracket.best, changes, &scratch->walk, best);
     if (best->b > 0) scratch->ratio = (double)best->a / (double)best->b / 2 / rms;
     return status;

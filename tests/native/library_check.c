@@ -147,7 +147,9 @@ static void check_conversion(void) {
         uint8_t *fp8 = filled((size_t)(rows * cols));
         for (int64_t i = 0; i < rows * cols; i++) fp8[i] = (fp8[i] & 0x7F) == 0x7F ? 0 : fp8[i];
         float *blocks = floats((size_t)(cols / 16 + 1));
-        npuq_source source = {fp8, blocks, cols / 16 + 1, 0, 2, 16, NPUQ_F8E4M3};
+        int64_t block = round % 3 ? 16 : 128;
+        for (int64_t i = 0; block == 128 && i < cols / 16 + 1; i++) blocks[i] = 1 + fabsf(blocks[i]);
+        npuq_source source = {fp8, blocks, cols / block + 1, 0, 2, block, NPUQ_F8E4M3};
         int8_t *codes[2] = {malloc((size_t)(rows * cols)), malloc((size_t)(rows * cols))};
         float scale[2][2], bias[2][2] = {{0}};
         double error[2][2], norm[2][2];

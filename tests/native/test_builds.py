@@ -12,10 +12,15 @@ from types import ModuleType
 
 import pytest
 
+from npuq.quant import native
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("gcc")
 ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]  # -O3 takes a minute to build
+needs_arm = pytest.mark.skipif(
+    ARM_COMPILER is None or ARM_EMULATOR is None, reason="gcc-aarch64-linux-gnu and qemu-user are not installed"
+)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="gcc is not installed")
 
 
@@ -86,9 +91,7 @@ def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.skipif(
-    ARM_COMPILER is None or ARM_EMULATOR is None, reason="gcc-aarch64-linux-gnu and qemu-user are not installed"
-)
+@needs_arm
 def test_levels_agree_on_arm(tmp_path: Path) -> None:
     program = _check_program(tmp_path, str(ARM_COMPILER), "aarch64", [])
     done = subprocess.run(
@@ -98,6 +101,45 @@ def test_levels_agree_on_arm(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2 levels beside portable agree\n"
+
+
+def _check_tables(directory: Path, compiler: str, flags: list[str], run: list[str]) -> dict[str, int]:
+    """Compile and run tables_check.c for one level; how many rows of each kind were taken by their magnitudes."""
+    program, source = directory / "tables", str(Path(__file__).with_name("tables_check.c"))
+    setup = _setup()
+    plain = [flag for flag in setup.FLAGS if not flag.startswith(("-W", "-O", "-f"))]
+    exact = [flag for flag in setup.FLAGS if flag.startswith("-f") and flag not in ("-fPIC", "-fvisibility=hidden")]
+    level = ["-DNPUQ_LEVEL_NAME=checked", *flags]
+    include = ["-I", str(ROOT / "native")]
+    subprocess.run(
+        [compiler, *plain, *exact, "-O1", "-w", *level, *include, source, "-lm", "-o", str(program)], check=True
+    )
+    done = subprocess.run([*run, str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+
+
+def _usable_levels() -> list[list[str]]:
+    usable = native.levels() if native.library() is not None else ["portable"]
+    levels = _setup().LEVELS.get(platform.machine(), {"portable": []})
+    return [flags for name, flags in levels.items() if name in usable]
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", _usable_levels(), ids=lambda flags: flags[0] if flags else "portable")
+def test_fp8_rows_by_their_magnitudes(tmp_path: Path, flags: list[str]) -> None:
+    taken = _check_tables(tmp_path, str(COMPILER), [*flags, *SANITIZE], [])
+    # All but some of the shortest rows, and those whose best scale is no Gaussian's.
+    assert min(taken[kind] for kind in ("normal", "wide", "large")) > 130
+    assert taken["uneven"] > 100
+    assert taken["outliers"] > 0
+
+
+@needs_arm
+def test_fp8_rows_by_their_magnitudes_on_arm(tmp_path: Path) -> None:
+    flags = _setup().LEVELS["aarch64"]["neon_dotprod"]
+    run = [str(ARM_EMULATOR), "-L", "/usr/aarch64-linux-gnu"]
+    assert _check_tables(tmp_path, str(ARM_COMPILER), flags, run)["normal"] > 130
 
 
 def test_no_compiler_is_an_error_that_the_build_may_ignore(tmp_path: Path) -> None:
