@@ -19,8 +19,8 @@ static int convert_one(const struct kernels *kernels, const npuq_source *source,
     const void *x = row_at(source, row, (int64_t)n);
     const float *scales = scales_at(source, row);
     const size_t block = (size_t)source->block_cols;
-    if (source->dtype == NPUQ_F8E4M3 && bits == 4 && mse) {
-        int status = kernels->convert_distinct(x, n, scales, block, memory, out);
+    if (source->dtype == NPUQ_F8E4M3) {
+        int status = kernels->convert_fp8(x, n, scales, block, bits, mse, memory, out);
         if (status >= 0) return status;
     }
     float largest = kernels->decode_row(x, source->dtype, n, scales, block, w);

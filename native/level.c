@@ -44,7 +44,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .convert_release = convert_release,
     .decode_row = decode_row,
     .convert_row = convert_row,
-    .convert_distinct = convert_distinct,
+    .convert_fp8 = convert_fp8,
     .slice_sums = slice_sums,
     .pack_rows = pack_rows,
 };

@@ -82,9 +82,9 @@ struct kernels {
     float (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
     /* w is zero-padded to a multiple of 64. */
     int (*convert_row)(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out);
-    /* int4 `mse` from an FP8 row; < 0 if the row must be decoded and go through convert_row. */
-    int (*convert_distinct)(const uint8_t *x, size_t n, const float *block_scale, size_t block, void *memory,
-                            struct converted *out);
+    /* From an FP8 row; < 0 if the row must be decoded and go through convert_row. */
+    int (*convert_fp8)(const uint8_t *x, size_t n, const float *block_scale, size_t block, int bits, int mse, void *memory,
+                       struct converted *out);
     void (*slice_sums)(const int8_t *codes, size_t n, size_t columns, int32_t *sums);
     void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, int8_t *out);
 };

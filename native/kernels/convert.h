@@ -5,6 +5,7 @@
 #ifndef NPUQ_KERNELS_CONVERT_H
 #define NPUQ_KERNELS_CONVERT_H
 
+#include "codes.h"
 #include "distinct.h"
 #include "rows.h"
 
@@ -93,68 +94,54 @@ static uint64_t to_planes(const float *w, float unit, float largest, struct plan
     return to_planes_as(w, unit, planes, 1);
 }
 
-/* Products of 2^23 and 8 of which 16 fit a 32-bit lane. */
-enum { PART = 16 * VW };
-
-/* Codes round-half-even(w · inverse) between −bound and bound − 1, and the exact sums A and B of those codes; where
- * `squares` is given, also Σ w² in fixed point. */
-INLINE struct exact_state round_codes_as(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
-                                         const int bits, uint64_t *squares) {
-    const vf low = vf_set((float)-bound), high = vf_set((float)(bound - 1));
-    vl even = {0}, odd = {0}, sum = {0};
-    vi b = {0}; /* 2^14 · 2^17 / VW fits */
-    for (size_t i = 0; i < n;) { /* what lies behind n is 0 */
-        size_t end = i + PART < n ? i + PART : n;
-        vi a = {0};
-        for (; i < end; i += 4 * VW) {
-            vi code[4];
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) {
-                vf v = vf_load(w + i + k * VW);
-                vi fixed = vf_round(v * unit);
-                code[k] = vf_round(vf_min(vf_max(v * inverse, low), high));
-                if (bits == 4) a += fixed * code[k]; /* 2^26 at most, PART / VW times */
-                else sum = vl_dot(sum, fixed, code[k]);
-                if (squares != NULL) vl_squares(fixed, &even, &odd);
-                b = vi_square_bytes(b, code[k]);
-            }
-            if (i + 4 * VW <= n) {
-                vi_store_i8x4(codes + i, code[0], code[1], code[2], code[3]);
-            } else {
-                int8_t lane[4 * VW];
-                vi_store_i8x4(lane, code[0], code[1], code[2], code[3]);
-                memcpy(codes + i, lane, n - i);
-            }
-        }
-        if (bits == 4) sum = vl_add(sum, a);
-    }
-    if (squares != NULL) *squares = (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
-    return (struct exact_state){vl_total(sum), vi_total(b), 0};
-}
-
-static struct exact_state round_codes(const float *w, size_t n, float unit, float inverse, int bound, int8_t *codes,
-                                      uint64_t *squares) {
-    if (bound == 8) return round_codes_as(w, n, unit, inverse, bound, codes, 4, squares);
-    return round_codes_as(w, n, unit, inverse, bound, codes, 8, squares);
-}
-
 /* Width, relative, below which an interval of scales stays as it is. */
 #define PLANE_NARROW 0.02
 
-static int convert_row(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out) {
-    int bound = 1 << (bits - 1), exponent;
-    if (largest < 0x1p-100f) {
-        memset(out->codes, 0, n);
-        out->scale = 1;
-        out->error = out->norm = 0;
+INLINE void zero_row(struct converted *out, size_t n) {
+    memset(out->codes, 0, n);
+    out->scale = 1;
+    out->error = out->norm = 0;
+}
+
+/* int8 or int4 by min-max, from an FP8 row. */
+static int convert_minmax_fp8(const struct fp8_row *row, int bits, struct converted *out) {
+    const float largest = largest_of_fp8(row);
+    int exponent;
+    if (largest != largest) return NPUQ_NOT_FINITE;
+    if (largest < LEAST_MAGNITUDE) {
+        zero_row(out, row->n);
         return NPUQ_OK;
     }
     (void)frexpf(largest, &exponent);
     const float unit = ldexpf(1, FIXED_BITS - exponent);
-    out->scale = largest / (float)(bound - 1);
+    out->scale = largest / (float)((1 << (bits - 1)) - 1);
+    uint64_t squares;
+    const struct exact_state state = bits == 4 ? round_fp8_as(row, unit, 1.0f / out->scale, 4, out->codes, &squares)
+                                               : round_fp8_as(row, unit, 1.0f / out->scale, 8, out->codes, &squares);
+    account(out, (double)squares, state, exponent);
+    return NPUQ_OK;
+}
+
+/* From an FP8 row; LEAST_MAGNITUDE and below count as zeros. < 0 if it must be decoded and go through convert_row. */
+static int convert_fp8(const uint8_t *x, size_t n, const float *block_scale, size_t block, int bits, int mse, void *memory,
+                       struct converted *out) {
+    const struct fp8_row row = {x, n, block, block_scale};
+    if (!mse) return convert_minmax_fp8(&row, bits, out);
+    return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
+}
+
+static int convert_row(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out) {
+    int exponent;
+    if (largest < LEAST_MAGNITUDE) {
+        zero_row(out, n);
+        return NPUQ_OK;
+    }
+    (void)frexpf(largest, &exponent);
+    const float unit = ldexpf(1, FIXED_BITS - exponent);
+    out->scale = largest / (float)((1 << (bits - 1)) - 1);
     if (!mse) {
         uint64_t squares;
-        struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, &squares);
+        struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bits, out->codes, &squares);
         account(out, (double)squares, state, exponent);
         return NPUQ_OK;
     }
@@ -174,7 +161,7 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
     }
     if (status != NPUQ_OK) return status;
     out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
-    struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bound, out->codes, NULL);
+    struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bits, out->codes, NULL);
     account(out, norm_fixed, state, exponent);
     return NPUQ_OK;
 }
@@ -189,8 +176,13 @@ static void slice_sums(const int8_t *codes, size_t n, size_t columns, int32_t *s
         int32_t sum = 0;
         while (at + PLANE_STEP <= end) {
             const int8_t *stop = end - at > (ptrdiff_t)part ? at + part : end;
-            vs lanes = vs_set(0);
+            vs lanes = vs_set(0), others = lanes; /* two sets: additions wait for each other */
+            for (; at + 2 * PLANE_STEP <= stop; at += 2 * PLANE_STEP) {
+                lanes += vs_load_i8(at);
+                others += vs_load_i8(at + PLANE_STEP);
+            }
             for (; at + PLANE_STEP <= stop; at += PLANE_STEP) lanes += vs_load_i8(at);
+            lanes += others;
             sum += (int32_t)vi_total(vs_dot((vi){0}, lanes, vs_set(1)));
         }
         for (; at < end; at++) sum += *at;

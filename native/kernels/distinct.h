@@ -11,16 +11,11 @@
 /* Width, relative, below which an interval of scales stays as it is. */
 #define TABLE_NARROW 0.008
 
-/* An FP8 row and its scales. */
-struct fp8_row {
-    const uint8_t *x;
-    size_t n, segment, block;
-    const float *block_scale;
-};
+INLINE size_t segment_of(const struct fp8_row *row) { return row->block < SEGMENT ? row->block : SEGMENT; }
 
 INLINE size_t segment_length(const struct fp8_row *row, size_t s) {
-    size_t left = row->n - s * row->segment;
-    return left < row->segment ? left : row->segment;
+    const size_t segment = segment_of(row), left = row->n - s * segment;
+    return left < segment ? left : segment;
 }
 
 /* Counts every segment. The row's largest magnitude; NaN if only its weights can tell. */
@@ -28,10 +23,10 @@ static float count_row(const struct fp8_row *row, struct tables *tables) {
     float largest = 0;
     int odd = 0;
     for (size_t s = 0; s < tables->segments; s++) {
-        const uint8_t *x = row->x + s * row->segment;
+        const uint8_t *x = row->x + s * segment_of(row);
         const size_t length = segment_length(row, s);
         struct segment *segment = &tables->segments_at[s];
-        segment->scale = row->block_scale[s * row->segment / row->block];
+        segment->scale = row->block_scale[s * segment_of(row) / row->block];
         segment->last = largest_code(x, length);
         count_codes(x, length, tables->counts + s * COUNT_BYTES);
         const float top = fp8_magnitudes[segment->last] * segment->scale;
@@ -147,14 +142,13 @@ static struct exact_state code_tables(const struct tables *tables, float inverse
 
 /* As convert_row for int4 `mse`, from the FP8 row itself. NOT_IN_TABLES where it does not pay or may not be done; what is
  * wrong with the row is then for those to say who look at the weights. */
-static int convert_distinct(const uint8_t *x, size_t n, const float *block_scale, size_t block, void *scratch,
-                            struct converted *out) {
-    const struct fp8_row row = {x, n, block < SEGMENT ? block : SEGMENT, block, block_scale};
-    if (block_scale == NULL || row.segment < LEAST_SEGMENT || block % row.segment != 0) return NOT_IN_TABLES;
-    struct convert_memory memory = table_layout(scratch, n, (n + row.segment - 1) / row.segment);
+static int convert_distinct(const struct fp8_row *row, void *scratch, struct converted *out) {
+    const size_t n = row->n, length = segment_of(row);
+    if (length < LEAST_SEGMENT || row->block % length != 0) return NOT_IN_TABLES;
+    struct convert_memory memory = table_layout(scratch, n, (n + length - 1) / length);
     struct tables *tables = &memory.tables;
-    const float largest = count_row(&row, tables);
-    if (!(largest >= 0x1p-100f) || isinf(largest)) return NOT_IN_TABLES;
+    const float largest = count_row(row, tables);
+    if (!(largest >= LEAST_MAGNITUDE) || isinf(largest)) return NOT_IN_TABLES;
     int exponent;
     (void)frexpf(largest, &exponent);
     tables->unit = ldexpf(1, FIXED_BITS - exponent);
@@ -170,8 +164,8 @@ static int convert_distinct(const uint8_t *x, size_t n, const float *block_scale
     int8_t *codes = (int8_t *)tables->sums; /* which are not needed any more, and larger */
     account(out, norm, code_tables(tables, 1.0f / out->scale, codes), exponent);
     for (size_t s = 0; s < tables->segments; s++) {
-        const size_t at = s * row.segment;
-        map_codes(x + at, segment_length(&row, s), tables->segments_at[s].first, codes + s * MOST_CODES, tables->parts,
+        const size_t at = s * length;
+        map_codes(row->x + at, segment_length(row, s), tables->segments_at[s].first, codes + s * MOST_CODES, tables->parts,
                   out->codes + at);
     }
     return NPUQ_OK;

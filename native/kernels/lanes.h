@@ -153,7 +153,7 @@ INLINE int64_t vl_total(vl v) {
 }
 #endif
 
-/* Σ a · b and Σ v² in two sets of sums, of even and odd lanes; and acc + v² of lanes below 2^8. */
+/* Σ a · b and Σ v² in two sets of sums, of even and odd lanes. */
 #if defined(NPUQ_LEVEL_AVX512)
 INLINE void vl_products(vi a, vi b, vl *even, vl *odd) {
     *even = _mm512_add_epi64(*even, _mm512_mul_epi32((__m512i)a, (__m512i)b));
@@ -163,10 +163,6 @@ INLINE void vl_squares(vi v, vl *even, vl *odd) {
     __m512i up = _mm512_srli_epi64((__m512i)v, 32);
     *even = _mm512_add_epi64(*even, _mm512_mul_epi32((__m512i)v, (__m512i)v));
     *odd = _mm512_add_epi64(*odd, _mm512_mul_epi32(up, up));
-}
-INLINE vi vi_square_bytes(vi acc, vi v) {
-    v &= 0xFFFF; /* the sign's upper half would be squared too */
-    return (vi)_mm512_add_epi32((__m512i)acc, _mm512_madd_epi16((__m512i)v, (__m512i)v));
 }
 #elif defined(NPUQ_LEVEL_AVX2)
 INLINE void vl_products(vi a, vi b, vl *even, vl *odd) {
@@ -178,10 +174,6 @@ INLINE void vl_squares(vi v, vl *even, vl *odd) {
     *even = _mm256_add_epi64(*even, _mm256_mul_epi32((__m256i)v, (__m256i)v));
     *odd = _mm256_add_epi64(*odd, _mm256_mul_epi32(up, up));
 }
-INLINE vi vi_square_bytes(vi acc, vi v) {
-    v &= 0xFFFF;
-    return (vi)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16((__m256i)v, (__m256i)v));
-}
 #else
 INLINE void vl_products(vi a, vi b, vl *even, vl *odd) {
     (void)odd;
@@ -191,7 +183,6 @@ INLINE void vl_squares(vi v, vl *even, vl *odd) {
     (void)odd;
     *even = vl_dot(*even, v, v);
 }
-INLINE vi vi_square_bytes(vi acc, vi v) { return acc + v * v; }
 #endif
 
 INLINE int64_t vi_total(vi v) { return vl_total(vl_add((vl){0}, v)); }

@@ -77,6 +77,16 @@ static struct convert_memory table_layout(void *memory, size_t n, size_t segment
     return layout;
 }
 
+/* An FP8 row and its scales. */
+struct fp8_row {
+    const uint8_t *x;
+    size_t n, block;
+    const float *block_scale;
+};
+
+/* A row whose largest magnitude is below is taken for zeros. */
+#define LEAST_MAGNITUDE 0x1p-100f
+
 /* The error of codes with the exact sums A and B, and the norm, of a row in fixed point. */
 INLINE void account(struct converted *out, double norm, struct exact_state state, int exponent) {
     double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);

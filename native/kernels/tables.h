@@ -68,31 +68,6 @@ static void count_codes(const uint8_t *x, size_t n, uint8_t *count) {
     for (; i < n; i++) count[x[i] ^ 0x80]++;
 }
 
-/* The code of the largest magnitude of a segment. */
-INLINE uint8_t largest_code(const uint8_t *x, size_t n) {
-    uint8_t most = 0;
-    size_t i = 0;
-#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
-    __m256i sizes = _mm256_setzero_si256();
-    for (; i + 32 <= n; i += 32) {
-        __m256i x32 = _mm256_loadu_si256((const __m256i *)(x + i));
-        sizes = _mm256_max_epu8(sizes, _mm256_and_si256(x32, _mm256_set1_epi8(127)));
-    }
-    __m128i half = _mm_max_epu8(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
-    half = _mm_max_epu8(half, _mm_srli_epi16(half, 8));
-    /* The least of 255 − x, of even bytes. */
-    half = _mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(255), _mm_and_si128(half, _mm_set1_epi16(255))));
-    most = (uint8_t)(255 - _mm_cvtsi128_si32(half));
-#elif defined(NPUQ_LEVEL_NEON)
-    for (; i + 16 <= n; i += 16) {
-        uint8_t size = vmaxvq_u8(vandq_u8(vld1q_u8(x + i), vdupq_n_u8(127)));
-        most = size > most ? size : most;
-    }
-#endif
-    for (; i < n; i++) most = (x[i] & 127) > most ? x[i] & 127 : most;
-    return most;
-}
-
 /* VW magnitudes of a segment from `code` on, in fixed point: as the row's weights are decoded and rounded. */
 INLINE vi fixed_at(const struct segment *segment, size_t code, float unit) {
     return vf_round(vf_load(fp8_magnitudes + code) * segment->scale * unit);

@@ -171,9 +171,27 @@ def test_fp8_blocks(rows: int, columns: int, block: tuple[int, int], first: int,
     byte[byte % 128 == 127] = 0
     scale = torch.rand(-(-(first + rows) // block[0]), -(-columns // block[1]), generator=generator)
     stored = StoredRows(byte.view(torch.float8_e4m3fn), BlockScale(scale, first, *block))
-    expected = quantize_rows(stored.to_float32(), Scheme.W4A8, Method.MSE, row_parallel=False)
+    for method, bits in (Method.MSE, 4), (Method.MINMAX, 4), (Method.MINMAX, 8):
+        scheme = Scheme.W4A8 if bits == 4 else Scheme.W8A8
+        expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=False)
+        for level in LEVELS:
+            _check(native.quantize(stored, bits, method is Method.MSE, 1, level), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fp8_scales_of_every_size(bits: int) -> None:
+    """Scales that overflow in fixed point stand over zeros only; some are negative, or subnormal."""
+    generator = torch.Generator().manual_seed(bits)
+    byte = (torch.randn(8, 1024, generator=generator) * 60).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1e-3, -1e-3, 2.0, 1e-40, 3e38, 1.5e-3, 1e-30, 1e-4]])
+    byte.view(torch.uint8)[:, 512:640] = 0x80  # minus zero, under 3e38
+    byte.view(torch.uint8)[:2, 256:384] = 0
+    byte.view(torch.uint8)[2:4] = 0
+    stored = StoredRows(byte, BlockScale(scale, 0, 128, 128))
+    scheme = Scheme.W4A8 if bits == 4 else Scheme.W8A8
+    expected = quantize_rows(stored.to_float32(), scheme, Method.MINMAX, row_parallel=False)
     for level in LEVELS:
-        _check(native.quantize(stored, 4, True, 1, level), expected)
+        _check(native.quantize(stored, bits, False, 1, level), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -198,14 +216,24 @@ def test_non_finite_rows_are_refused_by_number(poison: float, column: int) -> No
         assert caught.value.row == 3
 
 
-def test_fp8_nan_is_refused() -> None:
+@pytest.mark.parametrize(("bits", "mse"), [(4, False), (4, True), (8, False)])
+def test_fp8_nan_is_refused(bits: int, mse: bool) -> None:
     for byte in (0x7F, 0xFF):
         stored = torch.zeros(4, 200, dtype=torch.uint8)
         stored[2, 150] = byte
         rows = StoredRows(stored.view(torch.float8_e4m3fn), BlockScale(torch.ones(1, 2), 0, 128, 128))
         with pytest.raises(NonFiniteError) as caught:
-            native.quantize(rows, 8, False, 1)
+            native.quantize(rows, bits, mse, 1)
         assert caught.value.row == 2
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 3e38])
+def test_fp8_scales_that_are_not_finite_are_refused(scale: float) -> None:
+    stored = torch.full((2, 256), 3.0).to(torch.float8_e4m3fn)
+    rows = StoredRows(stored, BlockScale(torch.tensor([[1.0, scale]]), 0, 128, 128))
+    for mse in (False, True):
+        with pytest.raises(NonFiniteError):
+            native.quantize(rows, 4, mse, 1)
 
 
 def test_best_of_all_scales() -> None:
