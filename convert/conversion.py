@@ -20,7 +20,7 @@ from .finish import finish
 from .journal import Journal, Record
 from .memory import Budget, plan_budget
 from .output import Finished, check_separate, claim, describe_state, free_bytes, write_error
-from .pipeline import Durability, OnShard, run_plan
+from .pipeline import Durability, OnShard, run_plan, single_threaded_torch
 from .plan import Plan
 from .prepare import CalibrationText, Prepared, prepare
 from .progress import Progress, Silent
@@ -165,7 +165,9 @@ def _run(
         files.close()
     progress.note("shards are written; finishing")
     try:
-        finish(prepared, output, journal.record)
+        # Waking torch's threads takes longer than the rope tables that they would share.
+        with single_threaded_torch():
+            finish(prepared, output, journal.record)
         journal.path.unlink()
         remove_states(output / OWN_FOLDER)
     except OSError as error:

@@ -2,6 +2,8 @@
 
 A shard's digest follows the longest prefix of the file that no unfinished job will touch. Shards are laid out in job
 order, so that this prefix grows with nearly every job, and the last bytes of the last shard do not wait for the rest.
+A job that ends where the digest has come to is hashed from the memory that it was written from; what other jobs left is
+read back.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConversionError
@@ -18,6 +21,14 @@ from .shards import ShardFiles
 
 # Fits a core's own cache beside what it works on.
 _CHUNK = 256 << 10
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a job wrote into its shard: pieces that lie one after the other from byte `start` on."""
+
+    start: int
+    pieces: tuple[memoryview, ...]
 
 
 class ShardHashes:
@@ -30,13 +41,16 @@ class ShardHashes:
             for shard in plan.shards
         ]
 
-    def job_done(self, job: Job, stop: threading.Event) -> str | None:
-        """Say that every byte of a job is written, and hash as far as that allows. The hex digest once it is final."""
+    def job_done(self, job: Job, stop: threading.Event, written: Written | None = None) -> str | None:
+        """Say that every byte of a job is written, and hash as far as that allows. The hex digest once it is final.
+
+        `written` is all that the job wrote, where memory still has it.
+        """
         prefix = self._shards[job.shard]
         prefix.finish(job.index)
-        return self.advance(job.shard, stop)
+        return self.advance(job.shard, stop, written)
 
-    def advance(self, shard: int, stop: threading.Event) -> str | None:
+    def advance(self, shard: int, stop: threading.Event, written: Written | None = None) -> str | None:
         """Hash what can be hashed of a shard, unless another thread is at it or `stop` is set.
 
         The hex digest if this call reached the end. Raises ConversionError when the file cannot be read.
@@ -44,7 +58,11 @@ class ShardHashes:
         prefix = self._shards[shard]
         while (end := prefix.take()) is not None:
             try:
-                _update(prefix, self._files.path(shard), end, stop)
+                if written is not None and prefix.position <= written.start < end:
+                    _read_back(prefix, self._files.path(shard), written.start, stop)
+                    prefix.add(written)
+                else:
+                    _read_back(prefix, self._files.path(shard), end, stop)
             finally:
                 complete = prefix.release()
             if complete:
@@ -83,6 +101,14 @@ class _Prefix:
             self._busy = True
             return end
 
+    def add(self, written: Written) -> None:
+        """Hash what a job wrote, if the digest has come to it."""
+        if self.position != written.start:
+            return
+        for piece in written.pieces:
+            self.digest.update(piece)
+            self.position += len(piece)
+
     def release(self) -> bool:
         """Give the shard back; whether all of it has been hashed."""
         with self._lock:
@@ -102,7 +128,9 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _update(prefix: _Prefix, path: Path, end: int, stop: threading.Event) -> None:
+def _read_back(prefix: _Prefix, path: Path, end: int, stop: threading.Event) -> None:
+    if prefix.position == end:
+        return
     buffer = memoryview(bytearray(min(_CHUNK, end - prefix.position)))
     try:
         with path.open("rb", buffering=0) as file:

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ConversionError
 from ..quant.dialects import WeightSource
+from .chunks import StoppedError
 from .hashes import ShardHashes
 from .journal import Journal, Record
 from .memory import Budget
@@ -24,7 +25,8 @@ from .plan import Job, Plan
 from .progress import Progress
 from .shards import ShardFiles
 from .syncer import Syncer
-from .worker import StoppedError, run_job
+from .worker import run_job
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -99,24 +101,25 @@ def run_plan(
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
     hashes = ShardHashes(plan, files, journal.record.jobs)
 
-    def do(task: Job | int) -> None:
+    def do(task: Job | int, workspace: Workspace) -> None:
         if isinstance(task, int):
             shard, sha256 = task, hashes.advance(task, stop)
         else:
-            stats = run_job(task, source, files, budget.chunk_elements, stop)
+            done = run_job(task, source, files, workspace, stop)
             source.release(task.source)
-            syncer.job_done(task.index, stats)
+            syncer.job_done(task.index, done.stats)
             events.put(_Done(task))
-            shard, sha256 = task.shard, hashes.job_done(task, stop)
+            shard, sha256 = task.shard, hashes.job_done(task, stop, done.written)
         if sha256 is not None:
             syncer.shard_hashed(shard, sha256)
             events.put(_Hashed(shard, sha256))
 
     def worker() -> None:
         one_torch_thread()
+        workspace = Workspace(budget.chunk_elements)
         try:
             while not stop.is_set() and (task := work.next()) is not None:
-                do(task)
+                do(task, workspace)
         except StoppedError:
             events.put(_Ended(None))
         except BaseException as error:  # carried to the calling thread, which raises it
@@ -145,6 +148,9 @@ def run_plan(
             for thread in threads:
                 thread.start()
             _watch(events, len(threads), syncer, progress, told)
+            # They have nothing left to do, but a thread that frees its tensors while Python exits would end in abort().
+            for thread in threads:
+                thread.join()
         except BaseException:
             stop.set()
             source.checkpoint.interrupt()

@@ -55,6 +55,10 @@ class RewrittenSource(WeightSource):
         self._gains: dict[str, Tensor] = {}
         self._held = threading.local()
 
+    def is_computed(self, name: str) -> bool:
+        """As `WeightSource.is_computed`: rewritten ones are."""
+        return name in self.rewrites
+
     def stored_rows(self, name: str, start: int = 0, stop: int | None = None) -> StoredRows:
         change = self.rewrites.get(name)
         stop = self._find(name).shape[0] if stop is None else stop

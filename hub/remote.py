@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, HubError
@@ -110,15 +109,14 @@ class RemoteCheckpoint(Checkpoint):
         self.window.close()
         super().close()
 
-    def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
+    def _fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
         path, offset = self.window.wait_for(info.name)
-        data = torch.empty(end - start, dtype=torch.uint8)
-        buffer, done = data.numpy().data, 0
+        done = 0
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                while done < len(buffer):
-                    count = os.preadv(descriptor, [buffer[done:]], start - offset + done)
+                while done < len(memory):
+                    count = os.preadv(descriptor, [memory[done:]], start - offset + done)
                     if count == 0:
                         raise CheckpointError(f"{path}: was cut short while tensor {info.name!r} was read")
                     done += count
@@ -126,7 +124,6 @@ class RemoteCheckpoint(Checkpoint):
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read tensor {info.name!r}: {error.strerror}") from error
-        return data
 
 
 def _root_files(files: Mapping[str, RemoteFile]) -> list[str]:

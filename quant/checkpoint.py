@@ -75,6 +75,13 @@ class Checkpoint:
         info = self.info(name)
         return self._read_range(info, info.start, info.end).view(info.torch_dtype).reshape(info.shape)
 
+    def read_bytes(self, name: str, first: int, memory: memoryview) -> None:
+        """Fill `memory` (of bytes) with what the tensor holds from its byte `first` on. No tensor is made."""
+        info = self.info(name)
+        if not 0 <= first <= first + len(memory) <= info.nbytes:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has no bytes {first} to {first + len(memory)}")
+        self._fill(info, info.start + first, memory)
+
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first dimension, copied into memory of their own."""
         info = self.info(name)
@@ -151,17 +158,21 @@ class Checkpoint:
 
     def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
         data = torch.empty(end - start, dtype=torch.uint8)
-        buffer, done = data.numpy().data, 0
+        self._fill(info, start, data.numpy().data)
+        return data
+
+    def _fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
+        """Fill `memory` from byte `start` of the tensor's file on."""
+        done = 0
         try:
             descriptor = self._descriptor(info.file)
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], start + done)
+            while done < len(memory):
+                count = os.preadv(descriptor, [memory[done:]], start + done)
                 if count == 0:
                     raise CheckpointError(f"{info.file}: truncated while tensor {info.name!r} was read; fetch it again")
                 done += count
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
-        return data
 
 
 def natural_key(name: str) -> list[str | tuple[int, str]]:

@@ -80,6 +80,16 @@ class WeightSource:
         """Say that an expected weight will not be read again."""
         self.checkpoint.release(self._stored_names(name))
 
+    def is_computed(self, name: str) -> bool:
+        """Whether a weight's rows must be computed from what is stored: its bytes alone are not them."""
+        return False
+
+    def block_scales(self, name: str) -> BlockScale | None:
+        """The scales of all blocks of an FP8 weight; None of any other."""
+        if self._find(name).dtype != "F8_E4M3":
+            return None
+        return BlockScale(self.checkpoint.read(name + _SCALE_SUFFIX), 0, *self._block)
+
     def rows_float32(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a weight as float32, dequantized when it is stored in FP8. A scalar has no rows."""
         return self.stored_rows(name, start, stop).to_float32()

@@ -41,6 +41,7 @@ __all__ = [
     "NativeRows",
     "Part",
     "Pool",
+    "Quantizer",
     "Strided",
     "Weights",
     "description",
@@ -88,36 +89,67 @@ def quantize(
     R is even for 4 bits; K at most 2**17. The numbers are those of `schemes.quantize_rows` on the decoded rows, bit for
     bit. Raises NonFiniteError, and RuntimeError where there is no library.
     """
-    found = library()
-    if found is None:
-        raise RuntimeError(description())
-    rows = stored.rows.contiguous()
-    (count, columns), packed = rows.shape, bits == 4
-    codes = torch.empty(count // 2 if packed else count, columns, dtype=torch.int8)
-    scale, bias = torch.empty(count, 1), torch.empty(count, bias_columns) if packed else None
-    error, norm = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
-    source = _source(rows, stored.blocks)
-    bad_row = c_int64()
-    status = found.npuq_quantize_rows(
-        -1 if level is None else level_index(found, level),
-        ctypes.byref(source),
-        count,
-        columns,
-        bits,
-        mse,
-        bias_columns,
-        codes.data_ptr(),
-        scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        error.data_ptr(),
-        norm.data_ptr(),
-        ctypes.byref(bad_row),
+    (count, columns), packed = stored.rows.shape, bits == 4
+    out = NativeRows(
+        torch.empty(count // 2 if packed else count, columns, dtype=torch.int8),
+        torch.empty(count, 1),
+        torch.empty(count, bias_columns) if packed else None,
+        torch.empty(count, dtype=torch.float64),
+        torch.empty(count, dtype=torch.float64),
     )
-    if status == _NOT_FINITE:
-        raise NonFiniteError(bad_row.value)
-    if status == _NO_MEMORY:
-        raise MemoryError(f"no memory to quantize rows of {columns} weights")
-    return NativeRows(codes, scale, bias, error, norm)
+    Quantizer(StoredRows(stored.rows.contiguous(), stored.blocks), bits, mse, out, level).run(0, count, 0)
+    return out
+
+
+class Quantizer:
+    """`quantize` for one piece of a weight after the other, with all addresses worked out once.
+
+    `stored.rows` [R, K] is memory that is filled anew for each piece, `stored.blocks` scales from the weight's first
+    row on. `out` has results of all its rows, but for codes, of which there may be fewer. All are contiguous.
+    """
+
+    def __init__(self, stored: StoredRows, bits: int, mse: bool, out: NativeRows, level: str | None = None):
+        found = library()
+        if found is None:
+            raise RuntimeError(description())
+        self._call = found.npuq_quantize_rows
+        self._level = -1 if level is None else level_index(found, level)
+        self._source = _source(stored.rows, stored.blocks)
+        self._first_row = self._source.first_row
+        self._columns = stored.rows.shape[1]
+        self._bits, self._mse = bits, mse
+        self._bias_columns = 0 if out.bias is None else out.bias.shape[1]
+        self._codes, self._scale = out.codes.data_ptr(), out.scale.data_ptr()
+        self._bias = None if out.bias is None else out.bias.data_ptr()
+        self._error, self._norm = out.squared_error.data_ptr(), out.squared_norm.data_ptr()
+        self._kept = stored, out
+
+    def run(self, start: int, count: int, code_row: int) -> None:
+        """Quantize the first `count` rows of the memory, which are rows `start` and on of the weight.
+
+        Codes go to rows `code_row` and on of theirs. Raises NonFiniteError.
+        """
+        self._source.first_row = self._first_row + start
+        bad_row = c_int64()
+        status = self._call(
+            self._level,
+            ctypes.byref(self._source),
+            count,
+            self._columns,
+            self._bits,
+            self._mse,
+            self._bias_columns,
+            self._codes + code_row * self._columns,
+            self._scale + 4 * start,
+            None if self._bias is None else self._bias + 4 * self._bias_columns * start,
+            self._error + 8 * start,
+            self._norm + 8 * start,
+            ctypes.byref(bad_row),
+        )
+        if status == _NOT_FINITE:
+            raise NonFiniteError(bad_row.value)
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory to quantize rows of {self._columns} weights")
 
 
 def _source(rows: Tensor, blocks: BlockScale | None) -> Source:

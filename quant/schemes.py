@@ -125,7 +125,7 @@ def linear_tensors(codes: Tensor, scale: Tensor, scheme: Scheme, *, row_parallel
 
 def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
     """`quantize_rows` of stored rows, by the native kernels where they are built: the same tensors, bit for bit."""
-    if scheme is Scheme.W8A8_STATIC or native.library() is None or not 0 < stored.rows.shape[1] <= native.MOST_COLUMNS:
+    if not is_native(scheme, stored.rows.shape[1]):
         return quantize_rows(stored.to_float32(), scheme, method, row_parallel=row_parallel)
     columns = BIAS_COLUMNS if row_parallel else 1
     done = native.quantize(stored, scheme.weight_bits, method is Method.MSE, columns)
@@ -133,6 +133,11 @@ def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_p
     if done.bias is not None:
         tensors[BIAS] = done.bias
     return QuantizedRows(tensors, done.squared_error, done.squared_norm)
+
+
+def is_native(scheme: Scheme, columns: int) -> bool:
+    """Whether the native kernels quantize rows of so many columns here."""
+    return scheme is not Scheme.W8A8_STATIC and 0 < columns <= native.MOST_COLUMNS and native.library() is not None
 
 
 def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .dialects import StoredRows, Weight, WeightSource
+from .dialects import BlockScale, StoredRows, Weight, WeightSource
 from .int4 import pack_int4, unpack_int4
 from .model_config import model_dtype
 from .schemes import (
@@ -88,6 +88,14 @@ class QuantizedSource(WeightSource):
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every logical weight."""
         return {name: self.linears[name].scheme if name in self.linears else Scheme.FLOAT for name in self.weights}
+
+    def is_computed(self, name: str) -> bool:
+        """As `WeightSource.is_computed`: quantized ones are."""
+        return name in self.linears
+
+    def block_scales(self, name: str) -> BlockScale | None:
+        """As `WeightSource.block_scales`: there is no FP8 here."""
+        return None
 
     def stored_rows(self, name: str, start: int = 0, stop: int | None = None) -> StoredRows:
         """Rows [start, stop): float ones as they are stored, quantized ones dequantized to float32."""

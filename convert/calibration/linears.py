@@ -17,10 +17,10 @@ from ...quant.safetensors import DTYPES
 from ...quant.scales import Method, NonFiniteError
 from ...quant.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ...quant.static_w8a8 import InputScale, static_tensors
+from ..chunks import write_slot
 from ..journal import JobStats
 from ..plan import Job, Slot
 from ..shards import ShardFiles
-from ..worker import write_slot
 from .pool import Mapper
 
 # Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on

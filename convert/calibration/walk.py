@@ -23,6 +23,7 @@ from ..prepare import Prepared
 from ..progress import Progress
 from ..shards import ShardFiles
 from ..worker import run_job
+from ..workspace import Workspace
 from .attention import run_attention
 from .auto import TimeBudget, better, trial_errors
 from .context import Layer, Rotary, Walk, row_chunks
@@ -151,10 +152,11 @@ class CalibratedWalk:
 
     def _convert_rest(self, layer: Layer) -> None:
         """Tensors of the layer that a walk has no use for: those the architecture does not know."""
+        workspace = Workspace(_CHUNK_ELEMENTS)
         for job in self._prepared.plan.jobs:
             if job.layer == layer.index and job.index not in layer.stats:
-                stats = run_job(job, self._prepared.source, self._files, _CHUNK_ELEMENTS, threading.Event())
-                layer.finish(job, stats)
+                done = run_job(job, self._prepared.source, self._files, workspace, threading.Event())
+                layer.finish(job, done.stats)
 
 
 def _run_layer(

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npuq.convert.architecture import Inventory, Role, Spec
+from npuq.convert.chunks import row_chunks
 from npuq.convert.plan import build_plan
 from npuq.convert.recipe import Assignment
-from npuq.convert.worker import row_chunks
 from npuq.errors import RecipeError
 from npuq.quant.dialects import Weight
 from npuq.quant.scales import Method

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from npuq.convert.calibration.pool import Pool
-from npuq.convert.worker import StoppedError
+from npuq.convert.chunks import StoppedError
 
 
 def test_results_come_in_order():

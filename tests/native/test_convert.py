@@ -72,6 +72,27 @@ def test_same_bits_as_torch(
         _check(got, expected)
 
 
+@pytest.mark.parametrize("scheme", [Scheme.W4A8, Scheme.W8A8])
+@pytest.mark.parametrize("piece", [2, 6, 30])
+def test_piece_by_piece_through_one_memory(scheme: Scheme, piece: int) -> None:
+    """FP8 in blocks of 7 rows, in which pieces begin anywhere: what torch makes of all rows."""
+    generator, packed = torch.Generator().manual_seed(3), 2 if scheme is Scheme.W4A8 else 1
+    rows = (torch.randn(30, 48, generator=generator) * 50).to(torch.float8_e4m3fn)
+    blocks = BlockScale(torch.rand(5, 3, generator=generator) + 0.1, 0, 7, 16)
+    memory, sums = torch.empty(piece, 48, dtype=torch.float8_e4m3fn), torch.zeros(2, 30, dtype=torch.float64)
+    codes, bias = torch.zeros(piece // packed + 1, 48, dtype=torch.int8), torch.zeros(30, 16)
+    out = native.NativeRows(codes, torch.zeros(30, 1), bias if packed == 2 else None, *sums)
+    quantizer = native.Quantizer(StoredRows(memory, blocks), scheme.weight_bits, True, out)
+    pieces = []
+    for start in range(0, 30, piece):
+        memory.copy_(rows[start : start + piece])
+        quantizer.run(start, piece, 1)
+        pieces.append(codes[1:].clone())
+    assert not codes[0].any()
+    expected = quantize_rows(StoredRows(rows, blocks).to_float32(), scheme, Method.MSE, row_parallel=True)
+    _check(native.NativeRows(torch.cat(pieces), out.scale, out.bias, *sums), expected)
+
+
 @pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 7168])
 def test_long_rows(columns: int) -> None:
     """Around the length up to which int8 states are summed weight by weight, and those of real models."""

@@ -40,6 +40,17 @@ def test_tensors_come_in_natural_order_from_any_shard(directory: Path) -> None:
                 assert torch.equal(checkpoint.read_rows(name, 1, 3), value[1:3])
 
 
+def test_bytes_are_read_into_given_memory(directory: Path) -> None:
+    with Checkpoint.open(directory) as checkpoint:
+        stored = checkpoint.read("layers.10.w").numpy().tobytes()
+        memory = bytearray(50)
+        checkpoint.read_bytes("layers.10.w", 8, memoryview(memory)[:40])
+        assert memory == stored[8:48] + bytes(10)
+        for first, count in ((-1, 4), (90, 7), (97, 0)):
+            with pytest.raises(CheckpointError, match="no bytes"):
+                checkpoint.read_bytes("layers.10.w", first, memoryview(bytearray(count)))
+
+
 def test_views_outlive_the_checkpoint(directory: Path) -> None:
     with Checkpoint.open(directory) as checkpoint:
         view = checkpoint.view("layers.10.w")
