@@ -119,6 +119,10 @@ int npuq_kv_cache_write(npuq_pool *pool, const npuq_cache *cache, const void *kv
     return status;
 }
 
+/* Heads that share a task: its keys come from memory once for all of them, and from L2 for all but the first. Their
+ * floats stay in L2 too. */
+enum { TASK_HEADS = 32 };
+
 struct attention {
     npuq_pool *pool;
     const struct kernels *kernels;
@@ -151,11 +155,63 @@ static void load_query(const struct attention *attention, size_t row, float *q, 
     for (size_t i = 0; i < l + d; i++) q[i] *= attention->scale;
 }
 
+/* Some keys of one cache block, and where they lie in it. */
+struct place {
+    const char *latent, *rope; /* the block */
+    size_t first, keys;
+};
+
+/* The sequence's keys from `key` on, of `keys` in all: as many as a tile takes of one block. */
+static struct place find_keys(const struct attention *attention, size_t sequence, size_t key, size_t keys) {
+    const npuq_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, block_size = (size_t)cache->block_size;
+    if (key >= keys) return (struct place){0};
+    size_t block = (size_t)attention->table[sequence * attention->table_stride + key / block_size];
+    size_t first = key % block_size, some = block_size - first;
+    some = some < ATTENTION_KEYS ? some : ATTENTION_KEYS;
+    some = some < keys - key ? some : keys - key;
+    return (struct place){
+        .latent = (const char *)cache->latent + block * l * block_size * size_of(latent_dtype(cache)),
+        .rope = (const char *)cache->rope + block * d * block_size * size_of(cache->dtype),
+        .first = first,
+        .keys = some,
+    };
+}
+
+static const char *first_row(const char *block, int dtype, size_t first) {
+    return block == NULL ? NULL : block + first * group_of(dtype) * size_of(dtype);
+}
+
+/* A task's floats, head after head. */
+struct gathered {
+    float *q, *out; /* [heads, latent + rope], [heads, latent] */
+    float largest[TASK_HEADS], total[TASK_HEADS];
+};
+
+/* Merges a tile's keys into all heads of a task: the first of them fetch the keys that follow. */
+static void attend_heads(const struct attention *attention, const struct place *now, const struct place *next,
+                         size_t heads, struct gathered *in) {
+    const npuq_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim;
+    for (size_t head = 0; head < heads; head += ATTENTION_HEADS) {
+        struct attention_tile tile = {
+            .latent = now->latent, .rope = now->rope, .dtype = cache->dtype, .latent_dtype = latent_dtype(cache),
+            .block_size = (size_t)cache->block_size, .first = now->first, .keys = now->keys, .latent_dim = l,
+            .rope_dim = d, .heads = heads - head < ATTENTION_HEADS ? heads - head : ATTENTION_HEADS,
+            .q = in->q + head * (l + d),
+            .next_latent = head > 0 ? NULL : first_row(next->latent, latent_dtype(cache), next->first),
+            .next_rope = head > 0 ? NULL : first_row(next->rope, cache->dtype, next->first),
+            .largest = in->largest + head, .total = in->total + head, .out = in->out + head * l,
+        };
+        attention->kernels->attend(&tile);
+    }
+}
+
 /* Some heads of one query token, over all the keys it sees. */
 static void attention_task(const void *context, size_t index, int thread) {
     const struct attention *attention = context;
     const npuq_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, block_size = (size_t)cache->block_size;
+    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim;
     size_t token = index / attention->tasks_per_token, sequence = 0;
     size_t head = index % attention->tasks_per_token * attention->heads_per_task, left = attention->heads - head;
     size_t heads = left < attention->heads_per_task ? left : attention->heads_per_task;
@@ -164,52 +220,53 @@ static void attention_task(const void *context, size_t index, int thread) {
     int64_t seen = attention->kv_lens[sequence] - (attention->q_ends[sequence] - 1 - (int64_t)token);
     size_t keys = seen > 0 ? (size_t)seen : 0;
 
-    float *q = pool_thread_scratch(attention->pool, thread), *out = q + ATTENTION_HEADS * (l + d);
-    float largest[ATTENTION_HEADS], total[ATTENTION_HEADS] = {0};
+    struct gathered in = {.q = pool_thread_scratch(attention->pool, thread)};
+    in.out = in.q + heads * (l + d);
     for (size_t h = 0; h < heads; h++) {
-        load_query(attention, token * attention->heads + head + h, q + h * (l + d), (int8_t *)out);
-        largest[h] = -INFINITY;
+        load_query(attention, token * attention->heads + head + h, in.q + h * (l + d), (int8_t *)in.out);
+        in.largest[h] = -INFINITY;
     }
-    memset(out, 0, heads * l * sizeof *out);
+    memset(in.out, 0, heads * l * sizeof *in.out);
+    struct place now = find_keys(attention, sequence, 0, keys);
     for (size_t key = 0; key < keys;) {
-        size_t block = (size_t)attention->table[sequence * attention->table_stride + key / block_size];
-        size_t first = key % block_size, some = block_size - first;
-        some = some < ATTENTION_KEYS ? some : ATTENTION_KEYS;
-        some = some < keys - key ? some : keys - key;
-        struct attention_tile tile = {
-            .latent = (const char *)cache->latent + block * l * block_size * size_of(latent_dtype(cache)),
-            .rope = (const char *)cache->rope + block * d * block_size * size_of(cache->dtype),
-            .dtype = cache->dtype, .latent_dtype = latent_dtype(cache), .block_size = block_size, .first = first,
-            .keys = some, .latent_dim = l, .rope_dim = d, .heads = heads, .q = q, .largest = largest, .total = total,
-            .out = out,
-        };
-        attention->kernels->attend(&tile);
-        key += some;
+        key += now.keys;
+        struct place next = find_keys(attention, sequence, key, keys);
+        attend_heads(attention, &now, &next, heads, &in);
+        now = next;
     }
     for (size_t h = 0; h < heads; h++) {
-        float share = total[h] > 0 || total[h] != total[h] ? 1 / total[h] : 0; /* no key seen: zeros */
-        for (size_t c = 0; c < l; c++) out[h * l + c] *= share;
+        float total = in.total[h], *out = in.out + h * l;
+        float share = total > 0 || total != total ? 1 / total : 0; /* no key seen: zeros */
+        for (size_t c = 0; c < l; c++) out[c] *= share;
         if (cache->latent_scale != NULL) {
-            for (size_t c = 0; c < l; c++) out[h * l + c] *= cache->latent_scale[c];
+            for (size_t c = 0; c < l; c++) out[c] *= cache->latent_scale[c];
         }
         size_t row = token * attention->heads + head + h;
-        attention->kernels->from_float(out + h * l, l, attention->out + row * l * size_of(cache->dtype), cache->dtype);
+        attention->kernels->from_float(out, l, attention->out + row * l * size_of(cache->dtype), cache->dtype);
     }
+}
+
+/* As many heads as share their keys best, but several tasks for every thread; and one, where there are very few. */
+static size_t heads_per_task(size_t tokens, size_t heads, size_t threads) {
+    size_t most = TASK_HEADS;
+    while (most > ATTENTION_HEADS && tokens * ((heads + most - 1) / most) < threads * 4) most /= 2;
+    while (most > 1 && tokens * ((heads + most - 1) / most) < threads) most /= 2;
+    return most;
 }
 
 int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q_latent, const void *q_rope,
                          int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                          const int32_t *table, int64_t table_stride, float softmax_scale, void *out) {
     if (sequences == 0) return NPUQ_OK;
-    size_t tokens = (size_t)q_ends[sequences - 1], per_task = ATTENTION_HEADS;
-    while (per_task > 1 && tokens * (((size_t)heads + per_task - 1) / per_task) < (size_t)pool_threads(pool)) per_task /= 2;
+    size_t tokens = (size_t)q_ends[sequences - 1];
+    size_t per_task = heads_per_task(tokens, (size_t)heads, (size_t)pool_threads(pool));
     struct attention attention = {
         .pool = pool, .kernels = pool_kernels(pool), .cache = cache, .q_latent = q_latent, .q_rope = q_rope,
         .heads = (size_t)heads, .heads_per_task = per_task, .tasks_per_token = ((size_t)heads + per_task - 1) / per_task,
         .q_ends = q_ends, .kv_lens = kv_lens, .table = table, .sequences = (size_t)sequences,
         .table_stride = (size_t)table_stride, .scale = softmax_scale, .out = out,
     };
-    size_t floats = ATTENTION_HEADS * (size_t)(2 * cache->latent_dim + cache->rope_dim);
+    size_t floats = per_task * (size_t)(2 * cache->latent_dim + cache->rope_dim);
     pool_begin(pool);
     int status = pool_scratch(pool, floats * sizeof(float), 0);
     if (status == NPUQ_OK) pool_run(pool, attention_task, &attention, tokens * attention.tasks_per_token);

@@ -16,6 +16,8 @@ struct attention_tile {
     size_t block_size, first, keys; /* the keys at [first, first + keys) of the block */
     size_t latent_dim, rope_dim, heads;
     const float *q; /* [heads, latent_dim + rope_dim], times the softmax scale */
+    /* The keys that follow, to be fetched meanwhile: where their first lies in the first group; or NULL. */
+    const void *next_latent, *next_rope;
     float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
 };
 

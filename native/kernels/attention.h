@@ -10,9 +10,12 @@
 #include "simd.h"
 
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_NEON)
-enum { SCORE_HEADS = 4, SCORE_KEYS = 4, WEIGH_VECTORS = 2 };
+enum { SCORE_HEADS = 4, SCORE_KEYS = 4, WEIGH_HEADS = 8, WEIGH_VECTORS = 2 };
+#elif defined(NPUQ_LEVEL_AVX2)
+/* 12 sums: a product takes 4 cycles and two begin in each, so that 8 would be the least that keeps the units busy. */
+enum { SCORE_HEADS = 4, SCORE_KEYS = 3, WEIGH_HEADS = 4, WEIGH_VECTORS = 3 };
 #else
-enum { SCORE_HEADS = 4, SCORE_KEYS = 2, WEIGH_VECTORS = 1 };
+enum { SCORE_HEADS = 4, SCORE_KEYS = 2, WEIGH_HEADS = 8, WEIGH_VECTORS = 1 };
 #endif
 
 /* Channels of a token that lie together, and the bytes of one. */
@@ -28,12 +31,12 @@ INLINE void score_groups(const char *cache, const int dtype, size_t block_size, 
         for (size_t part = 0; part < width; part += VW) {
             vf keys_now[SCORE_KEYS];
 #pragma GCC unroll 8
-            for (int j = 0; j < SCORE_KEYS; j++) keys_now[j] = vf_load_as(group, dtype, row[j] * width + part);
+            for (int j = 0; j < SCORE_KEYS; j++) keys_now[j] = vf_load_crowded(group, dtype, row[j] * width + part);
 #pragma GCC unroll 8
             for (int h = 0; h < SCORE_HEADS; h++) {
                 vf now = vf_load(query[h] + first + part);
 #pragma GCC unroll 8
-                for (int j = 0; j < SCORE_KEYS; j++) sum[h][j] = vf_fma(now, keys_now[j], sum[h][j]);
+                for (int j = 0; j < SCORE_KEYS; j++) sum[h][j] = vf_add_product(sum[h][j], now, keys_now[j]);
             }
         }
     }
@@ -57,12 +60,11 @@ INLINE void score_tile(const struct attention_tile *tile, const int dtype, const
     score_groups(tile->latent, latent_dtype, tile->block_size, row, query, tile->latent_dim, sum);
     score_groups(tile->rope, dtype, tile->block_size, row, rope_query, tile->rope_dim, sum);
 #pragma GCC unroll 8
-    for (size_t h = 0; h < SCORE_HEADS; h++) {
-        float *to = score + (head + h) * ATTENTION_KEYS + key;
-        if (h < heads) {
-            float found[4];
-            vf_sum4(sum[h][0], sum[h][1], sum[h][SCORE_KEYS - 2], sum[h][SCORE_KEYS - 1], found);
-            memcpy(to, found, (keys < SCORE_KEYS ? keys : SCORE_KEYS) * sizeof *to);
+    for (size_t j = 0; j < SCORE_KEYS; j++) {
+        float found[SCORE_HEADS];
+        vf_sum4(sum[0][j], sum[1][j], sum[2][j], sum[3][j], found);
+        for (size_t h = 0; h < SCORE_HEADS && j < keys; h++) {
+            if (h < heads) score[(head + h) * ATTENTION_KEYS + key + j] = found[h];
         }
     }
 }
@@ -94,50 +96,78 @@ static float online_softmax(float *score, size_t seen, size_t keys, float *large
     return keep;
 }
 
-/* out[h] = out[h] · keep[h] + Σ_j weight[h][j] · latent[j] for `vectors` vectors of channels from number `unit` on. */
+/* Where the following keys lie in group number `number` of channels, latent ones before those of rope; or these keys
+ * again, where there is nothing more to fetch. */
+INLINE const char *next_group(const struct attention_tile *tile, const int dtype, const int latent_dtype, size_t number) {
+    const size_t latent_groups = tile->latent_dim / group_width(latent_dtype);
+    const size_t rope_groups = tile->rope_dim / group_width(dtype);
+    if (tile->next_latent == NULL || number >= latent_groups + rope_groups) return tile->latent;
+    const int in_latent = number < latent_groups;
+    const int stored = in_latent ? latent_dtype : dtype;
+    const char *first = in_latent ? tile->next_latent : tile->next_rope;
+    if (!in_latent) number -= latent_groups;
+    return first + number * tile->block_size * group_width(stored) * channel_bytes(stored);
+}
+
+/* out[h] = out[h] · keep[h] + Σ_j weight[h][j] · latent[j] for WEIGH_HEADS heads from `head` on, and `vectors` vectors of
+ * channels from number `unit` on. `next`: a group of the keys that follow, of which a row is fetched for each key. */
 INLINE void weigh_units(const struct attention_tile *tile, const int dtype, const float *weight, const float *keep,
-                        size_t unit, const int vectors) {
-    const size_t size = channel_bytes(dtype), width = group_width(dtype);
+                        size_t head, size_t unit, const int vectors, const char *next) {
+    const size_t size = channel_bytes(dtype), width = group_width(dtype), heads = tile->heads - head;
     const char *channels[WEIGH_VECTORS];
-    float *out = tile->out + unit * VW;
-    vf sum[ATTENTION_HEADS][WEIGH_VECTORS];
+    float *out = tile->out + head * tile->latent_dim + unit * VW;
+    vf sum[WEIGH_HEADS][WEIGH_VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
         size_t channel = (unit + (size_t)v) * VW;
         size_t row = channel / width * tile->block_size + tile->first;
         channels[v] = (const char *)tile->latent + (row * width + channel % width) * size;
 #pragma GCC unroll 8
-        for (size_t h = 0; h < ATTENTION_HEADS; h++) {
+        for (size_t h = 0; h < WEIGH_HEADS; h++) {
             sum[h][v] = vf_set(0);
-            if (h < tile->heads) sum[h][v] = vf_load(out + h * tile->latent_dim + (size_t)v * VW) * keep[h];
+            if (h < heads) sum[h][v] = vf_load(out + h * tile->latent_dim + (size_t)v * VW) * keep[head + h];
         }
     }
     for (size_t j = 0; j < tile->keys; j++) {
         vf value[WEIGH_VECTORS];
+#if defined(NPUQ_LEVEL_AVX2)
+        __builtin_prefetch(next + j * width * size, 0, 2);
+#else
+        (void)next; /* measured with AVX2 only */
+#endif
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) value[v] = vf_load_as(channels[v], dtype, j * width);
+        for (int v = 0; v < vectors; v++) value[v] = vf_load_crowded(channels[v], dtype, j * width);
 #pragma GCC unroll 8
-        for (size_t h = 0; h < ATTENTION_HEADS; h++) {
-            vf factor = vf_set(weight[h * ATTENTION_KEYS + j]);
+        for (size_t h = 0; h < WEIGH_HEADS; h++) {
+            vf factor = vf_set(weight[(head + h) * ATTENTION_KEYS + j]);
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) sum[h][v] = vf_fma(factor, value[v], sum[h][v]);
+            for (int v = 0; v < vectors; v++) sum[h][v] = vf_add_product(sum[h][v], factor, value[v]);
         }
     }
 #pragma GCC unroll 8
-    for (size_t h = 0; h < ATTENTION_HEADS; h++) {
+    for (size_t h = 0; h < WEIGH_HEADS; h++) {
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) {
-            if (h < tile->heads) vf_store(out + h * tile->latent_dim + (size_t)v * VW, sum[h][v]);
+            if (h < heads) vf_store(out + h * tile->latent_dim + (size_t)v * VW, sum[h][v]);
         }
     }
 }
 
-INLINE void weigh_keys(const struct attention_tile *tile, const int dtype, const float *weight, const float *keep) {
-    size_t unit = 0, units = tile->latent_dim / VW;
-    for (; unit + WEIGH_VECTORS <= units; unit += WEIGH_VECTORS) {
-        weigh_units(tile, dtype, weight, keep, unit, WEIGH_VECTORS);
+/* All channels of all heads. Keys that follow are fetched one line at a time between products: a core waits for as few as
+ * two dozen lines at once, and a burst of more than that would hold everything up. */
+INLINE void weigh_keys(const struct attention_tile *tile, const int dtype, const int latent_dtype, const float *weight,
+                       const float *keep) {
+    const size_t units = tile->latent_dim / VW;
+    size_t group = 0;
+    for (size_t unit = 0; unit < units;) {
+        const int whole = units - unit >= WEIGH_VECTORS;
+        for (size_t head = 0; head < tile->heads; head += WEIGH_HEADS) {
+            const char *next = next_group(tile, dtype, latent_dtype, group++);
+            if (whole) weigh_units(tile, latent_dtype, weight, keep, head, unit, WEIGH_VECTORS, next);
+            else weigh_units(tile, latent_dtype, weight, keep, head, unit, 1, next);
+        }
+        unit += whole ? WEIGH_VECTORS : 1;
     }
-    for (; unit < units; unit++) weigh_units(tile, dtype, weight, keep, unit, 1);
 }
 
 INLINE void attend_as(const struct attention_tile *tile, const int dtype, const int latent_dtype) {
@@ -148,7 +178,7 @@ INLINE void attend_as(const struct attention_tile *tile, const int dtype, const 
     for (size_t h = 0; h < tile->heads; h++) {
         keep[h] = online_softmax(score + h * ATTENTION_KEYS, tile->keys, tile->keys, tile->largest + h, tile->total + h);
     }
-    weigh_keys(tile, latent_dtype, score, keep);
+    weigh_keys(tile, dtype, latent_dtype, score, keep);
 }
 
 static void attend(const struct attention_tile *tile) {

@@ -43,8 +43,7 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 
 #elif defined(NPUQ_LEVEL_AVX2)
 /* Nibble products go through maddubs: |15 · 128 · 2| = 3840 a pair, of which 8 fit an int16. Codes would saturate it as
- * 0..255 (255 · 128 · 2); as magnitudes, with their signs given to x, they do not (128 · 128 · 2, and that only as
- * −32768). See negate_lowest for the one x that has no opposite. */
+ * 0..255 (255 · 128 · 2): see dot_codes of integer_rows.h. */
 enum { STEP = 32, W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 0,
        NARROW_STEPS = 8 };
 typedef __m256i bytes;
@@ -62,13 +61,6 @@ INLINE sums dot_nibbles(sums narrow, bytes nibbles, bytes x) {
 }
 INLINE sums add_sums(sums a, sums b) { return _mm256_add_epi32(a, b); }
 INLINE sums widen(sums acc, sums narrow) { return add_sums(acc, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1))); }
-INLINE bytes load_w8(const int8_t *p) { return load_bytes(p); }
-INLINE sums dot_bytes(sums acc, bytes w, bytes x) {
-    bytes pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    bytes product = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    __asm__("vpaddd\t%1, %0, %0" : "+x"(acc) : "x"(product));
-    return acc;
-}
 INLINE void store_bytes(void *p, bytes b) { _mm256_storeu_si256((__m256i *)p, b); }
 INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
     __m256i abcd = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));

@@ -5,31 +5,50 @@
 #include "../levels.h"
 #include "simd.h"
 
-enum { AXPY_ROWS = 8 };
+enum { AXPY_ROWS = 8, CROWDED = 3 }; /* from so many tokens on, FLOAT_ROWS rows of AVX2 fill all registers */
 #if defined(NPUQ_LEVEL_AVX512)
 enum { FLOAT_TOKENS = 6, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
 #elif defined(NPUQ_LEVEL_NEON)
 enum { FLOAT_TOKENS = 4, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
+#elif defined(NPUQ_LEVEL_AVX2)
+enum { FLOAT_TOKENS = 3, FLOAT_ROWS = 4, AXPY_TOKENS = 2 }; /* 16 registers: 12 sums, 3 tokens, a weight */
 #else
-enum { FLOAT_TOKENS = 2, FLOAT_ROWS = 4, AXPY_TOKENS = 2 }; /* 16 registers: 8 sums, 2 tokens, a weight */
+enum { FLOAT_TOKENS = 2, FLOAT_ROWS = 4, AXPY_TOKENS = 2 };
 #endif
+
+INLINE vf load_weight_as(const char *row, const int dtype, size_t i, const int tokens) {
+    return tokens < CROWDED ? vf_load_as(row, dtype, i) : vf_load_crowded(row, dtype, i);
+}
+
+INLINE vf load_weight_part(const char *row, const int dtype, size_t i, size_t n, const int tokens) {
+    if (dtype == NPUQ_F32) return vf_load_part((const float *)row + i, n);
+    uint16_t lane[VW] = {0};
+    memcpy(lane, (const uint16_t *)row + i, n * sizeof *lane);
+    return load_weight_as((const char *)lane, dtype, 0, tokens);
+}
+
+INLINE void clear_sums(vf *sum, const int tokens) {
+    EACH_TOKEN(tokens, sum[t] = vf_set(0););
+}
+
+INLINE void add_products(vf *sum, vf weight, const vf *token, const int tokens) {
+    EACH_TOKEN(tokens, sum[t] = tokens < CROWDED ? vf_fma(weight, token[t], sum[t])
+                                                 : vf_add_product(sum[t], weight, token[t]););
+}
 
 INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
                        const int tokens, size_t k, float *acc, size_t ldacc) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
     const char *row[FLOAT_ROWS];
     for (size_t r = 0; r < FLOAT_ROWS; r++) row[r] = w + (r < rows ? r : rows - 1) * ldw * size;
-    vf sum[FLOAT_ROWS][6];
-#pragma GCC unroll 8
-    for (int r = 0; r < FLOAT_ROWS; r++) {
-#pragma GCC unroll 8
-        for (int t = 0; t < tokens; t++) sum[r][t] = vf_set(0);
-    }
+    vf sum0[MOST_TOKENS], sum1[MOST_TOKENS], sum2[MOST_TOKENS], sum3[MOST_TOKENS], token[MOST_TOKENS];
+    clear_sums(sum0, tokens);
+    clear_sums(sum1, tokens);
+    clear_sums(sum2, tokens);
+    clear_sums(sum3, tokens);
     size_t i = 0;
     for (; i + VW <= k; i += VW) {
-        vf token[6];
-#pragma GCC unroll 8
-        for (int t = 0; t < tokens; t++) token[t] = vf_load(x + (size_t)t * ldx + i);
+        EACH_TOKEN(tokens, token[t] = vf_load(x + (size_t)t * ldx + i););
         /* A single token is bound by memory: see kernels/integer.h and integer_rows.h for both ways. */
 #if defined(NPUQ_LEVEL_AVX2)
         /* Half a kilobyte ahead in each row, and behind its end in the row that follows it in its place. */
@@ -41,54 +60,62 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
         }
 #endif
-#pragma GCC unroll 8
-        for (int r = 0; r < FLOAT_ROWS; r++) {
-            vf weight = vf_load_as(row[r], dtype, i);
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) sum[r][t] = vf_fma(weight, token[t], sum[r][t]);
-        }
+        add_products(sum0, load_weight_as(row[0], dtype, i, tokens), token, tokens);
+        add_products(sum1, load_weight_as(row[1], dtype, i, tokens), token, tokens);
+        add_products(sum2, load_weight_as(row[2], dtype, i, tokens), token, tokens);
+        add_products(sum3, load_weight_as(row[3], dtype, i, tokens), token, tokens);
     }
     if (i < k) {
-        for (int r = 0; r < FLOAT_ROWS; r++) {
-            vf weight = vf_load_part_as(row[r], dtype, i, k - i);
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++) {
-                sum[r][t] = vf_fma(weight, vf_load_part(x + (size_t)t * ldx + i, k - i), sum[r][t]);
-            }
-        }
+        EACH_TOKEN(tokens, token[t] = vf_load_part(x + (size_t)t * ldx + i, k - i););
+        add_products(sum0, load_weight_part(row[0], dtype, i, k - i, tokens), token, tokens);
+        add_products(sum1, load_weight_part(row[1], dtype, i, k - i, tokens), token, tokens);
+        add_products(sum2, load_weight_part(row[2], dtype, i, k - i, tokens), token, tokens);
+        add_products(sum3, load_weight_part(row[3], dtype, i, k - i, tokens), token, tokens);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < tokens; t++) vf_sum4(sum[0][t], sum[1][t], sum[2][t], sum[3][t], acc + (size_t)t * ldacc);
+    EACH_TOKEN(tokens, vf_sum4(sum0[t], sum1[t], sum2[t], sum3[t], acc + (size_t)t * ldacc););
 }
 
-INLINE void float_tiles(const void *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
-                        size_t tokens, size_t k, float *acc, size_t ldacc) {
-    const size_t size = dtype == NPUQ_F32 ? 4 : 2;
-    for (size_t t = 0; t < tokens;) {
-        size_t left = tokens - t, width = left < FLOAT_TOKENS ? left : FLOAT_TOKENS;
-        const float *xt = x + t * ldx;
-        for (size_t r = 0; r < rows; r += FLOAT_ROWS) {
-            const char *wr = (const char *)w + r * ldw * size;
-            float *out = acc + t * ldacc + r;
-            size_t n = rows - r;
-            switch (width) {
-                case 1: float_tile(wr, dtype, ldw, n, xt, ldx, 1, k, out, ldacc); break;
-                case 2: float_tile(wr, dtype, ldw, n, xt, ldx, 2, k, out, ldacc); break;
-                case 3: if (FLOAT_TOKENS >= 3) float_tile(wr, dtype, ldw, n, xt, ldx, 3, k, out, ldacc); break;
-                case 4: if (FLOAT_TOKENS >= 4) float_tile(wr, dtype, ldw, n, xt, ldx, 4, k, out, ldacc); break;
-                case 5: if (FLOAT_TOKENS >= 5) float_tile(wr, dtype, ldw, n, xt, ldx, 5, k, out, ldacc); break;
-                default: if (FLOAT_TOKENS >= 6) float_tile(wr, dtype, ldw, n, xt, ldx, 6, k, out, ldacc); break;
-            }
-        }
-        t += width;
+INLINE void float_rows(const char *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
+                       const int tokens, size_t k, float *acc, size_t ldacc) {
+    for (size_t r = 0; r < rows; r += FLOAT_ROWS) {
+        float_tile(w + r * ldw * (dtype == NPUQ_F32 ? 4 : 2), dtype, ldw, rows - r, x, ldx, tokens, k, acc + r, ldacc);
     }
 }
+
+/* A function each, so that what the loops of one width keep in registers is not in another's way. */
+#define FLOAT_WIDTH(width)                                                                                          \
+    static __attribute__((noinline)) void float_rows_##width(const void *w, int dtype, size_t ldw, size_t rows,     \
+                                                             const float *x, size_t ldx, size_t k, float *acc,      \
+                                                             size_t ldacc) {                                        \
+        const int tokens = width <= FLOAT_TOKENS ? width : 1;                                                       \
+        if (dtype == NPUQ_BF16) float_rows(w, NPUQ_BF16, ldw, rows, x, ldx, tokens, k, acc, ldacc);                 \
+        else if (dtype == NPUQ_F16) float_rows(w, NPUQ_F16, ldw, rows, x, ldx, tokens, k, acc, ldacc);              \
+        else float_rows(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc);                                     \
+    }
+FLOAT_WIDTH(1)
+FLOAT_WIDTH(2)
+FLOAT_WIDTH(3)
+FLOAT_WIDTH(4)
+FLOAT_WIDTH(5)
+FLOAT_WIDTH(6)
 
 static void dot_float(const void *w, int dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
                       size_t k, float *acc, size_t ldacc) {
-    if (dtype == NPUQ_BF16) float_tiles(w, NPUQ_BF16, ldw, rows, x, ldx, tokens, k, acc, ldacc);
-    else if (dtype == NPUQ_F16) float_tiles(w, NPUQ_F16, ldw, rows, x, ldx, tokens, k, acc, ldacc);
-    else float_tiles(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc);
+    for (size_t t = 0; t < tokens;) {
+        size_t left = tokens - t, passes = (left + FLOAT_TOKENS - 1) / FLOAT_TOKENS;
+        size_t width = (left + passes - 1) / passes;
+        const float *xt = x + t * ldx;
+        float *out = acc + t * ldacc;
+        switch (width) {
+            case 1: float_rows_1(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+            case 2: float_rows_2(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+            case 3: float_rows_3(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+            case 4: float_rows_4(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+            case 5: float_rows_5(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+            default: float_rows_6(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+        }
+        t += width;
+    }
 }
 
 /* Four vectors of columns for `tokens`: rows of w are read once for all. */

@@ -22,7 +22,8 @@ static int32_t sum_i8(const int8_t *x, size_t k) {
     return (int32_t)sum;
 }
 
-static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                   size_t ldacc) {
     for (size_t r = 0; r < rows; r++) {
         for (size_t t = 0; t < tokens; t++) {
             uint32_t sum = 0;
@@ -38,11 +39,13 @@ static void unpack_w4(const uint8_t *w, size_t rows, size_t k, uint8_t *out) {
     }
 }
 
-static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                   size_t ldacc) {
     dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc); /* 0..15 is the same byte with a sign */
 }
 
-static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                   size_t ldacc) {
     for (size_t r = 0; r < rows; r++) {
         for (size_t t = 0; t < tokens; t++) {
             uint32_t sum = 0;
@@ -61,6 +64,7 @@ INLINE void clear_row(sums *row, const int tokens) {
     EACH_TOKEN(tokens, row[t] = sums_zero(););
 }
 
+#if !defined(NPUQ_LEVEL_AVX2)
 INLINE void dot_row(const enum storage storage, sums *row, bytes weight, const bytes *token, const int tokens) {
     EACH_TOKEN(tokens, row[t] = storage == CODES ? dot_bytes(row[t], weight, token[t])
                                                  : dot_nibbles(row[t], weight, token[t]););
@@ -69,6 +73,30 @@ INLINE void dot_row(const enum storage storage, sums *row, bytes weight, const b
 INLINE bytes load_weight(const enum storage storage, const uint8_t *from) {
     return storage == CODES ? load_w8((const int8_t *)from) : load_bytes(from);
 }
+#endif
+
+enum {
+#if defined(NPUQ_LEVEL_AVX2)
+    /* A row's bytes between two looks at what to fetch: as many steps as 16-bit sums hold. */
+    LAP_BYTES = NARROW_STEPS * STEP,
+    /* Weights that all tokens take before the next of them: they stay in L2, and those to come beside them. */
+    BLOCK_BYTES = 32 << 10,
+#else
+    /* Their tiles fetch for themselves: blocks were measured with AVX2 only. */
+    LAP_BYTES = 256,
+    BLOCK_BYTES = 1 << 30,
+#endif
+    LINE = 64,
+    LAP_LINES = LAP_BYTES / LINE,
+    /* How far ahead weights are fetched that pass by only once. */
+    AHEAD_BYTES = 4096,
+};
+
+/* Weights that will be read next, and how many lines of them to fetch before each look at them. */
+struct ahead {
+    const uint8_t *at, *end;
+    size_t lines;
+};
 
 #include "integer_rows.h"
 
@@ -76,8 +104,8 @@ INLINE bytes load_weight(const enum storage storage, const uint8_t *from) {
 /* Sums of one tile over the first `body` of k, a whole number of steps: four rows at once, those of each for up to
  * MOST_TOKENS tokens. Rows past the last repeat it: their sums go to padding. `storage` and `tokens` are constants where
  * this is inlined. */
-INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens, size_t k,
-                 size_t body, int32_t *acc, size_t ldacc) {
+INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens,
+                 size_t k, size_t body, int32_t *acc, size_t ldacc) {
     const size_t last = (storage == PACKED ? rows / 2 : rows) - 1;
     const uint8_t *row0 = w, *row1 = w + (last < 1 ? 0 : k), *row2 = w + (last < 2 ? last : 2) * k,
                   *row3 = w + (last < 3 ? last : 3) * k;
@@ -157,10 +185,11 @@ INLINE void pair_tile(const enum storage storage, const uint8_t *w, size_t rows,
 
 /* The way that this level's registers and prefetchers like best. */
 INLINE void best_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, const int tokens,
-                      size_t k, size_t body, int32_t *acc, size_t ldacc) {
+                      struct ahead *ahead, size_t k, size_t body, int32_t *acc, size_t ldacc) {
 #if defined(NPUQ_LEVEL_AVX2)
-    row_tile(storage, w, rows, x, tokens, k, body, acc, ldacc);
+    row_tile(storage, w, rows, x, tokens, ahead, k, body, acc, ldacc);
 #else
+    (void)ahead;
     if (tokens == 1) {
         stream_tile(storage, w, rows, x, k, body, acc);
         return;
@@ -174,8 +203,8 @@ INLINE void best_tile(const enum storage storage, const uint8_t *w, size_t rows,
 }
 
 /* The k that whole steps leave over. */
-static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k,
-                     size_t body, int32_t *acc, size_t ldacc) {
+static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t tokens,
+                     size_t k, size_t body, int32_t *acc, size_t ldacc) {
     for (size_t r = 0; r < rows; r++) {
         const uint8_t *row = w + (storage == PACKED ? r / 2 : r) * k;
         for (size_t t = 0; t < tokens; t++) {
@@ -191,49 +220,81 @@ static void add_rest(enum storage storage, const uint8_t *w, size_t rows, const 
     }
 }
 
-/* All tiles: a token tile stays in L1 while the weights pass by, from memory or (for many tokens) from L2. */
+#if !defined(NPUQ_LEVEL_AVX2)
+/* Two or three tokens of packed rows, row by row. */
+static void stream_rows(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                        size_t ldacc) {
+    const size_t body = k / STEP * STEP;
+    for (size_t r = 0; r < rows; r += TILE_ROWS) {
+        const uint8_t *wr = w + r / 2 * k;
+        if (tokens == 2) stream_packed(wr, rows - r, x, 2, k, body, acc + r, ldacc);
+        else stream_packed(wr, rows - r, x, 3, k, body, acc + r, ldacc);
+    }
+    if (body < k) add_rest(PACKED, w, rows, x, tokens, k, body, acc, ldacc);
+}
+#endif
+
+/* `rows` rows for up to `most` tokens. */
+INLINE void dot_rows(const enum storage storage, const int most, const uint8_t *w, size_t rows, const int8_t *x,
+                     size_t tokens, struct ahead *ahead, size_t k, size_t body, int32_t *acc, size_t ldacc) {
+    for (size_t r = 0; r < rows; r += TILE_ROWS) {
+        const uint8_t *wr = w + (storage == PACKED ? r / 2 : r) * k;
+        size_t n = rows - r;
+        int32_t *out = acc + r;
+        switch (tokens) {
+            case 1: best_tile(storage, wr, n, x, 1, ahead, k, body, out, ldacc); break;
+            case 2: best_tile(storage, wr, n, x, 2, ahead, k, body, out, ldacc); break;
+            case 3: if (most >= 3) best_tile(storage, wr, n, x, 3, ahead, k, body, out, ldacc); break;
+            case 4: if (most >= 4) best_tile(storage, wr, n, x, 4, ahead, k, body, out, ldacc); break;
+            case 5: if (most >= 5) best_tile(storage, wr, n, x, 5, ahead, k, body, out, ldacc); break;
+            default: if (most >= 6) best_tile(storage, wr, n, x, 6, ahead, k, body, out, ldacc); break;
+        }
+    }
+}
+
+/* All tiles. A token tile stays in L1 while a block of weights passes by; the next block comes from memory meanwhile,
+ * some lines of it in each pass, so that arithmetic does not wait for memory. Passes are of about equal width. */
 INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t *w, size_t rows, const int8_t *x,
                       size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
-    size_t body = k / STEP * STEP;
-    for (size_t t = 0; t < tokens;) {
-        size_t left = tokens - t, width = left < (size_t)most ? left : (size_t)most;
-        const int8_t *xt = x + t * k;
-        for (size_t r = 0; r < rows; r += TILE_ROWS) {
-            const uint8_t *wr = w + (storage == PACKED ? r / 2 : r) * k;
-            int32_t *out = acc + t * ldacc + r;
-#if !defined(NPUQ_LEVEL_AVX2)
-            if (storage == PACKED && (tokens == 2 || tokens == 3)) { /* bound by memory */
-                if (tokens == 2) stream_packed(wr, rows - r, xt, 2, k, body, out, ldacc);
-                else stream_packed(wr, rows - r, xt, 3, k, body, out, ldacc);
-                continue;
-            }
-#endif
-            switch (width) {
-                case 1: best_tile(storage, wr, rows - r, xt, 1, k, body, out, ldacc); break;
-                case 2: best_tile(storage, wr, rows - r, xt, 2, k, body, out, ldacc); break;
-                case 3: if (most >= 3) best_tile(storage, wr, rows - r, xt, 3, k, body, out, ldacc); break;
-                case 4: if (most >= 4) best_tile(storage, wr, rows - r, xt, 4, k, body, out, ldacc); break;
-                case 5: if (most >= 5) best_tile(storage, wr, rows - r, xt, 5, k, body, out, ldacc); break;
-                default: if (most >= 6) best_tile(storage, wr, rows - r, xt, 6, k, body, out, ldacc); break;
-            }
+    const size_t body = k / STEP * STEP, passes = (tokens + (size_t)most - 1) / (size_t)most;
+    const uint8_t *end = w + (storage == PACKED ? rows / 2 : rows) * k;
+    size_t block = BLOCK_BYTES / k * (storage == PACKED ? 2 : 1) / TILE_ROWS * TILE_ROWS;
+    block = passes == 1 || block == 0 ? rows : block;
+    for (size_t first = 0; first < rows; first += block) {
+        const size_t some = rows - first < block ? rows - first : block;
+        const uint8_t *from = w + (storage == PACKED ? first / 2 : first) * k;
+        struct ahead ahead = {from + (storage == PACKED ? some / 2 : some) * k, end, (LAP_LINES + passes - 1) / passes};
+        if (passes == 1) ahead.at = from + AHEAD_BYTES;
+        for (size_t pass = 0, t = 0; pass < passes; pass++) {
+            size_t width = (tokens - t + passes - pass - 1) / (passes - pass);
+            dot_rows(storage, most, from, some, x + t * k, width, &ahead, k, body, acc + t * ldacc + first, ldacc);
+            t += width;
         }
-        t += width;
     }
     if (body < k) add_rest(storage, w, rows, x, tokens, k, body, acc, ldacc);
 }
 
-static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                   size_t ldacc) {
     dot_tiles(CODES, W8_TOKENS, (const uint8_t *)w, rows, x, tokens, k, acc, ldacc);
 #if defined(NPUQ_LEVEL_AVX2)
     negate_lowest(w, rows, x, tokens, k, k / STEP * STEP, acc, ldacc);
 #endif
 }
 
-static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                   size_t ldacc) {
+#if !defined(NPUQ_LEVEL_AVX2)
+    if (tokens == 2 || tokens == 3) { /* bound by memory */
+        stream_rows(w, rows, x, tokens, k, acc, ldacc);
+        return;
+    }
+#endif
     dot_tiles(PACKED, DIRECT_TOKENS, w, rows, x, tokens, k, acc, ldacc);
 }
 
-static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc) {
+static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
+                   size_t ldacc) {
     dot_tiles(SPREAD, W4_TOKENS, w, rows, x, tokens, k, acc, ldacc);
 }
 

@@ -193,6 +193,17 @@ INLINE vf vf_load_f16(const uint16_t *p) {
 #endif
 #endif
 
+/* vf_fma(a, b, sum), where the sum stays in its register: GCC 12 puts it into a factor's and copies it back, which in a
+ * loop with as many sums as there are registers for sends some to memory. */
+INLINE vf vf_add_product(vf sum, vf a, vf b) {
+#if defined(NPUQ_LEVEL_AVX2)
+    __asm__("vfmadd231ps\t%2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+#else
+    return vf_fma(a, b, sum);
+#endif
+}
+
 /* Minus zero is nothing; plus zero would be an addition, since −0 + 0 is not −0. */
 INLINE vf vf_set(float a) { return a - (vf){0}; }
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7FFFFFFF); }
@@ -286,6 +297,23 @@ INLINE vf vf_load_as(const void *p, int dtype, size_t index) {
     if (dtype == NPUQ_BF16) return vf_load_bf16((const uint16_t *)p + index);
     if (dtype == NPUQ_F16) return vf_load_f16((const uint16_t *)p + index);
     return vf_load((const float *)p + index);
+}
+
+/* The same in a loop that has no register to spare, where the places of bf16's shuffle come from memory. */
+INLINE vf vf_load_crowded(const void *p, int dtype, size_t index) {
+#if defined(NPUQ_LEVEL_AVX2)
+    if (dtype == NPUQ_BF16) {
+        static const int8_t places[32] __attribute__((aligned(32))) = {
+            -1, -1, 0, 1, -1, -1, 2,  3,  -1, -1, 4,  5,  -1, -1, 6,  7,
+            -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+        vf wide;
+        __asm__("vbroadcasti128\t%1, %0\n\tvpshufb\t%2, %0, %0"
+                : "=&x"(wide)
+                : "m"(*(const __m128i_u *)((const uint16_t *)p + index)), "m"(*(const __m256i *)places));
+        return wide;
+    }
+#endif
+    return vf_load_as(p, dtype, index);
 }
 
 INLINE vf vf_load_part_as(const void *p, int dtype, size_t index, size_t n) {
