@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 20
 _PREFERRED_MINIMUM = 128 << 10
 
 # Upper bounds, measured on random weights: what reading, rounding and packing in torch take for each value of a chunk,
-# and what the exact scale search in torch holds besides, which grows with its rows up to a block of them.
+# and what the scale search in torch holds besides, which grows with its rows up to a block of them.
 BYTES_PER_ELEMENT = 40
 SEARCH_BYTES_PER_ELEMENT = 1280
 SEARCH_BYTES = 160 << 20

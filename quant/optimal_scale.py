@@ -1,4 +1,4 @@
-"""The exact scale of least squared error for a row of int4 or int8 codes.
+"""The exact scale of least squared error for a row of int4 codes.
 
 For a row w and codes q, the best scale is A / B with A = Σ w·q and B = Σ q², and it leaves the error Σ w² − A² / B. So
 the row's optimum is the largest A² / B over all codes that rounding by some scale s can give. As s falls, each element
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 # Breakpoints are told apart by κ = ⌊|w| · UNIT / (2m − 1)⌋, half the scale in a fixed unit. Two different quotients
-# with denominators up to 255 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
+# with denominators up to 15 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
 UNIT = 1 << 17
 _ROW_SHIFT = 24  # magnitudes are below 2**24: `row << 24 | magnitude` orders a whole block of rows at once
 _KAPPA_BITS = _ROW_SHIFT + 17
@@ -42,47 +42,32 @@ _DIRECT = 6
 _SLACK = 1 - 1e-12
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """How a code width is searched. `levels` breakpoints a negative weight has; a positive one has one less.
-
-    The grid goes from the largest scale with a code other than 0, 2 · max|w|, in steps of `coarse` down to `turn` times
-    the min-max scale, and from there, where optima lie, in steps of `fine` until clipping alone rules the rest out. The
-    steps balance look-ups against the bound's slack, half the step squared, which must be small beside the relative
-    error that the codes leave (about 1 % for int4, 0.01 % for int8).
-    """
-
-    levels: int
-    coarse: float
-    turn: float
-    fine: float
-    block_elements: int
-    block_rows: int
+# Breakpoints that a negative weight has; a positive one has one less.
+_LEVELS = 8
+# The grid goes from the largest scale with a code other than 0, 2 · max|w|, in steps of _COARSE down to _TURN times the
+# min-max scale, and from there, where optima lie, in steps of _FINE until clipping alone rules the rest out. The steps
+# balance look-ups against the bound's slack, half the step squared, which must be small beside the relative error that
+# the codes leave (about 1 %).
+_COARSE, _TURN, _FINE = 1.05, 1.4, 1.01
+_BLOCK_ELEMENTS, _BLOCK_ROWS = 1 << 20, 4096
 
 
-_GRIDS = {
-    4: _Grid(levels=8, coarse=1.05, turn=1.4, fine=1.01, block_elements=1 << 20, block_rows=4096),
-    8: _Grid(levels=128, coarse=1.02, turn=1.1, fine=1.001, block_elements=1 << 19, block_rows=128),
-}
-
-
-def optimal_scale(weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def optimal_scale(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The best state of each row: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B. Zero rows give (0, 0).
 
-    `weights` int32 [R, K], |w| < 2**24, K ≤ 2**17; `bits` 4 or 8. Of states with equal A² / B (in float64) the one of
-    smallest B (largest scale) is taken.
+    `weights` int32 [R, K], |w| < 2**24, K ≤ 2**17. Of states with equal A² / B (in float64) the one of smallest B
+    (largest scale) is taken.
     """
-    grid = _GRIDS[bits]
-    rows_per_block = max(1, min(grid.block_rows, grid.block_elements // max(1, weights.shape[1])))
-    parts = [_optimal_block(block, grid) for block in weights.split(rows_per_block)]
+    rows_per_block = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, weights.shape[1])))
+    parts = [_optimal_block(block) for block in weights.split(rows_per_block)]
     return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
-def _optimal_block(weights: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    table = _SortedRows(weights, grid.levels)
+def _optimal_block(weights: Tensor) -> tuple[Tensor, Tensor]:
+    table = _SortedRows(weights)
     best = _Best(weights.shape[0])
     live = torch.nonzero(table.largest).flatten()
-    intervals = _first_grid(table, best, live, grid).keep(best)
+    intervals = _first_grid(table, best, live).keep(best)
     intervals = _subdivide(table, best, intervals).keep(best)
     _walk(table, best, intervals)
     return best.a, best.b
@@ -91,10 +76,9 @@ def _optimal_block(weights: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
 class _SortedRows:
     """Magnitudes of a block of rows, sorted, with running sums, so that the state at any scale is a few look-ups."""
 
-    def __init__(self, weights: Tensor, levels: int):
+    def __init__(self, weights: Tensor):
         rows, columns = weights.shape
-        self.levels = levels
-        self.odd = torch.arange(1, 2 * levels, 2)
+        self.odd = torch.arange(1, 2 * _LEVELS, 2)
         magnitude = weights.abs()
         self.columns = columns
         self.largest = magnitude.amax(1).to(torch.int64) if columns else torch.zeros(rows, dtype=torch.int64)
@@ -103,7 +87,7 @@ class _SortedRows:
         # Only negative weights reach the last code: positive ones become zeros, which never pass a threshold.
         self._negative_keys, self._negative_sums = self._sorted(magnitude.where(weights < 0, 0))
         self._magnitude = magnitude.to(torch.float64) * UNIT
-        self._limit = torch.where(weights < 0, float(levels), float(levels - 1))
+        self._limit = torch.where(weights < 0, float(_LEVELS), float(_LEVELS - 1))
 
     def _sorted(self, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         ordered = torch.from_numpy(np.sort(magnitude.numpy(), axis=1)).to(torch.int64)
@@ -128,7 +112,7 @@ class _SortedRows:
 
     def states(self, rows: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """A and B, int64 [M, C], of rows [M] when every breakpoint at or above κ [M, C] has been passed."""
-        if self.columns > _DIRECT * self.levels:
+        if self.columns > _DIRECT * _LEVELS:
             return self._states_by_lookup(rows[:, None].expand_as(kappa), kappa)
         return self._states_by_rounding(rows, kappa)
 
@@ -147,13 +131,13 @@ class _SortedRows:
     def _states_by_lookup(self, rows: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
         positions = self.positions(rows, kappa)
         end = (rows + 1) * self.columns
-        a = (self.levels - 1) * self._sums[end] - self._sums[positions[..., :-1]].sum(-1)
+        a = (_LEVELS - 1) * self._sums[end] - self._sums[positions[..., :-1]].sum(-1)
         a += self._negative_sums[end] - self._negative_sums[positions[..., -1]]
         return a, ((end[..., None] - positions) * self.odd).sum(-1)
 
     def clipped_error(self, rows: Tensor, kappa: Tensor) -> Tensor:
         """float64: a lower bound of Σ (|w| − c·s)² over |w| > c·s with the last code c: (Σ|w| − c·s·n)² / n."""
-        limit = kappa.to(torch.float64) * (2 * self.levels / UNIT)
+        limit = kappa.to(torch.float64) * (2 * _LEVELS / UNIT)
         threshold = limit.ceil().clamp(max=(1 << _ROW_SHIFT) - 1).to(torch.int64)
         start = torch.searchsorted(self._keys, (rows << _ROW_SHIFT) + threshold)
         end = (rows + 1) * self.columns
@@ -172,12 +156,12 @@ class _Best:
 
     def update(self, rows: Tensor, a: Tensor, b: Tensor) -> None:
         """Offer states [M] of the given rows."""
-        score = _score(a, b)
-        self.score.scatter_reduce_(0, rows, score, "amax")
+        found = score(a, b)
+        self.score.scatter_reduce_(0, rows, found, "amax")
         smallest = torch.full_like(self.b, torch.iinfo(torch.int64).max)
-        current = _score(self.a, self.b) == self.score
+        current = score(self.a, self.b) == self.score
         smallest[current] = self.b[current]
-        hit = score == self.score[rows]
+        hit = found == self.score[rows]
         rows, a, b = rows[hit], a[hit], b[hit]
         smallest.scatter_reduce_(0, rows, b, "amin")
         chosen = b == smallest[rows]
@@ -201,7 +185,7 @@ class _Intervals:
         return _Intervals(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
 
 
-def _score(a: Tensor, b: Tensor) -> Tensor:
+def score(a: Tensor, b: Tensor) -> Tensor:
     """A² / B in float64; 0 where nothing has been passed."""
     real = a.to(torch.float64)
     return torch.where(b > 0, real * real / b.clamp(min=1).to(torch.float64), 0.0)
@@ -212,7 +196,8 @@ def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> 
     each_row = rows[:, None].expand_as(kappa)
     a, b = table.states(rows, kappa)
     best.update(each_row.flatten(), a.flatten(), b.flatten())
-    bound = _bound(kappa[:, :-1], kappa[:, 1:], a[:, :-1], a[:, 1:], b[:, :-1], b[:, 1:])
+    half = kappa.to(torch.float64) / UNIT
+    bound = interval_bound(half[:, :-1], half[:, 1:], a[:, :-1], a[:, 1:], b[:, :-1], b[:, 1:])
     return _Intervals(
         each_row[:, 1:].flatten(),
         kappa[:, :-1].flatten(),
@@ -223,24 +208,24 @@ def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> 
     )
 
 
-def _bound(kappa_hi: Tensor, kappa_lo: Tensor, a_hi: Tensor, a_lo: Tensor, b_hi: Tensor, b_lo: Tensor) -> Tensor:
-    """The largest A² / B that any state in the interval can have (see the module's first lines)."""
-    half_hi, half_lo = kappa_hi.to(torch.float64) / UNIT, kappa_lo.to(torch.float64) / UNIT
+def interval_bound(half_hi: Tensor, half_lo: Tensor, a_hi: Tensor, a_lo: Tensor, b_hi: Tensor, b_lo: Tensor) -> Tensor:
+    """The largest A² / B, float64, that any state between two half scales, float64, can have (see the module's first
+    lines), from their states, int64; all of one shape."""
     alpha, beta = (a_lo - a_hi).to(torch.float64), (b_lo - b_hi).to(torch.float64)
     crossing = ((alpha - beta * half_lo) / (half_hi - half_lo).clamp(min=1e-300)).clamp(min=0).minimum(beta)
     b = b_hi.to(torch.float64) + crossing
     a = a_hi.to(torch.float64) + crossing * half_hi
     kink = torch.where(b > 0, a * a / b.clamp(min=1e-300), 0.0)
-    return torch.maximum(kink, torch.maximum(_score(a_hi, b_hi), _score(a_lo, b_lo)))
+    return torch.maximum(kink, torch.maximum(score(a_hi, b_hi), score(a_lo, b_lo)))
 
 
-def _first_grid(table: _SortedRows, best: _Best, rows: Tensor, grid: _Grid) -> _Intervals:
+def _first_grid(table: _SortedRows, best: _Best, rows: Tensor) -> _Intervals:
     top = table.largest[rows] * UNIT  # κ of the first breakpoint: the largest weight reaches code 1
-    span = 2 * (grid.levels - 1) / grid.turn
-    coarse = grid.coarse ** -torch.arange(math.ceil(math.log(span, grid.coarse)) + 1, dtype=torch.float64)
+    span = 2 * (_LEVELS - 1) / _TURN
+    coarse = _COARSE ** -torch.arange(math.ceil(math.log(span, _COARSE)) + 1, dtype=torch.float64)
     kappa = (top[:, None].to(torch.float64) * coarse).to(torch.int64).clamp(min=1)
     found = [_intervals(table, best, rows, kappa)]
-    steps = grid.fine ** -torch.arange(_FINE_BLOCK + 1, dtype=torch.float64)
+    steps = _FINE ** -torch.arange(_FINE_BLOCK + 1, dtype=torch.float64)
     last = kappa[:, -1]
     while rows.numel():
         found[-1] = found[-1].keep(best)
@@ -274,9 +259,9 @@ def _walk(table: _SortedRows, best: _Best, intervals: _Intervals) -> None:
         return
     slot = torch.repeat_interleave(torch.arange(flat.numel()), flat, output_size=total)
     offset = torch.arange(total) - (flat.cumsum(0) - flat)[slot]
-    interval, level = slot // table.levels, slot % table.levels
+    interval, level = slot // _LEVELS, slot % _LEVELS
     odd = 2 * level + 1
-    magnitude = table.magnitudes(positions.flatten()[slot] + offset, level == table.levels - 1)
+    magnitude = table.magnitudes(positions.flatten()[slot] + offset, level == _LEVELS - 1)
     kappa = torch.div(magnitude * UNIT, odd, rounding_mode="floor")
     # One key that orders by interval, then by falling κ.
     order, index = (interval << _KAPPA_BITS | (1 << _KAPPA_BITS) - 1 - kappa).sort()

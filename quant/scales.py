@@ -1,7 +1,8 @@
 """Scale search: one float32 scale for each output row, and the codes that follow from it.
 
-`minmax` puts the largest magnitude on the largest code. `mse` takes the scale of least squared error, the exact optimum
-over all scales (`optimal_scale`): no search from any start does better on any row.
+`minmax` puts the largest magnitude on the largest code. `mse` takes the scale of least squared error. For int4 that is
+the exact optimum over all scales (`optimal_scale`): no search from any start does better on any row. For int8 it is a
+scale close to the optimum (`int8_scale`), never worse than what the iterative search finds.
 
 Scales are judged by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, not by float sums whose value
 depends on their order. So the result does not depend on how rows are grouped, on threads, or on which implementation
@@ -16,7 +17,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from .int8_scale import FixedRows, int8_scale
 from .optimal_scale import optimal_scale
+from .rounding import code_sums, fixed_norm, rounded
 
 FIXED_POINT_BITS = 23
 # Rows whose largest magnitude is below this are stored as zeros with scale 1: their scale's inverse would overflow.
@@ -65,18 +68,19 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
     largest = _largest(rows)
     exponent = torch.frexp(largest)[1]
     tiny = largest < TINY
-    fixed = torch.ldexp(rows, (FIXED_POINT_BITS - exponent).where(~tiny, 0)[:, None]).round().to(torch.int32)
+    shift = (FIXED_POINT_BITS - exponent).where(~tiny, 0)
+    fixed = torch.ldexp(rows, shift[:, None]).round().to(torch.int32)
     fixed[tiny] = 0
     if method is Method.GPTQ:
         raise ValueError("GPTQ needs calibration: give its scale_search")
     if method is Method.MINMAX:
         scale = largest / (2 ** (bits - 1) - 1)
     else:
-        a, b = optimal_scale(fixed, bits)
+        a, b = optimal_scale(fixed) if bits == 4 else _int8_scale(rows, fixed, shift, ~tiny)
         unit = exponent - FIXED_POINT_BITS
         scale = torch.ldexp(a.to(torch.float64) / b.clamp(min=1).to(torch.float64), unit).to(torch.float32)
     scale = scale.where(~tiny, 1.0)
-    codes = _codes(rows, scale, bits)
+    codes = rounded(rows, scale.reciprocal(), bits)
     codes[tiny] = 0
     error, norm = _squared_error(fixed, codes, scale, exponent.where(~tiny, 0))
     return ScaledRows(codes.to(torch.int8), scale, error, norm)
@@ -93,25 +97,17 @@ def _largest(rows: Tensor) -> Tensor:
     return largest
 
 
-def _codes(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """float32 codes: the product with the scale's float32 inverse, rounded half to even, clamped."""
-    bound = 2 ** (bits - 1)
-    return torch.mul(rows, scale.reciprocal()[:, None]).round_().clamp_(-bound, bound - 1)
-
-
-def _sums(fixed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ w·q and Σ q² as exact int64 [R]: float64 holds every partial sum, all below 2**53."""
-    real = codes.to(torch.float64)[:, :, None]
-    a = torch.bmm(fixed.to(torch.float64)[:, None, :], real)
-    b = torch.bmm(real.mT, real)
-    return a.flatten().to(torch.int64), b.flatten().to(torch.int64)
+def _int8_scale(rows: Tensor, fixed: Tensor, shift: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The states of the chosen rows, bool [R]; (0, 0) for the others."""
+    a, b = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int64)
+    a[chosen], b[chosen] = int8_scale(FixedRows(rows[chosen], fixed[chosen], shift[chosen]))
+    return a, b
 
 
 def _squared_error(fixed: Tensor, codes: Tensor, scale: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """Σ (w − s·q)² and Σ w² from exact sums, in float64."""
-    a, b = (value.to(torch.float64) for value in _sums(fixed, codes))
-    # 2**63, the largest there can be, wraps to its negative.
-    norm = (fixed.to(torch.int64) ** 2).sum(1).to(torch.float64).abs()
+    a, b = (value.to(torch.float64) for value in code_sums(fixed, codes))
+    norm = fixed_norm(fixed)
     sigma = torch.ldexp(scale.to(torch.float64), FIXED_POINT_BITS - exponent)
     error = (norm - 2 * sigma * a + sigma * sigma * b).clamp(min=0)
     unit = 2 * (exponent - FIXED_POINT_BITS)

@@ -48,19 +48,8 @@ static float decode_row(const void *x, int dtype, size_t n, const float *block_s
     return largest_finite(out, n);
 }
 
-/* Rows are zero-padded to padded_length here, and so is what is made of them. Both functions give the exact Σ w², which
- * is 2^63 at most. */
-static uint64_t to_fixed(const float *w, size_t n, float unit, int32_t *fixed, float *magnitude) {
-    vl even = {0}, odd = {0};
-    for (size_t i = 0; i < n; i += VW) {
-        vi whole = vf_round(vf_load(w + i) * unit);
-        memcpy(fixed + i, &whole, sizeof whole);
-        vf_store(magnitude + i, vf_abs(vi_float(whole)));
-        vl_squares(whole, &even, &odd);
-    }
-    return (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
-}
-
+/* Rows are zero-padded to padded_length here, and so is what is made of them. Gives the exact Σ w², which is 2^63 at
+ * most. */
 /* `full`: some weight may need a `high` of 2^15. */
 INLINE uint64_t to_planes_as(const float *w, float unit, struct planes *planes, const int full) {
     const vi half = (vi){0} + PLANE_DOUBT, most = (vi){0} + 127;
@@ -149,17 +138,17 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
     const float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
     double norm_fixed;
     struct exact_state best;
-    int status;
     if (bits == 4) {
         norm_fixed = (double)to_planes(w, unit, top, &layout.planes);
         const struct searched row = {&layout.planes, NULL, (double)n, PLANE_LEAST, PLANE_DOUBT, PLANE_NARROW};
-        status = optimal_int4(&row, w, unit, top, norm_fixed, &layout.changes, layout.search, &best);
+        int status = optimal_int4(&row, w, unit, top, norm_fixed, &layout.changes, layout.search, &best);
+        if (status != NPUQ_OK) return status;
     } else {
-        norm_fixed = (double)to_fixed(w, n, unit, layout.fixed, layout.magnitude);
-        const struct optimal_row row = {layout.fixed, layout.magnitude, n, norm_fixed};
-        status = optimal_int8(&row, top, layout.search, &best);
+        struct int8_row row = {.w = w, .high = layout.high, .low = layout.low, .n = n, .unit = unit};
+        split_row(&row);
+        norm_fixed = row.norm;
+        best = search_int8(&row, top, &layout.search->int8);
     }
-    if (status != NPUQ_OK) return status;
     out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
     struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bits, out->codes, NULL);
     account(out, norm_fixed, state, exponent);

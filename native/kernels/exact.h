@@ -11,12 +11,9 @@
 enum {
     FIXED_BITS = 23,
     KAPPA_BITS = 17, /* κ = ⌊|w| · 2^17 / (2m − 1)⌋: half a scale */
-    INT8_LEVELS = 128, /* breakpoints that a negative weight has; a positive one has one less */
     WINDOW_BINS = 512,
 };
 
-/* Float32 thresholds may miss a bin's edge by this. */
-#define EDGE_DOUBT 1e-6f
 /* States of step 1 are compared with this tolerance, those of step 2 exactly (1e-12 covers float64's rounding). */
 #define COARSE_SLACK (1 - 1e-9)
 #define FINE_SLACK (1 - 1e-12)
@@ -31,23 +28,11 @@ struct window_bin {
     uint32_t b, count, first;
 };
 
-struct interval {
-    double hi, lo, bound; /* half scales, in the fixed unit */
-};
-
 /* Breakpoints of one window, kept from row to row. */
 struct walk_scratch {
     struct breakpoint *breakpoints;
     size_t capacity;
     struct window_bin window[WINDOW_BINS + 2];
-};
-
-/* A row for int8 codes in fixed point: values, and their magnitudes as floats (exact). */
-struct optimal_row {
-    const int32_t *fixed;
-    const float *magnitude;
-    size_t n;
-    double norm; /* Σ fixed² */
 };
 
 struct state {
@@ -91,61 +76,6 @@ static int reserve_breakpoints(struct walk_scratch *scratch, size_t count) {
     if (larger == NULL) return NPUQ_NO_MEMORY;
     scratch->breakpoints = larger;
     scratch->capacity = 2 * count;
-    return NPUQ_OK;
-}
-
-/* Codes at a scale as this level's floats round them. Where they are in doubt (within 1e-6 of the window's ends) no
- * state is offered. */
-INLINE vi window_codes(vf magnitude, vf inverse, vf limit) {
-    return vf_truncate(vf_min(vf_fma(magnitude, inverse, vf_set(0.5f)), limit));
-}
-
-/* Collects every breakpoint between the two scales and sums the state above them. NPUQ_NO_MEMORY if they do not fit. */
-static int collect(const struct optimal_row *row, float inverse_hi, float inverse_lo, struct walk_scratch *scratch,
-                   size_t *count, int64_t *a, int64_t *b) {
-    double inverse[INT8_LEVELS + 1]; /* 2^17 / (2m − 1) */
-    for (int m = 1; m <= INT8_LEVELS; m++) inverse[m] = (double)(1 << KAPPA_BITS) / (2 * m - 1);
-    size_t found = 0;
-    int64_t sum_a = 0, sum_b = 0;
-    for (size_t first = 0; first < row->n; first += 256) {
-        size_t n = row->n - first < 256 ? row->n - first : 256;
-        int32_t high[256], low[256];
-        vi changed = {0};
-        for (size_t i = 0; i < n; i += VW) {
-            /* Arrays are padded to whole vectors of zeros, whose code is 0 at any scale. */
-            vf magnitude = vf_load(row->magnitude + first + i);
-            vf limit = vi_float((vi_load(row->fixed + first + i) < 0) & 1) + (float)(INT8_LEVELS - 1);
-            vi above = window_codes(magnitude, vf_set(inverse_hi), limit);
-            vi below = window_codes(magnitude, vf_set(inverse_lo), limit);
-            memcpy(high + i, &above, sizeof above);
-            memcpy(low + i, &below, sizeof below);
-            changed -= above != below;
-        }
-        uint32_t any = 0, squares = 0;
-        for (int lane = 0; lane < VW; lane++) any += (uint32_t)changed[lane];
-        for (size_t i = 0; i < n; i++) squares += (uint32_t)(high[i] * high[i]);
-        for (size_t i = 0; i < n; i++) sum_a += (int64_t)abs(row->fixed[first + i]) * high[i];
-        sum_b += squares;
-        if (any == 0) continue;
-        if (reserve_breakpoints(scratch, found + (size_t)any * INT8_LEVELS) != NPUQ_OK) return NPUQ_NO_MEMORY;
-        uint8_t place[256];
-        uint32_t places = 0;
-        for (size_t i = 0; i < n; i++) { /* branch-free: which differ cannot be predicted */
-            place[places] = (uint8_t)i;
-            places += high[i] != low[i];
-        }
-        for (uint32_t p = 0; p < places; p++) {
-            uint32_t i = place[p], magnitude = (uint32_t)abs(row->fixed[first + i]);
-            for (int32_t m = high[i] + 1; m <= low[i]; m++) {
-                uint32_t odd = 2 * (uint32_t)m - 1;
-                scratch->breakpoints[found++] =
-                    (struct breakpoint){kappa_of(magnitude, inverse[m]), magnitude, odd, 0};
-            }
-        }
-    }
-    *count = found;
-    *a = sum_a;
-    *b = sum_b;
     return NPUQ_OK;
 }
 

@@ -112,6 +112,21 @@ INLINE void vs_narrow(int16_t *p, vi first, vi second) {
 }
 #endif
 
+/* Two vectors as one of int16, in an order of the level's own; values must fit. */
+INLINE vs vs_pack(vi a, vi b) {
+#if defined(NPUQ_LEVEL_AVX512)
+    return (vs)_mm512_packs_epi32((__m512i)a, (__m512i)b);
+#elif defined(NPUQ_LEVEL_AVX2)
+    return (vs)_mm256_packs_epi32((__m256i)a, (__m256i)b);
+#elif defined(NPUQ_LEVEL_NEON)
+    return (vs)vcombine_s16(vmovn_s32((int32x4_t)a), vmovn_s32((int32x4_t)b));
+#else
+    vs packed;
+    vs_narrow((int16_t *)&packed, a, b);
+    return packed;
+#endif
+}
+
 /* Sums in 64-bit lanes: of 32-bit lanes, and of their products; exact. */
 #if defined(NPUQ_LEVEL_AVX512)
 typedef __m512i vl;

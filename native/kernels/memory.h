@@ -7,14 +7,13 @@
 /* A row in one scratch: as a search for int8 codes and as ones for int4 codes want it. */
 struct convert_memory {
     struct optimal_scratch *search;
-    int32_t *fixed; /* int8 */
-    float *magnitude;
+    int16_t *high, *low; /* int8 */
     struct planes planes; /* int4 */
     struct tables tables; /* int4, of FP8 weights */
     struct changes changes;
 };
 
-enum { BIN_WORDS = 2 * ((11 << 10) + 8), SEARCH_BYTES = (sizeof(struct optimal_scratch) + 63) / 64 * 64 };
+enum { SEARCH_BYTES = (sizeof(struct optimal_scratch) + 63) / 64 * 64 };
 
 INLINE size_t padded_length(size_t n) { return (n + 63) / 64 * 64; }
 
@@ -26,9 +25,9 @@ INLINE size_t table_bytes(size_t segments) {
 
 /* Bytes of scratch that a row of n needs, at a multiple of 64. */
 static size_t convert_scratch(size_t n) {
-    /* int8: fixed, magnitude and index. int4: planes of 3 bytes, or tables, and what layout_changes takes. */
+    /* int8: two halves of 2 bytes. int4: planes of 3 bytes, or tables, and what layout_changes takes. */
     const size_t int4 = padded_length(n) * 24 + table_bytes(n / LEAST_SEGMENT + 1);
-    return SEARCH_BYTES + BIN_WORDS * sizeof(uint64_t) + int4 + 1024;
+    return SEARCH_BYTES + int4 + 1024;
 }
 
 /* Places are written eight at a time, the rest in whole vectors. */
@@ -45,11 +44,9 @@ static struct changes layout_changes(void *memory, size_t padded) {
 static struct convert_memory convert_layout(void *memory, size_t n) {
     const size_t padded = padded_length(n);
     struct convert_memory layout = {.search = memory};
-    layout.search->histogram.bins = (uint64_t *)((char *)memory + SEARCH_BYTES);
-    char *row = (char *)(layout.search->histogram.bins + BIN_WORDS);
-    layout.fixed = (int32_t *)row;
-    layout.magnitude = (float *)(layout.fixed + padded);
-    layout.search->histogram.index = (uint32_t *)(layout.magnitude + padded);
+    char *row = (char *)memory + SEARCH_BYTES;
+    layout.high = (int16_t *)row;
+    layout.low = layout.high + padded;
     layout.planes = (struct planes){(int16_t *)row, (int8_t *)((int16_t *)row + padded), padded, 0};
     layout.changes = layout_changes(layout.planes.low + padded, padded);
     return layout;
@@ -66,7 +63,7 @@ static struct convert_memory table_layout(void *memory, size_t n, size_t segment
     struct convert_memory layout = {.search = memory};
     struct tables *tables = &layout.tables;
     const size_t even = (segments + 1) / 2 * 2;
-    char *at = (char *)memory + SEARCH_BYTES + BIN_WORDS * sizeof(uint64_t);
+    char *at = (char *)memory + SEARCH_BYTES;
     tables->segments = segments;
     tables->segments_at = take_bytes(&at, even * sizeof(struct segment));
     tables->inverse = take_bytes(&at, even * 4 * sizeof(float));

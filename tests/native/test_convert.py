@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,9 +95,9 @@ def test_piece_by_piece_through_one_memory(scheme: Scheme, piece: int) -> None:
     _check(native.NativeRows(torch.cat(pieces), out.scale, out.bias, *sums), expected)
 
 
-@pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 7168])
+@pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 4097, 7168])
 def test_long_rows(columns: int) -> None:
-    """Around the length up to which int8 states are summed weight by weight, and those of real models."""
+    """Of whole vectors and parts of sums, a little more or less, and those of real models."""
     rows = _rows("bf16", 4, columns, -6, columns)
     for scheme in (Scheme.W4A8, Scheme.W8A8):
         expected = quantize_rows(rows, scheme, Method.MSE, row_parallel=False)
@@ -108,9 +110,10 @@ def test_long_rows(columns: int) -> None:
 def test_every_kind_of_long_row(kind: str, columns: int) -> None:
     """Long enough for states in int16, for more than one part of their sums, and for windows that grow or stay open."""
     rows = _rows(kind, 2, columns, 3, columns)
-    expected = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=False)
-    for level in LEVELS:
-        _check(native.quantize(StoredRows(rows), 4, True, 1, level), expected)
+    for scheme in (Scheme.W4A8, Scheme.W8A8):
+        expected = quantize_rows(rows, scheme, Method.MSE, row_parallel=False)
+        for level in LEVELS:
+            _check(native.quantize(StoredRows(rows), scheme.weight_bits, True, 1, level), expected)
 
 
 @pytest.mark.parametrize("block", [16, 128])
@@ -120,9 +123,10 @@ def test_long_fp8_rows_full_of_equal_weights(block: int) -> None:
     byte = (torch.randn(4, 7168, generator=generator) * 40).to(torch.float8_e4m3fn)
     scale = torch.rand(1, 7168 // block, generator=generator) ** 4 + 1e-3
     stored = StoredRows(byte, BlockScale(scale, 0, 128, block))
-    expected = quantize_rows(stored.to_float32(), Scheme.W4A8, Method.MSE, row_parallel=False)
-    for level in LEVELS:
-        _check(native.quantize(stored, 4, True, 1, level), expected)
+    for scheme in (Scheme.W4A8, Scheme.W8A8):
+        expected = quantize_rows(stored.to_float32(), scheme, Method.MSE, row_parallel=False)
+        for level in LEVELS:
+            _check(native.quantize(stored, scheme.weight_bits, True, 1, level), expected)
 
 
 @pytest.mark.parametrize("seed", [42, 81, 153, 232, 300, 317])
@@ -156,11 +160,11 @@ def test_sums_of_the_widest_rows_fit(kind: str) -> None:
     rows = _rows("normal" if kind == "normal" else "constant", 2, native.MOST_COLUMNS, 0, 0)
     if kind == "largest":
         rows *= (2 - 2.0**-23) / 3
-    for method in DATA_FREE:
-        expected = quantize_rows(rows, Scheme.W4A8, method, row_parallel=False)
+    for scheme, method in product((Scheme.W4A8, Scheme.W8A8), DATA_FREE):
+        expected = quantize_rows(rows, scheme, method, row_parallel=False)
         assert torch.allclose(expected.squared_norm, rows.double().square().sum(1))
         for level in LEVELS:
-            _check(native.quantize(StoredRows(rows), 4, method is Method.MSE, 1, level), expected)
+            _check(native.quantize(StoredRows(rows), scheme.weight_bits, method is Method.MSE, 1, level), expected)
 
 
 @settings(max_examples=30)

@@ -1,0 +1,26 @@
+"""Codes of rows at given scales, and the exact sums that judge them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rounded(rows: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """float32 codes [R, K]: rows float32 times the scale's inverse float32 [R], rounded half to even, clamped."""
+    bound = 2 ** (bits - 1)
+    return torch.mul(rows, inverse[:, None]).round_().clamp_(-bound, bound - 1)
+
+
+def code_sums(fixed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ w·q and Σ q² as exact int64 [R], for int32 w below 2**24: float64 holds every partial sum, all below 2**53."""
+    real = codes.to(torch.float64)[:, :, None]
+    a = torch.bmm(fixed.to(torch.float64)[:, None, :], real)
+    b = torch.bmm(real.mT, real)
+    return a.flatten().to(torch.int64), b.flatten().to(torch.int64)
+
+
+def fixed_norm(fixed: Tensor) -> Tensor:
+    """Σ w² of int32 [R, K], float64 [R]."""
+    # 2**63, the largest there can be, wraps to its negative.
+    return (fixed.to(torch.int64) ** 2).sum(1).to(torch.float64).abs()
