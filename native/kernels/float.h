@@ -5,7 +5,7 @@
 #include "../levels.h"
 #include "simd.h"
 
-enum { AXPY_ROWS = 8, CROWDED = 3 }; /* from so many tokens on, FLOAT_ROWS rows of AVX2 fill all registers */
+enum { AXPY_AHEAD = 2048, CROWDED = 3 }; /* from so many tokens on, FLOAT_ROWS rows of AVX2 fill all registers */
 #if defined(NPUQ_LEVEL_AVX512)
 enum { FLOAT_TOKENS = 6, FLOAT_ROWS = 4, AXPY_TOKENS = 6 };
 #elif defined(NPUQ_LEVEL_NEON)
@@ -46,15 +46,23 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
     clear_sums(sum1, tokens);
     clear_sums(sum2, tokens);
     clear_sums(sum3, tokens);
+#if defined(NPUQ_LEVEL_AVX2)
+    const int in_order = FLOAT_ROWS * k * size <= 4096;
+#endif
     size_t i = 0;
     for (; i + VW <= k; i += VW) {
         EACH_TOKEN(tokens, token[t] = vf_load(x + (size_t)t * ldx + i););
         /* A single token is bound by memory: see kernels/integer.h and integer_rows.h for both ways. */
 #if defined(NPUQ_LEVEL_AVX2)
-        /* Half a kilobyte ahead in each row, and behind its end in the row that follows it in its place. */
-        size_t ahead = i * size + 512;
-        if (ahead >= k * size) ahead += (FLOAT_ROWS * ldw - k) * size;
-        for (int r = 0; tokens == 1 && r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + ahead, 0, 0);
+        /* Rows of a kilobyte: the next four in the order of memory. Longer ones: half a kilobyte ahead in each row, and
+         * behind its end in the row that follows it in its place. */
+        if (tokens == 1 && in_order) {
+            __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size, 0, 0);
+        } else if (tokens == 1) {
+            size_t ahead = i * size + 512;
+            if (ahead >= k * size) ahead += (FLOAT_ROWS * ldw - k) * size;
+            for (int r = 0; r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + ahead, 0, 0);
+        }
 #else
         for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
@@ -148,34 +156,19 @@ INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, cons
     }
 }
 
-/* A single token is bound by memory: whole rows, AXPY_ROWS at a time, in the order in which they lie there. Sums go on in
- * `out`, in the order of the rows as in a tile. */
+/* A single token is bound by memory: row by row, in the order in which they lie there, AXPY_AHEAD bytes or a row ahead.
+ * Sums go on in `out`, in the order of the rows as in a tile. */
 INLINE size_t axpy_single(const char *w, const int dtype, size_t ldw, size_t a, size_t cols, const float *x,
                           const int accumulate, float *out) {
-    const size_t size = dtype == NPUQ_F32 ? 4 : 2, whole = cols / VW * VW;
+    const size_t size = dtype == NPUQ_F32 ? 4 : 2, whole = cols / VW * VW, row = ldw * size;
+    const size_t ahead = row < AXPY_AHEAD ? AXPY_AHEAD / row * row : row;
     if (!accumulate) memset(out, 0, whole * sizeof *out);
-    for (size_t i = 0; i < a; i += AXPY_ROWS) {
-        const size_t rows = a - i < AXPY_ROWS ? a - i : AXPY_ROWS;
-        const char *at = w + i * ldw * size;
-        vf factor[AXPY_ROWS];
-#pragma GCC unroll 8
-        for (size_t r = 0; r < AXPY_ROWS; r++) factor[r] = vf_set(r < rows ? x[i + r] : 0);
-        if (rows < AXPY_ROWS) {
-            for (size_t c = 0; c < whole; c += VW) {
-                vf sum = vf_load(out + c);
-                for (size_t r = 0; r < rows; r++) sum = vf_fma(factor[r], vf_load_as(at, dtype, r * ldw + c), sum);
-                vf_store(out + c, sum);
-            }
-            continue;
-        }
+    for (size_t i = 0; i < a; i++) {
+        const char *at = w + i * row;
+        const vf factor = vf_set(x[i]);
         for (size_t c = 0; c < whole; c += VW) {
-            vf sum = vf_load(out + c);
-#pragma GCC unroll 8
-            for (size_t r = 0; r < AXPY_ROWS; r++) {
-                __builtin_prefetch(at + ((AXPY_ROWS + r) * ldw + c) * size, 0, 0);
-                sum = vf_fma(factor[r], vf_load_as(at, dtype, r * ldw + c), sum);
-            }
-            vf_store(out + c, sum);
+            __builtin_prefetch(at + ahead + c * size, 0, 0);
+            vf_store(out + c, vf_fma(factor, vf_load_as(at, dtype, c), vf_load(out + c)));
         }
     }
     return whole;
