@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class Sampler:
         if params.repetition_penalty != 1:
             logits = _penalise(logits, context, params.repetition_penalty)
         best = int(logits.argmax())
-        if not torch.isfinite(logits[best]):
+        if not math.isfinite(logits[best].item()):
             raise GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
         if params.temperature == 0:
             return best
