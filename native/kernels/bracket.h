@@ -1,6 +1,6 @@
 /* The window of scales that can hold the optimum, for int4 codes.
  *
- * States of the whole row are evaluated at chosen scales (planes.h, tables.h). Between two neighbouring ones no state is better
+ * States of the whole row are evaluated at chosen scales (planes.h, table_sums.h). Between two neighbouring ones no state is better
  * than interval_bound; intervals whose bound is below the best state seen are dropped, the others halved until they are
  * narrow.
  *
@@ -15,7 +15,7 @@
 
 #include "exact.h"
 #include "planes.h"
-#include "tables.h"
+#include "table_sums.h"
 
 enum { MOST_MARKS = 160 };
 

@@ -1,0 +1,185 @@
+/* States (A, B) of a row in tables, by look-ups: see tables.h. */
+#ifndef NPUQ_KERNELS_TABLE_SUMS_H
+#define NPUQ_KERNELS_TABLE_SUMS_H
+
+#include "tables.h"
+
+/* The places in a segment's table of the first magnitudes at or above the eight thresholds of half scale h; what is far
+ * outside of the table may be anything outside of it. */
+INLINE void thresholds_of(const struct tables *tables, size_t s, float h, int32_t place[8]) {
+    static const float odd[8] = {1, 3, 5, 7, 9, 11, 13, 15};
+#pragma GCC unroll 2
+    for (int m = 0; m < 8; m += VW < 8 ? VW : 8) {
+#if defined(NPUQ_LEVEL_AVX512)
+        __m256 at = _mm256_mul_ps(_mm256_loadu_ps(odd), _mm256_set1_ps(h));
+        at = _mm256_mul_ps(at, _mm256_set1_ps(tables->inverse[4 * s]));
+        __m256i code = _mm256_add_epi32(_mm256_castps_si256(at), _mm256_set1_epi32((1 << CODE_SHIFT) - 1));
+        code = _mm256_sub_epi32(_mm256_srli_epi32(code, CODE_SHIFT), _mm256_set1_epi32(tables->origin[8 * s]));
+        _mm256_storeu_si256((__m256i *)place, code);
+#else
+        vf at = vf_load(odd + m) * h * tables->inverse[4 * s];
+        vi code = (((vi)at + ((1 << CODE_SHIFT) - 1)) >> CODE_SHIFT) - (int32_t)tables->origin[8 * s];
+        memcpy(place + m, &code, sizeof code);
+#endif
+    }
+}
+
+/* A and B of the codes of two half scales. */
+struct state_pair {
+    int64_t a[2], b[2];
+};
+
+#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
+INLINE __m256i threshold_codes(__m256 inverse, __m256 h) {
+    __m256i bits = _mm256_castps_si256(_mm256_mul_ps(inverse, h));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32((1 << CODE_SHIFT) - 1)), CODE_SHIFT);
+}
+/* Lower halves of vectors are of a pair's first segment; in each half, the first scale comes before the second. */
+INLINE __m256i threshold_places(const struct tables *tables, size_t pair, const __m256 at[2][2]) {
+    const __m256 inverse = _mm256_loadu_ps(tables->inverse + 8 * pair);
+    const __m256i origin = _mm256_loadu_si256((const __m256i *)(tables->origin + 16 * pair));
+    __m256i code[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+        __m256i both = _mm256_packs_epi32(threshold_codes(inverse, at[j][0]), threshold_codes(inverse, at[j][1]));
+        code[j] = _mm256_sub_epi16(both, origin);
+    }
+    return _mm256_packus_epi16(code[0], code[1]);
+}
+
+struct sum_vectors {
+    __m256i a0, a1, a2, a3, b;
+};
+
+/* The sums above the eight places in one plane. */
+INLINE __m256i look_up_sums(const uint8_t *table, const __m256i *all, const __m256i *negative, const int parts) {
+    __m256i sum = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)table), all[0]);
+#pragma GCC unroll 8
+    for (int p = 1; p < 2 * parts - TOP_PART; p++) {
+        const __m256i values = _mm256_loadu_si256((const __m256i *)(table + (size_t)p * 2 * TABLE_PART));
+        const __m256i places = p < parts ? all[p] : negative[p - parts + TOP_PART];
+        sum = _mm256_or_si256(sum, _mm256_shuffle_epi8(values, places));
+    }
+    return sum;
+}
+
+INLINE void add_pair(const uint8_t *table, __m256i place, const int parts, struct sum_vectors *sums) {
+    const __m256i last = _mm256_set1_epi64x((int64_t)0x8000000000000000), rest = _mm256_set1_epi64x(0x0080808080808080);
+    const __m256i squares = _mm256_set1_epi64x(0x0F0D0B0907050301), zero = _mm256_setzero_si256();
+    const size_t stride = (size_t)(2 * parts - TOP_PART) * 2 * TABLE_PART;
+    const __m256i any = _mm256_or_si256(place, last), eighth = _mm256_or_si256(place, rest);
+    __m256i all[MOST_PARTS], negative[MOST_PARTS];
+#pragma GCC unroll 4
+    for (int p = 0; p < parts; p++) { /* in another part the upper bit is set, and a shuffle gives 0 */
+        const __m256i part = _mm256_set1_epi8((char)(p << 4)), up = _mm256_set1_epi8(0x70);
+        all[p] = _mm256_adds_epu8(_mm256_xor_si256(any, part), up);
+        if (p >= TOP_PART) negative[p] = _mm256_adds_epu8(_mm256_xor_si256(eighth, part), up);
+    }
+    __m256i steps = _mm256_maddubs_epi16(look_up_sums(table, all, negative, parts), squares); /* 2^7 · 28 at most */
+    sums->b = _mm256_add_epi32(sums->b, _mm256_madd_epi16(steps, _mm256_set1_epi16(1)));
+    table += stride;
+    sums->a0 = _mm256_add_epi64(sums->a0, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
+    table += stride;
+    sums->a1 = _mm256_add_epi64(sums->a1, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
+    table += stride;
+    sums->a2 = _mm256_add_epi64(sums->a2, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
+    table += stride;
+    sums->a3 = _mm256_add_epi64(sums->a3, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
+}
+
+enum { PLACES_AT_ONCE = 32 };
+
+INLINE struct state_pair sum_pairs(const struct tables *tables, const double h[2], const int parts) {
+    const __m256 odd[2] = {_mm256_setr_ps(1, 3, 5, 7, 1, 3, 5, 7), _mm256_setr_ps(9, 11, 13, 15, 9, 11, 13, 15)};
+    __m256 at[2][2];
+    for (int j = 0; j < 2; j++) {
+        for (int k = 0; k < 2; k++) at[j][k] = _mm256_mul_ps(odd[k], _mm256_set1_ps((float)h[j]));
+    }
+    const __m256i zero = _mm256_setzero_si256();
+    struct sum_vectors sums = {zero, zero, zero, zero, zero};
+    const size_t pairs = (tables->segments + 1) / 2, stride = SUM_PLANES * (size_t)(2 * parts - TOP_PART) * 2 * TABLE_PART;
+    for (size_t first = 0; first < pairs; first += PLACES_AT_ONCE) {
+        const size_t count = pairs - first < PLACES_AT_ONCE ? pairs - first : PLACES_AT_ONCE;
+        __m256i place[PLACES_AT_ONCE]; /* apart from the look-ups, which fill all registers */
+        for (size_t k = 0; k < count; k++) place[k] = threshold_places(tables, first + k, at);
+        const uint8_t *table = tables->sums + first * stride;
+        for (size_t k = 0; k < count; k++) add_pair(table + k * stride, place[k], parts, &sums);
+    }
+    struct state_pair out = {{0, 0}, {0, 0}};
+    const __m256i a = _mm256_add_epi64(
+        _mm256_add_epi64(sums.a0, _mm256_slli_epi64(sums.a1, 8)),
+        _mm256_add_epi64(_mm256_slli_epi64(sums.a2, 16), _mm256_slli_epi64(sums.a3, 24)));
+    int64_t lane[4];
+    int32_t steps[8];
+    memcpy(lane, &a, sizeof lane);
+    memcpy(steps, &sums.b, sizeof steps);
+    for (int j = 0; j < 4; j++) {
+        out.a[j % 2] += lane[j];
+        out.b[j % 2] += steps[2 * j] + steps[2 * j + 1];
+    }
+    return out;
+}
+static struct state_pair sum_tables(const struct tables *tables, const double h[2]) {
+    return tables->parts == 3 ? sum_pairs(tables, h, 3) : sum_pairs(tables, h, 4);
+}
+#else
+static struct state_pair sum_tables(const struct tables *tables, const double h[2]) {
+    struct state_pair out = {{0, 0}, {0, 0}};
+    for (size_t s = 0; s < tables->segments; s++) {
+        for (int j = 0; j < 2; j++) {
+            int32_t place[8];
+            thresholds_of(tables, s, (float)h[j], place);
+            for (int m = 0; m < 8; m++) {
+                const int from = place[m] > 0 ? place[m] : 0;
+                int part = from / TABLE_PART;
+                if (part >= tables->parts) break;
+                if (m == 7) part += tables->parts - TOP_PART;
+                const uint8_t *at = table_at(tables, s / 2, 0, part) + s % 2 * TABLE_PART + from % TABLE_PART;
+                const size_t plane = planes_of(tables) * 2 * TABLE_PART;
+                out.b[j] += (2 * m + 1) * at[0];
+                for (int f = 0; f < 4; f++) out.a[j] += (int64_t)at[(size_t)(f + 1) * plane] << 8 * f;
+            }
+        }
+    }
+    return out;
+}
+#endif
+
+/* A lower bound of the error that clipping alone makes at half scale h and at all smaller ones: Σ (w − 14h)², and of
+ * negative weights Σ (w − 16h)², of what is larger. Only what is in the upper parts is looked at. Sums of 2^17 floats are
+ * less than 1 % off. */
+static double clipped_tables(const struct tables *tables, double h) {
+    vf sum = vf_set(0);
+    const float limit = (float)(14 * h * (1 + 1e-6)), more = (float)(2 * h);
+    for (size_t s = 0; s < tables->segments; s++) {
+        const struct segment *segment = &tables->segments_at[s];
+        const uint8_t *negative = tables->counts + s * COUNT_BYTES + segment->first, *all = negative + 128;
+        for (int j = TOP_PART * TABLE_PART; j < tables->parts * TABLE_PART; j += VW) {
+            const vf w = vf_load(fp8_magnitudes + segment->first + j) * segment->scale * tables->unit;
+            /* Behind the last code lie other counts and magnitudes of 0. */
+            const vf over = vf_max(w - limit, vf_set(0)), beyond = vf_max(over - more, vf_set(0));
+            const vf minus = vi_float(vi_load_u8(negative + j)), both = vi_float(vi_load_u8(all + j));
+            sum = sum + (over * over * (both - minus) + beyond * beyond * minus);
+        }
+    }
+    return 0.99 * vf_sum(sum);
+}
+
+/* A lower bound of Σ w² of the weights below half scale h, which are zeros there and at all larger scales. Only what is in
+ * the lower parts is looked at. */
+static double zeroed_tables(const struct tables *tables, double h) {
+    vf sum = vf_set(0);
+    const float limit = (float)(h * (1 - 1e-6));
+    for (size_t s = 0; s < tables->segments; s++) {
+        const struct segment *segment = &tables->segments_at[s];
+        const uint8_t *all = tables->counts + s * COUNT_BYTES + 128 + segment->first;
+        for (int j = 0; j < TOP_PART * TABLE_PART; j += VW) {
+            const vf w = vf_load(fp8_magnitudes + segment->first + j) * segment->scale * tables->unit;
+            const vf below = (vf)((vi)w & (vi)(w < limit));
+            sum = sum + below * below * vi_float(vi_load_u8(all + j));
+        }
+    }
+    return 0.99 * vf_sum(sum);
+}
+
+#endif
