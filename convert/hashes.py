@@ -83,7 +83,7 @@ class _Prefix:
         self._busy = False
         self._done: set[int] = set()
         # Last first: the next unfinished job is popped from the end.
-        starts = [(min(slot.start for slot in job.outputs), job.index) for job in unfinished]
+        starts = [(job.span[0], job.index) for job in unfinished]
         self._waiting = sorted(starts, reverse=True)
 
     def finish(self, job: int) -> None:

@@ -69,6 +69,11 @@ class Job:
         return self.outputs[0].shard
 
     @property
+    def span(self) -> tuple[int, int]:
+        """Where its outputs lie in the shard: bytes [start, end)."""
+        return min(slot.start for slot in self.outputs), max(slot.start + slot.nbytes for slot in self.outputs)
+
+    @property
     def rows(self) -> int:
         """Length of the first dimension; a scalar is one row."""
         return self.shape[0] if self.shape else 1

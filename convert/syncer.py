@@ -45,7 +45,7 @@ class Syncer:
     def job_done(self, index: int, stats: JobStats) -> None:
         """Queue a job whose every byte has been written."""
         job = self._plan.jobs[index]
-        start, end = min(slot.start for slot in job.outputs), max(slot.start + slot.nbytes for slot in job.outputs)
+        start, end = job.span
         with self._wake:
             self._jobs[index] = stats
             self._pending_bytes += job.output_bytes

@@ -1,8 +1,8 @@
 /* The window of scales that can hold the optimum, for int4 codes.
  *
- * States of the whole row are evaluated at chosen scales (planes.h, table_sums.h). Between two neighbouring ones no state is better
- * than interval_bound; intervals whose bound is below the best state seen are dropped, the others halved until they are
- * narrow.
+ * States of the whole row are evaluated at chosen scales (planes.h, table_sums.h). Between two neighbouring ones no state
+ * is better than interval_bound; intervals whose bound is below the best state seen are dropped, the others halved until
+ * they are narrow.
  *
  * A rounding that is in doubt by z (of |w|, and of κ at most) passes all breakpoints above h + z and none below h − z, so
  * that an interval is bounded with its ends moved out by z. A state whose own h lies within z of a mark, say above it,

@@ -49,8 +49,7 @@ static float decode_row(const void *x, int dtype, size_t n, const float *block_s
 }
 
 /* Rows are zero-padded to padded_length here, and so is what is made of them. Gives the exact Σ w², which is 2^63 at
- * most. */
-/* `full`: some weight may need a `high` of 2^15. */
+ * most. `full`: some weight may need a `high` of 2^15. */
 INLINE uint64_t to_planes_as(const float *w, float unit, struct planes *planes, const int full) {
     const vi half = (vi){0} + PLANE_DOUBT, most = (vi){0} + 127;
     vl even = {0}, odd = {0};
@@ -101,8 +100,7 @@ static int convert_minmax_fp8(const struct fp8_row *row, int bits, struct conver
         zero_row(out, row->n);
         return NPUQ_OK;
     }
-    (void)frexpf(largest, &exponent);
-    const float unit = ldexpf(1, FIXED_BITS - exponent);
+    const float unit = fixed_unit(largest, &exponent);
     out->scale = largest / (float)((1 << (bits - 1)) - 1);
     uint64_t squares;
     const struct exact_state state = bits == 4 ? round_fp8_as(row, unit, 1.0f / out->scale, 4, out->codes, &squares)
@@ -125,8 +123,7 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
         zero_row(out, n);
         return NPUQ_OK;
     }
-    (void)frexpf(largest, &exponent);
-    const float unit = ldexpf(1, FIXED_BITS - exponent);
+    const float unit = fixed_unit(largest, &exponent);
     out->scale = largest / (float)((1 << (bits - 1)) - 1);
     if (!mse) {
         uint64_t squares;

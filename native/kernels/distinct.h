@@ -150,8 +150,7 @@ static int convert_distinct(const struct fp8_row *row, void *scratch, struct con
     const float largest = count_row(row, tables);
     if (!(largest >= LEAST_MAGNITUDE) || isinf(largest)) return NOT_IN_TABLES;
     int exponent;
-    (void)frexpf(largest, &exponent);
-    tables->unit = ldexpf(1, FIXED_BITS - exponent);
+    tables->unit = fixed_unit(largest, &exponent);
     const double norm = (double)counted_norm(tables), top = (double)rintf(ldexpf(largest, FIXED_BITS - exponent));
     tables->least = larger(LEAST_RATIO * guess_half_scale(memory.search, norm, n), 64 * TABLE_DOUBT);
     if (place_tables(tables) != NPUQ_OK) return NOT_IN_TABLES;

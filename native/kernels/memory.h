@@ -84,6 +84,12 @@ struct fp8_row {
 /* A row whose largest magnitude is below is taken for zeros. */
 #define LEAST_MAGNITUDE 0x1p-100f
 
+/* The unit of fixed point for a row with that largest magnitude, 2^(FIXED_BITS − exponent). */
+INLINE float fixed_unit(float largest, int *exponent) {
+    (void)frexpf(largest, exponent);
+    return ldexpf(1, FIXED_BITS - *exponent);
+}
+
 /* The error of codes with the exact sums A and B, and the norm, of a row in fixed point. */
 INLINE void account(struct converted *out, double norm, struct exact_state state, int exponent) {
     double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);

@@ -19,6 +19,7 @@ struct optimal_scratch {
 
 /* Half the best scale over the root mean square, for Gaussian weights in int4: the first row's guess. */
 #define GAUSSIAN_RATIO 0.1676
+
 /* Of a row in tables: it must be searched in planes. */
 enum { NOT_IN_TABLES = -1 };
 
