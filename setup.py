@@ -45,12 +45,17 @@ LEVELS = {
     },
 }
 
+# Beside the levels: instructions for one purpose, looked for at run time as those are.
+UNITS = {"sha256": {"x86_64": ["-msse4.1", "-msha"], "aarch64": ["-march=armv8-a+crypto"]}}
+
 
 def build(target: Path, objects: Path, compiler: list[str], machine: str, extra: list[str]) -> None:
     """Compile and link the library. Raises CompileError with the compiler's words."""
     source = Path("native")
     units: list[tuple[Path, str, list[str]]] = [
-        (path, path.stem, []) for path in sorted((ROOT / source).glob("*.c")) if path.name != "level.c"
+        (path, path.stem, UNITS.get(path.stem, {}).get(machine, []))
+        for path in sorted((ROOT / source).glob("*.c"))
+        if path.name != "level.c"
     ]
     for level, flags in LEVELS.get(machine, {"portable": []}).items():
         units.append((ROOT / source / "level.c", f"level_{level}", [f"-DNPUQ_LEVEL_NAME={level}", *flags]))

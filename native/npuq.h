@@ -16,7 +16,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Grows with every incompatible change; the Python side refuses a library of another number. */
-#define NPUQ_ABI_VERSION 3
+#define NPUQ_ABI_VERSION 4
 
 enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2 };
 
@@ -54,6 +54,24 @@ typedef struct {
 NPUQ_API int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits,
                                 int32_t mse, int64_t bias_columns, int8_t *codes, float *scale, float *bias,
                                 double *error, double *norm, int64_t *bad_row);
+
+/* One SHA-256 (FIPS 180-4): the first `nbytes % 64` bytes of `waiting` have not gone into the state yet. */
+typedef struct {
+    uint32_t state[8];
+    uint64_t nbytes;
+    uint8_t waiting[64];
+} npuq_sha256;
+
+/* Whether this CPU has instructions for it. Where not, nothing below may be called (nor is it in the library of a
+ * platform that never has them): other libraries are as fast. */
+NPUQ_API int npuq_sha256_usable(void);
+NPUQ_API void npuq_sha256_begin(npuq_sha256 *stream);
+NPUQ_API void npuq_sha256_add(npuq_sha256 *stream, const void *data, int64_t n);
+/* Different streams, each with bytes of its own: as two calls, but as far as both have bytes, in little more time than
+ * one of them takes. */
+NPUQ_API void npuq_sha256_add_two(npuq_sha256 *const stream[2], const void *const data[2], const int64_t n[2]);
+/* The digest of all that was added, 32 bytes; the stream stays as it is. */
+NPUQ_API void npuq_sha256_end(const npuq_sha256 *stream, uint8_t *digest);
 
 /* ---- matrix products ------------------------------------------------------------------------------------------- */
 
