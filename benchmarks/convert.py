@@ -4,11 +4,12 @@
     python benchmarks/convert.py --directory build --experts 16 --source bf16 --method mse
 
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
-to W4A8. In each round the conversion runs, then a plain sequential copy: read the source, write as many bytes as the
-artifact has, sync. The conversion syncs too. Printed are medians: GB/s of source, the ratio to the copy of the same
-round, processor seconds for a GB of source (which other work on the machine disturbs least: divided by the workers they
-say what a quiet machine would need), and the highest anonymous memory, which is what the process holds, torch included
-(the rest of its resident memory is mapped files).
+to W4A8, into four shards (`--shards`): neighbours are filled and hashed together, and real conversions write dozens. In
+each round the conversion runs, then a plain sequential copy: read the source, write as many bytes as the artifact has,
+sync. The conversion syncs too. Printed are medians: GB/s of source, the ratio to the copy of the same round, processor
+seconds for a GB of source (which other work on the machine disturbs least: divided by the workers they say what a quiet
+machine would need), and the highest anonymous memory, which is what the process holds, torch included (the rest of its
+resident memory is mapped files).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--source", choices=["fp8", "bf16"], default="fp8")
     parser.add_argument("--method", choices=["minmax", "mse"], action="append", help="default both")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--shards", type=int, default=4, help="output files of about the same size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -139,12 +141,15 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
 def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of copy and conversion into fresh files; medians of both."""
     rounds = []
+    planned = convert_checkpoint(source, source.parent / "planned", method=method, dry_run=True)
+    # Shards end between tensors: room for one, or a small one too many would be left for the last.
+    shard_size = planned.output_bytes // options.shards + HIDDEN * WIDTH
     for number in range(options.rounds):
         output = source.parent / f"artifact-{method}-{number}"
         with memory_peaks() as peaks:
             started, cpu_started = time.perf_counter(), time.process_time()
             summary = convert_checkpoint(
-                source, output, method=method, workers=options.workers, max_shard_size=5_000_000_000
+                source, output, method=method, workers=options.workers, max_shard_size=shard_size
             )
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
         shutil.rmtree(output)

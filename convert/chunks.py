@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConversionError
 from ..quant.dialects import WeightSource
-from .hashes import Written
 from .journal import JobStats
 from .plan import Job, Slot
 from .shards import ShardFiles
+from .written import Written
 
 
 class StoppedError(Exception):
@@ -25,7 +25,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class JobDone:
-    """A converted tensor: its error sums, and what was written of it, if memory has all of that until the next job."""
+    """A converted tensor: its error sums, and what was written of it, if the thread's memory has all of that."""
 
     stats: JobStats
     written: Written | None = None

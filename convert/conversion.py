@@ -156,7 +156,7 @@ def _run(
     resumed = list(journal.record.jobs)
     _warn_of_space(plan, resumed, output, _extra_bytes(prepared), progress)
     progress.start(plan.source_bytes, sum(plan.jobs[index].source_bytes for index in resumed))
-    prepared.source.expect([job.source for job in plan.jobs], {plan.jobs[index].source for index in resumed})
+    prepared.source.expect([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
     try:
         if walk is not None:
             walk.run()

@@ -18,11 +18,11 @@ from ..quant.safetensors import DTYPES
 from ..quant.scales import Method, NonFiniteError
 from ..quant.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
 from .chunks import JobDone, memory_of, not_finite, row_chunks, until, write_bytes, write_slot
-from .hashes import Written
 from .journal import JobStats
 from .plan import Job, Slot
 from .shards import ShardFiles
 from .workspace import Workspace
+from .written import Written
 
 
 def runs_natively(job: Job, source: WeightSource) -> bool:
@@ -66,8 +66,12 @@ def run_native(
         write_slot(files, job, slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     stats = JobStats(float(error.numpy().sum()), float(norm.numpy().sum()))
+    if not keep:
+        return JobDone(stats)
     written = _written([(slots[suffix], tensor) for suffix, tensor in small.items()] + [(weight, codes)])
-    return JobDone(stats, written if keep else None)
+    if written is not None:
+        workspace.lend(written)
+    return JobDone(stats, written)
 
 
 def _written(tensors: list[tuple[Slot, Tensor]]) -> Written | None:
@@ -75,4 +79,4 @@ def _written(tensors: list[tuple[Slot, Tensor]]) -> Written | None:
     tensors.sort(key=lambda pair: pair[0].start)
     if any(slot.start + slot.nbytes != after.start for (slot, _), (after, _) in pairwise(tensors)):
         return None
-    return Written(tensors[0][0].start, tuple([memory_of(tensor) for _, tensor in tensors]))
+    return Written(tensors[0][0].start, [memory_of(tensor) for _, tensor in tensors])

@@ -1,4 +1,4 @@
-"""The pipeline: worker threads take jobs in order, the calling thread watches, a syncer keeps the journal true.
+"""The pipeline: worker threads take jobs by turns, the calling thread watches, a syncer keeps the journal true.
 
 Threads, not processes: torch and the file system release the GIL for all of the work, and nothing has to be copied
 between them. Each worker reads, computes and writes; with several of them the three overlap.
@@ -61,11 +61,11 @@ _Event = _Done | _Hashed | _Ended
 
 
 class _Work:
-    """What is left to do, handed out to workers: finished shards that were never hashed, then jobs in plan order."""
+    """What is left to do, handed out to workers: finished shards that were never hashed, then jobs by turns."""
 
     def __init__(self, plan: Plan, record: Record):
         self._lock = threading.Lock()
-        self._jobs = iter([job for job in plan.jobs if job.index not in record.jobs])
+        self._jobs = iter([job for job in plan.turns if job.index not in record.jobs])
         self._to_hash = [
             number
             for number, shard in enumerate(plan.shards)
@@ -99,18 +99,18 @@ def run_plan(
         raise write_error(journal.path, error) from error
     work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
-    hashes = ShardHashes(plan, files, journal.record.jobs)
+    hashes = ShardHashes(plan, files, journal.record)
 
     def do(task: Job | int, workspace: Workspace) -> None:
         if isinstance(task, int):
-            shard, sha256 = task, hashes.advance(task, stop)
+            complete = hashes.advance(task, stop)
         else:
             done = run_job(task, source, files, workspace, stop)
             source.release(task.source)
             syncer.job_done(task.index, done.stats)
             events.put(_Done(task))
-            shard, sha256 = task.shard, hashes.job_done(task, stop, done.written)
-        if sha256 is not None:
+            complete = hashes.job_done(task, stop, done.written)
+        for shard, sha256 in complete:
             syncer.shard_hashed(shard, sha256)
             events.put(_Hashed(shard, sha256))
 

@@ -7,7 +7,7 @@ neither the number of workers nor on interruptions, and resuming is a list of fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -100,6 +100,25 @@ class Plan:
 
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
+
+    @property
+    def turns(self) -> list[Job]:
+        """All jobs in the order of work: two neighbouring shards fill at the same time, as far as each other.
+
+        Their digests then grow together, and two take hardly longer than one (`hashes.py`).
+        """
+        turns = []
+        for first in range(0, len(self.shards), 2):
+            pair = [(filled, job) for shard in self.shards[first : first + 2] for filled, job in self._filling(shard)]
+            turns += [job for _, job in sorted(pair, key=lambda each: each[0])]  # stable
+        return turns
+
+    def _filling(self, shard: Shard) -> Iterator[tuple[int, Job]]:
+        """A shard's jobs, each with the bytes that those before it write."""
+        filled = 0
+        for index in shard.jobs:
+            yield filled, self.jobs[index]
+            filled += self.jobs[index].output_bytes
 
     @property
     def source_bytes(self) -> int:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 
 
 class Part(ctypes.Structure):
@@ -104,6 +104,12 @@ class Source(ctypes.Structure):
     )
 
 
+class Sha256(ctypes.Structure):
+    """`npuq_sha256`: one stream's state."""
+
+    _fields_ = (("state", c_uint32 * 8), ("nbytes", c_uint64), ("waiting", c_uint8 * 64))
+
+
 _P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
 _SIGNATURES: Final = {
     "npuq_quantize_rows": (_I, _P, _L, _L, _I, _I, _L, _P, _P, _P, _P, _P, _P),
@@ -130,6 +136,14 @@ _SIGNATURES: Final = {
     "npuq_mla_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
 }
 
+# Only where `npuq_sha256_usable`; these cannot fail.
+_SHA256_SIGNATURES: Final = {
+    "npuq_sha256_begin": (_P,),
+    "npuq_sha256_add": (_P, _P, _L),
+    "npuq_sha256_add_two": (_P, _P, _P),
+    "npuq_sha256_end": (_P, _P),
+}
+
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -146,6 +160,10 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, c_int
+    if loaded.npuq_sha256_usable():
+        for name, arguments in _SHA256_SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
     loaded.npuq_level_name.argtypes, loaded.npuq_level_name.restype = (c_int,), c_char_p
     loaded.npuq_pool_create.argtypes, loaded.npuq_pool_create.restype = (c_int, c_int), c_void_p
     loaded.npuq_pool_destroy.argtypes, loaded.npuq_pool_destroy.restype = (c_void_p,), None
