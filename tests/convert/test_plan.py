@@ -86,6 +86,25 @@ def test_shards_are_not_needlessly_small(given_tensors, max_shard_size):
         assert shard.nbytes + first.output_bytes + slack > max_shard_size
 
 
+@given(tensors(), st.integers(200, 60_000))
+def test_neighbouring_shards_fill_by_turns(given_tensors, max_shard_size):
+    plan = plan_of(given_tensors, max_shard_size)
+    assert sorted(job.index for job in plan.turns) == list(range(len(plan.jobs)))
+    largest = max(job.output_bytes for job in plan.jobs)
+    left = [sum(plan.jobs[index].output_bytes for index in shard.jobs) for shard in plan.shards]
+    filled = [0] * len(plan.shards)
+    order = {number: [job.index for job in plan.turns if job.shard == number] for number in range(len(plan.shards))}
+    assert order == {number: list(shard.jobs) for number, shard in enumerate(plan.shards)}
+    for job in plan.turns:
+        pair = job.shard // 2
+        assert left[: 2 * pair] == [0] * (2 * pair)  # one pair after the other
+        filled[job.shard] += job.output_bytes
+        left[job.shard] -= job.output_bytes
+        both = range(2 * pair, min(2 * pair + 2, len(plan.shards)))
+        if all(left[number] for number in both):
+            assert max(filled[number] for number in both) - min(filled[number] for number in both) <= largest
+
+
 @given(st.integers(0, 500), st.integers(1, 64), st.integers(1, 5000), st.sampled_from([1, 2, 16, 128]))
 def test_chunks_cover_all_rows_in_even_steps(rows, columns, elements, block_rows):
     job = SimpleNamespace(rows=rows, columns=columns)

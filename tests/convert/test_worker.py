@@ -14,6 +14,7 @@ from npuq.convert.prepare import prepare
 from npuq.convert.shards import ShardFiles
 from npuq.convert.worker import run_job
 from npuq.convert.workspace import Workspace
+from npuq.convert.written import Written
 from npuq.quant import native
 from npuq.quant.schemes import Scheme
 
@@ -34,8 +35,8 @@ def test_what_is_kept_is_what_was_written(
             written = run_job(job, prepared.source, files, workspace, threading.Event()).written
             if written is not None:
                 start, end = min(slot.start for slot in job.outputs), max(s.start + s.nbytes for s in job.outputs)
-                assert written.start == start
-                assert b"".join(written.pieces) == files.path(job.shard).read_bytes()[start:end]
+                assert (written.start, written.end) == (start, end)
+                assert _bytes_of(written) == files.path(job.shard).read_bytes()[start:end]
                 kept.append(job)
     files.close()
     # Where torch computes, or codes are many, memory is left to others.
@@ -51,6 +52,15 @@ def test_what_is_kept_is_what_was_written(
     whole.close()
     for number in range(len(prepared.plan.shards)):
         assert files.path(number).read_bytes() == whole.path(number).read_bytes()
+
+
+def _bytes_of(written: Written) -> bytes:
+    found = b""
+    while len(found) < written.end - written.start:
+        with written.held(written.start + len(found)) as piece:
+            assert piece is not None
+            found += piece
+    return found
 
 
 def test_no_worker_outlives_the_conversion(v3_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +86,25 @@ def test_a_workspace_gives_the_same_memory_again() -> None:
     assert workspace.codes(20, 10).data_ptr() == codes.data_ptr()
     workspace.release()
     assert workspace.codes(3, 4).shape == (3, 4)
+
+
+def test_codes_that_are_lent_stay_as_they_are() -> None:
+    """Two jobs' codes: for a third, those that were given back, or else those that were lent first."""
+    workspace = Workspace(100)
+    lent = []
+    for value in (1, 2):
+        codes = workspace.codes(5, 4).fill_(value)
+        lent.append((codes, Written(0, [memoryview(codes.numpy()).cast("B")])))
+        workspace.lend(lent[-1][1])
+    (first, of_first), (second, of_second) = lent
+    assert first.data_ptr() != second.data_ptr()
+    of_second.take_back()
+    assert workspace.codes(4, 5).data_ptr() == second.data_ptr()
+    assert not of_first.taken_back
+    of_third = Written(0, [memoryview(second.numpy()).cast("B")])
+    workspace.lend(of_third)
+    assert workspace.codes(5, 4).data_ptr() == first.data_ptr()
+    assert of_first.taken_back
+    assert not of_third.taken_back
+    workspace.release()
+    assert of_third.taken_back
