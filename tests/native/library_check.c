@@ -167,6 +167,45 @@ static void check_conversion(void) {
     }
 }
 
+static void check_digest(const npuq_sha256 *stream, const char *expected) {
+    uint8_t digest[32];
+    char text[65];
+    npuq_sha256_end(stream, digest);
+    for (int i = 0; i < 32; i++) snprintf(text + 2 * i, 3, "%02x", digest[i]);
+    if (strcmp(text, expected) == 0) return;
+    fprintf(stderr, "sha256 is %s, not %s\n", text, expected);
+    exit(1);
+}
+
+/* Published examples (FIPS 180-4; a million times "a"), in pieces of any length, alone and beside each other. */
+static void check_sha256(void) {
+    static const char *const digests[2] = {"248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1",
+                                           "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"};
+    static const char *const message = "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq";
+    enum { MILLION = 1000000 };
+    char *many = malloc(MILLION);
+    memset(many, 'a', MILLION);
+    for (int round = 0; round < 20; round++) {
+        npuq_sha256 streams[2];
+        int64_t left[2] = {(int64_t)strlen(message), MILLION};
+        const char *data[2] = {message, many};
+        npuq_sha256_begin(&streams[0]), npuq_sha256_begin(&streams[1]);
+        while (left[0] || left[1]) {
+            int64_t n[2];
+            for (int i = 0; i < 2; i++) n[i] = (int64_t)draw() % (left[i] < 50000 ? left[i] + 1 : 50000);
+            if (round % 2) {
+                npuq_sha256_add(&streams[0], data[0], n[0]), npuq_sha256_add(&streams[1], data[1], n[1]);
+            } else {
+                npuq_sha256_add_two((npuq_sha256 *const[2]){&streams[1], &streams[0]},
+                                    (const void *const[2]){data[1], data[0]}, (const int64_t[2]){n[1], n[0]});
+            }
+            for (int i = 0; i < 2; i++) data[i] += n[i], left[i] -= n[i];
+        }
+        for (int i = 0; i < 2; i++) check_digest(&streams[i], digests[i]);
+    }
+    free(many);
+}
+
 int main(void) {
     int checked = 0;
     for (int level = 0; level < npuq_level_count(); level++) {
@@ -183,5 +222,9 @@ int main(void) {
     check_conversion();
     for (int level = 0; level < npuq_level_count(); level++) npuq_pool_destroy(pools[level]);
     printf("%d levels beside portable agree\n", checked);
+    if (npuq_sha256_usable()) {
+        check_sha256();
+        printf("sha256 as published\n");
+    }
     return 0;
 }

@@ -64,7 +64,7 @@ def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
     found = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     tests = [
         str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("products", "rows", "layers", "attention", "convert")
+        for name in ("products", "rows", "layers", "attention", "convert", "sha256")
     ]
     program = (
         "import pathlib, sys, pytest, npuq.quant.library as library\n"
@@ -100,7 +100,7 @@ def test_levels_agree_on_arm(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 levels beside portable agree\n"
+    assert done.stdout == "2 levels beside portable agree\nsha256 as published\n"
 
 
 def _check_tables(directory: Path, compiler: str, flags: list[str], run: list[str]) -> dict[str, int]:
