@@ -4,7 +4,7 @@
     python benchmarks/convert.py --directory build --experts 16 --source bf16 --method mse
 
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
-to W4A8, into four shards (`--shards`): neighbours are filled and hashed together, and real conversions write dozens. In
+to W4A8, into two shards (`--shards`): neighbours are filled and hashed together, and real conversions write dozens. In
 each round the conversion runs, then a plain sequential copy: read the source, write as many bytes as the artifact has,
 sync. The conversion syncs too. Printed are medians: GB/s of source, the ratio to the copy of the same round, processor
 seconds for a GB of source (which other work on the machine disturbs least: divided by the workers they say what a quiet
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--source", choices=["fp8", "bf16"], default="fp8")
     parser.add_argument("--method", choices=["minmax", "mse"], action="append", help="default both")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--shards", type=int, default=4, help="output files of about the same size")
+    parser.add_argument("--shards", type=int, default=2, help="output files of about the same size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
