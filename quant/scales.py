@@ -22,6 +22,9 @@ from .optimal_scale import optimal_scale
 from .rounding import code_sums, fixed_norm, rounded
 
 FIXED_POINT_BITS = 23
+# The same by which int4 codes of min-max tell their error: an int16 a weight, so that native kernels need no more
+# instructions for the error than for the codes.
+TOLD_BITS = 14
 # Rows whose largest magnitude is below this are stored as zeros with scale 1: their scale's inverse would overflow.
 TINY = 2.0**-100
 
@@ -49,7 +52,11 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """Codes int8 [R, K], scale float32 [R], and each row's squared error and squared norm, float64 [R]."""
+    """Codes int8 [R, K], scale float32 [R], and each row's squared error and squared norm, float64 [R].
+
+    Both are exact sums over weights rounded to fixed point, whose unit u is 2^-23 of the power of two above the row's
+    largest magnitude, for int4 by min-max 2^-14. So the root of each is within √K · u / 2 of the real one's.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -61,14 +68,16 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
     """Choose a scale for every row of float32 [R, K] and round to signed codes of `bits` (4 or 8) bits.
 
     Codes are round-half-even(w / s) clamped to [−2^(bits−1), 2^(bits−1) − 1]. Rows are independent of each other. A
-    row of zeros (or below 2**-100) has codes 0 and scale 1. Raises NonFiniteError for an infinity or NaN.
+    row of zeros (or below 2**-100) has codes 0 and scale 1. How exact the error is told: see ScaledRows. Raises
+    NonFiniteError for an infinity or NaN.
     """
     if rows.dtype != torch.float32 or rows.dim() != 2:
         raise ValueError(f"rows must be float32 [R, K], not {rows.dtype} {list(rows.shape)}")
     largest = _largest(rows)
     exponent = torch.frexp(largest)[1]
     tiny = largest < TINY
-    shift = (FIXED_POINT_BITS - exponent).where(~tiny, 0)
+    fixed_bits = TOLD_BITS if bits == 4 and method is Method.MINMAX else FIXED_POINT_BITS
+    shift = (fixed_bits - exponent).where(~tiny, 0)
     fixed = torch.ldexp(rows, shift[:, None]).round().to(torch.int32)
     fixed[tiny] = 0
     if method is Method.GPTQ:
@@ -77,12 +86,12 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
         scale = largest / (2 ** (bits - 1) - 1)
     else:
         a, b = optimal_scale(fixed) if bits == 4 else _int8_scale(rows, fixed, shift, ~tiny)
-        unit = exponent - FIXED_POINT_BITS
-        scale = torch.ldexp(a.to(torch.float64) / b.clamp(min=1).to(torch.float64), unit).to(torch.float32)
+        real = a.to(torch.float64) / b.clamp(min=1).to(torch.float64)
+        scale = torch.ldexp(real, -shift).to(torch.float32)
     scale = scale.where(~tiny, 1.0)
     codes = rounded(rows, scale.reciprocal(), bits)
     codes[tiny] = 0
-    error, norm = _squared_error(fixed, codes, scale, exponent.where(~tiny, 0))
+    error, norm = _squared_error(fixed, codes, scale, shift)
     return ScaledRows(codes.to(torch.int8), scale, error, norm)
 
 
@@ -104,11 +113,10 @@ def _int8_scale(rows: Tensor, fixed: Tensor, shift: Tensor, chosen: Tensor) -> t
     return a, b
 
 
-def _squared_error(fixed: Tensor, codes: Tensor, scale: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (w − s·q)² and Σ w² from exact sums, in float64."""
+def _squared_error(fixed: Tensor, codes: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (w − s·q)² and Σ w² of weights that are `fixed` · 2^−shift, from exact sums, in float64."""
     a, b = (value.to(torch.float64) for value in code_sums(fixed, codes))
     norm = fixed_norm(fixed)
-    sigma = torch.ldexp(scale.to(torch.float64), FIXED_POINT_BITS - exponent)
+    sigma = torch.ldexp(scale.to(torch.float64), shift)
     error = (norm - 2 * sigma * a + sigma * sigma * b).clamp(min=0)
-    unit = 2 * (exponent - FIXED_POINT_BITS)
-    return torch.ldexp(error, unit), torch.ldexp(norm, unit)
+    return torch.ldexp(error, -2 * shift), torch.ldexp(norm, -2 * shift)

@@ -7,6 +7,7 @@
 
 #include "codes.h"
 #include "distinct.h"
+#include "minmax.h"
 #include "rows.h"
 
 /* A block of up to `count` weights; raises `largest`. */
@@ -85,30 +86,6 @@ static uint64_t to_planes(const float *w, float unit, float largest, struct plan
 /* Width, relative, below which an interval of scales stays as it is. */
 #define PLANE_NARROW 0.02
 
-INLINE void zero_row(struct converted *out, size_t n) {
-    memset(out->codes, 0, n);
-    out->scale = 1;
-    out->error = out->norm = 0;
-}
-
-/* int8 or int4 by min-max, from an FP8 row. */
-static int convert_minmax_fp8(const struct fp8_row *row, int bits, struct converted *out) {
-    const float largest = largest_of_fp8(row);
-    int exponent;
-    if (largest != largest) return NPUQ_NOT_FINITE;
-    if (largest < LEAST_MAGNITUDE) {
-        zero_row(out, row->n);
-        return NPUQ_OK;
-    }
-    const float unit = fixed_unit(largest, &exponent);
-    out->scale = largest / (float)((1 << (bits - 1)) - 1);
-    uint64_t squares;
-    const struct exact_state state = bits == 4 ? round_fp8_as(row, unit, 1.0f / out->scale, 4, out->codes, &squares)
-                                               : round_fp8_as(row, unit, 1.0f / out->scale, 8, out->codes, &squares);
-    account(out, (double)squares, state, exponent);
-    return NPUQ_OK;
-}
-
 /* From an FP8 row; LEAST_MAGNITUDE and below count as zeros. < 0 if it must be decoded and go through convert_row. */
 static int convert_fp8(const uint8_t *x, size_t n, const float *block_scale, size_t block, int bits, int mse, void *memory,
                        struct converted *out) {
@@ -123,14 +100,8 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
         zero_row(out, n);
         return NPUQ_OK;
     }
+    if (!mse) return convert_minmax(w, n, largest, bits, out);
     const float unit = fixed_unit(largest, &exponent);
-    out->scale = largest / (float)((1 << (bits - 1)) - 1);
-    if (!mse) {
-        uint64_t squares;
-        struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bits, out->codes, &squares);
-        account(out, (double)squares, state, exponent);
-        return NPUQ_OK;
-    }
     struct convert_memory layout = convert_layout(memory, n);
     const float top = rintf(ldexpf(largest, FIXED_BITS - exponent));
     double norm_fixed;
@@ -147,7 +118,7 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
         best = search_int8(&row, top, &layout.search->int8);
     }
     out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
-    struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bits, out->codes, NULL);
+    struct exact_state state = round_codes(w, n, unit, 1.0f / out->scale, bits, out->codes);
     account(out, norm_fixed, state, exponent);
     return NPUQ_OK;
 }

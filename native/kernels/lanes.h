@@ -127,6 +127,22 @@ INLINE vs vs_pack(vi a, vi b) {
 #endif
 }
 
+/* The floats whose upper halves are v and whose lower ones are 0; vs_pack of what becomes of them is in v's order. */
+INLINE void vs_upper_halves(vs v, vf out[2]) {
+#if defined(NPUQ_LEVEL_AVX512)
+    out[0] = (vf)_mm512_unpacklo_epi16(_mm512_setzero_si512(), (__m512i)v);
+    out[1] = (vf)_mm512_unpackhi_epi16(_mm512_setzero_si512(), (__m512i)v);
+#elif defined(NPUQ_LEVEL_AVX2)
+    out[0] = (vf)_mm256_unpacklo_epi16(_mm256_setzero_si256(), (__m256i)v);
+    out[1] = (vf)_mm256_unpackhi_epi16(_mm256_setzero_si256(), (__m256i)v);
+#else
+    uint16_t lane[PLANE_STEP];
+    memcpy(lane, &v, sizeof lane);
+    out[0] = vf_load_bf16(lane);
+    out[1] = vf_load_bf16(lane + VW);
+#endif
+}
+
 /* Sums in 64-bit lanes: of 32-bit lanes, and of their products; exact. */
 #if defined(NPUQ_LEVEL_AVX512)
 typedef __m512i vl;
@@ -167,6 +183,27 @@ INLINE int64_t vl_total(vl v) {
     return (int64_t)sum;
 }
 #endif
+
+/* Squares of neighbours in 32-bit lanes without a sign: acc + v₀² + v₁². */
+typedef uint32_t vu __attribute__((vector_size(VW * 4)));
+INLINE vu vs_squares(vu acc, vs v) {
+#if defined(NPUQ_LEVEL_AVX512)
+    return (vu)vs_dot((vi)acc, v, v);
+#else
+    return acc + (vu)vs_dot((vi){0}, v, v); /* where a sum is the compiler's own, it may not overflow */
+#endif
+}
+INLINE vl vl_add_unsigned(vl acc, vu v) {
+#if defined(NPUQ_LEVEL_AVX512)
+    acc = _mm512_add_epi64(acc, _mm512_and_si512((__m512i)v, _mm512_set1_epi64(0xFFFFFFFF)));
+    return _mm512_add_epi64(acc, _mm512_srli_epi64((__m512i)v, 32));
+#elif defined(NPUQ_LEVEL_AVX2)
+    acc = _mm256_add_epi64(acc, _mm256_and_si256((__m256i)v, _mm256_set1_epi64x(0xFFFFFFFF)));
+    return _mm256_add_epi64(acc, _mm256_srli_epi64((__m256i)v, 32));
+#else
+    return acc + __builtin_convertvector(v, vl);
+#endif
+}
 
 /* Σ a · b and Σ v² in two sets of sums, of even and odd lanes. */
 #if defined(NPUQ_LEVEL_AVX512)

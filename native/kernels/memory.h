@@ -84,18 +84,27 @@ struct fp8_row {
 /* A row whose largest magnitude is below is taken for zeros. */
 #define LEAST_MAGNITUDE 0x1p-100f
 
-/* The unit of fixed point for a row with that largest magnitude, 2^(FIXED_BITS − exponent). */
-INLINE float fixed_unit(float largest, int *exponent) {
+/* The bits of fixed point by which int4 codes of min-max tell their error (TOLD_BITS of quant/scales.py). */
+enum { TOLD_BITS = 14 };
+
+/* The unit of a fixed point of so many bits for a row with that largest magnitude, 2^(bits − exponent). */
+INLINE float unit_of(int bits, float largest, int *exponent) {
     (void)frexpf(largest, exponent);
-    return ldexpf(1, FIXED_BITS - *exponent);
+    return ldexpf(1, bits - *exponent);
 }
 
-/* The error of codes with the exact sums A and B, and the norm, of a row in fixed point. */
-INLINE void account(struct converted *out, double norm, struct exact_state state, int exponent) {
-    double sigma = ldexp((double)out->scale, FIXED_BITS - exponent);
+INLINE float fixed_unit(float largest, int *exponent) { return unit_of(FIXED_BITS, largest, exponent); }
+
+/* The error of codes with the exact sums A and B, and the norm, of a row whose fixed point has that many bits. */
+INLINE void account_in(struct converted *out, double norm, struct exact_state state, int exponent, int bits) {
+    double sigma = ldexp((double)out->scale, bits - exponent);
     double error = norm - 2 * sigma * (double)state.a + sigma * sigma * (double)state.b;
-    out->error = ldexp(error > 0 ? error : 0, 2 * (exponent - FIXED_BITS));
-    out->norm = ldexp(norm, 2 * (exponent - FIXED_BITS));
+    out->error = ldexp(error > 0 ? error : 0, 2 * (exponent - bits));
+    out->norm = ldexp(norm, 2 * (exponent - bits));
+}
+
+INLINE void account(struct converted *out, double norm, struct exact_state state, int exponent) {
+    account_in(out, norm, state, exponent, FIXED_BITS);
 }
 
 #endif

@@ -1,0 +1,254 @@
+/* Codes by min-max, in one pass over a row; of an FP8 row, straight from its bytes.
+ *
+ * The scale is the largest magnitude over the largest code M, in float32, and so are its inverse and the product with a
+ * weight: each off by 2^-24 of itself at most, and none of them subnormal where it matters, since LEAST_MAGNITUDE ≤ largest
+ * < 2^128. So |w · inverse| < M · (1 + 2^-22), which rounds to M at most: nothing need be clamped.
+ *
+ * For int4, error and norm are told by weights in TOLD_BITS, which fit int16: Σ x², A = Σ x·q and B are instructions on
+ * pairs of neighbours. ŵ is sums of codes that are exact either way; what is told is the error of weights that are up to
+ * half a unit beside the real ones, 2^-10 of a scale at most. */
+#ifndef NPUQ_KERNELS_MINMAX_H
+#define NPUQ_KERNELS_MINMAX_H
+
+#include "codes.h"
+#include "fp8.h"
+
+INLINE void zero_row(struct converted *out, size_t n) {
+    memset(out->codes, 0, n);
+    out->scale = 1;
+    out->error = out->norm = 0;
+}
+
+/* The largest magnitude of an FP8 row; NaN when one is none, or infinite. */
+static float largest_of_fp8(const struct fp8_row *row) {
+    float largest = 0, poison = 0;
+    for (size_t first = 0; first < row->n; first += row->block) {
+        const uint8_t code = largest_code(row->x + first, row->n - first < row->block ? row->n - first : row->block);
+        const float scale = row->block_scale[first / row->block], w = fabsf(fp8_magnitudes[code] * scale);
+        poison += scale * 0.0f + (code == FP8_NAN ? NAN : 0);
+        largest = w > largest ? w : largest;
+    }
+    return poison != 0 || isinf(largest) ? NAN : largest;
+}
+
+/* FP8 weights times what is FP8_UNIT in `scale`, and zeros up to a multiple of CODE_STEP. */
+INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
+    for (size_t i = 0; i < count; i += CODE_STEP) {
+        uint8_t lane[CODE_STEP] = {0};
+        const uint8_t *at = x + i;
+        if (count - i < CODE_STEP) at = memcpy(lane, at, count - i);
+        vf v[4];
+        load_fp8_pair(at, v);
+        load_fp8_pair(at + 2 * VW, v + 2);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) vf_store(w + i + k * VW, v[k] * scale);
+    }
+}
+
+/* Whether a block with that scale, times the unit of fixed point, may hold anything but zeros: the row's largest is finite. */
+INLINE int is_usable(float scale) { return fabsf(scale * FP8_UNIT) < INFINITY; }
+
+/* int4: Σ x² and A of a part, and of all before it; B. */
+struct told {
+    vu squares[2]; /* a part's: 4 times 2^29 in a lane */
+    vi products;
+    vl norm, a;
+    vi b;
+};
+
+INLINE void tell(struct told *told, vs x, vs y, vs code_x, vs code_y) {
+    told->squares[0] = vs_squares(told->squares[0], x);
+    told->squares[1] = vs_squares(told->squares[1], y);
+    told->products = vs_dot(vs_dot(told->products, x, code_x), y, code_y);
+    told->b = vs_dot(vs_dot(told->b, code_x, code_x), code_y, code_y);
+}
+
+INLINE void flush_told(struct told *told) {
+    told->norm = vl_add_unsigned(vl_add_unsigned(told->norm, told->squares[0]), told->squares[1]);
+    told->a = vl_add(told->a, told->products);
+    told->squares[0] = told->squares[1] = (vu){0};
+    told->products = (vi){0};
+}
+
+/* int4 codes of `count` floats, of zeros from there to a multiple of CODE_STEP. */
+INLINE void round_floats(const float *w, size_t count, float unit, float inverse, int8_t *codes, struct told *told) {
+    for (size_t i = 0; i < count; i += CODE_STEP) {
+        vi fixed[4], code[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            const vf v = vf_load(w + i + k * VW);
+            fixed[k] = vf_round(v * unit);
+            code[k] = vf_round(v * inverse);
+        }
+        tell(told, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), vs_pack(code[0], code[1]),
+             vs_pack(code[2], code[3]));
+        int8_t lane[CODE_STEP], *to = count - i < CODE_STEP ? lane : codes + i;
+        vi_store_i8x4(to, code[0], code[1], code[2], code[3]);
+        if (to == lane) memcpy(codes + i, lane, count - i);
+        if (i % PART == PART - CODE_STEP) flush_told(told);
+    }
+    flush_told(told);
+}
+
+/* FP8 bits in the upper bits of a float32 are its magnitude over this. */
+#define MAGNITUDE_UNIT 0x1p120f
+
+/* Magnitudes of CODE_STEP weights times `scale`, which has MAGNITUDE_UNIT in it: those at even places, then the others. */
+INLINE void decode_magnitudes(const uint8_t *x, vf scale, float *w) {
+    const vs both = vs_load((const int16_t *)x);
+    vf v[4];
+    vs_upper_halves((both << 4) & vs_set(0x7F0), v);
+    vs_upper_halves((both >> 4) & vs_set(0x7F0), v + 2);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) vf_store(w + k * VW, v[k] * scale);
+}
+
+/* int4 codes of such magnitudes, with the signs of x. */
+INLINE void round_magnitudes(const float *w, vf inverse, const uint8_t *x, int8_t *codes, struct told *told) {
+    typedef int8_t vb1 __attribute__((vector_size(CODE_STEP)));
+    vi fixed[4], code[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        const vf v = vf_load(w + k * VW);
+        fixed[k] = vf_round(v);
+        code[k] = vf_round(v * inverse);
+    }
+    const vs even = vs_pack(code[0], code[1]), odd = vs_pack(code[2], code[3]);
+    tell(told, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), even, odd);
+    vb1 sign;
+    memcpy(&sign, x, sizeof sign);
+#if defined(NPUQ_LEVEL_AVX2)
+    const vb1 code8 = (vb1)_mm256_sign_epi8((__m256i)(even | odd << 8), (__m256i)sign);
+#else
+    sign = sign < 0;
+    const vb1 code8 = ((vb1)(even | odd << 8) ^ sign) - sign;
+#endif
+    memcpy(codes, &code8, sizeof code8);
+}
+
+/* int4 codes of up to PART weights. Decoded apart from the rest: chains of half the length. */
+INLINE void round_part(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
+    float w[PART];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < count; i += CODE_STEP) decode_magnitudes(x + i, vf_set(scale), w + i);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < count; i += CODE_STEP) round_magnitudes(w + i, vf_set(inverse), x + i, codes + i, told);
+    flush_told(told);
+}
+
+/* int4 codes of a block whose scale has the unit of fixed point in it. */
+static void round_block(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
+    const float up = scale * MAGNITUDE_UNIT;
+    if (!(up >= 0 && up < INFINITY)) { /* negative, or so large that magnitudes are small */
+        for (size_t part = 0; part < count; part += PART) {
+            float w[PART];
+            const size_t end = count - part < PART ? count - part : PART;
+            decode_part(x + part, end, scale * FP8_UNIT, w);
+            round_floats(w, end, 1, inverse, codes + part, told);
+        }
+        return;
+    }
+    size_t part = 0;
+    for (; part + PART <= count; part += PART) round_part(x + part, PART, up, inverse, codes + part, told);
+    if (part < count) {
+        uint8_t lane[PART] = {0};
+        int8_t to[PART];
+        memcpy(lane, x + part, count - part);
+        round_part(lane, count - part, up, inverse, to, told);
+        memcpy(codes + part, to, count - part);
+    }
+}
+
+/* int4 codes of an FP8 row. The unit of fixed point is a power of two: it may be taken times a block's scale, and off the
+ * inverse, without changing what is rounded. */
+static void round_fp8_int4(const struct fp8_row *row, float unit, float inverse, int8_t *codes, struct told *told) {
+    const float *block_scale = row->block_scale;
+    for (size_t first = 0; first < row->n; first += row->block) {
+        const size_t count = row->n - first < row->block ? row->n - first : row->block;
+        const float scale = *block_scale++ * unit;
+        if (is_usable(scale)) round_block(row->x + first, count, scale, inverse / unit, codes + first, told);
+        else memset(codes + first, 0, count);
+    }
+}
+
+/* int8 codes of an FP8 row; Σ w² in fixed point, A and B of them. */
+static struct exact_state round_fp8_int8(const struct fp8_row *row, float unit, float inverse, int8_t *codes,
+                                         uint64_t *squares) {
+    struct code_sums sums = {{0}, {0}, {0}, {0}, {0}};
+    const float to_code = inverse / unit;
+    for (size_t first = 0; first < row->n; first += row->block) {
+        const size_t count = row->n - first < row->block ? row->n - first : row->block;
+        const uint8_t *x = row->x + first;
+        const float scale = row->block_scale[first / row->block] * unit;
+        if (!is_usable(scale)) {
+            memset(codes + first, 0, count);
+            continue;
+        }
+        for (size_t part = 0; part < count; part += PART) { /* decoded apart from the rest: chains of half the length */
+            float w[PART];
+            const size_t end = count - part < PART ? count - part : PART;
+            decode_part(x + part, end, scale * FP8_UNIT, w);
+            for (size_t i = 0; i < end; i += CODE_STEP) {
+                vi code[4];
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++) {
+                    const vf v = vf_load(w + i + k * VW);
+                    code[k] = vf_round(v * to_code);
+                    sum_codes(vf_round(v), code[k], 8, 1, &sums);
+                }
+                store_codes(code, end - i, codes + first + part + i, &sums);
+            }
+            flush_sums(&sums);
+        }
+    }
+    return sums_of(&sums, squares);
+}
+
+INLINE void account_told(struct converted *out, const struct told *told, int exponent) {
+    const struct exact_state state = {vl_total(told->a), vi_total(told->b), 0};
+    account_in(out, (double)(uint64_t)vl_total(told->norm), state, exponent, TOLD_BITS);
+}
+
+/* int8 or int4 from an FP8 row. */
+static int convert_minmax_fp8(const struct fp8_row *row, int bits, struct converted *out) {
+    const float largest = largest_of_fp8(row);
+    int exponent;
+    if (largest != largest) return NPUQ_NOT_FINITE;
+    if (largest < LEAST_MAGNITUDE) {
+        zero_row(out, row->n);
+        return NPUQ_OK;
+    }
+    out->scale = largest / (float)((1 << (bits - 1)) - 1);
+    if (bits == 4) {
+        struct told told = {0};
+        const float unit = unit_of(TOLD_BITS, largest, &exponent);
+        round_fp8_int4(row, unit, 1.0f / out->scale, out->codes, &told);
+        account_told(out, &told, exponent);
+    } else {
+        uint64_t squares;
+        const float unit = fixed_unit(largest, &exponent);
+        const struct exact_state state = round_fp8_int8(row, unit, 1.0f / out->scale, out->codes, &squares);
+        account(out, (double)squares, state, exponent);
+    }
+    return NPUQ_OK;
+}
+
+/* The same from floats, LEAST_MAGNITUDE ≤ largest. */
+static int convert_minmax(const float *w, size_t n, float largest, int bits, struct converted *out) {
+    int exponent;
+    out->scale = largest / (float)((1 << (bits - 1)) - 1);
+    if (bits == 4) {
+        struct told told = {0};
+        const float unit = unit_of(TOLD_BITS, largest, &exponent);
+        round_floats(w, n, unit, 1.0f / out->scale, out->codes, &told);
+        account_told(out, &told, exponent);
+    } else {
+        uint64_t squares;
+        const float unit = fixed_unit(largest, &exponent);
+        const struct exact_state state = round_codes_as(w, n, unit, 1.0f / out->scale, 8, 0, out->codes, &squares);
+        account(out, (double)squares, state, exponent);
+    }
+    return NPUQ_OK;
+}
+
+#endif
