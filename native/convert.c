@@ -50,11 +50,11 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
         scale[r] = out.scale;
         error[r] = out.error;
         norm[r] = out.norm;
-        if (bits == 8) continue;
-        int32_t sums[16];
-        kernels->slice_sums(out.codes, n, (size_t)bias_columns, sums);
-        for (int64_t c = 0; c < bias_columns; c++) bias[r * bias_columns + c] = (float)(8 * sums[c]) * out.scale;
-        if (r % 2) kernels->pack_rows(pair[0], pair[1], n, codes + (size_t)(r / 2) * n);
+        if (bits == 8 || r % 2 == 0) continue;
+        int32_t sums[2 * 16];
+        kernels->pack_rows(pair[0], pair[1], n, (size_t)bias_columns, codes + (size_t)(r / 2) * n, sums);
+        float *at = bias + (r - 1) * bias_columns;
+        for (int64_t c = 0; c < 2 * bias_columns; c++) at[c] = (float)(8 * sums[c]) * scale[r - (c < bias_columns)];
     }
     if (mse) kernels->convert_release(memory);
     free(memory);

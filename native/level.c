@@ -4,6 +4,7 @@
 #include "kernels/convert.h"
 #include "kernels/float.h"
 #include "kernels/integer.h"
+#include "kernels/pack.h"
 #include "kernels/rows.h"
 
 #define JOIN_(a, b) a##b
@@ -45,6 +46,5 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .decode_row = decode_row,
     .convert_row = convert_row,
     .convert_fp8 = convert_fp8,
-    .slice_sums = slice_sums,
     .pack_rows = pack_rows,
 };

@@ -87,8 +87,8 @@ struct kernels {
     /* From an FP8 row; < 0 if the row must be decoded and go through convert_row. */
     int (*convert_fp8)(const uint8_t *x, size_t n, const float *block_scale, size_t block, int bits, int mse, void *memory,
                        struct converted *out);
-    void (*slice_sums)(const int8_t *codes, size_t n, size_t columns, int32_t *sums);
-    void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, int8_t *out);
+    /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */
+    void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, size_t columns, int8_t *out, int32_t *sums);
 };
 
 int level_best(void);

@@ -48,8 +48,8 @@ typedef struct {
 } npuq_source;
 
 /* What quant/schemes.py's quantize_rows computes, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
- * codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even) with bias [rows, bias_columns ≤ 16]; scale
- * [rows]; error and norm: Σ (w − ŵ)² and Σ w² [rows]. cols ≤ 2^17. level −1 is the best.
+ * codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even) with bias [rows, bias_columns]; scale
+ * [rows]; error and norm: Σ (w − ŵ)² and Σ w² [rows]. cols ≤ 2^17; bias_columns ≤ 16 divides it. level −1 is the best.
  * NPUQ_NOT_FINITE: row *bad_row holds an infinity or NaN, and nothing after it was done. */
 NPUQ_API int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits,
                                 int32_t mse, int64_t bias_columns, int8_t *codes, float *scale, float *bias,

@@ -125,30 +125,4 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
 
 static void convert_release(void *memory) { free(((struct optimal_scratch *)memory)->walk.breakpoints); }
 
-/* Σ codes of each of `columns` equal slices, of codes between -8 and 7. */
-static void slice_sums(const int8_t *codes, size_t n, size_t columns, int32_t *sums) {
-    const size_t slice = n / columns, part = 1024 * PLANE_STEP; /* 2^10 sums of 8 fit 16 bits */
-    for (size_t c = 0; c < columns; c++) {
-        const int8_t *at = codes + slice * c, *end = at + slice;
-        int32_t sum = 0;
-        while (at + PLANE_STEP <= end) {
-            const int8_t *stop = end - at > (ptrdiff_t)part ? at + part : end;
-            vs lanes = vs_set(0), others = lanes; /* two sets: additions wait for each other */
-            for (; at + 2 * PLANE_STEP <= stop; at += 2 * PLANE_STEP) {
-                lanes += vs_load_i8(at);
-                others += vs_load_i8(at + PLANE_STEP);
-            }
-            for (; at + PLANE_STEP <= stop; at += PLANE_STEP) lanes += vs_load_i8(at);
-            lanes += others;
-            sum += (int32_t)vi_total(vs_dot((vi){0}, lanes, vs_set(1)));
-        }
-        for (; at < end; at++) sum += *at;
-        sums[c] = sum;
-    }
-}
-
-static void pack_rows(const int8_t *even, const int8_t *odd, size_t n, int8_t *out) {
-    for (size_t i = 0; i < n; i++) out[i] = (int8_t)((even[i] & 15) | ((uint8_t)odd[i] << 4));
-}
-
 #endif

@@ -49,12 +49,12 @@ INLINE void load_fp8_pair(const uint8_t *p, vf out[2]) {
 }
 #endif
 
-/* The code of the largest magnitude of n weights. */
-INLINE uint8_t largest_code(const uint8_t *x, size_t n) {
+INLINE uint8_t largest_code_of(const uint8_t *x, size_t n) {
     uint8_t most = 0;
     size_t i = 0;
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
     __m256i sizes = _mm256_setzero_si256();
+#pragma GCC unroll 4
     for (; i + 32 <= n; i += 32) {
         __m256i x32 = _mm256_loadu_si256((const __m256i *)(x + i));
         sizes = _mm256_max_epu8(sizes, _mm256_and_si256(x32, _mm256_set1_epi8(127)));
@@ -72,6 +72,11 @@ INLINE uint8_t largest_code(const uint8_t *x, size_t n) {
 #endif
     for (; i < n; i++) most = (x[i] & 127) > most ? x[i] & 127 : most;
     return most;
+}
+
+/* The code of the largest magnitude of n weights; the usual block without loops. */
+INLINE uint8_t largest_code(const uint8_t *x, size_t n) {
+    return n == 128 ? largest_code_of(x, 128) : largest_code_of(x, n);
 }
 
 /* The magnitudes by their codes, and zeros for what a vector reads behind them. */

@@ -1,12 +1,12 @@
 /* Codes by min-max, in one pass over a row; of an FP8 row, straight from its bytes.
  *
- * The scale is the largest magnitude over the largest code M, in float32, and so are its inverse and the product with a
- * weight: each off by 2^-24 of itself at most, and none of them subnormal where it matters, since LEAST_MAGNITUDE ≤ largest
- * < 2^128. So |w · inverse| < M · (1 + 2^-22), which rounds to M at most: nothing need be clamped.
+ * The scale is the largest magnitude over the largest code M. It, its inverse and the inverse's product with a weight are
+ * float32 operations, each off by 2^-24 of its result at most: the first two are never subnormal (LEAST_MAGNITUDE ≤ largest
+ * < 2^128), and where the product is one, the code is 0. So |w · inverse| ≤ M · (1 + 2^-22), which rounds to M at most:
+ * there is nothing to clamp.
  *
- * For int4, error and norm are told by weights in TOLD_BITS, which fit int16: Σ x², A = Σ x·q and B are instructions on
- * pairs of neighbours. ŵ is sums of codes that are exact either way; what is told is the error of weights that are up to
- * half a unit beside the real ones, 2^-10 of a scale at most. */
+ * For int4, error and norm are told by weights of TOLD_BITS, x in int16: Σ x², A = Σ x·q and B = Σ q² are then instructions
+ * on pairs of neighbours, and exact. A weight is half a unit beside its x at most, which is below 2^-11 of a scale. */
 #ifndef NPUQ_KERNELS_MINMAX_H
 #define NPUQ_KERNELS_MINMAX_H
 
@@ -45,52 +45,59 @@ INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
     }
 }
 
-/* Whether a block with that scale, times the unit of fixed point, may hold anything but zeros: the row's largest is finite. */
+/* Whether a block with that scale, times the unit of fixed point, may hold anything but zeros in a row that is finite. */
 INLINE int is_usable(float scale) { return fabsf(scale * FP8_UNIT) < INFINITY; }
 
-/* int4: Σ x² and A of a part, and of all before it; B. */
+/* int4: Σ x², A and B. */
 struct told {
-    vu squares[2]; /* a part's: 4 times 2^29 in a lane */
-    vi products;
     vl norm, a;
-    vi b;
+    vi b; /* 2^17 codes, 2^6 each */
 };
 
-INLINE void tell(struct told *told, vs x, vs y, vs code_x, vs code_y) {
-    told->squares[0] = vs_squares(told->squares[0], x);
-    told->squares[1] = vs_squares(told->squares[1], y);
-    told->products = vs_dot(vs_dot(told->products, x, code_x), y, code_y);
-    told->b = vs_dot(vs_dot(told->b, code_x, code_x), code_y, code_y);
+/* The same of a part; a variable of its own, since what codes are stored to might be anything's bytes. */
+struct told_part {
+    vu squares[2]; /* 4 times 2^29 in a lane */
+    vi a, b;
+};
+
+INLINE void tell(struct told_part *part, vs x, vs y, vs code_x, vs code_y) {
+    part->squares[0] = vs_squares(part->squares[0], x);
+    part->squares[1] = vs_squares(part->squares[1], y);
+    part->a = vs_dot(vs_dot(part->a, x, code_x), y, code_y);
+    part->b = vs_dot(vs_dot(part->b, code_x, code_x), code_y, code_y);
 }
 
-INLINE void flush_told(struct told *told) {
-    told->norm = vl_add_unsigned(vl_add_unsigned(told->norm, told->squares[0]), told->squares[1]);
-    told->a = vl_add(told->a, told->products);
-    told->squares[0] = told->squares[1] = (vu){0};
-    told->products = (vi){0};
+INLINE void add_part(struct told *told, const struct told_part *part) {
+    told->norm = vl_add_unsigned(vl_add_unsigned(told->norm, part->squares[0]), part->squares[1]);
+    told->a = vl_add(told->a, part->a);
+    told->b += part->b;
 }
 
 /* int4 codes of `count` floats, of zeros from there to a multiple of CODE_STEP. */
 INLINE void round_floats(const float *w, size_t count, float unit, float inverse, int8_t *codes, struct told *told) {
-    for (size_t i = 0; i < count; i += CODE_STEP) {
-        vi fixed[4], code[4];
+    for (size_t first = 0; first < count; first += PART) {
+        struct told_part part = {0};
+        for (size_t i = first; i < first + PART && i < count; i += CODE_STEP) {
+            vi fixed[4], code[4];
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-            const vf v = vf_load(w + i + k * VW);
-            fixed[k] = vf_round(v * unit);
-            code[k] = vf_round(v * inverse);
+            for (int k = 0; k < 4; k++) {
+                const vf v = vf_load(w + i + k * VW);
+                fixed[k] = vf_round(v * unit);
+                code[k] = vf_round(v * inverse);
+            }
+            tell(&part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), vs_pack(code[0], code[1]),
+                 vs_pack(code[2], code[3]));
+            int8_t lane[CODE_STEP], *to = count - i < CODE_STEP ? lane : codes + i;
+            vi_store_i8x4(to, code[0], code[1], code[2], code[3]);
+            if (to == lane) memcpy(codes + i, lane, count - i);
         }
-        tell(told, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), vs_pack(code[0], code[1]),
-             vs_pack(code[2], code[3]));
-        int8_t lane[CODE_STEP], *to = count - i < CODE_STEP ? lane : codes + i;
-        vi_store_i8x4(to, code[0], code[1], code[2], code[3]);
-        if (to == lane) memcpy(codes + i, lane, count - i);
-        if (i % PART == PART - CODE_STEP) flush_told(told);
+        add_part(told, &part);
     }
-    flush_told(told);
 }
 
-/* FP8 bits in the upper bits of a float32 are its magnitude over this. */
+/* The bits of an FP8 magnitude as the upper ones of a float32, four places down, are the magnitude over this: subnormal
+ * where it is subnormal. (Were the processor told to take those for zeros, they would be told as zeros; their codes are 0
+ * in any case, since a block is odd where they might not be.) */
 #define MAGNITUDE_UNIT 0x1p120f
 
 /* Magnitudes of CODE_STEP weights times `scale`, which has MAGNITUDE_UNIT in it: those at even places, then the others. */
@@ -103,9 +110,19 @@ INLINE void decode_magnitudes(const uint8_t *x, vf scale, float *w) {
     for (int k = 0; k < 4; k++) vf_store(w + k * VW, v[k] * scale);
 }
 
-/* int4 codes of such magnitudes, with the signs of x. */
-INLINE void round_magnitudes(const float *w, vf inverse, const uint8_t *x, int8_t *codes, struct told *told) {
-    typedef int8_t vb1 __attribute__((vector_size(CODE_STEP)));
+/* Bytes with the signs of others. */
+INLINE vs with_signs(vs magnitudes, vs signs) {
+#if defined(NPUQ_LEVEL_AVX2)
+    return (vs)_mm256_sign_epi8((__m256i)magnitudes, (__m256i)signs); /* 0 under 0 */
+#else
+    typedef int8_t vbytes __attribute__((vector_size(CODE_STEP)));
+    const vbytes negative = (vbytes)((vbytes)signs < 0);
+    return (vs)(((vbytes)magnitudes ^ negative) - negative);
+#endif
+}
+
+/* int4 codes of such magnitudes of the weights x. */
+INLINE void round_magnitudes(const float *w, vf inverse, const uint8_t *x, int8_t *codes, struct told_part *part) {
     vi fixed[4], code[4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
@@ -114,61 +131,67 @@ INLINE void round_magnitudes(const float *w, vf inverse, const uint8_t *x, int8_
         code[k] = vf_round(v * inverse);
     }
     const vs even = vs_pack(code[0], code[1]), odd = vs_pack(code[2], code[3]);
-    tell(told, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), even, odd);
-    vb1 sign;
-    memcpy(&sign, x, sizeof sign);
-#if defined(NPUQ_LEVEL_AVX2)
-    const vb1 code8 = (vb1)_mm256_sign_epi8((__m256i)(even | odd << 8), (__m256i)sign);
-#else
-    sign = sign < 0;
-    const vb1 code8 = ((vb1)(even | odd << 8) ^ sign) - sign;
-#endif
-    memcpy(codes, &code8, sizeof code8);
+    tell(part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), even, odd);
+    const vs bytes = with_signs(even | (odd << 8), vs_load((const int16_t *)x));
+    memcpy(codes, &bytes, sizeof bytes);
 }
 
-/* int4 codes of up to PART weights. Decoded apart from the rest: chains of half the length. */
+/* int4 codes of up to PART weights, in whole steps. Decoded apart from the rest: chains of half the length. */
 INLINE void round_part(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
     float w[PART];
+    struct told_part part = {0};
 #pragma GCC unroll 4
     for (size_t i = 0; i < count; i += CODE_STEP) decode_magnitudes(x + i, vf_set(scale), w + i);
 #pragma GCC unroll 4
-    for (size_t i = 0; i < count; i += CODE_STEP) round_magnitudes(w + i, vf_set(inverse), x + i, codes + i, told);
-    flush_told(told);
+    for (size_t i = 0; i < count; i += CODE_STEP) round_magnitudes(w + i, vf_set(inverse), x + i, codes + i, &part);
+    add_part(told, &part);
 }
 
-/* int4 codes of a block whose scale has the unit of fixed point in it. */
-static void round_block(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
-    const float up = scale * MAGNITUDE_UNIT;
-    if (!(up >= 0 && up < INFINITY)) { /* negative, or so large that magnitudes are small */
-        for (size_t part = 0; part < count; part += PART) {
-            float w[PART];
-            const size_t end = count - part < PART ? count - part : PART;
-            decode_part(x + part, end, scale * FP8_UNIT, w);
-            round_floats(w, end, 1, inverse, codes + part, told);
-        }
-        return;
-    }
+INLINE void round_block(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
     size_t part = 0;
-    for (; part + PART <= count; part += PART) round_part(x + part, PART, up, inverse, codes + part, told);
+    for (; part + PART <= count; part += PART) round_part(x + part, PART, scale, inverse, codes + part, told);
     if (part < count) {
         uint8_t lane[PART] = {0};
         int8_t to[PART];
         memcpy(lane, x + part, count - part);
-        round_part(lane, count - part, up, inverse, to, told);
+        round_part(lane, count - part, scale, inverse, to, told);
         memcpy(codes + part, to, count - part);
     }
 }
 
+/* The same of a block whose scale, without MAGNITUDE_UNIT, is negative or has no room for that: one of small magnitudes in
+ * which the row's largest weights are. Not inlined, so that the sums of all others stay in registers. */
+__attribute__((noinline)) static struct told round_odd_block(const uint8_t *x, size_t count, float scale, float inverse,
+                                                             int8_t *codes) {
+    struct told told = {0};
+    for (size_t part = 0; part < count; part += PART) {
+        float w[PART];
+        const size_t end = count - part < PART ? count - part : PART;
+        decode_part(x + part, end, scale * FP8_UNIT, w);
+        round_floats(w, end, 1, inverse, codes + part, &told);
+    }
+    return told;
+}
+
 /* int4 codes of an FP8 row. The unit of fixed point is a power of two: it may be taken times a block's scale, and off the
  * inverse, without changing what is rounded. */
-static void round_fp8_int4(const struct fp8_row *row, float unit, float inverse, int8_t *codes, struct told *told) {
-    const float *block_scale = row->block_scale;
+static struct told round_fp8_int4(const struct fp8_row *row, float unit, float inverse, int8_t *codes) {
+    struct told told = {0};
+    const float *block_scale = row->block_scale, to_code = inverse / unit;
     for (size_t first = 0; first < row->n; first += row->block) {
         const size_t count = row->n - first < row->block ? row->n - first : row->block;
-        const float scale = *block_scale++ * unit;
-        if (is_usable(scale)) round_block(row->x + first, count, scale, inverse / unit, codes + first, told);
-        else memset(codes + first, 0, count);
+        const uint8_t *x = row->x + first;
+        const float scale = *block_scale++ * unit, up = scale * MAGNITUDE_UNIT;
+        if (up >= 0 && up < INFINITY) {
+            round_block(x, count, up, to_code, codes + first, &told);
+        } else if (is_usable(scale)) {
+            const struct told odd = round_odd_block(x, count, scale, to_code, codes + first);
+            told = (struct told){told.norm + odd.norm, told.a + odd.a, told.b + odd.b};
+        } else {
+            memset(codes + first, 0, count);
+        }
     }
+    return told;
 }
 
 /* int8 codes of an FP8 row; Σ w² in fixed point, A and B of them. */
@@ -220,9 +243,8 @@ static int convert_minmax_fp8(const struct fp8_row *row, int bits, struct conver
     }
     out->scale = largest / (float)((1 << (bits - 1)) - 1);
     if (bits == 4) {
-        struct told told = {0};
         const float unit = unit_of(TOLD_BITS, largest, &exponent);
-        round_fp8_int4(row, unit, 1.0f / out->scale, out->codes, &told);
+        const struct told told = round_fp8_int4(row, unit, 1.0f / out->scale, out->codes);
         account_told(out, &told, exponent);
     } else {
         uint64_t squares;

@@ -219,6 +219,24 @@ def test_fp8_scales_of_every_size(bits: int) -> None:
         _check(native.quantize(stored, bits, False, 1, level), expected)
 
 
+@pytest.mark.parametrize("columns", [48, 1408, 2048])
+@pytest.mark.parametrize("size", [2.0**-8, 2.0**-3, 1.0, 50.0])
+def test_fp8_magnitudes_of_every_size(size: float, columns: int) -> None:
+    """Subnormal, small and usual ones in blocks whose scales make up for it, beside blocks that do without: int4."""
+    generator = torch.Generator().manual_seed(columns)
+    factor = torch.ones(1, columns).view(-1, 16)
+    factor[1::3] = size  # [blocks, 16]
+    weight = torch.randn(8, columns, generator=generator) * 50
+    byte = (weight * factor.view(1, -1)).to(torch.float8_e4m3fn)
+    scale = (torch.rand(1, columns // 16, generator=generator) + 0.5) / factor[:, 0]
+    scale[0, 1] *= 4  # the row's largest are here
+    scale[0, -1] *= -1
+    stored = StoredRows(byte, BlockScale(scale, 0, 128, 16))
+    expected = quantize_rows(stored.to_float32(), Scheme.W4A8, Method.MINMAX, row_parallel=True)
+    for level in LEVELS:
+        _check(native.quantize(stored, 4, False, 16, level), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sources(dtype: torch.dtype) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

@@ -92,6 +92,31 @@ def test_minmax_puts_the_largest_magnitude_on_the_largest_code(bits: int) -> Non
 
 @pytest.mark.parametrize("method", DATA_FREE)
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["normal", "outlier", "on codes", "largest"])
+def test_error_and_norm_are_told_to_half_a_unit_a_weight(kind: str, bits: int, method: Method) -> None:
+    rows = torch.randn(20, 700, generator=torch.Generator().manual_seed(4))
+    if kind == "outlier":
+        rows[:, 0] *= 300
+    elif kind == "on codes":
+        rows = (rows.clamp(-3.5, 3.5) * 2).round() * 0.1
+    elif kind == "largest":  # rounds up to the power of two above
+        rows = rows.sign() * (2 - 2.0**-23)
+    result = scale_rows(rows, bits, method)
+    real = rows.double().numpy()
+    error = ((real - result.scale.double().numpy()[:, None] * result.codes.double().numpy()) ** 2).sum(1)
+    norm = (real**2).sum(1)
+    # Rounding moves each weight by half a unit at most, and so the root of a sum over 700 of them by √700 times that.
+    unit = 2.0 ** (-14 if bits == 4 and method is Method.MINMAX else -23) * 2.0 ** np.frexp(np.abs(real).max(1))[1]
+    most = np.sqrt(rows.shape[1]) * unit / 2
+    assert (np.abs(np.sqrt(result.squared_norm.numpy()) - np.sqrt(norm)) <= most * (1 + 1e-9)).all()
+    # The sums are of the norm's size, and so is float64's rounding of them.
+    told = result.squared_error.numpy()
+    assert (told <= (np.sqrt(error) + most) ** 2 + 1e-14 * norm).all()
+    assert (told >= np.maximum(np.sqrt(error) - most, 0) ** 2 - 1e-14 * norm).all()
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("bits", [4, 8])
 def test_bytes_do_not_depend_on_chunks_or_threads(bits: int, method: Method) -> None:
     rows = torch.randn(61, 1000, generator=torch.Generator().manual_seed(2))
     whole = scale_rows(rows, bits, method)
