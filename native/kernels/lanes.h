@@ -184,25 +184,52 @@ INLINE int64_t vl_total(vl v) {
 }
 #endif
 
-/* Squares of neighbours in 32-bit lanes without a sign: acc + v₀² + v₁². */
+/* vs_dot in lanes without a sign. The product is apart where the sum is the compiler's own:
+ * that may not overflow. */
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
-INLINE vu vs_squares(vu acc, vs v) {
+INLINE vu vu_dot(vu acc, vs a, vs b) {
 #if defined(NPUQ_LEVEL_AVX512)
-    return (vu)vs_dot((vi)acc, v, v);
+    return (vu)vs_dot((vi)acc, a, b);
 #else
-    return acc + (vu)vs_dot((vi){0}, v, v); /* where a sum is the compiler's own, it may not overflow */
+    return acc + (vu)vs_dot((vi){0}, a, b);
 #endif
 }
-INLINE vl vl_add_unsigned(vl acc, vu v) {
+
+/* Of each 16 bits the sum of both bytes' squares; bytes of 0 to 127. */
+INLINE vs vs_square_bytes(vs bytes) {
 #if defined(NPUQ_LEVEL_AVX512)
-    acc = _mm512_add_epi64(acc, _mm512_and_si512((__m512i)v, _mm512_set1_epi64(0xFFFFFFFF)));
-    return _mm512_add_epi64(acc, _mm512_srli_epi64((__m512i)v, 32));
+    return (vs)_mm512_maddubs_epi16((__m512i)bytes, (__m512i)bytes);
 #elif defined(NPUQ_LEVEL_AVX2)
-    acc = _mm256_add_epi64(acc, _mm256_and_si256((__m256i)v, _mm256_set1_epi64x(0xFFFFFFFF)));
-    return _mm256_add_epi64(acc, _mm256_srli_epi64((__m256i)v, 32));
+    return (vs)_mm256_maddubs_epi16((__m256i)bytes, (__m256i)bytes);
 #else
-    return acc + __builtin_convertvector(v, vl);
+    const vs low = bytes & 255, high = bytes >> 8;
+    return low * low + high * high;
 #endif
+}
+
+/* Sums of 32-bit lanes without a sign, of any number of vectors. Where lanes can be taken in pairs, as 64 bits: of pairs,
+ * which may overflow, and of their upper lanes, by which it is undone. */
+struct lane_sums {
+    vl all, upper;
+};
+INLINE void add_lanes(struct lane_sums *sums, vu v) {
+#if defined(NPUQ_LEVEL_AVX512)
+    sums->all = _mm512_add_epi64(sums->all, (__m512i)v);
+    sums->upper = _mm512_add_epi64(sums->upper, _mm512_srli_epi64((__m512i)v, 32));
+#elif defined(NPUQ_LEVEL_AVX2)
+    sums->all = _mm256_add_epi64(sums->all, (__m256i)v);
+    sums->upper = _mm256_add_epi64(sums->upper, _mm256_srli_epi64((__m256i)v, 32));
+#else
+    sums->all += __builtin_convertvector(v, vl);
+#endif
+}
+INLINE struct lane_sums join_lanes(struct lane_sums a, struct lane_sums b) {
+    typedef uint64_t vlu __attribute__((vector_size(sizeof(vl))));
+    return (struct lane_sums){(vl)((vlu)a.all + (vlu)b.all), (vl)((vlu)a.upper + (vlu)b.upper)};
+}
+INLINE uint64_t total_lanes(const struct lane_sums *sums) {
+    const uint64_t all = (uint64_t)vl_total(sums->all), upper = (uint64_t)vl_total(sums->upper);
+    return all - (upper << 32) + upper;
 }
 
 /* Σ a · b and Σ v² in two sets of sums, of even and odd lanes. */

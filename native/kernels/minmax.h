@@ -22,13 +22,16 @@ INLINE void zero_row(struct converted *out, size_t n) {
 /* The largest magnitude of an FP8 row; NaN when one is none, or infinite. */
 static float largest_of_fp8(const struct fp8_row *row) {
     float largest = 0, poison = 0;
+    int nan = 0;
+    const float *block_scale = row->block_scale;
     for (size_t first = 0; first < row->n; first += row->block) {
         const uint8_t code = largest_code(row->x + first, row->n - first < row->block ? row->n - first : row->block);
-        const float scale = row->block_scale[first / row->block], w = fabsf(fp8_magnitudes[code] * scale);
-        poison += scale * 0.0f + (code == FP8_NAN ? NAN : 0);
+        const float scale = *block_scale++, w = fabsf(fp8_magnitudes[code] * scale);
+        nan |= code == FP8_NAN;
+        poison += scale * 0.0f;
         largest = w > largest ? w : largest;
     }
-    return poison != 0 || isinf(largest) ? NAN : largest;
+    return nan || poison != 0 || isinf(largest) ? NAN : largest;
 }
 
 /* FP8 weights times what is FP8_UNIT in `scale`, and zeros up to a multiple of CODE_STEP. */
@@ -48,29 +51,37 @@ INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
 /* Whether a block with that scale, times the unit of fixed point, may hold anything but zeros in a row that is finite. */
 INLINE int is_usable(float scale) { return fabsf(scale * FP8_UNIT) < INFINITY; }
 
-/* int4: Σ x², A and B. */
+/* int4: Σ x², A and B. A weight and its code have one sign: A needs none, and 2^17 times 2^14 times 7 over four lanes fit. */
 struct told {
-    vl norm, a;
-    vi b; /* 2^17 codes, 2^6 each */
+    struct lane_sums norm;
+    vu a;
+    vi b;
 };
 
 /* The same of a part; a variable of its own, since what codes are stored to might be anything's bytes. */
 struct told_part {
     vu squares[2]; /* 4 times 2^29 in a lane */
-    vi a, b;
+    vu a;
+    vs b;
 };
 
-INLINE void tell(struct told_part *part, vs x, vs y, vs code_x, vs code_y) {
-    part->squares[0] = vs_squares(part->squares[0], x);
-    part->squares[1] = vs_squares(part->squares[1], y);
-    part->a = vs_dot(vs_dot(part->a, x, code_x), y, code_y);
-    part->b = vs_dot(vs_dot(part->b, code_x, code_x), code_y, code_y);
+/* `code_squares`: each lane's of both. */
+INLINE void tell(struct told_part *part, vs x, vs y, vs code_x, vs code_y, vs code_squares) {
+    part->squares[0] = vu_dot(part->squares[0], x, x);
+    part->squares[1] = vu_dot(part->squares[1], y, y);
+    part->a = vu_dot(vu_dot(part->a, x, code_x), y, code_y);
+    part->b += code_squares;
 }
 
 INLINE void add_part(struct told *told, const struct told_part *part) {
-    told->norm = vl_add_unsigned(vl_add_unsigned(told->norm, part->squares[0]), part->squares[1]);
-    told->a = vl_add(told->a, part->a);
-    told->b += part->b;
+    add_lanes(&told->norm, part->squares[0]);
+    add_lanes(&told->norm, part->squares[1]);
+    told->a += part->a;
+    told->b = vs_dot(told->b, part->b, vs_set(1));
+}
+
+INLINE struct told both(struct told a, struct told b) {
+    return (struct told){join_lanes(a.norm, b.norm), a.a + b.a, a.b + b.b};
 }
 
 /* int4 codes of `count` floats, of zeros from there to a multiple of CODE_STEP. */
@@ -85,8 +96,9 @@ INLINE void round_floats(const float *w, size_t count, float unit, float inverse
                 fixed[k] = vf_round(v * unit);
                 code[k] = vf_round(v * inverse);
             }
-            tell(&part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), vs_pack(code[0], code[1]),
-                 vs_pack(code[2], code[3]));
+            const vs first_two = vs_pack(code[0], code[1]), last_two = vs_pack(code[2], code[3]);
+            tell(&part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), first_two, last_two,
+                 first_two * first_two + last_two * last_two);
             int8_t lane[CODE_STEP], *to = count - i < CODE_STEP ? lane : codes + i;
             vi_store_i8x4(to, code[0], code[1], code[2], code[3]);
             if (to == lane) memcpy(codes + i, lane, count - i);
@@ -131,8 +143,8 @@ INLINE void round_magnitudes(const float *w, vf inverse, const uint8_t *x, int8_
         code[k] = vf_round(v * inverse);
     }
     const vs even = vs_pack(code[0], code[1]), odd = vs_pack(code[2], code[3]);
-    tell(part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), even, odd);
-    const vs bytes = with_signs(even | (odd << 8), vs_load((const int16_t *)x));
+    const vs sizes = even | (odd << 8), bytes = with_signs(sizes, vs_load((const int16_t *)x));
+    tell(part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), even, odd, vs_square_bytes(sizes));
     memcpy(codes, &bytes, sizeof bytes);
 }
 
@@ -147,20 +159,20 @@ INLINE void round_part(const uint8_t *x, size_t count, float scale, float invers
     add_part(told, &part);
 }
 
-INLINE void round_block(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
-    size_t part = 0;
-    for (; part + PART <= count; part += PART) round_part(x + part, PART, scale, inverse, codes + part, told);
-    if (part < count) {
-        uint8_t lane[PART] = {0};
-        int8_t to[PART];
-        memcpy(lane, x + part, count - part);
-        round_part(lane, count - part, scale, inverse, to, told);
-        memcpy(codes + part, to, count - part);
-    }
+/* The same of fewer than PART weights. Like what follows not inlined, so that the sums of whole parts stay in registers. */
+__attribute__((noinline)) static struct told round_rest(const uint8_t *x, size_t count, float scale, float inverse,
+                                                        int8_t *codes) {
+    struct told told = {0};
+    uint8_t lane[PART] = {0};
+    int8_t to[PART];
+    memcpy(lane, x, count);
+    round_part(lane, count, scale, inverse, to, &told);
+    memcpy(codes, to, count);
+    return told;
 }
 
-/* The same of a block whose scale, without MAGNITUDE_UNIT, is negative or has no room for that: one of small magnitudes in
- * which the row's largest weights are. Not inlined, so that the sums of all others stay in registers. */
+/* Codes of a block whose scale, without MAGNITUDE_UNIT, is negative or has no room for that: one of small magnitudes in
+ * which the row's largest weights are. */
 __attribute__((noinline)) static struct told round_odd_block(const uint8_t *x, size_t count, float scale, float inverse,
                                                              int8_t *codes) {
     struct told told = {0};
@@ -183,10 +195,11 @@ static struct told round_fp8_int4(const struct fp8_row *row, float unit, float i
         const uint8_t *x = row->x + first;
         const float scale = *block_scale++ * unit, up = scale * MAGNITUDE_UNIT;
         if (up >= 0 && up < INFINITY) {
-            round_block(x, count, up, to_code, codes + first, &told);
+            size_t i = 0;
+            for (; i + PART <= count; i += PART) round_part(x + i, PART, up, to_code, codes + first + i, &told);
+            if (i < count) told = both(told, round_rest(x + i, count - i, up, to_code, codes + first + i));
         } else if (is_usable(scale)) {
-            const struct told odd = round_odd_block(x, count, scale, to_code, codes + first);
-            told = (struct told){told.norm + odd.norm, told.a + odd.a, told.b + odd.b};
+            told = both(told, round_odd_block(x, count, scale, to_code, codes + first));
         } else {
             memset(codes + first, 0, count);
         }
@@ -228,8 +241,10 @@ static struct exact_state round_fp8_int8(const struct fp8_row *row, float unit, 
 }
 
 INLINE void account_told(struct converted *out, const struct told *told, int exponent) {
-    const struct exact_state state = {vl_total(told->a), vi_total(told->b), 0};
-    account_in(out, (double)(uint64_t)vl_total(told->norm), state, exponent, TOLD_BITS);
+    struct lane_sums a = {{0}, {0}};
+    add_lanes(&a, told->a);
+    const struct exact_state state = {(int64_t)total_lanes(&a), vi_total(told->b), 0};
+    account_in(out, (double)total_lanes(&told->norm), state, exponent, TOLD_BITS);
 }
 
 /* int8 or int4 from an FP8 row. */
