@@ -56,7 +56,8 @@ class QuantizedRows:
     """Some rows of a quantized linear.
 
     `tensors` maps weight, weight_scale, weight_offset (and what else the scheme has) to the rows of each, in the
-    artifact's dtypes; `squared_error` and `squared_norm` are Σ (w − ŵ)² and Σ w², float64 [R].
+    artifact's dtypes; `squared_error` and `squared_norm` are Σ (w − ŵ)² and Σ w², float64 [R], as exact as `ScaledRows`
+    says.
     """
 
     tensors: Mapping[str, Tensor]
