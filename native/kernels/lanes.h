@@ -266,17 +266,6 @@ INLINE void vl_squares(vi v, vl *even, vl *odd) {
 
 INLINE int64_t vi_total(vi v) { return vl_total(vl_add((vl){0}, v)); }
 
-/* Σ of bytes without a sign, below 128. */
-INLINE vl vs_sum_bytes(vl acc, vs bytes) {
-#if defined(NPUQ_LEVEL_AVX512)
-    return _mm512_add_epi64(acc, _mm512_sad_epu8((__m512i)bytes, _mm512_setzero_si512()));
-#elif defined(NPUQ_LEVEL_AVX2)
-    return _mm256_add_epi64(acc, _mm256_sad_epu8((__m256i)bytes, _mm256_setzero_si256()));
-#else
-    return vl_add(acc, vs_dot((vi){0}, (bytes & 255) + (bytes >> 8), vs_set(1)));
-#endif
-}
-
 /* Bit i: whether lane i of a comparison is true. */
 INLINE uint32_t vi_bits(vi mask) {
 #if defined(NPUQ_LEVEL_AVX512)

@@ -20,6 +20,17 @@ static const uint8_t pack_kept[2 * PACK_STEP] = {
 #undef EIGHT
 };
 
+/* Σ of bytes without a sign, below 128. */
+INLINE vl vs_sum_bytes(vl acc, vs bytes) {
+#if defined(NPUQ_LEVEL_AVX512)
+    return _mm512_add_epi64(acc, _mm512_sad_epu8((__m512i)bytes, _mm512_setzero_si512()));
+#elif defined(NPUQ_LEVEL_AVX2)
+    return _mm256_add_epi64(acc, _mm256_sad_epu8((__m256i)bytes, _mm256_setzero_si256()));
+#else
+    return vl_add(acc, vs_dot((vi){0}, (bytes & 255) + (bytes >> 8), vs_set(1)));
+#endif
+}
+
 /* Packs a vector of codes of each row and adds up what is `kept` of them. */
 INLINE void pack_step(const int8_t *even, const int8_t *odd, vs kept, int8_t *out, vl sums[2]) {
     const vs low = vs_load((const int16_t *)even), high = vs_load((const int16_t *)odd), nibble = vs_set(0x0F0F);
