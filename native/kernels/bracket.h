@@ -34,10 +34,9 @@ struct searched {
 
 /* The state at half scale h: A = Σ |w|·q and B = Σ q² of the whole row, for codes q that were found at h. */
 struct mark {
-    double h, score, bound; /* A² / B; the most between this mark and the next one below */
-    int64_t a, b;
-    struct rounding rounding; /* of planes */
-    int rough;                /* A is an upper bound */
+    double h, score; /* A² / B at least */
+    double a, b;
+    double most_a; /* A at most, where it is not known exactly */
 };
 
 /* Marks by falling h. */
@@ -47,28 +46,31 @@ struct bracket {
     size_t count;
     double best, best_h; /* A² / B of the best mark, and where it is */
     struct mark marks[MOST_MARKS];
+    double open[MOST_MARKS]; /* ≥ 0 where a state between this mark and the next one below may be better than the best */
 };
+
+/* A mark whose A may be that far off. */
+INLINE struct mark mark_of(double h, double a, double b, double off) {
+    const double least = a - off;
+    return (struct mark){h, b > 0 && least > 0 ? least * least / b : 0, a, b, a + off};
+}
 
 /* The states at half scales h, or very little beside them. Those of planes may be rough, without the lower one. */
 static void evaluate(const struct searched *row, const double *h, const int *rough, int count, struct mark *marks) {
-    if (row->tables != NULL) {
-        const double both[2] = {h[0], h[count - 1]};
-        const struct state_pair sums = sum_tables(row->tables, both);
-        for (int i = 0; i < count; i++) marks[i] = (struct mark){.h = h[i], .a = sums.a[i], .b = sums.b[i]};
-    }
-    for (int i = 0; i < count; i++) {
-        struct mark *mark = &marks[i];
-        if (row->planes != NULL) {
-            *mark = (struct mark){.h = h[i], .rough = rough[i]};
-            mark->rounding = rounding_at(&mark->h);
-            const struct state_sums sums = rough[i] ? sum_planes(row->planes, mark->rounding, 0)
-                                                    : sum_planes(row->planes, mark->rounding, 1);
-            mark->a = sums.a;
-            mark->b = sums.b;
-            /* |low| ≤ 128, and Σ |q| ≤ √(n · Σ q²). */
-            if (rough[i]) mark->a += (int64_t)(PLANE_DOUBT * sqrt(row->weights * (double)mark->b)) + 1;
+    for (int i = 0; row->tables != NULL && i < count; i += 2) {
+        const int last = i + 1 < count ? i + 1 : i;
+        const struct state_pair sums = sum_tables(row->tables, (const double[]){h[i], h[last]});
+        for (int k = i; k <= last; k++) {
+            const double a = sums.a[k - i], b = (double)sums.b[k - i];
+            marks[k] = mark_of(h[k], a, b, 2 * SUM_DOUBT * a + WEIGHT_DOUBT * sqrt(row->weights * b)); /* Σ |q| ≤ √(n · Σ q²) */
         }
-        mark->score = mark->b > 0 ? (double)mark->a * (double)mark->a / (double)mark->b : 0;
+    }
+    for (int i = 0; row->planes != NULL && i < count; i++) {
+        double at = h[i];
+        const struct rounding rounding = rounding_at(&at);
+        const struct state_sums sums = rough[i] ? sum_planes(row->planes, rounding, 0) : sum_planes(row->planes, rounding, 1);
+        const double b = (double)sums.b;
+        marks[i] = mark_of(at, (double)sums.a, b, rough[i] ? PLANE_DOUBT * sqrt(row->weights * b) + 1 : 0); /* |low| ≤ 128 */
     }
 }
 
@@ -80,11 +82,8 @@ static double zeroed_norm(const struct searched *row, double h) {
     return row->tables != NULL ? zeroed_tables(row->tables, h) : zeroed_planes(row->planes, h);
 }
 
-/* The most that any state between a mark and the next one below may reach. */
-INLINE double bound_below(const struct bracket *bracket, const struct mark *hi, const struct mark *lo) {
-    const double doubt = bracket->row->doubt, more = 2 * doubt * (double)(lo->b - hi->b);
-    struct state high = {(double)hi->a + more, (double)hi->b}, low = {(double)lo->a + more, (double)lo->b};
-    return interval_bound(high, low, hi->h + doubt, lo->h - doubt);
+INLINE void note_best(struct bracket *bracket, const struct mark *mark) {
+    if (mark->score > bracket->best) bracket->best = mark->score, bracket->best_h = mark->h;
 }
 
 static void insert_mark(struct bracket *bracket, const struct mark *mark) {
@@ -92,9 +91,7 @@ static void insert_mark(struct bracket *bracket, const struct mark *mark) {
     struct mark *marks = bracket->marks;
     for (; at > 0 && marks[at - 1].h < mark->h; at--) marks[at] = marks[at - 1];
     marks[at] = *mark;
-    if (at > 0) marks[at - 1].bound = bound_below(bracket, &marks[at - 1], &marks[at]);
-    if (at + 1 < bracket->count) marks[at].bound = bound_below(bracket, &marks[at], &marks[at + 1]);
-    if (!mark->rough && mark->score > bracket->best) bracket->best = mark->score, bracket->best_h = mark->h;
+    note_best(bracket, mark);
 }
 
 /* Adds one or two marks. */
@@ -108,19 +105,36 @@ static void add_mark(struct bracket *bracket, double h) { add_marks(bracket, &h,
 
 INLINE double gap_of(const struct bracket *bracket, const struct mark *mark) { return 1 - mark->score / bracket->best; }
 
-/* Whether any state between marks i and i + 1 may have a larger A² / B than the best mark. */
-INLINE int is_open(const struct bracket *bracket, size_t i) {
-    return bracket->marks[i].bound >= bracket->best * COARSE_SLACK;
+/* Finds out which of the intervals [first, last) are open: whether any state between marks i and i + 1 may have a larger
+ * A² / B than the best mark. That is interval_bound, without its divisions: A² − best · B says the same. */
+static void find_open(struct bracket *bracket, size_t first, size_t last) {
+    double h[MOST_MARKS], a[MOST_MARKS], b[MOST_MARKS];
+    const double doubt = bracket->row->doubt, enough = bracket->best * COARSE_SLACK;
+    for (size_t i = first; i <= last; i++) {
+        h[i] = bracket->marks[i].h;
+        a[i] = bracket->marks[i].most_a;
+        b[i] = bracket->marks[i].b;
+    }
+    for (size_t i = first; i < last; i++) {
+        const double hi = h[i] + doubt, lo = h[i + 1] - doubt, alpha = a[i + 1] - a[i], beta = b[i + 1] - b[i];
+        const double more = 2 * doubt * beta, passed = (alpha - beta * lo) / (hi - lo);
+        const double crossing = larger(0, smaller(passed, beta));
+        const double high = a[i] + more, low = a[i + 1] + more, kink = high + crossing * hi;
+        const double ends = larger(high * high - enough * b[i], low * low - enough * b[i + 1]);
+        bracket->open[i] = larger(kink * kink - enough * (b[i] + crossing), ends);
+    }
 }
 
 /* Halves every open interval until it is narrow; those that remain lie between the marks `first` and `last`. */
 static void refine(struct bracket *bracket, double narrow, size_t *first, size_t *last) {
+    size_t from = 0, to = bracket->count - 1;
     for (int more = 1; more;) {
         double middle[2];
         int wide = 0;
+        find_open(bracket, from, to);
         *first = *last = 0;
-        for (size_t i = 0; i + 1 < bracket->count; i++) {
-            if (!is_open(bracket, i)) continue;
+        for (size_t i = from; i < to; i++) {
+            if (bracket->open[i] < 0) continue;
             const double hi = bracket->marks[i].h, lo = bracket->marks[i + 1].h;
             /* Marks must be farther apart than their doubts, and may lie 2^-14 beside the h that was asked for. */
             if (wide < 2 && hi - lo > larger(narrow * lo, 8 * bracket->row->doubt + lo / 2048)) {
@@ -130,35 +144,45 @@ static void refine(struct bracket *bracket, double narrow, size_t *first, size_t
             *last = i + 1;
         }
         more = wide > 0 && bracket->count + 2 <= MOST_MARKS;
-        if (more) add_marks(bracket, middle, (const int[]){0, 0}, wide);
+        if (!more) return;
+        add_marks(bracket, middle, (const int[]){0, 0}, wide);
+        from = *first; /* what is dropped stays so, since the best only grows */
+        to = *last + (size_t)wide;
     }
 }
 
-/* Half scales [lo, hi] that may hold the optimum; marks so far outside of them that what is in doubt there is none of
- * the window's: `above`, exact, and how codes are rounded below. `open`: there is no end below, but for the last code of
- * every weight. */
+/* Half scales [lo, hi] that may hold the optimum; half scales so far outside of them that what is in doubt there is none of
+ * the window's, with the exact state above, and how planes are rounded at both. `open`: there is no end below, but for the
+ * last code of every weight. */
 struct window {
-    double hi, lo;
-    struct mark above;
-    double below_h;
-    struct rounding below;
+    double hi, lo, above_h, below_h;
+    struct exact_state state;
+    struct rounding above, below;
     int open;
 };
+
+/* The exact state of the codes at half scale *h, or very little beside it, and how planes are rounded there. */
+static struct exact_state state_at(const struct searched *row, double *h, struct rounding *rounding) {
+    if (row->tables != NULL) return exact_tables(row->tables, (float)(row->tables->unit / (2 * *h)), NULL);
+    *rounding = rounding_at(h);
+    const struct state_sums sums = sum_planes(row->planes, *rounding, 1);
+    return (struct exact_state){sums.a, sums.b, 0};
+}
 
 /* The window between two marks: z beyond them (see above), and 1 more for float32's sake. `closed`: nothing is better
  * below the last one. */
 static struct window window_between(const struct bracket *bracket, const struct mark *high, const struct mark *low,
                                     int closed) {
     const double doubt = bracket->row->doubt;
-    struct window window = {high->h + doubt + 1, low->h - doubt - 1, *high, 0, {0, 1}, !closed};
+    struct window window = {.hi = high->h + doubt + 1, .lo = closed ? low->h - doubt - 1 : 0, .above_h = high->h,
+                            .above = {0, 1}, .below = {0, 1}, .open = !closed};
     if (high->b > 0) { /* not the mark that closes the list, above which is nothing */
-        const double h = high->h + 4 * doubt;
-        evaluate(bracket->row, &h, (const int[]){0}, 1, &window.above);
+        window.above_h += 4 * doubt;
+        window.state = state_at(bracket->row, &window.above_h, &window.above);
     }
     /* rounding_at may return up to 2^-14 more. */
     window.below_h = low->h * (1 - 0x1p-13) - 4 * doubt;
     if (bracket->row->planes != NULL) window.below = rounding_at(&window.below_h);
-    if (!closed) window.lo = 0;
     return window;
 }
 
@@ -238,7 +262,7 @@ static void climb(struct bracket *bracket, double guess, double largest) {
         double drift[2];
         for (int i = 0; i < 2; i++) {
             const struct mark *mark = &bracket->marks[i];
-            drift[i] = mark->b > 0 ? (double)mark->a / (2 * (double)mark->b) - mark->h : 0;
+            drift[i] = mark->b > 0 ? mark->a / (2 * mark->b) - mark->h : 0;
         }
         const double slope = (drift[1] - drift[0]) / (bracket->marks[0].h - bracket->marks[1].h);
         const double to = bracket->marks[1].h + drift[1] / (slope > 0.1 ? slope : 0.25);
@@ -256,6 +280,39 @@ static void climb(struct bracket *bracket, double guess, double largest) {
     }
 }
 
+/* How far apart marks are that rule out everything else for Gaussian weights: multiples of how far the last one is from
+ * the best; and the first ones, relative. */
+#ifndef SCOUT_UP
+#define SCOUT_UP 0.52
+#define SCOUT_DOWN 0.62
+#define SCOUT_LEAST 0.010
+#endif
+enum { MOST_SCOUTS = 32 };
+
+/* Marks on both sides at once, of a row whose states cost little: what follows looks at each before it chooses the next. */
+static void scout(struct bracket *bracket, double largest) {
+    double h[MOST_SCOUTS];
+    struct mark marks[MOST_SCOUTS];
+    const double best = bracket->best_h, doubt = bracket->row->doubt, least = bracket->row->least;
+    const double end = smaller(ZEROED_RATIO * best, largest - 4 * doubt), low_end = larger(0.98 * CLIPPED_RATIO * best, least);
+    int count = 0;
+    for (double at = bracket->marks[0].h; count < MOST_SCOUTS / 2 && at < end; h[count++] = at) {
+        at += larger(SCOUT_UP * (at - best), SCOUT_LEAST * best) + 4 * doubt;
+        if (at > 0.85 * end) at = end;
+    }
+    const int up = count;
+    for (double at = bracket->marks[bracket->count - 1].h; count < MOST_SCOUTS && at > low_end; h[count++] = at) {
+        at -= larger(SCOUT_DOWN * (best - at), SCOUT_LEAST * best) + 4 * doubt;
+        if (at < 1.1 * low_end) at = low_end;
+    }
+    evaluate(bracket->row, h, NULL, count, marks);
+    memmove(bracket->marks + up, bracket->marks, bracket->count * sizeof *marks);
+    for (int i = 0; i < up; i++) bracket->marks[up - 1 - i] = marks[i];
+    memcpy(bracket->marks + up + bracket->count, marks + up, (size_t)(count - up) * sizeof *marks);
+    bracket->count += (size_t)count;
+    for (int i = 0; i < count; i++) note_best(bracket, &marks[i]);
+}
+
 /* The window for a whole row whose largest magnitude is `largest`; `guess` is a half scale to begin at. */
 static struct window bracket_row(struct bracket *bracket, double norm, const struct searched *row, double largest,
                                  double guess) {
@@ -265,9 +322,10 @@ static struct window bracket_row(struct bracket *bracket, double norm, const str
     bracket->best = 0;
     enum side up, down;
     climb(bracket, guess, largest);
+    if (row->tables != NULL) scout(bracket, largest);
     march(bracket, largest, &up, &down);
     if (up != CLOSED) { /* the state in which every code is 0 closes the list */
-        insert_mark(bracket, &(struct mark){.h = largest + 4 * row->doubt, .rounding = {0, 1}});
+        insert_mark(bracket, &(struct mark){.h = largest + 4 * row->doubt});
     }
     const int closed = down == CLOSED;
     size_t first, last;

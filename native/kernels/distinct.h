@@ -3,7 +3,7 @@
 #ifndef NPUQ_KERNELS_DISTINCT_H
 #define NPUQ_KERNELS_DISTINCT_H
 
-#include "memory.h"
+#include "codes.h"
 
 /* The least half scale that is looked at, of the one that is guessed: so low that clipping has ruled out all below it,
  * and 48 magnitudes reach from there to the largest of a block of Gaussian weights. */
@@ -18,22 +18,34 @@ INLINE size_t segment_length(const struct fp8_row *row, size_t s) {
     return left < segment ? left : segment;
 }
 
-/* Counts every segment. The row's largest magnitude; NaN if only its weights can tell. */
-static float count_row(const struct fp8_row *row, struct tables *tables) {
+/* What is asked of every segment first. The row's largest magnitude; NaN if only its weights can tell. */
+static float survey_row(const struct fp8_row *row, struct tables *tables) {
     float largest = 0;
     int odd = 0;
     for (size_t s = 0; s < tables->segments; s++) {
-        const uint8_t *x = row->x + s * segment_of(row);
-        const size_t length = segment_length(row, s);
         struct segment *segment = &tables->segments_at[s];
         segment->scale = row->block_scale[s * segment_of(row) / row->block];
-        segment->last = largest_code(x, length);
-        count_codes(x, length, tables->counts + s * COUNT_BYTES);
+        segment->last = largest_code(row->x + s * segment_of(row), segment_length(row, s));
         const float top = fp8_magnitudes[segment->last] * segment->scale;
         odd |= segment->last == FP8_NAN || !(segment->scale > 0) || isinf(segment->scale);
         largest = top > largest ? top : largest;
     }
     return odd ? NAN : largest;
+}
+
+/* Σ w² in fixed point, exactly. */
+static uint64_t norm_of_fp8(const struct fp8_row *row, const struct tables *tables) {
+    vl even = {0}, odd = {0};
+    for (size_t s = 0; s < tables->segments; s++) {
+        float w[SEGMENT];
+        const size_t length = segment_length(row, s);
+        decode_part(row->x + s * segment_of(row), length, tables->segments_at[s].scale * tables->unit * FP8_UNIT, w);
+        for (size_t i = 0; i < length; i += CODE_STEP) {
+#pragma GCC unroll 4
+            for (size_t k = 0; k < CODE_STEP; k += VW) vl_squares(vf_round(vf_load(w + i + k)), &even, &odd);
+        }
+    }
+    return (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
 }
 
 /* Where each segment's table begins, for half scales of `least` and above. NOT_IN_TABLES if magnitudes are not 8 an
@@ -54,20 +66,22 @@ static int place_tables(struct tables *tables) {
         most = segment->last - code + 1 > most ? segment->last - code + 1 : most;
         for (int k = 0; k < 4; k++) tables->inverse[4 * s + (size_t)k] = inverse;
         for (int k = 0; k < 8; k++) tables->origin[8 * s + (size_t)k] = (int16_t)(code + EXPONENT_BIAS * 8);
+        for (int k = 0; k < 2; k++) tables->worth[2 * s + (size_t)k] = worth_of(segment, tables->unit);
     }
     tables->parts = most > 3 * TABLE_PART ? 4 : 3;
     return most > MOST_CODES ? NOT_IN_TABLES : NPUQ_OK;
 }
 
-/* An odd last segment has an empty one beside it. */
-static void write_tables(struct tables *tables) {
+/* An odd last segment has an empty one beside it. NOT_IN_TABLES if a sum does not fit. */
+static int write_tables(const struct fp8_row *row, struct tables *tables) {
     const size_t last = tables->segments - 1;
     if (last % 2 == 0) {
         memset(tables->inverse + 4 * (last + 1), 0, 4 * sizeof(float));
         memset(tables->origin + 8 * (last + 1), 0, 8 * sizeof(int16_t));
+        memset(tables->worth + 2 * (last + 1), 0, 2 * sizeof(double));
         memset(table_at(tables, last / 2, 0, 0), 0, SUM_PLANES * planes_of(tables) * 2 * TABLE_PART);
     }
-    for (size_t s = 0; s < tables->segments; s++) write_table(tables, s);
+    return write_rows(tables, row->x, row->n, segment_of(row)) ? NPUQ_OK : NOT_IN_TABLES;
 }
 
 /* out[i] = table[|x[i]| − first], 0 below, with the sign of x[i] and 7 at most. `table` has `parts` times 16 codes. */
@@ -115,31 +129,6 @@ static void map_codes(const uint8_t *x, size_t n, uint8_t first, const int8_t *t
 }
 #endif
 
-/* The code of each magnitude at a scale, in `codes` [segments][MOST_CODES], and A and B of the row's codes. */
-static struct exact_state code_tables(const struct tables *tables, float inverse, int8_t *codes) {
-    vl even = {0}, odd = {0};
-    vi b = {0}; /* 2^17 weights, 2^6 each */
-    for (size_t s = 0; s < tables->segments; s++) {
-        const struct segment *segment = &tables->segments_at[s];
-        const uint8_t *negative = tables->counts + s * COUNT_BYTES + segment->first, *all = negative + 128;
-        for (int j = 0; j < tables->parts * TABLE_PART; j += VW) {
-            const vf w = vf_load(fp8_magnitudes + segment->first + j) * segment->scale;
-            const vi q = vf_round(vf_min(w * inverse, vf_set(8))), fixed = vf_round(w * tables->unit);
-            vi_store_i8(codes + s * MOST_CODES + j, q);
-            const vi seven = q + (q > 7), count = vi_load_u8(all + j);
-            vi times = seven * count, squares = seven * times;
-            if (j >= TOP_PART * TABLE_PART) { /* behind the last code lie other counts, where all are 0 */
-                const vi eighth = vi_load_u8(negative + j) & (q > 7) & (count > 0);
-                times += eighth;
-                squares += 15 * eighth;
-            }
-            vl_products(fixed, times, &even, &odd);
-            b += squares;
-        }
-    }
-    return (struct exact_state){vl_total(even) + vl_total(odd), vi_total(b), 0};
-}
-
 /* As convert_row for int4 `mse`, from the FP8 row itself. NOT_IN_TABLES where it does not pay or may not be done; what is
  * wrong with the row is then for those to say who look at the weights. */
 static int convert_distinct(const struct fp8_row *row, void *scratch, struct converted *out) {
@@ -147,21 +136,20 @@ static int convert_distinct(const struct fp8_row *row, void *scratch, struct con
     if (length < LEAST_SEGMENT || row->block % length != 0) return NOT_IN_TABLES;
     struct convert_memory memory = table_layout(scratch, n, (n + length - 1) / length);
     struct tables *tables = &memory.tables;
-    const float largest = count_row(row, tables);
+    const float largest = survey_row(row, tables);
     if (!(largest >= LEAST_MAGNITUDE) || isinf(largest)) return NOT_IN_TABLES;
     int exponent;
     tables->unit = fixed_unit(largest, &exponent);
-    const double norm = (double)counted_norm(tables), top = (double)rintf(ldexpf(largest, FIXED_BITS - exponent));
+    const double norm = (double)norm_of_fp8(row, tables), top = (double)rintf(ldexpf(largest, FIXED_BITS - exponent));
     tables->least = larger(LEAST_RATIO * guess_half_scale(memory.search, norm, n), 64 * TABLE_DOUBT);
-    if (place_tables(tables) != NPUQ_OK) return NOT_IN_TABLES;
-    write_tables(tables);
+    if (place_tables(tables) != NPUQ_OK || write_tables(row, tables) != NPUQ_OK) return NOT_IN_TABLES;
     const struct searched searched = {NULL, tables, (double)n, tables->least, TABLE_DOUBT, TABLE_NARROW};
     struct exact_state best;
     int status = optimal_int4(&searched, NULL, tables->unit, top, norm, &memory.changes, memory.search, &best);
     if (status != NPUQ_OK) return status;
     out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
     int8_t *codes = (int8_t *)tables->sums; /* which are not needed any more, and larger */
-    account(out, norm, code_tables(tables, 1.0f / out->scale, codes), exponent);
+    account(out, norm, exact_tables(tables, 1.0f / out->scale, codes), exponent);
     for (size_t s = 0; s < tables->segments; s++) {
         const size_t at = s * length;
         map_codes(row->x + at, segment_length(row, s), tables->segments_at[s].first, codes + s * MOST_CODES, tables->parts,

@@ -19,8 +19,8 @@ INLINE size_t padded_length(size_t n) { return (n + 63) / 64 * 64; }
 
 /* What tables of so many segments take. Those of an even number are searched. */
 INLINE size_t table_bytes(size_t segments) {
-    const size_t each = sizeof(struct segment) + 4 * sizeof(float) + 8 * sizeof(int16_t) + COUNT_BYTES;
-    return (segments + 1) * (each + SUM_PLANES * (2 * MOST_PARTS - TOP_PART) * TABLE_PART) + 5 * 64;
+    const size_t each = sizeof(struct segment) + 4 * sizeof(float) + 8 * sizeof(int16_t) + 2 * sizeof(double) + COUNT_BYTES;
+    return (segments + 1) * (each + SUM_PLANES * (2 * MOST_PARTS - TOP_PART) * TABLE_PART) + 6 * 64;
 }
 
 /* Bytes of scratch that a row of n needs, at a multiple of 64. */
@@ -64,10 +64,13 @@ static struct convert_memory table_layout(void *memory, size_t n, size_t segment
     struct tables *tables = &layout.tables;
     const size_t even = (segments + 1) / 2 * 2;
     char *at = (char *)memory + SEARCH_BYTES;
+    prepare_rows(&layout.search->rows);
+    tables->rows = &layout.search->rows;
     tables->segments = segments;
     tables->segments_at = take_bytes(&at, even * sizeof(struct segment));
     tables->inverse = take_bytes(&at, even * 4 * sizeof(float));
     tables->origin = take_bytes(&at, even * 8 * sizeof(int16_t));
+    tables->worth = take_bytes(&at, even * 2 * sizeof(double));
     tables->counts = take_bytes(&at, even * COUNT_BYTES);
     tables->sums = take_bytes(&at, even * SUM_PLANES * (2 * MOST_PARTS - TOP_PART) * TABLE_PART);
     layout.changes = layout_changes(at, padded_length(n));

@@ -27,7 +27,7 @@ struct walk {
 /* The places of the weights whose codes differ between the two ends of a window, in `places`; how many. `words`: a bit
  * for each weight. */
 static size_t changed_places(const struct planes *planes, struct window window, uint64_t *words, uint32_t *places) {
-    const struct factors above = factors_of(window.above.rounding), below = factors_of(window.below);
+    const struct factors above = factors_of(window.above), below = factors_of(window.below);
     for (size_t i = 0; i < planes->n; i += 64) {
         uint64_t word = 0;
         for (size_t k = 0; k < 64; k += PLANE_STEP) {
@@ -65,7 +65,7 @@ static int window_breakpoints(const struct planes *planes, struct window window,
         const uint32_t magnitude = (uint32_t)abs(fixed);
         const int high = planes->high[places[p]], last = fixed < 0 ? 8 : fixed > 0 ? 7 : 0;
         const int end = window.open ? last : abs(code_at(high, window.below));
-        for (int m = abs(code_at(high, window.above.rounding)) + 1; m <= end; m++) *out++ = breakpoint_of(magnitude, m, 1);
+        for (int m = abs(code_at(high, window.above)) + 1; m <= end; m++) *out++ = breakpoint_of(magnitude, m, 1);
     }
     *count = (size_t)(out - scratch->breakpoints);
     return NPUQ_OK;
@@ -74,7 +74,7 @@ static int window_breakpoints(const struct planes *planes, struct window window,
 /* What changes in a narrow window. The float of κ, |w| / (2m − 1) correctly rounded, never falls as κ grows and is equal
  * where κ is: all changes at or above some float make a state. */
 static void find_changes(const float *w, float unit, struct window window, size_t count, const struct changes *changes) {
-    const float in_codes = (float)(1 / (window.above.h + window.below_h));
+    const float in_codes = (float)(1 / (window.above_h + window.below_h));
     float *value = changes->kappa;
     for (size_t p = 0; p < count; p++) value[p] = w[changes->places[p]];
     memset(value + count, 0, (VW - 1) * sizeof *value);
@@ -188,9 +188,9 @@ static int table_changes(const struct tables *tables, struct window window, cons
     size_t found = 0;
     for (size_t s = 0; s < tables->segments; s++) {
         const struct segment *segment = &tables->segments_at[s];
-        const uint8_t *negative = tables->counts + s * COUNT_BYTES + segment->first, *all = negative + 128;
+        const uint8_t *all = tables->counts + s * COUNT_BYTES, *negative = all + NEGATIVE_COUNTS - TOP_PART * TABLE_PART;
         int32_t above[8], below[8];
-        thresholds_of(tables, s, (float)window.above.h, above);
+        thresholds_of(tables, s, (float)window.above_h, above);
         thresholds_of(tables, s, (float)window.below_h, below);
         uint32_t differ = 0;
         for (int m = 0; m < 8; m++) differ |= (uint32_t)(below[m] < above[m]) << m;
@@ -199,7 +199,7 @@ static int table_changes(const struct tables *tables, struct window window, cons
         for (; differ != 0; differ &= differ - 1) {
             const int m = __builtin_ctz(differ) + 1, end = above[m - 1] < codes ? above[m - 1] : codes;
             for (int j = below[m - 1] > 0 ? below[m - 1] : 0; j < end; j++) {
-                const uint32_t times = m == 8 ? (all[j] > 0 ? negative[j] : 0) : all[j];
+                const uint32_t times = m == 8 ? negative[j] : all[j];
                 put_change(tables, segment, j, m, times, changes, scratch->breakpoints, found);
                 found += times > 0;
             }
@@ -216,14 +216,14 @@ static int walk_row(const struct searched *row, const float *w, float unit, stru
                     const struct changes *changes, struct walk_scratch *scratch, struct exact_state *best) {
     const double kappa = 1 << KAPPA_BITS;
     const struct walk walk = {
-        .a = window.above.a,
-        .b = window.above.b,
-        .top = (int64_t)((window.above.h + row->doubt) * kappa) + 1,
+        .a = window.state.a,
+        .b = window.state.b,
+        .top = (int64_t)((window.above_h + row->doubt) * kappa) + 1,
         .highest = (int64_t)(window.hi * kappa),
         .lowest = (int64_t)(window.lo * kappa),
         .floor_score = known * COARSE_SLACK,
     };
-    const int narrow = !window.open && window.above.h < WALKED_RATIO * window.below_h;
+    const int narrow = !window.open && window.above_h < WALKED_RATIO * window.below_h;
     size_t count;
     int status;
     *best = (struct exact_state){0, 0, 0};

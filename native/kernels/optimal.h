@@ -14,6 +14,7 @@ struct optimal_scratch {
     struct walk_scratch walk;
     struct bracket bracket;
     struct int8_search int8;
+    struct place_rows rows;
     double ratio; /* of the last row: half its scale over its root mean square */
 };
 

@@ -2,53 +2,63 @@
 #ifndef NPUQ_KERNELS_TABLE_SUMS_H
 #define NPUQ_KERNELS_TABLE_SUMS_H
 
+#include "exact.h"
 #include "tables.h"
 
 /* The places in a segment's table of the first magnitudes at or above the eight thresholds of half scale h; what is far
  * outside of the table may be anything outside of it. */
 INLINE void thresholds_of(const struct tables *tables, size_t s, float h, int32_t place[8]) {
     static const float odd[8] = {1, 3, 5, 7, 9, 11, 13, 15};
-#pragma GCC unroll 2
-    for (int m = 0; m < 8; m += VW < 8 ? VW : 8) {
-#if defined(NPUQ_LEVEL_AVX512)
-        __m256 at = _mm256_mul_ps(_mm256_loadu_ps(odd), _mm256_set1_ps(h));
-        at = _mm256_mul_ps(at, _mm256_set1_ps(tables->inverse[4 * s]));
-        __m256i code = _mm256_add_epi32(_mm256_castps_si256(at), _mm256_set1_epi32((1 << CODE_SHIFT) - 1));
-        code = _mm256_sub_epi32(_mm256_srli_epi32(code, CODE_SHIFT), _mm256_set1_epi32(tables->origin[8 * s]));
-        _mm256_storeu_si256((__m256i *)place, code);
-#else
-        vf at = vf_load(odd + m) * h * tables->inverse[4 * s];
-        vi code = (((vi)at + ((1 << CODE_SHIFT) - 1)) >> CODE_SHIFT) - (int32_t)tables->origin[8 * s];
-        memcpy(place + m, &code, sizeof code);
-#endif
+    for (int m = 0; m < 8; m++) {
+        const float at = odd[m] * h * tables->inverse[4 * s];
+        int32_t bits;
+        memcpy(&bits, &at, sizeof bits);
+        place[m] = ((bits + ((1 << CODE_SHIFT) - 1)) >> CODE_SHIFT) - tables->origin[8 * s];
     }
 }
 
-/* A and B of the codes of two half scales. */
+/* A, but for its rounding, and B of the codes of two half scales. */
 struct state_pair {
-    int64_t a[2], b[2];
+    double a[2];
+    int64_t b[2];
 };
 
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
+/* The thresholds of two half scales in fixed point. */
+struct thresholds {
+    __m256 at[2][2];
+};
+INLINE struct thresholds thresholds_at(float first, float second) {
+    const __m256 odd[2] = {_mm256_setr_ps(1, 3, 5, 7, 1, 3, 5, 7), _mm256_setr_ps(9, 11, 13, 15, 9, 11, 13, 15)};
+    struct thresholds thresholds;
+    for (int k = 0; k < 2; k++) {
+        thresholds.at[0][k] = _mm256_mul_ps(odd[k], _mm256_set1_ps(first));
+        thresholds.at[1][k] = _mm256_mul_ps(odd[k], _mm256_set1_ps(second));
+    }
+    return thresholds;
+}
 INLINE __m256i threshold_codes(__m256 inverse, __m256 h) {
     __m256i bits = _mm256_castps_si256(_mm256_mul_ps(inverse, h));
     return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32((1 << CODE_SHIFT) - 1)), CODE_SHIFT);
 }
 /* Lower halves of vectors are of a pair's first segment; in each half, the first scale comes before the second. */
-INLINE __m256i threshold_places(const struct tables *tables, size_t pair, const __m256 at[2][2]) {
+INLINE __m256i threshold_places(const struct tables *tables, size_t pair, const struct thresholds *thresholds) {
     const __m256 inverse = _mm256_loadu_ps(tables->inverse + 8 * pair);
     const __m256i origin = _mm256_loadu_si256((const __m256i *)(tables->origin + 16 * pair));
     __m256i code[2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
-        __m256i both = _mm256_packs_epi32(threshold_codes(inverse, at[j][0]), threshold_codes(inverse, at[j][1]));
+        __m256i both = _mm256_packs_epi32(threshold_codes(inverse, thresholds->at[j][0]),
+                                          threshold_codes(inverse, thresholds->at[j][1]));
         code[j] = _mm256_sub_epi16(both, origin);
     }
     return _mm256_packus_epi16(code[0], code[1]);
 }
 
+/* A of four: of the first segment at both scales, then of the second. */
 struct sum_vectors {
-    __m256i a0, a1, a2, a3, b;
+    __m256d a;
+    __m256i b;
 };
 
 /* The sums above the eight places in one plane. */
@@ -63,7 +73,7 @@ INLINE __m256i look_up_sums(const uint8_t *table, const __m256i *all, const __m2
     return sum;
 }
 
-INLINE void add_pair(const uint8_t *table, __m256i place, const int parts, struct sum_vectors *sums) {
+INLINE void add_pair(const uint8_t *table, __m256i place, const double *worth, const int parts, struct sum_vectors *sums) {
     const __m256i last = _mm256_set1_epi64x((int64_t)0x8000000000000000), rest = _mm256_set1_epi64x(0x0080808080808080);
     const __m256i squares = _mm256_set1_epi64x(0x0F0D0B0907050301), zero = _mm256_setzero_si256();
     const size_t stride = (size_t)(2 * parts - TOP_PART) * 2 * TABLE_PART;
@@ -77,46 +87,35 @@ INLINE void add_pair(const uint8_t *table, __m256i place, const int parts, struc
     }
     __m256i steps = _mm256_maddubs_epi16(look_up_sums(table, all, negative, parts), squares); /* 2^7 · 28 at most */
     sums->b = _mm256_add_epi32(sums->b, _mm256_madd_epi16(steps, _mm256_set1_epi16(1)));
-    table += stride;
-    sums->a0 = _mm256_add_epi64(sums->a0, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
-    table += stride;
-    sums->a1 = _mm256_add_epi64(sums->a1, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
-    table += stride;
-    sums->a2 = _mm256_add_epi64(sums->a2, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
-    table += stride;
-    sums->a3 = _mm256_add_epi64(sums->a3, _mm256_sad_epu8(look_up_sums(table, all, negative, parts), zero));
+    __m256i low = _mm256_sad_epu8(look_up_sums(table + stride, all, negative, parts), zero);
+    __m256i high = _mm256_sad_epu8(look_up_sums(table + 2 * stride, all, negative, parts), zero);
+    /* Below 2^52, under the exponent of 2^52: that integer as a double. */
+    const __m256d base = _mm256_set1_pd(0x1p52);
+    __m256i both = _mm256_or_si256(_mm256_add_epi64(low, _mm256_slli_epi64(high, 8)), _mm256_castpd_si256(base));
+    sums->a = _mm256_fmadd_pd(_mm256_sub_pd(_mm256_castsi256_pd(both), base), _mm256_loadu_pd(worth), sums->a);
 }
 
 enum { PLACES_AT_ONCE = 32 };
 
 INLINE struct state_pair sum_pairs(const struct tables *tables, const double h[2], const int parts) {
-    const __m256 odd[2] = {_mm256_setr_ps(1, 3, 5, 7, 1, 3, 5, 7), _mm256_setr_ps(9, 11, 13, 15, 9, 11, 13, 15)};
-    __m256 at[2][2];
-    for (int j = 0; j < 2; j++) {
-        for (int k = 0; k < 2; k++) at[j][k] = _mm256_mul_ps(odd[k], _mm256_set1_ps((float)h[j]));
-    }
-    const __m256i zero = _mm256_setzero_si256();
-    struct sum_vectors sums = {zero, zero, zero, zero, zero};
+    const struct thresholds thresholds = thresholds_at((float)h[0], (float)h[1]);
+    struct sum_vectors sums = {_mm256_setzero_pd(), _mm256_setzero_si256()};
     const size_t pairs = (tables->segments + 1) / 2, stride = SUM_PLANES * (size_t)(2 * parts - TOP_PART) * 2 * TABLE_PART;
     for (size_t first = 0; first < pairs; first += PLACES_AT_ONCE) {
         const size_t count = pairs - first < PLACES_AT_ONCE ? pairs - first : PLACES_AT_ONCE;
         __m256i place[PLACES_AT_ONCE]; /* apart from the look-ups, which fill all registers */
-        for (size_t k = 0; k < count; k++) place[k] = threshold_places(tables, first + k, at);
+        for (size_t k = 0; k < count; k++) place[k] = threshold_places(tables, first + k, &thresholds);
         const uint8_t *table = tables->sums + first * stride;
-        for (size_t k = 0; k < count; k++) add_pair(table + k * stride, place[k], parts, &sums);
+        for (size_t k = 0; k < count; k++) {
+            add_pair(table + k * stride, place[k], tables->worth + 4 * (first + k), parts, &sums);
+        }
     }
-    struct state_pair out = {{0, 0}, {0, 0}};
-    const __m256i a = _mm256_add_epi64(
-        _mm256_add_epi64(sums.a0, _mm256_slli_epi64(sums.a1, 8)),
-        _mm256_add_epi64(_mm256_slli_epi64(sums.a2, 16), _mm256_slli_epi64(sums.a3, 24)));
-    int64_t lane[4];
+    double a[4];
     int32_t steps[8];
-    memcpy(lane, &a, sizeof lane);
+    memcpy(a, &sums.a, sizeof a);
     memcpy(steps, &sums.b, sizeof steps);
-    for (int j = 0; j < 4; j++) {
-        out.a[j % 2] += lane[j];
-        out.b[j % 2] += steps[2 * j] + steps[2 * j + 1];
-    }
+    struct state_pair out = {{a[0] + a[2], a[1] + a[3]}, {0, 0}};
+    for (int j = 0; j < 8; j++) out.b[j / 2 % 2] += steps[j];
     return out;
 }
 static struct state_pair sum_tables(const struct tables *tables, const double h[2]) {
@@ -127,7 +126,7 @@ static struct state_pair sum_tables(const struct tables *tables, const double h[
     struct state_pair out = {{0, 0}, {0, 0}};
     for (size_t s = 0; s < tables->segments; s++) {
         for (int j = 0; j < 2; j++) {
-            int32_t place[8];
+            int32_t place[8], sum = 0;
             thresholds_of(tables, s, (float)h[j], place);
             for (int m = 0; m < 8; m++) {
                 const int from = place[m] > 0 ? place[m] : 0;
@@ -137,13 +136,53 @@ static struct state_pair sum_tables(const struct tables *tables, const double h[
                 const uint8_t *at = table_at(tables, s / 2, 0, part) + s % 2 * TABLE_PART + from % TABLE_PART;
                 const size_t plane = planes_of(tables) * 2 * TABLE_PART;
                 out.b[j] += (2 * m + 1) * at[0];
-                for (int f = 0; f < 4; f++) out.a[j] += (int64_t)at[(size_t)(f + 1) * plane] << 8 * f;
+                sum += at[plane] + 256 * at[2 * plane];
             }
+            out.a[j] += sum * tables->worth[2 * s];
         }
     }
     return out;
 }
 #endif
+
+/* The exact A and B of the codes round(w · inverse), and the code of each magnitude in `codes` [segments][MOST_CODES] where
+ * that is given. Codes times counts of a segment come to 2^10 at most: 32 bits hold half a thousand of them times 2^12. */
+static struct exact_state exact_tables(const struct tables *tables, float inverse, int8_t *codes) {
+    enum { HALF = 12, SEGMENTS = 256 };
+    vl low_sum = {0}, high_sum = {0};
+    vi b = {0};
+    for (size_t from = 0; from < tables->segments; from += SEGMENTS) {
+        vi low = {0}, high = {0};
+        for (size_t s = from; s < from + SEGMENTS && s < tables->segments; s++) {
+            const struct segment *segment = &tables->segments_at[s];
+            const uint8_t *all = tables->counts + s * COUNT_BYTES, *negative = all + NEGATIVE_COUNTS - TOP_PART * TABLE_PART;
+            for (int j = 0; j < tables->parts * TABLE_PART; j += PLANE_STEP) {
+                vi fixed[2], code[2];
+#pragma GCC unroll 2
+                for (int k = 0; k < 2; k++) {
+                    const vf w = vf_load(fp8_magnitudes + segment->first + j + k * VW) * segment->scale;
+                    code[k] = vf_round(vf_min(w * inverse, vf_set(8)));
+                    fixed[k] = vf_round(w * tables->unit);
+                    if (codes != NULL) vi_store_i8(codes + s * MOST_CODES + j + k * VW, code[k]);
+                }
+                const vs q = vs_pack(code[0], code[1]), seven = vs_min(q, vs_set(7));
+                vs times = seven * vs_pack(vi_load_u8(all + j), vi_load_u8(all + j + VW)), squares = seven * times;
+                if (j >= TOP_PART * TABLE_PART) {
+                    const vs eighth = vs_pack(vi_load_u8(negative + j), vi_load_u8(negative + j + VW)) & (vs)(q > seven);
+                    times += eighth;
+                    squares += 15 * eighth;
+                }
+                const vi least = (vi){0} + ((1 << HALF) - 1);
+                low = vs_dot(low, vs_pack(fixed[0] & least, fixed[1] & least), times);
+                high = vs_dot(high, vs_pack(fixed[0] >> HALF, fixed[1] >> HALF), times);
+                b = vs_dot(b, squares, vs_set(1));
+            }
+        }
+        low_sum = vl_add(low_sum, low);
+        high_sum = vl_add(high_sum, high);
+    }
+    return (struct exact_state){vl_total(low_sum) + vl_total(high_sum) * (1 << HALF), vi_total(b), 0};
+}
 
 /* A lower bound of the error that clipping alone makes at half scale h and at all smaller ones: Σ (w − 14h)², and of
  * negative weights Σ (w − 16h)², of what is larger. Only what is in the upper parts is looked at. Sums of 2^17 floats are
@@ -153,10 +192,10 @@ static double clipped_tables(const struct tables *tables, double h) {
     const float limit = (float)(14 * h * (1 + 1e-6)), more = (float)(2 * h);
     for (size_t s = 0; s < tables->segments; s++) {
         const struct segment *segment = &tables->segments_at[s];
-        const uint8_t *negative = tables->counts + s * COUNT_BYTES + segment->first, *all = negative + 128;
+        const uint8_t *all = tables->counts + s * COUNT_BYTES, *negative = all + NEGATIVE_COUNTS - TOP_PART * TABLE_PART;
         for (int j = TOP_PART * TABLE_PART; j < tables->parts * TABLE_PART; j += VW) {
             const vf w = vf_load(fp8_magnitudes + segment->first + j) * segment->scale * tables->unit;
-            /* Behind the last code lie other counts and magnitudes of 0. */
+            /* Behind the last code lie magnitudes of 0. */
             const vf over = vf_max(w - limit, vf_set(0)), beyond = vf_max(over - more, vf_set(0));
             const vf minus = vi_float(vi_load_u8(negative + j)), both = vi_float(vi_load_u8(all + j));
             sum = sum + (over * over * (both - minus) + beyond * beyond * minus);
@@ -172,7 +211,7 @@ static double zeroed_tables(const struct tables *tables, double h) {
     const float limit = (float)(h * (1 - 1e-6));
     for (size_t s = 0; s < tables->segments; s++) {
         const struct segment *segment = &tables->segments_at[s];
-        const uint8_t *all = tables->counts + s * COUNT_BYTES + 128 + segment->first;
+        const uint8_t *all = tables->counts + s * COUNT_BYTES;
         for (int j = 0; j < TOP_PART * TABLE_PART; j += VW) {
             const vf w = vf_load(fp8_magnitudes + segment->first + j) * segment->scale * tables->unit;
             const vf below = (vf)((vi)w & (vi)(w < limit));

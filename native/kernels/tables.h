@@ -2,11 +2,12 @@
  *
  * A segment of up to 128 weights with one block scale has some 40 different magnitudes that can get a code at all: 8 an
  * octave, from below half the scale to the largest. How many weights are at least as large as each, and what those come
- * to in fixed point, is written down once (a suffix sum a magnitude, as planes of bytes). A scale has eight thresholds,
- * (2m − 1) · h, the last for negative weights only; of each segment, look up the eight sums of what lies above them.
+ * to, is written down once (a suffix sum a magnitude, as planes of bytes). A scale has eight thresholds, (2m − 1) · h, the
+ * last for negative weights only; of each segment, look up the eight sums of what lies above them.
  *
- * The sums are exact. Which side of a threshold a magnitude is on is certain up to TABLE_DOUBT: thresholds are products
- * of three float32, magnitudes of two, rounded. */
+ * Counts are exact. Sums are of FP8's own integers, which 16 bits hold, times what one of them is worth in fixed point: the
+ * weights' sums but for their rounding (see SUM_DOUBT). Which side of a threshold a magnitude is on is certain up to
+ * TABLE_DOUBT: thresholds are products of three float32, magnitudes of two, rounded. */
 #ifndef NPUQ_KERNELS_TABLES_H
 #define NPUQ_KERNELS_TABLES_H
 
@@ -16,19 +17,34 @@
 /* 2^-22.4 of 2^23, ½ + ½ for rounding, and as much again. */
 enum { TABLE_DOUBT = 4 };
 
+/* How far the sum of n weights in fixed point may be from what the tables say: the block scale's product was rounded to
+ * float32 (2^-24 of each weight), and then to an integer (½ a weight). */
+#define SUM_DOUBT 0x1p-24
+#define WEIGHT_DOUBT 0.5
+
 /* As many weights as a byte can count; the fewest that are worth it. */
 enum { SEGMENT = 128, LEAST_SEGMENT = 64 };
 
 /* Magnitudes in a table: 3 or 4 parts of 16. From the third part on there are sums of negative weights, too: what may
  * reach code 8 is at least 15 · h, and a table begins at just below `least` ≤ h. */
-enum { TABLE_PART = 16, MOST_PARTS = 4, TOP_PART = 2, SUM_PLANES = 5, MOST_CODES = MOST_PARTS * TABLE_PART };
+enum { TABLE_PART = 16, MOST_PARTS = 4, TOP_PART = 2, SUM_PLANES = 3, MOST_CODES = MOST_PARTS * TABLE_PART };
 
-/* Counts of a segment: [0, 128) of negative weights by their code, [128, 256) of all, zeros behind. */
-enum { COUNT_BYTES = 256 + MOST_CODES };
+/* How many weights of a segment have each magnitude of its table, and of the negative ones from the third part on. */
+enum { NEGATIVE_COUNTS = MOST_CODES, COUNT_BYTES = MOST_CODES + (MOST_PARTS - TOP_PART) * TABLE_PART };
 
 struct segment {
     float scale;
     uint8_t last, first; /* its largest magnitude, and the first of its table */
+};
+
+/* What is added up for a weight, by the place of its magnitude (0: below the table; 128 more for a negative one): 1 for
+ * each place that is not above it. Parts 0, 1, 2, 2 of negative weights, 3, 3 of negative weights. Places of FP8 integers:
+ * `steps` by where in an octave the first one is. */
+enum { PLACES = MOST_CODES + 1, NEGATIVE_PLACE = 128, PLACE_BYTES = 128 };
+struct place_rows {
+    _Alignas(64) uint8_t counts[NEGATIVE_PLACE + PLACES][PLACE_BYTES];
+    uint16_t steps[8][MOST_CODES];
+    int ready;
 };
 
 /* Segments are in pairs, as two halves of a vector. */
@@ -37,140 +53,175 @@ struct tables {
     int parts;
     double least; /* no half scale below may be looked at */
     float unit;
+    const struct place_rows *rows;
     struct segment *segments_at;
     uint8_t *counts;  /* [segments][COUNT_BYTES] */
     float *inverse;   /* [segments][4] 1 / (scale · unit) */
     int16_t *origin;  /* [segments][8] upper bits of a float32 threshold that has place 0 */
+    double *worth;    /* [segments][2] what 1 in `sums` is in fixed point */
     uint8_t *sums;    /* [pairs][SUM_PLANES][parts + parts − TOP_PART][2][TABLE_PART] */
 };
 
 INLINE size_t planes_of(const struct tables *tables) { return (size_t)(2 * tables->parts - TOP_PART); }
 
-/* Where a plane of a pair of segments is: of its parts, then of the negative weights' (`part` from `parts` on). */
+/* Where a plane of a pair of segments is: of its parts, then of the negative weights' (`part` from `parts` on). Plane 0 is
+ * of counts, 1 and 2 of what they come to. */
 INLINE uint8_t *table_at(const struct tables *tables, size_t pair, int plane, int part) {
     return tables->sums + ((pair * SUM_PLANES + (size_t)plane) * planes_of(tables) + (size_t)part) * 2 * TABLE_PART;
 }
 
 enum { EXPONENT_BIAS = 127 - 7, CODE_SHIFT = 20 }; /* the upper bits of a float32 are FP8's, but for the bias */
 
-/* How often each code of a segment occurs: of negative weights, and of the others where later that of all is. */
-static void count_codes(const uint8_t *x, size_t n, uint8_t *count) {
-    const vi zero = {0};
-    for (size_t c = 0; c < COUNT_BYTES; c += sizeof zero) memcpy(count + c, &zero, sizeof zero);
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        uint64_t word;
-        memcpy(&word, x + i, sizeof word);
-        word ^= 0x8080808080808080;
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) count[(uint8_t)(word >> 8 * k)]++;
-    }
-    for (; i < n; i++) count[x[i] ^ 0x80]++;
-}
-
-/* VW magnitudes of a segment from `code` on, in fixed point: as the row's weights are decoded and rounded. */
-INLINE vi fixed_at(const struct segment *segment, size_t code, float unit) {
-    return vf_round(vf_load(fp8_magnitudes + code) * segment->scale * unit);
-}
-
-/* Adds up the counts of both signs: not where they are counted, since vectors have to wait for bytes that were just
- * written. Returns Σ w² in fixed point, exactly. */
-static uint64_t counted_norm(const struct tables *tables) {
-    vl even = {0}, odd = {0};
-    for (size_t s = 0; s < tables->segments; s++) {
-        uint8_t *count = tables->counts + s * COUNT_BYTES + 128;
-        const struct segment *segment = &tables->segments_at[s];
-        for (int c = 0; c < 128; c++) count[c] += count[c - 128];
-#pragma GCC unroll 2
-        for (size_t c = 0; c < 128; c += VW) {
-            vi fixed = fixed_at(segment, c, tables->unit);
-            vl_products(fixed, fixed * vi_load_u8(count + c), &even, &odd); /* 2^23, and 2^30 */
+static void prepare_rows(struct place_rows *rows) {
+    static const int parts[6] = {0, 1, 2, 2, 3, 3};
+    if (rows->ready) return;
+    for (int place = 0; place < NEGATIVE_PLACE + PLACES; place++) {
+        const int negative = place >= NEGATIVE_PLACE, magnitudes = place - (negative ? NEGATIVE_PLACE : 0);
+        for (int j = 0; j < 6 * TABLE_PART; j++) {
+            const int part = j / TABLE_PART, of_negative = part == 3 || part == 5;
+            rows->counts[place][j] = (negative || !of_negative) && parts[part] * TABLE_PART + j % TABLE_PART < magnitudes;
         }
     }
-    return (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);
+    for (int first = 0; first < 8; first++) {
+        for (int j = 0; j < MOST_CODES; j++) rows->steps[first][j] = (uint16_t)((8 + (first + j) % 8) << (first + j) / 8);
+    }
+    rows->ready = 1;
 }
 
-/* Suffix sums of a segment: of counts in plane 0, of what they come to in bytes 1 to 4. */
+/* What an FP8 integer of a segment's table is worth in fixed point: the lowest bit of its first magnitude. */
+INLINE double worth_of(const struct segment *segment, float unit) {
+    return ldexp((double)segment->scale * unit, segment->first / 8 - 10);
+}
+
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
-INLINE __m256i suffix_sums(__m256i x, __m256i above) {
-    x = _mm256_add_epi32(x, _mm256_srli_si256(x, 4));
-    x = _mm256_add_epi32(x, _mm256_srli_si256(x, 8));
-    __m256i upper = _mm256_permute2x128_si256(x, x, 0x81); /* the upper half in the lower, 0 in the upper */
-    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(upper, 0));
-    return _mm256_add_epi32(x, _mm256_permutevar8x32_epi32(above, _mm256_setzero_si256()));
+/* Places of SEGMENT weights, 0 behind the n-th. */
+INLINE void place_weights(const uint8_t *x, size_t n, uint8_t first, uint8_t *place) {
+    const __m256i below = _mm256_set1_epi8((char)(first - 1)), size = _mm256_set1_epi8(127);
+    for (size_t i = 0; i < SEGMENT; i += 32) {
+        uint8_t lane[32] = {0};
+        const uint8_t *at = x + i;
+        if (i + 32 > n) at = i < n ? memcpy(lane, at, n - i) : lane;
+        const __m256i w = _mm256_loadu_si256((const __m256i *)at);
+        const __m256i from = _mm256_subs_epu8(_mm256_and_si256(w, size), below);
+        _mm256_storeu_si256((__m256i *)(place + i), _mm256_or_si256(from, _mm256_andnot_si256(size, w)));
+    }
 }
-INLINE __m256i times_fixed(const struct segment *segment, size_t code, float unit, __m128i count) {
-    __m256 w = _mm256_mul_ps(_mm256_loadu_ps(fp8_magnitudes + code), _mm256_set1_ps(segment->scale));
-    __m256i fixed = _mm256_cvtps_epi32(_mm256_mul_ps(w, _mm256_set1_ps(unit)));
-    return _mm256_mullo_epi32(fixed, _mm256_cvtepu8_epi32(count));
+/* How many weights are at or above each place, in the order of place_rows. */
+INLINE void count_places(const struct place_rows *rows, const uint8_t *place, const int vectors, __m256i *counted) {
+    __m256i even[3] = {{0}, {0}, {0}}, odd[3] = {{0}, {0}, {0}}; /* two sets: additions wait for each other */
+    const char *base = (const char *)rows->counts;
+    for (int i = 0; i < SEGMENT; i += 8) {
+        uint64_t word;
+        memcpy(&word, place + i, sizeof word);
+#pragma GCC unroll 4
+        for (int k = 0; k < 8; k += 2) { /* PLACE_BYTES is 2^7 */
+            const uint64_t at = k == 0 ? word << 7 : word >> (8 * k - 7), next = word >> (8 * k + 1);
+            const __m256i *x = (const __m256i *)(base + (at & 0x7F80)), *y = (const __m256i *)(base + (next & 0x7F80));
+#pragma GCC unroll 3
+            for (int v = 0; v < vectors; v++) {
+                even[v] = _mm256_add_epi8(even[v], x[v]);
+                odd[v] = _mm256_add_epi8(odd[v], y[v]);
+            }
+        }
+    }
+    for (int v = 0; v < vectors; v++) counted[v] = _mm256_add_epi8(even[v], odd[v]);
 }
-/* Writes a part of 16, whose counts are `count`, and adds to the sums above it. */
-INLINE void write_part(const struct segment *segment, size_t code, float unit, __m128i count, __m128i *counted,
-                       __m256i *sum, uint8_t *out, size_t plane) {
-    const __m128i first = _mm_setzero_si128();
-    __m128i n = _mm_add_epi8(count, _mm_srli_si128(count, 8));
-    n = _mm_add_epi8(n, _mm_srli_si128(n, 4));
-    n = _mm_add_epi8(n, _mm_srli_si128(n, 2));
-    n = _mm_add_epi8(n, _mm_srli_si128(n, 1));
-    *counted = _mm_add_epi8(n, _mm_shuffle_epi8(*counted, first));
-    _mm_storeu_si128((__m128i *)out, *counted);
-    __m256i high = suffix_sums(times_fixed(segment, code + 8, unit, _mm_srli_si128(count, 8)), *sum);
-    __m256i low = *sum = suffix_sums(times_fixed(segment, code, unit, count), high);
-    const __m256i by_plane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-                                              0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    low = _mm256_shuffle_epi8(low, by_plane); /* four codes' first bytes, then their second ones, … */
-    high = _mm256_shuffle_epi8(high, by_plane);
-    __m256i even = _mm256_unpacklo_epi32(low, high), odd = _mm256_unpackhi_epi32(low, high);
-    /* Planes 0 and 1, and 2 and 3, of codes 0–3 with 8–11 (lower half) and 4–7 with 12–15 (upper half). */
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    even = _mm256_permutevar8x32_epi32(even, order);
-    odd = _mm256_permutevar8x32_epi32(odd, order);
-    _mm_storeu_si128((__m128i *)(out + plane), _mm256_castsi256_si128(even));
-    _mm_storeu_si128((__m128i *)(out + 2 * plane), _mm256_extracti128_si256(even, 1));
-    _mm_storeu_si128((__m128i *)(out + 3 * plane), _mm256_castsi256_si128(odd));
-    _mm_storeu_si128((__m128i *)(out + 4 * plane), _mm256_extracti128_si256(odd, 1));
+
+/* Writes a part whose weights at or above each place are `counted`, those at or above the next part's first `above`, and
+ * adds to the sums above it. Bits of *odd are set where 16 do not hold a product. */
+INLINE void write_part(__m128i counted, __m128i above, const uint16_t *steps, uint8_t *count, uint8_t *out, size_t plane,
+                       __m256i *sum, __m256i *odd) {
+    const __m128i each = _mm_sub_epi8(counted, _mm_alignr_epi8(above, counted, 1));
+    const __m256i step = _mm256_loadu_si256((const __m256i *)steps), times = _mm256_cvtepu8_epi16(each);
+    const __m256i most = _mm256_set1_epi16(-1), low_bytes = _mm256_set1_epi16(255);
+    _mm_storeu_si128((__m128i *)count, each);
+    _mm_storeu_si128((__m128i *)out, counted);
+    __m256i x = _mm256_mullo_epi16(step, times);
+    *odd = _mm256_or_si256(*odd, _mm256_mulhi_epu16(step, times));
+    x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 2));
+    x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 4));
+    x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 8));
+    const __m256i upper = _mm256_permute2x128_si256(x, x, 0x81); /* the upper half in the lower, 0 in the upper */
+    x = _mm256_adds_epu16(x, _mm256_shuffle_epi8(upper, _mm256_set1_epi16(0x0100)));
+    x = *sum = _mm256_adds_epu16(x, _mm256_broadcastw_epi16(_mm256_castsi256_si128(*sum)));
+    *odd = _mm256_or_si256(*odd, _mm256_cmpeq_epi16(x, most));
+    x = _mm256_packus_epi16(_mm256_and_si256(x, low_bytes), _mm256_srli_epi16(x, 8));
+    x = _mm256_permute4x64_epi64(x, 0xD8);
+    _mm_storeu_si128((__m128i *)(out + plane), _mm256_castsi256_si128(x));
+    _mm_storeu_si128((__m128i *)(out + 2 * plane), _mm256_extracti128_si256(x, 1));
 }
-static void write_table(const struct tables *tables, size_t s) {
+
+INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *x, size_t n, const int parts, __m256i *odd) {
     const struct segment *segment = &tables->segments_at[s];
-    const uint8_t *counts = tables->counts + s * COUNT_BYTES + segment->first;
+    const uint16_t *steps = tables->rows->steps[segment->first % 8];
+    uint8_t place[SEGMENT], *count = tables->counts + s * COUNT_BYTES;
     const size_t plane = planes_of(tables) * 2 * TABLE_PART;
-    __m128i counted = _mm_setzero_si128();
-    __m256i sum = _mm256_setzero_si256();
-    for (int p = tables->parts - 1; p >= 0; p--) {
-        __m128i all = _mm_loadu_si128((const __m128i *)(counts + 128 + p * TABLE_PART));
-        write_part(segment, segment->first + (size_t)p * TABLE_PART, tables->unit, all, &counted, &sum,
-                   table_at(tables, s / 2, 0, p) + s % 2 * TABLE_PART, plane);
+    __m256i counted[3], sum = _mm256_setzero_si256();
+    place_weights(x, n, segment->first, place);
+    count_places(tables->rows, place, parts == 3 ? 2 : 3, counted);
+    const __m128i none = _mm_setzero_si128(), all[4] = {
+        _mm256_castsi256_si128(counted[0]), _mm256_extracti128_si256(counted[0], 1), _mm256_castsi256_si128(counted[1]),
+        parts == 3 ? none : _mm256_castsi256_si128(counted[2])};
+    const __m128i negative[2] = {_mm256_extracti128_si256(counted[1], 1),
+                                 parts == 3 ? none : _mm256_extracti128_si256(counted[2], 1)};
+#pragma GCC unroll 4
+    for (int p = parts - 1; p >= 0; p--) {
+        write_part(all[p], p + 1 < parts ? all[p + 1] : none, steps + p * TABLE_PART, count + p * TABLE_PART,
+                   table_at(tables, s / 2, 0, p) + s % 2 * TABLE_PART, plane, &sum, odd);
     }
-    counted = _mm_setzero_si128();
     sum = _mm256_setzero_si256();
-    for (int p = tables->parts - 1; p >= TOP_PART; p--) {
-        __m128i negative = _mm_loadu_si128((const __m128i *)(counts + p * TABLE_PART));
-        /* Behind the last code lie other counts, where all are 0. */
-        __m128i none = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(counts + 128 + p * TABLE_PART)), _mm_setzero_si128());
-        write_part(segment, segment->first + (size_t)p * TABLE_PART, tables->unit, _mm_andnot_si128(none, negative), &counted,
-                   &sum, table_at(tables, s / 2, 0, tables->parts + p - TOP_PART) + s % 2 * TABLE_PART, plane);
+#pragma GCC unroll 2
+    for (int p = parts - 1; p >= TOP_PART; p--) {
+        write_part(negative[p - TOP_PART], p + 1 < parts ? negative[p + 1 - TOP_PART] : none, steps + p * TABLE_PART,
+                   count + NEGATIVE_COUNTS + (p - TOP_PART) * TABLE_PART,
+                   table_at(tables, s / 2, 0, parts + p - TOP_PART) + s % 2 * TABLE_PART, plane, &sum, odd);
     }
+}
+INLINE int write_segments(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
+    __m256i odd = _mm256_setzero_si256();
+    for (size_t s = 0; s < tables->segments; s++) {
+        write_segment(tables, s, x + s * length, n - s * length < length ? n - s * length : length, parts, &odd);
+    }
+    return _mm256_testz_si256(odd, odd);
+}
+/* Counts a row in segments of `length` and writes its tables; 0 if 16 bits do not hold its sums. */
+static int write_rows(const struct tables *tables, const uint8_t *x, size_t n, size_t length) {
+    return tables->parts == 3 ? write_segments(tables, x, n, length, 3) : write_segments(tables, x, n, length, 4);
 }
 #else
-static void write_sums(const struct tables *tables, size_t s, int from, int negative) {
-    const struct segment *segment = &tables->segments_at[s];
-    const uint8_t *counts = tables->counts + s * COUNT_BYTES + segment->first;
-    uint32_t counted = 0, sum = 0;
-    for (int j = tables->parts * TABLE_PART - 1; j >= from * TABLE_PART; j--) {
-        const uint32_t all = counts[128 + j], count = negative && all > 0 ? counts[j] : all;
-        const float w = fp8_magnitudes[segment->first + j] * segment->scale;
-        counted += count;
-        sum += count * (uint32_t)rintf(w * tables->unit);
-        const int part = (negative ? tables->parts - TOP_PART : 0) + j / TABLE_PART;
-        for (int plane = 0; plane < SUM_PLANES; plane++) {
-            table_at(tables, s / 2, plane, part)[s % 2 * TABLE_PART + (size_t)j % TABLE_PART] =
-                (uint8_t)(plane == 0 ? counted : sum >> 8 * (plane - 1));
-        }
+static void count_segment(const uint8_t *x, size_t n, int first, uint8_t *count) {
+    memset(count, 0, COUNT_BYTES);
+    for (size_t i = 0; i < n; i++) {
+        const int place = (x[i] & 127) - first;
+        if (place < 0) continue;
+        count[place]++;
+        if (x[i] > 127 && place >= TOP_PART * TABLE_PART) count[NEGATIVE_COUNTS - TOP_PART * TABLE_PART + place]++;
     }
 }
-static void write_table(const struct tables *tables, size_t s) {
-    write_sums(tables, s, 0, 0);
-    write_sums(tables, s, TOP_PART, 1);
+/* Suffix sums of counts of the places from `from` on. */
+static int write_sums(const struct tables *tables, size_t s, int from, const uint8_t *count, int to_part) {
+    const uint16_t *steps = tables->rows->steps[tables->segments_at[s].first % 8];
+    uint32_t counted = 0, sum = 0;
+    for (int j = tables->parts * TABLE_PART - 1; j >= from; j--) {
+        counted += count[j - from];
+        sum += (uint32_t)count[j - from] * steps[j];
+        const uint8_t bytes[SUM_PLANES] = {(uint8_t)counted, (uint8_t)sum, (uint8_t)(sum >> 8)};
+        for (int plane = 0; plane < SUM_PLANES; plane++) {
+            table_at(tables, s / 2, plane, to_part + (j - from) / TABLE_PART)[s % 2 * TABLE_PART + (size_t)j % TABLE_PART] =
+                bytes[plane];
+        }
+    }
+    return sum < 65535;
+}
+static int write_rows(const struct tables *tables, const uint8_t *x, size_t n, size_t length) {
+    int fits = 1;
+    for (size_t s = 0; s < tables->segments; s++) {
+        uint8_t *count = tables->counts + s * COUNT_BYTES;
+        count_segment(x + s * length, n - s * length < length ? n - s * length : length, tables->segments_at[s].first, count);
+        fits &= write_sums(tables, s, 0, count, 0);
+        fits &= write_sums(tables, s, TOP_PART * TABLE_PART, count + NEGATIVE_COUNTS, tables->parts);
+    }
+    return fits;
 }
 #endif
 
