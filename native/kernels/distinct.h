@@ -149,7 +149,11 @@ static int convert_distinct(const struct fp8_row *row, void *scratch, struct con
     if (status != NPUQ_OK) return status;
     out->scale = (float)ldexp((double)best.a / (double)(best.b > 0 ? best.b : 1), exponent - FIXED_BITS);
     int8_t *codes = (int8_t *)tables->sums; /* which are not needed any more, and larger */
-    account(out, norm, exact_tables(tables, 1.0f / out->scale, codes), exponent);
+    /* Rounding at the best scale leaves no more error than the best codes do: it gives these codes, unless some weight is so
+     * near a threshold that either of two will do. */
+    const float inverse = 1.0f / out->scale;
+    if (!sure_codes(tables, tables->unit / (2 * inverse), codes)) best = exact_tables(tables, inverse, codes);
+    account(out, norm, best, exponent);
     for (size_t s = 0; s < tables->segments; s++) {
         const size_t at = s * length;
         map_codes(row->x + at, segment_length(row, s), tables->segments_at[s].first, codes + s * MOST_CODES, tables->parts,

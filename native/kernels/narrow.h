@@ -166,52 +166,77 @@ INLINE int walk_narrow(const struct walk *walk, size_t count, const struct chang
     return NPUQ_OK;
 }
 
-/* Where a change of a row in tables goes: among the changes of a narrow window, or else among the breakpoints. */
-INLINE void put_change(const struct tables *tables, const struct segment *segment, int place, int m, uint32_t times,
-                       const struct changes *changes, struct breakpoint *breakpoints, size_t at) {
-    const float w = fp8_magnitudes[segment->first + place] * segment->scale;
-    const int32_t fixed = (int32_t)rintf(w * tables->unit), odd = 2 * m - 1;
-    if (changes == NULL) {
-        breakpoints[at] = breakpoint_of((uint32_t)fixed, m, times);
-        return;
-    }
-    changes->magnitude[at] = fixed;
-    changes->odd[at] = odd;
-    changes->times[at] = (int32_t)times;
-    changes->kappa[at] = (float)fixed / (float)odd;
+/* The places of a pair of segments' magnitudes at or above the thresholds at a window's two ends, at most the table's
+ * length: [segment][end][threshold]. Bit m + 16 · segment of what is returned: those of threshold m differ. */
+#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
+INLINE uint32_t window_places(const struct tables *tables, size_t pair, const struct thresholds *ends, uint8_t place[32]) {
+    const __m256i length = _mm256_set1_epi8((char)(tables->parts * TABLE_PART));
+    const __m256i at = _mm256_min_epu8(threshold_places(tables, pair, ends), length);
+    _mm256_storeu_si256((__m256i *)place, at);
+    return ~(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(at, _mm256_srli_si256(at, 8))) & 0x00FF00FF;
 }
-
-/* What changes in a window of a row in tables: what lies between the thresholds at its two ends. `changes` is NULL where
- * breakpoints are wanted; NPUQ_NO_MEMORY if they do not fit. */
-static int table_changes(const struct tables *tables, struct window window, const struct changes *changes,
-                         struct walk_scratch *scratch, size_t *count) {
-    size_t found = 0;
-    for (size_t s = 0; s < tables->segments; s++) {
-        const struct segment *segment = &tables->segments_at[s];
-        const uint8_t *all = tables->counts + s * COUNT_BYTES, *negative = all + NEGATIVE_COUNTS - TOP_PART * TABLE_PART;
-        int32_t above[8], below[8];
-        thresholds_of(tables, s, (float)window.above_h, above);
-        thresholds_of(tables, s, (float)window.below_h, below);
-        uint32_t differ = 0;
-        for (int m = 0; m < 8; m++) differ |= (uint32_t)(below[m] < above[m]) << m;
-        const int codes = segment->last + 1 - segment->first;
-        if (changes == NULL && reserve_breakpoints(scratch, found + 8 * MOST_CODES) != NPUQ_OK) return NPUQ_NO_MEMORY;
-        for (; differ != 0; differ &= differ - 1) {
-            const int m = __builtin_ctz(differ) + 1, end = above[m - 1] < codes ? above[m - 1] : codes;
-            for (int j = below[m - 1] > 0 ? below[m - 1] : 0; j < end; j++) {
-                const uint32_t times = m == 8 ? negative[j] : all[j];
-                put_change(tables, segment, j, m, times, changes, scratch->breakpoints, found);
-                found += times > 0;
+#else
+struct thresholds {
+    float h[2];
+};
+INLINE struct thresholds thresholds_at(float first, float second) { return (struct thresholds){{first, second}}; }
+INLINE uint32_t window_places(const struct tables *tables, size_t pair, const struct thresholds *ends, uint8_t place[32]) {
+    const int length = tables->parts * TABLE_PART;
+    uint32_t differ = 0;
+    for (size_t s = 0; s < 2 && 2 * pair + s < tables->segments; s++) {
+        for (int end = 0; end < 2; end++) {
+            int32_t at[8];
+            thresholds_of(tables, 2 * pair + s, ends->h[end], at);
+            for (int m = 0; m < 8; m++) {
+                const int32_t here = at[m] < 0 ? 0 : at[m] > length ? length : at[m];
+                place[16 * s + 8 * end + m] = (uint8_t)here;
+                differ |= (uint32_t)(end == 1 && here != place[16 * s + m]) << (16 * s + m);
             }
         }
     }
-    if (changes != NULL) memset(changes->kappa + found, 0, (VW - 1) * sizeof *changes->kappa);
-    *count = found;
-    return NPUQ_OK;
+    return differ;
+}
+#endif
+
+/* What changes in a narrow window of a row in tables: what lies between the thresholds at its two ends. Of each, |w| in
+ * `kappa`, 2m − 1 and how many weights make it; how many there are. */
+static size_t table_changes(const struct tables *tables, struct window window, const struct changes *changes) {
+    const struct thresholds ends = thresholds_at((float)window.above_h, (float)window.below_h);
+    size_t found = 0;
+    for (size_t pair = 0; 2 * pair < tables->segments; pair++) {
+        uint8_t place[32];
+        uint32_t differ = window_places(tables, pair, &ends, place);
+        for (; differ != 0; differ &= differ - 1) {
+            const int bit = __builtin_ctz(differ), m = bit % 16;
+            const size_t s = 2 * pair + (size_t)(bit / 16);
+            const struct segment *segment = &tables->segments_at[s];
+            const uint8_t *count = tables->counts + s * COUNT_BYTES + (m == 7 ? NEGATIVE_COUNTS - TOP_PART * TABLE_PART : 0);
+            for (int j = place[bit + 8]; j < place[bit]; j++) {
+                changes->kappa[found] = fp8_magnitudes[segment->first + j] * segment->scale;
+                changes->odd[found] = 2 * m + 1;
+                changes->times[found] = count[j];
+                found += count[j] > 0;
+            }
+        }
+    }
+    return found;
 }
 
-/* The best state of a window of the row w · unit (w is not looked at where it is in tables). NPUQ_NO_MEMORY if its
- * breakpoints do not fit. */
+/* Puts κ in the place of |w|, and |w| in fixed point beside it; zeros behind the last have κ = 0. */
+static void order_changes(const struct changes *changes, size_t count, float unit) {
+    memset(changes->kappa + count, 0, (VW - 1) * sizeof *changes->kappa);
+    for (size_t p = 0; p < count; p += VW) {
+        const vi size = vf_round(vf_load(changes->kappa + p) * unit);
+        memcpy(changes->magnitude + p, &size, sizeof size);
+        vf_store(changes->kappa + p, vi_float(size) / vi_float(vi_load(changes->odd + p)));
+    }
+}
+
+/* Whether the window is so narrow that no weight passes two thresholds in it. */
+INLINE int is_narrow(struct window window) { return !window.open && window.above_h < WALKED_RATIO * window.below_h; }
+
+/* The best state of a window of the row w · unit, a narrow one where the row is in tables (w is not looked at then).
+ * NPUQ_NO_MEMORY if its breakpoints do not fit. */
 static int walk_row(const struct searched *row, const float *w, float unit, struct window window, double known,
                     const struct changes *changes, struct walk_scratch *scratch, struct exact_state *best) {
     const double kappa = 1 << KAPPA_BITS;
@@ -223,21 +248,19 @@ static int walk_row(const struct searched *row, const float *w, float unit, stru
         .lowest = (int64_t)(window.lo * kappa),
         .floor_score = known * COARSE_SLACK,
     };
-    const int narrow = !window.open && window.above_h < WALKED_RATIO * window.below_h;
-    size_t count;
-    int status;
     *best = (struct exact_state){0, 0, 0};
     if (row->tables != NULL) {
-        status = table_changes(row->tables, window, narrow ? changes : NULL, scratch, &count);
-        if (status == NPUQ_OK && narrow) return walk_narrow(&walk, count, changes, scratch, best, 1);
-    } else {
-        const size_t changed = changed_places(row->planes, window, changes->words, changes->places);
-        if (narrow) {
-            find_changes(w, unit, window, changed, changes);
-            return walk_narrow(&walk, changed, changes, scratch, best, 0);
-        }
-        status = window_breakpoints(row->planes, window, w, unit, changes->places, changed, scratch, &count);
+        const size_t changed = table_changes(row->tables, window, changes);
+        order_changes(changes, changed, unit);
+        return walk_narrow(&walk, changed, changes, scratch, best, 1);
     }
+    const size_t changed = changed_places(row->planes, window, changes->words, changes->places);
+    if (is_narrow(window)) {
+        find_changes(w, unit, window, changed, changes);
+        return walk_narrow(&walk, changed, changes, scratch, best, 0);
+    }
+    size_t count;
+    const int status = window_breakpoints(row->planes, window, w, unit, changes->places, changed, scratch, &count);
     if (status != NPUQ_OK) return status;
     return search_window(scratch, count, walk.a, walk.b, walk.top, walk.highest, walk.lowest, walk.floor_score, best);
 }

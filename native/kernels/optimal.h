@@ -30,13 +30,14 @@ static double guess_half_scale(const struct optimal_scratch *scratch, double nor
 }
 
 /* The best state of an int4 row of n weights w · unit (w is not looked at where the row is in tables). `largest` > 0 and
- * `norm` are its largest magnitude and Σ w². NOT_IN_TABLES if the best scale may be below those that tables know. */
+ * `norm` are its largest magnitude and Σ w². NOT_IN_TABLES if the best scale may be below those that tables know, or
+ * the window is wide. */
 static int optimal_int4(const struct searched *row, const float *w, float unit, double largest, double norm,
                         const struct changes *changes, struct optimal_scratch *scratch, struct exact_state *best) {
     const double rms = sqrt(norm / row->weights);
     const double guess = guess_half_scale(scratch, norm, (size_t)row->weights);
     const struct window window = bracket_row(&scratch->bracket, norm, row, largest, guess);
-    if (window.open && row->tables != NULL) return NOT_IN_TABLES;
+    if (row->tables != NULL && !is_narrow(window)) return NOT_IN_TABLES;
     int status = walk_row(row, w, unit, window, scratch->bracket.best, changes, &scratch->walk, best);
     if (best->b > 0) scratch->ratio = (double)best->a / (double)best->b / 2 / rms;
     return status;

@@ -184,6 +184,52 @@ static struct exact_state exact_tables(const struct tables *tables, float invers
     return (struct exact_state){vl_total(low_sum) + vl_total(high_sum) * (1 << HALF), vi_total(b), 0};
 }
 
+/* The code of each magnitude at half scale h in `codes` [segments][MOST_CODES], as exact_tables gives it; 0 where some
+ * magnitude, in fixed point or before it was rounded to that, may be at a threshold, so that this cannot be told. */
+#if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
+/* Products of four float32, and quotients, are less than 16 ulp apart. */
+enum { CODE_DOUBT = 32 };
+INLINE __m256i near_magnitude(__m256 at, int doubt) {
+    const __m256i rest = _mm256_add_epi32(_mm256_castps_si256(at), _mm256_set1_epi32(doubt));
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(2 * doubt), _mm256_and_si256(rest, _mm256_set1_epi32((1 << CODE_SHIFT) - 1)));
+}
+/* From a segment's thresholds in both halves of `place`: how many of them are at or below each place. */
+INLINE void write_codes(__m256i place, int8_t *codes) {
+    const __m256i first = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24,
+                                           25, 26, 27, 28, 29, 30, 31);
+    const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi8(32));
+    __m256i low = _mm256_set1_epi8(8), high = low;
+#pragma GCC unroll 8
+    for (char m = 0; m < 8; m++) {
+        const __m256i threshold = _mm256_shuffle_epi8(place, _mm256_set1_epi8(m));
+        low = _mm256_add_epi8(low, _mm256_cmpgt_epi8(threshold, first));
+        high = _mm256_add_epi8(high, _mm256_cmpgt_epi8(threshold, second));
+    }
+    _mm256_storeu_si256((__m256i *)codes, low);
+    _mm256_storeu_si256((__m256i *)(codes + 32), high);
+}
+static int sure_codes(const struct tables *tables, float h, int8_t *codes) {
+    const struct thresholds thresholds = thresholds_at(h, h);
+    const int doubt = CODE_DOUBT + (int)(0x1p24f * (float)WEIGHT_DOUBT / h); /* no threshold is below h ≥ 64 · TABLE_DOUBT */
+    __m256i near = _mm256_setzero_si256();
+    for (size_t s = 0; s < tables->segments; s += 2) {
+        const __m256 inverse = _mm256_loadu_ps(tables->inverse + 4 * s);
+        for (int k = 0; k < 2; k++) {
+            near = _mm256_or_si256(near, near_magnitude(_mm256_mul_ps(inverse, thresholds.at[0][k]), doubt));
+        }
+        const __m256i place = _mm256_min_epu8(threshold_places(tables, s / 2, &thresholds), _mm256_set1_epi8(127));
+        write_codes(_mm256_permute2x128_si256(place, place, 0x00), codes + s * MOST_CODES);
+        if (s + 1 < tables->segments) write_codes(_mm256_permute2x128_si256(place, place, 0x11), codes + (s + 1) * MOST_CODES);
+    }
+    return _mm256_testz_si256(near, near);
+}
+#else
+static int sure_codes(const struct tables *tables, float h, int8_t *codes) {
+    (void)tables, (void)h, (void)codes;
+    return 0;
+}
+#endif
+
 /* A lower bound of the error that clipping alone makes at half scale h and at all smaller ones: Σ (w − 14h)², and of
  * negative weights Σ (w − 16h)², of what is larger. Only what is in the upper parts is looked at. Sums of 2^17 floats are
  * less than 1 % off. */

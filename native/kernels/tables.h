@@ -90,7 +90,7 @@ static void prepare_rows(struct place_rows *rows) {
 
 /* What an FP8 integer of a segment's table is worth in fixed point: the lowest bit of its first magnitude. */
 INLINE double worth_of(const struct segment *segment, float unit) {
-    return ldexp((double)segment->scale * unit, segment->first / 8 - 10);
+    return (double)segment->scale * unit * fp8_magnitudes[segment->first & ~7] / 8;
 }
 
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
