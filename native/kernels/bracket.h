@@ -94,9 +94,10 @@ static void insert_mark(struct bracket *bracket, const struct mark *mark) {
     note_best(bracket, mark);
 }
 
-/* Adds one or two marks. */
+enum { MARKS_AT_ONCE = 8 };
+
 static void add_marks(struct bracket *bracket, const double *h, const int *rough, int count) {
-    struct mark marks[2];
+    struct mark marks[MARKS_AT_ONCE];
     evaluate(bracket->row, h, rough, count, marks);
     for (int i = 0; i < count; i++) insert_mark(bracket, &marks[i]);
 }
@@ -129,7 +130,8 @@ static void find_open(struct bracket *bracket, size_t first, size_t last) {
 static void refine(struct bracket *bracket, double narrow, size_t *first, size_t *last) {
     size_t from = 0, to = bracket->count - 1;
     for (int more = 1; more;) {
-        double middle[2];
+        static const int exact[MARKS_AT_ONCE] = {0};
+        double middle[MARKS_AT_ONCE];
         int wide = 0;
         find_open(bracket, from, to);
         *first = *last = 0;
@@ -137,15 +139,15 @@ static void refine(struct bracket *bracket, double narrow, size_t *first, size_t
             if (bracket->open[i] < 0) continue;
             const double hi = bracket->marks[i].h, lo = bracket->marks[i + 1].h;
             /* Marks must be farther apart than their doubts, and may lie 2^-14 beside the h that was asked for. */
-            if (wide < 2 && hi - lo > larger(narrow * lo, 8 * bracket->row->doubt + lo / 2048)) {
+            if (wide < MARKS_AT_ONCE && hi - lo > larger(narrow * lo, 8 * bracket->row->doubt + lo / 2048)) {
                 middle[wide++] = sqrt(hi * lo);
             }
             if (*last == 0) *first = i;
             *last = i + 1;
         }
-        more = wide > 0 && bracket->count + 2 <= MOST_MARKS;
+        more = wide > 0 && bracket->count + MARKS_AT_ONCE <= MOST_MARKS;
         if (!more) return;
-        add_marks(bracket, middle, (const int[]){0, 0}, wide);
+        add_marks(bracket, middle, exact, wide);
         from = *first; /* what is dropped stays so, since the best only grows */
         to = *last + (size_t)wide;
     }
@@ -282,11 +284,9 @@ static void climb(struct bracket *bracket, double guess, double largest) {
 
 /* How far apart marks are that rule out everything else for Gaussian weights: multiples of how far the last one is from
  * the best; and the first ones, relative. */
-#ifndef SCOUT_UP
-#define SCOUT_UP 0.52
-#define SCOUT_DOWN 0.62
-#define SCOUT_LEAST 0.010
-#endif
+#define SCOUT_UP 0.6
+#define SCOUT_DOWN 0.7
+#define SCOUT_LEAST 0.012
 enum { MOST_SCOUTS = 32 };
 
 /* Marks on both sides at once, of a row whose states cost little: what follows looks at each before it chooses the next. */

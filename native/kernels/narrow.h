@@ -7,7 +7,7 @@
 /* How far its ends may be apart at most: |w| / 2h in the middle is within 0.47 of m − ½. */
 #define WALKED_RATIO 1.125
 /* A window is cut into so many parts at a time, until so few changes are left or so many rounds are over. */
-enum { WINDOW_PARTS = 16, FEW_CHANGES = 16, MOST_ROUNDS = 5, SUM_PART = 128 * VW };
+enum { WINDOW_PARTS = 16, FEW_CHANGES = 12, MOST_ROUNDS = 5 };
 
 /* Room for a row's changes: a bit and a place for each weight; then of each change |w|, 2m − 1, how many weights make it
  * (of a row in tables), and κ as a float. */
@@ -88,43 +88,60 @@ static void find_changes(const float *w, float unit, struct window window, size_
     }
 }
 
-/* Adds to (a, b) every change at or above κ. */
-INLINE void add_changes(const struct changes *changes, size_t count, float kappa, int64_t *a, int64_t *b,
-                        const int counted) {
-    vl sum = {0};
-    vi odd = {0}; /* 2^17 times 15 fits */
-    const size_t step = counted ? VW : SUM_PART; /* a magnitude of 2^23 times 2^7 fits 32 bits, or 2^7 of them do */
-    for (size_t part = 0; part < count; part += step) {
-        size_t end = part + step < count ? part + step : count;
-        vi size = {0};
-        for (size_t p = part; p < end; p += VW) {
-            vi passed = (vi)(vf_load(changes->kappa + p) >= kappa);
-            if (counted) passed &= vi_load(changes->times + p);
-            size += counted ? vi_load(changes->magnitude + p) * passed : vi_load(changes->magnitude + p) & passed;
-            odd += counted ? vi_load(changes->odd + p) * passed : vi_load(changes->odd + p) & passed;
-        }
-        sum = vl_add(sum, size);
+/* The sums of a window's changes part by part, of those above it first and of those below it last. */
+struct part_sums {
+    double a[WINDOW_PARTS + 2], b[WINDOW_PARTS + 2];
+};
+
+/* Adds up the changes by parts, and writes which one each is in. It never falls as κ does: what is in some part and all
+ * above it is a state. */
+INLINE void sum_parts(const struct changes *changes, size_t count, double high, double low, struct part_sums *sums,
+                      const int counted) {
+    const vf from = vf_set((float)high), by = vf_set((float)(WINDOW_PARTS / (high - low)));
+    memset(sums, 0, sizeof *sums);
+    for (size_t p = 0; p < count; p += VW) {
+        const vf at = vf_min(vf_max((from - vf_load(changes->kappa + p)) * by + 1.0f, vf_set(0)), vf_set(WINDOW_PARTS + 1));
+        const vi part = vf_truncate(at);
+        memcpy(changes->places + p, &part, sizeof part);
     }
-    *a += vl_total(sum);
-    *b += vi_total(odd);
+    for (size_t p = 0; p < count; p++) {
+        const int64_t times = counted ? changes->times[p] : 1;
+        sums->a[changes->places[p]] += (double)(changes->magnitude[p] * times);
+        sums->b[changes->places[p]] += (double)(changes->odd[p] * times);
+    }
 }
 
-/* Keeps the changes with low ≤ κ < high, and zeros behind them; how many. */
-INLINE size_t keep_changes(const struct changes *changes, size_t count, float low, float high, const int counted) {
+/* Keeps the changes of the parts from first to last - 1, and zeros behind them; how many. */
+INLINE size_t keep_changes(const struct changes *changes, size_t count, int first, int last, const int counted) {
     size_t kept = 0;
-    for (size_t p = 0; p < count; p += VW) {
-        vf kappa = vf_load(changes->kappa + p);
-        uint32_t bits = vi_bits((vi)(kappa >= low) & (vi)(kappa < high));
-        for (; bits != 0; bits &= bits - 1, kept++) {
-            const size_t at = p + (size_t)__builtin_ctz(bits);
-            changes->kappa[kept] = changes->kappa[at];
-            changes->magnitude[kept] = changes->magnitude[at];
-            changes->odd[kept] = changes->odd[at];
-            if (counted) changes->times[kept] = changes->times[at];
-        }
+    for (size_t p = 0; p < count; p++) {
+        const int part = (int)changes->places[p];
+        changes->kappa[kept] = changes->kappa[p];
+        changes->magnitude[kept] = changes->magnitude[p];
+        changes->odd[kept] = changes->odd[p];
+        if (counted) changes->times[kept] = changes->times[p];
+        kept += part >= first && part < last;
     }
     memset(changes->kappa + kept, 0, (VW - 1) * sizeof *changes->kappa);
     return kept;
+}
+
+/* Half scales, and the states there, of which some part between them may hold a better one: as interval_bound, without
+ * its divisions (see find_open). *last is 0 where none may. */
+INLINE void open_parts(const double *edge, const double *a, const double *b, double enough, int *first, int *last) {
+    double open[WINDOW_PARTS];
+    for (int j = 0; j < WINDOW_PARTS; j++) {
+        const double hi = edge[j] * (1 + 1e-6), lo = edge[j + 1] * (1 - 1e-6), alpha = a[j + 1] - a[j], beta = b[j + 1] - b[j];
+        const double crossing = larger(0, smaller((alpha - beta * lo) / (hi - lo), beta)), kink = a[j] + crossing * hi;
+        open[j] = kink * kink - enough * (b[j] + crossing);
+    }
+    *first = WINDOW_PARTS;
+    *last = 0;
+    for (int j = 0; j < WINDOW_PARTS; j++) {
+        if (open[j] < 0) continue;
+        *first = j < *first ? j : *first;
+        *last = j + 1;
+    }
 }
 
 /* As search_window, of a narrow window's changes: the window is cut in parts, those that no better state can lie in are
@@ -132,37 +149,36 @@ INLINE size_t keep_changes(const struct changes *changes, size_t count, float lo
 INLINE int walk_narrow(const struct walk *walk, size_t count, const struct changes *changes,
                        struct walk_scratch *scratch, struct exact_state *best, const int counted) {
     double high = (double)walk->highest / (1 << KAPPA_BITS), low = (double)walk->lowest / (1 << KAPPA_BITS);
-    int64_t a = walk->a, b = walk->b;
+    int64_t above_a = walk->a, above_b = walk->b;
     for (int round = 0; count > FEW_CHANGES && round < MOST_ROUNDS; round++) {
-        float edge[WINDOW_PARTS + 1];
-        struct exact_state at[WINDOW_PARTS + 1];
+        struct part_sums sums;
+        double edge[WINDOW_PARTS + 1], a[WINDOW_PARTS + 1], b[WINDOW_PARTS + 1], score[WINDOW_PARTS + 1];
+        sum_parts(changes, count, high, low, &sums, counted);
+        double at_a = (double)above_a, at_b = (double)above_b;
         for (int j = 0; j <= WINDOW_PARTS; j++) {
-            edge[j] = (float)(high - (high - low) * j / WINDOW_PARTS);
-            at[j] = (struct exact_state){a, b, 0};
-            add_changes(changes, count, edge[j], &at[j].a, &at[j].b, counted);
-            offer(best, at[j].a, at[j].b);
+            edge[j] = high - (high - low) / WINDOW_PARTS * j;
+            a[j] = at_a += sums.a[j];
+            b[j] = at_b += sums.b[j];
         }
-        const double enough = larger(best->score * FINE_SLACK, walk->floor_score);
-        int first = WINDOW_PARTS, last = 0;
-        for (int j = 0; j < WINDOW_PARTS; j++) {
-            struct state above = {(double)at[j].a, (double)at[j].b}, below = {(double)at[j + 1].a, (double)at[j + 1].b};
-            if (interval_bound(above, below, edge[j] * (1 + 1e-6), edge[j + 1] * (1 - 1e-6)) < enough) continue;
-            first = j < first ? j : first;
-            last = j + 1;
+        for (int j = 0; j <= WINDOW_PARTS; j++) score[j] = b[j] > 0 ? a[j] * a[j] / b[j] : 0;
+        for (int j = 0; j <= WINDOW_PARTS; j++) {
+            if (score[j] >= best->score) offer(best, (int64_t)a[j], (int64_t)b[j]);
         }
+        int first, last;
+        open_parts(edge, a, b, larger(best->score * FINE_SLACK, walk->floor_score), &first, &last);
         if (last == 0) return NPUQ_OK; /* no state inside is better than those at the edges */
         high = edge[first];
         low = edge[last];
-        a = at[first].a;
-        b = at[first].b;
-        count = keep_changes(changes, count, (float)low, (float)high, counted);
+        above_a = (int64_t)a[first];
+        above_b = (int64_t)b[first];
+        count = keep_changes(changes, count, first + 1, last + 1, counted);
     }
     if (reserve_breakpoints(scratch, count) != NPUQ_OK) return NPUQ_NO_MEMORY;
     for (size_t p = 0; p < count; p++) {
         const uint32_t times = counted ? (uint32_t)changes->times[p] : 1;
         scratch->breakpoints[p] = breakpoint_of((uint32_t)changes->magnitude[p], (changes->odd[p] + 1) / 2, times);
     }
-    walk_list(scratch->breakpoints, count, a, b, walk->highest, walk->lowest, best);
+    walk_list(scratch->breakpoints, count, above_a, above_b, walk->highest, walk->lowest, best);
     return NPUQ_OK;
 }
 
