@@ -106,23 +106,24 @@ INLINE void place_weights(const uint8_t *x, size_t n, uint8_t first, uint8_t *pl
         _mm256_storeu_si256((__m256i *)(place + i), _mm256_or_si256(from, _mm256_andnot_si256(size, w)));
     }
 }
+/* Adds a row of place_rows. Written out: GCC 12 loads rows before it adds them, and copies sums. */
+INLINE void add_row_of(const struct place_rows *rows, uint64_t at, const int vectors, __m256i *sums) {
+    __asm__("vpaddb\t(%2,%3), %0, %0\n\tvpaddb\t32(%2,%3), %1, %1"
+            : "+x"(sums[0]), "+x"(sums[1])
+            : "r"(rows->counts), "r"(at), "m"(rows->counts));
+    if (vectors == 3) sums[2] = _mm256_add_epi8(sums[2], *(const __m256i *)((const char *)rows->counts + at + 64));
+}
 /* How many weights are at or above each place, in the order of place_rows. */
 INLINE void count_places(const struct place_rows *rows, const uint8_t *place, const int vectors, __m256i *counted) {
     __m256i even[3] = {{0}, {0}, {0}}, odd[3] = {{0}, {0}, {0}}; /* two sets: additions wait for each other */
-    const char *base = (const char *)rows->counts;
+#pragma GCC unroll 4
     for (int i = 0; i < SEGMENT; i += 8) {
+        const uint64_t all = 255 * PLACE_BYTES; /* which are 2^7 */
         uint64_t word;
         memcpy(&word, place + i, sizeof word);
-#pragma GCC unroll 4
-        for (int k = 0; k < 8; k += 2) { /* PLACE_BYTES is 2^7 */
-            const uint64_t at = k == 0 ? word << 7 : word >> (8 * k - 7), next = word >> (8 * k + 1);
-            const __m256i *x = (const __m256i *)(base + (at & 0x7F80)), *y = (const __m256i *)(base + (next & 0x7F80));
-#pragma GCC unroll 3
-            for (int v = 0; v < vectors; v++) {
-                even[v] = _mm256_add_epi8(even[v], x[v]);
-                odd[v] = _mm256_add_epi8(odd[v], y[v]);
-            }
-        }
+        add_row_of(rows, word << 7 & all, vectors, even);
+#pragma GCC unroll 8
+        for (int k = 1; k < 8; k++) add_row_of(rows, word >> (8 * k - 7) & all, vectors, k % 2 ? odd : even);
     }
     for (int v = 0; v < vectors; v++) counted[v] = _mm256_add_epi8(even[v], odd[v]);
 }
@@ -152,12 +153,13 @@ INLINE void write_part(__m128i counted, __m128i above, const uint16_t *steps, ui
 }
 
 INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *x, size_t n, const int parts, __m256i *odd) {
-    const struct segment *segment = &tables->segments_at[s];
-    const uint16_t *steps = tables->rows->steps[segment->first % 8];
+    const struct segment segment = tables->segments_at[s];
+    const uint16_t *steps = tables->rows->steps[segment.first % 8];
     uint8_t place[SEGMENT], *count = tables->counts + s * COUNT_BYTES;
-    const size_t plane = planes_of(tables) * 2 * TABLE_PART;
+    uint8_t *out = table_at(tables, s / 2, 0, 0) + s % 2 * TABLE_PART;
+    const size_t part = 2 * TABLE_PART, plane = (size_t)(2 * parts - TOP_PART) * part;
     __m256i counted[3], sum = _mm256_setzero_si256();
-    place_weights(x, n, segment->first, place);
+    place_weights(x, n, segment.first, place);
     count_places(tables->rows, place, parts == 3 ? 2 : 3, counted);
     const __m128i none = _mm_setzero_si128(), all[4] = {
         _mm256_castsi256_si128(counted[0]), _mm256_extracti128_si256(counted[0], 1), _mm256_castsi256_si128(counted[1]),
@@ -167,14 +169,18 @@ INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *
 #pragma GCC unroll 4
     for (int p = parts - 1; p >= 0; p--) {
         write_part(all[p], p + 1 < parts ? all[p + 1] : none, steps + p * TABLE_PART, count + p * TABLE_PART,
-                   table_at(tables, s / 2, 0, p) + s % 2 * TABLE_PART, plane, &sum, odd);
+                   out + (size_t)p * part, plane, &sum, odd);
+    }
+    if (parts == 3) { /* who reads 32 counts at a time finds none of another row's */
+        _mm_storeu_si128((__m128i *)(count + 3 * TABLE_PART), none);
+        _mm_storeu_si128((__m128i *)(count + NEGATIVE_COUNTS + TABLE_PART), none);
     }
     sum = _mm256_setzero_si256();
 #pragma GCC unroll 2
     for (int p = parts - 1; p >= TOP_PART; p--) {
         write_part(negative[p - TOP_PART], p + 1 < parts ? negative[p + 1 - TOP_PART] : none, steps + p * TABLE_PART,
-                   count + NEGATIVE_COUNTS + (p - TOP_PART) * TABLE_PART,
-                   table_at(tables, s / 2, 0, parts + p - TOP_PART) + s % 2 * TABLE_PART, plane, &sum, odd);
+                   count + NEGATIVE_COUNTS + (p - TOP_PART) * TABLE_PART, out + (size_t)(parts + p - TOP_PART) * part, plane,
+                   &sum, odd);
     }
 }
 INLINE int write_segments(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
