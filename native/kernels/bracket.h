@@ -62,7 +62,7 @@ static void evaluate(const struct searched *row, const double *h, const int *rou
         const struct state_pair sums = sum_tables(row->tables, (const double[]){h[i], h[last]});
         for (int k = i; k <= last; k++) {
             const double a = sums.a[k - i], b = (double)sums.b[k - i];
-            marks[k] = mark_of(h[k], a, b, 2 * SUM_DOUBT * a + WEIGHT_DOUBT * sqrt(row->weights * b)); /* Σ |q| ≤ √(n · Σ q²) */
+            marks[k] = mark_of(h[k], a, b, 2 * SUM_DOUBT * a + WEIGHT_DOUBT * (1.5 * row->weights + b / 6)); /* |q| ≤ (3 + q² / 3) / 2 */
         }
     }
     for (int i = 0; row->planes != NULL && i < count; i++) {
@@ -140,7 +140,7 @@ static void refine(struct bracket *bracket, double narrow, size_t *first, size_t
             const double hi = bracket->marks[i].h, lo = bracket->marks[i + 1].h;
             /* Marks must be farther apart than their doubts, and may lie 2^-14 beside the h that was asked for. */
             if (wide < MARKS_AT_ONCE && hi - lo > larger(narrow * lo, 8 * bracket->row->doubt + lo / 2048)) {
-                middle[wide++] = sqrt(hi * lo);
+                middle[wide++] = (hi + lo) / 2;
             }
             if (*last == 0) *first = i;
             *last = i + 1;
