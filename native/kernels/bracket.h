@@ -57,12 +57,16 @@ INLINE struct mark mark_of(double h, double a, double b, double off) {
 
 /* The states at half scales h, or very little beside them. Those of planes may be rough, without the lower one. */
 static void evaluate(const struct searched *row, const double *h, const int *rough, int count, struct mark *marks) {
-    for (int i = 0; row->tables != NULL && i < count; i += 2) {
-        const int last = i + 1 < count ? i + 1 : i;
-        const struct state_pair sums = sum_tables(row->tables, (const double[]){h[i], h[last]});
-        for (int k = i; k <= last; k++) {
-            const double a = sums.a[k - i], b = (double)sums.b[k - i];
-            marks[k] = mark_of(h[k], a, b, 2 * SUM_DOUBT * a + WEIGHT_DOUBT * (1.5 * row->weights + b / 6)); /* |q| ≤ (3 + q² / 3) / 2 */
+    for (int i = 0; row->tables != NULL && i < count; i += SCALES_AT_ONCE) {
+        const int some = count - i < SCALES_AT_ONCE ? count - i : SCALES_AT_ONCE;
+        double scales[SCALES_AT_ONCE];
+        struct state_pair sums[SCALES_AT_ONCE / 2];
+        for (int k = 0; k < SCALES_AT_ONCE; k++) scales[k] = h[k < some ? i + k : i];
+        sum_tables(row->tables, scales, some, sums);
+        for (int k = 0; k < some; k++) {
+            const double a = sums[k / 2].a[k % 2], b = (double)sums[k / 2].b[k % 2];
+            const double off = 2 * SUM_DOUBT * a + WEIGHT_DOUBT / 2 * (3 * row->weights + b * (1. / 3)); /* |q| ≤ (3 + q² / 3) / 2 */
+            marks[i + k] = mark_of(h[i + k], a, b, off);
         }
     }
     for (int i = 0; row->planes != NULL && i < count; i++) {

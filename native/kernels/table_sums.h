@@ -95,37 +95,54 @@ INLINE void add_pair(const uint8_t *table, __m256i place, const double *worth, c
     sums->a = _mm256_fmadd_pd(_mm256_sub_pd(_mm256_castsi256_pd(both), base), _mm256_loadu_pd(worth), sums->a);
 }
 
-enum { PLACES_AT_ONCE = 32 };
+enum { PLACES_AT_ONCE = 16, SCALES_AT_ONCE = 4 };
 
-INLINE struct state_pair sum_pairs(const struct tables *tables, const double h[2], const int parts) {
-    const struct thresholds thresholds = thresholds_at((float)h[0], (float)h[1]);
-    struct sum_vectors sums = {_mm256_setzero_pd(), _mm256_setzero_si256()};
-    const size_t pairs = (tables->segments + 1) / 2, stride = SUM_PLANES * (size_t)(2 * parts - TOP_PART) * 2 * TABLE_PART;
-    for (size_t first = 0; first < pairs; first += PLACES_AT_ONCE) {
-        const size_t count = pairs - first < PLACES_AT_ONCE ? pairs - first : PLACES_AT_ONCE;
-        __m256i place[PLACES_AT_ONCE]; /* apart from the look-ups, which fill all registers */
-        for (size_t k = 0; k < count; k++) place[k] = threshold_places(tables, first + k, &thresholds);
-        const uint8_t *table = tables->sums + first * stride;
-        for (size_t k = 0; k < count; k++) {
-            add_pair(table + k * stride, place[k], tables->worth + 4 * (first + k), parts, &sums);
-        }
-    }
+INLINE struct state_pair pair_of(const struct sum_vectors *sums) {
     double a[4];
     int32_t steps[8];
-    memcpy(a, &sums.a, sizeof a);
-    memcpy(steps, &sums.b, sizeof steps);
+    memcpy(a, &sums->a, sizeof a);
+    memcpy(steps, &sums->b, sizeof steps);
     struct state_pair out = {{a[0] + a[2], a[1] + a[3]}, {0, 0}};
     for (int j = 0; j < 8; j++) out.b[j / 2 % 2] += steps[j];
     return out;
 }
-static struct state_pair sum_tables(const struct tables *tables, const double h[2]) {
-    return tables->parts == 3 ? sum_pairs(tables, h, 3) : sum_pairs(tables, h, 4);
+
+/* The states of 2 or 4 half scales. */
+INLINE void sum_pairs(const struct tables *tables, const double *h, const int sets, const int parts, struct state_pair *out) {
+    struct thresholds thresholds[2];
+    struct sum_vectors sums[2];
+    for (int j = 0; j < sets; j++) {
+        thresholds[j] = thresholds_at((float)h[2 * j], (float)h[2 * j + 1]);
+        sums[j] = (struct sum_vectors){_mm256_setzero_pd(), _mm256_setzero_si256()};
+    }
+    const size_t pairs = (tables->segments + 1) / 2, stride = SUM_PLANES * (size_t)(2 * parts - TOP_PART) * 2 * TABLE_PART;
+    for (size_t first = 0; first < pairs; first += PLACES_AT_ONCE) {
+        const size_t count = pairs - first < PLACES_AT_ONCE ? pairs - first : PLACES_AT_ONCE;
+        __m256i place[2][PLACES_AT_ONCE]; /* apart from the look-ups, which fill all registers */
+        for (int j = 0; j < sets; j++) {
+            for (size_t k = 0; k < count; k++) place[j][k] = threshold_places(tables, first + k, &thresholds[j]);
+        }
+        for (int j = 0; j < sets; j++) {
+            const uint8_t *table = tables->sums + first * stride;
+            for (size_t k = 0; k < count; k++) {
+                add_pair(table + k * stride, place[j][k], tables->worth + 4 * (first + k), parts, &sums[j]);
+            }
+        }
+    }
+    for (int j = 0; j < sets; j++) out[j] = pair_of(&sums[j]);
+}
+static void sum_tables(const struct tables *tables, const double *h, int count, struct state_pair *out) {
+    if (count > 2 && tables->parts == 3) sum_pairs(tables, h, 2, 3, out);
+    else if (count > 2) sum_pairs(tables, h, 2, 4, out);
+    else if (tables->parts == 3) sum_pairs(tables, h, 1, 3, out);
+    else sum_pairs(tables, h, 1, 4, out);
 }
 #else
-static struct state_pair sum_tables(const struct tables *tables, const double h[2]) {
-    struct state_pair out = {{0, 0}, {0, 0}};
+enum { SCALES_AT_ONCE = 2 };
+static void sum_tables(const struct tables *tables, const double *h, int count, struct state_pair *out) {
+    *out = (struct state_pair){{0, 0}, {0, 0}};
     for (size_t s = 0; s < tables->segments; s++) {
-        for (int j = 0; j < 2; j++) {
+        for (int j = 0; j < count; j++) {
             int32_t place[8], sum = 0;
             thresholds_of(tables, s, (float)h[j], place);
             for (int m = 0; m < 8; m++) {
@@ -135,13 +152,12 @@ static struct state_pair sum_tables(const struct tables *tables, const double h[
                 if (m == 7) part += tables->parts - TOP_PART;
                 const uint8_t *at = table_at(tables, s / 2, 0, part) + s % 2 * TABLE_PART + from % TABLE_PART;
                 const size_t plane = planes_of(tables) * 2 * TABLE_PART;
-                out.b[j] += (2 * m + 1) * at[0];
+                out->b[j] += (2 * m + 1) * at[0];
                 sum += at[plane] + 256 * at[2 * plane];
             }
-            out.a[j] += sum * tables->worth[2 * s];
+            out->a[j] += sum * tables->worth[2 * s];
         }
     }
-    return out;
 }
 #endif
 
