@@ -129,30 +129,30 @@ INLINE void count_places(const struct place_rows *rows, const uint8_t *place, co
 }
 
 /* Writes a part whose weights at or above each place are `counted`, those at or above the next part's first `above`, and
- * adds to the sums above it. Bits of *odd are set where 16 do not hold a product. */
+ * adds to the sums above it, which end at 2^16 - 1; to *any the bits of the counts. */
 INLINE void write_part(__m128i counted, __m128i above, const uint16_t *steps, uint8_t *count, uint8_t *out, size_t plane,
-                       __m256i *sum, __m256i *odd) {
+                       __m256i *sum, __m128i *any) {
     const __m128i each = _mm_sub_epi8(counted, _mm_alignr_epi8(above, counted, 1));
     const __m256i step = _mm256_loadu_si256((const __m256i *)steps), times = _mm256_cvtepu8_epi16(each);
-    const __m256i most = _mm256_set1_epi16(-1), low_bytes = _mm256_set1_epi16(255);
+    const __m256i low_bytes = _mm256_set1_epi16(255);
     _mm_storeu_si128((__m128i *)count, each);
     _mm_storeu_si128((__m128i *)out, counted);
     __m256i x = _mm256_mullo_epi16(step, times);
-    *odd = _mm256_or_si256(*odd, _mm256_mulhi_epu16(step, times));
+    *any = _mm_or_si128(*any, each);
     x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 2));
     x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 4));
     x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 8));
     const __m256i upper = _mm256_permute2x128_si256(x, x, 0x81); /* the upper half in the lower, 0 in the upper */
     x = _mm256_adds_epu16(x, _mm256_shuffle_epi8(upper, _mm256_set1_epi16(0x0100)));
     x = *sum = _mm256_adds_epu16(x, _mm256_broadcastw_epi16(_mm256_castsi256_si128(*sum)));
-    *odd = _mm256_or_si256(*odd, _mm256_cmpeq_epi16(x, most));
     x = _mm256_packus_epi16(_mm256_and_si256(x, low_bytes), _mm256_srli_epi16(x, 8));
     x = _mm256_permute4x64_epi64(x, 0xD8);
     _mm_storeu_si128((__m128i *)(out + plane), _mm256_castsi256_si128(x));
     _mm_storeu_si128((__m128i *)(out + 2 * plane), _mm256_extracti128_si256(x, 1));
 }
 
-INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *x, size_t n, const int parts, __m256i *odd) {
+/* Bits of *odd are set where the sums may not be right. */
+INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *x, size_t n, const int parts, __m128i *odd) {
     const struct segment segment = tables->segments_at[s];
     const uint16_t *steps = tables->rows->steps[segment.first % 8];
     uint8_t place[SEGMENT], *count = tables->counts + s * COUNT_BYTES;
@@ -161,7 +161,8 @@ INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *
     __m256i counted[3], sum = _mm256_setzero_si256();
     place_weights(x, n, segment.first, place);
     count_places(tables->rows, place, parts == 3 ? 2 : 3, counted);
-    const __m128i none = _mm_setzero_si128(), all[4] = {
+    __m128i any = _mm_setzero_si128();
+    const __m128i none = any, all[4] = {
         _mm256_castsi256_si128(counted[0]), _mm256_extracti128_si256(counted[0], 1), _mm256_castsi256_si128(counted[1]),
         parts == 3 ? none : _mm256_castsi256_si128(counted[2])};
     const __m128i negative[2] = {_mm256_extracti128_si256(counted[1], 1),
@@ -169,8 +170,11 @@ INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *
 #pragma GCC unroll 4
     for (int p = parts - 1; p >= 0; p--) {
         write_part(all[p], p + 1 < parts ? all[p + 1] : none, steps + p * TABLE_PART, count + p * TABLE_PART,
-                   out + (size_t)p * part, plane, &sum, odd);
+                   out + (size_t)p * part, plane, &sum, &any);
     }
+    /* A product of 2^16 takes 2^6 equal weights where steps are below 2^10, in 3 parts, or 2^4 in 4. */
+    *odd = _mm_or_si128(*odd, _mm_and_si128(any, _mm_set1_epi8(parts == 3 ? (char)0xC0 : (char)0xF0)));
+    *odd = _mm_or_si128(*odd, _mm_cmpeq_epi16(_mm256_castsi256_si128(sum), _mm_set1_epi16(-1)));
     if (parts == 3) { /* who reads 32 counts at a time finds none of another row's */
         _mm_storeu_si128((__m128i *)(count + 3 * TABLE_PART), none);
         _mm_storeu_si128((__m128i *)(count + NEGATIVE_COUNTS + TABLE_PART), none);
@@ -180,15 +184,15 @@ INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *
     for (int p = parts - 1; p >= TOP_PART; p--) {
         write_part(negative[p - TOP_PART], p + 1 < parts ? negative[p + 1 - TOP_PART] : none, steps + p * TABLE_PART,
                    count + NEGATIVE_COUNTS + (p - TOP_PART) * TABLE_PART, out + (size_t)(parts + p - TOP_PART) * part, plane,
-                   &sum, odd);
+                   &sum, &any);
     }
 }
 INLINE int write_segments(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
-    __m256i odd = _mm256_setzero_si256();
+    __m128i odd = _mm_setzero_si128();
     for (size_t s = 0; s < tables->segments; s++) {
         write_segment(tables, s, x + s * length, n - s * length < length ? n - s * length : length, parts, &odd);
     }
-    return _mm256_testz_si256(odd, odd);
+    return _mm_testz_si128(odd, odd);
 }
 /* Counts a row in segments of `length` and writes its tables; 0 if 16 bits do not hold its sums. */
 static int write_rows(const struct tables *tables, const uint8_t *x, size_t n, size_t length) {
