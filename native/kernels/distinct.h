@@ -3,7 +3,7 @@
 #ifndef NPUQ_KERNELS_DISTINCT_H
 #define NPUQ_KERNELS_DISTINCT_H
 
-#include "codes.h"
+#include "minmax.h"
 
 /* The least half scale that is looked at, of the one that is guessed: so low that clipping has ruled out all below it,
  * and 48 magnitudes reach from there to the largest of a block of Gaussian weights. */
@@ -30,6 +30,9 @@ static float survey_row(const struct fp8_row *row, struct tables *tables) {
         odd |= segment->last == FP8_NAN || !(segment->scale > 0) || isinf(segment->scale);
         largest = top > largest ? top : largest;
     }
+    for (size_t s = 0; s < tables->segments; s++) { /* zeros may have any scale, such as leave no room for sums */
+        if (tables->segments_at[s].last == 0) tables->segments_at[s].scale = largest;
+    }
     return odd ? NAN : largest;
 }
 
@@ -37,12 +40,17 @@ static float survey_row(const struct fp8_row *row, struct tables *tables) {
 static uint64_t norm_of_fp8(const struct fp8_row *row, const struct tables *tables) {
     vl even = {0}, odd = {0};
     for (size_t s = 0; s < tables->segments; s++) {
-        float w[SEGMENT];
         const size_t length = segment_length(row, s);
-        decode_part(row->x + s * segment_of(row), length, tables->segments_at[s].scale * tables->unit * FP8_UNIT, w);
+        /* At most 2^32, since even the least magnitude is below 2^23 then; float32 has no room for all of MAGNITUDE_UNIT. */
+        const vf scale = vf_set(tables->segments_at[s].scale * tables->unit);
         for (size_t i = 0; i < length; i += CODE_STEP) {
+            uint8_t lane[CODE_STEP] = {0};
+            const uint8_t *x = row->x + s * segment_of(row) + i;
+            if (length - i < CODE_STEP) x = memcpy(lane, x, length - i);
+            float w[CODE_STEP];
+            decode_magnitudes(x, vf_set(MAGNITUDE_UNIT), w);
 #pragma GCC unroll 4
-            for (size_t k = 0; k < CODE_STEP; k += VW) vl_squares(vf_round(vf_load(w + i + k)), &even, &odd);
+            for (int k = 0; k < 4; k++) vl_squares(vf_round(vf_load(w + k * VW) * scale), &even, &odd);
         }
     }
     return (uint64_t)vl_total(even) + (uint64_t)vl_total(odd);

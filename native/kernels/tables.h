@@ -38,11 +38,13 @@ struct segment {
 };
 
 /* What is added up for a weight, by the place of its magnitude (0: below the table; 128 more for a negative one): 1 for
- * each place that is not above it. Parts 0, 1, 2, 2 of negative weights, 3, 3 of negative weights. Places of FP8 integers:
- * `steps` by where in an octave the first one is. */
-enum { PLACES = MOST_CODES + 1, NEGATIVE_PLACE = 128, PLACE_BYTES = 128 };
+ * each place that is not above it. Four bits a place, lower ones first: `counts` of parts 0 and 1, then part 2 and part 2
+ * of negative weights; `tops` of part 3, then part 3 of negative weights. And the magnitudes of places as FP8 integers,
+ * by where in an octave the first one is. */
+enum { PLACES = MOST_CODES + 1, NEGATIVE_PLACE = 128, PLACE_BYTES = 32 };
 struct place_rows {
     _Alignas(64) uint8_t counts[NEGATIVE_PLACE + PLACES][PLACE_BYTES];
+    uint8_t tops[NEGATIVE_PLACE + PLACES][PLACE_BYTES / 2];
     uint16_t steps[8][MOST_CODES];
     int ready;
 };
@@ -73,14 +75,14 @@ INLINE uint8_t *table_at(const struct tables *tables, size_t pair, int plane, in
 enum { EXPONENT_BIAS = 127 - 7, CODE_SHIFT = 20 }; /* the upper bits of a float32 are FP8's, but for the bias */
 
 static void prepare_rows(struct place_rows *rows) {
-    static const int parts[6] = {0, 1, 2, 2, 3, 3};
     if (rows->ready) return;
     for (int place = 0; place < NEGATIVE_PLACE + PLACES; place++) {
         const int negative = place >= NEGATIVE_PLACE, magnitudes = place - (negative ? NEGATIVE_PLACE : 0);
-        for (int j = 0; j < 6 * TABLE_PART; j++) {
-            const int part = j / TABLE_PART, of_negative = part == 3 || part == 5;
-            rows->counts[place][j] = (negative || !of_negative) && parts[part] * TABLE_PART + j % TABLE_PART < magnitudes;
+        for (int j = 0; j < PLACE_BYTES; j++) {
+            const int upper = j < TABLE_PART || negative ? magnitudes > 2 * TABLE_PART + j % TABLE_PART : 0;
+            rows->counts[place][j] = (uint8_t)((magnitudes > j) | upper << 4);
         }
+        for (int j = 0; j < TABLE_PART; j++) rows->tops[place][j] = magnitudes > 3 * TABLE_PART + j ? negative ? 0x11 : 1 : 0;
     }
     for (int first = 0; first < 8; first++) {
         for (int j = 0; j < MOST_CODES; j++) rows->steps[first][j] = (uint16_t)((8 + (first + j) % 8) << (first + j) / 8);
@@ -106,26 +108,38 @@ INLINE void place_weights(const uint8_t *x, size_t n, uint8_t first, uint8_t *pl
         _mm256_storeu_si256((__m256i *)(place + i), _mm256_or_si256(from, _mm256_andnot_si256(size, w)));
     }
 }
-/* Adds a row of place_rows. Written out: GCC 12 loads rows before it adds them, and copies sums. */
-INLINE void add_row_of(const struct place_rows *rows, uint64_t at, const int vectors, __m256i *sums) {
-    __asm__("vpaddb\t(%2,%3), %0, %0\n\tvpaddb\t32(%2,%3), %1, %1"
-            : "+x"(sums[0]), "+x"(sums[1])
-            : "r"(rows->counts), "r"(at), "m"(rows->counts));
-    if (vectors == 3) sums[2] = _mm256_add_epi8(sums[2], *(const __m256i *)((const char *)rows->counts + at + 64));
+/* Adds the rows of a place, which is `at` over PLACE_BYTES. Written out: GCC 12 loads them before it adds, and copies sums. */
+INLINE void add_place(const struct place_rows *rows, uint64_t at, const int parts, __m256i *sum, __m128i *top) {
+    __asm__("vpaddb\t(%1,%2), %0, %0" : "+x"(*sum) : "r"(rows->counts), "r"(at), "m"(rows->counts));
+    if (parts == 4) *top = _mm_add_epi8(*top, _mm_load_si128((const __m128i *)((const char *)rows->tops + at / 2)));
 }
-/* How many weights are at or above each place, in the order of place_rows. */
-INLINE void count_places(const struct place_rows *rows, const uint8_t *place, const int vectors, __m256i *counted) {
-    __m256i even[3] = {{0}, {0}, {0}}, odd[3] = {{0}, {0}, {0}}; /* two sets: additions wait for each other */
+/* How many weights are at or above each place: parts 0 and 1, part 2 and part 2 of negative weights, the same of part 3. */
+INLINE void count_places(const struct place_rows *rows, const uint8_t *place, const int parts, __m256i counted[3]) {
+    enum { SETS = 3, GROUP = 32 }; /* 11 weights a set in a group: four bits hold that */
+    const __m256i lower = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    const uint64_t whole = 255 * PLACE_BYTES; /* which are 2^5 */
+    counted[0] = counted[1] = counted[2] = zero;
+    for (int first = 0; first < SEGMENT; first += GROUP) {
+        __m256i sum[SETS] = {zero, zero, zero};
+        __m128i top[SETS] = {{0}, {0}, {0}};
 #pragma GCC unroll 4
-    for (int i = 0; i < SEGMENT; i += 8) {
-        const uint64_t all = 255 * PLACE_BYTES; /* which are 2^7 */
-        uint64_t word;
-        memcpy(&word, place + i, sizeof word);
-        add_row_of(rows, word << 7 & all, vectors, even);
+        for (int i = 0; i < GROUP; i += 8) {
+            uint64_t word;
+            memcpy(&word, place + first + i, sizeof word);
+            add_place(rows, word << 5 & whole, parts, &sum[i % SETS], &top[i % SETS]);
 #pragma GCC unroll 8
-        for (int k = 1; k < 8; k++) add_row_of(rows, word >> (8 * k - 7) & all, vectors, k % 2 ? odd : even);
+            for (int k = 1; k < 8; k++) {
+                add_place(rows, word >> (8 * k - 5) & whole, parts, &sum[(i + k) % SETS], &top[(i + k) % SETS]);
+            }
+        }
+#pragma GCC unroll 3
+        for (int j = 0; j < SETS; j++) {
+            counted[0] = _mm256_add_epi8(counted[0], _mm256_and_si256(sum[j], lower));
+            counted[1] = _mm256_add_epi8(counted[1], _mm256_and_si256(_mm256_srli_epi16(sum[j], 4), lower));
+            const __m256i both = _mm256_set_m128i(_mm_srli_epi16(top[j], 4), top[j]);
+            if (parts == 4) counted[2] = _mm256_add_epi8(counted[2], _mm256_and_si256(both, lower));
+        }
     }
-    for (int v = 0; v < vectors; v++) counted[v] = _mm256_add_epi8(even[v], odd[v]);
 }
 
 /* Writes a part whose weights at or above each place are `counted`, those at or above the next part's first `above`, and
@@ -160,7 +174,7 @@ INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *
     const size_t part = 2 * TABLE_PART, plane = (size_t)(2 * parts - TOP_PART) * part;
     __m256i counted[3], sum = _mm256_setzero_si256();
     place_weights(x, n, segment.first, place);
-    count_places(tables->rows, place, parts == 3 ? 2 : 3, counted);
+    count_places(tables->rows, place, parts, counted);
     __m128i any = _mm_setzero_si128();
     const __m128i none = any, all[4] = {
         _mm256_castsi256_si128(counted[0]), _mm256_extracti128_si256(counted[0], 1), _mm256_castsi256_si128(counted[1]),
@@ -190,6 +204,8 @@ INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *
 INLINE int write_segments(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
     __m128i odd = _mm_setzero_si128();
     for (size_t s = 0; s < tables->segments; s++) {
+        /* The next row, which lies behind this one, would come too late for the pass that only looks for the largest. */
+        for (size_t line = 0; line < length; line += 64) __builtin_prefetch(x + n + s * length + line, 0, 2);
         write_segment(tables, s, x + s * length, n - s * length < length ? n - s * length : length, parts, &odd);
     }
     return _mm_testz_si128(odd, odd);
