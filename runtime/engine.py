@@ -118,11 +118,12 @@ class Engine:
         logits, order = self._run(chunks)
         ordered = [scheduled[index] for index in order]
         sampling = [work.sequence for work in ordered if work.samples]
-        rows = logits.to("cpu", torch.float32)
-        new = [
-            NewToken(sequence, sequence.sampler.next_token(row, sequence.tokens))
-            for sequence, row in zip(sampling, rows, strict=True)
-        ]
+        with self.model.ops.one_thread():
+            rows = logits.to("cpu", torch.float32)
+            new = [
+                NewToken(sequence, sequence.sampler.next_token(row, sequence.tokens))
+                for sequence, row in zip(sampling, rows, strict=True)
+            ]
         self._advance(ordered, time.perf_counter() - started)
         for token in new:
             self._append(token)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -295,6 +296,13 @@ class Ops(ABC):
     def has_int8_cache(self) -> bool:
         """Whether `new_kv_cache` takes scales."""
         return True
+
+    def one_thread(self) -> AbstractContextManager[None]:
+        """Torch's own operators inside work on the calling thread alone, where this set has threads of its own.
+
+        Torch's threads stay awake for a while after each operator they shared, on the cores that the set's want next.
+        """
+        return nullcontext()
 
     # ---- at load: stored weights become handles -------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ class NativeProducts(CpuOps):
         self.pool = Pool(threads, level)
         self._code = DTYPES[dtype]
 
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
     # ---- at load ---------------------------------------------------------------------------------------------------
 
     def float_linear(self, weights: Sequence[Tensor]) -> Linear:
@@ -47,6 +57,10 @@ class NativeProducts(CpuOps):
         return native_linear([[LinearPart("router", Scheme.FLOAT, weight)]])
 
     # ---- norms and activations -------------------------------------------------------------------------------------
+
+    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        with self.one_thread():
+            return super().embedding(token_ids, table)
 
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
         x = contiguous_rows(x)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 import npuq.runtime
 from npuq.errors import GenerationError
+from npuq.quant.library import levels
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.runtime.block_manager import BlockManager
+from npuq.runtime.sampler import Sampler
 
 PROMPTS = [
     "Call me Ishmael.",
@@ -207,3 +212,24 @@ def test_bad_sampling_parameters() -> None:
 def test_unknown_option(example: LanguageModel) -> None:
     with pytest.raises(GenerationError, match="temprature"):
         example.generate("x", temprature=1.0)
+
+
+@pytest.mark.skipif(not levels(), reason="the native library is not built here (no C compiler)")
+def test_sampling_leaves_the_cores_to_the_kernels(example_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch works on one thread between two steps of the kernels, and on all of its own again afterwards."""
+    seen: list[int] = []
+    sample = Sampler.next_token
+
+    def spy(sampler: Sampler, logits: Tensor, context: Sequence[int]) -> int:
+        seen.append(torch.get_num_threads())
+        return sample(sampler, logits, context)
+
+    monkeypatch.setattr(Sampler, "next_token", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        npuq.runtime.load(example_fp8, "cpu").generate("The", max_new_tokens=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
