@@ -21,6 +21,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .unpack_w4 = unpack_w4,
     .dot_u4 = dot_u4,
     .direct_tokens = DIRECT_LIMIT,
+    .w8_rows = W8_ROWS,
     .offset_w8 = OFFSET_W8,
     .offset_w4 = OFFSET_W4,
     .sum_i8 = sum_i8,

@@ -28,19 +28,27 @@ struct converted {
     double error, norm;
 };
 
+/* Stored weights that the caller will probably want after those it gives: kernels may fetch them meanwhile. */
+struct following {
+    const uint8_t *weights;
+    size_t bytes;
+};
+
 /* Strides in elements. `ldacc` is a multiple of 4 and at least rows rounded up to 4: kernels write whole quads. */
 struct kernels {
     const char *name;
 
     /* Raw integer sums acc[t · ldacc + r] = Σ_k stored(w[r, k]) · x[t, k], where `stored` is the code plus an offset
      * (see the two fields below). */
-    void (*dot_w8)(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
+    void (*dot_w8)(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc,
+                   struct following following);
     /* Straight from the packed nibbles [rows / 2, k]; for few tokens. */
     void (*dot_w4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
     /* For many tokens: nibbles spread to a byte each [rows, k], then sums of those. */
     void (*unpack_w4)(const uint8_t *w, size_t rows, size_t k, uint8_t *out);
     void (*dot_u4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
     size_t direct_tokens; /* up to this many, dot_w4 is the faster way */
+    size_t w8_rows;       /* dot_w8 of many tokens wants at least so many rows at a time, if there are */
     int32_t offset_w8;    /* what `stored` adds to a code: Σ_k x must be taken off this many times */
     int32_t offset_w4;
     int32_t (*sum_i8)(const int8_t *x, size_t k);
@@ -50,7 +58,7 @@ struct kernels {
 
     /* acc[t · ldacc + r] = Σ_k w[r · ldw + k] · x[t · ldx + k]. */
     void (*dot_float)(const void *w, int w_dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
-                      size_t k, float *acc, size_t ldacc);
+                      size_t k, float *acc, size_t ldacc, struct following following);
     /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
     void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout);

@@ -1,16 +1,9 @@
-/* Matrix products: how the work is cut into tasks. The arithmetic is in kernels/. */
+/* Matrix products: what a task computes, and out of what memory. The arithmetic is in kernels/, the cutting in tasks.c. */
 #include <stdbool.h>
 #include <string.h>
 
 #include "pool.h"
-
-/* A task is some rows of one stored weight, for all the tokens of its group. */
-struct task {
-    int32_t group, part;
-    int64_t first, rows; /* rows of the part */
-    int64_t column;      /* of the output */
-    int64_t token, tokens;
-};
+#include "tasks.h"
 
 enum {
     /* Weight bytes a task reads when it is bound by memory: long enough to stream, short enough to share out evenly. */
@@ -36,7 +29,7 @@ struct product {
     const float *xf;
     void *out;
     int out_dtype;
-    size_t rows_per_task;
+    size_t rows_per_task, count;
 };
 
 static size_t stored_size(int dtype) { return dtype == NPUQ_F32 ? 4 : dtype == NPUQ_BF16 || dtype == NPUQ_F16 ? 2 : 1; }
@@ -51,37 +44,21 @@ static size_t rows_per_task(const npuq_weights *weights, size_t row_bytes, size_
     return rows < ROW_UNIT ? ROW_UNIT : rows;
 }
 
-static size_t count_tasks(const npuq_weights *weights, const int64_t *group_rows, int64_t m, size_t step) {
-    size_t count = 0;
-    for (int64_t g = 0; g < weights->groups; g++) {
-        if ((group_rows == NULL ? m : group_rows[g]) == 0) continue;
-        for (int64_t p = 0; p < weights->parts; p++) {
-            count += ((size_t)weights->part[g * weights->parts + p].rows + step - 1) / step;
-        }
-    }
-    return count;
-}
-
-static void list_tasks(const npuq_weights *weights, const int64_t *group_rows, int64_t m, size_t step,
-                       struct task *task) {
-    int64_t token = 0;
-    for (int64_t g = 0; g < weights->groups; g++) {
-        int64_t tokens = group_rows == NULL ? m : group_rows[g], column = 0;
-        for (int64_t p = 0; p < weights->parts && tokens > 0; p++) {
-            int64_t rows = weights->part[g * weights->parts + p].rows;
-            for (int64_t first = 0; first < rows; first += (int64_t)step) {
-                int64_t some = rows - first < (int64_t)step ? rows - first : (int64_t)step;
-                *task++ = (struct task){(int32_t)g, (int32_t)p, first, some, column + first, token, tokens};
-            }
-            column += rows;
-        }
-        token += tokens;
-    }
-}
-
 static void *out_at(const struct product *product, int64_t token, int64_t column) {
     size_t index = (size_t)token * (size_t)product->weights->outputs + (size_t)column;
     return (char *)product->out + index * out_size(product->out_dtype);
+}
+
+/* The weights of the task that this thread will probably take after number `index`; nothing before its last tokens. */
+static struct following following_task(const struct product *product, size_t index, int64_t tokens_left) {
+    index += (size_t)pool_threads(product->pool);
+    if (index >= product->count || tokens_left > TOKEN_CHUNK) return (struct following){NULL, 0};
+    const npuq_weights *weights = product->weights;
+    const struct task *task = &product->tasks[index];
+    const npuq_part *part = &weights->part[task->group * weights->parts + task->part];
+    const size_t packed = weights->dtype == NPUQ_I4 ? 2 : 1, row = (size_t)weights->cols * stored_size(weights->dtype);
+    const uint8_t *first = (const uint8_t *)part->weight + (size_t)task->first / packed * row;
+    return (struct following){first, (size_t)task->rows / packed * row};
 }
 
 static void integer_task(const void *context, size_t index, int thread) {
@@ -106,7 +83,7 @@ static void integer_task(const void *context, size_t index, int thread) {
         const int8_t *x = product->x8 + (size_t)first * k;
         if (spread) kernels->dot_u4(w, rows, x, tokens, k, acc, ldacc);
         else if (packed) kernels->dot_w4(w, rows, x, tokens, k, acc, ldacc);
-        else kernels->dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc);
+        else kernels->dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc, following_task(product, index, left));
         for (size_t t = 0; t < tokens; t++) {
             int64_t token = first + (int64_t)t;
             int32_t correction = (int32_t)((uint32_t)offset * (uint32_t)product->x_sum[token]);
@@ -128,7 +105,8 @@ static void float_task(const void *context, size_t index, int thread) {
     for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
         int64_t first = task->token + done, left = task->tokens - done;
         size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
-        kernels->dot_float(w, weights->dtype, k, rows, product->xf + (size_t)first * k, k, tokens, k, acc, ldacc);
+        kernels->dot_float(w, weights->dtype, k, rows, product->xf + (size_t)first * k, k, tokens, k, acc, ldacc,
+                           following_task(product, index, left));
         for (size_t t = 0; t < tokens; t++) {
             void *out = out_at(product, first + (int64_t)t, task->column);
             kernels->from_float(acc + t * ldacc, rows, out, product->out_dtype);
@@ -164,40 +142,50 @@ static void prepare_task(const void *context, size_t index, int thread) {
 
 static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
-                const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
-    if (m == 0) return NPUQ_OK;
-    size_t k = (size_t)weights->cols, tokens = (size_t)m, active = 0, largest = 0;
-    for (int64_t g = 0; g < weights->groups; g++) {
-        size_t rows = group_rows == NULL ? tokens : (size_t)group_rows[g];
-        active += rows > 0;
-        largest = rows > largest ? rows : largest;
-    }
+/* npuq_matmul of the groups that have tokens, at least one. */
+static int run_product(npuq_pool *pool, const npuq_weights *weights, const void *x, int x_dtype, const float *x_scale,
+                       const struct active *active, size_t groups, int64_t m, void *out, int out_dtype) {
+    size_t k = (size_t)weights->cols, tokens = (size_t)m, most = (size_t)active[groups - 1].tokens;
     const struct kernels *kernels = pool_kernels(pool);
     bool integer = x_dtype == NPUQ_I8;
-    bool spread = weights->dtype == NPUQ_I4 && largest > kernels->direct_tokens;
+    bool spread = weights->dtype == NPUQ_I4 && most > kernels->direct_tokens;
     size_t row_bytes = spread ? k : weights->dtype == NPUQ_I4 ? k / 2 : k * stored_size(weights->dtype);
-    size_t bytes = largest > MEMORY_BOUND_TOKENS ? CACHED_BYTES : STREAM_BYTES;
-    size_t step = rows_per_task(weights, row_bytes, bytes, active, pool_threads(pool));
-    size_t count = count_tasks(weights, group_rows, m, step);
+    size_t bytes = most > MEMORY_BOUND_TOKENS ? CACHED_BYTES : STREAM_BYTES;
+    size_t least = weights->dtype == NPUQ_I8 ? kernels->w8_rows * (row_bytes + 1) : 0;
+    if (most > MEMORY_BOUND_TOKENS && bytes < least) bytes = least;
+    size_t step = rows_per_task(weights, row_bytes, bytes, groups, pool_threads(pool));
+    size_t count = count_tasks(weights, active, groups, step);
     size_t task_bytes = aligned(count * sizeof(struct task));
     size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 ? 0 : tokens * k * 4;
     size_t thread_bytes = step * TOKEN_CHUNK * sizeof(int32_t) + (spread ? step * k : 0);
 
+    int status = pool_scratch(pool, thread_bytes, 2 * task_bytes + token_bytes);
+    if (status != NPUQ_OK) return status;
+    struct task *tasks = pool_shared_scratch(pool), *sorted = (struct task *)((char *)tasks + task_bytes);
+    void *prepared = (char *)sorted + task_bytes;
+    list_tasks(weights, active, groups, (int64_t)step, sorted);
+    if (groups > 1) mix_tasks(sorted, count, tasks);
+    struct token_rows rows = {kernels, x, x_dtype, k, tokens, prepared, prepared};
+    if (token_bytes > 0) pool_run(pool, prepare_task, &rows, (tokens + PREPARED_ROWS - 1) / PREPARED_ROWS);
+    struct product product = {
+        .pool = pool, .kernels = kernels, .weights = weights, .tasks = groups > 1 ? tasks : sorted, .x8 = x,
+        .x_scale = x_scale, .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared, .out = out,
+        .out_dtype = out_dtype, .rows_per_task = step, .count = count,
+    };
+    pool_run(pool, integer ? integer_task : float_task, &product, count);
+    return NPUQ_OK;
+}
+
+int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
+                const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
+    if (m == 0) return NPUQ_OK;
     pool_begin(pool);
-    int status = pool_scratch(pool, thread_bytes, task_bytes + token_bytes);
-    if (status == NPUQ_OK) {
-        struct task *tasks = pool_shared_scratch(pool);
-        void *prepared = (char *)tasks + task_bytes;
-        list_tasks(weights, group_rows, m, step, tasks);
-        struct token_rows rows = {kernels, x, x_dtype, k, tokens, prepared, prepared};
-        if (token_bytes > 0) pool_run(pool, prepare_task, &rows, (tokens + PREPARED_ROWS - 1) / PREPARED_ROWS);
-        struct product product = {
-            .pool = pool, .kernels = kernels, .weights = weights, .tasks = tasks, .x8 = x, .x_scale = x_scale,
-            .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared, .out = out, .out_dtype = out_dtype,
-            .rows_per_task = step,
-        };
-        pool_run(pool, integer ? integer_task : float_task, &product, count);
+    struct active *active = pool_workspace(pool, (size_t)weights->groups * sizeof *active);
+    int status = NPUQ_NO_MEMORY;
+    if (active != NULL) {
+        const size_t groups = list_active(weights->groups, group_rows, m, active);
+        status = NPUQ_OK;
+        if (groups > 0) status = run_product(pool, weights, x, x_dtype, x_scale, active, groups, m, out, out_dtype);
     }
     pool_end(pool);
     return status;
@@ -222,7 +210,14 @@ static void batch_task(const void *context, size_t head, int thread) {
     const struct kernels *kernels = batch->kernels;
     size_t a = batch->a, b = batch->b, ldb = (b + 3) / 4 * 4, size = out_size(batch->dtype);
     float *x = pool_thread_scratch(batch->pool, thread), *out = x + a * TOKEN_CHUNK;
-    const void *w = batch->weight + head * batch->head_stride * stored_size(batch->weight_dtype);
+    const size_t stored = stored_size(batch->weight_dtype), head_bytes = batch->head_stride * stored;
+    const size_t next = head + (size_t)pool_threads(batch->pool);
+    const char *w = batch->weight + head * head_bytes;
+    struct following following = {NULL, 0};
+    if (next < batch->heads) {
+        following.weights = (const uint8_t *)batch->weight + next * head_bytes;
+        following.bytes = b * batch->row_stride * stored;
+    }
     for (size_t first = 0; first < batch->tokens; first += TOKEN_CHUNK) {
         size_t tokens = batch->tokens - first < TOKEN_CHUNK ? batch->tokens - first : TOKEN_CHUNK;
         for (size_t t = 0; t < tokens; t++) {
@@ -230,7 +225,7 @@ static void batch_task(const void *context, size_t head, int thread) {
             kernels->to_float(batch->x + at * size, batch->dtype, a, x + t * a);
         }
         if (batch->transposed) {
-            kernels->dot_float(w, batch->weight_dtype, batch->row_stride, b, x, a, tokens, a, out, ldb);
+            kernels->dot_float(w, batch->weight_dtype, batch->row_stride, b, x, a, tokens, a, out, ldb, following);
         } else {
             kernels->axpy_float(w, batch->weight_dtype, batch->row_stride, a, b, x, a, tokens, out, ldb);
         }

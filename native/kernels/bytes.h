@@ -3,7 +3,8 @@
  * x is signed everywhere. A nibble is flipped to code + 8 in 0..15. VNNI's dpbusd wants one unsigned factor, so int8
  * codes are flipped to code + 128 there (OFFSET_W8). NARROW_STEPS: how many dot_nibbles may follow each other before
  * `widen` must empty their 16-bit sums into 32 bits; sums are 32 bits wide where there is none. …_TOKENS: how many tokens a tile's
- * registers hold; DIRECT_LIMIT: above this many, nibbles are better spread once than flipped for every tile. */
+ * registers hold; DIRECT_LIMIT: above this many, nibbles are better spread once than flipped for every tile. W8_ROWS: how many
+ * rows of int8 codes must share the work of widening many tokens, or 0 where nothing is widened. */
 #ifndef NPUQ_KERNELS_BYTES_H
 #define NPUQ_KERNELS_BYTES_H
 
@@ -12,7 +13,8 @@
 enum { TILE_ROWS = 4, OFFSET_W4 = 8 };
 
 #if defined(NPUQ_LEVEL_AVX512)
-enum { STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 128 };
+enum { STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 128,
+       W8_ROWS = 0 };
 typedef __m512i bytes;
 typedef __m512i sums;
 INLINE sums sums_zero(void) { return _mm512_setzero_si512(); }
@@ -45,7 +47,7 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 /* Nibble products go through maddubs: |15 · 128 · 2| = 3840 a pair, of which 8 fit an int16. Codes would saturate it as
  * 0..255 (255 · 128 · 2): see dot_codes of integer_rows.h. */
 enum { STEP = 32, W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 0,
-       NARROW_STEPS = 8 };
+       W8_ROWS = 48, NARROW_STEPS = 8 };
 typedef __m256i bytes;
 typedef __m256i sums;
 INLINE sums sums_zero(void) { return _mm256_setzero_si256(); }
@@ -74,7 +76,7 @@ enum { W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6 };
 #else
 enum { W4_TOKENS = 4, W8_TOKENS = 4, DIRECT_TOKENS = 4 };
 #endif
-enum { STEP = 16, DIRECT_LIMIT = 8, OFFSET_W8 = 0 };
+enum { STEP = 16, DIRECT_LIMIT = 8, OFFSET_W8 = 0, W8_ROWS = 0 };
 typedef int8x16_t bytes;
 typedef int32x4_t sums;
 INLINE sums sums_zero(void) { return vdupq_n_s32(0); }
@@ -104,7 +106,7 @@ INLINE void store_quad(int32_t *out, sums a, sums b, sums c, sums d) {
 #else
 /* Portable: plain loops, which the compiler vectorizes for its baseline. */
 #define NPUQ_SCALAR_DOTS
-enum { DIRECT_LIMIT = 1, OFFSET_W8 = 0 };
+enum { DIRECT_LIMIT = 1, OFFSET_W8 = 0, W8_ROWS = 0 };
 #endif
 
 #endif

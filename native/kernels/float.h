@@ -3,6 +3,7 @@
 #define NPUQ_KERNELS_FLOAT_H
 
 #include "../levels.h"
+#include "ahead.h"
 #include "simd.h"
 
 enum { AXPY_AHEAD = 2048, CROWDED = 3 }; /* from so many tokens on, FLOAT_ROWS rows of AVX2 fill all registers */
@@ -37,7 +38,7 @@ INLINE void add_products(vf *sum, vf weight, const vf *token, const int tokens) 
 }
 
 INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
-                       const int tokens, size_t k, float *acc, size_t ldacc) {
+                       const int tokens, size_t k, float *acc, size_t ldacc, struct ahead *ahead) {
     const size_t size = dtype == NPUQ_F32 ? 4 : 2;
     const char *row[FLOAT_ROWS];
     for (size_t r = 0; r < FLOAT_ROWS; r++) row[r] = w + (r < rows ? r : rows - 1) * ldw * size;
@@ -59,11 +60,14 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
         if (tokens == 1 && in_order) {
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size, 0, 0);
         } else if (tokens == 1) {
-            size_t ahead = i * size + 512;
-            if (ahead >= k * size) ahead += (FLOAT_ROWS * ldw - k) * size;
-            for (int r = 0; r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + ahead, 0, 0);
+            size_t at = i * size + 512;
+            if (at >= k * size) at += (FLOAT_ROWS * ldw - k) * size;
+            for (int r = 0; r < FLOAT_ROWS; r++) __builtin_prefetch(row[r] + at, 0, 0);
+        } else if (tokens > 1 && (i & ahead->mask) == 0) {
+            fetch_line(ahead);
         }
 #else
+        (void)ahead; /* measured with AVX2 only */
         for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
             __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
         }
@@ -84,9 +88,10 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
 }
 
 INLINE void float_rows(const char *w, const int dtype, size_t ldw, size_t rows, const float *x, size_t ldx,
-                       const int tokens, size_t k, float *acc, size_t ldacc) {
+                       const int tokens, size_t k, float *acc, size_t ldacc, struct ahead *ahead) {
     for (size_t r = 0; r < rows; r += FLOAT_ROWS) {
-        float_tile(w + r * ldw * (dtype == NPUQ_F32 ? 4 : 2), dtype, ldw, rows - r, x, ldx, tokens, k, acc + r, ldacc);
+        const char *from = w + r * ldw * (dtype == NPUQ_F32 ? 4 : 2);
+        float_tile(from, dtype, ldw, rows - r, x, ldx, tokens, k, acc + r, ldacc, ahead);
     }
 }
 
@@ -94,11 +99,11 @@ INLINE void float_rows(const char *w, const int dtype, size_t ldw, size_t rows, 
 #define FLOAT_WIDTH(width)                                                                                          \
     static __attribute__((noinline)) void float_rows_##width(const void *w, int dtype, size_t ldw, size_t rows,     \
                                                              const float *x, size_t ldx, size_t k, float *acc,      \
-                                                             size_t ldacc) {                                        \
+                                                             size_t ldacc, struct ahead *ahead) {                   \
         const int tokens = width <= FLOAT_TOKENS ? width : 1;                                                       \
-        if (dtype == NPUQ_BF16) float_rows(w, NPUQ_BF16, ldw, rows, x, ldx, tokens, k, acc, ldacc);                 \
-        else if (dtype == NPUQ_F16) float_rows(w, NPUQ_F16, ldw, rows, x, ldx, tokens, k, acc, ldacc);              \
-        else float_rows(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc);                                     \
+        if (dtype == NPUQ_BF16) float_rows(w, NPUQ_BF16, ldw, rows, x, ldx, tokens, k, acc, ldacc, ahead);          \
+        else if (dtype == NPUQ_F16) float_rows(w, NPUQ_F16, ldw, rows, x, ldx, tokens, k, acc, ldacc, ahead);       \
+        else float_rows(w, NPUQ_F32, ldw, rows, x, ldx, tokens, k, acc, ldacc, ahead);                              \
     }
 FLOAT_WIDTH(1)
 FLOAT_WIDTH(2)
@@ -108,19 +113,23 @@ FLOAT_WIDTH(5)
 FLOAT_WIDTH(6)
 
 static void dot_float(const void *w, int dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
-                      size_t k, float *acc, size_t ldacc) {
+                      size_t k, float *acc, size_t ldacc, struct following following) {
+    /* A step of four rows reads a line: one of what follows in as many steps as there are passes, or nearly. */
+    size_t steps = 1;
+    while (2 * steps * FLOAT_TOKENS < tokens + FLOAT_TOKENS) steps *= 2;
+    struct ahead ahead = ahead_of(following, steps * VW - 1);
     for (size_t t = 0; t < tokens;) {
         size_t left = tokens - t, passes = (left + FLOAT_TOKENS - 1) / FLOAT_TOKENS;
         size_t width = (left + passes - 1) / passes;
         const float *xt = x + t * ldx;
         float *out = acc + t * ldacc;
         switch (width) {
-            case 1: float_rows_1(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
-            case 2: float_rows_2(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
-            case 3: float_rows_3(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
-            case 4: float_rows_4(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
-            case 5: float_rows_5(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
-            default: float_rows_6(w, dtype, ldw, rows, xt, ldx, k, out, ldacc); break;
+            case 1: float_rows_1(w, dtype, ldw, rows, xt, ldx, k, out, ldacc, &ahead); break;
+            case 2: float_rows_2(w, dtype, ldw, rows, xt, ldx, k, out, ldacc, &ahead); break;
+            case 3: float_rows_3(w, dtype, ldw, rows, xt, ldx, k, out, ldacc, &ahead); break;
+            case 4: float_rows_4(w, dtype, ldw, rows, xt, ldx, k, out, ldacc, &ahead); break;
+            case 5: float_rows_5(w, dtype, ldw, rows, xt, ldx, k, out, ldacc, &ahead); break;
+            default: float_rows_6(w, dtype, ldw, rows, xt, ldx, k, out, ldacc, &ahead); break;
         }
         t += width;
     }

@@ -7,6 +7,7 @@
 #define NPUQ_KERNELS_INTEGER_H
 
 #include "../levels.h"
+#include "ahead.h"
 #include "bytes.h"
 
 /* C leaves int32 overflow undefined. */
@@ -23,7 +24,8 @@ static int32_t sum_i8(const int8_t *x, size_t k) {
 }
 
 static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
-                   size_t ldacc) {
+                   size_t ldacc, struct following following) {
+    (void)following;
     for (size_t r = 0; r < rows; r++) {
         for (size_t t = 0; t < tokens; t++) {
             uint32_t sum = 0;
@@ -41,7 +43,8 @@ static void unpack_w4(const uint8_t *w, size_t rows, size_t k, uint8_t *out) {
 
 static void dot_u4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
                    size_t ldacc) {
-    dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc); /* 0..15 is the same byte with a sign */
+    /* 0..15 is the same byte with a sign. */
+    dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc, (struct following){NULL, 0});
 }
 
 static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
@@ -86,16 +89,9 @@ enum {
     LAP_BYTES = 256,
     BLOCK_BYTES = 1 << 30,
 #endif
-    LINE = 64,
     LAP_LINES = LAP_BYTES / LINE,
     /* How far ahead weights are fetched that pass by only once. */
     AHEAD_BYTES = 4096,
-};
-
-/* Weights that will be read next, and how many lines of them to fetch before each look at them. */
-struct ahead {
-    const uint8_t *at, *end;
-    size_t lines;
 };
 
 #include "integer_rows.h"
@@ -263,7 +259,8 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
     for (size_t first = 0; first < rows; first += block) {
         const size_t some = rows - first < block ? rows - first : block;
         const uint8_t *from = w + (storage == PACKED ? first / 2 : first) * k;
-        struct ahead ahead = {from + (storage == PACKED ? some / 2 : some) * k, end, (LAP_LINES + passes - 1) / passes};
+        struct ahead ahead = {from + (storage == PACKED ? some / 2 : some) * k, end, (LAP_LINES + passes - 1) / passes,
+                              LAP_BYTES - 1};
         if (passes == 1) ahead.at = from + AHEAD_BYTES;
         for (size_t pass = 0, t = 0; pass < passes; pass++) {
             size_t width = (tokens - t + passes - pass - 1) / (passes - pass);
@@ -274,8 +271,19 @@ INLINE void dot_tiles(const enum storage storage, const int most, const uint8_t 
     if (body < k) add_rest(storage, w, rows, x, tokens, k, body, acc, ldacc);
 }
 
+#if defined(NPUQ_LEVEL_AVX2)
+#include "integer_wide.h"
+#endif
+
 static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
-                   size_t ldacc) {
+                   size_t ldacc, struct following following) {
+#if defined(NPUQ_LEVEL_AVX2)
+    if (tokens >= WIDE_LEAST && k >= STEP) {
+        struct ahead ahead = ahead_of(following, LINE - 1);
+        dot_wide((const uint8_t *)w, rows, x, tokens, k, acc, ldacc, &ahead);
+        return;
+    }
+#endif
     dot_tiles(CODES, W8_TOKENS, (const uint8_t *)w, rows, x, tokens, k, acc, ldacc);
 #if defined(NPUQ_LEVEL_AVX2)
     negate_lowest(w, rows, x, tokens, k, k / STEP * STEP, acc, ldacc);

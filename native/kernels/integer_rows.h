@@ -15,12 +15,6 @@ INLINE void prefetch(const uint8_t *at, const int once) {
     if (once) __builtin_prefetch(at + 1024, 0, 0);
 }
 
-INLINE void fetch_lap(struct ahead *ahead) {
-    for (size_t n = 0; n < ahead->lines && ahead->at < ahead->end; n++, ahead->at += LINE) {
-        __builtin_prefetch(ahead->at, 0, 2);
-    }
-}
-
 /* Nibbles of one step of two rows. Constants come from memory: with six tokens every register holds a sum, a weight or
  * a product, and compilers that want registers for constants too keep sums in memory instead. */
 INLINE void load_pair(const enum storage storage, const uint8_t *first, const uint8_t *second, bytes *left,

@@ -23,13 +23,15 @@
         REPEAT(tokens, 3, __VA_ARGS__)       \
         REPEAT(tokens, 4, __VA_ARGS__)       \
         REPEAT(tokens, 5, __VA_ARGS__)       \
+        REPEAT(tokens, 6, __VA_ARGS__)       \
+        REPEAT(tokens, 7, __VA_ARGS__)       \
     } while (0)
 #define REPEAT(tokens, number, ...) \
     if (tokens > number) {          \
         enum { t = number };        \
         __VA_ARGS__                 \
     }
-enum { MOST_TOKENS = 6 };
+enum { MOST_TOKENS = 8 };
 
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
 #include <immintrin.h>

@@ -34,9 +34,10 @@ static npuq_pool *pools[8];
 
 static void check_integer_products(void) {
     for (int round = 0; round < 60; round++) {
-        int64_t groups = 1 + draw() % 3, rows = 2 * (1 + draw() % 20), k = 1 + draw() % 300, m = 0, counts[3];
+        int64_t groups = 1 + draw() % 3, rows = 2 * (1 + draw() % 20), m = 0, counts[3];
+        int64_t k = 1 + draw() % (round % 8 ? 300 : 2500);
         int dtype = round % 2 ? NPUQ_I4 : NPUQ_I8;
-        for (int g = 0; g < groups; g++) m += counts[g] = draw() % 12;
+        for (int g = 0; g < groups; g++) m += counts[g] = draw() % 24;
         uint8_t *w = filled((size_t)(groups * rows * k) + 3);
         int8_t *x = filled((size_t)(m * k));
         float *scale = floats((size_t)rows), *x_scale = floats((size_t)m);

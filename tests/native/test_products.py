@@ -52,7 +52,7 @@ def test_w4a8_experts_are_exact(ops: NativeOps, seed: int, counts: list[int], pa
 
 
 @pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W4A8])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 40])
 @pytest.mark.parametrize("weight", [-128, 127, -1, 0x77])
 @pytest.mark.parametrize("x", [-128, 127])
 def test_extreme_codes_do_not_saturate(ops: NativeOps, scheme: Scheme, tokens: int, weight: int, x: int) -> None:
@@ -64,6 +64,33 @@ def test_extreme_codes_do_not_saturate(ops: NativeOps, scheme: Scheme, tokens: i
     handle = ops.w4a8_experts([[stored]]) if scheme is Scheme.W4A8 else ops.w8a8_linear([stored])
     out = ops.grouped_matmul(operand, handle, torch.tensor([tokens]))
     np.testing.assert_array_equal(out.numpy(), product(operand, [stored]))
+
+
+@pytest.mark.parametrize("k", [31, 32, 40, 97, 1056, 2079])
+@pytest.mark.parametrize("tokens", [6, 7, 8, 9, 16, 17])
+def test_long_tasks_of_many_tokens_are_exact(ops: NativeOps, tokens: int, k: int) -> None:
+    """A task takes more rows than share their own sums, and the last quad of rows is not whole."""
+    generator = np.random.default_rng(k)
+    stored = part(generator, Scheme.W8A8, 2070, k, 1)
+    x = quantized(generator, tokens, k, 3)
+    np.testing.assert_array_equal(ops.linear(x, ops.w8a8_linear([stored])).numpy(), product(x, [stored]))
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    counts=st.lists(st.one_of(st.just(0), st.integers(1, 3), st.integers(4, 30)), min_size=1, max_size=12),
+)
+def test_groups_of_any_sizes_keep_their_places(ops: NativeOps, seed: int, counts: list[int]) -> None:
+    """Tasks are not taken in the order of their groups."""
+    generator = np.random.default_rng(seed)
+    experts = [[part(generator, Scheme.W4A8, 130, 70)] for _ in counts]
+    x = quantized(generator, sum(counts), 70)
+    out = ops.grouped_matmul(x, ops.w4a8_experts(experts), torch.tensor(counts))
+    first = 0
+    for expert, count in zip(experts, counts, strict=True):
+        rows = Quantized(x.codes[first : first + count], x.scale[first : first + count])
+        np.testing.assert_array_equal(out[first : first + count].numpy(), product(rows, expert))
+        first += count
 
 
 def test_sums_wider_than_float32_round_once(ops: NativeOps) -> None:
