@@ -196,6 +196,8 @@ static struct told round_fp8_int4(const struct fp8_row *row, float unit, float i
         const float scale = *block_scale++ * unit, up = scale * MAGNITUDE_UNIT;
         if (up >= 0 && up < INFINITY) {
             size_t i = 0;
+            /* The next row, which lies behind this one, would come too late for the pass that looks for the largest. */
+            for (size_t line = 0; line < count; line += 64) __builtin_prefetch(x + row->n + line, 0, 2);
             for (; i + PART <= count; i += PART) round_part(x + i, PART, up, to_code, codes + first + i, &told);
             if (i < count) told = both(told, round_rest(x + i, count - i, up, to_code, codes + first + i));
         } else if (is_usable(scale)) {
