@@ -165,20 +165,22 @@ static void sum_tables(const struct tables *tables, const double *h, int count, 
  * that is given. Codes times counts of a segment come to 2^10 at most: 32 bits hold half a thousand of them times 2^12. */
 static struct exact_state exact_tables(const struct tables *tables, float inverse, int8_t *codes) {
     enum { HALF = 12, SEGMENTS = 256 };
+    const float to_code = inverse / tables->unit;
     vl low_sum = {0}, high_sum = {0};
     vi b = {0};
     for (size_t from = 0; from < tables->segments; from += SEGMENTS) {
         vi low = {0}, high = {0};
         for (size_t s = from; s < from + SEGMENTS && s < tables->segments; s++) {
             const struct segment *segment = &tables->segments_at[s];
+            const float scale = segment->scale * tables->unit; /* the unit is a power of two: nothing is rounded otherwise */
             const uint8_t *all = tables->counts + s * COUNT_BYTES, *negative = all + NEGATIVE_COUNTS - TOP_PART * TABLE_PART;
             for (int j = 0; j < tables->parts * TABLE_PART; j += PLANE_STEP) {
                 vi fixed[2], code[2];
 #pragma GCC unroll 2
                 for (int k = 0; k < 2; k++) {
-                    const vf w = vf_load(fp8_magnitudes + segment->first + j + k * VW) * segment->scale;
-                    code[k] = vf_round(vf_min(w * inverse, vf_set(8)));
-                    fixed[k] = vf_round(w * tables->unit);
+                    const vf w = vf_load(fp8_magnitudes + segment->first + j + k * VW) * scale;
+                    code[k] = vf_round(vf_min(w * to_code, vf_set(8)));
+                    fixed[k] = vf_round(w);
                     if (codes != NULL) vi_store_i8(codes + s * MOST_CODES + j + k * VW, code[k]);
                 }
                 const vs q = vs_pack(code[0], code[1]), seven = vs_min(q, vs_set(7));

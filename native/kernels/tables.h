@@ -142,77 +142,97 @@ INLINE void count_places(const struct place_rows *rows, const uint8_t *place, co
     }
 }
 
-/* Writes a part whose weights at or above each place are `counted`, those at or above the next part's first `above`, and
- * adds to the sums above it, which end at 2^16 - 1; to *any the bits of the counts. */
-INLINE void write_part(__m128i counted, __m128i above, const uint16_t *steps, uint8_t *count, uint8_t *out, size_t plane,
-                       __m256i *sum, __m128i *any) {
-    const __m128i each = _mm_sub_epi8(counted, _mm_alignr_epi8(above, counted, 1));
-    const __m256i step = _mm256_loadu_si256((const __m256i *)steps), times = _mm256_cvtepu8_epi16(each);
-    const __m256i low_bytes = _mm256_set1_epi16(255);
-    _mm_storeu_si128((__m128i *)count, each);
-    _mm_storeu_si128((__m128i *)out, counted);
-    __m256i x = _mm256_mullo_epi16(step, times);
-    *any = _mm_or_si128(*any, each);
+/* Sums from each of 8 lanes of a half to its last, and what is above them in both halves' first lanes. */
+INLINE __m256i suffix_sums(__m256i x, __m256i above) {
     x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 2));
     x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 4));
     x = _mm256_adds_epu16(x, _mm256_srli_si256(x, 8));
-    const __m256i upper = _mm256_permute2x128_si256(x, x, 0x81); /* the upper half in the lower, 0 in the upper */
-    x = _mm256_adds_epu16(x, _mm256_shuffle_epi8(upper, _mm256_set1_epi16(0x0100)));
-    x = *sum = _mm256_adds_epu16(x, _mm256_broadcastw_epi16(_mm256_castsi256_si128(*sum)));
-    x = _mm256_packus_epi16(_mm256_and_si256(x, low_bytes), _mm256_srli_epi16(x, 8));
-    x = _mm256_permute4x64_epi64(x, 0xD8);
-    _mm_storeu_si128((__m128i *)(out + plane), _mm256_castsi256_si128(x));
-    _mm_storeu_si128((__m128i *)(out + 2 * plane), _mm256_extracti128_si256(x, 1));
+    return _mm256_adds_epu16(x, _mm256_shuffle_epi8(above, _mm256_set1_epi16(0x0100)));
+}
+INLINE __m256i both_steps(const uint16_t *const steps[2], int place) {
+    const __m128i *first = (const __m128i *)(steps[0] + place), *second = (const __m128i *)(steps[1] + place);
+    return _mm256_set_m128i(_mm_loadu_si128(second), _mm_loadu_si128(first));
 }
 
-/* Bits of *odd are set where the sums may not be right. */
-INLINE void write_segment(const struct tables *tables, size_t s, const uint8_t *x, size_t n, const int parts, __m128i *odd) {
-    const struct segment segment = tables->segments_at[s];
-    const uint16_t *steps = tables->rows->steps[segment.first % 8];
-    uint8_t place[SEGMENT], *count = tables->counts + s * COUNT_BYTES;
-    uint8_t *out = table_at(tables, s / 2, 0, 0) + s % 2 * TABLE_PART;
-    const size_t part = 2 * TABLE_PART, plane = (size_t)(2 * parts - TOP_PART) * part;
-    __m256i counted[3], sum = _mm256_setzero_si256();
-    place_weights(x, n, segment.first, place);
-    count_places(tables->rows, place, parts, counted);
-    __m128i any = _mm_setzero_si128();
-    const __m128i none = any, all[4] = {
-        _mm256_castsi256_si128(counted[0]), _mm256_extracti128_si256(counted[0], 1), _mm256_castsi256_si128(counted[1]),
-        parts == 3 ? none : _mm256_castsi256_si128(counted[2])};
-    const __m128i negative[2] = {_mm256_extracti128_si256(counted[1], 1),
-                                 parts == 3 ? none : _mm256_extracti128_si256(counted[2], 1)};
+/* What is made of the parts of a pair of segments, from the last one down: where they are written, sums of what is above,
+ * which end at 2^16 − 1, and the bits of all counts. */
+struct part_writer {
+    const uint16_t *steps[2];
+    uint8_t *count, *out;
+    size_t plane;
+    __m256i above, sum, any;
+};
+
+/* Writes a part, of which `counted` says how many weights are at or above each place. */
+INLINE void write_part(struct part_writer *to, __m256i counted, int place, size_t count_at, size_t part) {
+    const __m256i each = _mm256_sub_epi8(counted, _mm256_alignr_epi8(to->above, counted, 1)), zero = _mm256_setzero_si256();
+    const __m256i low_bytes = _mm256_set1_epi16(255);
+    uint8_t *out = to->out + part * 2 * TABLE_PART;
+    to->above = counted;
+    to->any = _mm256_or_si256(to->any, each);
+    _mm_storeu_si128((__m128i *)(to->count + count_at), _mm256_castsi256_si128(each));
+    _mm_storeu_si128((__m128i *)(to->count + COUNT_BYTES + count_at), _mm256_extracti128_si256(each, 1));
+    const __m256i upper = _mm256_mullo_epi16(_mm256_unpackhi_epi8(each, zero), both_steps(to->steps, place + 8));
+    const __m256i lower = _mm256_mullo_epi16(_mm256_unpacklo_epi8(each, zero), both_steps(to->steps, place));
+    const __m256i high = suffix_sums(upper, to->sum), low = to->sum = suffix_sums(lower, high);
+    _mm256_storeu_si256((__m256i *)out, counted);
+    _mm256_storeu_si256((__m256i *)(out + to->plane),
+                        _mm256_packus_epi16(_mm256_and_si256(low, low_bytes), _mm256_and_si256(high, low_bytes)));
+    _mm256_storeu_si256((__m256i *)(out + 2 * to->plane),
+                        _mm256_packus_epi16(_mm256_srli_epi16(low, 8), _mm256_srli_epi16(high, 8)));
+}
+
+/* Bits of *odd are set where the sums may not be right. An odd last segment's partner has no weights. */
+INLINE void write_pair(const struct tables *tables, size_t pair, const uint8_t *x, size_t n, size_t length, const int parts,
+                       __m256i *odd) {
+    const struct segment *segments = tables->segments_at + 2 * pair;
+    __m256i counted[2][3];
+    for (int s = 0; s < 2; s++) {
+        uint8_t place[SEGMENT];
+        const size_t from = (2 * pair + (size_t)s) * length, left = from < n ? n - from : 0;
+        place_weights(x + (left > 0 ? from : 0), left < length ? left : length, segments[s].first, place);
+        count_places(tables->rows, place, parts, counted[s]);
+    }
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i all[MOST_PARTS], negative[MOST_PARTS]; /* [2][TABLE_PART] each */
+    all[0] = _mm256_permute2x128_si256(counted[0][0], counted[1][0], 0x20);
+    all[1] = _mm256_permute2x128_si256(counted[0][0], counted[1][0], 0x31);
+    for (int p = 2; p < 4; p++) {
+        all[p] = _mm256_permute2x128_si256(counted[0][p - 1], counted[1][p - 1], 0x20);
+        negative[p] = _mm256_permute2x128_si256(counted[0][p - 1], counted[1][p - 1], 0x31);
+    }
+    struct part_writer to = {{tables->rows->steps[segments[0].first % 8], tables->rows->steps[segments[1].first % 8]},
+                             tables->counts + 2 * pair * COUNT_BYTES, table_at(tables, pair, 0, 0),
+                             planes_of(tables) * 2 * TABLE_PART, zero, zero, zero};
 #pragma GCC unroll 4
-    for (int p = parts - 1; p >= 0; p--) {
-        write_part(all[p], p + 1 < parts ? all[p + 1] : none, steps + p * TABLE_PART, count + p * TABLE_PART,
-                   out + (size_t)p * part, plane, &sum, &any);
-    }
+    for (int p = parts - 1; p >= 0; p--) write_part(&to, all[p], p * TABLE_PART, (size_t)(p * TABLE_PART), (size_t)p);
     /* A product of 2^16 takes 2^6 equal weights where steps are below 2^10, in 3 parts, or 2^4 in 4. */
-    *odd = _mm_or_si128(*odd, _mm_and_si128(any, _mm_set1_epi8(parts == 3 ? (char)0xC0 : (char)0xF0)));
-    *odd = _mm_or_si128(*odd, _mm_cmpeq_epi16(_mm256_castsi256_si128(sum), _mm_set1_epi16(-1)));
-    if (parts == 3) { /* who reads 32 counts at a time finds none of another row's */
-        _mm_storeu_si128((__m128i *)(count + 3 * TABLE_PART), none);
-        _mm_storeu_si128((__m128i *)(count + NEGATIVE_COUNTS + TABLE_PART), none);
-    }
-    sum = _mm256_setzero_si256();
+    *odd = _mm256_or_si256(*odd, _mm256_and_si256(to.any, _mm256_set1_epi8(parts == 3 ? (char)0xC0 : (char)0xF0)));
+    *odd = _mm256_or_si256(*odd, _mm256_cmpeq_epi16(to.sum, _mm256_set1_epi16(-1)));
+    to.above = to.sum = zero;
 #pragma GCC unroll 2
     for (int p = parts - 1; p >= TOP_PART; p--) {
-        write_part(negative[p - TOP_PART], p + 1 < parts ? negative[p + 1 - TOP_PART] : none, steps + p * TABLE_PART,
-                   count + NEGATIVE_COUNTS + (p - TOP_PART) * TABLE_PART, out + (size_t)(parts + p - TOP_PART) * part, plane,
-                   &sum, &any);
+        write_part(&to, negative[p], p * TABLE_PART, NEGATIVE_COUNTS + (size_t)((p - TOP_PART) * TABLE_PART),
+                   (size_t)(parts + p - TOP_PART));
+    }
+    for (int s = 0; s < 2 && parts == 3; s++) { /* who reads 32 counts at a time finds none of another row's */
+        uint8_t *count = to.count + s * COUNT_BYTES;
+        memset(count + 3 * TABLE_PART, 0, TABLE_PART);
+        memset(count + NEGATIVE_COUNTS + TABLE_PART, 0, TABLE_PART);
     }
 }
-INLINE int write_segments(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
-    __m128i odd = _mm_setzero_si128();
-    for (size_t s = 0; s < tables->segments; s++) {
+INLINE int write_pairs(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
+    __m256i odd = _mm256_setzero_si256();
+    for (size_t pair = 0; 2 * pair < tables->segments; pair++) {
         /* The next row, which lies behind this one, would come too late for the pass that only looks for the largest. */
-        for (size_t line = 0; line < length; line += 64) __builtin_prefetch(x + n + s * length + line, 0, 2);
-        write_segment(tables, s, x + s * length, n - s * length < length ? n - s * length : length, parts, &odd);
+        for (size_t line = 0; line < 2 * length; line += 64) __builtin_prefetch(x + n + 2 * pair * length + line, 0, 2);
+        write_pair(tables, pair, x, n, length, parts, &odd);
     }
-    return _mm_testz_si128(odd, odd);
+    return _mm256_testz_si256(odd, odd);
 }
 /* Counts a row in segments of `length` and writes its tables; 0 if 16 bits do not hold its sums. */
 static int write_rows(const struct tables *tables, const uint8_t *x, size_t n, size_t length) {
-    return tables->parts == 3 ? write_segments(tables, x, n, length, 3) : write_segments(tables, x, n, length, 4);
+    return tables->parts == 3 ? write_pairs(tables, x, n, length, 3) : write_pairs(tables, x, n, length, 4);
 }
 #else
 static void count_segment(const uint8_t *x, size_t n, int first, uint8_t *count) {
