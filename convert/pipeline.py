@@ -31,10 +31,14 @@ from .workspace import Workspace
 
 @dataclass(frozen=True)
 class Durability:
-    """How often finished work is made stable: a sync costs the disk's time, a kill costs what was not synced."""
+    """How often finished work is made stable: a sync costs the disk's time, a kill costs what was not synced.
+
+    A disk that has taken the bytes may still hold them in a cache of its own, which only a sync empties: what is not
+    synced while workers compute is waited for at the end.
+    """
 
     seconds: float = 10.0
-    max_bytes: int = 2 << 30
+    max_bytes: int = 128 << 20
 
 
 # Told the name and sha256 of every shard whose bytes are final, in the shards' order.

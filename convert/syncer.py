@@ -18,7 +18,7 @@ class Syncer:
     """Collects finished jobs and shard hashes; every `interval` seconds, or `max_bytes` written, journals them.
 
     The order makes the journal true after a power loss: data first (fdatasync), then the line that vouches for it. The
-    disk is set to work much earlier, while workers go on computing.
+    disk is set to work much earlier, while workers go on computing; it rests from a sync for as long as that took.
     """
 
     def __init__(self, plan: Plan, files: ShardFiles, journal: Journal, interval: float, max_bytes: int):
@@ -35,6 +35,7 @@ class Syncer:
             int, tuple[int, int]
         ] = {}  # what was written of a shard since the kernel was told: [start, end)
         self._fresh_bytes = 0
+        self._rested = time.monotonic()
         self._stop = False
         self._failure: ConversionError | None = None
         self._thread = threading.Thread(target=self._run, name="npuq-sync", daemon=True)
@@ -76,8 +77,11 @@ class Syncer:
         self._flush()
         self.check()
 
+    def _full(self) -> bool:
+        return self._pending_bytes >= self._max_bytes and time.monotonic() >= self._rested
+
     def _wanted(self) -> bool:
-        return self._stop or self._pending_bytes >= self._max_bytes or self._fresh_bytes >= _WRITEBACK_BYTES
+        return self._stop or self._full() or self._fresh_bytes >= _WRITEBACK_BYTES
 
     def _run(self) -> None:
         due = time.monotonic() + self._interval
@@ -86,13 +90,16 @@ class Syncer:
                 self._wake.wait_for(self._wanted, max(0.0, due - time.monotonic()))
                 if self._stop:
                     return
-                full = self._pending_bytes >= self._max_bytes
+                full = self._full()
                 fresh, self._fresh, self._fresh_bytes = self._fresh, {}, 0
             for shard, (start, end) in fresh.items():
                 self._files.begin_writeback(shard, start, end)
-            if full or time.monotonic() >= due:
+            now = time.monotonic()
+            if full or now >= due:
                 self._flush()
-                due = time.monotonic() + self._interval
+                done = time.monotonic()
+                self._rested = done + (done - now)
+                due = done + self._interval
             if self._failure is not None:
                 return
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,31 @@ def test_jobs_are_journaled_when_enough_is_written(tmp_path: Path, plan: Plan) -
     assert journal.appended.wait(10)
     assert journal.jobs == [0, 1, 2]
     behind.finish()
+    files.close()
+
+
+def test_a_slow_disk_rests_between_syncs(tmp_path: Path, plan: Plan) -> None:
+    """Every job is enough for a sync, but the disk syncs for half of the time at most."""
+    lasts, ends = 0.05, []
+
+    class Files(ShardFiles):
+        def sync(self, shards: Iterable[int]) -> None:
+            time.sleep(lasts)
+            super().sync(shards)
+            ends.append(time.monotonic())
+
+    files, journal = Files(tmp_path, plan), _Journal(tmp_path)
+    behind = Syncer(plan, files, journal, HOUR, 1)
+    behind.start()
+    started = time.monotonic()
+    for job in plan.jobs:
+        _write(files, job)
+        behind.job_done(job.index, STATS)
+        time.sleep(lasts / 2)
+    assert len(ends) >= 2
+    assert len(ends) <= (ends[-1] - started) / (2 * lasts) + 1
+    behind.finish()
+    assert journal.jobs == [job.index for job in plan.jobs]
     files.close()
 
 
