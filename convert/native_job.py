@@ -24,8 +24,8 @@ from .shards import ShardFiles
 from .workspace import Workspace
 from .written import Written
 
-# A value takes its own bytes here and those of its code, where `workspace.chunk_elements` allows for what torch would take:
-# with twice as many, Python has half as much to do.
+# A value takes its own bytes here and those of its code, and `workspace.chunk_elements` allows for what torch would take.
+# With twice as many, Python has half as much to do.
 _CHUNK = 2
 
 

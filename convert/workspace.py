@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .written import Written
 
-# Codes are kept for hashing, so many bytes for each value of a chunk, and of so many jobs: while one is made, one may wait
-# for the neighbour of its shard, and one be hashed. With two values as they are stored (4 bytes each at most) that is
-# 32 of the bytes that `memory.BYTES_PER_ELEMENT` allows.
+# Codes are kept for hashing, so many bytes for each value of a chunk, and of so many jobs: while one is made, one may
+# wait for the neighbour of its shard, and one be hashed. With two values as they are stored (4 bytes each at most) that
+# is 32 of the bytes that `memory.BYTES_PER_ELEMENT` allows.
 _KEPT_BYTES_PER_ELEMENT = 8
 _KEPT_JOBS = 3
 
