@@ -24,7 +24,7 @@ from .shards import ShardFiles
 from .workspace import Workspace
 from .written import Written
 
-# A value takes its own bytes here and those of its code, and `workspace.chunk_elements` allows for what torch would take.
+# A value takes its own bytes here and those of its code; `workspace.chunk_elements` allows for what torch would take.
 # With twice as many, Python has half as much to do.
 _CHUNK = 2
 
