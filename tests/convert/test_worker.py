@@ -89,22 +89,25 @@ def test_a_workspace_gives_the_same_memory_again() -> None:
 
 
 def test_codes_that_are_lent_stay_as_they_are() -> None:
-    """Two jobs' codes: for a third, those that were given back, or else those that were lent first."""
+    """Three jobs' codes: for a fourth, those that were given back, or else those that were lent first."""
     workspace = Workspace(100)
     lent = []
-    for value in (1, 2):
+    for value in (1, 2, 3):
         codes = workspace.codes(5, 4).fill_(value)
         lent.append((codes, Written(0, [memoryview(codes.numpy()).cast("B")])))
         workspace.lend(lent[-1][1])
-    (first, of_first), (second, of_second) = lent
-    assert first.data_ptr() != second.data_ptr()
+    (first, of_first), (second, of_second), (third, of_third) = lent
+    assert len({codes.data_ptr() for codes, _ in lent}) == 3
     of_second.take_back()
     assert workspace.codes(4, 5).data_ptr() == second.data_ptr()
     assert not of_first.taken_back
-    of_third = Written(0, [memoryview(second.numpy()).cast("B")])
-    workspace.lend(of_third)
+    of_fourth = Written(0, [memoryview(second.numpy()).cast("B")])
+    workspace.lend(of_fourth)
     assert workspace.codes(5, 4).data_ptr() == first.data_ptr()
     assert of_first.taken_back
     assert not of_third.taken_back
+    assert not of_fourth.taken_back
+    assert bool((third == 3).all())
     workspace.release()
     assert of_third.taken_back
+    assert of_fourth.taken_back
