@@ -4,6 +4,32 @@
 
 #include "levels.h"
 
+/* FP8's subnormals may pass through those of float32 (kernels/minmax.h). Whoever calls may have told the processor to take
+ * these for zeros, as torch.set_flush_denormal does: not here. Returns what is to be put back. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+typedef unsigned float_mode;
+static float_mode keep_subnormals(void) {
+    const float_mode before = _mm_getcsr();
+    _mm_setcsr(before & ~(float_mode)0x8040);
+    return before;
+}
+static void put_back(float_mode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+typedef uint64_t float_mode;
+static void put_back(float_mode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+static float_mode keep_subnormals(void) {
+    float_mode before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    put_back(before & ~((float_mode)1 << 24));
+    return before;
+}
+#else
+typedef int float_mode;
+static float_mode keep_subnormals(void) { return 0; }
+static void put_back(float_mode mode) { (void)mode; }
+#endif
+
 static const void *row_at(const npuq_source *source, int64_t row, int64_t cols) {
     size_t size = source->dtype == NPUQ_F32 ? 4 : source->dtype == NPUQ_F8E4M3 ? 1 : 2;
     return (const char *)source->data + (size_t)row * (size_t)cols * size;
@@ -40,6 +66,7 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
     float *w = (float *)(memory + scratch);
     int8_t *pair[2] = {(int8_t *)(w + wide), (int8_t *)(w + wide) + wide};
     int status = NPUQ_OK;
+    const float_mode mode = keep_subnormals();
     for (int64_t r = 0; r < rows && status == NPUQ_OK; r++) {
         struct converted out = {.codes = bits == 4 ? pair[r % 2] : codes + (size_t)r * n};
         status = convert_one(kernels, source, r, n, bits, mse, memory, w, &out);
@@ -56,6 +83,7 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
         float *at = bias + (r - 1) * bias_columns;
         for (int64_t c = 0; c < 2 * bias_columns; c++) at[c] = (float)(8 * sums[c]) * scale[r - (c < bias_columns)];
     }
+    put_back(mode);
     if (mse) kernels->convert_release(memory);
     free(memory);
     return status;

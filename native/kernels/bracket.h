@@ -169,7 +169,7 @@ struct window {
 
 /* The exact state of the codes at half scale *h, or very little beside it, and how planes are rounded there. */
 static struct exact_state state_at(const struct searched *row, double *h, struct rounding *rounding) {
-    if (row->tables != NULL) return exact_tables(row->tables, (float)(row->tables->unit / (2 * *h)), NULL);
+    if (row->tables != NULL) return exact_tables(row->tables, inverse_at(row->tables, *h), NULL);
     *rounding = rounding_at(h);
     const struct state_sums sums = sum_planes(row->planes, *rounding, 1);
     return (struct exact_state){sums.a, sums.b, 0};

@@ -68,7 +68,7 @@ static int place_tables(struct tables *tables) {
         int32_t bits;
         memcpy(&bits, &first, sizeof bits);
         int code = (bits >> CODE_SHIFT) - EXPONENT_BIAS * 8; /* rounded down */
-        if (code < FP8_NORMAL && segment->last > code) return NOT_IN_TABLES;
+        if (code < FP8_NORMAL && segment->last > 0 && segment->last > code) return NOT_IN_TABLES;
         code = code < FP8_NORMAL ? FP8_NORMAL : code >= FP8_NAN ? FP8_NAN - 1 : code;
         segment->first = (uint8_t)code;
         most = segment->last - code + 1 > most ? segment->last - code + 1 : most;
@@ -164,8 +164,12 @@ static int convert_distinct(const struct fp8_row *row, void *scratch, struct con
     account(out, norm, best, exponent);
     for (size_t s = 0; s < tables->segments; s++) {
         const size_t at = s * length;
-        map_codes(row->x + at, segment_length(row, s), tables->segments_at[s].first, codes + s * MOST_CODES, tables->parts,
-                  out->codes + at);
+        const struct segment *segment = &tables->segments_at[s];
+        if (segment->last <= segment->first) { /* below every threshold; a table of these may begin above some */
+            memset(out->codes + at, 0, segment_length(row, s));
+            continue;
+        }
+        map_codes(row->x + at, segment_length(row, s), segment->first, codes + s * MOST_CODES, tables->parts, out->codes + at);
     }
     return NPUQ_OK;
 }

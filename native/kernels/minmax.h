@@ -108,8 +108,7 @@ INLINE void round_floats(const float *w, size_t count, float unit, float inverse
 }
 
 /* The bits of an FP8 magnitude as the upper ones of a float32, four places down, are the magnitude over this: subnormal
- * where it is subnormal. (Were the processor told to take those for zeros, they would be told as zeros; their codes are 0
- * in any case, since a block is odd where they might not be.) */
+ * where it is subnormal (convert.c sees to it that the processor does not take those for zeros). */
 #define MAGNITUDE_UNIT 0x1p120f
 
 /* Magnitudes of CODE_STEP weights times `scale`, which has MAGNITUDE_UNIT in it: those at even places, then the others. */

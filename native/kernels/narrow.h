@@ -214,10 +214,12 @@ INLINE uint32_t window_places(const struct tables *tables, size_t pair, const st
 }
 #endif
 
-/* What changes in a narrow window of a row in tables: what lies between the thresholds at its two ends. Of each, |w| in
+/* What changes in a narrow window of a row in tables: what lies between the thresholds at its two ends, and has not got its
+ * code in the state above, which was rounded: what is at a threshold there may be on either side of it. Of each, |w| in
  * `kappa`, 2m − 1 and how many weights make it; how many there are. */
 static size_t table_changes(const struct tables *tables, struct window window, const struct changes *changes) {
-    const struct thresholds ends = thresholds_at((float)window.above_h, (float)window.below_h);
+    const struct thresholds ends = thresholds_at((float)(window.above_h * (1 + 0x1p-18)), (float)window.below_h);
+    const float inverse = inverse_at(tables, window.above_h);
     size_t found = 0;
     for (size_t pair = 0; 2 * pair < tables->segments; pair++) {
         uint8_t place[32];
@@ -228,10 +230,11 @@ static size_t table_changes(const struct tables *tables, struct window window, c
             const struct segment *segment = &tables->segments_at[s];
             const uint8_t *count = tables->counts + s * COUNT_BYTES + (m == 7 ? NEGATIVE_COUNTS - TOP_PART * TABLE_PART : 0);
             for (int j = place[bit + 8]; j < place[bit]; j++) {
-                changes->kappa[found] = fp8_magnitudes[segment->first + j] * segment->scale;
+                const float w = fp8_magnitudes[segment->first + j] * segment->scale;
+                changes->kappa[found] = w;
                 changes->odd[found] = 2 * m + 1;
                 changes->times[found] = count[j];
-                found += count[j] > 0;
+                found += (count[j] > 0) & (rintf(w * inverse) <= (float)m); /* as exact_tables rounds */
             }
         }
     }

@@ -161,6 +161,9 @@ static void sum_tables(const struct tables *tables, const double *h, int count, 
 }
 #endif
 
+/* What a weight is multiplied by for its code at half scale h. */
+INLINE float inverse_at(const struct tables *tables, double h) { return (float)(tables->unit / (2 * h)); }
+
 /* The exact A and B of the codes round(w · inverse), and the code of each magnitude in `codes` [segments][MOST_CODES] where
  * that is given. Codes times counts of a segment come to 2^10 at most: 32 bits hold half a thousand of them times 2^12. */
 static struct exact_state exact_tables(const struct tables *tables, float inverse, int8_t *codes) {

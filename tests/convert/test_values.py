@@ -171,8 +171,8 @@ def test_manifest_errors_are_those_of_the_stored_codes(v3_artifact, stored, sour
         codes = unpack(codes) if entry["scheme"] == "W4A8_DYNAMIC" else codes.astype(np.float64)
         restored = codes * stored[name + "_scale"].numpy().astype(np.float64)
         error = np.sqrt(((source[name] - restored) ** 2).sum() / (source[name] ** 2).sum())
-        # int4 tells it from weights that are 2^-14 of the row's largest off at most, where its own rounding is 2^-4.6 off
-        # on average: 1.5e-3 of the error if all were off the same way, which hundreds of weights are not.
+        # int4 tells it from weights that are 2^-14 of the row's largest off at most, where rounding is 2^-4.6 off on
+        # average: 1.5e-3 of the error if all were off the same way, which hundreds of weights are not.
         tolerance = 1e-4 if entry["scheme"] == "W4A8_DYNAMIC" else 1e-5
         assert entry["relative_error"] == pytest.approx(error, rel=tolerance), name
         assert entry["method"] == "minmax"

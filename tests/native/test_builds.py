@@ -131,6 +131,7 @@ def test_fp8_rows_by_their_magnitudes(tmp_path: Path, flags: list[str]) -> None:
     taken = _check_tables(tmp_path, str(COMPILER), [*flags, *SANITIZE], [])
     # All but some of the shortest rows, and those whose best scale is no Gaussian's.
     assert min(taken[kind] for kind in ("normal", "wide", "large")) > 130
+    assert taken["thresholds"] > 4000
     assert taken["uneven"] > 100
     assert taken["outliers"] > 0
 

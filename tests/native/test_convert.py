@@ -292,3 +292,23 @@ def test_best_of_all_scales() -> None:
             a, b = (q * w[r]).sum(1), (q * q).sum(1)
             best = (w[r] ** 2).sum() - (a * a / b.clamp(min=1)).max()
             assert got.squared_error[r] <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_subnormals_count_whatever_the_processor_was_told(method: Method) -> None:
+    """FP8 rows of many subnormals, on a thread whose floats flush those of float32: the same, and so is the thread."""
+    generator = torch.Generator().manual_seed(11)
+    rows = (torch.randn(4, 256, generator=generator) * 0.02).to(torch.float8_e4m3fn)
+    stored = StoredRows(rows, BlockScale(torch.rand(1, 2, generator=generator) + 0.1, 0, 128, 128))
+    assert int((rows.float().abs() < 2**-6).sum()) > 100
+    tiny = torch.tensor(2.0**-130)
+    expected = quantize_rows(stored.to_float32(), Scheme.W4A8, method, row_parallel=False)
+    for level in LEVELS:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormals")
+        try:
+            got = native.quantize(stored, 4, method is Method.MSE, 1, level)
+            assert float(tiny * 2) == 0
+        finally:
+            torch.set_flush_denormal(False)
+        _check(got, expected)
