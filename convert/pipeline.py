@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,11 +47,6 @@ OnShard = Callable[[str, str], object]
 
 
 @dataclass(frozen=True)
-class _Done:
-    job: Job
-
-
-@dataclass(frozen=True)
 class _Hashed:
     shard: int
     sha256: str
@@ -61,7 +57,10 @@ class _Ended:
     failure: BaseException | None
 
 
-_Event = _Done | _Hashed | _Ended
+_Event = _Hashed | _Ended
+
+# How often finished jobs are looked for: to be woken by each would cost the workers time that they want for Python.
+_LOOK_SECONDS = 0.1
 
 
 class _Work:
@@ -102,6 +101,7 @@ def run_plan(
     except OSError as error:
         raise write_error(journal.path, error) from error
     work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
+    done_jobs: deque[Job] = deque()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
     hashes = ShardHashes(plan, files, journal.record)
 
@@ -112,7 +112,7 @@ def run_plan(
             done = run_job(task, source, files, workspace, stop)
             source.release(task.source)
             syncer.job_done(task.index, done.stats)
-            events.put(_Done(task))
+            done_jobs.append(task)
             complete = hashes.job_done(task, stop, done.written)
         for shard, sha256 in complete:
             syncer.shard_hashed(shard, sha256)
@@ -151,7 +151,7 @@ def run_plan(
                 told(shard, sha256)
             for thread in threads:
                 thread.start()
-            _watch(events, len(threads), syncer, progress, told)
+            _watch(events, done_jobs, len(threads), syncer, progress, told)
             # They have nothing left to do, but a thread that frees its tensors while Python exits would end in abort().
             for thread in threads:
                 thread.join()
@@ -164,18 +164,27 @@ def run_plan(
 
 
 def _watch(
-    events: queue.Queue[_Event], workers: int, syncer: Syncer, progress: Progress, told: Callable[[int, str], None]
+    events: queue.Queue[_Event],
+    done_jobs: deque[Job],
+    workers: int,
+    syncer: Syncer,
+    progress: Progress,
+    told: Callable[[int, str], None],
 ) -> None:
     """Report progress until every worker has ended; raise the first failure."""
     while workers:
-        event = events.get()
-        if isinstance(event, _Done):
-            progress.advance(event.job.source_bytes, event.job.layer)
-        elif isinstance(event, _Hashed):
+        try:
+            event = events.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            event = None
+        while done_jobs:
+            job = done_jobs.popleft()
+            progress.advance(job.source_bytes, job.layer)
+        if isinstance(event, _Hashed):
             told(event.shard, event.sha256)
-        elif event.failure is not None:
-            raise event.failure
-        else:
+        elif isinstance(event, _Ended):
+            if event.failure is not None:
+                raise event.failure
             workers -= 1
         syncer.check()
 
