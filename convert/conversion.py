@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConversionError
 from ..quant.artifact import OWN_FOLDER
 from ..quant.checkpoint import Checkpoint
+from ..torch_threads import single_threaded_torch
 from .calibration.memory import calibrated_budget
 from .calibration.states import remove_states, state_bytes
 from .calibration.walk import CalibratedWalk
@@ -20,7 +21,7 @@ from .finish import finish
 from .journal import Journal, Record
 from .memory import Budget, plan_budget
 from .output import Finished, check_separate, claim, describe_state, free_bytes, write_error
-from .pipeline import Durability, OnShard, run_plan, single_threaded_torch
+from .pipeline import Durability, OnShard, run_plan
 from .plan import Plan
 from .prepare import CalibrationText, Prepared, prepare
 from .progress import Progress, Silent

@@ -9,14 +9,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from ..errors import ConversionError
 from ..quant.dialects import WeightSource
+from ..torch_threads import one_torch_thread, single_threaded_torch
 from .chunks import StoppedError
 from .hashes import ShardHashes
 from .journal import Journal, Record
@@ -198,19 +196,3 @@ def _end(threads: list[threading.Thread], syncer: Syncer) -> None:
     except ConversionError:
         # The failure that brought us here is the one to report; what was not journaled is done again.
         return
-
-
-def one_torch_thread() -> None:
-    """To be called in each thread within `single_threaded_torch`: until one asks, BLAS there takes all cores."""
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """One torch thread a worker: the workers are the parallelism."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

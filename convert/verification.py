@@ -16,8 +16,8 @@ from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_json
 from ..quant.compressed_tensors import is_compressed
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
+from ..torch_threads import one_torch_thread, single_threaded_torch
 from .architecture import Spec
-from .pipeline import one_torch_thread, single_threaded_torch
 from .progress import Progress, Silent
 from .recipe import STORED
 from .report import relative_error

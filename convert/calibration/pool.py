@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from ...torch_threads import one_torch_thread
 from ..chunks import StoppedError
-from ..pipeline import one_torch_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -15,10 +15,10 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ...quant.artifact import OWN_FOLDER
 from ...quant.safetensors import DTYPES
+from ...torch_threads import single_threaded_torch
 from ..journal import Journal
 from ..memory import Budget
 from ..output import write_error
-from ..pipeline import single_threaded_torch
 from ..prepare import Prepared
 from ..progress import Progress
 from ..shards import ShardFiles

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...quant.native import DTYPES, Pool
 from ...quant.schemes import Scheme
+from ...torch_threads import single_threaded_torch
 from . import Activation, Experts, Linear, LinearPart, Quantized, Router
 from .cpu import CpuOps
 from .native_weights import NativeLinear, native_linear
@@ -27,14 +28,8 @@ class NativeProducts(CpuOps):
         self.pool = Pool(threads, level)
         self._code = DTYPES[dtype]
 
-    @contextmanager
-    def one_thread(self) -> Iterator[None]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    def one_thread(self) -> AbstractContextManager[None]:
+        return single_threaded_torch()
 
     # ---- at load ---------------------------------------------------------------------------------------------------
 
