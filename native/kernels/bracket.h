@@ -9,7 +9,9 @@
  * lies in the interval above but for breakpoints of the one below that it has passed, worth at most z a unit of that
  * one's B in A; or in the one below but for what it has not passed of the one above, worth at most 2z a unit. So 2z times
  * an interval's own B is allowed for: of two that are dropped, one then covers it. Beside an interval that is kept, the
- * window reaches z beyond the mark. */
+ * window reaches z beyond the mark.
+ *
+ * Where a mark's A is only known within limits, its upper one goes into bounds and its lower one into the best state's. */
 #ifndef NPUQ_KERNELS_BRACKET_H
 #define NPUQ_KERNELS_BRACKET_H
 
@@ -65,7 +67,8 @@ static void evaluate(const struct searched *row, const double *h, const int *rou
         sum_tables(row->tables, scales, some, sums);
         for (int k = 0; k < some; k++) {
             const double a = sums[k / 2].a[k % 2], b = (double)sums[k / 2].b[k % 2];
-            const double off = 2 * SUM_DOUBT * a + WEIGHT_DOUBT / 2 * (3 * row->weights + b * (1. / 3)); /* |q| ≤ (3 + q² / 3) / 2 */
+            /* Σ |q| ≤ Σ (3 + q² / 3) / 2 */
+            const double off = 2 * SUM_DOUBT * a + WEIGHT_DOUBT / 2 * (3 * row->weights + b * (1. / 3));
             marks[i + k] = mark_of(h[i + k], a, b, off);
         }
     }
