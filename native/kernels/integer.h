@@ -283,6 +283,8 @@ static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens,
         dot_wide((const uint8_t *)w, rows, x, tokens, k, acc, ldacc, &ahead);
         return;
     }
+#else
+    (void)following;
 #endif
     dot_tiles(CODES, W8_TOKENS, (const uint8_t *)w, rows, x, tokens, k, acc, ldacc);
 #if defined(NPUQ_LEVEL_AVX2)

@@ -26,18 +26,6 @@ INLINE vs vs_load_i8(const int8_t *p) {
     return __builtin_convertvector(v, vs);
 #endif
 }
-INLINE vs vs_load_u8(const uint8_t *p) {
-#if defined(NPUQ_LEVEL_AVX512)
-    return (vs)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(NPUQ_LEVEL_AVX2)
-    return (vs)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-#else
-    typedef uint8_t vu8 __attribute__((vector_size(8)));
-    vu8 v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, vs);
-#endif
-}
 INLINE vi vi_load_u8(const uint8_t *p) {
 #if defined(NPUQ_LEVEL_AVX512)
     return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -267,17 +255,6 @@ INLINE void vl_squares(vi v, vl *even, vl *odd) {
 INLINE int64_t vi_total(vi v) { return vl_total(vl_add((vl){0}, v)); }
 
 /* Bit i: whether lane i of a comparison is true. */
-INLINE uint32_t vi_bits(vi mask) {
-#if defined(NPUQ_LEVEL_AVX512)
-    return (uint32_t)_mm512_movepi32_mask((__m512i)mask);
-#elif defined(NPUQ_LEVEL_AVX2)
-    return (uint32_t)_mm256_movemask_ps((__m256)mask);
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < VW; i++) bits |= (uint32_t)(mask[i] & 1) << i;
-    return bits;
-#endif
-}
 INLINE uint32_t vs_bits(vs mask) {
 #if defined(NPUQ_LEVEL_AVX512)
     return (uint32_t)_mm512_movepi16_mask((__m512i)mask);
