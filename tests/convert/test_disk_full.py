@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}
@@ -32,7 +34,8 @@ def test_a_limit_of_the_operating_system(rig, v3_source, v3_artifact, tmp_path, 
     """RLIMIT_FSIZE: the kernel itself refuses, not a stand-in."""
     answer = rig(v3_source, tmp_path / "out", options=OPTIONS, file_limit=40_000)
     assert answer["kind"] == "ConversionError"
-    assert "model-00001-of-00006.safetensors" in answer["error"] and "File too large" in answer["error"]
+    # Two neighbouring shards fill at the same time: either may be the first to reach the limit.
+    assert re.search(r"/model-0000[12]-of-00006\.safetensors: .*File too large", answer["error"])
     rig(v3_source, tmp_path / "out", options=OPTIONS)
     assert tree(tmp_path / "out") == tree(v3_artifact)
 
