@@ -88,7 +88,12 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = shlex.split(os.environ.get("CC", "cc"))
         extra = shlex.split(os.environ.get("CFLAGS", ""))
-        build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp), compiler, platform.machine(), extra)
+        try:
+            build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp), compiler, platform.machine(), extra)
+        except CompileError:
+            # An editable install goes on without it: what an earlier one built is of other sources.
+            (ROOT / "quant" / LIBRARY).unlink(missing_ok=True)
+            raise
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)

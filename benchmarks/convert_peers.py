@@ -8,15 +8,16 @@
 What is run: bf16 matrices in memory to codes and scales in memory, by each peer's own classes in its own environment
 (peer_quantizers.py): llm-compressor's `memoryless_mse` and `memoryless_minmax` observers with compressed-tensors'
 `quantize`, and msmodelslim's weight quantizers `ssz` and `minmax`. npuq packs the codes, sums scale_bias and measures
-its error in the same time, on as many threads. Errors are Σ (w − s·q)² / Σ w² in float64 from what each returned. The
-environments need a torch of their own; on a machine without a GPU install torch's CPU build there first.
+its error in the same time, on as many threads. Each tool passes over the matrices until `--seconds` have gone by, at
+least once: one pass of a fast one is over before the system has spread its threads over the cores. Errors are Σ (w −
+s·q)² / Σ w² in float64 from what each returned. The environments need a torch of their own; on a machine without a GPU
+install torch's CPU build there first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import tempfile
 import time
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="holds an environment for each peer")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="of npuq; a peer runs once, after a small matrix")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that each tool and method takes at least")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -89,7 +90,7 @@ def measure(weights: dict[str, Tensor], method: str, options: argparse.Namespace
         if not python.exists():
             print(f"{peer}: no environment at {python}; see --help")
             continue
-        seconds, theirs = run_peer(python, peer, method, weights, options.threads)
+        seconds, theirs = run_peer(python, peer, method, weights, options)
         found = row_errors(weights, theirs)
         # Both are float64 sums of the same kind: what differs by less than their rounding is equal.
         worse = int((errors > found * (1 + 1e-6)).sum())
@@ -103,20 +104,24 @@ def measure(weights: dict[str, Tensor], method: str, options: argparse.Namespace
 def run_npuq(
     weights: dict[str, Tensor], method: Method, options: argparse.Namespace
 ) -> tuple[float, dict[str, Tensor]]:
-    """Median seconds, and codes and scales of each matrix but the first."""
-    result, seconds = {}, []
+    """Seconds a pass over all matrices but the first, and codes and scales of each."""
+    result, passes = {}, 0
     with ThreadPoolExecutor(options.threads) as pool:
-        for _ in range(options.rounds):
-            total = 0.0
-            for name, weight in sorted(weights.items()):
-                chunk = CHUNK // weight.shape[1] // 2 * 2
-                started = time.perf_counter()
-                parts = list(pool.map(lambda rows: _quantize(rows, method), weight.split(chunk)))
-                total += time.perf_counter() - started if name != "0" else 0
-                result[name + ".codes"] = unpack_int4(torch.cat([part[WEIGHT] for part in parts]))
-                result[name + ".scale"] = torch.cat([part[SCALE] for part in parts])
-            seconds.append(total)
-    return statistics.median(seconds), result
+
+        def parts(weight: Tensor) -> list[dict[str, Tensor]]:
+            chunks = weight.split(CHUNK // weight.shape[1] // 2 * 2)
+            return list(pool.map(lambda rows: _quantize(rows, method), chunks))
+
+        parts(weights["0"])
+        started = time.perf_counter()
+        while not passes or time.perf_counter() - started < options.seconds:
+            done = {name: parts(weight) for name, weight in weights.items() if name != "0"}
+            passes += 1
+        seconds = (time.perf_counter() - started) / passes
+    for name, found in done.items():
+        result[name + ".codes"] = unpack_int4(torch.cat([part[WEIGHT] for part in found]))
+        result[name + ".scale"] = torch.cat([part[SCALE] for part in found])
+    return seconds, result
 
 
 def _quantize(rows: Tensor, method: Method) -> dict[str, Tensor]:
@@ -125,15 +130,16 @@ def _quantize(rows: Tensor, method: Method) -> dict[str, Tensor]:
 
 
 def run_peer(
-    python: Path, peer: str, method: str, weights: dict[str, Tensor], threads: int
+    python: Path, peer: str, method: str, weights: dict[str, Tensor], options: argparse.Namespace
 ) -> tuple[float, dict[str, Tensor]]:
-    """Seconds, and codes and scales; SystemExit with the peer's words when it fails."""
+    """Seconds a pass, and codes and scales; SystemExit with the peer's words when it fails."""
     script = Path(__file__).with_name("peer_quantizers.py")
     with tempfile.TemporaryDirectory(prefix="npuq-") as folder:
         source, target = Path(folder) / "weights.safetensors", Path(folder) / "codes.safetensors"
         save_file(weights, source)
         # Isolated: modules beside the script are not the peer's.
-        command = [str(python), "-I", str(script), peer, method, str(source), str(target), str(threads)]
+        limits = [str(options.threads), str(options.seconds)]
+        command = [str(python), "-I", str(script), peer, method, str(source), str(target), *limits]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{peer}: {done.stderr[-2000:]}")

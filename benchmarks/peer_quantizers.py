@@ -1,9 +1,10 @@
 """Runs inside a peer's own environment, for convert_peers.py: quantizes matrices with the peer's code, and times that.
 
-    python peer_quantizers.py llmcompressor|msmodelslim METHOD INPUT.safetensors OUTPUT.safetensors THREADS
+    python peer_quantizers.py llmcompressor|msmodelslim METHOD INPUT.safetensors OUTPUT.safetensors THREADS SECONDS
 
 INPUT holds bf16 matrices [N, K]; OUTPUT gets NAME.codes int8 and NAME.scale float32 [N, 1]. Prints the seconds from the
-matrix in memory to codes and scales in memory, for all matrices after the first, which only warms up.
+matrices in memory to codes and scales in memory, a pass over all but the first, which only warms up. Passes are made
+until SECONDS have gone by, at least one.
 """
 
 from __future__ import annotations
@@ -55,17 +56,21 @@ def msmodelslim(method: str) -> Quantizer:
 
 
 def main() -> None:
-    peer, method, source, target, threads = sys.argv[1:]
+    peer, method, source, target, threads, least = sys.argv[1:]
     torch.set_num_threads(int(threads))
     run = {"llmcompressor": llmcompressor, "msmodelslim": msmodelslim}[peer](method)
-    result, seconds = {}, 0.0
+    first, *weights = sorted(load_file(source).items())
+    result, passes = {}, 0
     with torch.no_grad():
-        for number, (name, weight) in enumerate(sorted(load_file(source).items())):
-            started = time.perf_counter()
-            codes, scale = run(weight)
-            seconds += time.perf_counter() - started if number else 0
-            result[name + ".codes"] = codes.contiguous()
-            result[name + ".scale"] = scale.float().contiguous()
+        run(first[1])
+        started = time.perf_counter()
+        while not passes or time.perf_counter() - started < float(least):
+            done = {name: run(weight) for name, weight in weights}
+            passes += 1
+        seconds = (time.perf_counter() - started) / passes
+    for name, (codes, scale) in done.items():
+        result[name + ".codes"] = codes.contiguous()
+        result[name + ".scale"] = scale.float().contiguous()
     save_file(result, target)
     print(seconds)
 

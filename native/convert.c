@@ -4,7 +4,7 @@
 
 #include "levels.h"
 
-/* FP8's subnormals may pass through those of float32 (kernels/minmax.h). Whoever calls may have told the processor to take
+/* FP8's subnormals may pass through those of float32 (kernels/minmax_fp8.h). Whoever calls may have told the processor to take
  * these for zeros, as torch.set_flush_denormal does: not here. Returns what is to be put back. */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -45,10 +45,8 @@ static int convert_one(const struct kernels *kernels, const npuq_source *source,
     const void *x = row_at(source, row, (int64_t)n);
     const float *scales = scales_at(source, row);
     const size_t block = (size_t)source->block_cols;
-    if (source->dtype == NPUQ_F8E4M3) {
-        int status = kernels->convert_fp8(x, n, scales, block, bits, mse, memory, out);
-        if (status >= 0) return status;
-    }
+    const int status = kernels->convert_stored(x, source->dtype, n, scales, block, bits, mse, memory, out);
+    if (status >= 0) return status;
     float largest = kernels->decode_row(x, source->dtype, n, scales, block, w);
     if (largest != largest) return NPUQ_NOT_FINITE;
     return kernels->convert_row(w, n, largest, bits, mse, memory, out);

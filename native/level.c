@@ -46,6 +46,6 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .convert_release = convert_release,
     .decode_row = decode_row,
     .convert_row = convert_row,
-    .convert_fp8 = convert_fp8,
+    .convert_stored = convert_stored,
     .pack_rows = pack_rows,
 };

@@ -90,11 +90,11 @@ struct kernels {
     void (*convert_release)(void *memory);
     /* The largest magnitude; NaN when there is an infinity or a NaN. */
     float (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
-    /* w is zero-padded to a multiple of 64. */
+    /* w is zero-padded to a multiple of 64. int4 by min-max is convert_stored's alone. */
     int (*convert_row)(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out);
-    /* From an FP8 row; < 0 if the row must be decoded and go through convert_row. */
-    int (*convert_fp8)(const uint8_t *x, size_t n, const float *block_scale, size_t block, int bits, int mse, void *memory,
-                       struct converted *out);
+    /* From a row as it is stored; < 0 if it must be decoded and go through convert_row. */
+    int (*convert_stored)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, int bits, int mse,
+                          void *memory, struct converted *out);
     /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */
     void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, size_t columns, int8_t *out, int32_t *sums);
 };

@@ -189,7 +189,7 @@ def description() -> str:
         return f"native kernels ({usable[-1]})"
     if LIBRARY.exists():
         return f"torch (native kernels are of another version or platform: reinstall npuq to rebuild {LIBRARY.name})"
-    return "torch (native kernels were not built: install a C compiler and reinstall npuq)"
+    return "torch (native kernels were not built: install a C compiler and reinstall npuq, with -v to see it work)"
 
 
 def level_index(found: ctypes.CDLL, level: str) -> int:

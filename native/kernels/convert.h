@@ -7,7 +7,7 @@
 
 #include "codes.h"
 #include "distinct.h"
-#include "minmax.h"
+#include "minmax_fp8.h"
 #include "rows.h"
 
 /* A block of up to `count` weights; raises `largest`. */
@@ -46,7 +46,7 @@ static float decode_fp8(const uint8_t *x, size_t n, const float *block_scale, si
 static float decode_row(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out) {
     if (dtype == NPUQ_F8E4M3) return decode_fp8(x, n, block_scale, block, out);
     to_float(x, dtype, n, out);
-    return largest_finite(out, n);
+    return largest_stored(x, dtype, n);
 }
 
 /* Rows are zero-padded to padded_length here, and so is what is made of them. Gives the exact Σ w², which is 2^63 at
@@ -86,12 +86,15 @@ static uint64_t to_planes(const float *w, float unit, float largest, struct plan
 /* Width, relative, below which an interval of scales stays as it is. */
 #define PLANE_NARROW 0.02
 
-/* From an FP8 row; LEAST_MAGNITUDE and below count as zeros. < 0 if it must be decoded and go through convert_row. */
-static int convert_fp8(const uint8_t *x, size_t n, const float *block_scale, size_t block, int bits, int mse, void *memory,
-                       struct converted *out) {
-    const struct fp8_row row = {x, n, block, block_scale};
-    if (!mse) return convert_minmax_fp8(&row, bits, out);
-    return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
+/* From what is stored; LEAST_MAGNITUDE and below count as zeros. < 0 if it must be decoded and go through convert_row. */
+static int convert_stored(const void *x, int dtype, size_t n, const float *block_scale, size_t block, int bits, int mse,
+                          void *memory, struct converted *out) {
+    if (dtype == NPUQ_F8E4M3) {
+        const struct fp8_row row = {x, n, block, block_scale};
+        if (!mse) return convert_minmax_fp8(&row, bits, out);
+        return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
+    }
+    return bits == 4 && !mse ? convert_minmax_int4(x, dtype, n, out) : NOT_IN_TABLES;
 }
 
 static int convert_row(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out) {
@@ -100,7 +103,7 @@ static int convert_row(const float *w, size_t n, float largest, int bits, int ms
         zero_row(out, n);
         return NPUQ_OK;
     }
-    if (!mse) return convert_minmax(w, n, largest, bits, out);
+    if (!mse) return convert_minmax_int8(w, n, largest, out); /* int4: convert_stored */
     const float unit = fixed_unit(largest, &exponent);
     struct convert_memory layout = convert_layout(memory, n);
     const float top = rintf(ldexpf(largest, FIXED_BITS - exponent));

@@ -3,7 +3,7 @@
 #ifndef NPUQ_KERNELS_DISTINCT_H
 #define NPUQ_KERNELS_DISTINCT_H
 
-#include "minmax.h"
+#include "minmax_fp8.h"
 
 /* The least half scale that is looked at, of the one that is guessed: so low that clipping has ruled out all below it,
  * and 48 magnitudes reach from there to the largest of a block of Gaussian weights. */

@@ -131,6 +131,22 @@ INLINE void vs_upper_halves(vs v, vf out[2]) {
 #endif
 }
 
+/* Two vectors as bytes; values must fit. */
+INLINE void vs_store_i8x2(int8_t *p, vs a, vs b) {
+#if defined(NPUQ_LEVEL_AVX512)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi16_epi8((__m512i)a));
+    _mm256_storeu_si256((__m256i *)(p + PLANE_STEP), _mm512_cvtepi16_epi8((__m512i)b));
+#elif defined(NPUQ_LEVEL_AVX2)
+    const __m256i packed = _mm256_packs_epi16((__m256i)a, (__m256i)b); /* within 128-bit halves */
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xD8));
+#else
+    typedef int8_t vb8 __attribute__((vector_size(8)));
+    const vb8 first = __builtin_convertvector(a, vb8), second = __builtin_convertvector(b, vb8);
+    memcpy(p, &first, sizeof first);
+    memcpy(p + PLANE_STEP, &second, sizeof second);
+#endif
+}
+
 /* Sums in 64-bit lanes: of 32-bit lanes, and of their products; exact. */
 #if defined(NPUQ_LEVEL_AVX512)
 typedef __m512i vl;

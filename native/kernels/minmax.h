@@ -1,17 +1,14 @@
-/* Codes by min-max, in one pass over a row; of an FP8 row, straight from its bytes.
+/* Codes by min-max; int4 straight from what is stored, of rows without scales here, of FP8 rows in minmax_fp8.h.
  *
  * The scale is the largest magnitude over the largest code M. It, its inverse and the inverse's product with a weight are
  * float32 operations, each off by 2^-24 of its result at most: the first two are never subnormal (LEAST_MAGNITUDE ≤ largest
  * < 2^128), and where the product is one, the code is 0. So |w · inverse| ≤ M · (1 + 2^-22), which rounds to M at most:
- * there is nothing to clamp.
- *
- * For int4, error and norm are told by weights of TOLD_BITS, x in int16: Σ x², A = Σ x·q and B = Σ q² are then instructions
- * on pairs of neighbours, and exact. A weight is half a unit beside its x at most, which is below 2^-11 of a scale. */
+ * there is nothing to clamp. */
 #ifndef NPUQ_KERNELS_MINMAX_H
 #define NPUQ_KERNELS_MINMAX_H
 
-#include "codes.h"
-#include "fp8.h"
+#include "rows.h"
+#include "told.h"
 
 INLINE void zero_row(struct converted *out, size_t n) {
     memset(out->codes, 0, n);
@@ -19,273 +16,120 @@ INLINE void zero_row(struct converted *out, size_t n) {
     out->error = out->norm = 0;
 }
 
-/* The largest magnitude of an FP8 row; NaN when one is none, or infinite. */
-static float largest_of_fp8(const struct fp8_row *row) {
-    float largest = 0, poison = 0;
-    int nan = 0;
-    const float *block_scale = row->block_scale;
-    for (size_t first = 0; first < row->n; first += row->block) {
-        const uint8_t code = largest_code(row->x + first, row->n - first < row->block ? row->n - first : row->block);
-        const float scale = *block_scale++, w = fabsf(fp8_magnitudes[code] * scale);
-        nan |= code == FP8_NAN;
-        poison += scale * 0.0f;
-        largest = w > largest ? w : largest;
+/* The largest magnitude of a row without scales; NaN when one is none, or infinite. The bits of magnitudes are in their
+ * order, and those of what is not finite above all others. */
+static float largest_stored(const void *x, int dtype, size_t n) {
+    if (dtype == NPUQ_F32) return largest_finite(x, n);
+    const int16_t *at = x;
+    const vs magnitude = vs_set(0x7FFF);
+    vs most[2] = {vs_set(0), vs_set(0)};
+    size_t i = 0;
+    for (; i + 2 * PLANE_STEP <= n; i += 2 * PLANE_STEP) {
+        most[0] = vs_max(most[0], vs_load(at + i) & magnitude);
+        most[1] = vs_max(most[1], vs_load(at + i + PLANE_STEP) & magnitude);
     }
-    return nan || poison != 0 || isinf(largest) ? NAN : largest;
+    int16_t lane[2 * PLANE_STEP] = {0};
+    memcpy(lane, at + i, (n - i) * sizeof *at);
+    most[0] = vs_max(most[0], vs_load(lane) & magnitude);
+    most[1] = vs_max(most[1], vs_load(lane + PLANE_STEP) & magnitude);
+    const vs both = vs_max(most[0], most[1]);
+    int16_t bits = 0;
+    for (int k = 0; k < PLANE_STEP; k++) bits = both[k] > bits ? both[k] : bits;
+    if (bits >= (dtype == NPUQ_BF16 ? 0x7F80 : 0x7C00)) return NAN;
+    float largest[VW];
+    uint16_t first[VW] = {(uint16_t)bits};
+    to_float(first, dtype, VW, largest);
+    return largest[0];
 }
 
-/* FP8 weights times what is FP8_UNIT in `scale`, and zeros up to a multiple of CODE_STEP. */
-INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
-    for (size_t i = 0; i < count; i += CODE_STEP) {
-        uint8_t lane[CODE_STEP] = {0};
-        const uint8_t *at = x + i;
-        if (count - i < CODE_STEP) at = memcpy(lane, at, count - i);
-        vf v[4];
-        load_fp8_pair(at, v);
-        load_fp8_pair(at + 2 * VW, v + 2);
+/* CODE_STEP stored weights, in the order of the level's `vs_pack` backwards: packed two by two they are as they lie there. For
+ * float32 and float16 only `vi_store_i8x4` puts them so. */
+INLINE void load_step(const char *x, const int dtype, vf v[4]) {
+    if (dtype == NPUQ_BF16) {
+        vs_upper_halves(vs_load((const int16_t *)x), v);
+        vs_upper_halves(vs_load((const int16_t *)x + PLANE_STEP), v + 2);
+        return;
+    }
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) vf_store(w + i + k * VW, v[k] * scale);
-    }
+    for (int k = 0; k < 4; k++) v[k] = vf_load_as(x, dtype, (size_t)k * VW);
 }
 
-/* Whether a block with that scale, times the unit of fixed point, may hold anything but zeros in a row that is finite. */
-INLINE int is_usable(float scale) { return fabsf(scale * FP8_UNIT) < INFINITY; }
-
-/* int4: Σ x², A and B. A weight and its code have one sign: A needs none, and 2^17 times 2^14 times 7 over four lanes fit. */
-struct told {
-    struct lane_sums norm;
-    vu a;
-    vi b;
-};
-
-/* The same of a part; a variable of its own, since what codes are stored to might be anything's bytes. */
-struct told_part {
-    vu squares[2]; /* 4 times 2^29 in a lane */
-    vu a;
-    vs b;
-};
-
-/* `code_squares`: each lane's of both. */
-INLINE void tell(struct told_part *part, vs x, vs y, vs code_x, vs code_y, vs code_squares) {
-    part->squares[0] = vu_dot(part->squares[0], x, x);
-    part->squares[1] = vu_dot(part->squares[1], y, y);
-    part->a = vu_dot(vu_dot(part->a, x, code_x), y, code_y);
-    part->b += code_squares;
-}
-
-INLINE void add_part(struct told *told, const struct told_part *part) {
-    add_lanes(&told->norm, part->squares[0]);
-    add_lanes(&told->norm, part->squares[1]);
-    told->a += part->a;
-    told->b = vs_dot(told->b, part->b, vs_set(1));
-}
-
-INLINE struct told both(struct told a, struct told b) {
-    return (struct told){join_lanes(a.norm, b.norm), a.a + b.a, a.b + b.b};
-}
-
-/* int4 codes of `count` floats, of zeros from there to a multiple of CODE_STEP. */
-INLINE void round_floats(const float *w, size_t count, float unit, float inverse, int8_t *codes, struct told *told) {
-    for (size_t first = 0; first < count; first += PART) {
-        struct told_part part = {0};
-        for (size_t i = first; i < first + PART && i < count; i += CODE_STEP) {
-            vi fixed[4], code[4];
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) {
-                const vf v = vf_load(w + i + k * VW);
-                fixed[k] = vf_round(v * unit);
-                code[k] = vf_round(v * inverse);
-            }
-            const vs first_two = vs_pack(code[0], code[1]), last_two = vs_pack(code[2], code[3]);
-            tell(&part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), first_two, last_two,
-                 first_two * first_two + last_two * last_two);
-            int8_t lane[CODE_STEP], *to = count - i < CODE_STEP ? lane : codes + i;
-            vi_store_i8x4(to, code[0], code[1], code[2], code[3]);
-            if (to == lane) memcpy(codes + i, lane, count - i);
-        }
-        add_part(told, &part);
-    }
-}
-
-/* The bits of an FP8 magnitude as the upper ones of a float32, four places down, are the magnitude over this: subnormal
- * where it is subnormal (convert.c sees to it that the processor does not take those for zeros). */
-#define MAGNITUDE_UNIT 0x1p120f
-
-/* Magnitudes of CODE_STEP weights times `scale`, which has MAGNITUDE_UNIT in it: those at even places, then the others. */
-INLINE void decode_magnitudes(const uint8_t *x, vf scale, float *w) {
-    const vs both = vs_load((const int16_t *)x);
+/* int4 codes of a step. */
+INLINE void round_step(const char *x, const int dtype, float unit, float inverse, int8_t *codes, struct told_part *part) {
     vf v[4];
-    vs_upper_halves((both << 4) & vs_set(0x7F0), v);
-    vs_upper_halves((both >> 4) & vs_set(0x7F0), v + 2);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) vf_store(w + k * VW, v[k] * scale);
-}
-
-/* Bytes with the signs of others. */
-INLINE vs with_signs(vs magnitudes, vs signs) {
-#if defined(NPUQ_LEVEL_AVX2)
-    return (vs)_mm256_sign_epi8((__m256i)magnitudes, (__m256i)signs); /* 0 under 0 */
-#else
-    typedef int8_t vbytes __attribute__((vector_size(CODE_STEP)));
-    const vbytes negative = (vbytes)((vbytes)signs < 0);
-    return (vs)(((vbytes)magnitudes ^ negative) - negative);
-#endif
-}
-
-/* int4 codes of such magnitudes of the weights x. */
-INLINE void round_magnitudes(const float *w, vf inverse, const uint8_t *x, int8_t *codes, struct told_part *part) {
     vi fixed[4], code[4];
+    load_step(x, dtype, v);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-        const vf v = vf_load(w + k * VW);
-        fixed[k] = vf_round(v);
-        code[k] = vf_round(v * inverse);
+        fixed[k] = vf_round(v[k] * unit);
+        code[k] = vf_round(v[k] * inverse);
     }
-    const vs even = vs_pack(code[0], code[1]), odd = vs_pack(code[2], code[3]);
-    const vs sizes = even | (odd << 8), bytes = with_signs(sizes, vs_load((const int16_t *)x));
-    tell(part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), even, odd, vs_square_bytes(sizes));
-    memcpy(codes, &bytes, sizeof bytes);
+    const vs first_two = vs_pack(code[0], code[1]), last_two = vs_pack(code[2], code[3]);
+    tell(part, vs_pack(fixed[0], fixed[1]), vs_pack(fixed[2], fixed[3]), first_two, last_two,
+         first_two * first_two + last_two * last_two);
+    if (dtype == NPUQ_BF16) vs_store_i8x2(codes, first_two, last_two);
+    else vi_store_i8x4(codes, code[0], code[1], code[2], code[3]);
 }
 
-/* int4 codes of up to PART weights, in whole steps. Decoded apart from the rest: chains of half the length. */
-INLINE void round_part(const uint8_t *x, size_t count, float scale, float inverse, int8_t *codes, struct told *told) {
-    float w[PART];
-    struct told_part part = {0};
-#pragma GCC unroll 4
-    for (size_t i = 0; i < count; i += CODE_STEP) decode_magnitudes(x + i, vf_set(scale), w + i);
-#pragma GCC unroll 4
-    for (size_t i = 0; i < count; i += CODE_STEP) round_magnitudes(w + i, vf_set(inverse), x + i, codes + i, &part);
-    add_part(told, &part);
-}
-
-/* The same of fewer than PART weights. Like what follows not inlined, so that the sums of whole parts stay in registers. */
-__attribute__((noinline)) static struct told round_rest(const uint8_t *x, size_t count, float scale, float inverse,
-                                                        int8_t *codes) {
+/* int4 codes of `count` stored weights that have no scales. */
+INLINE struct told round_stored(const char *x, const int dtype, size_t count, float unit, float inverse, int8_t *codes) {
+    const size_t size = dtype == NPUQ_F32 ? 4 : 2;
     struct told told = {0};
-    uint8_t lane[PART] = {0};
-    int8_t to[PART];
-    memcpy(lane, x, count);
-    round_part(lane, count, scale, inverse, to, &told);
-    memcpy(codes, to, count);
-    return told;
-}
-
-/* Codes of a block whose scale, without MAGNITUDE_UNIT, is negative or has no room for that: one of small magnitudes in
- * which the row's largest weights are. */
-__attribute__((noinline)) static struct told round_odd_block(const uint8_t *x, size_t count, float scale, float inverse,
-                                                             int8_t *codes) {
-    struct told told = {0};
-    for (size_t part = 0; part < count; part += PART) {
-        float w[PART];
-        const size_t end = count - part < PART ? count - part : PART;
-        decode_part(x + part, end, scale * FP8_UNIT, w);
-        round_floats(w, end, 1, inverse, codes + part, &told);
+    for (size_t i = 0; i < count;) {
+        struct told_part part = {0};
+        for (const size_t end = i + PART; i < end && i + CODE_STEP <= count; i += CODE_STEP) {
+            __builtin_prefetch(x + (count + i) * size, 0, 2); /* the next row */
+            round_step(x + i * size, dtype, unit, inverse, codes + i, &part);
+        }
+        if (count - i < CODE_STEP && i < count) {
+            char lane[CODE_STEP * 4] = {0};
+            int8_t to[CODE_STEP];
+            memcpy(lane, x + i * size, (count - i) * size);
+            round_step(lane, dtype, unit, inverse, to, &part);
+            memcpy(codes + i, to, count - i);
+            i = count;
+        }
+        add_part(&told, &part);
     }
     return told;
 }
 
-/* int4 codes of an FP8 row. The unit of fixed point is a power of two: it may be taken times a block's scale, and off the
- * inverse, without changing what is rounded. */
-static struct told round_fp8_int4(const struct fp8_row *row, float unit, float inverse, int8_t *codes) {
-    struct told told = {0};
-    const float *block_scale = row->block_scale, to_code = inverse / unit;
-    for (size_t first = 0; first < row->n; first += row->block) {
-        const size_t count = row->n - first < row->block ? row->n - first : row->block;
-        const uint8_t *x = row->x + first;
-        const float scale = *block_scale++ * unit, up = scale * MAGNITUDE_UNIT;
-        if (up >= 0 && up < INFINITY) {
-            size_t i = 0;
-            /* The next row, which lies behind this one, would come too late for the pass that looks for the largest. */
-            for (size_t line = 0; line < count; line += 64) __builtin_prefetch(x + row->n + line, 0, 2);
-            for (; i + PART <= count; i += PART) round_part(x + i, PART, up, to_code, codes + first + i, &told);
-            if (i < count) told = both(told, round_rest(x + i, count - i, up, to_code, codes + first + i));
-        } else if (is_usable(scale)) {
-            told = both(told, round_odd_block(x, count, scale, to_code, codes + first));
-        } else {
-            memset(codes + first, 0, count);
-        }
-    }
-    return told;
+/* int4 from a row without scales; a function each, as loops of their own. */
+__attribute__((noinline)) static struct told round_f32(const char *x, size_t n, float unit, float inverse, int8_t *codes) {
+    return round_stored(x, NPUQ_F32, n, unit, inverse, codes);
+}
+__attribute__((noinline)) static struct told round_bf16(const char *x, size_t n, float unit, float inverse, int8_t *codes) {
+    return round_stored(x, NPUQ_BF16, n, unit, inverse, codes);
+}
+__attribute__((noinline)) static struct told round_f16(const char *x, size_t n, float unit, float inverse, int8_t *codes) {
+    return round_stored(x, NPUQ_F16, n, unit, inverse, codes);
 }
 
-/* int8 codes of an FP8 row; Σ w² in fixed point, A and B of them. */
-static struct exact_state round_fp8_int8(const struct fp8_row *row, float unit, float inverse, int8_t *codes,
-                                         uint64_t *squares) {
-    struct code_sums sums = {{0}, {0}, {0}, {0}, {0}};
-    const float to_code = inverse / unit;
-    for (size_t first = 0; first < row->n; first += row->block) {
-        const size_t count = row->n - first < row->block ? row->n - first : row->block;
-        const uint8_t *x = row->x + first;
-        const float scale = row->block_scale[first / row->block] * unit;
-        if (!is_usable(scale)) {
-            memset(codes + first, 0, count);
-            continue;
-        }
-        for (size_t part = 0; part < count; part += PART) { /* decoded apart from the rest: chains of half the length */
-            float w[PART];
-            const size_t end = count - part < PART ? count - part : PART;
-            decode_part(x + part, end, scale * FP8_UNIT, w);
-            for (size_t i = 0; i < end; i += CODE_STEP) {
-                vi code[4];
-#pragma GCC unroll 4
-                for (int k = 0; k < 4; k++) {
-                    const vf v = vf_load(w + i + k * VW);
-                    code[k] = vf_round(v * to_code);
-                    sum_codes(vf_round(v), code[k], 8, 1, &sums);
-                }
-                store_codes(code, end - i, codes + first + part + i, &sums);
-            }
-            flush_sums(&sums);
-        }
-    }
-    return sums_of(&sums, squares);
-}
-
-INLINE void account_told(struct converted *out, const struct told *told, int exponent) {
-    struct lane_sums a = {{0}, {0}};
-    add_lanes(&a, told->a);
-    const struct exact_state state = {(int64_t)total_lanes(&a), vi_total(told->b), 0};
-    account_in(out, (double)total_lanes(&told->norm), state, exponent, TOLD_BITS);
-}
-
-/* int8 or int4 from an FP8 row. */
-static int convert_minmax_fp8(const struct fp8_row *row, int bits, struct converted *out) {
-    const float largest = largest_of_fp8(row);
+static int convert_minmax_int4(const char *x, int dtype, size_t n, struct converted *out) {
+    const float largest = largest_stored(x, dtype, n);
     int exponent;
     if (largest != largest) return NPUQ_NOT_FINITE;
     if (largest < LEAST_MAGNITUDE) {
-        zero_row(out, row->n);
+        zero_row(out, n);
         return NPUQ_OK;
     }
-    out->scale = largest / (float)((1 << (bits - 1)) - 1);
-    if (bits == 4) {
-        const float unit = unit_of(TOLD_BITS, largest, &exponent);
-        const struct told told = round_fp8_int4(row, unit, 1.0f / out->scale, out->codes);
-        account_told(out, &told, exponent);
-    } else {
-        uint64_t squares;
-        const float unit = fixed_unit(largest, &exponent);
-        const struct exact_state state = round_fp8_int8(row, unit, 1.0f / out->scale, out->codes, &squares);
-        account(out, (double)squares, state, exponent);
-    }
+    out->scale = largest / 7;
+    const float unit = unit_of(TOLD_BITS, largest, &exponent), inverse = 1.0f / out->scale;
+    const struct told told = dtype == NPUQ_F32    ? round_f32(x, n, unit, inverse, out->codes)
+                             : dtype == NPUQ_BF16 ? round_bf16(x, n, unit, inverse, out->codes)
+                                                  : round_f16(x, n, unit, inverse, out->codes);
+    account_told(out, &told, exponent);
     return NPUQ_OK;
 }
 
-/* The same from floats, LEAST_MAGNITUDE ≤ largest. */
-static int convert_minmax(const float *w, size_t n, float largest, int bits, struct converted *out) {
+/* int8 from floats, LEAST_MAGNITUDE ≤ largest. */
+static int convert_minmax_int8(const float *w, size_t n, float largest, struct converted *out) {
     int exponent;
-    out->scale = largest / (float)((1 << (bits - 1)) - 1);
-    if (bits == 4) {
-        struct told told = {0};
-        const float unit = unit_of(TOLD_BITS, largest, &exponent);
-        round_floats(w, n, unit, 1.0f / out->scale, out->codes, &told);
-        account_told(out, &told, exponent);
-    } else {
-        uint64_t squares;
-        const float unit = fixed_unit(largest, &exponent);
-        const struct exact_state state = round_codes_as(w, n, unit, 1.0f / out->scale, 8, 0, out->codes, &squares);
-        account(out, (double)squares, state, exponent);
-    }
+    uint64_t squares;
+    const float unit = fixed_unit(largest, &exponent);
+    out->scale = largest / 127;
+    const struct exact_state state = round_codes_as(w, n, unit, 1.0f / out->scale, 8, 0, out->codes, &squares);
+    account(out, (double)squares, state, exponent);
     return NPUQ_OK;
 }
 

@@ -141,30 +141,50 @@ static void check_paged_attention(void) {
     }
 }
 
-static void check_conversion(void) {
+static void convert_at_every_level(const npuq_source *source, int64_t cols, int bits, int mse) {
+    int8_t *codes[2] = {malloc((size_t)(2 * cols)), malloc((size_t)(2 * cols))};
+    float scale[2][2], bias[2][2] = {{0}};
+    double error[2][2], norm[2][2];
+    int64_t bad;
+    size_t stored = (size_t)(2 * cols) / (bits == 4 ? 2 : 1);
+    for (int level = 0; level < npuq_level_count(); level++) {
+        if (!npuq_level_usable(level)) continue;
+        int w = level != 0;
+        if (npuq_quantize_rows(level, source, 2, cols, bits, mse, 1, codes[w], scale[w], bias[w], error[w], norm[w], &bad)) exit(2);
+        if (level && (memcmp(codes[0], codes[1], stored) || memcmp(scale[0], scale[1], sizeof scale[0]) ||
+                      memcmp(bias[0], bias[1], sizeof bias[0]) || memcmp(error[0], error[1], sizeof error[0]) ||
+                      memcmp(norm[0], norm[1], sizeof norm[0]))) {
+            fail("conversion", level);
+        }
+    }
+    free(codes[0]), free(codes[1]);
+}
+
+static void check_fp8_conversion(void) {
     for (int round = 0; round < 40; round++) {
-        int64_t rows = 2, cols = 1 + draw() % 700, bad;
+        int64_t cols = 1 + draw() % 700;
         int bits = round % 2 ? 4 : 8, mse = round % 4 < 2;
-        uint8_t *fp8 = filled((size_t)(rows * cols));
-        for (int64_t i = 0; i < rows * cols; i++) fp8[i] = (fp8[i] & 0x7F) == 0x7F ? 0 : fp8[i];
+        uint8_t *fp8 = filled((size_t)(2 * cols));
+        for (int64_t i = 0; i < 2 * cols; i++) fp8[i] = (fp8[i] & 0x7F) == 0x7F ? 0 : fp8[i];
         float *blocks = floats((size_t)(cols / 16 + 1));
         int64_t block = round % 3 ? 16 : 128;
         for (int64_t i = 0; block == 128 && i < cols / 16 + 1; i++) blocks[i] = 1 + fabsf(blocks[i]);
         npuq_source source = {fp8, blocks, cols / block + 1, 0, 2, block, NPUQ_F8E4M3};
-        int8_t *codes[2] = {malloc((size_t)(rows * cols)), malloc((size_t)(rows * cols))};
-        float scale[2][2], bias[2][2] = {{0}};
-        double error[2][2], norm[2][2];
-        size_t stored = (size_t)(rows * cols) / (bits == 4 ? 2 : 1);
-        for (int level = 0; level < npuq_level_count(); level++) {
-            if (!npuq_level_usable(level)) continue;
-            int w = level != 0;
-            if (npuq_quantize_rows(level, &source, rows, cols, bits, mse, 1, codes[w], scale[w], bias[w], error[w], norm[w], &bad)) exit(2);
-            if (level && (memcmp(codes[0], codes[1], stored) || memcmp(scale[0], scale[1], sizeof scale[0]) ||
-                          memcmp(bias[0], bias[1], sizeof bias[0]) || memcmp(error[0], error[1], sizeof error[0]))) {
-                fail("conversion", level);
-            }
-        }
-        free(fp8), free(blocks), free(codes[0]), free(codes[1]);
+        convert_at_every_level(&source, cols, bits, mse);
+        free(fp8), free(blocks);
+    }
+}
+
+/* Random bits of which one of the exponent's is cleared, so that all are finite; at addresses of elements, not vectors. */
+static void check_float_conversion(void) {
+    static const int dtypes[3] = {NPUQ_BF16, NPUQ_F16, NPUQ_F32};
+    for (int round = 0; round < 60; round++) {
+        int64_t cols = 1 + draw() % (round % 5 ? 300 : 3000), size = round % 3 == 2 ? 4 : 2;
+        uint8_t *memory = filled((size_t)((2 * cols + 1) * size)), *x = memory + size;
+        for (int64_t i = size - 1; i < 2 * cols * size; i += size) x[i] &= 0xBF;
+        npuq_source source = {x, NULL, 0, 0, 1, cols, dtypes[round % 3]};
+        convert_at_every_level(&source, cols, round % 4 < 3 ? 4 : 8, round % 4 == 2);
+        free(memory);
     }
 }
 
@@ -220,7 +240,8 @@ int main(void) {
     check_quantizers();
     check_attention();
     check_paged_attention();
-    check_conversion();
+    check_fp8_conversion();
+    check_float_conversion();
     for (int level = 0; level < npuq_level_count(); level++) npuq_pool_destroy(pools[level]);
     printf("%d levels beside portable agree\n", checked);
     if (npuq_sha256_usable()) {

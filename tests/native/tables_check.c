@@ -39,7 +39,7 @@ static int compare(const char *name, size_t n, size_t block, void *memory, float
     static float w[MOST + 64];
     static int8_t codes[2][MOST + 64];
     struct converted got = {.codes = codes[0]}, expected = {.codes = codes[1]};
-    const int status = convert_fp8(x, n, scale, block, 4, 1, memory, &got);
+    const int status = convert_stored(x, NPUQ_F8E4M3, n, scale, block, 4, 1, memory, &got);
     memset(w, 0, sizeof w);
     const float largest = decode_row(x, NPUQ_F8E4M3, n, scale, block, w);
     if (convert_row(w, n, largest, 4, 1, memory, &expected) != NPUQ_OK) exit(2);

@@ -237,25 +237,48 @@ def test_fp8_magnitudes_of_every_size(size: float, columns: int) -> None:
         _check(native.quantize(stored, 4, False, 16, level), expected)
 
 
+@pytest.mark.parametrize("scheme", [Scheme.W4A8, Scheme.W8A8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sources(dtype: torch.dtype) -> None:
+def test_half_precision_sources(dtype: torch.dtype, scheme: Scheme) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     rows = bits[bits.isfinite()][:63424].view(64, -1)  # every finite value there is, subnormal ones too
     for method in DATA_FREE:
-        expected = quantize_rows(rows.float(), Scheme.W8A8, method, row_parallel=False)
+        expected = quantize_rows(rows.float(), scheme, method, row_parallel=False)
         for level in LEVELS:
-            _check(native.quantize(StoredRows(rows), 8, method is Method.MSE, 1, level), expected)
+            _check(native.quantize(StoredRows(rows), scheme.weight_bits, method is Method.MSE, 1, level), expected)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("column", [0, 20, 44])
-def test_non_finite_rows_are_refused_by_number(poison: float, column: int) -> None:
-    rows = torch.randn(6, 45)
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    kind=st.sampled_from(KINDS),
+    pairs=st.integers(1, 2),
+    columns=st.one_of(st.integers(1, 300), st.integers(1000, 1100)),
+    offset=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_int4_of_any_float_from_where_it_lies(
+    dtype: torch.dtype, kind: str, pairs: int, columns: int, offset: int, seed: int
+) -> None:
+    """Rows of every length, at addresses that no vector is aligned to, whose neighbours in memory are not finite."""
+    memory = torch.full((2 * pairs * columns + offset + 100,), float("nan"), dtype=dtype)
+    rows = memory[offset : offset + 2 * pairs * columns].view(2 * pairs, columns)
+    rows.copy_(_rows(kind, 2 * pairs, columns, -2, seed))
+    for method in DATA_FREE:
+        expected = quantize_rows(rows.float(), Scheme.W4A8, method, row_parallel=False)
+        for level in LEVELS:
+            _check(native.quantize(StoredRows(rows), 4, method is Method.MSE, 1, level), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("poison", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 20, 44, 99])
+def test_non_finite_rows_are_refused_by_number(dtype: torch.dtype, poison: float, column: int) -> None:
+    rows = torch.randn(6, 100).to(dtype)
     rows[3, column] = poison
     rows[5] = poison
-    for level in LEVELS:
+    for level, method, bits in product(LEVELS, DATA_FREE, (4, 8)):
         with pytest.raises(NonFiniteError) as caught:
-            native.quantize(StoredRows(rows), 4, True, 1, level)
+            native.quantize(StoredRows(rows), bits, method is Method.MSE, 1, level)
         assert caught.value.row == 3
 
 
