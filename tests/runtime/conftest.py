@@ -17,6 +17,10 @@ from npuq.quant.artifact import KV_CACHE_NAME
 from npuq.quant.checkpoint import Checkpoint
 from npuq.quant.kv_cache import save_scales, storable_scale
 from npuq.quant.model_config import ModelConfig
+from npuq.runtime.backend import make_ops
+from npuq.runtime.ops import Ops
+from npuq.runtime.ops.cpu import CpuOps
+from npuq.runtime.ops.reference import ReferenceOps
 
 SEED = 20240807
 
@@ -180,3 +184,17 @@ def int8_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         ]
     save_scales([storable_scale(4 * gain / 127) for gain in gains], directory / KV_CACHE_NAME)
     return directory
+
+
+# The last runs on native kernels where they are built.
+OPERATOR_SETS: dict[str, Callable[[], Ops]] = {
+    "reference": ReferenceOps,
+    "torch": CpuOps,
+    "cpu": lambda: make_ops("cpu"),
+}
+
+
+@pytest.fixture(scope="session", params=OPERATOR_SETS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """Each CPU set of operators, in float32."""
+    return OPERATOR_SETS[request.param]()

@@ -10,18 +10,7 @@ from npuq.errors import ArtifactError, BackendError
 from npuq.quant.scales import Method
 from npuq.quant.schemes import Scheme
 from npuq.quant.static_w8a8 import input_scale_of, quantize_static
-from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import LinearPart, Ops, Quantized, Static
-from npuq.runtime.ops.cpu import CpuOps
-from npuq.runtime.ops.reference import ReferenceOps
-
-SETS = {"reference": ReferenceOps, "torch": CpuOps, "cpu": lambda: make_ops("cpu")}
-
-
-@pytest.fixture(params=SETS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    made: Ops = SETS[request.param]()
-    return made
 
 
 def part(outputs: int, inputs: int, low: float = -2.0, high: float = 5.0) -> tuple[LinearPart, dict[str, torch.Tensor]]:

@@ -1,0 +1,110 @@
+"""One pass through the model as operators see it: its tokens, which of them decode, and the pages that they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's paged cache, written in place.
+
+    latent `[blocks, L/16, block_size, 16]` and rope `[blocks, D/16, block_size, 16]` in the compute dtype, bytes as
+    `npu_kv_rmsnorm_rope_cache` writes them with `cache_mode="PA_NZ"`: channel d of the token at slot s is
+    `[s // block_size, d // 16, s % block_size, d % 16]`. A backend set to the ND layout keeps
+    `[blocks, block_size, 1, L]` and `[blocks, block_size, 1, D]` instead.
+
+    latent_scale: None, or float `[L]` on the device: then the latent is int8 in tiles of 32 channels, `[blocks, L/32,
+    block_size, 32]`, its codes those of `quant.kv_cache.latent_codes`, and code · scale is the channel's value. It is
+    float32, or the compute dtype, which holds the same numbers.
+    """
+
+    latent: Tensor
+    rope: Tensor
+    block_size: int
+    latent_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The part of a step that attends in absorbed form: its tokens come first in the step.
+
+    q_lens: cumulative query lengths without a leading 0 (all ones summed, unless tokens are speculated).
+    kv_lens: tokens of each sequence, those of this step included (not cumulative).
+    block_table: int32 `[sequences, max_blocks]` on the device; entries past a sequence's blocks are 0, never read.
+    """
+
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    block_table: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.q_lens[-1]
+
+
+@dataclass(frozen=True)
+class PrefixSegment:
+    """Cached tokens `[start, start + length)` of one sequence; `start` is a multiple of the block size.
+
+    block_table: int32 `[1, blocks]` on the device: the blocks that hold the segment, beginning at `start`.
+    """
+
+    start: int
+    length: int
+    block_table: Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a prefill chunk that is not its sequence's first attends to besides itself.
+
+    rows: first and past-the-last row of the chunk, counted from the first prefill row of the step.
+    """
+
+    rows: tuple[int, int]
+    segments: tuple[PrefixSegment, ...]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The part of a step that attends over decompressed keys and values; its tokens follow those of `Decode`.
+
+    q_lens: cumulative lengths of the chunks, without a leading 0. Within the step keys have the same lengths.
+    """
+
+    q_lens: tuple[int, ...]
+    prefixes: tuple[Prefix, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.q_lens[-1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass through the model, built once and shared by all layers. Lengths are host values, tensors on the device.
+
+    token_ids, positions, slots: int64 `[T]`; slot = block · block_size + offset, where the token's latent goes.
+    cos, sin: compute dtype `[T, D]`, gathered rows of the rope tables with the halves duplicated.
+    output_rows: int64 `[S]`, the rows whose logits are wanted; None for all.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    cos: Tensor
+    sin: Tensor
+    decode: Decode | None
+    prefill: Prefill | None
+    output_rows: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return self.decode.num_tokens if self.decode else 0
