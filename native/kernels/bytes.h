@@ -25,8 +25,12 @@ INLINE bytes high_nibbles(bytes b) { return _mm512_and_si512(_mm512_srli_epi16(b
 /* _mm512_dpbusd_epi32, written out: GCC 12 copies every sum to another register before it and back after it, which
  * leaves room for half as many sums. */
 INLINE sums dot_nibbles(sums acc, bytes nibbles, bytes x) {
+#if defined(__AVX512VNNI__)
     __asm__("vpdpbusd\t%2, %1, %0" : "+v"(acc) : "v"(nibbles), "v"(x));
     return acc;
+#else /* tests/native/avx512_emulated.h */
+    return _mm512_dpbusd_epi32(acc, nibbles, x);
+#endif
 }
 INLINE bytes load_w8(const int8_t *p) { return _mm512_xor_si512(load_bytes(p), _mm512_set1_epi8((char)0x80)); }
 INLINE sums dot_bytes(sums acc, bytes w, bytes x) { return dot_nibbles(acc, w, x); }

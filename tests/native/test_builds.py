@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("gcc")
 ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]  # -O3 takes a minute to build
+EMULATED_AVX512 = ["-include", str(Path(__file__).with_name("avx512_emulated.h"))]
 needs_arm = pytest.mark.skipif(
     ARM_COMPILER is None or ARM_EMULATOR is None, reason="gcc-aarch64-linux-gnu and qemu-user are not installed"
 )
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="gcc is not installed")
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is emulated by AVX2")
 
 
 def _setup() -> ModuleType:
@@ -57,38 +59,51 @@ def test_levels_agree_under_sanitizers(sanitized: Path) -> None:
     assert "agree" in done.stdout
 
 
-@needs_compiler
-def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
-    """The tests beside this one again, on that library."""
-    library = sanitized.with_name("libnpuq.so")
-    found = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    tests = [
-        str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("products", "rows", "layers", "attention", "convert", "sha256")
-    ]
+def _kernel_tests(library: Path, names: list[str], environment: dict[str, str], examples: int) -> str:
+    """Run tests beside this one again, on that library; what pytest says."""
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     program = (
         "import pathlib, sys, pytest, npuq.quant.library as library\n"
         "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
         "from hypothesis import settings\n"
-        "settings.register_profile('few', max_examples=4, deadline=None)\n"
-        "sys.exit(pytest.main(['-p', 'no:cacheprovider', '--hypothesis-profile', 'few', *sys.argv[2:]]))\n"
+        "settings.register_profile('few', max_examples=int(sys.argv[2]), deadline=None)\n"
+        "print(*library.levels())\n"
+        "sys.exit(pytest.main(['-p', 'no:cacheprovider', '--hypothesis-profile', 'few', *sys.argv[3:]]))\n"
     )
-    # Python and torch keep memory to their end: leaks are not looked for. torch was not built with the checks.
     done = subprocess.run(
-        [sys.executable, "-c", program, str(library), *tests],
+        [sys.executable, "-c", program, str(library), str(examples), *tests],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "LD_PRELOAD": found.stdout.strip(),
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "OMP_NUM_THREADS": "1",
-        },
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout
+    return done.stdout
+
+
+@needs_compiler
+def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
+    found = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Python and torch keep memory to their end: leaks are not looked for. torch was not built with the checks.
+    environment = {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    names = ["products", "rows", "layers", "attention", "convert", "sha256"]
+    _kernel_tests(sanitized.with_name("libnpuq.so"), names, environment, 4)
+
+
+@needs_compiler
+@needs_x86
+def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
+    """What the AVX-512 level says, where the processor has no such instructions: each is two of AVX2 there."""
+    setup = _setup()
+    levels = setup.LEVELS["x86_64"]
+    levels["avx512vnni"] = ["-DNPUQ_LEVEL_AVX512", *levels["avx2"][1:], *EMULATED_AVX512]
+    extra = ["-D__builtin_cpu_supports(name)=1", "-w", "-O2"]
+    setup.build(tmp_path / "libnpuq.so", tmp_path / "objects", [str(COMPILER)], "x86_64", extra)
+    names = ["products", "rows", "layers", "attention", "convert"]
+    said = _kernel_tests(tmp_path / "libnpuq.so", names, {}, 20)
+    assert said.splitlines()[0] == "portable avx2 avx512vnni"
 
 
 @needs_arm
@@ -119,14 +134,17 @@ def _check_tables(directory: Path, compiler: str, flags: list[str], run: list[st
     return {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
 
 
-def _usable_levels() -> list[list[str]]:
+def _usable_levels() -> dict[str, list[str]]:
     usable = native.levels() if native.library() is not None else ["portable"]
     levels = _setup().LEVELS.get(platform.machine(), {"portable": []})
-    return [flags for name, flags in levels.items() if name in usable]
+    found = {name: flags for name, flags in levels.items() if name in usable}
+    if "avx2" in found:
+        found["avx512 emulated"] = ["-DNPUQ_LEVEL_AVX512", *levels["avx2"][1:], *EMULATED_AVX512]
+    return found
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", _usable_levels(), ids=lambda flags: flags[0] if flags else "portable")
+@pytest.mark.parametrize("flags", _usable_levels().values(), ids=_usable_levels())
 def test_fp8_rows_by_their_magnitudes(tmp_path: Path, flags: list[str]) -> None:
     taken = _check_tables(tmp_path, str(COMPILER), [*flags, *SANITIZE], [])
     # All but some of the shortest rows, and those whose best scale is no Gaussian's.
