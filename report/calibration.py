@@ -17,13 +17,14 @@ FALLBACKS = ("blended", "pooled", "data-free")
 @dataclass(frozen=True)
 class LayerCoverage:
     """One layer: tokens routed to each expert (empty in a dense one), what experts with too few got instead of their
-    own Hessian, the relative error of the layer's output (None where it was not measured), and the strength of
-    smoothing by what was smoothed (empty without)."""
+    own Hessian, the relative error of the layer's output and that of its latent in an int8 KV cache (None where they
+    were not measured), and the strength of smoothing by what was smoothed (empty without)."""
 
     layer: int
     expert_tokens: tuple[int, ...]
     fallbacks: Mapping[int, str]
     output_error: float | None
+    kv_cache_error: float | None
     smoothing: Mapping[str, float]
 
 
@@ -63,14 +64,15 @@ def read_coverage(manifest: Mapping[str, Any]) -> Coverage | None:
 def _layer(number: int, stored: Mapping[str, Any]) -> LayerCoverage:
     tokens = tuple(int(count) for count in stored.get("expert_tokens") or ())
     fallbacks = {int(expert): str(kind) for expert, kind in (stored.get("fallbacks") or {}).items()}
-    error = stored.get("output_error")
+    errors = {key: stored.get(key) for key in ("output_error", "kv_cache_error")}
     smoothing = {str(name): float(strength) for name, strength in (stored.get("smoothing") or {}).items()}
     if any(count < 0 for count in tokens) or any(not 0 <= expert < len(tokens) for expert in fallbacks):
         raise ValueError(f"layer {number}: a count below 0, or a fallback of an expert that is not there")
     if unknown := set(fallbacks.values()) - set(FALLBACKS):
         raise ValueError(f"layer {number}: fallback {min(unknown)!r}")
-    if error is not None and not math.isfinite(error):
-        raise ValueError(f"layer {number}: output_error {error}")
+    if wrong := [key for key, error in errors.items() if error is not None and not math.isfinite(error)]:
+        raise ValueError(f"layer {number}: {wrong[0]} {errors[wrong[0]]}")
     if not all(map(math.isfinite, smoothing.values())):
         raise ValueError(f"layer {number}: a strength that is not finite")
-    return LayerCoverage(number, tokens, fallbacks, None if error is None else float(error), smoothing)
+    output, kv_cache = (None if error is None else float(error) for error in errors.values())
+    return LayerCoverage(number, tokens, fallbacks, output, kv_cache, smoothing)

@@ -27,21 +27,23 @@ _MEASURES: dict[str, ErrorOf] = {
 
 
 def figures(facts: Facts) -> dict[str, Any]:
-    """Every figure that these facts allow, by name: sizes, layers, scales, coverage, smoothing; and `experts …` and
-    `linears …`, with scheme and measure.
+    """Every figure that these facts allow, by name: sizes, layers, scales, coverage, smoothing, cache; and
+    `experts …` and `linears …`, with scheme and measure.
     """
     made: dict[str, Any] = {}
     if facts.roles:
         made["sizes"] = size_figure(facts.roles)
     made |= _error_figures(facts.linears)
     if lines := output_errors(facts):
-        made["layers"] = layer_figure(lines)
+        made["layers"] = layer_figure(lines, "relative error of the output")
     if facts.scales:
         made["scales"] = scale_figure(facts.scales)
     if facts.coverage is not None and any(layer.expert_tokens for layer in facts.coverage.layers):
         made["coverage"] = coverage_figure(facts.coverage)
     if facts.coverage is not None and any(layer.smoothing for layer in facts.coverage.layers):
         made["smoothing"] = smoothing_figure(facts.coverage)
+    if facts.coverage is not None and (line := _cache_errors(facts.coverage))[1]:
+        made["cache"] = layer_figure([line], "relative error of the latent")
     return made
 
 
@@ -149,8 +151,13 @@ def output_errors(facts: Facts) -> list[tuple[str, list[int], list[float]]]:
     return [line for line in (*lines, *evaluated.values()) if line[1]]
 
 
-def layer_figure(lines: Sequence[tuple[str, list[int], list[float]]]) -> Any:
-    """Output error of every layer, a line for every measurement."""
+def _cache_errors(coverage: Coverage) -> tuple[str, list[int], list[float]]:
+    known = [(layer.layer, layer.kv_cache_error) for layer in coverage.layers if layer.kv_cache_error is not None]
+    return "on the calibration set", [layer for layer, _ in known], [error for _, error in known]
+
+
+def layer_figure(lines: Sequence[tuple[str, list[int], list[float]]], title: str) -> Any:
+    """An error of every layer, a line for every measurement."""
     figure = go.Figure()
     for index, (name, numbers, values) in enumerate(lines):
         figure.add_scatter(
@@ -163,7 +170,7 @@ def layer_figure(lines: Sequence[tuple[str, list[int], list[float]]]) -> Any:
         )
     most = max(len(numbers) for _, numbers, _ in lines)
     figure.update_xaxes(title="layer", **({"dtick": 1} if most <= 16 else {}))
-    figure.update_yaxes(title="relative error of the output", tickformat=PERCENT, rangemode="tozero")
+    figure.update_yaxes(title=title, tickformat=PERCENT, rangemode="tozero")
     return laid_out(figure, 340 + 20 * len(lines)).update_layout(showlegend=True)
 
 

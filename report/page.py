@@ -31,6 +31,7 @@ _SECTIONS = {
     "largest": "Largest errors",
     "coverage": "Calibration",
     "smoothing": "Smoothing",
+    "cache": "Int8 KV cache",
     "sizes": "Size",
     "scales": "Scales",
     "provenance": "Recipe and provenance",

@@ -17,7 +17,13 @@ CALIBRATION: Manifest = {
     "sequence_length": 128,
     "tokens": 1024,
     "layers": {
-        "0": {"expert_tokens": [], "fallbacks": {}, "output_error": 0.011, "smoothing": {"input_layernorm": 0.5}},
+        "0": {
+            "expert_tokens": [],
+            "fallbacks": {},
+            "output_error": 0.011,
+            "kv_cache_error": 0.006,
+            "smoothing": {"input_layernorm": 0.5},
+        },
         "1": {"expert_tokens": [128] * 16, "fallbacks": {}, "output_error": 0.021},
         "2": {
             "expert_tokens": [100, 1000, 128, 0, *[68] * 12],
@@ -25,7 +31,12 @@ CALIBRATION: Manifest = {
             "output_error": 0.031,
             "smoothing": {"input_layernorm": 0.25, "mlp.experts.down_proj": 0.0},
         },
-        "10": {"expert_tokens": [9, *[136] * 15], "fallbacks": {"0": "pooled"}, "output_error": 0.041},
+        "10": {
+            "expert_tokens": [9, *[136] * 15],
+            "fallbacks": {"0": "pooled"},
+            "output_error": 0.041,
+            "kv_cache_error": 0.007,
+        },
     },
 }
 EVALUATION: Manifest = {

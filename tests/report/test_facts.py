@@ -97,6 +97,7 @@ def test_calibration_and_evaluation(calibrated: Path) -> None:
     assert list(coverage.layers[2].expert_tokens) == CALIBRATION["layers"]["2"]["expert_tokens"]
     assert coverage.layers[2].fallbacks == {3: "data-free", 0: "blended"}
     assert coverage.layers[3].output_error == 0.041
+    assert [layer.kv_cache_error for layer in coverage.layers] == [0.006, None, None, 0.007]
     assert coverage.layers[2].smoothing == {"input_layernorm": 0.25, "mlp.experts.down_proj": 0.0}
     assert facts.provenance["transforms"] == "rotate, smooth"
     errors = {linear.name: (linear.relative_error, linear.output_error) for linear in facts.linears}
@@ -191,6 +192,8 @@ CALIBRATION_DAMAGE: dict[str, Callable[[Any], object]] = {
     "a strength that is text": lambda calibration: calibration["layers"]["1"].update(smoothing={"a": "strong"}),
     "a strength that is NaN": lambda calibration: calibration["layers"]["1"].update(smoothing={"a": np.nan}),
     "an error that is NaN": lambda calibration: calibration["layers"]["1"].update(output_error=np.nan),
+    "a cache's error that is NaN": lambda calibration: calibration["layers"]["1"].update(kv_cache_error=np.nan),
+    "a cache's error that is text": lambda calibration: calibration["layers"]["1"].update(kv_cache_error="small"),
 }
 
 

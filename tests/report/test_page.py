@@ -37,6 +37,7 @@ SECTIONS = [
     "largest",
     "coverage",
     "smoothing",
+    "cache",
     "sizes",
     "scales",
     "provenance",
@@ -125,7 +126,9 @@ def test_every_section_and_a_link_to_each(facts: Facts) -> None:
 
 def test_only_what_is_known(artifact: Path) -> None:
     page = plain_page(read_facts(artifact))
-    assert page.sections == [name for name in SECTIONS if name not in ("evaluation", "layers", "coverage", "smoothing")]
+    assert page.sections == [
+        name for name in SECTIONS if name not in ("evaluation", "layers", "coverage", "smoothing", "cache")
+    ]
 
 
 def test_a_foreign_artifact(foreign: Path) -> None:
@@ -228,6 +231,11 @@ def test_the_figure_of_smoothing(facts: Facts) -> None:
         ["0", "2"],
         [[0.5, None], [0.25, 0.0]],
     )
+
+
+def test_the_figure_of_the_cache(facts: Facts) -> None:
+    (line,) = figures(facts)["cache"].data
+    assert (list(line.x), list(line.y)) == ([0, 10], [0.006, 0.007])
 
 
 def test_the_figure_of_coverage(facts: Facts) -> None:
