@@ -176,7 +176,8 @@ def _print_summary(summary: Summary) -> None:
     for note in summary.notes:
         click.echo(note)
     click.echo(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
-    click.echo(f"memory: about {format_bytes(summary.memory_bytes)} beside torch, with {summary.workers} workers")
+    rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
+    click.echo(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
     click.echo(f"disk: {format_bytes(summary.disk_bytes_needed)} needed, {format_bytes(summary.disk_bytes_free)} free")
 
 

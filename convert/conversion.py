@@ -19,7 +19,7 @@ from .calibration.states import remove_states, state_bytes
 from .calibration.walk import CalibratedWalk
 from .finish import finish
 from .journal import Journal, Record
-from .memory import Budget, plan_budget
+from .memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .output import Finished, check_separate, claim, describe_state, free_bytes, write_error
 from .pipeline import Durability, OnShard, run_plan
 from .plan import Plan
@@ -37,7 +37,10 @@ _EXTRA_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did, or with `status` "planned" would do. Bytes, seconds; `jobs_resumed` were done before."""
+    """What a conversion did, or with `status` "planned" would do. Bytes, seconds; `jobs_resumed` were done before.
+
+    `memory_bytes` bounds what the workers hold at a time, `plan_bytes` is about what the plan takes beside it.
+    """
 
     status: str  # planned, converted, or finished (it was already)
     output: str
@@ -50,6 +53,7 @@ class Summary:
     output_bytes: int
     workers: int
     memory_bytes: int
+    plan_bytes: int
     disk_bytes_needed: int
     disk_bytes_free: int
     seconds: float
@@ -250,6 +254,7 @@ def _summary(
         output_bytes=plan.output_bytes,
         workers=budget.workers,
         memory_bytes=budget.nbytes,
+        plan_bytes=len(plan.jobs) * PLAN_BYTES_PER_JOB,
         disk_bytes_needed=plan.output_bytes + _extra_bytes(prepared),
         disk_bytes_free=free_bytes(output),
         seconds=time.monotonic() - started,

@@ -85,8 +85,13 @@ def test_what_91000_tensors_become(full_size, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_memory_that_is_told(full_size, rig, tmp_path):
+    answer = rig(full_size, tmp_path / "out", options={"dry_run": True})
+    assert 0.7 < answer["memory"] / answer["summary"]["plan_bytes"] < 1.3
+
+
 def test_the_command_prints_what_is_needed(full_size, tmp_path, npuq):
     outcome = npuq("convert", full_size, tmp_path / "out", "--dry-run", "--max-memory", "200MB")
     assert outcome.status == 0 and outcome.stderr == ""
-    for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "memory: about", "disk: 371 GB needed"):
+    for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "236 MB for the plan", "disk: 371 GB needed"):
         assert words in outcome.stdout, words
