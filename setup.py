@@ -88,12 +88,12 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = shlex.split(os.environ.get("CC", "cc"))
         extra = shlex.split(os.environ.get("CFLAGS", ""))
-        try:
-            build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp), compiler, platform.machine(), extra)
-        except CompileError:
-            # An editable install goes on without it: what an earlier one built is of other sources.
+        target = Path(self.get_ext_fullpath(ext.name))
+        # If the build fails, the install goes on without: not with what an earlier one built of other sources.
+        target.unlink(missing_ok=True)
+        if self.editable_mode:
             (ROOT / "quant" / LIBRARY).unlink(missing_ok=True)
-            raise
+        build(target, Path(self.build_temp), compiler, platform.machine(), extra)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)

@@ -2,7 +2,7 @@
 
     P=build/peers
     python -m venv $P/llmcompressor && $P/llmcompressor/bin/pip install llmcompressor
-    python -m venv $P/msmodelslim && $P/msmodelslim/bin/pip install msmodelslim==26.1.0 transformers==4.48.2
+    python -m venv $P/msmodelslim && $P/msmodelslim/bin/pip install msmodelslim==26.1.0 transformers==5.17.0
     python benchmarks/convert_peers.py [--peers build/peers] [--rows 2048] [--threads 2] [--json]
 
 What is run: bf16 matrices in memory to codes and scales in memory, by each peer's own classes in its own environment

@@ -62,12 +62,10 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
     help="Leave out auto's trials where calibrating all layers would take longer with them.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
-@click.option("--max-memory", type=size, help="Bound of the working set beside torch itself, such as 500MB.")
+@click.option("--max-memory", type=size, help="Bound of the working set beside torch and the plan, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--revision", help="Branch, tag or commit, of a SOURCE on the hub. [default: main]")
-@click.option(
-    "--download-window", type=size, default="20GB", show_default=True, help="Disk for weights of a SOURCE on the hub."
-)
+@click.option("--download-window", type=size, help="Disk for weights of a SOURCE on the hub. [default: 20GB]")
 @click.option(
     "--push", "repo", metavar="USER/NAME", help="Push finished shards while later ones are made, then the rest."
 )
@@ -87,7 +85,7 @@ def command(
     max_memory: int | None,
     max_shard_size: int,
     revision: str | None,
-    download_window: int,
+    download_window: int | None,
     repo: str | None,
     dry_run: bool,
     quiet: bool,

@@ -98,7 +98,7 @@ def _print(report: Report) -> None:
     else:
         click.echo(f"No Ascend NPU can be used here: {report.problem}. The cpu backend can run here.")
     if report.model is not None:
-        verdict = "can run on an NPU" if report.model.runs else "cannot run on an NPU:"
+        verdict = "would run on an NPU" if report.model.runs else "cannot run on an NPU:"
         click.echo(f"{report.model.path} {verdict}")
         for problem in report.model.problems:
             click.echo(f"{'':10} {problem}")

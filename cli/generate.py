@@ -24,13 +24,29 @@ if TYPE_CHECKING:
 )
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as what a user says.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Keep the K likeliest tokens; 0: all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens that sum to P.")
-@click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep tokens at least P times the likeliest.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest token."
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Keep the K likeliest tokens; 0: all."
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Keep the likeliest tokens that sum to P.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Keep tokens at least P times the likeliest.",
+)
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
-@click.option("--seed", type=int, help="Makes sampling repeatable, whatever else runs beside it.")
+@click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable, whatever else runs beside it.")
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
 @click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
@@ -42,7 +58,9 @@ if TYPE_CHECKING:
     help="int8: a smaller cache, for artifacts that were calibrated.",
 )
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON when all are done.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="JSON when all are done: an object, or of several prompts a list."
+)
 def command(
     model: Path,
     prompts: tuple[str, ...],
@@ -66,6 +84,10 @@ def command(
     texts = [*prompts, *_from_file(prompt_file)]
     if not texts:
         raise click.UsageError("give a prompt with --prompt or --prompt-file")
+    # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
+    for option, values in (("--prompt", prompts), ("--stop", stops)):
+        if any("\ud800" <= character <= "\udfff" for value in values for character in value):
+            raise click.UsageError(f"{option}: is not UTF-8 text")
 
     import torch
 

@@ -66,7 +66,7 @@ def local_model(model: str | Path, *, quiet: bool) -> Path:
     return path
 
 
-def open_source(source: str, output: str, revision: str | None, window_bytes: int) -> Path | Checkpoint:
+def open_source(source: str, output: str, revision: str | None, window_bytes: int | None) -> Path | Checkpoint:
     """What a SOURCE argument names: a directory, or a checkpoint on the hub, opened to be read from there."""
     named = None
     if not Path(source).exists():
@@ -76,8 +76,11 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
     if named is None:
         if revision is not None:
             raise click.UsageError("--revision is for a repository on the hub; SOURCE is a directory")
+        if window_bytes is not None:
+            raise click.UsageError("--download-window is for a repository on the hub; SOURCE is a directory")
         return Path(source)
     from ..hub import RemoteCheckpoint
+    from ..hub.remote import DEFAULT_WINDOW
     from ..quant.artifact import OWN_FOLDER
 
     silence_client()
@@ -85,6 +88,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
     # Beside the shards that it becomes: the same disk, and gone with the output directory.
     folder = Path(output) / OWN_FOLDER / "download"
     try:
+        window_bytes = window_bytes or DEFAULT_WINDOW
         return RemoteCheckpoint.open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
     except HubError as error:
         raise HubError(f"{source}: no such directory here; on the hub: {error}") from None

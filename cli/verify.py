@@ -74,7 +74,7 @@ def _error_table(errors: Sequence[LinearError]) -> str:
     roles: dict[tuple[str, str], list[LinearError]] = {}
     for error in errors:
         roles.setdefault((error.role, error.scheme), []).append(error)
-    lines = [f"{'role':<18} {'scheme':<13} {'linears':>8} {'error':>8} {'largest':>8}"]
+    lines = [f"{'role':<18} {'scheme':<13} {'linears':>8} {'mean':>8} {'largest':>8}"]
     for (role, scheme), members in roles.items():
         mean = sum(error.relative_error for error in members) / len(members)
         worst = max(members, key=lambda error: error.relative_error)

@@ -29,6 +29,7 @@ from .recipe import Target
 from .report import totals_by_role
 from .rewriting import RewrittenSource
 from .shards import ShardFiles, Write
+from .side_files import has_tokenizer
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 # Journal, description, index, card and rope tables: little beside the shards, but not nothing.
@@ -214,6 +215,13 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
     inventory, notes = prepared.inventory, []
     if prepared.recipe.target is Target.NPUQ:
         notes.append(f"recipe {prepared.recipe.name}: for npuq's own runtime; vLLM-Ascend and SGLang will not load it")
+    specs = inventory.specs.values()
+    for number, rule in enumerate(prepared.recipe.rules, start=1):
+        # The named recipes list roles that not every model has.
+        if (rule.names or rule.layers) and not any(map(rule.matches, specs)):
+            notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
+    if not any(has_tokenizer(name) for name in prepared.side_files):
+        notes.append("the checkpoint has no tokenizer: copy its files into the artifact before anything generates text")
     if inventory.unknown:
         notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:

@@ -6,6 +6,7 @@ It writes into no other and deletes nothing but its own journal.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,12 +17,24 @@ from typing import Any
 
 from ..errors import ArtifactError, ConversionError
 from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, REPORT_NAME, read_manifest
+from ..quant.checkpoint import JOURNAL_NAME
 from .journal import Journal, locked_directory
 from .shards import sync_directory
 
-JOURNAL_NAME = "progress.jsonl"
 # Every small file is written here first and renamed into place, so that it is whole or absent.
 _PARTIAL_NAME = "partial"
+
+# Errors that room on the disk does not mend.
+_WRONG_PLACE = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 _REMEDY = "give the same arguments as before, or another output directory, or remove this one yourself"
 
@@ -52,7 +65,7 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
 
 
 def _claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
-    journal = output / OWN_FOLDER / JOURNAL_NAME
+    journal = output / JOURNAL_NAME
     if output.exists() and not output.is_dir():
         raise ConversionError(f"{output}: exists and is not a directory; choose another output")
     if (output / MANIFEST_NAME).exists():
@@ -67,7 +80,7 @@ def _claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
     sync_directory(output)
     with locked_directory(output / OWN_FOLDER):
         if not journal.exists():
-            write_file(output, f"{OWN_FOLDER}/{JOURNAL_NAME}", Journal.first_line(identity))
+            write_file(output, JOURNAL_NAME, Journal.first_line(identity))
     return _continued(journal, output, identity)
 
 
@@ -75,7 +88,7 @@ def describe_state(output: Path) -> str:
     """For a dry run: what a conversion into this directory would find; changes nothing."""
     if (output / MANIFEST_NAME).exists():
         return "finished"
-    if (output / OWN_FOLDER / JOURNAL_NAME).exists():
+    if (output / JOURNAL_NAME).exists():
         return "unfinished"
     return "new" if not output.exists() or (output.is_dir() and _is_blank(output)) else "foreign"
 
@@ -103,10 +116,10 @@ def publish(partial: Path, target: Path) -> None:
 
 def write_error(path: Path, error: OSError) -> ConversionError:
     """The error for a disk that refuses, with what to do."""
-    return ConversionError(
-        f"{error.filename or path}: cannot be written: {error.strerror or error}; "
-        "make room (or repair the disk) and run the same command: it continues"
-    )
+    told = f"{error.filename or path}: cannot be written: {error.strerror or error}; "
+    if error.errno in _WRONG_PLACE:
+        return ConversionError(told + "choose an output that can be written")
+    return ConversionError(told + "make room (or repair the disk) and run the same command: it continues")
 
 
 def free_bytes(output: Path) -> int:

@@ -291,7 +291,14 @@ def parse_chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
     transforms = list(Transform)
     if words[-1] in [str(transform) for transform in transforms]:
         words.append(Method.MSE.value)
-    method = _member(Method, words[-1], "method", where)
+    if AUTO in words:
+        raise RecipeError(f"{where}: method {value!r}: {AUTO!r} is a whole chain and stands alone")
+    if words[-1] not in [str(method.value) for method in Method]:
+        valid = [*(str(method.value) for method in Method), *map(str, transforms), AUTO]
+        raise RecipeError(f"{where}: unknown method {words[-1]!r}{_nearest(words[-1], valid)}")
+    method = Method(words[-1])
+    if early := [word for word in words[:-1] if word in [str(each.value) for each in Method]]:
+        raise RecipeError(f"{where}: method {value!r}: {early[0]!r} can only be the last of a chain")
     found = [_member(Transform, word, "transform", where) for word in words[:-1]]
     if len(set(found)) < len(found):
         raise RecipeError(f"{where}: method {value!r} names a transform twice")

@@ -30,6 +30,15 @@ PATTERNS = (
 )
 
 
+# Any of these is the whole of some model's tokenizer.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tokenization_*.py")
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a file of that name makes a tokenizer, rather than settles its details."""
+    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZERS)
+
+
 def side_files(source: Path) -> list[str]:
     """Names of the side files of a checkpoint directory, sorted.
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .safetensors import TensorInfo, read_header
 
+# In the folder of our own (artifact.py), until a conversion is finished.
+JOURNAL_NAME = "npuq/progress.jsonl"
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -52,6 +54,10 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
+        if (directory / JOURNAL_NAME).exists() and not (directory / CONFIG_NAME).exists():
+            raise CheckpointError(
+                f"{directory}: an unfinished conversion; run the same `npuq convert` again, it continues"
+            )
         config = read_json(directory / CONFIG_NAME)
         weight_map = read_weight_map(directory)
         if weight_map is not None:

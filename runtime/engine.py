@@ -240,6 +240,6 @@ def _num_blocks(model: Model, max_position: int, config: EngineConfig, *, int8: 
     if affordable < 1:
         raise GenerationError(
             f"kv_cache_bytes {config.kv_cache_bytes} holds no block; one of {config.block_size} tokens takes "
-            f"{token_bytes * config.block_size}"
+            f"{token_bytes * config.block_size}: give the cache (--cache-size) at least that"
         )
     return min(affordable, config.max_num_seqs * -(-max_position // config.block_size))

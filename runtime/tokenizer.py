@@ -122,7 +122,7 @@ def _convert(directory: Path) -> FastTokenizer:
         converted = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         backend: FastTokenizer = converted.backend_tokenizer
     except Exception as error:  # every tokenizer class fails in its own way
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise GenerationError(f"{missing}; transformers cannot convert what is there: {reason}") from error
     return backend
 

@@ -4,7 +4,7 @@
 
 #include "memory.h"
 
-/* Sums of 4 vectors of products fit a 32-bit lane, those of 2^23 and 8 as of 2^14 and 2^14 (kernels/minmax.h). No part is
+/* Sums of 5 vectors of products fit a 32-bit lane, those of 2^23 and 8 as of 2^14 and 2^14 (kernels/told.h). No part is
  * longer than the usual block of scales. */
 enum { CODE_STEP = 4 * VW, PART = VW > 8 ? 8 * VW : 4 * CODE_STEP };
 

@@ -15,7 +15,7 @@ struct told {
 
 /* The same of a part; a variable of its own, since what codes are stored to might be anything's bytes. */
 struct told_part {
-    vu squares[2]; /* 4 times 2^29 in a lane */
+    vu squares[2]; /* 5 times 2^29 in a lane at most: a part, and the step that is a row's rest */
     vu a;
     vs b;
 };

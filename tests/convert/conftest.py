@@ -160,6 +160,7 @@ def write_checkpoint(
     (directory / "config.json").write_text(json.dumps(full))
     (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
     (directory / "tokenizer_config.json").write_text("{}")
+    (directory / "tokenizer.model").write_text("words\n")
     (directory / "LICENSE").write_text("none\n")
     (directory / "configuration_model.py").write_text("# remote code\n")
     names = list(tensors)

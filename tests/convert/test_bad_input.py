@@ -227,7 +227,14 @@ def test_an_unwritable_output(refused, make_checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [["--workers", "0"], ["--max-shard-size", "big"], ["--method", "magic"], ["--no-such-flag"], ["third"]],
+    [
+        ["--workers", "0"],
+        ["--max-shard-size", "big"],
+        ["--method", "magic"],
+        ["--download-window", "1GB"],
+        ["--no-such-flag"],
+        ["third"],
+    ],
 )
 def test_wrong_usage_exits_with_2(options, npuq, make_checkpoint, tmp_path):
     outcome = npuq("convert", make_checkpoint(), tmp_path / "out", *options)

@@ -12,7 +12,8 @@ import pytest
 from npuq.convert import convert_checkpoint
 from npuq.convert.journal import Journal, locked_directory
 from npuq.convert.output import claim
-from npuq.errors import ArtifactError, ConversionError
+from npuq.errors import ArtifactError, CheckpointError, ConversionError
+from npuq.quant.checkpoint import Checkpoint
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000}
 
@@ -84,6 +85,34 @@ def test_output_inside_the_source_is_refused(inner, v3_source, tree):
     with pytest.raises(ConversionError, match="lies inside the source checkpoint"):
         convert_checkpoint(v3_source, v3_source / inner, **OPTIONS)
     assert tree(v3_source) == before
+
+
+def test_a_place_that_room_does_not_mend(v3_source, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for output in (tmp_path / "file" / "out", tmp_path / "dangling"):
+        with pytest.raises(ConversionError, match=f"{output}.*choose an output that can be written"):
+            convert_checkpoint(v3_source, output, **OPTIONS)
+
+
+def test_what_is_unfinished_is_called_so(half_done):
+    with pytest.raises(CheckpointError, match="an unfinished conversion; run the same `npuq convert` again"):
+        Checkpoint.open(half_done)
+
+
+def test_what_a_user_should_know_before_hours_are_spent(make_checkpoint, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "target: npuq\nrules: [{names: '*.q_b_prj.*', scheme: w8a8}, {layers: 9-12, scheme: w8a8}, {scheme: w8a8}]"
+    )
+    source = make_checkpoint()
+    (source / "tokenizer.model").unlink()
+    notes = convert_checkpoint(source, tmp_path / "out", recipe=recipe, dry_run=True).notes
+    assert sum("speaks of no weight" in note for note in notes) == 2
+    assert any("rule 1 speaks" in note for note in notes) and any("rule 2 speaks" in note for note in notes)
+    assert any("no tokenizer" in note for note in notes)
+    (source / "tokenizer.model").touch()
+    assert not any("tokenizer" in note for note in convert_checkpoint(source, tmp_path / "out", dry_run=True).notes)
 
 
 def test_files_that_others_put_beside_stay(v3_source, half_done):

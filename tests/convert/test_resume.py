@@ -93,7 +93,7 @@ def test_work_in_the_journal_is_not_done_again(rig, v3_source, undisturbed, tmp_
     expected, _ = undisturbed
     per_job = {job["source"]: job["outputs"] for job in planned_jobs(v3_source)}
     output = tmp_path / "out"
-    assert rig(v3_source, output, options=OPTIONS | {"workers": 1}, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
+    assert rig(v3_source, output, options=OPTIONS | {"workers": 1}, kill_at=100, slow=0.01, calls=["pwrite"])["killed"]
     lines = (output / "npuq" / "progress.jsonl").read_text().splitlines()
     done = [job for line in lines[1:] for job in json.loads(line).get("jobs", [])]
     assert 0 < len(done) < JOBS

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 
 from npuq.quant import native
 
@@ -165,6 +166,21 @@ def test_no_compiler_is_an_error_that_the_build_may_ignore(tmp_path: Path) -> No
     setup = _setup()
     with pytest.raises(setup.CompileError, match="no C compiler"):
         setup.build(tmp_path / "libnpuq.so", tmp_path, ["no-such-compiler"], platform.machine(), [])
+
+
+def test_a_failed_build_leaves_no_older_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    setup, older = _setup(), tmp_path / "libnpuq.so"
+    older.write_text("of other sources")
+    command = setup.BuildNative(setuptools.Distribution())
+    command.build_temp, command.editable_mode = str(tmp_path), False
+    command.get_ext_fullpath = lambda name: str(older)
+    kept = ROOT / "quant" / "libnpuq.so"
+    was_there = kept.exists()
+    with pytest.raises(setup.CompileError, match="no C compiler"):
+        command.build_extension(setuptools.Extension("npuq.quant.libnpuq", []))
+    assert not older.exists()
+    assert kept.exists() == was_there  # an editable install's, which this build is not for
 
 
 def test_without_the_library_torch_does_the_work(tmp_path: Path) -> None:
