@@ -118,7 +118,7 @@ def write_error(path: Path, error: OSError) -> ConversionError:
     """The error for a disk that refuses, with what to do."""
     told = f"{error.filename or path}: cannot be written: {error.strerror or error}; "
     if error.errno in _WRONG_PLACE:
-        return ConversionError(told + "choose an output that can be written")
+        return ConversionError(told + "choose an output that can be written, or make this one so")
     return ConversionError(told + "make room (or repair the disk) and run the same command: it continues")
 
 
