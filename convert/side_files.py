@@ -20,8 +20,10 @@ PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "*.tiktoken",
+    "*.model",  # sentencepiece, and Kimi's tiktoken.model
     "*.jinja",
     "chat_template.json",
     "*.py",
@@ -31,7 +33,7 @@ PATTERNS = (
 
 
 # Any of these is the whole of some model's tokenizer.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "tokenization_*.py")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.tiktoken", "*.model")
 
 
 def has_tokenizer(name: str) -> bool:
