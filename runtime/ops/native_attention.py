@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...quant.kv_cache import cached_latent
 from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
 from .native_products import NativeProducts, contiguous_rows
 from .native_weights import NativeMla, native_cache, native_heads, native_mla
@@ -66,7 +67,9 @@ class NativeAttention(NativeProducts):
             None if rope is None else rope.data_ptr(),
             None if latent is None else latent.data_ptr(),
         )
-        return None if rope is None or latent is None else (rope, latent)
+        if rope is None or latent is None:
+            return None
+        return rope, latent if cache.latent_scale is None else cached_latent(latent, cache.latent_scale)
 
     def fused_infer_attention(
         self,
