@@ -41,6 +41,13 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
     return messages
 
 
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """GenerationError for template variables under names that mean something else to `Tokenizer.chat`."""
+    taken = sorted(variables.keys() & {"messages", "system", "tools", "documents", "chat_template"})
+    if taken:
+        raise GenerationError(f"chat_template_kwargs: {', '.join(taken)} cannot be given there")
+
+
 def render(
     messages: Sequence[dict[str, Any]],
     continue_final_message: bool | str,

@@ -17,7 +17,7 @@ from ..errors import GenerationError
 from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
 from .backend import make_ops
-from .conversation import Message
+from .conversation import Message, check_variables
 from .engine import Engine, EngineConfig
 from .generation_config import default_sampling, eos_ids, read_generation_config
 from .loop import Loop
@@ -127,9 +127,9 @@ class LanguageModel:
 
         chat_template_kwargs: what else the template knows, such as `{"thinking": True}`.
         """
-        prompt = self.tokenizer.chat(
-            messages, system=system, tools=tools, documents=documents, **(chat_template_kwargs or {})
-        )
+        variables = chat_template_kwargs or {}
+        check_variables(variables)
+        prompt = self.tokenizer.chat(messages, system=system, tools=tools, documents=documents, **variables)
         return self.generate(prompt, params, **options)
 
     def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
