@@ -91,7 +91,7 @@ class TemplateRenderer:
 
     def _start(self, where: str) -> None:
         # Its own alarm is for a process whose parent was killed: ours comes first.
-        limits = (int(self._seconds) + 5, MOST_MEMORY, MOST_CHARACTERS)
+        limits = (int(self._seconds) + 2, MOST_MEMORY, MOST_CHARACTERS)
         try:
             self._process = subprocess.Popen(
                 # Isolated: no user's site-packages, nothing from the current directory.

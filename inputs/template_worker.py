@@ -113,8 +113,8 @@ def _environment() -> Any:
         def said(self, caller: Any) -> Any:
             return caller()
 
-    # What jinja2 and its string literals would import when they first need it.
-    for late in ("jinja2.constants", "jinja2.debug", "pprint", "textwrap"):
+    # What jinja2, markupsafe and string literals would import when they first need it.
+    for late in ("html", "jinja2.constants", "jinja2.debug", "pprint", "textwrap"):
         import_module(late)
     for encoding in ("ascii", "latin-1", "unicode-escape", "utf-8"):
         codecs.lookup(encoding)
