@@ -13,7 +13,7 @@ from ..errors import GenerationError
 from ..inputs.files import inside, is_inside, read_bytes, read_text
 from ..inputs.json_text import read_object
 from ..inputs.printable import printable
-from .text_growth import check_growth
+from .tokenizer_parts import check_growth, check_parts
 
 SPECIAL_TOKENS: Final = (
     "bos_token",
@@ -92,6 +92,7 @@ def _fast_tokenizer(directory: Path) -> FastTokenizer:
     else:
         path = inside(directory, "tokenizer.json", GenerationError)
         content = read_bytes(path, GenerationError)
+        check_parts(content, path)
         fast = guarded(lambda: FastTokenizer.from_buffer(content), f"{path}: cannot be read as a tokenizer")
         check_growth(fast, path)
     # Settings that a training run leaves in the file: they would cut prompts short, or fill them up, without a word.
