@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 
 
 class Part(ctypes.Structure):
@@ -40,6 +40,7 @@ class Cache(ctypes.Structure):
     _fields_ = (
         ("latent", c_void_p),
         ("rope", c_void_p),
+        ("blocks", c_int64),
         ("block_size", c_int64),
         ("latent_dim", c_int64),
         ("rope_dim", c_int64),
