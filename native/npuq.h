@@ -40,6 +40,16 @@ NPUQ_API npuq_pool *npuq_pool_create(int threads, int level);
 NPUQ_API void npuq_pool_destroy(npuq_pool *pool);
 NPUQ_API int npuq_pool_level(const npuq_pool *pool);
 
+/* ---- mapped files ----------------------------------------------------------------------------------------------- */
+
+/* Watch a private, writable mapping of a file: where a page of it cannot be read any more (the file became shorter, the
+ * disk failed), it and all that follow become zeros, the range counts as lost, and whoever read goes on. Without, the
+ * process would end by SIGBUS. NPUQ_NO_MEMORY: too many ranges, or no handler could be installed. The mapping must not
+ * go before npuq_unwatch. */
+NPUQ_API int npuq_watch(const void *start, int64_t bytes);
+NPUQ_API void npuq_unwatch(const void *start);
+NPUQ_API int npuq_is_lost(const void *start);
+
 /* ---- conversion ------------------------------------------------------------------------------------------------- */
 
 /* Stored rows: F32, BF16, F16, or F8E4M3 in blocks of block_rows × block_cols with one float32 scale each. block_scale
