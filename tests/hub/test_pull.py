@@ -114,7 +114,7 @@ def test_the_hub_is_unreachable(hub: LoopbackHub, pushed: Path, backoff: Backoff
     pulled = npuq.pull(REPO)
     hub.faults.add(Fault("", reset_before=True, times=10**6))
     assert npuq.pull(REPO, backoff=backoff) == pulled
-    with pytest.raises(HubError, match="the connection to .* failed .*it continues"):
+    with pytest.raises(HubError, match=r"the connection to .* failed .*it continues"):
         npuq.pull("alice/another", backoff=backoff)
 
 
