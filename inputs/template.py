@@ -104,7 +104,7 @@ class TemplateRenderer:
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 start_new_session=True,  # the terminal's Ctrl-C is for us
             )
-        except (OSError, ImportError, ValueError) as cause:
+        except (OSError, ImportError, TypeError, ValueError) as cause:
             raise self._error(f"{where}: no process for the chat template can be started: {cause}") from cause
         self._finalizer = weakref.finalize(self, _end, self._process, self._owner)
         for pipe in (self._process.stdin, self._process.stdout):

@@ -50,7 +50,7 @@ class SamplingParams:
             self._set("seed", int, lambda s: 0 <= s < 2**63, "None or a whole number from 0 to 2^63 - 1")
         if not isinstance(self.ignore_eos, bool):
             raise GenerationError(f"ignore_eos {_shown(self.ignore_eos)} is not valid: it must be True or False")
-        given: Any = self.stop
+        given: Any = () if self.stop is None else self.stop
         stop = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
         if not all(isinstance(text, str) for text in stop):
             raise GenerationError(f"stop {_shown(given)} is not valid: it must be a text or a list of texts")
@@ -88,13 +88,16 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     seed: int | None
     ignore_eos: bool
 
 
 def _shown(value: object) -> str:
-    return printable(repr(value)[:60])
+    try:
+        return printable(repr(value)[:60])
+    except ValueError:  # a whole number too long to be written
+        return f"of type {type(value).__name__}"
 
 
 class Sampler:

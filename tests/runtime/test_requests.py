@@ -83,7 +83,7 @@ def test_what_is_no_prompt(chatty: LanguageModel, prompts: Any, named: str) -> N
         ({"seed": 1.0}, r"seed 1\.0 is not valid"),
         ({"stop": 5}, "stop 5 is not valid: it must be a text or a list of texts"),
         ({"stop": ["a", None]}, "stop .* is not valid"),
-        ({"stop": None}, "stop None is not valid"),
+        ({"temperature": 10**5000}, "temperature of type int is not valid"),
         ({"ignore_eos": "yes"}, "ignore_eos 'yes' is not valid: it must be True or False"),
     ],
 )
@@ -96,6 +96,7 @@ def test_options_in_other_libraries_numbers() -> None:
     params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(4), stop="end")  # type: ignore[arg-type]
     assert params == SamplingParams(temperature=0.5, top_k=3, seed=4, stop=("end",))
     assert type(params.top_k) is int
+    assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
