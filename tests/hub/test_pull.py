@@ -258,7 +258,7 @@ class TestByName:
     def test_command(self, hub: LoopbackHub, pushed: Path) -> None:
         done = npuq_run("generate", REPO, "--prompt", "Once", "--max-new-tokens", "3", "--json")
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["completion_tokens"] == 3
+        assert [each["completion_tokens"] for each in json.loads(done.stdout)] == [3]
 
     def test_a_report(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
         done = npuq_run("report", REPO, "-o", tmp_path / "report.html")
