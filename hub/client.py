@@ -37,6 +37,7 @@ T = TypeVar("T")
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 # Of one answer in JSON: a page of a listing is a thousandth of it.
 MOST_JSON_BYTES = 64 << 20
+MOST_PAGES = 1000
 # The hub counts requests over five minutes.
 _MOST_ASKED_SECONDS = 330.0
 
@@ -105,7 +106,13 @@ class Hub:
     def tree(self, commit: CommitId) -> Iterator[Any]:
         """The entries of the hub's listing of a commit, as it sends them, page by page."""
         url: str | None = f"{self.api.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
+        pages = 0
         while url is not None:
+            if pages == MOST_PAGES:
+                raise HubError(
+                    f"{self.repo}: the hub's listing has more than {pages} pages; npuq reads no such listing"
+                )
+            pages += 1
             content, url = self.get(url, MOST_JSON_BYTES)
             page = parse_json(content, f"{self.repo}: the hub's listing", HubError)
             if not isinstance(page, list):
