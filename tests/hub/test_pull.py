@@ -30,7 +30,7 @@ from support import (
 )
 
 import npuq
-from npuq.errors import HubError
+from npuq.errors import HubError, NpuqError
 from npuq.hub import fetch, resolve
 from npuq.hub.client import Backoff
 
@@ -166,6 +166,34 @@ def test_disk_full(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPat
     hub.log.clear()
     assert contents(npuq.pull(REPO)) == contents(pushed)
     assert len(hub.requests(r"^GET .*\.safetensors")) == 1  # the others had come through
+
+
+class TestBeforeWeights:
+    """What speaks against a model is said before hours of fetching: everything small comes first."""
+
+    class Refused(NpuqError):
+        pass
+
+    @pytest.mark.parametrize("kind", ["artifact", "artifact into a folder", "checkpoint"])
+    def test_no_weight_is_fetched(self, hub: LoopbackHub, pushed: Path, tmp_path: Path, kind: str) -> None:
+        if kind == "checkpoint":
+            files = dict(hub.state.repos[REPO].commit("main").files)
+            del files[MANIFEST]
+            hub.state.repos[REPO].add_commit("main", "no manifest", files)
+        seen: list[set[str]] = []
+
+        def refuse(directory: Path) -> None:
+            seen.append({path.name for path in directory.iterdir()})
+            raise self.Refused("no tokenizer")
+
+        target = tmp_path / "there" if "folder" in kind else None
+        with pytest.raises(self.Refused):
+            npuq.pull(REPO, target, artifact_only=False, before_weights=refuse)
+        assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= seen[0]
+        assert not any(name.endswith(".safetensors") for name in seen[0])
+        assert not hub.requests(r"^GET .*model-.*\.safetensors")
+        npuq.pull(REPO, target, artifact_only=False, before_weights=lambda directory: None)
+        assert len(hub.requests(r"^GET .*model-.*\.safetensors")) == len(shards(pushed))
 
 
 class TestFolder:
