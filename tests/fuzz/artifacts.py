@@ -203,7 +203,9 @@ def main() -> int:
         bases = make_bases(Path(folder) / "bases")
         report = fuzz(bases, Path(folder), options.first, options.count, lambda text: print(text, flush=True))
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items()))
-    print(f"{options.count} artifacts in {time.monotonic() - started:.0f} s: {outcomes}; {len(report.findings)} findings")
+    print(
+        f"{options.count} artifacts in {time.monotonic() - started:.0f} s: {outcomes}; {len(report.findings)} findings"
+    )
     return 1 if report.findings else 0
 
 

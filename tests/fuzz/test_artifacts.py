@@ -21,4 +21,3 @@ def test_damaged_artifacts_run_or_are_refused_in_a_line(tmp_path: Path) -> None:
     # Some are left whole, and some damage has no effect: those go through the kernels.
     assert report.outcomes["ran"] > COUNT / 10
     assert report.outcomes["refused"] > COUNT / 2
-

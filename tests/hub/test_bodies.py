@@ -143,6 +143,14 @@ def test_pages_without_end(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.M
         npuq.pull(REPO)
 
 
+@pytest.mark.parametrize("address", ["https://huggingface.co/api/models/{}", "/api/models/{}", "{hub}/api/models/{}"])
+def test_a_next_page_by_any_address_of_the_hub(hub: LoopbackHub, pushed: Path, address: str) -> None:
+    """A mirror may pass on what huggingface.co says."""
+    next_page = address.format(f"{REPO}/tree/main?recursive=true&cursor=5", hub=hub.endpoint)
+    hub.faults.add(Fault("/tree/", sent_headers={"Link": f'<https://x/first>; rel="first", <{next_page}>; rel="next"'}))
+    assert contents(npuq.pull(REPO)) == contents(pushed)
+
+
 def test_a_next_page_elsewhere_is_not_asked_for(hub: LoopbackHub, pushed: Path) -> None:
     """The token would go there."""
     elsewhere = hub.endpoint.replace("127.0.0.1", "localhost")
