@@ -19,7 +19,7 @@ from npuq.quant.schemes import SCALE, SUFFIXES, WEIGHT
 from npuq.quant.static_w8a8 import InputScale, static_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from random_artifact import linears  # noqa: E402  (names and shapes of a model)
+from random_artifact import linears
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",

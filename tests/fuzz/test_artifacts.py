@@ -1,4 +1,4 @@
-"""Damaged artifacts under the sanitizers, a fixed number of them; `python tests/fuzz/artifacts.py` runs as many as asked."""
+"""Damaged artifacts under the sanitizers: a fixed number. `python tests/fuzz/artifacts.py` runs as many as asked."""
 
 from __future__ import annotations
 
