@@ -196,22 +196,22 @@ def load_weights(
 
 
 def gating_of(config: ModelConfig) -> Gating:
-    """The router's rule, as DeepSeek's own code states it.
+    """The router's rule, as transformers and the engines compute it.
 
     V3 (noaux_tc) scores groups by the sum of their two best biased scores, V2 (group_limited_greedy) by the best one.
-    The scaling factor always multiplies in V3; in V2 only where the weights are not normalised.
+    Weights are normalised where the config says so, and multiplied by the scaling factor in any case. (Where a token
+    has one expert, DeepSeek's own code leaves its weight as it is; all others normalise it to 1.)
     """
     noaux = config.topk_method == "noaux_tc"
     grouped = config.topk_method != "greedy"
-    normalise = config.norm_topk_prob and config.num_experts_per_tok > 1
     return Gating(
         k=config.num_experts_per_tok,
         scoring=config.scoring_func,
         group_count=config.n_group if grouped else 1,
         k_group=config.topk_group if grouped else 1,
         group_select_mode=1 if noaux else 0,
-        renormalize=normalise,
-        scaling=config.routed_scaling_factor if noaux or not normalise else 1.0,
+        renormalize=config.norm_topk_prob,
+        scaling=config.routed_scaling_factor,
     )
 
 
