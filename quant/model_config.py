@@ -29,7 +29,7 @@ class _Defaults:
     """What loaders take for a key that config.json leaves out, and the values that any of them computes with."""
 
     first_k_dense_replace: int
-    n_shared_experts: int
+    shared: int  # n_shared_experts
     n_group: int | None
     topk_group: int | None
     norm_topk_prob: bool
@@ -113,9 +113,7 @@ class ModelConfig:
             v_head_dim=read.size("v_head_dim"),
             n_routed_experts=read.size("n_routed_experts"),
             # null is DeepSeek's and the engines' way to say none.
-            n_shared_experts=read.count(
-                "n_shared_experts", 0 if "n_shared_experts" in config else default.n_shared_experts
-            ),
+            n_shared_experts=read.count("n_shared_experts", 0 if "n_shared_experts" in config else default.shared),
             num_experts_per_tok=read.size("num_experts_per_tok"),
             first_k_dense_replace=read.count("first_k_dense_replace", default.first_k_dense_replace, nullable=False),
             moe_layer_freq=read.size("moe_layer_freq", 1),
@@ -137,7 +135,7 @@ class ModelConfig:
         for key, needed in (("rope_interleave", True), ("attention_bias", False), ("mlp_bias", False)):
             if read.flag(key, needed) is not needed:
                 raise CheckpointError(
-                    f"config.json: {key} {str(not needed).lower()} is not supported; no released model of these types has it"
+                    f"config.json: {key} {str(not needed).lower()} is not supported; no released model has it"
                 )
         result._check()
         check_computable(result.rope)
@@ -159,8 +157,8 @@ class ModelConfig:
             )
         if self.topk_method == "noaux_tc" and self.n_routed_experts // self.n_group < 2:
             raise CheckpointError(
-                f"config.json: n_group {self.n_group} makes groups of one expert, and noaux_tc scores a group by the sum "
-                "of its two best: no loader computes that"
+                f"config.json: n_group {self.n_group} makes groups of one expert, and noaux_tc scores a group by the "
+                "sum of its two best: no loader computes that"
             )
         if self.num_experts_per_tok > self.n_routed_experts // self.n_group * self.topk_group:
             raise CheckpointError(
@@ -168,8 +166,8 @@ class ModelConfig:
             )
         if self.model_type == "deepseek_v2" and self.norm_topk_prob:
             raise CheckpointError(
-                "config.json: norm_topk_prob true is not supported for deepseek_v2: transformers, DeepSeek's own code and "
-                "the engines each compute something else, and no released model has it"
+                "config.json: norm_topk_prob true is not supported for deepseek_v2: transformers, DeepSeek's own code "
+                "and the engines each compute something else, and no released model has it"
             )
 
 
@@ -183,8 +181,8 @@ def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 continue
             if result.get(key) not in (None, value):
                 raise CheckpointError(
-                    f"config.json: {key} is {shown(result[key])} and {other} {shown(value)}, two names of one number: keep "
-                    "the right one"
+                    f"config.json: {key} is {shown(result[key])} and {other} {shown(value)}, two names of one number: "
+                    "keep the right one"
                 )
             result[key] = value
     return result

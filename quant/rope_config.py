@@ -67,11 +67,9 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     missing = [key for key in _REQUIRED[rope_type] if parameters.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json: rope type {rope_type!r} needs {', '.join(missing)}")
-    beside = ("qk_rope_head_dim", "max_position_embeddings")
+    beside = {key: config.get(key) for key in ("qk_rope_head_dim", "max_position_embeddings")}
     # rope_theta stands beside the object in DeepSeek's dialect, and in it in transformers'.
-    read = ConfigReader(
-        {"rope_theta": config.get("rope_theta"), **parameters, **{key: config.get(key) for key in beside}}
-    )
+    read = ConfigReader({"rope_theta": config.get("rope_theta"), **parameters, **beside})
     rope = RopeConfig(
         rope_type=rope_type,
         theta=read.number("rope_theta", 10000.0, 0.0, _MAX_THETA),
@@ -131,14 +129,12 @@ def _check(rope: RopeConfig, config: Mapping[str, Any], parameters: Mapping[str,
     if 4 * rope.dim * rope.positions > MAX_TABLE_BYTES:
         raise CheckpointError(
             f"config.json: {rope.positions} positions (max_position_embeddings, times factor under dynamic rope) of "
-            f"{rope.dim} rotary channels make tables of {4 * rope.dim * rope.positions / 2**20:.0f} MiB; npuq makes them "
-            f"up to {MAX_TABLE_BYTES >> 20}"
+            f"{rope.dim} rotary channels make tables of {4 * rope.dim * rope.positions / 2**20:.0f} MiB; npuq makes "
+            f"them up to {MAX_TABLE_BYTES >> 20}"
         )
     for where in (config, parameters):
         if where.get("partial_rotary_factor") not in (None, 1):
-            raise CheckpointError(
-                "config.json: partial_rotary_factor is not supported: qk_rope_head_dim says the width"
-            )
+            raise CheckpointError("config.json: partial_rotary_factor is not supported; give qk_rope_head_dim")
     outside = config.get("original_max_position_embeddings")
     if rope.rope_type in ("yarn", "llama3") and outside not in (None, rope.original_max_position):
         raise CheckpointError(

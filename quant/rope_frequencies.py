@@ -63,8 +63,8 @@ def check_computable(rope: RopeConfig) -> None:
         apart, together = attention_factor(rope), yarn_mscale(rope.factor, 1.0)
         if not math.isclose(apart, together, rel_tol=1e-9):
             raise CheckpointError(
-                f"config.json: YaRN with mscale {rope.mscale} and mscale_all_dim {rope.mscale_all_dim} is {apart:.4g} in "
-                f"DeepSeek's code and the engines and {together:.4g} in transformers; give both, neither, or "
+                f"config.json: YaRN with mscale {rope.mscale} and mscale_all_dim {rope.mscale_all_dim} is {apart:.4g} "
+                f"in DeepSeek's code and the engines and {together:.4g} in transformers; give both, neither, or "
                 "attention_factor"
             )
     frequencies = inverse_frequencies(rope, rope.positions)
@@ -73,8 +73,8 @@ def check_computable(rope: RopeConfig) -> None:
     factors = (attention_factor(rope), softmax_factor(rope))
     if not sound.all() or not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise CheckpointError(
-            f"config.json: the rope parameters ({rope.rope_type}, theta {rope.theta:g}, factor {rope.factor:g}) give no "
-            "rotary tables: frequencies and factors must be positive numbers"
+            f"config.json: the rope parameters ({rope.rope_type}, theta {rope.theta:g}, factor {rope.factor:g}) give "
+            "no rotary tables: frequencies and factors must be positive numbers"
         )
 
 

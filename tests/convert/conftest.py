@@ -63,6 +63,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "scoring_func": "softmax",
         "topk_method": "greedy",
+        "norm_topk_prob": False,
         "num_nextn_predict_layers": 0,
         "n_shared_experts": 2,
     },

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -98,11 +97,28 @@ def model_type(family: str) -> dict[str, str]:
 BACKENDS = ("reference", "cpu")
 # What differed once, beside what is drawn.
 _ONE = {
-    **{"family": "v3", "vocab_size": 40, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 32},
-    **{"intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0},
-    **{"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
-    **{"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
-    **{"routed_scaling_factor": 2.5, "norm_topk_prob": True, "max_position_embeddings": 64},
+    "family": "v3",
+    "vocab_size": 40,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "mscale_all_dim": 1.0},
 }
 ACCEPTED: list[bool] = []
