@@ -1,0 +1,87 @@
+"""Files of a directory that somebody else filled: regular ones that lie in it, up to a size."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from ..errors import CheckpointError, NpuqError
+from .printable import printable
+
+MOST_BYTES: Final = 128 << 20
+"""The limit of `read_bytes`: above any index, description or tokenizer that exists."""
+
+
+def inside(directory: Path, name: str, error: type[NpuqError] = CheckpointError) -> Path:
+    """The path of a regular file that lies in `directory`, by its relative name.
+
+    Links may lead to other files of the directory. One kind of link out is accepted: the Hugging Face cache keeps
+    `models--OWNER--NAME/snapshots/REVISION/…/FILE` as a link to `blobs/HASH` of the same repository folder. Raises
+    `error` when the name or a link leads elsewhere, and when there is no such file.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise error(f"{directory}: {name!r} lies outside the directory; refusing to read it")
+    path = directory / name
+    try:
+        root, target = directory.resolve(), path.resolve()
+        exists, regular = target.exists(), target.is_file()
+    except (OSError, RuntimeError, ValueError) as cause:  # a link to itself, a NUL or a surrogate in the name
+        raise error(f"{directory}: {name!r} is no file that can be opened; fetch it again") from cause
+    if not any(target.is_relative_to(folder) for folder in (root, *_blobs(root))):
+        raise error(f"{path}: a link to {printable(str(target))}, outside the directory; refusing to read it")
+    if not exists:
+        raise error(f"{path}: missing; fetch it again")
+    if not regular:
+        raise error(f"{path}: is not a regular file; refusing to read it")
+    return path
+
+
+def is_inside(directory: Path, name: str) -> bool:
+    """Whether something has that name in `directory`: also what `inside` then refuses, such as a dangling link."""
+    return os.path.lexists(directory / name)
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the files of a snapshot in the Hugging Face cache are, from any folder of the snapshot."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return [folder.parent.parent / "blobs"]
+    return []
+
+
+def open_file(path: Path, error: type[NpuqError]) -> int:
+    """A descriptor of a regular file, for reading. Never waits, as opening a FIFO would. Raises `error`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as cause:
+        raise error(f"{path}: missing") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a NUL or a surrogate in the name
+        raise error(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{path}: is not a regular file; refusing to read it")
+    return descriptor
+
+
+def read_bytes(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises `error`."""
+    with open(open_file(path, error), "rb") as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as cause:
+            raise error(f"{path}: cannot be read: {cause.strerror}") from cause
+    if len(content) > most:
+        raise error(f"{path}: is larger than the {most} bytes that npuq reads of such a file")
+    return content
+
+
+def read_text(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> str:
+    """The content of a UTF-8 file of at most `most` bytes, line ends as `\\n`. Raises `error`."""
+    content = read_bytes(path, error, most)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: is not UTF-8 text (byte {cause.start})") from cause
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,51 @@
+"""YAML from outside: plain data with limits of size and depth, without aliases, or refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import yaml
+
+from ..errors import NpuqError
+from .printable import printable
+from .values import MOST_DEPTH, check_values
+
+MOST_CHARACTERS: Final = 1 << 18
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader; a date stays text, as JSON would have it."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read; write the value again")
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} levels deep")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, where: str, error: type[NpuqError]) -> Any:
+    """The value of a YAML text of at most 256 Ki characters; `where` names its file.
+
+    Raises `error` for what is not plain YAML, for aliases, deep nesting, numbers that are not finite or too long.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise error(f"{where}: is longer than the {MOST_CHARACTERS} characters that npuq reads of such a file")
+    try:
+        value = yaml.load(text, _Loader)
+        check_values(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as cause:
+        reason = "it is nested too deeply" if isinstance(cause, RecursionError) else printable(str(cause))
+        raise error(f"{where}: not valid YAML: {' '.join(reason.split())[:160]}") from cause
+    return value
