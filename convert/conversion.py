@@ -222,6 +222,7 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
             notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
     if not any(has_tokenizer(name) for name in prepared.side_files):
         notes.append("the checkpoint has no tokenizer: copy its files into the artifact before anything generates text")
+    notes += prepared.statements
     if inventory.unknown:
         notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:

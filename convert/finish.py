@@ -36,6 +36,7 @@ from .card import model_card
 from .engine_rules import config_schemes
 from .hashes import file_sha256
 from .journal import JobStats, Record
+from .loader_config import loader_keys
 from .output import partial_path, publish, write_file
 from .plan import Job, Plan
 from .prepare import Prepared
@@ -113,8 +114,9 @@ def _types(plan: Plan) -> dict[str, Scheme]:
 
 
 def _config(prepared: Prepared) -> dict[str, Any]:
-    schemes = {job.source: job.scheme for job in prepared.plan.jobs}
-    return artifact_config(prepared.checkpoint.config, **config_schemes(prepared.inventory.specs.values(), schemes))
+    schemes, source = {job.source: job.scheme for job in prepared.plan.jobs}, prepared.checkpoint.config
+    config = source | loader_keys(source, prepared.config, prepared.inventory.mtp_layers)
+    return artifact_config(config, **config_schemes(prepared.inventory.specs.values(), schemes))
 
 
 def _manifest(

@@ -14,8 +14,10 @@ from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..quant.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
 from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_json
 from ..quant.compressed_tensors import is_compressed
+from ..quant.dialects import WeightSource
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
+from ..quant.ties import share_tied
 from ..torch_threads import one_torch_thread, single_threaded_torch
 from .architecture import Spec
 from .progress import Progress, Silent
@@ -94,7 +96,7 @@ def verify(
     with ExitStack() as stack:
         weights = None
         if source is not None:
-            weights = open_weights(stack.enter_context(Checkpoint.open(source)))
+            weights = _source_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(
             ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
         )
@@ -134,6 +136,12 @@ def verify(
     return VerifyReport(str(path), tuple(problems), len(files), tensors, linears, errors, tuple(notes))
 
 
+def _source_weights(checkpoint: Checkpoint) -> WeightSource:
+    """The weights of a source, of which the artifact has a tied head twice."""
+    share_tied(checkpoint)
+    return open_weights(checkpoint)
+
+
 def _own_manifest(directory: Path) -> Mapping[str, Any]:
     """`read_manifest`, but a compressed-tensors checkpoint is called that and not an unfinished artifact."""
     config = directory / CONFIG_NAME
@@ -147,7 +155,7 @@ def _verify_stored(
 ) -> VerifyReport:
     """ModelSlim's own artifact: there is no manifest to check it against."""
     with ExitStack() as stack:
-        original = None if source is None else open_weights(stack.enter_context(Checkpoint.open(source)))
+        original = None if source is None else _source_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(
             ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
         )

@@ -23,7 +23,7 @@ from ..quant.artifact import (
     artifact_config,
     read_description,
 )
-from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..quant.model_config import ModelConfig, model_dtype
 from ..quant.safetensors import read_header
 from ..quant.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
@@ -113,10 +113,16 @@ def _check_index(checkpoint: Checkpoint) -> Iterator[str]:
     if not (checkpoint.directory / INDEX_NAME).exists():
         yield f"{INDEX_NAME}: missing"
         return
-    for shard in checkpoint.shards:
+    yield from unlisted(checkpoint)
+
+
+def unlisted(checkpoint: Checkpoint) -> Iterator[str]:
+    """A line for each tensor of a shard that the index does not say to be there."""
+    index, listed = index_path(checkpoint.directory), read_weight_map(checkpoint.directory)
+    for shard in checkpoint.shards if index is not None and listed is not None else ():
         for name in read_header(shard)[0]:
-            if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != shard.name:
-                yield f"{INDEX_NAME}: does not say that {name!r} is in {shard.name}"
+            if Path(listed.get(name, "")) != shard.relative_to(checkpoint.directory):
+                yield f"{index.name}: does not say that {name!r} is in {shard.name}"
 
 
 def _check_description(directory: Path, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:

@@ -95,9 +95,9 @@ class ModelConfig:
         read = ConfigReader(_without_aliases(config))
         topk_method = read.choice("topk_method", default.topk_methods, default.topk_methods[0])
         greedy = topk_method == "greedy"
-        # No default for null where groups count: no loader has one.
-        n_group = read.size("n_group", 1 if greedy else default.n_group, nullable=greedy)
-        topk_group = read.size("topk_group", 1 if greedy else default.topk_group, nullable=greedy)
+        # greedy has no groups, whatever is said of them. Elsewhere no loader has a default for null.
+        n_group = 1 if greedy else read.size("n_group", default.n_group, nullable=False)
+        topk_group = 1 if greedy else read.size("topk_group", default.topk_group, nullable=False)
         result = cls(
             model_type=model_type,
             hidden_size=read.size("hidden_size"),

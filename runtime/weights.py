@@ -32,6 +32,7 @@ from ..quant.model_config import ModelConfig, check_unbiased
 from ..quant.rope import RopeTables, load_rope, rope_tables
 from ..quant.schemes import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..quant.static_w8a8 import input_scale_of, load_deq_scale
+from ..quant.ties import EMBEDDING, HEAD, share_tied
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
 
@@ -141,6 +142,7 @@ def is_artifact(directory: Path) -> bool:
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
     check_unbiased(checkpoint.tensors)
+    share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
     if is_compressed(checkpoint.config):
@@ -185,13 +187,12 @@ def load_weights(
     """
     hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.parameter(store.tensor("model.embed_tokens.weight", config.vocab_size, hidden))
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    embedding = ops.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
     return ModelWeights(
         embedding=embedding,
         layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
         norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.float_linear([store.tensor(head, config.vocab_size, hidden)]),
+        lm_head=ops.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
     )
 
 

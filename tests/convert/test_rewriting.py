@@ -9,7 +9,7 @@ import torch
 from calibrated import VOCABULARY, add_tokenizer
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.architecture import take_inventory
+from npuq.convert.inventory import take_inventory
 from npuq.convert.rewriting import RewrittenSource, rotated
 from npuq.errors import RecipeError
 from npuq.quant.checkpoint import Checkpoint
