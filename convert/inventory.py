@@ -49,14 +49,14 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Weight]) -> Invent
     counted = range(first_mtp, first_mtp + config.num_nextn_predict_layers)
     mtp, partial = _mtp_layers(family, config, weights, sorted(layer for layer in present if layer >= first_mtp))
 
+    if partial:
+        weights = {name: weight for name, weight in weights.items() if layer_of(name) not in partial}
     expected = _expected(config, mtp, weights)
     specs, unknown, dropped = {}, [], []
     for name, weight in weights.items():
         spec = expected.get(name)
         if spec is not None:
             specs[name] = spec
-        elif layer_of(name) in partial:
-            continue
         elif name.endswith(".rotary_emb.inv_freq"):
             dropped.append(name)
         else:

@@ -30,6 +30,8 @@ _EXPLICIT: Final = (
     "n_group",
     "topk_group",
 )
+# What null means, in words that transformers takes.
+_NOT_NULL: Final[Mapping[str, Any]] = {"n_shared_experts": 0, "attention_bias": False, "hidden_act": "silu"}
 
 
 def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequenc
         # Of another type, too: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value
+    keys |= {key: value for key, value in _NOT_NULL.items() if key in raw and raw[key] is None}
     # The head is stored whatever the source had; SGLang would not read it, and compute with the embedding.
     if raw.get("tie_word_embeddings", False) is not False:
         keys["tie_word_embeddings"] = False

@@ -30,10 +30,11 @@ from .calibration.texts import (
     Calibration,
     read_calibration,
 )
+from .engine_placement import engine_notes
 from .engine_rules import check_recipe
 from .inventory import Inventory, take_inventory
 from .plan import Plan, build_plan
-from .recipe import STORED, Assignment, Recipe, check_source, load_recipe, resolve
+from .recipe import STORED, Assignment, Recipe, Target, check_source, load_recipe, resolve
 from .rewriting import RewrittenSource, rotated
 from .side_files import side_files
 from .statements import statements
@@ -162,6 +163,9 @@ def prepare(
         names = tuple(side_files(directory))
         origin = _origin(directory)
         said = statements(checkpoint, config, inventory, source, shared)
+        if resolved.target is Target.ENGINES:
+            schemes = {name: assignment.scheme for name, assignment in assignments.items()}
+            said += engine_notes(config, schemes, inventory.unknown)
     except BaseException:
         if checkpoint is not None:
             checkpoint.close()

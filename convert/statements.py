@@ -136,8 +136,8 @@ def _architectures(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]
     named = raw.get("architectures")
     if named and named != [ARCHITECTURES[config.model_type]]:
         yield (
-            f"config.json has model_type {config.model_type!r}, and architectures {shown(named)}: npuq and transformers "
-            "go by the first, engines by the second"
+            f"config.json has model_type {config.model_type!r}, and architectures {shown(named)}: npuq and "
+            "transformers go by the first, engines by the second"
         )
 
 
@@ -164,8 +164,8 @@ def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
     missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (
-            f"{INDEX_NAME} does not list {len(missing)} tensors that the shards have, first {missing[0]!r}: they count, "
-            "as in other loaders"
+            f"{INDEX_NAME} does not list {len(missing)} tensors that the shards have, first {missing[0]!r}: they "
+            "count, as in other loaders"
         )
 
 
