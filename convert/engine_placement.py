@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import ArtifactError
 from ..quant.artifact import DESCRIPTION_NAME, read_description
@@ -124,9 +125,14 @@ def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[st
     config, schemes = ModelConfig.from_dict(raw), read_description(directory)
     if schemes is None:
         raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")
-    name = f"{engine} {ENGINES[engine][0]}"
-    parameters = [f"{name}: {problem}" for problem in parameter_problems(engine, raw, schemes)]
-    return (*parameters, *placement_problems(engine, config, schemes, tp, ep))
+    return (*loading_problems(engine, raw, schemes), *placement_problems(engine, config, schemes, tp, ep))
+
+
+def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line for each way in which `engine` would not load an artifact with this config.json and description, or read
+    it wrongly, on any number of ranks."""
+    for problem in parameter_problems(engine, raw, schemes):
+        yield f"{engine} {ENGINES[engine][0]}: {problem}"
 
 
 def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str]) -> Iterator[str]:

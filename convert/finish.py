@@ -42,6 +42,7 @@ from .plan import Job, Plan
 from .prepare import Prepared
 from .recipe import STORED
 from .report import relative_error, totals_by_role
+from .serving import serving_ranks
 from .side_files import card_front_matter, copy_side_files
 
 
@@ -70,8 +71,16 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
         "roles": [total.as_dict() for total in totals],
     }
     front_matter = card_front_matter(prepared.checkpoint.directory)
+    ranks = serving_ranks(prepared.config, _types(plan), plan.output_bytes)
     card = model_card(
-        prepared.origin, recipe, totals, prepared.inventory.mtp_layers, front_matter, prepared.calibration
+        prepared.origin,
+        recipe,
+        totals,
+        prepared.inventory.mtp_layers,
+        front_matter,
+        ranks,
+        prepared.base_model,
+        prepared.calibration,
     )
     contents = {
         RECIPE_NAME: recipe.to_yaml().encode(),

@@ -77,6 +77,7 @@ class Prepared:
     calibration: Calibration | None = None
     time_budget: float | None = None
     statements: tuple[str, ...] = ()  # what the checkpoint says twice, and which counts
+    base_model: str | None = None  # the source's name on the hub, for the card
 
     @cached_property
     def identity(self) -> dict[str, str]:

@@ -43,6 +43,7 @@ class Layout:
     config: ModelConfig
     specs: Mapping[str, Spec]  # one a source tensor
     schemes: Mapping[str, Scheme]  # one an artifact tensor
+    target: Target  # who is to load it, by its recipe
 
     def outputs(self, spec: Spec) -> tuple[OutputTensor, ...]:
         """The artifact's tensors of one source tensor, as the format wants them. ValueError: it has no such form."""
@@ -102,9 +103,9 @@ def read_layout(directory: Path, problems: list[str]) -> Layout | None:
     problems += _check_index(checkpoint)
     problems += _check_description(directory, checkpoint, schemes)
     specs = _specs(config, checkpoint, schemes, problems)
-    layout = Layout(checkpoint, config, specs, schemes)
+    layout = Layout(checkpoint, config, specs, schemes, _target(directory, problems))
     problems += _check_tensors(layout)
-    problems += _check_rules(directory, layout)
+    problems += _check_rules(layout)
     problems += _check_config(checkpoint.config, layout)
     return layout
 
@@ -196,14 +197,17 @@ def _check_tensor(layout: Layout, spec: Spec, output: OutputTensor) -> Iterator[
         )
 
 
-def _check_rules(directory: Path, layout: Layout) -> Iterator[str]:
+def _target(directory: Path, problems: list[str]) -> Target:
     try:
-        target = load_recipe(directory / RECIPE_NAME).target
+        return load_recipe(directory / RECIPE_NAME).target
     except NpuqError as error:
-        yield str(error)
-        target = Target.ENGINES
+        problems.append(str(error))
+        return Target.ENGINES
+
+
+def _check_rules(layout: Layout) -> Iterator[str]:
     fused = family_of(layout.config.model_type).fused
-    for violation in violations(layout.specs, fused, layout.schemes.__getitem__, target):
+    for violation in violations(layout.specs, fused, layout.schemes.__getitem__, layout.target):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 
