@@ -74,7 +74,9 @@ def _mtp_layers(
     One that is not counted is kept where it can be: it is whole, and the next after what is kept. CheckpointError for a
     layer that is no multi-token-prediction layer at all.
     """
-    first, kept, partial = config.num_hidden_layers, [], []
+    first = config.num_hidden_layers
+    kept: list[int] = []
+    partial: list[int] = []
     for layer in layers:
         own = [f"model.layers.{layer}.{entry.name}" for entry in family.mtp]
         if not any(name in weights for name in own):

@@ -60,7 +60,7 @@ def serving_section(ranks: int | None, nbytes: int, *, mtp: bool) -> str:
         "`--quantization modelslim`.\n"
     )
     return (
-        f"{holds}\n\n"
+        f"### On NPUs\n\n{holds}\n\n"
         f"### vLLM-Ascend\n\n```bash\n{vllm}\n```\n\n"
         "It finds `quant_model_description.json` by itself; the flag makes it fail early where it cannot.\n\n"
         f"### SGLang\n\n```bash\n{sglang}\n```\n\n"

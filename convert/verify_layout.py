@@ -120,7 +120,9 @@ def _check_index(checkpoint: Checkpoint) -> Iterator[str]:
 def unlisted(checkpoint: Checkpoint) -> Iterator[str]:
     """A line for each tensor of a shard that the index does not say to be there."""
     index, listed = index_path(checkpoint.directory), read_weight_map(checkpoint.directory)
-    for shard in checkpoint.shards if index is not None and listed is not None else ():
+    if index is None or listed is None:
+        return
+    for shard in checkpoint.shards:
         for name in read_header(shard)[0]:
             if Path(listed.get(name, "")) != shard.relative_to(checkpoint.directory):
                 yield f"{index.name}: does not say that {name!r} is in {shard.name}"
