@@ -97,7 +97,7 @@ class NativeAttention(NativeProducts):
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = [contiguous_rows(each) for each in (q_nope, q_rope, k_nope, k_rope[:, None], value)]
-        heads = native_heads(*tensors, self.dtype)
+        heads = native_heads(self.dtype, *tensors)
         tokens, count = q_nope.shape[:2]
         sequences = len(q_lens)
         q_ends = _lengths("attention", "q_lens", q_lens, sequences, tokens)
