@@ -24,6 +24,10 @@ class Answer:
     headers: Mapping[str, str]
     pieces: Iterator[bytes]
 
+    @property
+    def is_compressed(self) -> bool:
+        return self.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity")
+
 
 @dataclass(frozen=True)
 class RemoteFile:
