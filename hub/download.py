@@ -42,7 +42,7 @@ def fetch_range(
             error: Exception = ConnectionError(f"the connection ended {end - position} bytes early")
         except HubError:
             raise
-        except Exception as failure:
+        except repository.raised as failure:
             error = failure
         if position == end:  # whatever became of the connection then
             return

@@ -65,6 +65,10 @@ class Repository(Protocol):
     @property
     def backoff(self) -> Backoff: ...
 
+    @property
+    def raised(self) -> tuple[type[Exception], ...]:
+        """What asking may raise; anything else is a mistake of ours, or of whoever takes the bytes."""
+
     def listing(self) -> Listing:
         """All files. Raises HubError."""
 

@@ -15,7 +15,11 @@ from support import REPO, alter, reseal, shards
 import npuq
 from npuq.errors import HubError
 from npuq.hub import RemoteCheckpoint, faults
-from npuq.hub.client import Backoff
+from npuq.hub.client import Backoff, Hub
+from npuq.hub.download import fetch_range
+from npuq.hub.huggingface import HubRepository
+from npuq.hub.names import CommitId
+from npuq.inputs.names import FileName
 
 ALWAYS = 10**6
 AGAIN = "run the same command again: it continues"
@@ -112,10 +116,25 @@ def test_a_certificate_that_is_not_accepted() -> None:
 
 def test_a_mistake_of_ours_is_not_the_hubs(hub: LoopbackHub) -> None:
     """Only what a client may raise is turned into a line."""
-    from npuq.hub.client import Hub
 
     def wrong() -> None:
         raise AssertionError("ours")
 
     with pytest.raises(AssertionError):
         Hub(REPO).call("asking", wrong)
+
+
+def test_whoever_takes_the_bytes_may_end_it(hub: LoopbackHub) -> None:
+    """As a window that is closed while it fetches."""
+    from io import BytesIO
+
+    class EndedError(Exception):
+        pass
+
+    def end(piece: bytes) -> None:
+        raise EndedError
+
+    commit = hub.state.put(REPO, {"a.txt": b"content"}).sha
+    repository = HubRepository(Hub(REPO), CommitId(commit))
+    with pytest.raises(EndedError):
+        fetch_range(repository, FileName("a.txt"), 7, 0, 7, BytesIO(), end)
