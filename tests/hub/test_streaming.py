@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback import LoopbackHub
+from safetensors.torch import load_file, save_file
 from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, kill_when, npuq_process, npuq_run
 
 import npuq
@@ -410,3 +412,23 @@ class TestRefused:
         assert "no such directory here; on the hub" in done.stderr
         assert done.stderr.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_passes_by_with_the_embedding(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """One stored tensor, two of the artifact: whether it is fetched once or twice, they are those from the disk."""
+    directory = Path(shutil.copytree(example_fp8, tmp_path / "tied"))
+    index_path, config_path = directory / "model.safetensors.index.json", directory / "config.json"
+    index = json.loads(index_path.read_text())
+    shard = directory / index["weight_map"].pop("lm_head.weight")
+    tensors = load_file(shard)
+    del tensors["lm_head.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index_path.write_text(json.dumps(index))
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"tie_word_embeddings": True}))
+    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in directory.iterdir()})
+    convert_checkpoint(directory, tmp_path / "disk", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+    expected = {name: content for name, content in contents(tmp_path / "disk").items() if name.endswith("safetensors")}
+    assert {name: content for name, content in contents(tmp_path / "out").items() if name in expected} == expected
+    assert npuq.verify(tmp_path / "out", directory).ok
