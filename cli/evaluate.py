@@ -59,7 +59,7 @@ def command(
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
     from ..quant.artifact import CARD_NAME
-    from ..runtime import evaluate, layer_errors
+    from ..runtime import Tokenizer, evaluate, layer_errors
     from .transfer import local_model
 
     if layers and source is None:
@@ -68,7 +68,7 @@ def command(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GenerationError(f"{text}: cannot be read as UTF-8 text: {error}") from error
-    model = local_model(model, quiet=quiet)
+    model = local_model(model, quiet=quiet, before_weights=Tokenizer)
     if save:
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet)

@@ -212,6 +212,17 @@ class TestBeforeWeights:
         npuq.pull(REPO, target, artifact_only=False, before_weights=lambda directory: None)
         assert len(hub.requests(r"^GET .*model-.*\.safetensors")) == len(shards(pushed))
 
+    def test_a_model_without_a_tokenizer(self, hub: LoopbackHub, pushed: Path, eval_text: Path) -> None:
+        files = dict(hub.state.repos[REPO].commit("main").files)
+        for name in (MANIFEST, "tokenizer.json"):
+            del files[name]
+        hub.state.repos[REPO].add_commit("main", "no tokenizer", files)
+        for command in (("generate", REPO, "--prompt", "a"), ("evaluate", REPO, "--text", eval_text)):
+            done = npuq_run(*command)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert "tokenizer" in done.stderr
+        assert not hub.requests(r"^GET .*\.safetensors$")
+
 
 class TestFolder:
     def test_pull(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
