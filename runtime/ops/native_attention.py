@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...quant.kv_cache import cached_latent
 from ...quant.pointers import address, output, rows_address
 from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
 from .native_products import NativeProducts, contiguous_rows
@@ -79,7 +80,9 @@ class NativeAttention(NativeProducts):
             rope_to,
             latent_to,
         )
-        return None if rope is None or latent is None else (rope, latent)
+        if rope is None or latent is None:
+            return None
+        return rope, latent if cache.latent_scale is None else cached_latent(latent, cache.latent_scale)
 
     def fused_infer_attention(
         self,

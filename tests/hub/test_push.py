@@ -153,7 +153,10 @@ def test_killed_at_random_points_and_pushed_again(hub: LoopbackHub, artifact: Pa
     assert_pushed(hub, artifact)
     pulled = npuq.pull(REPO)
     assert contents(pulled) == contents(artifact)
-    texts = [npuq.load(path).generate("Once upon a time", max_new_tokens=6).text for path in (artifact, pulled)]
+    texts = [
+        npuq.load(path).generate("Once upon a time", max_new_tokens=6, temperature=0).text
+        for path in (artifact, pulled)
+    ]
     assert texts[0] == texts[1] != ""
     # Four files travel at a time; nothing else is sent twice.
     assert hub.uploaded_bytes() <= total + killed * 4 * max(path.stat().st_size for path in shards(artifact))
@@ -164,7 +167,7 @@ def test_unfinished_push_is_told_from_an_artifact(hub: LoopbackHub, artifact: Pa
     alter(shards(artifact)[0])
     reseal(artifact)
     hub.faults.add(Fault("^PUT /lfs/", status=500, times=10**6))
-    with pytest.raises(HubError, match="push again to continue"):
+    with pytest.raises(HubError, match=r"the hub keeps failing .*run the same command again: it continues"):
         npuq.push(artifact, REPO, backoff=backoff)
     there = hub.state.files(REPO)
     assert MANIFEST not in there
@@ -349,5 +352,7 @@ class TestCard:
 
     def test_a_front_matter_that_is_no_yaml(self, hub: LoopbackHub, artifact: Path) -> None:
         hub.state.put(REPO, {CARD: b"---\na: [\n---\n"})
-        with pytest.raises(HubError, match=r"README\.md in alice/tiny-w4a8: its front matter is no YAML"):
+        with pytest.raises(
+            HubError, match=r"README\.md in alice/tiny-w4a8: its front matter: not valid YAML: .*repair"
+        ):
             npuq.push(artifact, REPO)
