@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -61,6 +62,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 130 interrupted."""
+    _escape_what_streams_lack()
     try:
         group.main(prog_name="npuq", standalone_mode=False)
     except click.ClickException as error:
@@ -82,6 +84,14 @@ def main() -> None:
         sys.exit(_fail(f"{where}{error.strerror or error}", 1))
     except MemoryError:
         sys.exit(_fail("out of memory; lower --max-memory or --workers", 1))
+
+
+def _escape_what_streams_lack() -> None:
+    """Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names that are no UTF-8 come out as
+    escapes: text that cannot be shown is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # None where it is closed, anything under a test runner
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:

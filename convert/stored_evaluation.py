@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
+from ..inputs.printable import name_as_text
 from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
 from .journal import locked_directory
 from .output import write_error, write_file
@@ -57,7 +58,7 @@ def store_evaluation(
     """
     check_storable(artifact)
     entry = {
-        "text": text.name,
+        "text": name_as_text(text),
         "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
         "context": context,
         "tokens": result.tokens,

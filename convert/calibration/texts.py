@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError, GenerationError
+from ...inputs.printable import name_as_text
 from ...runtime.tokenizer import Tokenizer
 
 BUILTIN = "builtin"
@@ -100,8 +101,8 @@ def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
         found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
         if not found:
             raise CalibrationError(f"{path}: no {', '.join(_SUFFIXES)} files in it to calibrate on")
-        return path.resolve().name, (document for child in found for document in _read(child))
-    return path.name, _read(path)
+        return name_as_text(path.resolve()), (document for child in found for document in _read(child))
+    return name_as_text(path), _read(path)
 
 
 def _read(path: Path) -> Iterator[Any]:
