@@ -61,6 +61,7 @@ def command(
     from ..errors import GenerationError
     from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate, layer_errors
+    from ..runtime.tokenizer_files import require_tokenizer
     from .transfer import local_model
 
     if layers and source is None:
@@ -70,6 +71,7 @@ def command(
     except (OSError, UnicodeDecodeError) as error:
         raise GenerationError(f"{text}: cannot be read as UTF-8 text: {error}") from error
     model = local_model(model, quiet=quiet, progress=progress)
+    require_tokenizer(model)
     if save:
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)

@@ -92,11 +92,13 @@ def command(
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, load
+    from ..runtime.tokenizer_files import require_tokenizer
     from .transfer import local_model
 
     params = SamplingParams(stop=stops, **sampling)
     compute = None if dtype is None else getattr(torch, dtype)
     directory = local_model(model, quiet=as_json)
+    require_tokenizer(directory)
     runner = load(directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype)
     inputs = [runner.tokenizer.chat([{"role": "user", "content": text}]) for text in texts] if chat else texts
     if as_json:

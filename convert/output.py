@@ -59,7 +59,7 @@ def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
     """
     try:
         journal = output / JOURNAL_NAME
-        if os.path.lexists(output) and not output.is_dir():
+        if output.exists() and not output.is_dir():
             raise ConversionError(f"{output}: exists and is not a directory; choose another output")
         if (output / MANIFEST_NAME).exists():
             return _finished(output, identity)

@@ -32,6 +32,7 @@ from .calibration.texts import (
     DEFAULT_SEQUENCE_LENGTH,
     Calibration,
     read_calibration,
+    read_tokenizer,
 )
 from .engine_rules import check_recipe
 from .plan import Plan, build_plan
@@ -154,6 +155,8 @@ def prepare(
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.passes_by and (resolved.transforms or _needs_calibration(resolved, assignments)):
+            if _needs_calibration(resolved, assignments):
+                read_tokenizer(directory)  # or it would be missed after all has been fetched
             raise RecipeError(
                 f"method {resolved.chain} reads weights more than once, and a checkpoint on a hub passes by: fetch it "
                 "first (hf download), and convert the directory"

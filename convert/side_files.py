@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import CheckpointError
+from ..inputs.names import FileName
 from ..quant.checkpoint import inside
 from .output import partial_path, publish
 
@@ -32,22 +33,15 @@ PATTERNS = (
 )
 
 
-# Any of these is the whole of some model's tokenizer.
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.tiktoken", "*.model")
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether a file of that name makes a tokenizer, rather than settles its details."""
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZERS)
-
-
 def side_files(source: Path) -> list[str]:
     """Names of the side files of a checkpoint directory, sorted.
 
-    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards.
+    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, and for a name that no manifest
+    can hold.
     """
     names = sorted(path.name for path in source.iterdir() if not path.is_dir() and _wanted(path.name))
-    return [name for name in names if inside(source, name)]
+    where = f"{source}: rename, or move out"
+    return [name for name in names if FileName.parse(name, where, CheckpointError) and inside(source, name)]
 
 
 def copy_side_files(source: Path, output: Path, names: list[str]) -> None:

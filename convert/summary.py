@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..quant.library import description, library
+from ..runtime.tokenizer_files import tokenizer_problem
 from .native_job import runs_natively
 from .prepare import Prepared
 from .recipe import Target
-from .side_files import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def starting_notes(prepared: Prepared) -> tuple[str, ...]:
         # The named recipes list roles that not every model has.
         if (rule.names or rule.layers) and not any(map(rule.matches, specs)):
             notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
-    if not any(has_tokenizer(name) for name in prepared.side_files):
-        notes.append("the checkpoint has no tokenizer: copy its files into the artifact before anything generates text")
+    if problem := tokenizer_problem(prepared.side_files):
+        notes.append(f"npuq generate and evaluate will not run the artifact as it will be: {problem}")
     if inventory.unknown:
         notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import CalibrationError, GenerationError
 from ...inputs.printable import name_as_text
 from ...runtime.tokenizer import Tokenizer
+from ...runtime.tokenizer_files import require_tokenizer
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128
@@ -58,10 +59,7 @@ def read_calibration(
         raise CalibrationError(f"--samples {samples} and --sequence-length {sequence_length} must be at least 1 and 2")
     if sequence_length > max_position:
         raise CalibrationError(f"--sequence-length {sequence_length} exceeds the model's {max_position} positions")
-    try:
-        tokenizer = Tokenizer(checkpoint)
-    except GenerationError as error:
-        raise CalibrationError(f"calibration needs the checkpoint's tokenizer: {error}") from error
+    tokenizer = read_tokenizer(checkpoint)
     name, documents = _documents(path)
     separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stream: list[int] = []
@@ -90,6 +88,18 @@ def read_calibration(
         starts = [len(stream) // width * index // count * width for index in range(count)]
     tokens = torch.tensor([lead + stream[start : start + width] for start in starts])
     return Calibration(name, tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+
+
+def read_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's directory. CalibrationError where none can be read."""
+    try:
+        require_tokenizer(checkpoint)
+        return Tokenizer(checkpoint)
+    except GenerationError as error:
+        raise CalibrationError(
+            f"calibration needs the checkpoint's tokenizer: {error}; or leave out what needs a text: --method mse, or "
+            "rotate+mse"
+        ) from error
 
 
 def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
