@@ -24,6 +24,8 @@ _FLOAT32, _FLOAT64 = 0.03, 0.08
 # Products for each weight and input of its linear, K · (N · K) in all: GPTQ takes half of one, each sweep of the
 # refinement a gradient, the moves and a scale, and the errors before, after and at the output four more.
 _REFINED = 0.5 + 3 * SWEEPS + 4
+# Products for each cube of inputs: two Cholesky factors and an inverse.
+_FACTORED = 0.7
 # The first batch of windows and each expert's first rows judge every strength.
 _JUDGED = 2048
 
@@ -51,7 +53,7 @@ def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
         if job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT:
             # gate and up, q_a and kv_a have one Hessian together.
             shared = 0.5 if job.source.endswith(_SHARING) else 1.0
-            products += shared * (used * columns**2 * _FLOAT32 + columns**3 * _FLOAT64)
+            products += shared * (used * columns**2 * _FLOAT32 + _FACTORED * columns**3 * _FLOAT64)
             products += _REFINED * rows * columns**2 * _FLOAT64
         judged = min(used, _JUDGED) * rows * columns * _FLOAT32
         return trials * (products + data_free_effort(job) + smoothed * (data_free_effort(job) + judged))
