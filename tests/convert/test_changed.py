@@ -211,7 +211,7 @@ def test_what_was_compared_once_is_not_compared_again(rig, own_source, tmp_path,
 def test_a_norm_that_was_folded_into_others(own_source, tmp_path, tree):
     """A rotated weight holds the gain of a norm: it depends on both."""
     options = OPTIONS | {"method": "rotate+minmax"}
-    interrupted(own_source, tmp_path / "out", 200, **{"method": "rotate+minmax"})
+    interrupted(own_source, tmp_path / "out", 200, method="rotate+minmax")
     change(own_source, "model.layers.0.input_layernorm.weight")
     convert_checkpoint(own_source, tmp_path / "out", **options)
     convert_checkpoint(own_source, tmp_path / "fresh", **options)
@@ -260,7 +260,7 @@ def test_files_that_are_touched_while_they_are_converted(own_source, v3_artifact
 
 @pytest.fixture
 def walk(write, rig, tmp_path, tree) -> tuple[Path, Path, Callable[..., Any], dict[str, bytes]]:
-    """A calibrated conversion that was killed in its third layer: source, output, how to run it, and what it will be."""
+    """A calibrated conversion, killed in its third layer: source, output, how to run it, and what it will be."""
     source = write(tmp_path / "own" / "source", fp8_block=16)
     add_tokenizer(source)
     (tmp_path / "text.txt").write_text(text(1000))
@@ -283,7 +283,9 @@ def test_weights_that_calibration_went_through_are_not_exchanged(tensor, walk, t
     source, output, run, expected = walk
     path = change(source, tensor)
     before = tree(output)
-    with pytest.raises(ConversionError, match=f"{path}: holds other weights than when it was calibrated.*{tensor}.*put"):
+    with pytest.raises(
+        ConversionError, match=f"{path}: holds other weights than when it was calibrated.*{tensor}.*put"
+    ):
         run()
     assert tree(output) == before
     change(source, tensor)  # flips it back
