@@ -133,8 +133,10 @@ class TerminalProgress:
 
 
 def _view(form: str) -> View | None:
+    if sys.stderr is None:  # closed
+        return None
     if form == "auto":
-        form = "bar" if sys.stderr is not None and sys.stderr.isatty() else "lines"
+        form = "bar" if sys.stderr.isatty() else "lines"
     views: dict[str, Callable[[], View]] = {"bar": _Bar, "lines": _Lines, "json": _JsonLines}
     return views[form]() if form in views else None
 

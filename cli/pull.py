@@ -46,7 +46,7 @@ def command(
     silence_client()
     with TerminalProgress("pull", progress, quiet) as display:
         if which == "modelscope":
-            from ..hub.modelscope import pull_modelscope
+            from ..hub.modelscope_transfer import pull_modelscope
 
             path = pull_modelscope(repo, directory, revision=revision, token=token, progress=display)
         else:

@@ -58,7 +58,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
         window_bytes = window_bytes or DEFAULT_WINDOW
         return RemoteCheckpoint.open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
     except HubError as error:
-        raise HubError(f"{source}: no such directory here; on the hub: {error}") from None
+        raise type(error)(f"{source}: no such directory here; on the hub: {error}") from None
 
 
 def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPusher:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import yaml
@@ -11,26 +10,8 @@ import yaml
 from ..errors import CheckpointError
 from ..inputs.names import FileName
 from ..quant.checkpoint import inside
+from ..quant.side_files import is_side_file
 from .output import partial_path, publish
-
-# What vLLM-Ascend, SGLang and transformers look for beside the weights. The source's README.md is not among them: the
-# artifact has a card of its own.
-PATTERNS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",  # sentencepiece, and Kimi's tiktoken.model
-    "*.jinja",
-    "chat_template.json",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def side_files(source: Path) -> list[str]:
@@ -39,7 +20,7 @@ def side_files(source: Path) -> list[str]:
     Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, and for a name that no manifest
     can hold.
     """
-    names = sorted(path.name for path in source.iterdir() if not path.is_dir() and _wanted(path.name))
+    names = sorted(path.name for path in source.iterdir() if not path.is_dir() and is_side_file(path.name))
     where = f"{source}: rename, or move out"
     return [name for name in names if FileName.parse(name, where, CheckpointError) and inside(source, name)]
 
@@ -63,7 +44,3 @@ def card_front_matter(source: Path) -> dict[str, object]:
         # Decoration only: a source card that cannot be read must not stop a conversion.
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _wanted(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
