@@ -91,11 +91,10 @@ def _set_up_streams() -> None:
     """Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names that are no UTF-8 come out as
     escapes: text that cannot be shown is no reason to fail. The place of a stream that is closed is taken, or the next
     file to be written would get its number, and what a library tells of itself."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    # An opened file has the lowest number that is free.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        continue
+    os.close(number)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # None where it is closed, anything under a test runner
             stream.reconfigure(errors="backslashreplace")
