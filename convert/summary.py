@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..quant.library import description, library
+from ..quant.schemes import Scheme
 from ..runtime.tokenizer_files import tokenizer_problem
-from .native_job import runs_natively
 from .prepare import Prepared
 from .recipe import Target
 
@@ -67,6 +67,7 @@ def starting_notes(prepared: Prepared) -> tuple[str, ...]:
     if inventory.absent_mtp_layers:
         layers = ", ".join(map(str, inventory.absent_mtp_layers))
         notes.append(f"config.json counts MTP layers ({layers}) that the checkpoint does not have")
-    if library() is None and any(runs_natively(job, prepared.source) for job in prepared.plan.jobs):
+    searching = not prepared.recipe.stored and any(job.scheme is not Scheme.FLOAT for job in prepared.plan.jobs)
+    if searching and library() is None:
         notes.append(f"quantizing takes about 40 times as long as it could: it is done by {description()}")
     return tuple(notes)

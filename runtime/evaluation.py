@@ -14,6 +14,7 @@ from ..errors import GenerationError
 from ..progress import Progress, Silent, Task
 from .llm import LanguageModel, load
 from .tokenizer import Tokenizer
+from .tokenizer_files import require_tokenizer
 
 DEFAULT_CONTEXT = 512
 
@@ -62,6 +63,8 @@ def evaluate(
     Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
     a vocabulary.
     """
+    if not isinstance(model, LanguageModel):
+        require_tokenizer(Path(model))
     judged = model if isinstance(model, LanguageModel) else load(model, backend, kv_cache_dtype=kv_cache_dtype)
     reference = source if source is None or isinstance(source, LanguageModel) else load(source, backend)
     windows = cut_windows(text, judged.tokenizer, context)
