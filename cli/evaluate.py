@@ -61,7 +61,7 @@ def command(
     from ..errors import GenerationError
     from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate, layer_errors
-    from ..runtime.tokenizer_files import require_tokenizer
+    from ..runtime.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
     if layers and source is None:
@@ -70,8 +70,7 @@ def command(
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GenerationError(f"{text}: cannot be read as UTF-8 text: {error}") from error
-    model = local_model(model, quiet=quiet, progress=progress)
-    require_tokenizer(model)
+    model = local_model(model, quiet=quiet, progress=progress, before_weights=require_tokenizer)
     if save:
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)

@@ -19,15 +19,26 @@ if TYPE_CHECKING:
 HUBS = ("huggingface", "modelscope")
 
 
-def local_model(model: str | Path, *, quiet: bool, progress: str = "auto") -> Path:
-    """The directory of a MODEL argument; `user/repo` is fetched from the hub first, with progress of that form."""
+def local_model(
+    model: str | Path,
+    *,
+    quiet: bool,
+    progress: str = "auto",
+    before_weights: Callable[[Path], object] = lambda directory: None,
+) -> Path:
+    """The directory of a MODEL argument; `user/repo` is fetched from the hub first, with progress of that form.
+
+    `before_weights` raises what speaks against the model: of a repository, before its weights are fetched.
+    """
     if Path(model).exists():
+        before_weights(Path(model))
         return Path(model)
     from ..hub import resolve
 
     silence_client()
     with TerminalProgress("pull", progress, quiet) as display:
-        path = resolve(model, progress=display)
+        path = resolve(model, before_weights=before_weights, progress=display)
+    before_weights(path)
     if display.total_bytes:
         display.note(f"{model}: {format_bytes(display.total_bytes)} fetched to {path}")
     return path

@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .calibration.effort import calibrated_effort
 from .calibration.memory import calibrated_budget
 from .calibration.states import remove_states
 from .calibration.walk import CalibratedWalk
+from .card import check_base_model
 from .finish import finish, rehearse
 from .journal import FileStamp, JobStats, Journal, Record
 from .memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
@@ -55,6 +56,7 @@ def convert_checkpoint(
     workers: int | None = None,
     max_memory: int | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    base_model: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -68,6 +70,7 @@ def convert_checkpoint(
     chain such as rotate+smooth+gptq; `calibration` is the text that gptq and smooth need (a built-in one by default).
     `max_memory` bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each
     output file.
+    `base_model` is the source's name on the hub (OWNER/NAME) for the artifact's card, where the source is a directory.
     The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing, and
     says in the summary's `refusal` why a run would refuse the output directory or the disk; `force` starts although the
     disk has too little room.
@@ -83,8 +86,10 @@ def convert_checkpoint(
     if max_shard_size < 1:
         raise ConversionError(f"--max-shard-size must be positive, not {max_shard_size}")
     check_separate(opened.directory if isinstance(opened, Checkpoint) else opened, output)
+    if base_model is not None:
+        check_base_model(base_model)
     started = time.monotonic()
-    prepared = prepare(opened, recipe, method, max_shard_size, calibration)
+    prepared = replace(prepare(opened, recipe, method, max_shard_size, calibration), base_model=base_model)
     try:
         small_bytes = rehearse(prepared)
         run = _Conversion(

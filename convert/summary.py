@@ -8,7 +8,7 @@ from typing import Any
 
 from ..quant.library import description, library
 from ..quant.schemes import Scheme
-from ..runtime.tokenizer_files import tokenizer_problem
+from ..runtime.tokenizer_check import tokenizer_problem
 from .prepare import Prepared
 from .recipe import Target
 
@@ -60,6 +60,7 @@ def starting_notes(prepared: Prepared) -> tuple[str, ...]:
             notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
     if problem := tokenizer_problem(prepared.side_files):
         notes.append(f"npuq generate and evaluate will not run the artifact as it will be: {problem}")
+    notes += prepared.statements
     if inventory.unknown:
         notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:

@@ -14,7 +14,7 @@ from ..errors import GenerationError
 from ..progress import Progress, Silent, Task
 from .llm import LanguageModel, load
 from .tokenizer import Tokenizer
-from .tokenizer_files import require_tokenizer
+from .tokenizer_check import require_tokenizer
 
 DEFAULT_CONTEXT = 512
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import CalibrationError, GenerationError
 from ...inputs.printable import name_as_text
 from ...runtime.tokenizer import Tokenizer
-from ...runtime.tokenizer_files import require_tokenizer
+from ...runtime.tokenizer_check import require_tokenizer
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128

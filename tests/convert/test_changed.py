@@ -258,23 +258,35 @@ def test_files_that_are_touched_while_they_are_converted(own_source, v3_artifact
 # ---- calibrated ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def walk(write, rig, tmp_path, tree) -> tuple[Path, Path, Callable[..., Any], dict[str, bytes]]:
-    """A calibrated conversion, killed in its third layer: source, output, how to run it, and what it will be."""
-    source = write(tmp_path / "own" / "source", fp8_block=16)
+@pytest.fixture(scope="module")
+def walked(write, rig, tmp_path_factory, tree) -> tuple[Path, dict[str, bytes]]:
+    """A folder with the source and the output of a calibrated conversion, killed in its third layer, and what the
+    artifact will be."""
+    folder = tmp_path_factory.mktemp("walked")
+    source = write(folder / "source", fp8_block=16)
     add_tokenizer(source)
-    (tmp_path / "text.txt").write_text(text(1000))
-    options = {"method": "gptq", "calibration": [str(tmp_path / "text.txt"), 8, 16], "workers": 1}
-    assert rig(source, tmp_path / "whole", options=options)["summary"]["status"] == "converted"
-    assert rig(source, tmp_path / "out", options=options, kill_at=7, calls=["replace"])["killed"]
-    state = json.loads((tmp_path / "out" / "npuq" / "calibration" / "state.json").read_text())
+    (folder / "text.txt").write_text(text(1000))
+    options = {"method": "gptq", "calibration": [str(folder / "text.txt"), 8, 16], "workers": 1}
+    assert rig(source, folder / "whole", options=options)["summary"]["status"] == "converted"
+    assert rig(source, folder / "out", options=options, kill_at=7, calls=["replace"])["killed"]
+    state = json.loads((folder / "out" / "npuq" / "calibration" / "state.json").read_text())
     assert state["layer"] >= 2
+    return folder, tree(folder / "whole")
 
-    def run(output: Path = tmp_path / "out", **more: Any) -> Any:
-        calibration = CalibrationText(tmp_path / "text.txt", 8, 16)
-        return convert_checkpoint(source, output, method="gptq", calibration=calibration, **more)
 
-    return source, tmp_path / "out", run, tree(tmp_path / "whole")
+@pytest.fixture
+def walk(walked, tmp_path) -> tuple[Path, Path, Callable[..., Any], dict[str, bytes]]:
+    """A copy of it: source, output, how to run it, and what it will be."""
+    folder, expected = walked
+    shutil.copytree(folder, tmp_path / "walk")
+    source, out, calibration_text = (tmp_path / "walk" / name for name in ("source", "out", "text.txt"))
+
+    def run(output: Path = out, **more: Any) -> Any:
+        return convert_checkpoint(
+            source, output, method="gptq", calibration=CalibrationText(calibration_text, 8, 16), **more
+        )
+
+    return source, out, run, expected
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.0.mlp.gate_proj.weight", "model.embed_tokens.weight"])

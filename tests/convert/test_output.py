@@ -118,6 +118,7 @@ def test_what_a_user_should_know_before_hours_are_spent(make_checkpoint, tmp_pat
 def test_a_machine_without_kernels_is_told(v3_source, tmp_path, monkeypatch, npuq):
     """Once, at the start, where anything is quantized at all."""
     said = "takes about 40 times as long"
+    monkeypatch.setattr("npuq.convert.summary.library", object)
     assert said not in npuq("convert", v3_source, tmp_path / "with", "--method", "minmax").stderr
     monkeypatch.setattr("npuq.convert.summary.library", lambda: None)
     outcome = npuq("convert", v3_source, tmp_path / "without", "--method", "minmax")

@@ -1,115 +1,286 @@
-"""A tokenizer that npuq does not read is said before the work, with advice that works."""
+"""Tokenizer files from outside: what is damaged or made to harm is refused in one line."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import npuq
-import npuq.runtime
-from npuq.cli.main import main
-from npuq.errors import CalibrationError, GenerationError
-from npuq.runtime.tokenizer_files import tokenizer_problem
+from npuq.errors import GenerationError
+from npuq.runtime.text import TextStream
+from npuq.runtime.tokenizer import Tokenizer
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
 
 
 @pytest.fixture
-def kimi(example_fp8: Path, tmp_path: Path) -> Path:
-    """A checkpoint with the tokenizer files that Kimi-K2 and Moonlight have."""
-    directory = Path(shutil.copytree(example_fp8, tmp_path / "kimi"))
-    for path in directory.glob("tokenizer*"):
-        path.unlink()
-    (directory / "tiktoken.model").write_text("IQ== 0\nIg== 1\n")
-    (directory / "tokenization_kimi.py").write_text("raise SystemExit('remote code')\n")
-    auto_map = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
-    config = {"auto_map": auto_map, "tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+def files(tmp_path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / name, tmp_path)
+    return tmp_path
+
+
+def change(directory: Path, **parts: Any) -> Path:
+    """Replace parts of tokenizer.json."""
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **parts}), encoding="utf-8")
     return directory
 
 
+def configure(directory: Path, **values: Any) -> Path:
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return directory
+
+
+def refused(directory: Path, expected: str) -> None:
+    with pytest.raises(GenerationError, match=expected) as caught:
+        Tokenizer(directory)
+    assert str(caught.value).isprintable()
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("content", "expected"),
     [
-        (["tokenizer.json", "tiktoken.model"], None),
-        (["tokenizer.model", "tokenizer_config.json"], None),  # transformers converts it
-        (["vocab.json", "merges.txt"], None),
-        (
-            ["tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json"],
-            "tiktoken.model, which npuq does not read",
-        ),
-        (["qwen.tiktoken"], "qwen.tiktoken, which"),
-        (["tokenizer_config.json", "config.json"], "no tokenizer; put the model's tokenizer.json"),
-        ([], "no tokenizer"),
+        (b"[]", "not a JSON object"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested more than 64 levels"),
+        (b'{"model_max_length": NaN}', "NaN"),
+        (b'{"bos_token": "\\ud800"}', "surrogate"),
+        (b'{"bos_token": 5}', "bos_token must be text, not 5"),
+        (b'{"eos_token": ["a"]}', "eos_token must be text"),
+        (b'{"pad_token": {"content": {}}}', "pad_token must be text"),
+        (b'{"chat_template": 5}', "chat_template 'default' must be text"),
+        (b'{"chat_template": ["x"]}', "chat_template must list objects with name and template"),
+        (b'{"chat_template": [{"name": 1, "template": "x"}]}', "chat_template must list objects"),
+        (b'{"chat_template": [{"name": "a\\u001b"}]}', r"chat_template 'a\\x1b' must be text"),
+        (b'{"chat_template": "' + b"x" * (2 << 20) + b'"}', "chat_template is longer"),
+        (b" " * (17 << 20), "is larger than"),
     ],
 )
-def test_what_the_names_of_files_say(names: list[str], said: str | None) -> None:
-    problem = tokenizer_problem(names)
-    assert problem is said is None or (problem is not None and said is not None and said in problem)
+def test_configurations(files: Path, content: bytes, expected: str) -> None:
+    (files / "tokenizer_config.json").write_bytes(content)
+    refused(files, rf"tokenizer_config\.json: .*{expected}")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["npuq", *map(str, arguments)])
-    capsys.readouterr()
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0), capsys.readouterr().err
-    return 0, capsys.readouterr().err
+def test_long_model_max_length_is_fine(files: Path) -> None:
+    configure(files, model_max_length=int(1e30))
+    assert Tokenizer(files).encode("whale")
 
 
-COMMANDS = [
-    ("generate", "MODEL", "--prompt", "x"),
-    ("evaluate", "MODEL", "--text", "TEXT"),
-    ("convert", "MODEL", "OUT", "--method", "gptq"),
-    ("convert", "MODEL", "OUT", "--method", "rotate+smooth", "--dry-run"),
-]
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-@pytest.mark.parametrize("missing", [False, True])
-def test_every_command_that_needs_one_says_so_first(
-    command: tuple[str, ...],
-    missing: bool,
-    kimi: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if missing:
-        for name in ("tiktoken.model", "tokenizer_config.json"):
-            (kimi / name).unlink()
-    (tmp_path / "text.txt").write_text("Call me Ishmael.")
-    places = {"MODEL": kimi, "OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt"}
-    for name in ("read", "read_rows", "read_bytes", "view"):
-        monkeypatch.setattr(
-            f"npuq.quant.checkpoint.Checkpoint.{name}", lambda *arguments: pytest.fail("a weight is read")
-        )
-    status, err = run(monkeypatch, capsys, *(places.get(word, word) for word in command))
-    assert status == 1 and err.startswith("npuq: error: ") and err.count("\n") == 1
-    assert ("has no tokenizer" if missing else "tiktoken.model, which npuq does not read") in err
-    assert "tokenizer.json" in err and ("--method mse" in err) == (command[0] == "convert")
-    assert not (tmp_path / "out").exists()
+def link_out(path: Path) -> None:
+    path.symlink_to("/etc/hostname")
 
 
-def test_so_does_the_library(kimi: Path, tmp_path: Path) -> None:
-    with pytest.raises(GenerationError, match=r"tiktoken\.model, which npuq does not read"):
-        npuq.evaluate(kimi, "Call me Ishmael.")
-    with pytest.raises(CalibrationError, match=r"tiktoken\.model, which npuq does not read"):
-        npuq.convert_checkpoint(kimi, tmp_path / "out", method="smooth+gptq")
+def dangling(path: Path) -> None:
+    path.symlink_to("nothing")
 
 
-def test_the_advice_works(
-    kimi: Path, example_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What needs no text converts; with a tokenizer.json put there, the rest goes on."""
-    for method in ("mse", "rotate+mse"):
-        status, err = run(monkeypatch, capsys, "convert", kimi, tmp_path / method, "--method", method)
-        assert status == 0 and "npuq generate and evaluate will not run the artifact" in err
-    shutil.copyfile(example_fp8 / "tokenizer.json", kimi / "tokenizer.json")
-    shutil.copyfile(example_fp8 / "tokenizer.json", tmp_path / "mse" / "tokenizer.json")
-    assert run(monkeypatch, capsys, "convert", kimi, tmp_path / "gptq", "--method", "gptq", "--dry-run") == (0, "")
-    status, _ = run(monkeypatch, capsys, "generate", tmp_path / "mse", "--prompt", "x", "--max-new-tokens", "1")
-    assert status == 0
+def directory(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [fifo, link_out, dangling, directory])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "rag.jinja"],
+)
+def test_what_is_no_file_of_the_checkpoint(files: Path, name: str, make: Callable[[Path], None]) -> None:
+    path = files / name
+    if name == "rag.jinja":
+        path = files / "additional_chat_templates" / name
+        path.parent.mkdir()
+    path.unlink(missing_ok=True)
+    make(path)
+    refused(files, name.replace(".", r"\."))
+
+
+def test_templates_that_are_no_text_or_too_long(files: Path) -> None:
+    (files / "chat_template.jinja").write_bytes(b"\xff")
+    refused(files, r"chat_template\.jinja: is not UTF-8 text")
+    (files / "chat_template.jinja").write_bytes(b"x" * (2 << 20))
+    refused(files, r"chat_template\.jinja: is larger than")
+
+
+# ---- tokenizer.json --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": None},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}},
+        {"model": {"type": "Unigram", "unk_id": 5, "vocab": [], "byte_fallback": False}},
+        {"decoder": {"type": "Sequence", "decoders": [{"type": "Strip", "content": "", "start": 0, "stop": 0}]}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # panics too, when it encodes
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
+        {"decoder": {"type": "Strip", "content": "H", "start": 1, "stop": 2**64 - 1}},
+    ],
+)
+def test_failures_of_the_library(files: Path, parts: dict[str, Any]) -> None:
+    change(files, **parts)
+    with pytest.raises(GenerationError) as caught:
+        tokenizer = Tokenizer(files)
+        tokenizer.decode(tokenizer.encode("Hello"))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////fwAAAAAAAAA="}}, "Precompiled"),
+        (
+            {
+                "model": {
+                    "type": "BPE",
+                    "vocab": {"a": 0, "##é": 1, "aé": 3},
+                    "merges": ["a ##é"],
+                    "continuing_subword_prefix": "###",
+                }
+            },
+            "continuing_subword_prefix",
+        ),
+    ],
+)
+def test_parts_that_abort_the_library(files: Path, parts: dict[str, Any], expected: str, hidden: bool) -> None:
+    change(files, **parts)
+    path = files / "tokenizer.json"
+    text = path.read_text()
+    if hidden:
+        text = text.replace("compiled", "\\u0063ompiled").replace("_subword", "_\\u0073ubword")
+    path.write_text(text.replace("{", '{"normalizer": null, ', 1))  # and a key twice
+    refused(files, f"tokenizer.json: a {expected}.* is not read")
+
+
+def test_escaped_letters_are_fine(files: Path) -> None:
+    """As some writers of JSON have < and >."""
+    whole = Tokenizer(files).encode("<|eos|>It was")
+    path = files / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|", "\\u003c|"), encoding="utf-8")
+    assert Tokenizer(files).encode("<|eos|>It was") == whole
+
+
+def test_an_interruption_is_not_the_librarys(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npuq.runtime.tokenizer_files import guarded
+
+    for error in (KeyboardInterrupt, MemoryError, SystemExit, GeneratorExit):
+
+        def fail(error: type[BaseException] = error) -> None:
+            raise error
+
+        with pytest.raises(error):
+            guarded(fail, "it fails")
+
+
+def test_a_pattern_that_takes_years(files: Path) -> None:
+    change(
+        files,
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+    )
+    with pytest.raises(GenerationError, match=r"the tokenizer fails to encode: .*limit"):
+        Tokenizer(files).encode("a" * 40 + "!")
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [replace({"String": "a"}, "a" * 10)] * 20,
+        [replace({"Regex": "."}, "aa")] * 20,
+        [replace({"String": "a"}, "a" * 100_000)],
+    ],
+)
+def test_texts_do_not_grow_without_end(files: Path, part: str, steps: list[Any]) -> None:
+    change(files, **{part: {"type": "Sequence", f"{part}s": steps}})
+    refused(files, rf"tokenizer\.json: its {part} can make a text more than 4096 times longer")
+
+
+def test_prepended_text_counts_too(files: Path) -> None:
+    change(files, normalizer={"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "aa"}] * 20})
+    refused(files, "its normalizer can make")
+
+
+def test_what_known_tokenizers_replace_is_fine(files: Path) -> None:
+    """As those of Llama 2 and Gemma do."""
+    space = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁"), {"type": "NFKC"}]
+    back = [replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    change(
+        files,
+        normalizer={"type": "Sequence", "normalizers": space},
+        decoder={"type": "Sequence", "decoders": back},
+    )
+    assert Tokenizer(files).encode("a b c")
+
+
+def test_settings_of_training_do_not_cut_prompts(files: Path) -> None:
+    """transformers does not apply them either where it is not asked to."""
+    whole = Tokenizer(files).encode("It was the best of times")
+    change(
+        files,
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 64},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": "<|pad|>",
+        },
+    )
+    assert Tokenizer(files).encode("It was the best of times") == whole
+
+
+def test_a_token_as_long_as_a_book(files: Path) -> None:
+    content = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))
+    token = len(content["model"]["vocab"])
+    content["model"]["vocab"]["a" * 1_000_000] = token
+    (files / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    text = TextStream(Tokenizer(files), [0], ())
+    with pytest.raises(GenerationError, match=f"token {token} is a text of 1000000 characters"):
+        text.add(token)
+
+
+def test_mutations_of_the_files_end_in_one_line(files: Path) -> None:
+    """Values of another type anywhere in either file: the tokenizer works, or says in one line why not."""
+    random.seed(5)
+    strange: list[Any] = [None, True, -1, 2**70, 1.5, "", "x\x1b", [], {}, [[]], {"a": []}, "\x00" * 100]
+    originals = {name: json.loads((files / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    for number in range(50):
+        name = random.choice(list(originals))
+        content = json.loads(json.dumps(originals[name]))
+        place: Any = content
+        while True:
+            key = random.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if isinstance(place[key], (dict, list)) and place[key] and len(place[key]) < 50 and random.random() < 0.8:
+                place = place[key]
+                continue
+            place[key] = random.choice(strange)
+            break
+        (files / name).write_text(json.dumps(content))
+        try:
+            tokenizer = Tokenizer(files)
+            tokenizer.decode(tokenizer.encode("Hello, whale"))
+            tokenizer.chat("x", chat_template="{{ messages }}{{ bos_token }}")
+        except GenerationError as error:
+            assert str(error).isprintable(), (number, str(error))
+        (files / name).write_text(json.dumps(originals[name]))
