@@ -3,8 +3,10 @@ codes."""
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -61,6 +63,7 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 130 interrupted."""
+    _set_up_streams()
     try:
         group.main(prog_name="npuq", standalone_mode=False)
     except click.ClickException as error:
@@ -82,6 +85,19 @@ def main() -> None:
         sys.exit(_fail(f"{where}{error.strerror or error}", 1))
     except MemoryError:
         sys.exit(_fail("out of memory; lower --max-memory or --workers", 1))
+
+
+def _set_up_streams() -> None:
+    """Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names that are no UTF-8 come out as
+    escapes: text that cannot be shown is no reason to fail. The place of a stream that is closed is taken, or the next
+    file to be written would get its number, and what a library tells of itself."""
+    # An opened file has the lowest number that is free.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        continue
+    os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # None where it is closed, anything under a test runner
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import CheckpointError
+from ..inputs.names import FileName
 from ..quant.checkpoint import inside
 from ..quant.side_files import is_side_file
 from .output import partial_path, publish
@@ -16,10 +17,12 @@ from .output import partial_path, publish
 def side_files(source: Path) -> list[str]:
     """Names of the side files of a checkpoint directory, sorted.
 
-    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards.
+    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, and for a name that no manifest
+    can hold.
     """
     names = sorted(path.name for path in source.iterdir() if not path.is_dir() and is_side_file(path.name))
-    return [name for name in names if inside(source, name)]
+    where = f"{source}: rename, or move out"
+    return [name for name in names if FileName.parse(name, where, CheckpointError) and inside(source, name)]
 
 
 def copy_side_files(source: Path, output: Path, names: list[str]) -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError, GenerationError
+from ...inputs.printable import name_as_text
 from ...runtime.tokenizer import Tokenizer
+from ...runtime.tokenizer_check import require_tokenizer
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128
@@ -57,10 +59,7 @@ def read_calibration(
         raise CalibrationError(f"--samples {samples} and --sequence-length {sequence_length} must be at least 1 and 2")
     if sequence_length > max_position:
         raise CalibrationError(f"--sequence-length {sequence_length} exceeds the model's {max_position} positions")
-    try:
-        tokenizer = Tokenizer(checkpoint)
-    except GenerationError as error:
-        raise CalibrationError(f"calibration needs the checkpoint's tokenizer: {error}") from error
+    tokenizer = read_tokenizer(checkpoint)
     name, documents = _documents(path)
     separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stream: list[int] = []
@@ -91,6 +90,18 @@ def read_calibration(
     return Calibration(name, tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
 
 
+def read_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's directory. CalibrationError where none can be read."""
+    try:
+        require_tokenizer(checkpoint)
+        return Tokenizer(checkpoint)
+    except GenerationError as error:
+        raise CalibrationError(
+            f"calibration needs the checkpoint's tokenizer: {error}; or leave out what needs a text: --method mse, or "
+            "rotate+mse"
+        ) from error
+
+
 def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
     if str(path) == BUILTIN:
         text = (files(__package__) / "builtin.jsonl").read_text(encoding="utf-8")
@@ -100,8 +111,8 @@ def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
         found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
         if not found:
             raise CalibrationError(f"{path}: no {', '.join(_SUFFIXES)} files in it to calibrate on")
-        return path.resolve().name, (document for child in found for document in _read(child))
-    return path.name, _read(path)
+        return name_as_text(path.resolve()), (document for child in found for document in _read(child))
+    return name_as_text(path), _read(path)
 
 
 def _read(path: Path) -> Iterator[Any]:
