@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -58,16 +59,15 @@ def command(
     """
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
+    from ..inputs.files import decoded, read_given_bytes
     from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate, layer_errors
     from .transfer import local_model
 
     if layers and source is None:
         raise click.UsageError("--layers compares with the float checkpoint: name it with --source")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"{text}: cannot be read as UTF-8 text: {error}") from error
+    stored = read_given_bytes(text, GenerationError)
+    content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
     model = local_model(model, quiet=quiet)
     if save:
         check_storable(model)
@@ -78,7 +78,7 @@ def command(
     if layers and source is not None:
         with _progress("layers", quiet) as progress:
             errors = layer_errors(model, content, source, context, backend, progress)
-    if save and not store_evaluation(model, result, text, context, errors, kv_cache_dtype):
+    if save and not store_evaluation(model, result, text.name, digest, context, errors, kv_cache_dtype):
         # Also with --quiet: the user asked for something that was not done.
         click.echo(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result", err=True)
     values = asdict(result)

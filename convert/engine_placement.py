@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 from ..quant.artifact import DESCRIPTION_NAME, read_description
-from ..quant.checkpoint import CONFIG_NAME, read_json
+from ..quant.checkpoint import read_config
 from ..quant.model_config import ModelConfig
 from ..quant.schemes import BIAS_COLUMNS, Scheme
 
@@ -110,7 +110,7 @@ def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[st
 
     Reads config.json and the description alone; raises CheckpointError and ArtifactError when it cannot.
     """
-    config = ModelConfig.from_dict(read_json(directory / CONFIG_NAME))
+    config = ModelConfig.from_dict(read_config(directory))
     schemes = read_description(directory)
     if schemes is None:
         raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")

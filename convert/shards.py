@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..errors import ConversionError
+from ..inputs.files import open_file
 from .plan import Plan
 
 Write = Callable[[int, memoryview, int], int]
@@ -41,12 +43,12 @@ class ShardFiles:
         """Whether the file is there with the plan's header and size, so that what was written before can stay."""
         planned = self._plan.shards[shard]
         try:
-            with self.path(shard).open("rb") as file:
+            with os.fdopen(open_file(self.path(shard), ConversionError), "rb") as file:
                 return (
                     os.fstat(file.fileno()).st_size == planned.nbytes
                     and file.read(len(planned.header)) == planned.header
                 )
-        except OSError:
+        except (ConversionError, OSError):
             # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
             return False
 
@@ -90,7 +92,7 @@ class ShardFiles:
     def _open(self, shard: int) -> int:
         planned = self._plan.shards[shard]
         # Never truncated on opening: an earlier run may have filled slots that the journal vouches for.
-        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _write_all(self._write, descriptor, memoryview(planned.header), 0)
             os.ftruncate(descriptor, planned.nbytes)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import yaml
-
 from ..errors import CheckpointError
-from ..quant.checkpoint import inside
+from ..inputs.files import inside, is_inside, open_file, read_text
+from ..inputs.names import FileName
+from ..inputs.yaml_text import parse_yaml
 from .output import partial_path, publish
 
 # What vLLM-Ascend, SGLang and transformers look for beside the weights. The source's README.md is not among them: the
@@ -32,6 +33,8 @@ PATTERNS = (
 )
 
 
+# A source's model card is read for a few lines at its head.
+_MOST_CARD_BYTES = 1 << 20
 # Any of these is the whole of some model's tokenizer.
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.tiktoken", "*.model")
 
@@ -46,8 +49,8 @@ def side_files(source: Path) -> list[str]:
 
     Raises CheckpointError for a link that leaves the checkpoint, as it does for shards.
     """
-    names = sorted(path.name for path in source.iterdir() if not path.is_dir() and _wanted(path.name))
-    return [name for name in names if inside(source, name)]
+    found = sorted(path.name for path in source.iterdir() if not path.is_dir() and _wanted(path.name))
+    return [FileName.parse(name, str(source), CheckpointError) for name in found if inside(source, name)]
 
 
 def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
@@ -55,17 +58,23 @@ def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
     for name in names:
         partial = partial_path(output)
         # The content alone: modes and times of the source are no part of the artifact.
-        shutil.copyfile(inside(source, name), partial)
+        found = os.fdopen(open_file(inside(source, name), CheckpointError), "rb")
+        with found as whole, partial.open("wb") as copy:
+            shutil.copyfileobj(whole, copy)
         publish(partial, output / name)
 
 
 def card_front_matter(source: Path) -> dict[str, object]:
     """The YAML front matter of the source's README.md, for its licence; empty when there is none to read."""
     try:
-        text = inside(source, "README.md").read_text(encoding="utf-8") if (source / "README.md").exists() else ""
+        if not is_inside(source, "README.md"):
+            return {}
+        text = read_text(inside(source, "README.md"), CheckpointError, _MOST_CARD_BYTES)
         parts = text.split("---\n", 2)
-        content = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except (CheckpointError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        if len(parts) < 3 or parts[0].strip():
+            return {}
+        content = parse_yaml(parts[1], str(source / "README.md"), CheckpointError)
+    except CheckpointError:
         # Decoration only: a source card that cannot be read must not stop a conversion.
         return {}
     return content if isinstance(content, dict) else {}

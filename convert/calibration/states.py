@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
+from ...inputs.files import inside
+from ...inputs.json_text import read_object
 from ..hashes import file_sha256
 from ..shards import sync_directory
 
@@ -86,8 +88,8 @@ class StateStore:
     def load(self) -> tuple[State, Streams] | None:
         """The newest state that is whole, or None: start at the first layer."""
         try:
-            found = json.loads((self._folder / _STATE).read_text(encoding="utf-8"))
-            path = self._folder / _READY.format(int(found["layer"]))
+            found = _read_state(self._folder)
+            path = inside(self._folder, _READY.format(int(found["layer"])), ConversionError)
             if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
                 return None
             state = State(int(found["layer"]), dict(found["reports"]))
@@ -127,11 +129,15 @@ class StateStore:
 
 def stored_reports(output_folder: Path) -> dict[str, Any]:
     """The reports of a walk that has ended, from its state: {} where there is none."""
-    path = output_folder / FOLDER / _STATE
-    if not path.exists():
+    folder = output_folder / FOLDER
+    if not (folder / _STATE).exists():
         return {}
-    reports: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["reports"]
+    reports: dict[str, Any] = _read_state(folder)["reports"]
     return reports
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    return read_object(inside(folder, _STATE, ConversionError), ConversionError)
 
 
 def remove_states(output_folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npuq.quant.artifact import KV_CACHE_NAME
+from npuq.quant.checkpoint import read_config
 from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
@@ -64,7 +65,7 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
 
     Its latent is int8 where the artifact has scales for that.
     """
-    config = llm.read_json(path / "config.json")
+    config = read_config(path)
     int8, size = (path / KV_CACHE_NAME).exists(), ops.dtype.itemsize
     channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
     cache_bytes = CACHE_BLOCKS * BLOCK * config["num_hidden_layers"] * channels
