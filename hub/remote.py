@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, HubError
 from ..quant.artifact import CARD_NAME
-from ..quant.checkpoint import CONFIG_NAME, Checkpoint, collect_tensors, read_json, read_weight_map, single_file
+from ..quant.checkpoint import CONFIG_NAME, Checkpoint, collect_tensors, read_config, read_weight_map, single_file
 from ..quant.safetensors import TensorInfo, parse_header
 from .client import Backoff, Hub
 from .download import fetch_range
@@ -71,7 +71,7 @@ class RemoteCheckpoint(Checkpoint):
         commit = str(hub.call(f"opening {repo}", lambda: hub.api.repo_info(repo, revision=revision).sha))
         files = list_files(hub, commit)
         directory = _fetch_small_files(hub, commit, files)
-        config = read_json(directory / CONFIG_NAME)
+        config = read_config(directory)
         weight_map = read_weight_map(directory)
         shards = sorted(set(weight_map.values())) if weight_map else [single_file(directory, _root_files(files))]
         headers = _read_headers(hub, commit, directory, shards, files)
