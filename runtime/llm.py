@@ -12,8 +12,10 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from ..errors import GenerationError
-from ..quant.checkpoint import Checkpoint, read_json
+from ..errors import CheckpointError, GenerationError
+from ..inputs.files import inside, is_inside
+from ..inputs.json_text import read_object
+from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
 from .backend import make_ops
 from .engine import Engine, EngineConfig
@@ -213,8 +215,9 @@ def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> Samp
 
 def _eos_ids(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
     """The end-of-sequence ids of generation_config.json, else of config.json: one, several or none."""
-    path = directory / "generation_config.json"
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    path, value = directory / "generation_config.json", None
+    if is_inside(directory, path.name):
+        value = read_object(inside(directory, path.name), CheckpointError).get("eos_token_id")
     if value is None:
         value, path = config.get("eos_token_id"), directory / "config.json"
     ids = value if isinstance(value, list) else [] if value is None else [value]
