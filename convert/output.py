@@ -7,7 +7,6 @@ It writes into no other and deletes nothing but its own journal.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ConversionError
-from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, REPORT_NAME, read_manifest
+from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, read_manifest, read_report
 from ..quant.checkpoint import JOURNAL_NAME
 from .journal import Journal, locked_directory
 from .shards import sync_directory
@@ -152,8 +151,8 @@ def _finished(output: Path, journal: Path, identity: Mapping[str, str]) -> Finis
     try:
         difference = _difference(manifest["conversion"], identity)
         sizes = {output / name: entry["size"] for name, entry in manifest["files"].items()}
-        report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
-    except (KeyError, TypeError, AttributeError, ValueError, FileNotFoundError) as error:
+        report = read_report(output)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(
             f"{output}: holds a finished artifact whose manifest or report is damaged ({error!r}); "
             "run npuq verify, or remove the directory and convert again"
