@@ -38,7 +38,7 @@ def command(
     silence_client()
     with TransferBar("pull", quiet) as bar:
         if which == "modelscope":
-            from ..hub.modelscope import pull_modelscope
+            from ..hub.modelscope_transfer import pull_modelscope
 
             path = pull_modelscope(repo, directory, revision=revision, token=token, progress=bar)
         else:

@@ -73,7 +73,7 @@ def command(
         if which == "modelscope":
             if create_pr:
                 raise click.UsageError("--create-pr is not for ModelScope: its client opens no pull requests")
-            from ..hub.modelscope import push_modelscope
+            from ..hub.modelscope_transfer import push_modelscope
 
             summary = push_modelscope(artifact, repo, **common)
         else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import HubError
+from ..inputs.printable import printable
 from .console import format_bytes, progress_bar
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class TransferBar:
         if not self._quiet:
             if self._bar is not None:
                 self._bar.clear()
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
 
 def local_model(model: str | Path, *, quiet: bool) -> Path:
@@ -91,7 +92,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
         window_bytes = window_bytes or DEFAULT_WINDOW
         return RemoteCheckpoint.open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
     except HubError as error:
-        raise HubError(f"{source}: no such directory here; on the hub: {error}") from None
+        raise type(error)(f"{source}: no such directory here; on the hub: {error}") from None
 
 
 def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPusher:

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConversionError
 from ..quant.artifact import OWN_FOLDER
 from ..quant.checkpoint import Checkpoint
+from ..quant.side_files import has_tokenizer
 from ..torch_threads import single_threaded_torch
 from .calibration.memory import calibrated_budget
 from .calibration.states import remove_states, state_bytes
@@ -29,7 +30,6 @@ from .recipe import Target
 from .report import totals_by_role
 from .rewriting import RewrittenSource
 from .shards import ShardFiles, Write
-from .side_files import has_tokenizer
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 # Journal, description, index, card and rope tables: little beside the shards, but not nothing.

@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..inputs.files import inside, is_inside, open_file, read_text
 from ..inputs.names import FileName
 from ..inputs.yaml_text import parse_yaml
+from ..quant.side_files import is_side_file
 from .output import partial_path, publish
-
-# What vLLM-Ascend, SGLang and transformers look for beside the weights. The source's README.md is not among them: the
-# artifact has a card of its own.
-PATTERNS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",  # sentencepiece, and Kimi's tiktoken.model
-    "*.jinja",
-    "chat_template.json",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)
-
 
 # A source's model card is read for a few lines at its head.
 _MOST_CARD_BYTES = 1 << 20
-# Any of these is the whole of some model's tokenizer.
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.tiktoken", "*.model")
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether a file of that name makes a tokenizer, rather than settles its details."""
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZERS)
 
 
 def side_files(source: Path) -> list[str]:
@@ -49,7 +22,7 @@ def side_files(source: Path) -> list[str]:
 
     Raises CheckpointError for a link that leaves the checkpoint, as it does for shards.
     """
-    found = sorted(path.name for path in source.iterdir() if not path.is_dir() and _wanted(path.name))
+    found = sorted(path.name for path in source.iterdir() if not path.is_dir() and is_side_file(path.name))
     return [FileName.parse(name, str(source), CheckpointError) for name in found if inside(source, name)]
 
 
@@ -78,7 +51,3 @@ def card_front_matter(source: Path) -> dict[str, object]:
         # Decoration only: a source card that cannot be read must not stop a conversion.
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _wanted(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in PATTERNS)

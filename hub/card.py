@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import HubError
+from ..inputs.yaml_text import parse_yaml
 from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 
 # Facts about the artifact that npuq knows better than an older card; everything else in the front matter stays.
@@ -61,11 +62,9 @@ def _split(card: str, name: str) -> tuple[dict[str, Any], str]:
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
     try:
-        front = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise HubError(
-            f"{name}: its front matter is no YAML ({str(error)[:100]}); repair it, then push again"
-        ) from None
+        front = parse_yaml(text, f"{name}: its front matter", HubError)
+    except HubError as error:
+        raise HubError(f"{error}; repair it, then push again") from None
     if front is None:
         return {}
     if not isinstance(front, dict):

@@ -1,17 +1,16 @@
-"""The Hugging Face client as npuq uses it: repository names, who asks, retries with back-off, errors in one line."""
+"""The Hugging Face client as npuq uses it: one repository, who asks, retries with back-off, errors in one line."""
 
 from __future__ import annotations
 
-import errno
 import random
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,17 +22,23 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from .. import __version__
-from ..errors import HubError
+from ..errors import HubError, NpuqError
+from ..inputs.json_text import parse_json, parse_object
+from ..inputs.names import FileName
+from . import faults
+from .names import CommitId, HubRepoId, Revision
+from .repository import Answer
 
 T = TypeVar("T")
 
-# huggingface_hub 1.x stands on httpx, 2.x on httpx2; the base of its own HTTP error is the base of either's errors.
-_ANY_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-_TRANSIENT_STATUS = (408, 409, 412, 425, 429)
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Of one answer in JSON: a page of a listing is a thousandth of it.
+MOST_JSON_BYTES = 64 << 20
+# The hub counts requests over five minutes.
+_MOST_ASKED_SECONDS = 330.0
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,17 @@ class Backoff:
     first_seconds: float = 1.0
     most_seconds: float = 60.0
 
-    def wait(self, attempt: int) -> None:
-        """Sleep before the attempt after number `attempt` (from 1)."""
+    def wait(self, attempt: int, asked: float = 0.0) -> None:
+        """Sleep before the attempt after number `attempt` (from 1); no less than a server `asked` for."""
         seconds = min(self.first_seconds * 2 ** (attempt - 1), self.most_seconds)
-        time.sleep(seconds * random.uniform(0.75, 1.25))
+        time.sleep(max(seconds * random.uniform(0.75, 1.25), min(asked, _MOST_ASKED_SECONDS)))
 
 
 class Hub:
     """A hub and one repository there, as one user sees them. `token` None: the ecosystem's own (HF_TOKEN, hf auth)."""
 
     def __init__(self, repo: str, token: str | None = None, backoff: Backoff | None = None):
-        if not is_repo_id(repo):
-            raise HubError(f"{repo!r} is not a repository: write it as user/name")
-        self.repo = repo
+        self.repo = repo_id(repo)
         self.backoff = backoff or Backoff()
         self._token = token
         self.api = HfApi(token=token, library_name="npuq", library_version=__version__)
@@ -70,116 +73,166 @@ class Hub:
         while True:
             try:
                 return action()
-            except Exception as error:
-                if not is_transient(error) or attempt >= attempts:
-                    translated = self.translate(doing, error)
-                    if translated is None:
-                        raise
-                    raise translated from None
-            self.backoff.wait(attempt)
+            except faults.RAISED as error:
+                if not faults.is_transient(error) or attempt >= attempts:
+                    raise self.failure(doing, error) from None
+                asked = asked_seconds(error)
+            self.backoff.wait(attempt, asked)
             attempt += 1
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Errors of the hub that are raised inside become a HubError that begins with `doing`."""
+        """Errors of the hub, the connection and the disk that are raised inside become a HubError of one line."""
         try:
             yield
-        except Exception as error:
-            translated = self.translate(doing, error)
-            if translated is None:
-                raise
-            raise translated from None
+        except (NpuqError, OSError, faults.HTTP_ERROR) as error:
+            raise self.failure(doing, error) from None
 
-    def translate(self, doing: str, error: BaseException) -> HubError | None:
-        """One line for the user; None for an error that is not the hub's, nor the connection's, nor the disk's.
-
-        Raised `from None`: the original carries request headers.
-        """
-        if isinstance(error, HubError):
+    def failure(self, doing: str, error: Exception) -> NpuqError:
+        """The error for the user, which begins with `doing`. Raise it `from None`: the original has request headers."""
+        if isinstance(error, NpuqError):
             return error
-        reason = self._reason(_innermost(error))
-        if reason is None:
+        reason = self._reason(faults.innermost(error))
+        return type(reason)(self._without_token(faults.one_line(f"{doing}: {reason}")))
+
+    def commit_of(self, revision: Revision) -> CommitId:
+        """The commit that a branch or a tag means now."""
+        url = f"{self.api.endpoint}/api/models/{self.repo}/revision/{quote(revision, safe='')}"
+        where = f"{self.repo}: what the hub says of it"
+        answer = parse_object(self.get(url, MOST_JSON_BYTES)[0], where, HubError)
+        return CommitId.parse(answer.get("sha"), where, HubError)
+
+    def tree(self, commit: CommitId) -> Iterator[Any]:
+        """The entries of the hub's listing of a commit, as it sends them, page by page."""
+        url: str | None = f"{self.api.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
+        while url is not None:
+            content, url = self.get(url, MOST_JSON_BYTES)
+            page = parse_json(content, f"{self.repo}: the hub's listing", HubError)
+            if not isinstance(page, list):
+                raise HubError(f"{self.repo}: the hub's listing is no list")
+            yield from page
+
+    def get(self, url: str, most: int) -> tuple[bytes, str | None]:
+        """The body of an answer of at most `most` bytes, and the address of the next page where there is one."""
+        with self.stream(url) as answer:
+            content = bytearray()
+            for piece in answer.pieces:
+                content += piece
+                if len(content) > most:
+                    raise HubError(
+                        f"{self.repo}: the hub sends more than the {most} bytes that npuq reads of an answer"
+                    )
+            return bytes(content), self._next_page(answer)
+
+    @contextmanager
+    def stream(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Answer]:
+        """An answer whose body comes as it arrives, undecoded. Raises the client's errors for a refusal."""
+        # Identity: of a compressed body neither ranges nor sizes mean what the listing says.
+        asked = {**build_hf_headers(token=self.api.token, library_name="npuq"), "Accept-Encoding": "identity"}
+        asked |= headers or {}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=asked, timeout=timeout, follow_redirects=True) as response:
+            if response.is_error:
+                # Closed unread: the client would read a body of any length for the reason, which is a header too.
+                response.close()
+            hf_raise_for_status(response)
+            yield Answer(response.status_code, response.headers, response.iter_raw())
+
+    def file_url(self, name: FileName, commit: CommitId) -> str:
+        """The address that gives, or redirects to, the content of a file."""
+        return hf_hub_url(self.repo, name, revision=commit, endpoint=self.api.endpoint)
+
+    def _next_page(self, answer: Answer) -> str | None:
+        address = _next_link(answer.headers.get("Link", ""))
+        if address is None:
             return None
-        return HubError(self._without_token(" ".join(f"{doing}: {reason}".split())))
+        ours, theirs = urlsplit(self.api.endpoint), urlsplit(address)
+        # The token goes with the request.
+        if (ours.scheme, ours.netloc) != (theirs.scheme, theirs.netloc):
+            raise HubError(f"{self.repo}: the hub's listing goes on at another address; refusing to follow it")
+        return address
 
-    def _reason(self, error: BaseException) -> str | None:
-        if isinstance(error, LocalTokenNotFoundError):
-            return f"no token: make one with write access at {_TOKEN_PAGE} and set HF_TOKEN, or run `hf auth login`"
-        if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-            return f"not in the local cache, and the hub cannot be asked ({_brief(error)})"
-        if isinstance(error, GatedRepoError):
-            return (
-                f"{self.repo} is gated: ask for access at {self.api.endpoint}/{self.repo}, then give that user's token"
-            )
-        if isinstance(error, RepositoryNotFoundError):
-            return f"there is no repository {self.repo}, or this token may not see it"
-        if isinstance(error, RevisionNotFoundError):
-            return f"{self.repo} has no such revision"
-        if isinstance(error, EntryNotFoundError):
-            return f"{self.repo} has no such file"
-        if isinstance(error, HFValidationError):
-            return f"{self.repo!r} is not a name the hub accepts: {_brief(error)}"
+    def _reason(self, error: BaseException) -> HubError:
         if isinstance(error, HfHubHTTPError):
-            return self._status_reason(error)
-        if isinstance(error, (_ANY_HTTP_ERROR, ConnectionError, TimeoutError)):
-            return f"the connection failed ({_brief(error)}); run the same command again: it continues"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "no space left on the disk; make room and run the same command again: it continues"
+            return self._refusal(error)
+        if isinstance(error, LocalTokenNotFoundError):
+            reason = f"no token: make one with write access at {_TOKEN_PAGE} and set HF_TOKEN, or run `hf auth login`"
+            return HubError(reason)
+        if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+            return faults.OfflineError(f"not in the local cache, and the hub cannot be asked ({faults.brief(error)})")
+        if isinstance(error, HFValidationError):
+            return HubError(f"{self.repo!r} is not a name the hub accepts: {faults.brief(error)}")
+        if isinstance(error, (faults.HTTP_ERROR, ConnectionError, TimeoutError)):
+            return faults.connection_failed(self.api.endpoint, error, passing=faults.is_transient(error))
         if isinstance(error, OSError) and error.errno is not None:
-            return f"{error.filename or 'a file'}: {error.strerror}"
-        return None
+            return faults.disk_failed(error)
+        return faults.not_understood(error)
 
-    def _status_reason(self, error: HfHubHTTPError) -> str:
-        status = error.response.status_code
-        said = error.server_message or ""
+    def _refusal(self, error: HfHubHTTPError) -> HubError:
+        if isinstance(error, GatedRepoError):
+            page = f"{self.api.endpoint}/{self.repo}"
+            return HubError(f"{self.repo} is gated: ask for access at {page}, then give that user's token")
+        if isinstance(error, RepositoryNotFoundError):
+            return HubError(f"there is no repository {self.repo}, or this token may not see it")
+        if isinstance(error, RevisionNotFoundError):
+            return HubError(f"{self.repo} has no such revision")
+        if isinstance(error, EntryNotFoundError):
+            return HubError(f"{self.repo} has no such file")
+        status, said = error.response.status_code, error.server_message or ""
+        if status in (401, 403) and faults.is_store(error):
+            return HubError(f"the hub's store refuses the upload (status {status}) {faults.quoted(said)}")
         if status == 401:
-            return f"the hub does not accept the token; make a new one at {_TOKEN_PAGE} and set HF_TOKEN"
+            return HubError(f"the hub does not accept the token; make a new one at {_TOKEN_PAGE} and set HF_TOKEN")
         if status == 403:
-            return (
-                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} {_said(said)}"
+            request = error.response.request
+            if request.method in ("GET", "HEAD") and not request.url.path.endswith("/auth-check/write"):
+                return HubError(f"this token may not read {self.repo} {faults.quoted(said)}")
+            return HubError(
+                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} "
+                f"{faults.quoted(said)}"
             )
-        if status == 429:
-            return "the hub limits this user's requests; wait and run the same command again: it continues"
-        if status >= 500:
-            return f"the hub keeps failing (status {status}); run the same command again later: it continues"
-        return f"the hub refused (status {status}) {_said(said)}"
+        return faults.status_failed(status, said)
 
     def _without_token(self, text: str) -> str:
         for token in (self._token, get_token()):
             if token:
                 text = text.replace(token, "***")
-        return text
+        return text.strip()
 
 
-def is_repo_id(text: str) -> bool:
-    """Whether a text could name a repository: `user/name`, and nothing a path would need."""
-    return _REPO_ID.fullmatch(text) is not None
+def repo_id(text: str) -> HubRepoId:
+    """The repository that a user wrote. HubError for what is none."""
+    try:
+        return HubRepoId(text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: a lost connection, a busy or restarting server."""
-    error = _innermost(error)
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return False
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        # A refused upload of content means that its signed address has expired: the next attempt gets a new one.
-        expired = status == 403 and error.response.request.method == "PUT"
-        return status >= 500 or status in _TRANSIENT_STATUS or expired
-    return isinstance(error, (_ANY_HTTP_ERROR, ConnectionError, TimeoutError))
+def revision_of(text: str | None, default: str = constants.DEFAULT_REVISION) -> Revision:
+    """The revision that a user wrote, the hub's default where none. HubError for what is none."""
+    try:
+        return Revision(default if text is None else text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The client wraps what happens in its upload threads in a RuntimeError, and why a cache entry is missing."""
-    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
+def asked_seconds(error: BaseException) -> float:
+    """How long an answer asks to wait; 0 where it does not say."""
+    error = faults.innermost(error)
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
+        return 0.0
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(min(limit.reset_in_seconds, 10**6)) + 1
+    after = headers.get("Retry-After", "").strip()
+    return float(after) if after.isdecimal() and len(after) < 7 else 0.0
 
 
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _said(message: str) -> str:
-    return f"(it says: {' '.join(message.split())[:160]})" if message else ""
+def _next_link(header: str) -> str | None:
+    """The address that a Link header calls the next one."""
+    for link in header.split(","):
+        address, _, relation = link.strip().partition(";")
+        if relation.replace(" ", "") in ('rel="next"', "rel=next") and address.startswith("<") and address[-1] == ">":
+            return address[1:-1]
+    return None

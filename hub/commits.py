@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationDelete
 
-from ..quant.artifact import MANIFEST_NAME
-from .client import Hub, is_transient
-from .remote_state import UNFINISHED_NAME, RemoteFile, list_files, previous_files
+from ..errors import HubError
+from ..inputs.names import FileName
+from . import faults
+from .client import Hub, asked_seconds
+from .huggingface import HubRepository, list_branch, resolve_commit
+from .lfs import Addition
+from .names import CommitId
+from .place import MANIFEST
+from .remote_state import UNFINISHED, previous_files
+from .repository import Listing, RemoteFile
 from .target import Target
 
 _DESCRIPTION_UNFINISHED = "Part of a push that is not finished: npuq/manifest.json comes with the last commit."
@@ -27,68 +34,58 @@ class Committer:
         self.target = target
         self.title = title
 
-    def head(self) -> str:
+    def head(self) -> CommitId:
         """The commit that the branch is at."""
-        hub = self.hub
-        return str(
-            hub.call(f"asking {hub.repo}", lambda: hub.api.repo_info(hub.repo, revision=self.target.revision).sha)
-        )
+        return resolve_commit(self.hub, self.target.revision)
 
-    def begin(self, remote: Mapping[str, RemoteFile], names: Iterable[str]) -> None:
+    def begin(self, repository: HubRepository, listing: Listing, names: Iterable[str]) -> None:
         """Say that a push of files with these `names` is under way: no reader takes the repository for an artifact."""
-        replaces = sorted({*previous_files(self.hub, remote, self.target.revision), *names} - {UNFINISHED_NAME})
+        replaces = sorted({*previous_files(repository, listing), *names} - {UNFINISHED})
         content = json.dumps({"unfinished_push": True, "replaces": replaces}, indent=1).encode() + b"\n"
-        deletions = [CommitOperationDelete(MANIFEST_NAME)] if MANIFEST_NAME in remote else []
-        self._commit([CommitOperationAdd(UNFINISHED_NAME, content)], deletions, finished=False)
+        deletions = [MANIFEST] if MANIFEST in listing.files else []
+        self._commit([Addition.of(UNFINISHED, content)], deletions, finished=False)
 
-    def commit(self, additions: Sequence[CommitOperationAdd]) -> None:
+    def commit(self, additions: Sequence[Addition]) -> None:
         """Name content that is on the hub already."""
         self._commit(additions, [], finished=False)
 
-    def finish(self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete]) -> str:
+    def finish(self, additions: Sequence[Addition], deletions: Sequence[FileName]) -> CommitId:
         """The last commit, with the manifest among `additions`; returns its hash."""
-        return self._commit(additions, [*deletions, CommitOperationDelete(UNFINISHED_NAME)], finished=True)
+        return self._commit(additions, [*deletions, UNFINISHED], finished=True)
 
-    def _commit(
-        self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete], *, finished: bool
-    ) -> str:
+    def _commit(self, additions: Sequence[Addition], deletions: Sequence[FileName], *, finished: bool) -> CommitId:
         """One commit. After a fault that may pass, what it may have done all the same is not asked for again."""
         hub, attempt = self.hub, 0
-        doing = f"committing to {hub.repo}"
         while True:
-            there = list_files(hub, self.target.revision)
-            wanted = [operation for operation in additions if not _holds(there.get(operation.path_in_repo), operation)]
-            unwanted = [operation for operation in deletions if operation.path_in_repo in there]
+            repository, listing = list_branch(hub, self.target.revision)
+            wanted = [addition for addition in additions if not _holds(listing.files.get(addition.name), addition)]
+            unwanted = [name for name in deletions if name in listing.files]
             if not wanted and not unwanted:
-                return self.head()
+                return repository.commit
             attempt += 1
             try:
-                return str(self._create(wanted, unwanted, finished))
-            except Exception as error:
-                if not is_transient(error) or attempt >= hub.backoff.attempts:
-                    translated = hub.translate(doing, error)
-                    if translated is None:
-                        raise
-                    raise translated from None
-            hub.backoff.wait(attempt)
+                return self._create(wanted, unwanted, finished)
+            except faults.RAISED as error:
+                if not faults.is_transient(error) or attempt >= hub.backoff.attempts:
+                    raise hub.failure(f"committing to {hub.repo}", error) from None
+                asked = asked_seconds(error)
+            hub.backoff.wait(attempt, asked)
 
-    def _create(
-        self, additions: Sequence[CommitOperationAdd], deletions: Sequence[CommitOperationDelete], finished: bool
-    ) -> str:
+    def _create(self, additions: Sequence[Addition], deletions: Sequence[FileName], finished: bool) -> CommitId:
         info = self.hub.api.create_commit(
             self.hub.repo,
-            [*additions, *deletions],
+            [*additions, *map(CommitOperationDelete, deletions)],
             commit_message=self.title,
             commit_description=None if finished else _DESCRIPTION_UNFINISHED,
             revision=self.target.revision,
         )
-        return str(info.oid)
+        return CommitId.parse(info.oid, f"{self.hub.repo}: the commit that the hub made", HubError)
 
 
-def _holds(remote: RemoteFile | None, operation: CommitOperationAdd) -> bool:
-    if remote is None or remote.size != operation.upload_info.size:
+def _holds(remote: RemoteFile | None, addition: Addition) -> bool:
+    if remote is None or remote.size != addition.upload_info.size:
         return False
     if remote.sha256 is not None:
-        return remote.sha256 == operation.upload_info.sha256.hex()
-    with operation.as_file() as file:
-        return remote.holds(operation.upload_info.size, "", file.read())
+        return remote.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as file:
+        return remote.holds(file.read())

@@ -1,110 +1,111 @@
-"""Bytes of one hub file, by range requests: resumed inside the file, after a fault and after a kill."""
+"""Bytes of one file on a hub, by range requests: resumed inside the file, and never more than the hub lists."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import IO, Any, Protocol
-
-from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from typing import IO
 
 from ..errors import HubError
-from .client import Hub, is_transient
+from ..inputs.names import FileName
+from .repository import Answer, RemoteFile, Repository
 
-_CHUNK = 1 << 20
-
-
-class Digest(Protocol):
-    """What hashlib's objects do."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-def file_url(hub: Hub, name: str, commit: str) -> str:
-    """The address that gives, or redirects to, the content of a file."""
-    return hf_hub_url(hub.repo, name, revision=commit, endpoint=hub.api.endpoint)
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 
 def fetch_range(
-    hub: Hub,
-    name: str,
-    commit: str,
+    repository: Repository,
+    name: FileName,
+    size: int,
     start: int,
     end: int,
     file: IO[bytes],
-    received: Callable[[bytes], object],
+    received: Callable[[bytes], object] = lambda piece: None,
 ) -> None:
-    """Append bytes [start, end) of a file of the repository to `file`, telling `received` of each piece written.
+    """Append bytes [start, end) of a file of `size` bytes to `file`, telling `received` of each piece written.
 
     A fault that may pass is retried, going on after the last byte that arrived; attempts count anew whenever something
-    arrived. Raises HubError.
+    arrived. An answer that is longer than the file is listed, or of another file, is refused. Raises HubError.
     """
     position, attempt = start, 1
-
-    def take(piece: bytes) -> None:
-        nonlocal position
-        file.write(piece)
-        received(piece)
-        position += len(piece)
-
     while position < end:
         before = position
         try:
-            _stream(hub, name, commit, position, end, take)
-            if position == end:
-                return
+            with repository.open(name, position, end) as answer:
+                for piece in _wanted(answer, f"{repository.repo}: {name}", size, position, end):
+                    _write(file, piece)
+                    received(piece)
+                    position += len(piece)
             error: Exception = ConnectionError(f"the connection ended {end - position} bytes early")
+        except HubError:
+            raise
         except Exception as failure:
             error = failure
+        if position == end:  # whatever became of the connection then
+            return
         attempt = 1 if position > before else attempt + 1
-        if not is_transient(error) or attempt > hub.backoff.attempts:
-            translated = hub.translate(f"{hub.repo}: {name}", error)
-            if translated is None:
-                raise error
-            raise translated from None
-        hub.backoff.wait(attempt)
+        if not repository.is_transient(error) or attempt > repository.backoff.attempts:
+            raise repository.failure(f"{repository.repo}: {name}", error) from None
+        repository.backoff.wait(max(attempt - 1, 1), repository.asked_seconds(error))
 
 
-def _stream(hub: Hub, name: str, commit: str, start: int, end: int, take: Callable[[bytes], None]) -> None:
-    headers: dict[str, Any] = build_hf_headers(token=hub.api.token, library_name="npuq")
-    # Identity: a compressed body would make the range mean something else.
-    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    url = file_url(hub, name, commit)
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-        hf_raise_for_status(response)
-        offset = _offset(hub, name, response.status_code, response.headers.get("Content-Range"), start)
-        left = end - start
-        # As it arrives: pieces gathered up to a size would be lost with the connection.
-        for piece in response.iter_bytes():
-            # A server that ignores ranges starts at 0: what was not asked for passes by.
-            skipped = min(offset, len(piece))
-            offset -= skipped
-            wanted = piece[skipped : skipped + left]
-            left -= len(wanted)
-            if wanted:
-                take(wanted)
-            if left == 0:
-                return
+def _write(file: IO[bytes], piece: bytes) -> None:
+    """All of the piece: an unbuffered file may take less of it at a time."""
+    left = memoryview(piece)
+    while left:
+        left = left[file.write(left) :]
 
 
-def _offset(hub: Hub, name: str, status: int, content_range: str | None, start: int) -> int:
-    """How many bytes of the answer come before `start`."""
-    if status == 200:
-        return start
-    match = re.match(r"bytes (\d+)-", content_range or "")
-    if status != 206 or match is None or int(match[1]) != start:
-        raise HubError(f"{hub.repo}: {name}: asked for bytes from {start}, the hub answered {status} {content_range}")
-    return 0
+def read_whole(repository: Repository, name: FileName, file: RemoteFile, most: int) -> bytes:
+    """The content of a small file, checked against the hub's hash where it tells one; nothing is kept. HubError."""
+    if file.size > most:
+        raise HubError(f"{repository.repo}: {name} has {file.size} bytes; npuq reads {most} of such a file")
+    for _ in range(2):
+        content = BytesIO()
+        fetch_range(repository, name, file.size, 0, file.size, content)
+        if file.digest is None or file.holds(content.getvalue()):
+            return content.getvalue()
+    raise wrong_content(repository, name)
 
 
-def feed(digest: Digest, path: Path) -> int:
-    """Hash what is already in a file; returns its length."""
-    length = 0
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-            length += len(piece)
-    return length
+def wrong_content(repository: Repository, name: str) -> HubError:
+    """The error for content that does not have the hash that the hub lists."""
+    return HubError(f"{repository.repo}: {name} came with other content than the hub lists; it was not kept")
+
+
+def _wanted(answer: Answer, where: str, size: int, start: int, end: int) -> Iterator[bytes]:
+    """The bytes [start, end) of a file of `size` bytes out of an answer, of its body as little as that takes."""
+    if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        raise HubError(f"{where}: the hub sends it compressed, which it was asked not to")
+    if answer.status == 200:
+        # A server that ignores ranges sends the whole file: what was not asked for passes by.
+        position, last = 0, size
+    else:
+        _check_range(answer, where, size, start, end)
+        position, last = start, end
+    declared = answer.headers.get("Content-Length", "").strip()
+    if declared.isdecimal() and int(declared[:20]) > last - position:
+        raise _longer(where, size)
+    for piece in answer.pieces:
+        if position + len(piece) > last:
+            raise _longer(where, size)
+        wanted = piece[max(0, start - position) : max(0, end - position)]
+        if wanted:
+            yield wanted
+        position += len(piece)
+        if end <= position < last:
+            return
+
+
+def _check_range(answer: Answer, where: str, size: int, start: int, end: int) -> None:
+    told = answer.headers.get("Content-Range", "")
+    match = _CONTENT_RANGE.fullmatch(told.strip())
+    if answer.status != 206 or match is None or int(match[1]) != start:
+        raise HubError(f"{where}: asked for bytes from {start}, the hub answered {answer.status} {told[:80]!r}")
+    if int(match[2]) >= end or (match[3] != "*" and int(match[3]) != size):
+        raise _longer(where, size)
+
+
+def _longer(where: str, size: int) -> HubError:
+    return HubError(f"{where}: the hub sends more than the {size} bytes that it lists, or another file; refusing it")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,27 +12,38 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import HubError
-from .client import Hub
-from .download import feed, fetch_range
+from ..inputs.names import FileName
+from .digests import Check, file_holds
+from .download import fetch_range
+from .names import Digest
+from .repository import Repository
+
+PARTIAL_SUFFIX = ".npuq-part"
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file to fetch and what its content must be. Without `sha256` (small files of a plain checkpoint) only the size
-    is known."""
+    """A file to fetch, its size and what its content must be: `digest` from the manifest, or from the hub where there
+    is none; `listed` is the hub's own, once it was asked."""
 
-    name: str
+    name: FileName
     size: int
-    sha256: str | None
+    digest: Digest
+    listed: Digest | None = None
+
+    @property
+    def digests(self) -> set[Digest]:
+        return {self.digest} if self.listed is None else {self.digest, self.listed}
 
 
-def fetch_file(hub: Hub, wanted: Wanted, commit: str, target: Path, advance: Callable[[int], object]) -> None:
-    """Fetch a file whose sha256 is known to `target`.
+def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Callable[[int], object]) -> None:
+    """Fetch a file to `target`, and check it against its digests before it appears there.
 
     The part that has arrived lies beside it as `NAME.npuq-part`, also after a kill. Content that turns out wrong is
     fetched once more from its beginning, then refused: HubError.
     """
-    partial = target.with_name(target.name + ".npuq-part")
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
     partial.parent.mkdir(parents=True, exist_ok=True)
     counted = 0
 
@@ -41,64 +52,70 @@ def fetch_file(hub: Hub, wanted: Wanted, commit: str, target: Path, advance: Cal
         counted += length
         advance(length)
 
-    with _locked(partial) as file:
+    with _locked(partial) as (file, waited):
+        if waited and file_holds(target, wanted.size, wanted.digest):  # another pull brought it meanwhile
+            count(wanted.size)
+            partial.unlink(missing_ok=True)
+            return
         for _ in range(2):
-            if _complete(hub, wanted, commit, file, count):
+            if _complete(repository, wanted, file, count):
                 os.fsync(file.fileno())
                 partial.replace(target)
                 return
             file.truncate(0)
             count(-counted)
-        partial.unlink()
-    raise mismatch(hub, wanted.name)
+        partial.unlink(missing_ok=True)
+    raise mismatch(repository, wanted.name)
 
 
-def mismatch(hub: Hub, name: str) -> HubError:
-    """The error for a file that is not what the manifest says."""
+def mismatch(repository: Repository, name: str) -> HubError:
+    """The error for a file that is not what the manifest says, or the hub's own listing."""
     return HubError(
-        f"{hub.repo}: {name} is not what the manifest promises (its sha256 differs); the repository holds a damaged or "
-        "unfinished push: ask its owner to push again, or give another --revision"
+        f"{repository.repo}: {name} is not what the manifest promises or the hub lists (its hash differs); the "
+        "repository holds a damaged or unfinished push: ask its owner to push again, or give another --revision"
     )
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    feed(digest, path)
-    return digest.hexdigest()
-
-
-def _complete(hub: Hub, wanted: Wanted, commit: str, file: IO[bytes], count: Callable[[int], object]) -> bool:
+def _complete(repository: Repository, wanted: Wanted, file: IO[bytes], count: Callable[[int], object]) -> bool:
     """Append what is missing; whether the whole is right."""
-    digest = hashlib.sha256()
-    have = feed(digest, Path(file.name))
+    check, have = Check(wanted.size, wanted.digests), 0
+    file.seek(0)
+    while piece := file.read(_CHUNK):
+        check.update(piece)
+        have += len(piece)
     if have > wanted.size:
         return False
     count(have)
-    file.seek(have)
 
     def received(piece: bytes) -> None:
-        digest.update(piece)
+        check.update(piece)
         count(len(piece))
 
-    fetch_range(hub, wanted.name, commit, have, wanted.size, file, received)
-    file.flush()
-    return digest.hexdigest() == wanted.sha256
+    fetch_range(repository, wanted.name, wanted.size, have, wanted.size, file, received)
+    return check.holds()
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[IO[bytes]]:
-    """The partial file, open for appending and ours alone: a second pull of the same file waits."""
+def _locked(partial: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """The partial file, open for appending and ours alone, and whether another pull had it before."""
+    waited = False
     while True:
-        # Unbuffered: what a kill leaves behind is what arrived.
-        with partial.open("ab", buffering=0) as file:
+        # Unbuffered: what a kill leaves behind is what arrived. A link there is not ours, and is not followed.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(partial, flags, 0o666), "r+b", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise HubError(f"{partial}: is not a regular file; remove it")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waited = True
+                    fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
                 # Some network file systems have no locks: two pulls at once are then the user's care.
-                yield file
+                yield file, waited
                 return
             # While we waited, the other one may have moved its finished file away from under this name.
             if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                yield file
+                yield file, waited
                 return

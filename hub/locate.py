@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import HubError
-from .client import is_repo_id
+from .names import HubRepoId
 from .progress import TransferProgress
-from .pulling import pull
+from .pulling import BeforeWeights, pull
 
 
 def resolve(
@@ -15,22 +15,30 @@ def resolve(
     *,
     revision: str | None = None,
     token: str | None = None,
+    before_weights: BeforeWeights = lambda directory: None,
     progress: TransferProgress | None = None,
 ) -> Path:
     """The directory of a model: `model` itself, or for `user/repo` (or `user/repo@revision`) the local copy.
 
     Whatever exists here is a path. The repository may hold an artifact (whose files are checked against its manifest)
-    or an unquantized checkpoint. Raises HubError; a path that does not exist is returned as it is, for whoever opens
-    it to refuse.
+    or an unquantized checkpoint. `before_weights` as of `pull`. Raises HubError; a path that does not exist is returned
+    as it is, for whoever opens it to refuse.
     """
     named = repo_and_revision(model)
     if named is None:
         return Path(model)
     repo, pinned = named
     try:
-        return pull(repo, revision=revision or pinned, token=token, progress=progress, artifact_only=False)
+        return pull(
+            repo,
+            revision=revision or pinned,
+            token=token,
+            before_weights=before_weights,
+            progress=progress,
+            artifact_only=False,
+        )
     except HubError as error:
-        raise HubError(f"{model}: no such directory here; on the hub: {error}") from None
+        raise type(error)(f"{model}: no such directory here; on the hub: {error}") from None
 
 
 def repo_and_revision(model: str | Path) -> tuple[str, str | None] | None:
@@ -38,6 +46,6 @@ def repo_and_revision(model: str | Path) -> tuple[str, str | None] | None:
     if Path(model).exists():
         return None
     repo, at, revision = str(model).partition("@")
-    if not is_repo_id(repo) or (at and not revision):
+    if not HubRepoId.holds(repo) or (at and not revision):
         return None
     return repo, revision or None

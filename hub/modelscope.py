@@ -1,41 +1,30 @@
-"""Push and pull for ModelScope, through the public methods of its client (`modelscope_hub.HubApi`).
-
-The client commits every file by itself and sends it in one piece. From that follows the order here: the old manifest
-goes first, the weights come one by one, the small files after them, and the manifest last.
-"""
+"""ModelScope, through the public methods of its client (`modelscope_hub.HubApi`): one repository, what it lists and
+sends, and how its errors are said."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 from ..errors import HubError, NpuqError
-from ..quant.artifact import CARD_NAME, MANIFEST_NAME, read_manifest
-from .card import merge_card
-from .client import Backoff, is_repo_id
-from .fetch import Wanted
-from .parallel import in_order
-from .progress import Silent, TransferProgress
-from .pulling import manifest_files
-from .pushing import PushSummary, default_title, local_files
-from .remote_state import UNFINISHED_NAME, RemoteFile, refuse_strays
-from .upload import LocalFile
+from ..inputs.names import FileName, Sha256
+from . import faults
+from .client import Backoff
+from .huggingface import parse_listing
+from .names import Digest, RepoId, Revision, byte_count
+from .repository import Answer, Listing
 
 T = TypeVar("T")
 
-_TYPE = "model"
-_MAIN = "master"
-_WORKERS = 4
-_TOKEN_PAGE = "https://modelscope.cn/my/myaccesstoken"
-_INSTALL = "pip install 'npuq[modelscope]'"
+_TYPE: Final = "model"
+_TOKEN_PAGE: Final = "https://modelscope.cn/my/myaccesstoken"
+_INSTALL: Final = "pip install 'npuq[modelscope]'"
+_PIECE: Final = 1 << 16
 
 
 class ModelScope:
@@ -46,14 +35,18 @@ class ModelScope:
             import modelscope_hub
         except ImportError:
             raise HubError(f"ModelScope's client is not installed: run {_INSTALL}") from None
-        if not is_repo_id(repo):
-            raise HubError(f"{repo!r} is not a repository: write it as user/name")
+        self.repo = _repo_id(repo)
         logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
-        self.repo = repo
         self.backoff = backoff or Backoff()
-        self.client = modelscope_hub
         self.config = modelscope_hub.HubConfig(token=token)
         self.api = modelscope_hub.HubApi(self.config)
+        self.endpoint = str(self.config.endpoint)
+        # Here, where no threads are yet: the client makes it when it is first asked for.
+        self._legacy = self.api.legacy
+        self._errors: Any = modelscope_hub.errors
+        # What the client itself stands on.
+        self._requests: Any = import_module("requests.exceptions")
+        self._urllib3: Any = import_module("urllib3.exceptions")
 
     def call(self, doing: str, action: Callable[[], T], attempts: int = 1) -> T:
         """Do `action`; its errors become a HubError of one line.
@@ -64,276 +57,152 @@ class ModelScope:
         while True:
             try:
                 return action()
-            except NpuqError:
-                raise
-            except (self.client.HubError, OSError) as error:
-                if attempt >= attempts or not self._is_transient(error):
-                    text = " ".join(f"{doing}: {self._reason(error)}".split())
-                    raise HubError(text.replace(self.config.token, "***") if self.config.token else text) from None
-            self.backoff.wait(attempt)
+            except (self._errors.HubError, *faults.RAISED) as error:
+                if attempt >= attempts or not self.is_transient(error):
+                    raise self.failure(doing, error) from None
+                asked = self.asked_seconds(error)
+            self.backoff.wait(attempt, asked)
             attempt += 1
 
-    def _is_transient(self, error: Exception) -> bool:
-        errors = self.client.errors
-        return isinstance(error, (errors.NetworkError, errors.ServerError, errors.RateLimitError, ConnectionError))
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether the same request may succeed a little later."""
+        client, requests, urllib3 = self._errors, self._requests, self._urllib3
+        lost = (
+            *(client.NetworkError, client.ServerError, client.RateLimitError),
+            *(requests.ConnectionError, requests.Timeout, requests.ChunkedEncodingError),
+            *(urllib3.ProtocolError, urllib3.TimeoutError),
+            *(ConnectionError, TimeoutError),
+        )
+        return isinstance(error, lost) and not faults.is_certificate(error)
 
-    def _reason(self, error: Exception) -> str:
-        errors = self.client.errors
-        if isinstance(error, errors.AuthenticationError):
-            return (
+    def asked_seconds(self, error: BaseException) -> float:
+        """How long an answer asks to wait; 0 where it does not say."""
+        asked = getattr(error, "retry_after", None)
+        return float(asked) if isinstance(asked, (int, float)) and 0 < asked < 10**6 else 0.0
+
+    def failure(self, doing: str, error: Exception) -> NpuqError:
+        """The error for the user, in one line that begins with `doing`."""
+        if isinstance(error, NpuqError):
+            return error
+        reason = self._reason(error)
+        text = faults.one_line(f"{doing}: {reason}")
+        return type(reason)(text.replace(self.config.token, "***") if self.config.token else text)
+
+    def _reason(self, error: Exception) -> HubError:
+        client = self._errors
+        if isinstance(error, client.AuthenticationError):
+            return HubError(
                 f"no token, or one that ModelScope does not accept: make one at {_TOKEN_PAGE}, set MODELSCOPE_API_TOKEN"
             )
-        if isinstance(error, errors.PermissionDeniedError):
-            return f"the token may not do this in {self.repo}; give one that may, from {_TOKEN_PAGE}"
-        if isinstance(error, errors.NotExistError):
-            return f"{self.repo} has no such file or revision, or is not there, or this token may not see it"
-        if self._is_transient(error):
-            return f"{str(error)[:160]}; run the same command again: it continues"
-        return str(error)[:200]
+        if isinstance(error, client.PermissionDeniedError):
+            return HubError(f"the token may not do this in {self.repo}; give one that may, from {_TOKEN_PAGE}")
+        if isinstance(error, client.NotExistError):
+            return HubError(f"{self.repo} has no such file or revision, or is not there, or this token may not see it")
+        if isinstance(error, client.RateLimitError):
+            return faults.status_failed(429, "")
+        if isinstance(error, client.ServerError):
+            return faults.status_failed(getattr(error, "status_code", None) or 500, "")
+        if isinstance(error, (client.NetworkError, self._requests.RequestException, self._urllib3.HTTPError)):
+            return faults.connection_failed(self.endpoint, error, passing=self.is_transient(error))
+        if isinstance(error, OSError) and error.errno is not None:
+            return faults.disk_failed(error)
+        if isinstance(error, ConnectionError):
+            return faults.connection_failed(self.endpoint, error, passing=True)
+        if isinstance(error, client.HubError):
+            said = getattr(error, "message", None) or str(error)
+            return HubError(f"ModelScope refused {faults.quoted(str(said))}")
+        return faults.not_understood(error)
 
-    def files(self, revision: str) -> dict[str, RemoteFile]:
-        """Every file of a revision with its size and sha256."""
-        listed = self.call(
-            f"listing {self.repo}", lambda: self.api.list_repo_files(self.repo, _TYPE, revision=revision)
-        )
-        return {file.path: RemoteFile(file.size, "", file.sha256) for file in listed if file.type != "tree"}
-
-    def read(self, name: str, revision: str) -> bytes:
-        """The content of a small file; nothing is cached."""
-        with tempfile.TemporaryDirectory() as folder:
-            return self.call(
-                f"{self.repo}: {name}",
-                lambda: Path(
-                    self.api.download_file(self.repo, _TYPE, name, revision=revision, local_dir=folder, force=True)
-                ).read_bytes(),
-            )
-
-    def put(self, name: str, content: Path | bytes, revision: str, title: str) -> None:
+    def put(self, name: FileName, content: Path | bytes, branch: Revision, title: str) -> None:
         """Send a file, unless ModelScope has its content, and commit it."""
         # The client prints what it commits on stdout, which is for our result.
         with contextlib.redirect_stdout(io.StringIO()):
             self.call(
                 f"sending {name}",
                 lambda: self.api.upload_file(
-                    self.repo, _TYPE, content, name, revision=revision, commit_message=title, disable_tqdm=True
+                    self.repo, _TYPE, content, name, revision=branch, commit_message=title, disable_tqdm=True
                 ),
                 self.backoff.attempts,
             )
 
-    def remove(self, names: list[str], revision: str, title: str) -> None:
+    def remove(self, names: list[FileName], branch: Revision, title: str) -> None:
         """Delete files, in one commit."""
         self.call(
             f"deleting {', '.join(names)}",
-            lambda: self.api.delete_files(self.repo, _TYPE, names, revision=revision, commit_message=title),
+            lambda: self.api.delete_files(self.repo, _TYPE, names, revision=branch, commit_message=title),
         )
 
+    def open_or_make(self, private: bool | None) -> None:
+        """Check the token, and make the repository where it is not there."""
+        pushing = f"pushing to {self.repo}"
+        self.call(pushing, self.api.whoami)
+        if not self.call(pushing, lambda: self.api.repo_exists(self.repo, _TYPE)):
+            visibility = None if private is None else ("private" if private else "public")
+            self.call(pushing, lambda: self.api.create_repo(self.repo, _TYPE, visibility=visibility))
 
-def push_modelscope(
-    artifact: str | Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    tag: str | None = None,
-    token: str | None = None,
-    verify: Callable[[Path], None] | None = None,
-    progress: TransferProgress | None = None,
-    backoff: Backoff | None = None,
-) -> PushSummary:
-    """Push an artifact to a ModelScope repository, continuing what an earlier push did; arguments as of `push`.
-
-    `revision` must be a branch that is there: the client makes none. A file that fails stops no other weight. Raises
-    ArtifactError and HubError as `push` does.
-    """
-    artifact, progress = Path(artifact), progress or Silent()
-    scope, title, branch = ModelScope(repo, token, backoff), message or default_title(artifact), revision or _MAIN
-    manifest = read_manifest(artifact)
-    files = local_files(artifact, manifest)
-    _open(scope, private)
-    if verify is not None:
-        verify(artifact)
-    remote = scope.files(branch)
-    previous = _previous(scope, remote, branch)
-    refuse_strays(repo, remote, {*files, *previous})
-    texts = _card(scope, artifact, remote, branch)
-    sealed = (artifact / MANIFEST_NAME).read_bytes()
-    changed = [file for file in files.values() if not _holds(remote.get(file.name), file.size, file.sha256)]
-    texts = {name: text for name, text in texts.items() if not _holds_text(remote.get(name), text)}
-    stale = sorted((previous - files.keys() - {MANIFEST_NAME, CARD_NAME}) | ({UNFINISHED_NAME} & remote.keys()))
-    seal = bool(changed or stale) or not _holds_text(remote.get(MANIFEST_NAME), sealed)
-    sent_bytes = sum(file.size for file in changed) + sum(map(len, texts.values())) + seal * len(sealed)
-    progress.start(sent_bytes)
-    if changed or stale:
-        _begin(scope, remote, [*files, *previous], branch, title)
-        _send(scope, changed, branch, title, progress)
-    for name, text in texts.items():
-        scope.put(name, text, branch, title)
-        progress.advance(len(text))
-    if seal:
-        _refuse_unlike(scope, files, branch)
-        scope.put(MANIFEST_NAME, sealed, branch, title)
-        progress.advance(len(sealed))
-    if changed or stale:
-        scope.remove(sorted({*stale, UNFINISHED_NAME}), branch, title)
-    if tag is not None:
-        scope.call(f"tagging {repo} as {tag!r}", lambda: scope.api.create_repo_tag(repo, _TYPE, tag, revision=branch))
-    return PushSummary(
-        repo=repo,
-        revision=branch,
-        commit="",
-        url=f"{scope.config.endpoint}/models/{repo}",
-        files=len({*files, MANIFEST_NAME, *([CARD_NAME] if (artifact / CARD_NAME).is_file() else [])}),
-        sent_files=len(changed) + len(texts) + seal,
-        sent_bytes=sent_bytes,
-        pull_request=None,
-    )
-
-
-def pull_modelscope(
-    repo: str,
-    directory: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    progress: TransferProgress | None = None,
-) -> Path:
-    """Fetch an artifact from ModelScope into `directory`, or into a folder of its client's cache; returns where it is.
-
-    Every file is checked against the manifest's sha256, and one that was cut off goes on where it ended. The manifest
-    comes last. Raises HubError.
-    """
-    scope, branch, progress = ModelScope(repo, token), revision or _MAIN, progress or Silent()
-    target = Path(directory or scope.config.cache_dir / "npuq" / repo.replace("/", "--") / branch.replace("/", "--"))
-    remote = scope.files(branch)
-    if MANIFEST_NAME not in remote or UNFINISHED_NAME in remote:
-        raise HubError(
-            f"{repo}: has no finished artifact in {branch!r} ({MANIFEST_NAME} comes with the last commit of a push); "
-            "push again to finish it, or give another --revision"
+    def tag(self, tag: str, branch: Revision) -> None:
+        """Tag what a branch holds."""
+        self.call(
+            f"tagging {self.repo} as {tag!r}",
+            lambda: self.api.create_repo_tag(self.repo, _TYPE, tag, revision=branch),
         )
-    sealed = scope.read(MANIFEST_NAME, branch)
-    wanted = [*manifest_files(repo, sealed)]
-    missing = [file for file in wanted if not _is_here(target / file.name, file)]
-    local = target / MANIFEST_NAME
-    with _disk_errors(target):
-        if missing and local.exists():
-            local.unlink()
-        target.mkdir(parents=True, exist_ok=True)
-    progress.start(sum(file.size for file in missing))
 
-    def fetch(file: Wanted) -> None:
-        scope.call(
-            f"{repo}: {file.name}",
-            lambda: scope.api.download_file(
-                repo,
-                _TYPE,
-                file.name,
-                revision=branch,
-                local_dir=target,
-                expected_sha256=file.sha256,
-                file_size=file.size,
-            ),
+    def list_files(self, branch: Revision) -> Listing:
+        """Every file of a branch with its size and sha256."""
+        return self.call(
+            f"listing {self.repo}",
+            lambda: parse_listing(self.api.list_repo_files(self.repo, _TYPE, revision=branch), self.repo, _entry),
         )
-        progress.advance(file.size)
 
-    failed = [error for _, error in in_order(missing, fetch, _WORKERS) if isinstance(error, Exception)]
-    for error in failed:
-        raise error
-    if CARD_NAME in remote and (missing or not local.exists()):
-        content = scope.read(CARD_NAME, branch)
-        with _disk_errors(target):
-            (target / CARD_NAME).write_bytes(content)
-    with _disk_errors(target):
-        local.parent.mkdir(exist_ok=True)
-        partial = local.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(sealed)
-        partial.replace(local)
-    return target
+    @contextlib.contextmanager
+    def open(self, name: FileName, branch: Revision, start: int, end: int) -> Iterator[Answer]:
+        """Ask for bytes [start, end) of a file. Not by the client's own download: that draws bars."""
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        response = self._legacy.download_stream(self.repo, _TYPE, name, branch, headers=headers)
+        with contextlib.closing(response):
+            yield Answer(response.status_code, response.headers, response.raw.stream(_PIECE, decode_content=False))
 
 
-def _open(scope: ModelScope, private: bool | None) -> None:
-    """The token is good, and the repository is there."""
-    pushing = f"pushing to {scope.repo}"
-    scope.call(pushing, scope.api.whoami)
-    if not scope.call(pushing, lambda: scope.api.repo_exists(scope.repo, _TYPE)):
-        visibility = None if private is None else ("private" if private else "public")
-        scope.call(pushing, lambda: scope.api.create_repo(scope.repo, _TYPE, visibility=visibility))
+class ScopeRepository:
+    """A repository on ModelScope at a branch, as `repository.Repository` describes it."""
+
+    def __init__(self, scope: ModelScope, branch: Revision):
+        self._scope = scope
+        self._branch = branch
+
+    @property
+    def repo(self) -> RepoId:
+        return self._scope.repo
+
+    @property
+    def backoff(self) -> Backoff:
+        return self._scope.backoff
+
+    def listing(self) -> Listing:
+        return self._scope.list_files(self._branch)
+
+    def open(self, name: FileName, start: int, end: int) -> contextlib.AbstractContextManager[Answer]:
+        return self._scope.open(name, self._branch, start, end)
+
+    def is_transient(self, error: BaseException) -> bool:
+        return self._scope.is_transient(error)
+
+    def asked_seconds(self, error: BaseException) -> float:
+        return self._scope.asked_seconds(error)
+
+    def failure(self, doing: str, error: Exception) -> NpuqError:
+        return self._scope.failure(doing, error)
 
 
-def _begin(scope: ModelScope, remote: Mapping[str, RemoteFile], names: list[str], branch: str, title: str) -> None:
-    """No reader may take the mixture that follows for an artifact."""
-    if UNFINISHED_NAME not in remote:
-        note = json.dumps({"replaces": sorted({*names, MANIFEST_NAME})}).encode()
-        scope.put(UNFINISHED_NAME, note, branch, title)
-    if MANIFEST_NAME in remote:
-        scope.remove([MANIFEST_NAME], branch, title)
-
-
-def _send(scope: ModelScope, files: list[LocalFile], branch: str, title: str, progress: TransferProgress) -> None:
-    """The weights first, then what gives them a meaning. One at a time: each is a commit to the same branch."""
-    failed: dict[str, NpuqError] = {}
-    for file in sorted(files, key=lambda file: not file.name.endswith(".safetensors")):
-        try:
-            scope.put(file.name, file.path, branch, title)
-        except HubError as error:
-            progress.note(f"{file.name} was not sent: {error}; going on with the others")
-            failed[file.name] = error
-        progress.advance(file.size)
-    if failed:
-        first = next(iter(failed.values()))
-        names = ", ".join(failed)
-        raise HubError(f"{len(failed)} of {len(files)} files were not sent ({names}); push again to continue. {first}")
-
-
-def _refuse_unlike(scope: ModelScope, files: Mapping[str, LocalFile], branch: str) -> None:
-    """Before the manifest vouches for them: what was sent is what it says, also where a file changed meanwhile."""
-    remote = scope.files(branch)
-    for file in files.values():
-        if not _holds(remote.get(file.name), file.size, file.sha256):
-            raise HubError(f"{file.path}: ModelScope lists other content than the manifest has; run `npuq verify`")
-
-
-def _previous(scope: ModelScope, remote: Mapping[str, RemoteFile], branch: str) -> frozenset[str]:
-    names: set[str] = set()
-    for source, key in ((MANIFEST_NAME, "files"), (UNFINISHED_NAME, "replaces")):
-        if source in remote:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                names |= {source, *map(str, json.loads(scope.read(source, branch))[key])}
-    return frozenset(names & remote.keys())
-
-
-def _card(scope: ModelScope, artifact: Path, remote: Mapping[str, RemoteFile], branch: str) -> dict[str, bytes]:
-    path = artifact / CARD_NAME
-    if not path.is_file():
-        return {}
+def _repo_id(text: str) -> RepoId:
     try:
-        theirs = scope.read(CARD_NAME, branch).decode("utf-8") if CARD_NAME in remote else None
-        return {CARD_NAME: merge_card(theirs, path.read_text(encoding="utf-8"), scope.repo).encode()}
-    except UnicodeDecodeError:
-        raise HubError(f"{CARD_NAME} in {scope.repo} or in {artifact} is not UTF-8 text; repair it") from None
+        return RepoId(text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
 
 
-def _holds(remote: RemoteFile | None, size: int, sha256: str) -> bool:
-    return remote is not None and remote.size == size and remote.sha256 == sha256
-
-
-def _holds_text(remote: RemoteFile | None, text: bytes) -> bool:
-    return _holds(remote, len(text), hashlib.sha256(text).hexdigest())
-
-
-def _is_here(path: Path, wanted: Wanted) -> bool:
-    if not path.is_file() or path.stat().st_size != wanted.size:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest() == wanted.sha256
-
-
-@contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise HubError(f"{error.filename or directory}: {error.strerror}; pull again to continue") from None
+def _entry(file: Any, where: str) -> tuple[Any, int, Digest | None] | None:
+    if file.type == "tree":
+        return None
+    digest = Sha256.parse(str(file.sha256).lower(), where, HubError) if file.sha256 else None
+    return file.path, byte_count(file.size, where), digest

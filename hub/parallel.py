@@ -6,8 +6,26 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from ..errors import HubError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def start_threads(run: Callable[[], None], count: int, name: str, threads: list[threading.Thread]) -> None:
+    """Start up to `count` daemon threads that call `run`, and append them to `threads`: as many as the system gives.
+
+    Daemons: a caller that is interrupted does not wait for a transfer to end. HubError where it gives none.
+    """
+    for number in range(count):
+        thread = threading.Thread(target=run, name=f"{name}-{number}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # can't start new thread
+            if threads:
+                return
+            raise HubError(f"{error}: this user has as many as the system allows (ulimit -u); end some") from None
+        threads.append(thread)
 
 
 def in_order(
@@ -15,8 +33,7 @@ def in_order(
 ) -> Iterator[tuple[Item, Result | Exception]]:
     """Yield each item with what `work` returned or raised, in order; up to `workers` items are worked on at a time.
 
-    The threads are daemons: a caller that is interrupted does not wait for a transfer to end. Closing the iterator
-    starts no further item.
+    Closing the iterator starts no further item. Raises HubError where no thread can be started.
     """
     done: dict[int, Result | Exception] = {}
     changed, stop = threading.Condition(), threading.Event()
@@ -37,9 +54,8 @@ def in_order(
                 done[number] = result
                 changed.notify_all()
 
-    for number in range(min(workers, len(items))):
-        threading.Thread(target=run, name=f"npuq-transfer-{number}", daemon=True).start()
     try:
+        start_threads(run, min(workers, len(items)), "npuq-transfer", [])
         for number, item in enumerate(items):
             with changed:
                 while number not in done:

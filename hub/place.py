@@ -2,151 +2,205 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import HubError
+from ..inputs.files import read_text
+from ..inputs.names import FileName, Sha256
 from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER
-from .client import Hub
-from .fetch import Wanted, fetch_file, file_sha256, mismatch
+from .digests import content_digest, file_holds
+from .fetch import Wanted, fetch_file
+from .names import BlobId, CommitId, Digest, HubRepoId, Revision
+from .repository import Repository
 from .verified import VerifiedFiles
 
-# Files from here on are fetched by ranges, so that a cut goes on inside the file; smaller ones start again.
-RANGE_BYTES = 4 << 20
+MANIFEST = FileName(MANIFEST_NAME)
 
 
 class Place(Protocol):
-    """A directory that files of one commit are fetched into."""
+    """A directory that files of one revision are fetched into."""
+
+    directory: Path
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
         """Those files that are not there with the right content."""
 
-    def fetch(self, wanted: Wanted, advance: Callable[[int], object]) -> None:
+    def fetch(self, repository: Repository, wanted: Wanted, advance: Callable[[int], object]) -> None:
         """Fetch one file and check it; thread-safe. HubError when it is not what it must be."""
-
-    def fetch_unchecked(self, name: str) -> None:
-        """Fetch a file that has no hash to check."""
 
     def remember(self) -> None:
         """Note what was checked, for the next time."""
 
-    def finish(self, manifest: Path) -> Path:
+    def finish(self) -> Path:
         """Everything is there: the manifest too, and the directory is an artifact."""
 
 
 class CachePlace:
-    """The snapshot of a commit in the Hugging Face cache."""
+    """The snapshot of a commit in the Hugging Face cache: links to contents, which are named by the hub's hashes."""
 
-    def __init__(self, hub: Hub, commit: str):
-        self._hub = hub
+    def __init__(self, repo: HubRepoId, commit: CommitId):
         self._commit = commit
-        self._folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repo, repo_type="model")
+        self._folder = _cache_folder(repo)
         self.directory = self._folder / "snapshots" / commit
-        self._verified = VerifiedFiles(hub.repo, commit)
+        self._verified = VerifiedFiles(repo, commit)
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
         result = [file for file in wanted if not self._is_right(file)]
         self.remember()
         return result
 
-    def fetch(self, wanted: Wanted, advance: Callable[[int], object]) -> None:
-        path, damaged = self.directory / wanted.name, (self.directory / wanted.name).exists()
-        by_range = wanted.size >= RANGE_BYTES and wanted.sha256 is not None
-        if by_range:
-            # The cache names an LFS file's content by its sha256 and links to what is there under that name.
-            fetch_file(self._hub, wanted, self._commit, self._folder / "blobs" / str(wanted.sha256), advance)
-        self._download(wanted.name, force=damaged and not by_range)
-        if not by_range:
+    def fetch(self, repository: Repository, wanted: Wanted, advance: Callable[[int], object]) -> None:
+        blob = self._blob(wanted.listed or wanted.digest)
+        # Another commit of the repository may have brought it.
+        if all(file_holds(blob, wanted.size, digest) for digest in wanted.digests):
             advance(wanted.size)
-        if wanted.sha256 is None:
-            return
-        if not by_range and file_sha256(path) != wanted.sha256:
-            raise mismatch(self._hub, wanted.name)
-        self._verified.add(path, wanted.sha256)
-
-    def fetch_unchecked(self, name: str) -> None:
-        self._download(name)
+        else:
+            fetch_file(repository, wanted, blob, advance)
+        path = self.directory / wanted.name
+        _link(blob, path)
+        self._verified.add(path, wanted.digest)
 
     def remember(self) -> None:
         self._verified.save()
 
-    def finish(self, manifest: Path) -> Path:
+    def finish(self) -> Path:
         return self.directory
 
-    def refer(self, revision: str | None) -> None:
-        """Note which commit a branch meant, so that it is found without the hub."""
-        reference = self._folder / "refs" / (revision or constants.DEFAULT_REVISION)
-        if revision != self._commit:
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(self._commit, encoding="utf-8")
+    def is_intact(self, name: FileName) -> bool:
+        """Whether a file is there, and what its name in the cache says."""
+        path = self.directory / name
+        if not path.is_file():
+            return False
+        if not path.is_symlink():
+            return True
+        named = path.readlink().name
+        kind = Sha256 if Sha256.holds(named) else BlobId if BlobId.holds(named) else None
+        return kind is None or file_holds(path, path.stat().st_size, kind(named))
 
-    def _download(self, name: str, force: bool = False) -> None:
-        hub = self._hub
-        hub.call(
-            f"{hub.repo}: {name}",
-            lambda: hub.api.hf_hub_download(hub.repo, name, revision=self._commit, force_download=force),
-            attempts=3,
-        )
+    def refer(self, revision: Revision) -> None:
+        """Note which commit a branch or a tag meant, so that it is found without the hub."""
+        if CommitId.holds(revision):
+            return
+        reference = _reference(self._folder, revision)
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        partial = reference.with_name(f".{uuid.uuid4().hex}")
+        partial.write_text(self._commit, encoding="utf-8")
+        partial.replace(reference)
+
+    def _blob(self, digest: Digest) -> Path:
+        return self._folder / "blobs" / digest
 
     def _is_right(self, wanted: Wanted) -> bool:
         path = self.directory / wanted.name
         if not path.is_file() or path.stat().st_size != wanted.size:
             return False
-        if wanted.sha256 is None or self._verified.has(path, wanted.sha256):
+        if self._verified.has(path, wanted.digest):
             return True
-        if file_sha256(path) != wanted.sha256:
+        if not file_holds(path, wanted.size, wanted.digest):
             return False
-        self._verified.add(path, wanted.sha256)
+        self._verified.add(path, wanted.digest)
         return True
 
 
-class FolderPlace:
-    """A folder of the user's own. Only files that the artifact has are written, and none other is touched."""
+def cached_commit(repo: HubRepoId, revision: Revision) -> CommitId | None:
+    """The commit that a revision meant when it was last fetched here; None when it never was."""
+    if CommitId.holds(revision):
+        return CommitId(revision)
+    try:
+        return CommitId.parse(read_text(_reference(_cache_folder(repo), revision), HubError, 100).strip(), "", HubError)
+    except HubError:
+        return None
 
-    def __init__(self, hub: Hub, commit: str, directory: Path, manifest: Path):
-        self._hub = hub
-        self._commit = commit
+
+def _cache_folder(repo: HubRepoId) -> Path:
+    # As `repo_folder_name` of huggingface_hub has it.
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.folder}"
+
+
+def _reference(folder: Path, revision: Revision) -> Path:
+    return folder / "refs" / revision
+
+
+def _link(blob: Path, path: Path) -> None:
+    """Make `path` a link to a content of the same cache, whatever it was; where links are not to be had, the content
+    moves there, as the client does it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() and path.resolve() == blob.resolve():
+        return
+    partial = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        partial.symlink_to(os.path.relpath(blob, path.parent))
+    except OSError:
+        blob.replace(path)
+        return
+    partial.replace(path)
+
+
+class FolderPlace:
+    """A folder of the user's own. Only files that the artifact has are written, and none other is touched.
+
+    `sealed` is the artifact's manifest. With `follows` the folder is npuq's own and follows a branch: what another
+    artifact left there gives way.
+    """
+
+    def __init__(self, directory: Path, sealed: bytes, *, follows: bool = False):
         self.directory = directory
-        self._claim(manifest)
+        self._sealed = sealed
+        self._claim(follows)
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
-        return [file for file in wanted if not self._is_right(file)]
+        result = []
+        for file in wanted:
+            self._check_parent(self.directory / file.name)
+            if not file_holds(self.directory / file.name, file.size, file.digest):
+                result.append(file)
+        return result
 
-    def fetch(self, wanted: Wanted, advance: Callable[[int], object]) -> None:
-        fetch_file(self._hub, wanted, self._commit, self.directory / wanted.name, advance)
-
-    def fetch_unchecked(self, name: str) -> None:
-        hub = self._hub
-        cached = hub.call(f"{hub.repo}: {name}", lambda: hub.api.hf_hub_download(hub.repo, name, revision=self._commit))
-        shutil.copyfile(cached, self.directory / name)
+    def fetch(self, repository: Repository, wanted: Wanted, advance: Callable[[int], object]) -> None:
+        fetch_file(repository, wanted, self.directory / wanted.name, advance)
 
     def remember(self) -> None:
         return
 
-    def finish(self, manifest: Path) -> Path:
-        target = self.directory / MANIFEST_NAME
+    def finish(self) -> Path:
+        target = self.directory / MANIFEST
         partial = target.with_name("manifest.npuq-part")
-        shutil.copyfile(manifest, partial)
+        partial.unlink(missing_ok=True)
+        partial.write_bytes(self._sealed)
         partial.replace(target)
         return self.directory
 
-    def _is_right(self, wanted: Wanted) -> bool:
-        path = self.directory / wanted.name
-        return path.is_file() and path.stat().st_size == wanted.size and file_sha256(path) == wanted.sha256
-
-    def _claim(self, manifest: Path) -> None:
+    def _claim(self, follows: bool) -> None:
         """npuq writes into a directory that it made or found empty, and knows it again by its own folder."""
-        own = self.directory / OWN_FOLDER
+        own, held = self.directory / OWN_FOLDER, self.directory / MANIFEST
         if self.directory.exists() and not self.directory.is_dir():
             raise HubError(f"{self.directory}: exists and is not a directory; choose another")
         if self.directory.exists() and not own.is_dir() and any(self.directory.iterdir()):
             raise HubError(f"{self.directory}: is not empty and holds no artifact of npuq's; choose another directory")
-        held = self.directory / MANIFEST_NAME
-        if held.exists() and held.read_bytes() != manifest.read_bytes():
-            raise HubError(f"{self.directory}: holds another artifact, or another revision; choose another directory")
+        self._check_parent(held)
+        if held.exists() and not file_holds(held, len(self._sealed), content_digest(self._sealed, Sha256)):
+            if not follows:
+                raise HubError(
+                    f"{self.directory}: holds another artifact, or another revision; choose another directory"
+                )
+            held.unlink()
         own.mkdir(parents=True, exist_ok=True)
+
+    def _check_parent(self, path: Path) -> None:
+        """HubError where a link of the directory leads out of it."""
+        if not path.parent.resolve().is_relative_to(self.directory.resolve()):
+            raise HubError(f"{path.parent}: a link out of the directory; refusing to write there")
+
+
+def remove_stale(directory: Path, before: Iterable[FileName], now: Iterable[FileName]) -> None:
+    """Remove those files of an artifact that was there `before` and that the one of `now` does not have."""
+    for name in {*before} - {*now}:
+        with contextlib.suppress(OSError):
+            (directory / name).unlink()

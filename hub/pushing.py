@@ -6,30 +6,30 @@ another; the last commit brings the small files and the manifest. Content that t
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
 from ..errors import ArtifactError, HubError
-from ..quant.artifact import CARD_NAME, MANIFEST_NAME, read_manifest
+from ..inputs.files import inside, is_inside, read_bytes, read_text
+from ..inputs.names import FileName, Sha256
+from ..inputs.printable import printable
+from ..quant.artifact import read_manifest
 from .card import merge_card
 from .client import Backoff, Hub
 from .commits import Committer
+from .download import read_whole
+from .huggingface import HubRepository, list_branch
+from .lfs import Addition
+from .names import CommitId
+from .place import MANIFEST
 from .progress import Silent, TransferProgress
-from .remote_state import (
-    UNFINISHED_NAME,
-    RemoteFile,
-    list_files,
-    previous_files,
-    read_small_file,
-    refuse_strays,
-)
-from .target import Target, open_target
-from .upload import LocalFile, upload_all
+from .pulling import CARD, manifest_files
+from .remote_state import MOST_CARD_BYTES, MOST_MANIFEST_BYTES, UNFINISHED, previous_files, refuse_strays
+from .repository import Listing, RemoteFile, Repository
+from .target import open_target
+from .upload import LocalFile, not_sent, upload_all
 
 # Smaller files travel with the last commit: a README or an index without its weights is of no use to a reader.
 _SMALL_BYTES = 1 << 20
@@ -79,21 +79,19 @@ def push(
     """
     artifact, progress = Path(artifact), progress or Silent()
     hub, title = Hub(repo, token, backoff), message or default_title(artifact)
-    manifest = read_manifest(artifact)
-    files = local_files(artifact, manifest)
+    files, sealed = local_files(artifact)
     target = open_target(hub, private, revision, create_pr, title)
     if verify is not None:
         verify(artifact)
-    remote = list_files(hub, target.revision)
-    previous = previous_files(hub, remote, target.revision)
-    refuse_strays(repo, remote, {*files, *previous})
-    texts = {MANIFEST_NAME: (artifact / MANIFEST_NAME).read_bytes(), **_card(hub, artifact, remote, target)}
-    changed = [file for name, file in files.items() if not _is_there(file, remote.get(name))]
+    repository, listing = list_branch(hub, target.revision)
+    previous = previous_files(repository, listing)
+    refuse_strays(repo, listing, {*files, *previous})
+    texts = {MANIFEST: sealed, **merged_card(repository, artifact, listing)}
     count = len({*files, *texts})
-    texts = {name: text for name, text in texts.items() if not _holds_text(remote.get(name), text)}
-    stale = sorted(previous - files.keys() - {MANIFEST_NAME, CARD_NAME})
-    committer = Committer(hub, target, title)
-    commit = _send(committer, files, changed, texts, stale, remote, progress)
+    changed = [file for name, file in files.items() if not _is_there(file, listing.files.get(name))]
+    texts = {name: text for name, text in texts.items() if not _holds_text(listing.files.get(name), text)}
+    stale = sorted(previous - files.keys() - {MANIFEST, CARD, UNFINISHED})
+    commit = _send(Committer(hub, target, title), repository, listing, files, changed, texts, stale, progress)
     if tag is not None:
         _tag(hub, tag, commit)
     target.finish(hub)
@@ -109,73 +107,70 @@ def push(
     )
 
 
-def local_files(artifact: Path, manifest: Mapping[str, Any]) -> dict[str, LocalFile]:
-    """What the manifest lists, in order. ArtifactError when a file is gone or has another size."""
+def local_files(artifact: Path) -> tuple[dict[FileName, LocalFile], bytes]:
+    """What the manifest lists, in order, and the manifest itself. ArtifactError when a file is gone or has another
+    size, and for a directory that is no finished artifact."""
+    read_manifest(artifact)
+    sealed = read_bytes(inside(artifact, MANIFEST, ArtifactError), ArtifactError, MOST_MANIFEST_BYTES)
     files = {}
-    for name, entry in manifest["files"].items():
-        path = artifact / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ArtifactError(f"{MANIFEST_NAME}: names {name!r}, outside the artifact")
-        if not path.is_file() or path.stat().st_size != entry["size"]:
+    for listed in manifest_files(str(artifact), sealed, ArtifactError):
+        path = inside(artifact, listed.name, ArtifactError)
+        if path.stat().st_size != listed.size:
             raise ArtifactError(f"{path}: is not as the manifest has it; run `npuq verify {artifact}`")
-        files[name] = LocalFile(name, path, entry["size"], entry["sha256"])
-    return files
+        files[listed.name] = LocalFile(listed.name, path, listed.size, Sha256(listed.digest))
+    return files, sealed
+
+
+def merged_card(repository: Repository, artifact: Path, listing: Listing) -> dict[FileName, bytes]:
+    """The artifact's card merged into the repository's; empty for an artifact that has none."""
+    if not is_inside(artifact, CARD):
+        return {}
+    ours = read_text(inside(artifact, CARD, ArtifactError), ArtifactError, MOST_CARD_BYTES)
+    theirs = None
+    if CARD in listing.files:
+        content = read_whole(repository, CARD, listing.files[CARD], MOST_CARD_BYTES)
+        try:
+            theirs = content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise HubError(f"{CARD} in {repository.repo} is not UTF-8 text; repair it, then push again") from None
+    return {CARD: merge_card(theirs, ours, repository.repo).encode()}
 
 
 def _send(
     committer: Committer,
-    files: Mapping[str, LocalFile],
-    changed: list[LocalFile],
-    texts: Mapping[str, bytes],
-    stale: list[str],
-    remote: Mapping[str, RemoteFile],
+    repository: HubRepository,
+    listing: Listing,
+    files: Mapping[FileName, LocalFile],
+    changed: Sequence[LocalFile],
+    texts: Mapping[FileName, bytes],
+    stale: Sequence[FileName],
     progress: TransferProgress,
-) -> str:
+) -> CommitId:
     progress.start(sum(file.size for file in changed) + sum(map(len, texts.values())))
-    if not changed and not texts and not stale and UNFINISHED_NAME not in remote:
-        return committer.head()
+    if not changed and not texts and not stale and UNFINISHED not in listing.files:
+        return repository.commit
     large = [file for file in changed if file.size > _SMALL_BYTES]
     if large:
-        committer.begin(remote, [*files, *texts])
+        committer.begin(repository, listing, [*files, *texts])
     failed = upload_all(committer, large, progress)
     if failed:
-        names = ", ".join(failed)
-        first = next(iter(failed.values()))
-        raise HubError(f"{len(failed)} of {len(large)} files were not sent ({names}); push again to continue. {first}")
-    small = [file for file in changed if file.size <= _SMALL_BYTES]
+        raise not_sent(failed, len(large))
     # From memory: what is committed is what was hashed here.
-    contents = {file.name: file.checked_content() for file in small}
-    operations = [CommitOperationAdd(name, content) for name, content in {**contents, **texts}.items()]
-    deletions = [CommitOperationDelete(name) for name in stale if name != UNFINISHED_NAME]
-    commit = committer.finish(operations, deletions)
-    progress.advance(sum(map(len, [*contents.values(), *texts.values()])))
+    small = {file.name: file.checked_content() for file in changed if file.size <= _SMALL_BYTES}
+    additions = [Addition.of(name, content) for name, content in {**small, **texts}.items()]
+    commit = committer.finish(additions, stale)
+    progress.advance(sum(map(len, [*small.values(), *texts.values()])))
     return commit
 
 
 def _is_there(file: LocalFile, remote: RemoteFile | None) -> bool:
     if remote is None or remote.size != file.size:
         return False
-    content = file.checked_content() if remote.sha256 is None else None
-    return remote.holds(file.size, file.sha256, content)
+    return remote.sha256 == file.sha256 if remote.sha256 is not None else remote.holds(file.checked_content())
 
 
 def _holds_text(remote: RemoteFile | None, text: bytes) -> bool:
-    return remote is not None and remote.holds(len(text), hashlib.sha256(text).hexdigest(), text)
-
-
-def _card(hub: Hub, artifact: Path, remote: Mapping[str, RemoteFile], target: Target) -> dict[str, bytes]:
-    path = artifact / CARD_NAME
-    if not path.is_file():
-        return {}
-    existing = read_small_file(hub, CARD_NAME, target.revision) if CARD_NAME in remote else None
-    try:
-        theirs = None if existing is None else existing.decode("utf-8")
-        card = merge_card(theirs, path.read_text(encoding="utf-8"), hub.repo)
-    except UnicodeDecodeError:
-        raise HubError(
-            f"{CARD_NAME} in {hub.repo} or in {artifact} is not UTF-8 text; repair it, then push again"
-        ) from None
-    return {CARD_NAME: card.encode()}
+    return remote is not None and remote.holds(text)
 
 
 def default_title(artifact: Path) -> str:
@@ -183,7 +178,7 @@ def default_title(artifact: Path) -> str:
     return f"Upload {artifact.resolve().name} with npuq"
 
 
-def _tag(hub: Hub, tag: str, commit: str) -> None:
+def _tag(hub: Hub, tag: str, commit: CommitId) -> None:
     doing = f"tagging {hub.repo} as {tag!r}"
 
     def existing() -> dict[str, str]:
@@ -193,5 +188,6 @@ def _tag(hub: Hub, tag: str, commit: str) -> None:
     if before == commit:
         return
     if before is not None:
-        raise HubError(f"{doing}: the tag exists and means {before[:12]}; the push itself is done: choose another tag")
+        means = printable(str(before))[:12]
+        raise HubError(f"{doing}: the tag exists and means {means}; the push itself is done: choose another tag")
     hub.call(doing, lambda: hub.api.create_tag(hub.repo, tag=tag, revision=commit, exist_ok=True))

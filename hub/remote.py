@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Container, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from torch import Tensor
 
 from ..errors import CheckpointError, HubError
-from ..quant.artifact import CARD_NAME
-from ..quant.checkpoint import CONFIG_NAME, Checkpoint, collect_tensors, read_config, read_weight_map, single_file
+from ..inputs.names import FileName
+from ..quant.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..quant.safetensors import TensorInfo, parse_header
-from .client import Backoff, Hub
+from .client import Backoff, Hub, revision_of
 from .download import fetch_range
+from .huggingface import HubRepository, resolve_commit
 from .parallel import in_order
-from .remote_state import RemoteFile, list_files
-from .window import Window
+from .place import CachePlace
+from .progress import Silent
+from .pulling import CONFIG, as_listed, beside_weights, fetch_all, shard_names
+from .repository import Listing
+from .window import Shard, Window
 
 DEFAULT_WINDOW = 20_000_000_000
-# Everything beside the weights that a conversion may copy or read. Fetched into the cache, as any tool would.
-_SMALL_FILES = (
-    "*.json", "tokenizer*", "*.tiktoken", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "*.py", CARD_NAME
-)  # fmt: skip
-_SMALL_BYTES = 64 << 20
+# No tokenizer comes near; the disk was promised to hold the window alone.
+_MOST_SMALL_BYTES: Final = 1 << 30
 # Most headers fit: one request a shard.
 _HEADER_GUESS = 1 << 20
 _WORKERS = 8
@@ -68,20 +68,21 @@ class RemoteCheckpoint(Checkpoint):
         if window_bytes < 1:
             raise HubError(f"the download window must be positive, not {window_bytes}")
         hub = Hub(repo, token, backoff)
-        commit = str(hub.call(f"opening {repo}", lambda: hub.api.repo_info(repo, revision=revision).sha))
-        files = list_files(hub, commit)
-        directory = _fetch_small_files(hub, commit, files)
+        repository = HubRepository(hub, resolve_commit(hub, revision_of(revision)))
+        listing = repository.listing()
+        directory = _fetch_small_files(repository, listing)
         config = read_config(directory)
         weight_map = read_weight_map(directory)
-        shards = sorted(set(weight_map.values())) if weight_map else [single_file(directory, _root_files(files))]
-        headers = _read_headers(hub, commit, directory, shards, files)
-        tensors = collect_tensors(directory, weight_map, headers)
+        names = shard_names(directory, hub.repo, listing)
+        shards = [_shard(hub.repo, number, name, listing) for number, name in enumerate(names)]
+        tensors = collect_tensors(directory, weight_map, _read_headers(repository, directory, shards))
 
-        def fetch(shard: str, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
-            fetch_range(hub, shard, commit, start, end, file, received)
+        def fetch(shard: Shard, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
+            fetch_range(repository, shard.name, shard.size, start, end, file, received)
 
-        window = Window(Path(folder), window_bytes, tensors, fetch)
-        return cls(directory, config, tensors, [directory / shard for shard in shards], window)
+        paths = {directory / shard.name: shard for shard in shards}
+        window = Window(Path(folder), window_bytes, tensors, paths, fetch)
+        return cls(directory, config, tensors, list(paths), window)
 
     @property
     def passes_by(self) -> bool:
@@ -126,57 +127,43 @@ class RemoteCheckpoint(Checkpoint):
             raise CheckpointError(f"{path}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
 
-def _root_files(files: Mapping[str, RemoteFile]) -> list[str]:
-    return [name for name in files if "/" not in name]
+def _fetch_small_files(repository: HubRepository, listing: Listing) -> Path:
+    """The snapshot directory in the cache, with all files but the weights, checked by the hub's hashes."""
+    if CONFIG not in listing.files:
+        raise HubError(f"{repository.repo}: has no {CONFIG}; it is not a checkpoint")
+    place = CachePlace(repository.repo, repository.commit)
+    files = beside_weights(repository.repo, listing)
+    for file in files:
+        if file.size > _MOST_SMALL_BYTES:
+            raise HubError(f"{repository.repo}: {file.name} has {file.size} bytes, too much for a file beside weights")
+    fetch_all(repository, place, place.missing(files), Silent())
+    return place.directory
 
 
-def _fetch_small_files(hub: Hub, commit: str, files: Mapping[str, RemoteFile]) -> Path:
-    """The snapshot directory in the cache."""
-    names = [
-        name
-        for name in _root_files(files)
-        if files[name].size <= _SMALL_BYTES and any(fnmatchcase(name, pattern) for pattern in _SMALL_FILES)
-    ]
-    if CONFIG_NAME not in names:
-        raise HubError(f"{hub.repo}: has no {CONFIG_NAME}; it is not a checkpoint")
-
-    def download(name: str) -> Path:
-        doing = f"{hub.repo}: {name}"
-        return hub.call(doing, lambda: Path(hub.api.hf_hub_download(hub.repo, name, revision=commit)), attempts=3)
-
-    directory: Path | None = None
-    for _, result in in_order(names, download, _WORKERS):
-        if isinstance(result, Exception):
-            raise result
-        directory = result.parent
-    assert directory is not None
-    return directory
+def _shard(repo: str, number: int, name: FileName, listing: Listing) -> Shard:
+    file = as_listed(repo, name, listing)
+    return Shard(number, name, file.size, file.digest)
 
 
 def _read_headers(
-    hub: Hub, commit: str, directory: Path, shards: Sequence[str], files: Mapping[str, RemoteFile]
+    repository: HubRepository, directory: Path, shards: Sequence[Shard]
 ) -> dict[str, dict[str, TensorInfo]]:
-    for shard in shards:
-        if shard not in files:
-            raise CheckpointError(f"{hub.repo}: {shard} is missing there, the index names it")
-
-    def header(shard: str) -> dict[str, TensorInfo]:
-        size = files[shard].size
+    def header(shard: Shard) -> dict[str, TensorInfo]:
         start = BytesIO()
-        fetch_range(hub, shard, commit, 0, min(_HEADER_GUESS, size), start, lambda piece: None)
+        fetch_range(repository, shard.name, shard.size, 0, min(_HEADER_GUESS, shard.size), start)
 
         def read(offset: int, count: int) -> bytes:
             have = start.getbuffer().nbytes
             if offset + count > have:
                 start.seek(0, os.SEEK_END)
-                fetch_range(hub, shard, commit, have, offset + count, start, lambda piece: None)
+                fetch_range(repository, shard.name, shard.size, have, offset + count, start)
             return bytes(start.getbuffer()[offset : offset + count])
 
-        return parse_header(directory / shard, size, read)[0]
+        return parse_header(directory / shard.name, shard.size, read)[0]
 
-    headers = {}
+    headers: dict[str, dict[str, TensorInfo]] = {}
     for shard, result in in_order(shards, header, _WORKERS):
         if isinstance(result, Exception):
             raise result
-        headers[shard] = result
+        headers[shard.name] = result
     return headers

@@ -7,12 +7,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import NpuqError
+from ..errors import ArtifactError, NpuqError
+from ..inputs.files import inside
+from ..inputs.names import FileName, Sha256
 from .client import Backoff, Hub
 from .commits import Committer
+from .huggingface import list_branch
+from .parallel import start_threads
 from .progress import Silent
 from .pushing import PushSummary, default_title, push
-from .remote_state import list_files, previous_files, refuse_strays
+from .remote_state import previous_files, refuse_strays
 from .target import open_target
 from .upload import LocalFile, upload_all
 
@@ -42,19 +46,20 @@ class ShardPusher:
         self._committer = Committer(self._hub, target, default_title(self._artifact))
         self._shards: queue.Queue[LocalFile | None] = queue.Queue()
         self._begun = False
-        self._names: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name="npuq-push", daemon=True)
-        self._thread.start()
+        self._names: set[FileName] = set()
+        self._threads: list[threading.Thread] = []
+        start_threads(self._run, 1, "npuq-push", self._threads)
 
     def add(self, name: str, sha256: str) -> None:
         """A shard of the artifact is finished."""
-        path = self._artifact / name
-        self._shards.put(LocalFile(name, path, path.stat().st_size, sha256))
+        path = inside(self._artifact, name, ArtifactError)
+        self._shards.put(LocalFile(FileName(name), path, path.stat().st_size, Sha256(sha256)))
 
     def finish(self) -> PushSummary:
         """Wait for the shards that are on their way, then push everything else. Raises HubError."""
         self._shards.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         return push(self._artifact, self._hub.repo, **self._options)  # type: ignore[arg-type]
 
     def _run(self) -> None:
@@ -68,15 +73,14 @@ class ShardPusher:
             self._note(f"{shard.name} was not pushed yet: {error}")
 
     def _send(self, shard: LocalFile) -> None:
-        revision = self._committer.target.revision
-        remote = list_files(self._hub, revision)
+        repository, listing = list_branch(self._hub, self._committer.target.revision)
         self._names.add(shard.name)
-        there = remote.get(shard.name)
+        there = listing.files.get(shard.name)
         if there is not None and there.sha256 == shard.sha256:
             return
         if not self._begun:
-            refuse_strays(self._hub.repo, remote, {*self._names, *previous_files(self._hub, remote, revision)})
-            self._committer.begin(remote, self._names)
+            refuse_strays(self._hub.repo, listing, {*self._names, *previous_files(repository, listing)})
+            self._committer.begin(repository, listing, self._names)
             self._begun = True
         for error in upload_all(self._committer, [shard], Silent()).values():
             raise error

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..errors import HubError
-from .client import Hub
+from .client import Hub, revision_of
+from .names import Revision
 
 _MAIN = "main"
 
@@ -16,7 +17,7 @@ _MAIN = "main"
 class Target:
     """A branch to commit to; for a pull request its number and address."""
 
-    revision: str
+    revision: Revision
     pull_request: str | None = None
     number: int | None = None
 
@@ -34,21 +35,25 @@ def open_target(hub: Hub, private: bool | None, revision: str | None, create_pr:
     """Make what is missing. HubError for a missing or refused token and for a repository the user may not write to."""
     if create_pr and revision not in (None, _MAIN):
         raise HubError("a pull request goes to main: give either --create-pr or --revision")
-    pushing = f"pushing to {hub.repo}"
-    user = hub.call(pushing, lambda: hub.api.whoami())
-    if not create_pr or hub.repo.partition("/")[0] == user["name"]:
+    branch, pushing = revision_of(revision), f"pushing to {hub.repo}"
+    user = hub.call(pushing, lambda: str(hub.api.whoami()["name"]))
+    if not create_pr or hub.repo.partition("/")[0] == user:
         hub.call(pushing, lambda: hub.api.create_repo(hub.repo, private=private, exist_ok=True))
     if create_pr:
-        return _pull_request(hub, user["name"], title)
+        return _pull_request(hub, user, title)
     # Before hours of checking and sending, not after.
     hub.call(pushing, lambda: hub.api.auth_check(hub.repo, write=True))
-    if revision is None or revision == _MAIN:
-        return Target(_MAIN)
+    if branch != _MAIN and not hub.call(pushing, lambda: _exists(hub, branch)):
+        hub.call(pushing, lambda: hub.api.create_branch(hub.repo, branch=branch, exist_ok=True))
+    return Target(branch)
+
+
+def _exists(hub: Hub, branch: Revision) -> bool:
     try:
-        hub.api.repo_info(hub.repo, revision=revision)
+        hub.commit_of(branch)
     except RevisionNotFoundError:
-        hub.call(pushing, lambda: hub.api.create_branch(hub.repo, branch=revision, exist_ok=True))
-    return Target(revision)
+        return False
+    return True
 
 
 def _pull_request(hub: Hub, user: str, title: str) -> Target:
@@ -58,13 +63,13 @@ def _pull_request(hub: Hub, user: str, title: str) -> Target:
         found = hub.api.get_repo_discussions(
             hub.repo, author=user, discussion_type="pull_request", discussion_status="open"
         )
-        return [pull.num for pull in found if pull.title == title]
+        return [int(pull.num) for pull in found if pull.title == title]
 
     numbers = hub.call(doing, mine)
     # Not retried blindly: a lost answer would leave a second one behind; the next push finds the first.
     if numbers:
         number = max(numbers)
     else:
-        with hub.errors(doing):
-            number = hub.api.create_pull_request(hub.repo, title=title).num
-    return Target(f"refs/pr/{number}", f"{hub.api.endpoint}/{hub.repo}/discussions/{number}", number)
+        number = hub.call(doing, lambda: int(hub.api.create_pull_request(hub.repo, title=title).num), attempts=1)
+    address = f"{hub.api.endpoint}/{hub.repo}/discussions/{number}"
+    return Target(Revision(f"refs/pr/{number}"), address, number)

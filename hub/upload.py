@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-from huggingface_hub import CommitOperationAdd
 
 from ..errors import ArtifactError, HubError, NpuqError
+from ..inputs.files import read_bytes
+from ..inputs.names import FileName, Sha256
 from . import commits
 from .commits import Committer
+from .digests import content_holds
+from .faults import PassingError
+from .lfs import Addition
 from .parallel import in_order
 from .progress import TransferProgress
 
@@ -26,52 +25,21 @@ WORKERS = 4
 class LocalFile:
     """A file of the artifact, as the manifest has it."""
 
-    name: str
+    name: FileName
     path: Path
     size: int
-    sha256: str
+    sha256: Sha256
 
     def checked_content(self) -> bytes:
         """The content, for small files. ArtifactError when it is not what the manifest has."""
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{self.path}: cannot be read: {error.strerror}") from error
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+        content = read_bytes(self.path, ArtifactError, self.size)
+        if not content_holds(content, self.size, self.sha256):
             raise self.changed()
         return content
 
     def changed(self) -> ArtifactError:
         """The error for content that is not the manifest's."""
         return ArtifactError(f"{self.path}: its sha256 is not the manifest's: it has changed since it was converted")
-
-
-class TrackedAdd(CommitOperationAdd):
-    """An addition that reports its bytes as they are read for sending."""
-
-    advance: Callable[[int], object]
-
-    @contextmanager
-    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
-        with _TrackedFile(str(self.path_or_fileobj), self.advance) as file:
-            yield file
-
-
-class _TrackedFile(io.FileIO):
-    """Reports how far reading has come, counting no byte twice when a request is sent again."""
-
-    def __init__(self, path: str, advance: Callable[[int], object]):
-        super().__init__(path)
-        self._advance = advance
-        self._furthest = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(-1 if size is None else size)
-        position = self.tell()
-        if position > self._furthest:
-            self._advance(position - self._furthest)
-            self._furthest = position
-        return data
 
 
 def upload_all(committer: Committer, files: Sequence[LocalFile], progress: TransferProgress) -> dict[str, NpuqError]:
@@ -81,7 +49,7 @@ def upload_all(committer: Committer, files: Sequence[LocalFile], progress: Trans
     already: content without a commit is not sent again either.
     """
     failed: dict[str, NpuqError] = {}
-    waiting: list[CommitOperationAdd] = []
+    waiting: list[Addition] = []
     last_commit = time.monotonic()
     for file, result in in_order(files, lambda file: _upload(committer, file, progress), WORKERS):
         if isinstance(result, NpuqError):
@@ -99,7 +67,7 @@ def upload_all(committer: Committer, files: Sequence[LocalFile], progress: Trans
     return failed
 
 
-def _upload(committer: Committer, file: LocalFile, progress: TransferProgress) -> CommitOperationAdd:
+def _upload(committer: Committer, file: LocalFile, progress: TransferProgress) -> Addition:
     hub, sent = committer.hub, 0
 
     def advance(count: int) -> None:
@@ -107,21 +75,28 @@ def _upload(committer: Committer, file: LocalFile, progress: TransferProgress) -
         progress.advance(min(count, file.size - sent))
         sent = min(sent + count, file.size)
 
-    def preupload() -> CommitOperationAdd:
-        operation = TrackedAdd(file.name, file.path)
-        operation.advance = advance
-        if operation.upload_info.sha256.hex() != file.sha256:
-            raise file.changed()
+    def preupload() -> None:
         hub.api.preupload_lfs_files(
-            hub.repo, [operation], revision=committer.target.revision, num_threads=1, free_memory=False
+            hub.repo, [addition], revision=committer.target.revision, num_threads=1, free_memory=False
         )
-        return operation
 
     try:
-        operation = hub.call(f"sending {file.name}", preupload)
-    except ValueError as error:
-        # So the client reports what the store refuses for one file.
-        raise HubError(f"sending {file.name}: {' '.join(str(error).split())[:200]}") from None
-    # Content that the hub had already, or that the client sent by itself, was not read through us.
+        addition = Addition.read_from(file.name, file.path, advance)
+    except OSError as error:
+        raise ArtifactError(f"{file.path}: cannot be read: {error.strerror}") from error
+    if addition.upload_info.sha256.hex() != file.sha256:
+        raise file.changed()
+    hub.call(f"sending {file.name}", preupload)
+    # Content that the hub had already was not read through us.
     advance(file.size - sent)
-    return operation
+    return addition
+
+
+def not_sent(failed: Mapping[str, NpuqError], count: int) -> HubError:
+    """The error for files of a push that were not sent. All others were, and pushing again sends only these."""
+    lasting = [error for error in failed.values() if not isinstance(error, PassingError)]
+    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    what = f"{len(failed)} of {count} files were not sent ({', '.join([*failed][:3])}{more})"
+    if not lasting:
+        return PassingError(f"{what}: {next(iter(failed.values()))}")
+    return HubError(f"{what}: {lasting[0]}; the others are there: once that is settled, push again")

@@ -1,4 +1,4 @@
-"""Which cached files were seen to have which sha256, so that loading a model again does not read all of it first.
+"""Which cached files were seen to have which hash, so that loading a model again does not read all of it first.
 
 A file counts as unchanged while its size, modification time and inode are those that were noted.
 """
@@ -11,23 +11,27 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from ..errors import HubError
+from ..inputs.json_text import read_object
+from .names import CommitId, Digest, HubRepoId
+
 _FOLDER = "npuq-verified"
 
 
 class VerifiedFiles:
     """The notes on one snapshot (repository and commit)."""
 
-    def __init__(self, repo: str, commit: str):
-        self._path = Path(constants.HF_HOME) / _FOLDER / f"{repo.replace('/', '--')}--{commit}.json"
+    def __init__(self, repo: HubRepoId, commit: CommitId):
+        self._path = Path(constants.HF_HOME) / _FOLDER / f"{repo.folder}--{commit}.json"
         self._notes = self._read()
 
-    def has(self, path: Path, sha256: str) -> bool:
+    def has(self, path: Path, digest: Digest) -> bool:
         """Whether this file was seen to have this hash, and is as it was."""
-        return self._notes.get(str(path)) == [sha256, *_fingerprint(path)]
+        return self._notes.get(str(path)) == [digest, *_fingerprint(path)]
 
-    def add(self, path: Path, sha256: str) -> None:
+    def add(self, path: Path, digest: Digest) -> None:
         """Note that this file has this hash."""
-        self._notes[str(path)] = [sha256, *_fingerprint(path)]
+        self._notes[str(path)] = [digest, *_fingerprint(path)]
 
     def save(self) -> None:
         """Write the notes; where that is not possible, the files are read again the next time."""
@@ -39,12 +43,11 @@ class VerifiedFiles:
         except OSError:
             return
 
-    def _read(self) -> dict[str, list[object]]:
+    def _read(self) -> dict[str, object]:
         try:
-            notes = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return dict(read_object(self._path, HubError))
+        except HubError:
             return {}
-        return notes if isinstance(notes, dict) else {}
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -20,24 +20,38 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import CheckpointError
+from ..inputs.names import FileName
 from ..quant.safetensors import TensorInfo
-
-# Fetch(shard, start, end, file, received): append bytes [start, end) of a shard to the file.
-Fetch = Callable[[str, int, int, IO[bytes], Callable[[bytes], object]], None]
+from .names import Digest
+from .parallel import start_threads
 
 _FETCHERS = 4
 _BATCH_BYTES = 256 << 20
 # Reading over a small gap is cheaper than another request.
 _GAP_BYTES = 64 << 10
 _PARTIAL_SUFFIX = ".npuq-part"
-_OURS = re.compile(r"\.[0-9]+-[0-9]+(\.[0-9a-f]{32}\.npuq-part)?$")
+_OURS = re.compile(r"[0-9]+-[0-9a-f]{40,64}\.[0-9]+-[0-9]+(\.[0-9a-f]{32}\.npuq-part)?")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights on the hub: its place among the checkpoint's, its name there, its size and hash."""
+
+    number: int
+    name: FileName
+    size: int
+    digest: Digest
+
+
+# Fetch(shard, start, end, file, received): append bytes [start, end) of a shard to the file.
+Fetch = Callable[[Shard, int, int, IO[bytes], Callable[[bytes], object]], None]
 
 
 @dataclass
 class Extent:
     """Bytes [start, end) of a shard, in a file of the folder when `ready`, until it is `released`."""
 
-    shard: str
+    shard: Shard
     start: int
     end: int
     ready: bool = False
@@ -45,7 +59,8 @@ class Extent:
 
     @property
     def file_name(self) -> str:
-        return f"{self.shard.replace('/', '_')}.{self.start}-{self.end}"
+        # The number keeps shards apart whatever they are called, the hash those of other commits and repositories.
+        return f"{self.shard.number:05d}-{self.shard.digest}.{self.start}-{self.end}"
 
 
 @dataclass
@@ -66,10 +81,19 @@ class StoppedFetchError(Exception):
 class Window:
     """The fetched part of a remote checkpoint, at most `max_bytes` of it (or one batch, where that is more)."""
 
-    def __init__(self, folder: Path, max_bytes: int, tensors: Mapping[str, TensorInfo], fetch: Fetch):
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        tensors: Mapping[str, TensorInfo],
+        shards: Mapping[Path, Shard],
+        fetch: Fetch,
+    ):
+        """`shards` are the files that the tensors name, by that name."""
         self._folder = folder
         self.max_bytes = max_bytes
         self._tensors = tensors
+        self._shards = shards
         self._fetch = fetch
         self._changed = threading.Condition()
         self._extent_of: dict[str, Extent] = {}
@@ -105,11 +129,7 @@ class Window:
             self._tidy({extent.file_name: extent.end - extent.start for _, extent in self._queue})
         except OSError as error:
             raise self._disk_error(error) from error
-        self._threads = [
-            threading.Thread(target=self._run, name=f"npuq-fetch-{number}", daemon=True) for number in range(_FETCHERS)
-        ]
-        for thread in self._threads:
-            thread.start()
+        start_threads(self._run, _FETCHERS, "npuq-fetch", self._threads)
 
     def wait_for(self, name: str) -> tuple[Path, int]:
         """The file that has an expected tensor's bytes, once it is there, and the offset in its shard it begins at.
@@ -176,20 +196,24 @@ class Window:
         """The extent that each of these tensors is in, in the order of the shards."""
         extent_of: dict[str, Extent] = {}
         last: Extent | None = None
-        for name in sorted(names, key=lambda name: (self._tensors[name].file.name, self._tensors[name].start)):
-            info = self._tensors[name]
-            if last is None or last.shard != info.file.name or info.start - last.end > _GAP_BYTES:
-                last = Extent(info.file.name, info.start, info.end)
+        for name in sorted(names, key=self._position):
+            info, shard = self._tensors[name], self._shards[self._tensors[name].file]
+            if last is None or last.shard.number != shard.number or info.start - last.end > _GAP_BYTES:
+                last = Extent(shard, info.start, info.end)
             last.end = max(last.end, info.end)
             extent_of[name] = last
         return extent_of
+
+    def _position(self, name: str) -> tuple[int, int]:
+        info = self._tensors[name]
+        return self._shards[info.file].number, info.start
 
     def _tidy(self, kept: Mapping[str, int]) -> None:
         """Make the folder, and remove what earlier runs left there and none of these files (name → size) is, or what is
         too much for the window."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
-            if _OURS.search(path.name) and path.stat().st_size != kept.get(path.name):
+            if _OURS.fullmatch(path.name) and path.stat().st_size != kept.get(path.name):
                 path.unlink()
         self._left_over = {name: size for name, size in kept.items() if (self._folder / name).exists()}
         self._resident = sum(self._left_over.values())

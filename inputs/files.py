@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Final
@@ -15,14 +16,16 @@ MOST_BYTES: Final = 128 << 20
 MOST_GIVEN_BYTES: Final = 1 << 30
 """The limit of texts that the user names."""
 _PIECE_BYTES: Final = 16 << 20
+_SHARED: Final = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
 def inside(directory: Path, name: str, error: type[NpuqError] = CheckpointError) -> Path:
     """The path of a regular file that lies in `directory`, by its relative name.
 
     Links may lead to other files of the directory. One kind of link out is accepted: the Hugging Face cache keeps
-    `models--OWNER--NAME/snapshots/REVISION/…/FILE` as a link to `blobs/HASH` of the same repository folder. Raises
-    `error` when the name or a link leads elsewhere, and when there is no such file.
+    `models--OWNER--NAME/snapshots/REVISION/…/FILE` as a link to `blobs/HASH` of the same repository folder, which may
+    be a link to `blobs/HA/HASH` of the whole cache. Raises `error` when the name or a link leads elsewhere, and when
+    there is no such file.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise error(f"{directory}: {name!r} lies outside the directory; refusing to read it")
@@ -32,7 +35,7 @@ def inside(directory: Path, name: str, error: type[NpuqError] = CheckpointError)
         exists, regular = target.exists(), target.is_file()
     except (OSError, RuntimeError, ValueError) as cause:  # a link to itself, a NUL or a surrogate in the name
         raise error(f"{directory}: {name!r} is no file that can be opened; fetch it again") from cause
-    if not any(target.is_relative_to(folder) for folder in (root, *_blobs(root))):
+    if not target.is_relative_to(root) and not _is_content(root, target):
         raise error(f"{path}: a link to {printable(str(target))}, outside the directory; refusing to read it")
     if not exists:
         raise error(f"{path}: missing; fetch it again")
@@ -46,12 +49,17 @@ def is_inside(directory: Path, name: str) -> bool:
     return os.path.lexists(directory / name)
 
 
-def _blobs(root: Path) -> list[Path]:
-    """Where the files of a snapshot in the Hugging Face cache are, from any folder of the snapshot."""
+def _is_content(root: Path, target: Path) -> bool:
+    """Whether a file is a content that the Hugging Face cache keeps for the snapshot that `root` is (a folder of)."""
     for folder in (root, *root.parents):
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-            return [folder.parent.parent / "blobs"]
-    return []
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+            shared = repository.parent / "blobs"
+            return target.is_relative_to(repository / "blobs") or (
+                # What came through Xet: one store for all repositories of the cache.
+                target.is_relative_to(shared) and _SHARED.fullmatch(str(target.relative_to(shared))) is not None
+            )
+    return False
 
 
 def open_file(path: Path, error: type[NpuqError]) -> int:

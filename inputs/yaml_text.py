@@ -46,6 +46,6 @@ def parse_yaml(text: str, where: str, error: type[NpuqError]) -> Any:
         value = yaml.load(text, _Loader)
         check_values(value)
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
-        reason = "it is nested too deeply" if isinstance(cause, RecursionError) else printable(str(cause))
-        raise error(f"{where}: not valid YAML: {' '.join(reason.split())[:160]}") from cause
+        reason = "it is nested too deeply" if isinstance(cause, RecursionError) else str(cause)
+        raise error(f"{where}: not valid YAML: {printable(' '.join(reason.split()))[:160]}") from cause
     return value

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "checks.h"
 #include "pool.h"
 
 static size_t size_of(int dtype) { return dtype == NPUQ_I8 ? 1 : dtype == NPUQ_F32 ? 4 : 2; }
@@ -37,6 +38,7 @@ static void rope_task(const void *context, size_t token, int thread) {
 
 int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride, int64_t head_stride,
                          int64_t tokens, int64_t heads, int64_t dim, const void *cos, const void *sin, void *out) {
+    if (!computes(dtype) || tokens < 0 || heads < 0 || dim < 0 || dim % 2) return NPUQ_BAD_SIZE;
     struct rope rope = {pool, pool_kernels(pool), x, cos, sin, dtype, (size_t)token_stride, (size_t)head_stride,
                         (size_t)heads, (size_t)dim, out};
     pool_begin(pool);
@@ -109,6 +111,8 @@ static void cache_write_task(const void *context, size_t token, int thread) {
 int npuq_kv_cache_write(npuq_pool *pool, const npuq_cache *cache, const void *kv, int64_t stride, const void *gamma,
                         const void *cos, const void *sin, const int64_t *slots, int64_t tokens, float eps,
                         void *rope_out, void *latent_out) {
+    if (!cache_fits(cache) || tokens < 0) return NPUQ_BAD_SIZE;
+    if (!slots_fit(cache, slots, tokens)) return NPUQ_BAD_INDEX;
     struct cache_write write = {pool, pool_kernels(pool), cache, kv, gamma, cos, sin, (size_t)stride, slots, eps,
                                 rope_out, latent_out};
     size_t widest = (size_t)(cache->latent_dim > cache->rope_dim ? cache->latent_dim : cache->rope_dim);
@@ -257,6 +261,10 @@ static size_t heads_per_task(size_t tokens, size_t heads, size_t threads) {
 int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q_latent, const void *q_rope,
                          int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                          const int32_t *table, int64_t table_stride, float softmax_scale, void *out) {
+    if (!cache_fits(cache) || heads < 1) return NPUQ_BAD_SIZE;
+    if (!is_cumulative(q_ends, sequences) || !tables_fit(cache, kv_lens, sequences, table, table_stride)) {
+        return NPUQ_BAD_INDEX;
+    }
     if (sequences == 0) return NPUQ_OK;
     size_t tokens = (size_t)q_ends[sequences - 1];
     size_t per_task = heads_per_task(tokens, (size_t)heads, (size_t)pool_threads(pool));

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checks.h"
 #include "levels.h"
 
 /* FP8's subnormals may pass through those of float32 (kernels/minmax_fp8.h). Whoever calls may have told the processor to take
@@ -30,6 +31,9 @@ static float_mode keep_subnormals(void) { return 0; }
 static void put_back(float_mode mode) { (void)mode; }
 #endif
 
+/* Of a row, whose sums are exact up to there, and of what a row of int4 has as its bias. */
+enum { MOST_COLUMNS = 1 << 17, MOST_BIAS_COLUMNS = 16 };
+
 static const void *row_at(const npuq_source *source, int64_t row, int64_t cols) {
     size_t size = source->dtype == NPUQ_F32 ? 4 : source->dtype == NPUQ_F8E4M3 ? 1 : 2;
     return (const char *)source->data + (size_t)row * (size_t)cols * size;
@@ -52,9 +56,21 @@ static int convert_one(const struct kernels *kernels, const npuq_source *source,
     return kernels->convert_row(w, n, largest, bits, mse, memory, out);
 }
 
+static bool quantizes(int level, const npuq_source *source, int64_t rows, int64_t cols, int bits, int64_t bias_columns) {
+    const bool fp8 = source->dtype == NPUQ_F8E4M3;
+    if (level >= npuq_level_count() || (level >= 0 && !npuq_level_usable(level))) return false;
+    if (!(fp8 || is_float(source->dtype)) || fp8 != (source->block_scale != NULL)) return false;
+    if (source->first_row < 0 || source->block_rows < 1 || source->block_cols < 1) return false;
+    if (fp8 && source->scale_stride < (cols + source->block_cols - 1) / source->block_cols) return false;
+    if (rows < 0 || cols < 1 || cols > MOST_COLUMNS) return false;
+    if (bits == 8) return true;
+    return bits == 4 && rows % 2 == 0 && bias_columns >= 1 && bias_columns <= MOST_BIAS_COLUMNS && cols % bias_columns == 0;
+}
+
 int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits, int32_t mse,
                        int64_t bias_columns, int8_t *codes, float *scale, float *bias, double *error, double *norm,
                        int64_t *bad_row) {
+    if (!quantizes(level, source, rows, cols, bits, bias_columns)) return NPUQ_BAD_SIZE;
     const struct kernels *kernels = level_kernels(level < 0 ? level_best() : level);
     size_t n = (size_t)cols, wide = (n + 63) / 64 * 64;
     size_t scratch = mse ? (kernels->convert_scratch(n) + 63) / 64 * 64 : 0;
@@ -76,7 +92,7 @@ int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, i
         error[r] = out.error;
         norm[r] = out.norm;
         if (bits == 8 || r % 2 == 0) continue;
-        int32_t sums[2 * 16];
+        int32_t sums[2 * MOST_BIAS_COLUMNS];
         kernels->pack_rows(pair[0], pair[1], n, (size_t)bias_columns, codes + (size_t)(r / 2) * n, sums);
         float *at = bias + (r - 1) * bias_columns;
         for (int64_t c = 0; c < 2 * bias_columns; c++) at[c] = (float)(8 * sums[c]) * scale[r - (c < bias_columns)];

@@ -1,7 +1,6 @@
 /* Several operators in one call. A step of one token spends microseconds in most operators and would spend as long again
  * on its way to each of them; here they follow each other. Results are those of the operators called one by one. */
-#include <stdbool.h>
-
+#include "checks.h"
 #include "pool.h"
 
 enum {
@@ -11,8 +10,6 @@ enum {
 };
 
 static size_t size_of(int dtype) { return dtype == NPUQ_F32 ? 4 : 2; }
-
-static bool is_integer(const npuq_weights *weights) { return weights->dtype == NPUQ_I4 || weights->dtype == NPUQ_I8; }
 
 /* Buffers one after the other. A layout runs twice: with no base to count its bytes, then on memory of that size. */
 struct space {
@@ -41,7 +38,7 @@ static struct codes take_codes(struct space *space, size_t rows, size_t cols) {
 /* Rows (of one stride) times weights, through `codes` where the weights are integers; else the rows are contiguous. */
 static int multiply(npuq_pool *pool, const npuq_weights *weights, const void *x, int dtype, int64_t stride,
                     int64_t rows, struct codes codes, void *out, int out_dtype) {
-    if (!is_integer(weights)) return npuq_matmul(pool, weights, x, dtype, NULL, NULL, rows, out, out_dtype);
+    if (!is_integer(weights->dtype)) return npuq_matmul(pool, weights, x, dtype, NULL, NULL, rows, out, out_dtype);
     int status = npuq_dynamic_quant(pool, x, dtype, stride, rows, weights->cols, codes.code, codes.scale);
     if (status != NPUQ_OK) return status;
     return npuq_matmul(pool, weights, codes.code, NPUQ_I8, codes.scale, NULL, rows, out, out_dtype);
@@ -49,6 +46,7 @@ static int multiply(npuq_pool *pool, const npuq_weights *weights, const void *x,
 
 int npuq_linear(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t dtype, int64_t stride,
                 int64_t rows, void *out, int32_t out_dtype) {
+    if (rows < 0) return NPUQ_BAD_SIZE;
     pool_begin(pool);
     struct space space = {0};
     take_codes(&space, (size_t)rows, (size_t)weights->cols);
@@ -80,7 +78,7 @@ static struct middle take_middle(struct space *space, size_t rows, size_t half, 
 /* SwiGLU and the product with `down`, from middle->gate_up to out. */
 static int bring_down(npuq_pool *pool, const npuq_weights *down, const struct middle *middle, int dtype,
                       const int64_t *group_rows, int64_t rows, void *out) {
-    if (!is_integer(down)) {
+    if (!is_integer(down->dtype)) {
         int status = npuq_swiglu(pool, middle->gate_up, dtype, rows, down->cols, middle->floats);
         if (status != NPUQ_OK) return status;
         return npuq_matmul(pool, down, middle->floats, dtype, NULL, group_rows, rows, out, dtype);
@@ -91,6 +89,11 @@ static int bring_down(npuq_pool *pool, const npuq_weights *down, const struct mi
     return npuq_matmul(pool, down, inner->code, NPUQ_I8, inner->scale, group_rows, rows, out, dtype);
 }
 
+/* Whether `down` takes what `gate_up` gives, and both have as many groups. */
+static bool halves_fit(const npuq_weights *gate_up, const npuq_weights *down) {
+    return gate_up->outputs > 0 && gate_up->outputs == 2 * down->cols && gate_up->groups == down->groups;
+}
+
 static int64_t middle_rows(const npuq_weights *gate_up, int dtype) {
     int64_t rows = MIDDLE_BYTES / (gate_up->outputs * (int64_t)size_of(dtype));
     return rows < 64 ? 64 : rows;
@@ -98,18 +101,19 @@ static int64_t middle_rows(const npuq_weights *gate_up, int dtype) {
 
 int npuq_mlp(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x, int32_t dtype,
              int64_t rows, void *out) {
+    if (!computes(dtype) || rows < 0 || !halves_fit(gate_up, down)) return NPUQ_BAD_SIZE;
     size_t cols = (size_t)gate_up->cols, half = (size_t)down->cols, size = size_of(dtype);
     int64_t most = middle_rows(gate_up, dtype);
     size_t some = (size_t)(rows < most ? rows : most);
     struct space space = {0};
     pool_begin(pool);
     take_codes(&space, some, cols);
-    take_middle(&space, some, half, dtype, is_integer(down));
+    take_middle(&space, some, half, dtype, is_integer(down->dtype));
     space = (struct space){pool_workspace(pool, space.used), 0};
     int status = space.base == NULL ? NPUQ_NO_MEMORY : NPUQ_OK;
     if (status == NPUQ_OK) {
         struct codes codes = take_codes(&space, some, cols);
-        struct middle middle = take_middle(&space, some, half, dtype, is_integer(down));
+        struct middle middle = take_middle(&space, some, half, dtype, is_integer(down->dtype));
         for (int64_t first = 0; first < rows && status == NPUQ_OK; first += most) {
             int64_t count = rows - first < most ? rows - first : most;
             const char *from = (const char *)x + (size_t)first * cols * size;
@@ -127,6 +131,7 @@ int npuq_mlp(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *d
 int npuq_moe_gate(npuq_pool *pool, const npuq_weights *router, const float *bias, const void *x, int32_t dtype,
                   int64_t tokens, int64_t k, int32_t sigmoid, int64_t groups, int64_t top_groups, int32_t select_two,
                   int32_t renormalize, float scaling, float *weights, int32_t *ids) {
+    if (tokens < 0) return NPUQ_BAD_SIZE;
     pool_begin(pool);
     float *logits = pool_workspace(pool, (size_t)(tokens * router->outputs) * sizeof *logits);
     int status = NPUQ_NO_MEMORY;
@@ -159,10 +164,10 @@ static void lay_out_experts(struct experts *experts, struct space *space) {
     size_t size = size_of(experts->dtype), cols = (size_t)gate_up->cols, copies = experts->copies;
     experts->row_index = take(space, copies * sizeof(int32_t));
     experts->group_rows = take(space, (size_t)gate_up->groups * sizeof(int64_t));
-    if (is_integer(gate_up)) experts->codes = take_codes(space, copies, cols);
+    if (is_integer(gate_up->dtype)) experts->codes = take_codes(space, copies, cols);
     else experts->rows = take(space, copies * cols * size);
     experts->out = take(space, copies * (size_t)down->outputs * size);
-    experts->middle = take_middle(space, (size_t)experts->middle_rows, (size_t)down->cols, experts->dtype, is_integer(down));
+    experts->middle = take_middle(space, (size_t)experts->middle_rows, (size_t)down->cols, experts->dtype, is_integer(down->dtype));
 }
 
 /* The experts at [group, group + groups), `counts` rows each: `rows` in all, from row `first` on. */
@@ -174,7 +179,7 @@ static int run_experts(npuq_pool *pool, const struct experts *experts, int64_t g
     gate_up.groups = down.groups = groups;
     size_t cols = (size_t)gate_up.cols, size = size_of(experts->dtype);
     char *out = (char *)experts->out + (size_t)(first * down.outputs) * size;
-    bool integer = is_integer(&gate_up);
+    bool integer = is_integer(gate_up.dtype);
     const void *x = integer ? (const void *)(experts->codes.code + (size_t)first * cols)
                             : (const char *)experts->rows + (size_t)first * cols * size;
     const float *scale = integer ? experts->codes.scale + first : NULL;
@@ -209,6 +214,9 @@ static int run_all_experts(npuq_pool *pool, const struct experts *experts) {
 int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x,
                      int32_t dtype, const float *weights, const int32_t *ids, int64_t tokens, int64_t k,
                      const void *skip, void *out) {
+    if (!computes(dtype) || tokens < 0 || k < 1 || tokens > INT32_MAX / k || !halves_fit(gate_up, down)) {
+        return NPUQ_BAD_SIZE;
+    }
     struct experts experts = {.gate_up = gate_up, .down = down, .dtype = dtype, .copies = (size_t)(tokens * k)};
     int64_t most = middle_rows(gate_up, dtype);
     experts.middle_rows = most < tokens * k ? most : tokens * k;
@@ -231,7 +239,15 @@ int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, const npuq_we
     return status;
 }
 
+static bool moe_fits(const npuq_moe *moe) {
+    const npuq_weights *gate_up = moe->gate_up, *shared = moe->shared_gate_up;
+    if (moe->router->outputs != gate_up->groups || moe->router->cols != gate_up->cols || moe->k < 1) return false;
+    if (shared == NULL || moe->shared_down == NULL) return shared == NULL && moe->shared_down == NULL;
+    return shared->cols == gate_up->cols && moe->shared_down->outputs == moe->down->outputs;
+}
+
 int npuq_moe_layer(npuq_pool *pool, const npuq_moe *moe, const void *x, int32_t dtype, int64_t tokens, void *out) {
+    if (!computes(dtype) || tokens < 0 || !moe_fits(moe)) return NPUQ_BAD_SIZE;
     size_t copies = (size_t)(tokens * moe->k), shared_bytes = (size_t)(tokens * moe->down->outputs) * size_of(dtype);
     struct space space = {0};
     pool_begin(pool);
@@ -295,9 +311,19 @@ static int project(npuq_pool *pool, const npuq_mla *mla, const struct prolog *pr
     return multiply(pool, mla->q_b, prolog->normed, dtype, lora, tokens, prolog->queries, prolog->q, dtype);
 }
 
+/* Whether a layer's widths and its cache's are those of one attention. */
+static bool mla_fits(const npuq_mla *mla, const npuq_cache *cache, int dtype) {
+    int64_t q_width = mla->heads * (mla->nope_dim + cache->rope_dim), kv_width = cache->latent_dim + cache->rope_dim;
+    int64_t q_a_width = mla->q_b != NULL ? mla->q_b->cols : q_width;
+    return cache_fits(cache) && cache->dtype == dtype && mla->heads > 0 && mla->nope_dim > 0 && mla->value_dim > 0 &&
+           mla->qkv_a->outputs == q_a_width + kv_width && (mla->q_b == NULL || mla->q_b->outputs == q_width) &&
+           mla->o->cols == mla->heads * mla->value_dim;
+}
+
 int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x, int32_t dtype,
                     int64_t tokens, const void *cos, const void *sin, const int64_t *slots, void *q_latent,
                     void *q_rope) {
+    if (!mla_fits(mla, cache, dtype) || tokens < 0) return NPUQ_BAD_SIZE;
     int64_t width = mla->qkv_a->outputs, kv_width = cache->latent_dim + cache->rope_dim, q_stride = 0;
     int64_t head = mla->nope_dim + cache->rope_dim;
     const void *q = NULL;
@@ -348,6 +374,8 @@ int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cach
                     int64_t tokens, const void *cos, const void *sin, const int64_t *slots, const int64_t *q_ends,
                     const int64_t *kv_lens, int64_t sequences, const int32_t *table, int64_t table_stride,
                     float softmax_scale, void *out) {
+    if (!mla_fits(mla, cache, dtype) || tokens < 0) return NPUQ_BAD_SIZE;
+    if (sequences < 1 || q_ends[sequences - 1] != tokens) return NPUQ_BAD_INDEX;
     int64_t heads = mla->heads, latent = cache->latent_dim;
     struct space space = {0};
     pool_begin(pool);

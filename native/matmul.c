@@ -2,6 +2,7 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "checks.h"
 #include "pool.h"
 #include "tasks.h"
 
@@ -178,6 +179,10 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
 
 int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
                 const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
+    const bool fits = is_integer(weights->dtype) ? x_dtype == NPUQ_I8 && (m == 0 || x_scale != NULL)
+                                                 : is_float(weights->dtype) && computes(x_dtype);
+    if (!fits || !computes(out_dtype) || m < 0 || (group_rows == NULL && weights->groups != 1)) return NPUQ_BAD_SIZE;
+    if (group_rows != NULL && !groups_fit(group_rows, weights->groups, m)) return NPUQ_BAD_INDEX;
     if (m == 0) return NPUQ_OK;
     pool_begin(pool);
     struct active *active = pool_workspace(pool, (size_t)weights->groups * sizeof *active);
@@ -239,6 +244,8 @@ static void batch_task(const void *context, size_t head, int thread) {
 int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_token_stride, int64_t x_head_stride,
                       int64_t tokens, int64_t heads, int64_t a, int64_t b, const void *weight, int32_t weight_dtype,
                       int64_t head_stride, int64_t a_stride, int64_t b_stride, void *out) {
+    if (!computes(dtype) || !is_float(weight_dtype) || tokens < 0 || heads < 0 || a < 0 || b < 0) return NPUQ_BAD_SIZE;
+    if (a_stride != 1 && b_stride != 1) return NPUQ_BAD_SIZE;
     struct batch batch = {
         .pool = pool, .kernels = pool_kernels(pool), .x = x, .weight = weight, .out = out, .dtype = dtype,
         .weight_dtype = weight_dtype, .x_token_stride = (size_t)x_token_stride,

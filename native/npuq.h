@@ -1,8 +1,10 @@
 /* The C interface of npuq's native kernels: raw pointers, fixed-width integers, no dependency but libc and threads.
  *
- * Every function that can fail returns 0 or NPUQ_NO_MEMORY; arguments are checked by the caller (quant/native.py and
- * runtime/ops/native_*.py), which knows tensors and can name what is wrong. Matrices are row-major. Strides count
- * elements. A row may start at any address: nothing here needs alignment.
+ * Every function that can fail returns a status. What can be seen from here is checked here, before a thread starts:
+ * dtypes, sizes that must fit each other, and every index (slots, blocks, experts, rows, lengths) against the sizes.
+ * Where memory ends cannot be seen from here: the caller (quant/native.py, runtime/ops/native_*.py) makes sure that
+ * every pointer has the dtype and the sizes that are said of it. Matrices are row-major. Strides count elements. A row
+ * may start at any address: nothing here needs alignment.
  *
  * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
  * differ in the last bits (order of additions, fused multiply-add), except in conversion, where all agree.
@@ -16,9 +18,11 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Grows with every incompatible change; the Python side refuses a library of another number. */
-#define NPUQ_ABI_VERSION 4
+#define NPUQ_ABI_VERSION 5
 
-enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2 };
+/* NPUQ_BAD_SIZE: a dtype that the function does not take, or sizes that do not fit each other. NPUQ_BAD_INDEX: an index
+ * or a length beyond what it points into. Nothing outside of the arguments was touched, and results are not valid. */
+enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2, NPUQ_BAD_SIZE = 3, NPUQ_BAD_INDEX = 4 };
 
 enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
 
@@ -35,6 +39,16 @@ typedef struct npuq_pool npuq_pool;
 NPUQ_API npuq_pool *npuq_pool_create(int threads, int level);
 NPUQ_API void npuq_pool_destroy(npuq_pool *pool);
 NPUQ_API int npuq_pool_level(const npuq_pool *pool);
+
+/* ---- mapped files ----------------------------------------------------------------------------------------------- */
+
+/* Watch a private, writable mapping of a file: where a page of it cannot be read any more (the file became shorter, the
+ * disk failed), it and all that follow become zeros, the range counts as lost, and whoever read goes on. Without, the
+ * process would end by SIGBUS. NPUQ_NO_MEMORY: too many ranges, or no handler could be installed. The mapping must not
+ * go before npuq_unwatch. */
+NPUQ_API int npuq_watch(const void *start, int64_t bytes);
+NPUQ_API void npuq_unwatch(const void *start);
+NPUQ_API int npuq_is_lost(const void *start);
 
 /* ---- conversion ------------------------------------------------------------------------------------------------- */
 
@@ -151,6 +165,7 @@ NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype,
 typedef struct {
     void *latent;
     void *rope;
+    int64_t blocks;
     int64_t block_size;
     int64_t latent_dim;
     int64_t rope_dim;

@@ -134,6 +134,13 @@ void pool_end(npuq_pool *pool) {
 }
 
 static int grow(struct buffer *buffer, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    /* As large as was asked for and no larger, so that what lies behind is seen to be used. */
+    free(buffer->data);
+    *buffer = (struct buffer){0};
+    if (posix_memalign(&buffer->data, ALIGNMENT, bytes + (bytes == 0)) != 0) return NPUQ_NO_MEMORY;
+    return NPUQ_OK;
+#endif
     if (buffer->bytes >= bytes) return NPUQ_OK;
     /* Some room to spare: sequences grow token by token, and so would a buffer that fits exactly. */
     size_t size = (bytes + bytes / 4 + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;

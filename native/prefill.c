@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "checks.h"
 #include "pool.h"
 
 enum { QUERIES = 128, KEYS = ATTENTION_KEYS };
@@ -150,6 +151,10 @@ static size_t list_blocks(const int64_t *q_ends, int64_t sequences, struct block
 
 int npuq_attention(npuq_pool *pool, const npuq_heads *heads, const int64_t *q_ends, const int64_t *kv_ends,
                    int64_t sequences, float softmax_scale, int32_t causal, void *out, float *lse) {
+    if (!computes(heads->dtype) || heads->count < 1 || heads->nope_dim < 0 || heads->rope_dim < 0 || heads->value_dim < 0) {
+        return NPUQ_BAD_SIZE;
+    }
+    if (!is_cumulative(q_ends, sequences) || !is_cumulative(kv_ends, sequences)) return NPUQ_BAD_INDEX;
     struct prefill prefill = {
         .pool = pool, .kernels = pool_kernels(pool), .heads = heads, .q_ends = q_ends, .kv_ends = kv_ends,
         .nope = (size_t)heads->nope_dim, .rope = (size_t)heads->rope_dim,

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checks.h"
 #include "pool.h"
 
 static size_t size_of(int dtype) { return dtype == NPUQ_F32 ? 4 : 2; }
@@ -86,6 +87,9 @@ static void gating_task(const void *context, size_t token, int thread) {
 int npuq_gating_top_k(npuq_pool *pool, const float *logits, const float *bias, int64_t tokens, int64_t experts,
                       int64_t k, int32_t sigmoid, int64_t groups, int64_t top_groups, int32_t select_two,
                       int32_t renormalize, float scaling, float *weights, int32_t *ids) {
+    if (tokens < 0 || k < 1 || k > experts || groups < 1 || experts % groups || top_groups < 1 || top_groups > groups) {
+        return NPUQ_BAD_SIZE;
+    }
     struct gating gating = {pool, logits, bias, (size_t)experts, (size_t)k, (size_t)groups, (size_t)top_groups,
                             sigmoid, select_two, renormalize, scaling, weights, ids};
     size_t floats = 2 * gating.experts + gating.groups;
@@ -133,6 +137,8 @@ static void expand_task(const void *context, size_t token, int thread) {
 int npuq_init_routing(npuq_pool *pool, const void *x, int32_t dtype, int64_t cols, const int32_t *ids, int64_t tokens,
                       int64_t k, int64_t experts, int32_t *row_index, int64_t *group_rows, void *out, int8_t *codes,
                       float *scale) {
+    if (!computes(dtype) || cols < 0 || tokens < 0 || k < 1 || tokens > INT32_MAX / k) return NPUQ_BAD_SIZE;
+    if (!all_below(ids, tokens * k, experts)) return NPUQ_BAD_INDEX;
     size_t copies = (size_t)(tokens * k);
     struct routing routing = {pool, pool_kernels(pool), x, dtype, (size_t)cols, (size_t)k, row_index, out, codes,
                               scale};
@@ -188,6 +194,8 @@ static void finalize_task(const void *context, size_t token, int thread) {
 
 int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dtype, int64_t cols, const float *weights,
                           const int32_t *row_index, int64_t tokens, int64_t k, const void *skip, void *out) {
+    if (!computes(dtype) || cols < 0 || tokens < 0 || k < 1) return NPUQ_BAD_SIZE;
+    if (!all_below(row_index, tokens * k, tokens * k)) return NPUQ_BAD_INDEX;
     struct finalize finalize = {pool, pool_kernels(pool), rows, skip, dtype, (size_t)cols, (size_t)k, weights,
                                 row_index, out};
     pool_begin(pool);

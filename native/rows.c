@@ -1,4 +1,5 @@
 /* Norms, activations and quantization of many rows: each row passes through float32 scratch that stays in cache. */
+#include "checks.h"
 #include "pool.h"
 
 struct rows {
@@ -20,6 +21,7 @@ static size_t size_of(int dtype) { return dtype == NPUQ_F32 ? 4 : 2; }
 
 /* Scratch is `buffers` rows of floats a thread. */
 static int run_rows(struct rows rows, pool_task task, size_t buffers) {
+    if (!computes(rows.dtype) || (int64_t)rows.count < 0 || (int64_t)rows.cols < 0) return NPUQ_BAD_SIZE;
     rows.kernels = pool_kernels(rows.pool);
     rows.per_task = TASK_ELEMENTS / (rows.cols + 1) + 1;
     pool_begin(rows.pool);

@@ -3,7 +3,6 @@ before any weight is read. Source checkpoints and artifacts are both opened by t
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import threading
@@ -20,7 +19,8 @@ from ..errors import CheckpointError
 from ..inputs.files import inside, is_inside, open_file
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
-from .safetensors import TensorInfo, read_header
+from .mapped import MappedFiles
+from .safetensors import TensorInfo, read_header, read_range
 
 # In the folder of our own (artifact.py), until a conversion is finished.
 JOURNAL_NAME = "npuq/progress.jsonl"
@@ -35,7 +35,8 @@ _DIGITS = re.compile(r"([0-9]+)")
 class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
-    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order.
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
+    that views lie in: who computes with views calls `files.check()` before he believes what came out.
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], shards: Sequence[Path]):
@@ -43,9 +44,9 @@ class Checkpoint:
         self.config = config
         self.tensors = tensors
         self.shards = tuple(shards)
+        self.files = MappedFiles()
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -109,9 +110,9 @@ class Checkpoint:
         info = self.info(name)
         if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
             return self.read(name)
-        mapped = self._map(info.file)
+        mapped = self.files.map(info.file, self._descriptor(info.file))
         if len(mapped) < info.end:
-            raise CheckpointError(f"{info.file}: was cut short since it was opened: tensor {name!r}; fetch it again")
+            raise CheckpointError(f"{info.file}: became shorter while tensor {name!r} was read; fetch it again")
         data = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)
         return data.view(info.torch_dtype).reshape(info.shape)
 
@@ -144,7 +145,6 @@ class Checkpoint:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
-            self._maps.clear()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -160,14 +160,6 @@ class Checkpoint:
                 self._descriptors[path] = open_file(path, CheckpointError)
             return self._descriptors[path]
 
-    def _map(self, path: Path) -> mmap.mmap:
-        descriptor = self._descriptor(path)
-        with self._lock:
-            if path not in self._maps:
-                # Copy-on-write: torch wants a writable buffer, and a stray write must never reach the file.
-                self._maps[path] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-            return self._maps[path]
-
     def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
         data = torch.empty(end - start, dtype=torch.uint8)
         self._fill(info, start, data.numpy().data)
@@ -175,14 +167,8 @@ class Checkpoint:
 
     def _fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
         """Fill `memory` from byte `start` of the tensor's file on."""
-        done = 0
         try:
-            descriptor = self._descriptor(info.file)
-            while done < len(memory):
-                count = os.preadv(descriptor, [memory[done:]], start + done)
-                if count == 0:
-                    raise CheckpointError(f"{info.file}: truncated while tensor {info.name!r} was read; fetch it again")
-                done += count
+            read_range(self._descriptor(info.file), info, start, memory)
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .safetensors import write_tensors
+from .safetensors import load_tensors, write_tensors
 
 INT8_CHANNELS = 32
 """Channels of an NZ tile of int8: 32 bytes, as 16 channels of a 16-bit type are."""
@@ -56,26 +56,12 @@ def load_scales(path: Path, layers: int, channels: int) -> tuple[Tensor, ...]:
 
     Raises ArtifactError when the file is missing, is something else, or does not fit the model.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            scales = tuple(file.get_tensor(scale_name(layer)) for layer in range(layers))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path}: there are no scales for an int8 KV cache; convert with a calibrated method "
-            "(npuq convert --method gptq), or leave the KV cache in the compute dtype"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path}: not the KV cache scales of {layers} layers ({error}); convert again") from error
-    for layer, scale in enumerate(scales):
-        if scale.dtype != torch.float32 or scale.shape != (channels,):
+    form = ("F32", (channels,))
+    names = [scale_name(layer) for layer in range(layers)]
+    tensors, _ = load_tensors(path, dict.fromkeys(names, form), ArtifactError)
+    for name in names:
+        if not bool(((tensors[name] >= _LEAST) & (tensors[name] <= _MOST)).all()):
             raise ArtifactError(
-                f"{path}: tensor {scale_name(layer)!r} is {scale.dtype} {list(scale.shape)}; config.json says float32 "
-                f"[{channels}]"
+                f"{path}: tensor {name!r} holds scales outside {_LEAST:.3g} to {_MOST:.3g}; convert again"
             )
-        if not bool(((scale >= _LEAST) & (scale <= _MOST)).all()):
-            raise ArtifactError(
-                f"{path}: tensor {scale_name(layer)!r} holds scales outside {_LEAST:.3g} to {_MOST:.3g}; convert again"
-            )
-    return scales
+    return tuple(tensors[name] for name in names)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 
 
 class Part(ctypes.Structure):
@@ -40,6 +40,7 @@ class Cache(ctypes.Structure):
     _fields_ = (
         ("latent", c_void_p),
         ("rope", c_void_p),
+        ("blocks", c_int64),
         ("block_size", c_int64),
         ("latent_dim", c_int64),
         ("rope_dim", c_int64),
@@ -112,6 +113,8 @@ class Sha256(ctypes.Structure):
 
 _P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
 _SIGNATURES: Final = {
+    "npuq_watch": (_P, _L),
+    "npuq_is_lost": (_P,),
     "npuq_quantize_rows": (_I, _P, _L, _L, _I, _I, _L, _P, _P, _P, _P, _P, _P),
     "npuq_matmul": (_P, _P, _P, _I, _P, _P, _L, _P, _I),
     "npuq_batch_matmul": (_P, _P, _I, _L, _L, _L, _L, _L, _L, _P, _I, _L, _L, _L, _P),
@@ -168,6 +171,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.npuq_pool_create.argtypes, loaded.npuq_pool_create.restype = (c_int, c_int), c_void_p
     loaded.npuq_pool_destroy.argtypes, loaded.npuq_pool_destroy.restype = (c_void_p,), None
     loaded.npuq_pool_level.argtypes = (c_void_p,)
+    loaded.npuq_unwatch.argtypes, loaded.npuq_unwatch.restype = (c_void_p,), None
     return loaded
 
 

@@ -28,6 +28,7 @@ from .library import (
     levels,
     library,
 )
+from .pointers import address
 from .scales import NonFiniteError
 
 __all__ = [
@@ -62,7 +63,7 @@ INT4: Final = 5
 MOST_COLUMNS: Final = 1 << 17
 
 
-_NO_MEMORY, _NOT_FINITE = 1, 2
+_NO_MEMORY, _NOT_FINITE, _BAD_SIZE, _BAD_INDEX = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,34 @@ class Quantizer:
         self._level = -1 if level is None else level_index(found, level)
         self._source = _source(stored.rows, stored.blocks)
         self._first_row = self._source.first_row
-        self._columns = stored.rows.shape[1]
-        self._bits, self._mse = bits, mse
-        self._bias_columns = 0 if out.bias is None else out.bias.shape[1]
-        self._codes, self._scale = out.codes.data_ptr(), out.scale.data_ptr()
-        self._bias = None if out.bias is None else out.bias.data_ptr()
-        self._error, self._norm = out.squared_error.data_ptr(), out.squared_norm.data_ptr()
+        self._memory_rows, self._columns = stored.rows.shape
+        self._bits, self._mse, self._packed = bits, mse, 2 if bits == 4 else 1
+        self._rows, self._code_rows = _rows_with_scales(stored, out), out.codes.shape[0]
+        self._codes = _address(out.codes, "codes", torch.int8, self._code_rows, self._columns)
+        rows = out.scale.shape[0]
+        self._scale = _address(out.scale, "scale", torch.float32, rows, 1)
+        self._bias, self._bias_columns = None, 0
+        if out.bias is not None:
+            self._bias_columns = out.bias.shape[-1]
+            self._bias = _address(out.bias, "bias", torch.float32, rows, self._bias_columns)
+        self._error = _address(out.squared_error, "squared_error", torch.float64, rows)
+        self._norm = _address(out.squared_norm, "squared_norm", torch.float64, rows)
         self._kept = stored, out
 
     def run(self, start: int, count: int, code_row: int) -> None:
         """Quantize the first `count` rows of the memory, which are rows `start` and on of the weight.
 
-        Codes go to rows `code_row` and on of theirs. Raises NonFiniteError.
+        Codes go to rows `code_row` and on of theirs. Raises NonFiniteError, and ValueError for rows that are not there.
         """
+        if (
+            not 0 <= count <= self._memory_rows
+            or not 0 <= start <= self._rows - count
+            or not 0 <= code_row <= self._code_rows - count // self._packed
+        ):
+            raise ValueError(
+                f"quantize_rows: rows {start} to {start + count}, codes from row {code_row} on: memory has "
+                f"{self._memory_rows} rows, the weight {self._rows}, its codes {self._code_rows}"
+            )
         self._source.first_row = self._first_row + start
         bad_row = c_int64()
         status = self._call(
@@ -148,25 +164,45 @@ class Quantizer:
         )
         if status == _NOT_FINITE:
             raise NonFiniteError(bad_row.value)
-        if status == _NO_MEMORY:
-            raise MemoryError(f"no memory to quantize rows of {self._columns} weights")
+        if status:
+            raise _failure("quantize_rows", status)
+
+
+def _address(x: Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
+    return address(x, "quantize_rows", name, dtype, *shape)
 
 
 def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
-    code = DTYPES[rows.dtype]
+    dtype = rows.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"quantize_rows: rows of {dtype}; the native kernel takes {', '.join(map(str, DTYPES))}")
+    data = _address(rows, "rows", dtype, *rows.shape)
     if blocks is None:
-        return Source(rows.data_ptr(), None, 0, 0, 1, max(1, rows.shape[1]), code)
-    if blocks.scale.dtype != torch.float32 or not blocks.scale.is_contiguous():
-        raise ValueError("block scales must be contiguous float32")
+        return Source(data, None, 0, 0, 1, max(1, rows.shape[1]), DTYPES[dtype])
+    scale = blocks.scale
     return Source(
-        rows.data_ptr(),
-        blocks.scale.data_ptr(),
-        blocks.scale.shape[1],
+        data,
+        _address(scale, "block scale", torch.float32, *scale.shape),
+        scale.shape[1],
         blocks.first_row,
         blocks.block_rows,
         blocks.block_columns,
-        code,
+        DTYPES[dtype],
     )
+
+
+def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:
+    """Rows of the weight, as far as the scales of its blocks reach."""
+    rows, blocks = out.scale.shape[0], stored.blocks
+    return rows if blocks is None else min(rows, blocks.scale.shape[0] * blocks.block_rows - blocks.first_row)
+
+
+def _failure(name: str, status: int) -> Exception:
+    if status == _BAD_SIZE:
+        return ValueError(f"{name}: the native kernel refuses a dtype, or sizes that do not fit each other")
+    if status == _BAD_INDEX:
+        return ValueError(f"{name}: the native kernel refuses an index or a length beyond what it points into")
+    return MemoryError(f"{name}: no memory for the native kernel's scratch")
 
 
 class Pool:
@@ -189,9 +225,13 @@ class Pool:
             raise RuntimeError(f"cannot start {self.threads} threads")
 
     def call(self, name: str, *arguments: object) -> None:
-        """Call `npuq_<name>` on this pool. Raises MemoryError when its scratch cannot be had."""
-        if getattr(self._library, "npuq_" + name)(self.handle, *arguments):
-            raise MemoryError(f"npuq_{name}: no memory for scratch")
+        """Call `npuq_<name>` on this pool, with addresses as from `pointers.py`.
+
+        Raises MemoryError when its scratch cannot be had, ValueError when it refuses its arguments.
+        """
+        status = getattr(self._library, "npuq_" + name)(self.handle, *arguments)
+        if status:
+            raise _failure(name, status)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None) is not None:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .model_config import ModelConfig, RopeConfig
-from .safetensors import write_tensors
+from .safetensors import load_tensors, write_tensors
+
+# A table's softmax_scale may be another than this npuq computes from the config, but not by such a factor.
+_PLAUSIBLE = 8.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def rope_tables(config: ModelConfig) -> RopeTables:
     vLLM does).
     """
     rope = config.rope
-    max_position = int(rope.max_position * rope.factor) if rope.rope_type == "dynamic" else rope.max_position
+    max_position = table_positions(rope)
     mscale = attention_factor(rope)
     angles = torch.arange(max_position, dtype=torch.float64)[:, None] * inverse_frequencies(rope, max_position)
     softmax_scale = attention_scale(config)
@@ -53,6 +56,11 @@ def rope_tables(config: ModelConfig) -> RopeTables:
     }
     cos, sin = angles.cos().mul_(mscale).float(), angles.sin().mul_(mscale).float()
     return RopeTables(cos, sin, softmax_scale, metadata)
+
+
+def table_positions(rope: RopeConfig) -> int:
+    """The rows of a model's tables."""
+    return int(rope.max_position * rope.factor) if rope.rope_type == "dynamic" else rope.max_position
 
 
 def inverse_frequencies(rope: RopeConfig, length: int) -> Tensor:
@@ -129,16 +137,30 @@ def save_rope(tables: RopeTables, path: Path) -> None:
     write_tensors(path, {"cos": tables.cos, "sin": tables.sin}, tables.metadata)
 
 
-def load_rope(path: Path) -> RopeTables:
-    """Memory-map tables that `save_rope` wrote; ArtifactError when the file is missing or is something else."""
-    from safetensors import SafetensorError, safe_open
+def load_rope(path: Path, config: ModelConfig) -> RopeTables:
+    """Read the tables that `save_rope` wrote for such a model.
 
+    Raises ArtifactError, naming file and tensor, when the file is missing or is something else, when a table has not
+    the dtype and the shape that the config promises or holds a value that is not finite, and when the attention's scale
+    is no positive number near the one that the config gives.
+    """
+    form = ("F32", (table_positions(config.rope), config.qk_rope_head_dim // 2))
+    tensors, metadata = load_tensors(path, {"cos": form, "sin": form}, ArtifactError)
+    for name, table in tensors.items():
+        if not bool(table.isfinite().all()):
+            raise ArtifactError(f"{path}: tensor {name!r} holds values that are not finite; convert again")
+    return RopeTables(tensors["cos"], tensors["sin"], _softmax_scale(path, config, metadata), metadata)
+
+
+def _softmax_scale(path: Path, config: ModelConfig, metadata: Mapping[str, str]) -> float:
+    stored, expected = metadata.get("softmax_scale", ""), attention_scale(config)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            cos, sin = file.get_tensor("cos"), file.get_tensor("sin")
-        return RopeTables(cos, sin, float(metadata["softmax_scale"]), metadata)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: rope tables are missing; convert again") from None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ArtifactError(f"{path}: not an npuq rope table ({error}); convert again") from error
+        scale = float(stored)
+    except ValueError:
+        scale = math.nan
+    # Written so that NaN counts as wrong.
+    if not expected / _PLAUSIBLE <= scale <= expected * _PLAUSIBLE:
+        raise ArtifactError(
+            f"{path}: softmax_scale {stored[:40]!r} is not near the {expected:.4g} of config.json; convert again"
+        )
+    return scale

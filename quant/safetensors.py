@@ -1,5 +1,6 @@
 """Headers of safetensors files: read with every check that a hostile or truncated file calls for, and written ahead
-of the data. The `safetensors` library reads whole tensors; streaming needs byte ranges, so the header is ours."""
+of the data. The `safetensors` library reads whole tensors; streaming needs byte ranges, so the header is ours, and one
+reader guards all files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NpuqError
 from ..inputs.files import open_file
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
@@ -180,6 +181,60 @@ def _check_ranges(path: Path, tensors: Sequence[TensorInfo], data_start: int, fi
         raise CheckpointError(
             f"{path}: {file_size - position} bytes follow the last tensor; fetch the file again, it is not intact"
         )
+
+
+def load_tensors(
+    path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]], error: type[NpuqError]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file of exactly the `expected` tensors (dtype code and shape by name) into memory: them and the metadata.
+
+    Their form is known before their bytes are read. Raises `error`, naming the file and the tensor.
+    """
+    descriptor = open_file(path, error)
+    try:
+        size = os.fstat(descriptor).st_size
+        found, metadata = parse_header(path, size, lambda start, count: os.pread(descriptor, count, start))
+        _check_form(path, found, expected)
+        return {name: _load(descriptor, found[name]) for name in expected}, metadata
+    except CheckpointError as cause:
+        raise error(str(cause)) from cause
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror}") from cause
+    finally:
+        os.close(descriptor)
+
+
+def _check_form(
+    path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    for name in expected.keys() ^ found.keys():
+        problem = "is missing" if name in expected else "does not belong there"
+        raise CheckpointError(f"{path}: tensor {name!r} {problem}")
+    for name, (dtype, shape) in expected.items():
+        info = found[name]
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {info.dtype} {list(info.shape)}; config.json says {dtype} {list(shape)}"
+            )
+
+
+def _load(descriptor: int, info: TensorInfo) -> Tensor:
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    read_range(descriptor, info, info.start, data.numpy().data)
+    return data.view(info.torch_dtype).reshape(info.shape)
+
+
+def read_range(descriptor: int, info: TensorInfo, start: int, memory: memoryview) -> None:
+    """Fill `memory` with what a tensor's file has from byte `start` on.
+
+    Raises CheckpointError when the file ends before, OSError as of reading.
+    """
+    done = 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], start + done)
+        if count == 0:
+            raise CheckpointError(f"{info.file}: truncated while tensor {info.name!r} was read; fetch it again")
+        done += count
 
 
 def encode_header(

@@ -155,6 +155,7 @@ class _Side:
     def run(self, layer: LayerWeights, stream: Tensor, step: Step) -> Tensor:
         """The layer's output `[T, H]` for its input `[T, H]`."""
         delta, residual = self._model.decoder_layer(layer, None, stream.clone(), self._cache, step)
+        self._model.weights.files.check()
         return delta + residual
 
 

@@ -8,11 +8,12 @@ so that a step can carry decodes beside a chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..quant.mapped import MappedFiles
 from ..quant.model_config import ModelConfig
 from .ops import Activation, LayerCache, Linear, Mla, MlpWeights, MoeWeights, Ops, Prefill, Step
 
@@ -30,10 +31,13 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
+    """All weights, and the `files` that they are mapped from, if they are."""
+
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
+    files: MappedFiles = field(default_factory=MappedFiles)
 
 
 class Model:
@@ -47,7 +51,18 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
-        """Logits of the step's output rows, compute dtype `[S, vocab]`; the cache is written in place."""
+        """Logits of the step's output rows, compute dtype `[S, vocab]`; the cache is written in place.
+
+        Raises CheckpointError when a file of the weights became shorter, or cannot be read any more.
+        """
+        files = self.weights.files
+        if not files.watched:
+            files.check()
+        logits = self._forward(step, cache)
+        files.check()
+        return logits
+
+    def _forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
         ops, eps = self.ops, self.config.rms_norm_eps
         residual = ops.embedding(step.token_ids, self.weights.embedding)
         delta: Tensor | None = None

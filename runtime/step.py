@@ -66,7 +66,12 @@ class StepBuilder:
         self._segment_blocks = max(1, segment_tokens // block_size)
 
     def build(self, chunks: Sequence[Chunk]) -> tuple[Step, list[int]]:
-        """The step of some chunks, and the order in which its rows hold them: decodes first, else as given."""
+        """The step of some chunks, and the order in which its rows hold them: decodes first, else as given.
+
+        Raises ValueError for a chunk that has no tokens, goes beyond the rope tables, or lacks blocks.
+        """
+        for chunk in chunks:
+            self._check(chunk)
         order = sorted(range(len(chunks)), key=lambda index: not chunks[index].decodes)
         ordered = [chunks[index] for index in order]
         decodes = [chunk for chunk in ordered if chunk.decodes]
@@ -82,6 +87,15 @@ class StepBuilder:
             output_rows=self._output_rows(ordered),
         )
         return step, order
+
+    def _check(self, chunk: Chunk) -> None:
+        if not 0 <= chunk.start < chunk.end <= self._rope.max_position:
+            raise ValueError(
+                f"a chunk of positions {chunk.start} to {chunk.end}; the rope tables have {self._rope.max_position}"
+            )
+        cached = bool(chunk.blocks) or chunk.start > 0 or chunk.absorbed
+        if cached and len(chunk.blocks) * self._block_size < chunk.end:
+            raise ValueError(f"{len(chunk.blocks)} blocks of {self._block_size} tokens for a chunk up to {chunk.end}")
 
     def _slots(self, chunk: Chunk) -> list[int]:
         if not chunk.blocks:

@@ -1,12 +1,14 @@
 """A directory becomes the weights of a model: a quantized artifact by its description, or an unquantized checkpoint.
 
-Nothing is read at load but headers: tensors are memory-mapped views, and what a backend does with them (keep, upcast,
-lay out for a device) is its own affair. The one exception is FP8, which has no linear of its own and is dequantized.
-Every shape is checked against the config. MTP layers are left where they are: generation does not need them.
+Little is read at load but headers: tensors are memory-mapped views, and what a backend does with them (keep, upcast,
+lay out for a device) is its own affair. Exceptions are FP8, which has no linear of its own and is dequantized, and
+scales, which must be positive numbers. Every dtype and shape is checked against the config, before a backend sees it.
+MTP layers are left where they are: generation does not need them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
+from ..inputs.files import inside, is_inside
 from ..quant.artifact import (
     DESCRIPTION_NAME,
     KV_CACHE_NAME,
@@ -28,9 +31,10 @@ from ..quant.checkpoint import Checkpoint
 from ..quant.compressed_tensors import is_compressed
 from ..quant.dialects import WeightSource
 from ..quant.kv_cache import INT8_CHANNELS, load_scales
+from ..quant.mapped import MappedFiles
 from ..quant.model_config import ModelConfig, check_unbiased
 from ..quant.rope import RopeTables, load_rope, rope_tables
-from ..quant.schemes import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
+from ..quant.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..quant.static_w8a8 import input_scale_of, load_deq_scale
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
@@ -39,7 +43,12 @@ _FLOAT_CODES = ("BF16", "F16", "F32")
 
 
 class Store(Protocol):
-    """Where stored tensors come from. Both methods check shapes and name the tensor that is missing or wrong."""
+    """Where stored tensors come from. Both methods check shapes and name the tensor that is missing or wrong.
+
+    files: those that the tensors are mapped from.
+    """
+
+    files: MappedFiles
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A float tensor as it is stored, memory-mapped."""
@@ -52,6 +61,7 @@ class FloatStore:
     """An unquantized checkpoint. FP8 weights are dequantized into `dtype`, everything else stays a view."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.files = checkpoint.files
         self._source = WeightSource(checkpoint)
         self._dtype = dtype
 
@@ -80,6 +90,7 @@ class ArtifactStore:
     def __init__(self, checkpoint: Checkpoint):
         if is_own(checkpoint.directory):
             read_manifest(checkpoint.directory)
+        self.files = checkpoint.files
         self._checkpoint = checkpoint
         self._path = description_path(checkpoint.directory) or checkpoint.directory / DESCRIPTION_NAME
         self._description: Mapping[str, Scheme] = read_description(checkpoint.directory) or {}
@@ -96,14 +107,14 @@ class ArtifactStore:
             return LinearPart(
                 prefix, scheme, self._view(name, ("I8",), (outputs, inputs)), static=self._static(prefix, outputs)
             )
-        scale = self._view(f"{prefix}.weight_scale", ("F32",), (outputs, 1))
+        scale = self._positive(f"{prefix}.weight_scale", ("F32",), (outputs, 1))
         if scheme is Scheme.W8A8:
             return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs, inputs)), scale)
         if outputs % 2:
             raise ArtifactError(f"{self._path}: {name!r} has {outputs} output rows; int4 packs them in pairs")
         stored_bias = self._checkpoint.tensors.get(f"{prefix}.scale_bias")
-        columns = stored_bias.shape[-1] if stored_bias and stored_bias.shape else 1
-        bias = self._view(f"{prefix}.scale_bias", ("F32",), (outputs, columns))
+        row_parallel = stored_bias is not None and stored_bias.shape == (outputs, BIAS_COLUMNS)
+        bias = self._view(f"{prefix}.scale_bias", ("F32",), (outputs, BIAS_COLUMNS if row_parallel else 1))
         return LinearPart(prefix, scheme, self._view(name, ("I8",), (outputs // 2, inputs)), scale, bias)
 
     def _static(self, prefix: str, outputs: int) -> Static:
@@ -112,8 +123,19 @@ class ArtifactStore:
             inputs = input_scale_of(ranges)
         except ValueError as error:
             raise ArtifactError(f"{self._checkpoint.directory}: tensor {prefix + '.input_scale'!r}: {error}") from error
-        deq_scale = load_deq_scale(self._view(f"{prefix}.{DEQ_SCALE}", ("F32", "I64"), (outputs,)))
+        deq_scale = self._positive(f"{prefix}.{DEQ_SCALE}", ("F32", "I64"), (outputs,))
         return Static(inputs, deq_scale, self._view(f"{prefix}.{QUANT_BIAS}", ("I32",), (outputs,)))
+
+    def _positive(self, name: str, codes: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        """Scales, each of them a positive number, as float32 in whichever of both forms they are stored."""
+        scale = load_deq_scale(self._view(name, codes, shape))
+        low, high = scale.aminmax()
+        # Written so that NaN counts as wrong.
+        if not 0 < float(low) <= float(high) < math.inf:
+            self.files.check()
+            file = self._checkpoint.tensors[name].file
+            raise ArtifactError(f"{file}: tensor {name!r} holds a scale that is not a positive number; fetch it again")
+        return scale
 
     def _scheme(self, name: str) -> Scheme:
         scheme = self._description.get(name)
@@ -150,16 +172,9 @@ def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
 
 def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
     """The tables that npuq's artifacts bring, or those of the config. ArtifactError when they do not fit the config."""
-    path = checkpoint.directory / ROPE_NAME
     if not (is_artifact(checkpoint.directory) and is_own(checkpoint.directory)):
         return rope_tables(config)
-    tables = load_rope(path)
-    if tables.cos.shape[1] * 2 != config.qk_rope_head_dim:
-        raise ArtifactError(
-            f"{path}: tables of {tables.cos.shape[1]} frequencies; qk_rope_head_dim {config.qk_rope_head_dim} "
-            f"needs {config.qk_rope_head_dim // 2}"
-        )
-    return tables
+    return load_rope(inside(checkpoint.directory, ROPE_NAME, ArtifactError), config)
 
 
 def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Tensor, ...]:
@@ -173,7 +188,13 @@ def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[T
             f"{checkpoint.directory}: kv_lora_rank {config.kv_lora_rank} is no multiple of {INT8_CHANNELS}, as an int8 "
             "KV cache needs; leave the KV cache in the compute dtype"
         )
-    return load_scales(checkpoint.directory / KV_CACHE_NAME, config.num_hidden_layers, config.kv_lora_rank)
+    if not is_inside(checkpoint.directory, KV_CACHE_NAME):
+        raise ArtifactError(
+            f"{checkpoint.directory / KV_CACHE_NAME}: there are no scales for an int8 KV cache; convert with a "
+            "calibrated method (npuq convert --method gptq), or leave the KV cache in the compute dtype"
+        )
+    path = inside(checkpoint.directory, KV_CACHE_NAME, ArtifactError)
+    return load_scales(path, config.num_hidden_layers, config.kv_lora_rank)
 
 
 def load_weights(
@@ -181,18 +202,22 @@ def load_weights(
 ) -> ModelWeights:
     """All weights that generation needs, handed to the backend; of the decoder layers only `layers`, if given.
 
-    Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config.
+    Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
+    becomes shorter meanwhile.
     """
     hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
     embedding = ops.parameter(store.tensor("model.embed_tokens.weight", config.vocab_size, hidden))
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return ModelWeights(
+    weights = ModelWeights(
         embedding=embedding,
         layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
         norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
         lm_head=ops.float_linear([store.tensor(head, config.vocab_size, hidden)]),
+        files=store.files,
     )
+    store.files.check()
+    return weights
 
 
 def gating_of(config: ModelConfig) -> Gating:

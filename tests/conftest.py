@@ -15,8 +15,10 @@ with socket.socket() as _free:
     _free.bind(("127.0.0.1", 0))
     os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_free.getsockname()[1]}"
 os.environ["HF_HOME"] = _home.name
-os.environ["HF_HUB_DISABLE_XET"] = "1"
-for _name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+for _name in (
+    *("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
+    *("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_XET_CACHE"),
+):
     os.environ.pop(_name, None)
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

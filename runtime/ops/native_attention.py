@@ -8,31 +8,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...quant.pointers import address, output, rows_address
 from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
 from .native_products import NativeProducts, contiguous_rows
-from .native_weights import NativeMla, native_cache, native_heads, native_mla
+from .native_weights import NativeCache, NativeMla, native_cache, native_heads, native_mla
 
 
 class NativeAttention(NativeProducts):
     """Latent attention on NZ pages, and attention over decompressed keys."""
 
+    def new_kv_cache(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_lora_rank: int,
+        rope_dim: int,
+        latent_scales: Sequence[Tensor] | None = None,
+    ) -> tuple[LayerCache, ...]:
+        caches = super().new_kv_cache(num_layers, num_blocks, block_size, kv_lora_rank, rope_dim, latent_scales)
+        return tuple(native_cache(cache) for cache in caches)
+
     def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, dim = x.shape
         x = x if x.stride(2) == 1 else x.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()
-        out = torch.empty(tokens, heads, dim, dtype=self.dtype)
+        out, to = output(self.dtype, tokens, heads, dim)
         self.pool.call(
             "interleave_rope",
-            x.data_ptr(),
+            rows_address(x, "interleave_rope", "x", self.dtype, tokens, heads, dim),
             self._code,
             x.stride(0),
             x.stride(1),
             tokens,
             heads,
             dim,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            out.data_ptr(),
+            address(cos, "interleave_rope", "cos", self.dtype, tokens, dim),
+            address(sin, "interleave_rope", "sin", self.dtype, tokens, dim),
+            to,
         )
         return out
 
@@ -48,23 +61,23 @@ class NativeAttention(NativeProducts):
         output_kv: bool,
     ) -> tuple[Tensor, Tensor] | None:
         kv, cos, sin, slots = contiguous_rows(kv), cos.contiguous(), sin.contiguous(), slots.contiguous()
-        gamma = gamma.to(self.dtype).contiguous()
-        tokens, latent_dim, rope_dim = kv.shape[0], gamma.shape[0], cos.shape[-1]
-        rope = torch.empty(tokens, rope_dim, dtype=self.dtype) if output_kv else None
-        latent = torch.empty(tokens, latent_dim, dtype=self.dtype) if output_kv else None
+        gamma, pages = self._gain(gamma), self._pages(cache)
+        tokens, latent_dim, rope_dim = kv.shape[0], pages.latent_dim, pages.rope_dim
+        rope, rope_to = output(self.dtype, tokens, rope_dim) if output_kv else (None, None)
+        latent, latent_to = output(self.dtype, tokens, latent_dim) if output_kv else (None, None)
         self.pool.call(
             "kv_cache_write",
-            ctypes.byref(native_cache(cache)),
-            kv.data_ptr(),
+            ctypes.byref(pages.struct),
+            rows_address(kv, "kv_cache_write", "kv", self.dtype, tokens, latent_dim + rope_dim),
             kv.stride(0),
-            gamma.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            slots.data_ptr(),
+            address(gamma, "kv_cache_write", "gamma", self.dtype, latent_dim),
+            address(cos, "kv_cache_write", "cos", self.dtype, tokens, rope_dim),
+            address(sin, "kv_cache_write", "sin", self.dtype, tokens, rope_dim),
+            address(slots, "kv_cache_write", "slots", torch.int64, tokens),
             tokens,
             eps,
-            None if rope is None else rope.data_ptr(),
-            None if latent is None else latent.data_ptr(),
+            rope_to,
+            latent_to,
         )
         return None if rope is None or latent is None else (rope, latent)
 
@@ -81,71 +94,48 @@ class NativeAttention(NativeProducts):
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = [contiguous_rows(each) for each in (q_nope, q_rope, k_nope, k_rope[:, None], value)]
-        heads = native_heads(*tensors)
-        sequences, tokens, count = len(q_lens), q_nope.shape[0], q_nope.shape[1]
-        lengths = ctypes.c_int64 * sequences
-        out, lse = torch.empty(tokens, count, value.shape[2], dtype=self.dtype), torch.empty(tokens, count, 1)
-        self.pool.call(
-            "attention",
-            ctypes.byref(heads),
-            lengths(*q_lens),
-            lengths(*kv_lens),
-            sequences,
-            scale,
-            causal,
-            out.data_ptr(),
-            lse.data_ptr(),
-        )
+        heads = native_heads(*tensors, self.dtype)
+        tokens, count = q_nope.shape[:2]
+        sequences = len(q_lens)
+        q_ends = _lengths("attention", "q_lens", q_lens, sequences, tokens)
+        kv_ends = _lengths("attention", "kv_lens", kv_lens, sequences, k_nope.shape[0])
+        out, to = output(self.dtype, tokens, count, value.shape[2])
+        lse, lse_to = output(torch.float32, tokens, count, 1)
+        self.pool.call("attention", ctypes.byref(heads), q_ends, kv_ends, sequences, scale, causal, to, lse_to)
         return out, lse
 
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        q_latent, q_rope, table = q_latent.contiguous(), q_rope.contiguous(), decode.block_table
-        sequences = len(decode.q_lens)
-        lengths = ctypes.c_int64 * sequences
-        out = torch.empty_like(q_latent)
+        q_latent, q_rope, pages = q_latent.contiguous(), q_rope.contiguous(), self._pages(cache)
+        table, (tokens, heads) = decode.block_table.contiguous(), q_latent.shape[:2]
+        out, to = output(self.dtype, tokens, heads, pages.latent_dim)
         self.pool.call(
             "attention_paged",
-            ctypes.byref(native_cache(cache)),
-            q_latent.data_ptr(),
-            q_rope.data_ptr(),
-            q_latent.shape[1],
-            lengths(*decode.q_lens),
-            lengths(*decode.kv_lens),
-            sequences,
-            table.data_ptr(),
-            table.stride(0),
+            ctypes.byref(pages.struct),
+            address(q_latent, "attention_paged", "q_latent", self.dtype, tokens, heads, pages.latent_dim),
+            address(q_rope, "attention_paged", "q_rope", self.dtype, tokens, heads, pages.rope_dim),
+            heads,
+            *_decode_arguments("attention_paged", decode, table, tokens),
             scale,
-            out.data_ptr(),
+            to,
         )
         return out
 
     # ---- composites: several operators a call, of the same results -------------------------------------------------
 
     def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:
-        return native_mla(super().mla(parts, config))
+        return native_mla(super().mla(parts, config), self.dtype)
 
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized):
             return super().mla_prolog(hidden, mla, cache, step)
         hidden, cos, sin, slots = (each.contiguous() for each in (hidden, step.cos, step.sin, step.slots))
-        tokens, config = hidden.shape[0], mla.config
-        q_latent = torch.empty(tokens, config.num_heads, config.kv_lora_rank, dtype=self.dtype)
-        q_rope = torch.empty(tokens, config.num_heads, config.qk_rope_head_dim, dtype=self.dtype)
-        self.pool.call(
-            "mla_prolog",
-            ctypes.byref(mla.block),
-            ctypes.byref(native_cache(cache)),
-            hidden.data_ptr(),
-            self._code,
-            tokens,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            slots.data_ptr(),
-            q_latent.data_ptr(),
-            q_rope.data_ptr(),
-        )
+        config, tokens = mla.config, hidden.shape[0]
+        q_latent, latent_to = output(self.dtype, tokens, config.num_heads, config.kv_lora_rank)
+        q_rope, rope_to = output(self.dtype, tokens, config.num_heads, config.qk_rope_head_dim)
+        arguments = self._layer_arguments("mla_prolog", hidden, mla, cache, cos, sin, slots)
+        self.pool.call("mla_prolog", *arguments, latent_to, rope_to)
         return q_latent, q_rope
 
     def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
@@ -153,25 +143,57 @@ class NativeAttention(NativeProducts):
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or decode is None:
             return super().mla_decode(hidden, mla, cache, step, scale)
         hidden, cos, sin, slots = (each.contiguous() for each in (hidden, step.cos, step.sin, step.slots))
-        sequences = len(decode.q_lens)
-        lengths = ctypes.c_int64 * sequences
-        out = torch.empty(hidden.shape[0], mla.o.weights.outputs, dtype=self.dtype)
+        table, tokens = decode.block_table.contiguous(), hidden.shape[0]
+        out, to = output(self.dtype, tokens, mla.o.weights.outputs)
         self.pool.call(
             "mla_decode",
-            ctypes.byref(mla.block),
-            ctypes.byref(native_cache(cache)),
-            hidden.data_ptr(),
-            self._code,
-            hidden.shape[0],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            slots.data_ptr(),
-            lengths(*decode.q_lens),
-            lengths(*decode.kv_lens),
-            sequences,
-            decode.block_table.data_ptr(),
-            decode.block_table.stride(0),
+            *self._layer_arguments("mla_decode", hidden, mla, cache, cos, sin, slots),
+            *_decode_arguments("mla_decode", decode, table, tokens),
             scale,
-            out.data_ptr(),
+            to,
         )
         return out
+
+    def _layer_arguments(
+        self, operator: str, hidden: Tensor, mla: NativeMla, cache: LayerCache, cos: Tensor, sin: Tensor, slots: Tensor
+    ) -> tuple[object, ...]:
+        """What both of the calls above begin with, of tensors that the caller keeps."""
+        pages, tokens = self._pages(cache), hidden.shape[0]
+        return (
+            ctypes.byref(mla.block),
+            ctypes.byref(pages.struct),
+            address(hidden, operator, "x", self.dtype, tokens, mla.qkv_a[0].weights.cols),
+            self._code,
+            tokens,
+            address(cos, operator, "cos", self.dtype, tokens, pages.rope_dim),
+            address(sin, operator, "sin", self.dtype, tokens, pages.rope_dim),
+            address(slots, operator, "slots", torch.int64, tokens),
+        )
+
+    def _pages(self, cache: LayerCache) -> NativeCache:
+        pages = native_cache(cache)
+        if pages.rope.dtype is not self.dtype:
+            raise ValueError(f"kv cache: rope is {pages.rope.dtype}; these operators compute in {self.dtype}")
+        return pages
+
+
+def _decode_arguments(operator: str, decode: Decode, table: Tensor, tokens: int) -> tuple[object, ...]:
+    """How the queries and keys of a step's sequences lie, `table` being the contiguous block table."""
+    sequences, width = len(decode.q_lens), table.shape[1]
+    return (
+        _lengths(operator, "q_lens", decode.q_lens, sequences, tokens),
+        _lengths(operator, "kv_lens", decode.kv_lens, sequences),
+        sequences,
+        address(table, operator, "block_table", torch.int32, sequences, width),
+        width,
+    )
+
+
+def _lengths(
+    operator: str, name: str, lengths: Sequence[int], sequences: int, total: int | None = None
+) -> ctypes.Array[ctypes.c_int64]:
+    """A length for every sequence; cumulative ones end at `total`."""
+    if len(lengths) != sequences or (total is not None and (lengths[-1] if lengths else 0) != total):
+        rows = "" if total is None else f" and {total} rows"
+        raise ValueError(f"{operator}: {name} {list(lengths)[:8]} do not fit {sequences} sequences{rows}")
+    return (ctypes.c_int64 * sequences)(*lengths)

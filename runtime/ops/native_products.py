@@ -10,16 +10,20 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...quant.native import DTYPES, Pool
+from ...quant.pointers import address, output, rows_address
 from ...quant.schemes import Scheme
 from ...torch_threads import single_threaded_torch
 from . import Activation, Experts, Linear, LinearPart, Quantized, Router
 from .cpu import CpuOps
-from .native_weights import NativeLinear, native_linear
+from .native_weights import NativeLinear, matrices_address, native_linear
 from .reference import PartsLinear
 
 
 class NativeProducts(CpuOps):
-    """What the other parts build on. `pool` runs the kernels; `_code` is the compute dtype's number there."""
+    """What the other parts build on. `pool` runs the kernels; `_code` is the compute dtype's number there.
+
+    Every operator raises ValueError for tensors that do not have the dtypes and sizes of its call.
+    """
 
     def __init__(self, dtype: torch.dtype, threads: int | None, level: str | None):
         super().__init__(dtype)
@@ -58,37 +62,49 @@ class NativeProducts(CpuOps):
             return super().embedding(token_ids, table)
 
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
-        x = contiguous_rows(x)
-        out = torch.empty(x.shape, dtype=self.dtype)
-        gamma = gamma.to(self.dtype).contiguous()
+        x, gamma = contiguous_rows(x), self._gain(gamma)
         rows, cols = x.shape
+        out, to = output(self.dtype, rows, cols)
         self.pool.call(
-            "rms_norm", x.data_ptr(), self._code, x.stride(0), gamma.data_ptr(), rows, cols, eps, out.data_ptr()
+            "rms_norm",
+            rows_address(x, "rms_norm", "x", self.dtype, rows, cols),
+            self._code,
+            x.stride(0),
+            address(gamma, "rms_norm", "gamma", self.dtype, cols),
+            rows,
+            cols,
+            eps,
+            to,
         )
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x, residual = x.contiguous(), residual.contiguous()
-        out, total = torch.empty_like(x), torch.empty_like(x)
-        gamma = gamma.to(self.dtype).contiguous()
+        x, residual, gamma = x.contiguous(), residual.contiguous(), self._gain(gamma)
+        rows, cols = x.shape
+        (out, to), (total, total_to) = output(self.dtype, rows, cols), output(self.dtype, rows, cols)
         self.pool.call(
             "add_rms_norm",
-            x.data_ptr(),
-            residual.data_ptr(),
+            address(x, "add_rms_norm", "x", self.dtype, rows, cols),
+            address(residual, "add_rms_norm", "residual", self.dtype, rows, cols),
             self._code,
-            gamma.data_ptr(),
-            *x.shape,
+            address(gamma, "add_rms_norm", "gamma", self.dtype, cols),
+            rows,
+            cols,
             eps,
-            out.data_ptr(),
-            total.data_ptr(),
+            to,
+            total_to,
         )
         return out, total
+
+    def _gain(self, gamma: Tensor) -> Tensor:
+        # `to` takes a microsecond for what it leaves as it is.
+        return (gamma if gamma.dtype is self.dtype else gamma.to(self.dtype)).contiguous()
 
     def swiglu(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows, half = x.shape[0], x.shape[1] // 2
-        out = torch.empty(rows, half, dtype=self.dtype)
-        self.pool.call("swiglu", x.data_ptr(), self._code, rows, half, out.data_ptr())
+        out, to = output(self.dtype, rows, half)
+        self.pool.call("swiglu", address(x, "swiglu", "x", self.dtype, rows, 2 * half), self._code, rows, half, to)
         return out
 
     def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
@@ -96,17 +112,17 @@ class NativeProducts(CpuOps):
             return super().dynamic_quant(x, smooth)
         x = contiguous_rows(x)
         rows, cols = x.shape
-        codes, scale = torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows)
-        self.pool.call(
-            "dynamic_quant", x.data_ptr(), self._code, x.stride(0), rows, cols, codes.data_ptr(), scale.data_ptr()
-        )
+        (codes, codes_to), (scale, scale_to) = output(torch.int8, rows, cols), output(torch.float32, rows)
+        start = rows_address(x, "dynamic_quant", "x", self.dtype, rows, cols)
+        self.pool.call("dynamic_quant", start, self._code, x.stride(0), rows, cols, codes_to, scale_to)
         return Quantized(codes, scale)
 
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
         x = x.contiguous()
         rows, half = x.shape[0], x.shape[1] // 2
-        codes, scale = torch.empty(rows, half, dtype=torch.int8), torch.empty(rows)
-        self.pool.call("swiglu_quant", x.data_ptr(), self._code, rows, half, codes.data_ptr(), scale.data_ptr())
+        (codes, codes_to), (scale, scale_to) = output(torch.int8, rows, half), output(torch.float32, rows)
+        start = address(x, "swiglu_quant", "x", self.dtype, rows, 2 * half)
+        self.pool.call("swiglu_quant", start, self._code, rows, half, codes_to, scale_to)
         return Quantized(codes, scale)
 
     # ---- matmuls ---------------------------------------------------------------------------------------------------
@@ -129,17 +145,17 @@ class NativeProducts(CpuOps):
         return self._matmul(x, handle, group_list)
 
     def _linear(self, x: Tensor, handle: NativeLinear, dtype: torch.dtype) -> Tensor:
-        x, weights = contiguous_rows(x) if handle.quantized else x.contiguous(), handle.weights
-        _check_width(x, handle)
-        out = torch.empty(x.shape[0], weights.outputs, dtype=dtype)
+        x, weights, rows = contiguous_rows(x) if handle.quantized else x.contiguous(), handle.weights, x.shape[0]
+        look = rows_address if handle.quantized else address
+        out, to = output(dtype, rows, weights.outputs)
         self.pool.call(
             "linear",
             handle.address,
-            x.data_ptr(),
-            DTYPES[x.dtype],
+            look(x, "linear", f"x of {handle.name}", self.dtype, rows, weights.cols),
+            self._code,
             x.stride(0),
-            x.shape[0],
-            out.data_ptr(),
+            rows,
+            to,
             DTYPES[dtype],
         )
         return out
@@ -147,22 +163,21 @@ class NativeProducts(CpuOps):
     def _matmul(self, x: Activation, handle: NativeLinear, group_list: Tensor | None) -> Tensor:
         if isinstance(x, Quantized) and not handle.quantized:
             raise BackendError(f"{handle.name}: a float linear was given quantized rows")
-        rows, scale = (
-            (x.codes.contiguous(), x.scale.contiguous()) if isinstance(x, Quantized) else (x.contiguous(), None)
-        )
-        _check_width(rows, handle)
-        out = torch.empty(rows.shape[0], handle.weights.outputs, dtype=self.dtype)
-        self.pool.call(
-            "matmul",
-            handle.address,
-            rows.data_ptr(),
-            DTYPES[rows.dtype],
-            None if scale is None else scale.data_ptr(),
-            None if group_list is None else group_list.data_ptr(),
-            rows.shape[0],
-            out.data_ptr(),
-            self._code,
-        )
+        weights, of = handle.weights, f"of {handle.name}"
+        scale: int | None = None
+        if isinstance(x, Quantized):
+            rows, x_scale, dtype = x.codes.contiguous(), x.scale.contiguous(), torch.int8
+            scale = address(x_scale, "matmul", f"x_scale {of}", torch.float32, rows.shape[0])
+        else:
+            rows, dtype = x.contiguous(), self.dtype
+        counts: int | None = None
+        if group_list is not None:
+            group_list = group_list.contiguous()
+            counts = address(group_list, "matmul", f"group_list {of}", torch.int64, weights.groups)
+        count = rows.shape[0]
+        out, to = output(self.dtype, count, weights.outputs)
+        start = address(rows, "matmul", f"x {of}", dtype, count, weights.cols)
+        self.pool.call("matmul", handle.address, start, DTYPES[dtype], scale, counts, count, to, self._code)
         return out
 
     def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -170,10 +185,10 @@ class NativeProducts(CpuOps):
         b = weight.shape[2]
         if 1 not in weight.stride()[1:] or x.stride(2) != 1:
             return super().batch_matmul(x, weight)
-        out = torch.empty(tokens, heads, b, dtype=self.dtype)
+        out, to = output(self.dtype, tokens, heads, b)
         self.pool.call(
             "batch_matmul",
-            x.data_ptr(),
+            rows_address(x, "batch_matmul", "x", self.dtype, tokens, heads, a),
             self._code,
             x.stride(0),
             x.stride(1),
@@ -181,10 +196,10 @@ class NativeProducts(CpuOps):
             heads,
             a,
             b,
-            weight.data_ptr(),
+            matrices_address(weight, "batch_matmul", "weight", heads, a, b),
             DTYPES[weight.dtype],
             *weight.stride(),
-            out.data_ptr(),
+            to,
         )
         return out
 
@@ -192,8 +207,3 @@ class NativeProducts(CpuOps):
 def contiguous_rows(x: Tensor) -> Tensor:
     """Rows that may lie apart, each of them contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _check_width(x: Tensor, handle: NativeLinear) -> None:
-    if x.shape[1] != handle.weights.cols:
-        raise BackendError(f"{handle.name}: rows of {x.shape[1]} channels for a weight of {handle.weights.cols}")

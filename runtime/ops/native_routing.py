@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 
 import torch
 from torch import Tensor
 
 from ...quant.native import MoeBlock
+from ...quant.pointers import address, output
 from . import Activation, Gating, MlpWeights, MoeWeights, Quantized
 from .native_products import NativeProducts
-from .native_weights import NativeLinear, native_moe
+from .native_weights import NativeLinear, bias_address, native_moe
 
 
 class NativeRouting(NativeProducts):
@@ -18,22 +20,23 @@ class NativeRouting(NativeProducts):
 
     def __init__(self, dtype: torch.dtype, threads: int | None, level: str | None):
         super().__init__(dtype, threads, level)
-        # By identity; what the key names is kept beside the block, so that no other object can come to have its name.
-        self._moe_blocks: dict[tuple[int, int], tuple[MoeBlock | None, MoeWeights, MlpWeights | None]] = {}
+        # By identity, for as long as both live: a block has the addresses of what they own.
+        self._moe_blocks: dict[tuple[int, int], MoeBlock | None] = {}
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
         logits = logits.contiguous()
         tokens, experts = logits.shape
-        weights, ids = torch.empty(tokens, gating.k), torch.empty(tokens, gating.k, dtype=torch.int32)
+        weights, weights_to = output(torch.float32, tokens, gating.k)
+        ids, ids_to = output(torch.int32, tokens, gating.k)
         self.pool.call(
             "gating_top_k",
-            logits.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            address(logits, "gating_top_k", "logits", torch.float32, tokens, experts),
+            bias_address(bias, "gating_top_k", experts),
             tokens,
             experts,
             *_rule(gating),
-            weights.data_ptr(),
-            ids.data_ptr(),
+            weights_to,
+            ids_to,
         )
         return weights, ids
 
@@ -42,24 +45,24 @@ class NativeRouting(NativeProducts):
     ) -> tuple[Activation, Tensor, Tensor]:
         x, expert_ids = x.contiguous(), expert_ids.contiguous()
         (tokens, k), cols = expert_ids.shape, x.shape[1]
-        row_index = torch.empty(tokens * k, dtype=torch.int32)
-        group_list = torch.empty(num_experts, dtype=torch.int64)
-        codes = torch.empty(tokens * k, cols, dtype=torch.int8 if quantize else self.dtype)
-        scale = torch.empty(tokens * k) if quantize else None
+        row_index, index_to = output(torch.int32, tokens * k)
+        group_list, counts_to = output(torch.int64, num_experts)
+        codes, to = output(torch.int8 if quantize else self.dtype, tokens * k, cols)
+        scale, scale_to = output(torch.float32, tokens * k) if quantize else (None, None)
         self.pool.call(
             "init_routing",
-            x.data_ptr(),
+            address(x, "init_routing", "x", self.dtype, tokens, cols),
             self._code,
             cols,
-            expert_ids.data_ptr(),
+            address(expert_ids, "init_routing", "expert_ids", torch.int32, tokens, k),
             tokens,
             k,
             num_experts,
-            row_index.data_ptr(),
-            group_list.data_ptr(),
-            None if quantize else codes.data_ptr(),
-            codes.data_ptr() if quantize else None,
-            None if scale is None else scale.data_ptr(),
+            index_to,
+            counts_to,
+            None if quantize else to,
+            to if quantize else None,
+            scale_to,
         )
         return codes if scale is None else Quantized(codes, scale), row_index, group_list
 
@@ -69,65 +72,66 @@ class NativeRouting(NativeProducts):
         rows, weights, row_index = rows.contiguous(), weights.contiguous(), row_index.contiguous()
         skip = None if skip is None else skip.contiguous()
         (tokens, k), cols = weights.shape, rows.shape[1]
-        out = torch.empty(tokens, cols, dtype=self.dtype)
+        out, to = output(self.dtype, tokens, cols)
         self.pool.call(
             "finalize_routing",
-            rows.data_ptr(),
+            address(rows, "finalize_routing", "rows", self.dtype, tokens * k, cols),
             self._code,
             cols,
-            weights.data_ptr(),
-            row_index.data_ptr(),
+            address(weights, "finalize_routing", "weights", torch.float32, tokens, k),
+            address(row_index, "finalize_routing", "row_index", torch.int32, tokens * k),
             tokens,
             k,
-            None if skip is None else skip.data_ptr(),
-            out.data_ptr(),
+            None if skip is None else address(skip, "finalize_routing", "skip", self.dtype, tokens, cols),
+            to,
         )
         return out
 
     # ---- composites: several operators a call, of the same results -------------------------------------------------
 
     def moe(self, hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
-        key = id(weights), id(shared)
-        if key not in self._moe_blocks:
-            self._moe_blocks[key] = native_moe(weights, shared), weights, shared
-        block = self._moe_blocks[key][0]
+        block = self._moe_block(weights, shared)
         if block is None:
             return super().moe(hidden, weights, shared)
-        hidden = hidden.contiguous()
-        out = torch.empty(hidden.shape[0], weights.down.weights.outputs, dtype=self.dtype)
-        self.pool.call("moe_layer", ctypes.byref(block), hidden.data_ptr(), self._code, hidden.shape[0], out.data_ptr())
+        hidden, tokens = hidden.contiguous(), hidden.shape[0]
+        out, to = output(self.dtype, tokens, weights.down.weights.outputs)
+        start = address(hidden, "moe_layer", "x", self.dtype, tokens, weights.gate_up.weights.cols)
+        self.pool.call("moe_layer", ctypes.byref(block), start, self._code, tokens, to)
         return out
+
+    def _moe_block(self, weights: MoeWeights, shared: MlpWeights | None) -> MoeBlock | None:
+        key = id(weights), id(shared)
+        if key not in self._moe_blocks:
+            self._moe_blocks[key] = native_moe(weights, shared)
+            for owner in (weights, shared):
+                if owner is not None:
+                    weakref.finalize(owner, self._moe_blocks.pop, key, None).atexit = False
+        return self._moe_blocks[key]
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         gate_up, down = weights.gate_up, weights.down
         if not isinstance(gate_up, NativeLinear) or not isinstance(down, NativeLinear):
             return super().mlp(hidden, weights)
-        hidden = hidden.contiguous()
-        out = torch.empty(hidden.shape[0], down.weights.outputs, dtype=self.dtype)
-        self.pool.call(
-            "mlp",
-            gate_up.address,
-            down.address,
-            hidden.data_ptr(),
-            self._code,
-            hidden.shape[0],
-            out.data_ptr(),
-        )
+        hidden, tokens = hidden.contiguous(), hidden.shape[0]
+        out, to = output(self.dtype, tokens, down.weights.outputs)
+        start = address(hidden, "mlp", "x", self.dtype, tokens, gate_up.weights.cols)
+        self.pool.call("mlp", gate_up.address, down.address, start, self._code, tokens, to)
         return out
 
     def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
-        hidden, gating, bias, tokens = hidden.contiguous(), weights.gating, weights.correction_bias, hidden.shape[0]
-        top_weights, ids = torch.empty(tokens, gating.k), torch.empty(tokens, gating.k, dtype=torch.int32)
+        hidden, gating, router, tokens = hidden.contiguous(), weights.gating, weights.router, hidden.shape[0]
+        top_weights, weights_to = output(torch.float32, tokens, gating.k)
+        ids, ids_to = output(torch.int32, tokens, gating.k)
         self.pool.call(
             "moe_gate",
-            weights.router.address,
-            None if bias is None else bias.data_ptr(),
-            hidden.data_ptr(),
+            router.address,
+            bias_address(weights.correction_bias, "moe_gate", router.weights.outputs),
+            address(hidden, "moe_gate", "x", self.dtype, tokens, router.weights.cols),
             self._code,
             tokens,
             *_rule(gating),
-            top_weights.data_ptr(),
-            ids.data_ptr(),
+            weights_to,
+            ids_to,
         )
         return top_weights, ids
 
@@ -136,20 +140,21 @@ class NativeRouting(NativeProducts):
     ) -> Tensor:
         hidden, top_weights, expert_ids = hidden.contiguous(), top_weights.contiguous(), expert_ids.contiguous()
         shared = None if shared is None else shared.contiguous()
-        tokens, k = expert_ids.shape
-        out = torch.empty(tokens, weights.down.weights.outputs, dtype=self.dtype)
+        (tokens, k), gate_up, down = expert_ids.shape, weights.gate_up, weights.down
+        width = down.weights.outputs
+        out, to = output(self.dtype, tokens, width)
         self.pool.call(
             "moe_experts",
-            weights.gate_up.address,
-            weights.down.address,
-            hidden.data_ptr(),
+            gate_up.address,
+            down.address,
+            address(hidden, "moe_experts", "x", self.dtype, tokens, gate_up.weights.cols),
             self._code,
-            top_weights.data_ptr(),
-            expert_ids.data_ptr(),
+            address(top_weights, "moe_experts", "weights", torch.float32, tokens, k),
+            address(expert_ids, "moe_experts", "expert_ids", torch.int32, tokens, k),
             tokens,
             k,
-            None if shared is None else shared.data_ptr(),
-            out.data_ptr(),
+            None if shared is None else address(shared, "moe_experts", "shared", self.dtype, tokens, width),
+            to,
         )
         return out
 

@@ -16,7 +16,7 @@ from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_proce
 
 from npuq.errors import HubError
 from npuq.hub.client import Backoff
-from npuq.hub.modelscope import pull_modelscope, push_modelscope
+from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
 from npuq.hub.remote_state import UNFINISHED_NAME
 
 
@@ -103,7 +103,9 @@ def test_push_faults(scope: LoopbackModelScope, artifact: Path, backoff: Backoff
 
 def test_a_fault_that_stays(scope: LoopbackModelScope, artifact: Path, backoff: Backoff) -> None:
     scope.faults.add(Fault("PUT /store", times=10**6, status=500))
-    with pytest.raises(HubError, match=r"files were not sent .*push again to continue") as caught:
+    with pytest.raises(
+        HubError, match=r"were not sent .*and 13 more.*the hub keeps failing .*: it continues"
+    ) as caught:
         push_modelscope(artifact, REPO, backoff=backoff)
     assert "\n" not in str(caught.value)
     assert MANIFEST not in scope.repos[REPO]
@@ -114,7 +116,7 @@ def test_a_fault_that_stays(scope: LoopbackModelScope, artifact: Path, backoff: 
 
 def test_one_bad_file_stops_no_other(scope: LoopbackModelScope, artifact: Path) -> None:
     scope.faults.add(Fault("PUT /store", after=1, times=1, status=400))
-    with pytest.raises(HubError, match=r"1 of \d+ files were not sent \(model-00002.*push again to continue"):
+    with pytest.raises(HubError, match=r"1 of \d+ files were not sent \(model-00002.*ModelScope refused"):
         push_modelscope(artifact, REPO)
     there = scope.repos[REPO]
     assert shards(artifact)[1].name not in there

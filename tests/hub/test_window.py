@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.hub.window import Window
+from npuq.hub.names import BlobId
+from npuq.hub.window import Shard, Window
+from npuq.inputs.names import FileName
 from npuq.quant.safetensors import TensorInfo
 
 SIZE = 1000  # of a tensor; they lie too far apart to be fetched together
@@ -19,6 +21,7 @@ TENSORS = {
     f"t{number}": TensorInfo(f"t{number}", "U8", (SIZE,), Path("shard"), number * APART, number * APART + SIZE)
     for number in range(8)
 }
+SHARDS = {Path("shard"): Shard(0, FileName("shard"), 8 * APART, BlobId("0" * 40))}
 
 
 def content(start: int) -> bytes:
@@ -39,9 +42,9 @@ class Run:
         self.folder = folder
         self.fetched: list[int] = []
         self.most_on_disk = 0
-        self.window = Window(folder, window, TENSORS, self.fetch)
+        self.window = Window(folder, window, TENSORS, SHARDS, self.fetch)
 
-    def fetch(self, shard: str, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
+    def fetch(self, shard: Shard, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
         self.fetched.append(start // APART)
         file.write(content(start))
         file.flush()
@@ -63,7 +66,7 @@ def leave(folder: Path, numbers: set[int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         info = TENSORS[f"t{number}"]
-        (folder / f"shard.{info.start}-{info.end}").write_bytes(content(info.start))
+        (folder / f"00000-{'0' * 40}.{info.start}-{info.end}").write_bytes(content(info.start))
 
 
 @given(st.sets(st.integers(0, 7)), st.sets(st.integers(0, 7), max_size=7), st.integers(1, 9))

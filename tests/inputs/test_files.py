@@ -50,6 +50,22 @@ def test_a_snapshot_of_the_hub_cache_links_to_its_blobs(tmp_path: Path, depth: s
         inside(snapshot, "b")
 
 
+def test_a_snapshot_whose_contents_are_in_the_store_of_the_whole_cache(tmp_path: Path) -> None:
+    """So huggingface_hub keeps what came through Xet: snapshots/…/FILE → blobs/ETAG → ../../blobs/XX/HASH."""
+    stored, repository = tmp_path / "blobs" / "ab" / ("ab" + "0" * 62), tmp_path / "models--me--m"
+    snapshot = repository / "snapshots/abc"
+    for folder in (stored.parent, repository / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    stored.write_bytes(b"{}")
+    stored.with_suffix(".refs").write_bytes(b"{}")
+    (repository / "blobs/1").symlink_to("../../blobs/ab/" + stored.name)
+    (snapshot / "a").symlink_to("../../blobs/1")
+    (snapshot / "b").symlink_to(stored.with_suffix(".refs"))
+    assert inside(snapshot, "a") == snapshot / "a"
+    with pytest.raises(Exception, match="outside the directory"):
+        inside(snapshot, "b")
+
+
 def test_special_files_are_refused_at_once(folder: Path) -> None:
     os.mkfifo(folder / "fifo")
     (folder / "zero").symlink_to("/dev/zero")

@@ -129,7 +129,8 @@ static void check_paged_attention(void) {
         float *pages = floats((size_t)(2 * 16 * latent)), *ropes = floats((size_t)(2 * 16 * rope));
         float *q = floats((size_t)(heads * latent)), *q_rope = floats((size_t)(heads * rope));
         int32_t table[2] = {1, 0};
-        npuq_cache cache = {pages, ropes, 16, latent, rope, NPUQ_F32};
+        npuq_cache cache = {.latent = pages, .rope = ropes, .blocks = 2, .block_size = 16, .latent_dim = latent,
+                            .rope_dim = rope, .dtype = NPUQ_F32};
         float *expected = malloc((size_t)(heads * latent) * 4), *out = malloc((size_t)(heads * latent) * 4);
         for (int level = 0; level < npuq_level_count(); level++) {
             if (pools[level] == NULL) continue;
@@ -139,6 +140,63 @@ static void check_paged_attention(void) {
         }
         free(pages), free(ropes), free(q), free(q_rope), free(expected), free(out);
     }
+}
+
+static void expect(const char *what, int status, int expected) {
+    if (status == expected) return;
+    fprintf(stderr, "%s: status %d, not %d\n", what, status, expected);
+    exit(1);
+}
+
+/* What would read or write outside of its memory is refused, and the very last that fits is not. */
+static void check_refusals(void) {
+    npuq_pool *pool = pools[0];
+    float *pages = floats(2 * 16 * 16), *ropes = floats(2 * 16 * 16), *x = floats(64), *gamma = floats(16), out[64];
+    npuq_cache cache = {.latent = pages, .rope = ropes, .blocks = 2, .block_size = 16, .latent_dim = 16, .rope_dim = 16,
+                        .dtype = NPUQ_F32};
+    int64_t slots[2] = {-1, 31}, ends[2] = {1, 2}, lens[2] = {32, 17}, shrinking[2] = {2, 1}, rows[2] = {1, 1};
+    int32_t table[4] = {0, 1, 1, 0}, ids[2] = {0, 1}, index[2];
+#define WRITE(tokens) npuq_kv_cache_write(pool, &cache, x, 32, gamma, x, x, slots, tokens, 1e-6f, NULL, NULL)
+#define ATTEND(q_ends) npuq_attention_paged(pool, &cache, x, x, 1, q_ends, lens, 2, table, 2, 0.1f, out)
+    expect("the last slot", WRITE(2), NPUQ_OK);
+    slots[1] = 32;
+    expect("a slot after the last", WRITE(2), NPUQ_BAD_INDEX);
+    expect("whole blocks", ATTEND(ends), NPUQ_OK);
+    expect("lengths that shrink", ATTEND(shrinking), NPUQ_BAD_INDEX);
+    lens[0] = 33;
+    expect("more keys than the table has blocks for", ATTEND(ends), NPUQ_BAD_INDEX);
+    lens[0] = -1;
+    expect("fewer keys than none", ATTEND(ends), NPUQ_BAD_INDEX);
+    lens[0] = 32, table[1] = 2;
+    expect("a block after the last", ATTEND(ends), NPUQ_BAD_INDEX);
+    table[1] = -1;
+    expect("a block before the first", ATTEND(ends), NPUQ_BAD_INDEX);
+    table[1] = 1, cache.latent_dim = 24;
+    expect("half a tile", ATTEND(ends), NPUQ_BAD_SIZE);
+    cache.latent_dim = 16, cache.dtype = NPUQ_F16;
+    expect("a dtype that is not computed in", ATTEND(ends), NPUQ_BAD_SIZE);
+
+    npuq_part parts[2] = {{x, NULL, 4}, {x, NULL, 4}};
+    npuq_weights experts = {parts, 2, 1, 8, 4, NPUQ_F32}, other = {parts, 2, 1, 4, 4, NPUQ_F32};
+#define MATMUL npuq_matmul(pool, &experts, x, NPUQ_F32, NULL, rows, 2, out, NPUQ_F32)
+    expect("rows of groups", MATMUL, NPUQ_OK);
+    rows[1] = 2;
+    expect("more rows than there are", MATMUL, NPUQ_BAD_INDEX);
+    rows[0] = 3, rows[1] = -1;
+    expect("fewer rows than none", MATMUL, NPUQ_BAD_INDEX);
+    expect("halves that do not fit", npuq_mlp(pool, &experts, &other, x, NPUQ_F32, 1, out), NPUQ_BAD_SIZE);
+    experts.dtype = NPUQ_I8;
+    expect("floats for integers", npuq_matmul(pool, &experts, x, NPUQ_F32, NULL, rows, 2, out, NPUQ_F32), NPUQ_BAD_SIZE);
+#define ROUTE(experts) npuq_init_routing(pool, x, NPUQ_F32, 8, ids, 1, 2, experts, index, rows, out, NULL, NULL)
+    expect("the last expert", ROUTE(2), NPUQ_OK);
+    expect("an expert after the last", ROUTE(1), NPUQ_BAD_INDEX);
+    index[1] = 2;
+    expect("a row after the last", npuq_finalize_routing(pool, x, NPUQ_F32, 8, x, index, 1, 2, NULL, out), NPUQ_BAD_INDEX);
+#define GATE(k, groups) npuq_gating_top_k(pool, x, NULL, 1, 8, k, 1, groups, 1, 0, 0, 1, out, table)
+    expect("as many experts as there are in a group", GATE(4, 2), NPUQ_OK);
+    expect("more than there are", GATE(9, 1), NPUQ_BAD_SIZE);
+    expect("groups that do not divide them", GATE(1, 3), NPUQ_BAD_SIZE);
+    free(pages), free(ropes), free(x), free(gamma);
 }
 
 static void convert_at_every_level(const npuq_source *source, int64_t cols, int bits, int mse) {
@@ -240,6 +298,7 @@ int main(void) {
     check_quantizers();
     check_attention();
     check_paged_attention();
+    check_refusals();
     check_fp8_conversion();
     check_float_conversion();
     for (int level = 0; level < npuq_level_count(); level++) npuq_pool_destroy(pools[level]);

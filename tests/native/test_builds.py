@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import setuptools
 
 from npuq.quant import native
 
-ROOT = Path(__file__).resolve().parents[2]
-COMPILER = shutil.which("gcc")
+from .builds import COMPILER, ROOT, SANITIZE, load_setup, sanitized_library, sanitizer_environment
+
 ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]  # -O3 takes a minute to build
 EMULATED_AVX512 = ["-include", str(Path(__file__).with_name("avx512_emulated.h"))]
 needs_arm = pytest.mark.skipif(
     ARM_COMPILER is None or ARM_EMULATOR is None, reason="gcc-aarch64-linux-gnu and qemu-user are not installed"
@@ -27,35 +24,20 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="gcc is not install
 needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is emulated by AVX2")
 
 
-def _setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("npuq_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check_program(directory: Path, compiler: str, machine: str, extra: list[str]) -> Path:
-    """The library and library_check.c, built together for `machine`."""
-    _setup().build(directory / "libnpuq.so", directory / "objects", [compiler], machine, extra)
+def _check_program(library: Path, directory: Path, compiler: str, extra: list[str]) -> Path:
+    """library_check.c with a library that was built by the same compiler."""
     program = directory / "check"
     source = str(Path(__file__).with_name("library_check.c"))
     include = ["-I", str(ROOT / "native")]
-    link = [str(directory / "libnpuq.so"), f"-Wl,-rpath,{directory}", "-lm"]
+    link = [str(library), f"-Wl,-rpath,{library.parent}", "-lm"]
     subprocess.run([compiler, "-O1", *extra, *include, source, *link, "-o", str(program)], check=True)
     return program
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The check program beside a libnpuq.so that were both built with AddressSanitizer and UBSan."""
-    return _check_program(tmp_path_factory.mktemp("sanitized"), str(COMPILER), platform.machine(), SANITIZE)
-
-
 @needs_compiler
-def test_levels_agree_under_sanitizers(sanitized: Path) -> None:
-    done = subprocess.run([sanitized], capture_output=True, text=True)
+def test_levels_agree_under_sanitizers(tmp_path: Path) -> None:
+    program = _check_program(sanitized_library(), tmp_path, str(COMPILER), SANITIZE)
+    done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "agree" in done.stdout
 
@@ -85,19 +67,16 @@ def _kernel_tests(library: Path, names: list[str], environment: dict[str, str], 
 
 
 @needs_compiler
-def test_kernel_tests_pass_under_sanitizers(sanitized: Path) -> None:
-    found = subprocess.run([str(COMPILER), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    # Python and torch keep memory to their end: leaks are not looked for. torch was not built with the checks.
-    environment = {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+def test_kernel_tests_pass_under_sanitizers() -> None:
     names = ["products", "rows", "layers", "attention", "convert", "sha256"]
-    _kernel_tests(sanitized.with_name("libnpuq.so"), names, environment, 4)
+    _kernel_tests(sanitized_library(), names, sanitizer_environment(), 4)
 
 
 @needs_compiler
 @needs_x86
 def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
     """What the AVX-512 level says, where the processor has no such instructions: each is two of AVX2 there."""
-    setup = _setup()
+    setup = load_setup()
     levels = setup.LEVELS["x86_64"]
     levels["avx512vnni"] = ["-DNPUQ_LEVEL_AVX512", *levels["avx2"][1:], *EMULATED_AVX512]
     extra = ["-D__builtin_cpu_supports(name)=1", "-w", "-O2"]
@@ -109,7 +88,9 @@ def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
 
 @needs_arm
 def test_levels_agree_on_arm(tmp_path: Path) -> None:
-    program = _check_program(tmp_path, str(ARM_COMPILER), "aarch64", [])
+    library = tmp_path / "libnpuq.so"
+    loadload_setup().build(library, tmp_path / "objects", [str(ARM_COMPILER)], "aarch64", [])
+    program = _check_program(library, tmp_path, str(ARM_COMPILER), [])
     done = subprocess.run(
         [str(ARM_EMULATOR), "-L", "/usr/aarch64-linux-gnu", str(program)],
         capture_output=True,
@@ -122,7 +103,7 @@ def test_levels_agree_on_arm(tmp_path: Path) -> None:
 def _check_tables(directory: Path, compiler: str, flags: list[str], run: list[str]) -> dict[str, int]:
     """Compile and run tables_check.c for one level; how many rows of each kind were taken by their magnitudes."""
     program, source = directory / "tables", str(Path(__file__).with_name("tables_check.c"))
-    setup = _setup()
+    setup = load_setup()
     plain = [flag for flag in setup.FLAGS if not flag.startswith(("-W", "-O", "-f"))]
     exact = [flag for flag in setup.FLAGS if flag.startswith("-f") and flag not in ("-fPIC", "-fvisibility=hidden")]
     level = ["-DNPUQ_LEVEL_NAME=checked", *flags]
@@ -137,7 +118,7 @@ def _check_tables(directory: Path, compiler: str, flags: list[str], run: list[st
 
 def _usable_levels() -> dict[str, list[str]]:
     usable = native.levels() if native.library() is not None else ["portable"]
-    levels = _setup().LEVELS.get(platform.machine(), {"portable": []})
+    levels = load_setup().LEVELS.get(platform.machine(), {"portable": []})
     found = {name: flags for name, flags in levels.items() if name in usable}
     if "avx2" in found:
         found["avx512 emulated"] = ["-DNPUQ_LEVEL_AVX512", *levels["avx2"][1:], *EMULATED_AVX512]
@@ -157,20 +138,20 @@ def test_fp8_rows_by_their_magnitudes(tmp_path: Path, flags: list[str]) -> None:
 
 @needs_arm
 def test_fp8_rows_by_their_magnitudes_on_arm(tmp_path: Path) -> None:
-    flags = _setup().LEVELS["aarch64"]["neon_dotprod"]
+    flags = load_setup().LEVELS["aarch64"]["neon_dotprod"]
     run = [str(ARM_EMULATOR), "-L", "/usr/aarch64-linux-gnu"]
     assert _check_tables(tmp_path, str(ARM_COMPILER), flags, run)["normal"] > 130
 
 
 def test_no_compiler_is_an_error_that_the_build_may_ignore(tmp_path: Path) -> None:
-    setup = _setup()
+    setup = load_setup()
     with pytest.raises(setup.CompileError, match="no C compiler"):
         setup.build(tmp_path / "libnpuq.so", tmp_path, ["no-such-compiler"], platform.machine(), [])
 
 
 def test_a_failed_build_leaves_no_older_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    setup, older = _setup(), tmp_path / "libnpuq.so"
+    setup, older = load_setup(), tmp_path / "libnpuq.so"
     older.write_text("of other sources")
     command = setup.BuildNative(setuptools.Distribution())
     command.build_temp, command.editable_mode = str(tmp_path), False

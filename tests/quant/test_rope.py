@@ -10,10 +10,9 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from npuq.errors import ArtifactError
 from npuq.quant.checkpoint import read_config
 from npuq.quant.model_config import ModelConfig
-from npuq.quant.rope import inverse_frequencies, load_rope, rope_tables, save_rope
+from npuq.quant.rope import inverse_frequencies, rope_tables
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -127,20 +126,3 @@ def test_both_config_dialects_give_the_same_tables(name: str, config: dict[str, 
     assert torch.equal(first.cos, second.cos)
     assert torch.equal(first.sin, second.sin)
     assert first.metadata == second.metadata
-
-
-def test_tables_survive_the_file(config: dict[str, Any], tmp_path) -> None:
-    tables = rope_tables(ModelConfig.from_dict({**config, "rope_scaling": SCALINGS["deepseek-yarn"]}))
-    save_rope(tables, tmp_path / "rope.safetensors")
-    loaded = load_rope(tmp_path / "rope.safetensors")
-    assert torch.equal(tables.cos, loaded.cos)
-    assert torch.equal(tables.sin, loaded.sin)
-    assert (loaded.softmax_scale, dict(loaded.metadata)) == (tables.softmax_scale, dict(tables.metadata))
-
-
-def test_a_file_that_is_not_a_table_is_refused(tmp_path) -> None:
-    with pytest.raises(ArtifactError, match="missing"):
-        load_rope(tmp_path / "rope.safetensors")
-    (tmp_path / "rope.safetensors").write_bytes(b"\x00" * 64)
-    with pytest.raises(ArtifactError, match="not an npuq rope table"):
-        load_rope(tmp_path / "rope.safetensors")

@@ -1,0 +1,91 @@
+"""What a hub names (repositories, revisions, commits, contents) and counts, checked where it is parsed.
+
+Paths, addresses and file names are made of these types alone, next to `inputs.names`' FileName and Sha256.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, TypeAlias
+
+from ..errors import HubError
+from ..inputs.names import CheckedText, FileName, Sha256
+
+_REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SHA1: Final = re.compile(r"[0-9a-f]{40}")
+_MOST_REPO_CHARACTERS: Final = 193
+_MOST_SIZE: Final = 2**63
+
+
+class RepoId(CheckedText):
+    """`user/name`."""
+
+    __slots__ = ()
+    described = "a repository: write it as user/name"
+
+    @classmethod
+    def holds(cls, value: str) -> bool:
+        return len(value) <= _MOST_REPO_CHARACTERS and _REPO.fullmatch(value) is not None and ".." not in value
+
+    @property
+    def folder(self) -> str:
+        """The name of a folder for it."""
+        return self.replace("/", "--")
+
+
+class HubRepoId(RepoId):
+    """`user/name` on Hugging Face, which allows no `--`: no two repositories have one folder."""
+
+    __slots__ = ()
+
+    @classmethod
+    def holds(cls, value: str) -> bool:
+        return super().holds(value) and "--" not in value
+
+
+class Revision(CheckedText):
+    """A branch, a tag or a commit, by git's rules for names: a relative path without `..`."""
+
+    __slots__ = ()
+    described = "a branch, tag or commit"
+
+    @classmethod
+    def holds(cls, value: str) -> bool:
+        return (
+            FileName.holds(value)
+            and not any(character in value for character in " ~^:?*[")
+            and not any(part in value for part in ("..", "@{"))
+            and not any(part.startswith((".", "-")) or part.endswith((".", ".lock")) for part in value.split("/"))
+        )
+
+
+class CommitId(CheckedText):
+    """40 lower-case hexadecimal digits that name a commit."""
+
+    __slots__ = ()
+    described = "a commit of 40 lower-case hexadecimal digits"
+
+    @classmethod
+    def holds(cls, value: str) -> bool:
+        return _SHA1.fullmatch(value) is not None
+
+
+class BlobId(CheckedText):
+    """git's name of a file's content: 40 lower-case hexadecimal digits."""
+
+    __slots__ = ()
+    described = "a content's hash of 40 lower-case hexadecimal digits"
+
+    @classmethod
+    def holds(cls, value: str) -> bool:
+        return _SHA1.fullmatch(value) is not None
+
+
+Digest: TypeAlias = Sha256 | BlobId
+
+
+def byte_count(value: Any, where: str, error: type[Exception] = HubError) -> int:
+    """A file's size from outside: a whole number from 0 to 2^63 − 1. Raises `error`."""
+    if type(value) is not int or not 0 <= value < _MOST_SIZE:
+        raise error(f"{where}: {repr(value)[:40]} is no size of a file")
+    return value

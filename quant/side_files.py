@@ -1,0 +1,44 @@
+"""Which files of a checkpoint beside its weights matter, by their names: one list for directories and for hubs."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Final
+
+from .artifact import CARD_NAME
+
+# What vLLM-Ascend, SGLang and transformers look for beside the weights. The source's README.md is not among them: the
+# artifact has a card of its own.
+PATTERNS: Final = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",  # sentencepiece, and Kimi's tiktoken.model
+    "*.jinja",
+    "chat_template.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Any of these is the whole of some model's tokenizer.
+_TOKENIZERS: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "*.tiktoken", "*.model")
+
+
+def is_side_file(name: str) -> bool:
+    """Whether an artifact takes a file of the checkpoint's root with it."""
+    return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a file of that name makes a tokenizer, rather than settles its details."""
+    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZERS)
+
+
+def is_read_beside_weights(name: str) -> bool:
+    """Whether a conversion of the checkpoint reads or copies a file of its root that holds no weights."""
+    return is_side_file(name) or name.endswith(".json") or name == CARD_NAME
