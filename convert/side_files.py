@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..inputs.files import inside, is_inside, open_file, read_text
+from ..inputs.files import MOST_BYTES, inside, is_inside, open_file, read_text
 from ..inputs.names import FileName
 from ..inputs.yaml_text import parse_yaml
 from ..quant.side_files import is_side_file
@@ -20,10 +20,17 @@ _MOST_CARD_BYTES = 1 << 20
 def side_files(source: Path) -> list[str]:
     """Names of the side files of a checkpoint directory, sorted.
 
-    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards.
+    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, and for a file that is larger
+    than any of them is.
     """
     found = sorted(path.name for path in source.iterdir() if not path.is_dir() and is_side_file(path.name))
-    return [FileName.parse(name, str(source), CheckpointError) for name in found if inside(source, name)]
+    for name in found:
+        FileName.parse(name, str(source), CheckpointError)
+        if inside(source, name).stat().st_size > MOST_BYTES:
+            raise CheckpointError(
+                f"{source / name}: is larger than the {MOST_BYTES} bytes that npuq copies of such a file; remove it"
+            )
+    return found
 
 
 def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
