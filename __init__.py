@@ -8,10 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .errors import NpuqError
+
 if TYPE_CHECKING:
     from .convert import convert_checkpoint, inspect, verify
     from .hub import pull, push
-    from .runtime import evaluate, load
+    from .runtime import Completion, EngineConfig, LanguageModel, SamplingParams, evaluate, load
 
 __version__ = "0.1.0"
 
@@ -23,9 +25,27 @@ _HOMES = {
     "pull": ".hub",
     "load": ".runtime",
     "evaluate": ".runtime",
+    "Completion": ".runtime",
+    "EngineConfig": ".runtime",
+    "LanguageModel": ".runtime",
+    "SamplingParams": ".runtime",
 }
 
-__all__ = ["__version__", "convert_checkpoint", "evaluate", "inspect", "load", "pull", "push", "verify"]
+__all__ = [
+    "Completion",
+    "EngineConfig",
+    "LanguageModel",
+    "NpuqError",
+    "SamplingParams",
+    "__version__",
+    "convert_checkpoint",
+    "evaluate",
+    "inspect",
+    "load",
+    "pull",
+    "push",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

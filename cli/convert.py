@@ -64,6 +64,7 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch and the plan, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
+@click.option("--base-model", metavar="OWNER/NAME", help="Name of SOURCE on the hub, for the model card.")
 @click.option("--revision", help="Branch, tag or commit, of a SOURCE on the hub. [default: main]")
 @click.option("--download-window", type=size, help="Disk for weights of a SOURCE on the hub. [default: 20GB]")
 @click.option(
@@ -84,6 +85,7 @@ def command(
     workers: int | None,
     max_memory: int | None,
     max_shard_size: int,
+    base_model: str | None,
     revision: str | None,
     download_window: int | None,
     repo: str | None,
@@ -124,6 +126,7 @@ def command(
             workers=workers,
             max_memory=max_memory,
             max_shard_size=max_shard_size,
+            base_model=base_model,
             dry_run=dry_run,
             progress=progress,
             on_shard=None if pusher is None else pusher.add,
@@ -180,11 +183,11 @@ def _print_summary(summary: Summary) -> None:
 
 
 def _table(summary: Summary) -> str:
-    lines = [f"{'role':<18} {'scheme':<14} {'tensors':>8} {'before':>9} {'after':>9} {'error':>8}"]
+    lines = [f"{'role':<18} {'scheme':<14} {'tensors':>8} {'before':>9} {'after':>9} {'weight error':>12}"]
     for role in summary.roles:
         error = f"{role['relative_error']:.2%}" if role["relative_error"] is not None else ""
         lines.append(
             f"{role['role']:<18} {role['scheme']:<14} {role['tensors']:>8} {format_bytes(role['source_bytes']):>9} "
-            f"{format_bytes(role['output_bytes']):>9} {error:>8}"
+            f"{format_bytes(role['output_bytes']):>9} {error:>12}"
         )
     return "\n".join(line.rstrip() for line in lines)

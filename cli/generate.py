@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import GenerationError
+from ..inputs.json_text import parse_object
+from ..inputs.printable import printable
 from .console import emit_json, size
+from .sampling import given_options, notes, sampling_options
 
 if TYPE_CHECKING:
-    from ..runtime import Completion, LanguageModel
+    from ..runtime import Completion, Stream
 
 
 @click.command()
@@ -19,34 +24,26 @@ if TYPE_CHECKING:
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt; give several to run them together.")
 @click.option(
     "--prompt-file",
+    "prompt_files",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    help="A file that holds one prompt, after those of --prompt; - reads standard input.",
+    help="A file that holds one prompt, its last line end left out; may be repeated; - reads standard input.",
 )
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as what a user says.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--system", metavar="TEXT", help="With --chat: the system message of each conversation.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest token."
+    "--chat-template-kwargs",
+    metavar="JSON",
+    help="With --chat: what else the template knows, like '{\"thinking\": true}'.",
 )
+@sampling_options
 @click.option(
-    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Keep the K likeliest tokens; 0: all."
+    "--stop",
+    "stops",
+    multiple=True,
+    metavar="TEXT",
+    help="End before this text, or at this special token; may be repeated.",
 )
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Keep the likeliest tokens that sum to P.",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Keep tokens at least P times the likeliest.",
-)
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
-@click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable, whatever else runs beside it.")
 @click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
 @click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
@@ -58,85 +55,147 @@ if TYPE_CHECKING:
     help="int8: a smaller cache, for artifacts that were calibrated.",
 )
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="JSON when all are done: an object, or of several prompts a list."
-)
+@click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list, an object a prompt, when all are done.")
 def command(
     model: Path,
     prompts: tuple[str, ...],
-    prompt_file: Path | None,
+    prompt_files: tuple[Path, ...],
     chat: bool,
+    system: str | None,
+    chat_template_kwargs: str | None,
+    stops: tuple[str, ...],
     backend: str,
     device: str | None,
     dtype: str | None,
     kv_cache_dtype: str,
     cache_size: int,
+    quiet: bool,
     as_json: bool,
-    stops: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Generate text with MODEL, a quantized artifact or an unquantized checkpoint: a directory, or user/repo.
 
-    Without --temperature the result is greedy: the same prompt gives the same text. One prompt is streamed as it
-    comes; several run together and are printed in their order. Prompts are continued as they are; --chat makes a
-    conversation of them.
+    Where no option says otherwise, sampling is what the model's generation_config.json says, and greedy without one:
+    stderr tells. Greedy, or with a --seed, the same prompt gives the same text, whatever runs beside it; a prompt that
+    is long enough to be read in several steps may be cut elsewhere in other company, which changes logits in their last
+    digits. One prompt is streamed as it comes; several run together and are printed in their order. Prompts are
+    continued as they are; --chat makes a conversation of each.
     """
-    texts = [*prompts, *_from_file(prompt_file)]
+    texts = [*prompts, *_from_files(prompt_files)]
     if not texts:
         raise click.UsageError("give a prompt with --prompt or --prompt-file")
+    if not chat:
+        for option, value in (("--system", system), ("--chat-template-kwargs", chat_template_kwargs)):
+            if value is not None:
+                raise click.UsageError(f"{option} is for conversations: add --chat")
     # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
-    for option, values in (("--prompt", prompts), ("--stop", stops)):
+    for option, values in (("--prompt", prompts), ("--stop", stops), ("--system", (system or "",))):
         if any("\ud800" <= character <= "\udfff" for value in values for character in value):
             raise click.UsageError(f"{option}: is not UTF-8 text")
+    variables = _template_variables(chat_template_kwargs)
+    given = given_options(sampling)
+    if stops:
+        given["stop"] = stops
 
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, load
     from .transfer import local_model
 
-    params = SamplingParams(stop=stops, **sampling)
     compute = None if dtype is None else getattr(torch, dtype)
-    directory = local_model(model, quiet=as_json)
+    quiet = quiet or as_json
+    directory = local_model(model, quiet=quiet)
     runner = load(directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype)
-    inputs = [runner.tokenizer.chat([{"role": "user", "content": text}]) for text in texts] if chat else texts
+    params = SamplingParams.of(runner.default_params, given)
+    inputs: list[Any] = list(texts)
+    if chat:
+        inputs = [runner.tokenizer.chat(text, system=system, **variables) for text in texts]
     if as_json:
-        results = [_as_dict(completion) for completion in runner.generate(inputs, params)]
-        emit_json(results if len(results) > 1 else results[0])
-    else:
-        _print_stream(runner, inputs, texts, params)
+        emit_json([_as_dict(completion) for completion in runner.generate(inputs, params)])
+        return
+    started = time.perf_counter()
+    with runner.stream(inputs, params) as pieces:
+        if not quiet:  # once it is known that there is nothing to refuse
+            for note in notes(params, runner.default_params, given):
+                click.echo(note, err=True)
+        completions = _print(pieces, texts)
+    if not quiet:
+        click.echo(_speed(completions, time.perf_counter() - started), err=True)
 
 
-def _from_file(path: Path | None) -> list[str]:
-    if path is None:
-        return []
+def _from_files(paths: tuple[Path, ...]) -> list[str]:
+    if sum(str(path) == "-" for path in paths) > 1:
+        raise click.UsageError("--prompt-file -: standard input can be read once only")
+    return [_from_file(path) for path in paths]
+
+
+def _from_file(path: Path) -> str:
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = content.decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"--prompt-file {path}: cannot be read as UTF-8 text: {error}") from error
-    return [text]
+    # Editors and `echo` end a file with a line end that nobody means as part of the prompt.
+    return text.removesuffix("\n")
 
 
-def _print_stream(runner: LanguageModel, inputs: Any, texts: list[str], params: Any) -> None:
+def _template_variables(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        variables = parse_object(text, "--chat-template-kwargs", GenerationError)
+    except GenerationError as error:
+        raise click.UsageError(str(error)) from error
+    # Imported here: what it brings is slow.
+    from ..runtime.conversation import check_variables
+
+    check_variables(variables)
+    return variables
+
+
+def _print(pieces: Stream, texts: list[str]) -> list[Completion]:
     """One prompt's text as it comes; of several, each whole text under its prompt, as soon as those before it are."""
-    if len(texts) == 1:
-        for piece in runner.stream(inputs, params):
-            click.echo(piece.text, nl=False)
-            sys.stdout.flush()
-        click.echo()
-        return
     done: dict[int, Completion] = {}
     printed = 0
-    for piece in runner.stream(inputs, params):
+    for piece in pieces:
         if piece.completion is not None:
             done[piece.index] = piece.completion
+        if len(texts) == 1:
+            click.echo(_shown(piece.text), nl=False)
+            sys.stdout.flush()
+            continue
         while printed in done:
-            click.echo(f"=== {printed + 1}: {_one_line(texts[printed])}\n{done[printed].text}\n")
+            click.echo(f"=== {printed + 1}: {_one_line(texts[printed])}\n{_shown(done[printed].text)}\n")
             printed += 1
+    if len(texts) == 1:
+        click.echo()
+    return [done[index] for index in range(len(texts))]
+
+
+def _shown(text: str) -> str:
+    """Text as it is for a file or a pipe; for a terminal without what could command it."""
+    return printable(text, keep="\n\t") if sys.stdout.isatty() else text
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= 80 else line[:79] + "…"
+
+
+def _speed(completions: list[Completion], seconds: float) -> str:
+    """Tokens a second: of one prompt by its own steps, of several by the time that all took together."""
+    prompt_tokens = sum(completion.prompt_tokens for completion in completions)
+    new_tokens = sum(completion.completion_tokens for completion in completions)
+    if len(completions) > 1:
+        rate = new_tokens / max(seconds, 1e-9)
+        return f"{prompt_tokens} prompt tokens, {new_tokens} new tokens in {seconds:.2f} s: {rate:.1f} new tokens/s"
+    (only,) = completions
+    read = f"{prompt_tokens} prompt tokens in {only.prefill_seconds:.2f} s"
+    if new_tokens < 2:  # the first comes with the prompt's own step
+        return read
+    rate = (new_tokens - 1) / max(only.decode_seconds, 1e-9)
+    return f"{read}, {new_tokens} new tokens at {rate:.1f} tokens/s"
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:

@@ -3,12 +3,12 @@ codes."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
 from dataclasses import dataclass
 from importlib import import_module
-from io import TextIOWrapper
 from typing import Final
 
 import click
@@ -111,8 +111,9 @@ def main() -> None:
 def _told(error: BaseException) -> int:
     """Say in a line what ended the command; the exit code. Nothing becomes a traceback, whatever it is."""
     if isinstance(error, click.ClickException):
-        error.message = printable(error.message, keep="\n")
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(printable(said.getvalue(), keep="\n"), err=True, nl=False)
         return error.exit_code
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return _fail("interrupted", 130)
@@ -139,13 +140,11 @@ def _set_up_streams() -> None:
     """Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names that are no UTF-8 come out as
     escapes: text that cannot be shown is no reason to fail. The place of a stream that is closed is taken, or the next
     file to be written would get its number, and what a library tells of itself."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest number that is free
+        continue
+    os.close(number)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # None where it is closed, anything under a test runner
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed, anything under a test runner
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -53,15 +53,22 @@ class TransferBar:
             click.echo(printable(text), err=True)
 
 
-def local_model(model: str | Path, *, quiet: bool) -> Path:
-    """The directory of a MODEL argument; `user/repo` is fetched from the hub first."""
+def local_model(
+    model: str | Path, *, quiet: bool, before_weights: Callable[[Path], object] = lambda directory: None
+) -> Path:
+    """The directory of a MODEL argument; `user/repo` is fetched from the hub first.
+
+    `before_weights` raises what speaks against the model: of a repository, before its weights are fetched.
+    """
     if Path(model).exists():
+        before_weights(Path(model))
         return Path(model)
     from ..hub import resolve
 
     silence_client()
     with TransferBar("pull", quiet) as bar:
-        path = resolve(model, progress=bar)
+        path = resolve(model, before_weights=before_weights, progress=bar)
+    before_weights(path)
     if bar.total_bytes:
         bar.note(f"{model}: {format_bytes(bar.total_bytes)} fetched to {path}")
     return path

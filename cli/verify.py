@@ -15,7 +15,7 @@ from .console import emit_json
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from ..convert import LinearError, VerifyReport
+    from ..convert import RoleError, VerifyReport
 
 
 @click.command()
@@ -34,7 +34,9 @@ def command(
     ARTIFACT and --source are directories, or user/repo on the hub, which is fetched first.
 
     Hashes, headers, completeness, shapes, the engines' rules, and every stored value. Exit status 1, with each problem
-    named, when anything is wrong. With --engine also what that engine cannot do with the model on --tp ranks.
+    named, when anything is wrong. With --engine also when that engine has no parameter for a tensor, or no tensor for a
+    parameter, reads config.json otherwise than npuq, or cannot do with the model on --tp ranks; without, notes tell of
+    the first three.
     """
     from ..convert import check_placement, verify
     from .transfer import local_model
@@ -48,7 +50,9 @@ def command(
     if engine is not None:
         # An artifact whose config or description cannot be read has been found out already.
         with suppress(NpuqError):
-            report = replace(report, problems=(*report.problems, *check_placement(where, engine, tp, ep)))
+            found = check_placement(where, engine, tp, ep)
+            notes = tuple(note for note in report.notes if note not in found)
+            report = replace(report, problems=(*report.problems, *found), notes=notes)
     if as_json:
         emit_json(report.as_dict())
     else:
@@ -62,23 +66,19 @@ def _print(report: VerifyReport) -> None:
         click.echo(f"problem: {problem}")
     for note in report.notes:
         click.echo(f"note: {note}")
-    if report.errors:
-        click.echo(_error_table(report.errors))
+    if report.roles:
+        click.echo(_error_table(report.roles))
     counts = f"{report.files} files, {report.tensors} tensors, {report.linears} quantized linears"
     verdict = "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
     click.echo(f"{report.path}: {verdict} ({counts})")
 
 
-def _error_table(errors: Sequence[LinearError]) -> str:
-    """A line a role: mean and largest error against the source; `--json` has every linear."""
-    roles: dict[tuple[str, str], list[LinearError]] = {}
-    for error in errors:
-        roles.setdefault((error.role, error.scheme), []).append(error)
-    lines = [f"{'role':<18} {'scheme':<13} {'linears':>8} {'mean':>8} {'largest':>8}"]
-    for (role, scheme), members in roles.items():
-        mean = sum(error.relative_error for error in members) / len(members)
-        worst = max(members, key=lambda error: error.relative_error)
-        lines.append(
-            f"{role:<18} {scheme:<13} {len(members):>8} {mean:>8.2%} {worst.relative_error:>8.2%}  {worst.name}"
-        )
-    return "\n".join(lines)
+def _error_table(roles: Sequence[RoleError]) -> str:
+    """A line a role: its weight error against the source, and the largest of one linear; `--json` has every linear."""
+    header = f"{'role':<18} {'scheme':<13} {'linears':>8} {'weight error':>12} {'largest':>8}"
+    lines = [
+        f"{role.role:<18} {role.scheme:<13} {role.linears:>8} {role.relative_error:>12.2%} "
+        f"{role.largest_error:>8.2%}  {role.largest_error_tensor}"
+        for role in roles
+    ]
+    return "\n".join([header, *lines])

@@ -7,13 +7,15 @@ from .engine_placement import check_placement
 from .inspection import Inspection, inspect
 from .prepare import CalibrationText
 from .progress import Progress
-from .verification import LinearError, VerifyReport, verify
+from .verification import VerifyReport, verify
+from .weight_errors import LinearError, RoleError
 
 __all__ = [
     "CalibrationText",
     "Inspection",
     "LinearError",
     "Progress",
+    "RoleError",
     "Summary",
     "VerifyReport",
     "check_placement",

@@ -7,14 +7,13 @@ checkpoint is a dictionary lookup a tensor, however many there are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 
 from ..errors import CheckpointError
-from ..quant.dialects import Weight
-from ..quant.model_config import ModelConfig, check_unbiased
+from ..quant.model_config import ModelConfig
 
 
 class Role(str, Enum):
@@ -103,7 +102,7 @@ DEEPSEEK = Family(
     top=(
         Entry("model.embed_tokens.weight", Role.EMBEDDING, ("vocab", "hidden")),
         Entry("model.norm.weight", Role.NORM, ("hidden",)),
-        Entry("lm_head.weight", Role.HEAD, ("vocab", "hidden"), optional="tied_embeddings"),
+        Entry("lm_head.weight", Role.HEAD, ("vocab", "hidden")),
     ),
     layer=(
         Entry("input_layernorm.weight", Role.NORM, ("hidden",)),
@@ -153,18 +152,6 @@ class Spec:
     row_parallel: bool = False
 
 
-@dataclass(frozen=True)
-class Inventory:
-    """Every tensor of a checkpoint with its role, in checkpoint order; what was left out and why."""
-
-    specs: dict[str, Spec]
-    fused: tuple[tuple[str, ...], ...]
-    mtp_layers: tuple[int, ...]
-    absent_mtp_layers: tuple[int, ...]  # the config counts them, the checkpoint leaves them out
-    unknown: tuple[str, ...]  # copied as they are, with the role `other`
-    dropped: tuple[str, ...]  # recomputable buffers, not copied
-
-
 def family_of(model_type: str) -> Family:
     """The table for a config's `model_type`. Raises CheckpointError when there is none."""
     for family in FAMILIES:
@@ -172,35 +159,6 @@ def family_of(model_type: str) -> Family:
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise CheckpointError(f"config.json: model_type {model_type!r} is not known; npuq converts {known}")
-
-
-def take_inventory(config: ModelConfig, weights: Mapping[str, Weight]) -> Inventory:
-    """Match a checkpoint's tensors against its family's table, in time linear in their number.
-
-    Raises CheckpointError for a tensor that is missing, whose shape disagrees with the config, or a bias. Layers from
-    `num_hidden_layers` on are multi-token-prediction layers: each is there whole or not at all.
-    """
-    family = family_of(config.model_type)
-    check_unbiased(weights)
-    present = {layer for name in weights if (layer := layer_of(name)) is not None}
-    first_mtp = config.num_hidden_layers
-    mtp = tuple(sorted(layer for layer in present if layer >= first_mtp))
-    promised = range(first_mtp, first_mtp + config.num_nextn_predict_layers)
-
-    expected = _expected(family, config, mtp, weights)
-    _check_shapes(expected, weights)
-    specs, unknown, dropped = {}, [], []
-    for name, weight in weights.items():
-        spec = expected.get(name)
-        if spec is None and name.endswith(".rotary_emb.inv_freq"):
-            dropped.append(name)
-            continue
-        if spec is None:
-            unknown.append(name)
-            spec = Spec(name, Role.OTHER, weight.shape, layer_of(name))
-        specs[name] = spec
-    absent = tuple(layer for layer in promised if layer not in present)
-    return Inventory(specs, family.fused, mtp, absent, tuple(unknown), tuple(dropped))
 
 
 def layer_of(name: str) -> int | None:
@@ -211,41 +169,12 @@ def layer_of(name: str) -> int | None:
 
 def expected_specs(config: ModelConfig, mtp_layers: tuple[int, ...]) -> dict[str, Spec]:
     """Every tensor that a model of this config has, by name: what a loader will look for."""
-    return {spec.name: spec for spec in _unroll(family_of(config.model_type), config, mtp_layers)}
+    return {spec.name: spec for spec in unroll(config, mtp_layers)}
 
 
-def _expected(
-    family: Family, config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping[str, Weight]
-) -> dict[str, Spec]:
-    expected, missing = {}, []
-    for spec in _unroll(family, config, mtp_layers):
-        expected[spec.name] = spec
-        if not spec.optional and spec.name not in weights:
-            missing.append(spec.name)
-            # A config may claim any number of layers: give up once more is missing than is there.
-            if len(missing) > len(weights):
-                break
-    if missing:
-        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
-        raise CheckpointError(
-            f"tensor {missing[0]!r}{more} missing, but config.json calls for it; "
-            "the checkpoint is incomplete or its config is another model's: fetch it again"
-        )
-    return expected
-
-
-def _check_shapes(expected: Mapping[str, Spec], weights: Mapping[str, Weight]) -> None:
-    for name, weight in weights.items():
-        spec = expected.get(name)
-        if spec is not None and spec.shape != tuple(weight.shape):
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(weight.shape)}, but config.json implies {list(spec.shape)}; "
-                "config and weights are not of one model"
-            )
-
-
-def _unroll(family: Family, config: ModelConfig, mtp_layers: tuple[int, ...]) -> Iterator[Spec]:
-    sizes, traits = _dimensions(config), _traits(config)
+def unroll(config: ModelConfig, mtp_layers: Iterable[int], *, main: bool = True) -> Iterator[Spec]:
+    """What `expected_specs` has, one after another; without `main` that of the MTP layers alone."""
+    family, sizes, traits = family_of(config.model_type), _dimensions(config), _traits(config)
 
     def take(
         entries: tuple[Entry, ...], prefix: str, layer: int | None, expert: int | None, mtp: bool
@@ -257,8 +186,9 @@ def _unroll(family: Family, config: ModelConfig, mtp_layers: tuple[int, ...]) ->
                 optional = entry.optional in traits
                 yield Spec(prefix + entry.name, role, shape, layer, expert, optional, entry.row_parallel)
 
-    yield from take(family.top, "", None, None, False)
-    for layer in chain(range(config.num_hidden_layers), mtp_layers):
+    if main:
+        yield from take(family.top, "", None, None, False)
+    for layer in chain(range(config.num_hidden_layers) if main else (), mtp_layers):
         mtp = layer >= config.num_hidden_layers
         prefix = f"model.layers.{layer}."
         if mtp:
@@ -298,6 +228,5 @@ def _traits(config: ModelConfig) -> frozenset[str]:
         "full_q": config.q_lora_rank is None,
         "router_bias": config.topk_method == "noaux_tc",
         "shared_experts": bool(config.n_shared_experts),
-        "tied_embeddings": config.tie_word_embeddings,
     }
     return frozenset(name for name, holds in traits.items() if holds)

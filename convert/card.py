@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import yaml
 
+from ..errors import ConversionError
 from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ..quant.scales import Method
 from .calibration.texts import Calibration
 from .prepare import Origin
 from .recipe import Recipe, Target, Transform
 from .report import RoleTotals
+from .serving import serving_section
 
 # Kept from the source's card: the artifact stands under the source's terms.
 _INHERITED = ("license", "license_name", "license_link", "language")
-
-_ENGINES = f"""\
-### vLLM-Ascend
-
-```bash
-vllm serve {CARD_PATH} --quantization ascend --trust-remote-code
-```
-
-It finds `quant_model_description.json` by itself; the flag makes it fail early where it cannot. 4-bit experts run with
-tensor parallelism up to 16 unless expert parallelism is on (`--enable-expert-parallel`).
-
-### SGLang
-
-```bash
-python -m sglang.launch_server --model-path {CARD_PATH} --device npu --trust-remote-code --ep-size N
-```
-
-It finds the description by itself. Split experts by expert parallelism (`--ep-size` equal to `--tp-size`): tensor
-parallelism inside the experts adds the bias of `down_proj` once a rank and gives wrong output.
-"""
-
-_MTP_NOTE = """\
-The artifact keeps the multi-token-prediction layers; as SGLang's draft model they need `--quantization modelslim`.
-"""
 
 _NPUQ_ONLY = """\
 This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this layout. Give them
@@ -60,20 +39,36 @@ npuq generate {CARD_PATH} --prompt "Once upon a time"
 """
 
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def check_base_model(name: str) -> None:
+    """ConversionError for what is no name of a repository on the hub."""
+    if _REPOSITORY.fullmatch(name) is None:
+        raise ConversionError(f"--base-model {name[:100]!r}: must be OWNER/NAME, as the source is called on the hub")
+
+
 def model_card(
     origin: Origin,
     recipe: Recipe,
     totals: Sequence[RoleTotals],
     mtp_layers: Sequence[int],
     source_front_matter: Mapping[str, object],
+    ranks: int | None,
+    base_model: str | None = None,
     calibration: Calibration | None = None,
 ) -> str:
-    """README.md of an artifact, front matter included. Depends on its arguments alone: no dates, hosts or paths."""
+    """README.md of an artifact, front matter included. Depends on its arguments alone: no dates, hosts or paths.
+
+    `ranks` are those that the serve commands are for (`serving_ranks`); `base_model` is the hub's name of the source,
+    where it is not the repository that `origin` comes from.
+    """
     front = {key: source_front_matter[key] for key in _INHERITED if key in source_front_matter}
     quantized = any(total.scheme != "FLOAT" for total in totals)
     tags = ["npuq", "ascend", "moe", *(["quantized", recipe.name] if quantized else [])]
-    if origin.repo is not None:
-        front |= {"base_model": origin.repo, "base_model_relation": "quantized"}
+    base = base_model or origin.repo
+    if base is not None:
+        front |= {"base_model": base, "base_model_relation": "quantized"}
     front |= {"library_name": "npuq", "pipeline_tag": "text-generation", "tags": tags}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -84,10 +79,10 @@ def model_card(
         _error_table(totals),
         "## Loading\n",
         _LOAD_NPUQ,
-        _ENGINES if recipe.target is Target.ENGINES else _NPUQ_ONLY,
+        serving_section(ranks, sum(total.output_bytes for total in totals), mtp=bool(mtp_layers))
+        if recipe.target is Target.ENGINES
+        else _NPUQ_ONLY,
     ]
-    if recipe.target is Target.ENGINES and mtp_layers:
-        sections.append(_MTP_NOTE)
     sections += ["## Recipe\n", f"```yaml\n{recipe.to_yaml()}```\n", f"{CARD_END}\n"]
     return "\n".join(sections)
 
@@ -135,15 +130,23 @@ def _summary(
     elif any(total.scheme != "FLOAT" for total in totals):
         lines.append(f"{_how(recipe, calibration)} Activations are quantized to 8 bits per token at run time.")
     if mtp_layers:
-        lines.append(f"Multi-token-prediction layers: {', '.join(map(str, mtp_layers))}.")
+        lines.append(_kept_mtp(mtp_layers))
     return "\n".join(lines) + "\n"
+
+
+def _kept_mtp(layers: Sequence[int]) -> str:
+    """Layers are named by their index in the checkpoint, from 0."""
+    if len(layers) == 1:
+        return f"It keeps its multi-token-prediction layer (`model.layers.{layers[0]}`)."
+    return f"It keeps its {len(layers)} multi-token-prediction layers (`model.layers.{layers[0]}` to `{layers[-1]}`)."
 
 
 def _error_table(totals: Sequence[RoleTotals]) -> str:
     lines = [
-        "Error: √(Σ(w − ŵ)² / Σw²) of the dequantized against the source weights.",
+        "Weight error: √(Σ(w − ŵ)² / Σw²) of the dequantized against the source's weights, over all of a role;",
+        "largest: of one tensor.",
         "",
-        "| role | scheme | tensors | before | after | error | largest |",
+        "| role | scheme | tensors | before | after | weight error | largest |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for total in totals:

@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..torch_threads import single_threaded_torch
 from .calibration.memory import calibrated_budget
 from .calibration.states import remove_states, state_bytes
 from .calibration.walk import CalibratedWalk
+from .card import check_base_model
 from .finish import finish
 from .journal import Journal, Record
 from .memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
@@ -85,6 +86,7 @@ def convert_checkpoint(
     workers: int | None = None,
     max_memory: int | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
+    base_model: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     on_shard: OnShard | None = None,
@@ -97,6 +99,7 @@ def convert_checkpoint(
     chain such as rotate+smooth+gptq; `calibration` is the text that gptq and smooth need (a built-in one by default).
     `max_memory` bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each
     output file.
+    `base_model` is the source's name on the hub (OWNER/NAME) for the artifact's card, where the source is a directory.
     The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing.
 
     `source` may also be a checkpoint that is open (one on a hub, say), which is closed at the end. `on_shard` is called
@@ -112,7 +115,9 @@ def convert_checkpoint(
     if max_shard_size < 1:
         raise ConversionError(f"--max-shard-size must be positive, not {max_shard_size}")
     check_separate(opened.directory if isinstance(opened, Checkpoint) else opened, output)
-    prepared = prepare(opened, recipe, method, max_shard_size, calibration)
+    if base_model is not None:
+        check_base_model(base_model)
+    prepared = replace(prepare(opened, recipe, method, max_shard_size, calibration), base_model=base_model)
     try:
         held = prepared.source.held_bytes if isinstance(prepared.source, RewrittenSource) else 0
         budget = plan_budget(prepared.plan, workers, max_memory, held)
@@ -222,6 +227,7 @@ def _notes(prepared: Prepared) -> tuple[str, ...]:
             notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
     if not any(has_tokenizer(name) for name in prepared.side_files):
         notes.append("the checkpoint has no tokenizer: copy its files into the artifact before anything generates text")
+    notes += prepared.statements
     if inventory.unknown:
         notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:

@@ -6,15 +6,17 @@ rank by rank, with emulated NPU operators (tests/engines), and change when the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import ArtifactError
 from ..quant.artifact import DESCRIPTION_NAME, read_description
 from ..quant.checkpoint import read_config
 from ..quant.model_config import ModelConfig
 from ..quant.schemes import BIAS_COLUMNS, Scheme
+from .engine_parameters import parameter_problems, refused_names
 
 # The least multiple of input features that the NPU's W4A8 grouped matmul takes (CANN's tiling of aclnnGroupedMatmul).
 _W4A8_INPUTS = 64
@@ -55,6 +57,14 @@ class Rule:
 
 
 _COMMON = (
+    Rule(
+        lambda p: p.config.rope.rope_type not in ("default", "yarn"),
+        "rope type {rope} is computed as YaRN, whatever config.json says: no deployment of it is right",
+    ),
+    Rule(
+        lambda p: p.config.rope.attention_factor is not None or not p.config.rope.truncate,
+        "attention_factor and truncate of YaRN are not read: write mscale and mscale_all_dim instead",
+    ),
     Rule(
         lambda p: p.config.num_attention_heads % p.tp != 0,
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
@@ -106,15 +116,35 @@ ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
 
 
 def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[str, ...]:
-    """What keeps `engine` (a key of ENGINES) from running the artifact on `tp` ranks, a line each.
+    """What keeps `engine` (a key of ENGINES) from running the artifact on `tp` ranks, a line each: parameters without a
+    tensor, tensors without a parameter, and the rules of its ranks.
 
     Reads config.json and the description alone; raises CheckpointError and ArtifactError when it cannot.
     """
-    config = ModelConfig.from_dict(read_config(directory))
-    schemes = read_description(directory)
+    raw = read_config(directory)
+    config, schemes = ModelConfig.from_dict(raw), read_description(directory)
     if schemes is None:
         raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")
-    return tuple(placement_problems(engine, config, schemes, tp, ep))
+    return (*loading_problems(engine, raw, schemes), *placement_problems(engine, config, schemes, tp, ep))
+
+
+def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line for each way in which `engine` would not load an artifact with this config.json and description, or read
+    it wrongly, on any number of ranks."""
+    for problem in parameter_problems(engine, raw, schemes):
+        yield f"{engine} {ENGINES[engine][0]}: {problem}"
+
+
+def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str]) -> Iterator[str]:
+    """What an artifact with these weights will meet in an engine however it is placed; `unknown` tensors are copied."""
+    for engine, (version, _) in ENGINES.items():
+        yield from placement_problems(engine, config, schemes, 1, False)
+        refused = refused_names(engine, config.model_type, unknown)
+        if refused:
+            yield (
+                f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "
+                "loader needs it, remove it from the checkpoint"
+            )
 
 
 def placement_problems(
@@ -125,6 +155,7 @@ def placement_problems(
     placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
     numbers = {
         "tp": tp,
+        "rope": config.rope.rope_type,
         "dense": placement.dense_width,
         "shared": placement.shared_width,
         "heads": config.num_attention_heads,

@@ -36,11 +36,13 @@ from .card import model_card
 from .engine_rules import config_schemes
 from .hashes import file_sha256
 from .journal import JobStats, Record
+from .loader_config import loader_keys
 from .output import partial_path, publish, write_file
 from .plan import Job, Plan
 from .prepare import Prepared
 from .recipe import STORED
 from .report import relative_error, totals_by_role
+from .serving import serving_ranks
 from .side_files import card_front_matter, copy_side_files
 
 
@@ -69,8 +71,16 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
         "roles": [total.as_dict() for total in totals],
     }
     front_matter = card_front_matter(prepared.checkpoint.directory)
+    ranks = serving_ranks(prepared.config, _types(plan), plan.output_bytes)
     card = model_card(
-        prepared.origin, recipe, totals, prepared.inventory.mtp_layers, front_matter, prepared.calibration
+        prepared.origin,
+        recipe,
+        totals,
+        prepared.inventory.mtp_layers,
+        front_matter,
+        ranks,
+        prepared.base_model,
+        prepared.calibration,
     )
     contents = {
         RECIPE_NAME: recipe.to_yaml().encode(),
@@ -113,8 +123,9 @@ def _types(plan: Plan) -> dict[str, Scheme]:
 
 
 def _config(prepared: Prepared) -> dict[str, Any]:
-    schemes = {job.source: job.scheme for job in prepared.plan.jobs}
-    return artifact_config(prepared.checkpoint.config, **config_schemes(prepared.inventory.specs.values(), schemes))
+    schemes, source = {job.source: job.scheme for job in prepared.plan.jobs}, prepared.checkpoint.config
+    config = source | loader_keys(source, prepared.config, prepared.inventory.mtp_layers)
+    return artifact_config(config, **config_schemes(prepared.inventory.specs.values(), schemes))
 
 
 def _manifest(

@@ -15,7 +15,8 @@ from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
 from ..quant.sources import open_weights
 from ..quant.stored import QuantizedSource
-from .architecture import take_inventory
+from ..quant.ties import share_tied
+from .inventory import take_inventory
 from .stored_evaluation import stored_evaluations
 
 
@@ -72,9 +73,10 @@ def inspect(path: str | Path) -> Inspection:
             kind, (recipe, source) = "artifact", _origin(directory, manifest)
             lines, evaluations = _artifact_lines(directory), tuple(stored_evaluations(manifest))
         else:
+            shared = share_tied(checkpoint)
             weights, recipe, source = open_weights(checkpoint), None, None
             kind = "quantized checkpoint" if isinstance(weights, QuantizedSource) else "checkpoint"
-            lines, evaluations = _checkpoint_lines(config, weights), ()
+            lines, evaluations = _checkpoint_lines(config, weights, shared), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
     return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)
 
@@ -106,10 +108,13 @@ def _artifact_line(role: Mapping[str, Any]) -> RoleLine:
     )
 
 
-def _checkpoint_lines(config: ModelConfig, source: WeightSource) -> tuple[RoleLine, ...]:
+def _checkpoint_lines(config: ModelConfig, source: WeightSource, shared: str | None) -> tuple[RoleLine, ...]:
+    """`shared` is the name under which a tied tensor is read a second time: it is stored once."""
     inventory = take_inventory(config, source.weights)
     totals: dict[tuple[str, str], list[int]] = {}
     for name, spec in inventory.specs.items():
+        if name == shared:
+            continue
         weight = source.weights[name]
         total = totals.setdefault((spec.role.value, weight.dtype), [0, 0, 0])
         for position, amount in enumerate((1, prod(weight.shape), weight.nbytes)):

@@ -17,7 +17,8 @@ from ..quant.dialects import Weight
 from ..quant.safetensors import ITEM_BYTES, encode_header
 from ..quant.scales import Method
 from ..quant.schemes import OutputTensor, Scheme, output_tensors
-from .architecture import ROUTER_BIASES, Inventory, Role, Spec
+from .architecture import ROUTER_BIASES, Role, Spec
+from .inventory import Inventory
 from .recipe import Assignment
 
 # What one tensor's entry takes in a JSON header besides its name, dtype and dimensions: punctuation, keys and two

@@ -22,7 +22,7 @@ from ..quant.scales import Method
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
 from ..quant.stored import QuantizedSource
-from .architecture import Inventory, take_inventory
+from ..quant.ties import share_tied
 from .calibration.texts import (
     BUILTIN,
     DEFAULT_SAMPLES,
@@ -30,11 +30,14 @@ from .calibration.texts import (
     Calibration,
     read_calibration,
 )
+from .engine_placement import engine_notes
 from .engine_rules import check_recipe
+from .inventory import Inventory, take_inventory
 from .plan import Plan, build_plan
-from .recipe import STORED, Assignment, Recipe, Transform, check_source, load_recipe, resolve
+from .recipe import STORED, Assignment, Recipe, Target, check_source, load_recipe, resolve
 from .rewriting import RewrittenSource, rotated
 from .side_files import side_files
+from .statements import statements
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Prepared:
     max_shard_size: int
     calibration: Calibration | None = None
     time_budget: float | None = None
+    statements: tuple[str, ...] = ()  # what the checkpoint says twice, and which counts
+    base_model: str | None = None  # the source's name on the hub, for the card
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -135,14 +140,13 @@ def prepare(
         checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
+        shared = share_tied(checkpoint)
         source = open_weights(checkpoint)
         stored = source.schemes if isinstance(source, QuantizedSource) else None
         resolved = resolved or load_recipe("w4a8" if stored is None else STORED, method)
         if text is not None and text.time_budget is not None and not resolved.auto:
             raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
         check_source(resolved, stored is not None)
-        if resolved.auto and config.tie_word_embeddings:
-            resolved = replace(resolved, transforms=(Transform.SMOOTH,))
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
@@ -159,6 +163,10 @@ def prepare(
         plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size, float16=float16)
         names = tuple(side_files(directory))
         origin = _origin(directory)
+        said = statements(checkpoint, config, inventory, source, shared)
+        if resolved.target is Target.ENGINES:
+            schemes = {name: assignment.scheme for name, assignment in assignments.items()}
+            said += engine_notes(config, schemes, inventory.unknown)
     except BaseException:
         if checkpoint is not None:
             checkpoint.close()
@@ -175,6 +183,7 @@ def prepare(
         max_shard_size,
         calibration,
         text.time_budget if text else None,
+        tuple(said),
     )
 
 

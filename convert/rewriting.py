@@ -17,14 +17,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import StoredRows, WeightSource
 from ..quant.model_config import ModelConfig
 from ..quant.rotation import Rotation, rotation
 from ..quant.safetensors import DTYPES
-from .architecture import Inventory, Role
+from .architecture import Role
 from .chunks import not_finite
+from .inventory import Inventory
 
 # Rows, and then columns, of a weight that are rotated at a time.
 _PANEL = 256
@@ -124,12 +124,7 @@ class RewrittenSource(WeightSource):
 
 
 def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
-    """The rewrites that rotate a model. RecipeError for one whose embedding and head are the same weight."""
-    if config.tie_word_embeddings or not any(spec.role is Role.HEAD for spec in inventory.specs.values()):
-        raise RecipeError(
-            "rotate: embedding and head are one tied weight, and the final norm can be folded into the head alone; "
-            "leave rotate out of the method"
-        )
+    """The rewrites that rotate a model. A tied head is a weight of its own by now: the final norm is folded into it."""
     # What the architecture does not know is copied as it is, even under a name that other models have.
     known = {name for name, spec in inventory.specs.items() if spec.role is not Role.OTHER}
     return {name: change for name, change in _rewrites(config, inventory) if name in known}

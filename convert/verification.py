@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,37 +15,30 @@ from ..inputs.files import is_inside
 from ..quant.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
 from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from ..quant.compressed_tensors import is_compressed
+from ..quant.dialects import WeightSource
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
+from ..quant.ties import share_tied
 from ..torch_threads import one_torch_thread, single_threaded_torch
 from .architecture import Spec
+from .engine_placement import ENGINES, loading_problems
 from .progress import Progress, Silent
-from .recipe import STORED
-from .report import relative_error
+from .recipe import STORED, Target
 from .stored_evaluation import stored_evaluations
 from .verify_layout import Layout, check_file, check_strays, read_layout
 from .verify_original import Original
 from .verify_stored import check_stored
-from .verify_values import TensorCheck, check_kv_cache, check_rope, check_shared_inputs, check_values
+from .verify_values import check_kv_cache, check_rope, check_shared_inputs, check_values
+from .weight_errors import LinearError, RoleError, linear_errors, role_errors
 
 # The manifest's error was summed from exact integers, this one in floating point.
 _ERROR_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class LinearError:
-    """Relative error √(Σ (w − ŵ)² / Σ w²) of one quantized linear against the source."""
-
-    name: str
-    role: str
-    scheme: str
-    relative_error: float
-
-
-@dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found: `problems` name a file or tensor each; `errors` has every linear when a source was given,
-    but for those whose weights were smoothed, of which `notes` speak."""
+    """What `verify` found: `problems` name a file or tensor each; `errors` has the weight error of every linear when a
+    source was given, but for those whose weights were smoothed, of which `notes` speak, and `roles` of every role."""
 
     path: str
     problems: tuple[str, ...]
@@ -54,6 +47,7 @@ class VerifyReport:
     linears: int
     errors: tuple[LinearError, ...]
     notes: tuple[str, ...] = ()
+    roles: tuple[RoleError, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -62,8 +56,9 @@ class VerifyReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "errors"}
-        return {"ok": self.ok, **fields, "errors": [vars(error) for error in self.errors]}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields |= {key: [vars(error) for error in fields[key]] for key in ("errors", "roles")}
+        return {"ok": self.ok, **fields}
 
 
 def verify(
@@ -95,7 +90,7 @@ def verify(
     with ExitStack() as stack:
         weights = None
         if source is not None:
-            weights = open_weights(stack.enter_context(Checkpoint.open(source)))
+            weights = _source_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(
             ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
         )
@@ -128,11 +123,26 @@ def verify(
             checks.append(check)
             watch.advance(_stored_bytes(layout, check.spec), check.spec.layer)
     problems += [problem for check in checks for problem in check.problems]
-    errors = tuple(_errors(layout.schemes, checks))
+    errors = tuple(linear_errors(layout.schemes, checks))
     problems += _check_manifest(manifest, layout, errors)
+    notes += _engine_notes(layout)
     linears = sum(layout.schemes[name] is not Scheme.FLOAT for name in layout.specs)
     tensors = len(layout.checkpoint.tensors)
-    return VerifyReport(str(path), tuple(problems), len(files), tensors, linears, errors, tuple(notes))
+    roles = tuple(role_errors(layout.schemes, checks))
+    return VerifyReport(str(path), tuple(problems), len(files), tensors, linears, errors, tuple(notes), roles)
+
+
+def _engine_notes(layout: Layout) -> Iterator[str]:
+    """What the engines would do with an artifact that is meant for them, wherever they place it."""
+    if layout.target is Target.ENGINES:
+        for engine in ENGINES:
+            yield from loading_problems(engine, layout.checkpoint.config, layout.schemes)
+
+
+def _source_weights(checkpoint: Checkpoint) -> WeightSource:
+    """The weights of a source, of which the artifact has a tied head twice."""
+    share_tied(checkpoint)
+    return open_weights(checkpoint)
 
 
 def _own_manifest(directory: Path) -> Mapping[str, Any]:
@@ -147,7 +157,7 @@ def _verify_stored(
 ) -> VerifyReport:
     """ModelSlim's own artifact: there is no manifest to check it against."""
     with ExitStack() as stack:
-        original = None if source is None else open_weights(stack.enter_context(Checkpoint.open(source)))
+        original = None if source is None else _source_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(
             ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
         )
@@ -155,9 +165,16 @@ def _verify_stored(
         found = check_stored(Path(path), original, pool, progress)
     if found.source is None:
         return VerifyReport(str(path), found.problems, 0, 0, 0, ())
-    errors = tuple(_errors(found.source.schemes, found.checks))
-    checkpoint, linears = found.source.checkpoint, len(found.source.linears)
-    return VerifyReport(str(path), found.problems, len(checkpoint.shards), len(checkpoint.tensors), linears, errors)
+    schemes, checkpoint, linears = found.source.schemes, found.source.checkpoint, len(found.source.linears)
+    return VerifyReport(
+        str(path),
+        found.problems,
+        len(checkpoint.shards),
+        len(checkpoint.tensors),
+        linears,
+        tuple(linear_errors(schemes, found.checks)),
+        roles=tuple(role_errors(schemes, found.checks)),
+    )
 
 
 def _size(path: Path) -> int:
@@ -171,14 +188,6 @@ def _stored_bytes(layout: Layout, spec: Spec) -> int:
         return 0
     tensors = layout.checkpoint.tensors
     return sum(tensors[output.name].nbytes for output in outputs if output.name in tensors)
-
-
-def _errors(schemes: Mapping[str, Scheme], checks: Iterable[TensorCheck]) -> Iterator[LinearError]:
-    for check in checks:
-        if check.stats is not None:
-            error = relative_error(check.stats.squared_error, check.stats.squared_norm)
-            name = check.spec.name
-            yield LinearError(name, check.spec.role.value, schemes[name].value, error)
 
 
 def _check_manifest(manifest: Mapping[str, Any], layout: Layout, errors: tuple[LinearError, ...]) -> Iterator[str]:

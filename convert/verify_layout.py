@@ -24,7 +24,7 @@ from ..quant.artifact import (
     artifact_config,
     read_description,
 )
-from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..quant.model_config import ModelConfig, model_dtype
 from ..quant.safetensors import read_header
 from ..quant.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
@@ -44,6 +44,7 @@ class Layout:
     config: ModelConfig
     specs: Mapping[str, Spec]  # one a source tensor
     schemes: Mapping[str, Scheme]  # one an artifact tensor
+    target: Target  # who is to load it, by its recipe
 
     def outputs(self, spec: Spec) -> tuple[OutputTensor, ...]:
         """The artifact's tensors of one source tensor, as the format wants them. ValueError: it has no such form."""
@@ -105,9 +106,9 @@ def read_layout(directory: Path, problems: list[str]) -> Layout | None:
     problems += _check_index(checkpoint)
     problems += _check_description(directory, checkpoint, schemes)
     specs = _specs(config, checkpoint, schemes, problems)
-    layout = Layout(checkpoint, config, specs, schemes)
+    layout = Layout(checkpoint, config, specs, schemes, _target(directory, problems))
     problems += _check_tensors(layout)
-    problems += _check_rules(directory, layout)
+    problems += _check_rules(layout)
     problems += _check_config(checkpoint.config, layout)
     return layout
 
@@ -116,10 +117,18 @@ def _check_index(checkpoint: Checkpoint) -> Iterator[str]:
     if not (checkpoint.directory / INDEX_NAME).exists():
         yield f"{INDEX_NAME}: missing"
         return
+    yield from unlisted(checkpoint)
+
+
+def unlisted(checkpoint: Checkpoint) -> Iterator[str]:
+    """A line for each tensor of a shard that the index does not say to be there."""
+    index, listed = index_path(checkpoint.directory), read_weight_map(checkpoint.directory)
+    if index is None or listed is None:
+        return
     for shard in checkpoint.shards:
         for name in read_header(shard)[0]:
-            if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != shard.name:
-                yield f"{INDEX_NAME}: does not say that {name!r} is in {shard.name}"
+            if Path(listed.get(name, "")) != shard.relative_to(checkpoint.directory):
+                yield f"{index.name}: does not say that {name!r} is in {shard.name}"
 
 
 def _check_description(directory: Path, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
@@ -197,14 +206,17 @@ def _check_tensor(layout: Layout, spec: Spec, output: OutputTensor) -> Iterator[
         )
 
 
-def _check_rules(directory: Path, layout: Layout) -> Iterator[str]:
+def _target(directory: Path, problems: list[str]) -> Target:
     try:
-        target = stored_recipe(directory).target
+        return stored_recipe(directory).target
     except NpuqError as error:
-        yield str(error)
-        target = Target.ENGINES
+        problems.append(str(error))
+        return Target.ENGINES
+
+
+def _check_rules(layout: Layout) -> Iterator[str]:
     fused = family_of(layout.config.model_type).fused
-    for violation in violations(layout.specs, fused, layout.schemes.__getitem__, target):
+    for violation in violations(layout.specs, fused, layout.schemes.__getitem__, layout.target):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..quant.dialects import WeightSource
-from .architecture import Spec, take_inventory
+from .architecture import Spec
+from .inventory import take_inventory
 from .recipe import Transform
 from .rewriting import RewrittenSource, rotated
 from .verify_layout import Layout

@@ -13,17 +13,19 @@ import torch
 
 from ..errors import CheckpointError, NpuqError
 from ..quant.artifact import DESCRIPTION_NAME, description_path, read_description
-from ..quant.checkpoint import CONFIG_NAME, Checkpoint, index_path
+from ..quant.checkpoint import CONFIG_NAME, Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
-from ..quant.safetensors import read_header
 from ..quant.sources import open_weights
 from ..quant.stored import QuantizedSource
-from .architecture import Inventory, Role, Spec, take_inventory
+from ..quant.ties import share_tied
+from .architecture import Role, Spec
 from .engine_rules import violations
+from .inventory import Inventory, take_inventory
 from .journal import JobStats
 from .progress import Progress
 from .recipe import Target
+from .verify_layout import unlisted
 from .verify_values import TensorCheck, check_shared_inputs, row_chunks
 
 
@@ -40,11 +42,13 @@ def check_stored(directory: Path, original: WeightSource | None, pool: Executor,
     """Structure, engines' rules and every value; with `original`, the float checkpoint, the error of every linear."""
     try:
         with Checkpoint.open(directory) as checkpoint:
+            problems = list(_structure(directory, checkpoint))
+            share_tied(checkpoint)
             source = open_weights(checkpoint)
             assert isinstance(source, QuantizedSource)  # the directory has a description
             config = ModelConfig.from_dict(checkpoint.config)
             inventory = take_inventory(config, source.weights)
-            problems = [*_structure(directory, checkpoint), *_rules(source, inventory)]
+            problems += _rules(source, inventory)
             problems += check_shared_inputs(checkpoint, config, inventory.specs, source.schemes)
             progress.start(sum(weight.nbytes for weight in source.weights.values()), 0)
             checks = []
@@ -70,11 +74,7 @@ def _structure(directory: Path, checkpoint: Checkpoint) -> Iterator[str]:
     for path in sorted(directory.glob("*.safetensors")):
         if path.name not in shards:
             yield f"{path.name}: not part of the artifact, but engines load every .safetensors in this folder"
-    index = index_path(directory)
-    for shard in checkpoint.shards if index is not None else ():
-        for name in read_header(shard)[0]:
-            if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != shard.name:
-                yield f"{index.name if index else ''}: does not say that {name!r} is in {shard.name}"
+    yield from unlisted(checkpoint)
     for where, part in (("", checkpoint.config), (" under text_config", checkpoint.config.get("text_config"))):
         if isinstance(part, dict) and "quantization_config" in part:
             yield f"{CONFIG_NAME}: quantization_config{where} is left: engines would ignore {DESCRIPTION_NAME}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
@@ -22,7 +23,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    build_hf_headers,
+    fix_hf_endpoint_in_url,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 
 from .. import __version__
 from ..errors import HubError, NpuqError
@@ -37,6 +44,9 @@ T = TypeVar("T")
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 # Of one answer in JSON: a page of a listing is a thousandth of it.
 MOST_JSON_BYTES = 64 << 20
+MOST_PAGES = 1000
+_NEXT = re.compile(r"""<([^<>]*)>\s*;\s*rel\s*=\s*"?next\b""")
+_ANSWER_SECONDS = 60.0
 # The hub counts requests over five minutes.
 _MOST_ASKED_SECONDS = 330.0
 
@@ -105,7 +115,13 @@ class Hub:
     def tree(self, commit: CommitId) -> Iterator[Any]:
         """The entries of the hub's listing of a commit, as it sends them, page by page."""
         url: str | None = f"{self.api.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
+        pages = 0
         while url is not None:
+            if pages == MOST_PAGES:
+                raise HubError(
+                    f"{self.repo}: the hub's listing has more than {pages} pages; npuq reads no such listing"
+                )
+            pages += 1
             content, url = self.get(url, MOST_JSON_BYTES)
             page = parse_json(content, f"{self.repo}: the hub's listing", HubError)
             if not isinstance(page, list):
@@ -114,7 +130,7 @@ class Hub:
 
     def get(self, url: str, most: int) -> tuple[bytes, str | None]:
         """The body of an answer of at most `most` bytes, and the address of the next page where there is one."""
-        with self.stream(url) as answer:
+        with self.stream(url, seconds=max(_ANSWER_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT)) as answer:
             content = bytearray()
             for piece in answer.pieces:
                 content += piece
@@ -125,13 +141,15 @@ class Hub:
             return bytes(content), self._next_page(answer)
 
     @contextmanager
-    def stream(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Answer]:
-        """An answer whose body comes as it arrives, undecoded. Raises the client's errors for a refusal."""
+    def stream(self, url: str, headers: Mapping[str, str] | None = None, *, seconds: float) -> Iterator[Answer]:
+        """An answer whose body comes as it arrives, undecoded; no wait for a part of it takes longer than `seconds`.
+
+        Raises the client's errors for a refusal.
+        """
         # Identity: of a compressed body neither ranges nor sizes mean what the listing says.
         asked = {**build_hf_headers(token=self.api.token, library_name="npuq"), "Accept-Encoding": "identity"}
         asked |= headers or {}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=asked, timeout=timeout, follow_redirects=True) as response:
+        with get_session().stream("GET", url, headers=asked, timeout=seconds, follow_redirects=True) as response:
             if response.is_error:
                 # Closed unread: the client would read a body of any length for the reason, which is a header too.
                 response.close()
@@ -143,9 +161,11 @@ class Hub:
         return hf_hub_url(self.repo, name, revision=commit, endpoint=self.api.endpoint)
 
     def _next_page(self, answer: Answer) -> str | None:
-        address = _next_link(answer.headers.get("Link", ""))
-        if address is None:
+        found = _NEXT.search(answer.headers.get("Link", ""))
+        if found is None:
             return None
+        # A mirror passes on what huggingface.co says of itself.
+        address = fix_hf_endpoint_in_url(urljoin(f"{self.api.endpoint}/", found[1]), self.api.endpoint)
         ours, theirs = urlsplit(self.api.endpoint), urlsplit(address)
         # The token goes with the request.
         if (ours.scheme, ours.netloc) != (theirs.scheme, theirs.netloc):
@@ -227,12 +247,3 @@ def asked_seconds(error: BaseException) -> float:
         return float(min(limit.reset_in_seconds, 10**6)) + 1
     after = headers.get("Retry-After", "").strip()
     return float(after) if after.isdecimal() and len(after) < 7 else 0.0
-
-
-def _next_link(header: str) -> str | None:
-    """The address that a Link header calls the next one."""
-    for link in header.split(","):
-        address, _, relation = link.strip().partition(";")
-        if relation.replace(" ", "") in ('rel="next"', "rel=next") and address.startswith("<") and address[-1] == ">":
-            return address[1:-1]
-    return None

@@ -11,6 +11,8 @@ from ..errors import HubError
 from ..inputs.names import FileName
 from .repository import Answer, RemoteFile, Repository
 
+# A hub that gives a few bytes a request would else be asked millions of times.
+_PROGRESS_BYTES = 16 << 10
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 
@@ -25,8 +27,8 @@ def fetch_range(
 ) -> None:
     """Append bytes [start, end) of a file of `size` bytes to `file`, telling `received` of each piece written.
 
-    A fault that may pass is retried, going on after the last byte that arrived; attempts count anew whenever something
-    arrived. An answer that is longer than the file is listed, or of another file, is refused. Raises HubError.
+    A fault that may pass is retried, going on after the last byte that arrived; attempts count anew whenever some
+    kilobytes arrived. An answer that is longer than the file is listed, or of another file, is refused: HubError.
     """
     position, attempt = start, 1
     while position < end:
@@ -44,7 +46,7 @@ def fetch_range(
             error = failure
         if position == end:  # whatever became of the connection then
             return
-        attempt = 1 if position > before else attempt + 1
+        attempt = 1 if position >= before + _PROGRESS_BYTES else attempt + 1
         if not repository.is_transient(error) or attempt > repository.backoff.attempts:
             raise repository.failure(f"{repository.repo}: {name}", error) from None
         repository.backoff.wait(max(attempt - 1, 1), repository.asked_seconds(error))

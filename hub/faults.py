@@ -23,7 +23,10 @@ _LOST: Final[tuple[type[Exception], ...]] = (
     TimeoutError,
 )
 _TRANSIENT_STATUS: Final = (408, 409, 412, 425, 429)
+# What the server does not implement, and a store that is full.
+_LASTING_STATUS: Final = (501, 505, 507)
 DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_INSECURE: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL")
 _AGAIN: Final = "run the same command again: it continues"
 # What a client raises when an answer is not what its protocol says.
 NOT_UNDERSTOOD: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -42,14 +45,19 @@ class OfflineError(HubError):
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: a lost connection, a busy or restarting server."""
     error = innermost(error)
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or is_certificate(error):
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or is_insecure(error):
         return False
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         # A refused upload of content means that its signed address has expired: the next attempt gets a new one.
-        return status >= 500 or status in _TRANSIENT_STATUS or (status == 403 and is_store(error))
+        return may_pass(status) or (status == 403 and is_store(error))
     # Another thread's lost connection makes the client close all of them.
     return isinstance(error, _LOST) or (isinstance(error, RuntimeError) and "client has been closed" in str(error))
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server that answers with an error status may do otherwise later."""
+    return status in _TRANSIENT_STATUS or (status >= 500 and status not in _LASTING_STATUS)
 
 
 def is_store(error: HfHubHTTPError) -> bool:
@@ -57,13 +65,13 @@ def is_store(error: HfHubHTTPError) -> bool:
     return bool(error.response.request.method == "PUT")
 
 
-def is_certificate(error: BaseException) -> bool:
-    """Whether the other side's certificate was not accepted."""
+def is_insecure(error: BaseException) -> bool:
+    """Whether the other side's certificate was not accepted, or it does not speak TLS at all."""
     link: BaseException | None = error
     for _ in range(8):
         if link is None:
             return False
-        if isinstance(link, ssl.SSLCertVerificationError):
+        if isinstance(link, ssl.SSLError) and link.reason in _INSECURE:
             return True
         link = link.__cause__ or link.__context__
     return False
@@ -71,8 +79,10 @@ def is_certificate(error: BaseException) -> bool:
 
 def connection_failed(where: str, error: BaseException, *, passing: bool) -> HubError:
     """The error for a request that got no answer, which `passing` says may come later."""
-    if is_certificate(error):
-        return HubError(f"the certificate of {where} is not accepted ({brief(error)}); check the clock and the proxy")
+    if is_insecure(error):
+        return HubError(
+            f"no secure connection to {where} ({brief(error)}); check that address, the clock and the proxy"
+        )
     if passing:
         return PassingError(f"the connection to {where} failed ({brief(error)}); {_AGAIN}")
     return HubError(f"{where} cannot be asked ({brief(error)}); check that address and the proxy")
@@ -82,11 +92,10 @@ def status_failed(status: int, said: str) -> HubError:
     """The error for an answer with an error status that has no better one."""
     if status == 429:
         return PassingError(f"the hub limits this user's requests; wait and {_AGAIN}")
-    if status >= 500:
-        return PassingError(f"the hub keeps failing (status {status}); later {_AGAIN}")
-    if status in _TRANSIENT_STATUS:
-        return PassingError(f"the hub keeps refusing (status {status}) {quoted(said)}; {_AGAIN}")
-    return HubError(f"the hub refused (status {status}) {quoted(said)}")
+    if not may_pass(status):
+        return HubError(f"the hub refused (status {status}) {quoted(said)}")
+    keeps = "failing" if status >= 500 else "refusing"
+    return PassingError(f"the hub keeps {keeps} (status {status}) {quoted(said)}; later {_AGAIN}")
 
 
 def disk_failed(error: OSError) -> HubError:

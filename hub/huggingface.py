@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from huggingface_hub import constants
+
 from ..errors import HubError, NpuqError
 from ..inputs.names import FileName, Sha256
 from ..inputs.printable import printable
@@ -43,7 +45,8 @@ class HubRepository:
     def open(self, name: FileName, start: int, end: int) -> Iterator[Answer]:
         """Ask for bytes [start, end) of a file."""
         headers = {"Range": f"bytes={start}-{end - 1}"}
-        with self.hub.stream(self.hub.file_url(name, self.commit), headers) as answer:
+        url, seconds = self.hub.file_url(name, self.commit), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with self.hub.stream(url, headers, seconds=seconds) as answer:
             yield answer
 
     def is_transient(self, error: BaseException) -> bool:

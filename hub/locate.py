@@ -31,7 +31,7 @@ def resolve(
     try:
         return pull(
             repo,
-            revision=revision or pinned,
+            revision=pinned if revision is None else revision,
             token=token,
             before_weights=before_weights,
             progress=progress,

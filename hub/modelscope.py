@@ -73,7 +73,7 @@ class ModelScope:
             *(urllib3.ProtocolError, urllib3.TimeoutError),
             *(ConnectionError, TimeoutError),
         )
-        return isinstance(error, lost) and not faults.is_certificate(error)
+        return isinstance(error, lost) and not faults.is_insecure(error)
 
     def asked_seconds(self, error: BaseException) -> float:
         """How long an answer asks to wait; 0 where it does not say."""

@@ -46,6 +46,7 @@ class CachePlace:
     """The snapshot of a commit in the Hugging Face cache: links to contents, which are named by the hub's hashes."""
 
     def __init__(self, repo: HubRepoId, commit: CommitId):
+        self._repo = repo
         self._commit = commit
         self._folder = _cache_folder(repo)
         self.directory = self._folder / "snapshots" / commit
@@ -85,14 +86,18 @@ class CachePlace:
         return kind is None or file_holds(path, path.stat().st_size, kind(named))
 
     def refer(self, revision: Revision) -> None:
-        """Note which commit a branch or a tag meant, so that it is found without the hub."""
-        if CommitId.holds(revision):
+        """Note which commit a branch or a tag meant, so that it is found without the hub.
+
+        Where that cannot be written (a cache that others share), the hub is asked again the next time.
+        """
+        if CommitId.holds(revision) or cached_commit(self._repo, revision) == self._commit:
             return
         reference = _reference(self._folder, revision)
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        partial = reference.with_name(f".{uuid.uuid4().hex}")
-        partial.write_text(self._commit, encoding="utf-8")
-        partial.replace(reference)
+        with contextlib.suppress(OSError):
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            partial = reference.with_name(f".{uuid.uuid4().hex}")
+            partial.write_text(self._commit, encoding="utf-8")
+            partial.replace(reference)
 
     def _blob(self, digest: Digest) -> Path:
         return self._folder / "blobs" / digest

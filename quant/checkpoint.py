@@ -195,11 +195,22 @@ def read_config(directory: Path) -> dict[str, Any]:
 def collect_tensors(
     directory: Path, weight_map: Mapping[str, str] | None, headers: Mapping[str, Mapping[str, TensorInfo]]
 ) -> dict[str, TensorInfo]:
-    """The tensors of all shards in natural name order; CheckpointError when the index names one that is not there."""
-    if weight_map is None:
-        tensors = {name: info for header in headers.values() for name, info in header.items()}
-    else:
-        tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in weight_map.items()}
+    """The tensors of all shards in natural name order, those among them that the index does not list.
+
+    Every other loader reads shards whole: what the index leaves out counts, and of a tensor in several shards the last.
+    Raises CheckpointError when the index names a tensor that is not there, or another shard than the last.
+    """
+    listed = {} if weight_map is None else weight_map
+    tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in listed.items()}
+    for shard, header in sorted(headers.items()):
+        for name, info in header.items():
+            if shard > listed.get(name, shard):
+                raise CheckpointError(
+                    f"{index_path(directory)}: tensor {name!r} is in {listed[name]}, which the index names, and in "
+                    f"{shard}, which other loaders would take; remove the wrong one"
+                )
+            if name not in listed:
+                tensors[name] = info
     return {name: tensors[name] for name in sorted(tensors, key=natural_key)}
 
 

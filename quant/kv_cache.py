@@ -35,8 +35,16 @@ def latent_codes(latent: Tensor, scale: Tensor) -> Tensor:
 
     What `npu_quantize` with `div_mode` computes of rows (torch_npu's documentation of the operator).
     """
-    codes = (latent.float() / scale.float()).round().clamp(-128, 127)
-    return codes.nan_to_num(0.0).to(torch.int8)
+    return _whole_codes(latent, scale).to(torch.int8)
+
+
+def cached_latent(latent: Tensor, scale: Tensor) -> Tensor:
+    """Float `[T, L]` as an int8 cache gives it back: the values that its codes stand for, in the same dtype."""
+    return _whole_codes(latent, scale).mul_(scale.float()).to(latent.dtype)
+
+
+def _whole_codes(latent: Tensor, scale: Tensor) -> Tensor:
+    return (latent.float() / scale.float()).round_().clamp_(-128, 127).nan_to_num_(0.0)
 
 
 def storable_scale(scale: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Map(mmap.mmap):
 
 
 class MappedFiles:
-    """The maps of a checkpoint's files. Thread-safe. They stay for as long as this or a tensor that lies in them does."""
+    """The maps of a checkpoint's files. Thread-safe. A map stays for as long as this, or a tensor that lies in it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -73,6 +73,6 @@ class MappedFiles:
         for path, mapped in self._maps.items():
             if mapped.is_lost:
                 raise CheckpointError(
-                    f"{path}: became shorter while it was in use, or cannot be read any more; fetch it again, then load "
-                    "the model again"
+                    f"{path}: became shorter while it was in use, or cannot be read any more; fetch it again, then "
+                    "load the model again"
                 )

@@ -23,7 +23,12 @@ def address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int
 
 def rows_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int) -> int:
     """As `address`, of a tensor whose rows along the last dimension are contiguous and may lie apart."""
-    if x.dtype is not dtype or x.shape != shape or (x.stride()[-1] != 1 and shape[-1] > 1 and x.numel()) or not x.is_cpu:
+    if (
+        x.dtype is not dtype
+        or x.shape != shape
+        or (x.stride()[-1] != 1 and shape[-1] > 1 and x.numel())
+        or not x.is_cpu
+    ):
         raise _unlike(x, operator, name, f"a {_form(dtype, shape)} with contiguous rows")
     return x.data_ptr()
 

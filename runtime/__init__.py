@@ -6,8 +6,10 @@ The model is written once (`model.py`) against the operators of a backend (`ops/
 from .engine import EngineConfig
 from .evaluation import Evaluation, evaluate
 from .layer_error import LayerError, layer_errors
-from .llm import Completion, LanguageModel, Piece, load
-from .sampler import SamplingParams
+from .llm import LanguageModel, load
+from .sampler import SamplingOptions, SamplingParams
+from .stream import Completion, Piece, Stream
+from .tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
@@ -16,7 +18,10 @@ __all__ = [
     "LanguageModel",
     "LayerError",
     "Piece",
+    "SamplingOptions",
     "SamplingParams",
+    "Stream",
+    "Tokenizer",
     "evaluate",
     "layer_errors",
     "load",

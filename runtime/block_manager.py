@@ -31,3 +31,7 @@ class BlockManager:
     def release(self, blocks: Iterable[int]) -> None:
         """Give blocks back. What they hold is not cleared: a block is written before it is read again."""
         self._free.extend(blocks)
+
+    def reset(self) -> None:
+        """Take all blocks back, whoever has them."""
+        self._free = deque(range(self.num_blocks))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
@@ -22,7 +22,7 @@ from .step import Chunk, RopeRows, StepBuilder
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine.
+    """Sizes of the engine, whole numbers.
 
     kv_cache_bytes: memory for the paged cache (it is touched only as it fills); the context is what fits in it, up to
     what the model was made for. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at
@@ -37,6 +37,10 @@ class EngineConfig:
     prefix_segment_tokens: int = 4096
 
     def __post_init__(self) -> None:
+        for size in fields(self):
+            value = getattr(self, size.name)
+            if type(value) is not int:
+                raise GenerationError(f"{size.name} must be a whole number, not {value!r}")
         if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
             raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -49,11 +53,15 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class NewToken:
-    """A token just generated; the sequence's finish_reason is set when it is the last."""
+class StepOutput:
+    """What a step brought a sequence: its next token, or None and the error that ended it.
+
+    The sequence's finish_reason is set when nothing follows.
+    """
 
     sequence: Sequence
-    token: int
+    token: int | None
+    error: GenerationError | None = None
 
 
 class Engine:
@@ -90,20 +98,27 @@ class Engine:
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
-    def add(self, prompt: Tokens[int], params: SamplingParams) -> Sequence:
-        """Queue a prompt. GenerationError when it is empty, holds no token ids, or leaves no room to generate."""
+    def add(self, prompt: Tokens[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()) -> Sequence:
+        """Queue a prompt; a token of `stop_ids` ends it, as one that ends sequences does.
+
+        GenerationError when the prompt is empty, holds no token ids, or leaves no room to generate.
+        """
         self._check_tokens(prompt)
         if len(prompt) >= self.context:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
-        sequence = Sequence.start(prompt, params, self.context)
+        stop_ids = stop_ids if params.ignore_eos else stop_ids | self._eos_ids
+        sequence = Sequence.start(prompt, params, self.context, stop_ids)
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> list[NewToken]:
-        """Run one step; the new tokens, of those sequences that got one."""
+    def step(self) -> list[StepOutput]:
+        """Run one step; what it brought to those sequences that were to get a token.
+
+        A sequence whose token cannot be chosen ends with the error; the others go on.
+        """
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
         chunks = [
@@ -120,20 +135,25 @@ class Engine:
         sampling = [work.sequence for work in ordered if work.samples]
         with self.model.ops.one_thread():
             rows = logits.to("cpu", torch.float32)
-            new = [
-                NewToken(sequence, sequence.sampler.next_token(row, sequence.tokens))
-                for sequence, row in zip(sampling, rows, strict=True)
-            ]
+            outputs = [_sample(sequence, row) for sequence, row in zip(sampling, rows, strict=True)]
         self._advance(ordered, time.perf_counter() - started)
-        for token in new:
-            self._append(token)
-        return new
+        for output in outputs:
+            self._append(output)
+        return outputs
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence (a stop string was found, the caller lost interest) and free its blocks."""
         if sequence.finish_reason is None:
             sequence.finish_reason = reason
             self.scheduler.finish(sequence)
+
+    def reset(self, sequences: Iterable[Sequence]) -> None:
+        """Forget all sequences, which are these, and free all blocks, whatever an interrupted step has left behind."""
+        for sequence in sequences:
+            sequence.blocks = []
+            sequence.finish_reason = sequence.finish_reason or "cancelled"
+        self.scheduler.reset()
+        self.blocks.reset()
 
     def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
         """Logits of every token of each sequence, compute dtype `[T, vocab]`, several sequences a step.
@@ -211,10 +231,13 @@ class Engine:
                 work.sequence.prefill_seconds += seconds
             work.sequence.num_cached += work.count
 
-    def _append(self, new: NewToken) -> None:
-        sequence = new.sequence
-        sequence.tokens.append(new.token)
-        if new.token in self._eos_ids and not sequence.params.ignore_eos:
+    def _append(self, output: StepOutput) -> None:
+        sequence = output.sequence
+        if output.token is None:
+            self.finish(sequence, "error")
+            return
+        sequence.tokens.append(output.token)
+        if output.token in sequence.stop_ids:
             self.finish(sequence, "stop")
         elif len(sequence.tokens) >= sequence.max_tokens:
             self.finish(sequence, "length")
@@ -228,6 +251,13 @@ class Engine:
                 f"token id {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the model's vocabulary of "
                 f"{vocabulary}; does the tokenizer belong to this model?"
             )
+
+
+def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
+    try:
+        return StepOutput(sequence, sequence.sampler.next_token(logits, sequence.tokens))
+    except GenerationError as error:
+        return StepOutput(sequence, None, error)
 
 
 def _num_blocks(model: Model, max_position: int, config: EngineConfig, *, int8: bool) -> int:

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, GenerationError
-from ..inputs.files import inside, is_inside
-from ..inputs.json_text import read_object
+from ..errors import GenerationError
 from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
 from .backend import make_ops
+from .conversation import Message, check_variables
 from .engine import Engine, EngineConfig
+from .generation_config import default_sampling, eos_ids, read_generation_config
+from .loop import Loop
 from .model import Model
-from .sampler import SamplingParams
-from .sequence import Sequence
+from .sampler import SamplingOptions, SamplingParams
 from .step import RopeRows
-from .text import TextStream
+from .stream import Completion, Stream
 from .tokenizer import Tokenizer
 from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_store
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 KV_CACHE_DTYPES = ("auto", "int8")
 
@@ -33,42 +37,16 @@ Prompt: TypeAlias = str | Tokens[int]
 """Text, or the token ids of one."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What became of a prompt.
-
-    text: without the prompt, special tokens and the stop string. finish_reason: "stop" (end of sequence or a stop
-    string) or "length". The seconds are those of the steps the prompt took part in, beside whatever else ran in them.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    finish_reason: str
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next text of the prompt numbered `index`. The last piece of a prompt brings its `completion`."""
-
-    index: int
-    text: str
-    completion: Completion | None = None
-
-
 class LanguageModel:
-    """A loaded model. Not for several threads at once."""
+    """A loaded model. Several threads may use it, and several streams may be open: they share its steps."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], engine: Engine):
+    def __init__(self, directory: Path, generation: Mapping[str, Any], engine: Engine):
         self.directory = directory
         self.engine = engine
-        self._config = config
+        self._generation = generation
+        self._loop = Loop(engine)
+        self._reading = Lock()
+        self._tokenizer: Tokenizer | None = None
 
     @property
     def backend(self) -> str:
@@ -80,81 +58,119 @@ class LanguageModel:
         """The most tokens a prompt and its completion can have together."""
         return self.engine.context
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read when it is first needed; GenerationError when there is none."""
-        return Tokenizer(self.directory)
+        with self._reading:
+            if self._tokenizer is None:
+                self._tokenizer = Tokenizer(self.directory)
+            return self._tokenizer
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """How the model is sampled where a request does not say: as its generation_config.json does, else greedily."""
+        return default_sampling(self.directory, self._generation)
 
     @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None, **options: Any) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]  # an empty list is no prompts
+        self, prompts: str | Tokens[int], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Tokens[Prompt], params: SamplingParams | None = None, **options: Any
+        self, prompts: Tokens[Prompt], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> list[Completion]: ...
     def generate(
-        self, prompts: str | Tokens[Prompt], params: SamplingParams | None = None, **options: Any
+        self,
+        prompts: Prompt | Tokens[Prompt],
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
-        """Continue one text, or several at once, each a text or a list of token ids.
+        """Continue a prompt, a text or its token ids, or several at once, in a list of them.
 
         `options` are the fields of `SamplingParams` (`max_new_tokens=64, temperature=0.7, stop="\\n"`, …), over
-        `params` when both are given. Raises GenerationError for a bad option and for a prompt that does not fit.
+        `params`, or over `default_params` where none are given: `temperature=0` is greedy, whatever the model's authors
+        recommend. Raises GenerationError for a bad option and for a prompt that does not fit.
         """
         done: dict[int, Completion] = {}
-        for piece in self.stream(prompts, params, **options):
-            if piece.completion is not None:
-                done[piece.index] = piece.completion
-        if isinstance(prompts, str):
+        with self.stream(prompts, params, **options) as pieces:
+            for piece in pieces:
+                if piece.completion is not None:
+                    done[piece.index] = piece.completion
+        if _is_one(prompts):
             return done[0]
-        return [done[index] for index in range(len(done))]
+        return [done[number] for number in range(len(done))]
 
     def stream(
-        self, prompts: str | Tokens[Prompt], params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[Piece]:
-        """As `generate`, in pieces as they come. Text given out is final; closing the iterator ends the generation."""
-        several: Tokens[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        return self._stream([self._ids(prompt) for prompt in several], _sampling(params, options))
+        self,
+        prompts: Prompt | Tokens[Prompt],
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
+        """As `generate`, in pieces as they come. Text given out is final; closing the stream ends the generation."""
+        chosen = SamplingParams.of(self.default_params if params is None else params, options)
+        several = [prompts] if _is_one(prompts) else prompts
+        ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
+        return Stream(self._loop, self.tokenizer, ids, chosen)
+
+    def chat(
+        self,
+        messages: str | Tokens[Message],
+        params: SamplingParams | None = None,
+        *,
+        system: str | None = None,
+        tools: Tokens[Mapping[str, Any]] | None = None,
+        documents: Tokens[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion:
+        """The model's answer to a conversation: `generate` of what `Tokenizer.chat` makes of it.
+
+        chat_template_kwargs: what else the template knows, such as `{"thinking": True}`.
+        """
+        variables = chat_template_kwargs or {}
+        check_variables(variables)
+        prompt = self.tokenizer.chat(messages, system=system, tools=tools, documents=documents, **variables)
+        return self.generate(prompt, params, **options)
 
     def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
         """For each sequence of token ids, the logits after each of its tokens: compute dtype `[tokens, vocab]`."""
-        return self.engine.logits(sequences)
-
-    def _stream(self, prompts: Tokens[Tokens[int]], params: SamplingParams) -> Iterator[Piece]:
-        texts = [TextStream(self.tokenizer, prompt, params.stop) for prompt in prompts]
-        sequences: list[Sequence] = []
-        try:
-            for prompt in prompts:
-                sequences.append(self.engine.add(prompt, params))  # noqa: PERF401  (one may raise: drop the others)
-            index_of = {id(sequence): index for index, sequence in enumerate(sequences)}
-            while any(sequence.finish_reason is None for sequence in sequences):
-                for new in self.engine.step():
-                    index = index_of[id(new.sequence)]
-                    yield from self._piece(index, new.token, new.sequence, texts[index])
-        finally:
-            for sequence in sequences:
-                self.engine.finish(sequence, "cancelled")
-
-    def _piece(self, index: int, token: int, sequence: Sequence, text: TextStream) -> Iterator[Piece]:
-        given = "" if sequence.finish_reason == "stop" else text.add(token)  # the end-of-sequence token has no text
-        if text.stopped:
-            self.engine.finish(sequence, "stop")
-            sequence.finish_reason = "stop"
-        if sequence.finish_reason is None:
-            if given:
-                yield Piece(index, given)
-            return
-        given += text.flush()
-        completion = Completion(
-            text=text.text,
-            token_ids=tuple(sequence.tokens[sequence.num_prompt_tokens :]),
-            prompt_tokens=sequence.num_prompt_tokens,
-            finish_reason=sequence.finish_reason,
-            prefill_seconds=sequence.prefill_seconds,
-            decode_seconds=sequence.decode_seconds,
-        )
-        yield Piece(index, given, completion)
+        return self._loop.logits(sequences)
 
     def _ids(self, prompt: Prompt) -> Tokens[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            return [_token(token) for token in prompt]
+        except TypeError:
+            raise _no_prompt(prompt) from None
+
+
+def _is_one(prompts: Prompt | Tokens[Prompt]) -> bool:
+    """Whether it is one prompt: a text, or token ids themselves. An empty list is no prompts.
+
+    GenerationError for what is neither one nor several.
+    """
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, (bytes, Mapping)) or not hasattr(prompts, "__getitem__"):
+        raise _no_prompt(prompts)
+    try:
+        return len(prompts) > 0 and _token(prompts[0]) is not None
+    except TypeError:
+        return False
+
+
+def _no_prompt(given: object) -> GenerationError:
+    return GenerationError(
+        f"a prompt is a text or a list of token ids, not a {type(given).__name__}; for messages there is model.chat"
+    )
+
+
+def _token(value: Any) -> int:
+    """A token id, of whatever library's integers. TypeError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError
+    return index(value)
 
 
 def load(
@@ -186,9 +202,10 @@ def load(
         weights = load_weights(store, config, ops, tables.softmax_scale)
         raw_config = dict(checkpoint.config)
     model = Model(config, ops, weights, tables.softmax_scale)
-    rope, eos_ids = RopeRows.of(tables, ops), _eos_ids(directory, raw_config)
-    runner = Engine(model, rope, eos_ids, engine or EngineConfig(), scales)
-    return LanguageModel(directory, raw_config, runner)
+    generation = read_generation_config(directory)
+    ends = eos_ids(directory, generation, raw_config)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
+    return LanguageModel(directory, generation, runner)
 
 
 def _local(path: str | Path) -> Path:
@@ -198,29 +215,3 @@ def _local(path: str | Path) -> Path:
     from ..hub import resolve
 
     return resolve(path)
-
-
-def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    values = dict(options)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
-    elif "stop" in values:
-        values["stop"] = tuple(values["stop"] or ())
-    try:
-        return replace(params or SamplingParams(), **values)
-    except TypeError:
-        known = ", ".join(SamplingParams.__dataclass_fields__)
-        raise GenerationError(f"unknown option among {', '.join(options)}; npuq knows {known}") from None
-
-
-def _eos_ids(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """The end-of-sequence ids of generation_config.json, else of config.json: one, several or none."""
-    path, value = directory / "generation_config.json", None
-    if is_inside(directory, path.name):
-        value = read_object(inside(directory, path.name), CheckpointError).get("eos_token_id")
-    if value is None:
-        value, path = config.get("eos_token_id"), directory / "config.json"
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise GenerationError(f"{path}: eos_token_id {value!r} must be a token id or a list of them")
-    return frozenset(ids)

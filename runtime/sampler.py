@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..inputs.printable import printable
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks for. The default is greedy: the same prompt gives the same text.
+    """What a request asks for. The default is greedy: the same prompt gives the same text (see docs/generation.md).
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. Filters apply in the order
-    repetition penalty, temperature, top-k, top-p, min-p, each to what the one before left, as in transformers.
+    temperature 0 is greedy, and towards 0 sampling becomes so; top_k, top_p, min_p and seed then change nothing. top_k
+    0, top_p 1, min_p 0 and repetition_penalty 1 are off. Filters apply in the order repetition penalty, temperature,
+    top-k, top-p, min-p, each to what the one before left, as in transformers.
     seed: fixes this sequence's random numbers, whatever else runs beside it; None draws a fresh one.
-    stop: the text ends before the first of these strings. ignore_eos: go on past the end-of-sequence token.
-    Raises GenerationError for a value out of range.
+    stop: a text or several; the completion ends before the first of them. The text of a special token stands for that
+    token. ignore_eos: go on past the end-of-sequence token.
+    Raises GenerationError for a value of a wrong type or out of range.
     """
 
     max_new_tokens: int = 256
@@ -34,20 +40,64 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature, 0 <= self.temperature < float("inf"), "a number from 0"),
-            "top_k": (self.top_k, self.top_k >= 0, "0 (off) or more"),
-            "top_p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
-            "seed": (self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-        }
-        for name, (value, good, expected) in checks.items():
-            if not good:
-                raise GenerationError(f"{name} {value} is not valid: it must be {expected}")
-        if any(not text for text in self.stop):
+        self._set("max_new_tokens", int, lambda n: n >= 1, "a whole number from 1")
+        self._set("temperature", float, lambda t: 0 <= t < math.inf, "a number from 0")
+        self._set("top_k", int, lambda k: k >= 0, "a whole number from 0 (off)")
+        self._set("top_p", float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
+        self._set("min_p", float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
+        self._set("repetition_penalty", float, lambda r: 0 < r < math.inf, "a number above 0")
+        if self.seed is not None:
+            self._set("seed", int, lambda s: 0 <= s < 2**63, "None or a whole number from 0 to 2^63 - 1")
+        if not isinstance(self.ignore_eos, bool):
+            raise GenerationError(f"ignore_eos {_shown(self.ignore_eos)} is not valid: it must be True or False")
+        given: Any = () if self.stop is None else self.stop
+        stop = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+        if not all(isinstance(text, str) for text in stop):
+            raise GenerationError(f"stop {_shown(given)} is not valid: it must be a text or a list of texts")
+        if "" in stop:
             raise GenerationError("a stop string is empty: it would end every text before it begins")
+        object.__setattr__(self, "stop", stop)
+
+    def _set(self, name: str, kind: type[int] | type[float], holds: Callable[[Any], bool], expected: str) -> None:
+        """Check a field and make it a plain number, whatever library it comes from."""
+        value: Any = getattr(self, name)
+        if not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real):
+            with suppress(OverflowError):
+                plain = kind(value)  # type: ignore[call-overload]
+                if holds(plain):
+                    object.__setattr__(self, name, plain)
+                    return
+        raise GenerationError(f"{name} {_shown(value)} is not valid: it must be {expected}")
+
+    @classmethod
+    def of(cls, base: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
+        """`base` with some fields set by name. GenerationError for a name that is none, as for a bad value."""
+        unknown = [name for name in options if name not in cls.__dataclass_fields__]
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise GenerationError(f"unknown option {', '.join(unknown)}; npuq knows {known}")
+        return replace(base, **options)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keyword arguments."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    seed: int | None
+    ignore_eos: bool
+
+
+def _shown(value: object) -> str:
+    try:
+        return printable(repr(value)[:60])
+    except ValueError:  # a whole number too long to be written
+        return f"of type {type(value).__name__}"
 
 
 class Sampler:
@@ -67,14 +117,15 @@ class Sampler:
         Raises GenerationError when the logits hold no number to choose from.
         """
         params = self._params
-        if params.repetition_penalty != 1:
-            logits = _penalise(logits, context, params.repetition_penalty)
         best = int(logits.argmax())
         if not math.isfinite(logits[best].item()):
             raise GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
+        if params.repetition_penalty != 1:
+            logits = _penalise(logits, context, params.repetition_penalty)
+            best = int(logits.argmax())
         if params.temperature == 0:
             return best
-        tokens, probabilities = _candidates(logits / params.temperature, params)
+        tokens, probabilities = _candidates(logits, params)
         cumulative = probabilities.cumsum(0)
         point = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
         chosen = min(int(torch.searchsorted(cumulative, point, right=True)), len(tokens) - 1)
@@ -85,17 +136,22 @@ def _penalise(logits: Tensor, context: Sequence[int], penalty: float) -> Tensor:
     """CTRL's rule (arXiv:1909.05858): logits of seen tokens divided by the penalty when positive, else multiplied."""
     seen = torch.tensor(sorted(set(context)), dtype=torch.int64)
     values = logits[seen]
-    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+    changed = torch.where(values > 0, values / penalty, values * penalty)
+    # An extreme penalty leads beyond float32.
+    return logits.index_copy(0, seen, changed.clamp(torch.finfo(changed.dtype).min, torch.finfo(changed.dtype).max))
 
 
 def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens that the filters leave, best first, and their float64 probabilities (not normalised)."""
+    """The tokens that temperature and filters leave, best first, and their float64 probabilities (not normalised).
+
+    The temperature divides differences from the best logit, so that a tiny one ends in probabilities of 1 and 0.
+    """
     size = logits.shape[0]
     if params.top_k and params.top_k < size:
         values, tokens = logits.topk(params.top_k)
     else:
         values, tokens = logits.sort(descending=True)
-    probabilities = values.double().softmax(0)
+    probabilities = ((values.double() - values[0].double()) / params.temperature).softmax(0)
     if params.top_p < 1:
         # The smallest set whose probability reaches top_p: drop a token when those before it already do.
         before = probabilities.cumsum(0) - probabilities

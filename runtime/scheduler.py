@@ -66,6 +66,11 @@ class Scheduler:
             self._waiting.remove(sequence)
         self._release(sequence)
 
+    def reset(self) -> None:
+        """Forget every sequence. Their blocks are the block manager's to take back."""
+        self._waiting.clear()
+        self._running.clear()
+
     def _grow_decoding(self) -> list[Sequence]:
         """The decoding sequences that have room for their newest token, after preempting as few as needed."""
         for sequence in list(self._running):

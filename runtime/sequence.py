@@ -13,7 +13,7 @@ class Sequence:
     """One prompt and what follows it.
 
     tokens: prompt and generated tokens. num_cached: how many of them have their latents in `blocks`.
-    max_tokens: where generation stops for lack of room or because enough was asked for.
+    max_tokens: where generation stops for lack of room or because enough was asked for. stop_ids: tokens that end it.
     """
 
     tokens: list[int]
@@ -21,6 +21,7 @@ class Sequence:
     params: SamplingParams
     max_tokens: int
     sampler: Sampler
+    stop_ids: frozenset[int]
     blocks: list[int] = field(default_factory=list)
     num_cached: int = 0
     finish_reason: str | None = None
@@ -28,10 +29,10 @@ class Sequence:
     decode_seconds: float = 0.0
 
     @classmethod
-    def start(cls, prompt: Tokens[int], params: SamplingParams, context: int) -> Sequence:
+    def start(cls, prompt: Tokens[int], params: SamplingParams, context: int, stop_ids: frozenset[int]) -> Sequence:
         """A fresh sequence; `context` bounds prompt and completion together."""
         max_tokens = min(context, len(prompt) + params.max_new_tokens)
-        return cls(list(prompt), len(prompt), params, max_tokens, Sampler(params))
+        return cls(list(prompt), len(prompt), params, max_tokens, Sampler(params), stop_ids)
 
     @property
     def num_completion_tokens(self) -> int:

@@ -2,65 +2,180 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer as FastTokenizer
+from typing import Any, Final
 
 from ..errors import GenerationError
+from ..inputs.printable import printable
+from ..inputs.template import TemplateRenderer
+from . import conversation
+from .conversation import Message
+from .tokenizer_files import ChatTemplate, TokenizerFiles, guarded
 
-_MAX_HELD = 16
+_MAX_HELD: Final = 16
 """Tokens that text may be held back for while it ends in an unfinished UTF-8 sequence."""
+
+_MOST_TOKEN_CHARACTERS: Final = 1 << 16
+"""Text of one token. The longest of known tokenizers are runs of some hundred spaces."""
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. GenerationError when there is none, or when it cannot be read.
 
-    bos_id: the beginning-of-sequence token, or None. `chat_template` is Jinja source, or None.
+    bos_id, eos_id: the special tokens that config.json's generation does not name, or None. May be used by several
+    threads.
     """
 
     def __init__(self, directory: Path):
-        self._fast = _load(directory)
-        self._config = _read_config(directory / "tokenizer_config.json")
-        self._special = {
-            name: _content(self._config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        files = TokenizerFiles.read(directory)
+        self._fast = files.fast
+        self._special = files.special_tokens
+        self._templates = files.templates
+        self._renderer = TemplateRenderer(GenerationError)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        self.chat_template = _chat_template(directory, self._config)
-        self._adds_bos = self._config.get("add_bos_token") is True
+        self._adds_bos = files.adds_bos
 
     @property
     def vocab_size(self) -> int:
         return self._fast.get_vocab_size()
 
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the template for plain conversations, or None."""
+        template = self._templates.get("default")
+        return None if template is None else template.source
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Token ids of special tokens, which are left out of decoded text, by their text."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special and token.content}
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a prompt (by its post-processor or its config)."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
+        ids = self._encode(text, special)
         if special and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
-        return text
+        return guarded(
+            lambda: str(self._fast.decode(list(ids), skip_special_tokens=True)), "the tokenizer fails to decode"
+        )
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids of a conversation that the model is to continue, `[{"role": "user", "content": …}, …]`.
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> list[int]:
+        """The token ids of a conversation that the model is to continue, made by its chat template.
 
-        The template runs in Jinja's immutable sandbox. GenerationError when there is none, or when it fails.
+        messages: `[{"role": "user", "content": "…"}, …]`; a text is what a user says. system: goes before them. tools:
+        JSON schemas of functions. documents: objects with title and text. variables: what else the template knows, such
+        as `thinking=True`. chat_template: the name of one of the model's, or Jinja source; None takes "tool_use" where
+        there are tools and such a one, else "default". continue_final_message: the last message is left open, for the
+        model to go on with (a text names another field than content).
+
+        Templates run in Jinja's sandbox in a process of their own, and are given what transformers gives them.
+        GenerationError when there is none, when it fails or reaches a limit, and for values that are not JSON.
         """
-        if self.chat_template is None:
-            raise GenerationError("the tokenizer has no chat template; give a plain prompt instead")
-        text = _render(self.chat_template, messages, self._special)
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return ids
+        text = self.render_chat(
+            messages,
+            system=system,
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+        return self._encode(text, special=False)
+
+    def render_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> str:
+        """The text that `chat` makes token ids of."""
+        for name, given in (("tools", tools), ("documents", documents)):
+            if given is not None and not (
+                isinstance(given, (list, tuple)) and all(isinstance(each, Mapping) for each in given)
+            ):
+                raise GenerationError(f"{name} must be a list of JSON objects; give the schemas of functions")
+        template = self._template(chat_template, with_tools=tools is not None)
+        values = {
+            **self._special,
+            **variables,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        return conversation.render(
+            conversation.as_messages(messages, system),
+            continue_final_message,
+            template.source,
+            lambda given: self._renderer.render(template.source, {**values, "messages": given}, template.where),
+        )
+
+    def split_stops(self, stops: Iterable[str]) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Stop strings to be looked for in the text, and the token ids of those that are special tokens.
+
+        A special token's text is no part of decoded text. GenerationError for a stop string that holds one beside other
+        text: it could never be met.
+        """
+        texts, ids = [], set()
+        for stop in stops:
+            if stop in self.special_ids:
+                ids.add(self.special_ids[stop])
+                continue
+            inner = next((token for token in self.special_ids if token in stop), None)
+            if inner is not None:
+                raise GenerationError(
+                    f"the stop string {printable(repr(stop))} holds the special token {printable(inner)}, which is no "
+                    "part of the text; give the token alone"
+                )
+            texts.append(stop)
+        return tuple(texts), frozenset(ids)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return guarded(
+            lambda: list(self._fast.encode(text, add_special_tokens=special).ids), "the tokenizer fails to encode"
+        )
+
+    def _template(self, name: str | None, *, with_tools: bool) -> ChatTemplate:
+        """The template of that name, or with that source; as transformers chooses where none is named."""
+        templates = self._templates
+        if name is not None:
+            return templates.get(name) or ChatTemplate(name, "chat_template")
+        if with_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" in templates:
+            return templates["default"]
+        if templates:
+            known = printable(", ".join(sorted(templates)))[:200]
+            raise GenerationError(f"the tokenizer has no default chat template; name one of {known}")
+        raise GenerationError("the tokenizer has no chat template; give a plain prompt instead")
 
     def _id_of(self, name: str) -> int | None:
-        token = self._special[name]
+        token = self._special.get(name)
         return None if token is None else self._fast.token_to_id(token)
 
 
@@ -93,84 +208,11 @@ class Detokenizer:
         return self._tokenizer.decode([*self._context, *self._pending])[len(before) :]
 
     def _give(self, text: str) -> str:
+        if len(text) > _MOST_TOKEN_CHARACTERS:
+            raise GenerationError(
+                f"token {self._pending[-1]} is a text of {len(text)} characters; is the tokenizer damaged?"
+            )
         # Tokens without text (special ones) must not push the context out.
         self._context = [*self._context, *self._pending][-4:] if text else self._context
         self._pending = []
         return text
-
-
-def _load(directory: Path) -> FastTokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return _convert(directory)
-    try:
-        return FastTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for everything
-        raise GenerationError(f"{path}: cannot be read as a tokenizer: {str(error)[:120]}") from error
-
-
-def _convert(directory: Path) -> FastTokenizer:
-    """A tokenizer without tokenizer.json, as transformers converts it; code from the checkpoint is never run."""
-    missing = f"{directory}: no tokenizer.json; copy the model's tokenizer files there"
-    if not (directory / "tokenizer_config.json").is_file():
-        raise GenerationError(missing)
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise GenerationError(f"{missing}, or install transformers to convert an older format") from None
-    try:
-        converted = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        backend: FastTokenizer = converted.backend_tokenizer
-    except Exception as error:  # every tokenizer class fails in its own way
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise GenerationError(f"{missing}; transformers cannot convert what is there: {reason}") from error
-    return backend
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GenerationError(f"{path}: cannot be read: {str(error)[:120]}") from error
-    if not isinstance(config, dict):
-        raise GenerationError(f"{path}: not a JSON object")
-    return config
-
-
-def _content(token: object) -> str | None:
-    """A special token is its text, or an object that holds it."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _render(template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str | None]) -> str:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    tokens = {name: token or "" for name, token in special.items()}
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
-    except Exception as error:  # templates are programs: anything may go wrong in them
-        raise GenerationError(f"the chat template failed: {str(error)[:160]}") from error

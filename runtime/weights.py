@@ -36,6 +36,7 @@ from ..quant.model_config import ModelConfig, check_unbiased
 from ..quant.rope import RopeTables, load_rope, rope_tables
 from ..quant.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..quant.static_w8a8 import input_scale_of, load_deq_scale
+from ..quant.ties import EMBEDDING, HEAD, share_tied
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
 
@@ -163,6 +164,7 @@ def is_artifact(directory: Path) -> bool:
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
     check_unbiased(checkpoint.tensors)
+    share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
     if is_compressed(checkpoint.config):
@@ -207,13 +209,12 @@ def load_weights(
     """
     hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.parameter(store.tensor("model.embed_tokens.weight", config.vocab_size, hidden))
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    embedding = ops.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
     weights = ModelWeights(
         embedding=embedding,
         layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
         norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.float_linear([store.tensor(head, config.vocab_size, hidden)]),
+        lm_head=ops.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
         files=store.files,
     )
     store.files.check()
@@ -221,22 +222,22 @@ def load_weights(
 
 
 def gating_of(config: ModelConfig) -> Gating:
-    """The router's rule, as DeepSeek's own code states it.
+    """The router's rule, as transformers and the engines compute it.
 
     V3 (noaux_tc) scores groups by the sum of their two best biased scores, V2 (group_limited_greedy) by the best one.
-    The scaling factor always multiplies in V3; in V2 only where the weights are not normalised.
+    Weights are normalised where the config says so, and multiplied by the scaling factor in any case. (Where a token
+    has one expert, DeepSeek's own code leaves its weight as it is; all others normalise it to 1.)
     """
     noaux = config.topk_method == "noaux_tc"
     grouped = config.topk_method != "greedy"
-    normalise = config.norm_topk_prob and config.num_experts_per_tok > 1
     return Gating(
         k=config.num_experts_per_tok,
         scoring=config.scoring_func,
         group_count=config.n_group if grouped else 1,
         k_group=config.topk_group if grouped else 1,
         group_select_mode=1 if noaux else 0,
-        renormalize=normalise,
-        scaling=config.routed_scaling_factor if noaux or not normalise else 1.0,
+        renormalize=config.norm_topk_prob,
+        scaling=config.routed_scaling_factor,
     )
 
 

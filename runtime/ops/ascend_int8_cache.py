@@ -79,7 +79,7 @@ class AscendInt8Cache(AscendAttention):
         block, offset = slots // cache.block_size, slots % cache.block_size
         cache.latent[block, :, offset] = codes.unflatten(-1, (-1, INT8_CHANNELS))
         cache.rope[block, :, offset] = k_rope.unflatten(-1, (-1, CHANNELS))
-        return (k_rope, latent) if output_kv else None
+        return (k_rope, codes * scale) if output_kv else None
 
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...quant.kv_cache import cached_latent
 from ...quant.pointers import address, output, rows_address
 from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
 from .native_products import NativeProducts, contiguous_rows
@@ -79,7 +80,9 @@ class NativeAttention(NativeProducts):
             rope_to,
             latent_to,
         )
-        return None if rope is None or latent is None else (rope, latent)
+        if rope is None or latent is None:
+            return None
+        return rope, latent if cache.latent_scale is None else cached_latent(latent, cache.latent_scale)
 
     def fused_infer_attention(
         self,
@@ -94,7 +97,7 @@ class NativeAttention(NativeProducts):
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = [contiguous_rows(each) for each in (q_nope, q_rope, k_nope, k_rope[:, None], value)]
-        heads = native_heads(*tensors, self.dtype)
+        heads = native_heads(self.dtype, *tensors)
         tokens, count = q_nope.shape[:2]
         sequences = len(q_lens)
         q_ends = _lengths("attention", "q_lens", q_lens, sequences, tokens)

@@ -38,7 +38,7 @@ class NativeProducts(CpuOps):
     # ---- at load ---------------------------------------------------------------------------------------------------
 
     def float_linear(self, weights: Sequence[Tensor]) -> Linear:
-        return native_linear([[LinearPart("", Scheme.FLOAT, weight) for weight in weights]])
+        return native_linear([[LinearPart("a float weight", Scheme.FLOAT, weight) for weight in weights]])
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return native_linear([parts])

@@ -164,7 +164,7 @@ def native_cache(cache: LayerCache) -> NativeCache:
 
 
 def native_heads(
-    q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor, dtype: torch.dtype
+    dtype: torch.dtype, q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor
 ) -> Heads:
     """Tensors `[tokens, heads, channels]` whose channels lie together; k_rope has one head for all."""
     (tokens, heads, nope), rope = q_nope.shape, q_rope.shape[-1]

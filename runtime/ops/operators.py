@@ -195,8 +195,9 @@ class Operators(ABC):
         """Normalise the latent, rotate the rope channels, write both into the cache in place.
 
         kv `[T, L + D]` (a view with a row stride is fine), gamma `[L]`, slots int64 `[T]` (negative: not written).
-        Norm and rope in float32 with one rounding each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`),
-        also where the cache is int8: the codes that it stores are made of this latent.
+        Norm and rope in float32 with one rounding each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`) as
+        the cache holds them: of an int8 cache what its codes stand for, so that a token is the same key and value to
+        those of its own chunk as to all later ones.
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...quant.int4 import unpack_int4
-from ...quant.kv_cache import INT8_CHANNELS, latent_codes
+from ...quant.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
 from ...quant.schemes import Scheme
 from ...quant.static_w8a8 import InputScale
 from ..layout import CHANNELS, read_nz, write_nz
@@ -251,9 +251,11 @@ class ReferenceOps(Ops):
         latent, rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
         latent = self.rms_norm(latent, gamma, eps)
         rope = _rope(rope.float(), cos.float(), sin.float()).to(self.dtype)
-        write_nz(
-            cache.latent, slots, latent if cache.latent_scale is None else latent_codes(latent, cache.latent_scale)
-        )
+        if cache.latent_scale is None:
+            write_nz(cache.latent, slots, latent)
+        else:
+            write_nz(cache.latent, slots, latent_codes(latent, cache.latent_scale))
+            latent = cached_latent(latent, cache.latent_scale) if output_kv else latent
         write_nz(cache.rope, slots, rope)
         return (rope, latent) if output_kv else None
 

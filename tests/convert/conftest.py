@@ -54,6 +54,7 @@ BASE_CONFIG: dict[str, Any] = {
     "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0},
     "torch_dtype": "bfloat16",
 }
+ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM"}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "v3": {},
     "kimi": {"model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 6},
@@ -63,6 +64,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "scoring_func": "softmax",
         "topk_method": "greedy",
+        "norm_topk_prob": False,
         "num_nextn_predict_layers": 0,
         "n_shared_experts": 2,
     },
@@ -142,6 +144,7 @@ def write_checkpoint(
 ) -> Path:
     """A random checkpoint; `edit` may change its tensors before they are written. Scales go one shard further."""
     full = {**BASE_CONFIG, **FAMILY_CONFIGS[family], **(config or {})}
+    full.setdefault("architectures", [ARCHITECTURES.get(full["model_type"], "DeepseekV3ForCausalLM")])
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
     for name, shape in model_tensors(full).items():

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.convert.architecture import Inventory, Role, Spec
+from npuq.convert.architecture import Role, Spec
 from npuq.convert.chunks import row_chunks
+from npuq.convert.inventory import Inventory
 from npuq.convert.plan import build_plan
 from npuq.convert.recipe import Assignment
 from npuq.errors import RecipeError

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from npuq.convert.architecture import Role, take_inventory
+from npuq.convert.architecture import Role
 from npuq.convert.engine_rules import check_recipe
+from npuq.convert.inventory import take_inventory
 from npuq.convert.recipe import NAMED, Assignment, load_recipe, resolve
 from npuq.errors import RecipeError
 from npuq.quant.checkpoint import Checkpoint

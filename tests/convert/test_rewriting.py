@@ -9,9 +9,8 @@ import torch
 from calibrated import VOCABULARY, add_tokenizer
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.architecture import take_inventory
+from npuq.convert.inventory import take_inventory
 from npuq.convert.rewriting import RewrittenSource, rotated
-from npuq.errors import RecipeError
 from npuq.quant.checkpoint import Checkpoint
 from npuq.quant.dialects import WeightSource
 from npuq.quant.model_config import ModelConfig
@@ -101,16 +100,6 @@ def test_rows_do_not_depend_on_how_they_are_read(write, tmp_path):
         whole = turned.rows_float32(name)
         parts = [turned.rows_float32(name, start, min(start + 7, len(whole))) for start in range(0, len(whole), 7)]
         assert torch.equal(torch.cat(parts), whole), name
-
-
-def test_tied_embeddings_are_refused(write, tmp_path):
-    def tie(tensors):
-        del tensors["lm_head.weight"]
-
-    directory = write(tmp_path / "source", config={"tie_word_embeddings": True}, edit=tie)
-    with pytest.raises(RecipeError, match="tied"):
-        convert_checkpoint(directory, tmp_path / "out", method="rotate")
-    assert not (tmp_path / "out").exists()
 
 
 def test_held_bytes_are_those_of_the_largest_weight_with_rotated_outputs(write, tmp_path):

@@ -9,6 +9,7 @@ from npuq.errors import ArtifactError
 
 shims.install("sglang")
 
+from engine_rig import parameter_lists, rotary  # noqa: E402
 from engine_rig import sglang_engine as engine  # noqa: E402
 from engine_rig.conformance import ConformanceError, compare, load  # noqa: E402
 from engine_rig.corruption import corrupt, corruptions, mtp_corruptions, static_corruptions  # noqa: E402
@@ -76,3 +77,25 @@ def test_float_experts_are_refused(artifact, tmp_path):
 
     with pytest.raises(ValueError, match="Unsupported ModelSlim MoE"):
         load(engine, corrupt(artifact("v3-mtp"), tmp_path / "float", tag), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "mtp"), [("v2-lite", False), ("v3-mtp", False), ("v3-mtp", True), ("v3-static", False)]
+)
+def test_the_list_of_needed_tensors(artifact, name, mtp):
+    parameter_lists.check_needed("sglang", engine, artifact(name), mtp)
+
+
+@pytest.mark.parametrize("tensor", parameter_lists.SURPLUS)
+def test_tensors_without_a_parameter(artifact, tensor):
+    parameter_lists.check_surplus("sglang", engine, artifact("v3-mtp"), tensor)
+
+
+@pytest.mark.parametrize("key", parameter_lists.VARIATIONS)
+def test_what_is_said_of_an_artifact_is_what_happens(artifact, tmp_path, key):
+    parameter_lists.check_variation("sglang", engine, artifact, tmp_path / "varied", key)
+
+
+@pytest.mark.parametrize("key", rotary.ROPES)
+def test_rotary_tables(artifact, tmp_path, key):
+    rotary.check_rope("sglang", engine, artifact("v3-mtp"), tmp_path / "rope", key)

@@ -54,7 +54,7 @@ def weights_of(directory: Path) -> dict[str, Tensor]:
 
 
 def continuation(directory: Path) -> tuple[int, ...]:
-    return npuq.load(directory).generate([PROMPT], max_new_tokens=12)[0].token_ids
+    return npuq.load(directory).generate([PROMPT], max_new_tokens=12, temperature=0)[0].token_ids
 
 
 def test_it_runs_and_is_sound(directory, float_model):

@@ -5,8 +5,8 @@ success or a one-line error.
     python tests/fuzz/artifacts.py --first 1234 --count 1      # one of them again
 
 A child process has the sanitizers and runs one artifact after the other. What happens to number n depends on n alone.
-Exit status 1 when there is a finding: a crash, a hang, any exception that is not npuq's own, a message of several lines,
-and an undamaged artifact (there are some among them) that is refused.
+Exit status 1 when there is a finding: a crash, a hang, any exception that is not npuq's own, a message of several
+lines, and an undamaged artifact (there are some among them) that is refused.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def _lines(child: subprocess.Popen[str]) -> Iterator[str | None]:
 
 def run_all(library: str, bases: list[str], folder: str, first: int, end: int) -> None:
     import torch
+    from mutations import mutate
 
     import npuq.quant.library
-    from mutations import mutate
 
     npuq.quant.library.LIBRARY = Path(library)
     assert npuq.quant.library.levels(), "the library under test does not load"
@@ -203,7 +203,9 @@ def main() -> int:
         bases = make_bases(Path(folder) / "bases")
         report = fuzz(bases, Path(folder), options.first, options.count, lambda text: print(text, flush=True))
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items()))
-    print(f"{options.count} artifacts in {time.monotonic() - started:.0f} s: {outcomes}; {len(report.findings)} findings")
+    print(
+        f"{options.count} artifacts in {time.monotonic() - started:.0f} s: {outcomes}; {len(report.findings)} findings"
+    )
     return 1 if report.findings else 0
 
 

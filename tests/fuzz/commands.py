@@ -12,6 +12,7 @@ internal error, a message of several lines or with characters that a terminal ob
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import queue
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -125,10 +127,11 @@ def _run_child(
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         for line in _lines(child):
             if line is None or (until is not None and time.monotonic() > until):
-                child.kill()
+                child.send_signal(signal.SIGABRT)  # faulthandler says where it was
                 child.wait()
+                errors.seek(0)
                 if line is None:
-                    found(f"no end after {SECONDS} s")
+                    found(f"no end after {SECONDS} s\n{errors.read()[-6000:]}")
                 return number + 1
             event = json.loads(line)
             number = event["number"]
@@ -175,6 +178,7 @@ def run_all(folder: str, seed: int, first: int, end: int | None) -> None:
     """Run cases, printing an event when one begins and when a command has ended."""
     import torch
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints past Python is not of the protocol
@@ -267,7 +271,8 @@ def _problem(command: str, code: int, out: str, err: str) -> str | None:
     if code == 0 and errors:
         return "an error, and exit code 0"
     # verify and doctor say on stdout what is wrong.
-    if code == 1 and not (len(errors) == 1 and lines[-1] is errors[0]) and not (command in ("verify", "doctor") and out):
+    told = lines[-1:] == errors or (command in ("verify", "doctor") and bool(out))
+    if code == 1 and not told:
         return "exit code 1 without one last line that says why"
     return None
 
@@ -292,9 +297,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="npuq-fuzz-") as folder:
         make_inputs(Path(folder))
-        report = fuzz(
-            Path(folder), options.seed, options.first, options.count, options.seconds, lambda text: print(text, flush=True)
-        )
+        limits = options.first, options.count, options.seconds
+        report = fuzz(Path(folder), options.seed, *limits, told=lambda text: print(text, flush=True))
     print(f"{report.cases} cases; {len(report.findings)} findings")
     for outcome, count in sorted(report.outcomes.items()):
         print(f"  {count:>6} {outcome}")

@@ -19,7 +19,7 @@ from npuq.quant.schemes import SCALE, SUFFIXES, WEIGHT
 from npuq.quant.static_w8a8 import InputScale, static_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from random_artifact import linears  # noqa: E402  (names and shapes of a model)
+from random_artifact import linears
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -88,9 +88,7 @@ def make_bases(folder: Path) -> list[Path]:
     made = [sources["v3"]]
     for name, recipe in (("v3", "w4a8"), ("odd", "w4a8"), ("lite", "w8a8"), ("v3", "float")):
         output = folder / f"{name}-{recipe}"
-        convert_checkpoint(
-            sources[name], output, recipe=recipe, method="minmax", workers=1, max_shard_size=80_000
-        )
+        convert_checkpoint(sources[name], output, recipe=recipe, method="minmax", workers=1, max_shard_size=80_000)
         made.append(output)
     _add_cache_scales(folder / "v3-w4a8", layers=2, channels=32)
     static = folder / "v3-static"

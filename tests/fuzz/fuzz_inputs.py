@@ -107,9 +107,7 @@ def _unfinished(source: Path, output: Path) -> None:
         raise _StoppedError
 
     try:
-        npuq.convert_checkpoint(
-            source, output, method="minmax", workers=1, max_shard_size=SHARD_BYTES, on_shard=stop
-        )
+        npuq.convert_checkpoint(source, output, method="minmax", workers=1, max_shard_size=SHARD_BYTES, on_shard=stop)
     except _StoppedError:
         return
     raise AssertionError("the conversion was not stopped")

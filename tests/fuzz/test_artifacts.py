@@ -1,4 +1,4 @@
-"""Damaged artifacts under the sanitizers, a fixed number of them; `python tests/fuzz/artifacts.py` runs as many as asked."""
+"""Damaged artifacts under the sanitizers: a fixed number. `python tests/fuzz/artifacts.py` runs as many as asked."""
 
 from __future__ import annotations
 
@@ -21,4 +21,3 @@ def test_damaged_artifacts_run_or_are_refused_in_a_line(tmp_path: Path) -> None:
     # Some are left whole, and some damage has no effect: those go through the kernels.
     assert report.outcomes["ran"] > COUNT / 10
     assert report.outcomes["refused"] > COUNT / 2
-

@@ -18,18 +18,21 @@ from mutations import HOSTILE, joined, split
 
 # As JSON or YAML that Python's own writer cannot be made to write.
 RAW = [
-    "NaN", "-Infinity", "1e999", "1" * 6000, "[" * 100_000, '{"a":' * 5000, '"\\ud800"', '"\\u0000\\u001b[2J"', "'", "\\",
-    "[" * 70 + "]" * 70, "-", "0x10", '"\x1b[31m"', "\x85", "2001-99-99", "*a", "&a [*a]", "!!python/object:os.system x",
-    "{a: 1, a: 2}", "? [1]\n: 2", '{"a": 1, "a": 2}', "---", "\t", '"' + "x" * 100_000 + '"', "1" * 41, "\ufeff", "\u202e",
+    "NaN", "-Infinity", "1e999", "1" * 6000, "[" * 100_000, '{"a":' * 5000, '"\\ud800"', '"\\u0000\\u001b[2J"', "'",
+    "\\",     "[" * 70 + "]" * 70, "-", "0x10", '"\x1b[31m"', "\x85", "2001-99-99",
+    "*a", "&a [*a]", "!!python/object:os.system x",
+    "{a: 1, a: 2}", "? [1]\n: 2",
+    '{"a": 1, "a": 2}', "---", "\t", '"' + "x" * 100_000 + '"', "1" * 41, "\ufeff", "\u202e",
 ]  # fmt: skip
 TEMPLATES = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x'|center(5000000000) }}",
     "{{ 'x' * 10000000000 }}", "{{ '%0999999999d' % 1 }}", "{{ lipsum(n=10000000) }}", "{{ [1] * 1000000000 }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__ }}", "{{ raise_exception('\x1b[2J') }}",
     "{{ messages[99] }}", "{% include 'x' %}", "{{ 10 ** 10 ** 10 }}", "{%", "\ud800".encode("utf-8", "surrogatepass"),
-    "{{ messages|tojson }}" * 1000, "\x1b]0;title\x07", "{{ 1 / 0 }}", "{% set x = namespace(a='a') %}{% for i in range(99) %}"
-    "{% set x.a = x.a + x.a %}{% endfor %}{{ x.a }}",
+    "{{ messages|tojson }}" * 1000, "\x1b]0;title\x07", "{{ 1 / 0 }}", "{% set x = namespace(a='a') %}"
+    "{% for i in range(99) %}{% set x.a = x.a + x.a %}{% endfor %}{{ x.a }}",
 ]  # fmt: skip
+ESCAPES = [b"\x1b[2J", b"\xc2\x9b2J", b"\r", b"\0", b"\xe2\x80\xae", b"\xff", b"\xed\xa0\x80"]
 SAFETENSORS, JSON, LINES, YAML, JINJA, TEXT = "safetensors", "json", "jsonl", "yaml", "jinja", "text"
 
 
@@ -103,7 +106,7 @@ def _bytes(path: Path, rng: random.Random) -> str:
     elif kind == "repeat":
         content[at:at] = content[at : at + length] * rng.choice([1, 2, 2000])
     elif kind == "escape":
-        content[at:at] = rng.choice([b"\x1b[2J", b"\xc2\x9b2J", b"\r", b"\0", b"\xe2\x80\xae", b"\xff", b"\xed\xa0\x80"])
+        content[at:at] = rng.choice(ESCAPES)
     else:
         content[at : at + length] = bytes(len(content[at : at + length]))
     path.write_bytes(content)
@@ -168,7 +171,8 @@ def _header(path: Path, rng: random.Random) -> str:
     if rng.random() < 0.2:
         name = rng.choice(["\ud800", "\u00b2", "\u0663.x", "\x1b[31m", "a\nb", "x" * 5000, "", "model.layers.999999.x"])
         shape = rng.choice([[0], [2**62, 2**62, 0], [10**30, 0], [1] * 17 + [0], [0] * 100_000])
-        header[name] = {"dtype": rng.choice(["F32", ["F32"], "Z9", None]), "shape": shape, "data_offsets": [len(body)] * 2}
+        dtype = rng.choice(["F32", ["F32"], "Z9", None])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body)] * 2}
         path.write_bytes(joined(header, body))
         return f"header: tensor {name[:20]!r}"
     text, what = change(header, rng)

@@ -16,8 +16,9 @@ from npuq.hub.client import Backoff
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import Fault
-from loopback import LoopbackHub
+from loopback import LoopbackHub, honest
 from loopback_state import State
+from loopback_xet import XetStore
 from support import use_cache
 
 WRITER = "hf_writer"
@@ -33,10 +34,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def hub(server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
-    """An empty hub, an empty cache, the writer's token in HF_TOKEN, and short waits between retries."""
+    """An empty hub with Xet, as huggingface.co is, an empty cache, the writer's token in HF_TOKEN, and short waits
+    between retries. The client is as it comes."""
     folder = tmp_path / "hub-objects"
     folder.mkdir()
     server.state = State(folder)
+    server.xet = XetStore(tmp_path / "hub-xet")
+    server.say = honest
     server.faults.clear()
     server.log.clear()
     server.multipart_from = 1 << 62

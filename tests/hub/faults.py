@@ -16,6 +16,8 @@ class Fault:
     connection without an answer. reset_after: let so many bytes of the body (of an upload, or of the answer) pass,
     then reset. lose_response: do what was asked, then reset instead of answering. corrupt: flip a bit of the answer's
     body at this offset. bytes_per_second: slow the answer's body. truncate: end the answer's body so many bytes early.
+    longer: send so many bytes more than there are. endless: never end the body. sent_headers: of the answer, whatever
+    they should be.
     """
 
     pattern: str
@@ -30,6 +32,9 @@ class Fault:
     corrupt: int | None = None
     bytes_per_second: int | None = None
     truncate: int | None = None
+    longer: int = 0
+    endless: bool = False
+    sent_headers: dict[str, str] = field(default_factory=dict)
 
 
 class Faults:

@@ -1,8 +1,8 @@
 """A hub on the loopback interface that the real huggingface_hub client talks to, with faults on demand.
 
 Speaks what push, pull and streaming need: create repository, branches, tags, pull requests, validate-yaml, preupload,
-LFS batch with basic and multipart transfers, verify, commits as ndjson, model info, trees with paging, resolve with
-HEAD, GET and Range, whoami. Error answers carry X-Error-Code as the hub's do.
+LFS batch with basic and multipart transfers, verify, Xet tokens, commits as ndjson, model info, trees with paging,
+resolve with HEAD, GET and Range, whoami. Error answers carry X-Error-Code as the hub's do.
 
 Run as a program it serves until it is killed: `python loopback.py FOLDER [PORT]`.
 """
@@ -24,6 +24,7 @@ from faults import Faults
 from loopback_files import FileRoutes
 from loopback_http import Seen
 from loopback_state import Blob, RefusedError, State, lfs, regular
+from loopback_xet import XetStore
 
 _TREE_PAGE = 5
 
@@ -34,6 +35,12 @@ class LoopbackHub:
     def __init__(self, folder: Path, port: int = 0, multipart_from: int = 1 << 62, part_size: int = 1 << 20):
         self.state = State(folder)
         self.faults = Faults()
+        # What it says where it lies: of a request and the right answer.
+        self.say: Callable[[str, Any], Any] = honest
+        # False for a hub that sends whole files always.
+        self.ranges = True
+        # None for a hub without Xet.
+        self.xet: XetStore | None = None
         self.multipart_from = multipart_from
         self.part_size = part_size
         self.log: list[Seen] = []
@@ -63,6 +70,11 @@ class LoopbackHub:
     def uploaded_bytes(self) -> int:
         """Bytes of LFS content received so far."""
         return sum(seen.received for seen in self.requests(r"^PUT /lfs/"))
+
+
+def honest(request: str, answer: Any) -> Any:
+    """What a hub says that does not lie."""
+    return answer
 
 
 class _Handler(FileRoutes):
@@ -129,6 +141,8 @@ class _Handler(FileRoutes):
             files[path] = regular(base64.b64decode(value["content"]))
         elif key == "lfsFile":
             stored = self.hub.state.object_path(value["oid"])
+            if not stored.exists() and self.hub.xet is not None:
+                self.hub.xet.bring(self.hub.state, value["oid"], value["size"])
             if not stored.exists():
                 raise RefusedError(400, f"LFS object of {path} was never uploaded")
             files[path] = lfs(value["oid"], stored.stat().st_size)
@@ -155,12 +169,23 @@ class _Handler(FileRoutes):
             entry: dict[str, Any] = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
             if blob.sha256 is not None:
                 entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
+                if self.hub.xet is not None:
+                    entry["xetHash"] = self.hub.xet.xet_hash(blob.sha256, self.hub.state.object_path(blob.sha256))
             entries.append(entry)
         headers = {}
         if start + _TREE_PAGE < len(files):
             url = f"{self.hub.endpoint}{self.raw_route}?recursive=true&cursor={start + _TREE_PAGE}"
             headers["Link"] = f'<{url}>; rel="next"'
         self._json(entries, headers=headers)
+
+    def xet_token(self, name: str, kind: str, revision: str) -> None:
+        self._repo(name, write=kind == "write")
+        if self.hub.xet is None:
+            raise RefusedError(404, f"no route {self.command} {self.route}")
+        if kind == "read":
+            self.hub.xet.migrate(self.hub.state)
+        body, headers = self.hub.xet.token()
+        self._json(body, headers=headers)
 
     def auth_check(self, name: str, write: str | None = None) -> None:
         self._repo(name, write=write is not None)
@@ -242,6 +267,7 @@ _ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("POST",), r"/lfs-complete/([0-9a-f]{64})", _Handler.lfs_complete),
     (("POST",), rf"/api/models/{_NAME}/commit/(.+)", _Handler.commit),
     (("GET",), rf"/api/models/{_NAME}/tree/(.+)", _Handler.tree),
+    (("GET",), rf"/api/models/{_NAME}/xet-(read|write)-token/(.+)", _Handler.xet_token),
     (("GET",), rf"/api/models/{_NAME}/auth-check(/write)?", _Handler.auth_check),
     (("GET",), rf"/api/models/{_NAME}/refs", _Handler.refs),
     (("POST",), rf"/api/models/{_NAME}/branch/(.+)", _Handler.create_branch),

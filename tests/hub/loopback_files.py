@@ -100,9 +100,10 @@ class FileRoutes(Exchange):
         headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
         if blob.sha256 is not None:
             headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.sha256}"'}
+            headers |= self._xet_headers(name, commit.sha, blob.sha256)
         start, end, status = 0, blob.size, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is not None:
+        if asked is not None and self.hub.ranges:
             start, end = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else blob.size, blob.size)
             if start >= blob.size:
                 self.fault.headers["Content-Range"] = f"bytes */{blob.size}"
@@ -110,12 +111,17 @@ class FileRoutes(Exchange):
             status, headers["Content-Range"] = 206, f"bytes {start}-{end - 1}/{blob.size}"
         if self.fault.lose_response:
             raise DroppedError
-        self.send_response(status)
-        for header, value in {**headers, "Content-Length": str(end - start)}.items():
-            self.send_header(header, value)
-        self.end_headers()
+        self._begin(status, {**headers, "Content-Length": str(end - start)})
         if self.command != "HEAD":
             self._send_content(blob, start, end)
+            self._exceed()
+
+    def _xet_headers(self, name: str, revision: str, sha256: str) -> dict[str, str]:
+        if self.hub.xet is None:
+            return {}
+        token = f"{self.hub.endpoint}/api/models/{name}/xet-read-token/{revision}"
+        xet_hash = self.hub.xet.xet_hash(sha256, self.hub.state.object_path(sha256))
+        return {"X-Xet-Hash": xet_hash, "Link": f'<{token}>; rel="xet-auth"'}
 
     def _send_content(self, blob: Blob, start: int, end: int) -> None:
         with _opened(self.hub.state, blob) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -44,6 +45,14 @@ class Exchange(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         return
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the other side has gone
+            super().handle()
+
+    def finish(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().finish()
 
     def do_GET(self) -> None:
         self._serve()
@@ -103,15 +112,36 @@ class Exchange(BaseHTTPRequestHandler):
     def _write(self, status: int, headers: dict[str, str], body: bytes) -> None:
         if self.fault.lose_response:
             raise DroppedError
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self._begin(status, {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             self.wfile.write(body)
             self.seen.sent += len(body)
+            self._exceed()
+
+    def _begin(self, status: int, headers: dict[str, str]) -> None:
+        """The status and the headers, which are wrong where a fault says so."""
+        length = int(headers["Content-Length"]) + self.fault.longer
+        headers = {**headers, "Content-Length": str(length), **self.fault.sent_headers}
+        if self.fault.endless:
+            del headers["Content-Length"]
+            self.close_connection = True
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _exceed(self) -> None:
+        """Send what nobody asked for, until the other side has had enough."""
+        piece = b" " * CHUNK
+        left = 1 << 40 if self.fault.endless else self.fault.longer
+        while left:
+            self.wfile.write(piece[:left])
+            self.seen.sent += len(piece[:left])
+            left -= len(piece[:left])
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        if status == 200:
+            content = self.hub.say(self.seen.request, content)
         self._write(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(content).encode())
 
     def _read_body(self) -> bytes:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 import uuid
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -25,6 +26,7 @@ class LoopbackModelScope:
         self.blobs: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
         self.tags: dict[str, str] = {}
+        self.say: Callable[[str, Any], Any] = lambda request, answer: answer
         self.faults = Faults()
         self.log: list[Seen] = []
         self.lock = threading.Lock()

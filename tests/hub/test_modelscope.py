@@ -14,6 +14,7 @@ from faults import Fault
 from loopback_modelscope import READER, WRITER, LoopbackModelScope
 from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
 
+import npuq
 from npuq.errors import HubError
 from npuq.hub.client import Backoff
 from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
@@ -188,3 +189,94 @@ def test_no_pull_requests(artifact: Path) -> None:
     done = npuq_run("push", artifact, REPO, "--hub", "modelscope", "--create-pr")
     assert done.returncode == 2
     assert "opens no pull requests" in done.stderr
+
+
+def test_quiet_is_quiet(scope: LoopbackModelScope, artifact: Path, tmp_path: Path) -> None:
+    """Without a terminal too: the client would draw a bar a file."""
+    done = npuq_run("push", artifact, REPO, "--hub", "modelscope", "--quiet", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    json.loads(done.stdout)
+    done = npuq_run("pull", REPO, tmp_path / "here", "--hub", "modelscope", "--quiet", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["path"] == str(tmp_path / "here")
+
+
+def test_a_kill_goes_on_inside_the_file(scope: LoopbackModelScope, artifact: Path, tmp_path: Path) -> None:
+    push_modelscope(artifact, REPO)
+    shard, there = shards(artifact)[1], tmp_path / "here"
+    # What a killed pull leaves.
+    (there / "npuq").mkdir(parents=True)
+    (there / f"{shard.name}.npuq-part").write_bytes(shard.read_bytes()[:1_000_000])
+    scope.log.clear()
+    assert contents(pull_modelscope(REPO, there)) == contents(artifact)
+    ranges = [seen.range for seen in scope.log if seen.range is not None]
+    assert f"bytes=1000000-{shard.stat().st_size - 1}" in ranges
+
+
+def test_the_cache_follows_its_branch(scope: LoopbackModelScope, artifact: Path, example_fp8: Path) -> None:
+    push_modelscope(artifact, REPO)
+    there = pull_modelscope(REPO)
+    assert (there / shards(artifact)[5].name).exists()
+    other = artifact.parent / "other"
+    npuq.convert_checkpoint(example_fp8, other, method="minmax")
+    push_modelscope(other, REPO)
+    assert pull_modelscope(REPO) == there
+    assert contents(there) == contents(other)
+    assert len(shards(there)) == len(shards(other)) == 1
+
+
+def test_a_folder_of_the_users_is_not_made_another_artifact(
+    scope: LoopbackModelScope, artifact: Path, tmp_path: Path
+) -> None:
+    push_modelscope(artifact, REPO)
+    pull_modelscope(REPO, tmp_path / "here")
+    alter(shards(artifact)[0])
+    reseal(artifact)
+    push_modelscope(artifact, REPO)
+    with pytest.raises(HubError, match="holds another artifact, or another revision"):
+        pull_modelscope(REPO, tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault(r"GET .*/repo$", longer=1, times=10**6), "sends more than the .* bytes that it lists"),
+        (Fault(r"GET .*/repo$", endless=True, times=10**6), "sends more than the .* bytes that it lists"),
+        (
+            Fault(r"GET .*/repo$", times=10**6, sent_headers={"Content-Range": "bytes 5-6/7"}),
+            "asked for bytes from 0, the hub answered 206",
+        ),
+        (Fault(r"GET .*/repo$", times=10**6, sent_headers={"Content-Encoding": "gzip"}), "sends it compressed"),
+        (Fault(r"GET .*/repo$", corrupt=5, times=10**6), "other content than the hub lists"),
+    ],
+    ids=["longer", "without end", "of another place", "compressed", "corrupt"],
+)
+def test_wrong_bodies(scope: LoopbackModelScope, artifact: Path, tmp_path: Path, fault: Fault, said: str) -> None:
+    push_modelscope(artifact, REPO)
+    scope.log.clear()
+    scope.faults.add(fault)
+    with pytest.raises(HubError, match=said):
+        pull_modelscope(REPO, tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+    assert sum(seen.sent for seen in scope.log) < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "route", ["users/me", "repo/files", r"GET .*/repo$", "objects/batch", "PUT /store", "/commit/"]
+)
+def test_what_is_said_of_a_status(
+    scope: LoopbackModelScope, artifact: Path, tmp_path: Path, backoff: Backoff, route: str
+) -> None:
+    if "GET" in route:
+        push_modelscope(artifact, REPO)
+    for status in (400, 401, 403, 404, 413, 429, 500, 503):
+        scope.faults.clear()
+        scope.faults.add(Fault(route, status=status, times=10**6))
+        with pytest.raises(HubError) as caught:
+            if "GET" in route:
+                pull_modelscope(REPO, tmp_path / "here", backoff=backoff)
+            else:
+                push_modelscope(artifact, REPO, backoff=backoff)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert ("run the same command again" in message) == (status in (429, 500, 503)), (status, message)

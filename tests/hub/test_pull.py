@@ -30,7 +30,7 @@ from support import (
 )
 
 import npuq
-from npuq.errors import HubError
+from npuq.errors import HubError, NpuqError
 from npuq.hub import fetch, resolve
 from npuq.hub.client import Backoff
 
@@ -110,6 +110,23 @@ def test_offline(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch
     assert not hub.log
 
 
+def test_a_cache_that_may_not_be_written(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that several users share: what is there is used."""
+    pulled = npuq.pull(REPO)
+
+    def refused(path: Path, *arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for name in ("write_text", "mkdir", "symlink_to", "replace"):
+        monkeypatch.setattr(Path, name, refused)
+    assert npuq.pull(REPO) == pulled
+    hub.state.repos[REPO].branches["other"] = hub.state.repos[REPO].branches["main"]
+    assert npuq.pull(REPO, revision="other") == pulled
+    (pulled / "config.json").unlink()
+    with pytest.raises(HubError, match="Permission denied"):
+        npuq.pull(REPO)
+
+
 def test_the_hub_is_unreachable(hub: LoopbackHub, pushed: Path, backoff: Backoff) -> None:
     pulled = npuq.pull(REPO)
     hub.faults.add(Fault("", reset_before=True, times=10**6))
@@ -166,6 +183,34 @@ def test_disk_full(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPat
     hub.log.clear()
     assert contents(npuq.pull(REPO)) == contents(pushed)
     assert len(hub.requests(r"^GET .*\.safetensors")) == 1  # the others had come through
+
+
+class TestBeforeWeights:
+    """What speaks against a model is said before hours of fetching: everything small comes first."""
+
+    class RefusedError(NpuqError):
+        pass
+
+    @pytest.mark.parametrize("kind", ["artifact", "artifact into a folder", "checkpoint"])
+    def test_no_weight_is_fetched(self, hub: LoopbackHub, pushed: Path, tmp_path: Path, kind: str) -> None:
+        if kind == "checkpoint":
+            files = dict(hub.state.repos[REPO].commit("main").files)
+            del files[MANIFEST]
+            hub.state.repos[REPO].add_commit("main", "no manifest", files)
+        seen: list[set[str]] = []
+
+        def refuse(directory: Path) -> None:
+            seen.append({path.name for path in directory.iterdir()})
+            raise self.RefusedError("no tokenizer")
+
+        target = tmp_path / "there" if "folder" in kind else None
+        with pytest.raises(self.RefusedError):
+            npuq.pull(REPO, target, artifact_only=False, before_weights=refuse)
+        assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= seen[0]
+        assert not any(name.endswith(".safetensors") for name in seen[0])
+        assert not hub.requests(r"^GET .*model-.*\.safetensors")
+        npuq.pull(REPO, target, artifact_only=False, before_weights=lambda directory: None)
+        assert len(hub.requests(r"^GET .*model-.*\.safetensors")) == len(shards(pushed))
 
 
 class TestFolder:
@@ -251,8 +296,8 @@ class TestByName:
     """`user/repo` where a directory is expected."""
 
     def test_load_generates_the_same_text(self, hub: LoopbackHub, pushed: Path) -> None:
-        (here,) = npuq.load(pushed).generate(["Once upon a time"], max_new_tokens=8)
-        (there,) = npuq.load(REPO).generate(["Once upon a time"], max_new_tokens=8)
+        (here,) = npuq.load(pushed).generate(["Once upon a time"], max_new_tokens=8, temperature=0)
+        (there,) = npuq.load(REPO).generate(["Once upon a time"], max_new_tokens=8, temperature=0)
         assert here.token_ids == there.token_ids
 
     def test_command(self, hub: LoopbackHub, pushed: Path) -> None:

@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,13 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback import LoopbackHub
+from safetensors.torch import load_file, save_file
 from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, kill_when, npuq_process, npuq_run
 
 import npuq
 from npuq.convert import convert_checkpoint
 from npuq.errors import CheckpointError, HubError, RecipeError
-from npuq.hub import RemoteCheckpoint
+from npuq.hub import RemoteCheckpoint, resolve
 from npuq.hub.client import Backoff
 
 SOURCE = "alice/source"
@@ -129,6 +132,84 @@ def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Pa
     assert local.keys() == streamed.keys()
     assert all(content == streamed[name] for name, content in local.items() if name != "README.md")
     assert npuq.verify(tmp_path / "out").ok
+
+
+def test_both_ways_leave_the_same_files(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """From a directory, streamed, and fetched first: whatever lies beside the weights."""
+    beside = (
+        "NOTICE.txt",
+        "LICENSE",
+        "LICENSE-MODEL",
+        "modeling_deepseek.py",
+        "tokenizer.model",
+        "chat_template.jinja",
+    )
+    others = ("picture.png", "README.md", "notes.json", "adapter.bin", "NOTICE/x", "a/tokenizer.json", "tiktoken.model")
+    directory = tmp_path / "source"
+    for path in example_fp8.iterdir():
+        (directory / path.name).parent.mkdir(exist_ok=True)
+        (directory / path.name).write_bytes(path.read_bytes())
+    for name in (*beside, *others):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(name)
+    files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    hub.state.put(SOURCE, files)
+    convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "streamed") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "streamed", **OPTIONS)  # type: ignore[arg-type]
+    convert_checkpoint(resolve(SOURCE), tmp_path / "fetched", **OPTIONS)  # type: ignore[arg-type]
+    local = without_manifest(tmp_path / "local")
+    assert {*beside, "tiktoken.model"} <= local.keys()
+    assert not {"picture.png", "notes.json", "adapter.bin"} & local.keys()
+    for name in ("streamed", "fetched"):
+        assert without_manifest(tmp_path / name) == local
+
+
+def test_shards_of_one_name_in_two_folders(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """And one that could be taken for another where `/` is written as `_`."""
+    names = ["model-1.safetensors", "a/model-1.safetensors", "a_model-1.safetensors"]
+    renamed = dict(zip(sorted(path.name for path in example_fp8.glob("*.safetensors")), names, strict=True))
+    directory = tmp_path / "source"
+    (directory / "a").mkdir(parents=True)
+    for path in example_fp8.iterdir():
+        content = path.read_bytes()
+        if path.name == "model.safetensors.index.json":
+            index = json.loads(content)
+            index["weight_map"] = {name: renamed[shard] for name, shard in index["weight_map"].items()}
+            content = json.dumps(index).encode()
+        (directory / renamed.get(path.name, path.name)).write_bytes(content)
+    files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    hub.state.put(SOURCE, files)
+    convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "streamed") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "streamed", **OPTIONS)  # type: ignore[arg-type]
+    assert without_manifest(tmp_path / "streamed") == without_manifest(tmp_path / "local")
+    # What is fetched first, for a model to run, has them all.
+    fetched = resolve(SOURCE)
+    assert {name for name in names if (fetched / name).is_file()} == {*names}
+
+
+def test_what_another_commit_left_in_the_window_is_not_used(
+    hub: LoopbackHub, source: str, example_fp8: Path, tmp_path: Path
+) -> None:
+    """The same shard, size and range, and other bytes."""
+
+    def first(window: Path) -> bytes:
+        with RemoteCheckpoint.open_remote(SOURCE, window) as checkpoint:
+            name = next(name for name, info in checkpoint.tensors.items() if info.nbytes > 1000)
+            checkpoint.expect([(name,)], ())
+            memory = bytearray(checkpoint.info(name).nbytes)
+            checkpoint.read_bytes(name, 0, memoryview(memory))
+            return bytes(memory)
+
+    before = first(tmp_path / "window")
+    assert list((tmp_path / "window").iterdir())
+    for path in example_fp8.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        (length,) = struct.unpack("<Q", content[:8])
+        content[8 + length :] = bytes(255 - byte for byte in content[8 + length :])
+        hub.state.put(SOURCE, {path.name: bytes(content)})
+    assert first(tmp_path / "window") == bytes(255 - byte for byte in before)
 
 
 FAULTS = {
@@ -331,3 +412,23 @@ class TestRefused:
         assert "no such directory here; on the hub" in done.stderr
         assert done.stderr.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_passes_by_with_the_embedding(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """One stored tensor, two of the artifact: whether it is fetched once or twice, they are those from the disk."""
+    directory = Path(shutil.copytree(example_fp8, tmp_path / "tied"))
+    index_path, config_path = directory / "model.safetensors.index.json", directory / "config.json"
+    index = json.loads(index_path.read_text())
+    shard = directory / index["weight_map"].pop("lm_head.weight")
+    tensors = load_file(shard)
+    del tensors["lm_head.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index_path.write_text(json.dumps(index))
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"tie_word_embeddings": True}))
+    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in directory.iterdir()})
+    convert_checkpoint(directory, tmp_path / "disk", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+    expected = {name: content for name, content in contents(tmp_path / "disk").items() if name.endswith("safetensors")}
+    assert {name: content for name, content in contents(tmp_path / "out").items() if name in expected} == expected
+    assert npuq.verify(tmp_path / "out", directory).ok

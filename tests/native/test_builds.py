@@ -89,7 +89,7 @@ def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
 @needs_arm
 def test_levels_agree_on_arm(tmp_path: Path) -> None:
     library = tmp_path / "libnpuq.so"
-    loadload_setup().build(library, tmp_path / "objects", [str(ARM_COMPILER)], "aarch64", [])
+    load_setup().build(library, tmp_path / "objects", [str(ARM_COMPILER)], "aarch64", [])
     program = _check_program(library, tmp_path, str(ARM_COMPILER), [])
     done = subprocess.run(
         [str(ARM_EMULATOR), "-L", "/usr/aarch64-linux-gnu", str(program)],

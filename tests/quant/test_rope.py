@@ -1,6 +1,9 @@
 """Rope tables against transformers' own initializers and DeepSeek's mscale rule."""
 
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,18 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 64,
         "mscale": 1.0,
         "mscale_all_dim": 0.5,
+    },
+    # The softmax's temperature counts under every type.
+    "linear-mscale": {"rope_type": "linear", "factor": 4.0, "mscale_all_dim": 1.0},
+    "dynamic-mscale": {"rope_type": "dynamic", "factor": 3.0, "mscale_all_dim": 0.5},
+    "yarn-factor-1": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 256, "mscale": 0.5},
+    "yarn-attention-factor": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+        "attention_factor": 1.25,
+        "mscale_all_dim": 1.0,
+        "truncate": False,
     },
     "llama3": {
         "rope_type": "llama3",
@@ -126,3 +141,26 @@ def test_both_config_dialects_give_the_same_tables(name: str, config: dict[str, 
     assert torch.equal(first.cos, second.cos)
     assert torch.equal(first.sin, second.sin)
     assert first.metadata == second.metadata
+
+
+def test_rope_scaling_counts_where_both_dialects_are_there(config: dict[str, Any]) -> None:
+    """As in transformers, whichever is written first."""
+    both = {**config, "rope_scaling": SCALINGS["linear"], "rope_parameters": SCALINGS["yarn"]}
+    theirs = DeepseekV3Config(rope_scaling=dict(SCALINGS["linear"]), rope_parameters=dict(SCALINGS["yarn"]))
+    assert ModelConfig.from_dict(both).rope.rope_type == theirs.rope_parameters["rope_type"] == "linear"
+    assert ModelConfig.from_dict({**both, "rope_scaling": None}).rope.rope_type == "yarn"
+
+
+def test_the_longest_tables_take_little_more_memory_than_themselves(config: dict[str, Any]) -> None:
+    """In a process of its own: the peak of its memory, before and after."""
+    code = (
+        "import json, resource, sys; from npuq.quant.model_config import ModelConfig; "
+        "from npuq.quant.rope import rope_tables; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "model = ModelConfig.from_dict(json.loads(sys.argv[1])); before = peak(); tables = rope_tables(model); "
+        "print(tables.cos.nbytes + tables.sin.nbytes, (peak() - before) * 1024)"
+    )
+    longest = {**config, "max_position_embeddings": 1 << 20}
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(longest)], capture_output=True, text=True, check=True)
+    held, grown = map(int, done.stdout.split())
+    assert held == (1 << 20) * 64 * 4
+    assert grown < held + (64 << 20)

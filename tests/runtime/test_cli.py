@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 import npuq.runtime
 from npuq.cli.main import main
 from npuq.errors import GenerationError
-from npuq.runtime import LanguageModel
+from npuq.runtime import LanguageModel, SamplingParams
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -43,16 +44,97 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 
 def test_generate_prints_the_text(run: Run, artifact: Path) -> None:
-    code, out, err = run("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12, "--backend", "cpu")
-    expected = npuq.runtime.load(artifact, "cpu").generate("Call me", max_new_tokens=12).text
-    assert (code, out, err) == (0, expected + "\n", "")
+    expected = npuq.runtime.load(artifact, "cpu").generate("Call me", max_new_tokens=12, temperature=0).text
+    for greedy in (("--greedy",), ("--temperature", "0")):
+        code, out, err = run("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12, *greedy)
+        assert (code, out) == (0, expected + "\n")
+        first, last = err.splitlines()
+        assert first == "sampling: greedy"
+        assert re.fullmatch(r"3 prompt tokens in \d+\.\d\d s, 12 new tokens at \d+\.\d tokens/s", last)
+        quiet = run("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12, *greedy, "--quiet")
+        assert quiet == (0, expected + "\n", "")
+
+
+def test_generate_samples_as_the_model_says(run: Run, artifact: Path, tmp_path: Path) -> None:
+    """What generation_config.json says is in force where the user says nothing; stderr says what and why."""
+    common = ("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12)
+    lines = {
+        (): "sampling: temperature 0.8, top-p 0.95 (from generation_config.json)",
+        (
+            "--seed",
+            "3",
+        ): "sampling: temperature 0.8, top-p 0.95, seed 3 (temperature, top-p from generation_config.json)",
+        ("--temperature", "0.5", "--top-p", "1"): "sampling: temperature 0.5",
+        ("--greedy", "--repetition-penalty", "1.2"): "sampling: greedy, repetition-penalty 1.2",
+    }
+    for options, line in lines.items():
+        assert run(*common, *options)[2].splitlines()[0] == line
+    model = npuq.runtime.load(artifact, "cpu")
+    assert model.default_params == SamplingParams(temperature=0.8, top_p=0.95)
+    sampled = model.generate("Call me", max_new_tokens=12, seed=3).text
+    assert sampled != model.generate("Call me", max_new_tokens=12, temperature=0).text
+    assert run(*common, "--seed", "3", "--quiet") == (0, sampled + "\n", "")
+
+
+def test_options_without_effect_are_told_or_refused(run: Run, artifact: Path) -> None:
+    common = ("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 2)
+    code, _, err = run(*common, "--greedy", "--top-k", "5", "--seed", "1")
+    assert (code, err.splitlines()[1]) == (0, "--top-k, --seed: without effect, because sampling is greedy")
+    for options, expected in (
+        (("--greedy", "--temperature", "0.7"), "--greedy and --temperature"),
+        (("--system", "Be brief"), "add --chat"),
+        (("--chat-template-kwargs", "{}"), "add --chat"),
+        (("--prompt-file", "-", "--prompt-file", "-"), "once only"),
+        (("--chat", "--chat-template-kwargs", "[1]"), "not a JSON object"),
+        (("--chat", "--chat-template-kwargs", '{"a": NaN}'), "not valid JSON"),
+    ):
+        code, out, err = run(*common, *options)
+        assert (code, out) == (2, "")
+        assert expected in err
+
+
+def test_chat_options_reach_the_template(run: Run, artifact: Path, tmp_path: Path) -> None:
+    directory = copy(artifact, tmp_path)
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'Think.' if thinking else 'Answer.' }}"
+    )
+    given = ("--system", "Be brief", "--chat-template-kwargs", '{"thinking": true}')
+    common = ("generate", directory, "--max-new-tokens", 6, "--greedy", "--quiet")
+    plain = run(*common, "--prompt", "system: Be brief\nuser: Hi\nThink.")
+    assert run(*common, "--chat", "--prompt", "Hi", *given) == plain
+    code, out, err = run(*common, "--chat", "--prompt", "Hi", "--chat-template-kwargs", '{"messages": []}')
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "messages cannot be given there" in err
+
+
+def test_prompt_files_lose_their_last_line_end(run: Run, artifact: Path, tmp_path: Path) -> None:
+    """As text editors and `echo` leave it; one of several is kept, because somebody meant it."""
+    common = ("generate", artifact, "--max-new-tokens", 6, "--greedy", "--json")
+    files = []
+    for number, content in enumerate((b"Call me\n", b"Call me\r\n", b"Call me", b"Call me\n\n")):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(content)
+        files += ["--prompt-file", path]
+    results = json.loads(run(*common, *files)[1])
+    plain, longer = json.loads(run(*common, "--prompt", "Call me", "--prompt", "Call me\n")[1])
+    assert [each["text"] for each in results] == [plain["text"]] * 3 + [longer["text"]]
+    assert [each["prompt_tokens"] for each in results] == [plain["prompt_tokens"]] * 3 + [longer["prompt_tokens"]]
+
+
+def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from npuq.cli.generate import _shown
+
+    text = "a\x1b[31mb\tc\nd\r"
+    assert _shown(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert _shown(text) == "a\\x1b[31mb\tc\nd\\r"
 
 
 def test_generate_json(run: Run, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("And God said")
-    common = ("--max-new-tokens", 6, "--json", "--backend", "cpu")
+    common = ("--max-new-tokens", 6, "--json", "--greedy", "--backend", "cpu")
     _, out, _ = run("generate", artifact, "--prompt", "Call me", *common)
-    one = json.loads(out)
+    (one,) = json.loads(out)
     assert list(one) == [
         "text",
         "prompt_tokens",
@@ -83,9 +165,10 @@ def test_generate_takes_every_sampling_flag(run: Run, artifact: Path) -> None:
         "--seed",
         "3",
     ]
-    first = run("generate", artifact, "--prompt", "The", "--max-new-tokens", 10, "--stop", "zzz", *flags)
-    again = run("generate", artifact, "--prompt", "The", "--max-new-tokens", 10, "--stop", "zzz", *flags)
-    greedy = run("generate", artifact, "--prompt", "The", "--max-new-tokens", 10)
+    common = ("generate", artifact, "--prompt", "The", "--max-new-tokens", 10, "--quiet")
+    first = run(*common, "--stop", "zzz", *flags)
+    again = run(*common, "--stop", "zzz", *flags)
+    greedy = run(*common, "--greedy")
     assert first == again
     assert first[0] == 0
     assert first[1] != greedy[1]
@@ -196,6 +279,7 @@ def test_pipe_from_standard_input(example_fp8: Path) -> None:
         "-",
         "--max-new-tokens",
         "2",
+        "--quiet",
     ]
     done = subprocess.run(command, input="Call me", capture_output=True, text=True, check=True)
     assert done.stdout.strip()

@@ -30,7 +30,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def alone(example: LanguageModel) -> list[str]:
-    return [example.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS]
+    return [example.generate(prompt, max_new_tokens=24, temperature=0).text for prompt in PROMPTS]
 
 
 def small(directory: Path, blocks: int, **sizes: int) -> LanguageModel:
@@ -43,20 +43,20 @@ def small(directory: Path, blocks: int, **sizes: int) -> LanguageModel:
 
 def test_together_as_alone(example: LanguageModel, alone: list[str]) -> None:
     assert len(set(alone)) == len(alone)
-    assert [done.text for done in example.generate(PROMPTS, max_new_tokens=24)] == alone
+    assert [done.text for done in example.generate(PROMPTS, max_new_tokens=24, temperature=0)] == alone
 
 
 def test_few_at_once_in_small_chunks(example_fp8: Path, alone: list[str]) -> None:
     """Two run, the others wait for their place; prompts come in chunks of at most 12 tokens beside decodes."""
     model = small(example_fp8, 16, max_num_seqs=2, max_num_batched_tokens=12, prefix_segment_tokens=16)
-    assert [done.text for done in model.generate(PROMPTS, max_new_tokens=24)] == alone
+    assert [done.text for done in model.generate(PROMPTS, max_new_tokens=24, temperature=0)] == alone
     assert model.engine.scheduler.num_preempted == 0
     assert model.engine.blocks.num_free == 16
 
 
 def test_preempted_sequences_are_recomputed(example_fp8: Path, alone: list[str]) -> None:
     model = small(example_fp8, 6, max_num_seqs=4, max_num_batched_tokens=64)
-    assert [done.text for done in model.generate(PROMPTS, max_new_tokens=24)] == alone
+    assert [done.text for done in model.generate(PROMPTS, max_new_tokens=24, temperature=0)] == alone
     assert model.engine.scheduler.num_preempted > 0
     assert model.engine.blocks.num_free == 6
 
@@ -65,11 +65,11 @@ def test_blocks_are_reused_after_others(example_fp8: Path, alone: list[str]) -> 
     """Stale tokens of an earlier sequence in a block are never seen."""
     model = small(example_fp8, 8)
     for _ in range(2):
-        assert [model.generate(prompt, max_new_tokens=24).text for prompt in PROMPTS] == alone
+        assert [model.generate(prompt, max_new_tokens=24, temperature=0).text for prompt in PROMPTS] == alone
 
 
 def test_completion_fields(example: LanguageModel) -> None:
-    done = example.generate(PROMPTS[0], max_new_tokens=5)
+    done = example.generate(PROMPTS[0], max_new_tokens=5, temperature=0)
     assert done.completion_tokens == len(done.token_ids) == 5
     assert done.prompt_tokens == len(example.tokenizer.encode(PROMPTS[0]))
     assert done.finish_reason == "length"
@@ -80,29 +80,29 @@ def test_completion_fields(example: LanguageModel) -> None:
 
 def test_token_ids_are_a_prompt_too(example: LanguageModel) -> None:
     ids = example.tokenizer.encode(PROMPTS[0])
-    (done,) = example.generate([ids], max_new_tokens=5)
+    (done,) = example.generate([ids], max_new_tokens=5, temperature=0)
     assert done == pytest.approx(done)
-    assert done.token_ids == example.generate(PROMPTS[0], max_new_tokens=5).token_ids
+    assert done.token_ids == example.generate(PROMPTS[0], max_new_tokens=5, temperature=0).token_ids
 
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_end_of_sequence_from_generation_config(example_fp8: Path, tmp_path: Path, as_list: bool) -> None:
     directory = Path(shutil.copytree(example_fp8, tmp_path / "model"))
-    free = npuq.runtime.load(directory, "cpu").generate(PROMPTS[0], max_new_tokens=24)
+    free = npuq.runtime.load(directory, "cpu").generate(PROMPTS[0], max_new_tokens=24, temperature=0)
     end = free.token_ids[7]
     assert end not in free.token_ids[:7]
     config = {"eos_token_id": [1, end] if as_list else end}
     (directory / "generation_config.json").write_text(json.dumps(config))
     model = npuq.runtime.load(directory, "cpu")
-    done = model.generate(PROMPTS[0], max_new_tokens=24)
+    done = model.generate(PROMPTS[0], max_new_tokens=24, temperature=0)
     assert done.finish_reason == "stop"
     assert done.token_ids == free.token_ids[:8]
     assert done.text == model.tokenizer.decode(free.token_ids[:7])
-    assert model.generate(PROMPTS[0], max_new_tokens=24, ignore_eos=True).token_ids == free.token_ids
+    assert model.generate(PROMPTS[0], max_new_tokens=24, temperature=0, ignore_eos=True).token_ids == free.token_ids
 
 
 def test_closing_a_stream_frees_its_blocks(example: LanguageModel) -> None:
-    stream = example.stream(PROMPTS, max_new_tokens=50)
+    stream = example.stream(PROMPTS, max_new_tokens=50, temperature=0)
     next(stream)
     assert example.engine.blocks.num_free < example.engine.blocks.num_blocks
     stream.close()  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def test_closing_a_stream_frees_its_blocks(example: LanguageModel) -> None:
 def test_streamed_pieces_make_the_text(example: LanguageModel) -> None:
     pieces: dict[int, list[str]] = {}
     texts = {}
-    for piece in example.stream(PROMPTS, max_new_tokens=12):
+    for piece in example.stream(PROMPTS, max_new_tokens=12, temperature=0):
         pieces.setdefault(piece.index, []).append(piece.text)
         if piece.completion is not None:
             texts[piece.index] = piece.completion.text
@@ -125,7 +125,7 @@ def test_generation_ends_at_the_context(example_fp8: Path) -> None:
     model = small(example_fp8, 2)
     assert model.context == 32
     prompt = list(range(10, 38))
-    (done,) = model.generate([prompt], max_new_tokens=100, ignore_eos=True)
+    (done,) = model.generate([prompt], max_new_tokens=100, temperature=0, ignore_eos=True)
     assert (done.completion_tokens, done.finish_reason) == (4, "length")
 
 
@@ -228,7 +228,7 @@ def test_sampling_leaves_the_cores_to_the_kernels(example_fp8: Path, monkeypatch
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        npuq.runtime.load(example_fp8, "cpu").generate("The", max_new_tokens=2)
+        npuq.runtime.load(example_fp8, "cpu").generate("The", max_new_tokens=2, temperature=0)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -77,7 +77,7 @@ def test_transformers_filters_leave_the_same_tokens() -> None:
         golden = logits[None].clone()
         for warper in warpers:
             golden = warper(context[None], golden)
-        tokens, probabilities = _candidates(_penalise(logits, context.tolist(), 1.3) / 0.7, params)
+        tokens, probabilities = _candidates(_penalise(logits, context.tolist(), 1.3), params)
         ours = torch.zeros(64, dtype=torch.float64).index_copy(0, tokens, probabilities / probabilities.sum())
         torch.testing.assert_close(ours, golden[0].double().softmax(0), rtol=1e-5, atol=1e-7)
 
@@ -85,6 +85,24 @@ def test_transformers_filters_leave_the_same_tokens() -> None:
 def test_greedy_takes_the_best_and_penalty_moves_it() -> None:
     assert Sampler(SamplingParams()).next_token(LOGITS, ()) == 0
     assert Sampler(SamplingParams(repetition_penalty=3.0)).next_token(LOGITS, (0, 0)) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-38, 1e-40, 1e-300, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1))
+    for logits in (LOGITS, LOGITS.flip(0), torch.tensor([-3e38, 3e38, float("-inf")])):
+        assert {sampler.next_token(logits, ()) for _ in range(50)} == {int(logits.argmax())}
+
+
+def test_a_temperature_beyond_all_is_even() -> None:
+    assert (frequencies(temperature=1e308) > 0.1).all()
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_an_extreme_penalty_is_no_damage(penalty: float) -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=penalty))
+    assert sampler.next_token(LOGITS, (0, 5)) == (0 if penalty < 1 else 1)
+    assert Sampler(SamplingParams(repetition_penalty=penalty, temperature=1.0)).next_token(LOGITS, (0, 5)) in range(6)
 
 
 def test_damaged_logits_are_refused() -> None:

@@ -79,14 +79,17 @@ def test_stop_strings(text: str, stops: list[str]) -> None:
 
 
 def test_stop_string_ends_generation(example: LanguageModel) -> None:
-    free = example.generate("Call me", max_new_tokens=30)
+    free = example.generate("Call me", max_new_tokens=30, temperature=0)
     stop = free.text[20:26]
     place = free.text.find(stop)
-    done = example.generate("Call me", max_new_tokens=30, stop=stop)
+    done = example.generate("Call me", max_new_tokens=30, temperature=0, stop=stop)
     assert done.finish_reason == "stop"
     assert done.text == free.text[:place]
     assert done.completion_tokens < 30
-    assert "".join(piece.text for piece in example.stream("Call me", max_new_tokens=30, stop=[stop])) == done.text
+    assert (
+        "".join(piece.text for piece in example.stream("Call me", max_new_tokens=30, temperature=0, stop=[stop]))
+        == done.text
+    )
 
 
 # ---- tokenizer files -------------------------------------------------------------------------------------------------

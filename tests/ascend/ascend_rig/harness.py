@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from npuq.quant.artifact import KV_CACHE_NAME
-from npuq.quant.checkpoint import read_config
 from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
@@ -65,7 +65,7 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
 
     Its latent is int8 where the artifact has scales for that.
     """
-    config = read_config(path)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     int8, size = (path / KV_CACHE_NAME).exists(), ops.dtype.itemsize
     channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
     cache_bytes = CACHE_BLOCKS * BLOCK * config["num_hidden_layers"] * channels

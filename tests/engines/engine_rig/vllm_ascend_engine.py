@@ -32,7 +32,8 @@ from .shims import Group
 AscendMultiHeadLatentAttention.__init__ = lambda self, *args, **kwargs: nn.Module.__init__(self)
 ascend_moe.setup_moe_comm_method = lambda config: None
 
-BORROWED_BY_DRAFT = ()
+# vLLM gives its draft the embedding and the head of the model that it drafts for, whatever was loaded.
+BORROWED_BY_DRAFT = ("embed_tokens", "shared_head.head")
 
 
 def detect(directory: Path) -> str | None:
@@ -55,7 +56,7 @@ def build(directory: Path, weights: Iterable[tuple[str, Tensor]], tp: int, ep: i
     model = (DeepSeekMTP if mtp else DeepseekV3ForCausalLM)(vllm_config=config)
     poison(model)
     model.load_weights(iter(weights))
-    check_filled(model)
+    check_filled(model, BORROWED_BY_DRAFT if mtp else ())
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if method is not None and hasattr(method, "process_weights_after_loading"):

@@ -1,0 +1,71 @@
+"""The sampling options of a command, and what is said of those in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ..runtime import SamplingParams
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Fields that change nothing where the likeliest token is taken.
+_ONLY_SAMPLED = ("top_k", "top_p", "min_p", "seed")
+
+
+def sampling_options(function: _F) -> _F:
+    """The options of a command that samples: what the user does not say arrives as None."""
+    options = [
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
+        click.option("--greedy", is_flag=True, help="Take the likeliest token, as --temperature 0."),
+        click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token."),
+        click.option("--top-k", type=click.IntRange(min=0), help="Keep the K likeliest tokens; 0: all."),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest tokens that sum to P."
+        ),
+        click.option("--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least P times the likeliest."),
+        click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="1: none."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), help="Makes sampling repeatable, whatever else runs beside it."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of SamplingParams that the user gave."""
+    given = {name: value for name, value in sampling.items() if name != "greedy" and value is not None}
+    if sampling["greedy"]:
+        if given.get("temperature"):
+            raise click.UsageError("--greedy and --temperature above 0 contradict each other; leave one out")
+        given["temperature"] = 0.0
+    return given
+
+
+def notes(params: SamplingParams, defaults: SamplingParams, given: Mapping[str, Any]) -> list[str]:
+    """Lines on the sampling in force: what it is, where it comes from, and which options change nothing."""
+    off = type(params)()
+    names = ["repetition_penalty"] if params.temperature == 0 else ["temperature", *_ONLY_SAMPLED, "repetition_penalty"]
+    in_force = [name for name in names if getattr(params, name) != getattr(off, name)]
+    words = [f"{_option(name)} {getattr(params, name)}" for name in in_force]
+    if params.temperature == 0:
+        words.insert(0, "greedy")
+    of_file = [name for name in in_force if name not in given and getattr(defaults, name) != getattr(off, name)]
+    line = "sampling: " + ", ".join(words)
+    if of_file:
+        which = "" if len(of_file) == len(in_force) else f"{', '.join(map(_option, of_file))} "
+        line += f" ({which}from generation_config.json)"
+    lines = [line]
+    idle = [f"--{_option(name)}" for name in _ONLY_SAMPLED if name in given]
+    if params.temperature == 0 and idle:
+        lines.append(f"{', '.join(idle)}: without effect, because sampling is greedy")
+    return lines
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,85 @@
+"""Typed access to config.json: a value of the wrong type, or one that no model has, is an error that names its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ..errors import CheckpointError
+
+# Far above any model: what a config claims is enumerated and multiplied, and must not fill the memory before it is
+# found wrong.
+MAX_SIZE: Final = 1 << 24
+MAX_LAYERS: Final = 1000
+MAX_POSITIONS: Final = 1 << 21
+
+
+class ConfigReader:
+    """The values of a config by key. One that is absent or null takes the default, or is an error where there is none;
+    with `nullable` false a null is an error beside every default, because other readers do not take it for absence.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._config = config
+
+    def size(self, key: str, default: int | None = None, most: int = MAX_SIZE, *, nullable: bool = True) -> int:
+        """A whole number from 1 to `most`."""
+        value = self.count(key, default, most, nullable=nullable)
+        if value < 1:
+            raise CheckpointError(f"config.json: {key} must be at least 1, not {value}")
+        return value
+
+    def count(self, key: str, default: int | None = None, most: int = MAX_SIZE, *, nullable: bool = True) -> int:
+        """A whole number from 0 to `most`."""
+        value = self._get(key, default, nullable)
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"config.json: {key} must be a whole number, not {shown(value)}")
+        if value > most:
+            raise CheckpointError(
+                f"config.json: {key} {shown(value)} is more than any model has; npuq reads up to {most}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None, least: float = -1e30, most: float = 1e30) -> float:
+        """A number from `least` to `most`."""
+        value = self._get(key, default, True)
+        # JSON has no infinity and no NaN, but Python reads both; NaN is in no range.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e30 <= value <= 1e30:
+            raise CheckpointError(f"config.json: {key} must be a finite number, not {shown(value)}")
+        if not least <= value <= most:
+            raise CheckpointError(f"config.json: {key} must be from {least:g} to {most:g}, not {shown(value)}")
+        return float(value)
+
+    def flag(self, key: str, default: bool, *, nullable: bool = True) -> bool:
+        """true or false."""
+        value = self._get(key, default, nullable)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key} must be true or false, not {shown(value)}")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
+        """One of `choices`."""
+        value = self._get(key, default, True)
+        if value not in choices:
+            raise CheckpointError(f"config.json: {key} {shown(value)} is unknown; npuq knows {', '.join(choices)}")
+        return str(value)
+
+    def _get(self, key: str, default: Any, nullable: bool) -> Any:
+        value = self._config.get(key)
+        if value is None and key in self._config and not nullable:
+            raise CheckpointError(
+                f"config.json: {key} is null, which loaders do not take for its default; give a value"
+            )
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"config.json: {key} is missing")
+        return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message of one line: of a long one the beginning."""
+    if type(value) is int and value.bit_length() > 128:  # Python refuses to print thousands of digits
+        return f"a number of {value.bit_length()} bits"
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,167 @@
+"""One engine for several streams and threads: whoever waits for text takes the next step, and takes it for all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
+from contextlib import contextmanager
+from threading import Condition, Lock
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import GenerationError
+from .engine import Engine, StepOutput
+from .sampler import SamplingParams
+from .sequence import Sequence
+
+
+class Client(Protocol):
+    """Somebody who waits for what becomes of some sequences."""
+
+    sequences: tuple[Sequence, ...]
+
+    def is_ready(self) -> bool:
+        """Whether something has come that was not fetched, or nothing more will come."""
+
+    def receive(self, output: StepOutput) -> bool:
+        """Take what a step brought one of the sequences; whether a stop string ends that here."""
+
+    def fail(self, error: GenerationError) -> None:
+        """Learn that nothing more will come."""
+
+
+class Loop:
+    """Steps an engine for its clients. One thread at a time touches the engine; all others wait for it.
+
+    The lock is held for moments only, by whoever looks at a client or changes the engine between two steps. A step is
+    taken without it, by the thread that has set `_stepping`.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
+        self._stepping = False
+        self._wanted = 0  # threads that wait to change the engine: no step begins before they have
+        self._clients: dict[Sequence, Client] = {}
+        self._abandoned: deque[Client] = deque()
+
+    def add(
+        self, client: Client, prompts: Tokens[Tokens[int]], params: SamplingParams, stop_ids: frozenset[int]
+    ) -> None:
+        """Queue prompts for a client, all or none. Raises GenerationError as `Engine.add`."""
+        with self._between_steps():
+            added: list[Sequence] = []
+            try:
+                for prompt in prompts:
+                    added.append(self.engine.add(prompt, params, stop_ids))  # noqa: PERF401  (one may raise)
+            except BaseException:
+                for sequence in added:
+                    self.engine.finish(sequence, "cancelled")
+                raise
+            client.sequences = tuple(added)
+            self._clients.update(dict.fromkeys(added, client))
+
+    def wait(self, client: Client) -> None:
+        """Return when the client is ready. Steps are taken until then, here unless another thread does."""
+        stepping = False
+        try:
+            while not client.is_ready():
+                with self._lock:
+                    while not client.is_ready() and (self._stepping or self._wanted):
+                        self._changed.wait()
+                    if client.is_ready():
+                        return
+                    self._stepping = stepping = True
+                self._step()
+                with self._lock:
+                    self._stepping = stepping = False
+                    self._changed.notify_all()
+        finally:
+            if stepping:
+                with self._lock:
+                    self._stepping = False
+                    self._changed.notify_all()
+            self._drop_abandoned()
+
+    def drop(self, client: Client) -> None:
+        """End a client's sequences and free their blocks."""
+        with self._between_steps():
+            self._drop(client)
+
+    def abandon(self, client: Client) -> None:
+        """As `drop`, soon: for finalizers, which may run anywhere, also within a step, and must not wait."""
+        self._abandoned.append(client)
+        self._drop_abandoned()
+
+    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+        """`Engine.logits`, between the steps of others."""
+        found = self.engine.logits(sequences)
+        while True:
+            with self._between_steps():
+                logits = next(found, None)
+            if logits is None:
+                return
+            yield logits
+
+    def _step(self) -> None:
+        """Take a step and hand out what it brought. When it fails as a whole, every client learns of it."""
+        try:
+            for output in self.engine.step():
+                self._deliver(output)
+        except BaseException as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            failure = GenerationError(f"a step that this prompt took part in has failed ({reason}); ask again")
+            clients = set(self._clients.values())
+            self._clients = {}
+            self.engine.reset(sequence for client in clients for sequence in client.sequences)
+            for client in clients:
+                client.fail(failure)
+            raise
+
+    def _deliver(self, output: StepOutput) -> None:
+        sequence = output.sequence
+        client = self._clients[sequence]
+        try:
+            stopped = client.receive(output)
+        except GenerationError as error:
+            client.fail(error)
+            stopped = True
+        if stopped:
+            self.engine.finish(sequence, "stop")
+        if sequence.finish_reason is not None:
+            del self._clients[sequence]
+
+    def _drop(self, client: Client) -> None:
+        for sequence in client.sequences:
+            self.engine.finish(sequence, "cancelled")
+            self._clients.pop(sequence, None)
+
+    def _drop_abandoned(self) -> None:
+        """Drop those abandoned, unless the engine is in use: then whoever uses it does so afterwards."""
+        while self._abandoned and self._lock.acquire(blocking=False):
+            try:
+                if self._stepping:
+                    return
+                while self._abandoned:
+                    self._drop(self._abandoned.popleft())
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """The engine is nobody else's within."""
+        try:
+            with self._lock:
+                self._wanted += 1
+                try:
+                    while self._stepping:
+                        self._changed.wait()
+                    yield
+                finally:
+                    self._wanted -= 1
+                    self._changed.notify_all()
+        finally:
+            self._drop_abandoned()

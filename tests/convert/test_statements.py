@@ -1,0 +1,289 @@
+"""Every pair of statements of a checkpoint that can contradict each other: one counts and a note says so, or it is
+refused; nothing is preferred in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from npuq.convert import convert_checkpoint, verify
+from npuq.convert.engine_placement import ENGINES, check_placement
+from npuq.errors import CheckpointError
+
+Tensors = dict[str, Tensor]
+MTP = "model.layers.3."
+
+
+@dataclass(frozen=True)
+class Case:
+    """A v3 checkpoint of 3 layers and an MTP layer, changed. `refused` or `note` is said; `artifact` holds of the
+    artifact's config.json, `dropped` names what it does not have."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    edit: Callable[[Tensors], None] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    refused: str | None = None
+    note: str | None = None
+    artifact: dict[str, Any] = field(default_factory=dict)
+    dropped: str | None = None
+
+
+def without(*parts: str) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if any(part in name for part in parts)]:
+            del tensors[name]
+
+    return edit
+
+
+def add(*names: str, shape: tuple[int, ...] = (4, 64)) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        tensors.update({name: torch.ones(shape).bfloat16() for name in names})
+
+    return edit
+
+
+def rename(old: str, new: str) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if old in name]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return edit
+
+
+def as_float32(tensors: Tensors) -> None:
+    tensors.update({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def grow(name: str) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+    return edit
+
+
+UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+CASES = {
+    # The head: see tests/runtime/test_tied.py for what is computed.
+    "tied, and a head stored": Case(TIED, note="and the checkpoint stores both", artifact=UNTIED),
+    "tied, and no head": Case(TIED, without("lm_head"), note="a second time as 'lm_head.weight'", artifact=UNTIED),
+    "tied, and no embedding": Case(
+        TIED, without("model.embed"), note="a second time as 'model.embed_tokens.weight'", artifact=UNTIED
+    ),
+    "untied, and no head": Case({}, without("lm_head"), refused="'lm_head.weight' is missing"),
+    # Layers.
+    "a layer more than are stored": Case(
+        {"num_hidden_layers": 5, "num_nextn_predict_layers": 0}, refused="config.json has num_hidden_layers 5"
+    ),
+    "a layer less than are stored": Case(
+        {"num_hidden_layers": 2, "num_nextn_predict_layers": 0},
+        without(MTP),
+        refused="num_hidden_layers 2, but the checkpoint has layer 2, which is no multi-token",
+    ),
+    "an MTP layer among the decoder's": Case(
+        {"num_hidden_layers": 4, "num_nextn_predict_layers": 0}, refused="config.json has num_hidden_layers 4"
+    ),
+    "an MTP layer that is not counted": Case(
+        {"num_nextn_predict_layers": 0},
+        note=r"MTP layers \(3\) that config.json does not count",
+        artifact={"num_nextn_predict_layers": 1},
+    ),
+    "an MTP layer and a count of null": Case(
+        {"num_nextn_predict_layers": None},
+        note=r"MTP layers \(3\) that config.json does not count",
+        artifact={"num_nextn_predict_layers": 1},
+    ),
+    "a count of null alone": Case(
+        {"num_nextn_predict_layers": None}, without(MTP), artifact={"num_nextn_predict_layers": 0}
+    ),
+    "half an MTP layer that is not counted": Case(
+        {"num_nextn_predict_layers": 0},
+        without(MTP + "self_attn"),
+        note="layers 3 are MTP layers that config.json does not count, and not whole",
+        artifact={"num_nextn_predict_layers": 0},
+        dropped=MTP,
+    ),
+    "half an MTP layer that is counted": Case(
+        {}, without(MTP + "self_attn"), refused=r"layers\.3\.self_attn.* missing"
+    ),
+    "a counted MTP layer that is not there": Case(
+        {}, without(MTP), note=r"counts MTP layers \(3\) that the checkpoint does not have",
+        artifact={"num_nextn_predict_layers": 0},
+    ),
+    "an MTP layer behind a gap": Case(
+        {"num_nextn_predict_layers": 0},
+        rename(MTP, "model.layers.4."),
+        note="layers 4 are MTP layers that config.json does not count, and not whole or behind a gap",
+        artifact={"num_nextn_predict_layers": 0},
+        dropped="model.layers.4.",
+    ),
+    # Experts and attention.
+    "an expert more than config.json has": Case(
+        {"n_routed_experts": 2, "n_group": 1}, refused="config.json has n_routed_experts 2"
+    ),
+    "an expert less than config.json has": Case(
+        {}, without("experts.3."), refused=r"'model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight' and .* missing"
+    ),
+    "shared experts that config.json has not": Case(
+        {"n_shared_experts": 0}, refused="config.json has n_shared_experts 0"
+    ),
+    "no shared experts where it has them": Case({}, without("shared_experts"), refused="shared_experts.* missing"),
+    "experts in a dense layer": Case(
+        {"first_k_dense_replace": 2}, refused="config.json has first_k_dense_replace 2 and moe_layer_freq 1"
+    ),
+    "a dense layer with experts": Case(
+        {"first_k_dense_replace": 0}, refused="config.json has first_k_dense_replace 0 and moe_layer_freq 1"
+    ),
+    "a latent of q that config.json has not": Case({"q_lora_rank": None}, refused="config.json has q_lora_rank null"),
+    "two ways to q": Case(
+        {}, add("model.layers.0.self_attn.q_proj.weight", shape=(48, 64)), refused="config.json has q_lora_rank 48"
+    ),
+    "a correction bias under greedy": Case(
+        {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+        refused="config.json has topk_method greedy",
+    ),
+    "a vocabulary of other rows": Case({}, grow("lm_head.weight"), refused=r"shape \[101, 64\], but config"),
+    "two counts of experts": Case({"num_local_experts": 8}, refused="n_routed_experts is 4 and num_local_experts 8"),
+    "two counts of MTP layers": Case({"num_mtp_layers": 2}, refused="is 1 and num_mtp_layers 2"),
+    "groups under greedy": Case(
+        {"n_group": 2},
+        options={"family": "v2lite"},
+        note="n_group 2, and topk_method greedy, which has no groups",
+        artifact={"n_group": 1},
+    ),
+    # Dtypes and quantization.
+    "another dtype than is stored": Case({}, as_float32, note=r"stored in another dtype than config.json's bfloat16"),
+    "two dtypes": Case(
+        {"dtype": "bfloat16", "torch_dtype": "float16"},
+        note="has dtype bfloat16 and torch_dtype 'float16': dtype counts",
+        artifact={"torch_dtype": "bfloat16"},
+    ),
+    "FP8 named, and nothing quantized": Case(
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        note=r"quantization_config \('fp8'\), and no weight is quantized",
+    ),
+    "another method named, and nothing quantized": Case(
+        {"quantization_config": {"quant_method": "awq"}}, note=r"quantization_config \('awq'\), and no weight is"
+    ),
+    # Rotary parameters.
+    "two objects of rope parameters": Case(
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, note="rope_scaling counts, as in transformers"
+    ),
+    "two rope types": Case(
+        {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+        refused="rope_type is 'yarn' and type 'linear'",
+    ),
+    "two thetas": Case(
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+        note="rope_theta 10000 beside the rope parameters' 50000.0: theirs counts",
+    ),
+    "two original lengths": Case({"original_max_position_embeddings": 128}, refused="loaders differ on which counts"),
+    # Names.
+    "another family's class": Case(
+        {"architectures": ["DeepseekV2ForCausalLM"]}, note="model_type 'deepseek_v3', and architectures"
+    ),
+    "two ends of a text": Case({"eos_token_id": 7}, note="ends texts at token 7, generation_config.json at 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contradictions(name, make_checkpoint, tmp_path):
+    case = CASES[name]
+    source = make_checkpoint(edit=case.edit, **case.options)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 1} | case.config))
+    if case.refused is not None:
+        with pytest.raises(CheckpointError, match=case.refused) as caught:
+            convert_checkpoint(source, tmp_path / "out", method="minmax")
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        return
+    notes = convert_checkpoint(source, tmp_path / "out", method="minmax").notes
+    if case.note is not None:
+        with pytest.raises(AssertionError, match=case.note):
+            raise AssertionError("\n".join(notes))
+    assert verify(tmp_path / "out", source).problems == ()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written | case.artifact == written
+    names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert case.dropped is None or not any(case.dropped in tensor for tensor in names)
+    # What the artifact's config.json says now, both engines read as npuq does.
+    for engine in ENGINES:
+        assert not [line for line in check_placement(tmp_path / "out", engine, 1, True) if "rope" not in line]
+
+
+def test_a_plain_checkpoint_contradicts_nothing(make_checkpoint, tmp_path):
+    source = make_checkpoint(config={"eos_token_id": 1})
+    assert convert_checkpoint(source, tmp_path / "out", dry_run=True).notes == ("output directory: new",)
+
+
+def test_fp8_without_a_quantization_config(make_checkpoint, tmp_path):
+    source = make_checkpoint(fp8_block=128)
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    notes = convert_checkpoint(source, tmp_path / "out", dry_run=True).notes
+    assert any("are FP8, and config.json has no weight_block_size" in note for note in notes)
+    other = make_checkpoint(tmp_path / "other", fp8_block=16)
+    path = other / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
+    with pytest.raises(CheckpointError, match="blocks of 128x128"):
+        convert_checkpoint(other, tmp_path / "out", dry_run=True)
+
+
+def shard_of(source: Path, name: str) -> Path:
+    return source / json.loads((source / "model.safetensors.index.json").read_text())["weight_map"][name]
+
+
+def test_a_tensor_that_the_index_does_not_list_counts_as_elsewhere(make_checkpoint, tmp_path):
+    """The stored head of a tied model, which transformers and the engines find in its shard."""
+    source = make_checkpoint(config=TIED)
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    head = load_file(source / index["weight_map"].pop("lm_head.weight"))["lm_head.weight"]
+    path.write_text(json.dumps(index))
+    notes = convert_checkpoint(source, tmp_path / "out", recipe="float").notes
+    assert any("does not list 1 tensors that the shards have, first 'lm_head.weight'" in note for note in notes)
+    assert torch.equal(load_file(shard_of(tmp_path / "out", "lm_head.weight"))["lm_head.weight"], head)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_tensor_in_two_shards(last, make_checkpoint, tmp_path):
+    """Other loaders read shards in the order of their names, and keep what they read last."""
+    source, name = make_checkpoint(), "model.norm.weight"
+    shards = sorted(source.glob("*.safetensors"))
+    listed = shard_of(source, name)
+    other = shards[0] if last else shards[-1]
+    if other == listed:
+        other = shards[1]
+    if (other < listed) != last:
+        listed, other = other, listed
+        index = json.loads((source / "model.safetensors.index.json").read_text())
+        index["weight_map"][name] = listed.name
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in (listed, other):
+        save_file(load_file(shard) | {name: torch.ones(64).bfloat16()}, shard, metadata={"format": "pt"})
+    if last:
+        convert_checkpoint(source, tmp_path / "out", dry_run=True)
+        return
+    with pytest.raises(
+        CheckpointError, match=f"'{name}' is in {listed.name}, which the index names, and in {other.name}"
+    ):
+        convert_checkpoint(source, tmp_path / "out", dry_run=True)
+
+
+def test_an_unknown_tensor_is_announced_to_whom_it_stops(make_checkpoint, tmp_path):
+    notes = convert_checkpoint(make_checkpoint(edit=add("model.extra.weight")), tmp_path / "out", method="minmax").notes
+    (line,) = [note for note in notes if "'model.extra.weight' and will not load" in note]
+    assert line.startswith("vllm-ascend")
+    assert check_placement(tmp_path / "out", "sglang", 1, True) == ()
+    (problem,) = check_placement(tmp_path / "out", "vllm-ascend", 1, True)
+    assert "no parameter for tensor 'model.extra.weight'" in problem

@@ -1,0 +1,171 @@
+"""npuq's lists of what an engine reads (convert/engine_parameters.py) against what it does without each tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from npuq.convert.engine_parameters import MODELS, EngineModel, draft_tensors, main_tensors, parameter_problems
+from npuq.convert.engine_placement import check_placement
+from npuq.errors import ArtifactError, CheckpointError
+from npuq.quant.artifact import read_description
+from npuq.quant.checkpoint import Checkpoint, read_json
+from npuq.quant.schemes import Scheme
+
+from .corruption import Corruption, Tags, Tensors, corrupt
+
+# How an engine's loading ends when something is missing or too much.
+ENDS = (
+    ArtifactError,
+    ValueError,
+    KeyError,
+    AssertionError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    StrictDataclassError,
+)
+# Of a layer's experts these: all are loaded alike.
+EXPERTS = ("experts.0.", "experts.15.")
+SURPLUS = (
+    "extra.weight",
+    "model.extra",
+    "model.layers.0.self_attn.extra.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.o_proj.bias",
+    "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.layers.0.mlp.shared_experts.up_proj.weight",
+    "model.layers.1.mlp.gate_proj.weight",
+    "model.layers.1.mlp.experts.16.gate_proj.weight",
+    "model.layers.9.input_layernorm.weight",
+)
+
+
+def loads(
+    engine: ModuleType, directory: Path, mtp: bool, *, without: str = "", beside: str = "", warned: bool = False
+) -> bool:
+    """Whether one rank of the model (or its draft) is loaded whole, with a tensor less or one more.
+
+    SGLang only warns of a tensor without a parameter, which counts as loaded where `warned` is true.
+    """
+    with Checkpoint.open(directory) as checkpoint:
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            yield from ((name, checkpoint.read(name)) for name in checkpoint.tensors if name != without)
+            if beside:
+                yield beside, torch.ones(8, 8, dtype=torch.bfloat16)
+
+        try:
+            engine.build(directory, weights(), 1, 1, 0, mtp)
+        except ENDS as end:
+            return warned and "not found in params_dict" in str(end)
+    return True
+
+
+def model_of(name: str, directory: Path) -> tuple[EngineModel, dict[str, Any], dict[str, Scheme]]:
+    raw, schemes = read_json(directory / "config.json"), read_description(directory)
+    assert schemes is not None
+    return MODELS[name][raw["model_type"]], raw, schemes
+
+
+def check_needed(name: str, engine: ModuleType, directory: Path, mtp: bool) -> None:
+    """The engine misses exactly the tensors that the list has, of all that the artifact has."""
+    model, raw, schemes = model_of(name, directory)
+    tensors = (draft_tensors if mtp else main_tensors)(model, raw, schemes)
+    needed = tensors.needed
+    assert needed <= schemes.keys()
+    assert loads(engine, directory, mtp)
+    for tensor in schemes:
+        if ".experts." in tensor and not any(expert in tensor for expert in EXPERTS):
+            continue
+        # Static linears have parameters for these two, and their operators do not get them.
+        if tensor in tensors.optional and tensor.endswith(("weight_scale", "weight_offset")):
+            continue
+        # Of two fused linears, which share an input, one suffices.
+        if ".input_" in tensor and tensor.split(".")[-2] in ("gate_proj", "up_proj", "q_a_proj", "kv_a_proj_with_mqa"):
+            continue
+        assert loads(engine, directory, mtp, without=tensor) == (tensor not in needed), tensor
+
+
+def check_surplus(name: str, engine: ModuleType, directory: Path, tensor: str) -> None:
+    """A tensor that no list has ends loading where npuq says so."""
+    _, raw, schemes = model_of(name, directory)
+    told = [line for line in parameter_problems(name, raw, {**schemes, tensor: Scheme.FLOAT}) if repr(tensor) in line]
+    assert loads(engine, directory, False, beside=tensor, warned=True) == (not told), told
+
+
+def drop(*parts: str) -> Corruption:
+    """Remove every tensor whose name has one of these parts."""
+
+    def how(tensors: Tensors, tags: Tags) -> None:
+        for name in [name for name in tensors if any(part in name for part in parts)]:
+            del tensors[name], tags[name]
+
+    return how
+
+
+@dataclass(frozen=True)
+class Variation:
+    """An artifact with another config.json (... removes a key) or fewer tensors. `silent`: engines that load it without
+    a word, and compute something else."""
+
+    config: dict[str, Any]
+    how: Corruption | None = None
+    silent: tuple[str, ...] = ()
+    of: str = "v3-mtp"
+
+
+VARIATIONS = {
+    "as it is": Variation({}),
+    "MTP layer not counted": Variation({"num_nextn_predict_layers": 0}),
+    "MTP layers null": Variation({"num_nextn_predict_layers": None}),
+    # The transformers that vLLM-Ascend 0.23.0 pins does not count one by itself, as newer ones do.
+    "MTP layers unsaid": Variation({"num_nextn_predict_layers": ...}, silent=("vllm-ascend",)),
+    "tied, with a head": Variation({"tie_word_embeddings": True}),
+    "tied, without a head": Variation({"tie_word_embeddings": True}, drop("lm_head")),
+    "without a head": Variation({}, drop("lm_head")),
+    "tied null": Variation({"tie_word_embeddings": None}),
+    "topk_method unsaid": Variation({"topk_method": ...}),
+    "scoring_func unsaid": Variation({"scoring_func": ...}, silent=("vllm-ascend",)),
+    "moe_layer_freq unsaid": Variation({"moe_layer_freq": ...}),
+    "first_k_dense_replace unsaid": Variation({"first_k_dense_replace": ...}),
+    "norm_topk_prob unsaid": Variation({"norm_topk_prob": ...}),
+    "n_group null": Variation({"n_group": None}),
+    "groups under greedy": Variation({"n_group": 4}, silent=("vllm-ascend", "sglang"), of="v2-lite"),
+    "no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts")),
+    "shared experts null": Variation({"n_shared_experts": None}, drop("shared_experts")),
+    "a whole factor": Variation({"routed_scaling_factor": 2}),
+    "experts by another name": Variation({"n_routed_experts": ..., "num_local_experts": 16}),
+    # vLLM's class is chosen before the rig begins.
+    "architectures unsaid": Variation({"architectures": ...}, silent=("vllm-ascend",)),
+    "another architecture": Variation({"architectures": ["LlamaForCausalLM"]}, silent=("vllm-ascend",)),
+}
+
+
+def check_variation(name: str, engine: ModuleType, artifacts: Callable[[str], Path], folder: Path, key: str) -> None:
+    """npuq says of an artifact what the engine does with it."""
+    variation = VARIATIONS[key]
+    source = artifacts(variation.of)
+    if variation.how is None:
+        shutil.copytree(source, folder)
+    else:
+        corrupt(source, folder, variation.how)
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | variation.config
+    path.write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
+    try:
+        told = list(check_placement(folder, name, 1, False))
+    except CheckpointError as error:
+        told = [str(error)]
+    silent = name in variation.silent
+    assert loads(engine, folder, False) == (not told or silent), told
+    assert told or not silent

@@ -1,0 +1,113 @@
+"""Transfers when threads are few, and when they are interrupted while threads start: one line, nothing left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import LoopbackHub
+from support import REPO, assert_pushed, contents
+
+import npuq
+from npuq.errors import HubError
+from npuq.hub import RemoteCheckpoint, ShardPusher
+from npuq.hub.parallel import in_order
+
+SOURCE = "alice/source"
+OURS = "npuq-"
+
+
+class Starts:
+    """Thread starts of npuq's own: of each group so many succeed, and the next one raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.allowed = 10**6
+        self.error: BaseException = RuntimeError("can't start new thread")
+        start, starts = threading.Thread.start, self
+
+        def limited(thread: threading.Thread) -> None:
+            if thread.name.startswith(OURS) and int(thread.name.rpartition("-")[2]) >= starts.allowed:
+                raise starts.error
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Starts]:
+    yield Starts(monkeypatch)
+    monkeypatch.undo()
+    deadline = time.monotonic() + 10
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not running()
+
+
+def running() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(OURS)]
+
+
+@pytest.fixture
+def source(hub: LoopbackHub, example_fp8: Path) -> None:
+    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in example_fp8.iterdir()})
+
+
+def expect_all(checkpoint: RemoteCheckpoint) -> None:
+    checkpoint.expect([(name,) for name in checkpoint.tensors], ())
+
+
+def test_no_thread_at_all(hub: LoopbackHub, source: None, artifact: Path, tmp_path: Path, starts: Starts) -> None:
+    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+        starts.allowed = 0
+        with pytest.raises(HubError, match=r"can't start new thread: .* \(ulimit -u\); end some"):
+            expect_all(checkpoint)
+    for run in (
+        lambda: npuq.push(artifact, REPO),
+        lambda: ShardPusher(artifact, REPO),
+        lambda: npuq.pull(SOURCE, artifact_only=False),
+        lambda: RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window", revision="main"),
+    ):
+        with pytest.raises(HubError, match="can't start new thread"):
+            run()
+
+
+def test_fewer_threads_do_the_same(
+    hub: LoopbackHub, source: None, artifact: Path, tmp_path: Path, starts: Starts
+) -> None:
+    starts.allowed = 1
+    npuq.push(artifact, REPO)
+    assert_pushed(hub, artifact)
+    assert contents(npuq.pull(REPO)) == contents(artifact)
+    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+        expect_all(checkpoint)
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+            checkpoint.release((name,))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_interrupted_while_fetchers_start(
+    hub: LoopbackHub, source: None, tmp_path: Path, starts: Starts, after: int
+) -> None:
+    starts.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt), RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+        starts.allowed = after
+        expect_all(checkpoint)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_interrupted_while_transfers_start(starts: Starts, after: int) -> None:
+    starts.allowed, starts.error = after, KeyboardInterrupt()
+    done: list[int] = []
+
+    def work(item: int) -> None:
+        time.sleep(0.05)
+        done.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(in_order(range(100), work, 4))
+    time.sleep(0.2)
+    assert len(done) <= after  # what had begun

@@ -1,0 +1,462 @@
+"""No tensor that is other than its call says reaches a kernel: a ValueError names the operator and the argument."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import npuq
+from npuq.errors import BackendError
+from npuq.quant import native
+from npuq.quant.dialects import BlockScale, StoredRows
+from npuq.quant.schemes import Scheme
+from npuq.runtime.ops import (
+    Decode,
+    Gating,
+    LayerCache,
+    LinearPart,
+    MlaConfig,
+    MlaParts,
+    MlpWeights,
+    MoeWeights,
+    Quantized,
+    Step,
+)
+from npuq.runtime.ops.native import NativeOps
+
+from .cases import LEVELS, part
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
+
+T, H, N, NOPE, ROPE, LATENT, V, BLOCK, BLOCKS = 3, 24, 2, 8, 16, 32, 10, 16, 4
+Q_LORA = 12
+
+
+@pytest.fixture(scope="module")
+def ops() -> NativeOps:
+    return NativeOps(threads=2)
+
+
+def _x(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+def _float(rows: int, columns: int) -> LinearPart:
+    return LinearPart(f"{rows}x{columns}", Scheme.FLOAT, torch.ones(rows, columns))
+
+
+def _cache(ops: NativeOps) -> LayerCache:
+    return ops.new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]
+
+
+def _decode(**changes: Any) -> Decode:
+    table = torch.tensor([[0, 1], [2, 0], [3, 0]], dtype=torch.int32)
+    return dataclasses.replace(Decode((1, 2, 3), (17, 5, 16), table), **changes)
+
+
+def _step(**changes: Any) -> Step:
+    slots = torch.tensor([16, 36, 63])
+    step = Step(slots, slots, slots, _x(T, ROPE), _x(T, ROPE), _decode(), None, None)
+    return dataclasses.replace(step, **changes)
+
+
+def _mla_parts(**changes: Any) -> MlaParts:
+    parts = MlaParts(
+        q=None,
+        q_a=_float(Q_LORA, H),
+        q_a_norm=_x(Q_LORA),
+        q_b=_float(N * (NOPE + ROPE), Q_LORA),
+        kv_a=_float(LATENT + ROPE, H),
+        kv_a_norm=_x(LATENT),
+        kv_b=_x(N * (NOPE + V), LATENT),
+        o=_float(H, N * V),
+    )
+    return dataclasses.replace(parts, **changes)
+
+
+CONFIG = MlaConfig(N, NOPE, ROPE, V, LATENT, Q_LORA, 1e-6, 0.2)
+
+
+def _mla(ops: NativeOps, **changes: Any) -> Any:
+    return ops.mla(_mla_parts(**changes), CONFIG)
+
+
+def _moe(ops: NativeOps, **changes: Any) -> MoeWeights:
+    weights = MoeWeights(
+        router=ops.router(_x(4, H)),
+        correction_bias=_x(4),
+        gating=Gating(2, "sigmoid", group_count=2, k_group=1),
+        gate_up=ops.experts_of([[_float(6, H), _float(6, H)]] * 4),
+        down=ops.experts_of([[_float(H, 6)]] * 4),
+        num_experts=4,
+        quantized=False,
+    )
+    return dataclasses.replace(weights, **changes)
+
+
+def _mlp(ops: NativeOps, width: int = H, inner: int = 6, out: int = H) -> MlpWeights:
+    return MlpWeights(
+        ops.linear_of([_float(inner, width), _float(inner, width)]), ops.linear_of([_float(out, 6)]), False
+    )
+
+
+def _ids(*rows: tuple[int, int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def _attention(ops: NativeOps, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "q_nope": _x(T, N, NOPE),
+        "q_rope": _x(T, N, ROPE),
+        "k_nope": _x(5, N, NOPE),
+        "k_rope": _x(5, ROPE),
+        "value": _x(5, N, V),
+        "q_lens": (1, 3),
+        "kv_lens": (2, 5),
+    }
+    return ops.fused_infer_attention(**{**arguments, **changes}, scale=0.2, causal=True)
+
+
+def _paged(ops: NativeOps, latent: int = LATENT, rope: int = ROPE, **changes: Any) -> Any:
+    return ops.fused_infer_attention_paged(_x(T, N, latent), _x(T, N, rope), _cache(ops), _decode(**changes), 0.2)
+
+
+def _write(ops: NativeOps, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "kv": _x(T, LATENT + ROPE),
+        "gamma": _x(LATENT),
+        "cos": _x(T, ROPE),
+        "sin": _x(T, ROPE),
+        "slots": torch.tensor([0, -1, 63]),
+    }
+    return ops.kv_rmsnorm_rope_cache(**{**arguments, **changes}, cache=_cache(ops), eps=1e-6, output_kv=True)
+
+
+def _mla_decode(ops: NativeOps, hidden: Tensor | None = None, cache: LayerCache | None = None, **changes: Any) -> Any:
+    x = _x(T, H) if hidden is None else hidden
+    return ops.mla_decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes), 0.2)
+
+
+def _mla_prolog(ops: NativeOps, **changes: Any) -> Any:
+    return ops.mla_prolog(_x(T, H), _mla(ops), _cache(ops), _step(**changes))
+
+
+def _experts(
+    ops: NativeOps,
+    hidden: Tensor | None = None,
+    ids: Tensor | None = None,
+    shared: Tensor | None = None,
+    **changes: Any,
+) -> Any:
+    x = _x(T, H) if hidden is None else hidden
+    chosen = _ids((0, 1), (3, 2), (1, 3)) if ids is None else ids
+    return ops.moe_experts(x, _x(*chosen.shape), chosen, _moe(ops, **changes), shared)
+
+
+def _route(ops: NativeOps, ids: Tensor, tokens: int = T) -> Any:
+    return ops.moe_init_routing(_x(tokens, H), ids, 4, quantize=True)
+
+
+def _finalize(ops: NativeOps, index: Tensor, rows: int = 6, **changes: Any) -> Any:
+    arguments = {"weights": _x(T, 2), "skip": _x(T, H), **changes}
+    return ops.moe_finalize_routing(
+        _x(rows, H), arguments["weights"], index, _ids((0, 1), (3, 2), (1, 3)), arguments["skip"]
+    )
+
+
+INDEX = torch.arange(6, dtype=torch.int32)
+BF16 = torch.bfloat16
+
+# What must run, so that what follows differs from it in one thing.
+GOOD: dict[str, Callable[[NativeOps], Any]] = {
+    "attention": _attention,
+    "attention_paged": _paged,
+    "kv_cache_write": _write,
+    "mla_decode": _mla_decode,
+    "mla_prolog": _mla_prolog,
+    "moe_experts": _experts,
+    "moe_layer": lambda ops: ops.moe(_x(T, H), _moe(ops), _mlp(ops)),
+    "moe_gate": lambda ops: ops.moe_gate(_x(T, H), _moe(ops)),
+    "mlp": lambda ops: ops.mlp(_x(T, H), _mlp(ops)),
+    "init_routing": lambda ops: _route(ops, _ids((0, 3), (3, 2), (1, 3))),
+    "finalize_routing": lambda ops: _finalize(ops, INDEX),
+}
+
+REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
+    "norm gain": (lambda ops: ops.rms_norm(_x(T, H), _x(H - 1), 1e-6), r"rms_norm: gamma is float32 \[23\]"),
+    "norm dtype": (lambda ops: ops.rms_norm(_x(T, H).to(BF16), _x(H), 1e-6), r"rms_norm: x is bfloat16"),
+    "sum": (lambda ops: ops.add_rms_norm(_x(T, H), _x(T, H + 1), _x(H), 1e-6), r"add_rms_norm: residual"),
+    "sum of fewer": (lambda ops: ops.add_rms_norm(_x(T, H), _x(T - 1, H), _x(H), 1e-6), r"add_rms_norm: residual"),
+    "odd halves": (lambda ops: ops.swiglu(_x(T, 7)), r"swiglu: x is float32 \[3, 7\]"),
+    "odd halves, int8": (lambda ops: ops.dequant_swiglu_quant(_x(T, 7)), r"swiglu_quant: x"),
+    "double": (lambda ops: ops.dynamic_quant(_x(T, H).double()), r"dynamic_quant: x is float64"),
+    "no memory": (lambda ops: ops.dynamic_quant(torch.ones(T, H, device="meta")), r"dynamic_quant: x .* on meta"),
+    "linear width": (
+        lambda ops: ops.linear(_x(T, H), ops.linear_of([_float(4, H + 1)])),
+        r"linear: x of a float weight is float32 \[3, 24\]",
+    ),
+    "linear dtype": (
+        lambda ops: ops.linear(_x(T, H).half(), ops.linear_of([_float(4, H)])),
+        r"linear: x of a float weight is float16",
+    ),
+    "router width": (lambda ops: ops.router_logits(_x(T, H), ops.router(_x(4, H - 1))), r"linear: x of router"),
+    "token scales": (
+        lambda ops: ops.linear(
+            Quantized(torch.ones(T, 8, dtype=torch.int8), _x(T - 1)),
+            ops.linear_of([part(np.random.default_rng(0), Scheme.W8A8, 4, 8)]),
+        ),
+        r"matmul: x_scale of 4x8 is float32 \[2\]",
+    ),
+    "groups": (
+        lambda ops: ops.grouped_matmul(_x(T, H), ops.experts_of([[_float(4, H)]] * 4), torch.tensor([1, 2, 0])),
+        r"matmul: group_list",
+    ),
+    "rows of groups": (
+        lambda ops: ops.grouped_matmul(_x(T, H), ops.experts_of([[_float(4, H)]] * 2), torch.tensor([2, 2])),
+        r"matmul: .* an index or a length",
+    ),
+    "negative rows": (
+        lambda ops: ops.grouped_matmul(_x(T, H), ops.experts_of([[_float(4, H)]] * 2), torch.tensor([4, -1])),
+        r"matmul: .* an index or a length",
+    ),
+    "heads": (lambda ops: ops.batch_matmul(_x(T, N + 1, 8), _x(N, 8, 4)), r"batch_matmul: weight"),
+    "head width": (lambda ops: ops.batch_matmul(_x(T, N, 9), _x(N, 8, 4)), r"batch_matmul: weight"),
+    "integer heads": (lambda ops: ops.batch_matmul(_x(T, N, 8), _x(N, 8, 4).char()), r"batch_matmul: weight"),
+    "gating, k": (lambda ops: ops.moe_gating_top_k(_x(T, 4), None, Gating(5, "sigmoid")), r"gating_top_k: .* sizes"),
+    "gating, groups": (
+        lambda ops: ops.moe_gating_top_k(_x(T, 4), None, Gating(1, "sigmoid", group_count=3)),
+        r"gating_top_k: .* sizes",
+    ),
+    "gating, no groups": (
+        lambda ops: ops.moe_gating_top_k(_x(T, 4), None, Gating(1, "sigmoid", group_count=0)),
+        r"gating_top_k: .* sizes",
+    ),
+    "gating, bias": (lambda ops: ops.moe_gating_top_k(_x(T, 4), _x(3), Gating(2, "sigmoid")), r"gating_top_k: bias"),
+    "gating, bias dtype": (
+        lambda ops: ops.moe_gating_top_k(_x(T, 4), _x(4).to(BF16), Gating(2, "sigmoid")),
+        r"gating_top_k: bias is bfloat16",
+    ),
+    "expert too high": (lambda ops: _route(ops, _ids((0, 1), (4, 2), (1, 3))), r"init_routing: .* an index"),
+    "expert below 0": (lambda ops: _route(ops, _ids((0, 1), (-1, 2), (1, 3))), r"init_routing: .* an index"),
+    "ids of more tokens": (lambda ops: _route(ops, _ids((0, 1)), tokens=2), r"init_routing: x"),
+    "ids in int64": (lambda ops: _route(ops, _ids((0, 1)).long(), tokens=1), r"init_routing: expert_ids is int64"),
+    "places": (lambda ops: _finalize(ops, INDEX + 1), r"finalize_routing: .* an index"),
+    "fewer rows": (lambda ops: _finalize(ops, INDEX, rows=5), r"finalize_routing: rows"),
+    "fewer places": (lambda ops: _finalize(ops, INDEX[:5]), r"finalize_routing: row_index"),
+    "skip": (lambda ops: _finalize(ops, INDEX, skip=_x(T, H - 1)), r"finalize_routing: skip"),
+    "weights in half": (lambda ops: _finalize(ops, INDEX, weights=_x(T, 2).half()), r"finalize_routing: weights"),
+    "angles": (lambda ops: ops.interleave_rope(_x(T, N, ROPE), _x(T, ROPE), _x(T, 2)), r"interleave_rope: sin"),
+    "angles of fewer": (
+        lambda ops: ops.interleave_rope(_x(T, N, ROPE), _x(2, ROPE), _x(T, ROPE)),
+        r"interleave_rope: cos",
+    ),
+    "odd rope": (lambda ops: ops.interleave_rope(_x(T, N, 5), _x(T, 5), _x(T, 5)), r"interleave_rope: .* sizes"),
+    "write, kv": (lambda ops: _write(ops, kv=_x(T, LATENT)), r"kv_cache_write: kv"),
+    "write, gain": (lambda ops: _write(ops, gamma=_x(LATENT + 16)), r"kv_cache_write: gamma"),
+    "write, wide rope": (lambda ops: _write(ops, cos=_x(T, 2 * ROPE), sin=_x(T, 2 * ROPE)), r"kv_cache_write: cos"),
+    "write, narrow sin": (lambda ops: _write(ops, sin=_x(T, 2)), r"kv_cache_write: sin"),
+    "write, slot": (lambda ops: _write(ops, slots=torch.tensor([0, 64, 1])), r"kv_cache_write: .* an index"),
+    "write, slots": (lambda ops: _write(ops, slots=torch.tensor([0, 1])), r"kv_cache_write: slots"),
+    "write, int32 slots": (lambda ops: _write(ops, slots=torch.zeros(T).int()), r"kv_cache_write: slots is int32"),
+    "attention, rope": (lambda ops: _attention(ops, k_rope=_x(5, ROPE - 1)), r"attention: k_rope"),
+    "attention, keys": (lambda ops: _attention(ops, value=_x(4, N, V)), r"attention: value"),
+    "attention, heads": (lambda ops: _attention(ops, q_rope=_x(T, N + 1, ROPE)), r"attention: q_rope"),
+    "attention, dtype": (lambda ops: _attention(ops, k_nope=_x(5, N, NOPE).to(BF16)), r"attention: k_nope"),
+    "attention, queries": (lambda ops: _attention(ops, q_lens=(1, 4)), r"attention: q_lens"),
+    "attention, keys of": (lambda ops: _attention(ops, kv_lens=(2, 6)), r"attention: kv_lens"),
+    "attention, sequences": (lambda ops: _attention(ops, kv_lens=(5,)), r"attention: kv_lens"),
+    "attention, order": (lambda ops: _attention(ops, kv_lens=(6, 5)), r"attention: .* an index or a length"),
+    "paged, latent": (lambda ops: _paged(ops, latent=LATENT + 16), r"attention_paged: q_latent"),
+    "paged, rope": (lambda ops: _paged(ops, rope=ROPE * 2), r"attention_paged: q_rope"),
+    "paged, queries": (lambda ops: _paged(ops, q_lens=(1, 2, 4)), r"attention_paged: q_lens"),
+    "paged, order": (lambda ops: _paged(ops, q_lens=(2, 1, 3)), r"attention_paged: .* an index or a length"),
+    "paged, keys": (lambda ops: _paged(ops, kv_lens=(33, 5, 16)), r"attention_paged: .* an index or a length"),
+    "paged, lengths": (lambda ops: _paged(ops, kv_lens=(17, 5)), r"attention_paged: kv_lens"),
+    "paged, block": (
+        lambda ops: _paged(ops, block_table=torch.tensor([[0, 4], [2, 0], [3, 0]], dtype=torch.int32)),
+        r"attention_paged: .* an index",
+    ),
+    "paged, table": (
+        lambda ops: _paged(ops, block_table=torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)),
+        r"attention_paged: block_table",
+    ),
+    "paged, table dtype": (
+        lambda ops: _paged(ops, block_table=torch.zeros(T, 2).long()),
+        r"attention_paged: block_table",
+    ),
+    "decode, hidden": (lambda ops: _mla_decode(ops, _x(T, H + 1)), r"mla_decode: x"),
+    "decode, rope": (lambda ops: _mla_decode(ops, cos=_x(T, ROPE // 2)), r"mla_decode: cos"),
+    "decode, rows of rope": (lambda ops: _mla_decode(ops, sin=_x(T - 1, ROPE)), r"mla_decode: sin"),
+    "decode, slot": (lambda ops: _mla_decode(ops, slots=torch.tensor([16, 36, 64])), r"mla_decode: .* an index"),
+    "decode, other cache": (
+        lambda ops: _mla_decode(ops, cache=ops.new_kv_cache(1, BLOCKS, BLOCK, LATENT + 16, ROPE)[0]),
+        r"mla_decode: .* sizes",
+    ),
+    "decode, cache dtype": (
+        lambda ops: _mla_decode(ops, cache=NativeOps(BF16).new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]),
+        r"kv cache: rope is torch.bfloat16",
+    ),
+    "prolog, rope": (lambda ops: _mla_prolog(ops, sin=_x(T, ROPE + 2)), r"mla_prolog: sin"),
+    "experts, hidden": (lambda ops: _experts(ops, _x(T, H + 1)), r"moe_experts: x"),
+    "experts, expert": (lambda ops: _experts(ops, ids=_ids((0, 1), (3, 2), (1, 4))), r"moe_experts: .* an index"),
+    "experts, shared": (lambda ops: _experts(ops, shared=_x(T, H - 1)), r"moe_experts: shared"),
+    "experts, halves": (
+        lambda ops: _experts(ops, down=ops.experts_of([[_float(H, 7)]] * 4)),
+        r"moe_experts: .* sizes",
+    ),
+    "experts, fewer": (lambda ops: _experts(ops, down=ops.experts_of([[_float(H, 6)]] * 3)), r"moe_experts: .* sizes"),
+    "layer, hidden": (lambda ops: ops.moe(_x(T, H + 1), _moe(ops), None), r"moe_layer: x"),
+    "layer, router": (
+        lambda ops: ops.moe(_x(T, H), _moe(ops, router=ops.router(_x(5, H)), correction_bias=None), None),
+        r"moe_layer: .* sizes",
+    ),
+    "layer, bias": (lambda ops: ops.moe(_x(T, H), _moe(ops, correction_bias=_x(5)), None), r"moe_layer: bias"),
+    "layer, router width": (
+        lambda ops: ops.moe(_x(T, H), _moe(ops, router=ops.router(_x(4, H + 2))), None),
+        r"moe_layer: .* sizes",
+    ),
+    "layer, k": (lambda ops: ops.moe(_x(T, H), _moe(ops, gating=Gating(5, "softmax")), None), r"moe_layer: .* sizes"),
+    "layer, shared": (lambda ops: ops.moe(_x(T, H), _moe(ops), _mlp(ops, out=H - 1)), r"moe_layer: .* sizes"),
+    "layer, shared inputs": (lambda ops: ops.moe(_x(T, H), _moe(ops), _mlp(ops, width=H + 1)), r"moe_layer: .* sizes"),
+    "gate, hidden": (lambda ops: ops.moe_gate(_x(T, H - 1), _moe(ops)), r"moe_gate: x"),
+    "mlp, hidden": (lambda ops: ops.mlp(_x(T, H - 1), _mlp(ops)), r"mlp: x"),
+    "mlp, halves": (lambda ops: ops.mlp(_x(T, H), _mlp(ops, inner=7)), r"mlp: .* sizes"),
+    "mla, norm": (lambda ops: _mla(ops, kv_a_norm=_x(LATENT - 1)), r"mla: kv_a_norm"),
+    "mla, q norm": (lambda ops: _mla(ops, q_a_norm=_x(Q_LORA + 1)), r"mla: q_a_norm"),
+    "mla, no q norm": (lambda ops: _mla(ops, q_a_norm=None), r"mla: q_b and q_a_norm come together"),
+    "mla, kv_a": (lambda ops: _mla(ops, kv_a=_float(LATENT + ROPE + 16, H)), r"mla: 76 outputs of q_a and kv_a"),
+    "mla, q_b": (lambda ops: _mla(ops, q_b=_float(N * (NOPE + ROPE) - 1, Q_LORA)), r"mla: 47 outputs of q_b"),
+    "mla, o": (lambda ops: _mla(ops, o=_float(H, N * V + 1)), r"mla: 21 inputs of o"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_fits_runs(ops: NativeOps, name: str) -> None:
+    GOOD[name](ops)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(ops: NativeOps, case: str) -> None:
+    run, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        run(ops)
+
+
+def test_caches_that_are_none(ops: NativeOps) -> None:
+    good = _cache(ops)
+    for changes, message in (
+        ({"block_size": 32}, "kv cache: latent"),
+        ({"rope": good.rope[:3]}, "kv cache: rope"),
+        ({"latent": good.latent.transpose(1, 2)}, "kv cache: latent"),
+        ({"rope": good.rope.half()}, "kv cache: rope"),
+        ({"latent_scale": _x(LATENT)}, "kv cache: latent"),
+    ):
+        arguments = {field: getattr(good, field) for field in ("latent", "rope", "block_size", "latent_scale")}
+        with pytest.raises(ValueError, match=message):
+            _mla_decode(ops, cache=LayerCache(**{**arguments, **changes}))
+
+
+def test_weights_that_are_none(ops: NativeOps) -> None:
+    generator = np.random.default_rng(0)
+    eight = part(generator, Scheme.W8A8, 4, 8)
+    for changes, message in (
+        ({"scale": None}, "scale None"),
+        ({"scale": _x(3, 1)}, "scale"),
+        ({"scale": _x(4, 1).double()}, "float64"),
+        ({"weight": torch.ones(4, 8)}, "W8A8_DYNAMIC weight of dtype torch.float32"),
+        ({"weight": torch.ones(4, 8, 1, dtype=torch.int8)}, "no matrix"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            ops.linear_of([dataclasses.replace(eight, **changes)])
+    with pytest.raises(ValueError, match=r"linear: 4x8 is int8 .* on meta"):
+        ops.linear_of([dataclasses.replace(eight, weight=torch.ones(4, 8, dtype=torch.int8, device="meta"))])
+
+
+def test_rows_may_lie_apart_and_be_shared(ops: NativeOps) -> None:
+    """Views that the kernels take as they are; torch's own sum of them is the judge."""
+    wide = torch.randn(T, 2 * H)
+    norm = wide[:, H:] * torch.rsqrt(wide[:, H:].square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(ops.rms_norm(wide[:, H:], _x(H), 1e-6), norm)
+    shared = torch.randn(1, H).expand(T, H)
+    same = ops.dynamic_quant(shared)
+    assert torch.equal(same.codes, ops.dynamic_quant(shared.contiguous()).codes)
+
+
+def test_pieces_of_a_weight_that_are_not_there() -> None:
+    rows = torch.ones(4, 16)
+    out = native.NativeRows(
+        torch.empty(4, 16, dtype=torch.int8), torch.empty(8, 1), None, *torch.empty(2, 8, dtype=torch.float64)
+    )
+    quantizer = native.Quantizer(StoredRows(rows), 8, False, out)
+    quantizer.run(4, 4, 0)
+    for start, count, code_row in ((0, 5, 0), (5, 4, 0), (-1, 2, 0), (0, -1, 0), (0, 4, 1), (0, 1, 4), (0, 1, -1)):
+        with pytest.raises(ValueError, match="quantize_rows: rows"):
+            quantizer.run(start, count, code_row)
+
+
+def _quantizer(rows: Tensor, blocks: BlockScale | None, bits: int, **changes: Any) -> None:
+    out = native.NativeRows(
+        torch.empty(len(rows) // (2 if bits == 4 else 1), rows.shape[1], dtype=torch.int8),
+        torch.empty(len(rows), 1),
+        torch.empty(len(rows), 1) if bits == 4 else None,
+        *torch.empty(2, len(rows), dtype=torch.float64),
+    )
+    native.Quantizer(StoredRows(rows, blocks), bits, True, dataclasses.replace(out, **changes)).run(0, len(rows), 0)
+
+
+FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "bits", "changes"),
+    [
+        (_x(4, 16), None, 8, {"codes": torch.empty(4, 15, dtype=torch.int8)}),
+        (_x(4, 16), None, 8, {"scale": torch.empty(4)}),
+        (_x(4, 16), None, 8, {"squared_norm": torch.empty(4)}),
+        (_x(4, 16), None, 4, {"bias": None}),
+        (_x(4, 16), None, 4, {"bias": torch.empty(4, 3)}),
+        (_x(4, 17), None, 4, {"bias": torch.empty(4, 17)}),
+        (_x(3, 16), None, 4, {}),
+        (_x(4, 16), None, 5, {}),
+        (_x(4, 0), None, 8, {}),
+        (_x(4, 16).double(), None, 8, {}),
+        (_x(4, 16).char(), None, 8, {}),
+        (_x(16, 4).T, None, 8, {}),
+        (FP8, None, 8, {}),
+        (_x(4, 20), BlockScale(_x(2, 2), 0, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 1, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 0, 2, 9), 8, {}),
+        (FP8, BlockScale(_x(2, 2).half(), 0, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(2, 2), -1, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 0, 2, 0), 8, {}),
+    ],
+)
+def test_quantization_of_what_does_not_fit(
+    rows: Tensor, blocks: BlockScale | None, bits: int, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="quantize_rows"):
+        _quantizer(rows, blocks, bits, **changes)
+
+
+def test_quantization_of_what_fits() -> None:
+    _quantizer(FP8, BlockScale(_x(2, 2), 0, 2, 10), 4)
+
+
+def test_addresses_come_from_one_place() -> None:
+    """Whoever needs one has its tensor looked at."""
+    package = Path(npuq.__file__).parent
+    users = set()
+    for room in ("cli", "convert", "hub", "quant", "report", "runtime"):
+        for path in (package / room).rglob("*.py"):
+            names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            if "data_ptr" in names:
+                users.add(path.relative_to(package).as_posix())
+    assert users == {"quant/pointers.py"}

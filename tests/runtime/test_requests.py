@@ -1,0 +1,213 @@
+"""What the Python API takes as prompts, options and conversations, and how it refuses the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import npuq
+from npuq.errors import GenerationError
+from npuq.runtime import Completion, EngineConfig, LanguageModel, SamplingParams
+from npuq.runtime.conversation import as_messages
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if thinking %}think{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatty(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """The example with a chat template."""
+    directory = Path(shutil.copytree(example_fp8, tmp_path_factory.mktemp("chatty") / "model"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return npuq.load(directory, "cpu")
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_ids_is_one_prompt(chatty: LanguageModel) -> None:
+    ids = chatty.tokenizer.chat("Hi")
+    done = chatty.generate(ids, max_new_tokens=4, temperature=0)
+    assert isinstance(done, Completion)
+    for same in (tuple(ids), np.array(ids), torch.tensor(ids), [np.int64(token) for token in ids]):
+        assert chatty.generate(same, max_new_tokens=4, temperature=0).token_ids == done.token_ids  # type: ignore[call-overload]
+    both = chatty.generate([ids, "Hi"], max_new_tokens=4, temperature=0)
+    assert [type(both), len(both), both[0].token_ids] == [list, 2, done.token_ids]
+    assert chatty.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ({"role": "user"}, "dict"),
+        ([{"role": "user", "content": "Hi"}], "dict"),
+        ([[1.5, 2]], "list"),
+        ([1, "a"], "list"),
+        ([True, False], "bool"),
+        (b"bytes", "bytes"),
+        (None, "NoneType"),
+        (5, "int"),
+        ([None], "NoneType"),
+    ],
+)
+def test_what_is_no_prompt(chatty: LanguageModel, prompts: Any, named: str) -> None:
+    with pytest.raises(
+        GenerationError, match=f"a prompt is a text or a list of token ids, not a {named}; .*model.chat"
+    ):
+        chatty.generate(prompts)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temprature": 1.0}, "unknown option temprature; npuq knows max_new_tokens, temperature"),
+        ({"temperature": "hot"}, "temperature 'hot' is not valid: it must be a number from 0"),
+        ({"temperature": True}, "temperature True is not valid"),
+        ({"temperature": float("nan")}, "temperature nan is not valid"),
+        ({"temperature": 10**400}, "temperature 1000.* is not valid"),
+        ({"top_k": 2.5}, r"top_k 2\.5 is not valid: it must be a whole number"),
+        ({"max_new_tokens": "7"}, "max_new_tokens '7' is not valid"),
+        ({"seed": 1.0}, r"seed 1\.0 is not valid"),
+        ({"stop": 5}, "stop 5 is not valid: it must be a text or a list of texts"),
+        ({"stop": ["a", None]}, "stop .* is not valid"),
+        ({"temperature": 10**5000}, "temperature of type int is not valid"),
+        ({"ignore_eos": "yes"}, "ignore_eos 'yes' is not valid: it must be True or False"),
+    ],
+)
+def test_bad_options_are_named(chatty: LanguageModel, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(GenerationError, match=expected):
+        chatty.generate("x", **options)
+
+
+def test_options_in_other_libraries_numbers() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(4), stop="end")  # type: ignore[arg-type]
+    assert params == SamplingParams(temperature=0.5, top_k=3, seed=4, stop=("end",))
+    assert type(params.top_k) is int
+    assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", ["kv_cache_bytes", "block_size", "max_num_seqs", "max_num_batched_tokens"])
+def test_sizes_are_whole_numbers(size: str) -> None:
+    for value in ("64", 64.0, None):
+        with pytest.raises(GenerationError, match=f"{size} must be a whole number"):
+            EngineConfig(**{size: value})  # type: ignore[arg-type]
+
+
+def test_names_at_the_top_are_instant() -> None:
+    code = (
+        "import sys, npuq; npuq.NpuqError, npuq.errors.HubError; assert 'torch' not in sys.modules;"
+        "print([getattr(npuq, name).__name__ for name in npuq.__all__ if name[0].isupper()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(["Completion", "EngineConfig", "LanguageModel", "NpuqError", "SamplingParams"])
+
+
+# ---- stop strings that are special tokens ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def turning(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """The example with a special token among what it writes, as chat models have that end turns by another than EOS."""
+    directory = Path(shutil.copytree(example_fp8, tmp_path_factory.mktemp("turning") / "model"))
+    seventh = npuq.load(directory, "cpu").generate("Call me", max_new_tokens=8, temperature=0).token_ids[6]
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    (text,) = [text for text, token in vocabulary.items() if token == seventh]
+    tokenizer["added_tokens"].append(
+        {"id": seventh, "content": text, "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    )
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return npuq.load(directory, "cpu")
+
+
+def test_a_special_token_stops(turning: LanguageModel) -> None:
+    free = turning.generate("Call me", max_new_tokens=12, temperature=0)
+    seventh = free.token_ids[6]
+    (text,) = [text for text, token in turning.tokenizer.special_ids.items() if token == seventh]
+    assert text not in free.text
+    for options in ({}, {"ignore_eos": True}):
+        done = turning.generate("Call me", max_new_tokens=12, temperature=0, stop=["no such text", text], **options)
+        assert (done.finish_reason, done.token_ids) == ("stop", free.token_ids[:7])
+        assert done.text == turning.tokenizer.decode(free.token_ids[:6])
+    # Another's stop is none of ours: each request has its own.
+    with turning.stream("Call me", max_new_tokens=12, temperature=0, stop=text) as other:
+        next(other)
+        assert turning.generate("Call me", max_new_tokens=12, temperature=0).token_ids == free.token_ids
+
+
+def test_a_stop_that_could_never_be_met_is_refused(turning: LanguageModel) -> None:
+    for stop in ("<|eos|>\n", "text <|eos|>"):
+        with pytest.raises(GenerationError, match=r"holds the special token <\|eos\|>, which is no part of the text"):
+            turning.generate("Call me", stop=stop)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_what_a_user_says(chatty: LanguageModel) -> None:
+    tokenizer = chatty.tokenizer
+    assert tokenizer.render_chat("Hi") == "<|bos|>user: Hi\n"
+    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "<|bos|>user: Hi\n"
+    tool = {"type": "function", "function": {"name": "f"}}
+    text = tokenizer.render_chat("Hi", system="Be brief", tools=[tool], thinking=True)
+    assert text == f"<|bos|>system: Be brief\nuser: Hi\n{json.dumps([tool])}think"
+    assert tokenizer.chat("Hi")[0] == tokenizer.bos_id
+
+
+def test_chat_answers(chatty: LanguageModel) -> None:
+    prompt = chatty.tokenizer.chat("Hi", system="Be brief", thinking=True)
+    expected = chatty.generate(prompt, max_new_tokens=6, temperature=0)
+    answer = chatty.chat(
+        "Hi", system="Be brief", chat_template_kwargs={"thinking": True}, max_new_tokens=6, temperature=0
+    )
+    assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
+    for name in ("messages", "system", "tools", "documents", "chat_template"):
+        with pytest.raises(GenerationError, match=f"{name} cannot be given there"):
+            chatty.chat("Hi", chat_template_kwargs={name: None})
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "expected"),
+    [
+        ([], {}, "the conversation is empty"),
+        ({"role": "user"}, {}, "a list of messages, not a dict"),
+        (5, {}, "a list of messages, not a int"),
+        (["Hi"], {}, r"messages\[0\] is no message"),
+        ([{"content": "Hi"}], {}, r"messages\[0\] is no message"),
+        ([{"role": None, "content": "Hi"}], {}, r"messages\[0\] is no message"),
+        ([{"role": "user", "content": b"Hi"}], {}, r"messages\[0\]\.content: a bytes is not JSON"),
+        ([{"role": "system", "content": "a"}], {"system": "b"}, "begins with a system message already"),
+        ("Hi", {"tools": [len]}, "tools must be a list of JSON objects; give the schemas of functions"),
+        ("Hi", {"tools": {"type": "function"}}, "tools must be a list"),
+        ("Hi", {"documents": "text"}, "documents must be a list"),
+        ("Hi", {"thinking": object()}, "thinking: a object is not JSON"),
+        ("Hi \ud800", {}, "surrogate"),
+    ],
+)
+def test_bad_conversations_are_one_line(
+    chatty: LanguageModel, messages: Any, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(GenerationError, match=expected) as caught:
+        chatty.tokenizer.chat(messages, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_are_copied() -> None:
+    given = [{"role": "user", "content": "Hi"}]
+    as_messages(given)[0]["content"] = "changed"
+    assert given == [{"role": "user", "content": "Hi"}]
