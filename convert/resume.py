@@ -107,6 +107,8 @@ def forget_changed_source(
     were calibrated on their outputs: ConversionError where one of those would have to be.
     """
     checkpoint = source.checkpoint
+    if checkpoint.passes_by:
+        return  # pinned by its commit, which is part of the conversion's identity
     changed_files = {
         path
         for path, before, now in zip(checkpoint.shards, _unless_other_files(record.sources, found), found, strict=True)
