@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +60,8 @@ def command(
     """
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
+    from ..inputs.files import decoded, read_given_bytes
+    from ..inputs.printable import name_as_text
     from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate, layer_errors
     from ..runtime.tokenizer_check import require_tokenizer
@@ -66,10 +69,8 @@ def command(
 
     if layers and source is None:
         raise click.UsageError("--layers compares with the float checkpoint: name it with --source")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"{text}: cannot be read as UTF-8 text: {error}") from error
+    stored = read_given_bytes(text, GenerationError)
+    content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
     model = local_model(model, quiet=quiet, progress=progress, before_weights=require_tokenizer)
     if save:
         check_storable(model)
@@ -79,7 +80,7 @@ def command(
         result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display)
-    if save and not store_evaluation(model, result, text, context, errors, kv_cache_dtype):
+    if save and not store_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
         # Also with --quiet: the user asked for something that was not done.
         say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
     values = asdict(result)

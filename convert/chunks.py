@@ -56,9 +56,9 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(buffer)
 
 
-def not_finite(job: Job, source: WeightSource) -> CheckpointError:
+def not_finite(name: str, source: WeightSource) -> CheckpointError:
     """The error of a weight that no scheme can store."""
-    file = source.checkpoint.tensors[job.source].file
+    file = source.checkpoint.tensors[name].file
     return CheckpointError(
-        f"{file}: tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch that shard again"
+        f"{file}: tensor {name!r} holds infinities or NaN; the checkpoint is damaged: fetch that shard again"
     )

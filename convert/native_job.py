@@ -67,7 +67,7 @@ def run_native(
         try:
             quantizer.run(start, end - start, first)
         except NonFiniteError as problem:
-            raise not_finite(job, source) from problem
+            raise not_finite(job.source, source) from problem
         last = first + (end - start) // packed
         output.write_bytes(weight, start, code_memory[first * job.columns : last * job.columns])
     # A few bytes a row: one write a tensor, not one a chunk.

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ConversionError
-from ..inputs.json_text import read_object
-from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, REPORT_NAME, read_manifest
+from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, read_manifest, read_report
 from ..quant.checkpoint import JOURNAL_NAME
 from .journal import Journal, Record, locked_directory
 from .shards import sync_directory
@@ -160,7 +159,7 @@ def _finished(output: Path, identity: Mapping[str, str]) -> Finished:
     try:
         difference = _difference(manifest["conversion"], identity)
         sizes = {output / name: entry["size"] for name, entry in manifest["files"].items()}
-        report = read_object(output / REPORT_NAME, ArtifactError)
+        report = read_report(output)
         roles = report["roles"]
         if not isinstance(roles, list):
             raise TypeError("its roles are no list")

@@ -24,6 +24,7 @@ from ..quant.model_config import ModelConfig
 from ..quant.rotation import Rotation, rotation
 from ..quant.safetensors import DTYPES
 from .architecture import Role
+from .chunks import not_finite
 from .inventory import Inventory
 
 # Rows, and then columns, of a weight that are rotated at a time.
@@ -120,7 +121,11 @@ class RewrittenSource(WeightSource):
         product = torch.ones((), dtype=torch.float64)
         for norm in norms:
             if norm not in self._gains:
-                self._gains[norm] = super().stored_rows(norm).to_float32().to(torch.float64)
+                gain = super().stored_rows(norm).to_float32()
+                if not bool(torch.isfinite(gain).all()):
+                    # It goes into many weights, none of which should be blamed.
+                    raise not_finite(norm, self)
+                self._gains[norm] = gain.to(torch.float64)
             product = product * self._gains[norm]
         return product
 

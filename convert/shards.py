@@ -109,7 +109,7 @@ class ShardFiles:
     def _open(self, shard: int) -> int:
         planned = self._plan.shards[shard]
         # Never truncated on opening: an earlier run may have filled slots that the journal vouches for.
-        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _write_all(self._write, descriptor, memoryview(planned.header), 0)
             os.ftruncate(descriptor, planned.nbytes)

@@ -6,7 +6,6 @@ manifest vouches for other bytes than those on the disk, and a push sends them i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
-from ..inputs.files import read_text
-from ..inputs.printable import name_as_text
+from ..inputs.files import inside, is_inside, read_text
+from ..inputs.printable import printable
 from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
 from .journal import locked_directory
 from .output import write_error, write_file
@@ -48,12 +47,14 @@ def check_storable(artifact: Path) -> None:
 def store_evaluation(
     artifact: Path,
     result: Evaluation,
-    text: Path,
+    text: str,
+    text_sha256: str,
     context: int,
     layers: Sequence[LayerError] = (),
     kv_cache_dtype: str = "auto",
 ) -> bool:
     """Store a result in the manifest and the card, in place of an earlier one on the same text, context and KV cache.
+    `text` is the text's name, `text_sha256` that of its bytes.
 
     The errors of layers, where they were measured, go into the manifest alone, under the result's `layers`.
     Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
@@ -62,8 +63,8 @@ def store_evaluation(
     """
     check_storable(artifact)
     entry = {
-        "text": name_as_text(text),
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text": printable(text),
+        "text_sha256": text_sha256,
         "context": context,
         "tokens": result.tokens,
         "perplexity": result.perplexity,
@@ -91,8 +92,9 @@ def store_evaluation(
 
 def _card(artifact: Path) -> str:
     """The model card, empty where there is none. ArtifactError for one that cannot be read."""
-    path = artifact / CARD_NAME
-    return read_text(path, ArtifactError) if path.exists() else ""
+    if not is_inside(artifact, CARD_NAME):
+        return ""
+    return read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
 
 
 def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

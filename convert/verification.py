@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, CheckpointError, NpuqError
+from ..inputs.files import is_inside
 from ..progress import Progress, Silent, Task
 from ..quant.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
-from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from ..quant.compressed_tensors import is_compressed
 from ..quant.dialects import WeightSource
 from ..quant.schemes import Scheme
@@ -149,8 +150,7 @@ def _source_weights(checkpoint: Checkpoint) -> WeightSource:
 
 def _own_manifest(directory: Path) -> Mapping[str, Any]:
     """`read_manifest`, but a compressed-tensors checkpoint is called that and not an unfinished artifact."""
-    config = directory / CONFIG_NAME
-    if not is_own(directory) and config.is_file() and is_compressed(read_json(config)):
+    if not is_own(directory) and is_inside(directory, CONFIG_NAME) and is_compressed(read_config(directory)):
         raise ArtifactError(f"{directory}: compressed-tensors weights: run `npuq convert` on it, and verify the result")
     return read_manifest(directory)
 

@@ -66,7 +66,7 @@ def _quantized_rows(job: Job, source: WeightSource, start: int, end: int) -> Qua
     try:
         return quantize_stored(stored, job.scheme, job.method.scale_search, row_parallel=job.row_parallel)
     except NonFiniteError as error:
-        raise not_finite(job, source) from error
+        raise not_finite(job.source, source) from error
 
 
 def _float_rows(job: Job, source: WeightSource, start: int, end: int) -> Tensor:
@@ -79,5 +79,5 @@ def _float_rows(job: Job, source: WeightSource, start: int, end: int) -> Tensor:
         rows = source.rows_float(job.source, start, end)
     # Unknown tensors may hold anything; in a known one an infinity is damage.
     if job.role is not Role.OTHER and not torch.isfinite(rows).all():
-        raise not_finite(job, source)
+        raise not_finite(job.source, source)
     return rows

@@ -12,6 +12,7 @@ from ...quant.dialects import WeightSource
 from ...quant.model_config import ModelConfig
 from ...quant.rope import rope_tables
 from ...runtime.ops.reference import ReferenceOps
+from ..chunks import not_finite
 from ..journal import JobEntry
 from ..plan import Job
 from ..pool import Pool
@@ -67,8 +68,11 @@ class Layer:
         return f"{self.prefix}{name}.weight" in self.walk.jobs
 
     def weight(self, name: str, suffix: str = "weight") -> Tensor:
-        """`{prefix}{name}.weight` float32, rewritten if the model is."""
-        return self.walk.source.rows_float32(f"{self.prefix}{name}.{suffix}")
+        """`{prefix}{name}.weight` float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        full = f"{self.prefix}{name}.{suffix}"
+        tensor = self.walk.source.rows_float32(full)
+        check_finite(full, tensor, self.walk.source)
+        return tensor
 
     def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
         """Write a tensor that stays float; what engines will read, as float32."""
@@ -118,6 +122,13 @@ class Rotary:
         tables = rope_tables(config)
         cos, sin = (torch.cat([table[:length], table[:length]], dim=-1) for table in (tables.cos, tables.sin))
         return cls(cos, sin, tables.softmax_scale)
+
+
+def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
+    """CheckpointError for an infinity or NaN in a tensor of the source."""
+    # In chunks: the answers of all values at once would be a tensor that no budget has room for.
+    if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
+        raise not_finite(name, source)
 
 
 def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:

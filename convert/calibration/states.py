@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ...inputs.files import read_bytes
+from ...inputs.files import inside, read_bytes
 from ..checked_lines import checked_line, line_content
 from ..hashes import file_sha256
 from ..shards import sync_directory
@@ -89,11 +89,11 @@ class StateStore:
     def load(self) -> tuple[State, Streams] | None:
         """The newest state that is whole, or None: start at the first layer."""
         try:
-            found = line_content(read_bytes(self._folder / _STATE, ConversionError))
+            found = line_content(read_bytes(inside(self._folder, _STATE, ConversionError), ConversionError))
             layer, reports = found["layer"], found["reports"]
             if type(layer) is not int or not 0 <= layer == len(reports) or not _are_reports(reports):
                 return None
-            path = self._folder / _READY.format(layer)
+            path = inside(self._folder, _READY.format(layer), ConversionError)
             if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
                 return None
             return State(layer, reports), Streams(path, *self._shape, create=False)

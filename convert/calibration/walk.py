@@ -31,7 +31,7 @@ from ..worker import run_job
 from ..workspace import Workspace
 from .attention import run_attention
 from .auto import TimeBudget, better, trial_errors
-from .context import Layer, Rotary, Walk, row_chunks
+from .context import Layer, Rotary, Walk, check_finite, row_chunks
 from .feed_forward import run_feed_forward
 from .linears import Linears
 from .states import FOLDER, KV_CACHE_SCALE, LINEAR_ERRORS, State, StateStore, StreamPair, Streams
@@ -228,6 +228,7 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     for part in row_chunks(tokens.numel()):
         used, place = tokens.flatten()[part].unique(return_inverse=True)
         rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
+        check_finite(_EMBEDDING, rows, walk.source)
         streams.floats[part] = rows[place]
         streams.quantized[part] = rows.to(dtype).float()[place]
     return streams

@@ -1,6 +1,7 @@
 """The command line as a whole: instant help, and errors in one line with the right exit status."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from npuq import __version__
 from npuq.cli.console import format_bytes, parse_size
-from npuq.cli.main import COMMANDS, group
+from npuq.cli.main import COMMANDS, LazyGroup, group, main
+from npuq.errors import ArtifactError
 
 PROBE = """
 import sys
@@ -112,3 +114,67 @@ def test_what_the_system_refuses_is_one_line(command: list[str]) -> None:
     done = npuq(command[0], "x" * 300, *command[1:])
     assert done.returncode == 1
     assert done.stderr.startswith("npuq: error: xxx") and done.stderr.count("\n") == 1
+
+
+def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str):
+    """(exit code, stderr) of a command that ends with an error."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LazyGroup, "invoke", fail)
+    monkeypatch.setattr(sys, "argv", ["npuq", *options, "inspect", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, capsys.readouterr().err
+
+
+class PanicError(BaseException):
+    """As what pyo3 makes of a panic in Rust."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyError("x"), 70, "internal error: KeyError: 'x'; please report it"),
+        (RecursionError("too deep"), 70, "internal error: RecursionError: too deep; please report it"),
+        (PanicError("called `unwrap()`\non a `None` value"), 70, "PanicError: called `unwrap()` on a `None` value;"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 1, "out of mem"),
+        (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device"),
+        (ArtifactError("a\x1b[2J\x9b\u202e: is\nnothing"), 1, "npuq: error: a\\x1b[2J\\x9b\\u202e: is nothing\n"),
+        (KeyboardInterrupt(), 130, "npuq: error: interrupted\n"),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, err = ended_by(error, monkeypatch, capsys)
+    assert found == code
+    err = err.lstrip("\n")  # click leaves the line of an interruption
+    assert told in err and err.startswith("npuq: error: ") and err.count("\n") == 1
+    assert "Traceback" not in err and err[:-1].isprintable()
+
+
+def test_a_message_is_no_book(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = ended_by(ArtifactError(f"begin {'x' * 10**6} end"), monkeypatch, capsys)
+    assert len(err) < 2100 and err.startswith("npuq: error: begin x") and err.endswith("x end\n")
+
+
+@pytest.mark.parametrize("error", [KeyError("\x1b[2J"), ArtifactError("bad")])
+def test_a_traceback_for_who_asks(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = ended_by(error, monkeypatch, capsys, "--traceback")
+    assert err.startswith("Traceback") and "in fail" in err and "\x1b" not in err
+    assert err.splitlines()[-1].startswith("npuq: error: ")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk"])  # for ASCII click takes UTF-8
+def test_characters_that_the_encoding_lacks_are_escapes(encoding: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    name = os.fsencode(tmp_path) + b"/\xe6\xa8\xa1\xc3\xa9\xff\xf0\x9f\x98\x80"
+    done = subprocess.run([sys.executable, "-m", "npuq", "verify", name], capture_output=True, env=environment)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr and done.stderr.count(b"\n") == 1
+    assert b"\\udcff\\U0001f600: no such directory" in done.stderr

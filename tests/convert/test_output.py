@@ -174,7 +174,7 @@ def test_a_finished_artifact_that_lost_a_file_is_not_called_finished(v3_source, 
 def test_a_finished_artifact_with_a_damaged_manifest_or_report_is_refused(name, content, v3_source, tmp_path):
     convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
     (tmp_path / "out" / "npuq" / name).write_text(content)
-    with pytest.raises(ArtifactError, match="manifest or report is damaged"):
+    with pytest.raises(ArtifactError, match=r"damaged|not valid JSON"):
         convert_checkpoint(v3_source, tmp_path / "out", **OPTIONS)
 
 
