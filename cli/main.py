@@ -3,13 +3,24 @@ codes."""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
+from dataclasses import dataclass
 from importlib import import_module
+from typing import Final
 
 import click
 
 from .. import __version__
 from ..errors import NpuqError
+from ..inputs.printable import printable
+
+# As sysexits.h has it: EX_SOFTWARE.
+_INTERNAL: Final = 70
+# A message may quote a value of a file, and that may be a book.
+_MOST_CHARACTERS: Final = 2000
 
 # name → what the group's help says of it. Kept here, so that help does not import the commands.
 COMMANDS = {
@@ -51,39 +62,95 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
+@dataclass
+class Settings:
+    """What the group's own options say, for whoever calls it."""
+
+    traceback: bool = False
+
+
+def _want_traceback(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    ctx.ensure_object(Settings).traceback = asked
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+@click.option(
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    callback=_want_traceback,
+    help="Before an error also print where in the code it comes from.",
 )
 def group() -> None:
     """Convert DeepSeek-style mixture-of-experts checkpoints to W4A8 for Ascend NPUs, check the result, and run it."""
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted.
+    """
+    _set_up_streams()
+    settings = Settings()
     try:
-        group.main(prog_name="npuq", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(_fail("interrupted", 130))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
-    except NpuqError as error:
-        sys.exit(_fail(str(error), error.exit_code))
-    except BrokenPipeError:
+        group.main(prog_name="npuq", standalone_mode=False, obj=settings)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if settings.traceback:
+            click.echo(printable("".join(traceback.format_exception(error)), keep="\n"), err=True, nl=False)
+        code = _told(error)
+    else:
+        return
+    sys.exit(code)
+
+
+def _told(error: BaseException) -> int:
+    """Say in a line what ended the command; the exit code. Nothing becomes a traceback, whatever it is."""
+    if isinstance(error, click.ClickException):
+        said = io.StringIO()
+        error.show(said)
+        click.echo(printable(said.getvalue(), keep="\n"), err=True, nl=False)
+        return error.exit_code
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return _fail("interrupted", 130)
+    if isinstance(error, NpuqError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):
         # The reader of our output went away (`npuq inspect … | head`); a flush at exit would complain again.
         sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:
+        return 1
+    if isinstance(error, OSError):
         # What the system refuses (a name that is too long, a directory that may not be read) names its file.
         where = "" if error.filename is None else f"{error.filename}: "
-        sys.exit(_fail(f"{where}{error.strerror or error}", 1))
-    except MemoryError:
-        sys.exit(_fail("out of memory; lower --max-memory or --workers", 1))
+        return _fail(f"{where}{error.strerror or error}", 1)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's
+        return _fail("out of memory; lower --max-memory or --workers", 1)
+    # BaseException too: a panic within a library written in Rust is one.
+    return _fail(
+        f"internal error: {type(error).__name__}: {error}; please report it, with what `npuq --traceback …` prints",
+        _INTERNAL,
+    )
+
+
+def _set_up_streams() -> None:
+    """Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names that are no UTF-8 come out as
+    escapes: text that cannot be shown is no reason to fail. The place of a stream that is closed is taken, or the next
+    file to be written would get its number, and what a library tells of itself."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest number that is free
+        continue
+    os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed, anything under a test runner
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"npuq: error: {' '.join(message.split())}", err=True)
+    line = printable(" ".join(message.split()))
+    if len(line) > _MOST_CHARACTERS:
+        line = f"{line[: _MOST_CHARACTERS // 2]} … {line[-_MOST_CHARACTERS // 2 :]}"
+    click.echo(f"npuq: error: {line}", err=True)
     return code

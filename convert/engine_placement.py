@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..quant.artifact import DESCRIPTION_NAME, read_description
-from ..quant.checkpoint import CONFIG_NAME, read_json
+from ..quant.checkpoint import read_config
 from ..quant.model_config import ModelConfig
 from ..quant.schemes import BIAS_COLUMNS, Scheme
 from .engine_parameters import parameter_problems, refused_names
@@ -121,7 +121,7 @@ def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[st
 
     Reads config.json and the description alone; raises CheckpointError and ArtifactError when it cannot.
     """
-    raw = read_json(directory / CONFIG_NAME)
+    raw = read_config(directory)
     config, schemes = ModelConfig.from_dict(raw), read_description(directory)
     if schemes is None:
         raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import ConversionError
+from ..inputs.files import open_file
 from .journal import Record
 from .plan import Job, Plan, Shard
 from .sha256 import new_digest, two_at_once, update_two
@@ -218,7 +219,7 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, read in small pieces. ConversionError when it cannot be read."""
     digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_file(path, ConversionError), "rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:count])
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..quant.artifact import MANIFEST_NAME, REPORT_NAME, is_own, read_manifest
+from ..quant.artifact import MANIFEST_NAME, is_own, read_manifest, read_report
 from ..quant.checkpoint import Checkpoint
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
@@ -93,12 +92,7 @@ def _origin(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _artifact_lines(directory: Path) -> tuple[RoleLine, ...]:
-    path = directory / REPORT_NAME
-    try:
-        roles = json.loads(path.read_text(encoding="utf-8"))["roles"]
-        return tuple(_artifact_line(role) for role in roles)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error!r}); run npuq verify, or convert again") from error
+    return tuple(_artifact_line(role) for role in read_report(directory)["roles"])
 
 
 def _artifact_line(role: Mapping[str, Any]) -> RoleLine:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
-from fnmatch import translate
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +22,10 @@ from typing import Any, TypeVar
 import yaml
 
 from ..errors import RecipeError
+from ..inputs.files import inside, read_given_text, read_text
+from ..inputs.patterns import Globs
+from ..inputs.yaml_text import MOST_CHARACTERS, parse_yaml
+from ..quant.artifact import RECIPE_NAME
 from ..quant.scales import Method
 from ..quant.schemes import Scheme
 from .architecture import QUANTIZABLE, Role, Spec
@@ -31,6 +34,8 @@ STORED = "stored"
 AUTO = "auto"
 NAMED = ("w4a8", "w8a8", "float")
 _RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
+_MOST_BYTES = 4 * MOST_CHARACTERS
+_MOST_RULES = 1000
 _RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
 
 
@@ -74,11 +79,11 @@ class Rule:
                 return False
         if self.layers and not any(spec.layer is not None and a <= spec.layer <= b for a, b in self.layers):
             return False
-        return not self.names or self._pattern.match(spec.name) is not None
+        return not self.names or self._globs.matches(spec.name)
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(translate(name) for name in self.names))
+    def _globs(self) -> Globs:
+        return Globs(self.names, "recipe", RecipeError)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,9 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
         path = Path(recipe)
         if path.suffix not in (".yaml", ".yml") and not path.exists():
             raise RecipeError(f"no recipe named {str(recipe)!r}{_nearest(str(recipe), NAMED)}; or give a .yaml file")
-        text, where = _read_text(path), str(path)
+        if not path.exists():
+            raise RecipeError(f"{path}: no such recipe file; named recipes are {', '.join(NAMED)}")
+        text, where = read_given_text(path, RecipeError, _MOST_BYTES), str(path)
     parsed = _parse(text, where)
     if method is not None and parsed.stored:
         raise RecipeError(f"{where}: keeps the scales of a quantized source: there is none to find; leave --method out")
@@ -161,6 +168,12 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
         base, transforms = parse_chain(method, "--method")
         return replace(parsed, method=base, transforms=transforms, auto=method == AUTO)
     return parsed
+
+
+def stored_recipe(directory: Path) -> Recipe:
+    """The recipe that an artifact was made by; RecipeError when its file is missing or damaged."""
+    path = inside(directory, RECIPE_NAME, RecipeError)
+    return _parse(read_text(path, RecipeError, _MOST_BYTES), str(path))
 
 
 def check_source(recipe: Recipe, quantized: bool) -> None:
@@ -199,20 +212,8 @@ def _assign(recipe: Recipe, spec: Spec) -> Assignment:
     return Assignment(scheme or Scheme.FLOAT, method or recipe.method, number)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file; named recipes are {', '.join(NAMED)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot read the recipe: {error}") from error
-
-
 def _parse(text: str, where: str) -> Recipe:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(text, where, RecipeError)
     if not isinstance(content, dict):
         raise RecipeError(f"{where}: a recipe is a mapping with {', '.join(_RECIPE_KEYS)}")
     _check_keys(content, _RECIPE_KEYS, where)
@@ -222,6 +223,8 @@ def _parse(text: str, where: str) -> Recipe:
     rules = [] if stored else content.get("rules")
     if not isinstance(rules, list):
         raise RecipeError(f"{where}: 'rules' must be a list (empty: everything stays float)")
+    if len(rules) > _MOST_RULES:
+        raise RecipeError(f"{where}: {len(rules)} rules; npuq reads {_MOST_RULES} at most: name several tensors in one")
     name = content.get("name", Path(where).stem)
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise RecipeError(f"{where}: 'name' must be a line of text")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
@@ -23,6 +24,7 @@ from ..quant.model_config import ModelConfig
 from ..quant.rotation import Rotation, rotation
 from ..quant.safetensors import DTYPES
 from .architecture import Role
+from .chunks import not_finite
 from .inventory import Inventory
 
 # Rows, and then columns, of a weight that are rotated at a time.
@@ -75,6 +77,12 @@ class RewrittenSource(WeightSource):
             return super().rows_float(name, start, stop)
         return self.rows_float32(name, start, stop).to(DTYPES[self.float_code(name)])
 
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """As `WeightSource.stored_names`: the norms whose gains went in are among them."""
+        change = self.rewrites.get(name, Rewrite())
+        names = () if change.ones else (name, *chain.from_iterable(change.gain))
+        return tuple(chain.from_iterable(map(super().stored_names, names)))
+
     @property
     def held_bytes(self) -> int:
         """What each thread that reads holds beside the rows it was given: the largest weight with rotated outputs."""
@@ -113,7 +121,11 @@ class RewrittenSource(WeightSource):
         product = torch.ones((), dtype=torch.float64)
         for norm in norms:
             if norm not in self._gains:
-                self._gains[norm] = super().stored_rows(norm).to_float32().to(torch.float64)
+                gain = super().stored_rows(norm).to_float32()
+                if not bool(torch.isfinite(gain).all()):
+                    # It goes into many weights, none of which should be blamed.
+                    raise not_finite(norm, self)
+                self._gains[norm] = gain.to(torch.float64)
             product = product * self._gains[norm]
         return product
 

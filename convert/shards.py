@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ..errors import ConversionError
+from ..inputs.files import open_file
 from .plan import Plan
 
 Write = Callable[[int, memoryview, int], int]
@@ -41,14 +43,31 @@ class ShardFiles:
         """Whether the file is there with the plan's header and size, so that what was written before can stay."""
         planned = self._plan.shards[shard]
         try:
-            with self.path(shard).open("rb") as file:
-                return (
-                    os.fstat(file.fileno()).st_size == planned.nbytes
-                    and file.read(len(planned.header)) == planned.header
-                )
-        except OSError:
+            descriptor = open_file(self.path(shard), ConversionError)
+        except ConversionError:
             # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
             return False
+        try:
+            size = os.fstat(descriptor).st_size
+            return size == planned.nbytes and os.pread(descriptor, len(planned.header), 0) == planned.header
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def read(self, shard: int, start: int, nbytes: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Bytes [start, start + nbytes) as the file has them now, fewer where it ends, in pieces of `buffer`.
+
+        OSError where they cannot be read.
+        """
+        descriptor = self._descriptor(shard)
+        end = start + nbytes
+        while start < end:
+            count = os.preadv(descriptor, [buffer[: min(len(buffer), end - start)]], start)
+            if count == 0:
+                return
+            yield buffer[:count]
+            start += count
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write all of `data` at an absolute offset of the shard. OSError when the file system refuses."""
@@ -90,7 +109,7 @@ class ShardFiles:
     def _open(self, shard: int) -> int:
         planned = self._plan.shards[shard]
         # Never truncated on opening: an earlier run may have filled slots that the journal vouches for.
-        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _write_all(self._write, descriptor, memoryview(planned.header), 0)
             os.ftruncate(descriptor, planned.nbytes)

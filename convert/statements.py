@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..inputs.files import inside, is_inside
+from ..inputs.json_text import read_object
 from ..quant.artifact import description_path
-from ..quant.checkpoint import INDEX_NAME, Checkpoint, read_json, read_weight_map
+from ..quant.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
 from ..quant.compressed_tensors import is_compressed
 from ..quant.config_reader import shown
 from ..quant.dialects import WeightSource
@@ -127,8 +129,8 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
 def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
     if config.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
         yield (
-            f"config.json has n_group {raw['n_group']}, and topk_method greedy, which has no groups: the artifact's "
-            "config.json has one group, because engines would use them"
+            f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
+            "artifact's config.json has one group, because engines would use them"
         )
 
 
@@ -142,11 +144,12 @@ def _architectures(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]
 
 
 def _end_of_sequence(raw: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    path = directory / _GENERATION_NAME
+    if not is_inside(directory, _GENERATION_NAME):
+        return
     try:
-        generation = read_json(path) if path.is_file() else {}
+        generation = read_object(inside(directory, _GENERATION_NAME), CheckpointError)
     except CheckpointError:
-        return  # whoever generates with it says so; nothing of it is converted
+        return  # whoever copies it or generates with it says so
     ours, theirs = _ids(raw.get("eos_token_id")), _ids(generation.get("eos_token_id"))
     if theirs and not ours <= theirs:
         yield (

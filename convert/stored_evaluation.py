@@ -6,7 +6,6 @@ manifest vouches for other bytes than those on the disk, and a push sends them i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
+from ..inputs.files import inside, is_inside, read_text
+from ..inputs.printable import printable
 from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
 from .journal import locked_directory
 from .output import write_error, write_file
@@ -31,8 +32,11 @@ _OF_A_LAYER = ("relative_error", "cosine", "own_relative_error", "own_cosine")
 
 
 def check_storable(artifact: Path) -> None:
-    """ArtifactError unless a result can be stored here: a finished artifact, and not a snapshot in a hub's cache."""
-    read_manifest(artifact)
+    """ArtifactError unless a result can be stored here: a finished artifact whose stored results and card can be read,
+    and not a snapshot in a hub's cache. To be asked before the hours that an evaluation takes.
+    """
+    stored_evaluations(read_manifest(artifact))
+    _card(artifact)
     if (artifact / MANIFEST_NAME).is_symlink():
         raise ArtifactError(
             f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
@@ -43,12 +47,14 @@ def check_storable(artifact: Path) -> None:
 def store_evaluation(
     artifact: Path,
     result: Evaluation,
-    text: Path,
+    text: str,
+    text_sha256: str,
     context: int,
     layers: Sequence[LayerError] = (),
     kv_cache_dtype: str = "auto",
 ) -> bool:
     """Store a result in the manifest and the card, in place of an earlier one on the same text, context and KV cache.
+    `text` is the text's name, `text_sha256` that of its bytes.
 
     The errors of layers, where they were measured, go into the manifest alone, under the result's `layers`.
     Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
@@ -57,8 +63,8 @@ def store_evaluation(
     """
     check_storable(artifact)
     entry = {
-        "text": text.name,
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text": printable(text),
+        "text_sha256": text_sha256,
         "context": context,
         "tokens": result.tokens,
         "perplexity": result.perplexity,
@@ -75,16 +81,20 @@ def store_evaluation(
             manifest[KEY] = [*entries, entry]
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
-            card = artifact / CARD_NAME
-            before = card.read_text("utf-8") if card.is_file() else ""
+            before = _card(artifact)
             shown = CARD_END in before.partition(CARD_BEGIN)[2]
             if shown:
                 write_file(artifact, CARD_NAME, with_evaluations(before, manifest[KEY]).encode())
-    except UnicodeDecodeError:
-        raise ArtifactError(f"{artifact / CARD_NAME}: is not UTF-8 text; repair it, then evaluate again") from None
     except OSError as error:
         raise write_error(artifact, error) from error
     return shown
+
+
+def _card(artifact: Path) -> str:
+    """The model card, empty where there is none. ArtifactError for one that cannot be read."""
+    if not is_inside(artifact, CARD_NAME):
+        return ""
+    return read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
 
 
 def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ Each check yields problems as lines that name the file or tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import torch
 
-from ..errors import NpuqError
+from ..errors import ArtifactError, NpuqError
+from ..inputs.files import inside
+from ..inputs.json_text import read_object
 from ..quant.artifact import (
     DESCRIPTION_GLOBALS,
     DESCRIPTION_NAME,
@@ -30,7 +31,7 @@ from ..quant.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from .architecture import ROUTER_BIASES, Role, Spec, expected_specs, family_of, layer_of
 from .engine_rules import config_schemes, violations
 from .hashes import file_sha256
-from .recipe import Target, load_recipe
+from .recipe import Target, stored_recipe
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -62,13 +63,15 @@ class Layout:
 def check_file(directory: Path, name: str, entry: Any) -> Iterator[str]:
     """One file of the manifest: there, of its size, of its hash."""
     path = directory / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        yield f"{MANIFEST_NAME}: names {name!r}, outside the artifact"
-    elif not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not entry.get("sha256"):
-        yield f"{MANIFEST_NAME}: the entry of {name} has no size and sha256"
-    elif not path.is_file():
+    if not path.exists():
         yield f"{name}: missing"
-    elif path.stat().st_size != entry["size"]:
+        return
+    try:
+        inside(directory, name, ArtifactError)
+    except ArtifactError as error:
+        yield str(error)
+        return
+    if path.stat().st_size != entry["size"]:
         yield f"{name}: {path.stat().st_size} bytes, the manifest has {entry['size']}"
     elif file_sha256(path) != entry["sha256"]:
         yield f"{name}: its sha256 is not the manifest's: the content has changed"
@@ -129,7 +132,11 @@ def unlisted(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _check_description(directory: Path, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
-    content = json.loads((directory / DESCRIPTION_NAME).read_text(encoding="utf-8"))
+    try:
+        content = read_object(inside(directory, DESCRIPTION_NAME, ArtifactError), ArtifactError)
+    except ArtifactError as error:
+        yield str(error)
+        return
     for key, value in DESCRIPTION_GLOBALS.items():
         if content.get(key) != value:
             yield f"{DESCRIPTION_NAME}: {key!r} is {content.get(key)!r} and must be {value!r}"
@@ -201,7 +208,7 @@ def _check_tensor(layout: Layout, spec: Spec, output: OutputTensor) -> Iterator[
 
 def _target(directory: Path, problems: list[str]) -> Target:
     try:
-        return load_recipe(directory / RECIPE_NAME).target
+        return stored_recipe(directory).target
     except NpuqError as error:
         problems.append(str(error))
         return Target.ENGINES

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, HubError
 from ..inputs.names import FileName
-from ..quant.checkpoint import CONFIG_NAME, Checkpoint, collect_tensors, read_json, read_weight_map
+from ..quant.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..quant.safetensors import TensorInfo, parse_header
 from .client import Backoff, Hub, revision_of
 from .download import fetch_range
@@ -71,7 +71,7 @@ class RemoteCheckpoint(Checkpoint):
         repository = HubRepository(hub, resolve_commit(hub, revision_of(revision)))
         listing = repository.listing()
         directory = _fetch_small_files(repository, listing)
-        config = read_json(directory / CONFIG_NAME)
+        config = read_config(directory)
         weight_map = read_weight_map(directory)
         names = shard_names(directory, hub.repo, listing)
         shards = [_shard(hub.repo, number, name, listing) for number, name in enumerate(names)]

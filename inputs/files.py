@@ -6,13 +6,16 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from ..errors import CheckpointError, NpuqError
 from .printable import printable
 
 MOST_BYTES: Final = 128 << 20
 """The limit of `read_bytes`: above any index, description or tokenizer that exists."""
+MOST_GIVEN_BYTES: Final = 1 << 30
+"""The limit of texts that the user names."""
+_PIECE_BYTES: Final = 16 << 20
 _SHARED: Final = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
@@ -77,19 +80,46 @@ def read_bytes(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> by
     """The content of a regular file of at most `most` bytes. Raises `error`."""
     with open(open_file(path, error), "rb") as file:
         try:
-            content = file.read(most + 1)
+            return _read(file, path, error, most)
         except OSError as cause:
             raise error(f"{path}: cannot be read: {cause.strerror}") from cause
-    if len(content) > most:
-        raise error(f"{path}: is larger than the {most} bytes that npuq reads of such a file")
-    return content
 
 
 def read_text(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> str:
     """The content of a UTF-8 file of at most `most` bytes, line ends as `\\n`. Raises `error`."""
-    content = read_bytes(path, error, most)
+    return decoded(read_bytes(path, error, most), path, error)
+
+
+def read_given_bytes(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> bytes:
+    """What a file or pipe that the user named holds, such as `<(command)`, up to `most` bytes. Raises `error`."""
+    try:
+        with path.open("rb") as file:
+            return _read(file, path, error, most)
+    except FileNotFoundError as cause:
+        raise error(f"{path}: no such file") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the name
+        raise error(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+
+
+def read_given_text(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> str:
+    """As `read_given_bytes`, of UTF-8 text, line ends as `\\n`."""
+    return decoded(read_given_bytes(path, error, most), path, error)
+
+
+def decoded(content: bytes, path: Path, error: type[NpuqError]) -> str:
+    """The text of a UTF-8 file's content, line ends as `\\n`. Raises `error`, naming the file."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as cause:
-        raise error(f"{path}: is not UTF-8 text (byte {cause.start})") from cause
+        raise error(f"{path}: is not UTF-8 text (byte {cause.start}); convert it to UTF-8") from cause
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read(file: IO[bytes], path: Path, error: type[NpuqError], most: int) -> bytes:
+    content = bytearray()
+    # In pieces: read(most + 1) would ask for all of that memory first.
+    while piece := file.read(min(_PIECE_BYTES, most + 1 - len(content))):
+        content += piece
+    if len(content) > most:
+        raise error(f"{path}: is larger than the {most} bytes that npuq reads of such a file")
+    return bytes(content)

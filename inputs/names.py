@@ -22,7 +22,7 @@ class CheckedText(str):
     described = "text"
 
     def __new__(cls: type[_Text], value: str) -> _Text:
-        if not isinstance(value, str) or not cls.holds(value):
+        if not cls.fits(value):
             raise ValueError(f"{printable(repr(value)[:80])} is not {cls.described}")
         return super().__new__(cls, value)
 
@@ -38,6 +38,11 @@ class CheckedText(str):
             return cls(value)
         except ValueError as cause:
             raise error(f"{where}: {cause}") from cause
+
+    @classmethod
+    def fits(cls, value: Any) -> bool:
+        """Whether a value could be parsed."""
+        return isinstance(value, str) and cls.holds(value)
 
 
 class FileName(CheckedText):

@@ -4,12 +4,15 @@ writer, the verifier and the loader all take it from here."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
+from ..inputs.files import inside, is_inside
+from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, is_text, optional
+from ..inputs.json_text import read_object
+from ..inputs.names import FileName, Sha256
 from .schemes import Scheme
 
 FORMAT_VERSION = 1
@@ -42,6 +45,41 @@ DESCRIPTION_GLOBALS: Mapping[str, Any] = {
     "ascend_quant_method": "ascend",
 }
 
+_LINEAR = {
+    "scheme": is_text,
+    "method": is_text,
+    "relative_error": is_number,
+    "output_error": optional(is_number),
+    "source_bytes": is_count,
+    "bytes": is_count,
+}
+
+
+def _is_few_layers(value: Any) -> bool:
+    """A list of layers: each is thousands of tensors to those who count them."""
+    return isinstance(value, list) and len(value) <= 1000 and all(map(is_count, value))
+
+
+_MANIFEST = Keys(
+    {
+        "source": Keys({"name": is_text, **dict.fromkeys(("repo", "revision", "index_sha256"), optional(is_text))}),
+        "architecture": Keys({"mtp_layers": _is_few_layers}),
+        "recipe": Each(is_text),
+        "conversion": Each(is_text),
+        "totals": Each(is_count),
+        "files": Each(Keys({"size": is_count, "sha256": Sha256.fits}, frozenset({"size", "sha256"})), FileName.fits),
+        "linears": Each(Keys(_LINEAR)),
+        "transforms": Items(is_text),
+    }
+)
+_ROLE = {
+    "role": is_text,
+    "scheme": is_text,
+    **dict.fromkeys(("tensors", "parameters", "source_bytes", "output_bytes"), is_count),
+    "relative_error": optional(is_number),
+}
+_REPORT = Keys({"roles": Items(Keys(_ROLE, frozenset(_ROLE)))}, frozenset({"roles"}))
+
 _CONFIG_QUANTIZE = {Scheme.W4A8: "w4a8_dynamic", Scheme.W8A8: "w8a8_dynamic"}
 
 
@@ -64,7 +102,7 @@ def description_path(directory: Path) -> Path | None:
     it (`quant_model_description_w8a8_dynamic.json`); None for a directory without. ArtifactError where several are.
     """
     path = directory / DESCRIPTION_NAME
-    if path.exists():
+    if is_inside(directory, DESCRIPTION_NAME):
         return path
     others = sorted(directory.glob(f"{Path(DESCRIPTION_NAME).stem}*.json"))
     if len(others) > 1:
@@ -75,12 +113,12 @@ def description_path(directory: Path) -> Path | None:
 
 def is_own(directory: Path) -> bool:
     """Whether npuq made the artifact, or has begun to: what comes from ModelSlim has neither manifest nor tables."""
-    return (directory / OWN_FOLDER).exists()
+    return is_inside(directory, OWN_FOLDER)
 
 
 def is_rotated(directory: Path) -> bool:
     """Whether the residual stream of an artifact is the source's rotated by `rotation(hidden_size)`."""
-    return (directory / MANIFEST_NAME).exists() and "rotate" in read_manifest(directory).get("transforms", ())
+    return is_inside(directory, MANIFEST_NAME) and "rotate" in read_manifest(directory).get("transforms", ())
 
 
 def read_description(directory: Path) -> dict[str, Scheme] | None:
@@ -91,11 +129,8 @@ def read_description(directory: Path) -> dict[str, Scheme] | None:
     path = description_path(directory)
     if path is None:
         return None
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        types = {name: value for name, value in entries.items() if name not in DESCRIPTION_GLOBALS}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not a quantization description ({error}); convert again") from error
+    entries = read_object(inside(directory, path.name, ArtifactError), ArtifactError)
+    types = {name: value for name, value in entries.items() if name not in DESCRIPTION_GLOBALS}
     if entries.get("group_size", 0):
         raise ArtifactError(
             f"{path}: group_size {entries['group_size']!r}: npuq and the engines read one scale a channel; "
@@ -142,24 +177,34 @@ def artifact_config(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """npuq/manifest.json, whose presence says that the artifact is finished.
+    """npuq/manifest.json, whose presence says that the artifact is finished. Not every key need be there, but those
+    that are have the types that npuq writes, and the files that it names lie in the artifact.
 
     Raises ArtifactError when it is missing, is not a manifest, or has a format version that this npuq does not know.
     """
     path = directory / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_inside(directory, MANIFEST_NAME):
         raise ArtifactError(
             f"{path}: missing; this is no finished npuq artifact: run `npuq convert` (again) to make or finish it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not an artifact manifest ({error}); convert again") from error
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        )
+    manifest = read_object(inside(directory, MANIFEST_NAME, ArtifactError), ArtifactError)
+    if "format_version" not in manifest:
         raise ArtifactError(f"{path}: not an artifact manifest; convert again")
     if manifest["format_version"] != FORMAT_VERSION:
         raise ArtifactError(
             f"{path}: artifact format {manifest['format_version']!r}; this npuq knows {FORMAT_VERSION}: "
             "use the npuq that made it, or convert again"
         )
+    check_form(manifest, _MANIFEST, str(path), ArtifactError)
     return manifest
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """npuq/report.json: `roles`, each with bytes, counts and errors, of the types that npuq writes, and more.
+
+    Raises ArtifactError when it is missing or is not such a report.
+    """
+    path = inside(directory, REPORT_NAME, ArtifactError)
+    report = read_object(path, ArtifactError)
+    check_form(report, _REPORT, str(path), ArtifactError)
+    return report

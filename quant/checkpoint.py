@@ -3,7 +3,6 @@ before any weight is read. Source checkpoints and artifacts are both opened by t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -17,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..inputs.files import inside, is_inside, open_file
+from ..inputs.json_text import read_object
+from ..inputs.names import FileName
 from .mapped import MappedFiles
 from .safetensors import TensorInfo, read_header, read_range
 
@@ -26,6 +28,8 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# ASCII digits alone: others are no numbers of layers.
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 class Checkpoint:
@@ -59,12 +63,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{directory}: an unfinished conversion; run the same `npuq convert` again, it continues"
             )
-        config = read_json(directory / CONFIG_NAME)
+        config = read_config(directory)
         weight_map = read_weight_map(directory)
-        if weight_map is not None:
-            shards = sorted(set(weight_map.values()))
-        else:
-            shards = [single_file(directory, [path.name for path in directory.iterdir()])]
+        shards: list[str] = [] if weight_map is None else sorted(set(weight_map.values()))
+        if weight_map is None:
+            shards.append(single_file(directory, [path.name for path in directory.iterdir()]))
         paths = {shard: inside(directory, shard) for shard in shards}
         headers = {shard: read_header(path)[0] for shard, path in paths.items()}
         tensors = collect_tensors(directory, weight_map, headers)
@@ -154,7 +157,7 @@ class Checkpoint:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[path] = open_file(path, CheckpointError)
             return self._descriptors[path]
 
     def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
@@ -174,51 +177,19 @@ def natural_key(name: str) -> list[str | tuple[int, str]]:
     """Sort key that puts `layers.2.` before `layers.10.`."""
     # Splitting by digits alternates text and number at fixed positions, so that keys are always comparable. A number
     # is its length and its digits: one of any length compares, where int() would refuse thousands of digits.
-    return [_number(part) if part[:1].isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    parts: list[str | tuple[int, str]] = list(_DIGITS.split(name))
+    parts[1::2] = map(_number, parts[1::2])
+    return parts
 
 
-def _number(digits: str) -> tuple[int, str]:
-    significant = digits.lstrip("0")
+def _number(digits: str | tuple[int, str]) -> tuple[int, str]:
+    significant = str(digits).lstrip("0")
     return len(significant), significant
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, unreadable or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:120]}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The path of a file that must lie in `directory`; CheckpointError when its name or a link leads elsewhere.
-
-    One kind of link out is accepted: the Hugging Face cache keeps `snapshots/REVISION/FILE` as a link to `blobs/HASH`
-    of the same repository folder.
-    """
-    path = directory / name
-    root = directory.resolve()
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(f"{directory}: {name!r} lies outside the checkpoint directory; refusing to read it")
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL in the name
-        raise CheckpointError(f"{directory}: {name!r} is no file that can be opened; fetch it again") from error
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(folder) for folder in allowed):
-        raise CheckpointError(f"{path}: a link to {target}, outside the checkpoint directory; refusing to read it")
-    if not target.is_file():
-        raise CheckpointError(f"{path}: missing; fetch the checkpoint again")
-    return path
+def read_config(directory: Path) -> dict[str, Any]:
+    """A directory's config.json; CheckpointError when it is missing, is no JSON object or lies elsewhere."""
+    return read_object(inside(directory, CONFIG_NAME), CheckpointError)
 
 
 def collect_tensors(
@@ -248,7 +219,7 @@ def index_path(directory: Path) -> Path | None:
 
     CheckpointError where several could be meant.
     """
-    if (directory / INDEX_NAME).exists():
+    if is_inside(directory, INDEX_NAME):
         return directory / INDEX_NAME
     others = sorted(directory.glob("*.safetensors.index.json"))
     if len(others) > 1:
@@ -257,17 +228,19 @@ def index_path(directory: Path) -> Path | None:
     return others[0] if others else None
 
 
-def read_weight_map(directory: Path) -> Mapping[str, str] | None:
+def read_weight_map(directory: Path) -> Mapping[str, FileName] | None:
     """Tensor name → shard, from the index; None when there is no index. CheckpointError when it is malformed."""
     path = index_path(directory)
     if path is None:
         return None
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_object(inside(directory, path.name), CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to shard files")
     if not weight_map:
         raise CheckpointError(f"{path}: weight_map is empty")
-    return weight_map
+    where = f"{path}: weight_map"
+    files = {shard: FileName.parse(shard, where, CheckpointError) for shard in set(weight_map.values())}
+    return {name: files[shard] for name, shard in weight_map.items()}
 
 
 def single_file(directory: Path, names: Iterable[str]) -> str:

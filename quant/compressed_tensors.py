@@ -4,12 +4,12 @@ quantized per token. Its `quantization_config` says which linears are which; wha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
+from ..inputs.patterns import Budget, Pattern
 from .checkpoint import CONFIG_NAME, Checkpoint
 from .schemes import SCALE, WEIGHT, Scheme
 from .stored import Codes, StoredLinear
@@ -17,16 +17,36 @@ from .stored import Codes, StoredLinear
 METHOD = "compressed-tensors"
 _PACKED, _SHAPE, _ZERO_POINT = "weight_packed", "weight_shape", "weight_zero_point"
 _FORMATS = {"int-quantized", "naive-quantized", "pack-quantized"}
+_MOST_GROUPS = 1000
 _FLOATS = ("F32", "BF16", "F16")
 # GPTQ's orders of work that leave the channels where they were; "static" is llm-compressor's default.
 _STORED_IN_PLACE = ("weight", "static")
 
 
 @dataclass(frozen=True)
+class _Targets:
+    """Modules by their full names (or classes'), or by what begins a name (`re:…`, as re.match)."""
+
+    names: frozenset[str]
+    patterns: tuple[Pattern, ...]
+
+    @classmethod
+    def of(cls, targets: list[Any], where: str, budget: Budget) -> _Targets:
+        """CheckpointError for a pattern that is none."""
+        texts = [str(target) for target in targets]
+        expressions = [text.removeprefix("re:") for text in texts if text.startswith("re:")]
+        return cls(frozenset(texts), tuple(Pattern(text, where, CheckpointError, budget) for text in expressions))
+
+    def match(self, module: str) -> bool:
+        """Whether a module's name is meant."""
+        return any(pattern.matches(module) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
 class _Group:
     """One of config_groups: whom it is for and what it makes of them."""
 
-    targets: tuple[str, ...]
+    targets: _Targets
     scheme: Scheme
     packed: bool
 
@@ -44,14 +64,14 @@ def compressed_linears(checkpoint: Checkpoint) -> tuple[dict[str, StoredLinear],
     are not quantized per token, and for a tensor that its group does not explain.
     """
     where = checkpoint.directory / CONFIG_NAME
-    groups, ignored_modules = _read_config(where, checkpoint.config["quantization_config"])
+    groups, ignore = _read_config(where, checkpoint.config["quantization_config"])
     linears, ignored = {}, set()
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix != SCALE:
             continue
         group = _group_of(groups, module)
-        if group is None or any(_matches(target, module) for target in ignored_modules):
+        if group is None or module in ignore.names or ignore.match(module):
             raise CheckpointError(f"{info.file}: tensor {name!r} is a scale, but {where} does not quantize {module!r}")
         linears[f"{module}.{WEIGHT}"] = _linear(checkpoint, module, group)
         ignored |= {f"{module}.{_SHAPE}", f"{module}.{_ZERO_POINT}"} & checkpoint.tensors.keys()
@@ -84,10 +104,12 @@ def _linear(checkpoint: Checkpoint, module: str, group: _Group) -> StoredLinear:
     )
 
 
-def _read_config(where: object, quantization: Mapping[str, Any]) -> tuple[list[_Group], tuple[str, ...]]:
+def _read_config(where: object, quantization: Mapping[str, Any]) -> tuple[list[_Group], _Targets]:
     groups, ignore = quantization.get("config_groups"), quantization.get("ignore") or []
-    if not isinstance(groups, Mapping) or not groups or not isinstance(ignore, list):
-        raise CheckpointError(f"{where}: quantization_config has no config_groups, or an ignore that is no list")
+    if not isinstance(groups, Mapping) or not 0 < len(groups) <= _MOST_GROUPS or not isinstance(ignore, list):
+        raise CheckpointError(
+            f"{where}: quantization_config has no config_groups (or too many), or an ignore that is no list"
+        )
     if quantization.get("kv_cache_scheme"):
         raise CheckpointError(f"{where}: kv_cache_scheme: npuq has no quantized cache; quantize the weights alone")
     sparsity = quantization.get("sparsity_config") or {}
@@ -95,11 +117,12 @@ def _read_config(where: object, quantization: Mapping[str, Any]) -> tuple[list[_
         raise CheckpointError(f"{where}: sparsity_config: compressed sparse weights are not read; save them dense")
     if quantization.get("transform_config"):
         raise CheckpointError(f"{where}: transform_config: rotations at run time are not supported; quantize without")
-    default = quantization.get("format")
-    return [_read_group(f"{where}: {name}", group, default) for name, group in groups.items()], tuple(map(str, ignore))
+    default, budget = quantization.get("format"), Budget()
+    read = [_read_group(f"{where}: {name}", group, default, budget) for name, group in groups.items()]
+    return read, _Targets.of(ignore, f"{where}: quantization_config: ignore", budget)
 
 
-def _read_group(where: str, group: Any, default_format: Any) -> _Group:
+def _read_group(where: str, group: Any, default_format: Any, budget: Budget) -> _Group:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     targets = group.get("targets") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping) or not isinstance(targets, list):
@@ -112,7 +135,7 @@ def _read_group(where: str, group: Any, default_format: Any) -> _Group:
     packed = form == "pack-quantized"
     if packed and bits != 4:
         raise CheckpointError(f"{where}: packed weights of {bits} bits are not read; save them int-quantized")
-    return _Group(tuple(map(str, targets)), Scheme.W4A8 if bits == 4 else Scheme.W8A8, packed)
+    return _Group(_Targets.of(targets, where, budget), Scheme.W4A8 if bits == 4 else Scheme.W8A8, packed)
 
 
 def _weight_problems(weights: Mapping[str, Any]) -> Iterator[str]:
@@ -147,17 +170,8 @@ def _activation_problems(group: Mapping[str, Any]) -> Iterator[str]:
 def _group_of(groups: list[_Group], module: str) -> _Group | None:
     """By name, then by pattern, then by class, as compressed-tensors itself chooses."""
     tests: tuple[Callable[[_Group], bool], ...] = (
-        lambda group: module in group.targets,
-        lambda group: any(_matches(target, module) for target in group.targets),
-        lambda group: "Linear" in group.targets,
+        lambda group: module in group.targets.names,
+        lambda group: group.targets.match(module),
+        lambda group: "Linear" in group.targets.names,
     )
     return next((group for test in tests for group in groups if test(group)), None)
-
-
-def _matches(target: str, module: str) -> bool:
-    if not target.startswith("re:"):
-        return target == module
-    try:
-        return re.match(target.removeprefix("re:"), module) is not None
-    except re.error as error:
-        raise CheckpointError(f"{CONFIG_NAME}: quantization_config: {target!r} is no pattern: {error}") from error

@@ -10,14 +10,17 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, NpuqError
 from ..inputs.files import open_file
+from ..inputs.json_text import parse_object
+from ..inputs.printable import printable
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -38,6 +41,10 @@ ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.ite
 
 # The limit of the safetensors library itself: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
+# Above any model's: torch itself has 64 dimensions at most, and sizes and strides of 63 bits.
+_MOST_DIMENSIONS: Final = 16
+_MOST_BYTES: Final = 1 << 63
+_MOST_NAME_CHARACTERS: Final = 1024
 # Data begins at a multiple of this, so that tensors ordered by falling item size are all aligned in a memory map.
 DATA_ALIGNMENT = 64
 
@@ -66,14 +73,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Read and check the header of a safetensors file; returns its tensors (in file order) and its metadata.
 
     Raises CheckpointError when the file is not safetensors, is truncated or longer than its header says, when a
-    tensor has an unknown dtype, a byte range that disagrees with its shape, or when ranges overlap or leave holes.
+    tensor has an unknown dtype, a name that is no line of text, a shape that no array can have, a byte range that
+    disagrees with its shape, or when ranges overlap or leave holes.
     """
-    try:
-        with path.open("rb") as file:
+    with os.fdopen(open_file(path, CheckpointError), "rb") as file:
+        try:
             file_size = os.fstat(file.fileno()).st_size
             return parse_header(path, file_size, lambda start, count: os.pread(file.fileno(), count, start))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_header(
@@ -85,7 +93,7 @@ def parse_header(
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: malformed safetensors header: __metadata__ must map strings to strings")
     tensors = [_tensor_info(path, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    tensors.sort(key=attrgetter("start", "end"))
     _check_ranges(path, tensors, data_start, file_size)
     return {tensor.name: tensor for tensor in tensors}, metadata
 
@@ -104,13 +112,8 @@ def _read_json_header(path: Path, file_size: int, read: Callable[[int, int], byt
         raise CheckpointError(
             f"{path}: truncated: the header needs {8 + length} bytes, the file has {file_size}; fetch it again"
         )
-    try:
-        header = json.loads(read(8, length), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header: {str(error)[:120]}; fetch it again") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: malformed safetensors header: not a JSON object; fetch the file again")
-    return header, 8 + length
+    where = f"{path}: malformed safetensors header (fetch the file again)"
+    return parse_object(read(8, length), where, CheckpointError, _no_duplicates), 8 + length
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -121,22 +124,44 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not name.isprintable() or len(name) > _MOST_NAME_CHARACTERS:
+        _check_name(path, name)
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        valid = all(type(number) is int and number >= 0 for number in (*shape, start, end)) and start <= end
+        valid = type(dtype) is str and type(start) is type(end) is int and 0 <= start <= end < _MOST_BYTES
+        for size in shape:
+            valid = valid and type(size) is int and 0 <= size < _MOST_BYTES
     except (TypeError, KeyError, ValueError):
         valid = False
     if not valid:
         raise CheckpointError(f"{path}: malformed safetensors header: entry of tensor {name!r}; fetch the file again")
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, which npuq cannot read")
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype[:20]}, which npuq cannot read")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has {len(shape)} dimensions; npuq reads {_MOST_DIMENSIONS} at most"
+        )
     expected = prod(shape) * ITEM_BYTES[dtype]
+    # An empty tensor takes no bytes, but an array's strides are products of its other sizes.
+    if expected == 0 and prod(filter(None, shape)) * ITEM_BYTES[dtype] >= _MOST_BYTES:
+        raise CheckpointError(f"{path}: malformed safetensors header: tensor {name!r} has a shape beyond all memory")
     if end - start != expected:
         raise CheckpointError(
             f"{path}: malformed safetensors header: tensor {name!r} ({dtype} {list(shape)}) needs {expected} bytes "
             f"and has {end - start}; fetch the file again"
         )
     return TensorInfo(name, dtype, shape, path, data_start + start, data_start + end)
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Names go into messages, tables and JSON: each is a line of text, and not a page."""
+    if len(name) > _MOST_NAME_CHARACTERS:
+        raise CheckpointError(
+            f"{path}: a tensor's name of {len(name)} characters, which begins {name[:40]!r}; npuq reads "
+            f"{_MOST_NAME_CHARACTERS} at most"
+        )
+    if printable(name) != name:
+        raise CheckpointError(f"{path}: a tensor's name holds control characters: {name!r}; rename it")
 
 
 def _check_ranges(path: Path, tensors: Sequence[TensorInfo], data_start: int, file_size: int) -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..convert.architecture import Spec, expected_specs
 from ..convert.stored_evaluation import stored_evaluations
 from ..errors import ArtifactError
+from ..inputs.files import inside, read_text
+from ..progress import Progress
 from ..quant.artifact import (
     DESCRIPTION_NAME,
     MANIFEST_NAME,
     RECIPE_NAME,
-    REPORT_NAME,
     is_own,
     read_description,
     read_manifest,
+    read_report,
 )
 from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
@@ -27,6 +27,8 @@ from .calibration import Coverage, read_coverage
 from .foreign import foreign_linears, foreign_roles, mtp_layers
 from .linears import LinearFacts, RoleFacts, linear_facts
 from .scale_histogram import ScaleHistogram, scale_histograms, scale_name
+
+_MOST_RECIPE_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,8 @@ class Facts:
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
 
 
-def read_facts(
-    directory: str | Path, progress: Callable[[int, int], None] | None = None, name: str | None = None
-) -> Facts:
-    """The facts about an artifact of npuq's or ModelSlim's; `progress(done, total)` counts linears, by their scales.
+def read_facts(directory: str | Path, progress: Progress | None = None, name: str | None = None) -> Facts:
+    """The facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales.
     `name` is what to call it, the directory's name where it is None.
 
     Raises ArtifactError when the directory holds no finished artifact, or its manifest, report or scales are damaged,
@@ -88,24 +88,25 @@ def read_facts(
         return _foreign(name, checkpoint, progress)
 
 
-def _own(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     directory = checkpoint.directory
     manifest, config = read_manifest(directory), ModelConfig.from_dict(checkpoint.config)
     try:
         specs = expected_specs(config, tuple(manifest["architecture"]["mtp_layers"]))
         linears = tuple(_linear(specs[linear], entry) for linear, entry in manifest["linears"].items())
         recipe_name, provenance = str(manifest["recipe"]["name"]), _provenance(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(directory / MANIFEST_NAME, error) from error
+    except (KeyError, ValueError) as error:
+        where = directory / MANIFEST_NAME
+        raise ArtifactError(f"{where}: damaged ({error!r}); run npuq verify, or convert again") from error
     return Facts(
         name=name,
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
         n_routed_experts=config.n_routed_experts,
         recipe_name=recipe_name,
-        recipe=_text(directory / RECIPE_NAME),
+        recipe=read_text(inside(directory, RECIPE_NAME, ArtifactError), ArtifactError, _MOST_RECIPE_BYTES),
         provenance=provenance,
-        roles=_roles(directory / REPORT_NAME),
+        roles=tuple(_role(entry) for entry in read_report(directory)["roles"]),
         linears=linears,
         scales=scale_histograms(checkpoint, linears, progress),
         coverage=read_coverage(manifest),
@@ -113,7 +114,7 @@ def _own(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None]
     )
 
 
-def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     directory = checkpoint.directory
     types = read_description(directory)
     if types is None:
@@ -142,13 +143,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], N
 
 
 def _linear(spec: Spec, entry: Mapping[str, Any]) -> LinearFacts:
-    output = entry.get("output_error")
-    return linear_facts(
-        spec,
-        str(entry["scheme"]),
-        _finite(entry["relative_error"], spec.name),
-        None if output is None else _finite(output, spec.name),
-    )
+    return linear_facts(spec, entry["scheme"], entry["relative_error"], entry.get("output_error"))
 
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -171,38 +166,5 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in told.items() if value is not None}
 
 
-def _roles(path: Path) -> tuple[RoleFacts, ...]:
-    try:
-        return tuple(_role(entry) for entry in json.loads(_text(path))["roles"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
 def _role(entry: Mapping[str, Any]) -> RoleFacts:
-    error = entry["relative_error"]
-    return RoleFacts(
-        role=str(entry["role"]),
-        scheme=str(entry["scheme"]),
-        tensors=int(entry["tensors"]),
-        parameters=int(entry["parameters"]),
-        source_bytes=int(entry["source_bytes"]),
-        output_bytes=int(entry["output_bytes"]),
-        relative_error=None if error is None else _finite(error, entry["role"]),
-    )
-
-
-def _finite(error: Any, what: str) -> float:
-    if not math.isfinite(error):
-        raise ValueError(f"{what}: an error of {error}")
-    return float(error)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"{path}: missing or damaged ({error!r}); run npuq verify, or convert again")
+    return RoleFacts(**{name: entry[name] for name in RoleFacts.__dataclass_fields__})

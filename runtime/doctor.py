@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, NpuqError
+from ..inputs.files import read_bytes
 
 if TYPE_CHECKING:
     from ..quant.model_config import ModelConfig
@@ -27,6 +28,7 @@ CANN_VERSION_FILES = (
     "/usr/local/Ascend/latest/version.cfg",
 )
 DRIVER_VERSION_FILES = ("/usr/local/Ascend/driver/version.info",)
+_MOST_VERSION_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class ModelFit:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings. operators: name → schema, None where the installed torch_npu lacks it; empty without torch_npu."""
+    """The findings. kernels: what does the CPU's arithmetic. operators: name → schema, None where the installed
+    torch_npu lacks it; empty without torch_npu."""
 
     npuq: str
     python: str
     platform: str
+    kernels: str
     torch: str | None
     torch_npu: str | None
     cann: str | None
@@ -74,6 +78,7 @@ class Report:
 def examine(model: Path | None = None) -> Report:
     """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
     from .. import __version__
+    from ..quant.library import description
 
     torch_npu, problem = _torch_npu()
     devices = _devices(torch_npu) if torch_npu is not None else ()
@@ -86,6 +91,7 @@ def examine(model: Path | None = None) -> Report:
         npuq=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
+        kernels=description(),
         torch=_version("torch"),
         torch_npu=_version("torch_npu"),
         cann=_first_version(CANN_VERSION_FILES),
@@ -142,7 +148,10 @@ def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:
     from .ops.ascend_weights import check_w4a8_inputs
 
     quantized = [name.removesuffix(".scale_bias") for name in tensors if name.endswith(".scale_bias")]
-    widths = {tensors[f"{name}.weight"].shape[1]: name for name in reversed(quantized) if f"{name}.weight" in tensors}
+    shapes = {name: tensors[f"{name}.weight"].shape for name in reversed(quantized) if f"{name}.weight" in tensors}
+    if strange := [f"{name}.weight: is no matrix" for name, shape in shapes.items() if len(shape) != 2]:
+        return list(strange)
+    widths = {inputs: name for name, (_, inputs) in shapes.items()}
     return [_message(check_w4a8_inputs, name, width) for width, name in widths.items()]
 
 
@@ -208,8 +217,10 @@ def _first_version(files: Iterable[str]) -> str | None:
     """The first version number stated in the first of the files that is there."""
     for path in map(Path, files):
         if path.is_file():
-            match = re.search(
-                r"(?im)^[^#\n]*version[^=:\n]*[=:]\s*\[?[^0-9\n]*([0-9][\w.]*)", path.read_text(errors="replace")
-            )
+            try:
+                text = read_bytes(path, BackendError, _MOST_VERSION_BYTES).decode(errors="replace")
+            except BackendError:
+                return "unknown"
+            match = re.search(r"(?im)^[^#\n]*version[^=:\n]*[=:]\s*\[?[^0-9\n]*([0-9][\w.]*)", text)
             return match[1] if match else "unknown"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +12,11 @@ from ...quant.dialects import WeightSource
 from ...quant.model_config import ModelConfig
 from ...quant.rope import rope_tables
 from ...runtime.ops.reference import ReferenceOps
-from ..journal import JobStats
+from ..chunks import not_finite
+from ..journal import JobEntry
 from ..plan import Job
-from .linears import Deployed, Inputs, Linears, factored, measure
-from .pool import Pool
+from ..pool import Pool
+from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
 
 # Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048
@@ -50,14 +51,16 @@ class Walk:
 class Layer:
     """One decoder layer of a walk: its weights as float32, and what is written of it.
 
-    `stats` collects the error sums of each job by index, `errors` the relative output error of each quantized linear.
+    `read` has the digest of what each job reads, by index; a trial needs none. `entries` collects what the journal
+    keeps of each job, `errors` the relative output error of each quantized linear.
     """
 
-    def __init__(self, walk: Walk, index: int):
+    def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
         self.walk = walk
         self.index = index
         self.prefix = f"model.layers.{index}."
-        self.stats: dict[int, JobStats] = {}
+        self.entries: dict[int, JobEntry] = {}
+        self._read = read or {}
         self.errors: dict[str, float] = {}
 
     def has(self, name: str) -> bool:
@@ -65,19 +68,22 @@ class Layer:
         return f"{self.prefix}{name}.weight" in self.walk.jobs
 
     def weight(self, name: str, suffix: str = "weight") -> Tensor:
-        """`{prefix}{name}.weight` float32, rewritten if the model is."""
-        return self.walk.source.rows_float32(f"{self.prefix}{name}.{suffix}")
+        """`{prefix}{name}.weight` float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        full = f"{self.prefix}{name}.{suffix}"
+        tensor = self.walk.source.rows_float32(full)
+        check_finite(full, tensor, self.walk.source)
+        return tensor
 
     def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
         """Write a tensor that stays float; what engines will read, as float32."""
         job = self.walk.jobs[f"{self.prefix}{name}.{suffix}"]
-        stored = self.walk.linears.float(job, tensor)
-        self.finish(job, JobStats(0.0, float(tensor.double().square().sum())))
+        stored, written = self.walk.linears.float(job, tensor)
+        self.finish(job, written)
         return stored
 
-    def finish(self, job: Job, stats: JobStats) -> None:
+    def finish(self, job: Job, written: JobResult) -> None:
         """Count a job as written."""
-        self.stats[job.index] = stats
+        self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
         self.walk.done(job)
 
     def quantize(self, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
@@ -92,9 +98,9 @@ class Layer:
             measured[scheme] = hessian, factored(hessian), scale
         deployed = []
         for job, weight in zip(jobs, weights.values(), strict=True):
-            linear, stats = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
+            linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
             self.note_error(job, linear)
-            self.finish(job, stats)
+            self.finish(job, written)
             deployed.append(linear)
         return deployed
 
@@ -116,6 +122,13 @@ class Rotary:
         tables = rope_tables(config)
         cos, sin = (torch.cat([table[:length], table[:length]], dim=-1) for table in (tables.cos, tables.sin))
         return cls(cos, sin, tables.softmax_scale)
+
+
+def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
+    """CheckpointError for an infinity or NaN in a tensor of the source."""
+    # In chunks: the answers of all values at once would be a tensor that no budget has room for.
+    if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
+        raise not_finite(name, source)
 
 
 def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:

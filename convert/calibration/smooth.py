@@ -8,7 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...errors import CheckpointError
 from ...quant.dialects import StoredRows
+from ...quant.scales import NonFiniteError
 from ...quant.schemes import Scheme, dequantize, quantize_stored
 from ...quant.smoothing import smoothing_scale
 from ..plan import Job
@@ -71,7 +73,12 @@ def rounded(job: Job, weight: Tensor) -> Tensor:
     base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
     method, result = job.method.scale_search, torch.empty_like(weight)
     for part in row_chunks(weight.shape[0], _ROWS):
-        rows = quantize_stored(StoredRows(weight[part]), base, method, row_parallel=False)
+        try:
+            rows = quantize_stored(StoredRows(weight[part]), base, method, row_parallel=False)
+        except NonFiniteError as error:
+            raise CheckpointError(
+                f"tensor {job.source!r} outgrows float32 once it is smoothed; leave that out of the method"
+            ) from error
         result[part] = dequantize(rows.tensors, base)
     return result
 

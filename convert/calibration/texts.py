@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,7 +14,11 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError, GenerationError
+from ...inputs.files import MOST_GIVEN_BYTES, read_given_text, read_text
+from ...inputs.json_text import parse_json
+from ...inputs.printable import name_as_text
 from ...runtime.tokenizer import Tokenizer
+from ...runtime.tokenizer_check import require_tokenizer
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128
@@ -57,10 +60,7 @@ def read_calibration(
         raise CalibrationError(f"--samples {samples} and --sequence-length {sequence_length} must be at least 1 and 2")
     if sequence_length > max_position:
         raise CalibrationError(f"--sequence-length {sequence_length} exceeds the model's {max_position} positions")
-    try:
-        tokenizer = Tokenizer(checkpoint)
-    except GenerationError as error:
-        raise CalibrationError(f"calibration needs the checkpoint's tokenizer: {error}") from error
+    tokenizer = read_tokenizer(checkpoint)
     name, documents = _documents(path)
     separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stream: list[int] = []
@@ -91,6 +91,18 @@ def read_calibration(
     return Calibration(name, tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
 
 
+def read_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's directory. CalibrationError where none can be read."""
+    try:
+        require_tokenizer(checkpoint)
+        return Tokenizer(checkpoint)
+    except GenerationError as error:
+        raise CalibrationError(
+            f"calibration needs the checkpoint's tokenizer: {error}; or leave out what needs a text: --method mse, or "
+            "rotate+mse"
+        ) from error
+
+
 def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
     if str(path) == BUILTIN:
         text = (files(__package__) / "builtin.jsonl").read_text(encoding="utf-8")
@@ -100,19 +112,15 @@ def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
         found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
         if not found:
             raise CalibrationError(f"{path}: no {', '.join(_SUFFIXES)} files in it to calibrate on")
-        return path.resolve().name, (document for child in found for document in _read(child))
-    return path.name, _read(path)
+        # What a directory holds is not what the user named: its pipes and devices are not read.
+        texts = ((read_text(child, CalibrationError, MOST_GIVEN_BYTES), child) for child in found)
+        return name_as_text(path.resolve()), (document for text, child in texts for document in _split(text, child))
+    if not path.exists():
+        raise CalibrationError(f"{path}: no such file; give a text to calibrate on, or 'builtin'")
+    return name_as_text(path), _split(read_given_text(path, CalibrationError), path)
 
 
-def _read(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CalibrationError(f"{path}: no such file; give a text to calibrate on, or 'builtin'") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+def _split(text: str, path: Path) -> Iterator[Any]:
     if not text.strip():
         raise CalibrationError(f"{path}: is empty; give a text to calibrate on, or 'builtin'")
     return _json_lines(text, str(path)) if path.suffix == ".jsonl" else iter([text])
@@ -122,19 +130,10 @@ def _json_lines(text: str, where: str) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}, line {number}: not JSON: {error}") from None
+        record = parse_json(line, f"{where}, line {number}", CalibrationError)
         found = record.get("text", record.get("messages")) if isinstance(record, dict) else None
         if not found or not (isinstance(found, str) or _is_chat(found)):
             raise CalibrationError(f'{where}, line {number}: needs {{"text": "…"}} or {{"messages": […]}}')
-        try:
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise CalibrationError(
-                f"{where}, line {number}: half a surrogate pair (\\ud800 to \\udfff) is no text"
-            ) from None
         yield found
 
 

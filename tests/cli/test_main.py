@@ -1,12 +1,9 @@
 """The command line as a whole: instant help, and errors in one line with the right exit status."""
 
-import fcntl
 import json
 import os
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import click
@@ -14,7 +11,8 @@ import pytest
 
 from npuq import __version__
 from npuq.cli.console import format_bytes, parse_size
-from npuq.cli.main import COMMANDS, group
+from npuq.cli.main import COMMANDS, LazyGroup, group, main
+from npuq.errors import ArtifactError
 
 PROBE = """
 import sys
@@ -118,23 +116,65 @@ def test_what_the_system_refuses_is_one_line(command: list[str]) -> None:
     assert done.stderr.startswith("npuq: error: xxx") and done.stderr.count("\n") == 1
 
 
-BAR = """
-from npuq.cli.console import progress_bar
-with progress_bar(4000, quiet=QUIET, description="layer 3") as bar:
-    bar.update(2000)
-    bar.refresh()
-"""
+def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str):
+    """(exit code, stderr) of a command that ends with an error."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LazyGroup, "invoke", fail)
+    monkeypatch.setattr(sys, "argv", ["npuq", *options, "inspect", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", [(0, 0), (24, 100)])
-def test_progress_is_drawn_on_any_terminal_unless_quiet(size: tuple[int, int]) -> None:
-    for quiet in (False, True):
-        ours, theirs = os.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-        code = BAR.replace("QUIET", str(quiet))
-        subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, timeout=60)
-        os.write(theirs, b"end")  # something to read when nothing was drawn
-        drawn = os.read(ours, 65536).decode()
-        os.close(ours)
-        os.close(theirs)
-        assert (drawn == "end") if quiet else ("layer 3:  50%" in drawn and "2.00k/4.00k" in drawn)
+class PanicError(BaseException):
+    """As what pyo3 makes of a panic in Rust."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyError("x"), 70, "internal error: KeyError: 'x'; please report it"),
+        (RecursionError("too deep"), 70, "internal error: RecursionError: too deep; please report it"),
+        (PanicError("called `unwrap()`\non a `None` value"), 70, "PanicError: called `unwrap()` on a `None` value;"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 1, "out of mem"),
+        (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device"),
+        (ArtifactError("a\x1b[2J\x9b\u202e: is\nnothing"), 1, "npuq: error: a\\x1b[2J\\x9b\\u202e: is nothing\n"),
+        (KeyboardInterrupt(), 130, "npuq: error: interrupted\n"),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, err = ended_by(error, monkeypatch, capsys)
+    assert found == code
+    err = err.lstrip("\n")  # click leaves the line of an interruption
+    assert told in err and err.startswith("npuq: error: ") and err.count("\n") == 1
+    assert "Traceback" not in err and err[:-1].isprintable()
+
+
+def test_a_message_is_no_book(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = ended_by(ArtifactError(f"begin {'x' * 10**6} end"), monkeypatch, capsys)
+    assert len(err) < 2100 and err.startswith("npuq: error: begin x") and err.endswith("x end\n")
+
+
+@pytest.mark.parametrize("error", [KeyError("\x1b[2J"), ArtifactError("bad")])
+def test_a_traceback_for_who_asks(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = ended_by(error, monkeypatch, capsys, "--traceback")
+    assert err.startswith("Traceback") and "in fail" in err and "\x1b" not in err
+    assert err.splitlines()[-1].startswith("npuq: error: ")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk"])  # for ASCII click takes UTF-8
+def test_characters_that_the_encoding_lacks_are_escapes(encoding: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    name = os.fsencode(tmp_path) + b"/\xe6\xa8\xa1\xc3\xa9\xff\xf0\x9f\x98\x80"
+    done = subprocess.run([sys.executable, "-m", "npuq", "verify", name], capture_output=True, env=environment)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr and done.stderr.count(b"\n") == 1
+    assert b"\\udcff\\U0001f600: no such directory" in done.stderr

@@ -30,17 +30,16 @@ def artifact(example_fp8: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "wiki|text.txt"
-    path.write_bytes(b"Once\r\nupon a time")
-    return path
+def text() -> tuple[str, str]:
+    """Name and sha256."""
+    return "wiki|text.txt", hashlib.sha256(b"Once upon a time").hexdigest()
 
 
-def test_manifest_and_card(artifact: Path, text: Path) -> None:
+def test_manifest_and_card(artifact: Path, text: tuple[str, str]) -> None:
     before = (artifact / CARD).read_text()
     files = json.loads((artifact / MANIFEST).read_text())["files"]
-    store_evaluation(artifact, RESULT, text, 256)
-    manifest, digest = json.loads((artifact / MANIFEST).read_text()), hashlib.sha256(text.read_bytes()).hexdigest()
+    store_evaluation(artifact, RESULT, *text, 256)
+    manifest, digest = json.loads((artifact / MANIFEST).read_text()), text[1]
     assert manifest["files"] == files
     assert manifest["evaluations"] == [
         {
@@ -64,9 +63,9 @@ def test_manifest_and_card(artifact: Path, text: Path) -> None:
     assert inspect(artifact).as_dict()["evaluations"][0]["perplexity"] == 66.5
 
 
-def test_replaced_by_text_and_context(artifact: Path, text: Path) -> None:
+def test_replaced_by_text_and_context(artifact: Path, text: tuple[str, str]) -> None:
     for context, perplexity in ((256, 70.0), (512, 60.0), (256, 71.0)):
-        store_evaluation(artifact, Evaluation(perplexity, 10), text, context)
+        store_evaluation(artifact, Evaluation(perplexity, 10), *text, context)
     stored = inspect(artifact).evaluations
     assert [(entry["context"], entry["perplexity"]) for entry in stored] == [(512, 60.0), (256, 71.0)]
     card = (artifact / CARD).read_text()
@@ -75,10 +74,10 @@ def test_replaced_by_text_and_context(artifact: Path, text: Path) -> None:
     assert "| 71.000 | – | – | – |" in card
 
 
-def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: Path) -> None:
-    store_evaluation(artifact, Evaluation(70.0, 10), text, 256)
-    store_evaluation(artifact, Evaluation(71.0, 10), text, 256, kv_cache_dtype="int8")
-    store_evaluation(artifact, Evaluation(72.0, 10), text, 256, kv_cache_dtype="int8")
+def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: tuple[str, str]) -> None:
+    store_evaluation(artifact, Evaluation(70.0, 10), *text, 256)
+    store_evaluation(artifact, Evaluation(71.0, 10), *text, 256, kv_cache_dtype="int8")
+    store_evaluation(artifact, Evaluation(72.0, 10), *text, 256, kv_cache_dtype="int8")
     stored = inspect(artifact).evaluations
     assert [(entry.get("kv_cache_dtype"), entry["perplexity"]) for entry in stored] == [(None, 70.0), ("int8", 72.0)]
     card = (artifact / CARD).read_text()
@@ -89,10 +88,10 @@ def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: Path) -> Non
     assert "perplexity 72.000 on wiki|text.txt (int8 KV cache), context 256\n" in shown
 
 
-def test_errors_of_layers(artifact: Path, text: Path) -> None:
+def test_errors_of_layers(artifact: Path, text: tuple[str, str]) -> None:
     card = (artifact / CARD).read_text()
     layers = [LayerError(0, 0.01, 0.999, 0.01, 0.999), LayerError(1, 0.03, 0.99, 0.02, 0.995)]
-    store_evaluation(artifact, RESULT, text, 256, layers)
+    store_evaluation(artifact, RESULT, *text, 256, layers)
     (stored,) = inspect(artifact).evaluations
     assert stored["layers"][1] == {
         "layer": 1,
@@ -103,36 +102,36 @@ def test_errors_of_layers(artifact: Path, text: Path) -> None:
     }
     assert verify(artifact).problems == ()
     with_layers = (artifact / CARD).read_text()
-    store_evaluation(artifact, RESULT, text, 256)  # in place of the first, whose layers go with it
+    store_evaluation(artifact, RESULT, *text, 256)  # in place of the first, whose layers go with it
     assert "layers" not in inspect(artifact).evaluations[0]
     assert (artifact / CARD).read_text() == with_layers != card
 
 
-def test_the_authors_text_stays(artifact: Path, text: Path) -> None:
+def test_the_authors_text_stays(artifact: Path, text: tuple[str, str]) -> None:
     card = artifact / CARD
     card.write_text("Foreword\n## Evaluation\n\n## Loading\n" + card.read_text() + "Afterword\n")
     before = card.read_text()
-    assert store_evaluation(artifact, RESULT, text, 256)
+    assert store_evaluation(artifact, RESULT, *text, 256)
     assert card.read_text().startswith("Foreword\n## Evaluation\n\n## Loading\n---")
     assert card.read_text().endswith("Afterword\n")
     assert len(card.read_text()) > len(before)
     card.write_text("mine alone\n")
-    assert not store_evaluation(artifact, RESULT, text, 256)
+    assert not store_evaluation(artifact, RESULT, *text, 256)
     assert card.read_text() == "mine alone\n"
     card.unlink()
-    assert not store_evaluation(artifact, RESULT, text, 256)
+    assert not store_evaluation(artifact, RESULT, *text, 256)
     assert not card.exists()
     assert len(inspect(artifact).evaluations) == 1
 
 
-def test_a_second_conversion_finds_it_finished(artifact: Path, text: Path, example_fp8: Path) -> None:
-    store_evaluation(artifact, RESULT, text, 256)
+def test_a_second_conversion_finds_it_finished(artifact: Path, text: tuple[str, str], example_fp8: Path) -> None:
+    store_evaluation(artifact, RESULT, *text, 256)
     before = (artifact / MANIFEST).read_bytes()
     npuq.convert_checkpoint(example_fp8, artifact, method="minmax")
     assert (artifact / MANIFEST).read_bytes() == before
 
 
-def test_refusals(artifact: Path, text: Path, example_fp8: Path, tmp_path: Path) -> None:
+def test_refusals(artifact: Path, text: tuple[str, str], example_fp8: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no finished npuq artifact"):
         check_storable(example_fp8)
     cached = tmp_path / "cached"
@@ -142,7 +141,9 @@ def test_refusals(artifact: Path, text: Path, example_fp8: Path, tmp_path: Path)
         check_storable(cached)
 
 
-def test_a_kill_before_the_rename_loses_nothing(artifact: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_rename_loses_nothing(
+    artifact: Path, text: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (artifact / MANIFEST).read_bytes()
 
     def refuse(descriptor: int) -> None:
@@ -150,7 +151,7 @@ def test_a_kill_before_the_rename_loses_nothing(artifact: Path, text: Path, monk
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(ConversionError, match="space"):
-        store_evaluation(artifact, RESULT, text, 256)
+        store_evaluation(artifact, RESULT, *text, 256)
     assert (artifact / MANIFEST).read_bytes() == before
 
 
@@ -164,7 +165,7 @@ SOUND = {"text": "a", "text_sha256": "b", "context": 1, "tokens": 1, "perplexity
         [1],
         [{"text": "a"}],
         [{**SOUND, "text": 1}],
-        [{**SOUND, "perplexity": float("nan")}],
+        [{**SOUND, "perplexity": "2"}],
         [{**SOUND, "layers": 4}],
         [{**SOUND, "layers": [0.01]}],
         [{**SOUND, "layers": [{"layer": 0, "relative_error": 0.1, "cosine": 1.0, "own_relative_error": 0.1}]}],

@@ -213,7 +213,7 @@ def test_a_truncated_shard_and_a_missing_one(float_model, tmp_path):
 def test_a_description_that_is_none(float_model, tmp_path):
     directory = foreign.write_modelslim(float_model, tmp_path / "in")
     (directory / "quant_model_description.json").write_text("[1")
-    assert "not a quantization description" in npuq.verify(directory).problems[0]
+    assert "quant_model_description.json: not valid JSON" in npuq.verify(directory).problems[0]
     (directory / "quant_model_description.json").write_text(json.dumps({}))
     assert "nothing says how it is quantized" in "\n".join(npuq.verify(directory).problems)
 

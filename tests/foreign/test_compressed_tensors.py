@@ -128,7 +128,7 @@ REFUSED = {
     "cache": (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "sparse": (lambda c: c.update(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
     "rotations": (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "rotations at run time"),
-    "pattern": (lambda c: group(c).update(targets=["re:("]), "'re:(' is no pattern"),
+    "pattern": (lambda c: group(c).update(targets=["re:("]), "pattern '(' is no regular expression"),
     "a format that is none": (lambda c: group(c).update(format=[1]), "format [1] is not read"),
     "a group size that is none": (lambda c: group(c)["weights"].update(group_size="x"), "weights by channel of x"),
     "no groups": (lambda c: c.pop("config_groups"), "has no config_groups"),

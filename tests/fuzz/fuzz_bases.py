@@ -82,9 +82,9 @@ _LITE = {
 def make_bases(folder: Path) -> list[Path]:
     """Write all of them below an empty folder."""
     sources = {
-        "v3": _checkpoint(folder / "source", V3),
-        "odd": _checkpoint(folder / "source-odd", {**V3, **_ODD}),
-        "lite": _checkpoint(folder / "source-lite", {**V3, **_LITE}),
+        "v3": write_checkpoint(folder / "source", V3),
+        "odd": write_checkpoint(folder / "source-odd", {**V3, **_ODD}),
+        "lite": write_checkpoint(folder / "source-lite", {**V3, **_LITE}),
     }
     made = [sources["v3"]]
     for name, recipe in (("v3", "w4a8"), ("odd", "w4a8"), ("lite", "w8a8"), ("v3", "float")):
@@ -100,7 +100,7 @@ def make_bases(folder: Path) -> list[Path]:
     return [*made, static]
 
 
-def _checkpoint(directory: Path, settings: Mapping[str, Any]) -> Path:
+def write_checkpoint(directory: Path, settings: Mapping[str, Any]) -> Path:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, _, shape in linears(ModelConfig.from_dict(settings)):

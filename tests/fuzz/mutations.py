@@ -86,7 +86,7 @@ def mutate(directory: Path, rng: random.Random) -> str:
             done.append(rng.choice(kinds)(directory, rng))
         except (ValueError, KeyError, TypeError, OverflowError, struct.error, UnicodeEncodeError):
             done.append("(too damaged already)")
-    _reseal(directory)
+    reseal(directory)
     return "; ".join(done)
 
 
@@ -314,12 +314,12 @@ def _own_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("npuq/*.safetensors"))
 
 
-def _reseal(directory: Path) -> None:
+def reseal(directory: Path) -> None:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         for name, entry in manifest["files"].items():
-            if (directory / name).is_file():
+            if (directory / name).is_file() and (directory / name).stat().st_size < 1 << 30:
                 content = (directory / name).read_bytes()
                 entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         path.write_text(json.dumps(manifest))

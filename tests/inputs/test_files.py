@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from npuq.errors import ArtifactError
-from npuq.inputs.files import inside, open_file, read_bytes, read_text
+from npuq.inputs.files import inside, open_file, read_bytes, read_given_text, read_text
 
 
 @pytest.fixture
@@ -90,3 +90,18 @@ def test_text_is_utf8_with_plain_line_ends(folder: Path) -> None:
     (folder / "a").write_bytes(b"ok\xff")
     with pytest.raises(ArtifactError, match=r"not UTF-8 text \(byte 2\)"):
         read_text(folder / "a", ArtifactError)
+
+
+def test_what_the_user_names_may_be_a_pipe(folder: Path) -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, "ä\r\n".encode())
+    os.close(theirs)
+    assert read_given_text(Path(f"/dev/fd/{ours}"), ArtifactError) == "ä\n"
+    os.close(ours)
+    with pytest.raises(ArtifactError, match="larger than the 1000 bytes"):
+        read_given_text(Path("/dev/zero"), ArtifactError, 1000)
+    for name in ("missing", "a\0b"):
+        with pytest.raises(ArtifactError):
+            read_given_text(folder / name, ArtifactError)
+    with pytest.raises(ArtifactError, match="Is a directory"):
+        read_given_text(folder, ArtifactError)

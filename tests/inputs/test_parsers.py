@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npuq.errors import RecipeError
+from npuq.inputs.forms import Each, Items, Keys, check_form, is_count, is_number, is_text, optional
 from npuq.inputs.json_text import parse_json, parse_object
 from npuq.inputs.names import FileName, Sha256
-from npuq.inputs.patterns import Pattern, any_glob
+from npuq.inputs.patterns import Budget, Globs, Pattern
 from npuq.inputs.printable import printable
 from npuq.inputs.yaml_text import parse_yaml
 
@@ -96,17 +97,57 @@ def test_patterns_that_cannot_be_compiled_are_refused_at_once(expression: str) -
 
 def test_patterns_that_backtrack_for_ever_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("npuq.inputs.patterns._SECONDS", 0.2)
-    pattern = Pattern(r"(a|aa)+$", "config.json", RecipeError)
+    budget = Budget()
+    pattern, harmless = (Pattern(text, "config.json", RecipeError, budget) for text in (r"(a|aa)+$", "b"))
+    assert harmless.matches("b")
     with pytest.raises(RecipeError, match="takes too long"):
         pattern.matches("a" * 60 + "?")
+    for spent in (pattern, harmless):
+        with pytest.raises(RecipeError, match="takes too long"):
+            spent.matches("a")
     with pytest.raises(RecipeError, match="takes too long"):
-        pattern.matches("a")
+        Pattern("c", "config.json", RecipeError, budget)
+    assert Pattern("c", "config.json", RecipeError).matches("c")
 
 
 def test_globs() -> None:
-    pattern = any_glob(["model.*.weight", "lm_head"], "recipe", RecipeError)
-    assert pattern.matches("model.1.weight") and pattern.matches("lm_head")
-    assert not pattern.matches("lm_head.weight") and not pattern.matches("model.1.weight_scale")
+    globs = Globs(["model.*.weight", "lm_head"], "recipe", RecipeError)
+    assert globs.matches("model.1.weight") and globs.matches("lm_head")
+    assert not globs.matches("lm_head.weight") and not globs.matches("model.1.weight_scale")
+
+
+def test_globs_that_look_like_work_take_no_time() -> None:
+    started = time.thread_time()
+    assert not Globs(["*a" * 5000 + "b", "*[a-z]*" * 20 + "?b"], "recipe", RecipeError).matches("a" * 1024)
+    assert time.thread_time() - started < 2
+    with pytest.raises(RecipeError, match="recipe: the names are too long"):
+        Globs(["a" * 40_000, "b" * 40_000], "recipe", RecipeError)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ([], "its content"),
+        ({}, "a"),
+        ({"a": "1"}, "a"),
+        ({"a": True}, "a"),
+        ({"a": -1}, "a"),
+        ({"a": 1 << 63}, "a"),
+        ({"a": 1, "b": [{}, {"c": 1}]}, "b.1.c"),
+        ({"a": 1, "b": {}}, "b"),
+        ({"a": 1, "d": {"../x": None}}, "d.../x"),
+        ({"a": 1, "d": {"x": "y"}}, "d.x"),
+        ({"a": 1, "d": {"\x1b[2J": 1.5, "e": -1.5}}, "d.e"),
+        ({"a": 1, "d": {"\x1b[2J": {}}}, "d.\\x1b[2J"),
+    ],
+)
+def test_another_form_is_named(value: Any, path: str) -> None:
+    names = Each(optional(is_number), lambda key: "/" not in key)
+    form = Keys({"a": is_count, "b": Items(Keys({"c": is_text})), "d": names}, frozenset({"a"}))
+    check_form({"a": 0, "b": [{"c": ""}, {}], "d": {"x": None, "y": 0.5}, "e": 1}, form, "file", RecipeError)
+    with pytest.raises(RecipeError) as caught:
+        check_form(value, form, "file", RecipeError)
+    assert str(caught.value).startswith(f"file: damaged: {path} is not of the right kind")
 
 
 @pytest.mark.parametrize("name", ["config.json", "npuq/manifest.json", "a b", "模型.json", "...", "a" * 255, "x/y/z"])

@@ -1,4 +1,4 @@
-"""Rows of any bits, with block scales of any bits: every level converts them as torch does, or refuses them as it does."""
+"""Rows and block scales of any bits: every level converts them as torch does, or refuses them as it does."""
 
 from __future__ import annotations
 

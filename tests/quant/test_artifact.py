@@ -26,7 +26,7 @@ def test_a_directory_without_description_is_a_float_checkpoint(tmp_path: Path) -
     assert read_description(tmp_path) is None
 
 
-@pytest.mark.parametrize(("text", "message"), [("[]", "not a quantization"), ('{"a.b": "W2"}', "unknown type 'W2'")])
+@pytest.mark.parametrize(("text", "message"), [("[]", "not a JSON object"), ('{"a.b": "W2"}', "unknown type 'W2'")])
 def test_broken_descriptions_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION_NAME).write_text(text)
     with pytest.raises(ArtifactError, match=message):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from npuq.errors import CheckpointError
@@ -86,6 +88,11 @@ def test_natural_order() -> None:
     assert sorted(names, key=natural_key) == ["a", "a.9.b", "a.9.c", "a.10.b", "b"]
 
 
+@given(st.lists(st.text(st.characters() | st.sampled_from("019²٣๒½①")), max_size=8))
+def test_all_names_have_an_order(names: list[str]) -> None:
+    assert sorted(map(natural_key, names)) == sorted(map(natural_key, names[::-1]))
+
+
 def damage_index(directory: Path, weight_map: object) -> None:
     (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
@@ -111,16 +118,16 @@ BAD = {
     "empty weight map": (lambda d: damage_index(d, {}), "weight_map is empty"),
     "shard above": (
         lambda d: (outside(d), damage_index(d, {"a": "../x.safetensors"})),
-        "outside the checkpoint directory",
+        "weight_map: '../x.safetensors' is not a file name that may be used",
     ),
-    "absolute shard": (lambda d: damage_index(d, {"a": outside(d)}), "outside the checkpoint directory"),
+    "absolute shard": (lambda d: damage_index(d, {"a": outside(d)}), "is not a file name that may be used"),
     "link out": (
         lambda d: (
             outside(d),
             (d / "x.safetensors").symlink_to("../x.safetensors"),
             damage_index(d, {"a": "x.safetensors"}),
         ),
-        "outside the checkpoint directory",
+        "outside the directory",
     ),
     "link to itself": (
         lambda d: (
@@ -129,7 +136,30 @@ BAD = {
         ),
         "'x.safetensors' is no file that can be opened",
     ),
-    "NUL in a shard's name": (lambda d: damage_index(d, {"a": "x\0.safetensors"}), "is no file that can be opened"),
+    "NUL in a shard's name": (
+        lambda d: damage_index(d, {"a": "x\0.safetensors"}),
+        "is not a file name that may be used",
+    ),
+    "config is a FIFO": (
+        lambda d: ((d / "config.json").unlink(), os.mkfifo(d / "config.json")),
+        "config.json: is not a regular file",
+    ),
+    "index is a device": (
+        lambda d: ((d / INDEX_NAME).unlink(), (d / INDEX_NAME).symlink_to("/dev/zero")),
+        "a link to /dev/zero, outside the directory",
+    ),
+    "index is a link to nowhere": (
+        lambda d: ((d / INDEX_NAME).unlink(), (d / INDEX_NAME).symlink_to("gone.json")),
+        "model.safetensors.index.json: missing",
+    ),
+    "config lies elsewhere": (
+        lambda d: (
+            (d / "config.json").rename(d.parent / "config.json"),
+            (d / "config.json").symlink_to("../config.json"),
+        ),
+        "config.json: a link to",
+    ),
+    "surrogate in config": (lambda d: (d / "config.json").write_text('{"a": "\\ud800"}'), "lone surrogate U+D800"),
     "several files, no index": (lambda d: (d / INDEX_NAME).unlink(), "no model.safetensors.index.json"),
 }
 

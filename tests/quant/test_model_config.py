@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import read_json
+from npuq.quant.checkpoint import read_config
 from npuq.quant.model_config import ModelConfig
 
 YARN = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 512}
@@ -21,7 +21,7 @@ LLAMA3 = {
 
 @pytest.fixture
 def config(example_fp8) -> dict[str, Any]:
-    return read_json(example_fp8 / "config.json")
+    return read_config(example_fp8)
 
 
 def test_the_shipped_config(config: dict[str, Any]) -> None:

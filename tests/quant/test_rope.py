@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from npuq.quant.checkpoint import read_json
+from npuq.quant.checkpoint import read_config
 from npuq.quant.model_config import ModelConfig
 from npuq.quant.rope import inverse_frequencies, rope_tables
 
@@ -69,7 +69,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def config(example_fp8) -> dict[str, Any]:
-    return {**read_json(example_fp8 / "config.json"), "max_position_embeddings": 2048, "rope_scaling": None}
+    return {**read_config(example_fp8), "max_position_embeddings": 2048, "rope_scaling": None}
 
 
 def peer(config: dict[str, Any], scaling: dict[str, Any]) -> DeepseekV3Config:

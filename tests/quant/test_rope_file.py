@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npuq.errors import ArtifactError
-from npuq.quant.checkpoint import read_json
+from npuq.quant.checkpoint import read_config
 from npuq.quant.model_config import ModelConfig
 from npuq.quant.rope import RopeTables, load_rope, rope_tables, save_rope
 
@@ -22,7 +22,7 @@ ROWS, PAIRS = 96, 32
 
 @pytest.fixture
 def config(example_fp8) -> ModelConfig:
-    settings: dict[str, Any] = read_json(example_fp8 / "config.json")
+    settings: dict[str, Any] = read_config(example_fp8)
     return ModelConfig.from_dict({**settings, "max_position_embeddings": ROWS, "rope_scaling": YARN})
 
 
@@ -41,7 +41,7 @@ def test_tables_survive_the_file(config: ModelConfig, tables: RopeTables, tmp_pa
 
 
 def test_tables_of_dynamic_ntk_are_longer(config: ModelConfig, example_fp8: Path, tmp_path: Path) -> None:
-    settings = {**read_json(example_fp8 / "config.json"), "max_position_embeddings": ROWS}
+    settings = {**read_config(example_fp8), "max_position_embeddings": ROWS}
     dynamic = ModelConfig.from_dict({**settings, "rope_scaling": {"type": "dynamic", "factor": 2.5}})
     path = tmp_path / "rope.safetensors"
     save_rope(rope_tables(dynamic), path)

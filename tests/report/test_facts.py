@@ -156,7 +156,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Any], object]]] = {
 @pytest.mark.parametrize(("name", "change"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_damage_is_named(artifact: Path, name: str, change: Callable[[Any], object]) -> None:
     edit_json(artifact / name, change)
-    with pytest.raises(ArtifactError, match=f"{Path(name).name}: .*damaged") as caught:
+    with pytest.raises(ArtifactError, match=f"{Path(name).name}: .*(damaged|no number)") as caught:
         read_facts(artifact)
     assert "\n" not in str(caught.value)
 
@@ -164,7 +164,7 @@ def test_damage_is_named(artifact: Path, name: str, change: Callable[[Any], obje
 @pytest.mark.parametrize("name", [REPORT, "npuq/recipe.yaml"])
 def test_a_missing_file_is_named(artifact: Path, name: str) -> None:
     (artifact / name).unlink()
-    with pytest.raises(ArtifactError, match=f"{name}: missing or damaged"):
+    with pytest.raises(ArtifactError, match=f"{name}: missing"):
         read_facts(artifact)
 
 

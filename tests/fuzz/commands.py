@@ -1,0 +1,309 @@
+"""Runs the commands of npuq on damaged checkpoints, artifacts, recipes and texts; every outcome must be success or a
+one-line error.
+
+    python tests/fuzz/commands.py --seconds 3600 [--seed 1]
+    python tests/fuzz/commands.py --seed 1 --first 1234 --count 1      # one case again
+
+A child process runs one case after the other, each command as the command line does, within limits of memory and time.
+What happens in case n depends on the seed and n alone. Exit status 1 when there is a finding: a crash, a hang, an
+internal error, a message of several lines or with characters that a terminal obeys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import io
+import json
+import os
+import queue
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+SECONDS = 180  # of the clock on the wall that one case may take
+BUSY_SECONDS = 20  # of processor time that one command may take
+MEMORY = 4 << 30  # beside what the process has when it starts
+MOST_LINE = 2500
+
+# What is damaged, and what is done with it: `{d}` is the damaged directory, `{out}` a new one, the others are whole.
+CONVERT = ["convert", "{d}", "{out}", "--workers", "1"]
+GENERATE = ["generate", "{d}", "--backend", "reference", "--max-new-tokens", "2", "--json", "--prompt", "ab"]
+EVALUATE = ["evaluate", "{d}", "--text", "{words}/text.txt", "--context", "20", "--backend", "reference", "--quiet"]
+CALIBRATE = ["--samples", "1", "--sequence-length", "8", "--method"]
+ANY = [["inspect", "{d}"], ["inspect", "{d}", "--json"], ["doctor", "{d}"], [*CONVERT, "--dry-run"], CONVERT]
+LOADED = [GENERATE, [*GENERATE, "--chat"], EVALUATE, [*GENERATE, "--temperature", "1", "--seed", "1"]]
+VERIFY = [["verify", "{d}"], ["verify", "{d}", "--source", "{source}"], ["report", "{d}", "--json"]]
+MADE = [
+    *VERIFY,
+    *VERIFY,
+    ["verify", "{d}", "--engine", "vllm-ascend", "--tp", "2"],
+    ["report", "{d}", "-o", "{out}.html"],
+    [*EVALUATE, "--save"],
+    [*GENERATE, "--kv-cache-dtype", "int8"],
+]
+CASES: dict[str, list[list[str]]] = {
+    "source": [*ANY, *LOADED, [*CONVERT, *CALIBRATE, "gptq"], [*CONVERT, *CALIBRATE, "rotate+smooth+gptq"]],
+    "plain": [*ANY, *LOADED, [*CONVERT, "--method", "rotate+mse"], [*EVALUATE, "--source", "{source}", "--layers"]],
+    "compressed": [*ANY, ["verify", "{d}"], GENERATE],
+    "packed": [*ANY, ["verify", "{d}"]],
+    "modelslim": [*ANY, *LOADED, *VERIFY],
+    "artifact": [*ANY, *LOADED, *MADE, *MADE],
+    "bytes": [*ANY, *LOADED, *MADE],
+    "finished": [["convert", "{source}", "{d}", "--workers", "1", "--method", "rotate+smooth+gptq",
+                  "--calibration", "{words}/text.jsonl", "--samples", "2", "--sequence-length", "16",
+                  "--max-shard-size", "80000"]],
+    "unfinished": [["convert", "{source}", "{d}", "--workers", "1", "--method", "minmax", "--max-shard-size", "80000"],
+                   ["verify", "{d}"], ["inspect", "{d}"], GENERATE],
+    "words": [["convert", "{source}", "{out}", "--recipe", "{d}/recipe.yaml", "--dry-run"],
+              ["convert", "{source}", "{out}", *CALIBRATE, "gptq", "--calibration", "{d}/text.jsonl"],
+              ["convert", "{source}", "{out}", *CALIBRATE, "smooth+mse", "--calibration", "{d}"],
+              ["evaluate", "{source}", "--text", "{d}/text.txt", "--context", "20", "--backend", "reference"]],
+}  # fmt: skip
+COPIED = {"finished": "artifact"}
+WEIGHTS = {"artifact": 6, "source": 4, "finished": 2, "unfinished": 3}
+
+
+@dataclass
+class Report:
+    """How many commands ended how, and what must not be."""
+
+    cases: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+
+
+def fuzz(
+    folder: Path,
+    seed: int,
+    first: int,
+    count: int | None,
+    seconds: float | None = None,
+    told: Callable[[str], object] = print,
+) -> Report:
+    """Run cases `first` and on, until there were `count`, or for a time. `folder` holds `make_inputs`'s directories."""
+    report, number, end = Report(), first, None if count is None else first + count
+    until = None if seconds is None else time.monotonic() + seconds
+    while (end is None or number < end) and (until is None or time.monotonic() < until):
+        number = _run_child(folder, seed, number, end, until, report, told)
+    return report
+
+
+def _run_child(
+    folder: Path,
+    seed: int,
+    first: int,
+    end: int | None,
+    until: float | None,
+    report: Report,
+    told: Callable[[str], object],
+) -> int:
+    """Let a child run them until it ends; the number to go on with."""
+    arguments = json.dumps({"folder": str(folder), "seed": seed, "first": first, "end": end})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    number, what = first, "start"
+
+    def found(problem: str) -> None:
+        report.findings.append(f"case {number} of seed {seed} ({what}): {problem}")
+        told(report.findings[-1])
+
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, __file__, "--child", arguments]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        for line in _lines(child):
+            if line is None or (until is not None and time.monotonic() > until):
+                child.send_signal(signal.SIGABRT)  # faulthandler says where it was
+                child.wait()
+                errors.seek(0)
+                if line is None:
+                    found(f"no end after {SECONDS} s\n{errors.read()[-6000:]}")
+                return number + 1
+            event = json.loads(line)
+            number = event["number"]
+            if "what" in event:
+                what = event["what"]
+                report.cases += 1
+            else:
+                report.outcomes[event["outcome"]] += 1
+                if event["outcome"] == "finding":
+                    found(event["message"])
+        if child.wait() == 0 and end is not None:
+            return end
+        errors.seek(0)
+        found(f"exit status {child.returncode}\n{errors.read()[-6000:]}")
+        return number + 1
+
+
+def _lines(child: subprocess.Popen[str]) -> Iterator[str | None]:
+    """What the child prints; None when it is silent for too long."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read(stream: IO[str]) -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put("")
+
+    assert child.stdout is not None
+    threading.Thread(target=read, args=(child.stdout,), daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=SECONDS)
+        except queue.Empty:
+            yield None
+            return
+        if not line:
+            return
+        yield line
+
+
+# ---- in the child ----------------------------------------------------------------------------------------------------
+
+
+def run_all(folder: str, seed: int, first: int, end: int | None) -> None:
+    """Run cases, printing an event when one begins and when a command has ended."""
+    import torch
+
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    protocol = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints past Python is not of the protocol
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    size = int(status["VmSize"].split()[0]) * 1024 + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    number = first
+    while end is None or number < end:
+        for event in _case(Path(folder), random.Random(f"{seed}:{number}")):
+            protocol.write(json.dumps({"number": number, **event}) + "\n")
+            protocol.flush()
+        number += 1
+
+
+def _case(folder: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
+    from mutations import mutate, reseal
+    from texts import damage
+
+    kind = rng.choice([kind for kind in CASES for _ in range(WEIGHTS.get(kind, 1))])
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    directory = work / "a" / "b"
+    shutil.copytree(folder / COPIED.get(kind, kind), directory)
+    done = []
+    if kind not in ("words", "unfinished") and rng.random() < 0.3:
+        done.append(mutate(directory, rng))
+    else:
+        done += [damage(directory, rng) for _ in range(rng.choice([1, 1, 1, 2]))]
+        if rng.random() < 0.6:
+            reseal(directory)
+    commands = rng.sample(CASES[kind], min(len(CASES[kind]), rng.choice([1, 2, 3])))
+    yield {"what": f"{kind}: {'; '.join(done)}"}
+    places = {name: str(folder / name) for name in ("source", "words")} | {"d": str(directory)}
+    for number, command in enumerate(commands):
+        arguments = [part.format(**places, out=work / f"out{number}") for part in command]
+        yield _outcome(arguments)
+
+
+def _outcome(arguments: list[str]) -> dict[str, Any]:
+    started = time.process_time()
+    code, out, err = _run(arguments)
+    busy = time.process_time() - started
+    problem = _problem(arguments[0], code, out, err)
+    if problem is None and busy > BUSY_SECONDS:
+        problem = f"{busy:.0f} s of work"
+    told = " ".join(arguments)
+    if problem is None:
+        return {"outcome": f"{arguments[0]} {'done' if code == 0 else 'refused'}"}
+    if code == 70:
+        _, _, err = _run(["--traceback", *arguments])
+    return {"outcome": "finding", "message": f"{problem}\n  npuq {told}\n{err[-4000:]}"}
+
+
+def _run(arguments: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, in this process."""
+    from npuq.cli.main import main
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+    before, sys.argv, code = sys.argv, ["npuq", *arguments], 0
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode(errors="backslashreplace"))  # type: ignore[attr-defined]
+    return code, texts[0], texts[1]
+
+
+def _problem(command: str, code: int, out: str, err: str) -> str | None:
+    """What is wrong with how a command ended."""
+    from npuq.inputs.printable import printable
+
+    lines = err.splitlines()
+    if code not in (0, 1):
+        return f"exit code {code}"
+    if "out of memory" in err:
+        return "out of memory"
+    if "Traceback" in err:
+        return "traceback"
+    if printable(out, keep="\n") != out or printable(err, keep="\n") != err:
+        return f"prints what a terminal obeys: {(out + err)[:500]!r}"
+    if max(map(len, [*lines, *out.splitlines(), ""])) > MOST_LINE and "--json" not in out[:1]:
+        return f"a line of {max(map(len, [*lines, *out.splitlines()]))} characters"
+    errors = [line for line in lines if line.startswith("npuq: error: ")]
+    if code == 0 and errors:
+        return "an error, and exit code 0"
+    # verify and doctor say on stdout what is wrong.
+    told = lines[-1:] == errors or (command in ("verify", "doctor") and bool(out))
+    if code == 1 and not told:
+        return "exit code 1 without one last line that says why"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, help="how long to run")
+    parser.add_argument("--count", type=int, help="how many cases to run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_all(**json.loads(options.child))
+        return 0
+    if options.count is None and options.seconds is None:
+        parser.error("give --seconds or --count")
+    from fuzz_inputs import make_inputs
+
+    with tempfile.TemporaryDirectory(prefix="npuq-fuzz-") as folder:
+        make_inputs(Path(folder))
+        limits = options.first, options.count, options.seconds
+        report = fuzz(Path(folder), options.seed, *limits, told=lambda text: print(text, flush=True))
+    print(f"{report.cases} cases; {len(report.findings)} findings")
+    for outcome, count in sorted(report.outcomes.items()):
+        print(f"  {count:>6} {outcome}")
+    return 1 if report.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

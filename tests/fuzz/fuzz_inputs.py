@@ -1,0 +1,113 @@
+"""What commands are given, before it is damaged: checkpoints of every dialect, artifacts, an unfinished conversion, a
+recipe and texts; 0.1 to 0.4 MB each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from fuzz_bases import V3, write_checkpoint
+from safetensors.torch import load_file
+
+import npuq
+from npuq.convert import CalibrationText, convert_checkpoint
+from npuq.errors import NpuqError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "foreign"))
+from foreign import write_compressed, write_modelslim, write_shards
+
+SHARD_BYTES = 80_000
+TEXT = "the quick brown fox jumps over the lazy dog. " * 12
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ eos_token }}"
+RECIPE = """\
+name: mine
+target: engines
+method: mse
+rules:
+  - roles: [routed_expert]
+    scheme: W4A8
+    method: mse
+  - names: ["model.layers.?.self_attn.*"]
+    layers: 0-1,7
+    scheme: W8A8
+  - roles: [shared_expert, dense_mlp]
+    scheme: W8A8
+"""
+CARD = "---\nlicense: mit\nlanguage: [en, zh]\nbase_model: someone/model\n---\n\n# A model\n"
+
+
+def make_inputs(folder: Path) -> None:
+    """Write all of them below an empty folder, each as a directory."""
+    plain = write_checkpoint(folder / "plain", {**V3, "vocab_size": 128, "eos_token_id": 1})
+    _add_side_files(plain)
+    source = Path(shutil.copytree(plain, folder / "source"))
+    (source / "model.safetensors").unlink()
+    write_shards(load_file(plain / "model.safetensors"), source, "model", 3)
+    _add_words(folder / "words")
+    for written in (
+        write_compressed(plain, folder / "compressed"),
+        write_compressed(plain, folder / "packed", packed=True),
+        write_modelslim(plain, folder / "modelslim", static=("q_a_proj", "kv_a_proj_with_mqa")),
+    ):
+        shutil.copy(plain / "chat_template.jinja", written)
+    calibration = CalibrationText(folder / "words" / "text.jsonl", samples=2, sequence_length=16)
+    artifact = folder / "artifact"
+    convert_checkpoint(
+        source,
+        artifact,
+        method="rotate+smooth+gptq",
+        calibration=calibration,
+        workers=1,
+        max_shard_size=SHARD_BYTES,
+    )
+    convert_checkpoint(plain, folder / "bytes", recipe="w8a8", method="minmax", workers=1)
+    _unfinished(source, folder / "unfinished")
+
+
+def _add_side_files(directory: Path) -> None:
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{chr(32 + index): 3 + index for index in range(95)}}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "unk_token": "<unk>", "vocab": vocabulary, "merges": []},
+    }
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True, "model_max_length": 10**30}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.6}))
+    (directory / "README.md").write_text(CARD)
+    (directory / "LICENSE").write_text("MIT\n")
+
+
+def _add_words(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text(RECIPE)
+    (directory / "text.txt").write_text(TEXT)
+    chat = {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "yes"}]}
+    (directory / "text.jsonl").write_text("\n".join(map(json.dumps, ({"text": TEXT}, chat))))
+
+
+class _StoppedError(NpuqError):
+    pass
+
+
+def _unfinished(source: Path, output: Path) -> None:
+    """A conversion that was stopped after its first shard."""
+
+    def stop(name: str, sha256: str) -> None:
+        raise _StoppedError
+
+    try:
+        npuq.convert_checkpoint(source, output, method="minmax", workers=1, max_shard_size=SHARD_BYTES, on_shard=stop)
+    except _StoppedError:
+        return
+    raise AssertionError("the conversion was not stopped")
