@@ -180,4 +180,3 @@ class NativeAttention(NativeProducts):
         if pages.rope.dtype is not self.dtype:
             raise ValueError(f"kv cache: rope is {pages.rope.dtype}; these operators compute in {self.dtype}")
         return pages
-

@@ -27,7 +27,7 @@ class NativeStep:
 
 
 def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
-    """The step's arguments. Raises ValueError for tensors that do not have its sizes, or are not of the compute dtype."""
+    """The step's arguments. Raises ValueError for tensors that have not its sizes, or not the compute dtype."""
     cos, sin, slots = step.cos.contiguous(), step.sin.contiguous(), step.slots.contiguous()
     tokens, rope_dim = slots.shape[0], cos.shape[-1]
     rows = (
