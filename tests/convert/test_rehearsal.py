@@ -65,6 +65,15 @@ def test_half_a_surrogate_pair_in_the_config(changed, refused_early, make_checkp
     assert "surrogate" in refused_early(source)
 
 
+def test_half_a_surrogate_pair_in_the_name_of_a_tensor(refused_early, make_checkpoint):
+    odd = "model.odd_name"
+    source = make_checkpoint(shards=1, edit=lambda tensors: tensors.update({odd: tensors["model.norm.weight"].clone()}))
+    path = source / "model.safetensors"
+    # As long as the escape is in JSON, so that no offset changes.
+    path.write_bytes(path.read_bytes().replace(odd.encode(), rb"model.od\ud800"))
+    assert "surrogate U+D800" in refused_early(source)
+
+
 @pytest.mark.parametrize("name", [b"tokenizer_\xff.json", b"a\nb.py", b"tokenizer\x1b[2J.json"])
 def test_side_files_that_no_manifest_can_name(name, refused_early, make_checkpoint):
     source = make_checkpoint()
