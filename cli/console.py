@@ -1,4 +1,4 @@
-"""What commands share at the terminal: sizes in and out, JSON on stdout, progress on stderr."""
+"""What commands share at the terminal: sizes in and out, JSON on stdout, lines on stderr."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import click
 
+from ..inputs.printable import printable
 from ..units import format_bytes
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-__all__ = ["emit_json", "format_bytes", "parse_size", "progress_bar", "size"]
+__all__ = ["emit_json", "format_bytes", "parse_size", "say", "size", "work_is_done"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -38,24 +38,35 @@ def size(text: str | int) -> int:
 
 def emit_json(value: Any) -> None:
     """One JSON document on stdout; nothing else may be printed there beside it."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        # What the stream cannot hold must be JSON's own escapes, not those of its error handler.
+        text = json.dumps(value, indent=2, allow_nan=False)
+    click.echo(text)
 
 
-def progress_bar(total: int, *, quiet: bool, description: str, unit: str = "B") -> tqdm[Any]:
-    """A tqdm bar on stderr: bytes, rate, ETA. Silent with `quiet` and where stderr is no terminal."""
-    from tqdm import tqdm
+@contextmanager
+def work_is_done() -> Iterator[None]:
+    """To print within what a command has done: a stdout that refuses (its reader is gone, its disk full) is said on
+    stderr, and does not turn success into a failure."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        say(f"npuq: the work is done, but stdout takes no more: {error.strerror or error}")
+        with suppress(OSError, ValueError):
+            # What is left in its buffer would fail again when Python exits.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
-    shown = not quiet and sys.stderr.isatty()
-    # Terminals of `script`, of containers and of CI often say that they have no size: tqdm would draw nothing there.
-    sized = shown and all(os.get_terminal_size(sys.stderr.fileno()))
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=True,
-        disable=not shown,
-        file=sys.stderr,
-        dynamic_ncols=sized,
-        ncols=None if sized else 80,
-        nrows=None if sized else 24,
-    )
+
+def say(text: str) -> None:
+    """One line on stderr, if that can be had."""
+    try:
+        click.echo(printable(text), err=True)
+    except (OSError, ValueError):  # its reader is gone, its disk full; it was closed
+        return

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import NpuqError, RecipeError
-from .console import emit_json, format_bytes, size
-from .progress import TerminalProgress
+from ..errors import ConversionError, NpuqError, RecipeError
+from .console import emit_json, format_bytes, size, work_is_done
+from .progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
 
 if TYPE_CHECKING:
     from ..convert import Summary
+    from ..hub import PushSummary
 
 
 class ConversionInterruptedError(NpuqError):
@@ -70,8 +71,13 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option(
     "--push", "repo", metavar="USER/NAME", help="Push finished shards while later ones are made, then the rest."
 )
-@click.option("--dry-run", is_flag=True, help="Print jobs, sizes, memory and disk needed; write nothing.")
-@click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print jobs, sizes, memory and disk needed; write nothing. Exit status 1 where a run would not start.",
+)
+@click.option("--force", is_flag=True, help="Start although the disk has too little room.")
+@progress_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
     source: str,
@@ -90,6 +96,8 @@ def command(
     download_window: int | None,
     repo: str | None,
     dry_run: bool,
+    force: bool,
+    progress: str,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -101,7 +109,8 @@ def command(
     SOURCE may be quantized already, by ModelSlim or by llm-compressor (compressed-tensors, one scale a channel): its
     codes and scales are kept, and get the names, tables and manifest of an artifact.
 
-    Interrupted at any moment, the same command continues. The artifact does not depend on workers, memory or
+    Interrupted at any moment, the same command continues: what is there is read again, and made again where it is not
+    as it was written, or where SOURCE is not as it was read. The artifact does not depend on workers, memory or
     interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
     """
     from ..convert import CalibrationText, convert_checkpoint
@@ -109,9 +118,9 @@ def command(
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")
-    progress = TerminalProgress("convert", quiet)
-    with signals_raise(), progress:
-        pusher = None if repo is None else open_pusher(output, repo, progress.note)
+    display = TerminalProgress("convert", progress, quiet)
+    with signals_raise(), display:
+        pusher = None if repo is None else open_pusher(output, repo, display.note)
         summary = convert_checkpoint(
             open_source(source, output, revision, download_window),
             output,
@@ -128,16 +137,15 @@ def command(
             max_shard_size=max_shard_size,
             base_model=base_model,
             dry_run=dry_run,
-            progress=progress,
+            force=force,
+            progress=display,
             on_shard=None if pusher is None else pusher.add,
         )
         pushed = None if pusher is None else pusher.finish()
-    if as_json:
-        emit_json(summary.as_dict() | ({} if pushed is None else {"push": pushed.as_dict()}))
-        return
-    _print_summary(summary)
-    if pushed is not None:
-        click.echo(f"pushed: {pushed.url}, commit {pushed.commit[:12]}")
+    with nullcontext() if dry_run else work_is_done():
+        _print(summary, pushed, as_json)
+    if summary.refusal is not None:
+        raise ConversionError(summary.refusal)
 
 
 @contextmanager
@@ -161,6 +169,15 @@ def signals_raise() -> Iterator[None]:
         restore()
 
 
+def _print(summary: Summary, pushed: PushSummary | None, as_json: bool) -> None:
+    if as_json:
+        emit_json(summary.as_dict() | ({} if pushed is None else {"push": pushed.as_dict()}))
+        return
+    _print_summary(summary)
+    if pushed is not None:
+        click.echo(f"pushed: {pushed.url}, commit {pushed.commit[:12]}")
+
+
 def _print_summary(summary: Summary) -> None:
     before, after = format_bytes(summary.source_bytes), format_bytes(summary.output_bytes)
     if summary.status == "finished":
@@ -179,7 +196,11 @@ def _print_summary(summary: Summary) -> None:
     click.echo(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
     rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
     click.echo(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
-    click.echo(f"disk: {format_bytes(summary.disk_bytes_needed)} needed, {format_bytes(summary.disk_bytes_free)} free")
+    missing = ""
+    if summary.disk_bytes_missing < summary.disk_bytes_needed:
+        missing = f", {format_bytes(summary.disk_bytes_missing)} of it still"
+    needed, free = format_bytes(summary.disk_bytes_needed), format_bytes(summary.disk_bytes_free)
+    click.echo(f"disk: {needed} needed{missing}, {free} free")
 
 
 def _table(summary: Summary) -> str:

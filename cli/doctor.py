@@ -76,6 +76,7 @@ def _print(report: Report) -> None:
     rows = {
         "npuq": report.npuq,
         "python": f"{report.python} on {report.platform}",
+        "cpu": report.kernels,
         "torch": report.torch,
         "torch_npu": report.torch_npu,
         "CANN": report.cann,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, progress_bar
+from .console import emit_json, say
+from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
     from ..runtime import LayerError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     help="int8: MODEL attends to an int8 cache, throughout.",
 )
 @click.option("--save", is_flag=True, help="Store the result in MODEL's manifest and model card.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@progress_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     model: Path,
@@ -43,6 +43,7 @@ def command(
     backend: str,
     kv_cache_dtype: str,
     save: bool,
+    progress: str,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -60,27 +61,28 @@ def command(
     from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
     from ..inputs.files import decoded, read_given_bytes
+    from ..inputs.printable import name_as_text
     from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate, layer_errors
+    from ..runtime.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
     if layers and source is None:
         raise click.UsageError("--layers compares with the float checkpoint: name it with --source")
     stored = read_given_bytes(text, GenerationError)
     content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
-    model = local_model(model, quiet=quiet)
+    model = local_model(model, quiet=quiet, progress=progress, before_weights=require_tokenizer)
     if save:
         check_storable(model)
-    source = None if source is None else local_model(source, quiet=quiet)
-    with _progress("windows", quiet) as progress:
-        result = evaluate(model, content, source, context, backend, progress, kv_cache_dtype)
+    source = None if source is None else local_model(source, quiet=quiet, progress=progress)
     errors: list[LayerError] = []
-    if layers and source is not None:
-        with _progress("layers", quiet) as progress:
-            errors = layer_errors(model, content, source, context, backend, progress)
-    if save and not store_evaluation(model, result, text.name, digest, context, errors, kv_cache_dtype):
+    with TerminalProgress("evaluate", progress, quiet) as display:
+        result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
+        if layers and source is not None:
+            errors = layer_errors(model, content, source, context, backend, display)
+    if save and not store_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
         # Also with --quiet: the user asked for something that was not done.
-        click.echo(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result", err=True)
+        say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
     values = asdict(result)
     if as_json:
         if layers:
@@ -94,17 +96,6 @@ def command(
         click.echo(f"top-1 agreement    {100 * (result.top1_agreement or 0.0):.2f} %")
     if errors:
         click.echo(_layer_table(errors))
-
-
-@contextmanager
-def _progress(description: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    with progress_bar(0, quiet=quiet, description=description, unit="") as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
 
 
 def _layer_table(errors: Sequence[LayerError]) -> str:

@@ -101,11 +101,12 @@ def command(
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, load
+    from ..runtime.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
     compute = None if dtype is None else getattr(torch, dtype)
     quiet = quiet or as_json
-    directory = local_model(model, quiet=quiet)
+    directory = local_model(model, quiet=quiet, before_weights=require_tokenizer)
     runner = load(directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype)
     params = SamplingParams.of(runner.default_params, given)
     inputs: list[Any] = list(texts)

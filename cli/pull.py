@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, format_bytes
-from .transfer import TransferBar, silence_client
+from .console import emit_json, format_bytes, work_is_done
+from .progress import TerminalProgress, progress_options
+from .transfer import silence_client
 
 
 @click.command()
@@ -18,10 +19,17 @@ from .transfer import TransferBar, silence_client
 @click.option(
     "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
 )
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@progress_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    repo: str, directory: Path | None, revision: str | None, token: str | None, which: str, quiet: bool, as_json: bool
+    repo: str,
+    directory: Path | None,
+    revision: str | None,
+    token: str | None,
+    which: str,
+    progress: str,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Fetch the artifact USER/NAME into the Hugging Face cache, or into DIRECTORY, and print where it is.
 
@@ -36,16 +44,17 @@ def command(
         raise click.UsageError(f"{repo}@{pinned}: give the revision once, behind @ or with --revision")
     revision = pinned or revision
     silence_client()
-    with TransferBar("pull", quiet) as bar:
+    with TerminalProgress("pull", progress, quiet) as display:
         if which == "modelscope":
             from ..hub.modelscope_transfer import pull_modelscope
 
-            path = pull_modelscope(repo, directory, revision=revision, token=token, progress=bar)
+            path = pull_modelscope(repo, directory, revision=revision, token=token, progress=display)
         else:
-            path = pull(repo, directory, revision=revision, token=token, progress=bar)
-    if as_json:
-        emit_json({"repo": repo, "path": str(path), "fetched_bytes": bar.total_bytes})
-    else:
-        if bar.total_bytes:
-            bar.note(f"{format_bytes(bar.total_bytes)} fetched")
-        click.echo(path)
+            path = pull(repo, directory, revision=revision, token=token, progress=display)
+    if display.total_bytes and not as_json:
+        display.note(f"{format_bytes(display.total_bytes)} fetched")
+    with work_is_done():
+        if as_json:
+            emit_json({"repo": repo, "path": str(path), "fetched_bytes": display.total_bytes})
+        else:
+            click.echo(path)

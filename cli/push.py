@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
 from ..errors import ArtifactError
-from .console import emit_json, format_bytes
-from .transfer import TransferBar, silence_client
+from .console import emit_json, format_bytes, work_is_done
+from .progress import TerminalProgress, progress_options
+from .transfer import silence_client
+
+if TYPE_CHECKING:
+    from ..hub import PushSummary
 
 
 class PushArguments(TypedDict):
@@ -22,7 +26,7 @@ class PushArguments(TypedDict):
     tag: str | None
     token: str | None
     verify: Callable[[Path], None] | None
-    progress: TransferBar
+    progress: TerminalProgress
 
 
 @click.command()
@@ -38,7 +42,7 @@ class PushArguments(TypedDict):
 @click.option(
     "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
 )
-@click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
+@progress_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
     artifact: Path,
@@ -51,6 +55,7 @@ def command(
     token: str | None,
     no_verify: bool,
     which: str,
+    progress: str,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -60,7 +65,7 @@ def command(
     commit the repository says that it is unfinished.
     """
     silence_client()
-    with TransferBar("push", quiet) as bar:
+    with TerminalProgress("push", progress, quiet) as display:
         common = PushArguments(
             private=private,
             revision=revision,
@@ -68,7 +73,7 @@ def command(
             tag=tag,
             token=token,
             verify=None if no_verify else verified,
-            progress=bar,
+            progress=display,
         )
         if which == "modelscope":
             if create_pr:
@@ -80,6 +85,11 @@ def command(
             from ..hub import push
 
             summary = push(artifact, repo, create_pr=create_pr, **common)
+    with work_is_done():
+        _print(summary, as_json)
+
+
+def _print(summary: PushSummary, as_json: bool) -> None:
     if as_json:
         emit_json(summary.as_dict())
         return

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, progress_bar
+from .console import emit_json
+from .progress import TerminalProgress, progress_options
 
 
 @click.command()
@@ -19,9 +20,9 @@ from .console import emit_json, progress_bar
     show_default=True,
     help="The page to write; an earlier report is replaced.",
 )
-@click.option("--quiet", is_flag=True, help="No progress on stderr, and nothing on stdout.")
+@progress_options
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON; write no page.")
-def command(artifact: Path, output: Path, quiet: bool, as_json: bool) -> None:
+def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: bool) -> None:
     """Write a page about ARTIFACT (a directory, or user/repo): sizes, errors, scales, calibration, provenance.
 
     One HTML file that opens without a network. It shows what conversion, calibration and `npuq evaluate --save` left in
@@ -32,15 +33,10 @@ def command(artifact: Path, output: Path, quiet: bool, as_json: bool) -> None:
 
     if not as_json:
         check_output(output)
-    directory = local_model(artifact, quiet=quiet or as_json)
-    with progress_bar(0, quiet=quiet, description="scales", unit="") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    directory = local_model(artifact, quiet=quiet or as_json, progress=progress)
+    with TerminalProgress("report", progress, quiet) as display:
         # What the hub's cache calls a directory, a commit, means nothing to a reader.
-        facts = read_facts(directory, progress, None if directory == artifact else str(artifact))
+        facts = read_facts(directory, display, None if directory == artifact else str(artifact))
     if as_json:
         emit_json(facts.as_dict())
         return

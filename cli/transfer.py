@@ -1,62 +1,32 @@
-"""What commands that talk to a hub share: a progress bar by bytes, and models that may be repositories."""
+"""What commands that talk to a hub share: models that may be repositories, and a client that is silent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import HubError
-from ..inputs.printable import printable
-from .console import format_bytes, progress_bar
+from .console import format_bytes
+from .progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from ..hub import ShardPusher
     from ..quant.checkpoint import Checkpoint
 
 HUBS = ("huggingface", "modelscope")
 
 
-class TransferBar:
-    """Progress of a push or a pull, as a bar and notes on stderr."""
-
-    def __init__(self, description: str, quiet: bool):
-        self._description = description
-        self._quiet = quiet
-        self._bar: tqdm[Any] | None = None
-        self.total_bytes = 0
-
-    def __enter__(self) -> TransferBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def start(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        if total_bytes:
-            self._bar = progress_bar(total_bytes, quiet=self._quiet, description=self._description)
-
-    def advance(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def note(self, text: str) -> None:
-        if not self._quiet:
-            if self._bar is not None:
-                self._bar.clear()
-            click.echo(printable(text), err=True)
-
-
 def local_model(
-    model: str | Path, *, quiet: bool, before_weights: Callable[[Path], object] = lambda directory: None
+    model: str | Path,
+    *,
+    quiet: bool,
+    progress: str = "auto",
+    before_weights: Callable[[Path], object] = lambda directory: None,
 ) -> Path:
-    """The directory of a MODEL argument; `user/repo` is fetched from the hub first.
+    """The directory of a MODEL argument; `user/repo` is fetched from the hub first, with progress of that form.
 
     `before_weights` raises what speaks against the model: of a repository, before its weights are fetched.
     """
@@ -66,11 +36,11 @@ def local_model(
     from ..hub import resolve
 
     silence_client()
-    with TransferBar("pull", quiet) as bar:
-        path = resolve(model, before_weights=before_weights, progress=bar)
+    with TerminalProgress("pull", progress, quiet) as display:
+        path = resolve(model, before_weights=before_weights, progress=display)
     before_weights(path)
-    if bar.total_bytes:
-        bar.note(f"{model}: {format_bytes(bar.total_bytes)} fetched to {path}")
+    if display.total_bytes:
+        display.note(f"{model}: {format_bytes(display.total_bytes)} fetched to {path}")
     return path
 
 

@@ -12,7 +12,7 @@ import click
 
 from ..errors import NpuqError
 from .console import emit_json
-from .progress import TerminalProgress
+from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
     from ..convert import RoleError, VerifyReport
@@ -24,10 +24,17 @@ if TYPE_CHECKING:
 @click.option("--engine", type=click.Choice(["vllm-ascend", "sglang"]), help="Check that this engine can run it too.")
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that --engine shall use.")
 @click.option("--ep", is_flag=True, help="Expert parallelism: whole routed experts are spread over the ranks.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@progress_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    artifact: str, source: str | None, engine: str | None, tp: int, ep: bool, quiet: bool, as_json: bool
+    artifact: str,
+    source: str | None,
+    engine: str | None,
+    tp: int,
+    ep: bool,
+    progress: str,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Check that ARTIFACT is whole and that npuq, vLLM-Ascend and SGLang can load it as it is.
 
@@ -43,10 +50,10 @@ def command(
 
     if engine is None and (tp != 1 or ep):
         raise click.UsageError("--tp and --ep are about an engine: name it with --engine")
-    where = local_model(artifact, quiet=quiet)
-    original = None if source is None else local_model(source, quiet=quiet)
-    with TerminalProgress("verify", quiet) as progress:
-        report = verify(where, original, progress=progress)
+    where = local_model(artifact, quiet=quiet, progress=progress)
+    original = None if source is None else local_model(source, quiet=quiet, progress=progress)
+    with TerminalProgress("verify", progress, quiet) as display:
+        report = verify(where, original, progress=display)
     if engine is not None:
         # An artifact whose config or description cannot be read has been found out already.
         with suppress(NpuqError):

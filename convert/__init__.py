@@ -2,11 +2,12 @@
 `verify` checks one against everything its loaders need; `inspect` says what is in one. Only calibration runs a model,
 layer by layer."""
 
-from .conversion import Summary, convert_checkpoint
+from ..progress import Progress
+from .conversion import convert_checkpoint
 from .engine_placement import check_placement
 from .inspection import Inspection, inspect
 from .prepare import CalibrationText
-from .progress import Progress
+from .summary import Summary
 from .verification import VerifyReport, verify
 from .weight_errors import LinearError, RoleError
 

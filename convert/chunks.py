@@ -1,4 +1,4 @@
-"""What every job is made of: ranges of rows, and what is written of them."""
+"""What every job is made of: ranges of rows, memory, and the ways in which it ends."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConversionError
+from ..errors import CheckpointError
 from ..quant.dialects import WeightSource
-from .journal import JobStats
-from .plan import Job, Slot
-from .shards import ShardFiles
+from .journal import JobEntry
+from .plan import Job
 from .written import Written
 
 
@@ -25,9 +24,9 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class JobDone:
-    """A converted tensor: its error sums, and what was written of it, if the thread's memory has all of that."""
+    """A converted tensor: what the journal keeps of it, and what was written of it, if the thread's memory has that."""
 
-    stats: JobStats
+    entry: JobEntry
     written: Written | None = None
 
 
@@ -49,24 +48,6 @@ def until(stop: threading.Event, chunks: Iterator[tuple[int, int]]) -> Iterator[
         if stop.is_set():
             raise StoppedError
         yield chunk
-
-
-def write_slot(files: ShardFiles, job: Job, slot: Slot, start: int, data: Tensor) -> None:
-    """Write the rows of one output tensor from row `start` of the job on. ConversionError when the disk refuses."""
-    write_bytes(files, job, slot, start, memory_of(data.contiguous()))
-
-
-def write_bytes(files: ShardFiles, job: Job, slot: Slot, start: int, data: memoryview) -> None:
-    """`write_slot` of the bytes that rows consist of."""
-    # Exact: `start` is even, and a row of the source is a whole number of half bytes in every output.
-    offset = slot.start + slot.nbytes * start // max(1, job.rows)
-    try:
-        files.write(slot.shard, offset, data)
-    except OSError as error:
-        raise ConversionError(
-            f"{files.path(slot.shard)}: cannot write {slot.name!r}: {error.strerror}; "
-            "make room (or repair the disk) and run the same command: it continues"
-        ) from error
 
 
 def memory_of(tensor: Tensor) -> memoryview:

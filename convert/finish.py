@@ -1,26 +1,30 @@
 """The last step: everything that is not a shard, and the manifest, which makes a directory an artifact, last.
 
 Every file is written whole and synced before the manifest appears, and every step gives the same bytes when it is done
-again: a kill anywhere in here costs the time of these few files.
+again: a kill anywhere in here costs the time of these few files. `rehearse` makes all of them before the work begins,
+from all that is known by then, so that nothing that a source has in it can fail for the first time at its end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..errors import CheckpointError
+from ..inputs.files import inside, open_file
 from ..quant.artifact import (
     CARD_NAME,
     DESCRIPTION_NAME,
     FORMAT_VERSION,
     KV_CACHE_NAME,
     MANIFEST_NAME,
-    OWN_FOLDER,
     RECIPE_NAME,
     REPORT_NAME,
     ROPE_NAME,
@@ -31,7 +35,7 @@ from ..quant.checkpoint import CONFIG_NAME, INDEX_NAME
 from ..quant.kv_cache import save_scales
 from ..quant.rope import rope_tables, save_rope
 from ..quant.schemes import Scheme
-from .calibration.states import KV_CACHE_SCALE, stored_reports
+from .calibration.states import KV_CACHE_SCALE, LINEAR_ERRORS
 from .card import model_card
 from .engine_rules import config_schemes
 from .hashes import file_sha256
@@ -45,21 +49,69 @@ from .report import relative_error, totals_by_role
 from .serving import serving_ranks
 from .side_files import card_front_matter, copy_side_files
 
+Reports = Mapping[str, Mapping[str, Any]]
+"""What a calibrated walk measured, by layer."""
 
-def finish(prepared: Prepared, output: Path, record: Record) -> None:
-    """Write everything but the shards; `record` has the statistics of every job and the hash of every shard.
+
+def rehearse(prepared: Prepared) -> int:
+    """Make everything that `finish` will write, as far as it is known, and throw it away: how many bytes it has.
+
+    Raises CheckpointError, before the work, for what could not be written after it.
+    """
+    source, nbytes = prepared.checkpoint.directory, prepared.rope_bytes
+    for name in prepared.side_files:
+        descriptor = open_file(inside(source, name), CheckpointError)
+        nbytes += os.fstat(descriptor).st_size
+        os.close(descriptor)
+    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), JobStats(0.0, 0.0))
+    files = {shard.name: {"size": shard.nbytes, "sha256": "0" * 64} for shard in prepared.plan.shards}
+    files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
+    try:
+        texts = (content for _, content in _texts(prepared, unknown))
+        for content in chain(texts, [_json(_manifest(prepared, files, unknown, {}))]):
+            nbytes += sum(len(piece.encode()) for piece in content)
+    except UnicodeEncodeError as error:
+        text = error.object[max(0, error.start - 30) : error.end]
+        raise CheckpointError(
+            f"{source}: names or config.json hold {text!a}, half a surrogate pair, which no file of the artifact can "
+            "hold; repair it"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{source}: config.json is nested too deeply to be written again") from error
+    return nbytes
+
+
+def finish(prepared: Prepared, output: Path, record: Record, reports: Reports) -> None:
+    """Write everything but the shards; `record` has the entry of every job and the hash of every shard, `reports` what
+    a calibrated walk measured.
 
     OSError when the disk refuses; calling it again starts over.
     """
-    plan, recipe = prepared.plan, prepared.recipe
+    stats = {index: entry.stats for index, entry in record.jobs.items()}
     copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
     _write_rope(prepared, output)
-    reports = stored_reports(output / OWN_FOLDER)
-    own = [ROPE_NAME]
+    small = [*prepared.side_files, ROPE_NAME]
     if prepared.calibration is not None:
         _write_kv_cache_scales(reports, output)
-        own.append(KV_CACHE_NAME)
-    totals = totals_by_role(plan.jobs, record.jobs)
+        small.append(KV_CACHE_NAME)
+    for name, content in _texts(prepared, stats):
+        write_file(output, name, "".join(content).encode())
+        if name != CARD_NAME:
+            small.append(name)
+    shards = enumerate(prepared.plan.shards)
+    files = {shard.name: {"size": shard.nbytes, "sha256": record.hashes[number]} for number, shard in shards}
+    files |= {name: _measured(output / name) for name in small}
+    write_file(output, MANIFEST_NAME, "".join(_json(_manifest(prepared, files, stats, reports))).encode())
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[str, Iterable[str]]]:
+    """Name and content, piece by piece, of every file that is text, but for the manifest; each made when asked for."""
+    plan, recipe = prepared.plan, prepared.recipe
+    totals = totals_by_role(plan.jobs, stats)
     report = {
         "recipe": recipe.name,
         "method": STORED if recipe.stored else recipe.chain,
@@ -82,19 +134,13 @@ def finish(prepared: Prepared, output: Path, record: Record) -> None:
         prepared.base_model,
         prepared.calibration,
     )
-    contents = {
-        RECIPE_NAME: recipe.to_yaml().encode(),
-        REPORT_NAME: _json(report),
-        CARD_NAME: card.encode(),
-        INDEX_NAME: _json(_index(plan)),
-        DESCRIPTION_NAME: _json(description(_types(plan))),
-        # Late: without it no loader takes the directory for a model.
-        CONFIG_NAME: _json(_config(prepared)),
-    }
-    for name, content in contents.items():
-        write_file(output, name, content)
-    small = [*prepared.side_files, *own, *(name for name in contents if name != CARD_NAME)]
-    write_file(output, MANIFEST_NAME, _json(_manifest(prepared, output, record, small, reports)))
+    yield RECIPE_NAME, [recipe.to_yaml()]
+    yield REPORT_NAME, _json(report)
+    yield CARD_NAME, [card]
+    yield INDEX_NAME, _json(_index(plan))
+    yield DESCRIPTION_NAME, _json(description(_types(plan)))
+    # Late: without it no loader takes the directory for a model.
+    yield CONFIG_NAME, _json(_config(prepared))
 
 
 def _write_rope(prepared: Prepared, output: Path) -> None:
@@ -103,10 +149,10 @@ def _write_rope(prepared: Prepared, output: Path) -> None:
     publish(partial, output / ROPE_NAME)
 
 
-def _write_kv_cache_scales(reports: Mapping[str, dict[str, Any]], output: Path) -> None:
+def _write_kv_cache_scales(reports: Reports, output: Path) -> None:
     """The scales that the walk found, out of its reports into a file."""
     partial = partial_path(output)
-    save_scales([torch.tensor(reports[str(layer)].pop(KV_CACHE_SCALE)) for layer in range(len(reports))], partial)
+    save_scales([torch.tensor(reports[str(layer)][KV_CACHE_SCALE]) for layer in range(len(reports))], partial)
     publish(partial, output / KV_CACHE_NAME)
 
 
@@ -129,18 +175,12 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 
 
 def _manifest(
-    prepared: Prepared, output: Path, record: Record, small: Iterable[str], reports: Mapping[str, dict[str, Any]]
+    prepared: Prepared, files: Mapping[str, Mapping[str, Any]], stats: Mapping[int, JobStats], reports: Reports
 ) -> dict[str, Any]:
     plan, config = prepared.plan, prepared.config
-    files = {
-        shard.name: {"size": shard.nbytes, "sha256": record.hashes[number]} for number, shard in enumerate(plan.shards)
-    }
-    for name in small:
-        path = output / name
-        files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     stored = prepared.recipe.stored
     linears = {
-        job.source: _linear(job, record.jobs[job.index], stored) for job in plan.jobs if job.scheme is not Scheme.FLOAT
+        job.source: _linear(job, stats[job.index], stored) for job in plan.jobs if job.scheme is not Scheme.FLOAT
     }
     origin = prepared.origin
     return {
@@ -177,16 +217,15 @@ def _manifest(
     }
 
 
-def _calibration(
-    prepared: Prepared, reports: Mapping[str, dict[str, Any]], linears: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _calibration(prepared: Prepared, reports: Reports, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What calibrated, what it reached, and the output error of every layer and linear on it."""
     calibration = prepared.calibration
     if calibration is None:
         return {}
     for report in reports.values():
-        for name, error in report.pop("linear_errors").items():
+        for name, error in report[LINEAR_ERRORS].items():
             linears[name]["output_error"] = error
+    apart = (KV_CACHE_SCALE, LINEAR_ERRORS)
     return {
         "calibration": {
             "name": calibration.name,
@@ -194,7 +233,10 @@ def _calibration(
             "samples": calibration.samples,
             "sequence_length": calibration.sequence_length,
             "tokens": calibration.tokens.numel(),
-            "layers": reports,
+            "layers": {
+                layer: {key: value for key, value in report.items() if key not in apart}
+                for layer, report in reports.items()
+            },
         }
     }
 
@@ -209,5 +251,7 @@ def _linear(job: Job, stats: JobStats, stored: bool) -> dict[str, Any]:
     }
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+def _json(content: Mapping[str, Any]) -> Iterator[str]:
+    # Joined, the pieces of 180,000 names take several times what the text does.
+    yield from json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(content)
+    yield "\n"

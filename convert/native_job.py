@@ -17,8 +17,10 @@ from ..quant.native import NativeRows, Quantizer
 from ..quant.safetensors import DTYPES
 from ..quant.scales import Method, NonFiniteError
 from ..quant.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
-from .chunks import JobDone, memory_of, not_finite, row_chunks, until, write_bytes, write_slot
-from .journal import JobStats
+from .chunks import JobDone, memory_of, not_finite, row_chunks, until
+from .digests import Digest
+from .job_output import JobOutput
+from .journal import JobEntry, JobStats
 from .plan import Job, Slot
 from .shards import ShardFiles
 from .workspace import Workspace
@@ -51,31 +53,37 @@ def run_native(
     dtype = DTYPES[source.weights[job.source].dtype]
     row_bytes = job.columns * dtype.itemsize
     rows = workspace.read(most * row_bytes)
-    stored = StoredRows(rows.view(dtype).view(most, job.columns), source.block_scales(job.source))
+    blocks, read, output = source.block_scales(job.source), Digest(), JobOutput(files, job)
+    stored = StoredRows(rows.view(dtype).view(most, job.columns), blocks)
     out = NativeRows(codes, small[SCALE], small.get(BIAS), error, norm)
     mse = job.method.scale_search is Method.MSE
     quantizer = Quantizer(stored, job.scheme.weight_bits, mse, out)
     memory, code_memory = memory_of(rows), memory_of(codes)
     for start, end in until(stop, iter(chunks)):
-        source.checkpoint.read_bytes(job.source, start * row_bytes, memory[: (end - start) * row_bytes])
+        piece = memory[: (end - start) * row_bytes]
+        source.checkpoint.read_bytes(job.source, start * row_bytes, piece)
+        read.update(piece)
         first = start // packed if keep else 0
         try:
             quantizer.run(start, end - start, first)
         except NonFiniteError as problem:
             raise not_finite(job.source, source) from problem
         last = first + (end - start) // packed
-        write_bytes(files, job, weight, start, code_memory[first * job.columns : last * job.columns])
+        output.write_bytes(weight, start, code_memory[first * job.columns : last * job.columns])
     # A few bytes a row: one write a tensor, not one a chunk.
     for suffix, tensor in small.items():
-        write_slot(files, job, slots[suffix], 0, tensor)
+        output.write(slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     stats = JobStats(float(error.numpy().sum()), float(norm.numpy().sum()))
+    if blocks is not None:
+        read.update(memory_of(blocks.scale))  # in the order of `source.stored_names`
+    entry = JobEntry(stats, read.result(), output.digest())
     if not keep:
-        return JobDone(stats)
+        return JobDone(entry)
     written = _written([(slots[suffix], tensor) for suffix, tensor in small.items()] + [(weight, codes)])
     if written is not None:
         workspace.lend(written)
-    return JobDone(stats, written)
+    return JobDone(entry, written)
 
 
 def _written(tensors: list[tuple[Slot, Tensor]]) -> Written | None:

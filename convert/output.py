@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from ..errors import ArtifactError, ConversionError
 from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER, read_manifest, read_report
 from ..quant.checkpoint import JOURNAL_NAME
-from .journal import Journal, locked_directory
+from .journal import Journal, Record, locked_directory
 from .shards import sync_directory
 
 # Every small file is written here first and renamed into place, so that it is whole or absent.
@@ -51,45 +50,54 @@ def check_separate(source: Path, output: Path) -> None:
         raise ConversionError(f"{output}: lies inside the source checkpoint; choose an output directory elsewhere")
 
 
-def claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
-    """Take the output directory for this conversion: its journal, new or continued, or Finished.
+def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
+    """What a conversion into this directory finds: nothing, what an interrupted one did, or the finished artifact.
 
-    Raises ConversionError when the directory holds anything else, or a conversion with other arguments, or cannot be
-    read or written.
+    Changes nothing. Raises ConversionError, as `claim` would, when the directory holds anything else, or a conversion
+    with other arguments, or cannot be written.
     """
     try:
-        return _claim(output, identity)
+        journal = output / JOURNAL_NAME
+        if output.exists() and not output.is_dir():
+            raise ConversionError(f"{output}: exists and is not a directory; choose another output")
+        if (output / MANIFEST_NAME).exists():
+            return _finished(output, identity)
+        if journal.exists():
+            found, record = Journal.look(journal)
+            _refuse_difference(output, found, identity)
+            return record
+        if output.exists() and not _is_blank(output) and not journal.exists():  # another npuq may just have made it
+            raise ConversionError(
+                f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
+            )
+        _refuse_unwritable(output)
     except OSError as error:
         raise write_error(output, error) from error
+    return None
 
 
-def _claim(output: Path, identity: Mapping[str, str]) -> Journal | Finished:
+def claim(output: Path, identity: Mapping[str, str]) -> Journal:
+    """Take the output directory for this conversion: its journal, new or continued.
+
+    Raises ConversionError when another has taken it since `look`, and when it cannot be read or written.
+    """
     journal = output / JOURNAL_NAME
-    if output.exists() and not output.is_dir():
-        raise ConversionError(f"{output}: exists and is not a directory; choose another output")
-    if (output / MANIFEST_NAME).exists():
-        return _finished(output, journal, identity)
-    if journal.exists():
-        return _continued(journal, output, identity)
-    if output.exists() and not _is_blank(output) and not journal.exists():  # another npuq may just have made it
-        raise ConversionError(
-            f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
-        )
-    (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
-    sync_directory(output)
-    with locked_directory(output / OWN_FOLDER):
+    try:
         if not journal.exists():
-            write_file(output, JOURNAL_NAME, Journal.first_line(identity))
-    return _continued(journal, output, identity)
-
-
-def describe_state(output: Path) -> str:
-    """For a dry run: what a conversion into this directory would find; changes nothing."""
-    if (output / MANIFEST_NAME).exists():
-        return "finished"
-    if (output / JOURNAL_NAME).exists():
-        return "unfinished"
-    return "new" if not output.exists() or (output.is_dir() and _is_blank(output)) else "foreign"
+            (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
+            sync_directory(output)
+            with locked_directory(output / OWN_FOLDER):
+                if not journal.exists():
+                    write_file(output, JOURNAL_NAME, Journal.first_line(identity))
+        opened = Journal.open(journal)
+    except OSError as error:
+        raise write_error(output, error) from error
+    try:
+        _refuse_difference(output, opened.identity, identity)
+    except ConversionError:
+        opened.close()
+        raise
+    return opened
 
 
 def write_file(output: Path, name: str, content: bytes) -> None:
@@ -121,14 +129,6 @@ def write_error(path: Path, error: OSError) -> ConversionError:
     return ConversionError(told + "make room (or repair the disk) and run the same command: it continues")
 
 
-def free_bytes(output: Path) -> int:
-    """Free space of the file system that `output` is or will be on."""
-    existing = output.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
-
-
 def _is_blank(output: Path) -> bool:
     """Empty, but for what npuq leaves when it is killed before its journal exists."""
     for entry in output.iterdir():
@@ -137,22 +137,33 @@ def _is_blank(output: Path) -> bool:
     return True
 
 
-def _continued(journal_path: Path, output: Path, identity: Mapping[str, str]) -> Journal:
-    journal = Journal.open(journal_path)
-    difference = _difference(journal.identity, identity)
+def _refuse_unwritable(output: Path) -> None:
+    """OSError where a new output directory could not be made or filled."""
+    existing = output.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+
+
+def _refuse_difference(output: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    difference = _difference(before, now)
     if difference:
-        journal.close()
         raise ConversionError(f"{output}: holds an unfinished conversion with another {difference}; {_REMEDY}")
-    return journal
 
 
-def _finished(output: Path, journal: Path, identity: Mapping[str, str]) -> Finished:
+def _finished(output: Path, identity: Mapping[str, str]) -> Finished:
     manifest = read_manifest(output)
     try:
         difference = _difference(manifest["conversion"], identity)
         sizes = {output / name: entry["size"] for name, entry in manifest["files"].items()}
         report = read_report(output)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        roles = report["roles"]
+        if not isinstance(roles, list):
+            raise TypeError("its roles are no list")
+    except (KeyError, TypeError, AttributeError, ValueError, ArtifactError) as error:
         raise ArtifactError(
             f"{output}: holds a finished artifact whose manifest or report is damaged ({error!r}); "
             "run npuq verify, or remove the directory and convert again"
@@ -164,8 +175,6 @@ def _finished(output: Path, journal: Path, identity: Mapping[str, str]) -> Finis
             raise ArtifactError(
                 f"{path}: the finished artifact has lost or changed this file; remove the directory and convert again"
             )
-    # A kill between the manifest and this removal leaves a journal that nothing needs.
-    journal.unlink(missing_ok=True)
     return Finished(report)
 
 

@@ -19,11 +19,11 @@ from .chunks import StoppedError
 from .hashes import ShardHashes
 from .journal import Journal, Record
 from .memory import Budget
-from .output import write_error
 from .plan import Job, Plan
-from .progress import Progress
 from .shards import ShardFiles
 from .syncer import Syncer
+from .tally import Tally
+from .threads import start_all
 from .worker import run_job
 from .workspace import Workspace
 
@@ -86,7 +86,7 @@ def run_plan(
     journal: Journal,
     budget: Budget,
     durability: Durability,
-    progress: Progress,
+    tally: Tally,
     on_shard: OnShard | None = None,
 ) -> None:
     """Do every job that the journal does not vouch for, and hash every shard; afterwards the journal has them all.
@@ -94,10 +94,6 @@ def run_plan(
     Whatever ends it early (an error, a signal's exception in this thread), workers stop at their next chunk and the
     finished jobs are journaled before the exception goes on.
     """
-    try:
-        journal.settle()
-    except OSError as error:
-        raise write_error(journal.path, error) from error
     work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
     done_jobs: deque[Job] = deque()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
@@ -109,7 +105,7 @@ def run_plan(
         else:
             done = run_job(task, source, files, workspace, stop)
             source.release(task.source)
-            syncer.job_done(task.index, done.stats)
+            syncer.job_done(task.index, done.entry)
             done_jobs.append(task)
             complete = hashes.job_done(task, stop, done.written)
         for shard, sha256 in complete:
@@ -147,9 +143,8 @@ def run_plan(
             syncer.start()
             for shard, sha256 in sorted(journal.record.hashes.items()):
                 told(shard, sha256)
-            for thread in threads:
-                thread.start()
-            _watch(events, done_jobs, len(threads), syncer, progress, told)
+            start_all(threads)
+            _watch(events, done_jobs, len(threads), syncer, tally, told)
             # They have nothing left to do, but a thread that frees its tensors while Python exits would end in abort().
             for thread in threads:
                 thread.join()
@@ -166,7 +161,7 @@ def _watch(
     done_jobs: deque[Job],
     workers: int,
     syncer: Syncer,
-    progress: Progress,
+    tally: Tally,
     told: Callable[[int, str], None],
 ) -> None:
     """Report progress until every worker has ended; raise the first failure."""
@@ -176,8 +171,7 @@ def _watch(
         except queue.Empty:
             event = None
         while done_jobs:
-            job = done_jobs.popleft()
-            progress.advance(job.source_bytes, job.layer)
+            tally.job_done(done_jobs.popleft())
         if isinstance(event, _Hashed):
             told(event.shard, event.sha256)
         elif isinstance(event, _Ended):

@@ -14,21 +14,25 @@ import torch
 
 from .. import __version__
 from ..errors import RecipeError
+from ..inputs.printable import name_as_text
 from ..quant.artifact import FORMAT_VERSION
 from ..quant.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ..quant.dialects import WeightSource
 from ..quant.model_config import ModelConfig
+from ..quant.rope import rope_tables
 from ..quant.scales import Method
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
 from ..quant.stored import QuantizedSource
 from ..quant.ties import share_tied
+from ..torch_threads import single_threaded_torch
 from .calibration.texts import (
     BUILTIN,
     DEFAULT_SAMPLES,
     DEFAULT_SEQUENCE_LENGTH,
     Calibration,
     read_calibration,
+    read_tokenizer,
 )
 from .engine_placement import engine_notes
 from .engine_rules import check_recipe
@@ -73,6 +77,7 @@ class Prepared:
     inventory: Inventory
     plan: Plan
     side_files: tuple[str, ...]
+    rope_bytes: int
     max_shard_size: int
     calibration: Calibration | None = None
     time_budget: float | None = None
@@ -140,6 +145,8 @@ def prepare(
         checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
+        # Written at the end, computed here to learn whether it can be: before the plan is, so that memory holds one.
+        rope_bytes = _rope_bytes(config)
         shared = share_tied(checkpoint)
         source = open_weights(checkpoint)
         stored = source.schemes if isinstance(source, QuantizedSource) else None
@@ -152,6 +159,8 @@ def prepare(
         check_recipe(resolved, inventory.specs, inventory.fused, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.passes_by and (resolved.transforms or _needs_calibration(resolved, assignments)):
+            if _needs_calibration(resolved, assignments):
+                read_tokenizer(directory)  # or it would be missed after all has been fetched
             raise RecipeError(
                 f"method {resolved.chain} reads weights more than once, and a checkpoint on a hub passes by: fetch it "
                 "first (hf download), and convert the directory"
@@ -180,11 +189,18 @@ def prepare(
         inventory,
         plan,
         names,
+        rope_bytes,
         max_shard_size,
         calibration,
         text.time_budget if text else None,
         tuple(said),
     )
+
+
+def _rope_bytes(config: ModelConfig) -> int:
+    with single_threaded_torch():
+        tables = rope_tables(config)
+    return tables.cos.nbytes + tables.sin.nbytes
 
 
 def _data_free_outside_walk(
@@ -238,11 +254,11 @@ def _origin(directory: Path) -> Origin:
     repo = revision = None
     # A Hugging Face cache: models--OWNER--NAME/snapshots/REVISION
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        repo = path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-        revision = path.name
+        repo = name_as_text(path.parent.parent).removeprefix("models--").replace("--", "/", 1)
+        revision = name_as_text(path)
     index = index_path(directory)
     return Origin(
-        name=repo or path.name,
+        name=repo or name_as_text(path),
         repo=repo,
         revision=revision,
         config_sha256=hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
@@ -75,6 +76,12 @@ class RewrittenSource(WeightSource):
         if name not in self.rewrites:
             return super().rows_float(name, start, stop)
         return self.rows_float32(name, start, stop).to(DTYPES[self.float_code(name)])
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """As `WeightSource.stored_names`: the norms whose gains went in are among them."""
+        change = self.rewrites.get(name, Rewrite())
+        names = () if change.ones else (name, *chain.from_iterable(change.gain))
+        return tuple(chain.from_iterable(map(super().stored_names, names)))
 
     @property
     def held_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import ConversionError
@@ -43,14 +43,31 @@ class ShardFiles:
         """Whether the file is there with the plan's header and size, so that what was written before can stay."""
         planned = self._plan.shards[shard]
         try:
-            with os.fdopen(open_file(self.path(shard), ConversionError), "rb") as file:
-                return (
-                    os.fstat(file.fileno()).st_size == planned.nbytes
-                    and file.read(len(planned.header)) == planned.header
-                )
-        except (ConversionError, OSError):
+            descriptor = open_file(self.path(shard), ConversionError)
+        except ConversionError:
             # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
             return False
+        try:
+            size = os.fstat(descriptor).st_size
+            return size == planned.nbytes and os.pread(descriptor, len(planned.header), 0) == planned.header
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def read(self, shard: int, start: int, nbytes: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Bytes [start, start + nbytes) as the file has them now, fewer where it ends, in pieces of `buffer`.
+
+        OSError where they cannot be read.
+        """
+        descriptor = self._descriptor(shard)
+        end = start + nbytes
+        while start < end:
+            count = os.preadv(descriptor, [buffer[: min(len(buffer), end - start)]], start)
+            if count == 0:
+                return
+            yield buffer[:count]
+            start += count
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write all of `data` at an absolute offset of the shard. OSError when the file system refuses."""

@@ -20,12 +20,12 @@ _MOST_CARD_BYTES = 1 << 20
 def side_files(source: Path) -> list[str]:
     """Names of the side files of a checkpoint directory, sorted.
 
-    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, and for a file that is larger
-    than any of them is.
+    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, for a name that no manifest can
+    hold, and for a file that is larger than any of them is.
     """
     found = sorted(path.name for path in source.iterdir() if not path.is_dir() and is_side_file(path.name))
     for name in found:
-        FileName.parse(name, str(source), CheckpointError)
+        FileName.parse(name, f"{source}: rename, or move out", CheckpointError)
         if inside(source, name).stat().st_size > MOST_BYTES:
             raise CheckpointError(
                 f"{source / name}: is larger than the {MOST_BYTES} bytes that npuq copies of such a file; remove it"

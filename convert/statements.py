@@ -129,8 +129,8 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
 def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
     if config.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
         yield (
-            f"config.json has n_group {raw['n_group']}, and topk_method greedy, which has no groups: the artifact's "
-            "config.json has one group, because engines would use them"
+            f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
+            "artifact's config.json has one group, because engines would use them"
         )
 
 
@@ -149,7 +149,7 @@ def _end_of_sequence(raw: Mapping[str, Any], directory: Path) -> Iterator[str]:
     try:
         generation = read_object(inside(directory, _GENERATION_NAME), CheckpointError)
     except CheckpointError:
-        return  # whoever generates with it says so; nothing of it is converted
+        return  # whoever copies it or generates with it says so
     ours, theirs = _ids(raw.get("eos_token_id")), _ids(generation.get("eos_token_id"))
     if theirs and not ours <= theirs:
         yield (

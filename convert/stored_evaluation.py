@@ -32,13 +32,16 @@ _OF_A_LAYER = ("relative_error", "cosine", "own_relative_error", "own_cosine")
 
 
 def check_storable(artifact: Path) -> None:
-    """ArtifactError unless a result can be stored here: a finished artifact, and not a snapshot in a hub's cache."""
+    """ArtifactError unless a result can be stored here: a finished artifact whose stored results and card can be read,
+    and not a snapshot in a hub's cache. To be asked before the hours that an evaluation takes.
+    """
+    stored_evaluations(read_manifest(artifact))
+    _card(artifact)
     if (artifact / MANIFEST_NAME).is_symlink():
         raise ArtifactError(
             f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
             "evaluate that one and push it"
         )
-    read_manifest(artifact)
 
 
 def store_evaluation(
@@ -78,15 +81,20 @@ def store_evaluation(
             manifest[KEY] = [*entries, entry]
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
-            before = ""
-            if is_inside(artifact, CARD_NAME):
-                before = read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
+            before = _card(artifact)
             shown = CARD_END in before.partition(CARD_BEGIN)[2]
             if shown:
                 write_file(artifact, CARD_NAME, with_evaluations(before, manifest[KEY]).encode())
     except OSError as error:
         raise write_error(artifact, error) from error
     return shown
+
+
+def _card(artifact: Path) -> str:
+    """The model card, empty where there is none. ArtifactError for one that cannot be read."""
+    if not is_inside(artifact, CARD_NAME):
+        return ""
+    return read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
 
 
 def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,9 +6,10 @@ import threading
 import time
 
 from ..errors import ConversionError
-from .journal import JobStats, Journal
+from .journal import JobEntry, Journal
 from .plan import Plan
 from .shards import ShardFiles
+from .threads import start_all
 
 # Written bytes of which the kernel is told together: it would otherwise leave them for the sync to wait for.
 _WRITEBACK_BYTES = 16 << 20
@@ -28,7 +29,7 @@ class Syncer:
         self._interval = interval
         self._max_bytes = max_bytes
         self._wake = threading.Condition()
-        self._jobs: dict[int, JobStats] = {}
+        self._jobs: dict[int, JobEntry] = {}
         self._hashes: dict[int, str] = {}
         self._pending_bytes = 0
         self._fresh: dict[
@@ -41,14 +42,14 @@ class Syncer:
         self._thread = threading.Thread(target=self._run, name="npuq-sync", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        start_all([self._thread])
 
-    def job_done(self, index: int, stats: JobStats) -> None:
+    def job_done(self, index: int, entry: JobEntry) -> None:
         """Queue a job whose every byte has been written."""
         job = self._plan.jobs[index]
         start, end = job.span
         with self._wake:
-            self._jobs[index] = stats
+            self._jobs[index] = entry
             self._pending_bytes += job.output_bytes
             self._fresh_bytes += job.output_bytes
             first, last = self._fresh.get(job.shard, (start, end))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..inputs.files import is_inside
+from ..progress import Progress, Silent, Task
 from ..quant.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
 from ..quant.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from ..quant.compressed_tensors import is_compressed
@@ -19,12 +19,13 @@ from ..quant.dialects import WeightSource
 from ..quant.schemes import Scheme
 from ..quant.sources import open_weights
 from ..quant.ties import share_tied
-from ..torch_threads import one_torch_thread, single_threaded_torch
+from ..torch_threads import single_threaded_torch
 from .architecture import Spec
 from .engine_placement import ENGINES, loading_problems
-from .progress import Progress, Silent
+from .pool import Pool
 from .recipe import STORED, Target
 from .stored_evaluation import stored_evaluations
+from .tally import LayersLeft
 from .verify_layout import Layout, check_file, check_strays, read_layout
 from .verify_original import Original
 from .verify_stored import check_stored
@@ -91,19 +92,17 @@ def verify(
         weights = None
         if source is not None:
             weights = _source_weights(stack.enter_context(Checkpoint.open(source)))
-        pool = stack.enter_context(
-            ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
-        )
+        pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
         watch = progress or Silent()
         sizes = {name: _size(directory / name) for name in files}
-        watch.start(sum(sizes.values()) + sum(sizes[name] for name in sizes if name.endswith(".safetensors")), 0)
+        watch.start(Task("hash", sum(sizes.values())))
         problems = []
         for name, found in zip(
             files, pool.map(lambda item: list(check_file(directory, *item)), files.items()), strict=True
         ):
             problems += found
-            watch.advance(sizes[name], None)
+            watch.advance(sizes[name])
         problems += check_strays(directory, files)
         layout = read_layout(directory, problems)
         if layout is None:
@@ -119,9 +118,13 @@ def verify(
                 f"{original.skipped} tensors were smoothed: they are no longer the source's, weight by weight; "
                 "npuq evaluate --source compares what the models compute"
             )
+        left = LayersLeft(spec.layer for spec in layout.specs.values())
+        nbytes = sum([_stored_bytes(layout, spec) for spec in layout.specs.values()])
+        watch.start(Task("verify", nbytes, layers=left.count))
         for check in pool.map(lambda spec: check_values(layout, spec, original.of(spec)), layout.specs.values()):
             checks.append(check)
-            watch.advance(_stored_bytes(layout, check.spec), check.spec.layer)
+            layer = check.spec.layer
+            watch.advance(_stored_bytes(layout, check.spec), layer=layer, layer_done=left.part_done(layer))
     problems += [problem for check in checks for problem in check.problems]
     errors = tuple(linear_errors(layout.schemes, checks))
     problems += _check_manifest(manifest, layout, errors)
@@ -158,9 +161,7 @@ def _verify_stored(
     """ModelSlim's own artifact: there is no manifest to check it against."""
     with ExitStack() as stack:
         original = None if source is None else _source_weights(stack.enter_context(Checkpoint.open(source)))
-        pool = stack.enter_context(
-            ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=one_torch_thread)
-        )
+        pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
         found = check_stored(Path(path), original, pool, progress)
     if found.source is None:

@@ -4,7 +4,6 @@ values have to speak for themselves."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, NpuqError
+from ..progress import Progress, Task
 from ..quant.artifact import DESCRIPTION_NAME, description_path, read_description
 from ..quant.checkpoint import CONFIG_NAME, Checkpoint
 from ..quant.dialects import WeightSource
@@ -23,8 +23,9 @@ from .architecture import Role, Spec
 from .engine_rules import violations
 from .inventory import Inventory, take_inventory
 from .journal import JobStats
-from .progress import Progress
+from .pool import Pool
 from .recipe import Target
+from .tally import LayersLeft
 from .verify_layout import unlisted
 from .verify_values import TensorCheck, check_shared_inputs, row_chunks
 
@@ -38,7 +39,7 @@ class StoredArtifact:
     source: QuantizedSource | None = None
 
 
-def check_stored(directory: Path, original: WeightSource | None, pool: Executor, progress: Progress) -> StoredArtifact:
+def check_stored(directory: Path, original: WeightSource | None, pool: Pool, progress: Progress) -> StoredArtifact:
     """Structure, engines' rules and every value; with `original`, the float checkpoint, the error of every linear."""
     try:
         with Checkpoint.open(directory) as checkpoint:
@@ -50,11 +51,14 @@ def check_stored(directory: Path, original: WeightSource | None, pool: Executor,
             inventory = take_inventory(config, source.weights)
             problems += _rules(source, inventory)
             problems += check_shared_inputs(checkpoint, config, inventory.specs, source.schemes)
-            progress.start(sum(weight.nbytes for weight in source.weights.values()), 0)
+            left = LayersLeft(spec.layer for spec in inventory.specs.values())
+            nbytes = sum(weight.nbytes for weight in source.weights.values())
+            progress.start(Task("verify", nbytes, layers=left.count))
             checks = []
             for check in pool.map(lambda spec: _check(source, spec, original), inventory.specs.values()):
                 checks.append(check)
-                progress.advance(source.weights[check.spec.name].nbytes, check.spec.layer)
+                layer = check.spec.layer
+                progress.advance(source.weights[check.spec.name].nbytes, layer=layer, layer_done=left.part_done(layer))
     except NpuqError as error:
         return StoredArtifact((str(error),))
     return StoredArtifact((*problems, *(line for check in checks for line in check.problems)), tuple(checks), source)

@@ -14,8 +14,10 @@ from ..quant.scales import NonFiniteError
 from ..quant.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
 from ..quant.stored import QuantizedSource
 from .architecture import Role
-from .chunks import JobDone, not_finite, row_chunks, until, write_slot
-from .journal import JobStats
+from .chunks import JobDone, not_finite, row_chunks, until
+from .digests import source_digest
+from .job_output import JobOutput
+from .journal import JobEntry, JobStats
 from .native_job import run_native, runs_natively
 from .plan import Job, Slot
 from .shards import ShardFiles
@@ -32,17 +34,18 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
         return run_native(job, source, files, workspace, stop)
     if job.scheme is not Scheme.FLOAT or source.is_computed(job.source):
         workspace.release()  # torch may need all that the budget has
+    read, output = source_digest(source, job.source), JobOutput(files, job)
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)
     small: dict[Slot, list[Tensor]] = {}
     for start, end in until(stop, row_chunks(job, workspace.chunk_elements, source.block_rows)):
         if job.scheme is Scheme.FLOAT:
-            write_slot(files, job, job.outputs[0], start, _float_rows(job, source, start, end))
+            output.write(job.outputs[0], start, _float_rows(job, source, start, end))
             continue
         quantized = _quantized_rows(job, source, start, end)
         for slot in job.outputs:
             if slot.suffix == WEIGHT:
-                write_slot(files, job, slot, start, quantized.tensors[WEIGHT])
+                output.write(slot, start, quantized.tensors[WEIGHT])
             # One value for the whole linear comes with its first rows.
             elif slot.suffix not in (INPUT_SCALE, INPUT_OFFSET) or start == 0:
                 small.setdefault(slot, []).append(quantized.tensors[slot.suffix])
@@ -50,9 +53,10 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
         squared_norm[start:end] = quantized.squared_norm.numpy()
     # A few bytes a row: one write a tensor, not one a chunk.
     for slot, parts in small.items():
-        write_slot(files, job, slot, 0, torch.cat(parts))
+        output.write(slot, 0, torch.cat(parts))
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
-    return JobDone(JobStats(float(squared_error.sum()), float(squared_norm.sum())))
+    stats = JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+    return JobDone(JobEntry(stats, read, output.digest()))
 
 
 def _quantized_rows(job: Job, source: WeightSource, start: int, end: int) -> QuantizedRows:

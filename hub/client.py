@@ -131,6 +131,8 @@ class Hub:
     def get(self, url: str, most: int) -> tuple[bytes, str | None]:
         """The body of an answer of at most `most` bytes, and the address of the next page where there is one."""
         with self.stream(url, seconds=max(_ANSWER_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT)) as answer:
+            if answer.is_compressed:
+                raise HubError(f"{self.repo}: the hub's answer is compressed, which it was asked not to be")
             content = bytearray()
             for piece in answer.pieces:
                 content += piece

@@ -42,7 +42,7 @@ def fetch_range(
             error: Exception = ConnectionError(f"the connection ended {end - position} bytes early")
         except HubError:
             raise
-        except Exception as failure:
+        except repository.raised as failure:
             error = failure
         if position == end:  # whatever became of the connection then
             return
@@ -78,7 +78,7 @@ def wrong_content(repository: Repository, name: str) -> HubError:
 
 def _wanted(answer: Answer, where: str, size: int, start: int, end: int) -> Iterator[bytes]:
     """The bytes [start, end) of a file of `size` bytes out of an answer, of its body as little as that takes."""
-    if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+    if answer.is_compressed:
         raise HubError(f"{where}: the hub sends it compressed, which it was asked not to")
     if answer.status == 200:
         # A server that ignores ranges sends the whole file: what was not asked for passes by.

@@ -106,8 +106,15 @@ def disk_failed(error: OSError) -> HubError:
     return HubError(f"{name}{error.strerror or brief(error)}")
 
 
+def no_thread(error: BaseException) -> HubError:
+    """The error for a system that gives no thread, to us or to the client."""
+    return HubError(f"{brief(error)}: this user has as many as the system allows (ulimit -u); end some")
+
+
 def not_understood(error: BaseException) -> HubError:
     """The error for an answer that the client could not make sense of, or that it tells of as a plain ValueError."""
+    if "start new thread" in str(error):
+        return no_thread(error)
     if "returned errors" in str(error):  # of the LFS batch, for one file
         return HubError(f"the hub refused ({brief(error)})")
     return HubError(f"the hub's answer is not understood ({type(error).__name__}: {brief(error)})")

@@ -35,6 +35,10 @@ class HubRepository:
     def backoff(self) -> Backoff:
         return self.hub.backoff
 
+    @property
+    def raised(self) -> tuple[type[Exception], ...]:
+        return faults.RAISED
+
     def listing(self) -> Listing:
         """Every file of the commit."""
         return self.hub.call(

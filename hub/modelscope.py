@@ -47,6 +47,7 @@ class ModelScope:
         # What the client itself stands on.
         self._requests: Any = import_module("requests.exceptions")
         self._urllib3: Any = import_module("urllib3.exceptions")
+        self.raised: tuple[type[Exception], ...] = (self._errors.HubError, self._urllib3.HTTPError, *faults.RAISED)
 
     def call(self, doing: str, action: Callable[[], T], attempts: int = 1) -> T:
         """Do `action`; its errors become a HubError of one line.
@@ -57,7 +58,7 @@ class ModelScope:
         while True:
             try:
                 return action()
-            except (self._errors.HubError, *faults.RAISED) as error:
+            except self.raised as error:
                 if attempt >= attempts or not self.is_transient(error):
                     raise self.failure(doing, error) from None
                 asked = self.asked_seconds(error)
@@ -177,6 +178,10 @@ class ScopeRepository:
     @property
     def backoff(self) -> Backoff:
         return self._scope.backoff
+
+    @property
+    def raised(self) -> tuple[type[Exception], ...]:
+        return self._scope.raised
 
     def listing(self) -> Listing:
         return self._scope.list_files(self._branch)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import HubError
+from .faults import no_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ def start_threads(run: Callable[[], None], count: int, name: str, threads: list[
         except RuntimeError as error:  # can't start new thread
             if threads:
                 return
-            raise HubError(f"{error}: this user has as many as the system allows (ulimit -u); end some") from None
+            raise no_thread(error) from None
         threads.append(thread)
 
 

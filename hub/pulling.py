@@ -15,7 +15,7 @@ from ..quant.checkpoint import CONFIG_NAME, read_weight_map, single_file
 from ..quant.side_files import is_read_beside_weights
 from .client import Backoff, Hub, revision_of
 from .faults import OfflineError, PassingError
-from .fetch import Wanted, mismatch
+from .fetch import PARTIAL_SUFFIX, Wanted, mismatch
 from .huggingface import HubRepository, resolve_commit
 from .names import CommitId, Revision, byte_count
 from .parallel import in_order
@@ -117,6 +117,9 @@ def manifest_files(repo: str, content: bytes, error: type[NpuqError] = HubError)
         raise error(f"{repo}: artifact format {version!r}; this npuq knows {FORMAT_VERSION}: use another npuq")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise error(f"{where} lists no files; ask its owner to push again")
+    for name in files:
+        if name.endswith(PARTIAL_SUFFIX):
+            raise error(f"{where}: {name[:80]!r} is a name of npuq's own, for what is not whole; refusing it")
     return [
         Wanted(
             FileName.parse(name, where, error),

@@ -24,6 +24,10 @@ class Answer:
     headers: Mapping[str, str]
     pieces: Iterator[bytes]
 
+    @property
+    def is_compressed(self) -> bool:
+        return self.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity")
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -60,6 +64,10 @@ class Repository(Protocol):
 
     @property
     def backoff(self) -> Backoff: ...
+
+    @property
+    def raised(self) -> tuple[type[Exception], ...]:
+        """What asking may raise; anything else is a mistake of ours, or of whoever takes the bytes."""
 
     def listing(self) -> Listing:
         """All files. Raises HubError."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Final
 
 # Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder a line, surrogates.
@@ -17,6 +19,11 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def name_as_text(path: Path) -> str:
+    """The last part of a path, as text that any file can hold: bytes that are no UTF-8 as `\\xNN`."""
+    return printable(os.fsencode(path.name).decode("utf-8", "backslashreplace"))
 
 
 def _escape(character: str) -> str:

@@ -74,11 +74,11 @@ class WeightSource:
 
     def expect(self, names: Iterable[str], finished: Container[str]) -> None:
         """Say which weights will be read, in this order, without `finished` ones: some checkpoints must fetch them."""
-        self.checkpoint.expect([self._stored_names(name) for name in names], finished)
+        self.checkpoint.expect([self.stored_names(name) for name in names], finished)
 
     def release(self, name: str) -> None:
         """Say that an expected weight will not be read again."""
-        self.checkpoint.release(self._stored_names(name))
+        self.checkpoint.release(self.stored_names(name))
 
     def is_computed(self, name: str) -> bool:
         """Whether a weight's rows must be computed from what is stored: its bytes alone are not them."""
@@ -120,7 +120,8 @@ class WeightSource:
         weight = self._find(name)
         return CODES[self.float_dtype] if weight.dtype == "F8_E4M3" else weight.dtype
 
-    def _stored_names(self, name: str) -> tuple[str, ...]:
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that a weight's rows are computed from, in a fixed order."""
         return (name, name + _SCALE_SUFFIX) if self._find(name).dtype == "F8_E4M3" else (name,)
 
     def _find(self, name: str) -> Weight:

@@ -25,18 +25,11 @@ PATTERNS: Final = (
     "LICENSE*",
     "NOTICE*",
 )
-# Any of these is the whole of some model's tokenizer.
-_TOKENIZERS: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "*.tiktoken", "*.model")
 
 
 def is_side_file(name: str) -> bool:
     """Whether an artifact takes a file of the checkpoint's root with it."""
     return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether a file of that name makes a tokenizer, rather than settles its details."""
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZERS)
 
 
 def is_read_beside_weights(name: str) -> bool:

@@ -144,7 +144,8 @@ class QuantizedSource(WeightSource):
         except ValueError as error:
             raise self._damaged(self.linears[name], INPUT_SCALE, str(error)) from error
 
-    def _stored_names(self, name: str) -> tuple[str, ...]:
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """As `WeightSource.stored_names`: codes, scales and what else a linear has."""
         linear = self.linears.get(name)
         return (name,) if linear is None else tuple(linear.tensors.values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +11,7 @@ from ..convert.architecture import Spec, expected_specs
 from ..convert.stored_evaluation import stored_evaluations
 from ..errors import ArtifactError
 from ..inputs.files import inside, read_text
+from ..progress import Progress
 from ..quant.artifact import (
     DESCRIPTION_NAME,
     MANIFEST_NAME,
@@ -72,10 +73,8 @@ class Facts:
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
 
 
-def read_facts(
-    directory: str | Path, progress: Callable[[int, int], None] | None = None, name: str | None = None
-) -> Facts:
-    """The facts about an artifact of npuq's or ModelSlim's; `progress(done, total)` counts linears, by their scales.
+def read_facts(directory: str | Path, progress: Progress | None = None, name: str | None = None) -> Facts:
+    """The facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales.
     `name` is what to call it, the directory's name where it is None.
 
     Raises ArtifactError when the directory holds no finished artifact, or its manifest, report or scales are damaged,
@@ -89,7 +88,7 @@ def read_facts(
         return _foreign(name, checkpoint, progress)
 
 
-def _own(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     directory = checkpoint.directory
     manifest, config = read_manifest(directory), ModelConfig.from_dict(checkpoint.config)
     try:
@@ -115,7 +114,7 @@ def _own(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None]
     )
 
 
-def _foreign(name: str, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Facts:
+def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     directory = checkpoint.directory
     types = read_description(directory)
     if types is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import ArtifactError
+from ..progress import Progress, Silent, Task
 from ..quant.checkpoint import Checkpoint
 from ..quant.schemes import SCALE, WEIGHT
 from .linears import LinearFacts
@@ -38,7 +39,7 @@ def scale_name(linear: LinearFacts) -> str:
 
 
 def scale_histograms(
-    checkpoint: Checkpoint, linears: Sequence[LinearFacts], progress: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint, linears: Sequence[LinearFacts], progress: Progress | None = None
 ) -> tuple[ScaleHistogram, ...]:
     """The histograms of all scales, largest role first, one linear's scales in memory at a time.
 
@@ -46,7 +47,9 @@ def scale_histograms(
     """
     size = (_HIGHEST - _LOWEST) * BINS_PER_OCTAVE
     totals: dict[tuple[str, str], torch.Tensor] = {}
-    for done, linear in enumerate(linears, 1):
+    watch = progress or Silent()
+    watch.start(Task("report", len(linears), "linears"))
+    for linear in linears:
         name = scale_name(linear)
         scale = checkpoint.read(name).flatten()
         if not bool(((scale > 0) & scale.isfinite()).all()):
@@ -57,8 +60,7 @@ def scale_histograms(
         bins = (scale.double().log2().sub_(_LOWEST) * BINS_PER_OCTAVE).floor_().long().clamp_(0, size - 1)
         total = totals.setdefault((linear.role, linear.scheme), torch.zeros(size, dtype=torch.int64))
         total += torch.bincount(bins, minlength=size)
-        if progress is not None:
-            progress(done, len(linears))
+        watch.advance(1)
     found = [_trimmed(role, scheme, total) for (role, scheme), total in totals.items()]
     return tuple(sorted(found, key=lambda histogram: (-histogram.channels, histogram.role, histogram.scheme)))
 

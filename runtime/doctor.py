@@ -54,11 +54,13 @@ class ModelFit:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings. operators: name → schema, None where the installed torch_npu lacks it; empty without torch_npu."""
+    """The findings. kernels: what does the CPU's arithmetic. operators: name → schema, None where the installed
+    torch_npu lacks it; empty without torch_npu."""
 
     npuq: str
     python: str
     platform: str
+    kernels: str
     torch: str | None
     torch_npu: str | None
     cann: str | None
@@ -76,6 +78,7 @@ class Report:
 def examine(model: Path | None = None) -> Report:
     """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
     from .. import __version__
+    from ..quant.library import description
 
     torch_npu, problem = _torch_npu()
     devices = _devices(torch_npu) if torch_npu is not None else ()
@@ -88,6 +91,7 @@ def examine(model: Path | None = None) -> Report:
         npuq=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
+        kernels=description(),
         torch=_version("torch"),
         torch_npu=_version("torch_npu"),
         cann=_first_version(CANN_VERSION_FILES),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..progress import Progress, Silent, Task
 from .llm import LanguageModel, load
 from .tokenizer import Tokenizer
+from .tokenizer_check import require_tokenizer
 
 DEFAULT_CONTEXT = 512
 
@@ -49,18 +51,20 @@ def evaluate(
     source: str | Path | LanguageModel | None = None,
     context: int = DEFAULT_CONTEXT,
     backend: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     kv_cache_dtype: str = "auto",
 ) -> Evaluation:
     """Evaluate a model (a directory to load, or one that is loaded) on a text, beside its float source if given.
 
     The text is tokenized once without special tokens and cut into windows of `context` tokens, the last one maybe
     shorter; each is run from nothing, after BOS where the tokenizer has one, and every token of it is predicted (all
-    but a window's first where there is no BOS to predict it from). `progress(done, total)` counts windows.
+    but a window's first where there is no BOS to predict it from). `progress` counts windows.
     backend, kv_cache_dtype: as of `load`, where there is something to load; the source's cache stays as it is.
     Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
     a vocabulary.
     """
+    if not isinstance(model, LanguageModel):
+        require_tokenizer(Path(model))
     judged = model if isinstance(model, LanguageModel) else load(model, backend, kv_cache_dtype=kv_cache_dtype)
     reference = source if source is None or isinstance(source, LanguageModel) else load(source, backend)
     windows = cut_windows(text, judged.tokenizer, context)
@@ -73,16 +77,15 @@ def evaluate(
                 f"model and source have vocabularies of {sizes[0]} and {sizes[1]}: not the same model"
             )
     totals = torch.zeros(4, dtype=torch.float64)  # model loss, source loss, KL, agreements
-    done = 0
+    watch = progress or Silent()
+    watch.start(Task("evaluate", len(windows), "windows"))
     for batch in _batches(windows, judged.engine.model.config.vocab_size):
         inputs = [window.inputs for window in batch]
         model_logits = judged.logits(inputs)
         source_logits = reference.logits(inputs) if reference is not None else [None] * len(batch)
         for window, ours, theirs in zip(batch, model_logits, source_logits, strict=True):
             totals += _compare(window, ours, theirs)
-            done += 1
-            if progress is not None:
-                progress(done, len(windows))
+            watch.advance(1)
     tokens = sum(len(window.targets) for window in windows)
     means = (totals / tokens).tolist()
     if reference is None:

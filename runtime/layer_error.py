@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..progress import Progress, Silent, Task
 from ..quant.artifact import is_rotated
 from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
@@ -50,12 +51,12 @@ def layer_errors(
     source: str | Path,
     context: int = DEFAULT_CONTEXT,
     backend: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[LayerError]:
     """The errors of every decoder layer of an artifact (MTP layers not) on a text cut into windows as by `evaluate`.
 
     Beside one layer of each model, memory holds the hidden states of all tokens twice, in the compute dtype.
-    `progress(done, total)` counts layers. Raises GenerationError when the text is too short, when the two directories
+    `progress` counts layers. Raises GenerationError when the text is too short, when the two directories
     do not hold the same model, and when a layer's output is not finite, naming it.
     """
     with ExitStack() as stack:
@@ -65,7 +66,7 @@ def layer_errors(
         quantized.refuse_unlike(original)
         windows = cut_windows(text, Tokenizer(quantized.directory), context)
         turn = _turn(quantized, original)
-        return _walk(quantized, original, _batches(windows), turn, progress)
+        return _walk(quantized, original, _batches(windows), turn, progress or Silent())
 
 
 def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
@@ -84,12 +85,13 @@ def _walk(
     original: _Side,
     batches: Sequence[Sequence[Window]],
     turn: Callable[[Tensor], Tensor],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> list[LayerError]:
     steps = [(quantized.step(batch), original.step(batch)) for batch in batches]
     streams = [(quantized.embed(ours), original.embed(theirs)) for ours, theirs in steps]
     layers = original.config.num_hidden_layers
     errors = []
+    progress.start(Task("evaluate", layers, "layers", layers=layers))
     for number in range(layers):
         ours, theirs = quantized.load(number), original.load(number)
         accumulated, own = _Comparison(), _Comparison()
@@ -101,8 +103,7 @@ def _walk(
             own.add(quantized.run(ours, turn(their_stream), our_step), turn(output))
             streams[index] = moved, output
         errors.append(LayerError(number, *accumulated.result(number), *own.result(number)))
-        if progress is not None:
-            progress(number + 1, layers)
+        progress.advance(1, layer=number, layer_done=True)
     return errors
 
 

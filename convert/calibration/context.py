@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,10 @@ from ...quant.model_config import ModelConfig
 from ...quant.rope import rope_tables
 from ...runtime.ops.reference import ReferenceOps
 from ..chunks import not_finite
-from ..journal import JobStats
+from ..journal import JobEntry
 from ..plan import Job
-from .linears import Deployed, Inputs, Linears, factored, measure
-from .pool import Pool
+from ..pool import Pool
+from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
 
 # Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048
@@ -51,14 +51,16 @@ class Walk:
 class Layer:
     """One decoder layer of a walk: its weights as float32, and what is written of it.
 
-    `stats` collects the error sums of each job by index, `errors` the relative output error of each quantized linear.
+    `read` has the digest of what each job reads, by index; a trial needs none. `entries` collects what the journal
+    keeps of each job, `errors` the relative output error of each quantized linear.
     """
 
-    def __init__(self, walk: Walk, index: int):
+    def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
         self.walk = walk
         self.index = index
         self.prefix = f"model.layers.{index}."
-        self.stats: dict[int, JobStats] = {}
+        self.entries: dict[int, JobEntry] = {}
+        self._read = read or {}
         self.errors: dict[str, float] = {}
 
     def has(self, name: str) -> bool:
@@ -75,13 +77,13 @@ class Layer:
     def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
         """Write a tensor that stays float; what engines will read, as float32."""
         job = self.walk.jobs[f"{self.prefix}{name}.{suffix}"]
-        stored = self.walk.linears.float(job, tensor)
-        self.finish(job, JobStats(0.0, float(tensor.double().square().sum())))
+        stored, written = self.walk.linears.float(job, tensor)
+        self.finish(job, written)
         return stored
 
-    def finish(self, job: Job, stats: JobStats) -> None:
+    def finish(self, job: Job, written: JobResult) -> None:
         """Count a job as written."""
-        self.stats[job.index] = stats
+        self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
         self.walk.done(job)
 
     def quantize(self, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
@@ -96,9 +98,9 @@ class Layer:
             measured[scheme] = hessian, factored(hessian), scale
         deployed = []
         for job, weight in zip(jobs, weights.values(), strict=True):
-            linear, stats = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
+            linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
             self.note_error(job, linear)
-            self.finish(job, stats)
+            self.finish(job, written)
             deployed.append(linear)
         return deployed
 

@@ -19,10 +19,9 @@ from ...quant.gptq import Hessian
 from ...quant.scales import Method
 from ...quant.schemes import Scheme
 from ...quant.smoothing import smoothing_scale
-from ..journal import JobStats
 from ..plan import Job
 from .context import Layer, row_chunks
-from .linears import Deployed, add_rows, factored, round_inputs
+from .linears import Deployed, JobResult, add_rows, factored, round_inputs
 from .smooth import least, rounded
 
 ENOUGH = 512
@@ -44,7 +43,7 @@ class ExpertResult:
 
     floats: Tensor
     quantized: Tensor
-    stats: Mapping[int, JobStats]
+    results: Mapping[int, JobResult]
     errors: Mapping[str, float]
     fallback: str | None
     strength: float
@@ -102,7 +101,7 @@ def quantize_expert(
     strength = smooth_inner(jobs, weights, inputs) if layer.walk.smooth and inputs.shape[0] else 0.0
     gate_w, up_w, down_w = weights
     weights.clear()
-    stats: dict[int, JobStats] = {}
+    results: dict[int, JobResult] = {}
     errors: dict[str, float] = {}
     missed = False
 
@@ -117,7 +116,7 @@ def quantize_expert(
         missed |= hessian is not None and factor is None
         found = []
         for job, weight in some:
-            linear, stats[job.index] = layer.walk.linears.quantize(job, weight, hessian, factor, None, inline)
+            linear, results[job.index] = layer.walk.linears.quantize(job, weight, hessian, factor, None, inline)
             if linear.error is not None:
                 errors[job.source] = linear.error
             found.append(linear)
@@ -128,7 +127,7 @@ def quantize_expert(
     (down,) = calibrated([(jobs[2], down_w)], inner)
     fallback = "data-free" if missed else "blended" if near.shape[0] else None
     outputs = Mlp(gate, up, down)(quantized)
-    return ExpertResult(truth, outputs, stats, errors, fallback, strength)
+    return ExpertResult(truth, outputs, results, errors, fallback, strength)
 
 
 def smooth_inner(jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tensor) -> float:

@@ -162,7 +162,7 @@ class _FeedForward:
             strengths.append(result.strength)
             layer.errors.update(result.errors)
             for job in self._jobs(prefixes[expert]):
-                layer.finish(job, result.stats[job.index])
+                layer.finish(job, result.results[job.index])
         if walk.smooth:
             self._strengths["mlp.experts.down_proj"] = sum(strengths) / len(strengths)
         return coverage

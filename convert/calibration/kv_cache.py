@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...quant.kv_cache import latent_codes, storable_scale
-from .pool import Pool
+from ..pool import Pool
 
 # Of the largest value seen: what a scale may clip for the sake of all that it does not.
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,11 @@ from ...quant.safetensors import DTYPES
 from ...quant.scales import Method, NonFiniteError
 from ...quant.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ...quant.static_w8a8 import InputScale, static_tensors
-from ..chunks import write_slot
+from ..job_output import JobOutput
 from ..journal import JobStats
-from ..plan import Job, Slot
+from ..plan import Job
+from ..pool import Mapper
 from ..shards import ShardFiles
-from .pool import Mapper
 
 # Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
 # no number of threads.
@@ -58,17 +58,30 @@ def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor
     return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
 
 
+@dataclass(frozen=True)
+class JobResult:
+    """What a job has left in its shard: its errors, and the digest of its bytes (none in a trial)."""
+
+    stats: JobStats
+    digest: bytes
+
+
 class Linears:
     """Quantizes linears of a plan and writes them into its shards, if there are any. Thread-safe."""
 
     def __init__(self, files: ShardFiles | None):
         self._files = files
 
-    def _write(self, job: Job, slot: Slot, tensor: Tensor) -> None:
-        if self._files is not None:
-            write_slot(self._files, job, slot, 0, tensor)
+    def _write(self, job: Job, tensors: Mapping[str, Tensor]) -> bytes:
+        """Write all tensors of a job, by the suffixes of their names; the digest."""
+        if self._files is None:
+            return b""
+        output = JobOutput(self._files, job)
+        for slot in job.outputs:
+            output.write(slot, 0, tensors[slot.suffix])
+        return output.digest()
 
-    def float(self, job: Job, tensor: Tensor) -> Tensor:
+    def float(self, job: Job, tensor: Tensor) -> tuple[Tensor, JobResult]:
         """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
         stored = self.rounded(job, tensor).reshape(job.shape)
         if not bool(torch.isfinite(stored).all()):
@@ -78,8 +91,8 @@ class Linears:
             else:
                 why = "holds infinities or NaN; the checkpoint is damaged: fetch it again"
             raise CheckpointError(f"tensor {job.source!r} {why}")
-        self._write(job, job.outputs[0], stored)
-        return stored.to(torch.float32)
+        digest = self._write(job, {job.outputs[0].suffix: stored})
+        return stored.to(torch.float32), JobResult(JobStats(0.0, float(tensor.double().square().sum())), digest)
 
     def rounded(self, job: Job, tensor: Tensor) -> Tensor:
         """A tensor in the dtype that its job stores it in."""
@@ -93,13 +106,14 @@ class Linears:
         factored: Factor | None,
         inputs: InputScale | None,
         mapper: Mapper,
-    ) -> tuple[Deployed, JobStats]:
+    ) -> tuple[Deployed, JobResult]:
         """Quantize a weight float32 [N, K] and write it.
 
         GPTQ where the job asks for it and there is a factor; else the job's data-free method (mse for GPTQ).
         """
         if job.scheme is Scheme.FLOAT:
-            return Deployed(self.float(job, weight), job.scheme), JobStats(0.0, float(weight.double().square().sum()))
+            stored, written = self.float(job, weight)
+            return Deployed(stored, job.scheme), written
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
         rows = _round(job, weight, base, mapper)
         tensors, calibrated = dict(rows.tensors), False
@@ -118,12 +132,11 @@ class Linears:
             assert inputs is not None
             float16 = any(slot.dtype == "I64" for slot in job.outputs)
             tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
-        for slot in job.outputs:
-            self._write(job, slot, tensors[slot.suffix])
+        digest = self._write(job, tensors)
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
         squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
         stats = JobStats(squared_error, float(rows.squared_norm.sum()))
-        return Deployed(found, job.scheme, inputs, error), stats
+        return Deployed(found, job.scheme, inputs, error), JobResult(stats, digest)
 
 
 def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> QuantizedRows:

@@ -7,7 +7,6 @@ renamed into place after the file is synced, and only then is the file of the la
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ...inputs.files import inside
-from ...inputs.json_text import read_object
+from ...inputs.files import inside, read_bytes
+from ..checked_lines import checked_line, line_content
 from ..hashes import file_sha256
 from ..shards import sync_directory
 
 FOLDER = "calibration"
-# The key of a layer's report that holds the scales of its KV cache: numbers for a file of their own.
+# Keys of a layer's report that the manifest has elsewhere: the scales of its KV cache, numbers for a file of their own,
+# and the output error of each linear.
 KV_CACHE_SCALE = "kv_cache_scale"
+LINEAR_ERRORS = "linear_errors"
 _STATE, _PARTIAL = "state.json", "partial.json"
 _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"
@@ -88,12 +89,14 @@ class StateStore:
     def load(self) -> tuple[State, Streams] | None:
         """The newest state that is whole, or None: start at the first layer."""
         try:
-            found = _read_state(self._folder)
-            path = inside(self._folder, _READY.format(int(found["layer"])), ConversionError)
+            found = line_content(read_bytes(inside(self._folder, _STATE, ConversionError), ConversionError))
+            layer, reports = found["layer"], found["reports"]
+            if type(layer) is not int or not 0 <= layer == len(reports) or not _are_reports(reports):
+                return None
+            path = inside(self._folder, _READY.format(layer), ConversionError)
             if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
                 return None
-            state = State(int(found["layer"]), dict(found["reports"]))
-            return state, Streams(path, *self._shape, create=False)
+            return State(layer, reports), Streams(path, *self._shape, create=False)
         except (OSError, ConversionError, ValueError, KeyError, TypeError):
             return None  # torn or of another walk: everything is computed again
 
@@ -115,8 +118,8 @@ class StateStore:
         streams.path = path
         content = {"layer": layer, "sha256": file_sha256(path), "reports": dict(reports)}
         partial = self._folder / _PARTIAL
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
+        with partial.open("wb") as file:
+            file.write(checked_line(content))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._folder / _STATE)
@@ -127,17 +130,20 @@ class StateStore:
         return streams
 
 
-def stored_reports(output_folder: Path) -> dict[str, Any]:
-    """The reports of a walk that has ended, from its state: {} where there is none."""
-    folder = output_folder / FOLDER
-    if not (folder / _STATE).exists():
-        return {}
-    reports: dict[str, Any] = _read_state(folder)["reports"]
-    return reports
+def _are_reports(reports: Any) -> bool:
+    """Whether each layer's report, from the first on, has what the artifact's files are made of."""
+    return isinstance(reports, dict) and all(
+        key == str(layer)
+        and isinstance(report, dict)
+        and _are_numbers(report[KV_CACHE_SCALE])
+        and isinstance(report[LINEAR_ERRORS], dict)
+        and _are_numbers(list(report[LINEAR_ERRORS].values()))
+        for layer, (key, report) in enumerate(reports.items())
+    )
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    return read_object(inside(folder, _STATE, ConversionError), ConversionError)
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, float) for value in values)
 
 
 def remove_states(output_folder: Path) -> None:

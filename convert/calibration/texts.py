@@ -16,7 +16,9 @@ from torch import Tensor
 from ...errors import CalibrationError, GenerationError
 from ...inputs.files import MOST_GIVEN_BYTES, read_given_text, read_text
 from ...inputs.json_text import parse_json
+from ...inputs.printable import name_as_text
 from ...runtime.tokenizer import Tokenizer
+from ...runtime.tokenizer_check import require_tokenizer
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128
@@ -58,10 +60,7 @@ def read_calibration(
         raise CalibrationError(f"--samples {samples} and --sequence-length {sequence_length} must be at least 1 and 2")
     if sequence_length > max_position:
         raise CalibrationError(f"--sequence-length {sequence_length} exceeds the model's {max_position} positions")
-    try:
-        tokenizer = Tokenizer(checkpoint)
-    except GenerationError as error:
-        raise CalibrationError(f"calibration needs the checkpoint's tokenizer: {error}") from error
+    tokenizer = read_tokenizer(checkpoint)
     name, documents = _documents(path)
     separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stream: list[int] = []
@@ -92,6 +91,18 @@ def read_calibration(
     return Calibration(name, tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
 
 
+def read_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's directory. CalibrationError where none can be read."""
+    try:
+        require_tokenizer(checkpoint)
+        return Tokenizer(checkpoint)
+    except GenerationError as error:
+        raise CalibrationError(
+            f"calibration needs the checkpoint's tokenizer: {error}; or leave out what needs a text: --method mse, or "
+            "rotate+mse"
+        ) from error
+
+
 def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
     if str(path) == BUILTIN:
         text = (files(__package__) / "builtin.jsonl").read_text(encoding="utf-8")
@@ -103,10 +114,10 @@ def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
             raise CalibrationError(f"{path}: no {', '.join(_SUFFIXES)} files in it to calibrate on")
         # What a directory holds is not what the user named: its pipes and devices are not read.
         texts = ((read_text(child, CalibrationError, MOST_GIVEN_BYTES), child) for child in found)
-        return path.resolve().name, (document for text, child in texts for document in _split(text, child))
+        return name_as_text(path.resolve()), (document for text, child in texts for document in _split(text, child))
     if not path.exists():
         raise CalibrationError(f"{path}: no such file; give a text to calibrate on, or 'builtin'")
-    return path.name, _split(read_given_text(path, CalibrationError), path)
+    return name_as_text(path), _split(read_given_text(path, CalibrationError), path)
 
 
 def _split(text: str, path: Path) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ...quant.artifact import OWN_FOLDER
 from ...quant.safetensors import DTYPES
+from ...quant.schemes import Scheme
 from ...torch_threads import single_threaded_torch
-from ..journal import Journal
+from ..digests import source_digest
+from ..journal import JobEntry, Journal
 from ..memory import Budget
 from ..output import write_error
+from ..plan import Job
+from ..pool import Pool
 from ..prepare import Prepared
-from ..progress import Progress
 from ..shards import ShardFiles
+from ..tally import Tally
 from ..worker import run_job
 from ..workspace import Workspace
 from .attention import run_attention
@@ -29,8 +34,7 @@ from .auto import TimeBudget, better, trial_errors
 from .context import Layer, Rotary, Walk, check_finite, row_chunks
 from .feed_forward import run_feed_forward
 from .linears import Linears
-from .pool import Pool
-from .states import FOLDER, KV_CACHE_SCALE, State, StateStore, StreamPair, Streams
+from .states import FOLDER, KV_CACHE_SCALE, LINEAR_ERRORS, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -48,18 +52,31 @@ class CalibratedWalk:
         journal: Journal,
         output: Path,
         budget: Budget,
-        progress: Progress,
+        tally: Tally,
     ):
         self._prepared = prepared
         self._calibration = calibration
         self._files = files
         self._journal = journal
         self._budget = budget
-        self._progress = progress
+        self._tally = tally
         self._folder = output / OWN_FOLDER / FOLDER
         self._time = TimeBudget(prepared.time_budget)
         self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size)
-        self._start = self._store.load()
+        self._start = self._loaded()
+
+    def _loaded(self) -> tuple[State, Streams] | None:
+        """Where the walk was interrupted, if that is a place in this one."""
+        found = self._store.load()
+        if found is None:
+            return None
+        names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
+        width = self._prepared.config.kv_lora_rank
+        reports = found[0].reports.values()
+        ours = all(
+            len(report[KV_CACHE_SCALE]) == width and names.issuperset(report[LINEAR_ERRORS]) for report in reports
+        )
+        return found if ours else None
 
     def forget_unvouched(self) -> None:
         """Take out of the journal's record the layers that will be walked: those from the first one on that is not
@@ -78,14 +95,21 @@ class CalibratedWalk:
                     record.jobs.pop(job, None)
                     record.hashes.pop(self._prepared.plan.jobs[job].shard, None)
 
-    def run(self) -> None:
-        """Walk. Afterwards the journal has all jobs of the decoder layers.
+    @property
+    def kept_jobs(self) -> set[int]:
+        """The jobs that what is left to do builds on: those of the layers walked already, and of the embedding."""
+        if self._start is None:
+            return set()
+        walked = range(self._start[0].layer)
+        return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.source == _EMBEDDING}
+
+    def run(self) -> Mapping[str, Any]:
+        """Walk. Afterwards the journal has all jobs of the decoder layers. Returns the report of each layer.
 
         Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
         """
         calibration, pool = self._calibration, Pool(self._budget.workers)
         try:
-            self._journal.settle()
             walk = Walk(
                 config=self._prepared.config,
                 source=self._prepared.source,
@@ -95,10 +119,10 @@ class CalibratedWalk:
                 samples=calibration.samples,
                 sequence_length=calibration.sequence_length,
                 smooth=self._prepared.recipe.smooth,
-                done=lambda job: self._progress.advance(job.source_bytes, job.layer),
+                done=self._tally.job_done,
             )
             with single_threaded_torch():
-                self._run(walk)
+                return self._run(walk)
         except OSError as error:
             raise write_error(self._folder, error) from error
         finally:
@@ -112,27 +136,32 @@ class CalibratedWalk:
                 layers[job.layer].append(job.index)
         return layers
 
-    def _run(self, walk: Walk) -> None:
+    def _run(self, walk: Walk) -> Mapping[str, Any]:
+        self._convert_embedding(walk)
         if self._start is None:
-            self._progress.note(f"calibrating on {walk.samples} windows of {walk.sequence_length} tokens")
             state, streams = State(0), _embedded(walk, self._calibration.tokens, self._store)
         else:
             state, streams = self._start
         rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
         while state.layer < walk.config.num_hidden_layers:
             out = self._store.new(state.layer + 1)
+            # Before anything else reads the layer: `source_digest` says why.
+            jobs = [job for job in self._prepared.plan.jobs if job.layer == state.layer]
+            digests = walk.pool.map(lambda job: source_digest(walk.source, job.source), jobs)
+            read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
             report: dict[str, Any] = {}
             if self._prepared.recipe.auto:
                 report = self._choose(walk, state.layer, rotary, (streams, middle, out))
             began = time.monotonic()
-            layer = Layer(replace(walk, smooth=report.get("smooth", walk.smooth)), state.layer)
+            layer = Layer(replace(walk, smooth=report.get("smooth", walk.smooth)), state.layer, read)
             report |= _run_layer(layer, rotary, streams, middle, out)
             self._time.layer_took(time.monotonic() - began)
-            self._convert_rest(layer)
-            self._files.sync(sorted({self._prepared.plan.jobs[index].shard for index in layer.stats}))
-            self._journal.append(layer.stats, {})
+            self._convert_rest(layer, jobs)
+            self._files.sync(sorted({job.shard for job in jobs}))
+            self._journal.append(layer.entries, {})
             state = State(state.layer + 1, state.reports | {str(state.layer): report})
             streams = self._store.publish(out, state.layer, state.reports)
+        return state.reports
 
     def _choose(
         self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]
@@ -150,13 +179,25 @@ class CalibratedWalk:
         self._time.trial_took(time.monotonic() - began)
         return {"smooth": better(errors), "trials": {"smooth": errors[True], "not": errors[False]}}
 
-    def _convert_rest(self, layer: Layer) -> None:
+    def _convert_embedding(self, walk: Walk) -> None:
+        """The embedding first, so that the journal knows from which one the hidden states came."""
+        job = walk.jobs[_EMBEDDING]
+        if job.index not in self._journal.record.jobs:
+            entry = self._convert(job)
+            self._files.sync([job.shard])
+            self._journal.append({job.index: entry}, {})
+
+    def _convert_rest(self, layer: Layer, jobs: Sequence[Job]) -> None:
         """Tensors of the layer that a walk has no use for: those the architecture does not know."""
-        workspace = Workspace(_CHUNK_ELEMENTS)
-        for job in self._prepared.plan.jobs:
-            if job.layer == layer.index and job.index not in layer.stats:
-                done = run_job(job, self._prepared.source, self._files, workspace, threading.Event())
-                layer.finish(job, done.stats)
+        for job in jobs:
+            if job.index not in layer.entries:
+                layer.entries[job.index] = self._convert(job)
+
+    def _convert(self, job: Job) -> JobEntry:
+        """A job by itself."""
+        entry = run_job(job, self._prepared.source, self._files, Workspace(_CHUNK_ELEMENTS), threading.Event()).entry
+        self._tally.job_done(job)
+        return entry
 
 
 def _run_layer(
@@ -171,7 +212,7 @@ def _run_layer(
         "expert_tokens": coverage.expert_tokens,
         "fallbacks": coverage.fallbacks,
         "output_error": _relative(out),
-        "linear_errors": layer.errors,
+        LINEAR_ERRORS: layer.errors,
         "kv_cache_error": kv_cache.error,
         KV_CACHE_SCALE: kv_cache.scale.tolist(),
     }

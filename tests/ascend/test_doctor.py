@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from npuq.cli.doctor import command
 from npuq.errors import BackendError
+from npuq.quant.library import levels
 from npuq.runtime import doctor
 from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import ascend_support
@@ -58,6 +59,19 @@ def test_without_an_npu_it_says_so_and_exits_0(bare):
     result = CliRunner().invoke(command, [])
     assert result.exit_code == 0
     assert "No Ascend NPU can be used here" in result.output and "npuq[ascend]" in result.output
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_what_computes_on_the_cpu(built, bare, monkeypatch):
+    if not built:
+        monkeypatch.setattr("npuq.quant.library.levels", tuple)
+        monkeypatch.setattr("npuq.quant.library.LIBRARY", Path("/nowhere"))
+    said = "native kernels (" if built else "torch (native kernels were not built: install a C compiler"
+    if built and not levels():
+        pytest.skip("no native kernels here")
+    text = CliRunner().invoke(command, [])
+    assert f"cpu        {said}" in text.output and text.exit_code == 0
+    assert json.loads(CliRunner().invoke(command, ["--json"]).stdout)["kernels"].startswith(said)
 
 
 def test_json_is_one_document(bare):

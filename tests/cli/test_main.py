@@ -1,12 +1,9 @@
 """The command line as a whole: instant help, and errors in one line with the right exit status."""
 
-import fcntl
 import json
 import os
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import click
@@ -117,28 +114,6 @@ def test_what_the_system_refuses_is_one_line(command: list[str]) -> None:
     done = npuq(command[0], "x" * 300, *command[1:])
     assert done.returncode == 1
     assert done.stderr.startswith("npuq: error: xxx") and done.stderr.count("\n") == 1
-
-
-BAR = """
-from npuq.cli.console import progress_bar
-with progress_bar(4000, quiet=QUIET, description="layer 3") as bar:
-    bar.update(2000)
-    bar.refresh()
-"""
-
-
-@pytest.mark.parametrize("size", [(0, 0), (24, 100)])
-def test_progress_is_drawn_on_any_terminal_unless_quiet(size: tuple[int, int]) -> None:
-    for quiet in (False, True):
-        ours, theirs = os.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-        code = BAR.replace("QUIET", str(quiet))
-        subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, timeout=60)
-        os.write(theirs, b"end")  # something to read when nothing was drawn
-        drawn = os.read(ours, 65536).decode()
-        os.close(ours)
-        os.close(theirs)
-        assert (drawn == "end") if quiet else ("layer 3:  50%" in drawn and "2.00k/4.00k" in drawn)
 
 
 def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str):

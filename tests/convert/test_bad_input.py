@@ -23,7 +23,7 @@ def refused(npuq, tmp_path) -> Callable[..., str]:
 
     def run(source: object, *options: object, status: int = 1) -> str:
         output = tmp_path / "out"
-        outcome = npuq("convert", source, output, "--method", "minmax", *options)
+        outcome = npuq("convert", source, output, "--method", "minmax", "--quiet", *options)
         assert outcome.status == status, outcome.stderr
         lines = outcome.stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("npuq: error: "), outcome.stderr

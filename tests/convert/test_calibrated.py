@@ -16,9 +16,9 @@ from npuq.convert import CalibrationText, convert_checkpoint, verify
 from npuq.convert.calibration.auto import TimeBudget
 from npuq.convert.calibration.linears import Linears
 from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
-from npuq.convert.calibration.pool import Pool
 from npuq.convert.calibration.smooth import norm_quotient, rounded
 from npuq.convert.memory import Budget
+from npuq.convert.pool import Pool
 from npuq.errors import CalibrationError, CheckpointError, ConversionError, RecipeError
 from npuq.quant.model_config import ModelConfig
 from npuq.quant.scales import Method
@@ -356,10 +356,10 @@ def test_rounding_some_rows_at_a_time_is_rounding_them_all(bits):
     job = SimpleNamespace(source="w", method=Method.GPTQ, scheme=Scheme[bits], row_parallel=True, outputs=())
     plain = quantize_rows(weight, Scheme[bits], Method.MSE, row_parallel=True)
     inline = Pool(1).inline
-    deployed, stats = Linears(None).quantize(job, weight, None, None, None, inline)
+    deployed, result = Linears(None).quantize(job, weight, None, None, None, inline)
     expected = dequantize(plain.tensors, Scheme[bits])
     assert torch.equal(deployed.weight, expected) and torch.equal(rounded(job, weight), expected)
-    assert stats.squared_error == float(plain.squared_error.sum())
+    assert result.stats.squared_error == float(plain.squared_error.sum())
 
 
 def test_a_float_tensor_that_cannot_be_stored_is_one_line():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 
 import pytest
+
+from npuq.convert import convert_checkpoint
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}
 CALLS = ["pwrite", "write", "ftruncate", "fdatasync", "fsync", "replace", "rename", "mkdir"]
@@ -46,9 +50,52 @@ def test_what_was_done_before_the_disk_filled_up_is_kept(rig, v3_source, tmp_pat
     assert rig(v3_source, tmp_path / "out", options=OPTIONS)["summary"]["jobs_resumed"] > 20
 
 
-@pytest.mark.parametrize("free", [10**6, 10**15])
-def test_too_little_space_is_said_before_the_start(free, v3_source, tmp_path, npuq, monkeypatch):
-    monkeypatch.setattr("npuq.convert.conversion.free_bytes", lambda output: free)
-    outcome = npuq("convert", v3_source, tmp_path / "out", "--method", "minmax")
-    assert outcome.status == 0
-    assert ("warning" in outcome.stderr and "are free" in outcome.stderr) == (free == 10**6)
+@pytest.fixture
+def free(monkeypatch) -> Callable[[int], None]:
+    """Set what the disk says is free."""
+    return lambda nbytes: monkeypatch.setattr("npuq.convert.space.free_bytes", lambda output: nbytes)
+
+
+def test_too_little_space_is_refused_before_the_start(free, v3_source, tmp_path, npuq):
+    free(10**5)
+    for options in ((), ("--dry-run",)):
+        outcome = npuq("convert", v3_source, tmp_path / "out", *options)
+        assert outcome.status == 1
+        line = outcome.stderr.splitlines()[-1]
+        assert line.startswith("npuq: error: ") and "needs about" in line and "100 kB are free" in line
+        assert "--force" in line
+        assert ("disk:" in outcome.stdout) == bool(options)  # a dry run still says all that it knows
+    assert not (tmp_path / "out").exists()
+    as_json = npuq("convert", v3_source, tmp_path / "out", "--dry-run", "--json")
+    assert as_json.status == 1 and "--force" in json.loads(as_json.stdout)["refusal"]
+
+
+def test_who_knows_better_starts_all_the_same(free, v3_source, v3_artifact, tmp_path, npuq, tree):
+    free(10**5)
+    options = ("--method", "minmax", "--max-shard-size", "60000", "--force")
+    assert npuq("convert", v3_source, tmp_path / "out", *options, "--dry-run").status == 0
+    outcome = npuq("convert", v3_source, tmp_path / "out", *options)
+    assert outcome.status == 0 and "warning: " in outcome.stderr and "are free" in outcome.stderr
+    assert tree(tmp_path / "out") == tree(v3_artifact)
+
+
+def test_enough_space(free, v3_source, tmp_path, npuq):
+    summary = convert_checkpoint(v3_source, tmp_path / "probe", dry_run=True)
+    free(summary.disk_bytes_needed - 1)
+    assert convert_checkpoint(v3_source, tmp_path / "out", dry_run=True).refusal is not None
+    free(summary.disk_bytes_needed)
+    assert convert_checkpoint(v3_source, tmp_path / "out", dry_run=True).refusal is None
+    assert npuq("convert", v3_source, tmp_path / "out").status == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert written <= summary.disk_bytes_needed < 1.2 * written
+
+
+def test_what_is_there_takes_no_room_again(free, rig, v3_source, tmp_path):
+    """All shards were written before the interruption: the rest needs next to nothing."""
+    output = tmp_path / "out"
+    assert rig(v3_source, output, options=OPTIONS, kill_at=2, calls=["replace", "rename"])["killed"]
+    options = {"method": "minmax", "max_shard_size": 60_000}
+    planned = convert_checkpoint(v3_source, output, dry_run=True, **options)
+    assert planned.jobs_resumed == planned.jobs and planned.disk_bytes_missing < 0.2 * planned.disk_bytes_needed
+    free(planned.disk_bytes_missing)
+    assert convert_checkpoint(v3_source, output, **options).status == "converted"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from npuq.convert import convert_checkpoint
+from npuq.errors import NpuqError
 from npuq.quant.safetensors import encode_header
 
 V3: dict[str, Any] = {
@@ -90,8 +93,90 @@ def test_the_memory_that_is_told(full_size, rig, tmp_path):
     assert 0.7 < answer["memory"] / answer["summary"]["plan_bytes"] < 1.3
 
 
-def test_the_command_prints_what_is_needed(full_size, tmp_path, npuq):
-    outcome = npuq("convert", full_size, tmp_path / "out", "--dry-run", "--max-memory", "200MB")
-    assert outcome.status == 0 and outcome.stderr == ""
-    for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "236 MB for the plan", "disk: 371 GB needed"):
-        assert words in outcome.stdout, words
+def test_the_command_prints_what_is_needed(full_size, tmp_path, npuq, monkeypatch):
+    """And says that it would not start, where the disk has no room for it."""
+    for free, status in ((10**12, 0), (54 * 10**9, 1)):
+        monkeypatch.setattr("npuq.convert.space.free_bytes", lambda output, free=free: free)
+        outcome = npuq("convert", full_size, tmp_path / "out", "--dry-run", "--max-memory", "200MB")
+        assert outcome.status == status
+        for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "236 MB for the plan", "disk: 371 GB needed"):
+            assert words in outcome.stdout, words
+        assert ("needs about 371 GB and 54 GB are free" in outcome.stderr) == bool(status)
+
+
+def other_recipe(output: Path) -> dict[str, Any]:
+    return {"recipe": "w8a8"}
+
+
+def other_files(output: Path) -> dict[str, Any]:
+    shutil.rmtree(output)
+    output.mkdir()
+    (output / "thesis.txt").write_text("precious")
+    return {}
+
+
+def a_file(output: Path) -> dict[str, Any]:
+    shutil.rmtree(output)
+    output.write_text("precious")
+    return {}
+
+
+def under_a_file(output: Path) -> dict[str, Any]:
+    shutil.rmtree(output.parent)
+    output.parent.write_text("precious")
+    return {}
+
+
+def a_lost_file(output: Path) -> dict[str, Any]:
+    (output / "config.json").unlink(missing_ok=True)
+    for shard in output.glob("*.safetensors"):
+        shard.unlink()
+    return {}
+
+
+def no_journal(output: Path) -> dict[str, Any]:
+    for name in ("manifest.json", "progress.jsonl"):
+        (output / "npuq" / name).write_text("nonsense")
+    return {}
+
+
+@pytest.mark.parametrize("state", ["unfinished", "finished"])
+@pytest.mark.parametrize("change", [other_recipe, other_files, a_file, under_a_file, a_lost_file, no_journal])
+def test_a_dry_run_refuses_what_a_run_refuses(change, state, rig, v3_source, v3_artifact, tmp_path):
+    """With the same words; and one that would run says so."""
+    output, options = tmp_path / "deep" / "out", {"method": "minmax", "max_shard_size": 60_000}
+    output.parent.mkdir()
+    if state == "finished":
+        shutil.copytree(v3_artifact, output)
+    else:
+        assert rig(v3_source, output, options=options, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
+    planned = convert_checkpoint(v3_source, output, dry_run=True, **options)
+    assert planned.refusal is None and f"output directory: {state}" in planned.notes
+    changed = options | change(output)
+    refusal = convert_checkpoint(v3_source, output, dry_run=True, **changed).refusal
+    try:
+        convert_checkpoint(v3_source, output, **changed)
+    except NpuqError as error:
+        assert str(error) == refusal
+    else:
+        # Shards that an unfinished conversion lost are made again.
+        assert refusal is None and (change, state) == (a_lost_file, "unfinished")
+
+
+def test_a_dry_run_beside_a_run(v3_source, tmp_path, rig):
+    output, options = tmp_path / "out", {"method": "minmax", "max_shard_size": 60_000}
+    assert rig(v3_source, output, options=options, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
+    with (output / "npuq" / "progress.jsonl").open() as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        refusal = convert_checkpoint(v3_source, output, dry_run=True, **options).refusal
+    assert refusal is not None and "another npuq is converting into it right now" in refusal
+
+
+def test_a_dry_run_changes_nothing(v3_source, rig, tmp_path, tree):
+    output, options = tmp_path / "out", {"method": "minmax", "max_shard_size": 60_000}
+    assert rig(v3_source, output, options=options, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
+    with (output / "npuq" / "progress.jsonl").open("ab") as journal:
+        journal.write(b'{"jobs": torn')
+    before = tree(output)
+    assert convert_checkpoint(v3_source, output, dry_run=True, **options).jobs_resumed > 0
+    assert tree(output) == before

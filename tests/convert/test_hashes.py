@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from npuq.convert import hashes as hashes_module
 from npuq.convert import sha256
 from npuq.convert.hashes import ShardHashes, file_sha256
-from npuq.convert.journal import JobStats, Record
+from npuq.convert.journal import JobEntry, JobStats, Record
 from npuq.convert.plan import Job, Plan
 from npuq.convert.shards import ShardFiles
 from npuq.convert.written import Written
@@ -26,6 +26,7 @@ from npuq.quant.schemes import Scheme
 from .test_plan import plan_of, tensors
 
 NO_STOP = threading.Event()
+ENTRY = JobEntry(JobStats(0.0, 0.0), b"", b"")
 
 
 needs_pairs = pytest.mark.skipif(not sha256.two_at_once(), reason="this CPU hashes one stream at a time")
@@ -77,7 +78,7 @@ def test_any_order_of_jobs(tmp_path: Path, given_tensors, max_shard_size: int, s
         _fill(files, job, generator)
     filled = [n for n, shard in enumerate(plan.shards) if {job.index for job in before}.issuperset(shard.jobs)]
     hashed = {n: "before" for n in filled if generator.random() < 0.3}
-    hashes = ShardHashes(plan, files, Record({job.index: JobStats(0, 0) for job in before}, dict(hashed)))
+    hashes = ShardHashes(plan, files, Record({job.index: ENTRY for job in before}, dict(hashed)))
     digests: dict[int, str] = {}
 
     def keep(complete: list[tuple[int, str]]) -> None:
@@ -185,7 +186,7 @@ def test_two_finished_shards_are_told_at_once_or_one_by_one(tmp_path: Path) -> N
     files, generator = ShardFiles(tmp_path, plan), random.Random(0)
     for job in plan.jobs:
         _fill(files, job, generator)
-    hashes = ShardHashes(plan, files, Record({job.index: JobStats(0, 0) for job in plan.jobs}))
+    hashes = ShardHashes(plan, files, Record({job.index: ENTRY for job in plan.jobs}))
     told = hashes.advance(1, NO_STOP) + hashes.advance(0, NO_STOP)
     assert sorted(told) == sorted(_sums(files, plan).items())
     files.close()

@@ -13,8 +13,8 @@ from damage import Artifact
 
 from npuq.convert import CalibrationText, convert_checkpoint, verify
 from npuq.convert.calibration.kv_cache import FRACTIONS, search_scale
-from npuq.convert.calibration.pool import Pool
 from npuq.convert.calibration.texts import read_calibration
+from npuq.convert.pool import Pool
 from npuq.quant.checkpoint import Checkpoint
 from npuq.quant.kv_cache import load_scales, scale_name
 from npuq.quant.model_config import ModelConfig

@@ -110,9 +110,21 @@ def test_what_a_user_should_know_before_hours_are_spent(make_checkpoint, tmp_pat
     notes = convert_checkpoint(source, tmp_path / "out", recipe=recipe, dry_run=True).notes
     assert sum("speaks of no weight" in note for note in notes) == 2
     assert any("rule 1 speaks" in note for note in notes) and any("rule 2 speaks" in note for note in notes)
-    assert any("no tokenizer" in note for note in notes)
+    assert any("it has no tokenizer" in note for note in notes)
     (source / "tokenizer.model").touch()
     assert not any("tokenizer" in note for note in convert_checkpoint(source, tmp_path / "out", dry_run=True).notes)
+
+
+def test_a_machine_without_kernels_is_told(v3_source, tmp_path, monkeypatch, npuq):
+    """Once, at the start, where anything is quantized at all."""
+    said = "takes about 40 times as long"
+    monkeypatch.setattr("npuq.convert.summary.library", object)
+    assert said not in npuq("convert", v3_source, tmp_path / "with", "--method", "minmax").stderr
+    monkeypatch.setattr("npuq.convert.summary.library", lambda: None)
+    outcome = npuq("convert", v3_source, tmp_path / "without", "--method", "minmax")
+    assert outcome.status == 0 and outcome.stderr.count(said) == 1 and outcome.stderr.index(said) < 100
+    assert said in npuq("convert", v3_source, tmp_path / "dry", "--dry-run").stdout
+    assert said not in npuq("convert", v3_source, tmp_path / "float", "--recipe", "float").stderr
 
 
 def test_files_that_others_put_beside_stay(v3_source, half_done):

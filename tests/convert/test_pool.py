@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from npuq.convert.calibration.pool import Pool
 from npuq.convert.chunks import StoppedError
+from npuq.convert.pool import Pool
 
 
 def test_results_come_in_order():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from npuq.convert import shards, syncer
-from npuq.convert.journal import JobStats
+from npuq.convert.journal import JobEntry, JobStats
 from npuq.convert.plan import Job, Plan
 from npuq.convert.shards import ShardFiles
 from npuq.convert.syncer import Syncer
@@ -20,7 +20,7 @@ from npuq.quant.schemes import Scheme
 from .test_plan import plan_of
 
 HOUR = 3600.0
-STATS = JobStats(0.0, 0.0)
+ENTRY = JobEntry(JobStats(0.0, 0.0), b"", b"")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ class _Journal:
         self.jobs: list[int] = []
         self.appended = threading.Event()
 
-    def append(self, jobs: dict[int, JobStats], hashes: dict[int, str]) -> None:
+    def append(self, jobs: dict[int, JobEntry], hashes: dict[int, str]) -> None:
         self.jobs += jobs
         self.appended.set()
 
@@ -65,7 +65,7 @@ def test_write_back_begins_with_the_workers(tmp_path: Path, plan: Plan, monkeypa
     behind.start()
     for job in plan.jobs:
         _write(files, job)
-        behind.job_done(job.index, STATS)
+        behind.job_done(job.index, ENTRY)
         assert _wait(lambda: behind._fresh_bytes < syncer._WRITEBACK_BYTES)
     assert len(plan.jobs) % 2 == 0
     for job in plan.jobs:
@@ -88,7 +88,7 @@ def test_jobs_are_journaled_when_enough_is_written(tmp_path: Path, plan: Plan) -
     behind.start()
     for job in plan.jobs[:3]:
         _write(files, job)
-        behind.job_done(job.index, STATS)
+        behind.job_done(job.index, ENTRY)
     assert journal.appended.wait(10)
     assert journal.jobs == [0, 1, 2]
     behind.finish()
@@ -111,7 +111,7 @@ def test_a_slow_disk_rests_between_syncs(tmp_path: Path, plan: Plan) -> None:
     _write(files, plan.jobs[0])
 
     def another() -> bool:
-        behind.job_done(0, STATS)
+        behind.job_done(0, ENTRY)
         return len(spans) >= 3
 
     assert _wait(another)
@@ -125,7 +125,7 @@ def test_jobs_are_journaled_when_it_is_time(tmp_path: Path, plan: Plan) -> None:
     behind = Syncer(plan, files, journal, 0.05, 1 << 40)
     behind.start()
     _write(files, plan.jobs[0])
-    behind.job_done(0, STATS)
+    behind.job_done(0, ENTRY)
     assert journal.appended.wait(10)
     behind.finish()
     files.close()

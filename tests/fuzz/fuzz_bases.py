@@ -73,6 +73,7 @@ _LITE = {
     "topk_group": 1,
     "scoring_func": "softmax",
     "topk_method": "greedy",
+    "norm_topk_prob": False,
     "n_shared_experts": 2,
     "rope_scaling": None,
 }

@@ -15,9 +15,9 @@ class Fault:
     status: answer with it (and `headers`, `code` as X-Error-Code) instead of doing anything. reset_before: close the
     connection without an answer. reset_after: let so many bytes of the body (of an upload, or of the answer) pass,
     then reset. lose_response: do what was asked, then reset instead of answering. corrupt: flip a bit of the answer's
-    body at this offset. bytes_per_second: slow the answer's body. truncate: end the answer's body so many bytes early.
-    longer: send so many bytes more than there are. endless: never end the body. sent_headers: of the answer, whatever
-    they should be.
+    body at this offset. bytes_per_second: slow the body, of an upload or of the answer. truncate: end the answer's body
+    so many bytes early. longer: send so many bytes more than there are. endless: never end the body. sent_headers: of
+    the answer, whatever they should be.
     """
 
     pattern: str

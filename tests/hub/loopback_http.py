@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -160,6 +161,9 @@ class Exchange(BaseHTTPRequestHandler):
                 wanted = min(wanted, self.fault.reset_after - self.seen.received)
                 if wanted <= 0:
                     raise DroppedError
+            if self.fault.bytes_per_second is not None:
+                wanted = min(wanted, max(1, self.fault.bytes_per_second // 50))
+                time.sleep(wanted / self.fault.bytes_per_second)
             piece = self.rfile.read(wanted)
             if not piece:
                 raise ConnectionResetError

@@ -134,6 +134,13 @@ def test_the_body_of_a_refusal_is_not_read(hub: LoopbackHub, pushed: Path, backo
     assert all(seen.sent < 64 << 20 for seen in hub.log)
 
 
+@pytest.mark.parametrize("route", ["/revision/main$", "/tree/"])
+def test_compressed_json(hub: LoopbackHub, pushed: Path, backoff: Backoff, route: str) -> None:
+    hub.faults.add(Fault(route, times=ALWAYS, sent_headers={"Content-Encoding": "gzip"}))
+    with pytest.raises(HubError, match="answer is compressed, which it was asked not to be"):
+        npuq.pull(REPO, backoff=backoff)
+
+
 def test_pages_without_end(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "MOST_PAGES", 20)
     again = f'<{hub.endpoint}/api/models/{REPO}/tree/main>; rel="next"'

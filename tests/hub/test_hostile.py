@@ -304,6 +304,15 @@ def test_names_in_a_manifest(
     run_all(entries, tmp_path, victim)
 
 
+def test_the_name_of_what_is_not_whole(hub: LoopbackHub, there: dict[str, bytes], tmp_path: Path) -> None:
+    """It would be taken for the beginning of another file."""
+    manifest = json.loads(there[MANIFEST])
+    manifest["files"]["config.json.npuq-part"] = entry_of(b"x")
+    place(hub, MANIFEST, json.dumps(manifest), {"config.json.npuq-part": b"x"})
+    with pytest.raises(NpuqError, match="is a name of npuq's own"):
+        npuq.pull(REPO, tmp_path / "there")
+
+
 @pytest.mark.parametrize("key", ["sha256", "size"])
 def test_hashes_and_sizes_in_a_manifest(
     hub: LoopbackHub, there: dict[str, bytes], entries: dict[str, Entry], tmp_path: Path, victim: Path, key: str

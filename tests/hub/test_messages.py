@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 from faults import Fault
+from huggingface_hub import constants
 from loopback import LoopbackHub
-from support import REPO, alter, npuq_run, reseal, shards
+from support import REPO, alter, reseal, shards
 
 import npuq
 from npuq.errors import HubError
 from npuq.hub import RemoteCheckpoint, faults
-from npuq.hub.client import Backoff
+from npuq.hub.client import Backoff, Hub
+from npuq.hub.download import fetch_range
+from npuq.hub.huggingface import HubRepository
+from npuq.hub.names import CommitId
+from npuq.inputs.names import FileName
 
 ALWAYS = 10**6
 AGAIN = "run the same command again: it continues"
@@ -83,23 +88,21 @@ def test_nobody_there(runs: dict[str, Callable[[], object]], hub: LoopbackHub) -
 @pytest.mark.parametrize(
     ("endpoint", "said"),
     [
-        ("ftp://example.org", "cannot be asked"),
-        ("not an address", "cannot be asked|is not understood"),
+        ("ftp://example.org", "ftp://example.org cannot be asked"),
+        ("not an address", "not an address cannot be asked|is not understood"),
         ("https://127.0.0.1:{port}", "no secure connection to https://127.0.0.1:{port}"),
     ],
 )
 def test_an_endpoint_that_is_none(
     hub: LoopbackHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str, said: str
 ) -> None:
-    import re
-
     port = hub.endpoint.rpartition(":")[2]
-    monkeypatch.setenv("HF_ENDPOINT", endpoint.format(port=port))
-    for arguments in (("pull", REPO), ("push", artifact, REPO, "--no-verify")):
-        done = npuq_run(*arguments)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-        assert re.search(said.format(port=port), done.stderr), done.stderr
-        assert AGAIN not in done.stderr
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint.format(port=port))
+    for run in (lambda: npuq.pull(REPO), lambda: npuq.push(artifact, REPO)):
+        with pytest.raises(HubError, match=said.format(port=port)) as caught:
+            run()
+        assert AGAIN not in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_certificate_that_is_not_accepted() -> None:
@@ -113,10 +116,25 @@ def test_a_certificate_that_is_not_accepted() -> None:
 
 def test_a_mistake_of_ours_is_not_the_hubs(hub: LoopbackHub) -> None:
     """Only what a client may raise is turned into a line."""
-    from npuq.hub.client import Hub
 
     def wrong() -> None:
         raise AssertionError("ours")
 
     with pytest.raises(AssertionError):
         Hub(REPO).call("asking", wrong)
+
+
+def test_whoever_takes_the_bytes_may_end_it(hub: LoopbackHub) -> None:
+    """As a window that is closed while it fetches."""
+    from io import BytesIO
+
+    class EndedError(Exception):
+        pass
+
+    def end(piece: bytes) -> None:
+        raise EndedError
+
+    commit = hub.state.put(REPO, {"a.txt": b"content"}).sha
+    repository = HubRepository(Hub(REPO), CommitId(commit))
+    with pytest.raises(EndedError):
+        fetch_range(repository, FileName("a.txt"), 7, 0, 7, BytesIO(), end)

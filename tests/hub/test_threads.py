@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import Fault
 from loopback import LoopbackHub
-from support import REPO, assert_pushed, contents
+from support import REPO, alter, assert_pushed, contents, npuq_process, reseal, shards
 
 import npuq
 from npuq.errors import HubError
@@ -111,3 +113,25 @@ def test_interrupted_while_transfers_start(starts: Starts, after: int) -> None:
         list(in_order(range(100), work, 4))
     time.sleep(0.2)
     assert len(done) <= after  # what had begun
+
+
+@pytest.mark.parametrize(
+    "arguments", [("pull", REPO), ("push", "ARTIFACT", "alice/new", "--no-verify")], ids=["pull", "push"]
+)
+def test_an_interrupted_command_says_so_in_one_line(
+    hub: LoopbackHub, artifact: Path, arguments: tuple[str, ...]
+) -> None:
+    files = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    hub.state.put(REPO, files)
+    alter(shards(artifact)[0])
+    reseal(artifact)
+    slow = r"^GET .*\.safetensors" if arguments[0] == "pull" else r"^PUT /lfs/"
+    hub.faults.add(Fault(slow, bytes_per_second=50_000, times=10**6))
+    process = npuq_process(*(str(artifact) if argument == "ARTIFACT" else argument for argument in arguments))
+    deadline = time.monotonic() + 60
+    while not hub.requests(slow) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    # click ends the line that ^C stands in.
+    assert (process.returncode, out, err) == (130, "", "\nnpuq: error: interrupted\n")

@@ -15,6 +15,7 @@ from support import CARD, REPO, assert_pushed, contents, npuq_run, shards
 
 import npuq
 from npuq.hub import RemoteCheckpoint, resolve
+from npuq.inputs.files import inside
 
 
 def asked_of_xet(hub: LoopbackHub) -> list[str]:
@@ -84,7 +85,7 @@ def test_a_checkpoint_that_came_by_xet_is_streamed_and_fetched(
     assert not asked_of_xet(hub)
 
 
-def test_what_the_client_fetched_by_xet_is_used(hub: LoopbackHub, artifact: Path, example_fp8: Path) -> None:
+def test_what_the_client_fetched_by_xet_is_used(hub: LoopbackHub, artifact: Path) -> None:
     """The client keeps it in a store that the whole cache shares, a link further away."""
     upload_by_xet(hub, artifact)
     fetched = Path(HfApi().snapshot_download(REPO))
@@ -93,7 +94,7 @@ def test_what_the_client_fetched_by_xet_is_used(hub: LoopbackHub, artifact: Path
     hub.log.clear()
     assert npuq.pull(REPO) == fetched
     assert not hub.requests("^GET .*/resolve/")
-    assert npuq.verify(fetched).ok
+    assert all(inside(fetched, name) for name in contents(artifact))
     # A damaged one is replaced in this repository alone: others may use the store's.
     stored.chmod(0o644)
     stored.write_bytes(bytes(stored.stat().st_size))

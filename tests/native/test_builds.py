@@ -68,7 +68,7 @@ def _kernel_tests(library: Path, names: list[str], environment: dict[str, str], 
 
 @needs_compiler
 def test_kernel_tests_pass_under_sanitizers() -> None:
-    names = ["products", "rows", "layers", "attention", "convert", "sha256"]
+    names = ["products", "rows", "layers", "attention", "arguments", "convert", "convert_hostile", "sha256"]
     _kernel_tests(sanitized_library(), names, sanitizer_environment(), 4)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npuq.errors import GenerationError
+from npuq.progress import Silent, Task
 from npuq.runtime import layer_errors
 from npuq.runtime.evaluation import cut_windows
 from npuq.runtime.tokenizer import Tokenizer
@@ -88,10 +89,27 @@ def test_transformers_own_layers_differ_by_the_same(pair: tuple[Path, Path, Any]
     assert found[2].relative_error > 0.01
 
 
+class Seen(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.task: Task | None = None
+        self.steps: list[tuple[int, int | None, bool]] = []
+
+    def start(self, task: Task, /) -> None:
+        self.task = task
+
+    def advance(
+        self, count: int, /, *, effort: float | None = None, layer: int | None = None, layer_done: bool = False
+    ) -> None:
+        self.steps.append((count, layer, layer_done))
+
+
 def test_an_artifact(artifact: Path, example_fp8: Path, text: str) -> None:
-    steps: list[tuple[int, int]] = []
-    found = layer_errors(artifact, text, example_fp8, 64, progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    seen = Seen()
+    found = layer_errors(artifact, text, example_fp8, 64, progress=seen)
+    assert seen.task == Task("evaluate", 4, "layers", layers=4)
+    assert seen.steps == [(1, 0, True), (1, 1, True), (1, 2, True), (1, 3, True)]
     assert found[0].own_relative_error == found[0].relative_error > 0
     assert all(0 < error.own_relative_error < 0.1 and 0.99 < error.own_cosine < 1 for error in found)
     assert found[3].relative_error > found[3].own_relative_error

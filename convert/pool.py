@@ -1,4 +1,4 @@
-"""Threads for a walk: results in order, a bounded number in flight, one torch thread each."""
+"""Threads for work on item after item: results in order, a bounded number in flight, one torch thread each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from ...torch_threads import one_torch_thread
-from ..chunks import StoppedError
+from ..torch_threads import one_torch_thread
+from .chunks import StoppedError
+from .threads import held_signals, too_few_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,13 +23,40 @@ class Mapper(Protocol):
 
 
 class Pool:
-    """A pool of `workers` threads. Not to be used from its own threads: those take `inline`, which ends with it."""
+    """A pool of `workers` threads. Not to be used from its own threads: those take `inline`, which ends with it.
+
+    ConversionError where the system starts no more threads.
+    """
 
     def __init__(self, workers: int):
         self._workers = workers
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="npuq-walk", initializer=one_torch_thread)
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="npuq-pool", initializer=one_torch_thread)
         self._stop = threading.Event()
         self.inline = Inline(self._stop)
+        self._start()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        """Start all threads: later, an interruption or a limit would strike in the middle of the work."""
+        ready = threading.Barrier(self._workers + 1)
+        started = 0
+        try:
+            with held_signals():
+                while started < self._workers:
+                    self._executor.submit(_wait, ready)  # none is idle: each takes a thread of its own
+                    started += 1
+            ready.wait()
+        except BaseException as error:
+            ready.abort()
+            self.close()
+            if isinstance(error, RuntimeError):
+                raise too_few_threads(started, self._workers) from error
+            raise
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order of `items`, of which at most one more than there are threads is begun ahead."""
@@ -48,6 +76,13 @@ class Pool:
         """Wait for what is running, which stops before its next item of `inline`; what has not begun is dropped."""
         self._stop.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _wait(ready: threading.Barrier) -> None:
+    try:
+        ready.wait()
+    except threading.BrokenBarrierError:
+        return
 
 
 class Inline:

@@ -1,0 +1,37 @@
+"""Whether a model's directory has a tokenizer that npuq reads, so that a command can say so before its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import GenerationError
+
+_TIKTOKEN = ("tiktoken.model", "*.tiktoken")
+# Formats that transformers converts, where it is installed.
+_OLDER = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def tokenizer_problem(names: Iterable[str]) -> str | None:
+    """What keeps the tokenizer among a model's files, by their `names`, from being read, and what helps; None: nothing
+    that their names say."""
+    names = sorted(names)
+    if "tokenizer.json" in names:
+        return None
+    for name in names:
+        if any(fnmatchcase(name, pattern) for pattern in _TIKTOKEN):
+            return (
+                f"its tokenizer is {name}, which npuq does not read (vLLM-Ascend and SGLang do); put the same "
+                "vocabulary there as tokenizer.json, in the format of Hugging Face's tokenizers"
+            )
+    if any(name in _OLDER for name in names):
+        return None
+    return "it has no tokenizer; put the model's tokenizer.json and tokenizer_config.json there"
+
+
+def require_tokenizer(directory: Path) -> None:
+    """Raise GenerationError unless the directory's files may hold a tokenizer that can be read."""
+    problem = tokenizer_problem(path.name for path in directory.iterdir()) if directory.is_dir() else None
+    if problem is not None:
+        raise GenerationError(f"{directory}: {problem}")
