@@ -18,7 +18,7 @@ from npuq.convert.engine_parameters import MODELS, EngineModel, draft_tensors, m
 from npuq.convert.engine_placement import check_placement
 from npuq.errors import ArtifactError, CheckpointError
 from npuq.quant.artifact import read_description
-from npuq.quant.checkpoint import Checkpoint, read_json
+from npuq.quant.checkpoint import Checkpoint, read_config
 from npuq.quant.schemes import Scheme
 
 from .corruption import Corruption, Tags, Tensors, corrupt
@@ -72,7 +72,7 @@ def loads(
 
 
 def model_of(name: str, directory: Path) -> tuple[EngineModel, dict[str, Any], dict[str, Scheme]]:
-    raw, schemes = read_json(directory / "config.json"), read_description(directory)
+    raw, schemes = read_config(directory), read_description(directory)
     assert schemes is not None
     return MODELS[name][raw["model_type"]], raw, schemes
 
