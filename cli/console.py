@@ -8,15 +8,17 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 import click
 
-from ..inputs.printable import printable
+from ..inputs.printable import printable, printable_json
 from ..units import format_bytes
 
-__all__ = ["emit_json", "format_bytes", "parse_size", "say", "size", "work_is_done"]
+__all__ = ["emit_json", "format_bytes", "one_line", "parse_size", "say", "show", "size", "work_is_done"]
 
+# A message may quote a value of a file, and that may be a book.
+_MOST_CHARACTERS: Final = 2000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -38,13 +40,26 @@ def size(text: str | int) -> int:
 
 def emit_json(value: Any) -> None:
     """One JSON document on stdout; nothing else may be printed there beside it."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = printable_json(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         # What the stream cannot hold must be JSON's own escapes, not those of its error handler.
         text = json.dumps(value, indent=2, allow_nan=False)
     click.echo(text)
+
+
+def show(*lines: object) -> None:
+    """Lines on stdout. What they quote cannot command a terminal, and does not fill it."""
+    click.echo("\n".join(one_line(str(line)) for line in lines))
+
+
+def one_line(text: str) -> str:
+    """Text as one printable line; of one that is a book the beginning and the end."""
+    line = printable(text)
+    if len(line) > _MOST_CHARACTERS:
+        line = f"{line[: _MOST_CHARACTERS // 2]} … {line[-_MOST_CHARACTERS // 2 :]}"
+    return line
 
 
 @contextmanager
@@ -67,6 +82,6 @@ def work_is_done() -> Iterator[None]:
 def say(text: str) -> None:
     """One line on stderr, if that can be had."""
     try:
-        click.echo(printable(text), err=True)
+        click.echo(one_line(text), err=True)
     except (OSError, ValueError):  # its reader is gone, its disk full; it was closed
         return

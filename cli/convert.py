@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
-from .console import emit_json, format_bytes, size, work_is_done
+from .console import emit_json, format_bytes, show, size, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
 
@@ -175,35 +175,35 @@ def _print(summary: Summary, pushed: PushSummary | None, as_json: bool) -> None:
         return
     _print_summary(summary)
     if pushed is not None:
-        click.echo(f"pushed: {pushed.url}, commit {pushed.commit[:12]}")
+        show(f"pushed: {pushed.url}, commit {pushed.commit[:12]}")
 
 
 def _print_summary(summary: Summary) -> None:
     before, after = format_bytes(summary.source_bytes), format_bytes(summary.output_bytes)
     if summary.status == "finished":
-        click.echo(f"{summary.output} is finished already, with these arguments: nothing to do")
+        show(f"{summary.output} is finished already, with these arguments: nothing to do")
         return
-    click.echo(_table(summary))
+    show(*_table(summary))
     if summary.status == "converted":
         resumed = f" ({summary.jobs_resumed} of them before)" if summary.jobs_resumed else ""
-        click.echo(
+        show(
             f"{summary.jobs} weights{resumed}, {before} → {after} in {summary.seconds:.1f} s, "
             f"peak memory {format_bytes(summary.peak_rss_bytes)}: {summary.output}"
         )
         return
     for note in summary.notes:
-        click.echo(note)
-    click.echo(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
+        show(note)
+    show(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
     rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
-    click.echo(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
+    show(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
     missing = ""
     if summary.disk_bytes_missing < summary.disk_bytes_needed:
         missing = f", {format_bytes(summary.disk_bytes_missing)} of it still"
     needed, free = format_bytes(summary.disk_bytes_needed), format_bytes(summary.disk_bytes_free)
-    click.echo(f"disk: {needed} needed{missing}, {free} free")
+    show(f"disk: {needed} needed{missing}, {free} free")
 
 
-def _table(summary: Summary) -> str:
+def _table(summary: Summary) -> list[str]:
     lines = [f"{'role':<18} {'scheme':<14} {'tensors':>8} {'before':>9} {'after':>9} {'weight error':>12}"]
     for role in summary.roles:
         error = f"{role['relative_error']:.2%}" if role["relative_error"] is not None else ""
@@ -211,4 +211,4 @@ def _table(summary: Summary) -> str:
             f"{role['role']:<18} {role['scheme']:<14} {role['tensors']:>8} {format_bytes(role['source_bytes']):>9} "
             f"{format_bytes(role['output_bytes']):>9} {error:>12}"
         )
-    return "\n".join(line.rstrip() for line in lines)
+    return [line.rstrip() for line in lines]

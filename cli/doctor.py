@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import emit_json, format_bytes
+from .console import emit_json, format_bytes, show
 
 if TYPE_CHECKING:
     from ..runtime.doctor import Report
@@ -83,32 +83,32 @@ def _print(report: Report) -> None:
         "driver": report.driver,
     }
     for name, value in rows.items():
-        click.echo(f"{name:10} {value or 'not found'}")
+        show(f"{name:10} {value or 'not found'}")
     for device in report.devices:
         memory = f"{format_bytes(device.free_memory)} of {format_bytes(device.total_memory)} free"
-        click.echo(f"npu:{device.index:<6} {device.name}, {device.family or 'unknown family'}, {memory}")
+        show(f"npu:{device.index:<6} {device.name}, {device.family or 'unknown family'}, {memory}")
         if device.problem:
-            click.echo(f"{'':10} {device.problem}")
+            show(f"{'':10} {device.problem}")
     missing = [name for name, schema in report.operators.items() if schema is None]
     if report.operators:
-        click.echo(f"operators  {len(report.operators) - len(missing)} of {len(report.operators)} are there")
+        show(f"operators  {len(report.operators) - len(missing)} of {len(report.operators)} are there")
         for name in missing:
-            click.echo(f"{'':10} missing: {name}")
+            show(f"{'':10} missing: {name}")
     if report.ready:
-        click.echo("The ascend backend can run here.")
+        show("The ascend backend can run here.")
     else:
-        click.echo(f"No Ascend NPU can be used here: {report.problem}. The cpu backend can run here.")
+        show(f"No Ascend NPU can be used here: {report.problem}. The cpu backend can run here.")
     if report.model is not None:
         verdict = "would run on an NPU" if report.model.runs else "cannot run on an NPU:"
-        click.echo(f"{report.model.path} {verdict}")
+        show(f"{report.model.path} {verdict}")
         for problem in report.model.problems:
-            click.echo(f"{'':10} {problem}")
+            show(f"{'':10} {problem}")
 
 
 def _print_selftest(report: Report, results: list[Result]) -> None:
-    click.echo(f"Self-test of the {_tested(report)} backend against the reference:")
+    show(f"Self-test of the {_tested(report)} backend against the reference:")
     for result in results:
         told = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
-        click.echo(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {told}")
+        show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {told}")
     failed = sum(not result.passed for result in results)
-    click.echo(f"{len(results) - failed} of {len(results)} agree.")
+    show(f"{len(results) - failed} of {len(results)} agree.")

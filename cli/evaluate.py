@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, say
+from .console import emit_json, say, show
 from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
@@ -89,20 +89,20 @@ def command(
             values["layers"] = [asdict(error) for error in errors]
         emit_json(values)
         return
-    click.echo(f"perplexity         {result.perplexity:.3f}  ({result.tokens} tokens)")
+    show(f"perplexity         {result.perplexity:.3f}  ({result.tokens} tokens)")
     if source is not None:
-        click.echo(f"source perplexity  {result.source_perplexity:.3f}")
-        click.echo(f"KL divergence      {result.kl_divergence:.5f}")
-        click.echo(f"top-1 agreement    {100 * (result.top1_agreement or 0.0):.2f} %")
+        show(f"source perplexity  {result.source_perplexity:.3f}")
+        show(f"KL divergence      {result.kl_divergence:.5f}")
+        show(f"top-1 agreement    {100 * (result.top1_agreement or 0.0):.2f} %")
     if errors:
-        click.echo(_layer_table(errors))
+        show(*_layer_table(errors))
 
 
-def _layer_table(errors: Sequence[LayerError]) -> str:
+def _layer_table(errors: Sequence[LayerError]) -> list[str]:
     lines = ["", "layer     error   cosine   its own   cosine"]
     lines += [
         f"{error.layer:>5}  {error.relative_error:>8.3%}  {error.cosine:.5f}  {error.own_relative_error:>8.3%}  "
         f"{error.own_cosine:.5f}"
         for error in errors
     ]
-    return "\n".join(lines)
+    return lines

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import GenerationError
+from ..inputs.files import read_given_bytes
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .console import emit_json, size
+from .console import emit_json, say, size
 from .sampling import given_options, notes, sampling_options
 
 if TYPE_CHECKING:
@@ -119,10 +120,10 @@ def command(
     with runner.stream(inputs, params) as pieces:
         if not quiet:  # once it is known that there is nothing to refuse
             for note in notes(params, runner.default_params, given):
-                click.echo(note, err=True)
+                say(note)
         completions = _print(pieces, texts)
     if not quiet:
-        click.echo(_speed(completions, time.perf_counter() - started), err=True)
+        say(_speed(completions, time.perf_counter() - started))
 
 
 def _from_files(paths: tuple[Path, ...]) -> list[str]:
@@ -133,8 +134,10 @@ def _from_files(paths: tuple[Path, ...]) -> list[str]:
 
 def _from_file(path: Path) -> str:
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        content = sys.stdin.buffer.read() if str(path) == "-" else read_given_bytes(path, GenerationError)
         text = content.decode("utf-8").replace("\r\n", "\n")
+    except GenerationError as error:
+        raise click.UsageError(f"--prompt-file {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"--prompt-file {path}: cannot be read as UTF-8 text: {error}") from error
     # Editors and `echo` end a file with a line end that nobody means as part of the prompt.

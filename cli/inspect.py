@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, format_bytes
+from .console import emit_json, format_bytes, show
 
 if TYPE_CHECKING:
     from ..convert import Inspection
@@ -24,10 +24,10 @@ def command(path: str, as_json: bool) -> None:
     if as_json:
         emit_json(inspection.as_dict())
     else:
-        click.echo(_table(inspection))
+        show(*_table(inspection))
 
 
-def _table(inspection: Inspection) -> str:
+def _table(inspection: Inspection) -> list[str]:
     from ..convert.stored_evaluation import evaluated_on
 
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
@@ -48,4 +48,4 @@ def _table(inspection: Inspection) -> str:
         f"perplexity {result['perplexity']:.3f} on {evaluated_on(result)}, context {result['context']}"
         for result in inspection.evaluations
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return [line.rstrip() for line in lines]

@@ -16,11 +16,10 @@ import click
 from .. import __version__
 from ..errors import NpuqError
 from ..inputs.printable import printable
+from .console import one_line
 
 # As sysexits.h has it: EX_SOFTWARE.
 _INTERNAL: Final = 70
-# A message may quote a value of a file, and that may be a book.
-_MOST_CHARACTERS: Final = 2000
 
 # name → what the group's help says of it. Kept here, so that help does not import the commands.
 COMMANDS = {
@@ -149,8 +148,5 @@ def _set_up_streams() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    line = printable(" ".join(message.split()))
-    if len(line) > _MOST_CHARACTERS:
-        line = f"{line[: _MOST_CHARACTERS // 2]} … {line[-_MOST_CHARACTERS // 2 :]}"
-    click.echo(f"npuq: error: {line}", err=True)
+    click.echo(f"npuq: error: {one_line(' '.join(message.split()))}", err=True)
     return code

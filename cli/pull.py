@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, format_bytes, work_is_done
+from .console import emit_json, format_bytes, show, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
@@ -57,4 +57,4 @@ def command(
         if as_json:
             emit_json({"repo": repo, "path": str(path), "fetched_bytes": display.total_bytes})
         else:
-            click.echo(path)
+            show(path)

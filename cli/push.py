@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from ..errors import ArtifactError
-from .console import emit_json, format_bytes, work_is_done
+from .console import emit_json, format_bytes, show, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
@@ -97,9 +97,9 @@ def _print(summary: PushSummary, as_json: bool) -> None:
     commit = f", commit {summary.commit[:12]}" if summary.commit else ""
     if summary.sent_files:
         sent = f"{summary.sent_files} of {summary.files} files, {format_bytes(summary.sent_bytes)}"
-        click.echo(f"{summary.pull_request or summary.url}: {sent}{commit}")
+        show(f"{summary.pull_request or summary.url}: {sent}{commit}")
     else:
-        click.echo(f"{summary.url}: has all of it already{commit}")
+        show(f"{summary.url}: has all of it already{commit}")
 
 
 def verified(artifact: Path) -> None:

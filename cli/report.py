@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json
+from .console import emit_json, show
 from .progress import TerminalProgress, progress_options
 
 
@@ -42,4 +42,4 @@ def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: b
         return
     write_report(facts, output)
     if not quiet:
-        click.echo(output)
+        show(output)

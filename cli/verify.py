@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import NpuqError
-from .console import emit_json
+from .console import emit_json, show
 from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
@@ -70,17 +70,17 @@ def command(
 
 def _print(report: VerifyReport) -> None:
     for problem in report.problems:
-        click.echo(f"problem: {problem}")
+        show(f"problem: {problem}")
     for note in report.notes:
-        click.echo(f"note: {note}")
+        show(f"note: {note}")
     if report.roles:
-        click.echo(_error_table(report.roles))
+        show(*_error_table(report.roles))
     counts = f"{report.files} files, {report.tensors} tensors, {report.linears} quantized linears"
     verdict = "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
-    click.echo(f"{report.path}: {verdict} ({counts})")
+    show(f"{report.path}: {verdict} ({counts})")
 
 
-def _error_table(roles: Sequence[RoleError]) -> str:
+def _error_table(roles: Sequence[RoleError]) -> list[str]:
     """A line a role: its weight error against the source, and the largest of one linear; `--json` has every linear."""
     header = f"{'role':<18} {'scheme':<13} {'linears':>8} {'weight error':>12} {'largest':>8}"
     lines = [
@@ -88,4 +88,4 @@ def _error_table(roles: Sequence[RoleError]) -> str:
         f"{role.largest_error:>8.2%}  {role.largest_error_tensor}"
         for role in roles
     ]
-    return "\n".join([header, *lines])
+    return [header, *lines]

@@ -21,6 +21,11 @@ def printable(text: str, keep: str = "") -> str:
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
+def printable_json(text: str) -> str:
+    """A JSON text with such characters as JSON's own escapes: the same value. Line ends stay."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
 def name_as_text(path: Path) -> str:
     """The last part of a path, as text that any file can hold: bytes that are no UTF-8 as `\\xNN`."""
     return printable(os.fsencode(path.name).decode("utf-8", "backslashreplace"))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
+import npuq.cli
 from npuq import __version__
 from npuq.cli.console import format_bytes, parse_size
 from npuq.cli.main import COMMANDS, LazyGroup, group, main
@@ -24,7 +27,7 @@ finally:
 """
 
 
-def npuq(*arguments: str) -> subprocess.CompletedProcess[str]:
+def npuq_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "npuq", *arguments], capture_output=True, text=True, timeout=120)
 
 
@@ -52,7 +55,7 @@ def test_every_command_is_found_and_has_help() -> None:
 
 
 def test_version() -> None:
-    assert __version__ in npuq("--version").stdout
+    assert __version__ in npuq_command("--version").stdout
 
 
 def test_wrong_usage_exits_with_2() -> None:
@@ -62,14 +65,14 @@ def test_wrong_usage_exits_with_2() -> None:
         ["convert", "a", "b", "--max-memory", "lots"],
         ["verify", "a", "--nope"],
     ):
-        done = npuq(*arguments)
+        done = npuq_command(*arguments)
         assert done.returncode == 2, arguments
         assert "Error: " in done.stderr
         assert "Traceback" not in done.stderr
 
 
 def test_bad_input_is_one_line_and_exits_with_1(tmp_path: Path) -> None:
-    done = npuq("convert", str(tmp_path / "nothing"), str(tmp_path / "out"))
+    done = npuq_command("convert", str(tmp_path / "nothing"), str(tmp_path / "out"))
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("npuq: error: ")
@@ -104,14 +107,14 @@ def test_formatting_bytes() -> None:
 
 
 def test_json_is_the_only_thing_on_stdout(example_fp8: Path) -> None:
-    done = npuq("inspect", str(example_fp8), "--json")
+    done = npuq_command("inspect", str(example_fp8), "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["verify"], ["generate", "--prompt", "a"]])
 def test_what_the_system_refuses_is_one_line(command: list[str]) -> None:
-    done = npuq(command[0], "x" * 300, *command[1:])
+    done = npuq_command(command[0], "x" * 300, *command[1:])
     assert done.returncode == 1
     assert done.stderr.startswith("npuq: error: xxx") and done.stderr.count("\n") == 1
 
@@ -178,3 +181,28 @@ def test_characters_that_the_encoding_lacks_are_escapes(encoding: str, tmp_path:
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr and done.stderr.count(b"\n") == 1
     assert b"\\udcff\\U0001f600: no such directory" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(Path(npuq.cli.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_what_commands_print_goes_through_the_console(path: Path) -> None:
+    """`show`, `say` and `emit_json` alone write: they know what a terminal must not be told."""
+    allowed = {
+        "console": 3,
+        "main": 4,  # the version, errors and usage, each printable
+        "generate": 3,  # completions, which are made printable for a terminal there
+        "progress": 1,  # JSON lines, in ASCII
+    }
+    found = re.findall(r"click\.s?echo\(|\bprint\(|(?:stdout|stderr)\.write\(", path.read_text())
+    assert len(found) == allowed.get(path.stem, 0)
+
+
+def test_names_from_a_checkpoint_do_not_command_the_terminal(example_fp8: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a\x1b[31m\u202eb"
+    shutil.copytree(example_fp8, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["\x1b]0;x\x07\x9b2J\u202e"]}))
+    for arguments in (["convert", source, tmp_path / "out"], ["inspect", tmp_path / "out"], ["verify", source]):
+        for option in ([], ["--json"]):
+            done = npuq_command(*map(str, arguments), *option)
+            assert not set("\x1b\x07\x9b\u202e") & set(done.stdout + done.stderr), (arguments, option)
+    assert "a\\x1b[31m\\u202eb" in npuq_command("inspect", str(tmp_path / "out")).stdout

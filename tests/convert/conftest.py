@@ -228,7 +228,7 @@ class Outcome:
 
 @pytest.fixture
 def npuq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
-    """Run the command line in this process; a traceback fails the test, as it is no SystemExit."""
+    """Run the command line in this process; an error that is not npuq's own fails the test."""
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["npuq", *map(str, arguments)])
@@ -239,6 +239,7 @@ def npuq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capsys.readouterr()
+        assert status != 70, captured.err
         return Outcome(status, captured.out, captured.err)
 
     yield run

@@ -13,7 +13,7 @@ from npuq.inputs.forms import Each, Items, Keys, check_form, is_count, is_number
 from npuq.inputs.json_text import parse_json, parse_object
 from npuq.inputs.names import FileName, Sha256
 from npuq.inputs.patterns import Budget, Globs, Pattern
-from npuq.inputs.printable import printable
+from npuq.inputs.printable import printable, printable_json
 from npuq.inputs.yaml_text import parse_yaml
 
 _JSON = st.recursive(
@@ -181,6 +181,13 @@ def test_hashes(value: Any) -> None:
     assert Sha256("0123456789abcdef" * 4) == "0123456789abcdef" * 4
     with pytest.raises(RecipeError, match="64 lower-case"):
         Sha256.parse(value, "manifest", RecipeError)
+
+
+@given(_JSON)
+def test_printable_json_is_the_same_value(value: Any) -> None:
+    text = printable_json(json.dumps(value, indent=2, ensure_ascii=False))
+    assert json.loads(text) == value
+    assert printable(text, keep="\n") == text
 
 
 def test_printable() -> None:
