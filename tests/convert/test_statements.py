@@ -16,6 +16,7 @@ from torch import Tensor
 
 from npuq.convert import convert_checkpoint, verify
 from npuq.convert.engine_placement import ENGINES, check_placement
+from npuq.convert.prepare import prepare
 from npuq.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
@@ -219,9 +220,10 @@ def test_contradictions(name, make_checkpoint, tmp_path):
         assert not [line for line in check_placement(tmp_path / "out", engine, 1, True) if "rope" not in line]
 
 
-def test_a_plain_checkpoint_contradicts_nothing(make_checkpoint, tmp_path):
-    source = make_checkpoint(config={"eos_token_id": 1})
-    assert convert_checkpoint(source, tmp_path / "out", dry_run=True).notes == ("output directory: new",)
+def test_a_plain_checkpoint_contradicts_nothing(make_checkpoint):
+    prepared = prepare(make_checkpoint(config={"eos_token_id": 1}), None, None, 10**9)
+    with prepared.checkpoint:
+        assert prepared.statements == ()
 
 
 def test_fp8_without_a_quantization_config(make_checkpoint, tmp_path):
