@@ -257,7 +257,8 @@ def _problem(arguments: list[str], code: int, out: str, err: str) -> str | None:
     from npuq.inputs.printable import printable
 
     lines = err.splitlines()
-    if code not in (0, 1):
+    # What the user named is wrong usage where it is no file.
+    if code not in (0, 1) and not (code == 2 and "Error: Invalid value for '--text'" in err):
         return f"exit code {code}"
     if "out of memory" in err:
         return "out of memory"
