@@ -35,13 +35,13 @@ def check_storable(artifact: Path) -> None:
     """ArtifactError unless a result can be stored here: a finished artifact whose stored results and card can be read,
     and not a snapshot in a hub's cache. To be asked before the hours that an evaluation takes.
     """
-    stored_evaluations(read_manifest(artifact))
-    _card(artifact)
     if (artifact / MANIFEST_NAME).is_symlink():
         raise ArtifactError(
             f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
             "evaluate that one and push it"
         )
+    stored_evaluations(read_manifest(artifact))
+    _card(artifact)
 
 
 def store_evaluation(

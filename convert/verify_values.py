@@ -178,7 +178,7 @@ def _static_problems(layout: Layout, names: Mapping[str, str]) -> Iterator[str]:
     # Written so that NaN counts as wrong.
     if not ((deq_scale - expected).abs() <= _DEQ_TOLERANCE * expected).all():
         yield f"tensor {names[DEQ_SCALE]!r} is not input_scale · weight_scale: outputs would be scaled wrongly"
-    if not torch.equal(read(names[QUANT_BIAS]), quant_bias(layout.checkpoint.view(names[WEIGHT]), inputs.offset)):
+    if not torch.equal(read(names[QUANT_BIAS]), quant_bias(read(names[WEIGHT]), inputs.offset)):
         yield f"tensor {names[QUANT_BIAS]!r} disagrees with the stored codes and input_offset: outputs would be shifted"
 
 

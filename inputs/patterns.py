@@ -59,6 +59,8 @@ class Pattern:
         try:
             return self._compiled.match(text, timeout=self._budget.seconds_left) is not None
         except TimeoutError as cause:
+            # The library counts the time of all threads, which is more than this one's.
+            self._budget.seconds_left = 0.0
             raise self._too_slow() from cause
         finally:
             self._budget.seconds_left -= time.thread_time() - started

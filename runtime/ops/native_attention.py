@@ -12,11 +12,14 @@ from ...quant.kv_cache import cached_latent
 from ...quant.pointers import address, output, rows_address
 from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
 from .native_products import NativeProducts, contiguous_rows
+from .native_step import NativeStep, decode_arguments, lengths, native_step
 from .native_weights import NativeCache, NativeMla, native_cache, native_heads, native_mla
 
 
 class NativeAttention(NativeProducts):
     """Latent attention on NZ pages, and attention over decompressed keys."""
+
+    _last_step: NativeStep | None = None
 
     def new_kv_cache(
         self,
@@ -100,8 +103,8 @@ class NativeAttention(NativeProducts):
         heads = native_heads(self.dtype, *tensors)
         tokens, count = q_nope.shape[:2]
         sequences = len(q_lens)
-        q_ends = _lengths("attention", "q_lens", q_lens, sequences, tokens)
-        kv_ends = _lengths("attention", "kv_lens", kv_lens, sequences, k_nope.shape[0])
+        q_ends = lengths("attention", "q_lens", q_lens, sequences, tokens)
+        kv_ends = lengths("attention", "kv_lens", kv_lens, sequences, k_nope.shape[0])
         out, to = output(self.dtype, tokens, count, value.shape[2])
         lse, lse_to = output(torch.float32, tokens, count, 1)
         self.pool.call("attention", ctypes.byref(heads), q_ends, kv_ends, sequences, scale, causal, to, lse_to)
@@ -119,7 +122,7 @@ class NativeAttention(NativeProducts):
             address(q_latent, "attention_paged", "q_latent", self.dtype, tokens, heads, pages.latent_dim),
             address(q_rope, "attention_paged", "q_rope", self.dtype, tokens, heads, pages.rope_dim),
             heads,
-            *_decode_arguments("attention_paged", decode, table, tokens),
+            *decode_arguments("attention_paged", decode, table, tokens),
             scale,
             to,
         )
@@ -133,70 +136,47 @@ class NativeAttention(NativeProducts):
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized):
             return super().mla_prolog(hidden, mla, cache, step)
-        hidden, cos, sin, slots = (each.contiguous() for each in (hidden, step.cos, step.sin, step.slots))
-        config, tokens = mla.config, hidden.shape[0]
-        q_latent, latent_to = output(self.dtype, tokens, config.num_heads, config.kv_lora_rank)
-        q_rope, rope_to = output(self.dtype, tokens, config.num_heads, config.qk_rope_head_dim)
-        arguments = self._layer_arguments("mla_prolog", hidden, mla, cache, cos, sin, slots)
+        hidden, shared, config = hidden.contiguous(), self._shared("mla_prolog", step), mla.config
+        q_latent, latent_to = output(self.dtype, shared.tokens, config.num_heads, config.kv_lora_rank)
+        q_rope, rope_to = output(self.dtype, shared.tokens, config.num_heads, config.qk_rope_head_dim)
+        arguments = self._layer_arguments("mla_prolog", hidden, mla, cache, shared)
         self.pool.call("mla_prolog", *arguments, latent_to, rope_to)
         return q_latent, q_rope
 
     def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
-        decode = step.decode
-        if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or decode is None:
+        if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or step.decode is None:
             return super().mla_decode(hidden, mla, cache, step, scale)
-        hidden, cos, sin, slots = (each.contiguous() for each in (hidden, step.cos, step.sin, step.slots))
-        table, tokens = decode.block_table.contiguous(), hidden.shape[0]
-        out, to = output(self.dtype, tokens, mla.o.weights.outputs)
-        self.pool.call(
-            "mla_decode",
-            *self._layer_arguments("mla_decode", hidden, mla, cache, cos, sin, slots),
-            *_decode_arguments("mla_decode", decode, table, tokens),
-            scale,
-            to,
-        )
+        hidden, shared = hidden.contiguous(), self._shared("mla_decode", step)
+        out, to = output(self.dtype, shared.tokens, mla.o.weights.outputs)
+        arguments = self._layer_arguments("mla_decode", hidden, mla, cache, shared)
+        self.pool.call("mla_decode", *arguments, *shared.decode, scale, to)
         return out
 
     def _layer_arguments(
-        self, operator: str, hidden: Tensor, mla: NativeMla, cache: LayerCache, cos: Tensor, sin: Tensor, slots: Tensor
+        self, operator: str, hidden: Tensor, mla: NativeMla, cache: LayerCache, shared: NativeStep
     ) -> tuple[object, ...]:
-        """What both of the calls above begin with, of tensors that the caller keeps."""
-        pages, tokens = self._pages(cache), hidden.shape[0]
+        """What both of the calls above begin with, of rows that the caller keeps."""
+        pages = self._pages(cache)
+        if pages.rope_dim != shared.rope_dim:
+            raise ValueError(f"{operator}: cos has {shared.rope_dim} channels, the cache {pages.rope_dim}")
         return (
             ctypes.byref(mla.block),
             ctypes.byref(pages.struct),
-            address(hidden, operator, "x", self.dtype, tokens, mla.qkv_a[0].weights.cols),
+            address(hidden, operator, "x", self.dtype, shared.tokens, mla.qkv_a[0].weights.cols),
             self._code,
-            tokens,
-            address(cos, operator, "cos", self.dtype, tokens, pages.rope_dim),
-            address(sin, operator, "sin", self.dtype, tokens, pages.rope_dim),
-            address(slots, operator, "slots", torch.int64, tokens),
+            shared.tokens,
+            *shared.rows,
         )
+
+    def _shared(self, operator: str, step: Step) -> NativeStep:
+        """The step's own arguments: layer after layer asks for those of one step."""
+        shared = self._last_step
+        if shared is None or shared.step is not step:
+            shared = self._last_step = native_step(operator, step, self.dtype)
+        return shared
 
     def _pages(self, cache: LayerCache) -> NativeCache:
         pages = native_cache(cache)
         if pages.rope.dtype is not self.dtype:
             raise ValueError(f"kv cache: rope is {pages.rope.dtype}; these operators compute in {self.dtype}")
         return pages
-
-
-def _decode_arguments(operator: str, decode: Decode, table: Tensor, tokens: int) -> tuple[object, ...]:
-    """How the queries and keys of a step's sequences lie, `table` being the contiguous block table."""
-    sequences, width = len(decode.q_lens), table.shape[1]
-    return (
-        _lengths(operator, "q_lens", decode.q_lens, sequences, tokens),
-        _lengths(operator, "kv_lens", decode.kv_lens, sequences),
-        sequences,
-        address(table, operator, "block_table", torch.int32, sequences, width),
-        width,
-    )
-
-
-def _lengths(
-    operator: str, name: str, lengths: Sequence[int], sequences: int, total: int | None = None
-) -> ctypes.Array[ctypes.c_int64]:
-    """A length for every sequence; cumulative ones end at `total`."""
-    if len(lengths) != sequences or (total is not None and (lengths[-1] if lengths else 0) != total):
-        rows = "" if total is None else f" and {total} rows"
-        raise ValueError(f"{operator}: {name} {list(lengths)[:8]} do not fit {sequences} sequences{rows}")
-    return (ctypes.c_int64 * sequences)(*lengths)

@@ -183,10 +183,10 @@ def test_nothing_is_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(5):
             progress.start(Task("work", 100))
     for _ in range(200):
-        if threading.active_count() == before:
+        if threading.active_count() <= before:  # fewer where a thread of another test has ended meanwhile
             break
         threading.Event().wait(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_without_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

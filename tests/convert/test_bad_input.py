@@ -87,7 +87,7 @@ def test_shard_outside_the_directory(kind, refused, make_checkpoint, tmp_path):
     edit_json(source / INDEX, weight_map={k: name if v == SHARD else v for k, v in weight_map.items()})
     line = refused(source)
     said = "outside the directory" if kind == "link" else "is not a file name that may be used"
-    assert said in line and name in line
+    assert said in line and name[:40] in line  # a long name is told by its beginning
 
 
 def test_side_file_linked_from_outside(refused, make_checkpoint, tmp_path):

@@ -296,9 +296,10 @@ def test_weights_that_calibration_went_through_are_not_exchanged(tensor, walk, t
     path = change(source, tensor)
     before = tree(output)
     with pytest.raises(
-        ConversionError, match=f"{path}: holds other weights than when it was calibrated.*{tensor}.*put"
-    ):
+        ConversionError, match=r"holds other weights than when it was calibrated.*put it back"
+    ) as caught:
         run()
+    assert str(path) in str(caught.value) and tensor in str(caught.value)
     assert tree(output) == before
     change(source, tensor)  # flips it back
     assert run().jobs_resumed > 10

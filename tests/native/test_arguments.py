@@ -293,7 +293,10 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
         r"attention_paged: block_table",
     ),
     "decode, hidden": (lambda ops: _mla_decode(ops, _x(T, H + 1)), r"mla_decode: x"),
-    "decode, rope": (lambda ops: _mla_decode(ops, cos=_x(T, ROPE // 2)), r"mla_decode: cos"),
+    "decode, rope": (
+        lambda ops: _mla_decode(ops, cos=_x(T, ROPE // 2)),
+        r"mla_decode: (cos has 8 channels, the cache 16|sin)",
+    ),
     "decode, rows of rope": (lambda ops: _mla_decode(ops, sin=_x(T - 1, ROPE)), r"mla_decode: sin"),
     "decode, slot": (lambda ops: _mla_decode(ops, slots=torch.tensor([16, 36, 64])), r"mla_decode: .* an index"),
     "decode, other cache": (
