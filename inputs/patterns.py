@@ -17,7 +17,7 @@ _MOST_CHARACTERS: Final = 1 << 16
 # The compiler writes a counted repetition out, and repetitions multiply: `((a{1000}){1000}){1000}` fills all memory.
 _MOST_COMPILED: Final = 1 << 20
 _COUNT: Final = re.compile(r"\{([0-9, ]*)\}")
-_SECONDS: Final = 10.0
+_SECONDS: Final = 5.0
 
 
 class Budget:
@@ -34,7 +34,7 @@ class Pattern:
     """A regular expression in Python's syntax, matched at the beginning of a text as `re.match` does.
 
     A backtracking engine can take years over a short pattern. All matches of one Pattern, or of all that share a
-    Budget, get ten seconds together; the 45,000 linears of DeepSeek-V3 take a tenth of a second a pattern.
+    Budget, get five seconds together; the 45,000 linears of DeepSeek-V3 take a tenth of a second a pattern.
     """
 
     def __init__(self, expression: str, where: str, error: type[NpuqError], budget: Budget | None = None):

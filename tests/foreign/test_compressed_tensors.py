@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,30 @@ def test_what_engines_need_in_float_is_refused(float_model, float_tensors, tmp_p
     )
     with pytest.raises(RecipeError, match=f"the source has W8A8_DYNAMIC for '{name}.weight': the role kv_b must stay"):
         npuq.convert_checkpoint(directory, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["targets", "ignore"])
+def test_a_pattern_that_never_ends_is_refused(where, float_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("npuq.inputs.patterns._SECONDS", 0.2)
+
+    def edit(content: dict[str, Any]) -> None:
+        (group(content) if where == "targets" else content)[where] = ["re:(.|..)*[^a-z0-9._]$"]
+
+    directory = foreign.write_compressed(float_model, tmp_path / "in", edit_config=edit)
+    for read in (npuq.inspect, lambda path: npuq.convert_checkpoint(path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"config\.json: .*takes too long to match"):
+            read(directory)
+
+
+def test_many_exact_names_take_no_time(float_model, float_tensors, tmp_path):
+    """llm-compressor lists what it leaves out by name, and a hostile file may list more than there are modules."""
+    names = [f"model.layers.{number}.x" for number in range(200_000)]
+    directory = foreign.write_compressed(
+        float_model, tmp_path / "in", edit_config=lambda content: content["ignore"].extend(names)
+    )
+    started = time.process_time()
+    assert npuq.inspect(directory).kind == "quantized checkpoint"
+    assert time.process_time() - started < 10
 
 
 def group(content: dict[str, Any]) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _outcome(arguments: list[str]) -> dict[str, Any]:
     started = time.process_time()
     code, out, err = _run(arguments)
     busy = time.process_time() - started
-    problem = _problem(arguments[0], code, out, err)
+    problem = _problem(arguments, code, out, err)
     if problem is None and busy > BUSY_SECONDS:
         problem = f"{busy:.0f} s of work"
     told = " ".join(arguments)
@@ -252,12 +252,13 @@ def _run(arguments: list[str]) -> tuple[int, str, str]:
     return code, texts[0], texts[1]
 
 
-def _problem(command: str, code: int, out: str, err: str) -> str | None:
+def _problem(arguments: list[str], code: int, out: str, err: str) -> str | None:
     """What is wrong with how a command ended."""
     from npuq.inputs.printable import printable
 
     lines = err.splitlines()
-    if code not in (0, 1):
+    # What the user named is wrong usage where it is no file.
+    if code not in (0, 1) and not (code == 2 and "Error: Invalid value for '--text'" in err):
         return f"exit code {code}"
     if "out of memory" in err:
         return "out of memory"
@@ -265,13 +266,14 @@ def _problem(command: str, code: int, out: str, err: str) -> str | None:
         return "traceback"
     if printable(out, keep="\n") != out or printable(err, keep="\n") != err:
         return f"prints what a terminal obeys: {(out + err)[:500]!r}"
-    if max(map(len, [*lines, *out.splitlines(), ""])) > MOST_LINE and "--json" not in out[:1]:
-        return f"a line of {max(map(len, [*lines, *out.splitlines()]))} characters"
+    longest = max(map(len, [*lines, *([] if "--json" in arguments else out.splitlines())]), default=0)
+    if longest > MOST_LINE:
+        return f"a line of {longest} characters"
     errors = [line for line in lines if line.startswith("npuq: error: ")]
     if code == 0 and errors:
         return "an error, and exit code 0"
     # verify and doctor say on stdout what is wrong.
-    told = lines[-1:] == errors or (command in ("verify", "doctor") and bool(out))
+    told = lines[-1:] == errors or (arguments[0] in ("verify", "doctor") and bool(out))
     if code == 1 and not told:
         return "exit code 1 without one last line that says why"
     return None

@@ -38,7 +38,8 @@ SAFETENSORS, JSON, LINES, YAML, JINJA, TEXT = "safetensors", "json", "jsonl", "y
 
 def damage(directory: Path, rng: random.Random) -> str:
     """Damage one file of a directory."""
-    path = rng.choice([path for path in sorted(directory.rglob("*")) if path.is_file()])
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.stat().st_size < 1 << 30]
+    path = rng.choice(files)
     name = path.relative_to(directory)
     draw = rng.random()
     if draw < 0.1:
