@@ -6,17 +6,33 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import click
 
 from ..inputs.printable import printable, printable_json
 from ..units import format_bytes
 
-__all__ = ["emit_json", "format_bytes", "one_line", "parse_size", "say", "show", "size", "work_is_done"]
+__all__ = [
+    "JSON_SCHEMA",
+    "Settings",
+    "emit_error",
+    "emit_json",
+    "format_bytes",
+    "json_option",
+    "one_line",
+    "parse_size",
+    "say",
+    "show",
+    "size",
+    "work_is_done",
+]
 
+# The number of what --json prints: raised when a key changes its meaning or goes. docs/json.md lists them.
+JSON_SCHEMA: Final = 1
 # A message may quote a value of a file, and that may be a book.
 _MOST_CHARACTERS: Final = 2000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -38,8 +54,50 @@ def size(text: str | int) -> int:
         raise click.BadParameter(str(error)) from None
 
 
-def emit_json(value: Any) -> None:
-    """One JSON document on stdout; nothing else may be printed there beside it."""
+@dataclass
+class Settings:
+    """What the options that all commands share say, for whoever ends the command."""
+
+    traceback: bool = False
+    json: bool = False
+    emitted: bool = False  # a JSON document is on stdout
+
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def json_option(help_text: str) -> Callable[[_Command], _Command]:
+    """The option --json of a command, whose parameter is `as_json`. With it an error is a JSON document too."""
+
+    def note(context: click.Context, _: click.Parameter, asked: bool) -> bool:
+        settings = context.find_object(Settings)
+        if settings is not None:
+            settings.json = asked
+        return asked
+
+    # Eager: read before the options that may be wrong.
+    return click.option("--json", "as_json", is_flag=True, is_eager=True, callback=note, help=help_text)
+
+
+def emit_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """One JSON document on stdout, an object or a list of objects, each with the number of its schema.
+
+    Nothing else may be printed there beside it.
+    """
+    schema = {"schema": JSON_SCHEMA}
+    _emit(schema | dict(value) if isinstance(value, Mapping) else [schema | dict(each) for each in value])
+    context = click.get_current_context(silent=True)
+    settings = None if context is None else context.find_object(Settings)
+    if settings is not None:
+        settings.emitted = True
+
+
+def emit_error(kind: str, message: str, exit_code: int) -> None:
+    """What ended a command, as the JSON document that it was asked for."""
+    _emit({"schema": JSON_SCHEMA, "error": {"type": kind, "message": message, "exit_code": exit_code}})
+
+
+def _emit(value: Any) -> None:
     text = printable_json(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")

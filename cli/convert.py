@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
-from .console import emit_json, format_bytes, show, size, work_is_done
+from .console import emit_json, format_bytes, json_option, show, size, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
 
@@ -78,7 +78,7 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 )
 @click.option("--force", is_flag=True, help="Start although the disk has too little room.")
 @progress_options
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option("Print the summary as JSON.")
 def command(
     source: str,
     output: str,
@@ -193,6 +193,7 @@ def _print_summary(summary: Summary) -> None:
         return
     for note in summary.notes:
         show(note)
+    show(f"output directory: {summary.output_state}")
     show(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
     rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
     show(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import emit_json, format_bytes, show
+from .console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
     from ..runtime.doctor import Report
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--selftest", is_flag=True, help="Compare every operator with the reference: the NPU's, else the CPU's.")
 @click.option("--device", default="npu:0", show_default=True, help="The NPU to test.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option("Print one JSON document.")
 def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> None:
     """Show versions, CANN, driver, devices and operators, and whether MODEL can run on an NPU.
 

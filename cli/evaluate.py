@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, say, show
+from .console import emit_json, json_option, say, show
 from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--save", is_flag=True, help="Store the result in MODEL's manifest and model card.")
 @progress_options
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("Print the result as JSON.")
 def command(
     model: Path,
     text: Path,

@@ -13,7 +13,7 @@ from ..errors import GenerationError
 from ..inputs.files import read_given_bytes
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .console import emit_json, say, size
+from .console import emit_json, json_option, say, size
 from .sampling import given_options, notes, sampling_options
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 )
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list, an object a prompt, when all are done.")
+@json_option("A JSON list, an object a prompt, when all are done.")
 def command(
     model: Path,
     prompts: tuple[str, ...],

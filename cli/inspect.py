@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, format_bytes, show
+from .console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
     from ..convert import Inspection
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@json_option("Print it as JSON.")
 def command(path: str, as_json: bool) -> None:
     """Show the tensors of a checkpoint or artifact (a directory, or user/repo) by role: schemes, bits, bytes, error."""
     from ..convert import inspect
@@ -31,8 +31,9 @@ def _table(inspection: Inspection) -> list[str]:
     from ..convert.stored_evaluation import evaluated_on
 
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
+    kind = inspection.kind.replace("_", " ")
     lines = [
-        f"{inspection.kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}",
+        f"{kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}",
         f"{'role':<18} {'scheme':<13} {'tensors':>8} {'bits':>6} {'before':>9} {'bytes':>9} {'weight error':>12}",
     ]
     for line in inspection.lines:
@@ -40,9 +41,9 @@ def _table(inspection: Inspection) -> list[str]:
         error = "" if line.relative_error is None else f"{line.relative_error:.2%}"
         lines.append(
             f"{line.role:<18} {line.scheme:<13} {line.tensors:>8} {line.bits:>6.2f} {before:>9} "
-            f"{format_bytes(line.nbytes):>9} {error:>12}"
+            f"{format_bytes(line.output_bytes):>9} {error:>12}"
         )
-    total = format_bytes(sum(line.nbytes for line in inspection.lines))
+    total = format_bytes(sum(line.output_bytes for line in inspection.lines))
     lines.append(f"{total} in all")
     lines += [
         f"perplexity {result['perplexity']:.3f} on {evaluated_on(result)}, context {result['context']}"

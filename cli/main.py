@@ -7,7 +7,6 @@ import io
 import os
 import sys
 import traceback
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Final
 
@@ -16,7 +15,7 @@ import click
 from .. import __version__
 from ..errors import NpuqError
 from ..inputs.printable import printable
-from .console import one_line
+from .console import Settings, emit_error, one_line
 
 # As sysexits.h has it: EX_SOFTWARE.
 _INTERNAL: Final = 70
@@ -61,13 +60,6 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
-@dataclass
-class Settings:
-    """What the group's own options say, for whoever calls it."""
-
-    traceback: bool = False
-
-
 def _want_traceback(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     ctx.ensure_object(Settings).traceback = asked
 
@@ -101,38 +93,52 @@ def main() -> None:
     except BaseException as error:
         if settings.traceback:
             click.echo(printable("".join(traceback.format_exception(error)), keep="\n"), err=True, nl=False)
-        code = _told(error)
+        code = _end(error, settings)
     else:
         return
     sys.exit(code)
 
 
-def _told(error: BaseException) -> int:
-    """Say in a line what ended the command; the exit code. Nothing becomes a traceback, whatever it is."""
-    if isinstance(error, click.ClickException):
-        said = io.StringIO()
-        error.show(said)
-        click.echo(printable(said.getvalue(), keep="\n"), err=True, nl=False)
-        return error.exit_code
-    if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return _fail("interrupted", 130)
-    if isinstance(error, NpuqError):
-        return _fail(str(error), error.exit_code)
+def _end(error: BaseException, settings: Settings) -> int:
+    """Say in a line what ended the command, under --json as a document too; the exit code.
+
+    Nothing becomes a traceback, whatever it is.
+    """
     if isinstance(error, BrokenPipeError):
         # The reader of our output went away (`npuq inspect … | head`); a flush at exit would complain again.
         sys.stderr.close()
         return 1
+    message, code = _told(error)
+    line = one_line(" ".join(message.split()))
+    if isinstance(error, click.ClickException):  # wrong usage, with a line on how to use it
+        said = io.StringIO()
+        error.show(said)
+        click.echo(printable(said.getvalue(), keep="\n"), err=True, nl=False)
+    else:
+        click.echo(f"npuq: error: {line}", err=True)
+    # Of a command line that cannot be parsed no option has been read.
+    if (settings.json or (isinstance(error, click.UsageError) and "--json" in sys.argv)) and not settings.emitted:
+        emit_error(type(error).__name__, line, code)
+    return code
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What ended the command, in words, and the exit code."""
+    if isinstance(error, click.ClickException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return "interrupted", 130
+    if isinstance(error, NpuqError):
+        return str(error), error.exit_code
     if isinstance(error, OSError):
         # What the system refuses (a name that is too long, a directory that may not be read) names its file.
         where = "" if error.filename is None else f"{error.filename}: "
-        return _fail(f"{where}{error.strerror or error}", 1)
+        return f"{where}{error.strerror or error}", 1
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's
-        return _fail("out of memory; lower --max-memory or --workers", 1)
+        return "out of memory; lower --max-memory or --workers", 1
     # BaseException too: a panic within a library written in Rust is one.
-    return _fail(
-        f"internal error: {type(error).__name__}: {error}; please report it, with what `npuq --traceback …` prints",
-        _INTERNAL,
-    )
+    text = f"internal error: {type(error).__name__}: {error}"
+    return f"{text}; please report it, with what `npuq --traceback …` prints", _INTERNAL
 
 
 def _set_up_streams() -> None:
@@ -145,8 +151,3 @@ def _set_up_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed, anything under a test runner
             stream.reconfigure(errors="backslashreplace")
-
-
-def _fail(message: str, code: int) -> int:
-    click.echo(f"npuq: error: {one_line(' '.join(message.split()))}", err=True)
-    return code

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, format_bytes, show, work_is_done
+from .console import emit_json, format_bytes, json_option, show, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
@@ -20,7 +20,7 @@ from .transfer import silence_client
     "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
 )
 @progress_options
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("Print the result as JSON.")
 def command(
     repo: str,
     directory: Path | None,

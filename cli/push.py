@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from ..errors import ArtifactError
-from .console import emit_json, format_bytes, show, work_is_done
+from .console import emit_json, format_bytes, json_option, show, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
@@ -43,7 +43,7 @@ class PushArguments(TypedDict):
     "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
 )
 @progress_options
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option("Print the summary as JSON.")
 def command(
     artifact: Path,
     repo: str,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, show
+from .console import emit_json, json_option, show
 from .progress import TerminalProgress, progress_options
 
 
@@ -21,7 +21,7 @@ from .progress import TerminalProgress, progress_options
     help="The page to write; an earlier report is replaced.",
 )
 @progress_options
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON; write no page.")
+@json_option("Print the numbers as JSON; write no page.")
 def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: bool) -> None:
     """Write a page about ARTIFACT (a directory, or user/repo): sizes, errors, scales, calibration, provenance.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import NpuqError
-from .console import emit_json, show
+from .console import emit_json, json_option, show
 from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that --engine shall use.")
 @click.option("--ep", is_flag=True, help="Expert parallelism: whole routed experts are spread over the ranks.")
 @progress_options
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option("Print the report as JSON.")
 def command(
     artifact: str,
     source: str | None,

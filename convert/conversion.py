@@ -137,8 +137,7 @@ class _Conversion:
                     _refuse_full_disk(space, self.output)
         except NpuqError as error:
             refusal = str(error)
-        notes = (*self.notes, f"output directory: {state}")
-        return self._summary("planned", len(record.jobs), self._roles({}), space, notes, refusal)
+        return self._summary("planned", len(record.jobs), self._roles({}), space, state, refusal)
 
     def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
         """Run."""
@@ -149,7 +148,7 @@ class _Conversion:
             # A kill after the manifest leaves what only an unfinished conversion needs.
             _remove_remains(self.output, progress)
             jobs = len(self.prepared.plan.jobs)
-            return self._summary("finished", jobs, found.report["roles"], self._space(None), self.notes)
+            return self._summary("finished", jobs, found.report["roles"], self._space(None), "finished")
         space = self._space(found or Record())
         if not force:
             _refuse_full_disk(space, self.output)
@@ -203,7 +202,7 @@ class _Conversion:
             raise write_error(self.output, error) from error
         _remove_remains(self.output, progress)
         roles = self._roles({index: entry.stats for index, entry in record.jobs.items()})
-        return self._summary("converted", len(resumed), roles, space, self.notes)
+        return self._summary("converted", len(resumed), roles, space, "unfinished" if resumed else "new")
 
     def _refuse_moving_source(
         self, journal: Journal, before: Sequence[FileStamp], kept: Collection[int], progress: Progress
@@ -235,7 +234,7 @@ class _Conversion:
         resumed: int,
         roles: Sequence[Mapping[str, Any]],
         space: Space,
-        notes: tuple[str, ...],
+        output_state: str,
         refusal: str | None = None,
     ) -> Summary:
         plan = self.prepared.plan
@@ -258,8 +257,9 @@ class _Conversion:
             seconds=time.monotonic() - self.started,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            notes=notes,
+            notes=self.notes,
             roles=tuple(roles),
+            output_state=output_state,
             refusal=refusal,
         )
 

@@ -22,7 +22,8 @@ from .stored_evaluation import stored_evaluations
 
 @dataclass(frozen=True)
 class RoleLine:
-    """All tensors of one role and scheme; `bits` is stored bits a parameter, scales included.
+    """All tensors of one role and scheme; `bits` is stored bits a parameter, scales included; `output_bytes`
+    are those that lie in this directory.
 
     In a source checkpoint `scheme` is the stored dtype, and what conversion would tell is None.
     """
@@ -33,13 +34,13 @@ class RoleLine:
     parameters: int
     bits: float
     source_bytes: int | None
-    nbytes: int
+    output_bytes: int
     relative_error: float | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`kind` is artifact (npuq's own), quantized checkpoint (ModelSlim's or llm-compressor's) or checkpoint; `recipe`
+    """`kind` is artifact (npuq's own), quantized_checkpoint (ModelSlim's or llm-compressor's) or checkpoint; `recipe`
     and `source` are None for all but the first. `evaluations` are the results that `npuq evaluate --save` stored,
     oldest first.
     """
@@ -75,7 +76,7 @@ def inspect(path: str | Path) -> Inspection:
         else:
             shared = share_tied(checkpoint)
             weights, recipe, source = open_weights(checkpoint), None, None
-            kind = "quantized checkpoint" if isinstance(weights, QuantizedSource) else "checkpoint"
+            kind = "quantized_checkpoint" if isinstance(weights, QuantizedSource) else "checkpoint"
             lines, evaluations = _checkpoint_lines(config, weights, shared), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
     return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)
@@ -103,7 +104,7 @@ def _artifact_line(role: Mapping[str, Any]) -> RoleLine:
         parameters=role["parameters"],
         bits=8 * role["output_bytes"] / max(1, role["parameters"]),
         source_bytes=role["source_bytes"],
-        nbytes=role["output_bytes"],
+        output_bytes=role["output_bytes"],
         relative_error=role["relative_error"],
     )
 
@@ -123,4 +124,4 @@ def _checkpoint_lines(config: ModelConfig, source: WeightSource, shared: str | N
         RoleLine(role, dtype, tensors, parameters, 8 * nbytes / max(1, parameters), None, nbytes, None)
         for (role, dtype), (tensors, parameters, nbytes) in totals.items()
     ]
-    return tuple(sorted(lines, key=lambda line: (-line.nbytes, line.role, line.scheme)))
+    return tuple(sorted(lines, key=lambda line: (-line.output_bytes, line.role, line.scheme)))

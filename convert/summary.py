@@ -41,6 +41,7 @@ class Summary:
     peak_rss_bytes: int
     notes: tuple[str, ...]
     roles: tuple[Mapping[str, Any], ...]
+    output_state: str = "finished"  # as the run found the output: new, unfinished, finished or refused
     refusal: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(change, state, rig, v3_source, v3_
     else:
         assert rig(v3_source, output, options=options, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
     planned = convert_checkpoint(v3_source, output, dry_run=True, **options)
-    assert planned.refusal is None and f"output directory: {state}" in planned.notes
+    assert planned.refusal is None and planned.output_state == state
     changed = options | change(output)
     refusal = convert_checkpoint(v3_source, output, dry_run=True, **changed).refusal
     try:

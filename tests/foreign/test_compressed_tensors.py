@@ -60,7 +60,7 @@ def test_it_becomes_an_artifact(directory, float_model, float_tensors, tmp_path)
 
 
 def test_inspect_and_load(directory):
-    assert npuq.inspect(directory).kind == "quantized checkpoint"
+    assert npuq.inspect(directory).kind == "quantized_checkpoint"
     with pytest.raises(CheckpointError, match="compressed-tensors weights: run `npuq convert` on it first"):
         npuq.load(directory)
     problems = npuq.verify(directory).problems
@@ -115,7 +115,7 @@ def test_many_exact_names_take_no_time(float_model, float_tensors, tmp_path):
         float_model, tmp_path / "in", edit_config=lambda content: content["ignore"].extend(names)
     )
     started = time.process_time()
-    assert npuq.inspect(directory).kind == "quantized checkpoint"
+    assert npuq.inspect(directory).kind == "quantized_checkpoint"
     assert time.process_time() - started < 10
 
 

@@ -98,7 +98,7 @@ def test_converted_again_it_does_not_change(converted, tmp_path):
 
 def test_inspect_shows_schemes(directory):
     found = npuq.inspect(directory)
-    assert found.kind == "quantized checkpoint" and found.recipe is None
+    assert found.kind == "quantized_checkpoint" and found.recipe is None
     assert {line.scheme for line in found.lines if line.role == "routed_expert"} <= {"W4A8_DYNAMIC", "W8A8_DYNAMIC"}
     assert {line.scheme for line in found.lines if line.role == "attention"} <= {"W8A8_DYNAMIC", "W8A8"}
 

@@ -36,7 +36,7 @@ def test_what_the_manifest_says(artifact: Path) -> None:
     with Checkpoint.open(artifact) as checkpoint:
         assert facts.output_bytes == sum(info.nbytes for info in checkpoint.tensors.values())
     assert [(role.role, role.scheme, role.output_bytes) for role in facts.roles] == [
-        (line.role, line.scheme, line.nbytes) for line in inspect(artifact).lines
+        (line.role, line.scheme, line.output_bytes) for line in inspect(artifact).lines
     ]
     (expert,) = (x for x in facts.linears if x.name == "model.layers.4.mlp.experts.7.down_proj.weight")
     assert (expert.role, expert.layer, expert.expert, expert.projection) == ("mtp_routed_expert", 4, 7, "down_proj")

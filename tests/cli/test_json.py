@@ -1,0 +1,110 @@
+"""What --json prints: one document with a schema number, one vocabulary, an error too."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from npuq.cli.console import JSON_SCHEMA
+from npuq.cli.main import COMMANDS, group
+
+EXAMPLE = Path(__file__).parents[2] / "examples/tiny-deepseek-v3-fp8"
+DOCS = Path(__file__).parents[2] / "docs/json.md"
+
+
+def npuq(*arguments: object) -> tuple[int, Any, str]:
+    """(exit status, the document on stdout, stderr)."""
+    done = subprocess.run([sys.executable, "-m", "npuq", *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def keys(value: Any) -> set[str]:
+    """Every key of a document, at any depth."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("json") / "artifact"
+    status, summary, _ = npuq("convert", EXAMPLE, output, "--method", "minmax", "--quiet", "--json")
+    assert status == 0 and summary["status"] == "converted" and summary["output_state"] == "new"
+    return output
+
+
+def test_every_command_that_reports_takes_json() -> None:
+    context = click.Context(group)
+    for name in COMMANDS:
+        command = group.get_command(context, name)
+        assert command is not None
+        assert any(isinstance(option, click.Option) and "--json" in option.opts for option in command.params), name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect",),
+        ("verify", "--quiet"),
+        ("report", "--quiet"),
+        ("doctor",),
+        ("generate", "--prompt", "a", "--max-new-tokens", "1"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_documents_have_a_schema_number_and_one_vocabulary(artifact: Path, command: tuple[str, ...]) -> None:
+    _, document, _ = npuq(command[0], artifact, *command[1:], "--json")
+    parts = document if command[0] == "generate" else [document]
+    assert isinstance(parts, list) and parts and all(part["schema"] == JSON_SCHEMA for part in parts)
+    assert not {"nbytes", "bytes"} & keys(document)
+
+
+def test_states_are_words(artifact: Path) -> None:
+    _, document, _ = npuq("convert", EXAMPLE, artifact, "--method", "minmax", "--dry-run", "--json")
+    assert (document["status"], document["output_state"], document["refusal"]) == ("planned", "finished", None)
+    status, document, _ = npuq("convert", EXAMPLE, artifact, "--method", "mse", "--dry-run", "--json")
+    assert status == 1 and document["output_state"] == "refused" and document["refusal"]
+    _, document, _ = npuq("inspect", EXAMPLE, "--json")
+    assert document["kind"] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "kind"),
+    [
+        (("inspect", "no/such/directory/at/all", "--json"), 1, "CheckpointError"),
+        (("generate", EXAMPLE, "--json"), 2, "UsageError"),
+        (("verify", EXAMPLE, "--json", "--no-such-option"), 2, "NoSuchOption"),
+    ],
+    ids=["bad input", "wrong usage", "no option"],
+)
+def test_an_error_is_a_document(arguments: tuple[object, ...], status: int, kind: str) -> None:
+    code, document, stderr = npuq(*arguments)
+    assert code == status and set(document) == {"schema", "error"} and document["schema"] == JSON_SCHEMA
+    error = document["error"]
+    assert error["type"] == kind and error["exit_code"] == status
+    assert error["message"].isprintable() and error["message"] in stderr
+
+
+def test_without_json_an_error_prints_nothing_on_stdout() -> None:
+    done = subprocess.run([sys.executable, "-m", "npuq", "inspect", "no/such"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+
+
+def test_the_docs_name_the_schema_and_every_key(artifact: Path) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    assert f"`schema` is {JSON_SCHEMA}" in text
+    told = set(re.findall(r"`([a-z0-9_]+)`", text))
+    for arguments in (
+        ("convert", EXAMPLE, artifact, "--method", "minmax", "--dry-run"),
+        ("inspect", artifact),
+        ("verify", artifact),
+    ):
+        _, document, _ = npuq(*arguments, "--json")
+        assert set(document) <= told, set(document) - told
