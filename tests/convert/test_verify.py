@@ -277,7 +277,7 @@ def test_inspect(npuq, v3_artifact, v3_source):
     assert (experts.scheme, experts.tensors, experts.parameters) == ("W4A8_DYNAMIC", 24, 24 * 64 * 32)
     # By hand: 4 bits a weight, and two float32 a row with one bias (gate, up) or sixteen (down) each.
     by_hand = 24 * 64 * 32 // 2 + 16 * 32 * 4 * 3 + 8 * 64 * 4 * 18
-    assert experts.nbytes == by_hand and experts.bits == pytest.approx(8 * by_hand / (24 * 64 * 32))
+    assert experts.output_bytes == by_hand and experts.bits == pytest.approx(8 * by_hand / (24 * 64 * 32))
     assert experts.relative_error is not None and 0.05 < experts.relative_error < 0.2
     assert lines["kv_b"].relative_error is None and lines["kv_b"].bits == 16
     source = {line.role: line for line in inspect(v3_source).lines}

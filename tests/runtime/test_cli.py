@@ -136,6 +136,7 @@ def test_generate_json(run: Run, artifact: Path, tmp_path: Path) -> None:
     _, out, _ = run("generate", artifact, "--prompt", "Call me", *common)
     (one,) = json.loads(out)
     assert list(one) == [
+        "schema",
         "text",
         "prompt_tokens",
         "completion_tokens",
@@ -323,7 +324,14 @@ def test_evaluate_follows_the_window_rule(run: Run, example: LanguageModel, text
     code, out, err = run("evaluate", example.directory, "--text", text, "--context", context, "--json")
     assert (code, err) == (0, "")
     values = json.loads(out)
-    assert list(values) == ["perplexity", "tokens", "source_perplexity", "kl_divergence", "top1_agreement"]
+    assert list(values) == [
+        "schema",
+        "perplexity",
+        "tokens",
+        "source_perplexity",
+        "kl_divergence",
+        "top1_agreement",
+    ]
     perplexity, tokens = golden_perplexity(example, text, context)
     assert values["tokens"] == tokens
     assert values["perplexity"] == pytest.approx(perplexity, rel=1e-5)
