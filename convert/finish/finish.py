@@ -35,9 +35,10 @@ from ...formats.artifact import (
 )
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
 from ...formats.kv_cache import save_scales
+from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
 from ...inputs.files import inside, open_file
-from ...models.rope import rope_tables, save_rope
+from ...models.rope import rope_tables
 from ..calibrate.states import KV_CACHE_SCALE, LINEAR_ERRORS
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
