@@ -64,6 +64,14 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} {shown(value)} is unknown; npuq knows {', '.join(choices)}")
         return str(value)
 
+    def states(self, key: str) -> bool:
+        """Whether the config has the key, be its value null."""
+        return key in self._config
+
+    def has(self, key: str) -> bool:
+        """Whether the config has a value for the key."""
+        return self._config.get(key) is not None
+
     def _get(self, key: str, default: Any, nullable: bool) -> Any:
         value = self._config.get(key)
         if value is None and key in self._config and not nullable:

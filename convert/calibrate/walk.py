@@ -71,7 +71,7 @@ class CalibratedWalk:
         if found is None:
             return None
         names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
-        width = self._prepared.config.kv_lora_rank
+        width = self._prepared.config.attention.kv_lora_rank
         reports = found[0].reports.values()
         ours = all(
             len(report[KV_CACHE_SCALE]) == width and names.issuperset(report[LINEAR_ERRORS]) for report in reports

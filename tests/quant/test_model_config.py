@@ -26,9 +26,9 @@ def config(example_fp8) -> dict[str, Any]:
 
 def test_the_shipped_config(config: dict[str, Any]) -> None:
     model = ModelConfig.from_dict(config)
-    assert (model.qk_head_dim, model.kv_lora_rank, model.q_lora_rank) == (192, 512, 256)
-    assert [model.is_moe_layer(layer) for layer in range(5)] == [False, True, True, True, True]
-    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
+    assert (model.attention.qk_head_dim, model.attention.kv_lora_rank, model.attention.q_lora_rank) == (192, 512, 256)
+    assert [model.moe_at(layer) is not None for layer in range(5)] == [False, True, True, True, True]
+    assert (model.moe.scoring_func, model.moe.topk_method, model.moe.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
     assert model.dtype is torch.bfloat16
     assert (model.rope.rope_type, model.rope.factor, model.rope.original_max_position) == ("yarn", 8.0, 512)
 
@@ -38,14 +38,19 @@ def test_deepseek_v2_lite_defaults(config: dict[str, Any]) -> None:
     for key in ("scoring_func", "topk_method", "norm_topk_prob", "num_nextn_predict_layers"):
         lite.pop(key)
     model = ModelConfig.from_dict(lite)
-    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("softmax", "greedy", False)
-    assert (model.q_lora_rank, model.n_group, model.topk_group, model.num_nextn_predict_layers) == (None, 1, 1, 0)
+    assert (model.moe.scoring_func, model.moe.topk_method, model.moe.norm_topk_prob) == ("softmax", "greedy", False)
+    assert (model.attention.q_lora_rank, model.moe.n_group, model.moe.topk_group, model.num_nextn_predict_layers) == (
+        None,
+        1,
+        1,
+        0,
+    )
 
 
 def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
     kimi = {**config, "model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "dtype": "bfloat16"}
     model = ModelConfig.from_dict(kimi)
-    assert (model.scoring_func, model.topk_method, model.n_group) == ("sigmoid", "noaux_tc", 1)
+    assert (model.moe.scoring_func, model.moe.topk_method, model.moe.n_group) == ("sigmoid", "noaux_tc", 1)
 
 
 @pytest.mark.parametrize(
