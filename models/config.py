@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .config_reader import MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
+from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .mla import Mla
 from .moe import Moe, MoeDefaults
 from .rope_config import RopeConfig, read_rope
@@ -100,6 +100,12 @@ class ModelConfig:
         return 0 if self.moe is None else self.moe.n_routed_experts
 
     def _check(self) -> None:
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        if layers * self.n_routed_experts > MAX_EXPERTS:
+            raise CheckpointError(
+                f"config.json: {layers} layers of {self.n_routed_experts} experts are more than any model has; npuq "
+                f"reads up to {MAX_EXPERTS} together"
+            )
         if self.model_type == "deepseek_v2" and self.moe is not None and self.moe.norm_topk_prob:
             raise CheckpointError(
                 "config.json: norm_topk_prob true is not supported for deepseek_v2: transformers, DeepSeek's own code "

@@ -11,6 +11,8 @@ from ..errors import CheckpointError
 # found wrong.
 MAX_SIZE: Final = 1 << 24
 MAX_LAYERS: Final = 1000
+# Of all layers together; released models have up to 24,000.
+MAX_EXPERTS: Final = 1 << 18
 MAX_POSITIONS: Final = 1 << 21
 
 

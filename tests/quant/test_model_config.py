@@ -60,6 +60,9 @@ def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "256"}, "hidden_size must be a whole number"),
         ({"hidden_size": True}, "hidden_size must be a whole number"),
+        # What verify, its --engine and report enumerate: minutes and all memory without a bound.
+        ({"n_routed_experts": 1 << 24, "num_hidden_layers": 1000}, "experts are more than any model has"),
+        ({"n_routed_experts": 1 << 18, "num_hidden_layers": 1}, "2 layers of 262144 experts"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a finite number"),
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
