@@ -71,6 +71,8 @@ def test_yaml_without_dates() -> None:
     [
         "[" * 3000, "a: " * 3000, "x: " + "1" * 6000, "a: &b [1]\nc: *b\n", "a: .inf", "a: .nan", "{a: b",
         "!!python/name:os", "? [a]\n: 1", "a: " + "x" * (1 << 18), "\x1b", "a: \x00", "[" * 70 + "]" * 70, '"\\ud800"',
+        "license: !!bool x", 'a: !!int ""', "a: !!timestamp x", "a: !!binary YQ==", "a: !!set {x}", "a: !!omap [x: 1]",
+        "a: !!str 5", "!x a", "a: =", "a: 0x_",
     ],
 )  # fmt: skip
 def test_bad_yaml_is_one_line(text: str) -> None:
