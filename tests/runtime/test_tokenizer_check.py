@@ -35,7 +35,8 @@ def kimi(example_fp8: Path, tmp_path: Path) -> Path:
     [
         (["tokenizer.json", "tiktoken.model"], None),
         (["tokenizer.model", "tokenizer_config.json"], None),  # transformers converts it
-        (["vocab.json", "merges.txt"], None),
+        (["vocab.json", "merges.txt", "tokenizer_config.json"], None),
+        (["vocab.json", "merges.txt"], "vocab.json without the tokenizer_config.json"),
         (
             ["tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json"],
             "tiktoken.model, which npuq does not read",
