@@ -220,6 +220,32 @@ def test_prepended_text_counts_too(files: Path) -> None:
     refused(files, "its normalizer can make")
 
 
+def template(pieces: list[Any], ids: int = 1) -> dict[str, Any]:
+    specials = {"<|bos|>": {"id": "<|bos|>", "ids": [0] * ids, "tokens": ["<|bos|>"] * ids}}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": [*pieces, B], "special_tokens": specials}
+
+
+A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+BOS = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (template([A] * 100_000), "repeats the text"),
+        (template([A, A]), "repeats the text"),
+        (template([BOS] * 10_000 + [A]), "more than 4096 tokens"),
+        (template([BOS, A], ids=10_000), "more than 4096 tokens"),
+        (template([BOS] * 3000 + [A]), "more than 4096 tokens"),
+    ],
+)
+def test_post_processors_do_not_repeat_texts(files: Path, step: dict[str, Any], expected: str) -> None:
+    change(files, post_processor={"type": "Sequence", "processors": [step, step]})
+    refused(files, rf"tokenizer\.json: its post_processor .*{expected}")
+    change(files, post_processor=template([BOS, A]))
+    assert Tokenizer(files).encode("whale")[0] == 0
+
+
 def test_what_known_tokenizers_replace_is_fine(files: Path) -> None:
     """As those of Llama 2 and Gemma do."""
     space = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁"), {"type": "NFKC"}]
