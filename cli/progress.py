@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import click
 
+from ..inputs.printable import printable_json
 from ..progress import Task
 from .console import say
 from .pace import Pace
@@ -239,6 +240,6 @@ def _new_bar() -> tqdm[Any]:
 
 def _say_json(content: dict[str, Any]) -> None:
     try:
-        click.echo(json.dumps(content), err=True)
+        click.echo(printable_json(json.dumps(content)), err=True)
     except (OSError, ValueError):
         return

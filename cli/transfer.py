@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..hub import ShardPusher
     from ..quant.checkpoint import Checkpoint
 
-HUBS = ("huggingface", "modelscope")
-
 
 def local_model(
     model: str | Path,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..choices import BACKENDS
 from ..errors import BackendError
 from .ops import Ops
 from .ops.ascend_support import npu_count
-
-BACKENDS = ("auto", "cpu", "reference", "ascend")
 
 
 def make_ops(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from ..choices import KV_CACHE_DTYPES
 from ..errors import GenerationError
 from ..quant.checkpoint import Checkpoint
 from ..quant.model_config import ModelConfig
@@ -30,8 +31,6 @@ from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-KV_CACHE_DTYPES = ("auto", "int8")
 
 Prompt: TypeAlias = str | Tokens[int]
 """Text, or the token ids of one."""
