@@ -24,6 +24,7 @@ __all__ = [
     "complain",
     "emit_error",
     "emit_json",
+    "flush",
     "format_bytes",
     "json_option",
     "one_line",
@@ -162,6 +163,14 @@ def complain(text: str) -> None:
     """Printable text on stderr, if that can be had."""
     with suppress(OSError, ValueError):  # its reader is gone, its disk full; it was closed
         click.echo(printable(text, keep="\n"), err=True, nl=False)
+
+
+def flush(stream: TextIO) -> None:
+    """Write out what a stream has kept, if it takes that."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        take_no_more(stream)
 
 
 def take_no_more(stream: TextIO) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..choices import BACKENDS, CHAT_ARGUMENTS, KV_CACHE_DTYPES
+from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
 from ..errors import GenerationError
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
+@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; default: the backend's own.")
 @click.option(
     "--kv-cache-dtype",
     type=click.Choice(KV_CACHE_DTYPES),
@@ -116,10 +116,16 @@ def command(
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, given)
     tokenizer = Tokenizer(directory)
-    inputs = [tokenizer.chat(text, system=system, **variables) if chat else tokenizer.encode(text) for text in texts]
+    inputs = [
+        tokenizer.chat(text, system=system, chat_template_kwargs=variables) if chat else tokenizer.encode(text)
+        for text in texts
+    ]
+    tokenizer.split_stops(params.stop)
     compute = None if dtype is None else getattr(torch, dtype)
     engine = EngineConfig(cache_size)
-    runner = load(directory, backend, compute, device, engine=engine, kv_cache_dtype=kv_cache_dtype, tokenizer=tokenizer)
+    runner = load(
+        directory, backend, compute, device, engine=engine, kv_cache_dtype=kv_cache_dtype, tokenizer=tokenizer
+    )
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:
         if not quiet:  # once it is known that there is nothing to refuse
@@ -157,7 +163,7 @@ def _template_variables(text: str | None) -> dict[str, Any]:
         variables = parse_object(text, "--chat-template-kwargs", GenerationError)
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
-    taken = ", ".join(sorted(CHAT_ARGUMENTS & variables.keys()))
+    taken = ", ".join(sorted(TEMPLATE_ARGUMENTS & variables.keys()))
     if taken:
         raise click.UsageError(f"--chat-template-kwargs: {taken} cannot be given there")
     return variables

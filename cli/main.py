@@ -14,7 +14,7 @@ import click
 
 from .. import __version__
 from ..errors import NpuqError
-from .console import OutputError, Settings, complain, emit_error, one_line, say, take_no_more, write
+from .console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
 
 # As sysexits.h has it: EX_SOFTWARE.
 _INTERNAL: Final = 70
@@ -107,11 +107,8 @@ def main() -> None:
         if settings.traceback:
             complain("".join(traceback.format_exception(error)))
         code = _end(error, settings)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            take_no_more(stream)
+    flush(sys.stdout)
+    flush(sys.stderr)
     if code:
         sys.exit(code)
 
@@ -172,7 +169,8 @@ def _set_up_streams() -> None:
     os.close(number)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  (stays open)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # anything under a test runner
             stream.reconfigure(errors="backslashreplace")

@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not read; write the value again")
-        tag = getattr(self.peek_event(), "tag", None)
+        tag = getattr(self.peek_event(), "tag", None)  # type: ignore[no-untyped-call]
         if tag not in (None, "!"):
             # PyYAML's constructors of tagged values fail in ways of their own, and give what JSON does not have.
             raise yaml.YAMLError(f"tags are not read; leave out {tag.removeprefix('tag:yaml.org,2002:')[:40]!r}")

@@ -34,7 +34,7 @@ def tokenizer_problem(names: Iterable[str]) -> str | None:
             f"it has {older[0]} without the tokenizer_config.json that says how it is read; put it there, or the "
             "model's tokenizer.json"
         )
-    return "it has no tokenizer; put the model's tokenizer.json and tokenizer_config.json there"
+    return "it has no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there"
 
 
 def require_tokenizer(directory: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from ..errors import GenerationError
 from ..inputs.files import inside, is_inside, read_bytes
 from ..inputs.json_text import read_object
-from ..inputs.printable import printable
+from ..inputs.printable import printable, shown
 from .tokenizer_check import VOCABULARY_FILES, require_tokenizer
 
 _MOST_CONFIG_BYTES: Final = 16 << 20
@@ -124,7 +124,7 @@ def _check_vocabulary(directory: Path, tokenizer: Any) -> None:
         token = fast.token_to_id(str(text))
         if token is None or (expected and token >= expected):
             raise GenerationError(
-                f"{directory}: {name} {printable(repr(str(text)))[:60]} is no token of its vocabulary; fetch it again"
+                f"{directory}: {name} {shown(str(text))} is no token of its vocabulary; fetch it again"
             )
 
 

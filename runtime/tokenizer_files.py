@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from ..errors import GenerationError
 from ..inputs.files import inside, is_inside, read_bytes, read_text
 from ..inputs.json_text import read_object
-from ..inputs.printable import printable
+from ..inputs.printable import printable, shown
 from .tokenizer_conversion import SPECIAL_TOKENS, converted
 from .tokenizer_parts import check_growth, check_parts
 
@@ -104,7 +104,7 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         if text is None:
             continue
         if not isinstance(text, str):
-            raise GenerationError(f"{where}: {name} must be text, not {printable(repr(text))[:60]}")
+            raise GenerationError(f"{where}: {name} must be text, not {shown(text)}")
         tokens[name] = text
     return tokens
 

@@ -60,7 +60,7 @@ def test_transformers_filters_leave_the_same_tokens() -> None:
         TopPLogitsWarper,
     )
 
-    from npuq.runtime.sampler import _candidates, _penalise
+    from npuq.runtime.sampler import _candidates, _penalise, _Seen
 
     params = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3)
     warpers = [
@@ -77,7 +77,7 @@ def test_transformers_filters_leave_the_same_tokens() -> None:
         golden = logits[None].clone()
         for warper in warpers:
             golden = warper(context[None], golden)
-        tokens, probabilities = _candidates(_penalise(logits, context.tolist(), 1.3), params)
+        tokens, probabilities = _candidates(_penalise(logits, _Seen().ids(context.tolist()), 1.3), params)
         ours = torch.zeros(64, dtype=torch.float64).index_copy(0, tokens, probabilities / probabilities.sum())
         torch.testing.assert_close(ours, golden[0].double().softmax(0), rtol=1e-5, atol=1e-7)
 

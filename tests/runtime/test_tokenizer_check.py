@@ -42,8 +42,8 @@ def kimi(example_fp8: Path, tmp_path: Path) -> Path:
             "tiktoken.model, which npuq does not read",
         ),
         (["qwen.tiktoken"], "qwen.tiktoken, which"),
-        (["tokenizer_config.json", "config.json"], "no tokenizer; put the model's tokenizer.json"),
-        ([], "no tokenizer"),
+        (["tokenizer_config.json", "config.json"], "no tokenizer.json; put the model's tokenizer.json"),
+        ([], "no tokenizer.json"),
     ],
 )
 def test_what_the_names_of_files_say(names: list[str], said: str | None) -> None:
