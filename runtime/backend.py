@@ -6,6 +6,7 @@ import torch
 
 from ..choices import BACKENDS
 from ..errors import BackendError
+from ..inputs.printable import shown
 from .ops import Ops
 from .ops.ascend_support import npu_count
 
@@ -21,6 +22,8 @@ def make_ops(
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise BackendError(f"dtype must be a torch.dtype, not {shown(dtype)}")
     if backend == "auto":
         backend = "ascend" if npu_count() else "cpu"
     if backend == "ascend":

@@ -176,9 +176,7 @@ def _token_ids(given: Any) -> list[int]:
 
 def _no_prompt(given: object) -> GenerationError:
     what = shown(given) if isinstance(given, (list, tuple)) else f"a {type(given).__name__}"
-    return GenerationError(
-        f"a prompt is a text or a list of token ids, not {what}; for messages there is model.chat"
-    )
+    return GenerationError(f"a prompt is a text or a list of token ids, not {what}; for messages there is model.chat")
 
 
 def _token(value: Any) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from npuq.choices import PROGRESS_FORMS
 from npuq.cli import progress as progress_module
 from npuq.cli.pace import Pace
-from npuq.choices import PROGRESS_FORMS
 from npuq.cli.progress import TerminalProgress
 from npuq.progress import Task
 from npuq.units import format_duration

@@ -50,6 +50,27 @@ def test_distribution(options: dict[str, float], expected: np.ndarray) -> None:
     assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / DRAWS)).all()
 
 
+@pytest.mark.parametrize("penalty", [1e300, 1e39, 1e-39, 1e-300, 5e-324])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_extreme_penalties_choose_a_token(penalty: float, temperature: float) -> None:
+    """Above 1 a token that was not seen is taken, below 1 one that was, whatever float32 can hold."""
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1, repetition_penalty=penalty))
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf])
+    context: list[int] = [0, 2]
+    for _ in range(4):
+        chosen = sampler.next_token(logits, context)
+        assert chosen in ((1, 3) if penalty > 1 else (0,))
+        context.append(2)
+
+
+def test_the_penalty_counts_what_has_come_since() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=1e6))
+    context: list[int] = []
+    for _ in range(3):
+        context.append(sampler.next_token(LOGITS, context))
+    assert context == [0, 1, 2]  # none is likely any more once it was said
+
+
 def test_transformers_filters_leave_the_same_tokens() -> None:
     """Filters in transformers' order, on many random rows."""
     from transformers.generation.logits_process import (
