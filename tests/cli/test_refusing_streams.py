@@ -1,4 +1,4 @@
-"""Streams that are closed, full or without a reader: a line where one can be had, the right exit status, no traceback."""
+"""Streams that are closed, full or without a reader: the right exit status, a line where it can be had, no traceback."""
 
 from __future__ import annotations
 
