@@ -1,4 +1,4 @@
-"""Streams that are closed, full or without a reader: the right exit status, a line where it can be had, no traceback."""
+"""Streams that are closed, full or without a reader: the right exit status, a line if it can be had, no traceback."""
 
 from __future__ import annotations
 

@@ -51,16 +51,13 @@ def test_distribution(options: dict[str, float], expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("penalty", [1e300, 1e39, 1e-39, 1e-300, 5e-324])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_extreme_penalties_choose_a_token(penalty: float, temperature: float) -> None:
     """Above 1 a token that was not seen is taken, below 1 one that was, whatever float32 can hold."""
     sampler = Sampler(SamplingParams(temperature=temperature, seed=1, repetition_penalty=penalty))
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf])
-    context: list[int] = [0, 2]
     for _ in range(4):
-        chosen = sampler.next_token(logits, context)
-        assert chosen in ((1, 3) if penalty > 1 else (0,))
-        context.append(2)
+        assert sampler.next_token(logits, [0, 1, 2]) == (3 if penalty > 1 else 0)
 
 
 def test_the_penalty_counts_what_has_come_since() -> None:
