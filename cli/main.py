@@ -65,7 +65,7 @@ class LazyGroup(click.Group):
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
-        from ..quant.library import description
+        from ..native.library import description
 
         write(f"npuq, version {__version__}, {description()}\n")
         ctx.exit()

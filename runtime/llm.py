@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..choices import KV_CACHE_DTYPES
 from ..errors import GenerationError
+from ..formats.checkpoint import Checkpoint
 from ..inputs.printable import shown
-from ..quant.checkpoint import Checkpoint
-from ..quant.model_config import ModelConfig
+from ..models.config import ModelConfig
 from .backend import make_ops
 from .conversation import ChatOptions, Message
 from .engine import Engine, EngineConfig
