@@ -18,6 +18,7 @@ from ..models.config import ModelConfig
 from ..progress import Progress, Silent, Task
 from ..quant.rotation import rotation
 from .backend import make_ops
+from .engine import check_token_ids
 from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
 from .model import LayerWeights, Model
 from .ops import Ops, Step
@@ -136,17 +137,10 @@ class _Side:
             raise GenerationError(
                 f"windows of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
             )
-        self._check_tokens(batch)
+        for window in batch:
+            check_token_ids(window.inputs, self.config.vocab_size)
         builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
         return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
-
-    def _check_tokens(self, batch: Sequence[Window]) -> None:
-        largest = max(max(window.inputs) for window in batch)
-        if largest >= self.config.vocab_size:
-            raise GenerationError(
-                f"token id {largest} is outside the vocabulary of {self.config.vocab_size} of {self.directory}; "
-                "does the tokenizer belong to this model?"
-            )
 
     def embed(self, step: Step) -> Tensor:
         return self._model.ops.embedding(step.token_ids, self._model.weights.embedding)
