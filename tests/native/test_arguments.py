@@ -440,12 +440,19 @@ FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
         (FP8, BlockScale(_x(2, 2).half(), 0, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 2), -1, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 2), 0, 2, 0), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 0, 0, 10), 8, {}),
+        (FP8, BlockScale(_x(1, 2), 0, (1 << 64) + 1, 10), 8, {}),
+        (FP8, BlockScale(_x(1, 2), 0, 1 << 31, 10), 8, {}),
+        (FP8, BlockScale(_x(4, 1), 0, 1, (1 << 64) + 20), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 1 << 64, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(2, 3), 0, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(20), 0, 1, 20), 8, {}),
     ],
 )
 def test_quantization_of_what_does_not_fit(
     rows: Tensor, blocks: BlockScale | None, bits: int, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="quantize_rows"):
+    with pytest.raises(ValueError, match=r"quantize_rows|Source: first_row"):
         _quantizer(rows, blocks, bits, **changes)
 
 
