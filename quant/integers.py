@@ -9,7 +9,7 @@ from ctypes import c_int, c_int32, c_int64, c_uint32, c_uint64
 from operator import itemgetter
 from typing import Any, Final
 
-RANGES: Final[dict[type, tuple[int, int]]] = {
+RANGES: Final[dict[type[Any], tuple[int, int]]] = {
     c_int: (-(1 << 31), (1 << 31) - 1),
     c_int32: (-(1 << 31), (1 << 31) - 1),
     c_int64: (-(1 << 63), (1 << 63) - 1),
@@ -17,7 +17,13 @@ RANGES: Final[dict[type, tuple[int, int]]] = {
     c_uint64: (0, (1 << 64) - 1),
 }
 """The least and the greatest value of each C type."""
-_PACKED: Final = {c_int: "i", c_int32: "i", c_int64: "q", c_uint32: "I", c_uint64: "Q"}  # with "=" of fixed sizes
+_PACKED: Final[dict[type[Any], str]] = {
+    c_int: "i",
+    c_int32: "i",
+    c_int64: "q",
+    c_uint32: "I",
+    c_uint64: "Q",
+}  # with "=" of fixed sizes
 
 
 def checked(value: int, kind: type, operator: str, name: str) -> int:

@@ -93,8 +93,8 @@ def test_operators() -> None:
         Gating(2, "softmax", 2, 1, 1 << 32),
     ):
         with pytest.raises(ValueError, match=r"gating_top_k: .* does not fit"):
-            ops.moe_gating_top_k(x, None, gating)
-    cache = ops.new_kv_cache(1, 4, 16, 32, 16)[0]
+            ops.routing.moe_gating_top_k(x, None, gating)
+    cache = ops.attention.new_kv_cache(1, 4, 16, 32, 16)[0]
     decode = Decode((1,), (WRAPPING,), torch.zeros(1, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"attention_paged: kv_lens .* does not fit"):
-        ops.fused_infer_attention_paged(torch.ones(1, 2, 32), torch.ones(1, 2, 16), cache, decode, 0.2)
+        ops.attention.fused_infer_attention_paged(torch.ones(1, 2, 32), torch.ones(1, 2, 16), cache, decode, 0.2)

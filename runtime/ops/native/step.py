@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...quant.integers import int64_array
-from ...quant.pointers import address
-from . import Decode, Step
+from ....quant.integers import int64_array
+from ....quant.pointers import address
+from ..steps import Decode, Step
 
 
 @dataclass(frozen=True)
