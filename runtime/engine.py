@@ -87,7 +87,7 @@ class Engine:
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size)
         shape = model.config
-        self._cache = model.ops.new_kv_cache(
+        self._cache = model.ops.attention.new_kv_cache(
             shape.num_hidden_layers,
             num_blocks,
             config.block_size,

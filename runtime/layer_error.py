@@ -120,7 +120,7 @@ class _Side:
         self._rope = RopeRows.of(tables, ops)
         # Whole sequences in one step cache nothing, but operators that write take a cache.
         mla = self.config.attention
-        (self._cache,) = ops.new_kv_cache(1, 1, _BLOCK_SIZE, mla.kv_lora_rank, mla.qk_rope_head_dim)
+        (self._cache,) = ops.attention.new_kv_cache(1, 1, _BLOCK_SIZE, mla.kv_lora_rank, mla.qk_rope_head_dim)
 
     def refuse_unlike(self, other: _Side) -> None:
         for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
@@ -149,7 +149,7 @@ class _Side:
             )
 
     def embed(self, step: Step) -> Tensor:
-        return self._model.ops.embedding(step.token_ids, self._model.weights.embedding)
+        return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
 
     def load(self, layer: int) -> LayerWeights:
         return load_layer(self._store, self.config, self._model.ops, self._model.softmax_scale, layer)

@@ -20,7 +20,7 @@ from .ops import Activation, LayerCache, Linear, Mla, MlpWeights, MoeWeights, Op
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. `mlp` is the dense block, or the shared experts beside `moe` (None where there are none)."""
+    """One decoder layer, either with the dense block `mlp` or with the experts `moe`."""
 
     input_norm: Tensor
     attention: Mla
@@ -64,7 +64,7 @@ class Model:
 
     def _forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
         ops, eps = self.ops, self.config.rms_norm_eps
-        residual = ops.embedding(step.token_ids, self.weights.embedding)
+        residual = ops.norms.embedding(step.token_ids, self.weights.embedding)
         delta: Tensor | None = None
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
             delta, residual = self.decoder_layer(layer, delta, residual, layer_cache, step)
@@ -74,9 +74,9 @@ class Model:
             residual = residual[step.output_rows]
             delta = None if delta is None else delta[step.output_rows]
         if delta is None:
-            return ops.linear(ops.rms_norm(residual, self.weights.norm, eps), self.weights.lm_head)
-        final, _ = ops.add_rms_norm(delta, residual, self.weights.norm, eps)
-        return ops.linear(final, self.weights.lm_head)
+            return ops.products.linear(ops.norms.rms_norm(residual, self.weights.norm, eps), self.weights.lm_head)
+        final, _ = ops.norms.add_rms_norm(delta, residual, self.weights.norm, eps)
+        return ops.products.linear(final, self.weights.lm_head)
 
     def decoder_layer(
         self, layer: LayerWeights, delta: Tensor | None, residual: Tensor, cache: LayerCache, step: Step
@@ -87,40 +87,42 @@ class Model:
         adds them, in one operator.
         """
         ops, eps = self.ops, self.config.rms_norm_eps
-        hidden, residual = ops.attention_norm(delta, residual, layer.input_norm, eps, layer.attention)
+        hidden, residual = ops.attention.attention_norm(delta, residual, layer.input_norm, eps, layer.attention)
         attended = self._attention(hidden, layer.attention, cache, step)
-        normed, residual = ops.add_rms_norm(attended, residual, layer.mlp_norm, eps)
+        normed, residual = ops.norms.add_rms_norm(attended, residual, layer.mlp_norm, eps)
         return self._feed_forward(normed, layer), residual
 
     def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         if layer.moe is not None:
-            return self.ops.moe(hidden, layer.moe, layer.mlp)
+            return self.ops.routing.moe(hidden, layer.moe)
         assert layer.mlp is not None
-        return self.ops.mlp(hidden, layer.mlp)
+        return self.ops.routing.mlp(hidden, layer.mlp)
 
     def _attention(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         ops = self.ops
         if step.prefill is None:
-            return ops.mla_decode(hidden, mla, cache, step, self.softmax_scale)
+            return ops.attention.mla_decode(hidden, mla, cache, step, self.softmax_scale)
 
-        q_nope, q_rope, kv = ops.mla_project(hidden, mla)
-        written = ops.mla_write_cache(kv, mla, cache, step, output_kv=True)
+        q_nope, q_rope, kv = ops.attention.mla_project(hidden, mla)
+        written = ops.attention.mla_write_cache(kv, mla, cache, step, output_kv=True)
         assert written is not None
         k_rope, latent = written  # [T, D], [T, L]
-        q_rope = ops.interleave_rope(q_rope, step.cos, step.sin)
+        q_rope = ops.attention.interleave_rope(q_rope, step.cos, step.sin)
         first = step.num_decode_tokens
         attended = self._prefill(
             q_nope[first:], q_rope[first:], latent[first:], k_rope[first:], mla, cache, step.prefill
         )
         if first:
-            decoded = self._decode(ops.mla_absorb(q_nope[:first], mla), q_rope[:first], mla, cache, step)
+            decoded = self._decode(ops.attention.mla_absorb(q_nope[:first], mla), q_rope[:first], mla, cache, step)
             attended = torch.cat([decoded, attended])
-        return ops.mla_output(attended, mla)
+        return ops.attention.mla_output(attended, mla)
 
     def _decode(self, q_latent: Tensor, q_rope: Tensor, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         assert step.decode is not None
-        attended = self.ops.fused_infer_attention_paged(q_latent, q_rope, cache, step.decode, self.softmax_scale)
-        return self.ops.mla_bring_out(attended, mla)  # [T, N, v]
+        attended = self.ops.attention.fused_infer_attention_paged(
+            q_latent, q_rope, cache, step.decode, self.softmax_scale
+        )
+        return self.ops.attention.mla_bring_out(attended, mla)  # [T, N, v]
 
     def _prefill(
         self,
@@ -133,8 +135,8 @@ class Model:
         prefill: Prefill,
     ) -> Tensor:
         ops, scale = self.ops, self.softmax_scale
-        k_nope, value = ops.mla_decompress(latent, mla)
-        attended, lse = ops.fused_infer_attention(
+        k_nope, value = ops.attention.mla_decompress(latent, mla)
+        attended, lse = ops.attention.fused_infer_attention(
             q_nope, q_rope, k_nope, k_rope, value, prefill.q_lens, prefill.q_lens, scale, causal=True
         )
         for prefix in prefill.prefixes:
@@ -142,9 +144,9 @@ class Model:
             queries = prefix.rows[1] - prefix.rows[0]
             outputs, lses = [attended[rows]], [lse[rows]]
             for segment in prefix.segments:
-                cached_latent, cached_rope = ops.gather_pa_kv_cache(cache, segment)
-                k_nope, value = ops.mla_decompress(cached_latent, mla)
-                out, out_lse = ops.fused_infer_attention(
+                cached_latent, cached_rope = ops.attention.gather_pa_kv_cache(cache, segment)
+                k_nope, value = ops.attention.mla_decompress(cached_latent, mla)
+                out, out_lse = ops.attention.fused_infer_attention(
                     q_nope[rows],
                     q_rope[rows],
                     k_nope,
@@ -157,5 +159,5 @@ class Model:
                 )
                 outputs.append(out)
                 lses.append(out_lse)
-            attended[rows] = ops.attention_update(outputs, lses)
+            attended[rows] = ops.attention.attention_update(outputs, lses)
         return attended

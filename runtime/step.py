@@ -49,7 +49,7 @@ class RopeRows:
     @classmethod
     def of(cls, tables: RopeTables, ops: Ops) -> RopeRows:
         cos, sin = (torch.cat([table, table], dim=-1) for table in (tables.cos, tables.sin))
-        return cls(ops.parameter(cos, ops.dtype), ops.parameter(sin, ops.dtype))
+        return cls(ops.weights.parameter(cos, ops.dtype), ops.weights.parameter(sin, ops.dtype))
 
     @property
     def max_position(self) -> int:

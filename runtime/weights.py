@@ -39,7 +39,7 @@ from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
 from ..native.mapped import MappedFiles
 from .model import LayerWeights, ModelWeights
-from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
+from .ops import Experts, Gating, LinearPart, Mla, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -211,12 +211,12 @@ def load_weights(
     """
     hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
+    embedding = ops.weights.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
     weights = ModelWeights(
         embedding=embedding,
         layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
-        norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
+        norm=ops.weights.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
+        lm_head=ops.weights.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
         files=store.files,
     )
     store.files.check()
@@ -246,23 +246,20 @@ def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float
     """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
     prefix = f"model.layers.{layer}"
     moe = config.moe_at(layer)
-    mlp: MlpWeights | None = None
-    if moe is None:
-        mlp = _mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    elif moe.n_shared_experts:
-        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, moe.shared_intermediate_size)
     return LayerWeights(
-        input_norm=ops.parameter(store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype),
+        input_norm=ops.weights.parameter(
+            store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype
+        ),
         attention=_attention(store, config, ops, softmax_scale, f"{prefix}.self_attn"),
-        mlp_norm=ops.parameter(
+        mlp_norm=ops.weights.parameter(
             store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
         ),
-        mlp=mlp,
+        mlp=_mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size) if moe is None else None,
         moe=None if moe is None else _moe(store, moe, config.hidden_size, ops, f"{prefix}.mlp"),
     )
 
 
-def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> object:
+def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> Mla:
     hidden, mla = config.hidden_size, config.attention
     heads = mla.heads
     q_width, q_lora = heads * mla.qk_head_dim, mla.q_lora_rank
@@ -277,7 +274,7 @@ def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float
         kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, mla.kv_lora_rank),
         o=store.linear(f"{prefix}.o_proj", hidden, heads * mla.v_head_dim),
     )
-    return ops.mla(
+    return ops.attention.mla(
         parts,
         MlaConfig(
             num_heads=heads,
@@ -295,32 +292,39 @@ def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float
 def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
     gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
     down = store.linear(f"{prefix}.down_proj", hidden, width)
-    return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is Scheme.W8A8)
+    return MlpWeights(
+        ops.weights.linear_of(gate_up), ops.weights.linear_of([down]), quantized=down.scheme is Scheme.W8A8
+    )
 
 
 def _moe(store: Store, moe: Moe, hidden: int, ops: Ops, prefix: str) -> MoeWeights:
     width, experts = moe.moe_intermediate_size, moe.n_routed_experts
     bias: Tensor | None = None
     if moe.has_router_bias:
-        bias = ops.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
+        bias = ops.weights.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
 
     def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
         parts = [
             [store.linear(f"{prefix}.experts.{expert}.{name}", outputs, inputs) for name in names]
             for expert in range(experts)
         ]
-        return ops.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
+        return ops.weights.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
 
     gate_up, gate_up_quantized = stacked(width, hidden, "gate_proj", "up_proj")
     down, down_quantized = stacked(hidden, width, "down_proj")
     if gate_up_quantized != down_quantized:
         raise ArtifactError(f"{prefix}.experts: gate_proj, up_proj and down_proj must all be quantized, or all FLOAT")
-    return MoeWeights(
-        router=ops.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
+    shared: MlpWeights | None = None
+    if moe.n_shared_experts:
+        shared = _mlp(store, ops, f"{prefix}.shared_experts", hidden, moe.shared_intermediate_size)
+    weights = MoeWeights(
+        router=ops.weights.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
         correction_bias=bias,
         gating=gating_of(moe),
         gate_up=gate_up,
         down=down,
         num_experts=experts,
         quantized=down_quantized,
+        shared=shared,
     )
+    return ops.routing.moe_of(weights)
