@@ -34,7 +34,9 @@ from ..formats.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE
 from ..formats.static_w8a8 import input_scale_of, load_deq_scale
 from ..formats.ties import EMBEDDING, HEAD, share_tied
 from ..inputs.files import inside, is_inside
-from ..models.config import ModelConfig, check_unbiased
+from ..models.config import ModelConfig
+from ..models.families import family_of
+from ..models.inventory import check_unbiased
 from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
 from ..native.mapped import MappedFiles
@@ -164,7 +166,7 @@ def is_artifact(directory: Path) -> bool:
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
-    check_unbiased(checkpoint.tensors)
+    check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
