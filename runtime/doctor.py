@@ -120,20 +120,9 @@ def fit(directory: Path) -> ModelFit:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
-    from .ops import MlaConfig
     from .ops.ascend.mla import check_mla
 
-    sizes = MlaConfig(
-        num_heads=config.attention.heads,
-        qk_nope_head_dim=config.attention.qk_nope_head_dim,
-        qk_rope_head_dim=config.attention.qk_rope_head_dim,
-        v_head_dim=config.attention.v_head_dim,
-        kv_lora_rank=config.attention.kv_lora_rank,
-        q_lora_rank=config.attention.q_lora_rank,
-        rms_norm_eps=config.rms_norm_eps,
-        softmax_scale=1.0,
-    )
-    return _message(check_mla, "config.json", sizes)
+    return _message(check_mla, "config.json", config.attention)
 
 
 def _router_problem(config: ModelConfig) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import GenerationError
 from ..formats.checkpoint import Checkpoint
 from ..models.config import ModelConfig
+from .attention.kinds import attention_of
 from .backend import make_ops
 from .conversation import Message, check_variables
 from .engine import Engine, EngineConfig
@@ -197,11 +198,12 @@ def load(
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
         tables = load_rope_tables(checkpoint, config)
-        scales = load_kv_cache_scales(checkpoint, config) if kv_cache_dtype == "int8" else None
+        attention = attention_of(config, tables.softmax_scale)
+        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, tables.softmax_scale)
+        weights = load_weights(store, config, ops, attention)
         raw_config = dict(checkpoint.config)
-    model = Model(config, ops, weights, tables.softmax_scale)
+    model = Model(config, ops, weights, attention)
     generation = read_generation_config(directory)
     ends = eos_ids(directory, generation, raw_config)
     runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
