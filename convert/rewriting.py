@@ -21,9 +21,9 @@ from torch import Tensor
 from ..formats.checkpoint import Checkpoint
 from ..formats.dialects import StoredRows, WeightSource
 from ..formats.safetensors import DTYPES
-from ..models.architecture import Role
 from ..models.config import ModelConfig
 from ..models.inventory import Inventory
+from ..models.roles import Role
 from ..quant.rotation import Rotation, rotation
 from .write.chunks import not_finite
 

@@ -34,12 +34,17 @@ from ..formats.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE
 from ..formats.static_w8a8 import input_scale_of, load_deq_scale
 from ..formats.ties import EMBEDDING, HEAD, share_tied
 from ..inputs.files import inside, is_inside
-from ..models.config import ModelConfig, check_unbiased
+from ..models.config import ModelConfig
+from ..models.families import family_of
+from ..models.family import Block
+from ..models.inventory import check_unbiased
 from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
+from ..models.tensors import ModelTensors, Spec
 from ..native.mapped import MappedFiles
+from .attention.kind import AttentionKind
 from .model import LayerWeights, ModelWeights
-from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
+from .ops import Experts, Gating, LinearPart, MlpWeights, MoeWeights, Ops, Static
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -164,7 +169,7 @@ def is_artifact(directory: Path) -> bool:
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
-    check_unbiased(checkpoint.tensors)
+    check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
@@ -180,29 +185,34 @@ def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
     return load_rope(inside(checkpoint.directory, ROPE_NAME, ArtifactError), config)
 
 
-def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Tensor, ...]:
-    """The scales of an int8 KV cache, float32 `[kv_lora_rank]` a layer.
+def load_kv_cache_scales(
+    checkpoint: Checkpoint, config: ModelConfig, attention: AttentionKind
+) -> tuple[dict[str, Tensor], ...]:
+    """The scales of an int8 KV cache, for each layer float32 `[channels]` by pool.
 
-    Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a latent
+    Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a pool
     that is not made of whole tiles.
     """
-    latent = config.attention.kv_lora_rank
-    if latent % INT8_CHANNELS:
-        raise ArtifactError(
-            f"{checkpoint.directory}: kv_lora_rank {latent} is no multiple of {INT8_CHANNELS}, as an int8 "
-            "KV cache needs; leave the KV cache in the compute dtype"
-        )
+    pools = [pool for pool in attention.pools(0) if pool.int8]
+    for pool in pools:
+        if pool.channels % INT8_CHANNELS:
+            raise ArtifactError(
+                f"{checkpoint.directory}: the {pool.name} has {pool.channels} channels, no multiple of "
+                f"{INT8_CHANNELS}, as an int8 KV cache needs; leave the KV cache in the compute dtype"
+            )
     if not is_inside(checkpoint.directory, KV_CACHE_NAME):
         raise ArtifactError(
             f"{checkpoint.directory / KV_CACHE_NAME}: there are no scales for an int8 KV cache; convert with a "
             "calibrated method (npuq convert --method gptq), or leave the KV cache in the compute dtype"
         )
     path = inside(checkpoint.directory, KV_CACHE_NAME, ArtifactError)
-    return load_scales(path, config.num_hidden_layers, latent)
+    (pool,) = pools
+    scales = load_scales(path, config.num_hidden_layers, pool.channels)
+    return tuple({pool.name: scale} for scale in scales)
 
 
 def load_weights(
-    store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layers: Sequence[int] | None = None
+    store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layers: Sequence[int] | None = None
 ) -> ModelWeights:
     """All weights that generation needs, handed to the backend; of the decoder layers only `layers`, if given.
 
@@ -211,12 +221,12 @@ def load_weights(
     """
     hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
+    embedding = ops.weights.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
     weights = ModelWeights(
         embedding=embedding,
-        layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
-        norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
+        layers=tuple(load_layer(store, config, ops, attention, layer) for layer in chosen),
+        norm=ops.weights.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
+        lm_head=ops.weights.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
         files=store.files,
     )
     store.files.check()
@@ -242,85 +252,78 @@ def gating_of(moe: Moe) -> Gating:
     )
 
 
-def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
+def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
     """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
     prefix = f"model.layers.{layer}"
     moe = config.moe_at(layer)
-    mlp: MlpWeights | None = None
-    if moe is None:
-        mlp = _mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    elif moe.n_shared_experts:
-        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, moe.shared_intermediate_size)
     return LayerWeights(
-        input_norm=ops.parameter(store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype),
-        attention=_attention(store, config, ops, softmax_scale, f"{prefix}.self_attn"),
-        mlp_norm=ops.parameter(
+        input_norm=ops.weights.parameter(
+            store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype
+        ),
+        attention=attention.load(LayerParts(store, ModelTensors(config), layer), ops),
+        mlp_norm=ops.weights.parameter(
             store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
         ),
-        mlp=mlp,
+        mlp=_mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size) if moe is None else None,
         moe=None if moe is None else _moe(store, moe, config.hidden_size, ops, f"{prefix}.mlp"),
     )
 
 
-def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> object:
-    hidden, mla = config.hidden_size, config.attention
-    heads = mla.heads
-    q_width, q_lora = heads * mla.qk_head_dim, mla.q_lora_rank
-    kv_width = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    parts = MlaParts(
-        q=store.linear(f"{prefix}.q_proj", q_width, hidden) if q_lora is None else None,
-        q_a=None if q_lora is None else store.linear(f"{prefix}.q_a_proj", q_lora, hidden),
-        q_a_norm=None if q_lora is None else store.tensor(f"{prefix}.q_a_layernorm.weight", q_lora),
-        q_b=None if q_lora is None else store.linear(f"{prefix}.q_b_proj", q_width, q_lora),
-        kv_a=store.linear(f"{prefix}.kv_a_proj_with_mqa", mla.kv_lora_rank + mla.qk_rope_head_dim, hidden),
-        kv_a_norm=store.tensor(f"{prefix}.kv_a_layernorm.weight", mla.kv_lora_rank),
-        kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, mla.kv_lora_rank),
-        o=store.linear(f"{prefix}.o_proj", hidden, heads * mla.v_head_dim),
-    )
-    return ops.mla(
-        parts,
-        MlaConfig(
-            num_heads=heads,
-            qk_nope_head_dim=mla.qk_nope_head_dim,
-            qk_rope_head_dim=mla.qk_rope_head_dim,
-            v_head_dim=mla.v_head_dim,
-            kv_lora_rank=mla.kv_lora_rank,
-            q_lora_rank=q_lora,
-            rms_norm_eps=config.rms_norm_eps,
-            softmax_scale=softmax_scale,
-        ),
-    )
+class LayerParts:
+    """The stored attention weights of one layer by part, with the names and shapes of the family's table."""
+
+    def __init__(self, store: Store, tensors: ModelTensors, layer: int):
+        self._store, self._tensors, self._layer = store, tensors, layer
+
+    def linear(self, part: str) -> LinearPart:
+        spec = self._spec(part)
+        outputs, inputs = spec.shape
+        return self._store.linear(spec.name.removesuffix(".weight"), outputs, inputs)
+
+    def tensor(self, part: str) -> Tensor:
+        spec = self._spec(part)
+        return self._store.tensor(spec.name, *spec.shape)
+
+    def _spec(self, part: str) -> Spec:
+        return self._tensors.spec(Block.ATTENTION, part, self._layer)
 
 
 def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
     gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
     down = store.linear(f"{prefix}.down_proj", hidden, width)
-    return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is Scheme.W8A8)
+    return MlpWeights(
+        ops.weights.linear_of(gate_up), ops.weights.linear_of([down]), quantized=down.scheme is Scheme.W8A8
+    )
 
 
 def _moe(store: Store, moe: Moe, hidden: int, ops: Ops, prefix: str) -> MoeWeights:
     width, experts = moe.moe_intermediate_size, moe.n_routed_experts
     bias: Tensor | None = None
     if moe.has_router_bias:
-        bias = ops.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
+        bias = ops.weights.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
 
     def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
         parts = [
             [store.linear(f"{prefix}.experts.{expert}.{name}", outputs, inputs) for name in names]
             for expert in range(experts)
         ]
-        return ops.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
+        return ops.weights.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
 
     gate_up, gate_up_quantized = stacked(width, hidden, "gate_proj", "up_proj")
     down, down_quantized = stacked(hidden, width, "down_proj")
     if gate_up_quantized != down_quantized:
         raise ArtifactError(f"{prefix}.experts: gate_proj, up_proj and down_proj must all be quantized, or all FLOAT")
-    return MoeWeights(
-        router=ops.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
+    shared: MlpWeights | None = None
+    if moe.n_shared_experts:
+        shared = _mlp(store, ops, f"{prefix}.shared_experts", hidden, moe.shared_intermediate_size)
+    weights = MoeWeights(
+        router=ops.weights.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
         correction_bias=bias,
         gating=gating_of(moe),
         gate_up=gate_up,
         down=down,
         num_experts=experts,
         quantized=down_quantized,
+        shared=shared,
     )
+    return ops.routing.moe_of(weights)

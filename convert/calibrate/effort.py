@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...formats.schemes import Scheme
-from ...models.architecture import Role
+from ...models.roles import Role
 from ...quant.refine import SWEEPS
 from ...quant.scales import Method
 from ..plan.plan import Job

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
-from . import LinearPart
+from ....errors import BackendError
+from ..handles import Experts, Linear, LinearPart, Router
+from ..weights import Weights
 
 FRACTAL_NZ = 29
 TILE_ROWS = 16
@@ -28,14 +29,14 @@ MAX_DIMENSION = 65535
 
 
 @dataclass(frozen=True)
-class FloatLinear:
+class FloatLinear(Linear):
     """weight `[N, K]` in the compute dtype, as torch's own linear takes it."""
 
     weight: Tensor
 
 
 @dataclass(frozen=True)
-class W8A8Linear:
+class W8A8Linear(Linear):
     """weight int8 `[K, N]`, NZ where it tiles; scale float32 `[N]`."""
 
     weight: Tensor
@@ -43,7 +44,7 @@ class W8A8Linear:
 
 
 @dataclass(frozen=True)
-class StaticLinear:
+class StaticLinear(Linear):
     """weight int8 `[K, N]`, NZ where it tiles; factor and offset in the compute dtype `[1]`, as `npu_quantize` takes
     them; deq_scale float32 `[N]`, or for float16 output int64 with its bits in the low words; quant_bias int32 `[N]`.
     """
@@ -56,35 +57,44 @@ class StaticLinear:
 
 
 @dataclass(frozen=True)
-class FloatExperts:
+class FloatExperts(Experts):
     """weight `[E, K, N]` in the compute dtype."""
 
     weight: Tensor
 
 
 @dataclass(frozen=True)
-class W8A8Experts:
-    """weight int8 `[E, K, N]`; scale `[E, N]`, bfloat16 for bfloat16 output (the kernel's pairing), else float32."""
+class QuantizedExperts(Experts):
+    """Experts that take int8 activations."""
 
     weight: Tensor
     scale: Tensor
 
 
 @dataclass(frozen=True)
-class W4A8Experts:
+class W8A8Experts(QuantizedExperts):
+    """weight int8 `[E, K, N]`; scale `[E, N]`, bfloat16 for bfloat16 output (the kernel's pairing), else float32."""
+
+
+@dataclass(frozen=True)
+class W4A8Experts(QuantizedExperts):
     """weight int32 `[E, K, N/8]`; scale int64 `[E, 1, N]`: float32 bits, high words 0; scale_bias float32 `[E, N]`."""
 
-    weight: Tensor
-    scale: Tensor
     scale_bias: Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Lays weights out on `device` for compute in `dtype`."""
+class DeviceRouter(Router):
+    """weight float32 `[E, H]`."""
 
-    device: torch.device
-    dtype: torch.dtype
+    weight: Tensor
+
+
+class AscendWeights(Weights):
+    """Lays weights out on the NPU for compute in its dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
 
     def float_linear(self, weights: Sequence[Tensor]) -> FloatLinear:
         return FloatLinear(torch.cat([weight.to(self.dtype) for weight in weights]).to(self.device))
@@ -133,6 +143,12 @@ class Layout:
             scale=scale_words(scales).unsqueeze(1),
             scale_bias=torch.stack([self._scale_bias(parts) for parts in experts]),
         )
+
+    def router(self, weight: Tensor) -> DeviceRouter:
+        return DeviceRouter(weight.float().to(self.device))
+
+    def parameter(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return tensor.to(self.device, dtype or tensor.dtype).contiguous()
 
     def _stack(self, experts: Sequence[Sequence[LinearPart]], dtype: torch.dtype) -> Tensor:
         """`[E, K, N]` on the device, filled expert by expert: host memory holds one expert at a time."""

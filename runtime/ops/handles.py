@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from ...errors import BackendError
 from ...formats.schemes import Scheme
 from ...formats.static_w8a8 import InputScale
+from ...models.mla import Mla as MlaWidths
 
-Linear: TypeAlias = Any
-"""Opaque: one or several linears fused along their outputs, laid out as the backend likes."""
 
-Experts: TypeAlias = Any
-"""Opaque: the same linear (or fused gate|up) of every expert of a layer, for one grouped matmul."""
+class Linear:
+    """One or several linears fused along their outputs, laid out as one backend likes: only that backend takes it."""
 
-Router: TypeAlias = Any
-"""Opaque: the router's weight, multiplied in float32."""
 
-Mla: TypeAlias = Any
-"""Opaque: the attention weights of a layer. `MlaWeights` unless a backend overrides `Ops.mla`."""
+class Experts:
+    """The same linear (or fused gate|up) of every expert of a layer, for one grouped matmul."""
+
+
+class Router:
+    """The router's weight, multiplied in float32."""
+
+
+Handle = TypeVar("Handle")
+
+
+def own(handle: object, kind: type[Handle]) -> Handle:
+    """The handle as the kind that a backend makes. Raises BackendError for one that another backend made."""
+    if not isinstance(handle, kind):
+        raise BackendError(f"{type(handle).__name__} is no {kind.__name__}: another backend made it")
+    return handle
 
 
 class Quantized(NamedTuple):
@@ -65,27 +77,21 @@ class LinearPart:
     static: Static | None = None
 
 
-@dataclass(frozen=True)
-class MlaConfig:
-    """Sizes and constants of multi-head latent attention; `q_lora_rank` is None in models without q_a/q_b."""
+class AttentionWeights:
+    """The attention weights of a layer, of one kind of attention and laid out as one backend likes."""
 
-    num_heads: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    kv_lora_rank: int
-    q_lora_rank: int | None
+
+@dataclass(frozen=True)
+class MlaConfig(MlaWidths):
+    """Widths and constants of multi-head latent attention."""
+
     rms_norm_eps: float
     softmax_scale: float
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class MlaParts:
-    """The stored attention weights of one layer, from which `Ops.mla` makes its handle.
+    """The stored attention weights of one layer, from which `Attention.mla` makes its handle.
 
     q_a, q_b and q_a_norm (float `[q_lora]`) are None, and q set, in models without q_lora; otherwise q is None.
     kv_b is float `[N·(nope+v), L]`; kv_a_norm is float `[L]`.
@@ -102,22 +108,30 @@ class MlaParts:
 
 
 @dataclass(frozen=True)
-class MlaWeights:
-    """The default attention handle.
+class Mla(AttentionWeights):
+    """Multi-head latent attention of a layer, as far as all backends have it alike.
 
-    qkv_a: one fused linear for (q_a or q | kv_a), or two where their schemes differ.
     w_uk: `[N, nope, L]`, absorbs a query into latent space; w_uv: `[N, L, v]`, brings attention out of it.
     """
 
     config: MlaConfig
-    qkv_a: tuple[Linear, ...]
-    q_a_norm: Tensor | None
-    q_b: Linear | None
     kv_a_norm: Tensor
-    kv_b: Linear
     w_uk: Tensor
     w_uv: Tensor
     o: Linear
+
+
+@dataclass(frozen=True)
+class MlaWeights(Mla):
+    """The default attention handle.
+
+    qkv_a: one fused linear for (q_a or q | kv_a), or two where their schemes differ.
+    """
+
+    qkv_a: tuple[Linear, ...]
+    q_a_norm: Tensor | None
+    q_b: Linear | None
+    kv_b: Linear
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,15 @@ class Gating:
 
 
 @dataclass(frozen=True)
+class MlpWeights:
+    """A dense or shared feed-forward block: `gate_up` gives `[T, 2·I]` with gate in the left half."""
+
+    gate_up: Linear
+    down: Linear
+    quantized: bool  # down takes rows quantized per token
+
+
+@dataclass(frozen=True)
 class MoeWeights:
     """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`."""
 
@@ -149,12 +172,4 @@ class MoeWeights:
     down: Experts
     num_experts: int
     quantized: bool  # both linears take int8 activations
-
-
-@dataclass(frozen=True)
-class MlpWeights:
-    """A dense or shared feed-forward block: `gate_up` gives `[T, 2·I]` with gate in the left half."""
-
-    gate_up: Linear
-    down: Linear
-    quantized: bool  # down takes rows quantized per token
+    shared: MlpWeights | None = None  # the experts that every token takes

@@ -1,34 +1,38 @@
-"""Native kernels' side of the CPU's operators: routing to experts, and feed-forward blocks in one call each."""
+"""Routing to experts on native kernels, and feed-forward blocks in one call each."""
 
 from __future__ import annotations
 
 import ctypes
-import weakref
 
 import torch
 from torch import Tensor
 
-from ...native.binding import MoeBlock
-from ...native.pointers import address, output
-from . import Activation, Gating, MlpWeights, MoeWeights, Quantized
-from .native_products import NativeProducts
-from .native_weights import NativeLinear, bias_address, native_moe
+from ....native.pointers import address, output
+from ..handles import Activation, Gating, MlpWeights, MoeWeights, Quantized, own
+from ..norms import Norms
+from ..products import Products
+from ..routing import Routing
+from .blocks import NativeMoe, bias_address, native_moe
+from .kernels import Kernels
+from .weights import NativeLinear
 
 
-class NativeRouting(NativeProducts):
-    """Experts, and the dense blocks beside them."""
+class NativeRouting(Routing):
+    """Experts, and the dense blocks beside them.
 
-    def __init__(self, dtype: torch.dtype, threads: int | None, level: str | None):
-        super().__init__(dtype, threads, level)
-        # By identity, for as long as both live: a block has the addresses of what they own.
-        self._moe_blocks: dict[tuple[int, int], MoeBlock | None] = {}
+    Raises ValueError for tensors that do not have the dtypes and sizes of their call.
+    """
+
+    def __init__(self, kernels: Kernels, norms: Norms, products: Products):
+        super().__init__(norms, products)
+        self._call, self.dtype, self._code = kernels.pool.call, kernels.dtype, kernels.dtype_code
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
         logits = logits.contiguous()
         tokens, experts = logits.shape
         weights, weights_to = output(torch.float32, tokens, gating.k)
         ids, ids_to = output(torch.int32, tokens, gating.k)
-        self.pool.call(
+        self._call(
             "gating_top_k",
             address(logits, "gating_top_k", "logits", torch.float32, tokens, experts),
             bias_address(bias, "gating_top_k", experts),
@@ -49,7 +53,7 @@ class NativeRouting(NativeProducts):
         group_list, counts_to = output(torch.int64, num_experts)
         codes, to = output(torch.int8 if quantize else self.dtype, tokens * k, cols)
         scale, scale_to = output(torch.float32, tokens * k) if quantize else (None, None)
-        self.pool.call(
+        self._call(
             "init_routing",
             address(x, "init_routing", "x", self.dtype, tokens, cols),
             self._code,
@@ -73,7 +77,7 @@ class NativeRouting(NativeProducts):
         skip = None if skip is None else skip.contiguous()
         (tokens, k), cols = weights.shape, rows.shape[1]
         out, to = output(self.dtype, tokens, cols)
-        self.pool.call(
+        self._call(
             "finalize_routing",
             address(rows, "finalize_routing", "rows", self.dtype, tokens * k, cols),
             self._code,
@@ -87,26 +91,17 @@ class NativeRouting(NativeProducts):
         )
         return out
 
-    # ---- composites: several operators a call, of the same results -------------------------------------------------
+    def moe_of(self, weights: MoeWeights) -> MoeWeights:
+        return native_moe(weights)
 
-    def moe(self, hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
-        block = self._moe_block(weights, shared)
-        if block is None:
-            return super().moe(hidden, weights, shared)
+    def moe(self, hidden: Tensor, weights: MoeWeights) -> Tensor:
+        if not isinstance(weights, NativeMoe):
+            return super().moe(hidden, weights)
         hidden, tokens = hidden.contiguous(), hidden.shape[0]
-        out, to = output(self.dtype, tokens, weights.down.weights.outputs)
-        start = address(hidden, "moe_layer", "x", self.dtype, tokens, weights.gate_up.weights.cols)
-        self.pool.call("moe_layer", ctypes.byref(block), start, self._code, tokens, to)
+        out, to = output(self.dtype, tokens, weights.outputs)
+        start = address(hidden, "moe_layer", "x", self.dtype, tokens, weights.inputs)
+        self._call("moe_layer", ctypes.byref(weights.block), start, self._code, tokens, to)
         return out
-
-    def _moe_block(self, weights: MoeWeights, shared: MlpWeights | None) -> MoeBlock | None:
-        key = id(weights), id(shared)
-        if key not in self._moe_blocks:
-            self._moe_blocks[key] = native_moe(weights, shared)
-            for owner in (weights, shared):
-                if owner is not None:
-                    weakref.finalize(owner, self._moe_blocks.pop, key, None).atexit = False
-        return self._moe_blocks[key]
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         gate_up, down = weights.gate_up, weights.down
@@ -115,14 +110,15 @@ class NativeRouting(NativeProducts):
         hidden, tokens = hidden.contiguous(), hidden.shape[0]
         out, to = output(self.dtype, tokens, down.weights.outputs)
         start = address(hidden, "mlp", "x", self.dtype, tokens, gate_up.weights.cols)
-        self.pool.call("mlp", gate_up.address, down.address, start, self._code, tokens, to)
+        self._call("mlp", gate_up.address, down.address, start, self._code, tokens, to)
         return out
 
     def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
-        hidden, gating, router, tokens = hidden.contiguous(), weights.gating, weights.router, hidden.shape[0]
+        hidden, gating, tokens = hidden.contiguous(), weights.gating, hidden.shape[0]
+        router = own(weights.router, NativeLinear)
         top_weights, weights_to = output(torch.float32, tokens, gating.k)
         ids, ids_to = output(torch.int32, tokens, gating.k)
-        self.pool.call(
+        self._call(
             "moe_gate",
             router.address,
             bias_address(weights.correction_bias, "moe_gate", router.weights.outputs),
@@ -140,10 +136,14 @@ class NativeRouting(NativeProducts):
     ) -> Tensor:
         hidden, top_weights, expert_ids = hidden.contiguous(), top_weights.contiguous(), expert_ids.contiguous()
         shared = None if shared is None else shared.contiguous()
-        (tokens, k), gate_up, down = expert_ids.shape, weights.gate_up, weights.down
+        gate_up, down, (tokens, k) = (
+            own(weights.gate_up, NativeLinear),
+            own(weights.down, NativeLinear),
+            expert_ids.shape,
+        )
         width = down.weights.outputs
         out, to = output(self.dtype, tokens, width)
-        self.pool.call(
+        self._call(
             "moe_experts",
             gate_up.address,
             down.address,

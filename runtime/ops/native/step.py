@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...native.pointers import address
-from . import Decode, Step
+from ....native.integers import int64_array
+from ....native.pointers import address
+from ..steps import Decode, Step
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,4 @@ def lengths(
     if len(values) != sequences or (total is not None and (values[-1] if values else 0) != total):
         rows = "" if total is None else f" and {total} rows"
         raise ValueError(f"{operator}: {name} {list(values)[:8]} do not fit {sequences} sequences{rows}")
-    return (ctypes.c_int64 * sequences)(*values)
+    return int64_array(values, operator, name)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
-from ...formats.schemes import Scheme
-from . import LinearPart, MlaConfig, MlaParts, Ops, Static
-from .ascend_weights import FloatLinear, Layout, StaticLinear, W8A8Linear, fits_nz
-
-DeviceLinear: TypeAlias = FloatLinear | W8A8Linear | StaticLinear
+from ....errors import BackendError
+from ....formats.schemes import Scheme
+from ....models.mla import Mla as MlaWidths
+from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
+from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
 
 # Sizes that the attention operators fix: absorbed attention has 512 + 64 channels, decompressed attention 128 + 64.
 LATENT_DIM, ROPE_DIM, HEAD_DIM = 512, 64, 128
@@ -33,84 +31,75 @@ class PrologWeights:
 
 
 @dataclass(frozen=True)
-class AscendMla:
-    """Attention weights of one layer.
-
-    With `prolog`, q_a, q_b and kv_a live there alone. Otherwise `down` makes q_a's and kv_a's outputs in one matmul
-    (two linears where their schemes differ), and the queries come from two linears: `q_nope`, `q_rope`. In models
-    without q_lora `down` holds kv_a alone. Keys and values are also decompressed apart (`k_b`, `v_b`): each half then
-    is contiguous, which the attention operator asks for. w_uk `[N, nope, L]`, w_uv `[N, L, v]`.
+class Projections:
+    """What layers without the prolog run: `down` makes q_a's and kv_a's outputs in one matmul, or in two where their
+    schemes differ; in models without q_lora it makes kv_a's alone. The queries come from two linears.
     """
 
-    config: MlaConfig
-    prolog: PrologWeights | None
-    down: tuple[DeviceLinear, ...]
-    q_nope: DeviceLinear | None
-    q_rope: DeviceLinear | None
+    down: tuple[Linear, ...]
+    q_nope: Linear
+    q_rope: Linear
+
+
+@dataclass(frozen=True)
+class AscendMla(Mla):
+    """Attention weights of one layer.
+
+    Keys and values are decompressed apart (`k_b`, `v_b`): each half then is contiguous, which the attention operator
+    asks for. takes_quantized: whether the projections of the hidden state take int8 rows.
+    """
+
+    projections: PrologWeights | Projections
     q_a_norm: Tensor | None
-    kv_a_norm: Tensor
     k_b: FloatLinear
     v_b: FloatLinear
-    w_uk: Tensor
-    w_uv: Tensor
-    o: DeviceLinear
     takes_quantized: bool
 
 
-def lay_out_mla(parts: MlaParts, config: MlaConfig, ops: Ops, layout: Layout, fused_prolog: bool) -> AscendMla:
+def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fused_prolog: bool) -> AscendMla:
     """The attention weights of a layer on the device. Raises BackendError for sizes that the operators do not take."""
     check_mla(parts.kv_a.name, config)
     widths = [config.qk_nope_head_dim, config.v_head_dim]
-    k_b, v_b = parts.kv_b.view(config.num_heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
-    prolog = prolog_weights(parts, config, layout) if fused_prolog else None
-    down: tuple[DeviceLinear, ...] = ()
-    q_nope = q_rope = None
-    if prolog is None:
-        down, q_nope, q_rope = projections(parts, config, ops)
+    k_b, v_b = parts.kv_b.view(config.heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
+    prolog = prolog_weights(parts, config, weights) if fused_prolog else None
     first = parts.q if parts.q_a is None else parts.q_a
     return AscendMla(
         config=config,
-        prolog=prolog,
-        down=down,
-        q_nope=q_nope,
-        q_rope=q_rope,
-        q_a_norm=None if parts.q_a_norm is None else ops.parameter(parts.q_a_norm, layout.dtype),
-        kv_a_norm=ops.parameter(parts.kv_a_norm, layout.dtype),
-        k_b=layout.float_linear([k_b.reshape(-1, config.kv_lora_rank)]),
-        v_b=layout.float_linear([v_b.reshape(-1, config.kv_lora_rank)]),
-        w_uk=ops.parameter(k_b, layout.dtype),
-        w_uv=ops.parameter(v_b.transpose(1, 2), layout.dtype),
-        o=ops.linear_of([parts.o]),
+        projections=projections(parts, config, weights) if prolog is None else prolog,
+        q_a_norm=None if parts.q_a_norm is None else weights.parameter(parts.q_a_norm, weights.dtype),
+        kv_a_norm=weights.parameter(parts.kv_a_norm, weights.dtype),
+        k_b=weights.float_linear([k_b.reshape(-1, config.kv_lora_rank)]),
+        v_b=weights.float_linear([v_b.reshape(-1, config.kv_lora_rank)]),
+        w_uk=weights.parameter(k_b, weights.dtype),
+        w_uv=weights.parameter(v_b.transpose(1, 2), weights.dtype),
+        o=weights.linear_of([parts.o]),
         takes_quantized=all(part is not None and part.scheme is Scheme.W8A8 for part in (first, parts.kv_a)),
     )
 
 
-def prolog_weights(parts: MlaParts, config: MlaConfig, layout: Layout) -> PrologWeights | None:
+def prolog_weights(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> PrologWeights | None:
     """The weights for `npu_mla_prolog_v3`, or None for a layer that it does not document."""
-    if layout.dtype != torch.bfloat16 or parts.q_a is None or parts.q_b is None:
+    if weights.dtype != torch.bfloat16 or parts.q_a is None or parts.q_b is None:
         return None
     linears = (parts.q_a, parts.q_b, parts.kv_a)
     hidden = parts.kv_a.weight.shape[1]
     documented = hidden in PROLOG_HIDDEN and config.q_lora_rank in PROLOG_Q_LORA
     if not documented or any(part.scheme is not Scheme.W8A8 or not fits_nz(part.weight.t()) for part in linears):
         return None
-    return PrologWeights(*(layout.w8a8_linear([part]) for part in linears))
+    return PrologWeights(*(weights.w8a8_linear([part]) for part in linears))
 
 
-def projections(
-    parts: MlaParts, config: MlaConfig, ops: Ops
-) -> tuple[tuple[DeviceLinear, ...], DeviceLinear, DeviceLinear]:
-    """(down, q_nope, q_rope) of `AscendMla`."""
+def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> Projections:
+    """The linears before attention. Raises BackendError for a layer without queries."""
     queries = parts.q_b if parts.q is None else parts.q
     if queries is None:
         raise BackendError(f"{parts.kv_a.name}: the layer has no q_proj and no q_b_proj")
-    halves = head_rows(queries, config.num_heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
-    q_nope, q_rope = (ops.linear_of([half]) for half in halves)
+    halves = head_rows(queries, config.heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
+    q_nope, q_rope = (weights.linear_of([half]) for half in halves)
     if parts.q_a is None:
-        return (ops.linear_of([parts.kv_a]),), q_nope, q_rope
-    fused = parts.q_a.scheme == parts.kv_a.scheme
-    groups = [[parts.q_a, parts.kv_a]] if fused else [[parts.q_a], [parts.kv_a]]
-    return tuple(ops.linear_of(group) for group in groups), q_nope, q_rope
+        return Projections((weights.linear_of([parts.kv_a]),), q_nope, q_rope)
+    groups = weights.fusible([parts.q_a, parts.kv_a])
+    return Projections(tuple(weights.linear_of(group) for group in groups), q_nope, q_rope)
 
 
 def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
@@ -130,7 +119,7 @@ def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tupl
     return half(0), half(1)
 
 
-def check_mla(name: str, config: MlaConfig) -> None:
+def check_mla(name: str, config: MlaWidths) -> None:
     """Raises BackendError for attention sizes that the NPU's operators do not take."""
     fixed = {
         "kv_lora_rank": (config.kv_lora_rank, LATENT_DIM),
@@ -139,7 +128,7 @@ def check_mla(name: str, config: MlaConfig) -> None:
         "v_head_dim": (config.v_head_dim, HEAD_DIM),
     }
     wrong = [f"{key} {value} (must be {wanted})" for key, (value, wanted) in fixed.items() if value != wanted]
-    heads = config.num_heads
+    heads = config.heads
     if heads & (heads - 1) or heads > MAX_HEADS:
         wrong.append(f"{heads} attention heads (must be a power of two up to {MAX_HEADS})")
     if wrong:

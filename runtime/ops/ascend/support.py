@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
-from ...errors import BackendError
+from ....errors import BackendError
 
 INSTALL_HINT = "pip install 'npuq[ascend]' (torch 2.13.0 with torch_npu 2.13.0)"
 

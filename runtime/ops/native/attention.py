@@ -1,44 +1,52 @@
-"""Native kernels' side of the CPU's operators: the paged cache, attention, and its whole block in one call."""
+"""Attention on native kernels: latent attention on NZ pages, its whole block in one call, decompressed keys."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ...formats.kv_cache import cached_latent
-from ...native.pointers import address, output, rows_address
-from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
-from .native_products import NativeProducts, contiguous_rows
-from .native_step import NativeStep, decode_arguments, lengths, native_step
-from .native_weights import NativeCache, NativeMla, native_cache, native_heads, native_mla
+from ....native.pointers import address, output, rows_address
+from ...attention.pools import LayerCache, Pool, StoredPool
+from ..attention import LATENT, NO_SCALES, Attention
+from ..handles import Activation, Mla, MlaConfig, MlaParts, MlaWeights, Quantized, own
+from ..norms import Norms
+from ..products import Products
+from ..steps import Decode, Step
+from ..weights import Weights
+from .blocks import NativeMla, native_mla
+from .cache import NativeCache, native_cache, native_heads
+from .kernels import Kernels, contiguous_rows, gain
+from .step import NativeStep, decode_arguments, lengths, native_step
 
 
-class NativeAttention(NativeProducts):
-    """Latent attention on NZ pages, and attention over decompressed keys."""
+class NativeAttention(Attention):
+    """Attention in C, but for cached prefixes: `torch` copies them out of the pages and merges them in.
 
-    _last_step: NativeStep | None = None
+    Raises ValueError for tensors that do not have the dtypes and sizes of their call.
+    """
 
-    def new_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_lora_rank: int,
-        rope_dim: int,
-        latent_scales: Sequence[Tensor] | None = None,
-    ) -> tuple[LayerCache, ...]:
-        caches = super().new_kv_cache(num_layers, num_blocks, block_size, kv_lora_rank, rope_dim, latent_scales)
-        return tuple(native_cache(cache) for cache in caches)
+    def __init__(self, kernels: Kernels, weights: Weights, norms: Norms, products: Products, torch: Attention):
+        super().__init__(kernels.dtype, weights, norms, products)
+        self._call, self._code, self.torch = kernels.pool.call, kernels.dtype_code, torch
+        self._last_step: NativeStep | None = None
+
+    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
+        return self.torch.zeros(pool, num_blocks, block_size)
+
+    def new_cache(
+        self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
+    ) -> LayerCache:
+        return native_cache(super().new_cache(pools, num_blocks, block_size, scales))
 
     def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, dim = x.shape
         x = x if x.stride(2) == 1 else x.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()
         out, to = output(self.dtype, tokens, heads, dim)
-        self.pool.call(
+        self._call(
             "interleave_rope",
             rows_address(x, "interleave_rope", "x", self.dtype, tokens, heads, dim),
             self._code,
@@ -65,11 +73,11 @@ class NativeAttention(NativeProducts):
         output_kv: bool,
     ) -> tuple[Tensor, Tensor] | None:
         kv, cos, sin, slots = contiguous_rows(kv), cos.contiguous(), sin.contiguous(), slots.contiguous()
-        gamma, pages = self._gain(gamma), self._pages(cache)
+        gamma, pages = gain(gamma, self.dtype), self._pages(cache)
         tokens, latent_dim, rope_dim = kv.shape[0], pages.latent_dim, pages.rope_dim
         rope, rope_to = output(self.dtype, tokens, rope_dim) if output_kv else (None, None)
         latent, latent_to = output(self.dtype, tokens, latent_dim) if output_kv else (None, None)
-        self.pool.call(
+        self._call(
             "kv_cache_write",
             ctypes.byref(pages.struct),
             rows_address(kv, "kv_cache_write", "kv", self.dtype, tokens, latent_dim + rope_dim),
@@ -85,7 +93,7 @@ class NativeAttention(NativeProducts):
         )
         if rope is None or latent is None:
             return None
-        return rope, latent if cache.latent_scale is None else cached_latent(latent, cache.latent_scale)
+        return rope, cache[LATENT].rounded(latent)
 
     def fused_infer_attention(
         self,
@@ -107,7 +115,7 @@ class NativeAttention(NativeProducts):
         kv_ends = lengths("attention", "kv_lens", kv_lens, sequences, k_nope.shape[0])
         out, to = output(self.dtype, tokens, count, value.shape[2])
         lse, lse_to = output(torch.float32, tokens, count, 1)
-        self.pool.call("attention", ctypes.byref(heads), q_ends, kv_ends, sequences, scale, causal, to, lse_to)
+        self._call("attention", ctypes.byref(heads), q_ends, kv_ends, sequences, scale, causal, to, lse_to)
         return out, lse
 
     def fused_infer_attention_paged(
@@ -116,7 +124,7 @@ class NativeAttention(NativeProducts):
         q_latent, q_rope, pages = q_latent.contiguous(), q_rope.contiguous(), self._pages(cache)
         table, (tokens, heads) = decode.block_table.contiguous(), q_latent.shape[:2]
         out, to = output(self.dtype, tokens, heads, pages.latent_dim)
-        self.pool.call(
+        self._call(
             "attention_paged",
             ctypes.byref(pages.struct),
             address(q_latent, "attention_paged", "q_latent", self.dtype, tokens, heads, pages.latent_dim),
@@ -128,28 +136,29 @@ class NativeAttention(NativeProducts):
         )
         return out
 
-    # ---- composites: several operators a call, of the same results -------------------------------------------------
+    def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
+        return self.torch.attention_update(outputs, lses)
 
     def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:
-        return native_mla(super().mla(parts, config), self.dtype)
+        return native_mla(own(super().mla(parts, config), MlaWeights), self.dtype)
 
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized):
             return super().mla_prolog(hidden, mla, cache, step)
         hidden, shared, config = hidden.contiguous(), self._shared("mla_prolog", step), mla.config
-        q_latent, latent_to = output(self.dtype, shared.tokens, config.num_heads, config.kv_lora_rank)
-        q_rope, rope_to = output(self.dtype, shared.tokens, config.num_heads, config.qk_rope_head_dim)
+        q_latent, latent_to = output(self.dtype, shared.tokens, config.heads, config.kv_lora_rank)
+        q_rope, rope_to = output(self.dtype, shared.tokens, config.heads, config.qk_rope_head_dim)
         arguments = self._layer_arguments("mla_prolog", hidden, mla, cache, shared)
-        self.pool.call("mla_prolog", *arguments, latent_to, rope_to)
+        self._call("mla_prolog", *arguments, latent_to, rope_to)
         return q_latent, q_rope
 
-    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
+    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or step.decode is None:
-            return super().mla_decode(hidden, mla, cache, step, scale)
+            return super().mla_decode(hidden, mla, cache, step)
         hidden, shared = hidden.contiguous(), self._shared("mla_decode", step)
-        out, to = output(self.dtype, shared.tokens, mla.o.weights.outputs)
+        out, to = output(self.dtype, shared.tokens, mla.outputs)
         arguments = self._layer_arguments("mla_decode", hidden, mla, cache, shared)
-        self.pool.call("mla_decode", *arguments, *shared.decode, scale, to)
+        self._call("mla_decode", *arguments, *shared.decode, mla.config.softmax_scale, to)
         return out
 
     def _layer_arguments(
@@ -162,7 +171,7 @@ class NativeAttention(NativeProducts):
         return (
             ctypes.byref(mla.block),
             ctypes.byref(pages.struct),
-            address(hidden, operator, "x", self.dtype, shared.tokens, mla.qkv_a[0].weights.cols),
+            address(hidden, operator, "x", self.dtype, shared.tokens, mla.inputs),
             self._code,
             shared.tokens,
             *shared.rows,
@@ -177,6 +186,6 @@ class NativeAttention(NativeProducts):
 
     def _pages(self, cache: LayerCache) -> NativeCache:
         pages = native_cache(cache)
-        if pages.rope.dtype is not self.dtype:
-            raise ValueError(f"kv cache: rope is {pages.rope.dtype}; these operators compute in {self.dtype}")
+        if pages.dtype is not self.dtype:
+            raise ValueError(f"kv cache: rope is {pages.dtype}; these operators compute in {self.dtype}")
         return pages
