@@ -32,13 +32,15 @@ from ..formats.dialects import WeightSource
 from ..formats.kv_cache import INT8_CHANNELS, load_scales
 from ..formats.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..formats.static_w8a8 import input_scale_of, load_deq_scale
-from ..formats.ties import EMBEDDING, HEAD, share_tied
+from ..formats.ties import share_tied
 from ..inputs.files import inside, is_inside
 from ..models.config import ModelConfig
 from ..models.families import family_of
+from ..models.family import Block
 from ..models.inventory import check_unbiased
 from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
+from ..models.tensors import ModelTensors
 from ..native.mapped import MappedFiles
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
@@ -211,14 +213,13 @@ def load_weights(
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
     """
-    hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
+    top = _Parts(store, config, None)
     weights = ModelWeights(
-        embedding=embedding,
+        embedding=ops.parameter(top.tensor(Block.TOP, "embedding")),
         layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
-        norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
+        norm=ops.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
+        lm_head=ops.float_linear([top.tensor(Block.TOP, "head")]),
         files=store.files,
     )
     store.files.check()
@@ -246,83 +247,102 @@ def gating_of(moe: Moe) -> Gating:
 
 def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
     """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
-    prefix = f"model.layers.{layer}"
-    moe = config.moe_at(layer)
+    parts, moe = _Parts(store, config, layer), config.moe_at(layer)
     mlp: MlpWeights | None = None
     if moe is None:
-        mlp = _mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+        mlp = _mlp(parts, ops, Block.DENSE)
     elif moe.n_shared_experts:
-        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, moe.shared_intermediate_size)
+        mlp = _mlp(parts, ops, Block.SHARED)
     return LayerWeights(
-        input_norm=ops.parameter(store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype),
-        attention=_attention(store, config, ops, softmax_scale, f"{prefix}.self_attn"),
-        mlp_norm=ops.parameter(
-            store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
-        ),
+        input_norm=ops.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
+        attention=_attention(parts, config, ops, softmax_scale),
+        mlp_norm=ops.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=mlp,
-        moe=None if moe is None else _moe(store, moe, config.hidden_size, ops, f"{prefix}.mlp"),
+        moe=None if moe is None else _moe(parts, moe, ops),
     )
 
 
-def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> object:
-    hidden, mla = config.hidden_size, config.attention
-    heads = mla.heads
-    q_width, q_lora = heads * mla.qk_head_dim, mla.q_lora_rank
-    kv_width = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    parts = MlaParts(
-        q=store.linear(f"{prefix}.q_proj", q_width, hidden) if q_lora is None else None,
-        q_a=None if q_lora is None else store.linear(f"{prefix}.q_a_proj", q_lora, hidden),
-        q_a_norm=None if q_lora is None else store.tensor(f"{prefix}.q_a_layernorm.weight", q_lora),
-        q_b=None if q_lora is None else store.linear(f"{prefix}.q_b_proj", q_width, q_lora),
-        kv_a=store.linear(f"{prefix}.kv_a_proj_with_mqa", mla.kv_lora_rank + mla.qk_rope_head_dim, hidden),
-        kv_a_norm=store.tensor(f"{prefix}.kv_a_layernorm.weight", mla.kv_lora_rank),
-        kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, mla.kv_lora_rank),
-        o=store.linear(f"{prefix}.o_proj", hidden, heads * mla.v_head_dim),
-    )
+class _Parts:
+    """The tensors of one layer, or with None those outside the layers, as the store has them."""
+
+    def __init__(self, store: Store, config: ModelConfig, layer: int | None):
+        self._store, self._tensors, self._layer = store, ModelTensors(config), layer
+
+    def has(self, block: Block, part: str) -> bool:
+        return self._tensors.has(block, part, self._layer)
+
+    def tensor(self, block: Block, part: str) -> Tensor:
+        spec = self._tensors.spec(block, part, self._layer)
+        return self._store.tensor(spec.name, *spec.shape)
+
+    def linear(self, block: Block, part: str, expert: int | None = None) -> LinearPart:
+        spec = self._tensors.spec(block, part, self._layer, expert)
+        outputs, inputs = spec.shape
+        return self._store.linear(spec.name.removesuffix(".weight"), outputs, inputs)
+
+
+def _attention(parts: _Parts, config: ModelConfig, ops: Ops, softmax_scale: float) -> object:
+    mla = config.attention
+
+    def linear(part: str) -> LinearPart | None:
+        return parts.linear(Block.ATTENTION, part) if parts.has(Block.ATTENTION, part) else None
+
+    has_latent = parts.has(Block.ATTENTION, "q_a_norm")
     return ops.mla(
-        parts,
+        MlaParts(
+            q=linear("q"),
+            q_a=linear("q_a"),
+            q_a_norm=parts.tensor(Block.ATTENTION, "q_a_norm") if has_latent else None,
+            q_b=linear("q_b"),
+            kv_a=parts.linear(Block.ATTENTION, "kv_a"),
+            kv_a_norm=parts.tensor(Block.ATTENTION, "kv_a_norm"),
+            kv_b=parts.tensor(Block.ATTENTION, "kv_b"),
+            o=parts.linear(Block.ATTENTION, "o"),
+        ),
         MlaConfig(
-            num_heads=heads,
+            num_heads=mla.heads,
             qk_nope_head_dim=mla.qk_nope_head_dim,
             qk_rope_head_dim=mla.qk_rope_head_dim,
             v_head_dim=mla.v_head_dim,
             kv_lora_rank=mla.kv_lora_rank,
-            q_lora_rank=q_lora,
+            q_lora_rank=mla.q_lora_rank,
             rms_norm_eps=config.rms_norm_eps,
             softmax_scale=softmax_scale,
         ),
     )
 
 
-def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
-    gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
-    down = store.linear(f"{prefix}.down_proj", hidden, width)
+def _mlp(parts: _Parts, ops: Ops, block: Block) -> MlpWeights:
+    gate_up = [parts.linear(block, part) for part in ("gate", "up")]
+    down = parts.linear(block, "down")
     return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is Scheme.W8A8)
 
 
-def _moe(store: Store, moe: Moe, hidden: int, ops: Ops, prefix: str) -> MoeWeights:
-    width, experts = moe.moe_intermediate_size, moe.n_routed_experts
+def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
     bias: Tensor | None = None
-    if moe.has_router_bias:
-        bias = ops.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
+    if parts.has(Block.ROUTER, "router_bias"):
+        bias = ops.parameter(parts.tensor(Block.ROUTER, "router_bias"), torch.float32)
 
-    def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
-        parts = [
-            [store.linear(f"{prefix}.experts.{expert}.{name}", outputs, inputs) for name in names]
-            for expert in range(experts)
+    def stacked(*names: str) -> tuple[Experts, LinearPart]:
+        experts = [
+            [parts.linear(Block.EXPERT, name, expert) for name in names] for expert in range(moe.n_routed_experts)
         ]
-        return ops.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
+        return ops.experts_of(experts), experts[0][0]
 
-    gate_up, gate_up_quantized = stacked(width, hidden, "gate_proj", "up_proj")
-    down, down_quantized = stacked(hidden, width, "down_proj")
-    if gate_up_quantized != down_quantized:
-        raise ArtifactError(f"{prefix}.experts: gate_proj, up_proj and down_proj must all be quantized, or all FLOAT")
+    gate_up, gate = stacked("gate", "up")
+    down, first = stacked("down")
+    quantized = first.scheme is not Scheme.FLOAT
+    if (gate.scheme is not Scheme.FLOAT) != quantized:
+        raise ArtifactError(
+            f"{gate.name} is {gate.scheme.value} and {first.name} {first.scheme.value}: an expert's linears must all "
+            "be quantized, or all FLOAT"
+        )
     return MoeWeights(
-        router=ops.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
+        router=ops.router(parts.tensor(Block.ROUTER, "router")),
         correction_bias=bias,
         gating=gating_of(moe),
         gate_up=gate_up,
         down=down,
-        num_experts=experts,
-        quantized=down_quantized,
+        num_experts=moe.n_routed_experts,
+        quantized=quantized,
     )
