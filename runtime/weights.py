@@ -32,7 +32,7 @@ from ..formats.dialects import WeightSource
 from ..formats.kv_cache import INT8_CHANNELS, load_scales
 from ..formats.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..formats.static_w8a8 import input_scale_of, load_deq_scale
-from ..formats.ties import EMBEDDING, HEAD, share_tied
+from ..formats.ties import share_tied
 from ..inputs.files import inside, is_inside
 from ..models.config import ModelConfig
 from ..models.families import family_of
@@ -40,7 +40,7 @@ from ..models.family import Block
 from ..models.inventory import check_unbiased
 from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
-from ..models.tensors import ModelTensors, Spec
+from ..models.tensors import ModelTensors
 from ..native.mapped import MappedFiles
 from .attention.kind import AttentionKind
 from .model import LayerWeights, ModelWeights
@@ -219,14 +219,13 @@ def load_weights(
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
     """
-    hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.weights.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
+    top = _Parts(store, config, None)
     weights = ModelWeights(
-        embedding=embedding,
+        embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
         layers=tuple(load_layer(store, config, ops, attention, layer) for layer in chosen),
-        norm=ops.weights.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.weights.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
+        norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
+        lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")]),
         files=store.files,
     )
     store.files.check()
@@ -254,76 +253,83 @@ def gating_of(moe: Moe) -> Gating:
 
 def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
     """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
-    prefix = f"model.layers.{layer}"
-    moe = config.moe_at(layer)
+    parts, moe = _Parts(store, config, layer), config.moe_at(layer)
     return LayerWeights(
-        input_norm=ops.weights.parameter(
-            store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype
-        ),
-        attention=attention.load(LayerParts(store, ModelTensors(config), layer), ops),
-        mlp_norm=ops.weights.parameter(
-            store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
-        ),
-        mlp=_mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size) if moe is None else None,
-        moe=None if moe is None else _moe(store, moe, config.hidden_size, ops, f"{prefix}.mlp"),
+        input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
+        attention=attention.load(_BlockParts(parts, Block.ATTENTION), ops),
+        mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
+        mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
+        moe=None if moe is None else _moe(parts, moe, ops),
     )
 
 
-class LayerParts:
-    """The stored attention weights of one layer by part, with the names and shapes of the family's table."""
+class _Parts:
+    """The tensors of one layer, or with None those outside the layers, as the store has them."""
 
-    def __init__(self, store: Store, tensors: ModelTensors, layer: int):
-        self._store, self._tensors, self._layer = store, tensors, layer
+    def __init__(self, store: Store, config: ModelConfig, layer: int | None):
+        self._store, self._tensors, self._layer = store, ModelTensors(config), layer
 
-    def linear(self, part: str) -> LinearPart:
-        spec = self._spec(part)
+    def has(self, block: Block, part: str) -> bool:
+        return self._tensors.has(block, part, self._layer)
+
+    def tensor(self, block: Block, part: str) -> Tensor:
+        spec = self._tensors.spec(block, part, self._layer)
+        return self._store.tensor(spec.name, *spec.shape)
+
+    def linear(self, block: Block, part: str, expert: int | None = None) -> LinearPart:
+        spec = self._tensors.spec(block, part, self._layer, expert)
         outputs, inputs = spec.shape
         return self._store.linear(spec.name.removesuffix(".weight"), outputs, inputs)
 
+
+class _BlockParts:
+    """The tensors of one block of a layer, by part."""
+
+    def __init__(self, parts: _Parts, block: Block):
+        self._parts, self._block = parts, block
+
+    def linear(self, part: str) -> LinearPart:
+        return self._parts.linear(self._block, part)
+
     def tensor(self, part: str) -> Tensor:
-        spec = self._spec(part)
-        return self._store.tensor(spec.name, *spec.shape)
-
-    def _spec(self, part: str) -> Spec:
-        return self._tensors.spec(Block.ATTENTION, part, self._layer)
+        return self._parts.tensor(self._block, part)
 
 
-def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
-    gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
-    down = store.linear(f"{prefix}.down_proj", hidden, width)
+def _mlp(parts: _Parts, ops: Ops, block: Block) -> MlpWeights:
+    gate_up = [parts.linear(block, part) for part in ("gate", "up")]
+    down = parts.linear(block, "down")
     return MlpWeights(
         ops.weights.linear_of(gate_up), ops.weights.linear_of([down]), quantized=down.scheme is Scheme.W8A8
     )
 
 
-def _moe(store: Store, moe: Moe, hidden: int, ops: Ops, prefix: str) -> MoeWeights:
-    width, experts = moe.moe_intermediate_size, moe.n_routed_experts
+def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
     bias: Tensor | None = None
-    if moe.has_router_bias:
-        bias = ops.weights.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
+    if parts.has(Block.ROUTER, "router_bias"):
+        bias = ops.weights.parameter(parts.tensor(Block.ROUTER, "router_bias"), torch.float32)
 
-    def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
-        parts = [
-            [store.linear(f"{prefix}.experts.{expert}.{name}", outputs, inputs) for name in names]
-            for expert in range(experts)
+    def stacked(*names: str) -> tuple[Experts, LinearPart]:
+        experts = [
+            [parts.linear(Block.EXPERT, name, expert) for name in names] for expert in range(moe.n_routed_experts)
         ]
-        return ops.weights.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
+        return ops.weights.experts_of(experts), experts[0][0]
 
-    gate_up, gate_up_quantized = stacked(width, hidden, "gate_proj", "up_proj")
-    down, down_quantized = stacked(hidden, width, "down_proj")
-    if gate_up_quantized != down_quantized:
-        raise ArtifactError(f"{prefix}.experts: gate_proj, up_proj and down_proj must all be quantized, or all FLOAT")
-    shared: MlpWeights | None = None
-    if moe.n_shared_experts:
-        shared = _mlp(store, ops, f"{prefix}.shared_experts", hidden, moe.shared_intermediate_size)
+    gate_up, gate = stacked("gate", "up")
+    down, first = stacked("down")
+    quantized = first.scheme is not Scheme.FLOAT
+    if (gate.scheme is not Scheme.FLOAT) != quantized:
+        raise ArtifactError(
+            f"{gate.name} is {gate.scheme.value} and {first.name} {first.scheme.value}: an expert's linears must all "
+            "be quantized, or all FLOAT"
+        )
     weights = MoeWeights(
-        router=ops.weights.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
+        router=ops.weights.router(parts.tensor(Block.ROUTER, "router")),
         correction_bias=bias,
         gating=gating_of(moe),
         gate_up=gate_up,
         down=down,
-        num_experts=experts,
-        quantized=down_quantized,
-        shared=shared,
+        num_experts=moe.n_routed_experts,
+        quantized=quantized,
+        shared=_mlp(parts, ops, Block.SHARED) if moe.n_shared_experts else None,
     )
     return ops.routing.moe_of(weights)
