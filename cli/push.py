@@ -104,7 +104,7 @@ def _print(summary: PushSummary, as_json: bool) -> None:
 
 def verified(artifact: Path) -> None:
     """Raise ArtifactError unless `npuq verify` finds nothing."""
-    from ..convert import verify
+    from ..verification import verify
 
     problems = verify(artifact).problems
     if problems:

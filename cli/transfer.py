@@ -13,8 +13,8 @@ from .console import format_bytes
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from ..formats.checkpoint import Checkpoint
     from ..hub import ShardPusher
-    from ..quant.checkpoint import Checkpoint
 
 HUBS = ("huggingface", "modelscope")
 
@@ -57,9 +57,9 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
         if window_bytes is not None:
             raise click.UsageError("--download-window is for a repository on the hub; SOURCE is a directory")
         return Path(source)
+    from ..formats.artifact import OWN_FOLDER
     from ..hub import RemoteCheckpoint
     from ..hub.remote import DEFAULT_WINDOW
-    from ..quant.artifact import OWN_FOLDER
 
     silence_client()
     repo, pinned = named

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from ..errors import HubError
+from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ..inputs.yaml_text import parse_yaml
-from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 
 # Facts about the artifact that npuq knows better than an older card; everything else in the front matter stays.
 _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")

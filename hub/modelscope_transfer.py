@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import HubError, NpuqError
+from ..formats.artifact import MANIFEST_NAME
 from ..inputs.files import read_bytes
 from ..inputs.names import FileName
-from ..quant.artifact import MANIFEST_NAME
 from .client import Backoff, revision_of
 from .download import read_whole
 from .modelscope import ModelScope, ScopeRepository

@@ -12,9 +12,9 @@ from typing import Protocol
 from huggingface_hub import constants
 
 from ..errors import HubError
+from ..formats.artifact import MANIFEST_NAME, OWN_FOLDER
 from ..inputs.files import read_text
 from ..inputs.names import FileName, Sha256
-from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER
 from .digests import content_digest, file_holds
 from .fetch import Wanted, fetch_file
 from .names import BlobId, CommitId, Digest, HubRepoId, Revision

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, HubError, NpuqError
+from ..formats.artifact import CARD_NAME, DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME
+from ..formats.checkpoint import CONFIG_NAME, read_weight_map, single_file
+from ..formats.side_files import is_read_beside_weights
 from ..inputs.files import read_bytes
 from ..inputs.json_text import parse_object
 from ..inputs.names import FileName, Sha256
-from ..quant.artifact import CARD_NAME, DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME
-from ..quant.checkpoint import CONFIG_NAME, read_weight_map, single_file
-from ..quant.side_files import is_read_beside_weights
 from .client import Backoff, Hub, revision_of
 from .faults import OfflineError, PassingError
 from .fetch import PARTIAL_SUFFIX, Wanted, mismatch

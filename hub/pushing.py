@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, HubError
+from ..formats.artifact import read_manifest
 from ..inputs.files import inside, is_inside, read_bytes, read_text
 from ..inputs.names import FileName, Sha256
 from ..inputs.printable import printable
-from ..quant.artifact import read_manifest
 from .card import merge_card
 from .client import Backoff, Hub
 from .commits import Committer

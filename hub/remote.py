@@ -11,9 +11,9 @@ from typing import IO, Any, Final
 from torch import Tensor
 
 from ..errors import CheckpointError, HubError
+from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
+from ..formats.safetensors import TensorInfo, parse_header
 from ..inputs.names import FileName
-from ..quant.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
-from ..quant.safetensors import TensorInfo, parse_header
 from .client import Backoff, Hub, revision_of
 from .download import fetch_range
 from .huggingface import HubRepository, resolve_commit

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import HubError
+from ..formats.artifact import DESCRIPTION_NAME, OWN_FOLDER
 from ..inputs.json_text import parse_object
 from ..inputs.names import FileName
-from ..quant.artifact import DESCRIPTION_NAME, OWN_FOLDER
 from .download import read_whole
 from .place import MANIFEST
 from .repository import Listing, Repository

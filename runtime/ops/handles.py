@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.schemes import Scheme
-from ...quant.static_w8a8 import InputScale
+from ...formats.schemes import Scheme
+from ...formats.static_w8a8 import InputScale
 
 
 class Linear:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArtifactError
-from ...quant.schemes import Scheme
+from ...formats.schemes import Scheme
 from .handles import Experts, Linear, LinearPart, Router
 
 

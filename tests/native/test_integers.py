@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from npuq.quant import library, native
-from npuq.quant.integers import RANGES, Structure, checked, int64_array
+from npuq.native import binding as native
+from npuq.native import library
+from npuq.native.integers import RANGES, Structure, checked, int64_array
 from npuq.runtime.ops import Decode, Gating
 from npuq.runtime.ops.native import NativeOps
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
 from npuq.runtime.ops import (
     Attention,
     Decode,

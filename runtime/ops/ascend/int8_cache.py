@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.kv_cache import INT8_CHANNELS
+from ....formats.kv_cache import INT8_CHANNELS
 from ...layout import CHANNELS
 from ..norms import Norms
 from ..steps import Decode, LayerCache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.schemes import Scheme
+from ....formats.schemes import Scheme
 from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
 from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ....torch_threads import single_threaded_torch
+from ....parallel.torch_threads import single_threaded_torch
 from .. import Ops
 from ..cpu import CpuOps
 from .attention import NativeAttention

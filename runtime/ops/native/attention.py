@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ....quant.kv_cache import cached_latent
-from ....quant.pointers import address, output, rows_address
+from ....formats.kv_cache import cached_latent
+from ....native.pointers import address, output, rows_address
 from ..attention import Attention
 from ..handles import Activation, Mla, MlaConfig, MlaParts, MlaWeights, Quantized, own
 from ..norms import Norms

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from ....quant.native import DTYPES, MlaBlock, MoeBlock
-from ....quant.pointers import address
+from ....native.binding import DTYPES, MlaBlock, MoeBlock
+from ....native.pointers import address
 from ..handles import MlaWeights, MoeWeights
 from .weights import NativeLinear, matrices_address
 

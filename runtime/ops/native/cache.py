@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....quant.kv_cache import INT8_CHANNELS
-from ....quant.native import DTYPES, Cache, Heads, Strided
-from ....quant.pointers import address, rows_address
+from ....formats.kv_cache import INT8_CHANNELS
+from ....native.binding import DTYPES, Cache, Heads, Strided
+from ....native.pointers import address, rows_address
 from ...layout import CHANNELS
 from ..steps import LayerCache
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.native import DTYPES, Pool
+from ....native.binding import DTYPES, Pool
 
 
 @dataclass(frozen=True)

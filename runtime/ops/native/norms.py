@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....quant.pointers import address, output, rows_address
-from ....torch_threads import single_threaded_torch
+from ....native.pointers import address, output, rows_address
+from ....parallel.torch_threads import single_threaded_torch
 from ..handles import Quantized
 from ..norms import Norms
 from .kernels import Kernels, contiguous_rows, gain

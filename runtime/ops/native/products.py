@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.native import DTYPES
-from ....quant.pointers import address, output, rows_address
+from ....native.binding import DTYPES
+from ....native.pointers import address, output, rows_address
 from ..handles import Activation, Experts, Linear, Quantized, Router, own
 from ..norms import Norms
 from ..products import Products

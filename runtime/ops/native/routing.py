@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ....quant.pointers import address, output
+from ....native.pointers import address, output
 from ..handles import Activation, Gating, MlpWeights, MoeWeights, Quantized, own
 from ..norms import Norms
 from ..products import Products

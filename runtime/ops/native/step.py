@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....quant.integers import int64_array
-from ....quant.pointers import address
+from ....native.integers import int64_array
+from ....native.pointers import address
 from ..steps import Decode, Step
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.native import DTYPES, INT4, Part
-from ....quant.native import Weights as WeightsStruct
-from ....quant.pointers import address, rows_address
-from ....quant.schemes import Scheme
+from ....formats.schemes import Scheme
+from ....native.binding import DTYPES, INT4, Part
+from ....native.binding import Weights as WeightsStruct
+from ....native.pointers import address, rows_address
 from ..handles import Experts, Linear, LinearPart, Router
 from ..weights import Weights
 

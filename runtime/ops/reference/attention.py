@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
+from ....formats.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
 from ...layout import CHANNELS, read_nz, write_nz
 from ..attention import Attention
 from ..steps import Decode, LayerCache, PrefixSegment

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....errors import BackendError
-from ....quant.int4 import unpack_int4
-from ....quant.schemes import Scheme
-from ....quant.static_w8a8 import InputScale
+from ....formats.int4 import unpack_int4
+from ....formats.schemes import Scheme
+from ....formats.static_w8a8 import InputScale
 from ..handles import Activation, Experts, Linear, LinearPart, Quantized, Router, own
 from ..norms import Norms
 from ..products import Products

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....quant.schemes import Scheme
+from ....formats.schemes import Scheme
 from ..handles import Experts, Linear, LinearPart, Router
 from ..weights import Weights
 
