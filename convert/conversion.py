@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConversionError, NpuqError
 from ..formats.artifact import OWN_FOLDER
 from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
+from ..formats.output_files import write_error
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
@@ -31,7 +32,7 @@ from .plan.summary import Summary, starting_notes
 from .rewriting import RewrittenSource
 from .tally import Tally, data_free_effort
 from .write.journal import FileStamp, JobStats, Journal, Record
-from .write.output import Finished, check_separate, claim, look, write_error
+from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
 from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
 from .write.shards import ShardFiles, Write
