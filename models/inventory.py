@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import CheckpointError
-from ..formats.dialects import Weight
 from .architecture import Family, Role, Spec, family_of, layer_of, unroll
 from .config import ModelConfig, check_unbiased
 
@@ -20,6 +20,13 @@ _KEYS = {
     "router_bias": "topk_method",
     "shared_experts": "n_shared_experts",
 }
+
+
+class Weight(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     for part in row_chunks(tokens.numel()):
         used, place = tokens.flatten()[part].unique(return_inverse=True)
         rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
-        check_finite(_EMBEDDING, rows, walk.source)
+        check_finite(walk.source.weights[_EMBEDDING], rows)
         streams.floats[part] = rows[place]
         streams.quantized[part] = rows.to(dtype).float()[place]
     return streams

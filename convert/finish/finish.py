@@ -34,9 +34,10 @@ from ...formats.artifact import (
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
 from ...formats.kv_cache import save_scales
 from ...formats.output_files import PARTIAL_NAME, publish, write_file
+from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
 from ...inputs.files import file_sha256, inside, open_file
-from ...models.rope import rope_tables, save_rope
+from ...models.rope import rope_tables
 from ..calibrate.layer_report import LayerReport
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ...errors import CheckpointError, ConversionError
 from ...formats.checkpoint import Checkpoint
-from ...formats.dialects import WeightSource
 from ...formats.digests import source_digest
+from ...formats.sources.weights import WeightSource
 from ...parallel.pool import Pool
 from ...progress import Progress, Task
 from ..plan.plan import Job, Plan
@@ -29,7 +29,7 @@ def stamps(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
 
     CheckpointError for a file that is gone.
     """
-    return () if checkpoint.passes_by else tuple(map(_stamp, checkpoint.shards))
+    return () if checkpoint.window is not None else tuple(map(_stamp, checkpoint.shards))
 
 
 def _stamp(path: Path) -> FileStamp:
@@ -111,7 +111,7 @@ def forget_changed_source(
     were calibrated on their outputs: ConversionError where one of those would have to be.
     """
     checkpoint = source.checkpoint
-    if checkpoint.passes_by:
+    if checkpoint.window is not None:
         return  # pinned by its commit, which is part of the conversion's identity
     changed_files = {
         path
@@ -154,7 +154,7 @@ def _unless_other_files(before: Sequence[FileStamp], found: Sequence[FileStamp])
 
 def _files(source: WeightSource, name: str) -> set[Path]:
     """The files that a weight is read from."""
-    return {source.checkpoint.info(stored).file for stored in source.stored_names(name)}
+    return {source.checkpoint.info(stored).file for stored in source.weights[name].stored_names}
 
 
 def _named(files: Collection[Path]) -> str:
