@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConversionError, NpuqError
 from ..formats.artifact import OWN_FOLDER
 from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
+from ..formats.output_files import write_error
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
@@ -28,10 +29,9 @@ from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .plan.prepare import CalibrationText, Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
-from .rewriting import RewrittenSource
 from .tally import Tally, data_free_effort
 from .write.journal import FileStamp, JobStats, Journal, Record
-from .write.output import Finished, check_separate, claim, look, write_error
+from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
 from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
 from .write.shards import ShardFiles, Write
@@ -104,8 +104,7 @@ def convert_checkpoint(
 
 
 def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> Budget:
-    held = prepared.source.held_bytes if isinstance(prepared.source, RewrittenSource) else 0
-    budget = plan_budget(prepared.plan, workers, max_memory, held)
+    budget = plan_budget(prepared.plan, workers, max_memory, prepared.source.held_bytes)
     if prepared.calibration is None:
         return budget
     tokens, length = prepared.calibration.tokens.numel(), prepared.calibration.sequence_length
@@ -186,7 +185,7 @@ class _Conversion:
             _settle(journal, found)
             resumed = list(record.jobs)
             tally.start(resumed)
-            prepared.source.expect([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
+            prepared.source.announce([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
             if walk is not None:
                 reports = walk.run()
                 kept = walk.kept_jobs

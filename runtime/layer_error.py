@@ -26,8 +26,9 @@ from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
 from .model import LayerWeights, Model
 from .ops import Ops, Step
 from .step import Chunk, RopeRows, StepBuilder
+from .store import open_store
 from .tokenizer import Tokenizer
-from .weights import load_layer, load_rope_tables, load_weights, open_store
+from .weights import load_layer, load_rope_tables, load_weights
 
 _STEP_TOKENS = 1024
 _BLOCK_SIZE = 128

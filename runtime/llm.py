@@ -27,9 +27,10 @@ from .loop import Loop
 from .model import Model
 from .sampler import SamplingOptions, SamplingParams
 from .step import RopeRows
+from .store import open_store
 from .stream import Completion, Stream
 from .tokenizer import Tokenizer
-from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_store
+from .weights import load_kv_cache_scales, load_rope_tables, load_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

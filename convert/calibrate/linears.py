@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError, CheckpointError
-from ...formats.dialects import StoredRows
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ...formats.static_w8a8 import InputScale, static_tensors
@@ -18,6 +17,7 @@ from ...parallel.pool import Mapper
 from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
 from ...quant.refine import calibrated_codes
 from ...quant.scales import Method, NonFiniteError
+from ...quant.stored_rows import StoredRows
 from ..plan.plan import Job
 from ..write.job_output import JobOutput
 from ..write.journal import JobStats

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ...formats.artifact import OWN_FOLDER
 from ...formats.digests import source_digest
+from ...formats.output_files import write_error
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import Scheme
 from ...parallel.pool import Pool
@@ -24,7 +25,6 @@ from ..plan.plan import Job
 from ..plan.prepare import Prepared
 from ..tally import Tally
 from ..write.journal import JobEntry, Journal
-from ..write.output import write_error
 from ..write.shards import ShardFiles
 from ..write.worker import run_job
 from ..write.workspace import Workspace
@@ -221,7 +221,7 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     for part in row_chunks(tokens.numel()):
         used, place = tokens.flatten()[part].unique(return_inverse=True)
         rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
-        check_finite(_EMBEDDING, rows, walk.source)
+        check_finite(walk.source.weights[_EMBEDDING], rows)
         streams.floats[part] = rows[place]
         streams.quantized[part] = rows.to(dtype).float()[place]
     return streams

@@ -18,7 +18,7 @@ from ... import __version__
 from ...engines.loader_config import loader_keys
 from ...engines.rules import config_schemes
 from ...engines.serving import serving_ranks
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConversionError
 from ...formats.artifact import (
     CARD_NAME,
     DESCRIPTION_NAME,
@@ -33,16 +33,16 @@ from ...formats.artifact import (
 )
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
 from ...formats.kv_cache import save_scales
+from ...formats.output_files import PARTIAL_NAME, publish, write_file
+from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
-from ...inputs.files import inside, open_file
-from ...models.rope import rope_tables, save_rope
+from ...inputs.files import file_sha256, inside, open_file
+from ...models.rope import rope_tables
 from ..calibrate.layer_report import LayerReport
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
 from ..plan.recipe import STORED
-from ..write.hashes import file_sha256
 from ..write.journal import JobStats, Record
-from ..write.output import partial_path, publish, write_file
 from .card import model_card
 from .report import relative_error, totals_by_role
 from .side_files import card_front_matter, copy_side_files
@@ -100,7 +100,7 @@ def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[L
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path, ConversionError)}
 
 
 def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[str, Iterable[str]]]:
@@ -139,13 +139,13 @@ def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[
 
 
 def _write_rope(prepared: Prepared, output: Path) -> None:
-    partial = partial_path(output)
+    partial = output / PARTIAL_NAME
     save_rope(rope_tables(prepared.config), partial)
     publish(partial, output / ROPE_NAME)
 
 
 def _write_kv_cache_scales(reports: Sequence[LayerReport], output: Path) -> None:
-    partial = partial_path(output)
+    partial = output / PARTIAL_NAME
     save_scales([report.kv_cache.scale for report in reports], partial)
     publish(partial, output / KV_CACHE_NAME)
 

@@ -1,7 +1,7 @@
 """Two statements of a checkpoint about one thing, that contradict each other: which counts, said in a line each.
 
 They are decided as transformers and the engines decide them; what neither could read is refused where it is read
-(`inventory.py`, `model_config.py`, `checkpoint.py`).
+(`inventory.py`, `config.py`, `checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
-from ...formats.compressed_tensors import is_compressed
-from ...formats.dialects import WeightSource
 from ...formats.safetensors import CODES
+from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.sources.weights import WeightSource
 from ...formats.ties import EMBEDDING, HEAD
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object

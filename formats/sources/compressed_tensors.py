@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError
-from ..inputs.patterns import Budget, Pattern
-from .checkpoint import CONFIG_NAME, Checkpoint
-from .schemes import SCALE, WEIGHT, Scheme
-from .stored import Codes, StoredLinear
+from ...errors import CheckpointError
+from ...inputs.patterns import Budget, Pattern
+from ..checkpoint import CONFIG_NAME, Checkpoint
+from ..schemes import SCALE, WEIGHT, Scheme
+from .stored_linear import Codes, StoredLinear
 
 METHOD = "compressed-tensors"
 _PACKED, _SHAPE, _ZERO_POINT = "weight_packed", "weight_shape", "weight_zero_point"
@@ -99,9 +99,8 @@ def _linear(checkpoint: Checkpoint, module: str, group: _Group) -> StoredLinear:
         codes, inputs = Codes.INT4_INPUTS, 8 * words
     else:
         codes, inputs = Codes.INT4_BYTES if group.scheme is Scheme.W4A8 else Codes.INT8, words
-    return StoredLinear(
-        f"{module}.{WEIGHT}", group.scheme, (outputs, inputs), codes, {WEIGHT: weight, SCALE: scale.name}
-    )
+    tensors = {WEIGHT: weight, SCALE: scale.name}
+    return StoredLinear(checkpoint, f"{module}.{WEIGHT}", group.scheme, (outputs, inputs), codes, tensors)
 
 
 def _read_config(where: object, quantization: Mapping[str, Any]) -> tuple[list[_Group], _Targets]:

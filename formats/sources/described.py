@@ -1,13 +1,13 @@
-"""ModelSlim's own artifacts, and npuq's: linears found by `quant_model_description.json`."""
+"""Linears described by `quant_model_description.json`: npuq's artifacts, and ModelSlim's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import CheckpointError
-from .checkpoint import Checkpoint
-from .schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from .stored import Codes, StoredLinear
+from ...errors import CheckpointError
+from ..checkpoint import Checkpoint
+from ..schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
+from .stored_linear import Codes, StoredLinear
 
 _FLOATS = ("F32", "BF16", "F16")
 # What each scheme stores beside `P.weight`: the dtypes that are read, and whether it may be missing. The tensors that
@@ -32,14 +32,20 @@ def described_linears(checkpoint: Checkpoint, types: Mapping[str, Scheme]) -> di
     Raises CheckpointError for one that lacks a tensor of its scheme, or has it in another form or under another type.
     """
     return {
-        name: _linear(checkpoint, types, name, scheme)
+        name: described_linear(checkpoint, types, name)
         for name, scheme in types.items()
         if scheme is not Scheme.FLOAT and name.endswith(f".{WEIGHT}") and name in checkpoint.tensors
     }
 
 
-def _linear(checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, scheme: Scheme) -> StoredLinear:
-    info = checkpoint.tensors[name]
+def described_linear(
+    checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, shape: tuple[int, int] | None = None
+) -> StoredLinear:
+    """One of them, which `types` calls quantized; `shape` is the one that config.json gives it.
+
+    Errors as of `described_linears`, also where it is missing or has another shape.
+    """
+    info, scheme = checkpoint.info(name), types[name]
     if info.dtype != "I8" or len(info.shape) != 2:
         raise CheckpointError(
             f"{info.file}: tensor {name!r} is described as {scheme.value} and stored as {info.dtype} {list(info.shape)}"
@@ -47,6 +53,11 @@ def _linear(checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, sche
     rows, inputs = info.shape
     packed = scheme is Scheme.W4A8
     outputs = 2 * rows if packed else rows
+    if shape is not None and shape != (outputs, inputs):
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, {outputs} outputs of {inputs} inputs in "
+            f"{scheme.value}; config.json says {list(shape)}"
+        )
     tensors = {WEIGHT: name}
     for suffix, (dtypes, optional) in _BESIDE[scheme].items():
         part = name.removesuffix(WEIGHT) + suffix
@@ -67,7 +78,9 @@ def _linear(checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, sche
                 f"{found.file}: tensor {part!r} is described as {types[part].value}, its weight as {scheme.value}"
             )
         tensors[suffix] = part
-    return StoredLinear(name, scheme, (outputs, inputs), Codes.INT4_OUTPUTS if packed else Codes.INT8, tensors)
+    return StoredLinear(
+        checkpoint, name, scheme, (outputs, inputs), Codes.INT4_OUTPUTS if packed else Codes.INT8, tensors
+    )
 
 
 def _fits(suffix: str, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
