@@ -198,9 +198,9 @@ def _print_summary(summary: Summary) -> None:
     rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
     show(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
     missing = ""
-    if summary.disk_bytes_missing < summary.disk_bytes_needed:
-        missing = f", {format_bytes(summary.disk_bytes_missing)} of it still"
-    needed, free = format_bytes(summary.disk_bytes_needed), format_bytes(summary.disk_bytes_free)
+    if summary.missing_disk_bytes < summary.needed_disk_bytes:
+        missing = f", {format_bytes(summary.missing_disk_bytes)} of it still"
+    needed, free = format_bytes(summary.needed_disk_bytes), format_bytes(summary.free_disk_bytes)
     show(f"disk: {needed} needed{missing}, {free} free")
 
 

@@ -85,7 +85,7 @@ def _print(report: Report) -> None:
     for name, value in rows.items():
         show(f"{name:10} {value or 'not found'}")
     for device in report.devices:
-        memory = f"{format_bytes(device.free_memory)} of {format_bytes(device.total_memory)} free"
+        memory = f"{format_bytes(device.free_memory_bytes)} of {format_bytes(device.total_memory_bytes)} free"
         show(f"npu:{device.index:<6} {device.name}, {device.family or 'unknown family'}, {memory}")
         if device.problem:
             show(f"{'':10} {device.problem}")

@@ -38,8 +38,8 @@ class Device:
     index: int
     name: str
     family: str | None
-    total_memory: int
-    free_memory: int
+    total_memory_bytes: int
+    free_memory_bytes: int
     problem: str | None
 
 
