@@ -14,7 +14,11 @@ from npuq.errors import GenerationError
 from npuq.runtime.conversation import ChatOptions
 from npuq.runtime.tokenizer import Tokenizer
 
-from .chat_styles import CONVERSATIONS, DOCUMENTS, SETTINGS, STYLES, WEATHER
+from .chat_styles import PLAIN_STYLES
+from .conversations import CONVERSATIONS, DOCUMENTS, SETTINGS, WEATHER
+from .tool_styles import TOOL_STYLES
+
+STYLES = {**PLAIN_STYLES, **TOOL_STYLES}
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
 
