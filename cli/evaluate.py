@@ -64,7 +64,7 @@ def command(
     from ..inputs.files import decoded, read_given_bytes
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
-    from ..runtime.tokenizer_check import require_tokenizer
+    from ..runtime.text.tokenizer_check import require_tokenizer
     from ..verification.stored_evaluation import check_storable, store_evaluation
     from .transfer import local_model
 

@@ -103,8 +103,8 @@ def command(
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
-    from ..runtime.generation_config import default_sampling, read_generation_config
-    from ..runtime.tokenizer_check import require_tokenizer
+    from ..runtime.text.generation_config import default_sampling, read_generation_config
+    from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
     # All that can be refused is, before the weights are opened: options, then the small files, then the prompts.

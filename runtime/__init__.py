@@ -9,7 +9,7 @@ from .layer_error import LayerError, layer_errors
 from .llm import LanguageModel, load
 from .sampler import SamplingOptions, SamplingParams
 from .stream import Completion, Piece, Stream
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",

@@ -23,7 +23,7 @@ from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
 from .model import LayerWeights, Model
 from .ops import Ops, Step
 from .step import Chunk, RopeRows, StepBuilder
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 from .weights import load_layer, load_rope_tables, load_weights, open_store
 
 _STEP_TOKENS = 1024

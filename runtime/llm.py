@@ -19,15 +19,15 @@ from ..formats.checkpoint import Checkpoint
 from ..inputs.printable import shown
 from ..models.config import ModelConfig
 from .backend import make_ops
-from .conversation import ChatOptions, Message
 from .engine import Engine, EngineConfig
-from .generation_config import default_sampling, eos_ids, read_generation_config
 from .loop import Loop
 from .model import Model
 from .sampler import SamplingOptions, SamplingParams
 from .step import RopeRows
 from .stream import Completion, Stream
-from .tokenizer import Tokenizer
+from .text.conversation import ChatOptions, Message
+from .text.generation_config import default_sampling, eos_ids, read_generation_config
+from .text.tokenizer import Tokenizer
 from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_store
 
 if TYPE_CHECKING:

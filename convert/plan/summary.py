@@ -8,7 +8,7 @@ from typing import Any
 
 from ...formats.schemes import Scheme
 from ...native.library import description, library
-from ...runtime.tokenizer_check import tokenizer_problem
+from ...runtime.text.tokenizer_check import tokenizer_problem
 from .prepare import Prepared
 from .recipe import Target
 

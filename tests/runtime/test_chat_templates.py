@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from npuq.errors import GenerationError
-from npuq.runtime.conversation import ChatOptions
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.text.conversation import ChatOptions
+from npuq.runtime.text.tokenizer import Tokenizer
 
 from .chat_styles import PLAIN_STYLES
 from .conversations import CONVERSATIONS, DOCUMENTS, SETTINGS, WEATHER
