@@ -12,8 +12,8 @@ import click
 from .console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
-    from ..runtime.doctor import Report
-    from ..runtime.selftest import Result
+    from ..runtime.diagnostics.doctor import Report
+    from ..runtime.diagnostics.selftest import Result
 
 
 @click.command("doctor")
@@ -29,7 +29,7 @@ def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> N
     """
     # Without CANN, a torch that loads torch_npu by itself does not even import. Here it is imported later, on purpose.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    from ..runtime.doctor import examine
+    from ..runtime.diagnostics.doctor import examine
 
     report = examine(model)
     results = _selftest(report, device) if selftest else []
@@ -45,7 +45,7 @@ def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> N
 
 def _selftest(report: Report, device: str) -> list[Result]:
     from ..runtime.backend import make_ops
-    from ..runtime.selftest import selftest
+    from ..runtime.diagnostics.selftest import selftest
 
     return list(selftest(make_ops("ascend", device=device) if report.ready else make_ops("cpu")))
 

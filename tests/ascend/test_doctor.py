@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from npuq.cli.doctor import command
 from npuq.errors import BackendError
 from npuq.native.library import levels
-from npuq.runtime import doctor
 from npuq.runtime.backend import make_ops
+from npuq.runtime.diagnostics import doctor
+from npuq.runtime.diagnostics.selftest import CASES, selftest
 from npuq.runtime.ops import ascend_support
-from npuq.runtime.selftest import CASES, selftest
 
 
 @dataclass

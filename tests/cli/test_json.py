@@ -113,7 +113,7 @@ def test_the_docs_name_the_schema_and_every_key(artifact: Path) -> None:
         of_errors = {key for linear in document.get("errors", []) for key in linear}
         shown = set(document) | of_roles | of_errors
         assert shown <= told, shown - told
-    from npuq.runtime.doctor import Device  # no test machine has one
+    from npuq.runtime.diagnostics.doctor import Device  # no test machine has one
 
     assert set(Device.__dataclass_fields__) <= told
 

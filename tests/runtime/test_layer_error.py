@@ -17,7 +17,7 @@ from torch import Tensor
 from npuq.errors import GenerationError
 from npuq.progress import Silent, Task
 from npuq.runtime import layer_errors
-from npuq.runtime.evaluation import cut_windows
+from npuq.runtime.evaluation.perplexity import cut_windows
 from npuq.runtime.text.tokenizer import Tokenizer
 
 CONTEXT = 24

@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import GenerationError
-from ..formats.artifact import is_rotated
-from ..formats.checkpoint import Checkpoint
-from ..models.config import ModelConfig
-from ..progress import Progress, Silent, Task
-from ..quant.rotation import rotation
-from .backend import make_ops
-from .engine import check_token_ids
-from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
-from .model import LayerWeights, Model
-from .ops import Ops, Step
-from .step import Chunk, RopeRows, StepBuilder
-from .text.tokenizer import Tokenizer
-from .weights import load_layer, load_rope_tables, load_weights, open_store
+from ...errors import GenerationError
+from ...formats.artifact import is_rotated
+from ...formats.checkpoint import Checkpoint
+from ...models.config import ModelConfig
+from ...progress import Progress, Silent, Task
+from ...quant.rotation import rotation
+from ..backend import make_ops
+from ..engine import check_token_ids
+from ..model import LayerWeights, Model
+from ..ops import Ops, Step
+from ..step import Chunk, RopeRows, StepBuilder
+from ..text.tokenizer import Tokenizer
+from ..weights import load_layer, load_rope_tables, load_weights, open_store
+from .perplexity import DEFAULT_CONTEXT, Window, cut_windows
 
 _STEP_TOKENS = 1024
 _BLOCK_SIZE = 128
