@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
-from .console import emit_json, format_bytes, json_option, show, size, work_is_done
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
+from .terminal.progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
 
 if TYPE_CHECKING:

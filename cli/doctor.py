@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import emit_json, format_bytes, json_option, show
+from .terminal.console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
     from ..runtime.diagnostics.doctor import Report

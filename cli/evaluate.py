@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..choices import BACKENDS, KV_CACHE_DTYPES
-from .console import emit_json, json_option, say, show
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, json_option, say, show
+from .terminal.progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
     from ..runtime import LayerError

@@ -14,8 +14,8 @@ from ..errors import GenerationError
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .console import emit_json, json_option, say, size, write
 from .sampling import given_options, notes, sampling_options
+from .terminal.console import emit_json, json_option, say, size, write
 
 if TYPE_CHECKING:
     from ..runtime import Completion, Stream

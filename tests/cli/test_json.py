@@ -12,8 +12,8 @@ from typing import Any
 import click
 import pytest
 
-from npuq.cli.console import JSON_SCHEMA
 from npuq.cli.main import COMMANDS, group
+from npuq.cli.terminal.console import JSON_SCHEMA
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny-deepseek-v3-fp8"
 DOCS = Path(__file__).parents[2] / "docs/json.md"
