@@ -16,7 +16,7 @@ from npuq.errors import GenerationError
 from npuq.runtime.text.detokenizing import TextStream
 from npuq.runtime.text.tokenizer import Tokenizer
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 
 
 @pytest.fixture

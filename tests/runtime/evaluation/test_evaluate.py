@@ -16,7 +16,7 @@ import npuq.runtime
 from npuq.errors import GenerationError
 from npuq.runtime import LanguageModel
 
-from .commands import Run, copy
+from ..commands.rig import Run, copy
 
 
 @pytest.fixture

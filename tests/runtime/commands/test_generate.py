@@ -13,7 +13,7 @@ import pytest
 import npuq.runtime
 from npuq.runtime import SamplingParams
 
-from .commands import Run, copy
+from .rig import Run, copy
 
 
 def test_generate_prints_the_text(run: Run, artifact: Path) -> None:

@@ -20,7 +20,7 @@ from .tool_styles import TOOL_STYLES
 
 STYLES = {**PLAIN_STYLES, **TOOL_STYLES}
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 
 
 def write(directory: Path, template: Any, **config: Any) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .commands import Run, copy
+from .rig import Run, copy
 
 
 def drop_tokenizer(directory: Path) -> None:
