@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from npuq.choices import PROGRESS_FORMS
-from npuq.cli import progress as progress_module
+from npuq.cli.terminal import progress as progress_module
 from npuq.cli.terminal.pace import Pace
 from npuq.cli.terminal.progress import TerminalProgress
 from npuq.progress import Task
