@@ -152,18 +152,18 @@ def _rewrites(config: ModelConfig, inventory: Inventory) -> Iterator[tuple[str, 
 
 
 def _attention(config: ModelConfig, prefix: str) -> Iterator[tuple[str, Rewrite]]:
-    stream, values = rotation(config.hidden_size), rotation(config.v_head_dim)
+    stream, values = rotation(config.hidden_size), rotation(config.attention.v_head_dim)
     norm, attention = f"{prefix}input_layernorm.weight", f"{prefix}self_attn."
     reads = Rewrite(gain=((norm,),), inputs=stream)
     yield norm, Rewrite(ones=True)
     yield f"{attention}q_proj.weight", reads
     yield f"{attention}kv_a_proj_with_mqa.weight", reads
-    if config.q_lora_rank is not None:
-        latent, q_norm = rotation(config.q_lora_rank), f"{attention}q_a_layernorm.weight"
+    if config.attention.q_lora_rank is not None:
+        latent, q_norm = rotation(config.attention.q_lora_rank), f"{attention}q_a_layernorm.weight"
         yield f"{attention}q_a_proj.weight", Rewrite(gain=((norm,),), inputs=stream, outputs=latent)
         yield q_norm, Rewrite(ones=True)
         yield f"{attention}q_b_proj.weight", Rewrite(gain=((q_norm,),), inputs=latent)
-    head = (config.qk_nope_head_dim + config.v_head_dim, config.qk_nope_head_dim)
+    head = (config.attention.qk_nope_head_dim + config.attention.v_head_dim, config.attention.qk_nope_head_dim)
     yield f"{attention}kv_b_proj.weight", Rewrite(outputs=values, heads=head)
     yield f"{attention}o_proj.weight", Rewrite(inputs=values, outputs=stream)
 
@@ -173,9 +173,10 @@ def _feed_forward(config: ModelConfig, inventory: Inventory, prefix: str, layer:
     reads, writes = Rewrite(gain=((norm,),), inputs=stream), Rewrite(outputs=stream)
     yield norm, Rewrite(ones=True)
     blocks = [f"{prefix}mlp."]
-    if config.is_moe_layer(layer):
+    moe = config.moe_at(layer)
+    if moe is not None:
         yield f"{prefix}mlp.gate.weight", reads
-        experts = range(config.n_routed_experts)
+        experts = range(moe.n_routed_experts)
         blocks = [f"{prefix}mlp.shared_experts.", *(f"{prefix}mlp.experts.{expert}." for expert in experts)]
     for block in blocks:
         yield f"{block}gate_proj.weight", reads

@@ -43,8 +43,8 @@ def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequenc
     keys: dict[str, Any] = {}
     if not raw.get("architectures"):
         keys["architectures"] = [ARCHITECTURES[config.model_type]]
-    for key in _EXPLICIT:
-        value = getattr(config, key)
+    for key in _EXPLICIT if config.moe is not None else ():
+        value = getattr(config.moe, key)
         # Of another type, too: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value

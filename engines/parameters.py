@@ -115,7 +115,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     config = _as_read(model, raw)
     layers = model.drafts(config)
     if model.draft_always_routes:
-        config = replace(config, moe_layer_freq=1, first_k_dense_replace=0)
+        config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
     specs = list(unroll(config, layers, main=False))
     return _tensors(
         (spec.name for spec in specs if not spec.optional), (spec.name for spec in specs if spec.optional), schemes
@@ -155,12 +155,12 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, ha
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
         yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
     for key, taken in model.absent.items():
-        wanted = getattr(config, key)
+        wanted = getattr(config.moe, key)
         if raw.get(key) is None and not (taken == wanted or (taken is None and wanted == "greedy")):
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
     for key in ("n_group", "topk_group"):
-        if raw.get(key, getattr(config, key)) != getattr(config, key):
+        if raw.get(key, getattr(config.moe, key)) != getattr(config.moe, key):
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:
@@ -175,10 +175,14 @@ def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
     """The config as the engine's classes read it: no correction bias where topk_method is not spelt out."""
     config = ModelConfig.from_dict(raw)
     if raw.get("topk_method") != "noaux_tc":
-        config = replace(config, topk_method="greedy")
+        config = _with_moe(config, topk_method="greedy")
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
-        config = replace(config, n_shared_experts=1)
+        config = _with_moe(config, n_shared_experts=1)
     return config
+
+
+def _with_moe(config: ModelConfig, **changes: Any) -> ModelConfig:
+    return config if config.moe is None else replace(config, moe=replace(config.moe, **changes))
 
 
 def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:

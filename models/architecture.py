@@ -194,39 +194,40 @@ def unroll(config: ModelConfig, mtp_layers: Iterable[int], *, main: bool = True)
         if mtp:
             yield from take(family.mtp, prefix, layer, None, True)
         yield from take(family.layer, prefix, layer, None, mtp)
-        if not config.is_moe_layer(layer):
+        moe = config.moe_at(layer)
+        if moe is None:
             yield from take(family.dense, prefix, layer, None, mtp)
             continue
         yield from take(family.moe, prefix, layer, None, mtp)
-        for expert in range(config.n_routed_experts):
+        for expert in range(moe.n_routed_experts):
             yield from take(family.expert, f"{prefix}mlp.experts.{expert}.", layer, expert, mtp)
 
 
 def _dimensions(config: ModelConfig) -> dict[str, int]:
-    heads = config.num_attention_heads
+    mla, moe = config.attention, config.moe
     return {
         "hidden": config.hidden_size,
         "two_hidden": 2 * config.hidden_size,
         "vocab": config.vocab_size,
         "intermediate": config.intermediate_size,
-        "moe_intermediate": config.moe_intermediate_size,
-        "shared_intermediate": config.moe_intermediate_size * (config.n_shared_experts),
+        "moe_intermediate": 0 if moe is None else moe.moe_intermediate_size,
+        "shared_intermediate": 0 if moe is None else moe.shared_intermediate_size,
         "experts": config.n_routed_experts,
-        "q": heads * config.qk_head_dim,
-        "q_lora": config.q_lora_rank or 0,
-        "kv_lora": config.kv_lora_rank,
-        "kv_a": config.kv_lora_rank + config.qk_rope_head_dim,
-        "kv_b": heads * (config.qk_nope_head_dim + config.v_head_dim),
-        "v": heads * config.v_head_dim,
+        "q": mla.heads * mla.qk_head_dim,
+        "q_lora": mla.q_lora_rank or 0,
+        "kv_lora": mla.kv_lora_rank,
+        "kv_a": mla.kv_lora_rank + mla.qk_rope_head_dim,
+        "kv_b": mla.heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+        "v": mla.heads * mla.v_head_dim,
     }
 
 
 def _traits(config: ModelConfig) -> frozenset[str]:
     traits = {
         "always": True,
-        "q_lora": config.q_lora_rank is not None,
-        "full_q": config.q_lora_rank is None,
-        "router_bias": config.topk_method == "noaux_tc",
-        "shared_experts": bool(config.n_shared_experts),
+        "q_lora": config.attention.q_lora_rank is not None,
+        "full_q": config.attention.q_lora_rank is None,
+        "router_bias": config.moe is not None and config.moe.has_router_bias,
+        "shared_experts": config.moe is not None and config.moe.n_shared_experts > 0,
     }
     return frozenset(name for name, holds in traits.items() if holds)

@@ -143,7 +143,7 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
     layer = layer_of(name)
     if layer is None:
         return None
-    family, moe = family_of(config.model_type), config.is_moe_layer(layer)
+    family, moe = family_of(config.model_type), config.moe_at(layer) is not None
     rest = name.split(".", 3)[3]
     expert = _EXPERT.fullmatch(rest)
     if expert is not None and moe and any(entry.name == expert[2] for entry in family.expert):
@@ -153,9 +153,11 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
     for entry in (*family.layer, *(family.moe if moe else family.dense)):
         if entry.name == rest and entry.when in _KEYS:
             key = _KEYS[entry.when]
-            value = getattr(config, key)
+            value = getattr(config.attention if hasattr(config.attention, key) else config.moe, key)
             return f"{key} {'null' if value is None else value}"
     others = {entry.name for entry in (family.dense if moe else family.moe)}
     if rest in others or (expert is not None and any(entry.name == expert[2] for entry in family.expert)):
-        return f"first_k_dense_replace {config.first_k_dense_replace} and moe_layer_freq {config.moe_layer_freq}"
+        routed = config.moe
+        assert routed is not None  # a family has both kinds of layers, or has no such names
+        return f"first_k_dense_replace {routed.first_k_dense_replace} and moe_layer_freq {routed.moe_layer_freq}"
     return None

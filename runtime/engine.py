@@ -92,8 +92,8 @@ class Engine:
             shape.num_hidden_layers,
             num_blocks,
             config.block_size,
-            shape.kv_lora_rank,
-            shape.qk_rope_head_dim,
+            shape.attention.kv_lora_rank,
+            shape.attention.qk_rope_head_dim,
             latent_scales,
         )
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
@@ -268,7 +268,7 @@ def _num_blocks(model: Model, max_position: int, config: EngineConfig, *, int8: 
     """As many blocks as the memory holds, but no more than all sequences together can fill."""
     shape = model.config
     size = model.ops.dtype.itemsize
-    layer_bytes = shape.kv_lora_rank * (1 if int8 else size) + shape.qk_rope_head_dim * size
+    layer_bytes = shape.attention.kv_lora_rank * (1 if int8 else size) + shape.attention.qk_rope_head_dim * size
     token_bytes = shape.num_hidden_layers * layer_bytes
     affordable = config.kv_cache_bytes // (token_bytes * config.block_size)
     if affordable < 1:

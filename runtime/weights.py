@@ -35,6 +35,7 @@ from ..formats.static_w8a8 import input_scale_of, load_deq_scale
 from ..formats.ties import EMBEDDING, HEAD, share_tied
 from ..inputs.files import inside, is_inside
 from ..models.config import ModelConfig, check_unbiased
+from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
 from ..native.mapped import MappedFiles
 from .model import LayerWeights, ModelWeights
@@ -185,9 +186,10 @@ def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[T
     Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a latent
     that is not made of whole tiles.
     """
-    if config.kv_lora_rank % INT8_CHANNELS:
+    latent = config.attention.kv_lora_rank
+    if latent % INT8_CHANNELS:
         raise ArtifactError(
-            f"{checkpoint.directory}: kv_lora_rank {config.kv_lora_rank} is no multiple of {INT8_CHANNELS}, as an int8 "
+            f"{checkpoint.directory}: kv_lora_rank {latent} is no multiple of {INT8_CHANNELS}, as an int8 "
             "KV cache needs; leave the KV cache in the compute dtype"
         )
     if not is_inside(checkpoint.directory, KV_CACHE_NAME):
@@ -196,7 +198,7 @@ def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[T
             "calibrated method (npuq convert --method gptq), or leave the KV cache in the compute dtype"
         )
     path = inside(checkpoint.directory, KV_CACHE_NAME, ArtifactError)
-    return load_scales(path, config.num_hidden_layers, config.kv_lora_rank)
+    return load_scales(path, config.num_hidden_layers, latent)
 
 
 def load_weights(
@@ -221,36 +223,34 @@ def load_weights(
     return weights
 
 
-def gating_of(config: ModelConfig) -> Gating:
+def gating_of(moe: Moe) -> Gating:
     """The router's rule, as transformers and the engines compute it.
 
     V3 (noaux_tc) scores groups by the sum of their two best biased scores, V2 (group_limited_greedy) by the best one.
     Weights are normalised where the config says so, and multiplied by the scaling factor in any case. (Where a token
     has one expert, DeepSeek's own code leaves its weight as it is; all others normalise it to 1.)
     """
-    noaux = config.topk_method == "noaux_tc"
-    grouped = config.topk_method != "greedy"
+    grouped = moe.topk_method != "greedy"
     return Gating(
-        k=config.num_experts_per_tok,
-        scoring=config.scoring_func,
-        group_count=config.n_group if grouped else 1,
-        k_group=config.topk_group if grouped else 1,
-        group_select_mode=1 if noaux else 0,
-        renormalize=config.norm_topk_prob,
-        scaling=config.routed_scaling_factor,
+        k=moe.num_experts_per_tok,
+        scoring=moe.scoring_func,
+        group_count=moe.n_group if grouped else 1,
+        k_group=moe.topk_group if grouped else 1,
+        group_select_mode=1 if moe.topk_method == "noaux_tc" else 0,
+        renormalize=moe.norm_topk_prob,
+        scaling=moe.routed_scaling_factor,
     )
 
 
 def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
     """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
     prefix = f"model.layers.{layer}"
-    is_moe = config.is_moe_layer(layer)
+    moe = config.moe_at(layer)
     mlp: MlpWeights | None = None
-    if not is_moe:
+    if moe is None:
         mlp = _mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    elif config.n_shared_experts:
-        width = config.n_shared_experts * config.moe_intermediate_size
-        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, width)
+    elif moe.n_shared_experts:
+        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, moe.shared_intermediate_size)
     return LayerWeights(
         input_norm=ops.parameter(store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype),
         attention=_attention(store, config, ops, softmax_scale, f"{prefix}.self_attn"),
@@ -258,32 +258,33 @@ def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float
             store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
         ),
         mlp=mlp,
-        moe=_moe(store, config, ops, f"{prefix}.mlp") if is_moe else None,
+        moe=None if moe is None else _moe(store, moe, config.hidden_size, ops, f"{prefix}.mlp"),
     )
 
 
 def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> object:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    q_width, q_lora = heads * config.qk_head_dim, config.q_lora_rank
-    kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    hidden, mla = config.hidden_size, config.attention
+    heads = mla.heads
+    q_width, q_lora = heads * mla.qk_head_dim, mla.q_lora_rank
+    kv_width = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
     parts = MlaParts(
         q=store.linear(f"{prefix}.q_proj", q_width, hidden) if q_lora is None else None,
         q_a=None if q_lora is None else store.linear(f"{prefix}.q_a_proj", q_lora, hidden),
         q_a_norm=None if q_lora is None else store.tensor(f"{prefix}.q_a_layernorm.weight", q_lora),
         q_b=None if q_lora is None else store.linear(f"{prefix}.q_b_proj", q_width, q_lora),
-        kv_a=store.linear(f"{prefix}.kv_a_proj_with_mqa", config.kv_lora_rank + config.qk_rope_head_dim, hidden),
-        kv_a_norm=store.tensor(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
-        kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, config.kv_lora_rank),
-        o=store.linear(f"{prefix}.o_proj", hidden, heads * config.v_head_dim),
+        kv_a=store.linear(f"{prefix}.kv_a_proj_with_mqa", mla.kv_lora_rank + mla.qk_rope_head_dim, hidden),
+        kv_a_norm=store.tensor(f"{prefix}.kv_a_layernorm.weight", mla.kv_lora_rank),
+        kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, mla.kv_lora_rank),
+        o=store.linear(f"{prefix}.o_proj", hidden, heads * mla.v_head_dim),
     )
     return ops.mla(
         parts,
         MlaConfig(
             num_heads=heads,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=mla.qk_nope_head_dim,
+            qk_rope_head_dim=mla.qk_rope_head_dim,
+            v_head_dim=mla.v_head_dim,
+            kv_lora_rank=mla.kv_lora_rank,
             q_lora_rank=q_lora,
             rms_norm_eps=config.rms_norm_eps,
             softmax_scale=softmax_scale,
@@ -297,10 +298,10 @@ def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWei
     return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is Scheme.W8A8)
 
 
-def _moe(store: Store, config: ModelConfig, ops: Ops, prefix: str) -> MoeWeights:
-    hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+def _moe(store: Store, moe: Moe, hidden: int, ops: Ops, prefix: str) -> MoeWeights:
+    width, experts = moe.moe_intermediate_size, moe.n_routed_experts
     bias: Tensor | None = None
-    if config.topk_method == "noaux_tc":
+    if moe.has_router_bias:
         bias = ops.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
 
     def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
@@ -317,7 +318,7 @@ def _moe(store: Store, config: ModelConfig, ops: Ops, prefix: str) -> MoeWeights
     return MoeWeights(
         router=ops.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
         correction_bias=bias,
-        gating=gating_of(config),
+        gating=gating_of(moe),
         gate_up=gate_up,
         down=down,
         num_experts=experts,

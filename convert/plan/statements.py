@@ -127,7 +127,7 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
-    if config.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
+    if config.moe is not None and config.moe.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
         yield (
             f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
             "artifact's config.json has one group, because engines would use them"

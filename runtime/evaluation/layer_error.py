@@ -120,7 +120,8 @@ class _Side:
         self._model = Model(self.config, ops, weights, tables.softmax_scale)
         self._rope = RopeRows.of(tables, ops)
         # Whole sequences in one step cache nothing, but operators that write take a cache.
-        (self._cache,) = ops.new_kv_cache(1, 1, _BLOCK_SIZE, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        mla = self.config.attention
+        (self._cache,) = ops.new_kv_cache(1, 1, _BLOCK_SIZE, mla.kv_lora_rank, mla.qk_rope_head_dim)
 
     def refuse_unlike(self, other: _Side) -> None:
         for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
