@@ -16,7 +16,7 @@ from npuq.formats.sources.rewritten import rewritten
 from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.quant.rotation import rotation
-from npuq.runtime.layer_error import layer_errors
+from npuq.runtime.evaluation.layer_error import layer_errors
 from npuq.runtime.llm import load
 
 # The runtime keeps rope keys in blocks of 16 channels.

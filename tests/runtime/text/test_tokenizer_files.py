@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from npuq.errors import GenerationError
-from npuq.runtime.text import TextStream
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.text.detokenizing import TextStream
+from npuq.runtime.text.tokenizer import Tokenizer
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_escaped_letters_are_fine(files: Path) -> None:
 
 
 def test_an_interruption_is_not_the_librarys(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npuq.runtime.tokenizer_files import guarded
+    from npuq.runtime.text.tokenizer_files import guarded
 
     for error in (KeyboardInterrupt, MemoryError, SystemExit, GeneratorExit):
 

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import GenerationError
-from ..inputs.printable import printable
-from ..inputs.template import TemplateRenderer
+from ...errors import GenerationError
+from ...inputs.printable import printable
+from ...inputs.template import TemplateRenderer
 from . import conversation
 from .conversation import ChatOptions, Message, TemplateLimitError
 from .tokenizer_files import ChatTemplate, TokenizerFiles, guarded

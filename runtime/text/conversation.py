@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias, TypedDict
 
-from ..choices import TEMPLATE_ARGUMENTS
-from ..errors import GenerationError
-from ..inputs.printable import printable, shown
+from ...choices import TEMPLATE_ARGUMENTS
+from ...errors import GenerationError
+from ...inputs.printable import printable, shown
 
 Message: TypeAlias = Mapping[str, Any]
 

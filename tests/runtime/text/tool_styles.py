@@ -1,37 +1,9 @@
 # ruff: noqa: E501
-"""Chat templates in the styles that published models use, written for these tests: what they ask of a renderer."""
+"""Chat templates in the styles that published models use, written for these tests: those that write tool calls."""
 
 from __future__ import annotations
 
-from typing import Any
-
-STYLES: dict[str, str | list[dict[str, str]]] = {
-    "chatml": """
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
-    "llama-2": """
-{%- if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set head = messages[0]['content'] %}
-{%- else %}{% set turns = messages %}{% set head = false %}{% endif %}
-{%- for message in turns %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('user and assistant must take turns') }}
-    {%- endif %}
-    {%- if loop.index0 == 0 and head != false %}
-        {%- set content = '<<SYS>>\\n' + head + '\\n<</SYS>>\\n\\n' + message['content'] %}
-    {%- else %}{% set content = message['content'] %}{% endif %}
-    {%- if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
-    {%- elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
-{%- endfor %}""",
-    "llama-3": """
-{%- set loop_messages = messages %}
-{%- for message in loop_messages %}
-    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim %}
-    {%- if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}
-    {{- content + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}""",
+TOOL_STYLES: dict[str, str | list[dict[str, str]]] = {
     "llama-3.x with tools": """
 {{- bos_token }}
 {%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
@@ -144,15 +116,6 @@ STYLES: dict[str, str | list[dict[str, str]]] = {
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}""",
-    "deepseek-v2": """
-{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}
-    {%- elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}
-    {%- elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""",
     "deepseek-v3": """
 {%- set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='', is_first_sp=true) %}
 {%- for message in messages %}{% if message['role'] == 'system' %}
@@ -326,66 +289,6 @@ STYLES: dict[str, str | list[dict[str, str]]] = {
     {%- elif message['role'] == 'tool' %}{{ '[TOOL_RESULTS] {"content": ' + message.content | string + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
     {%- else %}{{ raise_exception('Only user, assistant and tool, not ' + message['role']) }}{% endif %}
 {%- endfor %}""",
-    "mistral-small": """
-{%- set today = strftime_now('%Y-%m-%d') %}
-{%- set default_system_message = 'Today is ' + today + '.\\nYou know nothing after {year}.'.replace('{year}', '2023') %}
-{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- if messages[0]['content'] is string %}{% set system_message = messages[0]['content'] %}
-    {%- else %}{% set system_message = messages[0]['content'][0]['text'] %}{% endif %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}{% set system_message = default_system_message %}{% set loop_messages = messages %}{% endif %}
-{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
-{%- for message in loop_messages %}
-    {%- if message['role'] == 'user' %}
-        {%- if message['content'] is string %}{{ '[INST]' + message['content'] + '[/INST]' }}
-        {%- else %}{{ '[INST]' }}
-            {%- for block in message['content'] %}
-                {%- if block['type'] == 'text' %}{{ block['text'] }}
-                {%- elif block['type'] in ['image', 'image_url'] %}{{ '[IMG]' }}
-                {%- else %}{{ raise_exception('text and images only') }}{% endif %}
-            {%- endfor %}{{ '[/INST]' }}
-        {%- endif %}
-    {%- elif message['role'] == 'assistant' and message['content'] is string %}{{ message['content'] + eos_token }}
-    {%- endif %}
-{%- endfor %}""",
-    "gemma": """
-{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{%- for message in messages %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
-    {%- if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
-    {{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}""",
-    "gemma-3": """
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}{%- set first_user_prefix = messages[0]['content'] + '\\n\\n' -%}
-    {%- else -%}{%- set first_user_prefix = messages[0]['content'][0]['text'] + '\\n\\n' -%}{%- endif -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}{%- set first_user_prefix = '' -%}{%- set loop_messages = messages -%}{%- endif -%}
-{%- for message in loop_messages -%}
-    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + (first_user_prefix if loop.first else '') }}
-    {%- if message['content'] is string -%}{{ message['content'] | trim }}
-    {%- elif message['content'] is iterable -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}
-            {%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}
-        {%- endfor -%}
-    {%- else -%}{{ raise_exception('Invalid content type') }}{%- endif -%}
-    {{ '<end_of_turn>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}""",
-    "phi-3": """{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}{{'<|system|>
-' + message['content'] + '<|end|>
-'}}{% elif message['role'] == 'user' %}{{'<|user|>
-' + message['content'] + '<|end|>
-'}}{% elif message['role'] == 'assistant' %}{{'<|assistant|>
-' + message['content'] + '<|end|>
-'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>
-' }}{% else %}{{ eos_token }}{% endif %}""",
-    "phi-4-mini": """{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}""",
     "command-r, named": [
         {
             "name": "default",
@@ -416,33 +319,6 @@ STYLES: dict[str, str | list[dict[str, str]]] = {
             "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}",
         },
     ],
-    "granite-3": """
-{%- if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}{% set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = 'Knowledge Cutoff: April 2024.\\nDate: ' + strftime_now('%B %d, %Y') + '.' %}
-    {%- if tools and documents %}{% set system_message = system_message + ' Tools, documents.' %}
-    {%- elif tools %}{% set system_message = system_message + ' Tools.' %}
-    {%- elif documents %}{% set system_message = system_message + ' Documents.' %}
-    {%- elif thinking %}{% set system_message = system_message + ' Think.' %}
-    {%- else %}{% set system_message = system_message + ' Help.' %}{% endif %}
-    {%- if 'citations' in controls and documents %}{% set system_message = system_message + ' Cite.' %}{% endif %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\\n' }}
-{%- if tools %}{{ '<|start_of_role|>tools<|end_of_role|>' }}{{ tools | tojson(indent=4) }}{{ '<|end_of_text|>\\n' }}{% endif %}
-{%- if documents %}
-    {{- '<|start_of_role|>documents<|end_of_role|>' }}
-    {%- for document in documents %}
-        {{- 'Document ' + loop.index0 | string + '\\n' }}{{ document['text'] }}
-        {%- if not loop.last %}{{ '\\n\\n' }}{% endif %}
-    {%- endfor %}{{ '<|end_of_text|>\\n' }}
-{%- endif %}
-{%- for message in loop_messages %}
-    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\\n' }}
-    {%- if loop.last and add_generation_prompt %}
-        {{- '<|start_of_role|>assistant' }}{% if controls %}{{ ' ' + controls | tojson() }}{% endif %}{{ '<|end_of_role|>' }}
-    {%- endif %}
-{%- endfor %}""",
     "hermes": """
 {%- if tools %}{{ bos_token + '<|im_start|>system\\n<tools> ' }}
 {%- for tool in tools %}
@@ -465,30 +341,6 @@ STYLES: dict[str, str | list[dict[str, str]]] = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
-    "zephyr": """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}""",
-    "vicuna": """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content ~ ' ' }}{% elif m.role == 'user' %}{{ 'USER: ' ~ m.content ~ ' ' }}{% else %}{{ 'ASSISTANT: ' ~ m.content ~ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}
-""",
-    "alpaca": """{% set names = {'user': 'Instruction', 'assistant': 'Response', 'system': 'Context'} %}
-{% for message in messages %}
-### {{ names.get(message.role, message.role | title) }}:
-{{ message.content | replace('\\r', '') | indent(2) }}
-
-{% endfor %}
-{% if add_generation_prompt %}### Response:
-{% endif %}""",
-    "internlm": """{{ bos_token }}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if (add_generation_prompt is defined and add_generation_prompt) or add_generation_prompt is not defined %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
-    "olmo": """{% for message in messages %}{% if message['role'] == 'assistant' %}{% if not loop.last %}{{ '<|assistant|>\\n' + message['content'] + eos_token + '\\n' }}{% else %}{{ '<|assistant|>\\n' + message['content'] + eos_token }}{% endif %}{% else %}{{ '<|' ~ message['role'] ~ '|>\\n' ~ message['content'] ~ '\\n' }}{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{% endfor %}""",
     "gpt-oss": """
 {%- macro type_of(spec) -%}
     {%- if spec.type == 'array' -%}{{ type_of(spec['items']) }}[]
@@ -522,31 +374,6 @@ type {{ tool.function.name }} = (_: {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}<|start|>assistant{% endif %}""",
-    "smollm-3, with marked answers": """
-{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
-{%- set mode = '/think' if enable_thinking else '/no_think' %}
-{%- if messages[0].role == 'system' and '/no_think' in messages[0].content %}{% set mode = '/no_think' %}{% endif %}
-{{- '<|im_start|>system\\nMode: ' ~ mode ~ '\\nToday: ' ~ strftime_now('%d %B %Y') ~ '<|im_end|>\\n' }}
-{%- for message in messages %}
-    {%- set content = message.content if message.content is string else '' %}
-    {%- if message.role == 'user' %}{{ '<|im_start|>user\\n' ~ content ~ '<|im_end|>\\n' }}
-    {%- elif message.role == 'assistant' %}
-        {%- generation %}
-        {%- set inner = content | replace('<think>', '[') %}
-        {{- '<|im_start|>assistant\\n' ~ inner.lstrip('\\n') ~ '<|im_end|>\\n' }}
-        {%- endgeneration %}{{ inner is defined }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' if mode == '/think' else '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' }}{% endif %}""",
-    "loops that end early": """
-{%- for message in messages %}
-    {%- if message.role == 'system' %}{% continue %}{% endif %}
-    {%- if loop.index > 4 %}{% break %}{% endif %}
-    {{- loop.cycle('A', 'B') ~ ': ' ~ message.content ~ '\\n' }}
-{%- else %}nobody{% endfor %}
-{%- set last = messages | map(attribute='role') | list | last %}{{ last }}{{ range(3) | list }}
-{%- for role, group in messages | groupby('role') %}{{ role }}={{ group | length }};{% endfor %}""",
-    "exaone": """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '[|system|][|endofturn|]\\n' }}{% endif %}{{ '[|' + message['role'] + '|]' + message['content'] }}{% if message['role'] == 'user' %}{{ '\\n' }}{% else %}{{ '[|endofturn|]\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}""",
     "jamba": """
 {%- set ns = namespace(message_count=0, is_last_checked_defined=false) %}
 {{- bos_token }}
@@ -560,73 +387,4 @@ type {{ tool.function.name }} = (_: {
 {%- endfor %}
 {%- if unk_token is defined %}unknown is {{ unk_token }}{% endif %}
 {{- '<|bom|><|assistant|>' if add_generation_prompt }}{{ ns.message_count }}""",
-    "nemotron": """{{ '<extra_id_0>System' }}{% for m in messages if m.role == 'system' %}{{ '\\n' + m.content | trim }}{% endfor %}{% if tools %}{% for tool in tools %}{{ '\\n<tool> ' + tool | tojson + ' </tool>' }}{% endfor %}{% endif %}{{ '\\n\\n' }}{% for m in messages if m.role != 'system' %}{{ '<extra_id_1>' + m.role | capitalize + '\\n' + (m.content or '') | trim + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<extra_id_1>Assistant\\n' }}{% endif %}""",
-    "types": """{% set values = [tools, documents, messages, messages[0], add_generation_prompt, 1.0, 2] %}
-{% for value in values %}{{ value is none }} {{ value is sequence }} {{ value is mapping }} {{ value is boolean }} {{ value is number }};{% endfor %}
-{{ bos_token is defined }} {{ eos_token is defined }} {{ pad_token is defined }} {{ sep_token is defined }} {{ strftime_now is callable }}
-{{ messages }} {{ messages | tojson(indent=2) }} {{ extra | default('none') | string }} {{ "<&'\\"é" | tojson }} {{ namespace is callable }} {{ joiner is callable }}""",
-}
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather <of> a place & a day",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "place": {"type": "string", "description": "A town: «Köln», 東京"},
-                "days": {"type": "array", "items": {"type": "integer"}},
-                "unit": {"type": ["string", "number"]},
-            },
-            "required": ["place"],
-        },
-    },
-}
-CALL = {
-    "id": "call00001",
-    "type": "function",
-    "function": {"name": "weather", "arguments": {"place": "Köln", "days": [1, 2]}},
-}
-USER = {"role": "user", "content": "  What is 2 + 2?\n"}
-
-CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "a question": [USER],
-    "a system prompt": [{"role": "system", "content": "Be brief. 🐋"}, USER],
-    "several turns": [
-        {"role": "system", "content": "Be brief."},
-        USER,
-        {"role": "assistant", "content": "<think>\nadd\n</think>\n\n 4 \n"},
-        {"role": "user", "content": 'And "3"?'},
-        {"role": "assistant", "content": "5"},
-        {"role": "user", "content": "Sure?"},
-    ],
-    "an answer at the end": [USER, {"role": "assistant", "content": "Four, ", "reasoning": "2 and 2"}],
-    "no alternation": [USER, USER],
-    "calls": [
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "", "reasoning_content": "ask", "tool_calls": [CALL]},
-        {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": '{"sky": "grey"}'},
-        {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "12 °C"},
-    ],
-    "calls without content": [
-        {"role": "user", "content": "Weather?", "name": None},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "call00001", "content": "grey"},
-        {"role": "assistant", "content": "It is grey.", "tool_calls": None},
-        {"role": "user", "content": "Thanks"},
-    ],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "Look: "}, {"type": "image"}]}],
-}
-
-DOCUMENTS = [{"title": "One", "text": "1 < 2"}, {"title": "Zwei", "text": "größer"}]
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no generation prompt": {"add_generation_prompt": False},
-    "tools": {"tools": [WEATHER, WEATHER]},
-    "documents": {"documents": DOCUMENTS, "controls": {"citations": True}},
-    "thinking": {"thinking": True, "enable_thinking": True, "reasoning_effort": "high"},
-    "no thinking": {"thinking": False, "enable_thinking": False, "extra": [1, 2.5, None, True, {"a": "b"}]},
-    "a special token of one's own": {"bos_token": "<s>", "date_string": "1 May 2024"},
 }

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from ..errors import GenerationError
+from ...errors import GenerationError
 
 _TIKTOKEN = ("tiktoken.model", "*.tiktoken")
 VOCABULARY_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..progress import Task
-from ..units import format_bytes, format_duration
+from ...progress import Task
+from ...units import format_bytes, format_duration
 
 # Of the time so far, the pace is that of the later half, so that it follows a disk or a neighbour that slows down.
 _RECENT = 0.5

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
-from ..formats.kv_cache import storable_scale
-from ..formats.schemes import Scheme, quantize_rows
-from ..formats.static_w8a8 import input_scale_of, quantize_static
-from ..quant.scales import Method
-from .attention.pools import LayerCache, Pool, write_rows
-from .ops import (
+from ...errors import BackendError
+from ...formats.kv_cache import storable_scale
+from ...formats.schemes import Scheme, quantize_rows
+from ...formats.static_w8a8 import input_scale_of, quantize_static
+from ...quant.scales import Method
+from ..attention.pools import LayerCache, Pool, write_rows
+from ..ops import (
     Activation,
     Decode,
     Gating,
@@ -31,7 +31,7 @@ from .ops import (
     Static,
     Step,
 )
-from .ops.reference import ReferenceOps
+from ..ops.reference import ReferenceOps
 
 TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128
 LATENT, ROPE, HEAD = 512, 64, 128

@@ -13,7 +13,7 @@ import npuq
 import npuq.runtime
 from npuq.cli.main import main
 from npuq.errors import CalibrationError, GenerationError
-from npuq.runtime.tokenizer_check import tokenizer_problem
+from npuq.runtime.text.tokenizer_check import tokenizer_problem
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import GenerationError
-from ..inputs.files import inside, is_inside
-from ..inputs.json_text import read_object
-from ..inputs.printable import shown
-from .sampler import SamplingParams
+from ...errors import GenerationError
+from ...inputs.files import inside, is_inside
+from ...inputs.json_text import read_object
+from ...inputs.printable import shown
+from ..sampler import SamplingParams
 
 NAME: Final = "generation_config.json"
 _MOST_BYTES: Final = 1 << 20

@@ -17,8 +17,8 @@ from torch import Tensor
 from npuq.errors import GenerationError
 from npuq.progress import Silent, Task
 from npuq.runtime import layer_errors
-from npuq.runtime.evaluation import cut_windows
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.evaluation.perplexity import cut_windows
+from npuq.runtime.text.tokenizer import Tokenizer
 
 CONTEXT = 24
 CHANGED = "model.layers.1.self_attn.o_proj.weight"

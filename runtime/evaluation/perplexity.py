@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import GenerationError
-from ..progress import Progress, Silent, Task
-from .llm import LanguageModel, load
-from .sampler import not_finite
-from .tokenizer import Tokenizer
-from .tokenizer_check import require_tokenizer
+from ...errors import GenerationError
+from ...progress import Progress, Silent, Task
+from ..llm import LanguageModel, load
+from ..sampler import not_finite
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_check import require_tokenizer
 
 DEFAULT_CONTEXT = 512
 

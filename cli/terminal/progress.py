@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from ..choices import PROGRESS_FORMS
-from ..inputs.printable import printable_json
-from ..progress import Task
+from ...choices import PROGRESS_FORMS
+from ...inputs.printable import printable_json
+from ...progress import Task
 from .console import say
 from .pace import Pace
 

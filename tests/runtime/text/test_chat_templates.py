@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from npuq.errors import GenerationError
-from npuq.runtime.conversation import ChatOptions
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.text.conversation import ChatOptions
+from npuq.runtime.text.tokenizer import Tokenizer
 
-from .chat_styles import CONVERSATIONS, DOCUMENTS, SETTINGS, STYLES, WEATHER
+from .chat_styles import PLAIN_STYLES
+from .conversations import CONVERSATIONS, DOCUMENTS, SETTINGS, WEATHER
+from .tool_styles import TOOL_STYLES
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
+STYLES = {**PLAIN_STYLES, **TOOL_STYLES}
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 
 
 def write(directory: Path, template: Any, **config: Any) -> Path:

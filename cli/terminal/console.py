@@ -13,9 +13,9 @@ from typing import Any, Final, TextIO, TypeVar
 
 import click
 
-from ..errors import NpuqError
-from ..inputs.printable import printable, printable_json
-from ..units import format_bytes
+from ...errors import NpuqError
+from ...inputs.printable import printable, printable_json
+from ...units import format_bytes
 
 __all__ = [
     "JSON_SCHEMA",

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BackendError, NpuqError
-from ..inputs.files import read_bytes
+from ...errors import BackendError, NpuqError
+from ...inputs.files import read_bytes
 
 if TYPE_CHECKING:
-    from ..formats.safetensors import TensorInfo
-    from ..models.config import ModelConfig
+    from ...formats.safetensors import TensorInfo
+    from ...models.config import ModelConfig
 
 # Where CANN's toolkit and the driver leave their versions, on a default installation.
 CANN_VERSION_FILES = (
@@ -38,8 +38,8 @@ class Device:
     index: int
     name: str
     family: str | None
-    total_memory: int
-    free_memory: int
+    total_memory_bytes: int
+    free_memory_bytes: int
     problem: str | None
 
 
@@ -77,8 +77,8 @@ class Report:
 
 def examine(model: Path | None = None) -> Report:
     """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
-    from .. import __version__
-    from ..native.library import description
+    from ... import __version__
+    from ...native.library import description
 
     torch_npu, problem = _torch_npu()
     devices = _devices(torch_npu) if torch_npu is not None else ()
@@ -106,8 +106,8 @@ def examine(model: Path | None = None) -> Report:
 
 def fit(directory: Path) -> ModelFit:
     """Check a model's shapes and schemes against the NPU's operators, from its headers alone."""
-    from ..formats.checkpoint import Checkpoint
-    from ..models.config import ModelConfig
+    from ...formats.checkpoint import Checkpoint
+    from ...models.config import ModelConfig
 
     try:
         with Checkpoint.open(directory) as checkpoint:
@@ -120,14 +120,14 @@ def fit(directory: Path) -> ModelFit:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
-    from .ops.ascend.mla import check_mla
+    from ..ops.ascend.mla import check_mla
 
     return _message(check_mla, "config.json", config.attention)
 
 
 def _router_problem(config: ModelConfig) -> str | None:
-    from .ops.ascend.routing import check_gating
-    from .weights import gating_of
+    from ..ops.ascend.routing import check_gating
+    from ..weights import gating_of
 
     moe = config.moe
     return None if moe is None else _message(check_gating, gating_of(moe), moe.has_router_bias)
@@ -135,7 +135,7 @@ def _router_problem(config: ModelConfig) -> str | None:
 
 def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:
     """One entry for each input width of the W4A8 experts: layers share their shapes."""
-    from .ops.ascend.weights import check_w4a8_inputs
+    from ..ops.ascend.weights import check_w4a8_inputs
 
     quantized = [name.removesuffix(".scale_bias") for name in tensors if name.endswith(".scale_bias")]
     shapes = {name: tensors[f"{name}.weight"].shape for name in reversed(quantized) if f"{name}.weight" in tensors}
@@ -156,7 +156,7 @@ def _message(check: Callable[..., object], *args: Any) -> str | None:
 
 def _torch_npu() -> tuple[ModuleType | None, str | None]:
     """(torch_npu, None), or (None, why it cannot be used)."""
-    from .ops.ascend.support import import_torch_npu
+    from ..ops.ascend.support import import_torch_npu
 
     try:
         return import_torch_npu(), None
@@ -169,7 +169,7 @@ def _devices(torch_npu: ModuleType) -> tuple[Device, ...]:
 
 
 def _device(torch_npu: ModuleType, index: int) -> Device:
-    from .ops.ascend.support import require_soc, soc_of
+    from ..ops.ascend.support import require_soc, soc_of
 
     try:
         name = str(torch_npu.npu.get_device_name(index))
@@ -187,7 +187,7 @@ def _operators() -> dict[str, str | None]:
     """The schema of every operator the backend calls."""
     import torch
 
-    from .ops.ascend.support import OPERATORS
+    from ..ops.ascend.support import OPERATORS
 
     found: dict[str, str | None] = {}
     for name in OPERATORS:

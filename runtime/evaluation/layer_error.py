@@ -12,23 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import GenerationError
-from ..formats.artifact import is_rotated
-from ..formats.checkpoint import Checkpoint
-from ..models.config import ModelConfig
-from ..progress import Progress, Silent, Task
-from ..quant.rotation import rotation
-from .attention.kinds import attention_of
-from .attention.pools import LayerCache
-from .backend import make_ops
-from .engine import check_token_ids
-from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
-from .model import LayerWeights, Model
-from .ops import Ops, Step
-from .step import Chunk, RopeRows, StepBuilder
-from .store import open_store
-from .tokenizer import Tokenizer
-from .weights import load_layer, load_rope_tables, load_weights
+from ...errors import GenerationError
+from ...formats.artifact import is_rotated
+from ...formats.checkpoint import Checkpoint
+from ...models.config import ModelConfig
+from ...progress import Progress, Silent, Task
+from ...quant.rotation import rotation
+from ..attention.kinds import attention_of
+from ..attention.pools import LayerCache
+from ..backend import make_ops
+from ..engine import check_token_ids
+from ..model import LayerWeights, Model
+from ..ops import Ops, Step
+from ..step import Chunk, RopeRows, StepBuilder
+from ..store import open_store
+from ..text.tokenizer import Tokenizer
+from ..weights import load_layer, load_rope_tables, load_weights
+from .perplexity import DEFAULT_CONTEXT, Window, cut_windows
 
 _STEP_TOKENS = 1024
 _BLOCK_SIZE = 128

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from npuq.errors import GenerationError
 from npuq.runtime import LanguageModel
-from npuq.runtime.text import TextStream
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.text.detokenizing import TextStream
+from npuq.runtime.text.tokenizer import Tokenizer
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 TOKENIZER = Tokenizer(EXAMPLE)
 
 

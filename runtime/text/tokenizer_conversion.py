@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from ..errors import GenerationError
-from ..inputs.files import inside, is_inside, read_bytes
-from ..inputs.json_text import read_object
-from ..inputs.printable import printable, shown
+from ...errors import GenerationError
+from ...inputs.files import inside, is_inside, read_bytes
+from ...inputs.json_text import read_object
+from ...inputs.printable import printable, shown
 from .tokenizer_check import VOCABULARY_FILES, require_tokenizer
 
 _MOST_CONFIG_BYTES: Final = 16 << 20

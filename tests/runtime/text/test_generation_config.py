@@ -13,7 +13,7 @@ import pytest
 import npuq
 from npuq.errors import GenerationError
 from npuq.runtime import SamplingParams
-from npuq.runtime.generation_config import default_sampling, eos_ids, read_generation_config
+from npuq.runtime.text.generation_config import default_sampling, eos_ids, read_generation_config
 
 HERE = Path("model")
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from ..errors import GenerationError
-from ..inputs.json_text import parse_json
+from ...errors import GenerationError
+from ...inputs.json_text import parse_json
 
 MOST_GROWTH: Final = 4096
 

@@ -9,10 +9,10 @@ from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from ..errors import GenerationError
-from ..inputs.files import inside, is_inside, read_bytes, read_text
-from ..inputs.json_text import read_object
-from ..inputs.printable import printable, shown
+from ...errors import GenerationError
+from ...inputs.files import inside, is_inside, read_bytes, read_text
+from ...inputs.json_text import read_object
+from ...inputs.printable import printable, shown
 from .tokenizer_conversion import SPECIAL_TOKENS, converted
 from .tokenizer_parts import check_growth, check_parts
 
