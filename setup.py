@@ -1,8 +1,8 @@
 """Builds the optional native library beside the Python that loads it; everything else is in pyproject.toml.
 
 The library is plain C behind a plain C interface, loaded with ctypes: it links neither Python nor torch, so one build
-serves every version of both. `native/common/level.c` is compiled once for each instruction set. Without a compiler the install
-succeeds and torch does the work; `npuq --version` says which.
+serves every version of both. `native/common/level.c` is compiled once for each instruction set. Without a compiler the
+install succeeds and torch does the work; `npuq --version` says which.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The headers of the native library: each compiles alone, none includes itself by way of others, rooms point one way."""
+"""Headers of the native library: each compiles alone, none includes itself, and conversion does not need inference."""
 
 from __future__ import annotations
 
