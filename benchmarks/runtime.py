@@ -204,7 +204,7 @@ def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
 
 def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
     """Bytes of weights, scales and cached keys that a decode step reads: of routed experts those it really ran."""
-    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    cached = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
     total = 2.0 * sequences * measured.keys * cached * config.num_hidden_layers
     for name, scheme, shape in linears(config):
         numel = torch.Size(shape).numel()
@@ -219,7 +219,7 @@ def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
 
 def integer_shapes(config: ModelConfig, prompt: int) -> Counter[tuple[int, int, int]]:
     """How many integer products [rows, K] × [K, N] a prompt takes, by (rows, K, N); experts share its tokens evenly."""
-    spread = prompt * config.num_experts_per_tok // max(1, config.n_routed_experts)
+    spread = prompt if config.moe is None else config.moe.tokens_of_expert(prompt)
     found: Counter[tuple[int, int, int]] = Counter()
     for name, scheme, shape in linears(config):
         if scheme is not Scheme.FLOAT:

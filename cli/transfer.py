@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..formats.checkpoint import Checkpoint
     from ..hub import ShardPusher
 
-HUBS = ("huggingface", "modelscope")
-
 
 def local_model(
     model: str | Path,

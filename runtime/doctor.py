@@ -120,27 +120,17 @@ def fit(directory: Path) -> ModelFit:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
-    from .ops import MlaConfig
     from .ops.ascend.mla import check_mla
 
-    sizes = MlaConfig(
-        num_heads=config.num_attention_heads,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        kv_lora_rank=config.kv_lora_rank,
-        q_lora_rank=config.q_lora_rank,
-        rms_norm_eps=config.rms_norm_eps,
-        softmax_scale=1.0,
-    )
-    return _message(check_mla, "config.json", sizes)
+    return _message(check_mla, "config.json", config.attention)
 
 
 def _router_problem(config: ModelConfig) -> str | None:
     from .ops.ascend.routing import check_gating
     from .weights import gating_of
 
-    return _message(check_gating, gating_of(config), config.topk_method == "noaux_tc")
+    moe = config.moe
+    return None if moe is None else _message(check_gating, gating_of(moe), moe.has_router_bias)
 
 
 def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:

@@ -1,8 +1,6 @@
-"""The model, written once against the operators: DeepSeek-V2, V3 and Kimi-K2 differ in their weights and constants.
+"""The model, written once against the operators: families differ in their weights, constants and kind of attention.
 
-Decoding tokens attend in absorbed form on the latent cache; prefill chunks attend over decompressed keys and values,
-and a chunk that continues a sequence merges in attention over what is cached. Both kinds share every other operator,
-so that a step can carry decodes beside a chunk.
+A step can carry decoding tokens beside prefill chunks: attention alone treats them apart.
 """
 
 from __future__ import annotations
@@ -15,7 +13,9 @@ from torch import Tensor
 
 from ..models.config import ModelConfig
 from ..native.mapped import MappedFiles
-from .ops import Activation, LayerCache, Linear, Mla, MlpWeights, MoeWeights, Ops, Prefill, Step
+from .attention.kind import AttentionKind
+from .attention.pools import LayerCache
+from .ops import AttentionWeights, Linear, MlpWeights, MoeWeights, Ops, Step
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LayerWeights:
     """One decoder layer, either with the dense block `mlp` or with the experts `moe`."""
 
     input_norm: Tensor
-    attention: Mla
+    attention: AttentionWeights
     mlp_norm: Tensor
     mlp: MlpWeights | None
     moe: MoeWeights | None
@@ -41,13 +41,13 @@ class ModelWeights:
 
 
 class Model:
-    """Weights, operators and the forward pass."""
+    """Weights, operators, a kind of attention and the forward pass."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, weights: ModelWeights, softmax_scale: float):
+    def __init__(self, config: ModelConfig, ops: Ops, weights: ModelWeights, attention: AttentionKind):
         self.config = config
         self.ops = ops
         self.weights = weights
-        self.softmax_scale = softmax_scale
+        self.attention = attention
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
@@ -86,10 +86,10 @@ class Model:
         The sum of those that come in is its input; delta is None where the residual alone is. The next layer's norm
         adds them, in one operator.
         """
-        ops, eps = self.ops, self.config.rms_norm_eps
-        hidden, residual = ops.attention.attention_norm(delta, residual, layer.input_norm, eps, layer.attention)
-        attended = self._attention(hidden, layer.attention, cache, step)
-        normed, residual = ops.norms.add_rms_norm(attended, residual, layer.mlp_norm, eps)
+        ops, attention = self.ops, self.attention
+        hidden, residual = attention.norm(delta, residual, layer.input_norm, layer.attention, ops)
+        attended = attention.attend(hidden, layer.attention, cache, step, ops)
+        normed, residual = ops.norms.add_rms_norm(attended, residual, layer.mlp_norm, self.config.rms_norm_eps)
         return self._feed_forward(normed, layer), residual
 
     def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
@@ -97,67 +97,3 @@ class Model:
             return self.ops.routing.moe(hidden, layer.moe)
         assert layer.mlp is not None
         return self.ops.routing.mlp(hidden, layer.mlp)
-
-    def _attention(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
-        ops = self.ops
-        if step.prefill is None:
-            return ops.attention.mla_decode(hidden, mla, cache, step, self.softmax_scale)
-
-        q_nope, q_rope, kv = ops.attention.mla_project(hidden, mla)
-        written = ops.attention.mla_write_cache(kv, mla, cache, step, output_kv=True)
-        assert written is not None
-        k_rope, latent = written  # [T, D], [T, L]
-        q_rope = ops.attention.interleave_rope(q_rope, step.cos, step.sin)
-        first = step.num_decode_tokens
-        attended = self._prefill(
-            q_nope[first:], q_rope[first:], latent[first:], k_rope[first:], mla, cache, step.prefill
-        )
-        if first:
-            decoded = self._decode(ops.attention.mla_absorb(q_nope[:first], mla), q_rope[:first], mla, cache, step)
-            attended = torch.cat([decoded, attended])
-        return ops.attention.mla_output(attended, mla)
-
-    def _decode(self, q_latent: Tensor, q_rope: Tensor, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
-        assert step.decode is not None
-        attended = self.ops.attention.fused_infer_attention_paged(
-            q_latent, q_rope, cache, step.decode, self.softmax_scale
-        )
-        return self.ops.attention.mla_bring_out(attended, mla)  # [T, N, v]
-
-    def _prefill(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent: Tensor,
-        k_rope: Tensor,
-        mla: Mla,
-        cache: LayerCache,
-        prefill: Prefill,
-    ) -> Tensor:
-        ops, scale = self.ops, self.softmax_scale
-        k_nope, value = ops.attention.mla_decompress(latent, mla)
-        attended, lse = ops.attention.fused_infer_attention(
-            q_nope, q_rope, k_nope, k_rope, value, prefill.q_lens, prefill.q_lens, scale, causal=True
-        )
-        for prefix in prefill.prefixes:
-            rows = slice(*prefix.rows)
-            queries = prefix.rows[1] - prefix.rows[0]
-            outputs, lses = [attended[rows]], [lse[rows]]
-            for segment in prefix.segments:
-                cached_latent, cached_rope = ops.attention.gather_pa_kv_cache(cache, segment)
-                k_nope, value = ops.attention.mla_decompress(cached_latent, mla)
-                out, out_lse = ops.attention.fused_infer_attention(
-                    q_nope[rows],
-                    q_rope[rows],
-                    k_nope,
-                    cached_rope,
-                    value,
-                    (queries,),
-                    (segment.length,),
-                    scale,
-                    causal=False,
-                )
-                outputs.append(out)
-                lses.append(out_lse)
-            attended[rows] = ops.attention.attention_update(outputs, lses)
-        return attended

@@ -17,12 +17,11 @@ from ..formats.kv_cache import storable_scale
 from ..formats.schemes import Scheme, quantize_rows
 from ..formats.static_w8a8 import input_scale_of, quantize_static
 from ..quant.scales import Method
-from .layout import read_nz, write_nz
+from .attention.pools import LayerCache, Pool, write_rows
 from .ops import (
     Activation,
     Decode,
     Gating,
-    LayerCache,
     LinearPart,
     MlaConfig,
     MlaParts,
@@ -38,6 +37,7 @@ TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128
 LATENT, ROPE, HEAD = 512, 64, 128
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 EPS = 1e-6
+POOLS = (Pool("latent", LATENT, int8=True), Pool("rope", ROPE))
 SCALE = (HEAD + ROPE) ** -0.5
 
 Case = Callable[[Ops], tuple[Activation, ...]]
@@ -124,7 +124,7 @@ def _gamma(ops: Ops, width: int) -> Tensor:
 
 
 def _cache(ops: Ops) -> LayerCache:
-    return ops.attention.new_kv_cache(1, 4, BLOCK, LATENT, ROPE)[0]
+    return ops.attention.new_cache(POOLS, 4, BLOCK)
 
 
 def _written(ops: Ops, tokens: int, first_block: int) -> LayerCache:
@@ -194,7 +194,7 @@ def _rope_and_cache(ops: Ops) -> tuple[Activation, ...]:
     cos, sin = _tables(ops, TOKENS)
     rotated = ops.attention.interleave_rope(_rows(ops, TOKENS, HEADS, ROPE, seed=9), cos, sin)
     segment = PrefixSegment(0, TOKENS, _table(ops, 2))
-    return rotated, *ops.attention.gather_pa_kv_cache(_written(ops, TOKENS, first_block=2), segment)
+    return rotated, *ops.attention.gather_pa_kv_cache(_written(ops, TOKENS, first_block=2), segment).values()
 
 
 def _ragged_attention(ops: Ops) -> tuple[Activation, ...]:
@@ -214,7 +214,7 @@ def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
 
 def _int8_cache(ops: Ops) -> LayerCache:
     scale = storable_scale((3 + _random(LATENT, seed=93).abs()) / 127)
-    return ops.attention.new_kv_cache(1, 4, BLOCK, LATENT, ROPE, [scale])[0]
+    return ops.attention.new_cache(POOLS, 4, BLOCK, {"latent": scale})
 
 
 def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
@@ -223,18 +223,20 @@ def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
     kv = _rows(ops, TOKENS, LATENT + ROPE, seed=92)
     written = ops.attention.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), cos, sin, slots, cache, EPS, output_kv=True)
     assert written is not None
-    codes = read_nz(cache.latent, torch.arange(4, device=ops.device), 4 * BLOCK)
+    codes = cache["latent"].read(torch.arange(4, device=ops.device), 4 * BLOCK)
     read = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 4, _table(ops, 2)))
-    return *written, Quantized(codes, torch.ones(1)), read[1]
+    return *written, Quantized(codes, torch.ones(1)), read["rope"]
 
 
 def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
     cache, generator = _int8_cache(ops), torch.Generator().manual_seed(94)
     codes = torch.randint(-127, 128, (BLOCK + 9, LATENT), generator=generator, dtype=torch.int8)
     slots = torch.arange(BLOCK + 9, device=ops.device) + BLOCK
-    write_nz(cache.latent, slots, codes.to(ops.device))
-    write_nz(cache.rope, slots, _rows(ops, BLOCK + 9, ROPE, seed=95))
-    return *_attend(ops, cache), *ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 40, _table(ops, 1)))
+    for name, rows in (("latent", codes.to(ops.device)), ("rope", _rows(ops, BLOCK + 9, ROPE, seed=95))):
+        pages = cache[name]
+        write_rows(pages.tensor, pages.pool.layout, slots, rows)
+    gathered = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 40, _table(ops, 1)))
+    return *_attend(ops, cache), *gathered.values()
 
 
 def _attend(ops: Ops, cache: LayerCache) -> tuple[Activation, ...]:
@@ -252,7 +254,7 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
     """The whole of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
 
     def case(ops: Ops) -> tuple[Activation, ...]:
-        config = MlaConfig(HEADS, HEAD, ROPE, HEAD, LATENT, q_lora, EPS, SCALE)
+        config = MlaConfig(HEADS, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)
         gains = (1 + 0.1 * _random(width, seed=width) for width in (q_lora, LATENT))
         q_a_norm, kv_a_norm = (gain.bfloat16() for gain in gains)
         parts = MlaParts(
@@ -270,7 +272,7 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
         slots = torch.tensor([BLOCK + 20, 2 * BLOCK]).to(ops.device)
         table = torch.tensor([[1], [2]], dtype=torch.int32).to(ops.device)
         decode = Decode(q_lens=(1, 2), kv_lens=(21, 1), block_table=table)
-        step = Step(slots, slots, slots, *_tables(ops, 2), decode=decode, prefill=None, output_rows=None)
+        step = Step(slots, slots, *_tables(ops, 2), decode=decode, prefill=None, output_rows=None)
         x, residual = _rows(ops, 2, hidden, seed=25), _rows(ops, 2, hidden, seed=26)
         rows, total = ops.attention.attention_norm(x, residual, _gamma(ops, hidden), EPS, mla)
         q_latent, q_rope = ops.attention.mla_prolog(rows, mla, cache, step)

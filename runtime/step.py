@@ -78,7 +78,6 @@ class StepBuilder:
         positions = self._tensor([p for chunk in ordered for p in range(chunk.start, chunk.end)])
         step = Step(
             token_ids=self._tensor([token for chunk in ordered for token in chunk.token_ids]),
-            positions=positions,
             slots=self._tensor([slot for chunk in ordered for slot in self._slots(chunk)]),
             cos=self._rope.cos[positions],
             sin=self._rope.sin[positions],

@@ -22,9 +22,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ..attention.pools import LayerCache
 from .attention import Attention
 from .handles import (
     Activation,
+    AttentionWeights,
     Experts,
     Gating,
     Linear,
@@ -42,12 +44,13 @@ from .handles import (
 from .norms import Norms
 from .products import Products
 from .routing import Routing
-from .steps import Decode, LayerCache, Prefill, Prefix, PrefixSegment, Step
+from .steps import Decode, Prefill, Prefix, PrefixSegment, Step
 from .weights import Weights
 
 __all__ = [
     "Activation",
     "Attention",
+    "AttentionWeights",
     "Decode",
     "Experts",
     "Gating",

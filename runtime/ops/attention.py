@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import ArtifactError
+from ..attention.pools import LayerCache, Layout, Pages, Pool, StoredPool, stored_pools
 from .handles import Activation, Mla, MlaConfig, MlaParts, MlaWeights, own
 from .norms import Norms
 from .products import Products
-from .steps import Decode, LayerCache, PrefixSegment, Step
+from .steps import Decode, PrefixSegment, Step
 from .weights import Weights
+
+LATENT, ROPE = "latent", "rope"
+"""Pools of the cache of multi-head latent attention."""
+
+NO_SCALES: Mapping[str, Tensor] = {}
 
 
 class Attention(ABC):
-    """Attention operators, and the blocks made of them, of products and of norms. dtype: the compute dtype."""
+    """Attention operators, and the blocks made of them, of products and of norms.
+
+    dtype: the compute dtype. kv_layout: of the paged cache, where the kind of attention leaves the choice.
+    """
+
+    kv_layout: Layout = "nz"
 
     def __init__(self, dtype: torch.dtype, weights: Weights, norms: Norms, products: Products):
         self.dtype, self.weights, self.norms, self.products = dtype, weights, norms, products
@@ -80,11 +91,6 @@ class Attention(ABC):
         """
 
     @abstractmethod
-    def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> tuple[Tensor, Tensor]:
-        """Copy a segment of cached tokens out of the pages: (latent `[length, L]`, k_rope `[length, D]`), both in the
-        compute dtype."""
-
-    @abstractmethod
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         """Merge attention over disjoint key sets: w_i = exp(lse_i − max), out = Σ w_i · o_i / Σ w_i in float32.
 
@@ -92,23 +98,40 @@ class Attention(ABC):
         """
 
     @abstractmethod
-    def new_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_lora_rank: int,
-        rope_dim: int,
-        latent_scales: Sequence[Tensor] | None = None,
-    ) -> tuple[LayerCache, ...]:
-        """Allocate the paged cache of every layer; with scales (float32 `[L]` a layer) its latent is int8.
+    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
+        """The tensor of a pool."""
+
+    def new_cache(
+        self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
+    ) -> LayerCache:
+        """Allocate the paged cache of a layer. Pools that have scales (float32 `[channels]`, by name) are int8.
 
         Raises BackendError for a setting that the backend's operators do not take.
         """
+        return LayerCache(
+            {
+                pool.name: Pages(pool, self.zeros(pool, num_blocks, block_size), scales.get(pool.name))
+                for pool in self.stored(pools, scales)
+            },
+            block_size,
+        )
+
+    def stored(self, pools: Sequence[Pool], scales: Mapping[str, Tensor] = NO_SCALES) -> tuple[StoredPool, ...]:
+        """The pools of a layer as `new_cache` makes them."""
+        return stored_pools(pools, self.dtype, self.kv_layout, scales)
+
+    def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> dict[str, Tensor]:
+        """Copy a segment of cached tokens out of the pages: of each pool `[length, channels]`, float, codes decoded."""
+        # npu_gather_pa_kv_cache knows NZ pages by the tensor's format, which a cache must not have: hence plain copies.
+        gathered = {name: pages.read(segment.block_table[0], segment.length) for name, pages in cache.pages.items()}
+        for name, pages in cache.pages.items():
+            if pages.scale is not None:
+                gathered[name] = (gathered[name] * pages.scale).to(self.dtype)
+        return gathered
 
     @property
     def has_int8_cache(self) -> bool:
-        """Whether `new_kv_cache` takes scales."""
+        """Whether `new_cache` takes scales."""
         return True
 
     def attention_norm(
@@ -127,9 +150,8 @@ class Attention(ABC):
         first = parts.q if parts.q_a is None else parts.q_a
         if first is None:
             raise ArtifactError(f"{parts.kv_a.name}: the layer has neither q_proj nor q_a_proj")
-        fused = first.scheme == parts.kv_a.scheme
-        groups = [[first, parts.kv_a]] if fused else [[first], [parts.kv_a]]
-        heads = parts.kv_b.view(config.num_heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank)
+        groups = self.weights.fusible([first, parts.kv_a])
+        heads = parts.kv_b.view(config.heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank)
         w_uk, w_uv = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         return MlaWeights(
             config=config,
@@ -147,7 +169,7 @@ class Attention(ABC):
         """hidden `[T, H]` → (q_nope `[T, N, nope]`, q_rope `[T, N, D]`, kv `[T, L + D]`), before norm and rope."""
         weights = own(mla, MlaWeights)
         config = weights.config
-        q_width = config.num_heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
+        q_width = config.heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
         if len(weights.qkv_a) == 1:
             q, kv = self.products.linear(hidden, weights.qkv_a[0]).split(
                 [q_width, config.kv_lora_rank + config.qk_rope_head_dim], dim=-1
@@ -156,9 +178,15 @@ class Attention(ABC):
             q, kv = (self.products.linear(hidden, linear) for linear in weights.qkv_a)
         if weights.q_b is not None and weights.q_a_norm is not None:
             q = self.products.linear(self.norms.rms_norm(q, weights.q_a_norm, config.rms_norm_eps), weights.q_b)
-        heads = q.unflatten(-1, (config.num_heads, config.qk_head_dim))
+        heads = q.unflatten(-1, (config.heads, config.qk_head_dim))
         q_nope, q_rope = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope, kv
+
+    def mla_kv(self, hidden: Activation, mla: Mla) -> Tensor:
+        """The last of what `mla_project` gives, without the queries where they are not fused with it."""
+        weights = own(mla, MlaWeights)
+        width = weights.config.kv_lora_rank + weights.config.qk_rope_head_dim
+        return self.products.linear(hidden, weights.qkv_a[-1])[:, -width:]
 
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         """All that precedes absorbed attention when every token of the step decodes; writes the cache.
@@ -169,10 +197,11 @@ class Attention(ABC):
         self.mla_write_cache(kv, mla, cache, step, output_kv=False)
         return self.mla_absorb(q_nope, mla), self.interleave_rope(q_rope, step.cos, step.sin)
 
-    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
+    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         """The whole attention block when every token of the step decodes; writes the cache: `[T, H]` → `[T, H]`."""
         assert step.decode is not None
         q_latent, q_rope = self.mla_prolog(hidden, mla, cache, step)
+        scale = mla.config.softmax_scale
         attended = self.fused_infer_attention_paged(q_latent, q_rope, cache, step.decode, scale)
         return self.mla_output(self.mla_bring_out(attended, mla), mla)
 
@@ -191,7 +220,7 @@ class Attention(ABC):
         """Keys and values of normalised latents `[S, L]`: (k_nope `[S, N, nope]`, value `[S, N, v]`)."""
         weights = own(mla, MlaWeights)
         config = weights.config
-        kv = self.products.linear(latent, weights.kv_b).unflatten(-1, (config.num_heads, -1))
+        kv = self.products.linear(latent, weights.kv_b).unflatten(-1, (config.heads, -1))
         k_nope, value = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         return k_nope, value
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...formats.schemes import Scheme
 from ...formats.static_w8a8 import InputScale
+from ...models.mla import Mla as MlaWidths
 
 
 class Linear:
@@ -76,22 +77,16 @@ class LinearPart:
     static: Static | None = None
 
 
-@dataclass(frozen=True)
-class MlaConfig:
-    """Sizes and constants of multi-head latent attention; `q_lora_rank` is None in models without q_a/q_b."""
+class AttentionWeights:
+    """The attention weights of a layer, of one kind of attention and laid out as one backend likes."""
 
-    num_heads: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    kv_lora_rank: int
-    q_lora_rank: int | None
+
+@dataclass(frozen=True)
+class MlaConfig(MlaWidths):
+    """Widths and constants of multi-head latent attention."""
+
     rms_norm_eps: float
     softmax_scale: float
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,8 @@ class MlaParts:
 
 
 @dataclass(frozen=True)
-class Mla:
-    """The attention weights of a layer, as far as all backends have them alike.
+class Mla(AttentionWeights):
+    """Multi-head latent attention of a layer, as far as all backends have it alike.
 
     w_uk: `[N, nope, L]`, absorbs a query into latent space; w_uv: `[N, L, v]`, brings attention out of it.
     """

@@ -16,6 +16,10 @@ from .handles import Experts, Linear, LinearPart, Router
 class Weights(ABC):
     """Lays stored weights out as the backend's products take them."""
 
+    def fusible(self, parts: Sequence[LinearPart]) -> list[list[LinearPart]]:
+        """Linears of one input, grouped into those that run as one: all of them if they share their scheme."""
+        return [list(parts)] if len({part.scheme for part in parts}) == 1 else [[part] for part in parts]
+
     def linear_of(self, parts: Sequence[LinearPart]) -> Linear:
         """Fuse parts that share one scheme. Raises ArtifactError where they do not, or where it is not a dense one."""
         schemes = {part.scheme for part in parts}

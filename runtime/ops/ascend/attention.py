@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ...layout import CHANNELS
-from ..attention import Attention
+from ...attention.pools import LayerCache, Pages, Pool, StoredPool
+from ..attention import LATENT, NO_SCALES, ROPE, Attention
 from ..handles import Activation, Mla, MlaConfig, MlaParts, Quantized, own
 from ..norms import Norms
 from ..products import Products
-from ..steps import Decode, LayerCache, PrefixSegment, Step
+from ..steps import Decode, Step
 from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
 from .int8_cache import Int8Cache
 from .mla import AscendMla, PrologWeights, lay_out_mla
@@ -28,6 +28,7 @@ class AscendAttention(Attention):
     def __init__(self, npu: Npu, weights: AscendWeights, norms: Norms, products: Products, fused_prolog: bool):
         super().__init__(npu.dtype, weights, norms, products)
         self.npu, self.layout, self.fused_prolog = npu, weights, fused_prolog
+        self.kv_layout = npu.kv_layout
         self.int8 = Int8Cache(npu, norms, self.interleave_rope)
         self._causal_mask = causal_mask(npu.device)
 
@@ -51,7 +52,7 @@ class AscendAttention(Attention):
         eps: float,
         output_kv: bool,
     ) -> tuple[Tensor, Tensor] | None:
-        if cache.latent_scale is not None:
+        if cache[LATENT].scale is not None:
             return self.int8.write(kv, gamma, cos, sin, slots, cache, eps, output_kv)
         # The rope cache comes first, in arguments and in results.
         _, _, k_rope, latent = self.npu.operators.npu_kv_rmsnorm_rope_cache(
@@ -60,8 +61,8 @@ class AscendAttention(Attention):
             cos[:, None, None],
             sin[:, None, None],
             slots,
-            self._pages(cache.rope, cache),
-            self._pages(cache.latent, cache),
+            self._pages(cache[ROPE], cache),
+            self._pages(cache[LATENT], cache),
             epsilon=eps,
             cache_mode="PA_NZ" if self.npu.kv_layout == "nz" else "PA",
             is_output_kv=output_kv,
@@ -103,16 +104,16 @@ class AscendAttention(Attention):
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        if cache.latent_scale is not None:
+        if cache[LATENT].scale is not None:
             return self.int8.attend(q_latent, q_rope, cache, decode, scale)
-        latent = self._attention_pages(cache.latent, cache)
+        latent = self._attention_pages(cache[LATENT], cache)
         single = decode.num_tokens == len(decode.q_lens)  # one query each: nothing to mask
         out: Tensor = self.npu.operators.npu_fused_infer_attention_score(
             q_latent,
             latent,
             latent,
             query_rope=q_rope,
-            key_rope=self._attention_pages(cache.rope, cache),
+            key_rope=self._attention_pages(cache[ROPE], cache),
             atten_mask=None if single else self._causal_mask,
             sparse_mode=NO_MASK if single else RIGHT_DOWN_CAUSAL,
             actual_seq_lengths=list(decode.q_lens),  # cumulative, for the queries
@@ -126,55 +127,35 @@ class AscendAttention(Attention):
         )[0]
         return out.transpose(0, 1)
 
-    def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> tuple[Tensor, Tensor]:
-        # npu_gather_pa_kv_cache knows NZ pages by the tensor's format, which a cache must not have: hence plain copies.
-        blocks = segment.block_table[0]
-
-        def rows(pool: Tensor) -> Tensor:
-            pages = pool.index_select(0, blocks)
-            tokens = pages.transpose(1, 2).flatten(2) if self.npu.kv_layout == "nz" else pages.flatten(2)
-            return tokens.flatten(0, 1)[: segment.length]
-
-        latent = rows(cache.latent)
-        return (latent if cache.latent_scale is None else latent * cache.latent_scale), rows(cache.rope)
-
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         merged: Tensor = self.npu.operators.npu_attention_update(
             [lse.flatten() for lse in lses], [out.flatten(0, 1) for out in outputs], 0
         )[0]
         return merged.view(outputs[0].shape)
 
-    def _pages(self, pool: Tensor, cache: LayerCache) -> Tensor:
+    def _pages(self, pages: Pages, cache: LayerCache) -> Tensor:
         """The shape that the writing operators want in either layout: `[blocks, block_size, 1, channels]`."""
-        return pool.view(pool.shape[0], cache.block_size, 1, -1)
+        return pages.tensor.view(pages.tensor.shape[0], cache.block_size, 1, -1)
 
-    def _attention_pages(self, pool: Tensor, cache: LayerCache) -> Tensor:
+    def _attention_pages(self, pages: Pages, cache: LayerCache) -> Tensor:
         """The shape by which attention tells the layout: `[blocks, 1, D/16, block_size, 16]` is NZ, 3-D is ND."""
-        return pool.unsqueeze(1) if self.npu.kv_layout == "nz" else pool.view(pool.shape[0], cache.block_size, -1)
+        tensor = pages.tensor
+        return tensor.unsqueeze(1) if pages.pool.layout == "nz" else tensor.view(tensor.shape[0], cache.block_size, -1)
 
-    def new_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_lora_rank: int,
-        rope_dim: int,
-        latent_scales: Sequence[Tensor] | None = None,
-    ) -> tuple[LayerCache, ...]:
+    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
+        return torch.zeros(pool.shape(num_blocks, block_size), dtype=pool.dtype, device=self.npu.device)
+
+    def new_cache(
+        self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
+    ) -> LayerCache:
         if block_size % 16 or not 0 < block_size <= 1024:
             raise BackendError(f"block_size {block_size}: the NPU's paged attention takes multiples of 16 up to 1024")
-        if latent_scales is not None:
-            return self.int8.new_cache(latent_scales, num_blocks, block_size, rope_dim)
-
-        def pool(channels: int) -> Tensor:
-            pages = (
-                (channels // CHANNELS, block_size, CHANNELS)
-                if self.npu.kv_layout == "nz"
-                else (block_size, 1, channels)
-            )
-            return torch.zeros(num_blocks, *pages, dtype=self.npu.dtype, device=self.npu.device)
-
-        return tuple(LayerCache(pool(kv_lora_rank), pool(rope_dim), block_size) for _ in range(num_layers))
+        if not scales:
+            return super().new_cache(pools, num_blocks, block_size)
+        self.int8.check()
+        on_device = {name: scale.to(self.npu.device, self.npu.dtype) for name, scale in scales.items()}
+        # One block more, which is nobody's: the slot −1 of tokens that are not cached lies in it.
+        return super().new_cache(pools, num_blocks + 1, block_size, on_device)
 
     def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:
         return lay_out_mla(parts, config, self.layout, self.fused_prolog)
@@ -193,7 +174,7 @@ class AscendAttention(Attention):
         rows: Activation = hidden
         if weights.takes_quantized and not isinstance(hidden, Quantized):
             rows = self.norms.dynamic_quant(hidden)
-        heads, projections = (config.num_heads, -1), weights.projections
+        heads, projections = (config.heads, -1), weights.projections
         if isinstance(projections, PrologWeights):
             assert weights.q_a_norm is not None
             kv = self.products.linear(rows, projections.kv_a)
@@ -218,7 +199,7 @@ class AscendAttention(Attention):
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         weights = own(mla, AscendMla)
         prolog = weights.projections
-        if not isinstance(prolog, PrologWeights) or cache.latent_scale is not None:
+        if not isinstance(prolog, PrologWeights) or cache[LATENT].scale is not None:
             return super().mla_prolog(hidden, mla, cache, step)
         rows = hidden if isinstance(hidden, Quantized) else self.norms.dynamic_quant(hidden)
         q_latent, q_rope, *_ = self.npu.operators.npu_mla_prolog_v3(
@@ -231,8 +212,8 @@ class AscendAttention(Attention):
             weights.kv_a_norm,
             step.sin,  # sine first
             step.cos,
-            self._pages(cache.latent, cache),
-            self._pages(cache.rope, cache),
+            self._pages(cache[LATENT], cache),
+            self._pages(cache[ROPE], cache),
             cache_index=step.slots,
             dequant_scale_x=rows.scale.unsqueeze(1),
             dequant_scale_w_dq=prolog.q_a.scale.unsqueeze(0),
@@ -247,7 +228,7 @@ class AscendAttention(Attention):
 
     def mla_decompress(self, latent: Tensor, mla: Mla) -> tuple[Tensor, Tensor]:
         weights = own(mla, AscendMla)
-        heads = (weights.config.num_heads, -1)
+        heads = (weights.config.heads, -1)
         return (
             self.products.linear(latent, weights.k_b).unflatten(-1, heads),
             self.products.linear(latent, weights.v_b).unflatten(-1, heads),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-KvLayout = Literal["nz", "nd"]
+from ...attention.pools import Layout
 
 CAUSAL_MASK_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: query i of S_q sees key j ≤ i + S_kv − S_q
@@ -20,7 +20,7 @@ class Npu:
 
     device: torch.device
     dtype: torch.dtype
-    kv_layout: KvLayout
+    kv_layout: Layout
     operators: Any
 
 

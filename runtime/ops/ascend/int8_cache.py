@@ -9,16 +9,16 @@ steps only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....formats.kv_cache import INT8_CHANNELS
-from ...layout import CHANNELS
+from ...attention.pools import LayerCache
+from ..attention import LATENT, ROPE
 from ..norms import Norms
-from ..steps import Decode, LayerCache
+from ..steps import Decode
 from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
 
 PER_TOKEN_HEAD, PER_TENSOR = 3, 0  # quant modes of queries, and of keys and values
@@ -27,7 +27,7 @@ _LEAST_SCALE = 1e-30
 
 
 class Int8Cache:
-    """Caches with an int8 latent: made, written and attended to."""
+    """Caches with an int8 latent: written and attended to."""
 
     def __init__(self, npu: Npu, norms: Norms, interleave_rope: Callable[[Tensor, Tensor, Tensor], Tensor]):
         self.npu, self.norms, self._interleave_rope = npu, norms, interleave_rope
@@ -39,30 +39,13 @@ class Int8Cache:
         """Whether layout and dtype are those of attention in int8."""
         return self.npu.kv_layout == "nz" and self.npu.dtype != torch.float16
 
-    def new_cache(
-        self, scales: Sequence[Tensor], num_blocks: int, block_size: int, rope_dim: int
-    ) -> tuple[LayerCache, ...]:
-        """`Attention.new_kv_cache`, with scales. Raises BackendError where `fits` is false."""
+    def check(self) -> None:
+        """Raises BackendError where `fits` is false."""
         if not self.fits:
             raise BackendError(
                 "the NPU's attention reads an int8 KV cache in NZ pages and computes in bfloat16 then: "
                 "leave kv_layout and dtype as they are, or the KV cache in the compute dtype"
             )
-
-        def pool(channels: int, tile: int, dtype: torch.dtype) -> Tensor:
-            # One block more, which is nobody's: the slot −1 of tokens that are not cached lies in it.
-            shape = (num_blocks + 1, channels // tile, block_size, tile)
-            return torch.zeros(shape, dtype=dtype, device=self.npu.device)
-
-        return tuple(
-            LayerCache(
-                pool(scale.shape[0], INT8_CHANNELS, torch.int8),
-                pool(rope_dim, CHANNELS, self.npu.dtype),
-                block_size,
-                scale.to(self.npu.device, self.npu.dtype),
-            )
-            for scale in scales
-        )
 
     def write(
         self,
@@ -76,20 +59,21 @@ class Int8Cache:
         output_kv: bool,
     ) -> tuple[Tensor, Tensor] | None:
         """`Attention.kv_rmsnorm_rope_cache`."""
-        scale = cache.latent_scale
+        scale = cache[LATENT].scale
         assert scale is not None
         latent, k_rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
         latent = self.norms.rms_norm(latent, gamma, eps)
         k_rope = self._interleave_rope(k_rope.unsqueeze(1), cos, sin).squeeze(1)
         codes = self.npu.operators.npu_quantize(latent, scale, None, torch.qint8, -1)
         block, offset = slots // cache.block_size, slots % cache.block_size
-        cache.latent[block, :, offset] = codes.unflatten(-1, (-1, INT8_CHANNELS))
-        cache.rope[block, :, offset] = k_rope.unflatten(-1, (-1, CHANNELS))
+        for name, rows in ((LATENT, codes), (ROPE, k_rope)):
+            tensor = cache[name].tensor
+            tensor[block, :, offset] = rows.unflatten(-1, (-1, tensor.shape[-1]))
         return (k_rope, codes * scale) if output_kv else None
 
     def attend(self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float) -> Tensor:
         """`Attention.fused_infer_attention_paged`."""
-        channel_scale = cache.latent_scale
+        channel_scale = cache[LATENT].scale
         assert channel_scale is not None
         tokens, heads, width = q_latent.shape
         query = self.norms.dynamic_quant(q_latent.flatten(0, 1), channel_scale)
@@ -100,13 +84,13 @@ class Int8Cache:
         single = tokens == len(decode.q_lens)
         if single:  # a batch of one query each: nothing to mask
             codes, rope, query_scale = (each.unsqueeze(1) for each in (codes, rope, query_scale))
-        latent = cache.latent.unsqueeze(1)
+        latent = cache[LATENT].tensor.unsqueeze(1)
         out = self.npu.operators.npu_fused_infer_attention_score_v2(
             codes,
             latent,
             latent,
             query_rope=rope,
-            key_rope=cache.rope.unsqueeze(1),
+            key_rope=cache[ROPE].tensor.unsqueeze(1),
             atten_mask=None if single else self._causal_mask,
             sparse_mode=NO_MASK if single else RIGHT_DOWN_CAUSAL,
             actual_seq_qlen=None if single else list(decode.q_lens),

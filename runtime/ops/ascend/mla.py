@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....errors import BackendError
 from ....formats.schemes import Scheme
+from ....models.mla import Mla as MlaWidths
 from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
 from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
 
@@ -59,7 +60,7 @@ def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fuse
     """The attention weights of a layer on the device. Raises BackendError for sizes that the operators do not take."""
     check_mla(parts.kv_a.name, config)
     widths = [config.qk_nope_head_dim, config.v_head_dim]
-    k_b, v_b = parts.kv_b.view(config.num_heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
+    k_b, v_b = parts.kv_b.view(config.heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
     prolog = prolog_weights(parts, config, weights) if fused_prolog else None
     first = parts.q if parts.q_a is None else parts.q_a
     return AscendMla(
@@ -93,12 +94,11 @@ def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> P
     queries = parts.q_b if parts.q is None else parts.q
     if queries is None:
         raise BackendError(f"{parts.kv_a.name}: the layer has no q_proj and no q_b_proj")
-    halves = head_rows(queries, config.num_heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
+    halves = head_rows(queries, config.heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
     q_nope, q_rope = (weights.linear_of([half]) for half in halves)
     if parts.q_a is None:
         return Projections((weights.linear_of([parts.kv_a]),), q_nope, q_rope)
-    fused = parts.q_a.scheme == parts.kv_a.scheme
-    groups = [[parts.q_a, parts.kv_a]] if fused else [[parts.q_a], [parts.kv_a]]
+    groups = weights.fusible([parts.q_a, parts.kv_a])
     return Projections(tuple(weights.linear_of(group) for group in groups), q_nope, q_rope)
 
 
@@ -119,7 +119,7 @@ def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tupl
     return half(0), half(1)
 
 
-def check_mla(name: str, config: MlaConfig) -> None:
+def check_mla(name: str, config: MlaWidths) -> None:
     """Raises BackendError for attention sizes that the NPU's operators do not take."""
     fixed = {
         "kv_lora_rank": (config.kv_lora_rank, LATENT_DIM),
@@ -128,7 +128,7 @@ def check_mla(name: str, config: MlaConfig) -> None:
         "v_head_dim": (config.v_head_dim, HEAD_DIM),
     }
     wrong = [f"{key} {value} (must be {wanted})" for key, (value, wanted) in fixed.items() if value != wanted]
-    heads = config.num_heads
+    heads = config.heads
     if heads & (heads - 1) or heads > MAX_HEADS:
         wrong.append(f"{heads} attention heads (must be a power of two up to {MAX_HEADS})")
     if wrong:

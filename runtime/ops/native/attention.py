@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ....formats.kv_cache import cached_latent
 from ....native.pointers import address, output, rows_address
-from ..attention import Attention
+from ...attention.pools import LayerCache, Pool, StoredPool
+from ..attention import LATENT, NO_SCALES, Attention
 from ..handles import Activation, Mla, MlaConfig, MlaParts, MlaWeights, Quantized, own
 from ..norms import Norms
 from ..products import Products
-from ..steps import Decode, LayerCache, PrefixSegment, Step
+from ..steps import Decode, Step
 from ..weights import Weights
 from .blocks import NativeMla, native_mla
 from .cache import NativeCache, native_cache, native_heads
@@ -33,17 +33,13 @@ class NativeAttention(Attention):
         self._call, self._code, self.torch = kernels.pool.call, kernels.dtype_code, torch
         self._last_step: NativeStep | None = None
 
-    def new_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_lora_rank: int,
-        rope_dim: int,
-        latent_scales: Sequence[Tensor] | None = None,
-    ) -> tuple[LayerCache, ...]:
-        caches = self.torch.new_kv_cache(num_layers, num_blocks, block_size, kv_lora_rank, rope_dim, latent_scales)
-        return tuple(native_cache(cache) for cache in caches)
+    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
+        return self.torch.zeros(pool, num_blocks, block_size)
+
+    def new_cache(
+        self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
+    ) -> LayerCache:
+        return native_cache(super().new_cache(pools, num_blocks, block_size, scales))
 
     def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, dim = x.shape
@@ -97,7 +93,7 @@ class NativeAttention(Attention):
         )
         if rope is None or latent is None:
             return None
-        return rope, latent if cache.latent_scale is None else cached_latent(latent, cache.latent_scale)
+        return rope, cache[LATENT].rounded(latent)
 
     def fused_infer_attention(
         self,
@@ -140,9 +136,6 @@ class NativeAttention(Attention):
         )
         return out
 
-    def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> tuple[Tensor, Tensor]:
-        return self.torch.gather_pa_kv_cache(cache, segment)
-
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         return self.torch.attention_update(outputs, lses)
 
@@ -153,19 +146,19 @@ class NativeAttention(Attention):
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized):
             return super().mla_prolog(hidden, mla, cache, step)
         hidden, shared, config = hidden.contiguous(), self._shared("mla_prolog", step), mla.config
-        q_latent, latent_to = output(self.dtype, shared.tokens, config.num_heads, config.kv_lora_rank)
-        q_rope, rope_to = output(self.dtype, shared.tokens, config.num_heads, config.qk_rope_head_dim)
+        q_latent, latent_to = output(self.dtype, shared.tokens, config.heads, config.kv_lora_rank)
+        q_rope, rope_to = output(self.dtype, shared.tokens, config.heads, config.qk_rope_head_dim)
         arguments = self._layer_arguments("mla_prolog", hidden, mla, cache, shared)
         self._call("mla_prolog", *arguments, latent_to, rope_to)
         return q_latent, q_rope
 
-    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, scale: float) -> Tensor:
+    def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or step.decode is None:
-            return super().mla_decode(hidden, mla, cache, step, scale)
+            return super().mla_decode(hidden, mla, cache, step)
         hidden, shared = hidden.contiguous(), self._shared("mla_decode", step)
         out, to = output(self.dtype, shared.tokens, mla.outputs)
         arguments = self._layer_arguments("mla_decode", hidden, mla, cache, shared)
-        self._call("mla_decode", *arguments, *shared.decode, scale, to)
+        self._call("mla_decode", *arguments, *shared.decode, mla.config.softmax_scale, to)
         return out
 
     def _layer_arguments(
@@ -193,6 +186,6 @@ class NativeAttention(Attention):
 
     def _pages(self, cache: LayerCache) -> NativeCache:
         pages = native_cache(cache)
-        if pages.rope.dtype is not self.dtype:
-            raise ValueError(f"kv cache: rope is {pages.rope.dtype}; these operators compute in {self.dtype}")
+        if pages.dtype is not self.dtype:
+            raise ValueError(f"kv cache: rope is {pages.dtype}; these operators compute in {self.dtype}")
         return pages

@@ -45,7 +45,7 @@ def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
     if 1 not in w_uk.stride()[1:] or 1 not in w_uv.stride()[1:]:
         return handle
     config, q_a_norm, q_a_width = handle.config, handle.q_a_norm, _check_mla(handle, qkv_a, q_b, o)
-    heads, latent = config.num_heads, config.kv_lora_rank
+    heads, latent = config.heads, config.kv_lora_rank
     strides = ctypes.c_int64 * 3
     block = MlaBlock(
         qkv_a=qkv_a.pointer,
@@ -70,12 +70,12 @@ def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
 def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None, o: NativeLinear) -> int:
     """Compare the widths of a layer's linears with its config; the width of q_a."""
     config = handle.config
-    q_width = config.num_heads * config.qk_head_dim
+    q_width = config.heads * config.qk_head_dim
     q_a_width = q_width if q_b is None else q_b.weights.cols
     widths = {
         "outputs of q_a and kv_a": (qkv_a.weights.outputs, q_a_width + config.kv_lora_rank + config.qk_rope_head_dim),
         "outputs of q_b": (q_width if q_b is None else q_b.weights.outputs, q_width),
-        "inputs of o": (o.weights.cols, config.num_heads * config.v_head_dim),
+        "inputs of o": (o.weights.cols, config.heads * config.v_head_dim),
     }
     for what, (found, expected) in widths.items():
         if found != expected:

@@ -7,46 +7,46 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....formats.kv_cache import INT8_CHANNELS
 from ....native.binding import DTYPES, Cache, Heads, Strided
 from ....native.pointers import address, rows_address
-from ...layout import CHANNELS
-from ..steps import LayerCache
+from ...attention.pools import LayerCache
+from ..attention import LATENT, ROPE
 
 
 @dataclass(frozen=True)
 class NativeCache(LayerCache):
-    """A layer's cache, and `struct`: the same as calls take it. latent_dim and rope_dim count channels."""
+    """A layer's cache of latents, and `struct`: the same as calls take it.
 
-    struct: Cache = field(repr=False, kw_only=True)
-    latent_dim: int = field(kw_only=True)
-    rope_dim: int = field(kw_only=True)
+    dtype: of the rope pool, the compute dtype. latent_dim and rope_dim count channels.
+    """
+
+    struct: Cache = field(repr=False)
+    dtype: torch.dtype
+    latent_dim: int
+    rope_dim: int
 
 
 def native_cache(cache: LayerCache) -> NativeCache:
     """The cache with its struct. Raises ValueError for pools that are not one cache in NZ layout."""
     if isinstance(cache, NativeCache):
         return cache
-    (blocks, latent_groups, _, _), (_, rope_groups, _, _) = cache.latent.shape, cache.rope.shape
-    dtype, scale = cache.rope.dtype, cache.latent_scale
+    blocks, dtype = cache[LATENT].tensor.shape[0], cache[ROPE].pool.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"kv cache: rope is {dtype}; the native kernels take float32 and bfloat16")
-    tile, latent_dtype = (CHANNELS, dtype) if scale is None else (INT8_CHANNELS, torch.int8)
-    channels = latent_groups * tile, rope_groups * CHANNELS
-    latent_shape = blocks, latent_groups, cache.block_size, tile
-    rope_shape = blocks, rope_groups, cache.block_size, CHANNELS
+    addresses, scales = {}, {}
+    for name, pages in cache.pages.items():
+        pool, scale = pages.pool, pages.scale
+        if pool.layout != "nz" or pool.dtype is not (dtype if scale is None else torch.int8):
+            raise ValueError(f"kv cache: {name} is {pool.dtype} in {pool.layout} layout; the native kernels take NZ")
+        shape = pool.shape(blocks, cache.block_size)
+        addresses[name] = address(pages.tensor, "kv cache", name, pool.dtype, *shape)
+        if scale is not None:
+            scales[name] = address(scale, "kv cache", f"scale of {name}", torch.float32, pool.channels)
+    channels = cache[LATENT].pool.channels, cache[ROPE].pool.channels
     struct = Cache(
-        address(cache.latent, "kv cache", "latent", latent_dtype, *latent_shape),
-        address(cache.rope, "kv cache", "rope", dtype, *rope_shape),
-        blocks,
-        cache.block_size,
-        *channels,
-        None if scale is None else address(scale, "kv cache", "scale", torch.float32, channels[0]),
-        DTYPES[dtype],
+        addresses[LATENT], addresses[ROPE], blocks, cache.block_size, *channels, scales.get(LATENT), DTYPES[dtype]
     )
-    return NativeCache(
-        cache.latent, cache.rope, cache.block_size, scale, struct=struct, latent_dim=channels[0], rope_dim=channels[1]
-    )
+    return NativeCache(cache.pages, cache.block_size, struct, dtype, *channels)
 
 
 def native_heads(

@@ -1,4 +1,4 @@
-"""Attention in plain torch, and a paged cache in NZ layout."""
+"""Attention in plain torch."""
 
 from __future__ import annotations
 
@@ -10,41 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ....formats.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
-from ...layout import CHANNELS, read_nz, write_nz
-from ..attention import Attention
-from ..steps import Decode, LayerCache, PrefixSegment
+from ...attention.pools import LayerCache, StoredPool
+from ..attention import LATENT, ROPE, Attention
+from ..steps import Decode
 
 
 class ReferenceAttention(Attention):
     """Attention on the CPU."""
 
-    def new_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_lora_rank: int,
-        rope_dim: int,
-        latent_scales: Sequence[Tensor] | None = None,
-    ) -> tuple[LayerCache, ...]:
-        def pool(channels: int, tile: int, dtype: torch.dtype) -> Tensor:
-            if channels % tile:
-                raise BackendError(
-                    f"the NZ layout keeps {tile} channels of {dtype} together; {channels} are no multiple"
-                )
-            shape = (num_blocks, channels // tile, block_size, tile)
-            # numpy's zeros come from calloc: the pages of blocks that are never used are never touched.
-            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-        int8 = latent_scales is not None
-        scales: Sequence[Tensor | None] = latent_scales or [None] * num_layers
-        latent = (INT8_CHANNELS, torch.int8) if int8 else (CHANNELS, self.dtype)
-        return tuple(
-            LayerCache(pool(kv_lora_rank, *latent), pool(rope_dim, CHANNELS, self.dtype), block_size, scale)
-            for scale in scales
-        )
+    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
+        shape = pool.shape(num_blocks, block_size)
+        # numpy's zeros come from calloc: the pages of blocks that are never used are never touched.
+        memory = np.zeros(math.prod(shape) * pool.dtype.itemsize, np.uint8)
+        return torch.from_numpy(memory).view(pool.dtype).view(shape)
 
     def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return _rope(x.float(), cos[:, None].float(), sin[:, None].float()).to(self.dtype)
@@ -63,13 +41,9 @@ class ReferenceAttention(Attention):
         latent, rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
         latent = self.norms.rms_norm(latent, gamma, eps)
         rope = _rope(rope.float(), cos.float(), sin.float()).to(self.dtype)
-        if cache.latent_scale is None:
-            write_nz(cache.latent, slots, latent)
-        else:
-            write_nz(cache.latent, slots, latent_codes(latent, cache.latent_scale))
-            latent = cached_latent(latent, cache.latent_scale) if output_kv else latent
-        write_nz(cache.rope, slots, rope)
-        return (rope, latent) if output_kv else None
+        cache[LATENT].write(slots, latent)
+        cache[ROPE].write(slots, rope)
+        return (rope, cache[LATENT].rounded(latent)) if output_kv else None
 
     def fused_infer_attention(
         self,
@@ -96,17 +70,18 @@ class ReferenceAttention(Attention):
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        content = q_latent.float() if cache.latent_scale is None else self._in_codes(q_latent, cache.latent_scale)
+        channel_scale = cache[LATENT].scale
+        content = q_latent.float() if channel_scale is None else self._in_codes(q_latent, channel_scale)
         query = torch.cat([content, q_rope.float()], dim=-1)
         outputs = []
         for (q0, q1), length, blocks in zip(
             pairwise([0, *decode.q_lens]), decode.kv_lens, decode.block_table, strict=True
         ):
             used = blocks[: -(-length // cache.block_size)]
-            latent = read_nz(cache.latent, used, length).float()
-            key = torch.cat([latent, read_nz(cache.rope, used, length).float()], dim=-1)
+            latent = cache[LATENT].read(used, length).float()
+            key = torch.cat([latent, cache[ROPE].read(used, length).float()], dim=-1)
             out, _ = self._attention(query[q0:q1], key[:, None], latent[:, None], scale, length - (q1 - q0))
-            outputs.append((out if cache.latent_scale is None else out * cache.latent_scale).to(self.dtype))
+            outputs.append((out if channel_scale is None else out * channel_scale).to(self.dtype))
         return torch.cat(outputs)
 
     def _in_codes(self, q_latent: Tensor, scale: Tensor) -> Tensor:
@@ -129,13 +104,6 @@ class ReferenceAttention(Attention):
         blind = lse.isneginf()  # rows that see no key
         probabilities = (scores - lse.masked_fill(blind, 0.0)).exp()
         return (probabilities @ value.transpose(0, 1)).transpose(0, 1), lse.transpose(0, 1)
-
-    def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> tuple[Tensor, Tensor]:
-        blocks = segment.block_table[0]
-        latent = read_nz(cache.latent, blocks, segment.length)
-        if cache.latent_scale is not None:
-            latent = (latent.float() * cache.latent_scale).to(self.dtype)
-        return latent, read_nz(cache.rope, blocks, segment.length)
 
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         weights = torch.stack(list(lses)).softmax(dim=0)  # [parts, T, N, 1]
