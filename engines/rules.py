@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ..convert.plan.recipe import Assignment, Recipe, Target
-from ..errors import RecipeError
 from ..formats.schemes import Scheme
 from ..models.architecture import QUANTIZABLE, ROUTED, Role, Spec
+from ..recipes.recipe import Target
 
 SchemeOf = Callable[[str], Scheme]
 
@@ -37,17 +36,6 @@ class ConfigSchemes(TypedDict):
     linear: Scheme
     experts: Scheme
     mtp_experts: Scheme
-
-
-def check_recipe(
-    recipe: Recipe, specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], assignments: Mapping[str, Assignment]
-) -> None:
-    """Raise RecipeError, naming tensor and rule, when no loader of the recipe's target could load the result."""
-    for violation in violations(specs, fused, lambda name: assignments[name].scheme, recipe.target):
-        if recipe.stored:
-            raise RecipeError(f"the source has {violation}; quantize the float checkpoint again, or convert that one")
-        number = assignments[violation.spec.name].rule
-        raise RecipeError(f"recipe {recipe.name!r}, {f'rule {number}' if number else 'no rule'}: {violation}")
 
 
 def violations(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..convert.plan.recipe import Target, stored_recipe
 from ..engines.rules import config_schemes, violations
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
@@ -31,6 +30,8 @@ from ..inputs.files import file_sha256, inside
 from ..inputs.json_text import read_object
 from ..models.architecture import ROUTER_BIASES, Role, Spec, expected_specs, family_of, layer_of
 from ..models.config import ModelConfig, model_dtype
+from ..recipes.reading import stored_recipe
+from ..recipes.recipe import Target
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 

@@ -19,7 +19,7 @@ from ...formats.sources.weights import Weight
 from ...models.architecture import ROUTER_BIASES, Role, Spec
 from ...models.inventory import Inventory
 from ...quant.scales import Method
-from .recipe import Assignment
+from .assignments import Assignment
 
 # What one tensor's entry takes in a JSON header besides its name, dtype and dimensions: punctuation, keys and two
 # offsets of up to 16 digits.

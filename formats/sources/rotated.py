@@ -1,18 +1,18 @@
 """Which rewrites rotate a model: every weight by its place, so that what the model computes stays the same.
 
 The residual stream has one rotation; the value heads and the q_a latent have rotations of their own (QuaRot's offline
-part). How a weight is read rewritten is `formats/sources/rewritten.py`'s affair.
+part). How a weight is read rewritten is `rewritten.py`'s affair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..formats.sources.rewritten import Rewrite
-from ..models.architecture import Role
-from ..models.config import ModelConfig
-from ..models.inventory import Inventory
-from ..quant.rotation import Rotation, rotation
+from ...models.architecture import Role
+from ...models.config import ModelConfig
+from ...models.inventory import Inventory
+from ...quant.rotation import Rotation, rotation
+from .rewritten import Rewrite
 
 
 def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
