@@ -17,6 +17,7 @@ from ..formats.output_files import write_error
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
+from ..quant.weight_error import ErrorSums
 from .calibrate.effort import calibrated_effort
 from .calibrate.layer_report import LayerReport
 from .calibrate.memory import calibrated_budget
@@ -30,7 +31,7 @@ from .plan.prepare import CalibrationText, Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
 from .tally import Tally, data_free_effort
-from .write.journal import FileStamp, JobStats, Journal, Record
+from .write.journal import FileStamp, Journal, Record
 from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
 from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
@@ -225,7 +226,7 @@ class _Conversion:
         """With a record of what is done; None where all is."""
         return plan_space(self.prepared, self.output, record, self.small_bytes)
 
-    def _roles(self, stats: Mapping[int, JobStats]) -> list[Mapping[str, Any]]:
+    def _roles(self, stats: Mapping[int, ErrorSums]) -> list[Mapping[str, Any]]:
         return [total.as_dict() for total in totals_by_role(self.prepared.plan.jobs, stats)]
 
     def _summary(

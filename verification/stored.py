@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ..convert.plan.recipe import Target
-from ..convert.tally import LayersLeft
 from ..engines.rules import violations
 from ..errors import CheckpointError, NpuqError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, read_description
@@ -25,7 +23,8 @@ from ..models.inventory import Inventory, take_inventory
 from ..models.roles import Role
 from ..models.tensors import Spec
 from ..parallel.pool import Pool
-from ..progress import Progress, Task
+from ..progress import LayersLeft, Progress, Task
+from ..recipes.recipe import Target
 from .structure import unlisted
 from .values import TensorCheck, check_linear, check_shared_inputs, row_chunks
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..convert.plan.recipe import Target, stored_recipe
 from ..engines.rules import config_schemes, violations
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
@@ -32,6 +31,8 @@ from ..inputs.json_text import read_object
 from ..models.config import ModelConfig, model_dtype
 from ..models.roles import Role
 from ..models.tensors import Spec, expected_specs
+from ..recipes.reading import stored_recipe
+from ..recipes.recipe import Target
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 

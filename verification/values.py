@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..convert.write.journal import JobStats
 from ..engines.rules import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
@@ -25,6 +24,7 @@ from ..models.config import ModelConfig
 from ..models.roles import Role
 from ..models.rope import rope_tables
 from ..models.tensors import Spec
+from ..quant.weight_error import ErrorSums
 from .structure import Layout
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -38,7 +38,7 @@ class TensorCheck:
 
     spec: Spec
     problems: tuple[str, ...] = ()
-    stats: JobStats | None = None
+    stats: ErrorSums | None = None
 
 
 def check_values(layout: Layout, spec: Spec, source: WeightSource | None) -> TensorCheck:
@@ -138,7 +138,7 @@ def check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, 
             difference = rows.to_float32().to(torch.float64) - expected
             squared_error[start:stop] = difference.square().sum(1).numpy()
             squared_norm[start:stop] = expected.square().sum(1).numpy()
-    stats = None if source is None else JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+    stats = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return TensorCheck(spec, tuple(problems), stats)
 
 

@@ -38,13 +38,14 @@ from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
 from ...inputs.files import file_sha256, inside, open_file
 from ...models.rope import rope_tables
+from ...quant.weight_error import ErrorSums
+from ...recipes.recipe import STORED
 from ..calibrate.layer_report import LayerReport
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
-from ..plan.recipe import STORED
-from ..write.journal import JobStats, Record
+from ..write.journal import Record
 from .card import model_card
-from .report import relative_error, totals_by_role
+from .report import totals_by_role
 from .side_files import card_front_matter, copy_side_files
 
 
@@ -58,7 +59,7 @@ def rehearse(prepared: Prepared) -> int:
         descriptor = open_file(inside(source, name), CheckpointError)
         nbytes += os.fstat(descriptor).st_size
         os.close(descriptor)
-    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), JobStats(0.0, 0.0))
+    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), ErrorSums(0.0, 0.0))
     files = {shard.name: {"size": shard.nbytes, "sha256": "0" * 64} for shard in prepared.plan.shards}
     files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
     try:
@@ -103,7 +104,7 @@ def _measured(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_sha256(path, ConversionError)}
 
 
-def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[str, Iterable[str]]]:
+def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple[str, Iterable[str]]]:
     """Name and content, piece by piece, of every file that is text, but for the manifest; each made when asked for."""
     plan, recipe = prepared.plan, prepared.recipe
     totals = totals_by_role(plan.jobs, stats)
@@ -171,7 +172,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 def _manifest(
     prepared: Prepared,
     files: Mapping[str, Mapping[str, Any]],
-    stats: Mapping[int, JobStats],
+    stats: Mapping[int, ErrorSums],
     reports: Sequence[LayerReport],
 ) -> dict[str, Any]:
     plan, config = prepared.plan, prepared.config
@@ -234,11 +235,11 @@ def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str
     }
 
 
-def _linear(job: Job, stats: JobStats, stored: bool, output_error: float | None) -> dict[str, Any]:
+def _linear(job: Job, stats: ErrorSums, stored: bool, output_error: float | None) -> dict[str, Any]:
     entry = {
         "scheme": job.scheme.value,
         "method": STORED if stored else job.method.value,
-        "relative_error": relative_error(stats.squared_error, stats.squared_norm),
+        "relative_error": stats.relative_error,
         "source_bytes": job.source_bytes,
         "bytes": job.output_bytes,
     }

@@ -20,7 +20,7 @@ from ...models.inventory import Inventory
 from ...models.roles import Role
 from ...models.tensors import Spec
 from ...quant.scales import Method
-from .recipe import Assignment
+from .assignments import Assignment
 
 # What one tensor's entry takes in a JSON header besides its name, dtype and dimensions: punctuation, keys and two
 # offsets of up to 16 digits.

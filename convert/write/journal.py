@@ -21,6 +21,7 @@ from ...errors import ConversionError
 from ...formats.digests import DIGEST_BYTES
 from ...inputs.json_text import parse_object
 from ...inputs.names import Sha256
+from ...quant.weight_error import ErrorSums
 from .checked_lines import DamagedLineError, checked_line, line_content
 
 JOURNAL_VERSION = 2
@@ -30,18 +31,10 @@ _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nothing of anoth
 
 
 @dataclass(frozen=True)
-class JobStats:
-    """Sums over a whole weight: squared error of the quantized against the source values, and of those themselves."""
-
-    squared_error: float
-    squared_norm: float
-
-
-@dataclass(frozen=True)
 class JobEntry:
     """What the journal keeps of a finished job: its statistics, and digests of all that it read and wrote."""
 
-    stats: JobStats
+    stats: ErrorSums
     read: bytes
     written: bytes
 
@@ -224,7 +217,7 @@ def _apply(content: Mapping[str, Any], record: Record) -> None:
 
 def _entry(fields: Any) -> tuple[int, JobEntry]:
     index, squared_error, squared_norm, read, written = fields
-    return _number(index), JobEntry(JobStats(_sum(squared_error), _sum(squared_norm)), _digest(read), _digest(written))
+    return _number(index), JobEntry(ErrorSums(_sum(squared_error), _sum(squared_norm)), _digest(read), _digest(written))
 
 
 def _whole(value: Any) -> int:

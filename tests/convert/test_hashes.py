@@ -17,17 +17,18 @@ from npuq.convert.plan.plan import Job, Plan
 from npuq.convert.write import hashes as hashes_module
 from npuq.convert.write import sha256
 from npuq.convert.write.hashes import ShardHashes
-from npuq.convert.write.journal import JobEntry, JobStats, Record
+from npuq.convert.write.journal import JobEntry, Record
 from npuq.convert.write.shards import ShardFiles
 from npuq.convert.write.written import Written
 from npuq.errors import ConversionError
 from npuq.formats.schemes import Scheme
 from npuq.inputs.files import file_sha256
+from npuq.quant.weight_error import ErrorSums
 
 from .test_plan import plan_of, tensors
 
 NO_STOP = threading.Event()
-ENTRY = JobEntry(JobStats(0.0, 0.0), b"", b"")
+ENTRY = JobEntry(ErrorSums(0.0, 0.0), b"", b"")
 
 
 needs_pairs = pytest.mark.skipif(not sha256.two_at_once(), reason="this CPU hashes one stream at a time")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npuq.convert.plan.assignments import Assignment
 from npuq.convert.plan.plan import build_plan
-from npuq.convert.plan.recipe import Assignment
 from npuq.convert.write.chunks import row_chunks
 from npuq.errors import RecipeError
 from npuq.formats.schemes import Scheme

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npuq.convert.plan.recipe import NAMED, Assignment, load_recipe, resolve
-from npuq.engines.rules import check_recipe
+from npuq.convert.plan.assignments import Assignment, check_recipe, resolve
 from npuq.errors import RecipeError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.schemes import Scheme
@@ -16,6 +15,7 @@ from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.models.roles import Role
 from npuq.quant.scales import Method
+from npuq.recipes.reading import NAMED, load_recipe
 
 
 @pytest.fixture(scope="module")

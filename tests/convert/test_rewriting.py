@@ -9,10 +9,10 @@ import torch
 from calibrated import VOCABULARY, add_tokenizer
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.rewriting import rotated
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.sources.opening import open_weights
 from npuq.formats.sources.rewritten import rewritten
+from npuq.formats.sources.rotated import rotated
 from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.quant.rotation import rotation

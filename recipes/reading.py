@@ -1,150 +1,31 @@
-"""Recipes: which scheme and method each weight gets, and the rules that every loader of the artifact imposes.
-
-A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
-and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
-`method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the way codes are found, as in
-`rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; what no rule
-matches stays float.
-"""
+"""Recipes by name, from a YAML file, or from an artifact, read with every check; errors say what may have been
+meant."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from enum import Enum
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from ..errors import RecipeError
+from ..formats.artifact import RECIPE_NAME
+from ..formats.schemes import Scheme
+from ..inputs.files import inside, read_given_text, read_text
+from ..inputs.yaml_text import MOST_CHARACTERS, parse_yaml
+from ..models.roles import Role
+from ..quant.scales import Method
+from .recipe import AUTO, STORED, Recipe, Rule, Target, Transform
 
-from ...errors import RecipeError
-from ...formats.artifact import RECIPE_NAME
-from ...formats.schemes import Scheme
-from ...inputs.files import inside, read_given_text, read_text
-from ...inputs.patterns import Globs
-from ...inputs.yaml_text import MOST_CHARACTERS, parse_yaml
-from ...models.roles import QUANTIZABLE, Role
-from ...models.tensors import Spec
-from ...quant.scales import Method
-
-STORED = "stored"
-AUTO = "auto"
 NAMED = ("w4a8", "w8a8", "float")
 _RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
 _MOST_BYTES = 4 * MOST_CHARACTERS
 _MOST_RULES = 1000
 _RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
-
-
-class Transform(str, Enum):
-    """What is done to a model before it is quantized, leaving its function as it is."""
-
-    ROTATE = "rotate"
-    SMOOTH = "smooth"
-
-    __str__ = str.__str__
-
-
-class Target(str, Enum):
-    """Who must be able to load the artifact; `engines` includes npuq's own runtime."""
-
-    ENGINES = "engines"
-    NPUQ = "npuq"
-
-    __str__ = str.__str__
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Conditions that all must hold (empty: no condition), and the settings given to the tensors that meet them."""
-
-    roles: tuple[Role, ...] = ()
-    layers: tuple[tuple[int, int], ...] = ()  # inclusive ranges
-    names: tuple[str, ...] = ()
-    scheme: Scheme | None = None
-    method: Method | None = None
-
-    def matches(self, spec: Spec) -> bool:
-        """Whether the rule speaks of this tensor.
-
-        A rule that names neither roles nor tensors speaks of the linears that can be quantized, so that "layers 0-3 in
-        W8A8" does not reach for their norms.
-        """
-        if self.roles or not self.names:
-            allowed: Iterable[Role] = self.roles or QUANTIZABLE
-            if spec.role not in allowed:
-                return False
-        if self.layers and not any(spec.layer is not None and a <= spec.layer <= b for a, b in self.layers):
-            return False
-        return not self.names or self._globs.matches(spec.name)
-
-    @cached_property
-    def _globs(self) -> Globs:
-        return Globs(self.names, "recipe", RecipeError)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe as read: `method` is what rules without a method of their own use.
-
-    With `stored` there are no rules: every weight keeps the scheme, codes and scales that it has in the source.
-    """
-
-    name: str
-    target: Target
-    method: Method
-    rules: tuple[Rule, ...]
-    stored: bool = False
-    transforms: tuple[Transform, ...] = ()
-    auto: bool = False  # each layer is smoothed or not by trial
-
-    @property
-    def rotate(self) -> bool:
-        return Transform.ROTATE in self.transforms
-
-    @property
-    def smooth(self) -> bool:
-        return Transform.SMOOTH in self.transforms
-
-    @property
-    def chain(self) -> str:
-        """The method with its transforms, as `--method` takes it."""
-        return AUTO if self.auto else "+".join([*map(str, self.transforms), self.method.value])
-
-    def to_yaml(self) -> str:
-        """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
-        if self.stored:
-            content: dict[str, Any] = {"name": self.name, "target": self.target.value, "schemes": STORED}
-            return yaml.safe_dump(content, sort_keys=False, width=120)
-        rules = []
-        for rule in self.rules:
-            entry: dict[str, Any] = {}
-            if rule.roles:
-                entry["roles"] = [str(role) for role in rule.roles]
-            if rule.layers:
-                entry["layers"] = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in rule.layers)
-            if rule.names:
-                entry["names"] = list(rule.names)
-            if rule.scheme is not None:
-                entry["scheme"] = "W8A8_STATIC" if rule.scheme is Scheme.W8A8_STATIC else rule.scheme.value
-            if rule.method is not None:
-                entry["method"] = rule.method.value
-            rules.append(entry)
-        content = {"name": self.name, "target": self.target.value, "method": self.chain, "rules": rules}
-        return yaml.safe_dump(content, sort_keys=False, width=120)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a recipe decided for one tensor; `rule` is the 1-based number of the rule that gave the scheme, 0: none."""
-
-    scheme: Scheme
-    method: Method
-    rule: int
 
 
 def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
@@ -153,7 +34,7 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
     Raises RecipeError for a missing or malformed file and for unknown keys and values, with the nearest valid one.
     """
     if str(recipe) in (*NAMED, STORED):
-        text = (files(__package__) / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (files(__package__) / f"{recipe}.yaml").read_text(encoding="utf-8")
         where = f"recipe {recipe}"
     else:
         path = Path(recipe)
@@ -175,42 +56,6 @@ def stored_recipe(directory: Path) -> Recipe:
     """The recipe that an artifact was made by; RecipeError when its file is missing or damaged."""
     path = inside(directory, RECIPE_NAME, RecipeError)
     return _parse(read_text(path, RecipeError, _MOST_BYTES), str(path))
-
-
-def check_source(recipe: Recipe, quantized: bool) -> None:
-    """Raise RecipeError for a recipe that a source cannot follow: what is quantized already only keeps its schemes."""
-    if quantized and not recipe.stored:
-        raise RecipeError(
-            f"recipe {recipe.name!r} is for a float checkpoint, and this one is quantized already: leave --recipe out "
-            "to keep its codes, or convert the float checkpoint"
-        )
-    if recipe.stored and not quantized:
-        raise RecipeError(f"recipe {recipe.name!r} keeps the schemes of the source, and this one is not quantized")
-
-
-def resolve(
-    recipe: Recipe, specs: Mapping[str, Spec], stored: Mapping[str, Scheme] | None = None
-) -> dict[str, Assignment]:
-    """The scheme and method of every tensor, before any loader's rule is applied (see engine_rules.py).
-
-    `stored` has the schemes of a quantized source.
-    """
-    if recipe.stored and stored is not None:
-        return {name: Assignment(stored[name], recipe.method, 0) for name in specs}
-    return {name: _assign(recipe, spec) for name, spec in specs.items()}
-
-
-def _assign(recipe: Recipe, spec: Spec) -> Assignment:
-    scheme, method, number = None, None, 0
-    for position, rule in enumerate(recipe.rules, start=1):
-        if (scheme is not None or rule.scheme is None) and (method is not None or rule.method is None):
-            continue
-        if not rule.matches(spec):
-            continue
-        if scheme is None and rule.scheme is not None:
-            scheme, number = rule.scheme, position
-        method = method or rule.method
-    return Assignment(scheme or Scheme.FLOAT, method or recipe.method, number)
 
 
 def _parse(text: str, where: str) -> Recipe:

@@ -1,17 +1,17 @@
 """Rewrites that rotate a model, from the table of its family: every weight by what it reads and writes.
 
 Each basis of activations has one rotation (QuaRot's offline part): the residual stream, the value heads, the query
-latent. `formats/sources/rewritten.py` reads a weight rewritten.
+latent. `rewritten.py` reads a weight rewritten.
 """
 
 from __future__ import annotations
 
-from ..formats.sources.rewritten import Rewrite
-from ..models.config import ModelConfig
-from ..models.family import Block
-from ..models.inventory import Inventory
-from ..models.tensors import ModelTensors, Spec
-from ..quant.rotation import Rotation, rotation
+from ...models.config import ModelConfig
+from ...models.family import Block
+from ...models.inventory import Inventory
+from ...models.tensors import ModelTensors, Spec
+from ...quant.rotation import Rotation, rotation
+from .rewritten import Rewrite
 
 
 def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
