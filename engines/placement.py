@@ -86,8 +86,8 @@ _COMMON = (
     ),
     Rule(
         lambda p: p.slices_w4a8 and p.expert_width % (p.tp * _W4A8_INPUTS) != 0,
-        "each of {tp} ranks would get {width}/{tp} inputs of an expert's down_proj, and the NPU's W4A8 matmul takes "
-        "multiples of 64: use --ep, or fewer ranks",
+        "each of {tp} ranks would get {width}/{tp} inputs of an expert's down projection, and the NPU's W4A8 matmul "
+        "takes multiples of 64: use --ep, or fewer ranks",
     ),
 )
 
@@ -113,8 +113,8 @@ ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
             ),
             Rule(
                 lambda p: p.slices_w4a8,
-                "each of {tp} ranks adds the scale_bias of all of them to down_proj's output: the model would load and "
-                "compute garbage; use --ep (--ep-size {tp} of the server)",
+                "each of {tp} ranks adds the scale_bias of all of them to the down projection's output: the model "
+                "would load and compute garbage; use --ep (--ep-size {tp} of the server)",
             ),
         ),
     ),

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...formats.schemes import Scheme
 from ...models.family import Block
+from ...models.mla import Mla
 from ...quant.smoothing import power_of_two
-from .context import Layer, Rotary
+from .context import BATCH_TOKENS, Layer, Rotary
 from .kv_cache import LatentScale, search_scale
 from .linears import Deployed, Inputs
 from .smooth import choose, norm_quotient, rounded
@@ -99,6 +100,14 @@ class AttentionBlock:
     def output(self, weights: Attention, x: Tensor) -> Tensor:
         """The block's output, to be added to x [T, H]."""
         return weights.o(self.attended(weights, x))
+
+
+def window_bytes(mla: Mla, sequence_length: int) -> int:
+    """One batch of windows in attention, in float32: queries three times, keys and values, outputs; the scores of one
+    window as four steps of its softmax hold them."""
+    tokens = max(BATCH_TOKENS, sequence_length)
+    token = 4 * mla.qk_head_dim + mla.qk_nope_head_dim + 4 * mla.v_head_dim
+    return 4 * mla.heads * (tokens * token + 4 * sequence_length**2)
 
 
 def run_attention(
@@ -189,7 +198,7 @@ def _readers(tensors: Mapping[str, Tensor], layer: Layer, activation: str) -> tu
 
 
 def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], streams: StreamPair) -> dict[str, float]:
-    """Rescale the channels between norm and q_a|kv_a, q_a's norm and q_b, values and o_proj; `tensors` in place.
+    """Rescale the channels between norm and q_a|kv_a, q_a's norm and q_b, values and o; `tensors` in place.
 
     Strengths are those of least error at the block's output on the first batch, each step after the one before.
     """
@@ -250,7 +259,7 @@ def _norm_change(
 
 
 def _value_change(layer: Layer, tensors: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
-    """Value channels divided by `scale` [N · v] in kv_b, o_proj's columns multiplied by it."""
+    """Value channels divided by `scale` [N · v] in kv_b, o's columns multiplied by it."""
     mla = layer.walk.config.attention
     by_head = tensors["kv_b"].double().view(mla.heads, -1, mla.kv_lora_rank).clone()
     by_head[:, mla.qk_nope_head_dim :] /= scale.view(mla.heads, mla.v_head_dim, 1)

@@ -39,8 +39,7 @@ def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
     trials = (2 if prepared.recipe.auto else 0) + 1
     smoothed = len(STRENGTHS) + 1 if prepared.recipe.smooth else 0
     # Scores and values of one token against half of its window, for both models.
-    attended = 2 * tokens * calibration.sequence_length / 2 * config.attention.heads
-    attended *= config.attention.qk_head_dim + config.attention.v_head_dim
+    attended = 2 * tokens * calibration.sequence_length / 2 * config.attention.attended_products
 
     def effort(job: Job) -> float:
         if job.layer is None or job.layer >= config.num_hidden_layers or len(job.shape) != 2:

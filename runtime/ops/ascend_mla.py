@@ -103,7 +103,7 @@ def projections(
     """(down, q_nope, q_rope) of `AscendMla`."""
     queries = parts.q_b if parts.q is None else parts.q
     if queries is None:
-        raise BackendError(f"{parts.kv_a.name}: the layer has no q_proj and no q_b_proj")
+        raise BackendError(f"{parts.kv_a.name}: the layer has no q and no q_b")
     halves = head_rows(queries, config.num_heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
     q_nope, q_rope = (ops.linear_of([half]) for half in halves)
     if parts.q_a is None:
