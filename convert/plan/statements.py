@@ -16,7 +16,7 @@ from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
 from ...formats.safetensors import CODES
 from ...formats.sources.compressed_tensors import is_compressed
 from ...formats.sources.weights import WeightSource
-from ...formats.ties import EMBEDDING, HEAD
+from ...formats.ties import tied_names
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
 from ...models.config import ModelConfig
@@ -32,7 +32,7 @@ def statements(
     """A line for each contradiction; `shared` is the name that `share_tied` found missing."""
     raw, directory = checkpoint.config, checkpoint.directory
     return [
-        *_head(raw, shared),
+        *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_dtype(raw, config, inventory, source),
         *_quantization(raw, directory, source),
@@ -44,16 +44,17 @@ def statements(
     ]
 
 
-def _head(raw: Mapping[str, Any], shared: str | None) -> Iterator[str]:
+def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> Iterator[str]:
     if raw.get("tie_word_embeddings") is not True:
         return
+    embedding, head = tied_names(config.family)
     if shared is None:
         yield (
-            f"config.json ties embedding and head, and the checkpoint stores both: {HEAD!r} is used as it is stored, "
+            f"config.json ties embedding and head, and the checkpoint stores both: {head!r} is used as it is stored, "
             "as transformers does where the two differ; the artifact's config.json unties them"
         )
         return
-    stored = EMBEDDING if shared == HEAD else HEAD
+    stored = embedding if shared == head else head
     yield (
         f"embedding and head are tied: the artifact stores {stored!r} a second time as {shared!r}, because vLLM never "
         "ties them, and its config.json unties them"

@@ -259,13 +259,13 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
         q_a_norm, kv_a_norm = (gain.bfloat16() for gain in gains)
         parts = MlaParts(
             q=None,
-            q_a=_part(scheme, q_lora, hidden, seed=20, name="q_a_proj"),
+            q_a=_part(scheme, q_lora, hidden, seed=20, name="q_a"),
             q_a_norm=q_a_norm,
-            q_b=_part(scheme, HEADS * (HEAD + ROPE), q_lora, seed=21, name="q_b_proj"),
-            kv_a=_part(scheme, LATENT + ROPE, hidden, seed=22, name="kv_a_proj_with_mqa"),
+            q_b=_part(scheme, HEADS * (HEAD + ROPE), q_lora, seed=21, name="q_b"),
+            kv_a=_part(scheme, LATENT + ROPE, hidden, seed=22, name="kv_a"),
             kv_a_norm=kv_a_norm,
             kv_b=_weight(HEADS * 2 * HEAD, LATENT, seed=23),
-            o=_part(scheme, hidden, HEADS * HEAD, seed=24, name="o_proj"),
+            o=_part(scheme, hidden, HEADS * HEAD, seed=24, name="o"),
         )
         mla = ops.attention.mla(parts, config)
         cache = _written(ops, 20, first_block=1)
