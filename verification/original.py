@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..convert.plan.recipe import Transform
-from ..convert.rewriting import rotated
 from ..formats.sources.rewritten import rewritten
+from ..formats.sources.rotated import rotated
 from ..formats.sources.weights import WeightSource
-from ..models.architecture import Spec
 from ..models.inventory import take_inventory
+from ..models.tensors import Spec
+from ..recipes.recipe import Transform
 from .structure import Layout
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ..convert.plan.recipe import Target
-from ..convert.tally import LayersLeft
 from ..engines.rules import violations
 from ..errors import CheckpointError, NpuqError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, read_description
@@ -20,11 +18,13 @@ from ..formats.schemes import Scheme
 from ..formats.sources.opening import open_weights
 from ..formats.sources.weights import Weight, WeightSource
 from ..formats.ties import share_tied
-from ..models.architecture import Role, Spec
 from ..models.config import ModelConfig
 from ..models.inventory import Inventory, take_inventory
+from ..models.roles import Role
+from ..models.tensors import Spec
 from ..parallel.pool import Pool
-from ..progress import Progress, Task
+from ..progress import LayersLeft, Progress, Task
+from ..recipes.recipe import Target
 from .structure import unlisted
 from .values import TensorCheck, check_linear, check_shared_inputs, row_chunks
 
@@ -84,7 +84,7 @@ def _structure(directory: Path, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _rules(schemes: Mapping[str, Scheme], inventory: Inventory) -> Iterator[str]:
-    for violation in violations(inventory.specs, inventory.fused, schemes.__getitem__, Target.ENGINES):
+    for violation in violations(inventory.specs, schemes.__getitem__, Target.ENGINES):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 

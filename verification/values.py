@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..convert.write.journal import JobStats
 from ..engines.rules import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
@@ -21,9 +20,11 @@ from ..formats.sources.described import described_linear
 from ..formats.sources.stored_linear import StoredLinear
 from ..formats.sources.weights import WeightSource
 from ..inputs.files import inside, is_inside
-from ..models.architecture import ROUTER_BIASES, Role, Spec, family_of
 from ..models.config import ModelConfig
+from ..models.roles import Role
 from ..models.rope import rope_tables
+from ..models.tensors import Spec
+from ..quant.weight_error import ErrorSums
 from .structure import Layout
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -37,7 +38,7 @@ class TensorCheck:
 
     spec: Spec
     problems: tuple[str, ...] = ()
-    stats: JobStats | None = None
+    stats: ErrorSums | None = None
 
 
 def check_values(layout: Layout, spec: Spec, source: WeightSource | None) -> TensorCheck:
@@ -84,7 +85,7 @@ def check_kv_cache(layout: Layout) -> Iterator[str]:
         return
     try:
         path = inside(directory, KV_CACHE_NAME, ArtifactError)
-        load_scales(path, layout.config.num_hidden_layers, layout.config.kv_lora_rank)
+        load_scales(path, layout.config.num_hidden_layers, layout.config.attention.kv_lora_rank)
     except NpuqError as error:
         yield str(error)
 
@@ -113,7 +114,7 @@ def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> 
             return
         if source is None:
             continue
-        read = source.rows_float32 if spec.role in ROUTER_BIASES else source.rows_float
+        read = source.rows_float32 if spec.kept_dtype is not None else source.rows_float
         expected = read(spec.name, start, stop)
         # Bit for bit; as bytes, because an unknown tensor may hold NaN.
         if expected.dtype != rows.dtype or not torch.equal(expected.view(torch.uint8), rows.view(torch.uint8)):
@@ -137,7 +138,7 @@ def check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, 
             difference = rows.to_float32().to(torch.float64) - expected
             squared_error[start:stop] = difference.square().sum(1).numpy()
             squared_norm[start:stop] = expected.square().sum(1).numpy()
-    stats = None if source is None else JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+    stats = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return TensorCheck(spec, tuple(problems), stats)
 
 
@@ -145,7 +146,7 @@ def check_shared_inputs(
     checkpoint: Checkpoint, config: ModelConfig, specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]
 ) -> Iterator[str]:
     """Linears that loaders fuse quantize their activations once: in static W8A8 they need one input scale."""
-    for leader, member in fused_pairs(specs, family_of(config.model_type).fused):
+    for leader, member in fused_pairs(specs):
         if {schemes[leader], schemes[member]} != {Scheme.W8A8_STATIC}:
             continue
         for suffix in (INPUT_SCALE, INPUT_OFFSET):

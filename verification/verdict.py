@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.plan.recipe import STORED, Target
-from ..convert.tally import LayersLeft
 from ..engines.placement import ENGINES, loading_problems
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
@@ -21,10 +19,11 @@ from ..formats.sources.opening import open_weights
 from ..formats.sources.weights import WeightSource
 from ..formats.ties import share_tied
 from ..inputs.files import is_inside
-from ..models.architecture import Spec
+from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
-from ..progress import Progress, Silent, Task
+from ..progress import LayersLeft, Progress, Silent, Task
+from ..recipes.recipe import STORED, Target
 from .original import Original
 from .stored import check_stored
 from .stored_evaluation import stored_evaluations

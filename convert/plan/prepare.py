@@ -14,13 +14,13 @@ import torch
 
 from ... import __version__
 from ...engines.placement import engine_notes
-from ...engines.rules import check_recipe
 from ...errors import RecipeError
 from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
 from ...formats.sources.opening import open_weights
 from ...formats.sources.rewritten import rewritten
+from ...formats.sources.rotated import rotated
 from ...formats.sources.weights import WeightSource
 from ...formats.ties import share_tied
 from ...inputs.printable import name_as_text
@@ -29,6 +29,8 @@ from ...models.inventory import Inventory, take_inventory
 from ...models.rope import rope_tables
 from ...parallel.torch_threads import single_threaded_torch
 from ...quant.scales import Method
+from ...recipes.reading import load_recipe
+from ...recipes.recipe import STORED, Recipe, Target
 from ..calibrate.texts import (
     BUILTIN,
     DEFAULT_SAMPLES,
@@ -38,9 +40,8 @@ from ..calibrate.texts import (
     read_tokenizer,
 )
 from ..finish.side_files import side_files
-from ..rewriting import rotated
+from .assignments import Assignment, check_recipe, check_source, resolve
 from .plan import Plan, build_plan
-from .recipe import STORED, Assignment, Recipe, Target, check_source, load_recipe, resolve
 from .statements import statements
 
 
@@ -156,7 +157,7 @@ def prepare(
         check_source(resolved, stored is not None)
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs, stored)
-        check_recipe(resolved, inventory.specs, inventory.fused, assignments)
+        check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):

@@ -19,10 +19,11 @@ from ...formats.sources.weights import RowBytes, Weight, not_finite
 from ...native.binding import NativeRows, Quantizer
 from ...quant.scales import Method, NonFiniteError
 from ...quant.stored_rows import StoredRows
+from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
 from .chunks import JobDone, memory_of, row_chunks, until
 from .job_output import JobOutput
-from .journal import JobEntry, JobStats
+from .journal import JobEntry
 from .shards import ShardFiles
 from .workspace import Workspace
 from .written import Written
@@ -73,7 +74,7 @@ def run_native(
     for suffix, tensor in small.items():
         output.write(slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
-    stats = JobStats(float(error.numpy().sum()), float(norm.numpy().sum()))
+    stats = ErrorSums(float(error.numpy().sum()), float(norm.numpy().sum()))
     if stored.scale is not None:
         read.update(memory_of(stored.scale))  # in the order of `weight.stored_names`
     entry = JobEntry(stats, read.result(), output.digest())

@@ -17,7 +17,7 @@ from ...formats.sources.weights import WeightSource
 from ...parallel.pool import Pool
 from ...progress import Progress, Task
 from ..plan.plan import Job, Plan
-from .job_output import stored_digest
+from .job_output import read_back_error, stored_digest
 from .journal import FileStamp, Record
 from .shards import ShardFiles
 
@@ -50,9 +50,16 @@ def forget_impossible(record: Record, plan: Plan) -> None:
 
 
 def forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress: Progress) -> None:
-    """Take out of a record the jobs of shards that are gone, or have another size or header."""
+    """Take out of a record the jobs of shards that are gone, or have another size or header.
+
+    ConversionError where too many files are open to say.
+    """
     for number in sorted({plan.jobs[index].shard for index in record.jobs}):
-        if not files.is_intact(number):
+        try:
+            intact = files.is_intact(number)
+        except OSError as error:
+            raise read_back_error(files.path(number), error) from error
+        if not intact:
             progress.note(f"{files.path(number)}: is gone or changed since the interrupted run; making it again")
             _forget(record, plan, plan.shards[number].jobs)
 
@@ -72,10 +79,7 @@ def forget_changed_output(record: Record, files: ShardFiles, plan: Plan, pool: P
         try:
             return stored_digest(files, job, local.buffer)
         except OSError as error:
-            path = files.path(job.shard)
-            raise ConversionError(
-                f"{path}: cannot be read back: {error.strerror}; remove it, and the same command makes it again"
-            ) from error
+            raise read_back_error(files.path(job.shard), error) from error
 
     known = {index: entry.written for index, entry in record.jobs.items()}
     changed = []

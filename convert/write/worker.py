@@ -12,12 +12,13 @@ from ...formats.digests import source_digest
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
 from ...formats.sources.weights import Weight, WeightSource, not_finite
-from ...models.architecture import Role
+from ...models.roles import Role
 from ...quant.scales import NonFiniteError
+from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
 from .chunks import JobDone, row_chunks, until
 from .job_output import JobOutput
-from .journal import JobEntry, JobStats
+from .journal import JobEntry
 from .native_job import run_native, runs_natively
 from .shards import ShardFiles
 from .workspace import Workspace
@@ -56,7 +57,7 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     for slot, parts in small.items():
         output.write(slot, 0, torch.cat(parts))
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
-    stats = JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+    stats = ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return JobDone(JobEntry(stats, read, output.digest()))
 
 
