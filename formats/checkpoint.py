@@ -34,7 +34,8 @@ _DIGITS = re.compile(r"([0-9]+)")
 class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
-    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `window` is there
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
+    that views lie in: who computes with views calls `files.check()` before he believes what came out. `window` is there
     where tensors pass by: they can be read between their announcement and their release alone, and once.
     """
 
@@ -52,12 +53,8 @@ class Checkpoint:
         self.tensors = tensors
         self.shards = tuple(shards)
         self.window = window
+        self.files = MappedFiles()
         self._storage = storage
-
-    @property
-    def files(self) -> MappedFiles:
-        """Those that views lie in: who computes with views calls `files.check()` before he believes what came out."""
-        return self._storage.files
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -117,7 +114,7 @@ class Checkpoint:
 
         What cannot be mapped is copied instead.
         """
-        found = self._storage.view(self.info(name))
+        found = self._storage.view(self.info(name), self.files)
         return self.read(name) if found is None else found
 
     def close(self) -> None:
