@@ -14,6 +14,7 @@ from ..errors import ConversionError, NpuqError
 from ..formats.artifact import OWN_FOLDER
 from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
 from ..formats.output_files import write_error
+from ..inputs.files import FileStamp
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
@@ -31,10 +32,16 @@ from .plan.prepare import CalibrationText, Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
 from .tally import Tally, data_free_effort
-from .write.journal import FileStamp, Journal, Record
+from .write.journal import Journal, Record
 from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
-from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
+from .write.resume import (
+    forget_changed_output,
+    forget_changed_source,
+    forget_impossible,
+    forget_lost_shards,
+    stamps_now,
+)
 from .write.shards import ShardFiles, Write
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -170,7 +177,7 @@ class _Conversion:
         tally = Tally(plan, progress, data_free_effort if calibration is None else calibrated_effort(prepared))
         files = ShardFiles(self.output, plan, internals.write)
         try:
-            found = stamps(prepared.checkpoint)
+            found = prepared.checkpoint.stamps
             forget_impossible(record, plan)
             forget_lost_shards(record, files, plan, progress)
             if calibration is not None:
@@ -209,9 +216,11 @@ class _Conversion:
         self, journal: Journal, before: Sequence[FileStamp], kept: Collection[int], progress: Progress
     ) -> None:
         """Raise ConversionError where weights that were converted are no longer what the source holds."""
-        now, record = stamps(self.prepared.checkpoint), journal.record
+        now, record = stamps_now(self.prepared.checkpoint), journal.record
         if tuple(now) == tuple(before):
             return
+        # What has the names now is to be compared, and not what is open.
+        self.prepared.checkpoint.close()
         done = len(record.jobs)
         with Pool(self.budget.workers) as pool:
             forget_changed_source(record, self.prepared.source, self.prepared.plan, now, kept, pool, progress)
