@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import HubError
-from .console import format_bytes
-from .progress import TerminalProgress
+from .terminal.console import format_bytes
+from .terminal.progress import TerminalProgress
 
 if TYPE_CHECKING:
     from ..formats.checkpoint import Checkpoint
     from ..hub import ShardPusher
-
-HUBS = ("huggingface", "modelscope")
 
 
 def local_model(

@@ -280,9 +280,9 @@ class _Conversion:
             workers=self.budget.workers,
             memory_bytes=self.budget.nbytes,
             plan_bytes=len(plan.jobs) * PLAN_BYTES_PER_JOB,
-            disk_bytes_needed=space.needed,
-            disk_bytes_missing=space.missing,
-            disk_bytes_free=space.free,
+            needed_disk_bytes=space.needed,
+            missing_disk_bytes=space.missing,
+            free_disk_bytes=space.free,
             seconds=time.monotonic() - self.started,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -27,7 +27,7 @@ def load_rope(path: Path, config: ModelConfig) -> RopeTables:
     the dtype and the shape that the config promises or holds a value that is not finite, and when the attention's scale
     is no positive number near the one that the config gives.
     """
-    form = ("F32", (config.rope.positions, config.qk_rope_head_dim // 2))
+    form = ("F32", (config.rope.positions, config.attention.qk_rope_head_dim // 2))
     tensors, metadata = load_tensors(path, {"cos": form, "sin": form}, ArtifactError)
     for name, table in tensors.items():
         if not bool(table.isfinite().all()):

@@ -20,8 +20,8 @@ INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS = "input_scale", "input_offset"
 # Every tensor that some scheme stores beside `P.weight`.
 SUFFIXES = (SCALE, OFFSET, BIAS, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS)
 
-# A row-parallel linear (down_proj) is split along K over tensor-parallel ranks: its bias is stored as this many partial
-# sums so that each rank can take its own.
+# A row-parallel linear (a down projection) is split along K over tensor-parallel ranks: its bias is stored as this
+# many partial sums so that each rank can take its own.
 BIAS_COLUMNS = 16
 
 

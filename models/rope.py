@@ -60,4 +60,4 @@ def rope_tables(config: ModelConfig) -> RopeTables:
 
 def attention_scale(config: ModelConfig) -> float:
     """The factor of q·k before the softmax: (nope + rope)^-0.5, times `softmax_factor`."""
-    return 1 / math.sqrt(config.qk_head_dim) * softmax_factor(config.rope)
+    return 1 / math.sqrt(config.attention.qk_head_dim) * softmax_factor(config.rope)

@@ -17,7 +17,7 @@ from ..formats.artifact import RECIPE_NAME
 from ..formats.schemes import Scheme
 from ..inputs.files import inside, read_given_text, read_text
 from ..inputs.yaml_text import MOST_CHARACTERS, parse_yaml
-from ..models.architecture import Role
+from ..models.roles import Role
 from ..quant.scales import Method
 from .recipe import AUTO, STORED, Recipe, Rule, Target, Transform
 

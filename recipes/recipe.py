@@ -20,7 +20,8 @@ import yaml
 from ..errors import RecipeError
 from ..formats.schemes import Scheme
 from ..inputs.patterns import Globs
-from ..models.architecture import QUANTIZABLE, Role, Spec
+from ..models.roles import QUANTIZABLE, Role
+from ..models.tensors import Spec
 from ..quant.scales import Method
 
 STORED = "stored"

@@ -23,7 +23,8 @@ from ..formats.sources.float_weights import FLOAT_CODES
 from ..formats.sources.opening import open_weights
 from ..formats.sources.stored_linear import StoredLinear
 from ..formats.ties import share_tied
-from ..models.config import check_unbiased
+from ..models.families import family_of
+from ..models.inventory import check_unbiased
 from ..native.mapped import MappedFiles
 from .ops import LinearPart, Static
 
@@ -134,7 +135,7 @@ def is_artifact(directory: Path) -> bool:
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
-    check_unbiased(checkpoint.tensors)
+    check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)

@@ -8,8 +8,8 @@ from typing import Any
 from ..formats.sources.rewritten import rewritten
 from ..formats.sources.rotated import rotated
 from ..formats.sources.weights import WeightSource
-from ..models.architecture import Spec
 from ..models.inventory import take_inventory
+from ..models.tensors import Spec
 from ..recipes.recipe import Transform
 from .structure import Layout
 

@@ -18,9 +18,10 @@ from ..formats.schemes import Scheme
 from ..formats.sources.opening import open_weights
 from ..formats.sources.weights import Weight, WeightSource
 from ..formats.ties import share_tied
-from ..models.architecture import Role, Spec
 from ..models.config import ModelConfig
 from ..models.inventory import Inventory, take_inventory
+from ..models.roles import Role
+from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..progress import LayersLeft, Progress, Task
 from ..recipes.recipe import Target
@@ -83,7 +84,7 @@ def _structure(directory: Path, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _rules(schemes: Mapping[str, Scheme], inventory: Inventory) -> Iterator[str]:
-    for violation in violations(inventory.specs, inventory.fused, schemes.__getitem__, Target.ENGINES):
+    for violation in violations(inventory.specs, schemes.__getitem__, Target.ENGINES):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 

@@ -20,8 +20,8 @@ from ..inputs.files import inside, is_inside, read_text
 from ..inputs.printable import printable
 
 if TYPE_CHECKING:
-    from ..runtime.evaluation import Evaluation
-    from ..runtime.layer_error import LayerError
+    from ..runtime.evaluation.layer_error import LayerError
+    from ..runtime.evaluation.perplexity import Evaluation
 
 KEY = "evaluations"
 _HEADING = "## Evaluation\n"

@@ -19,7 +19,7 @@ from ..formats.sources.opening import open_weights
 from ..formats.sources.weights import WeightSource
 from ..formats.ties import share_tied
 from ..inputs.files import is_inside
-from ..models.architecture import Spec
+from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import LayersLeft, Progress, Silent, Task

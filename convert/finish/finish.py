@@ -197,7 +197,7 @@ def _manifest(
         "architecture": {
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
-            "moe_intermediate_size": config.moe_intermediate_size,
+            "moe_intermediate_size": 0 if config.moe is None else config.moe.moe_intermediate_size,
             "num_hidden_layers": config.num_hidden_layers,
             "n_routed_experts": config.n_routed_experts,
             "mtp_layers": list(prepared.inventory.mtp_layers),

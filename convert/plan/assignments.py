@@ -3,13 +3,13 @@ load the result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...engines.rules import violations
 from ...errors import RecipeError
 from ...formats.schemes import Scheme
-from ...models.architecture import Spec
+from ...models.tensors import Spec
 from ...quant.scales import Method
 from ...recipes.recipe import Recipe
 
@@ -59,11 +59,9 @@ def _assign(recipe: Recipe, spec: Spec) -> Assignment:
     return Assignment(scheme or Scheme.FLOAT, method or recipe.method, number)
 
 
-def check_recipe(
-    recipe: Recipe, specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], assignments: Mapping[str, Assignment]
-) -> None:
+def check_recipe(recipe: Recipe, specs: Mapping[str, Spec], assignments: Mapping[str, Assignment]) -> None:
     """Raise RecipeError, naming tensor and rule, when no loader of the recipe's target could load the result."""
-    for violation in violations(specs, fused, lambda name: assignments[name].scheme, recipe.target):
+    for violation in violations(specs, lambda name: assignments[name].scheme, recipe.target):
         if recipe.stored:
             raise RecipeError(f"the source has {violation}; quantize the float checkpoint again, or convert that one")
         number = assignments[violation.spec.name].rule

@@ -16,8 +16,9 @@ from ...formats.artifact import shard_name
 from ...formats.safetensors import ITEM_BYTES, encode_header
 from ...formats.schemes import OutputTensor, Scheme, output_tensors
 from ...formats.sources.weights import Weight
-from ...models.architecture import ROUTER_BIASES, Role, Spec
 from ...models.inventory import Inventory
+from ...models.roles import Role
+from ...models.tensors import Spec
 from ...quant.scales import Method
 from .assignments import Assignment
 
@@ -173,8 +174,7 @@ def _draft(spec: Spec, weight: Weight, assignment: Assignment, float16: bool) ->
 
 def _outputs(spec: Spec, assignment: Assignment, weight: Weight, float16: bool) -> tuple[OutputTensor, ...]:
     if assignment.scheme is Scheme.FLOAT:
-        # Loaders keep the router's correction bias in float32: rounding it to bf16 reroutes tokens.
-        code = "F32" if spec.role in ROUTER_BIASES else weight.float_code
+        code = spec.kept_dtype or weight.float_code
         return (OutputTensor(spec.name, code, spec.shape),)
     try:
         return output_tensors(spec.name, assignment.scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)

@@ -12,7 +12,7 @@ from ...formats.digests import source_digest
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
 from ...formats.sources.weights import Weight, WeightSource, not_finite
-from ...models.architecture import Role
+from ...models.roles import Role
 from ...quant.scales import NonFiniteError
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot

@@ -16,7 +16,7 @@ from npuq.formats.sources.rotated import rotated
 from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.quant.rotation import rotation
-from npuq.runtime.layer_error import layer_errors
+from npuq.runtime.evaluation.layer_error import layer_errors
 from npuq.runtime.llm import load
 
 # The runtime keeps rope keys in blocks of 16 channels.
@@ -111,8 +111,12 @@ def test_held_bytes_are_those_of_the_largest_weight_with_rotated_outputs(write, 
     turned = rewritten(plain, rewrites)
     assert turned.held_bytes == 4 * 512 * 1024  # eh_proj's
     # Panels of rows and columns: what a float64 matrix product gives.
-    name, q, v = "model.layers.1.self_attn.o_proj.weight", rotation(512).matrix(), rotation(config.v_head_dim).matrix()
-    blocks = torch.block_diag(*[v] * config.num_attention_heads)
+    name, q, v = (
+        "model.layers.1.self_attn.o_proj.weight",
+        rotation(512).matrix(),
+        rotation(config.attention.v_head_dim).matrix(),
+    )
+    blocks = torch.block_diag(*[v] * config.attention.heads)
     expected = q.T @ plain.rows_float32(name).double() @ blocks
     torch.testing.assert_close(turned.rows_float32(name).double(), expected, rtol=1e-6, atol=1e-6)
 
