@@ -32,7 +32,7 @@ class Inventory:
     dropped: tuple[str, ...]  # recomputable buffers, not copied
     partial_mtp_layers: tuple[
         int, ...
-    ] = ()  # behind a gap, or neither counted nor whole: no loader runs them; left out
+    ] = ()  # behind a gap, or neither counted nor whole: left out
 
 
 def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Inventory:

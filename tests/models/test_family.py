@@ -1,4 +1,4 @@
-"""A family's columns: other prefixes, roots and paths of names, tensors that pass through, biases that a table allows."""
+"""A family's columns: prefixes, roots and paths of names, tensors that pass through, biases that a table allows."""
 
 from __future__ import annotations
 
