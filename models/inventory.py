@@ -30,9 +30,7 @@ class Inventory:
     absent_mtp_layers: tuple[int, ...]  # the config counts them, the checkpoint leaves them out
     unknown: tuple[str, ...]  # copied as they are, with the role `other`
     dropped: tuple[str, ...]  # recomputable buffers, not copied
-    partial_mtp_layers: tuple[
-        int, ...
-    ] = ()  # behind a gap, or neither counted nor whole: left out
+    partial_mtp_layers: tuple[int, ...] = ()  # behind a gap, or neither counted nor whole: left out
 
 
 def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Inventory:

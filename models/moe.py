@@ -141,9 +141,10 @@ def _dense_layers(read: ConfigReader, default: MoeDefaults) -> int:
                 "read no other order"
             )
     stated = read.count("first_k_dense_replace", dense, nullable=False)
-    if default.reads_layer_types and (stated != dense or read.size("moe_layer_freq", 1) != 1):
+    frequency = read.size("moe_layer_freq", 1)
+    if default.reads_layer_types and (stated, frequency) != (dense, 1):
         raise CheckpointError(
-            f"config.json: first_k_dense_replace {stated} and moe_layer_freq {read.size('moe_layer_freq', 1)} count for "
-            f"the engines, and transformers has {dense} dense layers (mlp_layer_types, without it the first): keep one"
+            f"config.json: first_k_dense_replace {stated} and moe_layer_freq {frequency} count for the engines, and "
+            f"transformers has {dense} dense layers (mlp_layer_types, without it the first): keep one of both"
         )
     return stated
