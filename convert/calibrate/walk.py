@@ -18,8 +18,11 @@ from ...formats.artifact import OWN_FOLDER
 from ...formats.digests import source_digest
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import Scheme
+from ...models.rope import rope_tables
+from ...models.tensors import ModelTensors
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
+from ...runtime.attention.kinds import attention_of
 from ..plan.memory import Budget
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
@@ -31,9 +34,10 @@ from ..write.worker import run_job
 from ..write.workspace import Workspace
 from .attention import run_attention
 from .auto import TimeBudget, better, trial_errors
-from .context import Layer, Rotary, Walk, check_finite, row_chunks
+from .context import Layer, Walk, check_finite, rope_rows
 from .feed_forward import run_feed_forward
 from .linears import Linears
+from .operators import CalibrationOps, row_chunks
 from .states import FOLDER, KV_CACHE_SCALE, LINEAR_ERRORS, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
@@ -109,9 +113,15 @@ class CalibratedWalk:
         Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
         """
         calibration, pool = self._calibration, Pool(self._budget.workers)
+        config, ops = self._prepared.config, CalibrationOps()
+        tables = rope_tables(config)
         try:
             walk = Walk(
-                config=self._prepared.config,
+                config=config,
+                tensors=ModelTensors(config),
+                attention=attention_of(config, tables.softmax_scale),
+                rope=rope_rows(tables, calibration.sequence_length, ops),
+                ops=ops,
                 source=self._prepared.source,
                 jobs={job.source: job for job in self._prepared.plan.jobs},
                 linears=Linears(self._files),
@@ -142,7 +152,7 @@ class CalibratedWalk:
             state, streams = State(0), _embedded(walk, self._calibration.tokens, self._store)
         else:
             state, streams = self._start
-        rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
+        middle = self._store.scratch()
         while state.layer < walk.config.num_hidden_layers:
             out = self._store.new(state.layer + 1)
             # Before anything else reads the layer: `source_digest` says why.
@@ -151,10 +161,10 @@ class CalibratedWalk:
             read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
             report: dict[str, Any] = {}
             if self._prepared.recipe.auto:
-                report = self._choose(walk, state.layer, rotary, (streams, middle, out))
+                report = self._choose(walk, state.layer, (streams, middle, out))
             began = time.monotonic()
             layer = Layer(replace(walk, smooth=report.get("smooth", walk.smooth)), state.layer, read)
-            report |= _run_layer(layer, rotary, streams, middle, out)
+            report |= _run_layer(layer, streams, middle, out)
             self._time.layer_took(time.monotonic() - began)
             self._convert_rest(layer, jobs)
             self._files.sync(sorted({job.shard for job in jobs}))
@@ -163,16 +173,14 @@ class CalibratedWalk:
             streams = self._store.publish(out, state.layer, state.reports)
         return state.reports
 
-    def _choose(
-        self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]
-    ) -> dict[str, Any]:
+    def _choose(self, walk: Walk, index: int, streams: tuple[Streams, Streams, Streams]) -> dict[str, Any]:
         """Whether a layer is smoothed, and the errors of the trials that say so, which use up the last two streams."""
         if not self._time.allows_trials(walk.config.num_hidden_layers - index):
             return {"smooth": walk.smooth}
         began = time.monotonic()
 
         def run(trial: Walk, start: StreamPair, middle: StreamPair, out: StreamPair) -> float:
-            error = _run_layer(Layer(trial, index), rotary, start, middle, out)["output_error"]
+            error = _run_layer(Layer(trial, index), start, middle, out)["output_error"]
             return float(error)
 
         errors = trial_errors(walk, *streams, run)
@@ -200,11 +208,9 @@ class CalibratedWalk:
         return entry
 
 
-def _run_layer(
-    layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair
-) -> dict[str, Any]:
+def _run_layer(layer: Layer, streams: StreamPair, middle: StreamPair, out: StreamPair) -> dict[str, Any]:
     """Quantize one layer; its report."""
-    strengths, kv_cache = run_attention(layer, rotary, streams, middle)
+    strengths, kv_cache = run_attention(layer, streams, middle)
     _check_finite(middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
     _check_finite(out, layer.index, "feed-forward part")
