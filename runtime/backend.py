@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..choices import BACKENDS
 from ..errors import BackendError
+from ..inputs.printable import shown
 from .ops import Ops
 from .ops.ascend.support import npu_count
-
-BACKENDS = ("auto", "cpu", "reference", "ascend")
 
 
 def make_ops(
@@ -22,6 +22,8 @@ def make_ops(
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise BackendError(f"dtype must be a torch.dtype, not {shown(dtype)}")
     if backend == "auto":
         backend = "ascend" if npu_count() else "cpu"
     if backend == "ascend":

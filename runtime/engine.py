@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..inputs.printable import shown
 from .attention.pools import StoredPool
 from .block_manager import BlockManager
 from .model import Model
@@ -41,7 +42,7 @@ class EngineConfig:
         for size in fields(self):
             value = getattr(self, size.name)
             if type(value) is not int:
-                raise GenerationError(f"{size.name} must be a whole number, not {value!r}")
+                raise GenerationError(f"{size.name} must be a whole number, not {shown(value)}")
         if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
             raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -104,7 +105,7 @@ class Engine:
 
         GenerationError when the prompt is empty, holds no token ids, or leaves no room to generate.
         """
-        self._check_tokens(prompt)
+        check_token_ids(prompt, self.model.config.vocab_size)
         if len(prompt) >= self.context:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
@@ -163,7 +164,7 @@ class Engine:
         GenerationError for a sequence that is empty, out of vocabulary, or longer than the context.
         """
         for tokens in sequences:
-            self._check_tokens(tokens)
+            check_token_ids(tokens, self.model.config.vocab_size)
             if len(tokens) > self.context:
                 raise GenerationError(f"{len(tokens)} tokens are more than the context of {self.context}")
         batch: list[Tokens[int]] = []
@@ -243,15 +244,18 @@ class Engine:
         elif len(sequence.tokens) >= sequence.max_tokens:
             self.finish(sequence, "length")
 
-    def _check_tokens(self, tokens: Tokens[int]) -> None:
-        if not tokens:
-            raise GenerationError("the prompt is empty: it has no tokens to continue")
-        vocabulary = self.model.config.vocab_size
-        if min(tokens) < 0 or max(tokens) >= vocabulary:
-            raise GenerationError(
-                f"token id {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the model's vocabulary of "
-                f"{vocabulary}; does the tokenizer belong to this model?"
-            )
+
+def check_token_ids(tokens: Tokens[int], vocabulary: int) -> None:
+    """Raise GenerationError where there are no tokens, or ids that a vocabulary of that size has not."""
+    if not tokens:
+        raise GenerationError("the prompt is empty: it has no tokens to continue")
+    wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+    if not 0 <= wrong < vocabulary:
+        named = wrong if abs(wrong) < 1 << 63 else "of more than 63 bits"  # it may be too long to be written
+        raise GenerationError(
+            f"token id {named} is outside the model's vocabulary of {vocabulary}; does the tokenizer belong to this "
+            "model?"
+        )
 
 
 def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:

@@ -48,7 +48,7 @@ class AttentionBlock:
     """The runtime's attention of one layer, in float32 on batches of whole windows."""
 
     def __init__(self, layer: Layer):
-        family = layer.walk.tensors.family
+        family = layer.tensors.family
         self._walk = walk = layer.walk
         self._layer = layer
         self._steps = StepBuilder(walk.ops, walk.rope, 1, 1)
@@ -139,7 +139,8 @@ def _quantize(layer: Layer, block: AttentionBlock, floats: Weights, streams: Str
         def inputs(index: int, weights: Weights = found, activation: str = activation) -> Tensor:
             return block.inputs(weights, activation, stream[batches[index]])
 
-        linears = layer.quantize(Block.ATTENTION, {entry.part: floats.tensors[entry.part] for entry in stage}, inputs)
+        jobs = [layer.job(Block.ATTENTION, entry.part) for entry in stage]
+        linears = layer.quantize(jobs, [floats.tensors[entry.part] for entry in stage], inputs)
         found = found.having(*(replace(linear, name=entry.part) for entry, linear in zip(stage, linears, strict=True)))
     return found
 
@@ -150,7 +151,7 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
 
     Strengths are those of least error at the block's output on the first batch, each step after the one before.
     """
-    family = layer.walk.tensors.family
+    family = layer.tensors.family
     x = streams.floats[layer.walk.batches[0]]
     truth = block.output(Weights(tensors), x)
     strengths = {}
@@ -201,7 +202,7 @@ def _value_change(
     layer: Layer, tensors: dict[str, Tensor], writer: Entry, readers: tuple[str, ...]
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """From a scale `[N · v]` to the rows of the values' linear divided by it and its readers' columns multiplied."""
-    weight, sizes = tensors[writer.part], layer.walk.tensors.sizes
+    weight, sizes = tensors[writer.part], layer.tensors.sizes
     rows, first = (sizes[word] for word in writer.heads) if writer.heads else (weight.shape[0], 0)
 
     def change(scale: Tensor) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...formats.dialects import WeightSource
+from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.config import ModelConfig
 from ...models.family import Block
 from ...models.rope import RopeTables
@@ -18,7 +18,6 @@ from ...runtime.attention.kind import AttentionKind
 from ...runtime.ops import Ops
 from ...runtime.step import RopeRows
 from ..plan.plan import Job
-from ..write.chunks import not_finite
 from ..write.journal import JobEntry
 from .linears import Inputs, JobResult, Linears, factored, measure
 from .operators import CalibrationOps, Deployed, row_chunks
@@ -32,7 +31,6 @@ class Walk:
     """The model, its calibration tokens and the means to work on it."""
 
     config: ModelConfig
-    tensors: ModelTensors
     attention: AttentionKind
     rope: RopeRows
     ops: CalibrationOps
@@ -66,27 +64,29 @@ class Layer:
     def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
         self.walk = walk
         self.index = index
+        self.tensors = ModelTensors(walk.config)
         self.entries: dict[int, JobEntry] = {}
         self._read = read or {}
         self.errors: dict[str, float] = {}
 
-    def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
-        """A tensor of the layer."""
-        return self.walk.tensors.spec(block, part, self.index, expert)
-
     def has(self, block: Block, part: str) -> bool:
-        """Whether the layer has a part."""
-        return self.walk.tensors.has(block, part, self.index)
+        """Whether the layer has a part. The config decides, as it does in engines, not what else a checkpoint holds."""
+        return self.tensors.has(block, part, self.index)
+
+    def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
+        """The tensor of a part."""
+        return self.tensors.spec(block, part, self.index, expert)
 
     def job(self, block: Block, part: str, expert: int | None = None) -> Job:
-        """The job that writes a tensor of the layer."""
+        """The job of a part."""
         return self.walk.jobs[self.spec(block, part, expert).name]
 
     def weight(self, block: Block, part: str, expert: int | None = None) -> Tensor:
-        """A tensor of the layer float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        """A tensor float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
         name = self.spec(block, part, expert).name
-        tensor = self.walk.source.rows_float32(name)
-        check_finite(name, tensor, self.walk.source)
+        weight = self.walk.source.weights[name]
+        tensor = weight.rows().to_float32()
+        check_finite(weight, tensor)
         return tensor
 
     def keep(self, block: Block, part: str, tensor: Tensor) -> Tensor:
@@ -101,10 +101,9 @@ class Layer:
         self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
         self.walk.done(job)
 
-    def quantize(self, block: Block, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
-        """Quantize linears of a block that share their inputs, by part, on all batches and in the order given."""
+    def quantize(self, jobs: Sequence[Job], weights: Sequence[Tensor], inputs: Inputs) -> list[Deployed]:
+        """Quantize linears that share their inputs on all batches, in the order given."""
         walk, mapper = self.walk, self.walk.pool
-        jobs = [self.job(block, part) for part in weights]
         # Inputs are rounded as the scheme asks: linears of one have one Hessian.
         groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
         measured = {}
@@ -112,7 +111,7 @@ class Layer:
             hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
             measured[scheme] = hessian, factored(hessian), scale
         deployed = []
-        for job, weight in zip(jobs, weights.values(), strict=True):
+        for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
             self.note_error(job, linear)
             self.finish(job, written)
@@ -129,8 +128,8 @@ def rope_rows(tables: RopeTables, length: int, ops: Ops) -> RopeRows:
     return RopeRows.of(replace(tables, cos=tables.cos[:length], sin=tables.sin[:length]), ops)
 
 
-def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
-    """CheckpointError for an infinity or NaN in a tensor of the source."""
+def check_finite(weight: Weight, tensor: Tensor) -> None:
+    """CheckpointError for an infinity or NaN in rows of a weight."""
     # In chunks: the answers of all values at once would be a tensor that no budget has room for.
     if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
-        raise not_finite(name, source)
+        raise not_finite(weight)

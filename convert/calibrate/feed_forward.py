@@ -19,7 +19,7 @@ from .smooth import STRENGTHS, deployed, least, norm_quotient
 from .states import StreamPair
 
 _PROJECTIONS = ("gate", "up", "down")
-_NORM = (Block.LAYER, "mlp_norm")
+_NORM = Block.LAYER, "mlp_norm"
 # Rows whose largest activations a dense block is smoothed by.
 _JUDGED = 2048
 
@@ -30,6 +30,14 @@ class Routing:
 
     weights: Tensor
     ids: Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A feed-forward block of the layer: the dense one, the shared experts, or a routed expert."""
+
+    block: Block
+    expert: int | None = None
 
 
 @dataclass
@@ -57,7 +65,9 @@ class _FeedForward:
         self._out = out
         self._moe = layer.walk.config.moe_at(layer.index)
         # The config decides, as it does in engines, not what else a checkpoint may have.
-        self._dense_blocks = [block for block in (Block.DENSE, Block.SHARED) if layer.has(block, "down")]
+        self._dense_blocks = [
+            place for place in (_Place(Block.DENSE), _Place(Block.SHARED)) if layer.has(place.block, "down")
+        ]
         self._gain = layer.weight(*_NORM)
         self._factor: Tensor | None = None
         self._strengths: dict[str, float] = {}
@@ -68,8 +78,8 @@ class _FeedForward:
         self._stored_gain = self._layer.keep(*_NORM, self._gain)
         for result, start in ((self._out.floats, self._middle.floats), (self._out.quantized, self._middle.quantized)):
             result.copy_(start)
-        for block in self._dense_blocks:
-            self._dense(block)
+        for place in self._dense_blocks:
+            self._dense(place)
         return self._strengths, Coverage([], {}) if self._moe is None else self._experts()
 
     # ---- what all blocks read --------------------------------------------------------------------------------------
@@ -77,47 +87,52 @@ class _FeedForward:
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
         return self._walk.ops.norms.rms_norm(x, gain, self._walk.config.rms_norm_eps)
 
-    def _block(self, block: Block, expert: int | None = None) -> list[Tensor]:
+    def _block(self, place: _Place) -> list[Tensor]:
         """gate, up and down of a block, float32; gate and up grown by what the norm's gain lost."""
-        gate, up, down = (self._layer.weight(block, part, expert) for part in _PROJECTIONS)
+        gate, up, down = (self._layer.weight(place.block, part, place.expert) for part in _PROJECTIONS)
         return [gate, up, down] if self._factor is None else [gate * self._factor, up * self._factor, down]
 
-    def _jobs(self, block: Block, expert: int | None = None) -> tuple[Job, Job, Job]:
-        gate, up, down = (self._layer.job(block, part, expert) for part in _PROJECTIONS)
+    def _jobs(self, place: _Place) -> tuple[Job, Job, Job]:
+        gate, up, down = (self._layer.job(place.block, part, place.expert) for part in _PROJECTIONS)
         return gate, up, down
+
+    def _expert_places(self) -> list[_Place]:
+        return [
+            _Place(Block.EXPERT, expert) for expert in range(0 if self._moe is None else self._moe.n_routed_experts)
+        ]
+
+    def _strength_name(self, place: _Place) -> str:
+        """What the report calls smoothing within a block, or within all experts of the layer."""
+        family = self._layer.tensors.family
+        name = family.entry(place.block, "down").name.removesuffix(".weight")
+        return name if place.expert is None else family.experts + name
 
     def _router(self) -> Tensor:
         weight = self._layer.weight(Block.ROUTER, "router")
         return weight if self._factor is None else weight * self._factor
 
     def _bias(self) -> Tensor | None:
-        # Only V3's rule has one; with another rule engines read no such tensor, even where a checkpoint has it.
-        has_one = self._layer.has(Block.ROUTER, "router_bias")
-        return self._layer.weight(Block.ROUTER, "router_bias") if has_one else None
-
-    def _inner_key(self, block: Block) -> str:
-        """Under which name the report has the strength between the linears of a block."""
-        family = self._walk.tensors.family
-        within = family.experts if block is Block.EXPERT else ""
-        return within + family.entry(block, "down").name.removesuffix(".weight")
+        if not self._layer.has(Block.ROUTER, "router_bias"):
+            return None
+        return self._layer.weight(Block.ROUTER, "router_bias")
 
     # ---- the dense block or the shared experts ---------------------------------------------------------------------
 
-    def _dense(self, block: Block) -> None:
+    def _dense(self, place: _Place) -> None:
         layer, walk, routing = self._layer, self._walk, self._walk.ops.routing
-        weights, jobs = self._block(block), self._jobs(block)
+        weights, jobs = self._block(place), self._jobs(place)
         if walk.smooth:
             sample = self._normed(self._middle.floats[:_JUDGED], self._gain)
-            self._strengths[self._inner_key(block)] = smooth_inner(routing, jobs, weights, sample)
+            self._strengths[self._strength_name(place)] = smooth_inner(routing, jobs, weights, sample)
         floats = float_mlp(weights)
         batches, stream = walk.batches, self._middle.quantized
 
         def inputs(index: int) -> Tensor:
             return self._normed(stream[batches[index]], self._stored_gain)
 
-        gate, up = layer.quantize(block, dict(zip(_PROJECTIONS[:2], weights[:2], strict=True)), inputs)
+        gate, up = layer.quantize(jobs[:2], weights[:2], inputs)
         both = mlp_weights(gate, up, up)
-        (down,) = layer.quantize(block, {"down": weights[2]}, lambda index: routing.mlp_inner(inputs(index), both))
+        (down,) = layer.quantize(jobs[2:], weights[2:], lambda index: routing.mlp_inner(inputs(index), both))
         quantized = mlp_weights(gate, up, down)
 
         def step(index: int) -> None:
@@ -138,25 +153,25 @@ class _FeedForward:
         stored_bias = None if bias is None else layer.keep(Block.ROUTER, "router_bias", bias)
         float_routing, _ = self._route(self._middle.floats, self._gain, router, bias)
         routing, order = self._route(self._middle.quantized, self._stored_gain, stored_router, stored_bias)
-        middle, experts = self._middle, range(walk.config.n_routed_experts)
+        places, middle = self._expert_places(), self._middle
 
         def one(expert: int) -> tuple[Tensor, Routed, ExpertResult]:
             tokens = choose_tokens(routing.ids, order, expert, walk.tokens)
             float_tokens = (float_routing.ids == expert).any(1).nonzero()[:, 0]
             result = quantize_expert(
                 layer,
-                self._jobs(Block.EXPERT, expert),
+                self._jobs(places[expert]),
                 (
                     self._normed(middle.floats[float_tokens], self._gain),
                     self._normed(middle.quantized[tokens.own], self._stored_gain),
                 ),
                 self._normed(middle.quantized[tokens.near], self._stored_gain),
-                self._block(Block.EXPERT, expert),
+                self._block(places[expert]),
             )
             return float_tokens, tokens, result
 
         coverage, strengths = Coverage([], {}), []
-        for expert, (float_tokens, tokens, result) in enumerate(walk.pool.map(one, experts)):
+        for expert, (float_tokens, tokens, result) in enumerate(walk.pool.map(one, range(len(places)))):
             _add_weighted(self._out.floats, float_routing, expert, float_tokens, result.floats)
             _add_weighted(self._out.quantized, routing, expert, tokens.own, result.quantized)
             coverage.expert_tokens.append(tokens.own.shape[0])
@@ -164,10 +179,10 @@ class _FeedForward:
                 coverage.fallbacks[str(expert)] = result.fallback
             strengths.append(result.strength)
             layer.errors.update(result.errors)
-            for job in self._jobs(Block.EXPERT, expert):
+            for job in self._jobs(places[expert]):
                 layer.finish(job, result.results[job.index])
         if walk.smooth:
-            self._strengths[self._inner_key(Block.EXPERT)] = sum(strengths) / len(strengths)
+            self._strengths[self._strength_name(places[0])] = sum(strengths) / len(strengths)
         return coverage
 
     def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
@@ -190,19 +205,18 @@ class _FeedForward:
 
     def _smooth_norm(self) -> None:
         """Choose the strength between the norm and everything that reads it, by the error at the layer's output."""
-        walk, layer, routing_ops = self._walk, self._layer, self._walk.ops.routing
+        walk, layer, mlp = self._walk, self._layer, self._walk.ops.routing.mlp
         maxima = walk.pool.map(
             lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches
         )
         activation = torch.stack(list(maxima)).amax(0)
-        blocks: list[tuple[Block, int | None]] = [(block, None) for block in self._dense_blocks]
-        if self._moe is not None:
-            blocks += [(Block.EXPERT, expert) for expert in range(self._moe.n_routed_experts)]
-        columns = walk.pool.map(lambda block: torch.cat(self._block(*block)[:2]).abs().amax(0), blocks)
+        places = [*self._dense_blocks, *self._expert_places()]
+        columns = walk.pool.map(lambda place: torch.cat(self._block(place)[:2]).abs().amax(0), places)
         weight = torch.stack(list(columns)).amax(0)
-        job = layer.job(*_NORM)
+        norm = layer.job(*_NORM)
         scales = [
-            norm_quotient(walk.linears, job, self._gain, smoothing_scale(activation, weight, s)) for s in STRENGTHS
+            norm_quotient(walk.linears, norm, self._gain, smoothing_scale(activation, weight, strength))
+            for strength in STRENGTHS
         ]
         trials = [(self._gain, torch.ones_like(self._gain)), *scales]
         x = self._middle.floats[walk.batches[0]]
@@ -210,30 +224,27 @@ class _FeedForward:
         if self._moe is not None:
             routing, _ = self._route(self._middle.floats, self._gain, self._router(), self._bias())
 
-        def differences(block: tuple[Block, int | None]) -> tuple[Tensor, list[Tensor]]:
+        def differences(place: _Place) -> tuple[Tensor, list[Tensor]]:
             """The rows of x that a block works on, and its weighted errors with each trial's scale."""
-            expert = block[1]
             rows, factor = torch.arange(x.shape[0]), torch.ones(x.shape[0], 1)
-            if expert is not None and routing is not None:
-                chosen = (routing.ids[: x.shape[0]] == expert).nonzero()
+            if place.expert is not None and routing is not None:
+                chosen = (routing.ids[: x.shape[0]] == place.expert).nonzero()
                 rows, factor = chosen[:, 0], routing.weights[chosen[:, 0], chosen[:, 1], None]
-            weights, jobs = self._block(*block), self._jobs(*block)
-            truth = routing_ops.mlp(self._normed(x[rows], self._gain), float_mlp(weights))
+            weights, jobs = self._block(place), self._jobs(place)
+            truth = mlp(self._normed(x[rows], self._gain), float_mlp(weights))
             found, down = [], deployed(jobs[2], weights[2])
             for gain, grown in trials:
                 gate, up = (deployed(jobs[i], weights[i] * grown) for i in (0, 1))
-                output = routing_ops.mlp(self._normed(x[rows], gain), mlp_weights(gate, up, down))
-                found.append(factor * (output - truth))
+                found.append(factor * (mlp(self._normed(x[rows], gain), mlp_weights(gate, up, down)) - truth))
             return rows, found
 
         totals = [torch.zeros_like(x) for _ in trials]
-        for rows, found in walk.pool.map(differences, blocks):
+        for rows, found in walk.pool.map(differences, places):
             for total, part in zip(totals, found, strict=True):
                 total.index_add_(0, rows, part)
         errors = [float(total.double().square().sum()) for total in totals]
-        self._strengths[layer.spec(*_NORM).module], best = least(
-            0, lambda strength: 1 + STRENGTHS.index(strength), errors.__getitem__
-        )
+        strength, best = least(0, lambda strength: 1 + STRENGTHS.index(strength), errors.__getitem__)
+        self._strengths[layer.spec(*_NORM).module] = strength
         if best:
             self._gain, self._factor = trials[best]
 

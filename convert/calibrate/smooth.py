@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...formats.dialects import StoredRows
 from ...formats.schemes import Scheme, dequantize, quantize_stored
 from ...quant.scales import NonFiniteError
 from ...quant.smoothing import smoothing_scale
+from ...quant.stored_rows import StoredRows
 from ..plan.plan import Job
 from .linears import Linears
 from .operators import Deployed, row_chunks
@@ -84,10 +84,10 @@ def deployed(job: Job, weight: Tensor) -> Deployed:
     return Deployed(job.source, job.scheme, rounded(job, weight))
 
 
-def norm_quotient(linears: Linears, job: Job, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gain [K] of a norm, which `job` writes, divided by `scale` as far as its stored dtype can hold the quotient,
-    and the factor by which the columns of its readers grow to match: both float32."""
-    smaller = linears.rounded(job, gain.double() / scale).double()
+def norm_quotient(linears: Linears, norm: Job, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's gain [K] divided by `scale`, as far as its stored dtype can hold the quotient, and the factor by which
+    the columns of its readers grow to match: both float32."""
+    smaller = linears.rounded(norm, gain.double() / scale).double()
     # A quotient that the dtype (float16, say) flushes to zero or cannot hold would silence its channel or spoil it.
     smaller = smaller.where((smaller != 0) & torch.isfinite(smaller), gain.double())
     factor = (gain.double() / smaller).where(smaller != 0, 1.0)
