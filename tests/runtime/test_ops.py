@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from npuq.errors import ArtifactError, BackendError
 from npuq.formats.int4 import pack_int4
 from npuq.formats.schemes import Scheme
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import LayerCache, LinearPart, Ops, Quantized
 
@@ -171,10 +172,9 @@ def test_unknown_backend_is_refused() -> None:
 
 
 def test_cache_pools_are_zero_and_typed() -> None:
-    pools = make_ops("cpu", torch.bfloat16).attention.new_kv_cache(2, 3, 16, 64, 32)
-    assert len(pools) == 2
-    assert isinstance(pools[0], LayerCache)
-    assert pools[0].latent.shape == (3, 4, 16, 16)
-    assert pools[0].rope.shape == (3, 2, 16, 16)
-    assert pools[0].latent.dtype == torch.bfloat16
-    assert not pools[1].latent.any()
+    cache = make_ops("cpu", torch.bfloat16).attention.new_cache((Pool("latent", 64), Pool("rope", 32)), 3, 16)
+    assert isinstance(cache, LayerCache)
+    assert cache["latent"].tensor.shape == (3, 4, 16, 16)
+    assert cache["rope"].tensor.shape == (3, 2, 16, 16)
+    assert cache["latent"].tensor.dtype == torch.bfloat16
+    assert not cache["latent"].tensor.any()

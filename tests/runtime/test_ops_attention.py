@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, Ops, PrefixSegment
 
 
@@ -34,7 +35,7 @@ def test_cache_bytes_and_outputs(ops: Ops) -> None:
     latent_size, rope_size, block_size = 32, 16, 16
     kv = rng.standard_normal((5, latent_size + rope_size)).astype(np.float32)
     gamma, angles = rng.uniform(0.5, 2, latent_size).astype(np.float32), rng.uniform(0, 6, (5, 8))
-    (cache,) = ops.attention.new_kv_cache(1, 3, block_size, latent_size, rope_size)
+    cache = ops.attention.new_cache((Pool("latent", latent_size), Pool("rope", rope_size)), 3, block_size)
     slots = [40, 3, -1, 15, 16]
     written = ops.attention.kv_rmsnorm_rope_cache(
         torch.from_numpy(kv),
@@ -51,7 +52,7 @@ def test_cache_bytes_and_outputs(ops: Ops) -> None:
     assert written is not None
     np.testing.assert_allclose(written[0].numpy(), rope, atol=1e-5)
     np.testing.assert_allclose(written[1].numpy(), latent, atol=1e-5)
-    for pool, rows in ((cache.latent, latent), (cache.rope, rope)):
+    for pool, rows in ((cache["latent"].tensor, latent), (cache["rope"].tensor, rope)):
         golden = np.zeros(tuple(pool.shape))
         for slot, row in zip(slots, rows, strict=True):
             for channel, value in enumerate(row):
@@ -108,17 +109,17 @@ def test_paged_attention_reads_only_its_blocks(ops: Ops) -> None:
     """Latents scattered over blocks, everything else NaN; several queries of a sequence are causal."""
     rng = np.random.default_rng(10)
     heads, latent_size, rope_size, block_size = 2, 32, 16, 16
-    (cache,) = ops.attention.new_kv_cache(1, 8, block_size, latent_size, rope_size)
-    cache.latent.fill_(float("nan"))
-    cache.rope.fill_(float("nan"))
+    cache = ops.attention.new_cache((Pool("latent", latent_size), Pool("rope", rope_size)), 8, block_size)
+    cache["latent"].tensor.fill_(float("nan"))
+    cache["rope"].tensor.fill_(float("nan"))
     blocks, lengths, queries = [[6, 2], [5, 0, 3]], [20, 33], [1, 3]
     sequences = []
     for table, length in zip(blocks, lengths, strict=True):
         latent, rope = (rng.standard_normal((length, size)).astype(np.float32) for size in (latent_size, rope_size))
         for token in range(length):
             block, offset = table[token // block_size], token % block_size
-            cache.latent[block, :, offset] = torch.from_numpy(latent[token]).view(-1, 16)
-            cache.rope[block, :, offset] = torch.from_numpy(rope[token]).view(-1, 16)
+            cache["latent"].tensor[block, :, offset] = torch.from_numpy(latent[token]).view(-1, 16)
+            cache["rope"].tensor[block, :, offset] = torch.from_numpy(rope[token]).view(-1, 16)
         sequences.append((latent, rope))
     q_latent = rng.standard_normal((4, heads, latent_size)).astype(np.float32)
     q_rope = rng.standard_normal((4, heads, rope_size)).astype(np.float32)
@@ -136,5 +137,5 @@ def test_paged_attention_reads_only_its_blocks(ops: Ops) -> None:
         first += count
     segment = PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32))
     gathered = ops.attention.gather_pa_kv_cache(cache, segment)
-    for tensor, whole in zip(gathered, sequences[1], strict=True):
+    for tensor, whole in zip(gathered.values(), sequences[1], strict=True):
         assert np.array_equal(tensor.numpy(), whole[16:33])
