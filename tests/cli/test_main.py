@@ -175,9 +175,9 @@ def test_whatever_ends_a_command_is_one_line(
 @pytest.mark.parametrize(("command", "told"), [("convert", "; lower --max-memory or --workers"), ("inspect", "")])
 def test_memory_is_lowered_where_it_can_be(command: str, told: str, tmp_path: Path) -> None:
     code = (
-        "import npuq.convert, npuq.cli.main\n"
+        "import npuq.convert, npuq.verification, npuq.cli.main\n"
         "def fail(*_, **__): raise MemoryError\n"
-        "npuq.convert.inspect = npuq.convert.convert_checkpoint = fail\n"
+        "npuq.verification.inspect = npuq.convert.convert_checkpoint = fail\n"
         "npuq.cli.main.main()"
     )
     paths = [str(tmp_path), str(tmp_path / "out")][: 2 if command == "convert" else 1]
