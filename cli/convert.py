@@ -30,7 +30,7 @@ class ConversionInterruptedError(NpuqError):
 
 def _known_method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """A misspelt method is wrong usage."""
-    from ..convert.plan.recipe import parse_chain
+    from ..recipes.reading import parse_chain
 
     if value is not None:
         try:

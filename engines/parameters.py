@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from ..formats.ties import HEAD
-from ..models.architecture import layer_of, unroll
 from ..models.config import ModelConfig
 from ..models.config_reader import shown
+from ..models.family import Block
+from ..models.roles import Role
+from ..models.tensors import ModelTensors
 
 _PARTS: Final[Mapping[Scheme, tuple[str, ...]]] = {
     Scheme.W4A8: (WEIGHT, SCALE, OFFSET, BIAS),
@@ -107,7 +108,8 @@ def main_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[st
     """What the main model reads of an artifact with this config.json and description."""
     config = _as_read(model, raw)
     tied = model.ties_head and config.tie_word_embeddings
-    return _tensors((spec.name for spec in unroll(config, ()) if not (tied and spec.name == HEAD)), (), schemes)
+    names = (spec.name for spec in ModelTensors(config).unroll(()) if not (tied and spec.role is Role.HEAD))
+    return _tensors(names, (), schemes)
 
 
 def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
@@ -116,7 +118,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     layers = model.drafts(config)
     if model.draft_always_routes:
         config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
-    specs = list(unroll(config, layers, main=False))
+    specs = list(ModelTensors(config).unroll(layers, main=False))
     return _tensors(
         (spec.name for spec in specs if not spec.optional), (spec.name for spec in specs if spec.optional), schemes
     )
@@ -130,10 +132,10 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     """
     config = ModelConfig.from_dict(raw)
     model, names = MODELS[engine][config.model_type], schemes.keys()
-    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, HEAD in names))
+    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(main.needed - names), "")
-    if any(layer_of(name) in model.drafts(config) for name in names):
+    if any(config.family.layer_of(name) in model.drafts(config) for name in names):
         yield from _missing(sorted(draft.needed - names), " of the MTP draft")
     surplus = names - main.needed - main.optional
     refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
@@ -149,7 +151,7 @@ def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[
     return [name for name in names if MODELS[engine][model_type].refuses(name)]
 
 
-def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, has_head: bool) -> Iterator[str]:
+def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """What the engine would not take as npuq does, and what to write instead."""
     named = raw.get("architectures")
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
@@ -167,8 +169,9 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, ha
             yield f"{key} is {shown(raw[key])}: the engine would not start; write a value of type {kind.__name__}"
     if "num_nextn_predict_layers" in raw and raw["num_nextn_predict_layers"] is None:
         yield "num_nextn_predict_layers is null: the engine would not start; write a number"
-    if model.ties_head and config.tie_word_embeddings and has_head:
-        yield f"tie_word_embeddings is true: the engine would read over the stored {HEAD!r}; write false"
+    head = config.family.name(Block.TOP, "head")
+    if model.ties_head and config.tie_word_embeddings and head in names:
+        yield f"tie_word_embeddings is true: the engine would read over the stored {head!r}; write false"
 
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
@@ -187,7 +190,7 @@ def _with_moe(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:
     """Whether the main model reads over a tensor because of its layer."""
-    layer = layer_of(name)
+    layer = config.family.layer_of(name)
     if layer is None or layer < config.num_hidden_layers:
         return False
     return model.skips_uncounted or layer in _counted(config)

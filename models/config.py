@@ -6,8 +6,7 @@ refused here, before any work.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +14,14 @@ import torch
 
 from ..errors import CheckpointError
 from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
+from .families import family_of
+from .family import Family
 from .mla import Mla
-from .moe import Moe, MoeDefaults
+from .moe import Moe
 from .rope_config import RopeConfig, read_rope
 from .rope_frequencies import check_computable
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_BIAS = re.compile(r"model\.(?:layers\.[0-9]+\..+|norm)\.bias")
-
-
-# As transformers' configuration classes and DeepSeek's own have them.
-_V2 = MoeDefaults(0, 2, None, None, False, 1.0, "softmax", ("greedy", "group_limited_greedy"))
-_V3 = MoeDefaults(3, 1, 8, 4, True, 2.5, "sigmoid", ("noaux_tc",))
 
 # Other names of keys, as transformers reads them.
 _ALIASES = {
@@ -58,14 +51,10 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read and check a config; CheckpointError names the key that is missing, malformed or unknown."""
-        model_type = config.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise CheckpointError(
-                f"config.json: model_type {shown(model_type)} is unknown; npuq knows {', '.join(MODEL_TYPES)}"
-            )
+        family = family_of(config.get("model_type"))
         read = ConfigReader(_without_aliases(config))
         result = cls(
-            model_type=model_type,
+            model_type=family.model_type,
             hidden_size=read.size("hidden_size"),
             intermediate_size=read.size("intermediate_size"),
             num_hidden_layers=read.size("num_hidden_layers", most=MAX_LAYERS),
@@ -75,8 +64,8 @@ class ModelConfig:
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             max_position_embeddings=read.size("max_position_embeddings", most=MAX_POSITIONS),
             dtype=model_dtype(config),
-            attention=Mla.read(read),
-            moe=Moe.read(read, _V2 if model_type == "deepseek_v2" else _V3),
+            attention=family.attention.read(read),
+            moe=None if family.moe is None else Moe.read(read, family.moe),
             rope=read_rope(config),
         )
         # What another value would mean is not computed: refuse it rather than run another model.
@@ -89,6 +78,11 @@ class ModelConfig:
         result._check()
         check_computable(result.rope)
         return result
+
+    @property
+    def family(self) -> Family:
+        """The table of its tensors."""
+        return family_of(self.model_type)
 
     def moe_at(self, layer: int) -> Moe | None:
         """The experts of a decoder or MTP layer; None where its feed-forward block is dense."""
@@ -105,11 +99,6 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: {layers} layers of {self.n_routed_experts} experts are more than any model has; npuq "
                 f"reads up to {MAX_EXPERTS} together"
-            )
-        if self.model_type == "deepseek_v2" and self.moe is not None and self.moe.norm_topk_prob:
-            raise CheckpointError(
-                "config.json: norm_topk_prob true is not supported for deepseek_v2: transformers, DeepSeek's own code "
-                "and the engines each compute something else, and no released model has it"
             )
 
 
@@ -137,14 +126,3 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     if dtype is None:
         raise CheckpointError(f"config.json: dtype {shown(name)} is unknown; npuq knows {', '.join(_DTYPES)}")
     return dtype
-
-
-def check_unbiased(names: Iterable[str]) -> None:
-    """Raise CheckpointError for a bias of a norm or linear: no model of these types has one, and no loader adds it.
-
-    Asymmetric smoothing before quantization leaves such biases.
-    """
-    for name in filter(_BIAS.fullmatch, names):
-        raise CheckpointError(
-            f"tensor {name!r}: npuq and the engines compute without biases; smooth symmetrically and quantize again"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .config_reader import ConfigReader
 
@@ -18,6 +19,9 @@ class Mla:
     qk_rope_head_dim: int
     v_head_dim: int
 
+    # The key of config.json that decides a condition.
+    KEYS: ClassVar = {"q_lora": "q_lora_rank", "full_q": "q_lora_rank"}
+
     @classmethod
     def read(cls, read: ConfigReader) -> Mla:
         """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
@@ -29,6 +33,29 @@ class Mla:
             qk_rope_head_dim=read.size("qk_rope_head_dim"),
             v_head_dim=read.size("v_head_dim"),
         )
+
+    @property
+    def attended_products(self) -> int:
+        """Products that one query and one key take: a score of each head, and its value."""
+        return self.heads * (self.qk_head_dim + self.v_head_dim)
+
+    def sizes(self) -> dict[str, int]:
+        """Words of a table's shapes."""
+        return {
+            "q": self.heads * self.qk_head_dim,
+            "q_lora": self.q_lora_rank or 0,
+            "kv_lora": self.kv_lora_rank,
+            "kv_a": self.kv_lora_rank + self.qk_rope_head_dim,
+            "kv_b": self.heads * (self.qk_nope_head_dim + self.v_head_dim),
+            "kv_b_head": self.qk_nope_head_dim + self.v_head_dim,
+            "nope": self.qk_nope_head_dim,
+            "v": self.heads * self.v_head_dim,
+            "v_head": self.v_head_dim,
+        }
+
+    def conditions(self) -> dict[str, bool]:
+        """Words of a table's conditions, and whether they hold."""
+        return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
     @property
     def qk_head_dim(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import CheckpointError
 from .config_reader import ConfigReader
@@ -10,16 +11,19 @@ from .config_reader import ConfigReader
 
 @dataclass(frozen=True)
 class MoeDefaults:
-    """What loaders take for a key that config.json leaves out, and the values that any of them computes with."""
+    """What loaders take for a key that config.json leaves out, and the values with which they all compute the same.
+
+    norm_topk_probs, topk_methods: the first is the default.
+    """
 
     first_k_dense_replace: int
-    shared: int  # n_shared_experts
+    n_shared_experts: int
     n_group: int | None
     topk_group: int | None
-    norm_topk_prob: bool
+    norm_topk_probs: tuple[bool, ...]
     routed_scaling_factor: float
     scoring_func: str
-    topk_methods: tuple[str, ...]  # the first is the default
+    topk_methods: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,16 @@ class Moe:
     norm_topk_prob: bool
     routed_scaling_factor: float
 
+    # The key of config.json that decides a condition.
+    KEYS: ClassVar = {"router_bias": "topk_method", "shared_experts": "n_shared_experts"}
+
     @classmethod
     def read(cls, read: ConfigReader, default: MoeDefaults) -> Moe:
         """Read and check the experts' part of a config; CheckpointError names the key that is wrong."""
         topk_method = read.choice("topk_method", default.topk_methods, default.topk_methods[0])
         greedy = topk_method == "greedy"
         # null is DeepSeek's and the engines' way to say no shared experts.
-        shared = 0 if read.states("n_shared_experts") else default.shared
+        shared = 0 if read.states("n_shared_experts") else default.n_shared_experts
         moe = cls(
             n_routed_experts=read.size("n_routed_experts"),
             n_shared_experts=read.count("n_shared_experts", shared),
@@ -58,10 +65,10 @@ class Moe:
             topk_group=1 if greedy else read.size("topk_group", default.topk_group, nullable=False),
             scoring_func=read.choice("scoring_func", (default.scoring_func,), default.scoring_func),
             topk_method=topk_method,
-            norm_topk_prob=read.flag("norm_topk_prob", default.norm_topk_prob, nullable=False),
+            norm_topk_prob=read.flag("norm_topk_prob", default.norm_topk_probs[0], nullable=False),
             routed_scaling_factor=read.number("routed_scaling_factor", default.routed_scaling_factor),
         )
-        moe._check()
+        moe._check(default)
         return moe
 
     @property
@@ -78,11 +85,23 @@ class Moe:
         """Whether a layer has routed experts. Multi-token-prediction layers have, by their number, as any other."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
+    def sizes(self) -> dict[str, int]:
+        """Words of a table's shapes."""
+        return {
+            "experts": self.n_routed_experts,
+            "moe_intermediate": self.moe_intermediate_size,
+            "shared_intermediate": self.shared_intermediate_size,
+        }
+
+    def conditions(self) -> dict[str, bool]:
+        """Words of a table's conditions, and whether they hold in a layer with experts."""
+        return {"router_bias": self.has_router_bias, "shared_experts": self.n_shared_experts > 0}
+
     def tokens_of_expert(self, tokens: int) -> int:
         """How many of some tokens each expert gets when they are spread evenly."""
         return tokens * self.num_experts_per_tok // self.n_routed_experts
 
-    def _check(self) -> None:
+    def _check(self, default: MoeDefaults) -> None:
         if self.n_routed_experts % self.n_group or self.topk_group > self.n_group:
             raise CheckpointError(
                 f"config.json: {self.n_routed_experts} experts in n_group {self.n_group} groups, topk_group "
@@ -96,4 +115,9 @@ class Moe:
         if self.num_experts_per_tok > self.n_routed_experts // self.n_group * self.topk_group:
             raise CheckpointError(
                 f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds the experts that its groups hold"
+            )
+        if self.norm_topk_prob not in default.norm_topk_probs:
+            raise CheckpointError(
+                f"config.json: norm_topk_prob {str(self.norm_topk_prob).lower()} is not supported: transformers, the "
+                "models' own code and the engines each compute something else, and no released model has it"
             )

@@ -8,7 +8,7 @@ from ..choices import BACKENDS
 from ..errors import BackendError
 from ..inputs.printable import shown
 from .ops import Ops
-from .ops.ascend_support import npu_count
+from .ops.ascend.support import npu_count
 
 
 def make_ops(
@@ -27,7 +27,7 @@ def make_ops(
     if backend == "auto":
         backend = "ascend" if npu_count() else "cpu"
     if backend == "ascend":
-        from .ops.ascend import AscendOps
+        from .ops.ascend.operators import AscendOps
 
         return AscendOps(device or "npu:0", dtype or torch.bfloat16, kv_layout)
     if device not in (None, "cpu"):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from ..errors import GenerationError
 from ..inputs.printable import shown
+from .attention.pools import StoredPool
 from .block_manager import BlockManager
 from .model import Model
 from .sampler import SamplingParams
@@ -68,8 +69,8 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: the most tokens a sequence can have, prompt and completion together. With `latent_scales` (float32
-    `[kv_lora_rank]` a layer) the cache's latent is int8.
+    context: the most tokens a sequence can have, prompt and completion together. Pools of the cache
+    that have `cache_scales` (for each layer float32 `[channels]` by pool) are int8.
     """
 
     def __init__(
@@ -78,23 +79,23 @@ class Engine:
         rope: RopeRows,
         eos_ids: frozenset[int],
         config: EngineConfig,
-        latent_scales: Tokens[Tensor] | None = None,
+        cache_scales: Tokens[Mapping[str, Tensor]] | None = None,
     ):
         self.model = model
         self.config = config
         self._eos_ids = eos_ids
-        self._int8_cache = latent_scales is not None
-        num_blocks = _num_blocks(model, rope.max_position, config, int8=self._int8_cache)
+        self._int8_cache = cache_scales is not None
+        layers = range(model.config.num_hidden_layers)
+        scales = cache_scales or [{} for _ in layers]
+        pools = [model.attention.pools(layer) for layer in layers]
+        attention = model.ops.attention
+        stored = [attention.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
+        num_blocks = _num_blocks(chain.from_iterable(stored), rope.max_position, config)
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size)
-        shape = model.config
-        self._cache = model.ops.new_kv_cache(
-            shape.num_hidden_layers,
-            num_blocks,
-            config.block_size,
-            shape.attention.kv_lora_rank,
-            shape.attention.qk_rope_head_dim,
-            latent_scales,
+        self._cache = tuple(
+            attention.new_cache(own, num_blocks, config.block_size, scale)
+            for own, scale in zip(pools, scales, strict=True)
         )
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
@@ -264,16 +265,13 @@ def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
         return StepOutput(sequence, None, error)
 
 
-def _num_blocks(model: Model, max_position: int, config: EngineConfig, *, int8: bool) -> int:
-    """As many blocks as the memory holds, but no more than all sequences together can fill."""
-    shape = model.config
-    size = model.ops.dtype.itemsize
-    layer_bytes = shape.attention.kv_lora_rank * (1 if int8 else size) + shape.attention.qk_rope_head_dim * size
-    token_bytes = shape.num_hidden_layers * layer_bytes
-    affordable = config.kv_cache_bytes // (token_bytes * config.block_size)
+def _num_blocks(pools: Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:
+    """As many blocks as the memory holds, but no more than all sequences together can fill. pools: of all layers."""
+    block_bytes = sum(pool.token_bytes for pool in pools) * config.block_size
+    affordable = config.kv_cache_bytes // block_bytes
     if affordable < 1:
         raise GenerationError(
             f"kv_cache_bytes {config.kv_cache_bytes} holds no block; one of {config.block_size} tokens takes "
-            f"{token_bytes * config.block_size}: give the cache (--cache-size) at least that"
+            f"{block_bytes}: give the cache (--cache-size) at least that"
         )
     return min(affordable, config.max_num_seqs * -(-max_position // config.block_size))

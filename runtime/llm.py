@@ -18,17 +18,19 @@ from ..errors import GenerationError
 from ..formats.checkpoint import Checkpoint
 from ..inputs.printable import shown
 from ..models.config import ModelConfig
+from .attention.kinds import attention_of
 from .backend import make_ops
 from .engine import Engine, EngineConfig
 from .loop import Loop
 from .model import Model
 from .sampler import SamplingOptions, SamplingParams
 from .step import RopeRows
+from .store import open_store
 from .stream import Completion, Stream
 from .text.conversation import ChatOptions, Message
 from .text.generation_config import default_sampling, eos_ids, read_generation_config
 from .text.tokenizer import Tokenizer
-from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_store
+from .weights import load_kv_cache_scales, load_rope_tables, load_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -216,10 +218,11 @@ def load(
         config = ModelConfig.from_dict(checkpoint.config)
         ends = eos_ids(directory, generation, checkpoint.config)
         tables = load_rope_tables(checkpoint, config)
-        scales = load_kv_cache_scales(checkpoint, config) if kv_cache_dtype == "int8" else None
+        attention = attention_of(config, tables.softmax_scale)
+        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, tables.softmax_scale)
-    model = Model(config, ops, weights, tables.softmax_scale)
+        weights = load_weights(store, config, ops, attention)
+    model = Model(config, ops, weights, attention)
     runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
     return LanguageModel(directory, generation, runner, tokenizer)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...formats.schemes import Scheme
 from ...native.library import description, library
+from ...recipes.recipe import Target
 from ...runtime.text.tokenizer_check import tokenizer_problem
 from .prepare import Prepared
-from .recipe import Target
 
 
 @dataclass(frozen=True)

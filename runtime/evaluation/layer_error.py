@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,16 @@ from ...formats.checkpoint import Checkpoint
 from ...models.config import ModelConfig
 from ...progress import Progress, Silent, Task
 from ...quant.rotation import rotation
+from ..attention.kinds import attention_of
+from ..attention.pools import LayerCache
 from ..backend import make_ops
 from ..engine import check_token_ids
 from ..model import LayerWeights, Model
 from ..ops import Ops, Step
 from ..step import Chunk, RopeRows, StepBuilder
+from ..store import open_store
 from ..text.tokenizer import Tokenizer
-from ..weights import load_layer, load_rope_tables, load_weights, open_store
+from ..weights import load_layer, load_rope_tables, load_weights
 from .perplexity import DEFAULT_CONTEXT, Window, cut_windows
 
 _STEP_TOKENS = 1024
@@ -108,6 +112,11 @@ def _walk(
     return errors
 
 
+class _Layer(NamedTuple):
+    weights: LayerWeights
+    cache: LayerCache
+
+
 class _Side:
     """One of the two models, its decoder layers left on the disk."""
 
@@ -116,12 +125,10 @@ class _Side:
         self.config = ModelConfig.from_dict(checkpoint.config)
         tables = load_rope_tables(checkpoint, self.config)
         self._store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(self._store, self.config, ops, tables.softmax_scale, layers=())
-        self._model = Model(self.config, ops, weights, tables.softmax_scale)
+        attention = attention_of(self.config, tables.softmax_scale)
+        weights = load_weights(self._store, self.config, ops, attention, layers=())
+        self._model = Model(self.config, ops, weights, attention)
         self._rope = RopeRows.of(tables, ops)
-        # Whole sequences in one step cache nothing, but operators that write take a cache.
-        mla = self.config.attention
-        (self._cache,) = ops.new_kv_cache(1, 1, _BLOCK_SIZE, mla.kv_lora_rank, mla.qk_rope_head_dim)
 
     def refuse_unlike(self, other: _Side) -> None:
         for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
@@ -143,14 +150,17 @@ class _Side:
         return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
 
     def embed(self, step: Step) -> Tensor:
-        return self._model.ops.embedding(step.token_ids, self._model.weights.embedding)
+        return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
 
-    def load(self, layer: int) -> LayerWeights:
-        return load_layer(self._store, self.config, self._model.ops, self._model.softmax_scale, layer)
+    def load(self, layer: int) -> _Layer:
+        ops, attention = self._model.ops, self._model.attention
+        # Whole sequences in one step cache nothing, but operators that write take a cache.
+        cache = ops.attention.new_cache(attention.pools(layer), 1, _BLOCK_SIZE)
+        return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
 
-    def run(self, layer: LayerWeights, stream: Tensor, step: Step) -> Tensor:
+    def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:
         """The layer's output `[T, H]` for its input `[T, H]`."""
-        delta, residual = self._model.decoder_layer(layer, None, stream.clone(), self._cache, step)
+        delta, residual = self._model.decoder_layer(layer.weights, None, stream.clone(), layer.cache, step)
         self._model.weights.files.check()
         return delta + residual
 

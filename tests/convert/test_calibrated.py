@@ -306,9 +306,8 @@ def test_max_memory_takes_workers_away_and_then_refuses(source):
 def test_a_gain_that_float16_cannot_divide_stays():
     """A norm's gain over a scale is stored in the model's dtype: what it flushes to zero would silence the channel."""
     job = SimpleNamespace(outputs=[SimpleNamespace(dtype="F16")])
-    walk = SimpleNamespace(linears=Linears(None), jobs={"layer.norm.weight": job})
     gain, scale = torch.tensor([1.0, 1e-4, 1e4, 0.0]), torch.tensor([4.0, 1e5, 1e-3, 2.0], dtype=torch.float64)
-    smaller, factor = norm_quotient(SimpleNamespace(walk=walk, prefix="layer."), "norm", gain, scale)
+    smaller, factor = norm_quotient(Linears(None), job, gain, scale)
     assert smaller.tolist() == [0.25, pytest.approx(1e-4), 1e4, 0.0]
     torch.testing.assert_close(smaller * factor, gain)
 
