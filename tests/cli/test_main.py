@@ -58,9 +58,9 @@ def test_every_command_is_found_and_has_help() -> None:
 def test_choices_are_those_that_there_are() -> None:
     """choices.py repeats what slow modules know, so that --help need not import them."""
     from npuq.choices import COMPUTE_DTYPES, ENGINES
-    from npuq.convert.plan.recipe import parse_chain
     from npuq.engines import parameters, placement
     from npuq.quant.scales import Method
+    from npuq.recipes.reading import parse_chain
 
     tables = [
         set(value)
