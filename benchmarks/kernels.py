@@ -21,10 +21,11 @@ from machine_limits import best as best_of
 from machine_limits import fastest_int8, random_int8
 from torch import Tensor
 
-from npuq.formats.dialects import BlockScale, StoredRows
 from npuq.formats.schemes import Scheme
 from npuq.native import binding as native
 from npuq.native.library import levels
+from npuq.quant.stored_rows import BlockScale, StoredRows
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, LinearPart, Quantized
 from npuq.runtime.ops.native import NativeOps
 
@@ -124,8 +125,8 @@ def _rows(count: int) -> Quantized:
 def measure_products(weights: _Weights, level: str, threads: int, repeat: int, limits: Limits) -> list[Row]:
     """One token (bound by reading) and a prompt (bound by arithmetic)."""
     ops = NativeOps(threads=threads, level=level)
-    experts, dense = ops.w4a8_experts(weights.experts), ops.w8a8_linear([weights.dense])
-    head = ops.float_linear([weights.head])
+    experts, dense = ops.weights.w4a8_experts(weights.experts), ops.weights.w8a8_linear([weights.dense])
+    head = ops.weights.float_linear([weights.head])
 
     def read(what: str, nbytes: int, work: Callable[[], object]) -> Row:
         rate = nbytes / best(work, repeat)
@@ -141,15 +142,17 @@ def measure_products(weights: _Weights, level: str, threads: int, repeat: int, l
     prompt, prompt_rows = _rows(PROMPT), _rows(EXPERTS * spread)
     expert_bytes, dense_rows = EXPERTS * INTERMEDIATE * HIDDEN, weights.dense.weight.shape[0]
     return [
-        read("W4A8 experts, one token each", expert_bytes, lambda: ops.grouped_matmul(token_rows, experts, one)),
-        read("W8A8, one token", dense_rows * HIDDEN, lambda: ops.linear(token, dense)),
-        read("bf16 head, one token", weights.head.nbytes, lambda: ops.linear(x, head)),
+        read(
+            "W4A8 experts, one token each", expert_bytes, lambda: ops.products.grouped_matmul(token_rows, experts, one)
+        ),
+        read("W8A8, one token", dense_rows * HIDDEN, lambda: ops.products.linear(token, dense)),
+        read("bf16 head, one token", weights.head.nbytes, lambda: ops.products.linear(x, head)),
         compute(
             f"W4A8 experts, {spread} tokens each",
             2 * expert_bytes * spread,
-            lambda: ops.grouped_matmul(prompt_rows, experts, one * spread),
+            lambda: ops.products.grouped_matmul(prompt_rows, experts, one * spread),
         ),
-        compute(f"W8A8, {PROMPT} tokens", dense_rows * HIDDEN * PROMPT, lambda: ops.linear(prompt, dense)),
+        compute(f"W8A8, {PROMPT} tokens", dense_rows * HIDDEN * PROMPT, lambda: ops.products.linear(prompt, dense)),
     ]
 
 
@@ -159,11 +162,12 @@ def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> 
     q_latent, q_rope = (torch.randn(1, heads, width).bfloat16() for width in (latent, rope))
     table = torch.arange(KEYS // block, dtype=torch.int32)[None]
     decode, operations, found = Decode((1,), (KEYS,), table), KEYS * heads * (2 * latent + rope), []
-    for name, scales in (("bf16", None), ("int8", [torch.full((latent,), 0.03)])):
-        (cache,) = ops.new_kv_cache(1, KEYS // block, block, latent, rope, scales)
-        cache.latent.random_(-100, 100)
-        cache.rope.normal_()
-        attend = partial(ops.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
+    for name, scales in (("bf16", {}), ("int8", {"latent": torch.full((latent,), 0.03)})):
+        pools = Pool("latent", latent, int8=True), Pool("rope", rope)
+        cache = ops.attention.new_cache(pools, KEYS // block, block, scales)
+        cache["latent"].tensor.random_(-100, 100)
+        cache["rope"].tensor.normal_()
+        attend = partial(ops.attention.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
         rate = operations / best(attend, max(3, repeat // 5))
         what = f"absorbed attention, {KEYS} keys, {name} cache"
         found.append(Row(level, what, rate / 1e9, "GMAC/s", rate / limits.floats, "torch float32"))

@@ -35,7 +35,7 @@ from npuq.formats.schemes import Scheme
 from npuq.models.config import ModelConfig
 from npuq.native.binding import description
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
-from npuq.runtime.ops import MlpWeights, MoeWeights, Ops
+from npuq.runtime.ops import MoeWeights, Ops
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
@@ -188,17 +188,17 @@ def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: C
 def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
     """Runs a step, and says how many experts each of its layers sent a token to."""
     found: list[int] = []
-    run = ops.moe
+    run = ops.routing.moe
 
-    def counted(hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
-        found.append(len(ops.moe_gate(hidden, weights)[1].unique()))
-        return run(hidden, weights, shared)
+    def counted(hidden: Tensor, weights: MoeWeights) -> Tensor:
+        found.append(len(ops.routing.moe_gate(hidden, weights)[1].unique()))
+        return run(hidden, weights)
 
-    ops.moe = counted  # type: ignore[method-assign]
+    ops.routing.moe = counted  # type: ignore[method-assign]
     try:
         step()
     finally:
-        ops.moe = run  # type: ignore[method-assign]
+        ops.routing.moe = run  # type: ignore[method-assign]
     return found
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, json_option, say, show
-from .progress import TerminalProgress, progress_options
+from ..choices import BACKENDS, KV_CACHE_DTYPES
+from .terminal.console import emit_json, json_option, say, show
+from .terminal.progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
     from ..runtime import LayerError
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 @click.option("--source", type=click.Path(path_type=Path), help="The float checkpoint that MODEL was converted from.")
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
-@click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "int8"]),
+    type=click.Choice(KV_CACHE_DTYPES),
     default="auto",
     show_default=True,
     help="int8: MODEL attends to an int8 cache, throughout.",
@@ -63,7 +64,7 @@ def command(
     from ..inputs.files import decoded, read_given_bytes
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
-    from ..runtime.tokenizer_check import require_tokenizer
+    from ..runtime.text.tokenizer_check import require_tokenizer
     from ..verification.stored_evaluation import check_storable, store_evaluation
     from .transfer import local_model
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, format_bytes, json_option, show, work_is_done
-from .progress import TerminalProgress, progress_options
+from ..choices import HUBS
+from .terminal.console import emit_json, format_bytes, json_option, show, work_is_done
+from .terminal.progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
 
@@ -16,9 +17,7 @@ from .transfer import silence_client
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit. [default: main]")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
-@click.option(
-    "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
-)
+@click.option("--hub", "which", type=click.Choice(HUBS), default="huggingface", show_default=True)
 @progress_options
 @json_option("Print the result as JSON.")
 def command(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
+from ..choices import HUBS
 from ..errors import ArtifactError
-from .console import emit_json, format_bytes, json_option, show, work_is_done
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, format_bytes, json_option, show, work_is_done
+from .terminal.progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ class PushArguments(TypedDict):
 @click.option("--tag", metavar="NAME", help="Tag the result.")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
 @click.option("--no-verify", is_flag=True, help="Do not check the artifact before it is sent.")
-@click.option(
-    "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
-)
+@click.option("--hub", "which", type=click.Choice(HUBS), default="huggingface", show_default=True)
 @progress_options
 @json_option("Print the summary as JSON.")
 def command(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, json_option, show
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, json_option, show
+from .terminal.progress import TerminalProgress, progress_options
 
 
 @click.command()
@@ -33,7 +33,7 @@ def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: b
 
     if not as_json:
         check_output(output)
-    directory = local_model(artifact, quiet=quiet or as_json, progress=progress)
+    directory = local_model(artifact, quiet=quiet, progress=progress)
     with TerminalProgress("report", progress, quiet) as display:
         # What the hub's cache calls a directory, a commit, means nothing to a reader.
         facts = read_facts(directory, display, None if directory == artifact else str(artifact))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import binding as native
 from ..quant.scales import Method, scale_rows
-from .dialects import StoredRows
+from ..quant.stored_rows import StoredRows
 from .int4 import pack_int4, unpack_int4
 
 WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"

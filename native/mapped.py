@@ -1,8 +1,8 @@
 """Files that are mapped into memory for as long as a tensor lies in them, and what is done when one becomes shorter.
 
 A page that a file no longer has cannot be read: the operating system sends SIGBUS, which ends the process. The native
-library takes that signal for the pages of these maps and gives zeros instead (`native/mapped.c`); `check` then says
-that what was computed is worth nothing.
+library takes that signal for the pages of these maps and gives zeros instead (`native/common/mapped.c`); `check` then
+says that what was computed is worth nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .library import library
+from .library import call, library
 
 
 class Map(mmap.mmap):
@@ -25,7 +25,7 @@ class Map(mmap.mmap):
         """Have pages that cannot be read become zeros, where the native library is there to do it."""
         found = library()
         start = ctypes.addressof(ctypes.c_char.from_buffer(self))
-        if found is not None and found.npuq_watch(start, len(self)) == 0:
+        if found is not None and call(found, "watch", start, len(self)) == 0:
             self.start = start
 
     @property

@@ -49,7 +49,7 @@ class AttentionBlock:
         self._rotary = rotary
 
     def normed(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, gain, self._config.rms_norm_eps)
+        return self._ops.norms.rms_norm(x, gain, self._config.rms_norm_eps)
 
     def queries(self, weights: Attention, hidden: Tensor) -> Tensor:
         """hidden [T, H], normed → [T, N · (nope + rope)]."""
@@ -84,11 +84,11 @@ class AttentionBlock:
         windows = x.shape[0] // length
         cos, sin = self._rotary.cos.repeat(windows, 1), self._rotary.sin.repeat(windows, 1)
         ends = [length * (window + 1) for window in range(windows)]
-        out, _ = ops.fused_infer_attention(
+        out, _ = ops.attention.fused_infer_attention(
             q_nope,
-            ops.interleave_rope(q_rope, cos, sin),
+            ops.attention.interleave_rope(q_rope, cos, sin),
             k_nope,
-            ops.interleave_rope(k_rope[:, None], cos, sin)[:, 0],
+            ops.attention.interleave_rope(k_rope[:, None], cos, sin)[:, 0],
             value,
             ends,
             ends,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...formats.dialects import WeightSource
+from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.config import ModelConfig
 from ...models.family import Block
 from ...models.rope import rope_tables
@@ -16,7 +16,6 @@ from ...models.tensors import ModelTensors, Spec
 from ...parallel.pool import Pool
 from ...runtime.ops.reference import ReferenceOps
 from ..plan.plan import Job
-from ..write.chunks import not_finite
 from ..write.journal import JobEntry
 from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
 
@@ -80,8 +79,9 @@ class Layer:
     def weight(self, block: Block, part: str, expert: int | None = None) -> Tensor:
         """A tensor float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
         name = self.spec(block, part, expert).name
-        tensor = self.walk.source.rows_float32(name)
-        check_finite(name, tensor, self.walk.source)
+        weight = self.walk.source.weights[name]
+        tensor = weight.rows().to_float32()
+        check_finite(weight, tensor)
         return tensor
 
     def keep(self, block: Block, part: str, tensor: Tensor) -> Tensor:
@@ -133,11 +133,11 @@ class Rotary:
         return cls(cos, sin, tables.softmax_scale)
 
 
-def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
-    """CheckpointError for an infinity or NaN in a tensor of the source."""
+def check_finite(weight: Weight, tensor: Tensor) -> None:
+    """CheckpointError for an infinity or NaN in rows of a weight."""
     # In chunks: the answers of all values at once would be a tensor that no budget has room for.
     if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
-        raise not_finite(name, source)
+        raise not_finite(weight)
 
 
 def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:

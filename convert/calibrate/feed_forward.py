@@ -84,7 +84,7 @@ class _FeedForward:
     # ---- what all blocks read --------------------------------------------------------------------------------------
 
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self._walk.ops.rms_norm(x, gain, self._walk.config.rms_norm_eps)
+        return self._walk.ops.norms.rms_norm(x, gain, self._walk.config.rms_norm_eps)
 
     def _block(self, place: _Place) -> list[Tensor]:
         """gate, up and down of a block, float32; gate and up grown by what the norm's gain lost."""
@@ -190,7 +190,7 @@ class _FeedForward:
 
         def step(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             logits = self._normed(stream[part], gain) @ router.T
-            weights, ids = walk.ops.moe_gating_top_k(logits, bias, rule)
+            weights, ids = walk.ops.routing.moe_gating_top_k(logits, bias, rule)
             scores = logits.sigmoid() if rule.scoring == "sigmoid" else logits.softmax(-1)
             preference = scores if bias is None else scores + bias
             return weights, ids, preference.argsort(dim=1, descending=True, stable=True).to(torch.int16)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...formats.dialects import StoredRows
 from ...formats.schemes import Scheme, dequantize, quantize_stored
 from ...quant.scales import NonFiniteError
 from ...quant.smoothing import smoothing_scale
+from ...quant.stored_rows import StoredRows
 from ..plan.plan import Job
 from .context import row_chunks
 from .linears import Linears

@@ -8,27 +8,21 @@ renamed into place after the file is synced, and only then is the file of the la
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ...inputs.files import inside, read_bytes
+from ...formats.output_files import make_folder, new_file, publish
+from ...inputs.files import file_sha256, inside, read_bytes
 from ..write.checked_lines import checked_line, line_content
-from ..write.hashes import file_sha256
-from ..write.shards import sync_directory
+from .layer_report import LayerReport
 
 FOLDER = "calibration"
-# Keys of a layer's report that the manifest has elsewhere: the scales of its KV cache, numbers for a file of their own,
-# and the output error of each linear.
-KV_CACHE_SCALE = "kv_cache_scale"
-LINEAR_ERRORS = "linear_errors"
 _STATE, _PARTIAL = "state.json", "partial.json"
 _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"
@@ -53,25 +47,33 @@ class Streams(StreamPair):
         self.path = path
         shape = (2, tokens, hidden)
         if create:
-            with path.open("wb") as file:
+            with new_file(path) as file:
                 # Blocks now, not when a page is touched: a full disk is then an error and not a signal.
                 os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * hidden)
-        self._map = np.memmap(path, np.float32, "r+", shape=shape)
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
+            self._map = np.memmap(file, np.float32, "r+", shape=shape)
         super().__init__(*torch.from_numpy(self._map).unbind(0))
 
     def sync(self) -> None:
         """Return once every value is on stable storage."""
         self._map.flush()
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """Where a walk stands: the next layer, and what was measured in those before it (by layer, JSON values)."""
+    """Where a walk stands: what was measured in the layers behind it, in their order."""
 
-    layer: int
-    reports: dict[str, Any] = field(default_factory=dict)
+    reports: tuple[LayerReport, ...] = ()
+
+    @property
+    def layer(self) -> int:
+        """The next layer."""
+        return len(self.reports)
 
 
 def state_bytes(tokens: int, hidden: int) -> int:
@@ -90,60 +92,45 @@ class StateStore:
         """The newest state that is whole, or None: start at the first layer."""
         try:
             found = line_content(read_bytes(inside(self._folder, _STATE, ConversionError), ConversionError))
-            layer, reports = found["layer"], found["reports"]
-            if type(layer) is not int or not 0 <= layer == len(reports) or not _are_reports(reports):
+            if not isinstance(found["reports"], list):
                 return None
-            path = inside(self._folder, _READY.format(layer), ConversionError)
-            if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
+            state = State(tuple(map(LayerReport.from_json, found["reports"])))
+            path = inside(self._folder, _READY.format(state.layer), ConversionError)
+            if (
+                path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1]
+                or file_sha256(path, ConversionError) != found["sha256"]
+            ):
                 return None
-            return State(layer, reports), Streams(path, *self._shape, create=False)
+            return state, Streams(path, *self._shape, create=False)
         except (OSError, ConversionError, ValueError, KeyError, TypeError):
             return None  # torn or of another walk: everything is computed again
 
     def new(self, layer: int) -> Streams:
         """Streams to be filled for the input of `layer`; they count only once `publish`ed."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format(layer), *self._shape, create=True)
 
     def scratch(self) -> Streams:
         """Streams within a layer, which nothing resumes from."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
 
-    def publish(self, streams: Streams, layer: int, reports: Mapping[str, Any]) -> Streams:
-        """Make `streams` the input of `layer` that a later run starts from; the same streams under their new name."""
+    def publish(self, streams: Streams, state: State) -> Streams:
+        """Make `streams` the state's input, from which a later run starts; the same streams under their new name."""
         streams.sync()
-        path = self._folder / _READY.format(layer)
+        path = self._folder / _READY.format(state.layer)
         streams.path.replace(path)
         streams.path = path
-        content = {"layer": layer, "sha256": file_sha256(path), "reports": dict(reports)}
+        reports = [report.as_json() for report in state.reports]
+        content = {"layer": state.layer, "sha256": file_sha256(path, ConversionError), "reports": reports}
         partial = self._folder / _PARTIAL
-        with partial.open("wb") as file:
+        with new_file(partial) as file:
             file.write(checked_line(content))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._folder / _STATE)
-        sync_directory(self._folder)
+        publish(partial, self._folder / _STATE)
         for old in self._folder.glob(_READY.format("*")):
             if old != path:
                 old.unlink()
         return streams
-
-
-def _are_reports(reports: Any) -> bool:
-    """Whether each layer's report, from the first on, has what the artifact's files are made of."""
-    return isinstance(reports, dict) and all(
-        key == str(layer)
-        and isinstance(report, dict)
-        and _are_numbers(report[KV_CACHE_SCALE])
-        and isinstance(report[LINEAR_ERRORS], dict)
-        and _are_numbers(list(report[LINEAR_ERRORS].values()))
-        for layer, (key, report) in enumerate(reports.items())
-    )
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, float) for value in values)
 
 
 def remove_states(output_folder: Path) -> None:

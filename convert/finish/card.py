@@ -11,9 +11,9 @@ from ...engines.serving import serving_section
 from ...errors import ConversionError
 from ...formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ...quant.scales import Method
+from ...recipes.recipe import Recipe, Target, Transform
 from ..calibrate.texts import Calibration
 from ..plan.prepare import Origin
-from ..plan.recipe import Recipe, Target, Transform
 from .report import RoleTotals
 
 # Kept from the source's card: the artifact stands under the source's terms.

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ... import __version__
 from ...engines.loader_config import loader_keys
 from ...engines.rules import config_schemes
 from ...engines.serving import serving_ranks
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConversionError
 from ...formats.artifact import (
     CARD_NAME,
     DESCRIPTION_NAME,
@@ -35,22 +33,20 @@ from ...formats.artifact import (
 )
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
 from ...formats.kv_cache import save_scales
+from ...formats.output_files import PARTIAL_NAME, publish, write_file
+from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
-from ...inputs.files import inside, open_file
-from ...models.rope import rope_tables, save_rope
-from ..calibrate.states import KV_CACHE_SCALE, LINEAR_ERRORS
+from ...inputs.files import file_sha256, inside, open_file
+from ...models.rope import rope_tables
+from ...quant.weight_error import ErrorSums
+from ...recipes.recipe import STORED
+from ..calibrate.layer_report import LayerReport
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
-from ..plan.recipe import STORED
-from ..write.hashes import file_sha256
-from ..write.journal import JobStats, Record
-from ..write.output import partial_path, publish, write_file
+from ..write.journal import Record
 from .card import model_card
-from .report import relative_error, totals_by_role
+from .report import totals_by_role
 from .side_files import card_front_matter, copy_side_files
-
-Reports = Mapping[str, Mapping[str, Any]]
-"""What a calibrated walk measured, by layer."""
 
 
 def rehearse(prepared: Prepared) -> int:
@@ -63,12 +59,12 @@ def rehearse(prepared: Prepared) -> int:
         descriptor = open_file(inside(source, name), CheckpointError)
         nbytes += os.fstat(descriptor).st_size
         os.close(descriptor)
-    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), JobStats(0.0, 0.0))
+    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), ErrorSums(0.0, 0.0))
     files = {shard.name: {"size": shard.nbytes, "sha256": "0" * 64} for shard in prepared.plan.shards}
     files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
     try:
         texts = (content for _, content in _texts(prepared, unknown))
-        for content in chain(texts, [_json(_manifest(prepared, files, unknown, {}))]):
+        for content in chain(texts, [_json(_manifest(prepared, files, unknown, ()))]):
             nbytes += sum(len(piece.encode()) for piece in content)
     except UnicodeEncodeError as error:
         text = error.object[max(0, error.start - 30) : error.end]
@@ -81,9 +77,9 @@ def rehearse(prepared: Prepared) -> int:
     return nbytes
 
 
-def finish(prepared: Prepared, output: Path, record: Record, reports: Reports) -> None:
+def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[LayerReport]) -> None:
     """Write everything but the shards; `record` has the entry of every job and the hash of every shard, `reports` what
-    a calibrated walk measured.
+    calibration measured in each decoder layer.
 
     OSError when the disk refuses; calling it again starts over.
     """
@@ -105,10 +101,10 @@ def finish(prepared: Prepared, output: Path, record: Record, reports: Reports) -
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path, ConversionError)}
 
 
-def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[str, Iterable[str]]]:
+def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple[str, Iterable[str]]]:
     """Name and content, piece by piece, of every file that is text, but for the manifest; each made when asked for."""
     plan, recipe = prepared.plan, prepared.recipe
     totals = totals_by_role(plan.jobs, stats)
@@ -144,15 +140,14 @@ def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[
 
 
 def _write_rope(prepared: Prepared, output: Path) -> None:
-    partial = partial_path(output)
+    partial = output / PARTIAL_NAME
     save_rope(rope_tables(prepared.config), partial)
     publish(partial, output / ROPE_NAME)
 
 
-def _write_kv_cache_scales(reports: Reports, output: Path) -> None:
-    """The scales that the walk found, out of its reports into a file."""
-    partial = partial_path(output)
-    save_scales([torch.tensor(reports[str(layer)][KV_CACHE_SCALE]) for layer in range(len(reports))], partial)
+def _write_kv_cache_scales(reports: Sequence[LayerReport], output: Path) -> None:
+    partial = output / PARTIAL_NAME
+    save_scales([report.kv_cache.scale for report in reports], partial)
     publish(partial, output / KV_CACHE_NAME)
 
 
@@ -175,12 +170,18 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 
 
 def _manifest(
-    prepared: Prepared, files: Mapping[str, Mapping[str, Any]], stats: Mapping[int, JobStats], reports: Reports
+    prepared: Prepared,
+    files: Mapping[str, Mapping[str, Any]],
+    stats: Mapping[int, ErrorSums],
+    reports: Sequence[LayerReport],
 ) -> dict[str, Any]:
     plan, config = prepared.plan, prepared.config
     stored = prepared.recipe.stored
+    output_errors = {name: error for report in reports for name, error in report.linear_errors.items()}
     linears = {
-        job.source: _linear(job, stats[job.index], stored) for job in plan.jobs if job.scheme is not Scheme.FLOAT
+        job.source: _linear(job, stats[job.index], stored, output_errors.get(job.source))
+        for job in plan.jobs
+        if job.scheme is not Scheme.FLOAT
     }
     origin = prepared.origin
     return {
@@ -213,19 +214,15 @@ def _manifest(
         "linears": linears,
         # What was done to the weights before: they are not the source's any more, though the model's function is.
         "transforms": [str(transform) for transform in prepared.recipe.transforms],
-        **_calibration(prepared, reports, linears),
+        **_calibration(prepared, reports),
     }
 
 
-def _calibration(prepared: Prepared, reports: Reports, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What calibrated, what it reached, and the output error of every layer and linear on it."""
+def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str, Any]:
+    """The calibration text, and what was measured on it in every layer; nothing where none was used."""
     calibration = prepared.calibration
     if calibration is None:
         return {}
-    for report in reports.values():
-        for name, error in report[LINEAR_ERRORS].items():
-            linears[name]["output_error"] = error
-    apart = (KV_CACHE_SCALE, LINEAR_ERRORS)
     return {
         "calibration": {
             "name": calibration.name,
@@ -233,22 +230,20 @@ def _calibration(prepared: Prepared, reports: Reports, linears: dict[str, dict[s
             "samples": calibration.samples,
             "sequence_length": calibration.sequence_length,
             "tokens": calibration.tokens.numel(),
-            "layers": {
-                layer: {key: value for key, value in report.items() if key not in apart}
-                for layer, report in reports.items()
-            },
+            "layers": {str(layer): report.manifest_entry() for layer, report in enumerate(reports)},
         }
     }
 
 
-def _linear(job: Job, stats: JobStats, stored: bool) -> dict[str, Any]:
-    return {
+def _linear(job: Job, stats: ErrorSums, stored: bool, output_error: float | None) -> dict[str, Any]:
+    entry = {
         "scheme": job.scheme.value,
         "method": STORED if stored else job.method.value,
-        "relative_error": relative_error(stats.squared_error, stats.squared_norm),
+        "relative_error": stats.relative_error,
         "source_bytes": job.source_bytes,
         "bytes": job.output_bytes,
     }
+    return entry if output_error is None else {**entry, "output_error": output_error}
 
 
 def _json(content: Mapping[str, Any]) -> Iterator[str]:

@@ -13,9 +13,9 @@ from typing import Any
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
-from ...formats.compressed_tensors import is_compressed
-from ...formats.dialects import WeightSource
 from ...formats.safetensors import CODES
+from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.sources.weights import WeightSource
 from ...formats.ties import tied_names
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object

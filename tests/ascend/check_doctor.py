@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from npuq.runtime import doctor
-from npuq.runtime.ops.ascend_support import OPERATORS
+from npuq.runtime.diagnostics import doctor
+from npuq.runtime.ops.ascend.support import OPERATORS
 
 
 def test_operators_are_listed_with_their_schemas():

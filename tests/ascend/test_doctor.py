@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from npuq.cli.doctor import command
 from npuq.errors import BackendError
 from npuq.native.library import levels
-from npuq.runtime import doctor
 from npuq.runtime.backend import make_ops
-from npuq.runtime.ops import ascend_support
-from npuq.runtime.selftest import CASES, selftest
+from npuq.runtime.diagnostics import doctor
+from npuq.runtime.diagnostics.selftest import CASES, selftest
+from npuq.runtime.ops.ascend import support as ascend_support
 
 
 @dataclass
@@ -85,7 +85,7 @@ def test_a_machine_with_an_a2_is_ready(devices):
     report = doctor.examine()
     assert report.ready and report.problem is None
     assert [device.family for device in report.devices] == ["Atlas A2 (Ascend 910B)"] * 2
-    assert report.devices[0].free_memory == 60 << 30
+    assert report.devices[0].free_memory_bytes == 60 << 30
     # This torch has none of the operators: each is told as missing.
     assert set(report.operators) == set(ascend_support.OPERATORS)
 
@@ -141,7 +141,7 @@ def test_selftest_of_the_cpu_set_passes(dtype):
 
 
 def test_selftest_reports_and_fails_on_a_wrong_operator(bare, monkeypatch):
-    cpu = type(make_ops("cpu"))
+    cpu = type(make_ops("cpu").norms)
     right = cpu.swiglu
     monkeypatch.setattr(cpu, "swiglu", lambda self, x: right(self, x) * 1.01)
     result = CliRunner().invoke(command, ["--selftest", "--json"])
@@ -169,7 +169,7 @@ def test_versions_are_read_from_the_files_that_cann_leaves(tmp_path):
 
 
 def test_a_device_that_is_no_npu_is_refused(monkeypatch):
-    from npuq.runtime.ops import ascend
+    from npuq.runtime.ops.ascend import operators as ascend
 
     monkeypatch.setattr(ascend, "import_torch_npu", lambda: SimpleNamespace())
     with pytest.raises(BackendError, match="cpu is not an NPU"):

@@ -16,7 +16,7 @@ from npuq.formats.artifact import KV_CACHE_NAME
 from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
-from npuq.runtime.ops.ascend import AscendOps
+from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
 from npuq.runtime.sampler import SamplingParams
@@ -78,8 +78,8 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
 
 def poison_cache(cache: Sequence[LayerCache]) -> None:
     for layer in cache:
-        layer.latent.fill_(111 if layer.latent.dtype == torch.int8 else float("nan"))
-        layer.rope.fill_(float("nan"))
+        for pages in layer.pages.values():
+            pages.tensor.fill_(111 if pages.tensor.dtype == torch.int8 else float("nan"))
 
 
 def generate(

@@ -1,0 +1,15 @@
+"""Names to choose among, which the command line offers and the runtime checks. Here, because they need no torch."""
+
+from __future__ import annotations
+
+from typing import Final
+
+BACKENDS: Final = ("auto", "cpu", "reference", "ascend")
+KV_CACHE_DTYPES: Final = ("auto", "int8")
+HUBS: Final = ("huggingface", "modelscope")
+COMPUTE_DTYPES: Final = ("float32", "bfloat16")
+ENGINES: Final = ("vllm-ascend", "sglang")
+PROGRESS_FORMS: Final = ("auto", "bar", "lines", "json", "none")
+
+TEMPLATE_ARGUMENTS: Final = frozenset({"messages", "system", "tools", "documents", "chat_template"})
+"""Names that a chat template's other variables cannot have: each is an argument of its own."""
