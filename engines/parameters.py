@@ -2,7 +2,7 @@
 tensor a place?
 
 A parameter without a tensor keeps what was in memory, and the engine computes with it; a tensor without a parameter
-ends loading in an error, or is read over. Each engine's list is the family's table (`architecture.py`) and where the
+ends loading in an error, or is read over. Each engine's list is the family's table (`models/families`) and where the
 engine's classes leave it, by model_type: read from their constructors and `load_weights`, and held to them by loading
 artifacts with every tensor left out in turn (tests/engines).
 """

@@ -1,7 +1,7 @@
 """Two statements of a checkpoint about one thing, that contradict each other: which counts, said in a line each.
 
 They are decided as transformers and the engines decide them; what neither could read is refused where it is read
-(`inventory.py`, `config.py`, `checkpoint.py`).
+(`models/inventory.py`, `models/config.py`, `formats/checkpoint.py`).
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ def source(
 
 
 def error(ours: Tensor, golden: Any) -> float:
+    """The median of all tokens' relative errors: rounding may route one of them to another expert."""
     with torch.inference_mode():
         expected: Tensor = golden(torch.tensor([PROMPT])).logits[0]
-    return float((ours.float() - expected).norm() / expected.norm())
+    return float(((ours.float() - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
 
 def test_rotated_floats_compute_what_transformers_does(source: tuple[Any, Path], tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_rotated_floats_compute_what_transformers_does(source: tuple[Any, Path],
     assert error(next(npuq.runtime.load(tmp_path / "out", "cpu").logits([PROMPT])), golden) < 1e-4
 
 
-@pytest.mark.parametrize(("recipe", "most"), [("w8a8", 0.03), ("w4a8", 0.2)])
+@pytest.mark.parametrize(("recipe", "most"), [("w8a8", 0.06), ("w4a8", 0.1)])
 def test_an_artifact_is_sound_and_generates(source: tuple[Any, Path], recipe: str, most: float, tmp_path: Path) -> None:
     golden, directory = source
     out = tmp_path / "out"
