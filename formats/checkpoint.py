@@ -35,8 +35,8 @@ class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
     `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
-    that views lie in: who computes with views calls `files.check()` before he believes what came out. `window` is there
-    where tensors pass by: they can be read between their announcement and their release alone, and once.
+    that views lie in: who computes with views calls `files.check()` before he believes what came out. `window` is set
+    where tensors pass by: they can be read after their announcement and until their release.
     """
 
     def __init__(
