@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..inputs.files import open_file
+from ..inputs.files import FileStamp, open_file
 from ..native.mapped import MappedFiles
-from .safetensors import TensorInfo, read_range
+from .safetensors import TensorInfo, header_of, read_range
 
 
 class Storage(Protocol):
@@ -51,11 +51,23 @@ class Window(Protocol):
 
 
 class LocalFiles:
-    """The files of a directory."""
+    """Files that are here: their headers are read first, and then their tensors, which lie as the headers say."""
 
     def __init__(self) -> None:
+        self.stamps: dict[Path, FileStamp] = {}
+        self._headers: dict[Path, dict[str, TensorInfo]] = {}
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
+
+    def read_header(self, path: Path) -> dict[str, TensorInfo]:
+        """The tensors of a file, which is stamped as it is now."""
+        descriptor = open_file(path, CheckpointError)
+        try:
+            self.stamps[path] = FileStamp.of(os.fstat(descriptor))
+            self._headers[path] = header_of(path, descriptor)[0]
+        finally:
+            os.close(descriptor)
+        return self._headers[path]
 
     def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
         try:
@@ -82,5 +94,18 @@ class LocalFiles:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = open_file(path, CheckpointError)
+                descriptor = open_file(path, CheckpointError)
+                try:
+                    self._refuse_another(path, descriptor)
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                self._descriptors[path] = descriptor
             return self._descriptors[path]
+
+    def _refuse_another(self, path: Path, descriptor: int) -> None:
+        """CheckpointError for a file that came in place of the one whose header was read, with other tensors."""
+        if FileStamp.of(os.fstat(descriptor)) == self.stamps[path]:
+            return
+        if header_of(path, descriptor)[0] != self._headers[path]:
+            raise CheckpointError(f"{path}: is another file than when it was opened; run the same command again")

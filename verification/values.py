@@ -85,7 +85,7 @@ def check_kv_cache(layout: Layout) -> Iterator[str]:
         return
     try:
         path = inside(directory, KV_CACHE_NAME, ArtifactError)
-        load_scales(path, layout.config.num_hidden_layers, layout.config.attention.kv_lora_rank)
+        load_scales(path, layout.config.num_hidden_layers, layout.config.attention.cache_scales)
     except NpuqError as error:
         yield str(error)
 
