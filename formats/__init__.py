@@ -1,1 +1,2 @@
-"""What lies on disk: safetensors, checkpoints and their dialects, schemes and their packing, artifacts, side files."""
+"""What lies on disk: safetensors, checkpoints and artifacts, schemes and their packing, side files; `sources/` reads
+weights in whatever form they are stored."""

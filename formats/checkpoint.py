@@ -35,9 +35,9 @@ class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
     `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
-    that views lie in: call `files.check()` before results computed with views are used. `stamps` are the shards' when
-    their headers were read; a checkpoint on a hub has none, since a commit pins it. `window` is there where tensors
-    pass by: they can be read between their announcement and their release alone, and once.
+    that views lie in: call `files.check()` before results computed with views are used. `stamps` are those of the
+    shards when their headers were read; a checkpoint on a hub has none, since a commit pins it. `window` is set where
+    tensors pass by: they can be read after their announcement and until their release.
     """
 
     def __init__(

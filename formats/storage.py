@@ -31,7 +31,7 @@ class Storage(Protocol):
 
 
 class Window(Protocol):
-    """Tensors that pass by once, in the order that was announced: fetched ahead of their reader, dropped behind it.
+    """Tensors that pass by in the order in which they are announced: fetched ahead of their reader, dropped behind it.
 
     max_bytes: disk space that they take at most.
     """

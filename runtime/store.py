@@ -22,7 +22,7 @@ from ..formats.sources.described import described_linear
 from ..formats.sources.float_weights import FLOAT_CODES
 from ..formats.sources.opening import open_weights
 from ..formats.sources.stored_linear import StoredLinear
-from ..formats.ties import share_tied
+from ..formats.sources.ties import share_tied
 from ..models.families import family_of
 from ..models.inventory import check_unbiased
 from ..native.mapped import MappedFiles
@@ -124,7 +124,7 @@ def _scale_bias(linear: StoredLinear) -> Tensor:
             f"{linear.file}: tensor {name!r} has {bias.shape[1]} partial sums, and operators take 1 or "
             f"{BIAS_COLUMNS}; `npuq convert` the artifact: that makes them anew"
         )
-    return bias.to(torch.float32)
+    return bias if bias.dtype is torch.float32 else bias.to(torch.float32)
 
 
 def is_artifact(directory: Path) -> bool:

@@ -12,8 +12,8 @@ from ..errors import ArtifactError
 from ..formats.artifact import MANIFEST_NAME, is_own, read_manifest, read_report
 from ..formats.checkpoint import Checkpoint
 from ..formats.sources.opening import open_weights
+from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
-from ..formats.ties import share_tied
 from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
 from .stored_evaluation import stored_evaluations

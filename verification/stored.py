@@ -16,8 +16,8 @@ from ..formats.checkpoint import CONFIG_NAME, Checkpoint
 from ..formats.safetensors import DTYPES
 from ..formats.schemes import Scheme
 from ..formats.sources.opening import open_weights
+from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import Weight, WeightSource
-from ..formats.ties import share_tied
 from ..models.config import ModelConfig
 from ..models.inventory import Inventory, take_inventory
 from ..models.roles import Role

@@ -16,8 +16,8 @@ from ..formats.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from ..formats.schemes import Scheme
 from ..formats.sources.compressed_tensors import is_compressed
 from ..formats.sources.opening import open_weights
+from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
-from ..formats.ties import share_tied
 from ..inputs.files import is_inside
 from ..models.tensors import Spec
 from ..parallel.pool import Pool

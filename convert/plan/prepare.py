@@ -21,8 +21,8 @@ from ...formats.schemes import Scheme
 from ...formats.sources.opening import open_weights
 from ...formats.sources.rewritten import rewritten
 from ...formats.sources.rotated import rotated
+from ...formats.sources.ties import share_tied
 from ...formats.sources.weights import WeightSource
-from ...formats.ties import share_tied
 from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
 from ...models.inventory import Inventory, take_inventory

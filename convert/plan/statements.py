@@ -15,8 +15,8 @@ from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
 from ...formats.safetensors import CODES
 from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.sources.ties import tied_names
 from ...formats.sources.weights import WeightSource
-from ...formats.ties import tied_names
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
 from ...models.config import ModelConfig

@@ -86,7 +86,7 @@ def code() -> Iterator[Document]:
         "runtime/text/tokenizer.py": 5_000,
         "hub/window.py": 6_000,
         "cli/convert.py": 5_000,
-        "tests/quant/test_int4.py": 4_000,
+        "tests/formats/test_int4.py": 4_000,
         "native/npuq.h": 4_000,
         "tests/run.sh": 3_000,
         "tests/environment.sh": 3_000,

@@ -58,10 +58,10 @@ def described_linear(
             f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, {outputs} outputs of {inputs} inputs in "
             f"{scheme.value}; config.json says {list(shape)}"
         )
-    tensors = {WEIGHT: name}
+    tensors, prefix, known = {WEIGHT: name}, name.removesuffix(WEIGHT), checkpoint.tensors
     for suffix, (dtypes, optional) in _BESIDE[scheme].items():
-        part = name.removesuffix(WEIGHT) + suffix
-        found = checkpoint.tensors.get(part)
+        part = prefix + suffix
+        found = known.get(part)
         if found is None:
             if not optional:
                 raise CheckpointError(

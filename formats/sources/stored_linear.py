@@ -212,7 +212,9 @@ class StoredLinear:
 
         CheckpointError for one that is not a positive number.
         """
-        scale = load_deq_scale(self.checkpoint.view(self.tensors[suffix])).to(torch.float32).reshape(-1, 1)
+        stored = self.checkpoint.view(self.tensors[suffix])
+        as_it_is = stored.dtype is torch.float32 and stored.dim() == 2
+        scale = stored if as_it_is else load_deq_scale(stored).to(torch.float32).reshape(-1, 1)
         if not are_positive(scale):
             self.checkpoint.files.check()  # a file that was cut short reads as zeros
             raise self._error(Problem(suffix, "holds a scale that is not a positive number"))

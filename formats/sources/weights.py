@@ -15,7 +15,7 @@ them; a rewrite (`rewritten.py`) makes other rows of those.
    naming file and tensor, for everything that is missing, does not fit, or belongs to nothing.
 
 and call that function in `opening.py`. Nothing else has to know: planning, conversion, calibration, rotation, streaming
-from a hub, verification and the runtime's loader ask the protocol.
+from a hub, verification and the runtime's loader ask the protocol. `tests/foreign/test_another_form.py` adds one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Source dialects: FP8 blocks dequantized exactly, wherever their scales are; float dtypes kept to the bit."""
+"""Float weights: FP8 blocks dequantized exactly, wherever their scales are; float dtypes kept to the bit."""
 
 import json
 from pathlib import Path

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..models.families import family_of
-from ..models.family import Block, Family
-from .checkpoint import Checkpoint, natural_key
+from ...models.families import family_of
+from ...models.family import Block, Family
+from ..checkpoint import Checkpoint, natural_key
 
 
 def tied_names(family: Family) -> tuple[str, str]:
