@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from ..formats.ties import HEAD
 from ..models.config import ModelConfig
 from ..models.config_reader import shown
+from ..models.family import Block
 from ..models.roles import Role
 from ..models.tensors import ModelTensors
 
@@ -53,6 +53,7 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts, whatever moe_layer_freq says
     refuses: Callable[[str], bool]  # whether loading ends at such a tensor where it has no parameter
+    always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
 def _counted(config: ModelConfig) -> range:
@@ -90,9 +91,25 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
+# Read from the classes; not held to them by loading artifacts yet.
+_VLLM_GLM = replace(
+    _VLLM,
+    architectures=("Glm4MoeLiteForCausalLM",),
+    absent={"first_k_dense_replace": _STOPS},
+    always_has_router_bias=True,
+)
+_SGLANG_GLM = replace(
+    _SGLANG,
+    architectures=("Glm4MoeLiteForCausalLM",),
+    absent={"first_k_dense_replace": _STOPS},
+    ties_head=False,
+    builds_empty_shared=True,
+    always_has_router_bias=True,
+    refuses=lambda name: False,
+)
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
-    "vllm-ascend": {"deepseek_v2": _VLLM, "deepseek_v3": _VLLM, "kimi_k2": _VLLM},
-    "sglang": {"deepseek_v2": _SGLANG, "deepseek_v3": _SGLANG, "kimi_k2": _SGLANG},
+    "vllm-ascend": {"deepseek_v2": _VLLM, "deepseek_v3": _VLLM, "kimi_k2": _VLLM, "glm4_moe_lite": _VLLM_GLM},
+    "sglang": {"deepseek_v2": _SGLANG, "deepseek_v3": _SGLANG, "kimi_k2": _SGLANG, "glm4_moe_lite": _SGLANG_GLM},
 }
 
 
@@ -132,7 +149,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     """
     config = ModelConfig.from_dict(raw)
     model, names = MODELS[engine][config.model_type], schemes.keys()
-    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, HEAD in names))
+    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(main.needed - names), "")
     if any(config.family.layer_of(name) in model.drafts(config) for name in names):
@@ -151,7 +168,7 @@ def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[
     return [name for name in names if MODELS[engine][model_type].refuses(name)]
 
 
-def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, has_head: bool) -> Iterator[str]:
+def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """What the engine would not take as npuq does, and what to write instead."""
     named = raw.get("architectures")
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
@@ -169,14 +186,16 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, ha
             yield f"{key} is {shown(raw[key])}: the engine would not start; write a value of type {kind.__name__}"
     if "num_nextn_predict_layers" in raw and raw["num_nextn_predict_layers"] is None:
         yield "num_nextn_predict_layers is null: the engine would not start; write a number"
-    if model.ties_head and config.tie_word_embeddings and has_head:
-        yield f"tie_word_embeddings is true: the engine would read over the stored {HEAD!r}; write false"
+    head = config.family.name(Block.TOP, "head")
+    if model.ties_head and config.tie_word_embeddings and head in names:
+        yield f"tie_word_embeddings is true: the engine would read over the stored {head!r}; write false"
 
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
-    """The config as the engine's classes read it: no correction bias where topk_method is not spelt out."""
+    """The config as the engine's classes read it: DeepSeek's have no correction bias where topk_method is not spelt
+    out."""
     config = ModelConfig.from_dict(raw)
-    if raw.get("topk_method") != "noaux_tc":
+    if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
         config = _with_moe(config, n_shared_experts=1)

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, NpuqError
 from ..inputs.files import open_file
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
+from .output_files import new_file
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -76,12 +77,20 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensor has an unknown dtype, a name that is no line of text, a shape that no array can have, a byte range that
     disagrees with its shape, or when ranges overlap or leave holes.
     """
-    with os.fdopen(open_file(path, CheckpointError), "rb") as file:
-        try:
-            file_size = os.fstat(file.fileno()).st_size
-            return parse_header(path, file_size, lambda start, count: os.pread(file.fileno(), count, start))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    descriptor = open_file(path, CheckpointError)
+    try:
+        return header_of(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def header_of(path: Path, descriptor: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """As `read_header`, of a file that is open."""
+    try:
+        size = os.fstat(descriptor).st_size
+        return parse_header(path, size, lambda start, count: os.pread(descriptor, count, start))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_header(
@@ -260,11 +269,12 @@ def encode_header(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a small file of tensors (of dtypes that numpy has) in the order given: the same content, the same bytes.
 
-    The safetensors library writes metadata in an order that changes from process to process. OSError as of writing.
+    The safetensors library writes metadata in an order that changes from process to process. The file is new, in place
+    of whatever has its name, and on stable storage. OSError as of writing.
     """
     parts = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts.items()], metadata)
-    with path.open("wb") as file:
+    with new_file(path) as file:
         file.write(header)
         for part in parts.values():
             file.write(part.numpy().data)

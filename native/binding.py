@@ -13,8 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..formats.dialects import BlockScale, StoredRows
 from ..quant.scales import NonFiniteError
+from ..quant.stored_rows import BlockScale, StoredRows
 from .integers import checked
 from .library import (
     Cache,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...formats.dialects import WeightSource
+from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.config import ModelConfig
-from ...models.rope import rope_tables
+from ...models.family import Block
+from ...models.rope import RopeTables
+from ...models.tensors import ModelTensors, Spec
 from ...parallel.pool import Pool
-from ...runtime.ops.reference import ReferenceOps
+from ...runtime.attention.kind import AttentionKind
+from ...runtime.ops import Ops
+from ...runtime.step import RopeRows
 from ..plan.plan import Job
-from ..write.chunks import not_finite
 from ..write.journal import JobEntry
-from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
+from .linears import Inputs, JobResult, Linears, factored, measure
+from .operators import CalibrationOps, Deployed, row_chunks
 
 # Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048
@@ -27,6 +31,9 @@ class Walk:
     """The model, its calibration tokens and the means to work on it."""
 
     config: ModelConfig
+    attention: AttentionKind
+    rope: RopeRows
+    ops: CalibrationOps
     source: WeightSource
     jobs: dict[str, Job]
     linears: Linears
@@ -35,7 +42,6 @@ class Walk:
     sequence_length: int
     smooth: bool
     done: Callable[[Job], None]
-    ops: ReferenceOps = field(default_factory=ReferenceOps)
 
     @property
     def tokens(self) -> int:
@@ -51,45 +57,54 @@ class Walk:
 class Layer:
     """One decoder layer of a walk: its weights as float32, and what is written of it.
 
-    `read` has the digest of what each job reads, by index; a trial needs none. `entries` collects what the journal
-    keeps of each job, `errors` the relative output error of each quantized linear.
+    `read` has the digest of what each job of the layer reads, by index; None in a trial. `entries` collects what the
+    journal keeps of each job, `errors` the relative output error of each quantized linear.
     """
 
     def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
         self.walk = walk
         self.index = index
-        self.prefix = f"model.layers.{index}."
+        self.tensors = ModelTensors(walk.config)
         self.entries: dict[int, JobEntry] = {}
-        self._read = read or {}
+        self._read = read
         self.errors: dict[str, float] = {}
 
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint has `{prefix}{name}.weight`."""
-        return f"{self.prefix}{name}.weight" in self.walk.jobs
+    def has(self, block: Block, part: str) -> bool:
+        """Whether the layer has a part. The config decides, as it does in engines, not what else a checkpoint holds."""
+        return self.tensors.has(block, part, self.index)
 
-    def weight(self, name: str, suffix: str = "weight") -> Tensor:
-        """`{prefix}{name}.weight` float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
-        full = f"{self.prefix}{name}.{suffix}"
-        tensor = self.walk.source.rows_float32(full)
-        check_finite(full, tensor, self.walk.source)
+    def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
+        """The tensor of a part."""
+        return self.tensors.spec(block, part, self.index, expert)
+
+    def job(self, block: Block, part: str, expert: int | None = None) -> Job:
+        """The job of a part."""
+        return self.walk.jobs[self.spec(block, part, expert).name]
+
+    def weight(self, block: Block, part: str, expert: int | None = None) -> Tensor:
+        """A tensor float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        name = self.spec(block, part, expert).name
+        weight = self.walk.source.weights[name]
+        tensor = weight.rows().to_float32()
+        check_finite(weight, tensor)
         return tensor
 
-    def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
+    def keep(self, block: Block, part: str, tensor: Tensor) -> Tensor:
         """Write a tensor that stays float; what engines will read, as float32."""
-        job = self.walk.jobs[f"{self.prefix}{name}.{suffix}"]
+        job = self.job(block, part)
         stored, written = self.walk.linears.float(job, tensor)
         self.finish(job, written)
         return stored
 
     def finish(self, job: Job, written: JobResult) -> None:
-        """Count a job as written."""
-        self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
+        """Count a job as written; a trial writes none."""
+        if self._read is not None:
+            self.entries[job.index] = JobEntry(written.stats, self._read[job.index], written.digest)
         self.walk.done(job)
 
-    def quantize(self, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
+    def quantize(self, jobs: Sequence[Job], weights: Sequence[Tensor], inputs: Inputs) -> list[Deployed]:
         """Quantize linears that share their inputs on all batches, in the order given."""
         walk, mapper = self.walk, self.walk.pool
-        jobs = [walk.jobs[f"{self.prefix}{name}.weight"] for name in weights]
         # Inputs are rounded as the scheme asks: linears of one have one Hessian.
         groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
         measured = {}
@@ -97,7 +112,7 @@ class Layer:
             hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
             measured[scheme] = hessian, factored(hessian), scale
         deployed = []
-        for job, weight in zip(jobs, weights.values(), strict=True):
+        for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
             self.note_error(job, linear)
             self.finish(job, written)
@@ -109,29 +124,13 @@ class Layer:
             self.errors[job.source] = linear.error
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """cos and sin float32 [sequence_length, rope_dim] as the operators take them, and the softmax scale."""
-
-    cos: Tensor
-    sin: Tensor
-    softmax_scale: float
-
-    @classmethod
-    def of(cls, config: ModelConfig, length: int) -> Rotary:
-        tables = rope_tables(config)
-        cos, sin = (torch.cat([table[:length], table[:length]], dim=-1) for table in (tables.cos, tables.sin))
-        return cls(cos, sin, tables.softmax_scale)
+def rope_rows(tables: RopeTables, length: int, ops: Ops) -> RopeRows:
+    """The first `length` rows of the rope tables: windows have no more positions."""
+    return RopeRows.of(replace(tables, cos=tables.cos[:length], sin=tables.sin[:length]), ops)
 
 
-def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
-    """CheckpointError for an infinity or NaN in a tensor of the source."""
+def check_finite(weight: Weight, tensor: Tensor) -> None:
+    """CheckpointError for an infinity or NaN in rows of a weight."""
     # In chunks: the answers of all values at once would be a tensor that no budget has room for.
     if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
-        raise not_finite(name, source)
-
-
-def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:
-    """Ranges of at most `size` rows."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+        raise not_finite(weight)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError, CheckpointError
-from ...formats.dialects import StoredRows
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ...formats.static_w8a8 import InputScale, static_tensors
@@ -18,10 +17,12 @@ from ...parallel.pool import Mapper
 from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
 from ...quant.refine import calibrated_codes
 from ...quant.scales import Method, NonFiniteError
+from ...quant.stored_rows import StoredRows
+from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job
 from ..write.job_output import JobOutput
-from ..write.journal import JobStats
 from ..write.shards import ShardFiles
+from .operators import Deployed, round_inputs
 
 # Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
 # no number of threads.
@@ -33,36 +34,10 @@ Inputs = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
-class Deployed:
-    """A linear as engines will run it: `weight` float32 [N, K] behind its codes, and how its inputs are rounded."""
-
-    weight: Tensor
-    scheme: Scheme
-    inputs: InputScale | None = None
-    error: float | None = None  # √ of the squared relative output error on the calibration inputs; None: not measured
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [T, K] → [T, N]."""
-        return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
-
-
-def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:
-    """Activations float32 [T, K] as a linear of this scheme sees them: int8 per token, of a fixed grid, or as is."""
-    if scheme is Scheme.FLOAT:
-        return x
-    if inputs is not None:
-        codes = (x / inputs.scale + inputs.offset).round_().clamp_(-128, 127)
-        return codes.sub_(inputs.offset).mul_(inputs.scale)
-    factors = 127.0 / x.abs().amax(dim=1, keepdim=True)
-    factors.masked_fill_(factors.isinf(), 0.0)
-    return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
-
-
-@dataclass(frozen=True)
 class JobResult:
     """What a job has left in its shard: its errors, and the digest of its bytes (none in a trial)."""
 
-    stats: JobStats
+    stats: ErrorSums
     digest: bytes
 
 
@@ -85,14 +60,9 @@ class Linears:
         """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
         stored = self.rounded(job, tensor).reshape(job.shape)
         if not bool(torch.isfinite(stored).all()):
-            if bool(torch.isfinite(tensor).all()):
-                dtype = str(stored.dtype).removeprefix("torch.")
-                why = f"outgrows {dtype} once it is rotated or smoothed; leave that out of the method"
-            else:
-                why = "holds infinities or NaN; the checkpoint is damaged: fetch it again"
-            raise CheckpointError(f"tensor {job.source!r} {why}")
+            raise _outgrown(job, stored.dtype)
         digest = self._write(job, {job.outputs[0].suffix: stored})
-        return stored.to(torch.float32), JobResult(JobStats(0.0, float(tensor.double().square().sum())), digest)
+        return stored.to(torch.float32), JobResult(ErrorSums(0.0, float(tensor.double().square().sum())), digest)
 
     def rounded(self, job: Job, tensor: Tensor) -> Tensor:
         """A tensor in the dtype that its job stores it in."""
@@ -113,7 +83,7 @@ class Linears:
         """
         if job.scheme is Scheme.FLOAT:
             stored, written = self.float(job, weight)
-            return Deployed(stored, job.scheme), written
+            return Deployed(job.source, job.scheme, stored), written
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
         rows = _round(job, weight, base, mapper)
         tensors, calibrated = dict(rows.tensors), False
@@ -135,8 +105,8 @@ class Linears:
         digest = self._write(job, tensors)
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
         squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
-        stats = JobStats(squared_error, float(rows.squared_norm.sum()))
-        return Deployed(found, job.scheme, inputs, error), JobResult(stats, digest)
+        stats = ErrorSums(squared_error, float(rows.squared_norm.sum()))
+        return Deployed(job.source, job.scheme, found, inputs=inputs, error=error), JobResult(stats, digest)
 
 
 def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> QuantizedRows:
@@ -148,13 +118,19 @@ def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> Quantize
     try:
         parts = list(mapper.map(some, weight.split(_ROWS)))
     except NonFiniteError as error:
-        raise CheckpointError(
-            f"tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch it again"
-        ) from error
+        raise _outgrown(job, weight.dtype) from error
     return QuantizedRows(
         {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors},
         torch.cat([part.squared_error for part in parts]),
         torch.cat([part.squared_norm for part in parts]),
+    )
+
+
+def _outgrown(job: Job, dtype: torch.dtype) -> CheckpointError:
+    """The error of a weight that is not finite any more: `Layer.weight` has found it finite."""
+    kind = str(dtype).removeprefix("torch.")
+    return CheckpointError(
+        f"tensor {job.source!r} outgrows {kind} once it is rotated or smoothed; leave that out of the method"
     )
 
 

@@ -15,29 +15,33 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ...formats.artifact import OWN_FOLDER
 from ...formats.digests import source_digest
+from ...formats.output_files import write_error
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import Scheme
+from ...models.family import Block
+from ...models.roles import Role
+from ...models.rope import rope_tables
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
+from ...runtime.attention.kinds import attention_of
 from ..plan.memory import Budget
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
 from ..tally import Tally
 from ..write.journal import JobEntry, Journal
-from ..write.output import write_error
 from ..write.shards import ShardFiles
 from ..write.worker import run_job
 from ..write.workspace import Workspace
 from .attention import run_attention
 from .auto import TimeBudget, run_trials
-from .context import Layer, Rotary, Walk, check_finite, row_chunks
+from .context import Layer, Walk, check_finite, rope_rows
 from .feed_forward import run_feed_forward
 from .layer_report import Choice, LayerReport
 from .linears import Linears
+from .operators import CalibrationOps, row_chunks
 from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
-_EMBEDDING = "model.embed_tokens.weight"
 _CHUNK_ELEMENTS = 1 << 20
 
 
@@ -71,7 +75,7 @@ class CalibratedWalk:
         if found is None:
             return None
         names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
-        width = self._prepared.config.attention.kv_lora_rank
+        width = self._prepared.config.attention.cache_scales
         ours = all(
             report.kv_cache.scale.numel() == width and names.issuperset(report.linear_errors)
             for report in found[0].reports
@@ -101,7 +105,7 @@ class CalibratedWalk:
         if self._start is None:
             return set()
         walked = range(self._start[0].layer)
-        return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.source == _EMBEDDING}
+        return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.role is Role.EMBEDDING}
 
     def run(self) -> tuple[LayerReport, ...]:
         """Walk. Afterwards the journal has all jobs of the decoder layers. Returns the report of each layer.
@@ -109,9 +113,14 @@ class CalibratedWalk:
         Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
         """
         calibration, pool = self._calibration, Pool(self._budget.workers)
+        config, ops = self._prepared.config, CalibrationOps()
+        tables = rope_tables(config)
         try:
             walk = Walk(
-                config=self._prepared.config,
+                config=config,
+                attention=attention_of(config, tables.softmax_scale),
+                rope=rope_rows(tables, calibration.sequence_length, ops),
+                ops=ops,
                 source=self._prepared.source,
                 jobs={job.source: job for job in self._prepared.plan.jobs},
                 linears=Linears(self._files),
@@ -142,7 +151,7 @@ class CalibratedWalk:
             state, streams = State(), _embedded(walk, self._calibration.tokens, self._store)
         else:
             state, streams = self._start
-        rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
+        middle = self._store.scratch()
         while state.layer < walk.config.num_hidden_layers:
             out = self._store.new(state.layer + 1)
             # Before anything else reads the layer: `source_digest` says why.
@@ -151,11 +160,11 @@ class CalibratedWalk:
             read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
             smooth, choice = walk.smooth, None
             if self._prepared.recipe.auto:
-                choice = self._choose(walk, state.layer, rotary, (streams, middle, out))
+                choice = self._choose(walk, state.layer, (streams, middle, out))
                 smooth = choice.smooth
             began = time.monotonic()
             layer = Layer(replace(walk, smooth=smooth), state.layer, read)
-            report = replace(_run_layer(layer, rotary, streams, middle, out), choice=choice)
+            report = replace(_run_layer(layer, streams, middle, out), choice=choice)
             self._time.layer_took(time.monotonic() - began)
             self._convert_rest(layer, jobs)
             self._files.sync(sorted({job.shard for job in jobs}))
@@ -164,14 +173,14 @@ class CalibratedWalk:
             streams = self._store.publish(out, state)
         return state.reports
 
-    def _choose(self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]) -> Choice:
+    def _choose(self, walk: Walk, index: int, streams: tuple[Streams, Streams, Streams]) -> Choice:
         """Whether a layer is smoothed, by trials, which use up the last two streams."""
         if not self._time.allows_trials(walk.config.num_hidden_layers - index):
             return Choice(walk.smooth, None)
         began = time.monotonic()
 
         def run(trial: Walk, start: StreamPair, middle: StreamPair, out: StreamPair) -> float:
-            return _run_layer(Layer(trial, index), rotary, start, middle, out).output_error
+            return _run_layer(Layer(trial, index), start, middle, out).output_error
 
         trials = run_trials(walk, *streams, run)
         self._time.trial_took(time.monotonic() - began)
@@ -179,7 +188,7 @@ class CalibratedWalk:
 
     def _convert_embedding(self, walk: Walk) -> None:
         """The embedding first, so that the journal knows from which one the hidden states came."""
-        job = walk.jobs[_EMBEDDING]
+        job = walk.jobs[_embedding_of(walk)]
         if job.index not in self._journal.record.jobs:
             entry = self._convert(job)
             self._files.sync([job.shard])
@@ -198,9 +207,9 @@ class CalibratedWalk:
         return entry
 
 
-def _run_layer(layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
+def _run_layer(layer: Layer, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
     """Quantize one layer; its report."""
-    strengths, kv_cache = run_attention(layer, rotary, streams, middle)
+    strengths, kv_cache = run_attention(layer, streams, middle)
     _check_finite(middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
     _check_finite(out, layer.index, "feed-forward part")
@@ -214,14 +223,19 @@ def _run_layer(layer: Layer, rotary: Rotary, streams: StreamPair, middle: Stream
     )
 
 
+def _embedding_of(walk: Walk) -> str:
+    return walk.config.family.name(Block.TOP, "embedding")
+
+
 def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     """The streams before the first layer: rows of the embedding, exact and as they are stored."""
     streams = store.new(0)
-    dtype = DTYPES[walk.jobs[_EMBEDDING].outputs[0].dtype]
+    name = _embedding_of(walk)
+    dtype = DTYPES[walk.jobs[name].outputs[0].dtype]
     for part in row_chunks(tokens.numel()):
         used, place = tokens.flatten()[part].unique(return_inverse=True)
-        rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
-        check_finite(_EMBEDDING, rows, walk.source)
+        rows = torch.cat([walk.source.rows_float32(name, int(token), int(token) + 1) for token in used])
+        check_finite(walk.source.weights[name], rows)
         streams.floats[part] = rows[place]
         streams.quantized[part] = rows.to(dtype).float()[place]
     return streams

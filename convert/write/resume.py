@@ -12,32 +12,29 @@ from pathlib import Path
 
 from ...errors import CheckpointError, ConversionError
 from ...formats.checkpoint import Checkpoint
-from ...formats.dialects import WeightSource
 from ...formats.digests import source_digest
+from ...formats.sources.weights import WeightSource
+from ...inputs.files import FileStamp
 from ...parallel.pool import Pool
 from ...progress import Progress, Task
 from ..plan.plan import Job, Plan
-from .job_output import stored_digest
-from .journal import FileStamp, Record
+from .job_output import read_back_error, stored_digest
+from .journal import Record
 from .shards import ShardFiles
 
 _BUFFER = 4 << 20
 
 
-def stamps(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
-    """The stamps of a checkpoint's files, in its order; none of one on a hub, which a commit pins.
-
-    CheckpointError for a file that is gone.
-    """
-    return () if checkpoint.passes_by else tuple(map(_stamp, checkpoint.shards))
+def stamps_now(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
+    """As `checkpoint.stamps`, of the files that have their names now. CheckpointError for one that is gone."""
+    return tuple(map(_stamp, checkpoint.shards[: len(checkpoint.stamps)]))
 
 
 def _stamp(path: Path) -> FileStamp:
     try:
-        found = path.stat()
+        return FileStamp.of(path.stat())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def forget_impossible(record: Record, plan: Plan) -> None:
@@ -50,9 +47,16 @@ def forget_impossible(record: Record, plan: Plan) -> None:
 
 
 def forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress: Progress) -> None:
-    """Take out of a record the jobs of shards that are gone, or have another size or header."""
+    """Take out of a record the jobs of shards that are gone, or have another size or header.
+
+    ConversionError where too many files are open to say.
+    """
     for number in sorted({plan.jobs[index].shard for index in record.jobs}):
-        if not files.is_intact(number):
+        try:
+            intact = files.is_intact(number)
+        except OSError as error:
+            raise read_back_error(files.path(number), error) from error
+        if not intact:
             progress.note(f"{files.path(number)}: is gone or changed since the interrupted run; making it again")
             _forget(record, plan, plan.shards[number].jobs)
 
@@ -72,10 +76,7 @@ def forget_changed_output(record: Record, files: ShardFiles, plan: Plan, pool: P
         try:
             return stored_digest(files, job, local.buffer)
         except OSError as error:
-            path = files.path(job.shard)
-            raise ConversionError(
-                f"{path}: cannot be read back: {error.strerror}; remove it, and the same command makes it again"
-            ) from error
+            raise read_back_error(files.path(job.shard), error) from error
 
     known = {index: entry.written for index, entry in record.jobs.items()}
     changed = []
@@ -107,7 +108,7 @@ def forget_changed_source(
     were calibrated on their outputs: ConversionError where one of those would have to be.
     """
     checkpoint = source.checkpoint
-    if checkpoint.passes_by:
+    if checkpoint.window is not None:
         return  # pinned by its commit, which is part of the conversion's identity
     changed_files = {
         path
@@ -122,8 +123,8 @@ def forget_changed_source(
     if not suspects:
         return
     progress.note(
-        f"{_named(changed_files)}: written, copied or fetched since the interrupted run; comparing it with what was "
-        "converted"
+        f"{_named(changed_files)}: written, copied or fetched since weights were read from it; comparing it with what "
+        "was converted"
     )
     progress.start(Task("check", sum([job.source_bytes for job in suspects])))
     changed = []
@@ -150,7 +151,7 @@ def _unless_other_files(before: Sequence[FileStamp], found: Sequence[FileStamp])
 
 def _files(source: WeightSource, name: str) -> set[Path]:
     """The files that a weight is read from."""
-    return {source.checkpoint.info(stored).file for stored in source.stored_names(name)}
+    return {source.checkpoint.info(stored).file for stored in source.weights[name].stored_names}
 
 
 def _named(files: Collection[Path]) -> str:

@@ -11,7 +11,7 @@ from support import CARD, MANIFEST, REPO, alter, contents, reseal, shards, use_c
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, client, resolve
+from npuq.hub import client, open_remote, resolve
 from npuq.hub.client import Backoff
 
 SHARD = "model-00002-of"
@@ -86,7 +86,7 @@ def test_streaming(
     hub.faults.add(armed(fault, f"^GET .*{name}$"))
     with (
         pytest.raises(HubError, match=said),
-        RemoteCheckpoint.open_remote("alice/source", tmp_path / "window", backoff=backoff),
+        open_remote("alice/source", tmp_path / "window", backoff=backoff),
     ):
         pass
     assert not list((tmp_path / "hf-home").rglob(f"snapshots/*/{name}"))
@@ -120,7 +120,7 @@ def test_json(hub: LoopbackHub, pushed: Path, backoff: Backoff, monkeypatch: pyt
         lambda: npuq.pull(REPO, backoff=backoff),
         lambda: resolve(REPO),
         lambda: npuq.push(pushed, REPO, backoff=backoff),
-        lambda: RemoteCheckpoint.open_remote(REPO, pushed, backoff=backoff),
+        lambda: open_remote(REPO, pushed, backoff=backoff),
     ):
         with pytest.raises(HubError, match="more than the 1048576 bytes that npuq reads of an answer"):
             run()
@@ -178,7 +178,7 @@ class TestSmallFiles:
         hub.state.put("alice/source", {CARD: b"# Source\n", **files})
         hub.faults.add(Fault(f"^GET .*/{name}$", corrupt=3, times=ALWAYS))
         for run in (
-            lambda: RemoteCheckpoint.open_remote("alice/source", tmp_path / "window", backoff=backoff),
+            lambda: open_remote("alice/source", tmp_path / "window", backoff=backoff),
             lambda: resolve("alice/source"),
         ):
             with pytest.raises(HubError, match=rf"{name} is not what the manifest promises or the hub lists"):

@@ -24,7 +24,7 @@ from support import MANIFEST, REPO, use_cache
 import npuq
 from npuq.cli.main import main
 from npuq.errors import NpuqError
-from npuq.hub import RemoteCheckpoint, ShardPusher, resolve
+from npuq.hub import ShardPusher, open_remote, resolve
 from npuq.hub.client import Backoff
 from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
 
@@ -153,11 +153,11 @@ def entries(
         return with_cache
 
     def stream(target: Path) -> None:
-        with RemoteCheckpoint.open_remote(REPO, target, backoff=QUICK) as checkpoint:
-            checkpoint.expect([(name,) for name in checkpoint.tensors], ())
+        with open_remote(REPO, target, backoff=QUICK) as checkpoint:
+            checkpoint.window.start([(name,) for name in checkpoint.tensors], ())
             for name in checkpoint.tensors:
                 checkpoint.read(name)
-                checkpoint.release((name,))
+                checkpoint.window.release((name,))
 
     def push_shards(target: Path) -> None:
         pusher = ShardPusher(small, REPO, backoff=QUICK)
@@ -381,7 +381,7 @@ def test_revisions(hub: LoopbackHub, there: object, tmp_path: Path, victim: Path
     runs: dict[str, Entry] = {
         "pull": lambda target: npuq.pull(REPO, revision=revision),
         "resolve": lambda target: resolve(REPO, revision=revision),
-        "stream": lambda target: RemoteCheckpoint.open_remote(REPO, target, revision=revision),
+        "stream": lambda target: open_remote(REPO, target, revision=revision),
         "push": lambda target: npuq.push(tmp_path, REPO, revision=revision),
     }
     run_all(runs, tmp_path, victim)

@@ -14,7 +14,7 @@ from support import REPO, alter, reseal, shards
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, faults
+from npuq.hub import faults, open_remote
 from npuq.hub.client import Backoff, Hub
 from npuq.hub.download import fetch_range
 from npuq.hub.huggingface import HubRepository
@@ -52,7 +52,7 @@ def runs(hub: LoopbackHub, artifact: Path, example_fp8: Path, tmp_path: Path) ->
     return {
         "push": lambda: npuq.push(artifact, REPO, backoff=QUICK),
         "pull": lambda: npuq.pull("alice/pushed", backoff=QUICK),
-        "stream": lambda: RemoteCheckpoint.open_remote("alice/source", tmp_path / "window", backoff=QUICK),
+        "stream": lambda: open_remote("alice/source", tmp_path / "window", backoff=QUICK),
     }
 
 

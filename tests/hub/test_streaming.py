@@ -24,7 +24,8 @@ from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, kill_
 import npuq
 from npuq.convert import convert_checkpoint
 from npuq.errors import CheckpointError, HubError, RecipeError
-from npuq.hub import RemoteCheckpoint, resolve
+from npuq.formats.checkpoint import Checkpoint
+from npuq.hub import open_remote, resolve
 from npuq.hub.client import Backoff
 
 SOURCE = "alice/source"
@@ -49,9 +50,9 @@ def expected(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @contextlib.contextmanager
-def remote(output: Path, backoff: Backoff | None = None, window_bytes: int = WINDOW) -> Iterator[RemoteCheckpoint]:
+def remote(output: Path, backoff: Backoff | None = None, window_bytes: int = WINDOW) -> Iterator[Checkpoint]:
     folder = output / "npuq" / "download"
-    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=window_bytes, backoff=backoff) as checkpoint:
+    with open_remote(SOURCE, folder, window_bytes=window_bytes, backoff=backoff) as checkpoint:
         yield checkpoint
 
 
@@ -95,7 +96,7 @@ def test_dry_run_reads_headers_alone_and_writes_nothing(hub: LoopbackHub, source
     plan = json.loads(done.stdout)
     assert plan["status"] == "planned"
     # The window, and some MB beside the shards: index, tables, tokenizer.
-    assert 3_000_000 < plan["disk_bytes_needed"] - plan["output_bytes"] < 5_000_000
+    assert 3_000_000 < plan["needed_disk_bytes"] - plan["output_bytes"] < 5_000_000
     assert len(hub.requests(r"^GET .*\.safetensors$")) == 3
     assert not (tmp_path / "out").exists()
 
@@ -196,9 +197,9 @@ def test_what_another_commit_left_in_the_window_is_not_used(
     """The same shard, size and range, and other bytes."""
 
     def first(window: Path) -> bytes:
-        with RemoteCheckpoint.open_remote(SOURCE, window) as checkpoint:
+        with open_remote(SOURCE, window) as checkpoint:
             name = next(name for name, info in checkpoint.tensors.items() if info.nbytes > 1000)
-            checkpoint.expect([(name,)], ())
+            checkpoint.window.start([(name,)], ())
             memory = bytearray(checkpoint.info(name).nbytes)
             checkpoint.read_bytes(name, 0, memoryview(memory))
             return bytes(memory)
@@ -290,16 +291,16 @@ def test_what_was_fetched_before_an_interruption_is_used(
     hub: LoopbackHub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, names = tmp_path / "window", []
-    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
+    with open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
         names = [name for name, info in checkpoint.tensors.items() if info.nbytes > 1000][:40]
-        checkpoint.expect([(name,) for name in names], ())
+        checkpoint.window.start([(name,) for name in names], ())
         before = {name: checkpoint.read(name) for name in names}
-        checkpoint.release((names[0],))
+        checkpoint.window.release((names[0],))
     (folder / "notes.txt").write_text("not ours")
     hub.log.clear()
-    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
+    with open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
         asked = len(hub.log)
-        checkpoint.expect([(name,) for name in names], {names[0]})
+        checkpoint.window.start([(name,) for name in names], {names[0]})
         assert all(
             bool((checkpoint.read(name).view(-1) == before[name].view(-1)).all())
             for name in names[1:]
@@ -307,17 +308,17 @@ def test_what_was_fetched_before_an_interruption_is_used(
         )
         assert len(hub.log) == asked
         for name in names[1:]:
-            checkpoint.release((name,))
+            checkpoint.window.release((name,))
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_interrupt_wakes_a_waiting_read(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
     import threading
 
-    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+    with open_remote(SOURCE, tmp_path / "window") as checkpoint:
         hub.faults.add(Fault(r"^GET .*\.safetensors", bytes_per_second=10_000, times=10**6))
         name = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
-        checkpoint.expect([(name,)], ())
+        checkpoint.window.start([(name,)], ())
         raised: list[Exception] = []
 
         def read() -> None:
@@ -329,7 +330,7 @@ def test_interrupt_wakes_a_waiting_read(hub: LoopbackHub, source: str, tmp_path:
         thread = threading.Thread(target=read)
         thread.start()
         time.sleep(0.01)
-        checkpoint.interrupt()
+        checkpoint.window.interrupt()
         thread.join(timeout=5)
         assert not thread.is_alive()
         assert "interrupted" in str(raised[0])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import npuq
 from npuq.errors import BackendError
-from npuq.formats.dialects import BlockScale, StoredRows
 from npuq.formats.schemes import Scheme
 from npuq.native import binding as native
+from npuq.quant.stored_rows import BlockScale, StoredRows
 from npuq.runtime.attention.pools import Pages, Pool
 from npuq.runtime.ops import (
     Decode,
