@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, NpuqError
-from ..formats.artifact import OWN_FOLDER
+from ..formats.artifact import CARD_NAME, OWN_FOLDER
 from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
 from ..formats.output_files import write_error
+from ..inputs.files import FileStamp
+from ..models.config_reader import shown
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
@@ -26,15 +28,22 @@ from .calibrate.walk import CalibratedWalk
 from .finish.card import check_base_model
 from .finish.finish import finish, rehearse
 from .finish.report import totals_by_role
+from .finish.side_files import card_front_matter
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .plan.prepare import CalibrationText, Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
 from .tally import Tally, data_free_effort
-from .write.journal import FileStamp, Journal, Record
+from .write.journal import Journal, Record
 from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
-from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
+from .write.resume import (
+    forget_changed_output,
+    forget_changed_source,
+    forget_impossible,
+    forget_lost_shards,
+    stamps_now,
+)
 from .write.shards import ShardFiles, Write
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -125,12 +134,12 @@ class _Conversion:
 
     def planned(self, force: bool) -> Summary:
         """What a run would do; nothing is written."""
-        state, record, refusal = "refused", Record(), None
+        state, record, refusal, notes = "refused", Record(), None, self.notes
         space = self._space(record)
         try:
             found = look(self.output, self.prepared.identity)
             if isinstance(found, Finished):
-                state, space = "finished", self._space(None)
+                state, space, notes = "finished", self._space(None), self._finished_notes()
             else:
                 state, record = ("new", record) if found is None else ("unfinished", found)
                 space = self._space(record)
@@ -138,7 +147,7 @@ class _Conversion:
                     _refuse_full_disk(space, self.output)
         except NpuqError as error:
             refusal = str(error)
-        return self._summary("planned", len(record.jobs), self._roles({}), space, state, refusal)
+        return self._summary("planned", len(record.jobs), self._roles({}), space, state, refusal, notes)
 
     def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
         """Run."""
@@ -148,8 +157,11 @@ class _Conversion:
         if isinstance(found, Finished):
             # A kill after the manifest leaves what only an unfinished conversion needs.
             _remove_remains(self.output, progress)
+            notes = self._finished_notes()
+            for note in notes[len(self.notes) :]:
+                progress.note(note)
             jobs = len(self.prepared.plan.jobs)
-            return self._summary("finished", jobs, found.report["roles"], self._space(None), "finished")
+            return self._summary("finished", jobs, found.report["roles"], self._space(None), "finished", notes=notes)
         space = self._space(found or Record())
         if not force:
             _refuse_full_disk(space, self.output)
@@ -170,7 +182,7 @@ class _Conversion:
         tally = Tally(plan, progress, data_free_effort if calibration is None else calibrated_effort(prepared))
         files = ShardFiles(self.output, plan, internals.write)
         try:
-            found = stamps(prepared.checkpoint)
+            found = prepared.checkpoint.stamps
             forget_impossible(record, plan)
             forget_lost_shards(record, files, plan, progress)
             if calibration is not None:
@@ -209,9 +221,11 @@ class _Conversion:
         self, journal: Journal, before: Sequence[FileStamp], kept: Collection[int], progress: Progress
     ) -> None:
         """Raise ConversionError where weights that were converted are no longer what the source holds."""
-        now, record = stamps(self.prepared.checkpoint), journal.record
+        now, record = stamps_now(self.prepared.checkpoint), journal.record
         if tuple(now) == tuple(before):
             return
+        # What has the names now is to be compared, and not what is open.
+        self.prepared.checkpoint.close()
         done = len(record.jobs)
         with Pool(self.budget.workers) as pool:
             forget_changed_source(record, self.prepared.source, self.prepared.plan, now, kept, pool, progress)
@@ -221,6 +235,19 @@ class _Conversion:
                 f"{self.prepared.checkpoint.directory}: {done - len(record.jobs)} of its weights changed while it was "
                 "converted; run the same command: it makes these again"
             )
+
+    def _finished_notes(self) -> tuple[str, ...]:
+        """What a user should know of an artifact that is finished: its card stays as it is."""
+        wanted = self.prepared.base_model
+        named = card_front_matter(self.output).get("base_model")
+        if wanted is None or named == wanted:
+            return self.notes
+        now = "no base_model" if named is None else f"base_model {shown(named)}"
+        return (
+            *self.notes,
+            f"{self.output / CARD_NAME}: the artifact is finished, and its card keeps {now}: write "
+            f"'base_model: {wanted}' there, between the first two lines ---",
+        )
 
     def _space(self, record: Record | None) -> Space:
         """With a record of what is done; None where all is."""
@@ -237,6 +264,7 @@ class _Conversion:
         space: Space,
         output_state: str,
         refusal: str | None = None,
+        notes: tuple[str, ...] | None = None,
     ) -> Summary:
         plan = self.prepared.plan
         return Summary(
@@ -258,7 +286,7 @@ class _Conversion:
             seconds=time.monotonic() - self.started,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            notes=self.notes,
+            notes=self.notes if notes is None else notes,
             roles=tuple(roles),
             output_state=output_state,
             refusal=refusal,

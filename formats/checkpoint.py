@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..inputs.files import inside, is_inside
+from ..inputs.files import FileStamp, inside, is_inside
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
 from ..native.mapped import MappedFiles
-from .safetensors import TensorInfo, read_header
+from .safetensors import TensorInfo
 from .storage import LocalFiles, Storage, Window
 
 # In the folder of our own (artifact.py), until a conversion is finished.
@@ -34,8 +34,10 @@ _DIGITS = re.compile(r"([0-9]+)")
 class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
-    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `window` is there
-    where tensors pass by: they can be read between their announcement and their release alone, and once.
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
+    that views lie in: call `files.check()` before results computed with views are used. `stamps` are those of the shards
+    when their headers were read; a checkpoint on a hub has none, since a commit pins it. `window` is there where tensors
+    pass by: they can be read between their announcement and their release alone, and once.
     """
 
     def __init__(
@@ -46,18 +48,16 @@ class Checkpoint:
         shards: Sequence[Path],
         storage: Storage,
         window: Window | None = None,
+        stamps: Sequence[FileStamp] = (),
     ):
         self.directory = directory
         self.config = config
         self.tensors = tensors
         self.shards = tuple(shards)
+        self.stamps = tuple(stamps)
         self.window = window
+        self.files = MappedFiles()
         self._storage = storage
-
-    @property
-    def files(self) -> MappedFiles:
-        """Those that views lie in: who computes with views calls `files.check()` before he believes what came out."""
-        return self._storage.files
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -80,9 +80,11 @@ class Checkpoint:
         if weight_map is None:
             shards.append(single_file(directory, [path.name for path in directory.iterdir()]))
         paths = {shard: inside(directory, shard) for shard in shards}
-        headers = {shard: read_header(path)[0] for shard, path in paths.items()}
+        storage = LocalFiles()
+        headers = {shard: storage.read_header(path) for shard, path in paths.items()}
         tensors = collect_tensors(directory, weight_map, headers)
-        return cls(directory, config, tensors, [paths[shard] for shard in shards], LocalFiles())
+        stamps = [storage.stamps[path] for path in paths.values()]
+        return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps)
 
     def info(self, name: str) -> TensorInfo:
         """Where and what the tensor is; CheckpointError when the checkpoint has none of that name."""
@@ -117,7 +119,7 @@ class Checkpoint:
 
         What cannot be mapped is copied instead.
         """
-        found = self._storage.view(self.info(name))
+        found = self._storage.view(self.info(name), self.files)
         return self.read(name) if found is None else found
 
     def close(self) -> None:

@@ -77,12 +77,20 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensor has an unknown dtype, a name that is no line of text, a shape that no array can have, a byte range that
     disagrees with its shape, or when ranges overlap or leave holes.
     """
-    with os.fdopen(open_file(path, CheckpointError), "rb") as file:
-        try:
-            file_size = os.fstat(file.fileno()).st_size
-            return parse_header(path, file_size, lambda start, count: os.pread(file.fileno(), count, start))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    descriptor = open_file(path, CheckpointError)
+    try:
+        return header_of(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def header_of(path: Path, descriptor: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """As `read_header`, of a file that is open."""
+    try:
+        size = os.fstat(descriptor).st_size
+        return parse_header(path, size, lambda start, count: os.pread(descriptor, count, start))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_header(

@@ -12,25 +12,19 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..inputs.files import open_file
+from ..inputs.files import FileStamp, open_file
 from ..native.mapped import MappedFiles
-from .safetensors import TensorInfo, read_range
+from .safetensors import TensorInfo, header_of, read_range
 
 
 class Storage(Protocol):
-    """The bytes of tensors, read by any number of threads.
-
-    files: those that views lie in: who computes with views calls `files.check()` before he believes what came out.
-    """
-
-    @property
-    def files(self) -> MappedFiles: ...
+    """The bytes of tensors, read by any number of threads."""
 
     def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
         """Fill `memory` from byte `start` of the tensor's file on; CheckpointError where it cannot be read."""
 
-    def view(self, info: TensorInfo) -> Tensor | None:
-        """The whole tensor over a memory map; None where there can be none."""
+    def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
+        """The whole tensor over a memory map, one of `files`; None where there can be none."""
 
     def close(self) -> None:
         """Close the files. Views stay valid for as long as a tensor uses them."""
@@ -57,12 +51,23 @@ class Window(Protocol):
 
 
 class LocalFiles:
-    """The files of a directory."""
+    """Files that are here: their headers are read first, and then their tensors, which lie as the headers say."""
 
     def __init__(self) -> None:
-        self.files = MappedFiles()
+        self.stamps: dict[Path, FileStamp] = {}
+        self._headers: dict[Path, dict[str, TensorInfo]] = {}
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
+
+    def read_header(self, path: Path) -> dict[str, TensorInfo]:
+        """The tensors of a file, which is stamped as it is now."""
+        descriptor = open_file(path, CheckpointError)
+        try:
+            self.stamps[path] = FileStamp.of(os.fstat(descriptor))
+            self._headers[path] = header_of(path, descriptor)[0]
+        finally:
+            os.close(descriptor)
+        return self._headers[path]
 
     def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
         try:
@@ -70,11 +75,11 @@ class LocalFiles:
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
-    def view(self, info: TensorInfo) -> Tensor | None:
+    def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
         # One that is not aligned to its item size (npuq never writes one) has no address for vector loads.
         if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
             return None
-        mapped = self.files.map(info.file, self._descriptor(info.file))
+        mapped = files.map(info.file, self._descriptor(info.file))
         if len(mapped) < info.end:
             raise CheckpointError(f"{info.file}: became shorter while tensor {info.name!r} was read; fetch it again")
         data = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)
@@ -89,5 +94,18 @@ class LocalFiles:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = open_file(path, CheckpointError)
+                descriptor = open_file(path, CheckpointError)
+                try:
+                    self._refuse_another(path, descriptor)
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                self._descriptors[path] = descriptor
             return self._descriptors[path]
+
+    def _refuse_another(self, path: Path, descriptor: int) -> None:
+        """CheckpointError for a file that came in place of the one whose header was read, with other tensors."""
+        if FileStamp.of(os.fstat(descriptor)) == self.stamps[path]:
+            return
+        if header_of(path, descriptor)[0] != self._headers[path]:
+            raise CheckpointError(f"{path}: is another file than when it was opened; run the same command again")

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, NamedTuple
 
 from ..errors import CheckpointError, NpuqError
 from .printable import printable
@@ -64,6 +64,20 @@ def _is_content(root: Path, target: Path) -> bool:
                 target.is_relative_to(shared) and _SHARED.fullmatch(str(target.relative_to(shared))) is not None
             )
     return False
+
+
+class FileStamp(NamedTuple):
+    """What changes of a file when its content does: nobody can set its ctime back."""
+
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileStamp:
+        """Of what `stat` or `fstat` found."""
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def open_file(path: Path, error: type[NpuqError]) -> int:

@@ -57,8 +57,8 @@ class Walk:
 class Layer:
     """One decoder layer of a walk: its weights as float32, and what is written of it.
 
-    `read` has the digest of what each job reads, by index; a trial needs none. `entries` collects what the journal
-    keeps of each job, `errors` the relative output error of each quantized linear.
+    `read` has the digest of what each job of the layer reads, by index; None in a trial. `entries` collects what the
+    journal keeps of each job, `errors` the relative output error of each quantized linear.
     """
 
     def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
@@ -66,7 +66,7 @@ class Layer:
         self.index = index
         self.tensors = ModelTensors(walk.config)
         self.entries: dict[int, JobEntry] = {}
-        self._read = read or {}
+        self._read = read
         self.errors: dict[str, float] = {}
 
     def has(self, block: Block, part: str) -> bool:
@@ -97,8 +97,9 @@ class Layer:
         return stored
 
     def finish(self, job: Job, written: JobResult) -> None:
-        """Count a job as written."""
-        self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
+        """Count a job as written; a trial writes none."""
+        if self._read is not None:
+            self.entries[job.index] = JobEntry(written.stats, self._read[job.index], written.digest)
         self.walk.done(job)
 
     def quantize(self, jobs: Sequence[Job], weights: Sequence[Tensor], inputs: Inputs) -> list[Deployed]:

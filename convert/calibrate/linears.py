@@ -60,12 +60,7 @@ class Linears:
         """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
         stored = self.rounded(job, tensor).reshape(job.shape)
         if not bool(torch.isfinite(stored).all()):
-            if bool(torch.isfinite(tensor).all()):
-                dtype = str(stored.dtype).removeprefix("torch.")
-                why = f"outgrows {dtype} once it is rotated or smoothed; leave that out of the method"
-            else:
-                why = "holds infinities or NaN; the checkpoint is damaged: fetch it again"
-            raise CheckpointError(f"tensor {job.source!r} {why}")
+            raise _outgrown(job, stored.dtype)
         digest = self._write(job, {job.outputs[0].suffix: stored})
         return stored.to(torch.float32), JobResult(ErrorSums(0.0, float(tensor.double().square().sum())), digest)
 
@@ -123,13 +118,19 @@ def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> Quantize
     try:
         parts = list(mapper.map(some, weight.split(_ROWS)))
     except NonFiniteError as error:
-        raise CheckpointError(
-            f"tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch it again"
-        ) from error
+        raise _outgrown(job, weight.dtype) from error
     return QuantizedRows(
         {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors},
         torch.cat([part.squared_error for part in parts]),
         torch.cat([part.squared_norm for part in parts]),
+    )
+
+
+def _outgrown(job: Job, dtype: torch.dtype) -> CheckpointError:
+    """The error of a weight that is not finite any more: `Layer.weight` has found it finite."""
+    kind = str(dtype).removeprefix("torch.")
+    return CheckpointError(
+        f"tensor {job.source!r} outgrows {kind} once it is rotated or smoothed; leave that out of the method"
     )
 
 

@@ -45,7 +45,7 @@ def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
 
 
 def card_front_matter(source: Path) -> dict[str, object]:
-    """The YAML front matter of the source's README.md, for its licence; empty when there is none to read."""
+    """The YAML front matter of a directory's README.md; empty when there is none to read."""
     try:
         if not is_inside(source, "README.md"):
             return {}

@@ -87,9 +87,10 @@ class Prepared:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What decides every byte of the artifact, in words that a refusal can show.
+        """What decides every byte that the manifest vouches for, in words that a refusal can show.
 
-        An interrupted run and its continuation must share it.
+        An interrupted run and its continuation must share it. `base_model` is not in it: it goes into the card alone,
+        which belongs to people.
         """
         digest = hashlib.sha256(self.origin.config_sha256.encode())
         for info in self.checkpoint.tensors.values():

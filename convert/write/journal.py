@@ -15,10 +15,11 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ...errors import ConversionError
 from ...formats.digests import DIGEST_BYTES
+from ...inputs.files import FileStamp
 from ...inputs.json_text import parse_object
 from ...inputs.names import Sha256
 from ...quant.weight_error import ErrorSums
@@ -37,15 +38,6 @@ class JobEntry:
     stats: ErrorSums
     read: bytes
     written: bytes
-
-
-class FileStamp(NamedTuple):
-    """What changes of a file when its content does: nobody can set its ctime back."""
-
-    nbytes: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
 
 
 @dataclass

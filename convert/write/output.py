@@ -59,12 +59,13 @@ def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
         if journal.exists():
             found, record = Journal.look(journal)
             _refuse_difference(output, found, identity)
+            _refuse_unwritable(output, output / OWN_FOLDER, journal)
             return record
         if output.exists() and not _is_blank(output) and not journal.exists():  # another npuq may just have made it
             raise ConversionError(
                 f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
             )
-        _refuse_unwritable(output)
+        _refuse_unwritable(_existing(output))
     except OSError as error:
         raise write_error(output, error) from error
     return None
@@ -104,15 +105,21 @@ def _is_blank(output: Path) -> bool:
     return True
 
 
-def _refuse_unwritable(output: Path) -> None:
-    """OSError where a new output directory could not be made or filled."""
+def _existing(output: Path) -> Path:
+    """The directory that an output directory is, or will be made in. OSError where something else has the name."""
     existing = output.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+    return existing
+
+
+def _refuse_unwritable(*paths: Path) -> None:
+    """OSError for folders that cannot be filled and files that cannot be written."""
+    for path in paths:
+        if not os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _refuse_difference(output: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

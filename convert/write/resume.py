@@ -14,30 +14,27 @@ from ...errors import CheckpointError, ConversionError
 from ...formats.checkpoint import Checkpoint
 from ...formats.digests import source_digest
 from ...formats.sources.weights import WeightSource
+from ...inputs.files import FileStamp
 from ...parallel.pool import Pool
 from ...progress import Progress, Task
 from ..plan.plan import Job, Plan
 from .job_output import read_back_error, stored_digest
-from .journal import FileStamp, Record
+from .journal import Record
 from .shards import ShardFiles
 
 _BUFFER = 4 << 20
 
 
-def stamps(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
-    """The stamps of a checkpoint's files, in its order; none of one on a hub, which a commit pins.
-
-    CheckpointError for a file that is gone.
-    """
-    return () if checkpoint.window is not None else tuple(map(_stamp, checkpoint.shards))
+def stamps_now(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
+    """As `checkpoint.stamps`, of the files that have their names now. CheckpointError for one that is gone."""
+    return tuple(map(_stamp, checkpoint.shards[: len(checkpoint.stamps)]))
 
 
 def _stamp(path: Path) -> FileStamp:
     try:
-        found = path.stat()
+        return FileStamp.of(path.stat())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def forget_impossible(record: Record, plan: Plan) -> None:
@@ -126,8 +123,8 @@ def forget_changed_source(
     if not suspects:
         return
     progress.note(
-        f"{_named(changed_files)}: written, copied or fetched since the interrupted run; comparing it with what was "
-        "converted"
+        f"{_named(changed_files)}: written, copied or fetched since weights were read from it; comparing it with what "
+        "was converted"
     )
     progress.start(Task("check", sum([job.source_bytes for job in suspects])))
     changed = []

@@ -14,8 +14,9 @@ from calibrated import CHAIN, LENGTH, STATIC, add_tokenizer, convert
 
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.calibrate.auto import TimeBudget
+from npuq.convert.calibrate.context import Layer
 from npuq.convert.calibrate.layer_report import Trials
-from npuq.convert.calibrate.linears import Linears
+from npuq.convert.calibrate.linears import JobResult, Linears
 from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
 from npuq.convert.calibrate.smooth import norm_quotient, rounded
 from npuq.convert.plan.memory import Budget
@@ -24,6 +25,7 @@ from npuq.formats.schemes import Scheme, dequantize, quantize_rows
 from npuq.models.config import ModelConfig
 from npuq.parallel.pool import Pool
 from npuq.quant.scales import Method
+from npuq.quant.weight_error import ErrorSums
 from npuq.verification import verify
 
 
@@ -38,7 +40,7 @@ def manifest_of(output: Path) -> dict:
     return json.loads((output / "npuq" / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite"])
+@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite", "glm"])
 @pytest.mark.parametrize("method", ["gptq", "smooth+mse", CHAIN])
 def test_every_family_and_chain_gives_a_sound_artifact(family, method, write, texts, tmp_path):
     directory = write(tmp_path / "source", family=family)
@@ -328,8 +330,30 @@ def test_a_float_tensor_that_cannot_be_stored_is_one_line():
     job = SimpleNamespace(source="w", shape=(2,), outputs=[SimpleNamespace(dtype="F16")])
     with pytest.raises(CheckpointError, match=r"^tensor 'w' outgrows float16 once it is rotated or smoothed; leave"):
         Linears(None).float(job, torch.tensor([1.0, 1e6]))
-    with pytest.raises(CheckpointError, match=r"^tensor 'w' holds infinities or NaN; the checkpoint is damaged"):
-        Linears(None).float(job, torch.tensor([1.0, float("nan")]))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_smoothing_made_infinite_is_not_called_the_checkpoints_damage(bad):
+    """Weights are found finite when they are read, before any factor."""
+    job = SimpleNamespace(source="w", shape=(2,), outputs=[SimpleNamespace(dtype="F32")])
+    with pytest.raises(CheckpointError, match=r"^tensor 'w' outgrows float32 once it is rotated or smoothed; leave"):
+        Linears(None).float(job, torch.tensor([1.0, bad]))
+    job = SimpleNamespace(source="w", method=Method.GPTQ, scheme=Scheme.W8A8, row_parallel=False, outputs=())
+    weight = torch.ones(4, 64)
+    weight[1, 2] = bad
+    with pytest.raises(CheckpointError, match=r"^tensor 'w' outgrows float32 once it is rotated or smoothed; leave"):
+        Linears(None).quantize(job, weight, None, None, None, Pool(1).inline)
+
+
+def test_a_job_of_which_nobody_knows_what_it_read_is_not_journaled():
+    """A line with an empty digest would end the journal."""
+    job, written = SimpleNamespace(index=7), JobResult(ErrorSums(0.0, 1.0), b"d" * 16)
+    walk = SimpleNamespace(done=lambda job: None)
+    trial = Layer(walk, 0)
+    trial.finish(job, written)
+    assert trial.entries == {}
+    with pytest.raises(KeyError):
+        Layer(walk, 0, {6: b"r" * 16}).finish(job, written)
 
 
 def test_hidden_states_that_are_left_over_go_and_nothing_else_does(source, texts, tmp_path):

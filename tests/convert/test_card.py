@@ -80,6 +80,21 @@ def test_mtp_layers_are_named_as_such(v3_artifact, make_checkpoint, tmp_path):
     assert "It keeps its 2 multi-token-prediction layers (layers 3 to 4, from 0)." in card
 
 
+def test_base_model_of_an_artifact_that_is_finished(make_checkpoint, tmp_path):
+    """Its card may have been edited since: what is not written into it is said."""
+    source, output = make_checkpoint(), tmp_path / "out"
+    convert_checkpoint(source, output, method="minmax")
+    for dry_run in (False, True):
+        given = {"method": "minmax", "base_model": "someone/a-model", "dry_run": dry_run}
+        (note,) = set(convert_checkpoint(source, output, **given).notes) - set(
+            convert_checkpoint(source, output, method="minmax").notes
+        )
+        assert "README.md" in note and "no base_model" in note and "'base_model: someone/a-model'" in note
+    card = output / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: someone/a-model\n", 1))
+    assert not any("base_model" in note for note in convert_checkpoint(source, output, **given).notes)
+
+
 def test_base_model_of_a_local_source(make_checkpoint, tmp_path, npuq):
     source = make_checkpoint()
     convert_checkpoint(source, tmp_path / "plain", method="minmax")

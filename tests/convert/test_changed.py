@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calibrated import add_tokenizer, text
+from safetensors.torch import load_file, save_file
 
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.conversion import Internals
 from npuq.convert.plan.prepare import prepare
 from npuq.convert.write.pipeline import Durability
-from npuq.errors import ConversionError
+from npuq.errors import CheckpointError, ConversionError
+from npuq.formats.checkpoint import Checkpoint
 from npuq.progress import Silent
 
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}
@@ -216,6 +219,59 @@ def test_a_norm_that_was_folded_into_others(own_source, tmp_path, tree):
     convert_checkpoint(own_source, tmp_path / "out", **options)
     convert_checkpoint(own_source, tmp_path / "fresh", **options)
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def rewritten(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Put another file in a shard's place, under a new inode."""
+    tensors = edit(load_file(path))
+    save_file(tensors, path.with_suffix(".new"), metadata={"format": "pt"})
+    path.with_suffix(".new").replace(path)
+
+
+def test_a_shard_with_other_places_that_comes_after_the_headers_were_read(own_source, tmp_path):
+    """Its bytes would be read as other tensors', and its stamp would vouch for that."""
+    checkpoint = Checkpoint.open(own_source)
+    shard = checkpoint.shards[0]
+    name = next(name for name, info in checkpoint.tensors.items() if info.file == shard)
+    rewritten(shard, lambda tensors: tensors | {name: torch.cat([tensors[name].float(), tensors[name].float()])})
+    with pytest.raises(CheckpointError, match=f"{shard.name}: is another file than when it was opened; run the same"):
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)
+
+
+def test_a_shard_that_is_exchanged_while_it_is_converted(own_source, tmp_path, tree):
+    """The old file stays open; what has its name at the end is another."""
+    prepared = prepare(own_source, "w4a8", "minmax", 60_000)
+    prepared.checkpoint.close()
+    name, count = prepared.plan.turns[0].source, 0
+    shard = place_of(own_source, name)[0]
+
+    def write(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal count
+        count += 1
+        if count == 100:
+            rewritten(shard, lambda tensors: tensors | {name: torch.ones(tensors[name].shape).to(tensors[name].dtype)})
+        return os.pwrite(descriptor, data, offset)
+
+    with pytest.raises(ConversionError, match="1 of its weights changed while it was converted; run the same command"):
+        convert_checkpoint(own_source, tmp_path / "out", internals=Internals(write=write), **OPTIONS)
+    convert_checkpoint(own_source, tmp_path / "out", **OPTIONS)
+    convert_checkpoint(own_source, tmp_path / "fresh", **OPTIONS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_fresh_run_does_not_speak_of_an_interrupted_one(own_source, tmp_path):
+    notes, count = Notes(), 0
+
+    def write(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal count
+        count += 1
+        if count == 100:
+            os.utime(sorted(own_source.glob("*.safetensors"))[0])
+        return os.pwrite(descriptor, data, offset)
+
+    convert_checkpoint(own_source, tmp_path / "out", internals=Internals(write=write), **OPTIONS, progress=notes)
+    assert any("since weights were read from it" in line for line in notes.lines)
+    assert not any("interrupted" in line for line in notes.lines)
 
 
 def test_weights_that_change_while_they_are_converted(own_source, tmp_path, tree):

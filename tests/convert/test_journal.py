@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from npuq.convert import convert_checkpoint
 from npuq.convert.write.checked_lines import DamagedLineError, checked_line, line_content
-from npuq.convert.write.journal import FileStamp, JobEntry, Journal
+from npuq.convert.write.journal import JobEntry, Journal
 from npuq.errors import ConversionError, NpuqError
+from npuq.inputs.files import FileStamp
 from npuq.quant.weight_error import ErrorSums
 
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}

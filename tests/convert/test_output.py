@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,21 @@ def test_a_place_that_room_does_not_mend(v3_source, tmp_path):
     for output in (tmp_path / "file" / "out", tmp_path / "dangling"):
         with pytest.raises(ConversionError, match=f"{output}.*choose an output that can be written"):
             convert_checkpoint(v3_source, output, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", [".", "npuq", "npuq/progress.jsonl"])
+def test_a_dry_run_refuses_what_cannot_be_continued(name, v3_source, half_done, monkeypatch):
+    """Root may write everywhere: the system's answer is exchanged."""
+    access = os.access
+
+    def answer(path: Path, mode: int) -> bool:
+        return access(path, mode) and not (Path(path) == half_done / name and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", answer)
+    refusal = convert_checkpoint(v3_source, half_done, dry_run=True, **OPTIONS).refusal
+    assert refusal is not None and f"{half_done / name}: cannot be written: Permission denied; choose" in refusal
+    with pytest.raises(ConversionError, match="Permission denied"):
+        convert_checkpoint(v3_source, half_done, **OPTIONS)
 
 
 def test_what_is_unfinished_is_called_so(half_done):
