@@ -11,7 +11,7 @@ from ..errors import ArtifactError
 from ..formats.artifact import MANIFEST_NAME
 
 KEY = "calibration"
-FALLBACKS = ("blended", "pooled", "data-free")
+FALLBACKS = ("blended", "data-free")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from .calibration import FALLBACKS, Coverage
 from .heat_map import heat_map
 from .style import MARK
 
-_MARKS = {"blended": "circle", "pooled": "diamond", "data-free": "x"}
+_MARKS = {"blended": "circle", "data-free": "x"}
 
 
 def coverage_figure(coverage: Coverage) -> Any:

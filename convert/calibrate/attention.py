@@ -16,7 +16,7 @@ from ...formats.schemes import Scheme
 from ...models.family import Block, Entry
 from ...models.roles import QUANTIZABLE
 from ...quant.smoothing import power_of_two
-from ...runtime.ops import Step
+from ...runtime.ops import Activation, AttentionWeights, Step
 from ...runtime.step import Chunk, StepBuilder
 from .context import Layer
 from .kv_cache import LatentScale, search_scale
@@ -39,9 +39,9 @@ class Weights:
     def tensor(self, part: str) -> Tensor:
         return self.tensors[part]
 
-    def having(self, *linears: Deployed) -> Weights:
-        """The block with these linears in their places, by their names."""
-        return replace(self, linears={**self.linears, **{linear.name: linear for linear in linears}})
+    def having(self, linears: Mapping[str, Deployed]) -> Weights:
+        """The block with these linears in their places."""
+        return replace(self, linears={**self.linears, **linears})
 
 
 class AttentionBlock:
@@ -72,26 +72,29 @@ class AttentionBlock:
 
     def output(self, weights: Weights, x: Tensor) -> Tensor:
         """The block's output, to be added to the residual stream x `[T, H]`."""
-        ops, kind = self._walk.ops, self._walk.attention
-        loaded = kind.load(weights, ops)
-        hidden, _ = kind.norm(None, x, weights.tensor(self.norm.part), loaded, ops)
-        return kind.attend(hidden, loaded, self._cache, self._step(x.shape[0]), ops)
+        kind, ops = self._walk.attention, self._walk.ops
+        return kind.attend(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops)
 
     def inputs(self, weights: Weights, activation: str, x: Tensor) -> Tensor:
         """What the linears that read an activation are given, of the residual stream x `[T, H]`: `[T, K]`."""
         first = self.stages[activation][0].part
         try:
-            self.output(weights.having(Recording(first, Scheme.FLOAT, weights.tensors[first])), x)
+            self.output(weights.having({first: Recording(first, Scheme.FLOAT, weights.tensors[first])}), x)
         except ReachedError as reached:
             return reached.inputs
         raise AssertionError(f"attention does not read {first}")
 
     def cached(self, weights: Weights, x: Tensor) -> dict[str, Tensor]:
         """What the KV cache holds for the residual stream x `[T, H]`, by pool: `[T, channels]`."""
-        ops, kind = self._walk.ops, self._walk.attention
+        kind, ops = self._walk.attention, self._walk.ops
+        return kind.write(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops)
+
+    def _start(self, weights: Weights, x: Tensor) -> tuple[Activation, AttentionWeights]:
+        """What the block begins with: normed rows and loaded weights."""
+        kind, ops = self._walk.attention, self._walk.ops
         loaded = kind.load(weights, ops)
         hidden, _ = kind.norm(None, x, weights.tensor(self.norm.part), loaded, ops)
-        return kind.write(hidden, loaded, self._cache, self._step(x.shape[0]), ops)
+        return hidden, loaded
 
     def _step(self, tokens: int) -> Step:
         length = self._walk.sequence_length
@@ -141,7 +144,7 @@ def _quantize(layer: Layer, block: AttentionBlock, floats: Weights, streams: Str
 
         jobs = [layer.job(Block.ATTENTION, entry.part) for entry in stage]
         linears = layer.quantize(jobs, [floats.tensors[entry.part] for entry in stage], inputs)
-        found = found.having(*(replace(linear, name=entry.part) for entry, linear in zip(stage, linears, strict=True)))
+        found = found.having({entry.part: linear for entry, linear in zip(stage, linears, strict=True)})
     return found
 
 
@@ -158,8 +161,8 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
 
     def error(changed: dict[str, Tensor], readers: tuple[str, ...]) -> float:
         trial = tensors | changed
-        linears = [replace(deployed(layer.job(Block.ATTENTION, part), trial[part]), name=part) for part in readers]
-        return float((block.output(Weights(trial).having(*linears), x) - truth).double().square().sum())
+        linears = {part: deployed(layer.job(Block.ATTENTION, part), trial[part]) for part in readers}
+        return float((block.output(Weights(trial, linears), x) - truth).double().square().sum())
 
     def largest(activation: str) -> Tensor:
         weights, most = Weights(tensors), None

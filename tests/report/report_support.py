@@ -33,7 +33,7 @@ CALIBRATION: Manifest = {
         },
         "10": {
             "expert_tokens": [9, *[136] * 15],
-            "fallbacks": {"0": "pooled"},
+            "fallbacks": {"0": "blended"},
             "output_error": 0.041,
             "kv_cache_error": 0.007,
         },

@@ -188,7 +188,7 @@ CALIBRATION_DAMAGE: dict[str, Callable[[Any], object]] = {
     "a layer is a number": lambda calibration: calibration["layers"].update({"1": 3}),
     "fewer than no tokens": lambda calibration: calibration["layers"]["1"].update(expert_tokens=[-1]),
     "tokens are text": lambda calibration: calibration["layers"]["1"].update(expert_tokens=["many"]),
-    "a fallback of no expert": lambda calibration: calibration["layers"]["1"].update(fallbacks={"16": "pooled"}),
+    "a fallback of no expert": lambda calibration: calibration["layers"]["1"].update(fallbacks={"16": "blended"}),
     "an unknown fallback": lambda calibration: calibration["layers"]["1"].update(fallbacks={"1": "float"}),
     "a strength that is text": lambda calibration: calibration["layers"]["1"].update(smoothing={"a": "strong"}),
     "a strength that is NaN": lambda calibration: calibration["layers"]["1"].update(smoothing={"a": np.nan}),

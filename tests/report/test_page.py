@@ -244,7 +244,7 @@ def test_the_figure_of_coverage(facts: Facts) -> None:
     assert (len(experts), rows) == (16, ["1", "2", "10"])  # layer 0 is dense
     assert values[1][:4] == [2.0, 3.0, pytest.approx(math.log10(128)), None]
     marks = {trace.name: list(zip(trace.y, trace.x, strict=True)) for trace in figure.data[1:]}
-    assert marks == {"blended (1)": [("2", 0)], "pooled (1)": [("10", 0)], "data-free (1)": [("2", 3)]}
+    assert marks == {"blended (2)": [("2", 0), ("10", 0)], "data-free (1)": [("2", 3)]}
 
 
 def test_the_figure_of_layers(facts: Facts) -> None:
@@ -297,7 +297,7 @@ def test_tiles_and_lists(facts: Facts, made_artifact: Path) -> None:
     assert [linear.scheme for linear in largest] == ["W4A8_DYNAMIC"] * 5 + ["W8A8_DYNAMIC"] * 5
     assert largest[0].relative_error == max(linear.relative_error or 0 for linear in facts.linears)
     assert facts.coverage is not None
-    assert unreached(facts.coverage) == [(2, "blended", [0]), (2, "data-free", [3]), (10, "pooled", [0])]
+    assert unreached(facts.coverage) == [(2, "blended", [0]), (2, "data-free", [3]), (10, "blended", [0])]
 
 
 def test_calibration_that_reached_no_expert(calibrated: Path) -> None:
