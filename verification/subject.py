@@ -71,13 +71,13 @@ class Subject:
             return self.weights[spec.name]
         tensors = self.checkpoint.tensors
         try:
-            wanted = {output.name: (output.dtype, output.shape) for output in self.outputs(spec)}
+            outputs = self.outputs(spec)
         except ValueError:
             return None
-        if any(
-            name not in tensors or (tensors[name].dtype, tensors[name].shape) != form for name, form in wanted.items()
-        ):
-            return None
+        for output in outputs:
+            info = tensors.get(output.name)
+            if info is None or (info.dtype, info.shape) != (output.dtype, output.shape):
+                return None
         if self.schemes[spec.name] is Scheme.FLOAT:
             return PlainWeight(self.checkpoint, tensors[spec.name])
         return described_linear(self.checkpoint, self.described, spec.name)
