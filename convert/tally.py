@@ -24,7 +24,7 @@ def data_free_effort(job: Job) -> float:
 class Tally:
     """Counts jobs as they end, for one thread."""
 
-    def __init__(self, plan: Plan, progress: Progress, effort: Callable[[Job], float] = data_free_effort):
+    def __init__(self, plan: Plan, progress: Progress, effort: Callable[[Job], float]):
         self._plan = plan
         self._progress = progress
         self._effort = effort

@@ -201,8 +201,7 @@ def load_tensors(
     """
     descriptor = open_file(path, error)
     try:
-        size = os.fstat(descriptor).st_size
-        found, metadata = parse_header(path, size, lambda start, count: os.pread(descriptor, count, start))
+        found, metadata = header_of(path, descriptor)
         _check_form(path, found, expected)
         return {name: _load(descriptor, found[name]) for name in expected}, metadata
     except CheckpointError as cause:

@@ -67,7 +67,7 @@ def _is_content(root: Path, target: Path) -> bool:
 
 
 class FileStamp(NamedTuple):
-    """What changes of a file when its content does: nobody can set its ctime back."""
+    """What changes of a file when its content does: no call sets its ctime back, short of setting the clock."""
 
     nbytes: int
     mtime_ns: int

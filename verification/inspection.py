@@ -84,8 +84,8 @@ def inspect(path: str | Path) -> Inspection:
 def _origin(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     """The names of the recipe and the source that an artifact was made from."""
     try:
-        return str(manifest["recipe"]["name"]), str(manifest["source"]["name"])
-    except (KeyError, TypeError) as error:
+        return manifest["recipe"]["name"], manifest["source"]["name"]
+    except KeyError as error:
         raise ArtifactError(
             f"{directory / MANIFEST_NAME}: does not say what it was made from; run npuq verify, or convert again"
         ) from error

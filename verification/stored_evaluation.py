@@ -17,6 +17,7 @@ from ..errors import ArtifactError
 from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
 from ..formats.output_files import locked_directory, write_error, write_file
 from ..inputs.files import inside, is_inside, read_text
+from ..inputs.forms import Form, Items, Keys, check_form, is_count, is_text, optional
 from ..inputs.printable import printable
 
 if TYPE_CHECKING:
@@ -28,6 +29,29 @@ _HEADING = "## Evaluation\n"
 _NEXT_HEADING = "## Loading\n"
 _OPTIONAL = ("source_perplexity", "kl_divergence", "top1_agreement")
 _OF_A_LAYER = ("relative_error", "cosine", "own_relative_error", "own_cosine")
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+
+
+_LAYER = {"layer": is_count, **dict.fromkeys(_OF_A_LAYER, _is_finite)}
+_RESULT: dict[str, Form] = {
+    "text": is_text,
+    "text_sha256": is_text,
+    "context": is_count,
+    "tokens": is_count,
+    "perplexity": _is_finite,
+}
+_ENTRY = Keys(
+    {
+        **_RESULT,
+        "kv_cache_dtype": is_text,
+        **dict.fromkeys(_OPTIONAL, optional(_is_finite)),
+        "layers": Items(Keys(_LAYER, frozenset(_LAYER))),
+    },
+    frozenset(_RESULT),
+)
 
 
 def check_storable(artifact: Path) -> None:
@@ -98,9 +122,11 @@ def _card(artifact: Path) -> str:
 
 def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The results that a manifest holds, oldest first; ArtifactError when they are damaged."""
-    entries = manifest.get(KEY, [])
-    if not isinstance(entries, list) or not all(_is_sound(entry) for entry in entries):
-        raise ArtifactError(f"{MANIFEST_NAME}: {KEY!r} is damaged; convert again, or remove the key")
+    entries: list[dict[str, Any]] = manifest.get(KEY, [])
+    try:
+        check_form(entries, Items(_ENTRY), MANIFEST_NAME, ArtifactError)
+    except ArtifactError as error:
+        raise ArtifactError(f"{MANIFEST_NAME}: {KEY!r} is damaged; convert again, or remove the key") from error
     return entries
 
 
@@ -147,26 +173,3 @@ def _number(value: float | None, form: str) -> str:
 
 def _identity(entry: Mapping[str, Any]) -> tuple[object, ...]:
     return entry["text_sha256"], entry["context"], entry.get("kv_cache_dtype")
-
-
-def _is_sound(entry: object) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    texts = all(isinstance(entry.get(key), str) for key in ("text", "text_sha256"))
-    texts = texts and isinstance(entry.get("kv_cache_dtype", ""), str)
-    counts = all(isinstance(entry.get(key), int) for key in ("context", "tokens"))
-    numbers = [entry.get("perplexity"), *(entry[key] for key in _OPTIONAL if entry.get(key) is not None)]
-    layers = entry.get("layers", [])
-    if not isinstance(layers, list) or not all(map(_is_sound_layer, layers)):
-        return False
-    return texts and counts and all(map(_is_finite, numbers))
-
-
-def _is_sound_layer(layer: object) -> bool:
-    if not isinstance(layer, dict) or not isinstance(layer.get("layer"), int):
-        return False
-    return all(_is_finite(layer.get(key)) for key in _OF_A_LAYER)
-
-
-def _is_finite(number: object) -> bool:
-    return isinstance(number, (int, float)) and math.isfinite(number)

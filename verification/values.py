@@ -1,9 +1,9 @@
-"""Verification of values, streamed: codes, scales and biases against each other, float weights, rope tables; and with
-the source at hand, the error of every linear."""
+"""Stage *values*: every number of an artifact. Codes, scales and biases are held against each other, float weights must
+be finite, rope tables are computed again; a source at hand is compared on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,20 +12,21 @@ import torch
 from ..engines.rules import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
-from ..formats.checkpoint import Checkpoint
 from ..formats.kv_cache import load_scales
 from ..formats.rope_file import load_rope
+from ..formats.safetensors import DTYPES
 from ..formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, Scheme
-from ..formats.sources.described import described_linear
 from ..formats.sources.stored_linear import StoredLinear
-from ..formats.sources.weights import WeightSource
+from ..formats.sources.weights import Weight, WeightSource
 from ..inputs.files import inside, is_inside
-from ..models.config import ModelConfig
 from ..models.roles import Role
 from ..models.rope import rope_tables
 from ..models.tensors import Spec
+from ..parallel.pool import Pool
+from ..progress import LayersLeft, Progress, Task
 from ..quant.weight_error import ErrorSums
-from .structure import Layout
+from .source import Original
+from .subject import Subject
 
 _CHUNK_ELEMENTS = 1 << 20
 # Tables recomputed with another libm may differ in the last bit.
@@ -33,83 +34,58 @@ _ROPE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class TensorCheck:
-    """The result for one source tensor: problems, and its error sums when it is quantized and the source is at hand."""
+class WeightCheck:
+    """The result for one weight: problems, and its error sums when it is quantized and the source is at hand."""
 
     spec: Spec
     problems: tuple[str, ...] = ()
-    stats: ErrorSums | None = None
+    sums: ErrorSums | None = None
 
 
-def check_values(layout: Layout, spec: Spec, source: WeightSource | None) -> TensorCheck:
-    """Read every value of one source tensor's artifact tensors, in chunks of rows."""
-    if not _is_readable(layout, spec):
-        return TensorCheck(spec)  # the layout checks have named it
+def check_weights(subject: Subject, original: Original, pool: Pool, progress: Progress) -> Iterator[WeightCheck]:
+    """Read all weights, in chunks of rows, and compare them with their originals."""
+    left = LayersLeft(spec.layer for spec in subject.specs.values())
+    sizes = {spec.name: subject.nbytes(spec) for spec in subject.specs.values()}
+    progress.start(Task("verify", sum(sizes.values()), layers=left.count))
+    for check in pool.map(lambda spec: _check(subject, spec, original.of(spec)), subject.specs.values()):
+        layer = check.spec.layer
+        progress.advance(sizes[check.spec.name], layer=layer, layer_done=left.part_done(layer))
+        yield check
+
+
+def table_problems(subject: Subject) -> Iterator[str]:
+    """A line for each wrong value beside the weights: rotary tables, scales of a KV cache, input scales."""
+    yield from _shared_inputs(subject)
+    if subject.is_own:
+        yield from _rope(subject)
+        yield from _kv_cache(subject)
+
+
+def _check(subject: Subject, spec: Spec, source: WeightSource | None) -> WeightCheck:
     if source is not None:
-        weight = source.weights.get(spec.name)
-        if weight is None or tuple(weight.shape) != spec.shape:
-            found = "is missing" if weight is None else f"has shape {list(weight.shape)}"
-            return TensorCheck(spec, (f"tensor {spec.name!r} {found} in the source: it is another model's",))
-    if layout.schemes[spec.name] is Scheme.FLOAT:
-        return TensorCheck(spec, tuple(_float_problems(layout, spec, source)))
+        theirs = source.weights.get(spec.name)
+        if theirs is None or tuple(theirs.shape) != spec.shape:
+            found = "is missing" if theirs is None else f"has shape {list(theirs.shape)}"
+            return WeightCheck(spec, (f"tensor {spec.name!r} {found} in the source: it is another model's",))
     try:
-        linear = described_linear(layout.checkpoint, layout.schemes, spec.name)
-        return check_linear(linear, spec, source, exact=True)
+        weight = subject.weight(spec)
+        if weight is None:
+            return WeightCheck(spec)  # the structure has named it
+        if weight.linear is not None:
+            return _check_linear(weight.linear, spec, source, exact=subject.is_own)
+        # Another tool may have rewritten what it left float.
+        return WeightCheck(spec, tuple(_float_problems(weight, spec, source if subject.is_own else None)))
     except CheckpointError as error:
-        return TensorCheck(spec, (str(error),))
+        return WeightCheck(spec, (str(error),))
 
 
-def check_rope(layout: Layout) -> Iterator[str]:
-    """The stored rotary tables and their metadata against a recomputation."""
-    try:
-        stored = load_rope(inside(layout.checkpoint.directory, ROPE_NAME, ArtifactError), layout.config)
-    except NpuqError as error:
-        yield str(error)
-        return
-    fresh = rope_tables(layout.config)
-    for key, value in fresh.metadata.items():
-        if stored.metadata.get(key) != value:
-            yield f"{ROPE_NAME}: {key} is {stored.metadata.get(key)!r} and must be {value!r}"
-    for name, table, expected in (("cos", stored.cos, fresh.cos), ("sin", stored.sin, fresh.sin)):
-        # Written so that NaN counts as wrong.
-        right = ((table - expected).abs() <= _ROPE_TOLERANCE * expected.abs().max()).all(1)
-        if not right.all():
-            position = int((~right).nonzero()[0, 0])
-            yield f"{ROPE_NAME}: {name} at position {position} differs from its recomputation"
-
-
-def check_kv_cache(layout: Layout) -> Iterator[str]:
-    """The scales of an int8 KV cache, which calibrated artifacts have: a positive number for every channel."""
-    directory = layout.checkpoint.directory
-    if not is_inside(directory, KV_CACHE_NAME):
-        return
-    try:
-        path = inside(directory, KV_CACHE_NAME, ArtifactError)
-        load_scales(path, layout.config.num_hidden_layers, layout.config.attention.cache_scales)
-    except NpuqError as error:
-        yield str(error)
-
-
-def _is_readable(layout: Layout, spec: Spec) -> bool:
-    """Whether the artifact's tensors of one source tensor are all there in the right form."""
-    try:
-        outputs = layout.outputs(spec)
-    except ValueError:
-        return False
-    tensors = layout.checkpoint.tensors
-    return all(
-        output.name in tensors
-        and (tensors[output.name].dtype, tensors[output.name].shape) == (output.dtype, output.shape)
-        for output in outputs
-    )
-
-
-def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> Iterator[str]:
-    if not spec.shape:
+def _float_problems(weight: Weight, spec: Spec, source: WeightSource | None) -> Iterator[str]:
+    known = spec.role is not Role.OTHER
+    if not spec.shape or not (known or source is not None):
         return
     for start, stop in row_chunks(spec):
-        rows = layout.checkpoint.read_rows(spec.name, start, stop)
-        if spec.role is not Role.OTHER and not torch.isfinite(rows).all():
+        rows = weight.rows(start, stop).to(DTYPES[weight.float_code])
+        if known and not torch.isfinite(rows).all():
             yield f"tensor {spec.name!r} holds infinities or NaN"
             return
         if source is None:
@@ -122,11 +98,8 @@ def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> 
             return
 
 
-def check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, *, exact: bool) -> TensorCheck:
-    """Every value of a quantized linear, in chunks of rows; `exact` as in `LinearRows.problems`.
-
-    Raises CheckpointError for codes and scales that cannot be read at all.
-    """
+def _check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, *, exact: bool) -> WeightCheck:
+    """`exact` as in `LinearRows.problems`. Raises CheckpointError for codes and scales that cannot be read at all."""
     problems: dict[str, None] = {}  # each once, in order
     squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
     for start, stop in row_chunks(spec):
@@ -138,15 +111,45 @@ def check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, 
             difference = rows.to_float32().to(torch.float64) - expected
             squared_error[start:stop] = difference.square().sum(1).numpy()
             squared_norm[start:stop] = expected.square().sum(1).numpy()
-    stats = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
-    return TensorCheck(spec, tuple(problems), stats)
+    sums = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
+    return WeightCheck(spec, tuple(problems), sums)
 
 
-def check_shared_inputs(
-    checkpoint: Checkpoint, config: ModelConfig, specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]
-) -> Iterator[str]:
+def _rope(subject: Subject) -> Iterator[str]:
+    """The stored rotary tables and their metadata against a recomputation."""
+    try:
+        stored = load_rope(inside(subject.directory, ROPE_NAME, ArtifactError), subject.config)
+    except NpuqError as error:
+        yield str(error)
+        return
+    fresh = rope_tables(subject.config)
+    for key, value in fresh.metadata.items():
+        if stored.metadata.get(key) != value:
+            yield f"{ROPE_NAME}: {key} is {stored.metadata.get(key)!r} and must be {value!r}"
+    for name, table, expected in (("cos", stored.cos, fresh.cos), ("sin", stored.sin, fresh.sin)):
+        # Written so that NaN counts as wrong.
+        right = ((table - expected).abs() <= _ROPE_TOLERANCE * expected.abs().max()).all(1)
+        if not right.all():
+            position = int((~right).nonzero()[0, 0])
+            yield f"{ROPE_NAME}: {name} at position {position} differs from its recomputation"
+
+
+def _kv_cache(subject: Subject) -> Iterator[str]:
+    """The scales of an int8 KV cache, which calibrated artifacts have: a positive number for every channel."""
+    directory = subject.directory
+    if not is_inside(directory, KV_CACHE_NAME):
+        return
+    try:
+        path = inside(directory, KV_CACHE_NAME, ArtifactError)
+        load_scales(path, subject.config.num_hidden_layers, subject.config.attention.cache_scales)
+    except NpuqError as error:
+        yield str(error)
+
+
+def _shared_inputs(subject: Subject) -> Iterator[str]:
     """Linears that loaders fuse quantize their activations once: in static W8A8 they need one input scale."""
-    for leader, member in fused_pairs(specs):
+    schemes, checkpoint = subject.schemes, subject.checkpoint
+    for leader, member in fused_pairs(subject.specs):
         if {schemes[leader], schemes[member]} != {Scheme.W8A8_STATIC}:
             continue
         for suffix in (INPUT_SCALE, INPUT_OFFSET):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..formats.schemes import Scheme
 from ..quant.weight_error import relative_error
-from .values import TensorCheck
+
+if TYPE_CHECKING:
+    from .values import WeightCheck
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,24 @@ class RoleError:
     largest_error_tensor: str
 
 
-def linear_errors(schemes: Mapping[str, Scheme], checks: Iterable[TensorCheck]) -> Iterator[LinearError]:
+def linear_errors(schemes: Mapping[str, Scheme], checks: Iterable[WeightCheck]) -> Iterator[LinearError]:
     """The error of every linear that was compared with its source."""
     for check in checks:
-        if check.stats is not None:
-            error = check.stats.relative_error
+        if check.sums is not None:
+            error = check.sums.relative_error
             name = check.spec.name
             yield LinearError(name, check.spec.role.value, schemes[name].value, error)
 
 
-def role_errors(schemes: Mapping[str, Scheme], checks: Iterable[TensorCheck]) -> Iterator[RoleError]:
+def role_errors(schemes: Mapping[str, Scheme], checks: Iterable[WeightCheck]) -> Iterator[RoleError]:
     """The error of every role and scheme that has such linears, in the order of their first."""
-    groups: dict[tuple[str, str], list[TensorCheck]] = {}
+    groups: dict[tuple[str, str], list[WeightCheck]] = {}
     for check in checks:
-        if check.stats is not None:
+        if check.sums is not None:
             groups.setdefault((check.spec.role.value, schemes[check.spec.name].value), []).append(check)
     for (role, scheme), members in groups.items():
-        stats = [member.stats for member in members if member.stats is not None]
-        errors = [one.relative_error for one in stats]
-        total = relative_error(sum(one.squared_error for one in stats), sum(one.squared_norm for one in stats))
+        sums = [member.sums for member in members if member.sums is not None]
+        errors = [one.relative_error for one in sums]
+        total = relative_error(sum(one.squared_error for one in sums), sum(one.squared_norm for one in sums))
         worst = max(range(len(errors)), key=errors.__getitem__)
         yield RoleError(role, scheme, len(members), total, errors[worst], members[worst].spec.name)

@@ -20,7 +20,7 @@ from ...quant.scales import Method, NonFiniteError
 from ...quant.stored_rows import StoredRows
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job
-from ..write.job_output import JobOutput
+from ..write.jobs import JobOutput
 from ..write.shards import ShardFiles
 from .operators import Deployed, round_inputs
 

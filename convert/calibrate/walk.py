@@ -112,30 +112,27 @@ class CalibratedWalk:
 
         Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
         """
-        calibration, pool = self._calibration, Pool(self._budget.workers)
-        config, ops = self._prepared.config, CalibrationOps()
+        calibration, config, ops = self._calibration, self._prepared.config, CalibrationOps()
         tables = rope_tables(config)
         try:
-            walk = Walk(
-                config=config,
-                attention=attention_of(config, tables.softmax_scale),
-                rope=rope_rows(tables, calibration.sequence_length, ops),
-                ops=ops,
-                source=self._prepared.source,
-                jobs={job.source: job for job in self._prepared.plan.jobs},
-                linears=Linears(self._files),
-                pool=pool,
-                samples=calibration.samples,
-                sequence_length=calibration.sequence_length,
-                smooth=self._prepared.recipe.smooth,
-                done=self._tally.job_done,
-            )
-            with single_threaded_torch():
+            with Pool(self._budget.workers) as pool, single_threaded_torch():
+                walk = Walk(
+                    config=config,
+                    attention=attention_of(config, tables.softmax_scale),
+                    rope=rope_rows(tables, calibration.sequence_length, ops),
+                    ops=ops,
+                    source=self._prepared.source,
+                    jobs={job.source: job for job in self._prepared.plan.jobs},
+                    linears=Linears(self._files),
+                    pool=pool,
+                    samples=calibration.samples,
+                    sequence_length=calibration.sequence_length,
+                    smooth=self._prepared.recipe.smooth,
+                    done=self._tally.job_done,
+                )
                 return self._run(walk)
         except OSError as error:
             raise write_error(self._folder, error) from error
-        finally:
-            pool.close()
 
     def _layers(self) -> dict[int, list[int]]:
         """The jobs of each decoder layer."""

@@ -12,6 +12,7 @@ from ...errors import ConversionError
 from ...formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ...quant.scales import Method
 from ...recipes.recipe import Recipe, Target, Transform
+from ...units import format_bytes
 from ..calibrate.texts import Calibration
 from ..plan.prepare import Origin
 from .report import RoleTotals
@@ -125,7 +126,7 @@ def _summary(
     after = sum(total.output_bytes for total in totals)
     lines = [
         f"`{source_name}` converted by npuq with the recipe `{recipe.name}`: "
-        f"{_size(before)} of weights became {_size(after)} ({after / before:.0%}).",
+        f"{format_bytes(before)} of weights became {format_bytes(after)} ({after / before:.0%}).",
     ]
     if recipe.stored:
         lines.append("The source was quantized already: codes and scales are as they were there, to the bit.")
@@ -155,14 +156,7 @@ def _error_table(totals: Sequence[RoleTotals]) -> str:
         if total.relative_error is not None:
             errors = f"{total.relative_error:.2%} | {total.largest_error:.2%}"
         lines.append(
-            f"| {total.role} | {total.scheme} | {total.tensors} | {_size(total.source_bytes)} | "
-            f"{_size(total.output_bytes)} | {errors} |"
+            f"| {total.role} | {total.scheme} | {total.tensors} | {format_bytes(total.source_bytes)} | "
+            f"{format_bytes(total.output_bytes)} | {errors} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _size(nbytes: int) -> str:
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "KB")):
-        if nbytes >= 1000**power:
-            return f"{nbytes / 1000**power:.3g} {unit}"
-    return f"{nbytes} B"

@@ -14,7 +14,7 @@ import torch
 
 from ... import __version__
 from ...engines.placement import engine_notes
-from ...errors import RecipeError
+from ...errors import CheckpointError, RecipeError
 from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
@@ -23,6 +23,7 @@ from ...formats.sources.rewritten import rewritten
 from ...formats.sources.rotated import rotated
 from ...formats.sources.ties import share_tied
 from ...formats.sources.weights import WeightSource
+from ...inputs.files import file_sha256, inside
 from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
 from ...models.inventory import Inventory, take_inventory
@@ -147,7 +148,7 @@ def prepare(
         checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
-        # Written at the end, computed here to learn whether it can be: before the plan is, so that memory holds one.
+        # Written at the end, and computed here to learn whether it can be, before memory has to hold the plan too.
         rope_bytes = _rope_bytes(config)
         shared = share_tied(checkpoint)
         source = open_weights(checkpoint)
@@ -183,19 +184,19 @@ def prepare(
             checkpoint.close()
         raise
     return Prepared(
-        checkpoint,
-        source,
-        config,
-        origin,
-        resolved,
-        inventory,
-        plan,
-        names,
-        rope_bytes,
-        max_shard_size,
-        calibration,
-        text.time_budget if text else None,
-        tuple(said),
+        checkpoint=checkpoint,
+        source=source,
+        config=config,
+        origin=origin,
+        recipe=resolved,
+        inventory=inventory,
+        plan=plan,
+        side_files=names,
+        rope_bytes=rope_bytes,
+        max_shard_size=max_shard_size,
+        calibration=calibration,
+        time_budget=text.time_budget if text else None,
+        statements=tuple(said),
     )
 
 
@@ -263,6 +264,6 @@ def _origin(directory: Path) -> Origin:
         name=repo or name_as_text(path),
         repo=repo,
         revision=revision,
-        config_sha256=hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest(),
-        index_sha256=hashlib.sha256(index.read_bytes()).hexdigest() if index is not None else None,
+        config_sha256=file_sha256(inside(directory, CONFIG_NAME), CheckpointError),
+        index_sha256=None if index is None else file_sha256(inside(directory, index.name), CheckpointError),
     )

@@ -15,7 +15,7 @@ from ..calibrate.states import state_bytes
 from ..write.journal import Record
 from .prepare import Prepared
 
-# A line of the journal for each weight.
+# What the journal has of a weight, 115 bytes, with room for some that are made again.
 _JOURNAL_BYTES_PER_JOB = 160
 
 

@@ -22,8 +22,7 @@ from ...inputs.json_text import read_object
 from ...models.config import ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
-
-_GENERATION_NAME = "generation_config.json"
+from ...runtime.text.generation_config import NAME as GENERATION_NAME
 
 
 def statements(
@@ -119,9 +118,9 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
     if one and other and one != other:
         yield "config.json has rope_scaling and, differently, rope_parameters: rope_scaling counts, as in transformers"
     counts = one or other
-    inside = counts.get("rope_theta") if isinstance(counts, Mapping) else None
-    if inside is not None and raw.get("rope_theta") not in (None, inside):
-        there, beside = shown(inside), shown(raw["rope_theta"])
+    theta = counts.get("rope_theta") if isinstance(counts, Mapping) else None
+    if theta is not None and raw.get("rope_theta") not in (None, theta):
+        there, beside = shown(theta), shown(raw["rope_theta"])
         yield f"config.json has rope_theta {beside} beside the rope parameters' {there}: theirs counts"
 
 
@@ -143,16 +142,16 @@ def _architectures(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]
 
 
 def _end_of_sequence(raw: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    if not is_inside(directory, _GENERATION_NAME):
+    if not is_inside(directory, GENERATION_NAME):
         return
     try:
-        generation = read_object(inside(directory, _GENERATION_NAME), CheckpointError)
+        generation = read_object(inside(directory, GENERATION_NAME), CheckpointError)
     except CheckpointError:
         return  # whoever copies it or generates with it says so
     ours, theirs = _ids(raw.get("eos_token_id")), _ids(generation.get("eos_token_id"))
     if theirs and not ours <= theirs:
         yield (
-            f"config.json ends texts at token {_listed(sorted(ours))}, {_GENERATION_NAME} at "
+            f"config.json ends texts at token {_listed(sorted(ours))}, {GENERATION_NAME} at "
             f"{_listed(sorted(theirs))}: the latter counts, as in transformers"
         )
 

@@ -41,8 +41,8 @@ class Summary:
     peak_rss_bytes: int
     notes: tuple[str, ...]
     roles: tuple[Mapping[str, Any], ...]
-    output_state: str = "finished"  # as the run found the output: new, unfinished, finished or refused
-    refusal: str | None = None
+    output_state: str  # as the run found the output: new, unfinished, finished or refused
+    refusal: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

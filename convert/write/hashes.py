@@ -5,7 +5,7 @@ order, so that this prefix grows with nearly every job, and the last bytes of th
 What a job wrote is hashed from the memory that it was written from. What that memory was needed for before the digest
 came to it, and what was never kept, is read back.
 
-Two digests take hardly longer than one (`sha256.py`). So two neighbouring shards, which fill at the same time
+Two digests take hardly longer than one (`native/sha256.py`). So two neighbouring shards, which fill at the same time
 (`Plan.turns`), go together as far as both have come: what one is ahead waits for the other, until it is complete.
 """
 
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ...errors import ConversionError
+from ...native.sha256 import new_digest, two_at_once, update_two
 from ..plan.plan import Job, Plan, Shard
-from .job_output import read_back_error
+from .jobs import read_back_error
 from .journal import Record
-from .sha256 import new_digest, two_at_once, update_two
 from .shards import ShardFiles
-from .written import Written
+from .workspace import Written
 
 # Fits a core's own cache beside what it works on.
 _CHUNK = 256 << 10

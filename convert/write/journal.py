@@ -26,7 +26,7 @@ from ...quant.weight_error import ErrorSums
 from .checked_lines import DamagedLineError, checked_line, line_content
 
 JOURNAL_VERSION = 2
-# DeepSeek-V3's 46183 jobs take 6 MB.
+# DeepSeek-V3's 46183 jobs take 5.3 MB, 115 bytes each.
 _MOST_BYTES: Final = 1 << 30
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nothing of another name, and no wait for a pipe
 
@@ -68,7 +68,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Open and lock an existing journal, dropping a last line that a crash tore.
+        """Open and lock an existing journal, dropping its first damaged line and all that follows.
 
         Raises ConversionError when it is not a journal of this version, or another process holds it; OSError when it
         cannot be opened.

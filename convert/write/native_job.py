@@ -21,12 +21,10 @@ from ...quant.scales import Method, NonFiniteError
 from ...quant.stored_rows import StoredRows
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .chunks import JobDone, memory_of, row_chunks, until
-from .job_output import JobOutput
+from .jobs import JobDone, JobOutput, memory_of, row_chunks, until
 from .journal import JobEntry
 from .shards import ShardFiles
-from .workspace import Workspace
-from .written import Written
+from .workspace import Workspace, Written
 
 # A value takes its own bytes here and those of its code; `workspace.chunk_elements` allows for what torch would take.
 # With twice as many, Python has half as much to do.

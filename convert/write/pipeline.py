@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ...errors import ConversionError
@@ -114,15 +115,14 @@ def run_plan(
     def worker() -> None:
         one_torch_thread()
         workspace = Workspace(budget.chunk_elements)
+        failure: BaseException | None = None
         try:
-            while not stop.is_set() and (task := work.next()) is not None:
-                do(task, workspace)
-        except StoppedError:
-            events.put(_Ended(None))
+            with suppress(StoppedError):
+                while not stop.is_set() and (task := work.next()) is not None:
+                    do(task, workspace)
         except BaseException as error:  # carried to the calling thread, which raises it
-            events.put(_Ended(error))
-        else:
-            events.put(_Ended(None))
+            failure = error
+        events.put(_Ended(failure))
 
     finished: dict[int, str] = {}
     next_shard = 0

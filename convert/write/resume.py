@@ -18,7 +18,7 @@ from ...inputs.files import FileStamp
 from ...parallel.pool import Pool
 from ...progress import Progress, Task
 from ..plan.plan import Job, Plan
-from .job_output import read_back_error, stored_digest
+from .jobs import read_back_error, stored_digest
 from .journal import Record
 from .shards import ShardFiles
 

@@ -16,8 +16,7 @@ from ...models.roles import Role
 from ...quant.scales import NonFiniteError
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .chunks import JobDone, row_chunks, until
-from .job_output import JobOutput
+from .jobs import JobDone, JobOutput, row_chunks, until
 from .journal import JobEntry
 from .native_job import run_native, runs_natively
 from .shards import ShardFiles

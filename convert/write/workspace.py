@@ -1,19 +1,60 @@
-"""Memory that a thread uses again for every chunk: fresh memory costs a page fault and a zeroed page for each 4 KB."""
+"""Memory that a thread uses again for every chunk: fresh memory costs a page fault and a zeroed page for each 4 KB.
+
+What a job wrote stays in it for the thread that hashes, for as long as its owner can spare that (`Written`).
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from .written import Written
 
 # Codes are kept for hashing, so many bytes for each value of a chunk, and of so many jobs: while one is made, one may
 # wait for the neighbour of its shard, and one be hashed. With two values as they are stored (4 bytes each at most) that
 # is 32 of the bytes that `memory.BYTES_PER_ELEMENT` allows.
 _KEPT_BYTES_PER_ELEMENT = 8
 _KEPT_JOBS = 3
+
+
+class Written:
+    """Bytes [start, end) of a shard as pieces of memory, one after the other, until somebody takes the memory back.
+
+    Two threads share it: the one whose memory it is, and one that hashes it.
+    """
+
+    def __init__(self, start: int, pieces: Sequence[memoryview]):
+        self.start = start
+        self.end = start + sum(piece.nbytes for piece in pieces)
+        self._pieces = tuple(pieces)
+        self._lock = threading.Lock()
+
+    @property
+    def taken_back(self) -> bool:
+        """Whether the memory is its owner's again."""
+        return not self._pieces
+
+    def take_back(self) -> None:
+        """Give the memory to its owner, once nobody is within `held`."""
+        with self._lock:
+            self._pieces = ()
+
+    @contextmanager
+    def held(self, position: int) -> Iterator[memoryview | None]:
+        """Bytes from `position` of the shard on to the end of a piece, which stay meanwhile; None if taken back."""
+        with self._lock:
+            yield self._from(position)
+
+    def _from(self, position: int) -> memoryview | None:
+        start = self.start
+        for piece in self._pieces:
+            if position < start + piece.nbytes:
+                return piece[position - start :]
+            start += piece.nbytes
+        return None
 
 
 @dataclass

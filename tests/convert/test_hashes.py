@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from npuq.convert.plan.plan import Job, Plan
 from npuq.convert.write import hashes as hashes_module
-from npuq.convert.write import sha256
 from npuq.convert.write.hashes import ShardHashes
 from npuq.convert.write.journal import JobEntry, Record
 from npuq.convert.write.shards import ShardFiles
-from npuq.convert.write.written import Written
+from npuq.convert.write.workspace import Written
 from npuq.errors import ConversionError
 from npuq.formats.schemes import Scheme
 from npuq.inputs.files import file_sha256
+from npuq.native import sha256
 from npuq.quant.weight_error import ErrorSums
 
 from .test_plan import plan_of, tensors

@@ -22,7 +22,7 @@ from npuq.convert import convert_checkpoint
 from npuq.errors import ConversionError, NpuqError
 from npuq.formats.output_files import new_file
 from npuq.formats.safetensors import read_header, write_tensors
-from npuq.runtime.evaluation import Evaluation
+from npuq.runtime.evaluation.perplexity import Evaluation
 from npuq.verification.stored_evaluation import store_evaluation
 
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 60_000}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from npuq.convert.plan.assignments import Assignment
 from npuq.convert.plan.plan import build_plan
-from npuq.convert.write.chunks import row_chunks
+from npuq.convert.write.jobs import row_chunks
 from npuq.errors import RecipeError
 from npuq.formats.schemes import Scheme
 from npuq.models.family import Entry

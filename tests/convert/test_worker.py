@@ -14,8 +14,7 @@ from npuq.convert.plan.prepare import prepare
 from npuq.convert.write import pipeline
 from npuq.convert.write.shards import ShardFiles
 from npuq.convert.write.worker import run_job
-from npuq.convert.write.workspace import Workspace
-from npuq.convert.write.written import Written
+from npuq.convert.write.workspace import Workspace, Written
 from npuq.formats.schemes import Scheme
 from npuq.native import binding as native
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...native.library import Sha256, library
+from .library import Sha256, library
 
 
 class Digest(Protocol):

@@ -1,0 +1,24 @@
+"""Stage *engines*: the schemes that no engine loads, and what each engine would do with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..engines.placement import ENGINES, loading_problems
+from ..engines.rules import violations
+from ..formats.artifact import DESCRIPTION_NAME
+from ..recipes.recipe import Target
+from .subject import Subject
+
+
+def engine_problems(subject: Subject) -> Iterator[str]:
+    """A line for each weight whose scheme a loader would refuse or misread."""
+    for violation in violations(subject.specs, subject.schemes.__getitem__, subject.target):
+        yield f"{DESCRIPTION_NAME}: {violation}"
+
+
+def engine_notes(subject: Subject) -> Iterator[str]:
+    """A line for each way in which an engine would not load an artifact that npuq made for engines."""
+    if subject.is_own and subject.target is Target.ENGINES:
+        for engine in ENGINES:
+            yield from loading_problems(engine, subject.checkpoint.config, subject.described)

@@ -1,0 +1,67 @@
+"""Stage *source*: the checkpoint that an artifact was made from, as the conversion rewrote it, and the errors
+against it, which must be those of the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ..formats.sources.rewritten import rewritten
+from ..formats.sources.rotated import rotated
+from ..formats.sources.weights import WeightSource
+from ..models.inventory import take_inventory
+from ..models.tensors import Spec
+from ..recipes.recipe import STORED, Transform
+from .subject import Subject
+from .weight_errors import LinearError
+
+# The manifest's error was summed from exact integers, this one in floating point.
+_ERROR_TOLERANCE = 1e-3
+
+
+class Original:
+    """The float weights behind an artifact.
+
+    A rotation is computed again. Smoothing depends on calibration: the decoder layers it touched have nothing to be
+    compared with, which `notes` say.
+    """
+
+    def __init__(self, subject: Subject, source: WeightSource | None):
+        transforms = (subject.manifest or {}).get("transforms") or ()
+        self._source = source
+        self._smoothed = Transform.SMOOTH in transforms
+        self._layers = subject.config.num_hidden_layers
+        self.notes: tuple[str, ...] = ()
+        if source is None:
+            return
+        if Transform.ROTATE in transforms:
+            inventory = take_inventory(subject.config, source.weights)
+            self._source = rewritten(source, rotated(subject.config, inventory))
+        if skipped := sum(self._is_smoothed(spec) for spec in subject.specs.values()):
+            self.notes = (
+                f"{skipped} tensors were smoothed: they are no longer the source's, weight by weight; "
+                "npuq evaluate --source compares what the models compute",
+            )
+
+    def of(self, spec: Spec) -> WeightSource | None:
+        """The source to compare a weight with; None where there is none, or nothing to compare."""
+        return None if self._is_smoothed(spec) else self._source
+
+    def _is_smoothed(self, spec: Spec) -> bool:
+        return self._smoothed and spec.layer is not None and spec.layer < self._layers
+
+
+def source_problems(subject: Subject, errors: Iterable[LinearError]) -> Iterator[str]:
+    """A line for each linear that was made from other weights: the manifest has another error."""
+    linears = (subject.manifest or {}).get("linears")
+    if not isinstance(linears, dict):
+        return
+    for error in errors:
+        # Made from codes: the float checkpoint behind them is as good a source, with an error of its own.
+        if linears.get(error.name, {}).get("method") == STORED:
+            continue
+        promised = linears.get(error.name, {}).get("relative_error", error.relative_error)
+        if abs(error.relative_error - promised) > _ERROR_TOLERANCE * (promised + error.relative_error):
+            yield (
+                f"tensor {error.name!r}: its error against the source is {error.relative_error:.3%}, the manifest has "
+                f"{promised:.3%}: it was made from other weights"
+            )
