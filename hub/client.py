@@ -45,6 +45,7 @@ _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 # Of one answer in JSON: a page of a listing is a thousandth of it.
 MOST_JSON_BYTES = 64 << 20
 MOST_PAGES = 1000
+MOST_REDIRECTS = 10
 _NEXT = re.compile(r"""<([^<>]*)>\s*;\s*rel\s*=\s*"?next\b""")
 _ANSWER_SECONDS = 60.0
 # The hub counts requests over five minutes.
@@ -151,12 +152,30 @@ class Hub:
         # Identity: of a compressed body neither ranges nor sizes mean what the listing says.
         asked = {**build_hf_headers(token=self.api.token, library_name="npuq"), "Accept-Encoding": "identity"}
         asked |= headers or {}
-        with get_session().stream("GET", url, headers=asked, timeout=seconds, follow_redirects=True) as response:
+        with self._answer(url, asked, seconds) as response:
             if response.is_error:
                 # Closed unread: the client would read a body of any length for the reason, which is a header too.
                 response.close()
             hf_raise_for_status(response)
             yield Answer(response.status_code, response.headers, response.iter_raw())
+
+    @contextmanager
+    def _answer(self, url: str, headers: Mapping[str, str], seconds: float) -> Iterator[Any]:
+        """The client's response, its body unread, after redirects whose bodies are not read either."""
+        session = get_session()
+        request = session.build_request("GET", url, headers=dict(headers), timeout=seconds)
+        for _ in range(MOST_REDIRECTS + 1):
+            # By hand: the client would read each redirect's body, of any length. It does say where to go on, and leaves
+            # the token out when that is another origin.
+            response = session.send(request, stream=True, follow_redirects=False)
+            try:
+                if response.next_request is None:
+                    yield response
+                    return
+                request = response.next_request
+            finally:
+                response.close()
+        raise HubError(f"{self.repo}: the hub redirects more than {MOST_REDIRECTS} times; npuq follows it no further")
 
     def file_url(self, name: FileName, commit: CommitId) -> str:
         """The address that gives, or redirects to, the content of a file."""

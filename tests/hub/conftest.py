@@ -17,11 +17,9 @@ from npuq.hub.client import Backoff
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import Fault
 from loopback import LoopbackHub, honest
-from loopback_state import State
+from loopback_state import WRITER, State
 from loopback_xet import XetStore
 from support import use_cache
-
-WRITER = "hf_writer"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ class Fault:
     """Goes off for requests whose "METHOD /path" contains `pattern` (a regular expression): skips the first `after`
     of them, then hits `times`.
 
-    status: answer with it (and `headers`, `code` as X-Error-Code) instead of doing anything. reset_before: close the
+    status: answer with it (and `headers`, `code` as X-Error-Code, `said` as X-Error-Message) instead of doing anything. reset_before: close the
     connection without an answer. reset_after: let so many bytes of the body (of an upload, or of the answer) pass,
     then reset. lose_response: do what was asked, then reset instead of answering. corrupt: flip a bit of the answer's
     body at this offset. bytes_per_second: slow the body, of an upload or of the answer. truncate: end the answer's body
@@ -25,6 +25,7 @@ class Fault:
     times: int = 1
     status: int | None = None
     code: str | None = None
+    said: str = "a fault on demand"
     headers: dict[str, str] = field(default_factory=dict)
     reset_before: bool = False
     reset_after: int | None = None

@@ -83,7 +83,7 @@ class Exchange(BaseHTTPRequestHandler):
             raise DroppedError
         if self.fault.status is not None:
             self._discard_body()
-            raise RefusedError(self.fault.status, "a fault on demand", self.fault.code)
+            raise RefusedError(self.fault.status, self.fault.said, self.fault.code)
         for method, pattern, action in self.routes:
             match = re.fullmatch(pattern, self.route)
             if match is not None and self.command in method:

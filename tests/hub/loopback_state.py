@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
+WRITER = "hf_writer"
+
+
 class RefusedError(Exception):
     """An answer with an error status, as the hub gives it: `code` goes into X-Error-Code."""
 
@@ -83,7 +86,7 @@ class State:
     def __init__(self, folder: Path):
         self.folder = folder
         self.lock = threading.RLock()
-        self.users = {"hf_writer": User("alice"), "hf_reader": User("bob", "read"), "hf_other": User("carol")}
+        self.users = {WRITER: User("alice"), "hf_reader": User("bob", "read"), "hf_other": User("carol")}
         self.repos: dict[str, Repo] = {}
 
     def create_repo(self, name: str, private: bool = False) -> Repo:

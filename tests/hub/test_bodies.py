@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback import LoopbackHub
+from loopback_state import WRITER
 from support import CARD, MANIFEST, REPO, alter, contents, reseal, shards, use_cache
 
 import npuq
@@ -132,6 +133,39 @@ def test_the_body_of_a_refusal_is_not_read(hub: LoopbackHub, pushed: Path, backo
     with pytest.raises(HubError, match=r"the hub refused \(status 418\) \(it says: a fault on demand\)"):
         npuq.pull(REPO, backoff=backoff)
     assert all(seen.sent < 64 << 20 for seen in hub.log)
+
+
+ROUTES = ["/revision/main$", "/tree/", f"resolve/.*{MANIFEST}", f"resolve/.*{SHARD}"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_body_of_a_redirect_is_not_read(hub: LoopbackHub, pushed: Path, backoff: Backoff, route: str) -> None:
+    hub.faults.add(Fault(route, status=302, endless=True, headers={"Location": "/elsewhere"}))
+    with pytest.raises(HubError, match="is not there|no such|no repository|refused"):
+        npuq.pull(REPO, backoff=backoff)
+    assert hub.faults.hits == 1
+    assert hub.requests("^GET /elsewhere$")
+    assert all(seen.sent < 64 << 20 for seen in hub.log)
+
+
+def test_redirects_without_end(hub: LoopbackHub, pushed: Path, backoff: Backoff) -> None:
+    hub.faults.add(Fault("/tree/|/again", times=ALWAYS, status=307, headers={"Location": "/again"}))
+    with pytest.raises(HubError, match="redirects more than 10 times"):
+        npuq.pull(REPO, backoff=backoff)
+    assert len(hub.requests("/again")) == 10
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_token_goes_to_no_other_origin(hub: LoopbackHub, pushed: Path, route: str, host: str) -> None:
+    """`localhost` is another origin than `127.0.0.1`, with the same server behind."""
+    elsewhere = hub.endpoint.replace("127.0.0.1", host) + "/elsewhere"
+    hub.faults.add(Fault(route, status=302, headers={"Location": elsewhere}))
+    with pytest.raises(HubError):
+        npuq.pull(REPO)
+    redirected, asked = hub.requests("^GET /elsewhere$"), hub.requests("^GET /api")
+    assert {seen.authorization for seen in asked} == {f"Bearer {WRITER}"}
+    assert [seen.authorization for seen in redirected] == [f"Bearer {WRITER}" if host == "127.0.0.1" else None]
 
 
 @pytest.mark.parametrize("route", ["/revision/main$", "/tree/"])
