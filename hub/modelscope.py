@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from ..errors import HubError, NpuqError
 from ..inputs.names import FileName, Sha256
-from . import faults
+from . import client, faults
 from .client import Backoff
 from .huggingface import parse_listing
 from .names import Digest, RepoId, Revision, byte_count
@@ -41,8 +41,11 @@ class ModelScope:
         self.config = modelscope_hub.HubConfig(token=token)
         self.api = modelscope_hub.HubApi(self.config)
         self.endpoint = str(self.config.endpoint)
-        # Here, where no threads are yet: the client makes it when it is first asked for.
+        # Here, where no threads are yet: the client makes them when they are first asked for.
         self._legacy = self.api.legacy
+        limit_answers = import_module(f"{__package__}.modelscope_http").limit_answers
+        for asking in (self._legacy, self.api.openapi):
+            limit_answers(asking, client.MOST_JSON_BYTES)
         self._errors: Any = modelscope_hub.errors
         # What the client itself stands on.
         self._requests: Any = import_module("requests.exceptions")
@@ -67,9 +70,9 @@ class ModelScope:
 
     def is_transient(self, error: BaseException) -> bool:
         """Whether the same request may succeed a little later."""
-        client, requests, urllib3 = self._errors, self._requests, self._urllib3
+        errors, requests, urllib3 = self._errors, self._requests, self._urllib3
         lost = (
-            *(client.NetworkError, client.ServerError, client.RateLimitError),
+            *(errors.NetworkError, errors.ServerError, errors.RateLimitError),
             *(requests.ConnectionError, requests.Timeout, requests.ChunkedEncodingError),
             *(urllib3.ProtocolError, urllib3.TimeoutError),
             *(ConnectionError, TimeoutError),
@@ -90,26 +93,28 @@ class ModelScope:
         return type(reason)(text.replace(self.config.token, "***") if self.config.token else text)
 
     def _reason(self, error: Exception) -> HubError:
-        client = self._errors
-        if isinstance(error, client.AuthenticationError):
+        errors = self._errors
+        if isinstance(error, errors.AuthenticationError):
             return HubError(
                 f"no token, or one that ModelScope does not accept: make one at {_TOKEN_PAGE}, set MODELSCOPE_API_TOKEN"
             )
-        if isinstance(error, client.PermissionDeniedError):
+        if isinstance(error, errors.PermissionDeniedError):
             return HubError(f"the token may not do this in {self.repo}; give one that may, from {_TOKEN_PAGE}")
-        if isinstance(error, client.NotExistError):
+        if isinstance(error, errors.NotExistError):
             return HubError(f"{self.repo} has no such file or revision, or is not there, or this token may not see it")
-        if isinstance(error, client.RateLimitError):
+        if isinstance(error, errors.RateLimitError):
             return faults.status_failed(429, "")
-        if isinstance(error, client.ServerError):
+        if isinstance(error, errors.ServerError):
             return faults.status_failed(getattr(error, "status_code", None) or 500, "")
-        if isinstance(error, (client.NetworkError, self._requests.RequestException, self._urllib3.HTTPError)):
+        if isinstance(error, self._requests.JSONDecodeError):
+            return faults.not_understood(error)
+        if isinstance(error, (errors.NetworkError, self._requests.RequestException, self._urllib3.HTTPError)):
             return faults.connection_failed(self.endpoint, error, passing=self.is_transient(error))
         if isinstance(error, OSError) and error.errno is not None:
             return faults.disk_failed(error)
         if isinstance(error, ConnectionError):
             return faults.connection_failed(self.endpoint, error, passing=True)
-        if isinstance(error, client.HubError):
+        if isinstance(error, errors.HubError):
             said = getattr(error, "message", None) or str(error)
             return HubError(f"ModelScope refused {faults.quoted(str(said))}")
         return faults.not_understood(error)

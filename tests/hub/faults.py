@@ -17,7 +17,7 @@ class Fault:
     then reset. lose_response: do what was asked, then reset instead of answering. corrupt: flip a bit of the answer's
     body at this offset. bytes_per_second: slow the body, of an upload or of the answer. truncate: end the answer's body
     so many bytes early. longer: send so many bytes more than there are. endless: never end the body. sent_headers: of
-    the answer, whatever they should be.
+    the answer, whatever they should be. body: send this instead.
     """
 
     pattern: str
@@ -36,6 +36,7 @@ class Fault:
     longer: int = 0
     endless: bool = False
     sent_headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
 
 
 class Faults:

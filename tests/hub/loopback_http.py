@@ -113,6 +113,7 @@ class Exchange(BaseHTTPRequestHandler):
     def _write(self, status: int, headers: dict[str, str], body: bytes) -> None:
         if self.fault.lose_response:
             raise DroppedError
+        body = body if self.fault.body is None else self.fault.body
         self._begin(status, {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_proce
 
 import npuq
 from npuq.errors import HubError
+from npuq.hub import client
 from npuq.hub.client import Backoff
 from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
 from npuq.hub.remote_state import UNFINISHED_NAME
@@ -259,6 +260,68 @@ def test_wrong_bodies(scope: LoopbackModelScope, artifact: Path, tmp_path: Path,
         pull_modelscope(REPO, tmp_path / "here")
     assert not (tmp_path / "here").exists()
     assert sum(seen.sent for seen in scope.log) < 64 << 20
+
+
+PULL_ROUTES = ["repo/files", r"GET .*/repo$"]
+PUSH_ROUTES = ["users/me", "repo/files", "objects/batch", "PUT /store", "/commit/"]
+ENTRIES = [*(("pull", route) for route in PULL_ROUTES), *(("push", route) for route in PUSH_ROUTES)]
+
+
+@pytest.fixture
+def runs(scope: LoopbackModelScope, artifact: Path, backoff: Backoff) -> dict[str, Callable[[], object]]:
+    push_modelscope(artifact, REPO)
+    alter(shards(artifact)[0])
+    return {
+        "pull": lambda: pull_modelscope(REPO, backoff=backoff),
+        "push": lambda: (reseal(artifact), push_modelscope(artifact, REPO, backoff=backoff)),
+    }
+
+
+@pytest.mark.parametrize(("run", "route"), ENTRIES)
+def test_bodies_that_nobody_needs_are_not_read(
+    scope: LoopbackModelScope, runs: dict[str, Callable[[], object]], run: str, route: str
+) -> None:
+    """Of redirects and of errors, also where the client then asks again."""
+    for status in (302, 418, 500):
+        scope.faults.clear()
+        scope.log.clear()
+        headers = {"Location": f"{scope.endpoint}/elsewhere"} if status == 302 else {}
+        scope.faults.add(Fault(route, status=status, endless=True, times=10**6, headers=headers))
+        with pytest.raises(HubError) as caught:
+            runs[run]()
+        assert "\n" not in str(caught.value)
+        assert scope.faults.hits
+        assert all(seen.sent < 32 << 20 for seen in scope.log), status
+
+
+@pytest.mark.parametrize(("run", "route"), [entry for entry in ENTRIES if "/repo$" not in entry[1]])
+def test_answers_without_end(
+    scope: LoopbackModelScope,
+    runs: dict[str, Callable[[], object]],
+    monkeypatch: pytest.MonkeyPatch,
+    run: str,
+    route: str,
+) -> None:
+    monkeypatch.setattr(client, "MOST_JSON_BYTES", 1 << 20)
+    scope.faults.add(Fault(route, endless=True, times=10**6))
+    with pytest.raises(HubError, match="more than the 1048576 bytes that npuq reads of an answer"):
+        runs[run]()
+    assert all(seen.sent < 32 << 20 for seen in scope.log)
+
+
+def test_a_listing_that_is_no_json(scope: LoopbackModelScope, runs: dict[str, Callable[[], object]]) -> None:
+    scope.faults.add(Fault("repo/files", body=b"<html>", times=10**6))
+    with pytest.raises(HubError, match="the hub's answer is not understood"):
+        runs["pull"]()
+
+
+def test_redirects_without_end(scope: LoopbackModelScope, runs: dict[str, Callable[[], object]]) -> None:
+    scope.log.clear()
+    again = {"Location": f"{scope.endpoint}/again"}
+    scope.faults.add(Fault("GET .*/repo$|/again", status=302, times=10**6, headers=again))
+    with pytest.raises(HubError):
+        runs["pull"]()
+    assert 0 < len([seen for seen in scope.log if seen.request == "GET /again"]) <= 10
 
 
 @pytest.mark.parametrize(
