@@ -163,7 +163,9 @@ class Hub:
     def _answer(self, url: str, headers: Mapping[str, str], seconds: float) -> Iterator[Any]:
         """The client's response, its body unread, after redirects whose bodies are not read either."""
         session = get_session()
-        request = session.build_request("GET", url, headers=dict(headers), timeout=seconds)
+        # A network that drops everything must not take as long as an answer may.
+        timeout = (min(seconds, constants.HF_HUB_ETAG_TIMEOUT), seconds, seconds, seconds)
+        request = session.build_request("GET", url, headers=dict(headers), timeout=timeout)
         for _ in range(MOST_REDIRECTS + 1):
             # By hand: the client would read each redirect's body, of any length. It does say where to go on, and leaves
             # the token out when that is another origin.

@@ -13,8 +13,8 @@ from . import faults
 from .client import Hub, asked_seconds
 from .huggingface import HubRepository, list_branch, resolve_commit
 from .lfs import Addition
+from .manifest import MANIFEST
 from .names import CommitId
-from .place import MANIFEST
 from .remote_state import UNFINISHED, previous_files
 from .repository import Listing, RemoteFile
 from .target import Target

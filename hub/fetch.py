@@ -16,9 +16,9 @@ from ..inputs.names import FileName
 from .digests import Check, file_holds
 from .download import fetch_range
 from .names import Digest
+from .partial import PARTIAL_SUFFIX
 from .repository import Repository
 
-PARTIAL_SUFFIX = ".npuq-part"
 _CHUNK = 1 << 20
 
 
@@ -53,11 +53,13 @@ def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Ca
         advance(length)
 
     with _locked(partial) as (file, waited):
-        if waited and file_holds(target, wanted.size, wanted.digest):  # another pull brought it meanwhile
+        # Another pull may have brought it meanwhile.
+        if waited and all(file_holds(target, wanted.size, digest) for digest in wanted.digests):
             count(wanted.size)
             partial.unlink(missing_ok=True)
             return
-        for _ in range(2):
+        # What an earlier pull left may be another content's beginning: it is no try of this one.
+        for _ in range(3 if os.fstat(file.fileno()).st_size else 2):
             if _complete(repository, wanted, file, count):
                 os.fsync(file.fileno())
                 partial.replace(target)
@@ -68,10 +70,10 @@ def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Ca
     raise mismatch(repository, wanted.name)
 
 
-def mismatch(repository: Repository, name: str) -> HubError:
-    """The error for a file that is not what the manifest says, or the hub's own listing."""
+def mismatch(repository: Repository, name: str, what: str = "hash") -> HubError:
+    """The error for a file whose hash or size is not what the manifest says, or the hub's own listing."""
     return HubError(
-        f"{repository.repo}: {name} is not what the manifest promises or the hub lists (its hash differs); the "
+        f"{repository.repo}: {name} is not what the manifest promises or the hub lists (its {what} differs); the "
         "repository holds a damaged or unfinished push: ask its owner to push again, or give another --revision"
     )
 

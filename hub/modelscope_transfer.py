@@ -10,20 +10,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 from ..errors import HubError, NpuqError
-from ..inputs.files import read_bytes
 from ..inputs.names import FileName
 from ..quant.artifact import MANIFEST_NAME
 from .client import Backoff, revision_of
 from .download import read_whole
+from .manifest import MANIFEST, MOST_MANIFEST_BYTES
 from .modelscope import ModelScope, ScopeRepository
 from .names import Revision
-from .place import MANIFEST, FolderPlace, remove_stale
+from .place import FolderPlace, Source
 from .progress import Silent, TransferProgress
 from .pulling import CARD, fetch_artifact, manifest_files
 from .pushing import PushSummary, default_title, local_files, merged_card
-from .remote_state import MOST_MANIFEST_BYTES, UNFINISHED, listed_names, previous_files, refuse_strays
+from .remote_state import UNFINISHED, previous_files, refuse_strays
 from .repository import Listing, RemoteFile
 from .upload import LocalFile, not_sent
 
@@ -117,25 +118,19 @@ def pull_modelscope(
     wanted = manifest_files(repo, sealed)
     target = _cache_folder(scope, branch) if directory is None else Path(directory)
     try:
-        before = _held_names(target) if directory is None else []
-        place = FolderPlace(target, sealed, follows=directory is None)
+        names = [file.name for file in wanted]
+        place = FolderPlace(target, Source(scope.repo, branch), sealed, names, follows=directory is None)
         missing = place.missing(wanted)
         if missing:
             fetch_artifact(repository, listing, place, missing, progress)
-        remove_stale(target, before, [file.name for file in wanted])
         return place.finish()
     except OSError as error:
         raise scope.failure(f"fetching {repo}", error) from None
 
 
 def _cache_folder(scope: ModelScope, branch: Revision) -> Path:
-    return Path(scope.config.cache_dir) / "npuq" / scope.repo.folder / branch.replace("/", "--")
-
-
-def _held_names(target: Path) -> Sequence[FileName]:
-    """What the artifact that is there has, to be told from what the new one has."""
-    held = target / MANIFEST
-    return [*listed_names(read_bytes(held, HubError, MOST_MANIFEST_BYTES), "files")] if held.is_file() else []
+    # Escaped, not replaced: ModelScope allows `--` in all of these names.
+    return Path(scope.config.cache_dir) / "npuq" / scope.repo / quote(branch, safe="")
 
 
 def _begin(scope: ModelScope, listing: Listing, names: list[FileName], branch: Revision, title: str) -> None:

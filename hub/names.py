@@ -27,11 +27,6 @@ class RepoId(CheckedText):
     def holds(cls, value: str) -> bool:
         return len(value) <= _MOST_REPO_CHARACTERS and _REPO.fullmatch(value) is not None and ".." not in value
 
-    @property
-    def folder(self) -> str:
-        """The name of a folder for it."""
-        return self.replace("/", "--")
-
 
 class HubRepoId(RepoId):
     """`user/name` on Hugging Face, which allows no `--`: no two repositories have one folder."""
@@ -41,6 +36,11 @@ class HubRepoId(RepoId):
     @classmethod
     def holds(cls, value: str) -> bool:
         return super().holds(value) and "--" not in value
+
+    @property
+    def folder(self) -> str:
+        """The name of a folder for it."""
+        return self.replace("/", "--")
 
 
 class Revision(CheckedText):

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from huggingface_hub import constants
 
 from ..errors import HubError
-from ..inputs.files import read_text
+from ..inputs.files import inside, read_bytes, read_text
+from ..inputs.json_text import parse_object
 from ..inputs.names import FileName, Sha256
-from ..quant.artifact import MANIFEST_NAME, OWN_FOLDER
+from ..inputs.printable import printable
+from ..quant.artifact import OWN_FOLDER
 from .digests import content_digest, file_holds
 from .fetch import Wanted, fetch_file
-from .names import BlobId, CommitId, Digest, HubRepoId, Revision
+from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names
+from .names import BlobId, CommitId, Digest, HubRepoId, RepoId, Revision
+from .partial import PARTIAL_SUFFIX, write_whole
 from .repository import Repository
 from .verified import VerifiedFiles
 
-MANIFEST = FileName(MANIFEST_NAME)
+# What a folder has from the beginning of a pull to its end.
+_PULLING = FileName(f"{OWN_FOLDER}/pulling.json")
 
 
 class Place(Protocol):
@@ -94,10 +101,7 @@ class CachePlace:
             return
         reference = _reference(self._folder, revision)
         with contextlib.suppress(OSError):
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            partial = reference.with_name(f".{uuid.uuid4().hex}")
-            partial.write_text(self._commit, encoding="utf-8")
-            partial.replace(reference)
+            write_whole(reference, self._commit.encode())
 
     def _blob(self, digest: Digest) -> Path:
         return self._folder / "blobs" / digest
@@ -148,17 +152,31 @@ def _link(blob: Path, path: Path) -> None:
     partial.replace(path)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a folder's artifact comes from."""
+
+    repo: RepoId
+    revision: Revision
+
+
 class FolderPlace:
     """A folder of the user's own. Only files that the artifact has are written, and none other is touched.
 
-    `sealed` is the artifact's manifest. With `follows` the folder is npuq's own and follows a branch: what another
-    artifact left there gives way.
+    `sealed` is the manifest of the artifact that comes from `source`, `names` are the files that it lists. While it
+    comes, `npuq/pulling.json` says what, so that no other artifact is mixed with it: another is refused, and what an
+    earlier state of the same branch left goes away. With `follows`, for a folder of npuq's own, a finished artifact
+    gives way too.
     """
 
-    def __init__(self, directory: Path, sealed: bytes, *, follows: bool = False):
+    def __init__(
+        self, directory: Path, source: Source, sealed: bytes, names: Collection[FileName], *, follows: bool = False
+    ):
         self.directory = directory
+        self._source = source
         self._sealed = sealed
-        self._claim(follows)
+        self._names = frozenset(names)
+        self._stale = self._claim(follows)
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
         result = []
@@ -175,37 +193,64 @@ class FolderPlace:
         return
 
     def finish(self) -> Path:
-        target = self.directory / MANIFEST
-        partial = target.with_name("manifest.npuq-part")
-        partial.unlink(missing_ok=True)
-        partial.write_bytes(self._sealed)
-        partial.replace(target)
+        for name in self._stale:
+            path = self.directory / name
+            self._check_parent(path)
+            for each in (path, path.with_name(path.name + PARTIAL_SUFFIX)):
+                with contextlib.suppress(FileNotFoundError):
+                    each.unlink()
+        write_whole(self.directory / MANIFEST, self._sealed)
+        (self.directory / _PULLING).unlink(missing_ok=True)
         return self.directory
 
-    def _claim(self, follows: bool) -> None:
-        """npuq writes into a directory that it made or found empty, and knows it again by its own folder."""
+    def _claim(self, follows: bool) -> frozenset[FileName]:
+        """npuq writes into a directory that it made or found empty, and knows it again by its own folder. Returns the
+        files there that another state of the branch left."""
         own, held = self.directory / OWN_FOLDER, self.directory / MANIFEST
         if self.directory.exists() and not self.directory.is_dir():
             raise HubError(f"{self.directory}: exists and is not a directory; choose another")
         if self.directory.exists() and not own.is_dir() and any(self.directory.iterdir()):
             raise HubError(f"{self.directory}: is not empty and holds no artifact of npuq's; choose another directory")
         self._check_parent(held)
-        if held.exists() and not file_holds(held, len(self._sealed), content_digest(self._sealed, Sha256)):
-            if not follows:
+        left = self._begun(follows)
+        if held.exists():
+            if file_holds(held, len(self._sealed), content_digest(self._sealed, Sha256)):
+                if not left:
+                    return left
+            elif not follows:
                 raise HubError(
                     f"{self.directory}: holds another artifact, or another revision; choose another directory"
                 )
-            held.unlink()
-        own.mkdir(parents=True, exist_ok=True)
+            else:
+                left |= set(listed_names(read_bytes(held, HubError, MOST_MANIFEST_BYTES), "files")) - self._names
+        else:
+            self._refuse_strays(left)
+        names = sorted({*self._names, *left})
+        note = {"repository": self._source.repo, "revision": self._source.revision, "files": names}
+        write_whole(self.directory / _PULLING, json.dumps(note, indent=1).encode() + b"\n")
+        held.unlink(missing_ok=True)
+        return left
+
+    def _begun(self, follows: bool) -> frozenset[FileName]:
+        """What a pull that was not finished may have left there and this artifact does not have."""
+        if not os.path.lexists(self.directory / _PULLING):
+            return frozenset()
+        content = read_bytes(inside(self.directory, _PULLING, HubError), HubError, MOST_MANIFEST_BYTES)
+        note = parse_object(content, str(self.directory / _PULLING), HubError)
+        if not follows and (note.get("repository"), note.get("revision")) != (self._source.repo, self._source.revision):
+            raise HubError(
+                f"{self.directory}: holds a part of another artifact, or of another revision; choose another "
+                "directory, or remove this one"
+            )
+        return frozenset(listed_names(content, "files")) - self._names
+
+    def _refuse_strays(self, left: Container[str]) -> None:
+        """HubError for weights that nobody knows the origin of: engines would load them too."""
+        for path in self.directory.glob("*.safetensors"):
+            if path.name not in self._names and path.name not in left:
+                raise HubError(f"{printable(str(path))}: is not of this artifact; choose another directory")
 
     def _check_parent(self, path: Path) -> None:
         """HubError where a link of the directory leads out of it."""
         if not path.parent.resolve().is_relative_to(self.directory.resolve()):
             raise HubError(f"{path.parent}: a link out of the directory; refusing to write there")
-
-
-def remove_stale(directory: Path, before: Iterable[FileName], now: Iterable[FileName]) -> None:
-    """Remove those files of an artifact that was there `before` and that the one of `now` does not have."""
-    for name in {*before} - {*now}:
-        with contextlib.suppress(OSError):
-            (directory / name).unlink()

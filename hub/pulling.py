@@ -14,14 +14,17 @@ from ..quant.artifact import CARD_NAME, DESCRIPTION_NAME, FORMAT_VERSION, MANIFE
 from ..quant.checkpoint import CONFIG_NAME, read_weight_map, single_file
 from ..quant.side_files import is_read_beside_weights
 from .client import Backoff, Hub, revision_of
+from .download import read_whole
 from .faults import OfflineError, PassingError
-from .fetch import PARTIAL_SUFFIX, Wanted, mismatch
+from .fetch import Wanted, mismatch
 from .huggingface import HubRepository, resolve_commit
+from .manifest import MANIFEST, MOST_MANIFEST_BYTES
 from .names import CommitId, Revision, byte_count
 from .parallel import in_order
-from .place import MANIFEST, CachePlace, FolderPlace, Place, cached_commit
+from .partial import PARTIAL_SUFFIX
+from .place import CachePlace, FolderPlace, Place, Source, cached_commit
 from .progress import Silent, TransferProgress
-from .remote_state import MOST_MANIFEST_BYTES, UNFINISHED
+from .remote_state import UNFINISHED
 from .repository import Listing, Repository
 
 WORKERS = 8
@@ -54,45 +57,55 @@ def pull(
     """
     hub, progress, named = Hub(repo, token, backoff), progress or Silent(), revision_of(revision)
     with hub.errors(f"fetching {repo}"):
-        commit = _commit(hub, named)
+        commit, unanswered = _commit(hub, named)
         repository, place = HubRepository(hub, commit), CachePlace(hub.repo, commit)
         listing: Listing | None = None
         if not place.is_intact(MANIFEST):
-            try:
-                listing = repository.listing()
-            except (PassingError, OfflineError):
+            if unanswered is not None:
                 # Nobody can say whether it has a manifest. A checkpoint that was fetched before has none.
-                if artifact_only or not (place.directory / CONFIG).is_file():
-                    raise
+                if artifact_only or directory is not None or not (place.directory / CONFIG).is_file():
+                    raise unanswered
                 return place.directory
+            listing = repository.listing()
             if MANIFEST not in listing.files:
                 if artifact_only:
                     raise _no_artifact(hub.repo, listing)
                 return _pull_checkpoint(repository, listing, place, named, before_weights, progress)
-            place.fetch(repository, as_listed(hub.repo, MANIFEST, listing), lambda count: None)
-        sealed = read_bytes(place.directory / MANIFEST, HubError, MOST_MANIFEST_BYTES)
+            if directory is None:
+                place.fetch(repository, as_listed(hub.repo, MANIFEST, listing), lambda count: None)
+        if listing is None or directory is None:
+            sealed = read_bytes(place.directory / MANIFEST, HubError, MOST_MANIFEST_BYTES)
+        else:
+            # Into a folder: nothing of it goes into the cache.
+            sealed = read_whole(repository, MANIFEST, listing.files[MANIFEST], MOST_MANIFEST_BYTES)
         wanted = manifest_files(hub.repo, sealed)
-        target: Place = place if directory is None else FolderPlace(Path(directory), sealed)
+        target: Place = place
+        if directory is not None:
+            target = FolderPlace(Path(directory), Source(hub.repo, named), sealed, [file.name for file in wanted])
         missing = target.missing(wanted)
         if missing:
+            if unanswered is not None:
+                raise unanswered
             fetch_artifact(repository, listing or repository.listing(), target, missing, progress, before_weights)
-        place.refer(named)
+        if directory is None:
+            place.refer(named)
         # Last: a directory without its manifest is no artifact.
         return target.finish()
 
 
-def _commit(hub: Hub, named: Revision) -> CommitId:
-    """The commit that is meant; where nobody answers, the one that it was when it was last fetched."""
+def _commit(hub: Hub, named: Revision) -> tuple[CommitId, HubError | None]:
+    """The commit that is meant; where nobody answers, the one that it was when it was last fetched, and why nobody
+    does: asking again would make the user wait for nothing."""
     if CommitId.holds(named):
-        return CommitId(named)
+        return CommitId(named), None
     cached = cached_commit(hub.repo, named)
     try:
-        return resolve_commit(hub, named, attempts=None if cached is None else 2)
-    except (PassingError, OfflineError):
+        return resolve_commit(hub, named, attempts=None if cached is None else 2), None
+    except (PassingError, OfflineError) as error:
         # As the client does: what was fetched before is better than nothing.
         if cached is None:
             raise
-        return cached
+        return cached, error
 
 
 def _no_artifact(repo: str, listing: Listing) -> HubError:
@@ -157,7 +170,9 @@ def _matched(repository: Repository, missing: Sequence[Wanted], listing: Listing
         there = listing.files.get(wanted.name)
         if there is None:
             raise HubError(f"{repository.repo}: {wanted.name} is missing there; ask its owner to push again")
-        if there.size != wanted.size or (there.sha256 is not None and there.sha256 != wanted.digest):
+        if there.size != wanted.size:
+            raise mismatch(repository, wanted.name, "size")
+        if there.sha256 is not None and there.sha256 != wanted.digest:
             raise mismatch(repository, wanted.name)
         result.append(replace(wanted, listed=there.digest))
     return result

@@ -22,11 +22,11 @@ from .commits import Committer
 from .download import read_whole
 from .huggingface import HubRepository, list_branch
 from .lfs import Addition
+from .manifest import MANIFEST, MOST_MANIFEST_BYTES
 from .names import CommitId
-from .place import MANIFEST
 from .progress import Silent, TransferProgress
 from .pulling import CARD, manifest_files
-from .remote_state import MOST_CARD_BYTES, MOST_MANIFEST_BYTES, UNFINISHED, previous_files, refuse_strays
+from .remote_state import MOST_CARD_BYTES, UNFINISHED, previous_files, refuse_strays
 from .repository import Listing, RemoteFile, Repository
 from .target import open_target
 from .upload import LocalFile, not_sent, upload_all

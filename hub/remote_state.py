@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import HubError
-from ..inputs.json_text import parse_object
 from ..inputs.names import FileName
 from ..quant.artifact import DESCRIPTION_NAME, OWN_FOLDER
 from .download import read_whole
-from .place import MANIFEST
+from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names
 from .repository import Listing, Repository
 
 # In the repository from the first commit of a push to its last: whoever finds it looks at an unfinished push. It lists
 # the files of the artifact that was there before, so that the last commit can remove those that no longer belong.
 UNFINISHED_NAME = f"{OWN_FOLDER}/unfinished.json"
 UNFINISHED = FileName(UNFINISHED_NAME)
-
-MOST_MANIFEST_BYTES = 64 << 20
 MOST_CARD_BYTES = 8 << 20
 
 
@@ -29,17 +26,6 @@ def previous_files(repository: Repository, listing: Listing) -> frozenset[FileNa
             content = read_whole(repository, source, listing.files[source], MOST_MANIFEST_BYTES)
             names |= {source, *listed_names(content, key)}
     return frozenset(names & listing.files.keys())
-
-
-def listed_names(content: bytes, key: str) -> Iterable[FileName]:
-    """The file names under a key of a manifest (or of the note on an unfinished push); none where it is malformed."""
-    try:
-        found = parse_object(content, MANIFEST, HubError).get(key, ())
-    except HubError:
-        # Not a manifest: whoever put it there, none of its files is ours to remove.
-        return ()
-    names = found if isinstance(found, (dict, list)) else ()
-    return [FileName(name) for name in names if isinstance(name, str) and FileName.holds(name)]
 
 
 def refuse_strays(repo: str, listing: Listing, ours: Iterable[str]) -> None:

@@ -5,8 +5,8 @@ A file counts as unchanged while its size, modification time and inode are those
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from ..errors import HubError
 from ..inputs.json_text import read_object
 from .names import CommitId, Digest, HubRepoId
+from .partial import write_whole
 
 _FOLDER = "npuq-verified"
 
@@ -35,13 +36,8 @@ class VerifiedFiles:
 
     def save(self) -> None:
         """Write the notes; where that is not possible, the files are read again the next time."""
-        partial = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self._notes), encoding="utf-8")
-            partial.replace(self._path)
-        except OSError:
-            return
+        with contextlib.suppress(OSError):
+            write_whole(self._path, json.dumps(self._notes).encode())
 
     def _read(self) -> dict[str, object]:
         try:

@@ -24,13 +24,13 @@ from ..inputs.names import FileName
 from ..quant.safetensors import TensorInfo
 from .names import Digest
 from .parallel import start_threads
+from .partial import PARTIAL_SUFFIX
 
 _FETCHERS = 4
 _BATCH_BYTES = 256 << 20
 # Reading over a small gap is cheaper than another request.
 _GAP_BYTES = 64 << 10
-_PARTIAL_SUFFIX = ".npuq-part"
-_OURS = re.compile(r"[0-9]+-[0-9a-f]{40,64}\.[0-9]+-[0-9]+(\.[0-9a-f]{32}\.npuq-part)?")
+_OURS = re.compile(r"[0-9]+-[0-9a-f]{40,64}\.[0-9]+-[0-9]+(\.[0-9a-f]{32}" + re.escape(PARTIAL_SUFFIX) + ")?")
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Window:
         target = self._folder / extent.file_name
         if not target.exists():
             # A name of our own: a fetcher that an interrupted run left behind may still be writing.
-            partial = self._folder / f"{extent.file_name}.{uuid.uuid4().hex}{_PARTIAL_SUFFIX}"
+            partial = self._folder / f"{extent.file_name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
             with partial.open("wb") as file:
                 self._fetch(extent.shard, extent.start, extent.end, file, self._check_open)
                 file.flush()

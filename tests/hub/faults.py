@@ -12,12 +12,12 @@ class Fault:
     """Goes off for requests whose "METHOD /path" contains `pattern` (a regular expression): skips the first `after`
     of them, then hits `times`.
 
-    status: answer with it (and `headers`, `code` as X-Error-Code, `said` as X-Error-Message) instead of doing anything. reset_before: close the
-    connection without an answer. reset_after: let so many bytes of the body (of an upload, or of the answer) pass,
-    then reset. lose_response: do what was asked, then reset instead of answering. corrupt: flip a bit of the answer's
-    body at this offset. bytes_per_second: slow the body, of an upload or of the answer. truncate: end the answer's body
-    so many bytes early. longer: send so many bytes more than there are. endless: never end the body. sent_headers: of
-    the answer, whatever they should be. body: send this instead.
+    status: answer with it (and `headers`, `code` as X-Error-Code, `said` as X-Error-Message) instead of doing
+    anything. reset_before: close the connection without an answer. reset_after: let so many bytes of the body (of an
+    upload, or of the answer) pass, then reset. lose_response: do what was asked, then reset instead of answering.
+    corrupt: flip a bit of the answer's body at this offset. bytes_per_second: slow the body, of an upload or of the
+    answer. truncate: end the answer's body so many bytes early. longer: send so many bytes more than there are.
+    endless: never end the body. sent_headers: of the answer, whatever they should be. body: send this instead.
     """
 
     pattern: str

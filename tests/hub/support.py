@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -36,9 +37,18 @@ def reseal(artifact: Path) -> None:
     """Make the manifest say what the files now are."""
     manifest = json.loads((artifact / MANIFEST).read_text())
     for name, entry in manifest["files"].items():
-        content = (artifact / name).read_bytes()
-        entry.update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        entry.update(entry_of((artifact / name).read_bytes()))
     (artifact / MANIFEST).write_text(json.dumps(manifest))
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """All files below a directory, by their relative names."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def entry_of(content: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback_modelscope import READER, WRITER, LoopbackModelScope
-from support import CARD, MANIFEST, REPO, alter, contents, kill_when, npuq_process, npuq_run, reseal, shards
+from support import CARD, MANIFEST, REPO, alter, contents, files_of, kill_when, npuq_process, npuq_run, reseal, shards
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import client
+from npuq.hub import client, modelscope_transfer
 from npuq.hub.client import Backoff
+from npuq.hub.modelscope import ModelScope
 from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
+from npuq.hub.names import Revision
 from npuq.hub.remote_state import UNFINISHED_NAME
 
 
@@ -224,6 +226,35 @@ def test_the_cache_follows_its_branch(scope: LoopbackModelScope, artifact: Path,
     assert pull_modelscope(REPO) == there
     assert contents(there) == contents(other)
     assert len(shards(there)) == len(shards(other)) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("a--b/c", "m"), ("a/b--c", "m")), (("a/b", "x/y"), ("a/b", "x--y")), (("a/b", "x%2Fy"), ("a/b", "x/y"))],
+)
+def test_every_branch_has_its_own_cache_folder(
+    scope: LoopbackModelScope, artifact: Path, tmp_path: Path, one: tuple[str, str], other: tuple[str, str]
+) -> None:
+    """ModelScope allows names that Hugging Face does not."""
+    folders = {modelscope_transfer._cache_folder(ModelScope(repo), Revision(branch)) for repo, branch in (one, other)}
+    assert len(folders) == 2
+    assert all(folder.is_relative_to(tmp_path / "ms-cache" / "npuq") for folder in folders)
+
+
+def test_an_interrupted_pull_follows_its_branch(
+    scope: LoopbackModelScope, artifact: Path, example_fp8: Path, backoff: Backoff
+) -> None:
+    push_modelscope(artifact, REPO)
+    scope.faults.add(Fault(r"GET .*/repo$", after=6, status=410, times=10**6))
+    with pytest.raises(HubError):
+        pull_modelscope(REPO, backoff=backoff)
+    scope.faults.clear()
+    other = artifact.parent / "other"
+    npuq.convert_checkpoint(example_fp8, other, method="minmax")
+    push_modelscope(other, REPO)
+    there = pull_modelscope(REPO)
+    assert contents(there) == contents(other)
+    assert set(files_of(there)) == {*contents(other), CARD}
 
 
 def test_a_folder_of_the_users_is_not_made_another_artifact(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from faults import Fault
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from loopback import LoopbackHub
 from support import (
     CARD,
@@ -21,6 +22,7 @@ from support import (
     alter,
     as_modelslim,
     contents,
+    files_of,
     kill_when,
     npuq_process,
     npuq_run,
@@ -39,8 +41,7 @@ SHARD = "model-00002-of"
 
 @pytest.fixture
 def pushed(hub: LoopbackHub, artifact: Path) -> Path:
-    files = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
-    hub.state.put(REPO, files)
+    hub.state.put(REPO, files_of(artifact))
     return artifact
 
 
@@ -135,14 +136,57 @@ def test_the_hub_is_unreachable(hub: LoopbackHub, pushed: Path, backoff: Backoff
         npuq.pull("alice/another", backoff=backoff)
 
 
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
+def test_without_a_network_nobody_waits(
+    hub: LoopbackHub, pushed: Path, example_fp8: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Two requests, one short wait: whatever is there, and whatever is missing."""
+    if kind == "checkpoint":
+        hub.state.put("alice/source", files_of(example_fp8))
+    repo = "alice/source" if kind == "checkpoint" else REPO
+    fetched = resolve(repo)
+    hub.faults.add(Fault("", reset_before=True, times=10**6))
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for missing in (False, True):
+        hub.log.clear()
+        waits.clear()
+        if missing:
+            (fetched / "config.json").unlink()
+            with pytest.raises(HubError, match=r"the connection to .* failed"):
+                resolve(repo)
+        else:
+            assert resolve(repo) == fetched
+        assert len(hub.log) == 2
+        assert len(waits) == 1 and waits[0] < 2
+
+
+def test_connecting_has_a_limit_of_its_own(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that drops every packet is known after ten seconds, not after a minute."""
+    seen: list[dict[str, float]] = []
+    session = get_session()
+    send = session.send
+
+    def noted(request: Any, **options: Any) -> Any:
+        seen.append(request.extensions["timeout"])
+        return send(request, **options)
+
+    monkeypatch.setattr(session, "send", noted)
+    hub.state.put(REPO, {"config.json": b"{}"})
+    with pytest.raises(HubError, match="not an artifact"):
+        npuq.pull(REPO)
+    assert len(seen) == 2
+    assert all(timeout["connect"] == constants.HF_HUB_ETAG_TIMEOUT < timeout["read"] for timeout in seen)
+
+
 def test_content_that_is_not_the_manifests_is_refused(hub: LoopbackHub, pushed: Path) -> None:
     hub.state.put(REPO, {shards(pushed)[1].name: b"something else"})
-    with pytest.raises(HubError, match=rf"{SHARD}-00013\.safetensors is not what the manifest promises"):
+    with pytest.raises(HubError, match=rf"{SHARD}-00013\.safetensors is not what .* \(its size differs\)"):
         npuq.pull(REPO)
     assert not hub.requests(f"^GET .*{SHARD}")  # known from the listing, before any of it was fetched
     small = {**contents(pushed), "config.json": contents(pushed)["config.json"].replace(b"1", b"2", 1)}
     hub.state.put(REPO, small)
-    with pytest.raises(HubError, match=r"config\.json is not what the manifest promises"):
+    with pytest.raises(HubError, match=r"config\.json is not what .* \(its hash differs\)"):
         npuq.pull(REPO)
 
 
@@ -240,6 +284,75 @@ class TestFolder:
         npuq.pull(REPO, there)
         assert len(hub.requests(r"^GET .*\.safetensors")) == 1
         assert contents(there) == contents(pushed)
+
+    def test_the_cache_stays_as_it_is(
+        self, hub: LoopbackHub, pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What it has of an older revision is still found without the hub."""
+        npuq.pull(REPO, tmp_path / "first")
+        assert not files_of(tmp_path / "hf-home")
+        old = npuq.pull(REPO)
+        before = files_of(tmp_path / "hf-home")
+        alter(shards(pushed)[0])
+        reseal(pushed)
+        hub.state.put(REPO, files_of(pushed))
+        npuq.pull(REPO, tmp_path / "second")
+        assert files_of(tmp_path / "hf-home") == before
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert npuq.pull(REPO) == old
+
+    @pytest.fixture
+    def interrupted(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> Path:
+        """A folder that misses the first shard of the artifact that was pulled into it."""
+        hub.faults.add(Fault(f"resolve/.*{shards(pushed)[0].name}", status=410, times=10**6))
+        with pytest.raises(HubError, match="status 410"):
+            npuq.pull(REPO, tmp_path / "there")
+        hub.faults.clear()
+        assert len(shards(tmp_path / "there")) == len(shards(pushed)) - 1
+        return tmp_path / "there"
+
+    def test_no_other_artifact_is_mixed_into_an_interrupted_pull(
+        self, hub: LoopbackHub, pushed: Path, interrupted: Path
+    ) -> None:
+        hub.state.put("alice/other", files_of(pushed))
+        hub.state.repos[REPO].branches["other"] = hub.state.repos[REPO].branches["main"]
+        before = files_of(interrupted)
+        for repo, revision in (("alice/other", None), (REPO, "other")):
+            with pytest.raises(HubError, match="holds a part of another artifact, or of another revision"):
+                npuq.pull(repo, interrupted, revision=revision)
+        assert files_of(interrupted) == before
+        assert contents(npuq.pull(REPO, interrupted)) == contents(pushed)
+        assert set(files_of(interrupted)) == {*contents(pushed), CARD}
+
+    def test_an_interrupted_pull_follows_its_branch(
+        self, hub: LoopbackHub, pushed: Path, interrupted: Path, example_fp8: Path, tmp_path: Path
+    ) -> None:
+        (interrupted / f"{shards(pushed)[0].name}.npuq-part").write_bytes(b"a beginning")
+        other = tmp_path / "other"
+        npuq.convert_checkpoint(example_fp8, other, method="minmax")
+        files = dict(hub.state.repos[REPO].commit("main").files)
+        hub.state.repos[REPO].add_commit("main", "none", {".gitattributes": files[".gitattributes"]})
+        hub.state.put(REPO, files_of(other))
+        # Interrupted again: what the first one left is not forgotten.
+        hub.faults.add(Fault(r"resolve/.*\.safetensors", status=410))
+        with pytest.raises(HubError, match="status 410"):
+            npuq.pull(REPO, interrupted)
+        assert contents(npuq.pull(REPO, interrupted)) == contents(other)
+        assert set(files_of(interrupted)) == {*contents(other), CARD}
+
+    def test_weights_that_nobody_knows_are_refused(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+        (tmp_path / "there" / "npuq").mkdir(parents=True)
+        (tmp_path / "there" / "other.safetensors").write_bytes(b"")
+        with pytest.raises(HubError, match=r"other\.safetensors: is not of this artifact"):
+            npuq.pull(REPO, tmp_path / "there")
+
+    @pytest.mark.parametrize("left", [b"stale", b"s" * 10**7], ids=["shorter", "longer"])
+    def test_a_stale_part_is_no_try(self, hub: LoopbackHub, pushed: Path, tmp_path: Path, left: bytes) -> None:
+        (tmp_path / "there" / "npuq").mkdir(parents=True)
+        (tmp_path / "there" / f"{shards(pushed)[0].name}.npuq-part").write_bytes(left)
+        # Once on the way, after what was left turned out wrong.
+        hub.faults.add(Fault(f"^GET .*{shards(pushed)[0].name}", after=left == b"stale", corrupt=1000))
+        assert contents(npuq.pull(REPO, tmp_path / "there")) == contents(pushed)
 
     @pytest.mark.parametrize("found", ["file", "foreign", "another"])
     def test_refused(self, hub: LoopbackHub, pushed: Path, tmp_path: Path, found: str) -> None:
