@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..errors import ConversionError
 from ..quant.dialects import WeightSource
+from ..threads import start_all
 from ..torch_threads import one_torch_thread, single_threaded_torch
 from .chunks import StoppedError
 from .hashes import ShardHashes
@@ -23,7 +24,6 @@ from .plan import Job, Plan
 from .shards import ShardFiles
 from .syncer import Syncer
 from .tally import Tally
-from .threads import start_all
 from .worker import run_job
 from .workspace import Workspace
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+from ..threads import held_signals, too_few_threads
 from ..torch_threads import one_torch_thread
 from .chunks import StoppedError
-from .threads import held_signals, too_few_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -6,10 +6,10 @@ import threading
 import time
 
 from ..errors import ConversionError
+from ..threads import start_all
 from .journal import JobEntry, Journal
 from .plan import Plan
 from .shards import ShardFiles
-from .threads import start_all
 
 # Written bytes of which the kernel is told together: it would otherwise leave them for the sync to wait for.
 _WRITEBACK_BYTES = 16 << 20

@@ -6,7 +6,7 @@ Paths, addresses and file names are made of these types alone, next to `inputs.n
 from __future__ import annotations
 
 import re
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from ..errors import HubError
 from ..inputs.names import CheckedText, FileName, Sha256
@@ -82,6 +82,24 @@ class BlobId(CheckedText):
 
 
 Digest: TypeAlias = Sha256 | BlobId
+
+_Repo = TypeVar("_Repo", bound=RepoId)
+
+
+def parse_repo(text: str, kind: type[_Repo]) -> _Repo:
+    """The repository that a user wrote. HubError for what is none."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
+
+
+def parse_revision(text: str | None, default: Revision) -> Revision:
+    """The revision that a user wrote, `default` where none. HubError for what is none."""
+    try:
+        return default if text is None else Revision(text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
 
 
 def byte_count(value: Any, where: str, error: type[Exception] = HubError) -> int:

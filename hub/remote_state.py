@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from typing import Final
 
 from ..errors import HubError
 from ..inputs.names import FileName
 from ..quant.artifact import DESCRIPTION_NAME, OWN_FOLDER
-from .download import read_whole
+from .hub import Repository
+from .listing import Listing
 from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names
-from .repository import Listing, Repository
+from .transfer.download import read_whole
 
 # In the repository from the first commit of a push to its last: whoever finds it looks at an unfinished push. It lists
 # the files of the artifact that was there before, so that the last commit can remove those that no longer belong.
-UNFINISHED_NAME = f"{OWN_FOLDER}/unfinished.json"
-UNFINISHED = FileName(UNFINISHED_NAME)
-MOST_CARD_BYTES = 8 << 20
+UNFINISHED: Final = FileName(f"{OWN_FOLDER}/unfinished.json")
 
 
 def previous_files(repository: Repository, listing: Listing) -> frozenset[FileName]:
@@ -26,6 +27,12 @@ def previous_files(repository: Repository, listing: Listing) -> frozenset[FileNa
             content = read_whole(repository, source, listing.files[source], MOST_MANIFEST_BYTES)
             names |= {source, *listed_names(content, key)}
     return frozenset(names & listing.files.keys())
+
+
+def unfinished_note(names: Iterable[FileName]) -> bytes:
+    """The content of npuq/unfinished.json for a push after which none of these files is there but the artifact's."""
+    replaces = sorted({*names} - {UNFINISHED})
+    return json.dumps({"unfinished_push": True, "replaces": replaces}, indent=1).encode() + b"\n"
 
 
 def refuse_strays(repo: str, listing: Listing, ours: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint, verify
 from npuq.convert.pool import Pool
-from npuq.convert.threads import held_signals, start_all
+from npuq.threads import held_signals, start_all
 from npuq.errors import ConversionError
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000}

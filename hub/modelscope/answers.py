@@ -9,8 +9,8 @@ import requests
 from requests.adapters import BaseAdapter
 from urllib3.util import Retry
 
-from ..errors import HubError
-from .client import MOST_REDIRECTS
+from ...errors import HubError
+from ..transfer.limits import MOST_REDIRECTS
 
 # Of an error's body, which the client reads for its reason.
 _MOST_REASON_BYTES: Final = 64 << 10

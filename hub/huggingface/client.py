@@ -1,13 +1,10 @@
-"""The Hugging Face client as npuq uses it: one repository, who asks, retries with back-off, errors in one line."""
+"""huggingface_hub as npuq uses it: one repository, who asks, retries with back-off, errors in one line."""
 
 from __future__ import annotations
 
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -17,7 +14,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -28,102 +24,109 @@ from huggingface_hub.utils import (
     fix_hf_endpoint_in_url,
     get_session,
     hf_raise_for_status,
-    parse_ratelimit_headers,
 )
 
-from .. import __version__
-from ..errors import HubError, NpuqError
-from ..inputs.json_text import parse_json, parse_object
-from ..inputs.names import FileName
+from ... import __version__
+from ...errors import HubError, NpuqError
+from ...inputs.json_text import parse_json, parse_object
+from ...inputs.names import FileName
+from ..hub import Answer
+from ..names import CommitId, HubRepoId, Revision, parse_repo
+from ..transfer import limits
+from ..transfer.retry import Backoff, retried
+from ..transfer.wording import (
+    OfflineError,
+    brief,
+    connection_failed,
+    disk_failed,
+    not_understood,
+    one_line,
+    passwords_in,
+    quoted,
+    status_failed,
+    without_secrets,
+    without_userinfo,
+)
 from . import faults
-from .names import CommitId, HubRepoId, Revision
-from .repository import Answer
 
 T = TypeVar("T")
 
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
-# Of one answer in JSON: a page of a listing is a thousandth of it.
-MOST_JSON_BYTES = 64 << 20
-MOST_PAGES = 1000
-MOST_REDIRECTS = 10
 _NEXT = re.compile(r"""<([^<>]*)>\s*;\s*rel\s*=\s*"?next\b""")
 _ANSWER_SECONDS = 60.0
-# The hub counts requests over five minutes.
-_MOST_ASKED_SECONDS = 330.0
 
 
-@dataclass(frozen=True)
-class Backoff:
-    """How often to try again after a fault that may pass, and how long to wait in between: doubling, with jitter."""
+class Client:
+    """huggingface_hub and one repository, as one user sees it. `token` None: the ecosystem's own (HF_TOKEN, hf auth)."""
 
-    attempts: int = 6
-    first_seconds: float = 1.0
-    most_seconds: float = 60.0
-
-    def wait(self, attempt: int, asked: float = 0.0) -> None:
-        """Sleep before the attempt after number `attempt` (from 1); no less than a server `asked` for."""
-        seconds = min(self.first_seconds * 2 ** (attempt - 1), self.most_seconds)
-        time.sleep(max(seconds * random.uniform(0.75, 1.25), min(asked, _MOST_ASKED_SECONDS)))
-
-
-class Hub:
-    """A hub and one repository there, as one user sees them. `token` None: the ecosystem's own (HF_TOKEN, hf auth)."""
+    raised = faults.RAISED
 
     def __init__(self, repo: str, token: str | None = None, backoff: Backoff | None = None):
-        self.repo = repo_id(repo)
+        self.repo = parse_repo(repo, HubRepoId)
         self.backoff = backoff or Backoff()
         self._token = token
         self.api = HfApi(token=token, library_name="npuq", library_version=__version__)
+        self.endpoint = str(self.api.endpoint)
+
+    @property
+    def page(self) -> str:
+        """The address of the repository, for messages."""
+        return f"{without_userinfo(self.endpoint)}/{self.repo}"
+
+    def ask(self, doing: str, question: Callable[[HfApi], T], attempts: int | None = None) -> T:
+        """What the client's own methods answer, retried as by `call`."""
+
+        def asked() -> T:
+            with faults.of_the_client():
+                return question(self.api)
+
+        return self.call(doing, asked, attempts)
 
     def call(self, doing: str, action: Callable[[], T], attempts: int | None = None) -> T:
-        """Do `action`, again after faults that may pass; other errors become a HubError that begins with `doing`.
+        """Do `action`, again after faults that may pass; other errors become a HubError that begins with `doing`."""
+        return retried(self, doing, action, attempts)
 
-        `attempts` is for what the client repeats by itself, so that waiting does not multiply.
-        """
-        attempt, attempts = 1, attempts or self.backoff.attempts
-        while True:
-            try:
-                return action()
-            except faults.RAISED as error:
-                if not faults.is_transient(error) or attempt >= attempts:
-                    raise self.failure(doing, error) from None
-                asked = asked_seconds(error)
-            self.backoff.wait(attempt, asked)
-            attempt += 1
+    def is_transient(self, error: BaseException) -> bool:
+        return faults.is_transient(error)
+
+    def asked_seconds(self, error: BaseException) -> float:
+        return faults.asked_seconds(error)
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
         """Errors of the hub, the connection and the disk that are raised inside become a HubError of one line."""
         try:
             yield
-        except (NpuqError, OSError, faults.HTTP_ERROR) as error:
+        except self.raised as error:
             raise self.failure(doing, error) from None
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
         """The error for the user, which begins with `doing`. Raise it `from None`: the original has request headers."""
+        secrets = (self._token, get_token(), *passwords_in(self.endpoint))
         if isinstance(error, NpuqError):
+            error.args = (without_secrets(str(error), secrets),)
             return error
         reason = self._reason(faults.innermost(error))
-        return type(reason)(self._without_token(faults.one_line(f"{doing}: {reason}")))
+        return type(reason)(without_secrets(one_line(f"{doing}: {reason}"), secrets))
 
     def commit_of(self, revision: Revision) -> CommitId:
         """The commit that a branch or a tag means now."""
-        url = f"{self.api.endpoint}/api/models/{self.repo}/revision/{quote(revision, safe='')}"
+        url = f"{self.endpoint}/api/models/{self.repo}/revision/{quote(revision, safe='')}"
         where = f"{self.repo}: what the hub says of it"
-        answer = parse_object(self.get(url, MOST_JSON_BYTES)[0], where, HubError)
+        answer = parse_object(self.get(url, limits.MOST_JSON_BYTES)[0], where, HubError)
         return CommitId.parse(answer.get("sha"), where, HubError)
 
     def tree(self, commit: CommitId) -> Iterator[Any]:
         """The entries of the hub's listing of a commit, as it sends them, page by page."""
-        url: str | None = f"{self.api.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
+        url: str | None = f"{self.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
         pages = 0
         while url is not None:
-            if pages == MOST_PAGES:
+            if pages == limits.MOST_PAGES:
                 raise HubError(
                     f"{self.repo}: the hub's listing has more than {pages} pages; npuq reads no such listing"
                 )
             pages += 1
-            content, url = self.get(url, MOST_JSON_BYTES)
+            content, url = self.get(url, limits.MOST_JSON_BYTES)
             page = parse_json(content, f"{self.repo}: the hub's listing", HubError)
             if not isinstance(page, list):
                 raise HubError(f"{self.repo}: the hub's listing is no list")
@@ -150,26 +153,30 @@ class Hub:
         Raises the client's errors for a refusal.
         """
         # Identity: of a compressed body neither ranges nor sizes mean what the listing says.
-        asked = {**build_hf_headers(token=self.api.token, library_name="npuq"), "Accept-Encoding": "identity"}
+        with faults.of_the_client():
+            asked = {**build_hf_headers(token=self.api.token, library_name="npuq"), "Accept-Encoding": "identity"}
         asked |= headers or {}
         with self._answer(url, asked, seconds) as response:
-            if response.is_error:
-                # Closed unread: the client would read a body of any length for the reason, which is a header too.
-                response.close()
-            hf_raise_for_status(response)
-            yield Answer(response.status_code, response.headers, response.iter_raw())
+            with faults.of_the_client():
+                if response.is_error:
+                    # Closed unread: the client would read a body of any length for the reason, which is a header too.
+                    response.close()
+                hf_raise_for_status(response)
+            yield Answer(response.status_code, response.headers, _pieces(response))
 
     @contextmanager
     def _answer(self, url: str, headers: Mapping[str, str], seconds: float) -> Iterator[Any]:
         """The client's response, its body unread, after redirects whose bodies are not read either."""
-        session = get_session()
         # A network that drops everything must not take as long as an answer may.
         timeout = (min(seconds, constants.HF_HUB_ETAG_TIMEOUT), seconds, seconds, seconds)
-        request = session.build_request("GET", url, headers=dict(headers), timeout=timeout)
-        for _ in range(MOST_REDIRECTS + 1):
+        with faults.of_the_client():
+            session = get_session()
+            request = session.build_request("GET", url, headers=dict(headers), timeout=timeout)
+        for _ in range(limits.MOST_REDIRECTS + 1):
             # By hand: the client would read each redirect's body, of any length. It does say where to go on, and leaves
             # the token out when that is another origin.
-            response = session.send(request, stream=True, follow_redirects=False)
+            with faults.of_the_client():
+                response = session.send(request, stream=True, follow_redirects=False)
             try:
                 if response.next_request is None:
                     yield response
@@ -177,19 +184,21 @@ class Hub:
                 request = response.next_request
             finally:
                 response.close()
-        raise HubError(f"{self.repo}: the hub redirects more than {MOST_REDIRECTS} times; npuq follows it no further")
+        raise HubError(
+            f"{self.repo}: the hub redirects more than {limits.MOST_REDIRECTS} times; npuq follows it no further"
+        )
 
     def file_url(self, name: FileName, commit: CommitId) -> str:
         """The address that gives, or redirects to, the content of a file."""
-        return hf_hub_url(self.repo, name, revision=commit, endpoint=self.api.endpoint)
+        return hf_hub_url(self.repo, name, revision=commit, endpoint=self.endpoint)
 
     def _next_page(self, answer: Answer) -> str | None:
         found = _NEXT.search(answer.headers.get("Link", ""))
         if found is None:
             return None
         # A mirror passes on what huggingface.co says of itself.
-        address = fix_hf_endpoint_in_url(urljoin(f"{self.api.endpoint}/", found[1]), self.api.endpoint)
-        ours, theirs = urlsplit(self.api.endpoint), urlsplit(address)
+        address = fix_hf_endpoint_in_url(urljoin(f"{self.endpoint}/", found[1]), self.endpoint)
+        ours, theirs = urlsplit(self.endpoint), urlsplit(address)
         # The token goes with the request.
         if (ours.scheme, ours.netloc) != (theirs.scheme, theirs.netloc):
             raise HubError(f"{self.repo}: the hub's listing goes on at another address; refusing to follow it")
@@ -201,20 +210,19 @@ class Hub:
         if isinstance(error, LocalTokenNotFoundError):
             reason = f"no token: make one with write access at {_TOKEN_PAGE} and set HF_TOKEN, or run `hf auth login`"
             return HubError(reason)
-        if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-            return faults.OfflineError(f"not in the local cache, and the hub cannot be asked ({faults.brief(error)})")
+        if isinstance(error, OfflineModeIsEnabled):
+            return OfflineError(f"not in the local cache, and the hub cannot be asked ({brief(error)})")
         if isinstance(error, HFValidationError):
-            return HubError(f"{self.repo!r} is not a name the hub accepts: {faults.brief(error)}")
+            return HubError(f"{self.repo!r} is not a name the hub accepts: {brief(error)}")
         if isinstance(error, (faults.HTTP_ERROR, ConnectionError, TimeoutError)):
-            return faults.connection_failed(self.api.endpoint, error, passing=faults.is_transient(error))
+            return connection_failed(self.endpoint, error, passing=faults.is_transient(error))
         if isinstance(error, OSError) and error.errno is not None:
-            return faults.disk_failed(error)
-        return faults.not_understood(error)
+            return disk_failed(error)
+        return not_understood(error)
 
     def _refusal(self, error: HfHubHTTPError) -> HubError:
         if isinstance(error, GatedRepoError):
-            page = f"{self.api.endpoint}/{self.repo}"
-            return HubError(f"{self.repo} is gated: ask for access at {page}, then give that user's token")
+            return HubError(f"{self.repo} is gated: ask for access at {self.page}, then give that user's token")
         if isinstance(error, RepositoryNotFoundError):
             return HubError(f"there is no repository {self.repo}, or this token may not see it")
         if isinstance(error, RevisionNotFoundError):
@@ -223,50 +231,20 @@ class Hub:
             return HubError(f"{self.repo} has no such file")
         status, said = error.response.status_code, error.server_message or ""
         if status in (401, 403) and faults.is_store(error):
-            return HubError(f"the hub's store refuses the upload (status {status}) {faults.quoted(said)}")
+            return HubError(f"the hub's store refuses the upload (status {status}) {quoted(said)}")
         if status == 401:
             return HubError(f"the hub does not accept the token; make a new one at {_TOKEN_PAGE} and set HF_TOKEN")
         if status == 403:
             request = error.response.request
             if request.method in ("GET", "HEAD") and not request.url.path.endswith("/auth-check/write"):
-                return HubError(f"this token may not read {self.repo} {faults.quoted(said)}")
+                return HubError(f"this token may not read {self.repo} {quoted(said)}")
             return HubError(
-                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} "
-                f"{faults.quoted(said)}"
+                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} {quoted(said)}"
             )
-        return faults.status_failed(status, said)
-
-    def _without_token(self, text: str) -> str:
-        for token in (self._token, get_token()):
-            if token:
-                text = text.replace(token, "***")
-        return text.strip()
+        return status_failed(status, said)
 
 
-def repo_id(text: str) -> HubRepoId:
-    """The repository that a user wrote. HubError for what is none."""
-    try:
-        return HubRepoId(text)
-    except ValueError as error:
-        raise HubError(str(error)) from None
-
-
-def revision_of(text: str | None, default: str = constants.DEFAULT_REVISION) -> Revision:
-    """The revision that a user wrote, the hub's default where none. HubError for what is none."""
-    try:
-        return Revision(default if text is None else text)
-    except ValueError as error:
-        raise HubError(str(error)) from None
-
-
-def asked_seconds(error: BaseException) -> float:
-    """How long an answer asks to wait; 0 where it does not say."""
-    error = faults.innermost(error)
-    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
-        return 0.0
-    headers = error.response.headers
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and limit.remaining == 0:
-        return float(min(limit.reset_in_seconds, 10**6)) + 1
-    after = headers.get("Retry-After", "").strip()
-    return float(after) if after.isdecimal() and len(after) < 7 else 0.0
+def _pieces(response: Any) -> Iterator[bytes]:
+    """The body as it arrives, undecoded."""
+    with faults.of_the_client():
+        yield from response.iter_raw()

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import IO
 
-from ..errors import HubError
-from ..inputs.names import FileName
-from .repository import Answer, RemoteFile, Repository
+from ...errors import HubError
+from ...inputs.names import FileName
+from ..hub import Answer, Repository
+from ..listing import RemoteFile
+from .retry import Retries
 
 # A hub that gives a few bytes a request would else be asked millions of times.
 _PROGRESS_BYTES = 16 << 10
@@ -30,7 +32,7 @@ def fetch_range(
     A fault that may pass is retried, going on after the last byte that arrived; attempts count anew whenever some
     kilobytes arrived. An answer that is longer than the file is listed, or of another file, is refused: HubError.
     """
-    position, attempt = start, 1
+    position, retries = start, Retries(repository, f"{repository.repo}: {name}")
     while position < end:
         before = position
         try:
@@ -46,10 +48,7 @@ def fetch_range(
             error = failure
         if position == end:  # whatever became of the connection then
             return
-        attempt = 1 if position >= before + _PROGRESS_BYTES else attempt + 1
-        if not repository.is_transient(error) or attempt > repository.backoff.attempts:
-            raise repository.failure(f"{repository.repo}: {name}", error) from None
-        repository.backoff.wait(max(attempt - 1, 1), repository.asked_seconds(error))
+        retries.wait_after(error, progressed=position >= before + _PROGRESS_BYTES)
 
 
 def _write(file: IO[bytes], piece: bytes) -> None:
@@ -68,12 +67,15 @@ def read_whole(repository: Repository, name: FileName, file: RemoteFile, most: i
         fetch_range(repository, name, file.size, 0, file.size, content)
         if file.digest is None or file.holds(content.getvalue()):
             return content.getvalue()
-    raise wrong_content(repository, name)
+    raise mismatch(repository, name)
 
 
-def wrong_content(repository: Repository, name: str) -> HubError:
-    """The error for content that does not have the hash that the hub lists."""
-    return HubError(f"{repository.repo}: {name} came with other content than the hub lists; it was not kept")
+def mismatch(repository: Repository, name: str, what: str = "hash") -> HubError:
+    """The error for a file whose hash or size is not what the manifest says, or the hub's own listing."""
+    return HubError(
+        f"{repository.repo}: {name} is not what the manifest promises or the hub lists (its {what} differs); the "
+        "repository holds a damaged or unfinished push: ask its owner to push again, or give another --revision"
+    )
 
 
 def _wanted(answer: Answer, where: str, size: int, start: int, end: int) -> Iterator[bytes]:
@@ -101,10 +103,11 @@ def _wanted(answer: Answer, where: str, size: int, start: int, end: int) -> Iter
 
 
 def _check_range(answer: Answer, where: str, size: int, start: int, end: int) -> None:
-    told = answer.headers.get("Content-Range", "")
-    match = _CONTENT_RANGE.fullmatch(told.strip())
+    match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
     if answer.status != 206 or match is None or int(match[1]) != start:
-        raise HubError(f"{where}: asked for bytes from {start}, the hub answered {answer.status} {told[:80]!r}")
+        # Not in the hub's words: they may hold anything, what it was sent included.
+        place = "an unknown place" if match is None else f"bytes from {match[1]}"
+        raise HubError(f"{where}: asked for bytes from {start}, the hub answered {answer.status} with {place}")
     if int(match[2]) >= end or (match[3] != "*" and int(match[3]) != size):
         raise _longer(where, size)
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from ..errors import CheckpointError
-from ..inputs.names import FileName
-from ..quant.safetensors import TensorInfo
-from .names import Digest
+from ...errors import CheckpointError
+from ...inputs.names import FileName
+from ...quant.safetensors import TensorInfo
+from ..names import Digest
 from .parallel import start_threads
 from .partial import PARTIAL_SUFFIX
 

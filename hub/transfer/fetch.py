@@ -7,34 +7,17 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..errors import HubError
-from ..inputs.names import FileName
+from ...errors import HubError
+from ..hub import Repository
+from ..listing import Wanted
 from .digests import Check, file_holds
-from .download import fetch_range
-from .names import Digest
+from .download import fetch_range, mismatch
 from .partial import PARTIAL_SUFFIX
-from .repository import Repository
 
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A file to fetch, its size and what its content must be: `digest` from the manifest, or from the hub where there
-    is none; `listed` is the hub's own, once it was asked."""
-
-    name: FileName
-    size: int
-    digest: Digest
-    listed: Digest | None = None
-
-    @property
-    def digests(self) -> set[Digest]:
-        return {self.digest} if self.listed is None else {self.digest, self.listed}
 
 
 def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Callable[[int], object]) -> None:
@@ -54,7 +37,7 @@ def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Ca
 
     with _locked(partial) as (file, waited):
         # Another pull may have brought it meanwhile.
-        if waited and all(file_holds(target, wanted.size, digest) for digest in wanted.digests):
+        if waited and file_holds(target, wanted.size, wanted.digests):
             count(wanted.size)
             partial.unlink(missing_ok=True)
             return
@@ -68,14 +51,6 @@ def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Ca
             count(-counted)
         partial.unlink(missing_ok=True)
     raise mismatch(repository, wanted.name)
-
-
-def mismatch(repository: Repository, name: str, what: str = "hash") -> HubError:
-    """The error for a file whose hash or size is not what the manifest says, or the hub's own listing."""
-    return HubError(
-        f"{repository.repo}: {name} is not what the manifest promises or the hub lists (its {what} differs); the "
-        "repository holds a damaged or unfinished push: ask its owner to push again, or give another --revision"
-    )
 
 
 def _complete(repository: Repository, wanted: Wanted, file: IO[bytes], count: Callable[[int], object]) -> bool:

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from .faults import no_thread
+from ...threads import held_signals
+from .wording import no_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,15 +18,16 @@ def start_threads(run: Callable[[], None], count: int, name: str, threads: list[
 
     Daemons: a caller that is interrupted does not wait for a transfer to end. HubError where it gives none.
     """
-    for number in range(count):
-        thread = threading.Thread(target=run, name=f"{name}-{number}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:  # can't start new thread
-            if threads:
-                return
-            raise no_thread(error) from None
-        threads.append(thread)
+    with held_signals():
+        for number in range(count):
+            thread = threading.Thread(target=run, name=f"{name}-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # can't start new thread
+                if threads:
+                    return
+                raise no_thread(error) from None
+            threads.append(thread)
 
 
 def in_order(

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import HubError
-from ..inputs.files import open_file
-from ..inputs.names import Sha256
-from .names import Digest
+from ...errors import HubError
+from ...inputs.files import open_file
+from ...inputs.names import Sha256
+from ..names import Digest
 
 _CHUNK = 1 << 20
 
@@ -48,11 +48,11 @@ def content_holds(content: bytes, size: int, digest: Digest) -> bool:
     return len(content) == size and content_digest(content, type(digest)) == digest
 
 
-def file_holds(path: Path, size: int, digest: Digest) -> bool:
-    """Whether a regular file has this size and digest; False where there is none."""
+def file_holds(path: Path, size: int, digests: Iterable[Digest]) -> bool:
+    """Whether a regular file has this size and all of these digests; False where there is none."""
     if not path.is_file() or path.stat().st_size != size:
         return False
-    check = Check(size, [digest])
+    check = Check(size, digests)
     with os.fdopen(open_file(path, HubError), "rb") as file:
         while piece := file.read(_CHUNK):
             check.update(piece)

@@ -1,37 +1,25 @@
-"""What went wrong while talking to a hub, in words; and whether the same request may succeed a little later."""
+"""What went wrong between npuq and a hub, in words for the user: one line, no secrets, and whether to try again."""
 
 from __future__ import annotations
 
 import errno
 import ssl
-from importlib import import_module
+from collections.abc import Iterable
+from itertools import takewhile
 from typing import Final
+from urllib.parse import unquote
 
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from ...errors import HubError
+from ...inputs.printable import printable
 
-from ..errors import HubError, NpuqError
-from ..inputs.printable import printable
-
-# huggingface_hub 1.x stands on httpx, 2.x on httpx2: the base of its own HTTP error tells which.
-_HTTP = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
-HTTP_ERROR: Final[type[Exception]] = _HTTP.HTTPError
-_LOST: Final[tuple[type[Exception], ...]] = (
-    _HTTP.TimeoutException,
-    _HTTP.NetworkError,
-    _HTTP.RemoteProtocolError,
-    ConnectionError,
-    TimeoutError,
-)
 _TRANSIENT_STATUS: Final = (408, 409, 412, 425, 429)
 # What the server does not implement, and a store that is full.
 _LASTING_STATUS: Final = (501, 505, 507)
-DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _INSECURE: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL")
 _AGAIN: Final = "run the same command again: it continues"
-# What a client raises when an answer is not what its protocol says.
-NOT_UNDERSTOOD: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-# What talking to a hub may raise at all; anything else is a mistake of ours.
-RAISED: Final[tuple[type[Exception], ...]] = (NpuqError, HTTP_ERROR, _HTTP.InvalidURL, OSError, *NOT_UNDERSTOOD)
+# A message may have cut a secret short: this much of its beginning is taken for it.
+_TELLING_CHARACTERS: Final = 8
 
 
 class PassingError(HubError):
@@ -42,27 +30,9 @@ class OfflineError(HubError):
     """The hub may not be asked, and what is here does not do."""
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: a lost connection, a busy or restarting server."""
-    error = innermost(error)
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or is_insecure(error):
-        return False
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        # A refused upload of content means that its signed address has expired: the next attempt gets a new one.
-        return may_pass(status) or (status == 403 and is_store(error))
-    # Another thread's lost connection makes the client close all of them.
-    return isinstance(error, _LOST) or (isinstance(error, RuntimeError) and "client has been closed" in str(error))
-
-
 def may_pass(status: int) -> bool:
     """Whether a server that answers with an error status may do otherwise later."""
     return status in _TRANSIENT_STATUS or (status >= 500 and status not in _LASTING_STATUS)
-
-
-def is_store(error: HfHubHTTPError) -> bool:
-    """Whether the refusal came from where uploads are stored, not from the hub."""
-    return bool(error.response.request.method == "PUT")
 
 
 def is_insecure(error: BaseException) -> bool:
@@ -79,6 +49,7 @@ def is_insecure(error: BaseException) -> bool:
 
 def connection_failed(where: str, error: BaseException, *, passing: bool) -> HubError:
     """The error for a request that got no answer, which `passing` says may come later."""
+    where = without_userinfo(where)
     if is_insecure(error):
         return HubError(
             f"no secure connection to {where} ({brief(error)}); check that address, the clock and the proxy"
@@ -101,7 +72,7 @@ def status_failed(status: int, said: str) -> HubError:
 def disk_failed(error: OSError) -> HubError:
     """The error for a file of ours that could not be read or written."""
     name = f"{printable(str(error.filename))}: " if error.filename else ""
-    if error.errno in DISK_FULL:
+    if error.errno in _DISK_FULL:
         return PassingError(f"{name}no space left on the disk; make room and {_AGAIN}")
     return HubError(f"{name}{error.strerror or brief(error)}")
 
@@ -120,13 +91,6 @@ def not_understood(error: BaseException) -> HubError:
     return HubError(f"the hub's answer is not understood ({type(error).__name__}: {brief(error)})")
 
 
-def innermost(error: BaseException) -> BaseException:
-    """The client wraps what happens in its upload threads in a RuntimeError, and why a cache entry is missing."""
-    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return error
-
-
 def one_line(text: str) -> str:
     """A text from outside as part of a message."""
     return printable(" ".join(text.split()))
@@ -141,3 +105,32 @@ def brief(error: BaseException) -> str:
 def quoted(said: str) -> str:
     """What a server says of a refusal, in brackets; nothing when it says nothing."""
     return f"(it says: {one_line(said)[:160]})" if said.strip() else ""
+
+
+def without_userinfo(url: str) -> str:
+    """An address without the user's name and password for it."""
+    if "@" not in url:
+        return url
+    scheme, separator, _ = url.rpartition("@")[0].partition("://")
+    return f"{scheme if separator else 'https'}://{url.rpartition('@')[2]}"
+
+
+def passwords_in(url: str) -> list[str]:
+    """The password in an address, as it stands there and as it is meant."""
+    password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    return [password, unquote(password)]
+
+
+def without_secrets(text: str, secrets: Iterable[str | None]) -> str:
+    """A message in which `***` stands for each of these secrets, also where it is cut short."""
+    for secret in filter(None, secrets):
+        text = _hidden(text, secret)
+    return text.strip()
+
+
+def _hidden(text: str, secret: str) -> str:
+    beginning, kept, position = secret[:_TELLING_CHARACTERS], "", 0
+    while (found := text.find(beginning, position)) >= 0:
+        kept += text[position:found] + "***"
+        position = found + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text[found:], secret)))
+    return kept + text[position:]

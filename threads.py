@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from ..errors import ConversionError
+from .errors import ConversionError
 
 
 def start_all(threads: Sequence[threading.Thread]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..errors import HubError
-from ..inputs.json_text import read_object
-from .names import CommitId, Digest, HubRepoId
-from .partial import write_whole
+from ...errors import HubError
+from ...inputs.json_text import read_object
+from ..names import CommitId, Digest, HubRepoId
+from ..transfer.partial import write_whole
 
 _FOLDER = "npuq-verified"
 

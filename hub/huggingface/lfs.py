@@ -12,11 +12,12 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from huggingface_hub import CommitOperationAdd
 
-from ..inputs.names import FileName
+from ...inputs.names import FileName
+from ..listing import Listing
 
 
 class _AboutLfs(logging.Filter):
@@ -26,7 +27,12 @@ class _AboutLfs(logging.Filter):
         return "not supported by Xet Storage" not in record.getMessage()
 
 
-logging.getLogger("huggingface_hub._commit_api").addFilter(_AboutLfs())
+_ABOUT_LFS: Final = _AboutLfs()
+
+
+def expect_lfs() -> None:
+    """Do not let the client warn of what is meant. To be called before additions are sent, as often as one likes."""
+    logging.getLogger("huggingface_hub._commit_api").addFilter(_ABOUT_LFS)
 
 
 class Addition(CommitOperationAdd):
@@ -54,6 +60,16 @@ class Addition(CommitOperationAdd):
             addition = cls(str(name), file)
         addition.name, addition._open = name, open_content
         return addition
+
+    def is_in(self, listing: Listing) -> bool:
+        """Whether the hub has this content under this name."""
+        there = listing.files.get(self.name)
+        if there is None or there.size != self.upload_info.size:
+            return False
+        if there.sha256 is not None:
+            return there.sha256 == self.upload_info.sha256.hex()
+        with self.as_file() as file:
+            return there.holds(file.read())
 
     @contextmanager
     def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
