@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from .errors import NpuqError
 
 if TYPE_CHECKING:
-    from .convert import convert_checkpoint, inspect, verify
+    from .convert import convert_checkpoint
     from .hub import pull, push
     from .runtime import Completion, EngineConfig, LanguageModel, SamplingParams, evaluate, load
+    from .verification import inspect, verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "convert_checkpoint": ".convert",
-    "verify": ".convert",
-    "inspect": ".convert",
+    "verify": ".verification",
+    "inspect": ".verification",
     "push": ".hub",
     "pull": ".hub",
     "load": ".runtime",

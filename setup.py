@@ -92,7 +92,7 @@ class BuildNative(build_ext):
         # If the build fails, the install goes on without: not with what an earlier one built of other sources.
         target.unlink(missing_ok=True)
         if self.editable_mode:
-            (ROOT / "quant" / LIBRARY).unlink(missing_ok=True)
+            (ROOT / "native" / LIBRARY).unlink(missing_ok=True)
         build(target, Path(self.build_temp), compiler, platform.machine(), extra)
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -116,7 +116,7 @@ class PlatformWheel(bdist_wheel):
 if __name__ == "__main__":
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "native").rglob("*.[ch]"))
     extension = Extension(
-        "npuq.quant.libnpuq",
+        "npuq.native.libnpuq",
         sources=[file for file in files if file.endswith(".c")],
         depends=[file for file in files if file.endswith(".h")],
         optional=True,

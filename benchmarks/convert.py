@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from npuq.convert import convert_checkpoint
-from npuq.quant.native import description
-from npuq.quant.safetensors import encode_header
+from npuq.formats.safetensors import encode_header
+from npuq.native.binding import description
 
 HIDDEN, WIDTH, BLOCK = 7168, 2048, 128
 COPY_CHUNK = 16 << 20

@@ -21,10 +21,10 @@ from machine_limits import best as best_of
 from machine_limits import fastest_int8, random_int8
 from torch import Tensor
 
-from npuq.quant import native
-from npuq.quant.dialects import BlockScale, StoredRows
-from npuq.quant.library import levels
-from npuq.quant.schemes import Scheme
+from npuq.formats.dialects import BlockScale, StoredRows
+from npuq.formats.schemes import Scheme
+from npuq.native import binding as native
+from npuq.native.library import levels
 from npuq.runtime.ops import Decode, LinearPart, Quantized
 from npuq.runtime.ops.native import NativeOps
 

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from npuq.convert.side_files import side_files
+from npuq.convert.finish.side_files import side_files
 from npuq.errors import CheckpointError, NpuqError
-from npuq.quant.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from npuq.quant.dialects import WeightSource
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.safetensors import ITEM_BYTES, encode_header
+from npuq.formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from npuq.formats.dialects import WeightSource
+from npuq.formats.safetensors import ITEM_BYTES, encode_header
+from npuq.models.config import ModelConfig
 
 _SHARD_BYTES = 4 << 30
 _CHUNK_BYTES = 64 << 20

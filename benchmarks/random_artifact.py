@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npuq.quant.artifact import DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME, ROPE_NAME, description
-from npuq.quant.checkpoint import SINGLE_NAME
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.rope import rope_tables, save_rope
-from npuq.quant.safetensors import encode_header
-from npuq.quant.schemes import Scheme, output_tensors
+from npuq.formats.artifact import DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME, ROPE_NAME, description
+from npuq.formats.checkpoint import SINGLE_NAME
+from npuq.formats.safetensors import encode_header
+from npuq.formats.schemes import Scheme, output_tensors
+from npuq.models.config import ModelConfig
+from npuq.models.rope import rope_tables, save_rope
 
 # DeepSeek-V3 made small enough for a laptop: 2.6 GB, of which a decoded token reads about 0.6 GB.
 SMALL_V3: dict[str, Any] = {

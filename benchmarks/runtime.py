@@ -31,9 +31,9 @@ from random_artifact import SMALL_V3, linears, make
 from torch import Tensor
 
 import npuq.runtime
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.native import description
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
+from npuq.models.config import ModelConfig
+from npuq.native.binding import description
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.runtime.ops import MlpWeights, MoeWeights, Ops
 

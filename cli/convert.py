@@ -30,7 +30,7 @@ class ConversionInterruptedError(NpuqError):
 
 def _known_method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """A misspelt method is wrong usage."""
-    from ..convert.recipe import parse_chain
+    from ..convert.plan.recipe import parse_chain
 
     if value is not None:
         try:
@@ -114,11 +114,11 @@ def command(
     interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
     """
     from ..convert import CalibrationText, convert_checkpoint
-    from ..convert.calibration.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
+    from ..convert.calibrate.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")
-    display = TerminalProgress("convert", progress, quiet)
+    display = TerminalProgress(progress, quiet)
     with signals_raise(), display:
         pusher = None if repo is None else open_pusher(output, repo, display.note)
         summary = convert_checkpoint(

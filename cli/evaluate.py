@@ -58,13 +58,13 @@ def command(
 
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
-    from ..convert.stored_evaluation import check_storable, store_evaluation
     from ..errors import GenerationError
+    from ..formats.artifact import CARD_NAME
     from ..inputs.files import decoded, read_given_bytes
     from ..inputs.printable import name_as_text
-    from ..quant.artifact import CARD_NAME
     from ..runtime import evaluate, layer_errors
     from ..runtime.tokenizer_check import require_tokenizer
+    from ..verification.stored_evaluation import check_storable, store_evaluation
     from .transfer import local_model
 
     if layers and source is None:
@@ -76,7 +76,7 @@ def command(
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)
     errors: list[LayerError] = []
-    with TerminalProgress("evaluate", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display)

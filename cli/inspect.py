@@ -9,7 +9,7 @@ import click
 from .console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
-    from ..convert import Inspection
+    from ..verification import Inspection
 
 
 @click.command()
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @json_option("Print it as JSON.")
 def command(path: str, as_json: bool) -> None:
     """Show the tensors of a checkpoint or artifact (a directory, or user/repo) by role: schemes, bits, bytes, error."""
-    from ..convert import inspect
+    from ..verification import inspect
     from .transfer import local_model
 
     inspection = inspect(local_model(path, quiet=as_json))
@@ -28,7 +28,7 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _table(inspection: Inspection) -> list[str]:
-    from ..convert.stored_evaluation import evaluated_on
+    from ..verification.stored_evaluation import evaluated_on
 
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
     kind = inspection.kind.replace("_", " ")

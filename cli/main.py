@@ -54,7 +54,7 @@ class LazyGroup(click.Group):
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
-        from ..quant.library import description
+        from ..native.library import description
 
         click.echo(f"npuq, version {__version__}, {description()}")
         ctx.exit()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..choices import HUBS
 from .console import emit_json, format_bytes, json_option, show, work_is_done
 from .progress import TerminalProgress, progress_options
 from .transfer import silence_client
@@ -16,9 +17,7 @@ from .transfer import silence_client
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit. [default: main]")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
-@click.option(
-    "--hub", "which", type=click.Choice(["huggingface", "modelscope"]), default="huggingface", show_default=True
-)
+@click.option("--hub", "which", type=click.Choice(HUBS), default="huggingface", show_default=True)
 @progress_options
 @json_option("Print the result as JSON.")
 def command(
@@ -31,7 +30,7 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Fetch the artifact USER/NAME into the Hugging Face cache, or into DIRECTORY, and print where it is.
+    """Fetch the artifact USER/NAME into the cache of the hub's client, or into DIRECTORY, and print where it is.
 
     Interrupted at any moment, the same command continues, also inside a file. Every file is checked against the
     manifest's hash.
@@ -44,17 +43,12 @@ def command(
         raise click.UsageError(f"{repo}@{pinned}: give the revision once, behind @ or with --revision")
     revision = pinned or revision
     silence_client()
-    with TerminalProgress("pull", progress, quiet) as display:
-        if which == "modelscope":
-            from ..hub.modelscope_transfer import pull_modelscope
-
-            path = pull_modelscope(repo, directory, revision=revision, token=token, progress=display)
-        else:
-            path = pull(repo, directory, revision=revision, token=token, progress=display)
-    if display.total_bytes and not as_json:
-        display.note(f"{format_bytes(display.total_bytes)} fetched")
+    with TerminalProgress(progress, quiet) as display:
+        path = pull(repo, directory, hub=which, revision=revision, token=token, progress=display)
+    if display.total and not as_json:
+        display.note(f"{format_bytes(display.total)} fetched")
     with work_is_done():
         if as_json:
-            emit_json({"repo": repo, "path": str(path), "fetched_bytes": display.total_bytes})
+            emit_json({"repo": repo, "path": str(path), "fetched_bytes": display.total})
         else:
             show(path)

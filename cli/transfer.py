@@ -13,10 +13,8 @@ from .console import format_bytes
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from ..formats.checkpoint import Checkpoint
     from ..hub import ShardPusher
-    from ..quant.checkpoint import Checkpoint
-
-HUBS = ("huggingface", "modelscope")
 
 
 def local_model(
@@ -36,11 +34,11 @@ def local_model(
     from ..hub import resolve
 
     silence_client()
-    with TerminalProgress("pull", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         path = resolve(model, before_weights=before_weights, progress=display)
     before_weights(path)
-    if display.total_bytes:
-        display.note(f"{model}: {format_bytes(display.total_bytes)} fetched to {path}")
+    if display.total:
+        display.note(f"{model}: {format_bytes(display.total)} fetched to {path}")
     return path
 
 
@@ -57,9 +55,9 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
         if window_bytes is not None:
             raise click.UsageError("--download-window is for a repository on the hub; SOURCE is a directory")
         return Path(source)
+    from ..formats.artifact import OWN_FOLDER
     from ..hub import RemoteCheckpoint
     from ..hub.remote import DEFAULT_WINDOW
-    from ..quant.artifact import OWN_FOLDER
 
     silence_client()
     repo, pinned = named

@@ -15,7 +15,7 @@ from .console import emit_json, json_option, show
 from .progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
-    from ..convert import RoleError, VerifyReport
+    from ..verification import RoleError, VerifyReport
 
 
 @click.command()
@@ -45,14 +45,15 @@ def command(
     parameter, reads config.json otherwise than npuq, or cannot do with the model on --tp ranks; without, notes tell of
     the first three.
     """
-    from ..convert import check_placement, verify
+    from ..engines import check_placement
+    from ..verification import verify
     from .transfer import local_model
 
     if engine is None and (tp != 1 or ep):
         raise click.UsageError("--tp and --ep are about an engine: name it with --engine")
     where = local_model(artifact, quiet=quiet, progress=progress)
     original = None if source is None else local_model(source, quiet=quiet, progress=progress)
-    with TerminalProgress("verify", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         report = verify(where, original, progress=display)
     if engine is not None:
         # An artifact whose config or description cannot be read has been found out already.

@@ -11,29 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError, NpuqError
+from ..formats.artifact import OWN_FOLDER
+from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
+from ..parallel.pool import Pool
+from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
-from ..quant.artifact import OWN_FOLDER
-from ..quant.checkpoint import JOURNAL_NAME, Checkpoint
-from ..torch_threads import single_threaded_torch
-from .calibration.effort import calibrated_effort
-from .calibration.memory import calibrated_budget
-from .calibration.states import remove_states
-from .calibration.walk import CalibratedWalk
-from .card import check_base_model
-from .finish import finish, rehearse
-from .journal import FileStamp, JobStats, Journal, Record
-from .memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
-from .output import Finished, check_separate, claim, look, write_error
-from .pipeline import Durability, OnShard, run_plan
-from .pool import Pool
-from .prepare import CalibrationText, Prepared, prepare
-from .report import totals_by_role
-from .resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
+from .calibrate.effort import calibrated_effort
+from .calibrate.memory import calibrated_budget
+from .calibrate.states import remove_states
+from .calibrate.walk import CalibratedWalk
+from .finish.card import check_base_model
+from .finish.finish import finish, rehearse
+from .finish.report import totals_by_role
+from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
+from .plan.prepare import CalibrationText, Prepared, prepare
+from .plan.space import Space, plan_space
+from .plan.summary import Summary, starting_notes
 from .rewriting import RewrittenSource
-from .shards import ShardFiles, Write
-from .space import Space, plan_space
-from .summary import Summary, starting_notes
 from .tally import Tally, data_free_effort
+from .write.journal import FileStamp, JobStats, Journal, Record
+from .write.output import Finished, check_separate, claim, look, write_error
+from .write.pipeline import Durability, OnShard, run_plan
+from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
+from .write.shards import ShardFiles, Write
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 

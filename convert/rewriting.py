@@ -18,14 +18,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..quant.checkpoint import Checkpoint
-from ..quant.dialects import StoredRows, WeightSource
-from ..quant.model_config import ModelConfig
+from ..formats.checkpoint import Checkpoint
+from ..formats.dialects import StoredRows, WeightSource
+from ..formats.safetensors import DTYPES
+from ..models.architecture import Role
+from ..models.config import ModelConfig
+from ..models.inventory import Inventory
 from ..quant.rotation import Rotation, rotation
-from ..quant.safetensors import DTYPES
-from .architecture import Role
-from .chunks import not_finite
-from .inventory import Inventory
+from .write.chunks import not_finite
 
 # Rows, and then columns, of a weight that are rotated at a time.
 _PANEL = 256

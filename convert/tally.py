@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
+from ..formats.schemes import Scheme
 from ..progress import Progress, Task
 from ..quant.scales import Method
-from ..quant.schemes import Scheme
-from .plan import Job, Plan
+from .plan.plan import Job, Plan
 
 # Nanoseconds of one core for a byte that is read, copied and hashed, and for a weight whose scale is searched, measured
 # with the native kernels. Only their ratios matter.

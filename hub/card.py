@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from ..errors import HubError
+from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ..inputs.yaml_text import parse_yaml
-from ..quant.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 
 # Facts about the artifact that npuq knows better than an older card; everything else in the front matter stays.
 _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
@@ -17,7 +17,8 @@ _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
 def merge_card(existing: str | None, generated: str, repo: str, base_model: str | None = None) -> str:
     """The card to push: `generated` is the artifact's README.md, `existing` the one on the hub, None when none is.
 
-    Commands in the generated section name `repo`; `base_model` goes before what the artifact knows of its source. Raises HubError when the existing front matter is no YAML.
+    Commands in the generated section name `repo`; `base_model` goes before what the artifact
+    knows of its source. Raises HubError when the existing front matter is no YAML.
     """
     ours_front, ours_body = _split(generated, "the artifact's README.md")
     if base_model is not None:

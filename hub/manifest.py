@@ -8,7 +8,7 @@ from typing import Final
 from ..errors import HubError, NpuqError
 from ..inputs.json_text import parse_object
 from ..inputs.names import FileName, Sha256
-from ..quant.artifact import FORMAT_VERSION, MANIFEST_NAME
+from ..formats.artifact import FORMAT_VERSION, MANIFEST_NAME
 from .listing import Wanted
 from .names import byte_count
 from .transfer.partial import PARTIAL_SUFFIX

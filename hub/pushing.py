@@ -16,7 +16,7 @@ from ..errors import ArtifactError, HubError
 from ..inputs.files import inside, is_inside, read_text
 from ..inputs.names import FileName
 from ..progress import Progress, Silent, Task
-from ..quant.artifact import CARD_NAME
+from ..formats.artifact import CARD_NAME
 from .card import merge_card
 from .hub import Repository, Upload, open_hub
 from .listing import Listing

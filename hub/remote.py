@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import CheckpointError, HubError
 from ..inputs.names import FileName
 from ..progress import Silent
-from ..quant.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
-from ..quant.safetensors import TensorInfo, parse_header
+from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
+from ..formats.safetensors import TensorInfo, parse_header
 from .checkpoints import CONFIG, beside_weights, shard_names
 from .hub import Place, Repository
 from .huggingface.hub import HuggingFace

@@ -8,7 +8,7 @@ from typing import Final
 
 from ..errors import HubError
 from ..inputs.names import FileName
-from ..quant.artifact import DESCRIPTION_NAME, OWN_FOLDER
+from ..formats.artifact import DESCRIPTION_NAME, OWN_FOLDER
 from .hub import Repository
 from .listing import Listing
 from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names

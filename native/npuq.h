@@ -2,7 +2,7 @@
  *
  * Every function that can fail returns a status. What can be seen from here is checked here, before a thread starts:
  * dtypes, sizes that must fit each other, and every index (slots, blocks, experts, rows, lengths) against the sizes.
- * Where memory ends cannot be seen from here: the caller (quant/native.py, runtime/ops/native_*.py) makes sure that
+ * Where memory ends cannot be seen from here: the caller (native/binding.py, runtime/ops/native_*.py) makes sure that
  * every pointer has the dtype and the sizes that are said of it. Matrices are row-major. Strides count elements. A row
  * may start at any address: nothing here needs alignment.
  *
@@ -61,7 +61,7 @@ typedef struct {
     int32_t dtype;
 } npuq_source;
 
-/* What quant/schemes.py's quantize_rows computes, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
+/* What formats/schemes.py's quantize_rows computes, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
  * codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even) with bias [rows, bias_columns]; scale
  * [rows]; error and norm: Σ (w − ŵ)² and Σ w² [rows]. cols ≤ 2^17; bias_columns ≤ 16 divides it. level −1 is the best.
  * NPUQ_NOT_FINITE: row *bad_row holds an infinity or NaN, and nothing after it was done. */

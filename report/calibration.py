@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArtifactError
-from ..quant.artifact import MANIFEST_NAME
+from ..formats.artifact import MANIFEST_NAME
 
 KEY = "calibration"
 FALLBACKS = ("blended", "pooled", "data-free")

@@ -7,12 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..convert.architecture import Spec, expected_specs
-from ..convert.stored_evaluation import stored_evaluations
 from ..errors import ArtifactError
-from ..inputs.files import inside, read_text
-from ..progress import Progress
-from ..quant.artifact import (
+from ..formats.artifact import (
     DESCRIPTION_NAME,
     MANIFEST_NAME,
     RECIPE_NAME,
@@ -21,8 +17,12 @@ from ..quant.artifact import (
     read_manifest,
     read_report,
 )
-from ..quant.checkpoint import Checkpoint
-from ..quant.model_config import ModelConfig
+from ..formats.checkpoint import Checkpoint
+from ..inputs.files import inside, read_text
+from ..models.architecture import Spec, expected_specs
+from ..models.config import ModelConfig
+from ..progress import Progress
+from ..verification.stored_evaluation import stored_evaluations
 from .calibration import Coverage, read_coverage
 from .foreign import foreign_linears, foreign_roles, mtp_layers
 from .linears import LinearFacts, RoleFacts, linear_facts

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from ..convert.architecture import Role, Spec, layer_of
-from ..quant.checkpoint import Checkpoint
-from ..quant.model_config import ModelConfig
-from ..quant.schemes import WEIGHT, Scheme
+from ..formats.checkpoint import Checkpoint
+from ..formats.schemes import WEIGHT, Scheme
+from ..models.architecture import Role, Spec, layer_of
+from ..models.config import ModelConfig
 from .linears import LinearFacts, RoleFacts, linear_facts
 
 

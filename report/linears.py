@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from ..convert.architecture import Spec
+from ..models.architecture import Spec
 
 
 @dataclass(frozen=True)

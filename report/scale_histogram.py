@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ArtifactError
+from ..formats.checkpoint import Checkpoint
+from ..formats.schemes import SCALE, WEIGHT
 from ..progress import Progress, Silent, Task
-from ..quant.checkpoint import Checkpoint
-from ..quant.schemes import SCALE, WEIGHT
 from .linears import LinearFacts
 
 BINS_PER_OCTAVE = 8

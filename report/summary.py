@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..convert.stored_evaluation import evaluated_on
 from ..units import format_bytes
+from ..verification.stored_evaluation import evaluated_on
 from .calibration import FALLBACKS, Coverage
 from .linears import LinearFacts, RoleFacts, root_mean_square
 from .numbers import error, number

@@ -41,7 +41,7 @@ def make_ops(
 
 def _cpu_ops(dtype: torch.dtype) -> Ops:
     """Native kernels where they were built and this CPU can run them, else torch with the same integers."""
-    from ..quant.native import levels
+    from ..native.binding import levels
 
     if dtype in (torch.float32, torch.bfloat16) and levels():
         from .ops.native import NativeOps

@@ -18,8 +18,8 @@ from ..errors import BackendError, NpuqError
 from ..inputs.files import read_bytes
 
 if TYPE_CHECKING:
-    from ..quant.model_config import ModelConfig
-    from ..quant.safetensors import TensorInfo
+    from ..formats.safetensors import TensorInfo
+    from ..models.config import ModelConfig
 
 # Where CANN's toolkit and the driver leave their versions, on a default installation.
 CANN_VERSION_FILES = (
@@ -78,7 +78,7 @@ class Report:
 def examine(model: Path | None = None) -> Report:
     """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
     from .. import __version__
-    from ..quant.library import description
+    from ..native.library import description
 
     torch_npu, problem = _torch_npu()
     devices = _devices(torch_npu) if torch_npu is not None else ()
@@ -106,8 +106,8 @@ def examine(model: Path | None = None) -> Report:
 
 def fit(directory: Path) -> ModelFit:
     """Check a model's shapes and schemes against the NPU's operators, from its headers alone."""
-    from ..quant.checkpoint import Checkpoint
-    from ..quant.model_config import ModelConfig
+    from ..formats.checkpoint import Checkpoint
+    from ..models.config import ModelConfig
 
     try:
         with Checkpoint.open(directory) as checkpoint:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..formats.artifact import is_rotated
+from ..formats.checkpoint import Checkpoint
+from ..models.config import ModelConfig
 from ..progress import Progress, Silent, Task
-from ..quant.artifact import is_rotated
-from ..quant.checkpoint import Checkpoint
-from ..quant.model_config import ModelConfig
 from ..quant.rotation import rotation
 from .backend import make_ops
 from .evaluation import DEFAULT_CONTEXT, Window, cut_windows

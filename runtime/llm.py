@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
-from ..quant.checkpoint import Checkpoint
-from ..quant.model_config import ModelConfig
+from ..formats.checkpoint import Checkpoint
+from ..models.config import ModelConfig
 from .backend import make_ops
 from .conversation import Message, check_variables
 from .engine import Engine, EngineConfig

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..quant.mapped import MappedFiles
-from ..quant.model_config import ModelConfig
+from ..models.config import ModelConfig
+from ..native.mapped import MappedFiles
 from .ops import Activation, LayerCache, Linear, Mla, MlpWeights, MoeWeights, Ops, Prefill, Step
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..quant.kv_cache import storable_scale
+from ..formats.kv_cache import storable_scale
+from ..formats.schemes import Scheme, quantize_rows
+from ..formats.static_w8a8 import input_scale_of, quantize_static
 from ..quant.scales import Method
-from ..quant.schemes import Scheme, quantize_rows
-from ..quant.static_w8a8 import input_scale_of, quantize_static
 from .layout import read_nz, write_nz
 from .ops import (
     Activation,

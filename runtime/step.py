@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..quant.rope import RopeTables
+from ..models.rope import RopeTables
 from .ops import Decode, Ops, Prefill, Prefix, PrefixSegment, Step
 
 

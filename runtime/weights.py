@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CheckpointError
-from ..inputs.files import inside, is_inside
-from ..quant.artifact import (
+from ..formats.artifact import (
     DESCRIPTION_NAME,
     KV_CACHE_NAME,
     ROPE_NAME,
@@ -27,16 +26,17 @@ from ..quant.artifact import (
     read_description,
     read_manifest,
 )
-from ..quant.checkpoint import Checkpoint
-from ..quant.compressed_tensors import is_compressed
-from ..quant.dialects import WeightSource
-from ..quant.kv_cache import INT8_CHANNELS, load_scales
-from ..quant.mapped import MappedFiles
-from ..quant.model_config import ModelConfig, check_unbiased
-from ..quant.rope import RopeTables, load_rope, rope_tables
-from ..quant.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
-from ..quant.static_w8a8 import input_scale_of, load_deq_scale
-from ..quant.ties import EMBEDDING, HEAD, share_tied
+from ..formats.checkpoint import Checkpoint
+from ..formats.compressed_tensors import is_compressed
+from ..formats.dialects import WeightSource
+from ..formats.kv_cache import INT8_CHANNELS, load_scales
+from ..formats.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
+from ..formats.static_w8a8 import input_scale_of, load_deq_scale
+from ..formats.ties import EMBEDDING, HEAD, share_tied
+from ..inputs.files import inside, is_inside
+from ..models.config import ModelConfig, check_unbiased
+from ..models.rope import RopeTables, load_rope, rope_tables
+from ..native.mapped import MappedFiles
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
 

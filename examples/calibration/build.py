@@ -1,6 +1,6 @@
-"""Builds convert/calibration/builtin.jsonl, the text behind `--calibration builtin`; the same bytes every time.
+"""Builds convert/calibrate/builtin.jsonl, the text behind `--calibration builtin`; the same bytes every time.
 
-    python examples/calibration/build.py PACKAGES [-o convert/calibration/builtin.jsonl]
+    python examples/calibration/build.py PACKAGES [-o convert/calibrate/builtin.jsonl]
 
 PACKAGES is a directory with the published archives of `ARCHIVES` (docs/calibration-data.md says where each comes from
 and why its text may be shipped). Our own code and documentation are read from this repository at a fixed commit, our
@@ -48,7 +48,7 @@ class Document:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "convert" / "calibration" / "builtin.jsonl")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "convert" / "calibrate" / "builtin.jsonl")
     arguments = parser.parse_args()
     archives = {name: _archive(arguments.packages, *ARCHIVES[name]) for name in ARCHIVES}
     found = [*english(archives), *code(), *mathematics(), *chinese(archives[CHINESE]), *chat()]
@@ -79,8 +79,8 @@ def english(archives: dict[str, bytes]) -> Iterator[Document]:
 def code() -> Iterator[Document]:
     for path, size in {
         "quant/optimal_scale.py": 12_000,
-        "convert/journal.py": 6_000,
-        "convert/shards.py": 6_000,
+        "convert/write/journal.py": 6_000,
+        "convert/write/shards.py": 6_000,
         "runtime/scheduler.py": 8_000,
         "runtime/block_manager.py": 5_000,
         "runtime/tokenizer.py": 5_000,

@@ -57,7 +57,7 @@ _ANSWER_SECONDS = 60.0
 
 
 class Client:
-    """huggingface_hub and one repository, as one user sees it. `token` None: the ecosystem's own (HF_TOKEN, hf auth)."""
+    """huggingface_hub and one repository. `token` None: the ecosystem's own (HF_TOKEN, `hf auth login`)."""
 
     raised = faults.RAISED
 

@@ -17,7 +17,7 @@ from .upload import ScopeUpload
 
 
 class ModelScope:
-    """ModelScope and one repository there. `token` None: its client's own (MODELSCOPE_API_TOKEN, `modelscope login`)."""
+    """One repository on ModelScope. `token` None: its client's own (MODELSCOPE_API_TOKEN, `modelscope login`)."""
 
     default_branch: Final = Revision("master")
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ...threads import held_signals
+from ...parallel.threads import held_signals
 from .wording import no_thread
 
 Item = TypeVar("Item")

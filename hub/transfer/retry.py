@@ -99,5 +99,5 @@ def retried(client: Client, doing: str, action: Callable[[], T], attempts: int |
     while True:
         try:
             return action()
-        except client.raised as error:
+        except client.raised as error:  # noqa: PERF203
             retries.wait_after(error)

@@ -21,7 +21,7 @@ from typing import IO
 
 from ...errors import CheckpointError
 from ...inputs.names import FileName
-from ...quant.safetensors import TensorInfo
+from ...formats.safetensors import TensorInfo
 from ..names import Digest
 from .parallel import start_threads
 from .partial import PARTIAL_SUFFIX

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import ssl
 from collections.abc import Iterable
-from itertools import takewhile
 from typing import Final
 from urllib.parse import unquote
 
@@ -132,5 +131,7 @@ def _hidden(text: str, secret: str) -> str:
     beginning, kept, position = secret[:_TELLING_CHARACTERS], "", 0
     while (found := text.find(beginning, position)) >= 0:
         kept += text[position:found] + "***"
-        position = found + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text[found:], secret)))
+        position, rest = found, iter(secret)
+        while text[position : position + 1] == next(rest, None):
+            position += 1
     return kept + text[position:]

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...errors import ArtifactError
-from ...quant.schemes import Scheme
+from ...formats.schemes import Scheme
 from .operators import Operators
 from .parts import (
     Activation,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.kv_cache import INT8_CHANNELS
+from ...formats.kv_cache import INT8_CHANNELS
 from ..layout import CHANNELS
 from . import Decode, LayerCache, PrefixSegment
 from .ascend_attention import NO_MASK, RIGHT_DOWN_CAUSAL, AscendAttention

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.schemes import Scheme
+from ...formats.schemes import Scheme
 from . import LinearPart, MlaConfig, MlaParts, Ops, Static
 from .ascend_weights import FloatLinear, Layout, StaticLinear, W8A8Linear, fits_nz
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant.schemes import Scheme
+from ...formats.schemes import Scheme
 from . import Activation, Experts, LinearPart, Quantized
 from .reference import ReferenceOps, _split
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...quant.kv_cache import cached_latent
-from ...quant.pointers import address, output, rows_address
+from ...formats.kv_cache import cached_latent
+from ...native.pointers import address, output, rows_address
 from . import Activation, Decode, LayerCache, Mla, MlaConfig, MlaParts, Quantized, Step
 from .native_products import NativeProducts, contiguous_rows
 from .native_step import NativeStep, decode_arguments, lengths, native_step

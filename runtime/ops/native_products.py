@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.native import DTYPES, Pool
-from ...quant.pointers import address, output, rows_address
-from ...quant.schemes import Scheme
-from ...torch_threads import single_threaded_torch
+from ...formats.schemes import Scheme
+from ...native.binding import DTYPES, Pool
+from ...native.pointers import address, output, rows_address
+from ...parallel.torch_threads import single_threaded_torch
 from . import Activation, Experts, Linear, LinearPart, Quantized, Router
 from .cpu import CpuOps
 from .native_weights import NativeLinear, matrices_address, native_linear

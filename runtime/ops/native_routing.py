@@ -8,8 +8,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from ...quant.native import MoeBlock
-from ...quant.pointers import address, output
+from ...native.binding import MoeBlock
+from ...native.pointers import address, output
 from . import Activation, Gating, MlpWeights, MoeWeights, Quantized
 from .native_products import NativeProducts
 from .native_weights import NativeLinear, bias_address, native_moe

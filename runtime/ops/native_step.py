@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...quant.pointers import address
+from ...native.pointers import address
 from . import Decode, Step
 
 

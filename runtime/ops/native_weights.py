@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.kv_cache import INT8_CHANNELS
-from ...quant.native import DTYPES, INT4, Cache, Heads, MlaBlock, MoeBlock, Part, Strided, Weights
-from ...quant.pointers import address, rows_address
-from ...quant.schemes import Scheme
+from ...formats.kv_cache import INT8_CHANNELS
+from ...formats.schemes import Scheme
+from ...native.binding import DTYPES, INT4, Cache, Heads, MlaBlock, MoeBlock, Part, Strided, Weights
+from ...native.pointers import address, rows_address
 from ..layout import CHANNELS
 from . import LayerCache, LinearPart, MlaWeights, MlpWeights, MoeWeights
 

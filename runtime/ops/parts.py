@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from ...quant.schemes import Scheme
-from ...quant.static_w8a8 import InputScale
+from ...formats.schemes import Scheme
+from ...formats.static_w8a8 import InputScale
 
 Linear: TypeAlias = Any
 """Opaque: one or several linears fused along their outputs, laid out as the backend likes."""

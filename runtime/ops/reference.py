@@ -17,24 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import BackendError
-from ...quant.int4 import unpack_int4
-from ...quant.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
-from ...quant.schemes import Scheme
-from ...quant.static_w8a8 import InputScale
+from ...formats.int4 import unpack_int4
+from ...formats.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
+from ...formats.schemes import Scheme
+from ...formats.static_w8a8 import InputScale
 from ..layout import CHANNELS, read_nz, write_nz
-from . import (
-    Activation,
-    Decode,
-    Experts,
-    Gating,
-    LayerCache,
-    Linear,
-    LinearPart,
-    Ops,
-    PrefixSegment,
-    Quantized,
-    Router,
-)
+from . import Activation, Decode, Experts, Gating, LayerCache, Linear, LinearPart, Ops, PrefixSegment, Quantized, Router
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from npuq.cli.doctor import command
 from npuq.errors import BackendError
-from npuq.quant.library import levels
+from npuq.native.library import levels
 from npuq.runtime import doctor
 from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import ascend_support
@@ -64,8 +64,8 @@ def test_without_an_npu_it_says_so_and_exits_0(bare):
 @pytest.mark.parametrize("built", [True, False])
 def test_what_computes_on_the_cpu(built, bare, monkeypatch):
     if not built:
-        monkeypatch.setattr("npuq.quant.library.levels", tuple)
-        monkeypatch.setattr("npuq.quant.library.LIBRARY", Path("/nowhere"))
+        monkeypatch.setattr("npuq.native.library.levels", tuple)
+        monkeypatch.setattr("npuq.native.library.LIBRARY", Path("/nowhere"))
     said = "native kernels (" if built else "torch (native kernels were not built: install a C compiler"
     if built and not levels():
         pytest.skip("no native kernels here")

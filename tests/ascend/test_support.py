@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npuq.errors import BackendError
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
 from npuq.runtime.ops import LinearPart, MlaConfig
 from npuq.runtime.ops.ascend_mla import check_mla
 from npuq.runtime.ops.ascend_support import check_versions, explain_import_error, require_soc, soc_of

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npuq.convert import verify
+from npuq.verification import verify
 
 
 class Artifact:

@@ -30,7 +30,7 @@ import torch
 from npuq.cli.convert import signals_raise
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.conversion import Internals
-from npuq.convert.pipeline import Durability
+from npuq.convert.write.pipeline import Durability
 from npuq.errors import NpuqError
 
 CALLS = ("pwrite", "write", "ftruncate", "fdatasync", "fsync", "replace", "rename", "unlink", "mkdir")

@@ -12,17 +12,18 @@ import pytest
 import torch
 from calibrated import add_tokenizer, text
 
-from npuq.convert import CalibrationText, convert_checkpoint, verify
-from npuq.convert.calibration.auto import TimeBudget
-from npuq.convert.calibration.linears import Linears
-from npuq.convert.calibration.memory import calibrated_budget, expert_bytes
-from npuq.convert.calibration.smooth import norm_quotient, rounded
-from npuq.convert.memory import Budget
-from npuq.convert.pool import Pool
+from npuq.convert import CalibrationText, convert_checkpoint
+from npuq.convert.calibrate.auto import TimeBudget
+from npuq.convert.calibrate.linears import Linears
+from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
+from npuq.convert.calibrate.smooth import norm_quotient, rounded
+from npuq.convert.plan.memory import Budget
 from npuq.errors import CalibrationError, CheckpointError, ConversionError, NpuqError, RecipeError
-from npuq.quant.model_config import ModelConfig
+from npuq.formats.schemes import Scheme, dequantize, quantize_rows
+from npuq.models.config import ModelConfig
+from npuq.parallel.pool import Pool
 from npuq.quant.scales import Method
-from npuq.quant.schemes import Scheme, dequantize, quantize_rows
+from npuq.verification import verify
 
 LENGTH = 16
 CHAIN = "rotate+smooth+gptq"
@@ -172,7 +173,7 @@ def test_experts_that_nobody_chose_are_data_free_and_listed(write, texts, tmp_pa
 
 
 def test_rare_experts_are_blended(monkeypatch, source, texts, tmp_path):
-    monkeypatch.setattr("npuq.convert.calibration.experts.ENOUGH", 70)
+    monkeypatch.setattr("npuq.convert.calibrate.experts.ENOUGH", 70)
     convert(source, tmp_path / "out", texts, method="gptq")
     for layer in ("1", "2"):
         found = manifest_of(tmp_path / "out")["calibration"]["layers"][layer]
@@ -221,7 +222,7 @@ def test_a_time_budget_counts_trials_apart_from_layers(source, texts, tmp_path, 
         return {True: 0.0, False: 1.0}
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("npuq.convert.calibration.walk.trial_errors", trials)
+    monkeypatch.setattr("npuq.convert.calibrate.walk.trial_errors", trials)
     monkeypatch.setattr(TimeBudget, "layer_took", lambda self, seconds: took.append(seconds))
     convert(source, tmp_path / "out", texts, method="auto")
     assert took == [0.0, 0.0, 0.0]

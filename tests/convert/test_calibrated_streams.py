@@ -8,8 +8,9 @@ import pytest
 import torch
 from calibrated import add_tokenizer, text
 
-from npuq.convert import CalibrationText, convert_checkpoint, verify
+from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.runtime.layer_error import layer_errors
+from npuq.verification import verify
 
 CASES = {
     "v3": {},

@@ -9,7 +9,7 @@ import pytest
 from calibrated import add_tokenizer, text
 from tokenizers import Tokenizer
 
-from npuq.convert.calibration.texts import read_calibration
+from npuq.convert.calibrate.texts import read_calibration
 from npuq.errors import CalibrationError
 
 

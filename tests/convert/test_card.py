@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from npuq.convert import check_placement, convert_checkpoint, inspect, verify
-from npuq.convert.serving import serving_ranks, serving_section
+from npuq.convert import convert_checkpoint
+from npuq.engines import check_placement
+from npuq.engines.serving import serving_ranks, serving_section
 from npuq.errors import ConversionError
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
+from npuq.models.config import ModelConfig
+from npuq.verification import inspect, verify
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
 V3 = {

@@ -16,8 +16,8 @@ from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.conversion import Internals
-from npuq.convert.pipeline import Durability
-from npuq.convert.prepare import prepare
+from npuq.convert.plan.prepare import prepare
+from npuq.convert.write.pipeline import Durability
 from npuq.errors import ConversionError
 from npuq.progress import Silent
 
@@ -140,7 +140,7 @@ def test_a_shard_that_cannot_be_read_is_one_line(rig, v3_source, tmp_path, monke
     def fails(*arguments: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("npuq.convert.shards.os.preadv", fails)
+    monkeypatch.setattr("npuq.convert.write.shards.os.preadv", fails)
     with pytest.raises(ConversionError, match=r"\.safetensors: cannot be read back: Input/output error; remove it"):
         convert_checkpoint(v3_source, output, **OPTIONS)
 
@@ -195,7 +195,7 @@ def test_the_same_bytes_again_cost_no_work(what, rig, own_source, v3_artifact, t
 def test_files_that_did_not_change_are_not_read(rig, own_source, tmp_path, monkeypatch):
     output = tmp_path / "out"
     assert rig(own_source, output, options=OPTIONS, **BEFORE_FINISH)["killed"]
-    monkeypatch.setattr("npuq.quant.checkpoint.Checkpoint.read_bytes", lambda *arguments: pytest.fail("read"))
+    monkeypatch.setattr("npuq.formats.checkpoint.Checkpoint.read_bytes", lambda *arguments: pytest.fail("read"))
     assert convert_checkpoint(own_source, output, **OPTIONS).jobs_resumed == JOBS
 
 
@@ -204,7 +204,7 @@ def test_what_was_compared_once_is_not_compared_again(rig, own_source, tmp_path,
     assert rig(own_source, output, options=OPTIONS, **BEFORE_FINISH)["killed"]
     touched(own_source)
     assert rig(own_source, output, options=OPTIONS, kill_at=1, calls=["replace", "rename"])["killed"]
-    monkeypatch.setattr("npuq.quant.checkpoint.Checkpoint.read_bytes", lambda *arguments: pytest.fail("read"))
+    monkeypatch.setattr("npuq.formats.checkpoint.Checkpoint.read_bytes", lambda *arguments: pytest.fail("read"))
     assert convert_checkpoint(own_source, output, **OPTIONS).jobs_resumed == JOBS
 
 

@@ -53,7 +53,7 @@ def test_what_was_done_before_the_disk_filled_up_is_kept(rig, v3_source, tmp_pat
 @pytest.fixture
 def free(monkeypatch) -> Callable[[int], None]:
     """Set what the disk says is free."""
-    return lambda nbytes: monkeypatch.setattr("npuq.convert.space.free_bytes", lambda output: nbytes)
+    return lambda nbytes: monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output: nbytes)
 
 
 def test_too_little_space_is_refused_before_the_start(free, v3_source, tmp_path, npuq):

@@ -13,7 +13,7 @@ import pytest
 
 from npuq.convert import convert_checkpoint
 from npuq.errors import NpuqError
-from npuq.quant.safetensors import encode_header
+from npuq.formats.safetensors import encode_header
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -96,7 +96,7 @@ def test_the_memory_that_is_told(full_size, rig, tmp_path):
 def test_the_command_prints_what_is_needed(full_size, tmp_path, npuq, monkeypatch):
     """And says that it would not start, where the disk has no room for it."""
     for free, status in ((10**12, 0), (54 * 10**9, 1)):
-        monkeypatch.setattr("npuq.convert.space.free_bytes", lambda output, free=free: free)
+        monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output, free=free: free)
         outcome = npuq("convert", full_size, tmp_path / "out", "--dry-run", "--max-memory", "200MB")
         assert outcome.status == status
         for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "236 MB for the plan", "disk: 371 GB needed"):

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npuq.convert import hashes as hashes_module
-from npuq.convert import sha256
-from npuq.convert.hashes import ShardHashes, file_sha256
-from npuq.convert.journal import JobEntry, JobStats, Record
-from npuq.convert.plan import Job, Plan
-from npuq.convert.shards import ShardFiles
-from npuq.convert.written import Written
+from npuq.convert.plan.plan import Job, Plan
+from npuq.convert.write import hashes as hashes_module
+from npuq.convert.write import sha256
+from npuq.convert.write.hashes import ShardHashes, file_sha256
+from npuq.convert.write.journal import JobEntry, JobStats, Record
+from npuq.convert.write.shards import ShardFiles
+from npuq.convert.write.written import Written
 from npuq.errors import ConversionError
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
 
 from .test_plan import plan_of, tensors
 

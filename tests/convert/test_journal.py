@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.checked_lines import DamagedLineError, checked_line, line_content
-from npuq.convert.journal import FileStamp, JobEntry, JobStats, Journal
+from npuq.convert.write.checked_lines import DamagedLineError, checked_line, line_content
+from npuq.convert.write.journal import FileStamp, JobEntry, JobStats, Journal
 from npuq.errors import ConversionError, NpuqError
 
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}

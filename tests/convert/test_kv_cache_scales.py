@@ -11,15 +11,16 @@ import pytest
 import torch
 from damage import Artifact
 
-from npuq.convert import CalibrationText, convert_checkpoint, verify
-from npuq.convert.calibration.kv_cache import FRACTIONS, search_scale
-from npuq.convert.calibration.texts import read_calibration
-from npuq.convert.pool import Pool
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.kv_cache import load_scales, scale_name
-from npuq.quant.model_config import ModelConfig
+from npuq.convert import CalibrationText, convert_checkpoint
+from npuq.convert.calibrate.kv_cache import FRACTIONS, search_scale
+from npuq.convert.calibrate.texts import read_calibration
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.kv_cache import load_scales, scale_name
+from npuq.models.config import ModelConfig
+from npuq.parallel.pool import Pool
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.llm import load
+from npuq.verification import verify
 
 SAMPLES, LENGTH = 8, 16
 SCALES = "npuq/kv_cache.safetensors"

@@ -10,8 +10,8 @@ import torch
 
 from npuq import convert_checkpoint, evaluate, load
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_outliers.py"
 

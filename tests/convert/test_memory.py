@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from npuq.convert.memory import plan_budget
-from npuq.convert.prepare import prepare
+from npuq.convert.plan.memory import plan_budget
+from npuq.convert.plan.prepare import prepare
 from npuq.errors import ConversionError
-from npuq.quant import native
+from npuq.native import binding as native
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.journal import Journal, locked_directory
-from npuq.convert.output import claim
+from npuq.convert.write.journal import Journal, locked_directory
+from npuq.convert.write.output import claim
 from npuq.errors import ArtifactError, CheckpointError, ConversionError
-from npuq.quant.checkpoint import Checkpoint
+from npuq.formats.checkpoint import Checkpoint
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000}
 
@@ -118,9 +118,9 @@ def test_what_a_user_should_know_before_hours_are_spent(make_checkpoint, tmp_pat
 def test_a_machine_without_kernels_is_told(v3_source, tmp_path, monkeypatch, npuq):
     """Once, at the start, where anything is quantized at all."""
     said = "takes about 40 times as long"
-    monkeypatch.setattr("npuq.convert.summary.library", object)
+    monkeypatch.setattr("npuq.convert.plan.summary.library", object)
     assert said not in npuq("convert", v3_source, tmp_path / "with", "--method", "minmax").stderr
-    monkeypatch.setattr("npuq.convert.summary.library", lambda: None)
+    monkeypatch.setattr("npuq.convert.plan.summary.library", lambda: None)
     outcome = npuq("convert", v3_source, tmp_path / "without", "--method", "minmax")
     assert outcome.status == 0 and outcome.stderr.count(said) == 1 and outcome.stderr.index(said) < 100
     assert said in npuq("convert", v3_source, tmp_path / "dry", "--dry-run").stdout

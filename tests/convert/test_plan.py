@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.convert.architecture import Role, Spec
-from npuq.convert.chunks import row_chunks
-from npuq.convert.inventory import Inventory
-from npuq.convert.plan import build_plan
-from npuq.convert.recipe import Assignment
+from npuq.convert.plan.plan import build_plan
+from npuq.convert.plan.recipe import Assignment
+from npuq.convert.write.chunks import row_chunks
 from npuq.errors import RecipeError
-from npuq.quant.dialects import Weight
+from npuq.formats.dialects import Weight
+from npuq.formats.schemes import Scheme
+from npuq.models.architecture import Role, Spec
+from npuq.models.inventory import Inventory
 from npuq.quant.scales import Method
-from npuq.quant.schemes import Scheme
 
 ITEM = {"I32": 4, "F32": 4, "BF16": 2, "I8": 1}
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from npuq.convert.chunks import StoppedError
-from npuq.convert.pool import Pool
+from npuq.parallel.pool import Pool
+from npuq.parallel.threads import StoppedError
 
 
 def test_results_come_in_order():

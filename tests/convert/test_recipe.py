@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from npuq.convert.architecture import Role
-from npuq.convert.engine_rules import check_recipe
-from npuq.convert.inventory import take_inventory
-from npuq.convert.recipe import NAMED, Assignment, load_recipe, resolve
+from npuq.convert.plan.recipe import NAMED, Assignment, load_recipe, resolve
+from npuq.engines.rules import check_recipe
 from npuq.errors import RecipeError
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
-from npuq.quant.model_config import ModelConfig
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
+from npuq.formats.schemes import Scheme
+from npuq.models.architecture import Role
+from npuq.models.config import ModelConfig
+from npuq.models.inventory import take_inventory
 from npuq.quant.scales import Method
-from npuq.quant.schemes import Scheme
 
 
 @pytest.fixture(scope="module")

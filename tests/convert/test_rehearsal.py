@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from calibrated import add_tokenizer, text
 
-from npuq.convert import CalibrationText, convert_checkpoint, verify
-from npuq.convert.finish import rehearse
-from npuq.convert.prepare import prepare
-from npuq.convert.stored_evaluation import check_storable
+from npuq.convert import CalibrationText, convert_checkpoint
+from npuq.convert.finish.finish import rehearse
+from npuq.convert.plan.prepare import prepare
 from npuq.errors import ArtifactError, CheckpointError
+from npuq.verification import verify
+from npuq.verification.stored_evaluation import check_storable
 
 # The first two bytes happen to be UTF-8, the others are not.
 MODEL_IN_GBK, SHOWN = b"\xc4\xa3\xd0\xcd", r"ģ\xd0\xcd"
@@ -105,7 +106,7 @@ def test_rotary_tables_are_computed_before_the_work(refused_early, make_checkpoi
     def fails(config):
         raise CheckpointError("config.json: tables of nothing")
 
-    monkeypatch.setattr("npuq.convert.prepare.rope_tables", fails)
+    monkeypatch.setattr("npuq.convert.plan.prepare.rope_tables", fails)
     assert "tables of nothing" in refused_early(make_checkpoint())
 
 

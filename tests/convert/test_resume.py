@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from npuq.convert.prepare import prepare
+from npuq.convert.plan.prepare import prepare
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}
 JOBS = 99

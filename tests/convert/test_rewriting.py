@@ -9,11 +9,11 @@ import torch
 from calibrated import VOCABULARY, add_tokenizer
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.inventory import take_inventory
 from npuq.convert.rewriting import RewrittenSource, rotated
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
-from npuq.quant.model_config import ModelConfig
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
+from npuq.models.config import ModelConfig
+from npuq.models.inventory import take_inventory
 from npuq.quant.rotation import rotation
 from npuq.runtime.layer_error import layer_errors
 from npuq.runtime.llm import load

@@ -12,10 +12,11 @@ from types import FrameType
 import pytest
 from calibrated import add_tokenizer
 
-from npuq.convert import convert_checkpoint, inspect, verify
+from npuq.convert import convert_checkpoint
 from npuq.errors import NpuqError
 from npuq.report import read_facts
 from npuq.runtime import load
+from npuq.verification import inspect, verify
 
 FILES = (
     "config.json",

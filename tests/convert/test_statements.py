@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npuq.convert import convert_checkpoint, verify
-from npuq.convert.engine_placement import ENGINES, check_placement
-from npuq.convert.prepare import prepare
+from npuq.convert import convert_checkpoint
+from npuq.convert.plan.prepare import prepare
+from npuq.engines.placement import ENGINES, check_placement
 from npuq.errors import CheckpointError
+from npuq.verification import verify
 
 Tensors = dict[str, Tensor]
 MTP = "model.layers.3."

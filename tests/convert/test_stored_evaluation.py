@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 import npuq
 from npuq.cli.inspect import command as inspect_command
-from npuq.convert import inspect, verify
-from npuq.convert.stored_evaluation import check_storable, store_evaluation
 from npuq.errors import ArtifactError, ConversionError
 from npuq.runtime import LayerError
 from npuq.runtime.evaluation import Evaluation
+from npuq.verification import inspect, verify
+from npuq.verification.stored_evaluation import check_storable, store_evaluation
 
 MANIFEST, CARD = "npuq/manifest.json", "README.md"
 RESULT = Evaluation(66.5, 1000, 66.41, 0.00131, 0.977)

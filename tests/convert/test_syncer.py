@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from npuq.convert import shards, syncer
-from npuq.convert.journal import JobEntry, JobStats
-from npuq.convert.plan import Job, Plan
-from npuq.convert.shards import ShardFiles
-from npuq.convert.syncer import Syncer
-from npuq.quant.schemes import Scheme
+from npuq.convert.plan.plan import Job, Plan
+from npuq.convert.write import shards, syncer
+from npuq.convert.write.journal import JobEntry, JobStats
+from npuq.convert.write.shards import ShardFiles
+from npuq.convert.write.syncer import Syncer
+from npuq.formats.schemes import Scheme
 
 from .test_plan import plan_of
 

@@ -11,10 +11,11 @@ import threading
 import pytest
 from calibrated import add_tokenizer, text
 
-from npuq.convert import CalibrationText, convert_checkpoint, verify
-from npuq.convert.pool import Pool
-from npuq.threads import held_signals, start_all
+from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.errors import ConversionError
+from npuq.parallel.pool import Pool
+from npuq.parallel.threads import held_signals, start_all
+from npuq.verification import verify
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000}
 
@@ -146,7 +147,7 @@ def test_other_threads_hold_no_signals():
 
 LIMITED = """
 import resource, threading
-from npuq.convert.pool import Pool
+from npuq.parallel.pool import Pool
 from npuq.errors import ConversionError
 threading.stack_size(256 << 20)
 held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))) * 1024

@@ -13,7 +13,8 @@ from damage import Artifact
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from npuq.convert import convert_checkpoint, inspect, verify
+from npuq.convert import convert_checkpoint
+from npuq.verification import inspect, verify
 
 DESCRIPTION = "quant_model_description.json"
 EXPERT = "model.layers.1.mlp.experts.0.down_proj"

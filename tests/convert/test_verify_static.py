@@ -13,8 +13,8 @@ from torch import Tensor
 
 import npuq
 from npuq.errors import ArtifactError
+from npuq.formats.static_w8a8 import quantize_static
 from npuq.quant.scales import Method
-from npuq.quant.static_w8a8 import quantize_static
 
 DESCRIPTION = "quant_model_description.json"
 LAYER = "model.layers.1.self_attn"

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from npuq.convert import convert_checkpoint, pipeline
-from npuq.convert.prepare import prepare
-from npuq.convert.shards import ShardFiles
-from npuq.convert.worker import run_job
-from npuq.convert.workspace import Workspace
-from npuq.convert.written import Written
-from npuq.quant import native
-from npuq.quant.schemes import Scheme
+from npuq.convert import convert_checkpoint
+from npuq.convert.plan.prepare import prepare
+from npuq.convert.write import pipeline
+from npuq.convert.write.shards import ShardFiles
+from npuq.convert.write.worker import run_job
+from npuq.convert.write.workspace import Workspace
+from npuq.convert.write.written import Written
+from npuq.formats.schemes import Scheme
+from npuq.native import binding as native
 
 
 @pytest.mark.parametrize("torch_only", [False, True])

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import npuq
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
-from npuq.quant.schemes import Scheme, dequantize, scale_bias
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
+from npuq.formats.schemes import Scheme, dequantize, scale_bias
 
 EXPERTS = r"re:model\.layers\.[0-3]\.mlp\.experts\..*"
 FLOAT = ("kv_b_proj", "eh_proj", "lm_head", "embed_tokens", "gate", "shared_head.head")

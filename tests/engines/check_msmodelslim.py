@@ -26,12 +26,12 @@ from msmodelslim.ir.qal import QDType, QParam, QScheme, QScope, QStorage
 from torch import Tensor
 
 import npuq
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
-from npuq.quant.int4 import pack_int4, unpack_int4
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
+from npuq.formats.int4 import pack_int4, unpack_int4
+from npuq.formats.schemes import Scheme, output_tensors, quantize_rows, scale_bias
+from npuq.formats.static_w8a8 import InputScale, static_tensors
 from npuq.quant.scales import Method
-from npuq.quant.schemes import Scheme, output_tensors, quantize_rows, scale_bias
-from npuq.quant.static_w8a8 import InputScale, static_tensors
 
 ROWS, COLUMNS = 64, 1024
 Written = dict[str, tuple[str, Tensor]]

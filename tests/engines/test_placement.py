@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from engine_rig.models import CONFIGS, write_artifact
 
-from npuq.convert.engine_placement import ENGINES, check_placement
+from npuq.engines.placement import ENGINES, check_placement
 from npuq.errors import ArtifactError, CheckpointError
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import npuq
 from npuq.convert.conversion import Internals
-from npuq.convert.pipeline import Durability
+from npuq.convert.write.pipeline import Durability
 from npuq.errors import ConversionError
 
 STATIC = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")

@@ -119,10 +119,10 @@ def run_all(library: str, bases: list[str], folder: str, first: int, end: int) -
     import torch
     from mutations import mutate
 
-    import npuq.quant.library
+    import npuq.native.library
 
-    npuq.quant.library.LIBRARY = Path(library)
-    assert npuq.quant.library.levels(), "the library under test does not load"
+    npuq.native.library.LIBRARY = Path(library)
+    assert npuq.native.library.levels(), "the library under test does not load"
     torch.set_num_threads(2)  # the pool takes as many; torch's own parts are small
     copy = Path(folder) / "damaged"
     for number in range(first, end):
@@ -156,7 +156,7 @@ def _generate(directory: Path, rng: random.Random) -> None:
     """Chunked prefill beside decoding, blocks used again, and logits of whole sequences, all in small."""
     import torch
 
-    from npuq.quant.checkpoint import Checkpoint
+    from npuq.formats.checkpoint import Checkpoint
     from npuq.runtime import EngineConfig, SamplingParams, load
 
     sizes = EngineConfig(

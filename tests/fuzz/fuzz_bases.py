@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from npuq.convert import convert_checkpoint
-from npuq.quant.artifact import DESCRIPTION_NAME, KV_CACHE_NAME
-from npuq.quant.kv_cache import save_scales, storable_scale
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.schemes import SCALE, SUFFIXES, WEIGHT
-from npuq.quant.static_w8a8 import InputScale, static_tensors
+from npuq.formats.artifact import DESCRIPTION_NAME, KV_CACHE_NAME
+from npuq.formats.kv_cache import save_scales, storable_scale
+from npuq.formats.schemes import SCALE, SUFFIXES, WEIGHT
+from npuq.formats.static_w8a8 import InputScale, static_tensors
+from npuq.models.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from random_artifact import linears

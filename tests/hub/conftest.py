@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import npuq
-from npuq.hub.client import Backoff
+from npuq.hub.transfer.retry import Backoff
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import Fault

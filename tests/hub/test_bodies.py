@@ -12,8 +12,9 @@ from support import CARD, MANIFEST, REPO, alter, contents, reseal, shards, use_c
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, client, resolve
-from npuq.hub.client import Backoff
+from npuq.hub import RemoteCheckpoint, resolve
+from npuq.hub.transfer import limits
+from npuq.hub.transfer.retry import Backoff
 
 SHARD = "model-00002-of"
 ALWAYS = 10**6
@@ -115,7 +116,7 @@ def test_a_hub_that_gives_a_few_bytes_a_request(hub: LoopbackHub, pushed: Path, 
 
 @pytest.mark.parametrize("route", ["/revision/main$", "/tree/"])
 def test_json(hub: LoopbackHub, pushed: Path, backoff: Backoff, monkeypatch: pytest.MonkeyPatch, route: str) -> None:
-    monkeypatch.setattr(client, "MOST_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "MOST_JSON_BYTES", 1 << 20)
     hub.faults.add(Fault(route, endless=True, times=ALWAYS))
     for run in (
         lambda: npuq.pull(REPO, backoff=backoff),
@@ -176,7 +177,7 @@ def test_compressed_json(hub: LoopbackHub, pushed: Path, backoff: Backoff, route
 
 
 def test_pages_without_end(hub: LoopbackHub, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "MOST_PAGES", 20)
+    monkeypatch.setattr(limits, "MOST_PAGES", 20)
     again = f'<{hub.endpoint}/api/models/{REPO}/tree/main>; rel="next"'
     hub.faults.add(Fault("/tree/", times=ALWAYS, sent_headers={"Link": again}))
     hub.say = lambda request, answer: [] if "/tree/" in request else answer

@@ -25,8 +25,8 @@ import npuq
 from npuq.cli.main import main
 from npuq.errors import NpuqError
 from npuq.hub import RemoteCheckpoint, ShardPusher, resolve
-from npuq.hub.client import Backoff
-from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
+from npuq.hub.transfer.retry import Backoff
+
 
 MARK = "npuq-hostile"  # in every path that a hostile value means
 QUICK = Backoff(attempts=2, first_seconds=0.001, most_seconds=0.001)

@@ -14,10 +14,12 @@ from support import REPO, alter, reseal, shards
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, faults
-from npuq.hub.client import Backoff, Hub
-from npuq.hub.download import fetch_range
-from npuq.hub.huggingface import HubRepository
+from npuq.hub import RemoteCheckpoint
+from npuq.hub.transfer import wording
+from npuq.hub.huggingface.client import Client
+from npuq.hub.transfer.retry import Backoff
+from npuq.hub.transfer.download import fetch_range
+from npuq.hub.huggingface.repository import HubRepository
 from npuq.hub.names import CommitId
 from npuq.inputs.names import FileName
 
@@ -75,7 +77,7 @@ def test_a_status_that_stays(
         assert "\n" not in message
         # A signed address that has expired is told from a refusal by trying another.
         assert (AGAIN in message) == (status in PASSING), (status, message)
-        assert isinstance(caught.value, faults.PassingError) == (status in PASSING)
+        assert isinstance(caught.value, wording.PassingError) == (status in PASSING)
 
 
 def test_nobody_there(runs: dict[str, Callable[[], object]], hub: LoopbackHub) -> None:
@@ -110,7 +112,7 @@ def test_a_certificate_that_is_not_accepted() -> None:
     error.__cause__ = ssl.SSLCertVerificationError("self-signed certificate")
     error.__cause__.reason = "CERTIFICATE_VERIFY_FAILED"
     assert not faults.is_transient(error)
-    said = str(faults.connection_failed("https://hub", error, passing=faults.is_transient(error)))
+    said = str(wording.connection_failed("https://hub", error, passing=faults.is_transient(error)))
     assert said == "no secure connection to https://hub (failed); check that address, the clock and the proxy"
 
 
@@ -121,7 +123,7 @@ def test_a_mistake_of_ours_is_not_the_hubs(hub: LoopbackHub) -> None:
         raise AssertionError("ours")
 
     with pytest.raises(AssertionError):
-        Hub(REPO).call("asking", wrong)
+        Client(REPO).call("asking", wrong)
 
 
 def test_whoever_takes_the_bytes_may_end_it(hub: LoopbackHub) -> None:
@@ -135,6 +137,6 @@ def test_whoever_takes_the_bytes_may_end_it(hub: LoopbackHub) -> None:
         raise EndedError
 
     commit = hub.state.put(REPO, {"a.txt": b"content"}).sha
-    repository = HubRepository(Hub(REPO), CommitId(commit))
+    repository = HubRepository(Client(REPO), CommitId(commit))
     with pytest.raises(EndedError):
         fetch_range(repository, FileName("a.txt"), 7, 0, 7, BytesIO(), end)

@@ -16,12 +16,12 @@ from support import CARD, MANIFEST, REPO, alter, contents, files_of, kill_when, 
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import client, modelscope_transfer
-from npuq.hub.client import Backoff
-from npuq.hub.modelscope import ModelScope
-from npuq.hub.modelscope_transfer import pull_modelscope, push_modelscope
+from npuq.hub.transfer import limits
+from npuq.hub.transfer.retry import Backoff
+from npuq.hub.modelscope.hub import ModelScope
+
 from npuq.hub.names import Revision
-from npuq.hub.remote_state import UNFINISHED_NAME
+from npuq.hub.remote_state import UNFINISHED
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_push_and_pull(scope: LoopbackModelScope, artifact: Path, tmp_path: Path
     assert json.loads(done.stdout)["sent_files"] == len(contents(artifact)) + 1
     assert_there(scope, artifact)
     assert scope.tags == {"v1": "master"}
-    assert scope.commits[0] == [f"create {UNFINISHED_NAME}"]
+    assert scope.commits[0] == [f"create {UNFINISHED}"]
     assert scope.commits[-2] == [f"create {MANIFEST}"]
     pulled = npuq_run("pull", REPO, tmp_path / "here", "--hub", "modelscope")
     assert pulled.returncode == 0, pulled.stderr
@@ -97,10 +97,10 @@ def test_push_faults(scope: LoopbackModelScope, artifact: Path, backoff: Backoff
     again = 1 if fault.lose_response else 0
     assert len(made) == len({*made}) + again
     assert {*made} == {
-        *(f"create {name}" for name in (*contents(artifact), CARD, UNFINISHED_NAME)),
-        f"delete {UNFINISHED_NAME}",
+        *(f"create {name}" for name in (*contents(artifact), CARD, UNFINISHED)),
+        f"delete {UNFINISHED}",
     }
-    assert (made[0], made[-2:]) == (f"create {UNFINISHED_NAME}", [f"create {MANIFEST}", f"delete {UNFINISHED_NAME}"])
+    assert (made[0], made[-2:]) == (f"create {UNFINISHED}", [f"create {MANIFEST}", f"delete {UNFINISHED}"])
     puts = [seen.request for seen in scope.log if seen.request.startswith("PUT /store/")]
     assert len(puts) == len({*puts}) + ("PUT" in fault.pattern)
 
@@ -333,7 +333,7 @@ def test_answers_without_end(
     run: str,
     route: str,
 ) -> None:
-    monkeypatch.setattr(client, "MOST_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "MOST_JSON_BYTES", 1 << 20)
     scope.faults.add(Fault(route, endless=True, times=10**6))
     with pytest.raises(HubError, match="more than the 1048576 bytes that npuq reads of an answer"):
         runs[run]()

@@ -33,8 +33,8 @@ from support import (
 
 import npuq
 from npuq.errors import HubError, NpuqError
-from npuq.hub import fetch, resolve
-from npuq.hub.client import Backoff
+from npuq.hub import resolve
+from npuq.hub.transfer.retry import Backoff
 
 SHARD = "model-00002-of"
 
@@ -249,11 +249,11 @@ class TestBeforeWeights:
 
         target = tmp_path / "there" if "folder" in kind else None
         with pytest.raises(self.RefusedError):
-            npuq.pull(REPO, target, artifact_only=False, before_weights=refuse)
+            npuq.pull(REPO, target, before_weights=refuse)
         assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= seen[0]
         assert not any(name.endswith(".safetensors") for name in seen[0])
         assert not hub.requests(r"^GET .*model-.*\.safetensors")
-        npuq.pull(REPO, target, artifact_only=False, before_weights=lambda directory: None)
+        npuq.pull(REPO, target, before_weights=lambda directory: None)
         assert len(hub.requests(r"^GET .*model-.*\.safetensors")) == len(shards(pushed))
 
     def test_a_model_without_a_tokenizer(self, hub: LoopbackHub, pushed: Path, eval_text: Path) -> None:

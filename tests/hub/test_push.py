@@ -27,8 +27,8 @@ from support import (
 
 import npuq
 from npuq.errors import ArtifactError, HubError
-from npuq.hub import commits
-from npuq.hub.client import Backoff
+from npuq.hub.huggingface import commits
+from npuq.hub.transfer.retry import Backoff
 
 UNFINISHED = "npuq/unfinished.json"
 

@@ -25,7 +25,7 @@ import npuq
 from npuq.convert import convert_checkpoint
 from npuq.errors import CheckpointError, HubError, RecipeError
 from npuq.hub import RemoteCheckpoint, resolve
-from npuq.hub.client import Backoff
+from npuq.hub.transfer.retry import Backoff
 
 SOURCE = "alice/source"
 OPTIONS = {"method": "minmax", "max_shard_size": 2_000_000}

@@ -16,7 +16,7 @@ from support import REPO, alter, assert_pushed, contents, npuq_process, reseal, 
 import npuq
 from npuq.errors import HubError
 from npuq.hub import RemoteCheckpoint, ShardPusher
-from npuq.hub.parallel import in_order
+from npuq.hub.transfer.parallel import in_order
 
 SOURCE = "alice/source"
 OURS = "npuq-"

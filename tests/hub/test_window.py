@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npuq.formats.safetensors import TensorInfo
 from npuq.hub.names import BlobId
-from npuq.hub.window import Shard, Window
+from npuq.hub.transfer.window import Shard, Window
 from npuq.inputs.names import FileName
-from npuq.quant.safetensors import TensorInfo
 
 SIZE = 1000  # of a tensor; they lie too far apart to be fetched together
 APART = 1 << 20

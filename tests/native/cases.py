@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npuq.quant.library import levels
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
+from npuq.native.library import levels
 from npuq.runtime.ops import LinearPart, Quantized
 
 LEVELS = levels()

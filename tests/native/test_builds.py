@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from npuq.quant import native
+from npuq.native import binding as native
 
 from .builds import COMPILER, ROOT, SANITIZE, load_setup, sanitized_library, sanitizer_environment
 
@@ -46,7 +46,7 @@ def _kernel_tests(library: Path, names: list[str], environment: dict[str, str], 
     """Run tests beside this one again, on that library; what pytest says."""
     tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     program = (
-        "import pathlib, sys, pytest, npuq.quant.library as library\n"
+        "import pathlib, sys, pytest, npuq.native.library as library\n"
         "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
         "from hypothesis import settings\n"
         "settings.register_profile('few', max_examples=int(sys.argv[2]), deadline=None)\n"
@@ -156,21 +156,21 @@ def test_a_failed_build_leaves_no_older_library(tmp_path: Path, monkeypatch: pyt
     command = setup.BuildNative(setuptools.Distribution())
     command.build_temp, command.editable_mode = str(tmp_path), False
     command.get_ext_fullpath = lambda name: str(older)
-    kept = ROOT / "quant" / "libnpuq.so"
+    kept = ROOT / "native" / "libnpuq.so"
     was_there = kept.exists()
     with pytest.raises(setup.CompileError, match="no C compiler"):
-        command.build_extension(setuptools.Extension("npuq.quant.libnpuq", []))
+        command.build_extension(setuptools.Extension("npuq.native.libnpuq", []))
     assert not older.exists()
     assert kept.exists() == was_there  # an editable install's, which this build is not for
 
 
 def test_without_the_library_torch_does_the_work(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys, npuq.quant.library as library\n"
+        "import pathlib, sys, npuq.native.library as library\n"
         "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
         "from npuq.runtime.backend import *\n"
-        "from npuq.quant.schemes import *\n"
-        "from npuq.quant.dialects import StoredRows\n"
+        "from npuq.formats.schemes import *\n"
+        "from npuq.formats.dialects import StoredRows\n"
         "import torch\n"
         "rows = torch.arange(32.0).view(2, 16)\n"
         "direct = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=True)\n"

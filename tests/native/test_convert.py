@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npuq.quant import native
-from npuq.quant.dialects import BlockScale, StoredRows
+from npuq.formats.dialects import BlockScale, StoredRows
+from npuq.formats.schemes import QuantizedRows, Scheme, quantize_rows
+from npuq.native import binding as native
 from npuq.quant.scales import Method, NonFiniteError
-from npuq.quant.schemes import QuantizedRows, Scheme, quantize_rows
 
 from .cases import LEVELS
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
 from npuq.runtime.ops import (
     Decode,
     Gating,

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from npuq.quant.native import Pool
+from npuq.native.binding import Pool
 from npuq.runtime.ops.native import NativeOps
 
 from .cases import LEVELS
@@ -60,7 +60,7 @@ def test_what_cannot_run_is_refused() -> None:
 
 
 def test_the_library_says_what_it_is() -> None:
-    from npuq.quant import library
+    from npuq.native import library
 
     assert library.description() == f"native kernels ({LEVELS[-1]})"
     assert LEVELS[0] == "portable"

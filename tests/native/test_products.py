@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npuq.errors import BackendError
-from npuq.quant.schemes import Scheme
+from npuq.formats.schemes import Scheme
 from npuq.runtime.ops import LinearPart, Quantized
 from npuq.runtime.ops.native import NativeOps
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.convert import sha256
-from npuq.convert.sha256 import NativeDigest, new_digest, update_two
+from npuq.convert.write import sha256
+from npuq.convert.write.sha256 import NativeDigest, new_digest, update_two
 
 pytestmark = pytest.mark.skipif(not sha256.two_at_once(), reason="no library, or no instructions for SHA-256 here")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from npuq.errors import ArtifactError
-from npuq.quant.artifact import DESCRIPTION_NAME, artifact_config, description, read_description, shard_name
-from npuq.quant.schemes import Scheme
+from npuq.formats.artifact import DESCRIPTION_NAME, artifact_config, description, read_description, shard_name
+from npuq.formats.schemes import Scheme
 
 TYPES = {"a.weight": Scheme.W4A8, "a.scale_bias": Scheme.W4A8, "b.weight": Scheme.W8A8, "c.weight": Scheme.FLOAT}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import INDEX_NAME, Checkpoint, natural_key
+from npuq.formats.checkpoint import INDEX_NAME, Checkpoint, natural_key
 
 
 def make(directory: Path, shards: dict[str, dict[str, torch.Tensor]], index: dict[str, str] | None = None) -> Path:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import INDEX_NAME, Checkpoint
-from npuq.quant.dialects import WeightSource
+from npuq.formats.checkpoint import INDEX_NAME, Checkpoint
+from npuq.formats.dialects import WeightSource
 
 
 def source(directory: Path, shards: list[dict[str, torch.Tensor]], config: dict | None = None) -> WeightSource:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.quant.int4 import pack_int4, unpack_int4
+from npuq.formats.int4 import pack_int4, unpack_int4
 
 
 @given(st.integers(1, 9), st.integers(0, 17), st.integers(0, 2**32 - 1))

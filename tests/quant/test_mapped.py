@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from npuq.errors import CheckpointError
-from npuq.quant import mapped
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.library import levels, library
+from npuq.formats.checkpoint import Checkpoint
+from npuq.native import mapped
+from npuq.native.library import levels, library
 
 needs_library = pytest.mark.skipif(not levels(), reason="the native library is not built here (no C compiler)")
 
@@ -114,7 +114,7 @@ OTHERS = """
 import ctypes, faulthandler, mmap, os, sys, tempfile
 from pathlib import Path
 import torch
-from npuq.quant.checkpoint import Checkpoint
+from npuq.formats.checkpoint import Checkpoint
 if "traced" in sys.argv:
     faulthandler.enable()
 checkpoint = Checkpoint.open(sys.argv[1])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import read_config
-from npuq.quant.model_config import ModelConfig
+from npuq.formats.checkpoint import read_config
+from npuq.models.config import ModelConfig
 
 YARN = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 512}
 LLAMA3 = {

@@ -13,9 +13,9 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from npuq.quant.checkpoint import read_config
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.rope import inverse_frequencies, rope_tables
+from npuq.formats.checkpoint import read_config
+from npuq.models.config import ModelConfig
+from npuq.models.rope import inverse_frequencies, rope_tables
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -154,8 +154,8 @@ def test_rope_scaling_counts_where_both_dialects_are_there(config: dict[str, Any
 def test_the_longest_tables_take_little_more_memory_than_themselves(config: dict[str, Any]) -> None:
     """In a process of its own: the peak of its memory, before and after."""
     code = (
-        "import json, resource, sys; from npuq.quant.model_config import ModelConfig; "
-        "from npuq.quant.rope import rope_tables; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "import json, resource, sys; from npuq.models.config import ModelConfig; "
+        "from npuq.models.rope import rope_tables; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         "model = ModelConfig.from_dict(json.loads(sys.argv[1])); before = peak(); tables = rope_tables(model); "
         "print(tables.cos.nbytes + tables.sin.nbytes, (peak() - before) * 1024)"
     )

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npuq.errors import ArtifactError
-from npuq.quant.checkpoint import read_config
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.rope import RopeTables, load_rope, rope_tables, save_rope
+from npuq.formats.checkpoint import read_config
+from npuq.models.config import ModelConfig
+from npuq.models.rope import RopeTables, load_rope, rope_tables, save_rope
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
 ROWS, PAIRS = 96, 32

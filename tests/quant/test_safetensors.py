@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from npuq.errors import CheckpointError
+from npuq.formats.safetensors import CODES, DATA_ALIGNMENT, DTYPES, encode_header, read_header
 from npuq.inputs.printable import printable
-from npuq.quant.safetensors import CODES, DATA_ALIGNMENT, DTYPES, encode_header, read_header
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 NAMES = st.text(min_size=1, max_size=8).map(printable)

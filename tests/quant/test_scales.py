@@ -5,8 +5,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
 from npuq.quant.scales import Method, NonFiniteError, scale_rows
 
 Rows = NDArray[np.float64]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from npuq.quant.int4 import unpack_int4
-from npuq.quant.safetensors import CODES
+from npuq.formats.int4 import unpack_int4
+from npuq.formats.safetensors import CODES
+from npuq.formats.schemes import OutputTensor, Scheme, dequantize, output_tensors, quantize_rows
 from npuq.quant.scales import Method
-from npuq.quant.schemes import OutputTensor, Scheme, dequantize, output_tensors, quantize_rows
 
 
 @pytest.mark.parametrize("row_parallel", [False, True])

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.quant.safetensors import CODES
+from npuq.formats.safetensors import CODES
+from npuq.formats.schemes import Scheme, output_tensors, quantize_rows
+from npuq.formats.static_w8a8 import InputScale, input_scale_of, load_deq_scale, quant_bias, quantize_static
 from npuq.quant.scales import Method
-from npuq.quant.schemes import Scheme, output_tensors, quantize_rows
-from npuq.quant.static_w8a8 import InputScale, input_scale_of, load_deq_scale, quant_bias, quantize_static
 
 finite = st.floats(-1e4, 1e4, width=32)
 

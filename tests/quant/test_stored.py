@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from npuq.errors import CheckpointError
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.schemes import Scheme
-from npuq.quant.stored import Codes, QuantizedSource, StoredLinear
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.schemes import Scheme
+from npuq.formats.stored import Codes, QuantizedSource, StoredLinear
 
 NAME = "a.weight"
 

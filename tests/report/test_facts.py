@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from report_support import CALIBRATION, EVALUATION, edit_json
 from safetensors.torch import load_file, save_file
 
-from npuq.convert import inspect
 from npuq.errors import ArtifactError, CheckpointError
-from npuq.quant.checkpoint import Checkpoint
+from npuq.formats.checkpoint import Checkpoint
 from npuq.report import read_facts
 from npuq.report.calibration import read_coverage
 from npuq.report.linears import LinearFacts
 from npuq.report.scale_histogram import BINS_PER_OCTAVE, scale_histograms
+from npuq.verification import inspect
 
 MANIFEST, REPORT = "npuq/manifest.json", "npuq/report.json"
 

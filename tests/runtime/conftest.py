@@ -13,10 +13,10 @@ import torch
 
 import npuq
 import npuq.runtime
-from npuq.quant.artifact import KV_CACHE_NAME
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.kv_cache import save_scales, storable_scale
-from npuq.quant.model_config import ModelConfig
+from npuq.formats.artifact import KV_CACHE_NAME
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.kv_cache import save_scales, storable_scale
+from npuq.models.config import ModelConfig
 from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import Ops
 from npuq.runtime.ops.cpu import CpuOps

@@ -360,7 +360,7 @@ def test_evaluate_layers(run: Run, artifact: Path, example: LanguageModel, text:
     arguments = ("evaluate", artifact, "--text", text, "--source", example.directory, "--context", 128, "--layers")
     _, out, _ = run(*arguments, "--json", "--save")
     layers = json.loads(out)["layers"]
-    assert npuq.convert.inspect(artifact).evaluations[0]["layers"] == layers
+    assert npuq.verification.inspect(artifact).evaluations[0]["layers"] == layers
     content = text.read_text(encoding="utf-8")
     assert layers == [vars(error) for error in npuq.runtime.layer_errors(artifact, content, example.directory, 128)]
     _, table, _ = run(*arguments)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import npuq.runtime
 from npuq.errors import BackendError, CheckpointError
-from npuq.quant.model_config import ModelConfig
+from npuq.models.config import ModelConfig
 
 TOKENS = torch.randint(2, 40, (19,), generator=torch.Generator().manual_seed(5)).tolist()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import npuq.runtime
 from npuq.errors import GenerationError
-from npuq.quant.library import levels
+from npuq.native.library import levels
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.runtime.block_manager import BlockManager
 from npuq.runtime.sampler import Sampler

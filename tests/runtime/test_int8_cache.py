@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npuq.errors import ArtifactError, GenerationError
-from npuq.quant.artifact import KV_CACHE_NAME
-from npuq.quant.kv_cache import latent_codes, load_scales, save_scales, storable_scale
-from npuq.quant.library import levels
+from npuq.formats.artifact import KV_CACHE_NAME
+from npuq.formats.kv_cache import latent_codes, load_scales, save_scales, storable_scale
+from npuq.native.library import levels
 from npuq.runtime import EngineConfig, evaluate, load
 from npuq.runtime.ops import Decode, LayerCache, Ops, PrefixSegment
 from npuq.runtime.ops.cpu import CpuOps

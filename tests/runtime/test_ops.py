@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npuq.errors import ArtifactError, BackendError
-from npuq.quant.int4 import pack_int4
-from npuq.quant.schemes import Scheme
+from npuq.formats.int4 import pack_int4
+from npuq.formats.schemes import Scheme
 from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import LayerCache, LinearPart, Ops, Quantized
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import npuq.runtime
 from npuq.errors import ArtifactError
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.schemes import Scheme, dequantize
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.schemes import Scheme, dequantize
 
 TEXT = "And the LORD said unto him, I have surely seen the whale. The Congress of the United States will be asked "
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from npuq.errors import CheckpointError
-from npuq.quant import mapped
-from npuq.quant.library import levels
+from npuq.native import mapped
+from npuq.native.library import levels
 from npuq.runtime import SamplingParams, layer_error, layer_errors, load
 
 PROMPT = list(range(5, 45))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from npuq.errors import ArtifactError, BackendError
+from npuq.formats.schemes import Scheme
+from npuq.formats.static_w8a8 import input_scale_of, quantize_static
 from npuq.quant.scales import Method
-from npuq.quant.schemes import Scheme
-from npuq.quant.static_w8a8 import input_scale_of, quantize_static
 from npuq.runtime.ops import LinearPart, Ops, Quantized, Static
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import npuq
 import npuq.runtime
-from npuq.quant.ties import EMBEDDING, HEAD
+from npuq.formats.ties import EMBEDDING, HEAD
 
 TOKENS = torch.randint(2, 320, (21,), generator=torch.Generator().manual_seed(4)).tolist()
 

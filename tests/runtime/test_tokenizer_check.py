@@ -85,7 +85,7 @@ def test_every_command_that_needs_one_says_so_first(
     places = {"MODEL": kimi, "OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt"}
     for name in ("read", "read_rows", "read_bytes", "view"):
         monkeypatch.setattr(
-            f"npuq.quant.checkpoint.Checkpoint.{name}", lambda *arguments: pytest.fail("a weight is read")
+            f"npuq.formats.checkpoint.Checkpoint.{name}", lambda *arguments: pytest.fail("a weight is read")
         )
     status, err = run(monkeypatch, capsys, *(places.get(word, word) for word in command))
     assert status == 1 and err.startswith("npuq: error: ") and err.count("\n") == 1

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import npuq.runtime
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.dialects import WeightSource
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.dialects import WeightSource
 from npuq.runtime import EngineConfig, LanguageModel
 
 TOLERANCE = 1e-4

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from npuq.quant.artifact import KV_CACHE_NAME
+from npuq.formats.artifact import KV_CACHE_NAME
 from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step

@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from npuq.quant.artifact import read_description
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.schemes import Scheme
-from npuq.quant.static_w8a8 import static_tensors
+from npuq.formats.artifact import read_description
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.schemes import Scheme
+from npuq.formats.static_w8a8 import static_tensors
 from npuq.runtime.ops import LinearPart, Quantized, Static
 from npuq.runtime.ops.reference import ReferenceOps
 from npuq.runtime.weights import ArtifactStore

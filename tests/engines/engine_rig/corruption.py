@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npuq.quant.artifact import DESCRIPTION_NAME
+from npuq.formats.artifact import DESCRIPTION_NAME
 
 Tensors = dict[str, Tensor]
 Tags = dict[str, str]

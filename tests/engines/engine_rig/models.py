@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from npuq.convert import convert_checkpoint
-from npuq.quant.static_w8a8 import InputScale, static_tensors
+from npuq.formats.static_w8a8 import InputScale, static_tensors
 
 from .corruption import corrupt
 

@@ -1,4 +1,4 @@
-"""npuq's lists of what an engine reads (convert/engine_parameters.py) against what it does without each tensor."""
+"""npuq's lists of what an engine reads (engines/parameters.py) against what it does without each tensor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from npuq.convert.engine_parameters import MODELS, EngineModel, draft_tensors, main_tensors, parameter_problems
-from npuq.convert.engine_placement import check_placement
+from npuq.engines.parameters import MODELS, EngineModel, draft_tensors, main_tensors, parameter_problems
+from npuq.engines.placement import check_placement
 from npuq.errors import ArtifactError, CheckpointError
-from npuq.quant.artifact import read_description
-from npuq.quant.checkpoint import Checkpoint, read_config
-from npuq.quant.schemes import Scheme
+from npuq.formats.artifact import read_description
+from npuq.formats.checkpoint import Checkpoint, read_config
+from npuq.formats.schemes import Scheme
 
 from .corruption import Corruption, Tags, Tensors, corrupt
 

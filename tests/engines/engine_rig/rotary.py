@@ -8,10 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from npuq.convert.engine_placement import check_placement
-from npuq.quant.checkpoint import Checkpoint
-from npuq.quant.model_config import ModelConfig
-from npuq.quant.rope import rope_tables
+from npuq.engines.placement import check_placement
+from npuq.formats.checkpoint import Checkpoint
+from npuq.models.config import ModelConfig
+from npuq.models.rope import rope_tables
 
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 128}

@@ -1,0 +1,137 @@
+"""What all layers of a walk share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...formats.dialects import WeightSource
+from ...models.config import ModelConfig
+from ...models.rope import rope_tables
+from ...parallel.pool import Pool
+from ...runtime.ops.reference import ReferenceOps
+from ..plan.plan import Job
+from ..write.chunks import not_finite
+from ..write.journal import JobEntry
+from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
+
+# Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The model, its calibration tokens and the means to work on it."""
+
+    config: ModelConfig
+    source: WeightSource
+    jobs: dict[str, Job]
+    linears: Linears
+    pool: Pool
+    samples: int
+    sequence_length: int
+    smooth: bool
+    done: Callable[[Job], None]
+    ops: ReferenceOps = field(default_factory=ReferenceOps)
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.sequence_length
+
+    @property
+    def batches(self) -> list[slice]:
+        """Token ranges of whole windows."""
+        size = max(1, BATCH_TOKENS // self.sequence_length) * self.sequence_length
+        return [slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
+
+
+class Layer:
+    """One decoder layer of a walk: its weights as float32, and what is written of it.
+
+    `read` has the digest of what each job reads, by index; a trial needs none. `entries` collects what the journal
+    keeps of each job, `errors` the relative output error of each quantized linear.
+    """
+
+    def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
+        self.walk = walk
+        self.index = index
+        self.prefix = f"model.layers.{index}."
+        self.entries: dict[int, JobEntry] = {}
+        self._read = read or {}
+        self.errors: dict[str, float] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has `{prefix}{name}.weight`."""
+        return f"{self.prefix}{name}.weight" in self.walk.jobs
+
+    def weight(self, name: str, suffix: str = "weight") -> Tensor:
+        """`{prefix}{name}.weight` float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        full = f"{self.prefix}{name}.{suffix}"
+        tensor = self.walk.source.rows_float32(full)
+        check_finite(full, tensor, self.walk.source)
+        return tensor
+
+    def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
+        """Write a tensor that stays float; what engines will read, as float32."""
+        job = self.walk.jobs[f"{self.prefix}{name}.{suffix}"]
+        stored, written = self.walk.linears.float(job, tensor)
+        self.finish(job, written)
+        return stored
+
+    def finish(self, job: Job, written: JobResult) -> None:
+        """Count a job as written."""
+        self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
+        self.walk.done(job)
+
+    def quantize(self, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
+        """Quantize linears that share their inputs on all batches, in the order given."""
+        walk, mapper = self.walk, self.walk.pool
+        jobs = [walk.jobs[f"{self.prefix}{name}.weight"] for name in weights]
+        # Inputs are rounded as the scheme asks: linears of one have one Hessian.
+        groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
+        measured = {}
+        for scheme, members in groups.items():
+            hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
+            measured[scheme] = hessian, factored(hessian), scale
+        deployed = []
+        for job, weight in zip(jobs, weights.values(), strict=True):
+            linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
+            self.note_error(job, linear)
+            self.finish(job, written)
+            deployed.append(linear)
+        return deployed
+
+    def note_error(self, job: Job, linear: Deployed) -> None:
+        if linear.error is not None:
+            self.errors[job.source] = linear.error
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin float32 [sequence_length, rope_dim] as the operators take them, and the softmax scale."""
+
+    cos: Tensor
+    sin: Tensor
+    softmax_scale: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, length: int) -> Rotary:
+        tables = rope_tables(config)
+        cos, sin = (torch.cat([table[:length], table[:length]], dim=-1) for table in (tables.cos, tables.sin))
+        return cls(cos, sin, tables.softmax_scale)
+
+
+def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
+    """CheckpointError for an infinity or NaN in a tensor of the source."""
+    # In chunks: the answers of all values at once would be a tensor that no budget has room for.
+    if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
+        raise not_finite(name, source)
+
+
+def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:
+    """Ranges of at most `size` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,64 @@
+"""What calibrated jobs cost, beside those that look at a weight alone, so that the time that is left can be told.
+
+A calibrated job costs a hundred to a thousand times what its bytes say, and attention another share than an expert:
+bytes tell nothing of time. Products are counted here, in nanoseconds of one core. Only ratios matter, since the time
+that is left follows from the pace so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...formats.schemes import Scheme
+from ...models.architecture import Role
+from ...quant.refine import SWEEPS
+from ...quant.scales import Method
+from ..plan.plan import Job
+from ..plan.prepare import Prepared
+from ..tally import data_free_effort
+from .experts import ENOUGH
+from .smooth import STRENGTHS
+
+# Nanoseconds for a product and its sum, of large matrices.
+_FLOAT32, _FLOAT64 = 0.03, 0.08
+# Products for each weight and input of its linear, K · (N · K) in all: GPTQ takes half of one, each sweep of the
+# refinement a gradient, the moves and a scale, and the errors before, after and at the output four more.
+_REFINED = 0.5 + 3 * SWEEPS + 4
+# Products for each cube of inputs: two Cholesky factors and an inverse.
+_FACTORED = 0.7
+# The first batch of windows and each expert's first rows judge every strength.
+_JUDGED = 2048
+
+
+def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
+    """The effort of each job of a conversion that calibrates: of those that are walked, and of all others."""
+    config, calibration = prepared.config, prepared.calibration
+    assert calibration is not None
+    tokens = calibration.tokens.numel()
+    routed = max(min(ENOUGH, tokens), tokens * config.num_experts_per_tok // max(1, config.n_routed_experts))
+    trials = (2 if prepared.recipe.auto else 0) + 1
+    smoothed = len(STRENGTHS) + 1 if prepared.recipe.smooth else 0
+    # Scores and values of one token against half of its window, for both models.
+    attended = 2 * tokens * calibration.sequence_length / 2 * config.num_attention_heads
+    attended *= config.qk_head_dim + config.v_head_dim
+
+    def effort(job: Job) -> float:
+        if job.layer is None or job.layer >= config.num_hidden_layers or len(job.shape) != 2:
+            return data_free_effort(job)
+        rows, columns = job.rows, job.columns
+        used = routed if job.role is Role.ROUTED_EXPERT else tokens
+        products = 2 * used * rows * columns * _FLOAT32  # both models
+        if job.source.endswith("o_proj.weight"):
+            products += 2 * attended * _FLOAT32
+        if job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT:
+            # gate and up, q_a and kv_a have one Hessian together.
+            shared = 0.5 if job.source.endswith(_SHARING) else 1.0
+            products += shared * (used * columns**2 * _FLOAT32 + _FACTORED * columns**3 * _FLOAT64)
+            products += _REFINED * rows * columns**2 * _FLOAT64
+        judged = min(used, _JUDGED) * rows * columns * _FLOAT32
+        return trials * (products + data_free_effort(job) + smoothed * (data_free_effort(job) + judged))
+
+    return effort
+
+
+_SHARING = ("gate_proj.weight", "up_proj.weight", "q_a_proj.weight", "kv_a_proj_with_mqa.weight")

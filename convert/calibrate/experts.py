@@ -1,0 +1,154 @@
+"""One expert at a time: gate and up on the tokens routed to it, then down on what they give.
+
+An expert that calibration hardly reaches is helped, by how many of its tokens there are:
+  none              data-free: the scale search of `mse`, no Hessian ("data-free");
+  fewer than ENOUGH the tokens for which the router would choose it next are added until there are ENOUGH ("blended");
+  ENOUGH or more    its own tokens alone.
+A Hessian that cannot be factored at any damping leaves that linear to the data-free method ("data-free").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...formats.schemes import Scheme
+from ...quant.gptq import Hessian
+from ...quant.scales import Method
+from ...quant.smoothing import smoothing_scale
+from ..plan.plan import Job
+from .context import Layer, row_chunks
+from .linears import Deployed, JobResult, add_rows, factored, round_inputs
+from .smooth import least, rounded
+
+ENOUGH = 512
+# Rows on which smoothing strengths are judged.
+_JUDGED = 512
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The tokens of one expert: `own` int64 [n] are routed to it, `near` [m] would be next."""
+
+    own: Tensor
+    near: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertResult:
+    """What an expert gives: outputs float32 of its own tokens in both streams, and how it went."""
+
+    floats: Tensor
+    quantized: Tensor
+    results: Mapping[int, JobResult]
+    errors: Mapping[str, float]
+    fallback: str | None
+    strength: float
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated feed-forward block, of float or deployed linears."""
+
+    gate: Deployed
+    up: Deployed
+    down: Deployed
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What `down` is given: [T, H] → [T, I]."""
+        return torch.nn.functional.silu(self.gate(x)) * self.up(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([self.down(self.inner(x[part])) for part in row_chunks(x.shape[0])] or [x])
+
+
+def float_mlp(tensors: Sequence[Tensor]) -> Mlp:
+    """gate, up, down float32 as a block."""
+    gate, up, down = (Deployed(weight, Scheme.FLOAT) for weight in tensors)
+    return Mlp(gate, up, down)
+
+
+def choose_tokens(expert_ids: Tensor, order: Tensor, expert: int, count: int) -> Routed:
+    """The tokens of an expert: expert_ids int [T, k]; order int [T, E], each token's experts by falling preference.
+
+    Tokens that come near are those that rank the expert highest beyond the k, the earlier token first among equals.
+    """
+    own = (expert_ids == expert).any(1).nonzero()[:, 0]
+    missing = min(ENOUGH, count) - own.shape[0]
+    if missing <= 0 or not own.shape[0]:
+        return Routed(own, own[:0])
+    rank = (order == expert).to(torch.int8).argmax(1)
+    rank[own] = order.shape[1]
+    near = rank.argsort(stable=True)[:missing]
+    return Routed(own, near[rank[near] < order.shape[1]].sort().values)
+
+
+def quantize_expert(
+    layer: Layer, jobs: tuple[Job, Job, Job], own: tuple[Tensor, Tensor], near: Tensor, weights: list[Tensor]
+) -> ExpertResult:
+    """Quantize gate, up and down (`weights` float32, in that order; the list is emptied) of one expert and write them.
+
+    own: its tokens' inputs float32 [n, H] in the float stream (routed by the float model) and in the quantized one;
+    near: further inputs of the quantized stream to calibrate on.
+    """
+    floats, quantized = own
+    inline = layer.walk.pool.inline
+    inputs = torch.cat([quantized, near]) if near.shape[0] else quantized
+    truth = float_mlp(weights)(floats)
+    strength = smooth_inner(jobs, weights, inputs) if layer.walk.smooth and inputs.shape[0] else 0.0
+    gate_w, up_w, down_w = weights
+    weights.clear()
+    results: dict[int, JobResult] = {}
+    errors: dict[str, float] = {}
+    missed = False
+
+    def calibrated(some: Sequence[tuple[Job, Tensor]], x: Tensor) -> list[Deployed]:
+        nonlocal missed
+        hessian = None
+        if any(job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT for job, _ in some):
+            hessian = Hessian(x.shape[1])
+            for part in row_chunks(x.shape[0]):
+                add_rows(hessian, round_inputs(x[part], some[0][0].scheme, None), inline)
+        factor = factored(hessian)
+        missed |= hessian is not None and factor is None
+        found = []
+        for job, weight in some:
+            linear, results[job.index] = layer.walk.linears.quantize(job, weight, hessian, factor, None, inline)
+            if linear.error is not None:
+                errors[job.source] = linear.error
+            found.append(linear)
+        return found
+
+    gate, up = calibrated([(jobs[0], gate_w), (jobs[1], up_w)], inputs)
+    inner = torch.cat([Mlp(gate, up, up).inner(inputs[part]) for part in row_chunks(inputs.shape[0])] or [down_w[:0]])
+    (down,) = calibrated([(jobs[2], down_w)], inner)
+    fallback = "data-free" if missed else "blended" if near.shape[0] else None
+    outputs = Mlp(gate, up, down)(quantized)
+    return ExpertResult(truth, outputs, results, errors, fallback, strength)
+
+
+def smooth_inner(jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tensor) -> float:
+    """Rescale the channels between up_proj and down_proj, by the strength of least error at the block's output.
+
+    weights: gate, up and down, whose last two are replaced; inputs float32 [T, H]. Returns the strength, 0 for none.
+    """
+    block = float_mlp(weights)
+    inner = torch.cat([block.inner(inputs[part]) for part in row_chunks(inputs.shape[0])])
+    activation, weight = inner.abs().amax(0), weights[2].abs().amax(0)
+    x = inputs[:_JUDGED]
+    truth = block(x)
+    gate = Deployed(rounded(jobs[0], weights[0]), jobs[0].scheme)
+
+    def rescaled(candidate: float) -> tuple[Tensor, Tensor]:
+        scale = smoothing_scale(activation, weight, candidate)
+        return (weights[1].double() / scale[:, None]).float(), (weights[2].double() * scale).float()
+
+    def error(trial: tuple[Tensor, Tensor]) -> float:
+        up, down = (Deployed(rounded(job, changed), job.scheme) for job, changed in zip(jobs[1:], trial, strict=True))
+        return float((Mlp(gate, up, down)(x) - truth).double().square().sum())
+
+    strength, weights[1:] = least((weights[1], weights[2]), rescaled, error)
+    return strength

@@ -1,0 +1,234 @@
+"""The feed-forward part of one layer: the dense block, or router, shared experts and every routed expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...quant.smoothing import smoothing_scale
+from ...runtime.weights import gating_of
+from ..plan.plan import Job
+from .context import Layer, row_chunks
+from .experts import ExpertResult, Mlp, Routed, choose_tokens, float_mlp, quantize_expert, smooth_inner
+from .linears import Deployed
+from .smooth import STRENGTHS, least, norm_quotient, rounded
+from .states import StreamPair
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_NORM = "post_attention_layernorm"
+# Rows whose largest activations a dense block is smoothed by.
+_JUDGED = 2048
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Every token's experts in one stream: weights float32 [T, k], ids int32 [T, k]."""
+
+    weights: Tensor
+    ids: Tensor
+
+
+@dataclass
+class Coverage:
+    """How calibration reached the experts: routed tokens of each, and what was done about those it hardly did."""
+
+    expert_tokens: list[int]
+    fallbacks: dict[str, str]
+
+
+def run_feed_forward(layer: Layer, middle: StreamPair, out: StreamPair) -> tuple[dict[str, float], Coverage]:
+    """Quantize and write the part after attention, and compute both streams of the next layer from those between.
+
+    Returns smoothing strengths by what they act on, and how calibration reached the experts.
+    """
+    block = _FeedForward(layer, middle, out)
+    return block.run()
+
+
+class _FeedForward:
+    def __init__(self, layer: Layer, middle: StreamPair, out: StreamPair):
+        self._layer = layer
+        self._walk = layer.walk
+        self._middle = middle
+        self._out = out
+        self._is_moe = layer.walk.config.is_moe_layer(layer.index)
+        # The config decides, as it does in engines, not what else a checkpoint may have.
+        shared = ["mlp.shared_experts."] if layer.walk.config.n_shared_experts else []
+        self._dense_blocks = shared if self._is_moe else ["mlp."]
+        self._gain = layer.weight(_NORM)
+        self._factor: Tensor | None = None
+        self._strengths: dict[str, float] = {}
+
+    def run(self) -> tuple[dict[str, float], Coverage]:
+        if self._walk.smooth:
+            self._smooth_norm()
+        self._stored_gain = self._layer.keep(_NORM, self._gain)
+        for result, start in ((self._out.floats, self._middle.floats), (self._out.quantized, self._middle.quantized)):
+            result.copy_(start)
+        for prefix in self._dense_blocks:
+            self._dense(prefix)
+        return self._strengths, self._experts() if self._is_moe else Coverage([], {})
+
+    # ---- what all blocks read --------------------------------------------------------------------------------------
+
+    def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
+        return self._walk.ops.rms_norm(x, gain, self._walk.config.rms_norm_eps)
+
+    def _block(self, prefix: str) -> list[Tensor]:
+        """gate, up and down of a block, float32; gate and up grown by what the norm's gain lost."""
+        gate, up, down = (self._layer.weight(prefix + name) for name in _PROJECTIONS)
+        return [gate, up, down] if self._factor is None else [gate * self._factor, up * self._factor, down]
+
+    def _jobs(self, prefix: str) -> tuple[Job, Job, Job]:
+        gate, up, down = (self._walk.jobs[f"{self._layer.prefix}{prefix}{name}.weight"] for name in _PROJECTIONS)
+        return gate, up, down
+
+    def _prefixes(self) -> list[str]:
+        return [f"mlp.experts.{expert}." for expert in range(self._walk.config.n_routed_experts)]
+
+    def _router(self) -> Tensor:
+        weight = self._layer.weight("mlp.gate")
+        return weight if self._factor is None else weight * self._factor
+
+    def _bias(self) -> Tensor | None:
+        # Only V3's rule has one; with another rule engines read no such tensor, even where a checkpoint has it.
+        if self._walk.config.topk_method != "noaux_tc":
+            return None
+        return self._layer.weight("mlp.gate", "e_score_correction_bias")
+
+    # ---- the dense block or the shared experts ---------------------------------------------------------------------
+
+    def _dense(self, prefix: str) -> None:
+        layer, walk = self._layer, self._walk
+        weights, jobs = self._block(prefix), self._jobs(prefix)
+        if walk.smooth:
+            sample = self._normed(self._middle.floats[:_JUDGED], self._gain)
+            self._strengths[prefix + "down_proj"] = smooth_inner(jobs, weights, sample)
+        floats = float_mlp(weights)
+        batches, stream = walk.batches, self._middle.quantized
+
+        def inputs(index: int) -> Tensor:
+            return self._normed(stream[batches[index]], self._stored_gain)
+
+        names = [prefix + name for name in _PROJECTIONS]
+        gate, up = layer.quantize(dict(zip(names[:2], weights[:2], strict=True)), inputs)
+        (down,) = layer.quantize({names[2]: weights[2]}, lambda index: Mlp(gate, up, up).inner(inputs(index)))
+        deployed = Mlp(gate, up, down)
+
+        def step(index: int) -> None:
+            part = batches[index]
+            self._out.floats[part] += floats(self._normed(self._middle.floats[part], self._gain))
+            self._out.quantized[part] += deployed(inputs(index))
+
+        for _ in walk.pool.map(step, range(len(batches))):
+            pass
+
+    # ---- routed experts --------------------------------------------------------------------------------------------
+
+    def _experts(self) -> Coverage:
+        layer, walk = self._layer, self._walk
+        router = self._router()
+        bias = self._bias()
+        stored_router = layer.keep("mlp.gate", router)
+        stored_bias = None if bias is None else layer.keep("mlp.gate", bias, "e_score_correction_bias")
+        float_routing, _ = self._route(self._middle.floats, self._gain, router, bias)
+        routing, order = self._route(self._middle.quantized, self._stored_gain, stored_router, stored_bias)
+        prefixes, middle = self._prefixes(), self._middle
+
+        def one(expert: int) -> tuple[Tensor, Routed, ExpertResult]:
+            tokens = choose_tokens(routing.ids, order, expert, walk.tokens)
+            float_tokens = (float_routing.ids == expert).any(1).nonzero()[:, 0]
+            result = quantize_expert(
+                layer,
+                self._jobs(prefixes[expert]),
+                (
+                    self._normed(middle.floats[float_tokens], self._gain),
+                    self._normed(middle.quantized[tokens.own], self._stored_gain),
+                ),
+                self._normed(middle.quantized[tokens.near], self._stored_gain),
+                self._block(prefixes[expert]),
+            )
+            return float_tokens, tokens, result
+
+        coverage, strengths = Coverage([], {}), []
+        for expert, (float_tokens, tokens, result) in enumerate(walk.pool.map(one, range(len(prefixes)))):
+            _add_weighted(self._out.floats, float_routing, expert, float_tokens, result.floats)
+            _add_weighted(self._out.quantized, routing, expert, tokens.own, result.quantized)
+            coverage.expert_tokens.append(tokens.own.shape[0])
+            if result.fallback is not None:
+                coverage.fallbacks[str(expert)] = result.fallback
+            strengths.append(result.strength)
+            layer.errors.update(result.errors)
+            for job in self._jobs(prefixes[expert]):
+                layer.finish(job, result.results[job.index])
+        if walk.smooth:
+            self._strengths["mlp.experts.down_proj"] = sum(strengths) / len(strengths)
+        return coverage
+
+    def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
+        """The routing of all tokens, and each token's experts by falling preference, int16 [T, E]."""
+        walk, rule = self._walk, gating_of(self._walk.config)
+
+        def step(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self._normed(stream[part], gain) @ router.T
+            weights, ids = walk.ops.moe_gating_top_k(logits, bias, rule)
+            scores = logits.sigmoid() if rule.scoring == "sigmoid" else logits.softmax(-1)
+            preference = scores if bias is None else scores + bias
+            return weights, ids, preference.argsort(dim=1, descending=True, stable=True).to(torch.int16)
+
+        found = list(walk.pool.map(step, walk.batches))
+        weights, ids, order = (torch.cat([part[index] for part in found]) for index in range(3))
+        return Routing(weights, ids), order
+
+    # ---- smoothing of what they all read ---------------------------------------------------------------------------
+
+    def _smooth_norm(self) -> None:
+        """Choose the strength between the norm and everything that reads it, by the error at the layer's output."""
+        walk, layer = self._walk, self._layer
+        maxima = walk.pool.map(
+            lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches
+        )
+        activation = torch.stack(list(maxima)).amax(0)
+        prefixes = [*self._dense_blocks, *(self._prefixes() if self._is_moe else [])]
+        columns = walk.pool.map(lambda prefix: torch.cat(self._block(prefix)[:2]).abs().amax(0), prefixes)
+        weight = torch.stack(list(columns)).amax(0)
+        scales = [norm_quotient(layer, _NORM, self._gain, smoothing_scale(activation, weight, s)) for s in STRENGTHS]
+        trials = [(self._gain, torch.ones_like(self._gain)), *scales]
+        x = self._middle.floats[walk.batches[0]]
+        routing = None
+        if self._is_moe:
+            routing, _ = self._route(self._middle.floats, self._gain, self._router(), self._bias())
+
+        def differences(prefix: str) -> tuple[Tensor, list[Tensor]]:
+            """The rows of x that a block works on, and its weighted errors with each trial's scale."""
+            expert = int(prefix.split(".")[2]) if "experts." in prefix and "shared" not in prefix else None
+            rows, factor = torch.arange(x.shape[0]), torch.ones(x.shape[0], 1)
+            if expert is not None and routing is not None:
+                chosen = (routing.ids[: x.shape[0]] == expert).nonzero()
+                rows, factor = chosen[:, 0], routing.weights[chosen[:, 0], chosen[:, 1], None]
+            weights, jobs = self._block(prefix), self._jobs(prefix)
+            truth = float_mlp(weights)(self._normed(x[rows], self._gain))
+            found, down = [], Deployed(rounded(jobs[2], weights[2]), jobs[2].scheme)
+            for gain, grown in trials:
+                gate, up = (Deployed(rounded(jobs[i], weights[i] * grown), jobs[i].scheme) for i in (0, 1))
+                found.append(factor * (Mlp(gate, up, down)(self._normed(x[rows], gain)) - truth))
+            return rows, found
+
+        totals = [torch.zeros_like(x) for _ in trials]
+        for rows, found in walk.pool.map(differences, prefixes):
+            for total, part in zip(totals, found, strict=True):
+                total.index_add_(0, rows, part)
+        errors = [float(total.double().square().sum()) for total in totals]
+        self._strengths[_NORM], best = least(0, lambda strength: 1 + STRENGTHS.index(strength), errors.__getitem__)
+        if best:
+            self._gain, self._factor = trials[best]
+
+
+def _add_weighted(stream: Tensor, routing: Routing, expert: int, tokens: Tensor, rows: Tensor) -> None:
+    """Add an expert's outputs, weighted by the router, to its tokens."""
+    slots = (routing.ids[tokens] == expert).to(torch.int8).argmax(1)
+    weights = routing.weights[tokens, slots]
+    for part in row_chunks(tokens.shape[0]):
+        stream[tokens[part]] += weights[part, None] * rows[part]

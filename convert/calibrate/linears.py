@@ -1,0 +1,209 @@
+"""Linears that share their inputs, calibrated together: the Hessian of what they will be given, then codes, written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import CalibrationError, CheckpointError
+from ...formats.dialects import StoredRows
+from ...formats.safetensors import DTYPES
+from ...formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
+from ...formats.static_w8a8 import InputScale, static_tensors
+from ...parallel.pool import Mapper
+from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
+from ...quant.refine import calibrated_codes
+from ...quant.scales import Method, NonFiniteError
+from ..plan.plan import Job
+from ..write.job_output import JobOutput
+from ..write.journal import JobStats
+from ..write.shards import ShardFiles
+
+# Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
+# no number of threads.
+_ROWS = 512
+_PANEL = 1024
+
+Inputs = Callable[[int], Tensor]
+"""The inputs of some linears in the batch of that index: float32 [T, K], as the quantized model computes them."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A linear as engines will run it: `weight` float32 [N, K] behind its codes, and how its inputs are rounded."""
+
+    weight: Tensor
+    scheme: Scheme
+    inputs: InputScale | None = None
+    error: float | None = None  # √ of the squared relative output error on the calibration inputs; None: not measured
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [T, K] → [T, N]."""
+        return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
+
+
+def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:
+    """Activations float32 [T, K] as a linear of this scheme sees them: int8 per token, of a fixed grid, or as is."""
+    if scheme is Scheme.FLOAT:
+        return x
+    if inputs is not None:
+        codes = (x / inputs.scale + inputs.offset).round_().clamp_(-128, 127)
+        return codes.sub_(inputs.offset).mul_(inputs.scale)
+    factors = 127.0 / x.abs().amax(dim=1, keepdim=True)
+    factors.masked_fill_(factors.isinf(), 0.0)
+    return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job has left in its shard: its errors, and the digest of its bytes (none in a trial)."""
+
+    stats: JobStats
+    digest: bytes
+
+
+class Linears:
+    """Quantizes linears of a plan and writes them into its shards, if there are any. Thread-safe."""
+
+    def __init__(self, files: ShardFiles | None):
+        self._files = files
+
+    def _write(self, job: Job, tensors: Mapping[str, Tensor]) -> bytes:
+        """Write all tensors of a job, by the suffixes of their names; the digest."""
+        if self._files is None:
+            return b""
+        output = JobOutput(self._files, job)
+        for slot in job.outputs:
+            output.write(slot, 0, tensors[slot.suffix])
+        return output.digest()
+
+    def float(self, job: Job, tensor: Tensor) -> tuple[Tensor, JobResult]:
+        """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
+        stored = self.rounded(job, tensor).reshape(job.shape)
+        if not bool(torch.isfinite(stored).all()):
+            if bool(torch.isfinite(tensor).all()):
+                dtype = str(stored.dtype).removeprefix("torch.")
+                why = f"outgrows {dtype} once it is rotated or smoothed; leave that out of the method"
+            else:
+                why = "holds infinities or NaN; the checkpoint is damaged: fetch it again"
+            raise CheckpointError(f"tensor {job.source!r} {why}")
+        digest = self._write(job, {job.outputs[0].suffix: stored})
+        return stored.to(torch.float32), JobResult(JobStats(0.0, float(tensor.double().square().sum())), digest)
+
+    def rounded(self, job: Job, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype that its job stores it in."""
+        return tensor.to(DTYPES[job.outputs[0].dtype])
+
+    def quantize(
+        self,
+        job: Job,
+        weight: Tensor,
+        hessian: Hessian | None,
+        factored: Factor | None,
+        inputs: InputScale | None,
+        mapper: Mapper,
+    ) -> tuple[Deployed, JobResult]:
+        """Quantize a weight float32 [N, K] and write it.
+
+        GPTQ where the job asks for it and there is a factor; else the job's data-free method (mse for GPTQ).
+        """
+        if job.scheme is Scheme.FLOAT:
+            stored, written = self.float(job, weight)
+            return Deployed(stored, job.scheme), written
+        base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
+        rows = _round(job, weight, base, mapper)
+        tensors, calibrated = dict(rows.tensors), False
+        if job.method is Method.GPTQ and factored is not None:
+            scale = rows.tensors[SCALE][:, 0]
+            starts = range(0, weight.shape[0], _ROWS)
+
+            def some(start: int) -> tuple[Tensor, Tensor]:
+                part = slice(start, start + _ROWS)
+                return calibrated_codes(weight[part], factored, scale[part], base.weight_bits)
+
+            codes, scales = (torch.cat(parts) for parts in zip(*mapper.map(some, starts), strict=True))
+            tensors, calibrated = linear_tensors(codes, scales, base, row_parallel=job.row_parallel), True
+        found = dequantize(tensors, base)
+        if job.scheme is Scheme.W8A8_STATIC:
+            assert inputs is not None
+            float16 = any(slot.dtype == "I64" for slot in job.outputs)
+            tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
+        digest = self._write(job, tensors)
+        error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
+        squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
+        stats = JobStats(squared_error, float(rows.squared_norm.sum()))
+        return Deployed(found, job.scheme, inputs, error), JobResult(stats, digest)
+
+
+def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> QuantizedRows:
+    """`quantize_stored`, of some rows at a time: what it holds beside them is many times their size."""
+
+    def some(part: Tensor) -> QuantizedRows:
+        return quantize_stored(StoredRows(part), scheme, job.method.scale_search, row_parallel=job.row_parallel)
+
+    try:
+        parts = list(mapper.map(some, weight.split(_ROWS)))
+    except NonFiniteError as error:
+        raise CheckpointError(
+            f"tensor {job.source!r} holds infinities or NaN; the checkpoint is damaged: fetch it again"
+        ) from error
+    return QuantizedRows(
+        {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors},
+        torch.cat([part.squared_error for part in parts]),
+        torch.cat([part.squared_norm for part in parts]),
+    )
+
+
+def _squared_error(weight: Tensor, found: Tensor) -> float:
+    """Σ (w − ŵ)² in float64, of which only some rows are held at a time."""
+    parts = zip(weight.split(_ROWS), found.split(_ROWS), strict=True)
+    return sum(float((part.double() - other.double()).square().sum()) for part, other in parts)
+
+
+def measure(
+    jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], mapper: Mapper
+) -> tuple[Hessian | None, InputScale | None]:
+    """The Hessian and the static input scale that these jobs, which share their inputs, need; None what they do not."""
+    batches, scale = list(batches), None
+    if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
+        ranges = [torch.aminmax(x) for x in mapper.map(inputs, batches)]
+        low, high = min(float(found.min) for found in ranges), max(float(found.max) for found in ranges)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                f"the inputs of {jobs[0].source!r} are no numbers; the checkpoint is damaged, or its config.json is "
+                "another model's"
+            )
+        scale = InputScale.of_range(low, high)
+    if not any(job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT for job in jobs):
+        return None, scale
+    scheme = jobs[0].scheme
+    hessian: Hessian | None = None
+    for x in mapper.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches):
+        hessian = hessian or Hessian(x.shape[1])
+        add_rows(hessian, x, mapper)
+    return hessian, scale
+
+
+def add_rows(hessian: Hessian, x: Tensor, mapper: Mapper) -> None:
+    """Add rows float32 [T, K] to a Hessian, in panels of columns, which threads may share.
+
+    Products are summed in float32 within a call, calls in float64.
+    """
+    columns = range(0, x.shape[1], _PANEL)
+    for start, part in zip(columns, mapper.map(lambda start: x.T @ x[:, start : start + _PANEL], columns), strict=True):
+        hessian.sum[:, start : start + _PANEL] += part
+    hessian.rows += x.shape[0]
+
+
+def factored(hessian: Hessian | None) -> Factor | None:
+    """The factor of a Hessian; None where there is none, or where it cannot be factored."""
+    if hessian is None or not hessian.rows:
+        return None
+    try:
+        return factor(hessian.sum)
+    except SingularHessianError:
+        return None

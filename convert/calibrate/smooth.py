@@ -1,0 +1,95 @@
+"""Smoothing strengths, each chosen by the error that it really leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...formats.dialects import StoredRows
+from ...formats.schemes import Scheme, dequantize, quantize_stored
+from ...quant.scales import NonFiniteError
+from ...quant.smoothing import smoothing_scale
+from ..plan.plan import Job
+from .context import Layer, row_chunks
+
+STRENGTHS = (0.3, 0.5, 0.7)
+# A strength must lower the squared error by this much to be worth a change.
+GAIN = 0.98
+# Rows that are rounded at a time: what the search for their scales holds beside them is many times their size.
+_ROWS = 512
+
+Trial = TypeVar("Trial")
+
+Change = Callable[[Tensor], dict[str, Tensor]]
+"""From a scale [K] to the tensors that it changes, by name."""
+
+
+def least(unchanged: Trial, trial: Callable[[float], Trial], error: Callable[[Trial], float]) -> tuple[float, Trial]:
+    """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where none gains."""
+    best, strength, found = error(unchanged) * GAIN, 0.0, unchanged
+    for candidate in STRENGTHS:
+        changed = trial(candidate)
+        left = error(changed)
+        if left < best:
+            best, strength, found = left, candidate, changed
+    return strength, found
+
+
+def choose(
+    activation: Tensor,
+    tensors: dict[str, Tensor],
+    readers: tuple[str, ...],
+    change: Change,
+    error: Callable[[dict[str, Tensor], tuple[str, ...]], float],
+) -> float:
+    """Find the best strength, make its change in `tensors`, and return it; 0 where none is better than nothing.
+
+    activation: the largest magnitudes [K] of what the `readers` are given. error: the squared error with some tensors
+    changed and the readers rounded.
+    """
+    weight = torch.stack([tensors[name].abs().amax(0) for name in readers]).amax(0)
+    strength, changed = least(
+        dict[str, Tensor](),
+        lambda candidate: change(smoothing_scale(activation, weight, candidate)),
+        lambda trial: error(trial, readers),
+    )
+    tensors.update(changed)
+    return strength
+
+
+def fake_quantize(layer: Layer, name: str, weight: Tensor) -> Tensor:
+    """A weight float32 rounded as its job would without calibration."""
+    return rounded(layer.walk.jobs[f"{layer.prefix}{name}.weight"], weight)
+
+
+def rounded(job: Job, weight: Tensor) -> Tensor:
+    """A weight float32 [N, K] behind the codes of the job's scheme, data-free."""
+    if job.scheme is Scheme.FLOAT:
+        return weight
+    base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
+    method, result = job.method.scale_search, torch.empty_like(weight)
+    for part in row_chunks(weight.shape[0], _ROWS):
+        try:
+            rows = quantize_stored(StoredRows(weight[part]), base, method, row_parallel=False)
+        except NonFiniteError as error:
+            raise CheckpointError(
+                f"tensor {job.source!r} outgrows float32 once it is smoothed; leave that out of the method"
+            ) from error
+        result[part] = dequantize(rows.tensors, base)
+    return result
+
+
+def norm_quotient(layer: Layer, norm: str, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A norm's gain [K] divided by `scale`, as far as its stored dtype can hold the quotient, and the factor by which
+    the columns of its readers grow to match: both float32."""
+    smaller = layer.walk.linears.rounded(
+        layer.walk.jobs[f"{layer.prefix}{norm}.weight"], gain.double() / scale
+    ).double()
+    # A quotient that the dtype (float16, say) flushes to zero or cannot hold would silence its channel or spoil it.
+    smaller = smaller.where((smaller != 0) & torch.isfinite(smaller), gain.double())
+    factor = (gain.double() / smaller).where(smaller != 0, 1.0)
+    return smaller.float(), factor.float()

@@ -1,0 +1,157 @@
+"""Hidden states between layers, on disk: whole or absent, so that a walk continues at the layer where it was killed.
+
+Two streams of float32 [tokens, hidden] lie in one file: what the float model computes, and what the quantized one does.
+`state.json` names the layer they go into, the file and its hash, and carries the reports of the layers before. It is
+renamed into place after the file is synced, and only then is the file of the layer before removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConversionError
+from ...inputs.files import inside, read_bytes
+from ..write.checked_lines import checked_line, line_content
+from ..write.hashes import file_sha256
+from ..write.shards import sync_directory
+
+FOLDER = "calibration"
+# Keys of a layer's report that the manifest has elsewhere: the scales of its KV cache, numbers for a file of their own,
+# and the output error of each linear.
+KV_CACHE_SCALE = "kv_cache_scale"
+LINEAR_ERRORS = "linear_errors"
+_STATE, _PARTIAL = "state.json", "partial.json"
+_READY = "streams-{}.bin"
+_SCRATCH = "scratch-{}.bin"
+
+
+class StreamPair:
+    """Hidden states float32 [tokens, hidden] twice: what the float model computes, and what the quantized one does."""
+
+    def __init__(self, floats: Tensor, quantized: Tensor):
+        self.floats = floats
+        self.quantized = quantized
+
+    def first(self, tokens: int) -> StreamPair:
+        """The first tokens of both."""
+        return StreamPair(self.floats[:tokens], self.quantized[:tokens])
+
+
+class Streams(StreamPair):
+    """Both streams of one file, memory-mapped."""
+
+    def __init__(self, path: Path, tokens: int, hidden: int, *, create: bool):
+        self.path = path
+        shape = (2, tokens, hidden)
+        if create:
+            with path.open("wb") as file:
+                # Blocks now, not when a page is touched: a full disk is then an error and not a signal.
+                os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * hidden)
+        self._map = np.memmap(path, np.float32, "r+", shape=shape)
+        super().__init__(*torch.from_numpy(self._map).unbind(0))
+
+    def sync(self) -> None:
+        """Return once every value is on stable storage."""
+        self._map.flush()
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+@dataclass
+class State:
+    """Where a walk stands: the next layer, and what was measured in those before it (by layer, JSON values)."""
+
+    layer: int
+    reports: dict[str, Any] = field(default_factory=dict)
+
+
+def state_bytes(tokens: int, hidden: int) -> int:
+    """Disk that hidden states take: those of two layers, and those between attention and experts."""
+    return 3 * 2 * 4 * tokens * hidden
+
+
+class StateStore:
+    """The folder of a walk's hidden states."""
+
+    def __init__(self, folder: Path, tokens: int, hidden: int):
+        self._folder = folder
+        self._shape = (tokens, hidden)
+
+    def load(self) -> tuple[State, Streams] | None:
+        """The newest state that is whole, or None: start at the first layer."""
+        try:
+            found = line_content(read_bytes(inside(self._folder, _STATE, ConversionError), ConversionError))
+            layer, reports = found["layer"], found["reports"]
+            if type(layer) is not int or not 0 <= layer == len(reports) or not _are_reports(reports):
+                return None
+            path = inside(self._folder, _READY.format(layer), ConversionError)
+            if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
+                return None
+            return State(layer, reports), Streams(path, *self._shape, create=False)
+        except (OSError, ConversionError, ValueError, KeyError, TypeError):
+            return None  # torn or of another walk: everything is computed again
+
+    def new(self, layer: int) -> Streams:
+        """Streams to be filled for the input of `layer`; they count only once `publish`ed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return Streams(self._folder / _SCRATCH.format(layer), *self._shape, create=True)
+
+    def scratch(self) -> Streams:
+        """Streams within a layer, which nothing resumes from."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
+
+    def publish(self, streams: Streams, layer: int, reports: Mapping[str, Any]) -> Streams:
+        """Make `streams` the input of `layer` that a later run starts from; the same streams under their new name."""
+        streams.sync()
+        path = self._folder / _READY.format(layer)
+        streams.path.replace(path)
+        streams.path = path
+        content = {"layer": layer, "sha256": file_sha256(path), "reports": dict(reports)}
+        partial = self._folder / _PARTIAL
+        with partial.open("wb") as file:
+            file.write(checked_line(content))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._folder / _STATE)
+        sync_directory(self._folder)
+        for old in self._folder.glob(_READY.format("*")):
+            if old != path:
+                old.unlink()
+        return streams
+
+
+def _are_reports(reports: Any) -> bool:
+    """Whether each layer's report, from the first on, has what the artifact's files are made of."""
+    return isinstance(reports, dict) and all(
+        key == str(layer)
+        and isinstance(report, dict)
+        and _are_numbers(report[KV_CACHE_SCALE])
+        and isinstance(report[LINEAR_ERRORS], dict)
+        and _are_numbers(list(report[LINEAR_ERRORS].values()))
+        for layer, (key, report) in enumerate(reports.items())
+    )
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, float) for value in values)
+
+
+def remove_states(output_folder: Path) -> None:
+    """Remove what a walk keeps for its continuation, and its folder, unless somebody put something else there."""
+    folder = output_folder / FOLDER
+    if not folder.is_dir():
+        return
+    for path in (*folder.glob("*.bin"), *folder.glob("*.json")):
+        path.unlink()
+    with suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,253 @@
+"""The walk: every decoder layer in order, from the embedding on, each journaled and its hidden states kept."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CalibrationError
+from ...formats.artifact import OWN_FOLDER
+from ...formats.digests import source_digest
+from ...formats.safetensors import DTYPES
+from ...formats.schemes import Scheme
+from ...parallel.pool import Pool
+from ...parallel.torch_threads import single_threaded_torch
+from ..plan.memory import Budget
+from ..plan.plan import Job
+from ..plan.prepare import Prepared
+from ..tally import Tally
+from ..write.journal import JobEntry, Journal
+from ..write.output import write_error
+from ..write.shards import ShardFiles
+from ..write.worker import run_job
+from ..write.workspace import Workspace
+from .attention import run_attention
+from .auto import TimeBudget, better, trial_errors
+from .context import Layer, Rotary, Walk, check_finite, row_chunks
+from .feed_forward import run_feed_forward
+from .linears import Linears
+from .states import FOLDER, KV_CACHE_SCALE, LINEAR_ERRORS, State, StateStore, StreamPair, Streams
+from .texts import Calibration
+
+_EMBEDDING = "model.embed_tokens.weight"
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class CalibratedWalk:
+    """Converts every tensor of the decoder layers. A walk that was interrupted goes on after the last layer it kept."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        calibration: Calibration,
+        files: ShardFiles,
+        journal: Journal,
+        output: Path,
+        budget: Budget,
+        tally: Tally,
+    ):
+        self._prepared = prepared
+        self._calibration = calibration
+        self._files = files
+        self._journal = journal
+        self._budget = budget
+        self._tally = tally
+        self._folder = output / OWN_FOLDER / FOLDER
+        self._time = TimeBudget(prepared.time_budget)
+        self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size)
+        self._start = self._loaded()
+
+    def _loaded(self) -> tuple[State, Streams] | None:
+        """Where the walk was interrupted, if that is a place in this one."""
+        found = self._store.load()
+        if found is None:
+            return None
+        names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
+        width = self._prepared.config.kv_lora_rank
+        reports = found[0].reports.values()
+        ours = all(
+            len(report[KV_CACHE_SCALE]) == width and names.issuperset(report[LINEAR_ERRORS]) for report in reports
+        )
+        return found if ours else None
+
+    def forget_unvouched(self) -> None:
+        """Take out of the journal's record the layers that will be walked: those from the first one on that is not
+        whole, or that no hidden states were kept for."""
+        record, layers = self._journal.record, self._layers()
+        missing = [layer for layer, jobs in layers.items() if any(job not in record.jobs for job in jobs)]
+        first = min(missing, default=len(layers))
+        if self._start is None or self._start[0].layer > first:
+            # Hidden states of a layer that must be done again are gone: the walk begins where they come from.
+            self._start, first = None, 0
+        else:
+            first = self._start[0].layer
+        for layer, jobs in layers.items():
+            if layer >= first:
+                for job in jobs:
+                    record.jobs.pop(job, None)
+                    record.hashes.pop(self._prepared.plan.jobs[job].shard, None)
+
+    @property
+    def kept_jobs(self) -> set[int]:
+        """The jobs that what is left to do builds on: those of the layers walked already, and of the embedding."""
+        if self._start is None:
+            return set()
+        walked = range(self._start[0].layer)
+        return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.source == _EMBEDDING}
+
+    def run(self) -> Mapping[str, Any]:
+        """Walk. Afterwards the journal has all jobs of the decoder layers. Returns the report of each layer.
+
+        Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
+        """
+        calibration, pool = self._calibration, Pool(self._budget.workers)
+        try:
+            walk = Walk(
+                config=self._prepared.config,
+                source=self._prepared.source,
+                jobs={job.source: job for job in self._prepared.plan.jobs},
+                linears=Linears(self._files),
+                pool=pool,
+                samples=calibration.samples,
+                sequence_length=calibration.sequence_length,
+                smooth=self._prepared.recipe.smooth,
+                done=self._tally.job_done,
+            )
+            with single_threaded_torch():
+                return self._run(walk)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
+        finally:
+            pool.close()
+
+    def _layers(self) -> dict[int, list[int]]:
+        """The jobs of each decoder layer."""
+        layers: dict[int, list[int]] = {layer: [] for layer in range(self._prepared.config.num_hidden_layers)}
+        for job in self._prepared.plan.jobs:
+            if job.layer in layers:
+                layers[job.layer].append(job.index)
+        return layers
+
+    def _run(self, walk: Walk) -> Mapping[str, Any]:
+        self._convert_embedding(walk)
+        if self._start is None:
+            state, streams = State(0), _embedded(walk, self._calibration.tokens, self._store)
+        else:
+            state, streams = self._start
+        rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
+        while state.layer < walk.config.num_hidden_layers:
+            out = self._store.new(state.layer + 1)
+            # Before anything else reads the layer: `source_digest` says why.
+            jobs = [job for job in self._prepared.plan.jobs if job.layer == state.layer]
+            digests = walk.pool.map(lambda job: source_digest(walk.source, job.source), jobs)
+            read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
+            report: dict[str, Any] = {}
+            if self._prepared.recipe.auto:
+                report = self._choose(walk, state.layer, rotary, (streams, middle, out))
+            began = time.monotonic()
+            layer = Layer(replace(walk, smooth=report.get("smooth", walk.smooth)), state.layer, read)
+            report |= _run_layer(layer, rotary, streams, middle, out)
+            self._time.layer_took(time.monotonic() - began)
+            self._convert_rest(layer, jobs)
+            self._files.sync(sorted({job.shard for job in jobs}))
+            self._journal.append(layer.entries, {})
+            state = State(state.layer + 1, state.reports | {str(state.layer): report})
+            streams = self._store.publish(out, state.layer, state.reports)
+        return state.reports
+
+    def _choose(
+        self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]
+    ) -> dict[str, Any]:
+        """Whether a layer is smoothed, and the errors of the trials that say so, which use up the last two streams."""
+        if not self._time.allows_trials(walk.config.num_hidden_layers - index):
+            return {"smooth": walk.smooth}
+        began = time.monotonic()
+
+        def run(trial: Walk, start: StreamPair, middle: StreamPair, out: StreamPair) -> float:
+            error = _run_layer(Layer(trial, index), rotary, start, middle, out)["output_error"]
+            return float(error)
+
+        errors = trial_errors(walk, *streams, run)
+        self._time.trial_took(time.monotonic() - began)
+        return {"smooth": better(errors), "trials": {"smooth": errors[True], "not": errors[False]}}
+
+    def _convert_embedding(self, walk: Walk) -> None:
+        """The embedding first, so that the journal knows from which one the hidden states came."""
+        job = walk.jobs[_EMBEDDING]
+        if job.index not in self._journal.record.jobs:
+            entry = self._convert(job)
+            self._files.sync([job.shard])
+            self._journal.append({job.index: entry}, {})
+
+    def _convert_rest(self, layer: Layer, jobs: Sequence[Job]) -> None:
+        """Tensors of the layer that a walk has no use for: those the architecture does not know."""
+        for job in jobs:
+            if job.index not in layer.entries:
+                layer.entries[job.index] = self._convert(job)
+
+    def _convert(self, job: Job) -> JobEntry:
+        """A job by itself."""
+        entry = run_job(job, self._prepared.source, self._files, Workspace(_CHUNK_ELEMENTS), threading.Event()).entry
+        self._tally.job_done(job)
+        return entry
+
+
+def _run_layer(
+    layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair
+) -> dict[str, Any]:
+    """Quantize one layer; its report."""
+    strengths, kv_cache = run_attention(layer, rotary, streams, middle)
+    _check_finite(middle, layer.index, "attention")
+    more, coverage = run_feed_forward(layer, middle, out)
+    _check_finite(out, layer.index, "feed-forward part")
+    report: dict[str, Any] = {
+        "expert_tokens": coverage.expert_tokens,
+        "fallbacks": coverage.fallbacks,
+        "output_error": _relative(out),
+        LINEAR_ERRORS: layer.errors,
+        "kv_cache_error": kv_cache.error,
+        KV_CACHE_SCALE: kv_cache.scale.tolist(),
+    }
+    if layer.walk.smooth:
+        report["smoothing"] = strengths | more
+    return report
+
+
+def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
+    """The streams before the first layer: rows of the embedding, exact and as they are stored."""
+    streams = store.new(0)
+    dtype = DTYPES[walk.jobs[_EMBEDDING].outputs[0].dtype]
+    for part in row_chunks(tokens.numel()):
+        used, place = tokens.flatten()[part].unique(return_inverse=True)
+        rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
+        check_finite(_EMBEDDING, rows, walk.source)
+        streams.floats[part] = rows[place]
+        streams.quantized[part] = rows.to(dtype).float()[place]
+    return streams
+
+
+def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
+    for name, stream in (("the float model", streams.floats), ("the quantized model", streams.quantized)):
+        # In chunks: a sum in another dtype would convert a copy of the whole stream.
+        if not all(bool(torch.isfinite(stream[chunk]).all()) for chunk in row_chunks(stream.shape[0])):
+            raise CalibrationError(
+                f"layer {layer}: the {part} of {name} gives activations that are no numbers; the checkpoint is "
+                "damaged, or its config.json is another model's"
+            )
+
+
+def _relative(streams: StreamPair) -> float:
+    """‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
+    lost = norm = 0.0
+    for part in row_chunks(streams.floats.shape[0]):
+        lost += float((streams.quantized[part] - streams.floats[part]).double().square().sum())
+        norm += float(streams.floats[part].double().square().sum())
+    return math.sqrt(lost / norm) if norm else 0.0

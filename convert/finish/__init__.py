@@ -1,0 +1,1 @@
+"""What a finished conversion leaves beside the shards: card, totals, description, manifest."""

@@ -1,0 +1,257 @@
+"""The last step: everything that is not a shard, and the manifest, which makes a directory an artifact, last.
+
+Every file is written whole and synced before the manifest appears, and every step gives the same bytes when it is done
+again: a kill anywhere in here costs the time of these few files. `rehearse` makes all of them before the work begins,
+from all that is known by then, so that nothing that a source has in it can fail for the first time at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import __version__
+from ...engines.loader_config import loader_keys
+from ...engines.rules import config_schemes
+from ...engines.serving import serving_ranks
+from ...errors import CheckpointError
+from ...formats.artifact import (
+    CARD_NAME,
+    DESCRIPTION_NAME,
+    FORMAT_VERSION,
+    KV_CACHE_NAME,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    ROPE_NAME,
+    artifact_config,
+    description,
+)
+from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
+from ...formats.kv_cache import save_scales
+from ...formats.schemes import Scheme
+from ...inputs.files import inside, open_file
+from ...models.rope import rope_tables, save_rope
+from ..calibrate.states import KV_CACHE_SCALE, LINEAR_ERRORS
+from ..plan.plan import Job, Plan
+from ..plan.prepare import Prepared
+from ..plan.recipe import STORED
+from ..write.hashes import file_sha256
+from ..write.journal import JobStats, Record
+from ..write.output import partial_path, publish, write_file
+from .card import model_card
+from .report import relative_error, totals_by_role
+from .side_files import card_front_matter, copy_side_files
+
+Reports = Mapping[str, Mapping[str, Any]]
+"""What a calibrated walk measured, by layer."""
+
+
+def rehearse(prepared: Prepared) -> int:
+    """Make everything that `finish` will write, as far as it is known, and throw it away: how many bytes it has.
+
+    Raises CheckpointError, before the work, for what could not be written after it.
+    """
+    source, nbytes = prepared.checkpoint.directory, prepared.rope_bytes
+    for name in prepared.side_files:
+        descriptor = open_file(inside(source, name), CheckpointError)
+        nbytes += os.fstat(descriptor).st_size
+        os.close(descriptor)
+    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), JobStats(0.0, 0.0))
+    files = {shard.name: {"size": shard.nbytes, "sha256": "0" * 64} for shard in prepared.plan.shards}
+    files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
+    try:
+        texts = (content for _, content in _texts(prepared, unknown))
+        for content in chain(texts, [_json(_manifest(prepared, files, unknown, {}))]):
+            nbytes += sum(len(piece.encode()) for piece in content)
+    except UnicodeEncodeError as error:
+        text = error.object[max(0, error.start - 30) : error.end]
+        raise CheckpointError(
+            f"{source}: names or config.json hold {text!a}, half a surrogate pair, which no file of the artifact can "
+            "hold; repair it"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{source}: config.json is nested too deeply to be written again") from error
+    return nbytes
+
+
+def finish(prepared: Prepared, output: Path, record: Record, reports: Reports) -> None:
+    """Write everything but the shards; `record` has the entry of every job and the hash of every shard, `reports` what
+    a calibrated walk measured.
+
+    OSError when the disk refuses; calling it again starts over.
+    """
+    stats = {index: entry.stats for index, entry in record.jobs.items()}
+    copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
+    _write_rope(prepared, output)
+    small = [*prepared.side_files, ROPE_NAME]
+    if prepared.calibration is not None:
+        _write_kv_cache_scales(reports, output)
+        small.append(KV_CACHE_NAME)
+    for name, content in _texts(prepared, stats):
+        write_file(output, name, "".join(content).encode())
+        if name != CARD_NAME:
+            small.append(name)
+    shards = enumerate(prepared.plan.shards)
+    files = {shard.name: {"size": shard.nbytes, "sha256": record.hashes[number]} for number, shard in shards}
+    files |= {name: _measured(output / name) for name in small}
+    write_file(output, MANIFEST_NAME, "".join(_json(_manifest(prepared, files, stats, reports))).encode())
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[str, Iterable[str]]]:
+    """Name and content, piece by piece, of every file that is text, but for the manifest; each made when asked for."""
+    plan, recipe = prepared.plan, prepared.recipe
+    totals = totals_by_role(plan.jobs, stats)
+    report = {
+        "recipe": recipe.name,
+        "method": STORED if recipe.stored else recipe.chain,
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "copied_unknown_tensors": list(prepared.inventory.unknown),
+        "dropped_tensors": list(prepared.inventory.dropped),
+        "absent_mtp_layers": list(prepared.inventory.absent_mtp_layers),
+        "roles": [total.as_dict() for total in totals],
+    }
+    front_matter = card_front_matter(prepared.checkpoint.directory)
+    ranks = serving_ranks(prepared.config, _types(plan), plan.output_bytes)
+    card = model_card(
+        prepared.origin,
+        recipe,
+        totals,
+        prepared.inventory.mtp_layers,
+        front_matter,
+        ranks,
+        prepared.base_model,
+        prepared.calibration,
+    )
+    yield RECIPE_NAME, [recipe.to_yaml()]
+    yield REPORT_NAME, _json(report)
+    yield CARD_NAME, [card]
+    yield INDEX_NAME, _json(_index(plan))
+    yield DESCRIPTION_NAME, _json(description(_types(plan)))
+    # Late: without it no loader takes the directory for a model.
+    yield CONFIG_NAME, _json(_config(prepared))
+
+
+def _write_rope(prepared: Prepared, output: Path) -> None:
+    partial = partial_path(output)
+    save_rope(rope_tables(prepared.config), partial)
+    publish(partial, output / ROPE_NAME)
+
+
+def _write_kv_cache_scales(reports: Reports, output: Path) -> None:
+    """The scales that the walk found, out of its reports into a file."""
+    partial = partial_path(output)
+    save_scales([torch.tensor(reports[str(layer)][KV_CACHE_SCALE]) for layer in range(len(reports))], partial)
+    publish(partial, output / KV_CACHE_NAME)
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    slots = [slot for job in plan.jobs for slot in job.outputs]
+    return {
+        "metadata": {"total_size": sum(slot.nbytes for slot in slots)},
+        "weight_map": {slot.name: plan.shards[slot.shard].name for slot in slots},
+    }
+
+
+def _types(plan: Plan) -> dict[str, Scheme]:
+    return {slot.name: job.scheme for job in plan.jobs for slot in job.outputs}
+
+
+def _config(prepared: Prepared) -> dict[str, Any]:
+    schemes, source = {job.source: job.scheme for job in prepared.plan.jobs}, prepared.checkpoint.config
+    config = source | loader_keys(source, prepared.config, prepared.inventory.mtp_layers)
+    return artifact_config(config, **config_schemes(prepared.inventory.specs.values(), schemes))
+
+
+def _manifest(
+    prepared: Prepared, files: Mapping[str, Mapping[str, Any]], stats: Mapping[int, JobStats], reports: Reports
+) -> dict[str, Any]:
+    plan, config = prepared.plan, prepared.config
+    stored = prepared.recipe.stored
+    linears = {
+        job.source: _linear(job, stats[job.index], stored) for job in plan.jobs if job.scheme is not Scheme.FLOAT
+    }
+    origin = prepared.origin
+    return {
+        "format_version": FORMAT_VERSION,
+        "npuq_version": __version__,
+        "source": {
+            "name": origin.name,
+            "repo": origin.repo,
+            "revision": origin.revision,
+            "config_sha256": origin.config_sha256,
+            "index_sha256": origin.index_sha256,
+        },
+        "architecture": {
+            "model_type": config.model_type,
+            "hidden_size": config.hidden_size,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "n_routed_experts": config.n_routed_experts,
+            "mtp_layers": list(prepared.inventory.mtp_layers),
+        },
+        "recipe": {"name": prepared.recipe.name, "sha256": files[RECIPE_NAME]["sha256"]},
+        "conversion": prepared.identity,
+        "totals": {
+            "tensors": sum(len(job.outputs) for job in plan.jobs),
+            "quantized_linears": len(linears),
+            "source_bytes": plan.source_bytes,
+            "output_bytes": plan.output_bytes,
+        },
+        "files": dict(sorted(files.items())),
+        "linears": linears,
+        # What was done to the weights before: they are not the source's any more, though the model's function is.
+        "transforms": [str(transform) for transform in prepared.recipe.transforms],
+        **_calibration(prepared, reports, linears),
+    }
+
+
+def _calibration(prepared: Prepared, reports: Reports, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What calibrated, what it reached, and the output error of every layer and linear on it."""
+    calibration = prepared.calibration
+    if calibration is None:
+        return {}
+    for report in reports.values():
+        for name, error in report[LINEAR_ERRORS].items():
+            linears[name]["output_error"] = error
+    apart = (KV_CACHE_SCALE, LINEAR_ERRORS)
+    return {
+        "calibration": {
+            "name": calibration.name,
+            "sha256": calibration.sha256,
+            "samples": calibration.samples,
+            "sequence_length": calibration.sequence_length,
+            "tokens": calibration.tokens.numel(),
+            "layers": {
+                layer: {key: value for key, value in report.items() if key not in apart}
+                for layer, report in reports.items()
+            },
+        }
+    }
+
+
+def _linear(job: Job, stats: JobStats, stored: bool) -> dict[str, Any]:
+    return {
+        "scheme": job.scheme.value,
+        "method": STORED if stored else job.method.value,
+        "relative_error": relative_error(stats.squared_error, stats.squared_norm),
+        "source_bytes": job.source_bytes,
+        "bytes": job.output_bytes,
+    }
+
+
+def _json(content: Mapping[str, Any]) -> Iterator[str]:
+    # Joined, the pieces of 180,000 names take several times what the text does.
+    yield from json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(content)
+    yield "\n"

@@ -1,0 +1,266 @@
+"""Everything that is decided before work starts: open, classify, resolve the recipe, plan, and sign the result."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ... import __version__
+from ...engines.placement import engine_notes
+from ...engines.rules import check_recipe
+from ...errors import RecipeError
+from ...formats.artifact import FORMAT_VERSION
+from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
+from ...formats.dialects import WeightSource
+from ...formats.schemes import Scheme
+from ...formats.sources import open_weights
+from ...formats.stored import QuantizedSource
+from ...formats.ties import share_tied
+from ...inputs.printable import name_as_text
+from ...models.config import ModelConfig
+from ...models.inventory import Inventory, take_inventory
+from ...models.rope import rope_tables
+from ...parallel.torch_threads import single_threaded_torch
+from ...quant.scales import Method
+from ..calibrate.texts import (
+    BUILTIN,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQUENCE_LENGTH,
+    Calibration,
+    read_calibration,
+    read_tokenizer,
+)
+from ..finish.side_files import side_files
+from ..rewriting import RewrittenSource, rotated
+from .plan import Plan, build_plan
+from .recipe import STORED, Assignment, Recipe, Target, check_source, load_recipe, resolve
+from .statements import statements
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from: the hub repository whose cache it lies in, or only its directory's name."""
+
+    name: str
+    repo: str | None
+    revision: str | None
+    config_sha256: str
+    index_sha256: str | None
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What the user asked to calibrate on: a file, a directory or "builtin", and how much of it."""
+
+    path: str | Path | None = None
+    samples: int = DEFAULT_SAMPLES
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH
+    time_budget: float | None = None  # seconds for all layers, in which the trials of `auto` must fit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion ready to run."""
+
+    checkpoint: Checkpoint
+    source: WeightSource
+    config: ModelConfig
+    origin: Origin
+    recipe: Recipe
+    inventory: Inventory
+    plan: Plan
+    side_files: tuple[str, ...]
+    rope_bytes: int
+    max_shard_size: int
+    calibration: Calibration | None = None
+    time_budget: float | None = None
+    statements: tuple[str, ...] = ()  # what the checkpoint says twice, and which counts
+    base_model: str | None = None  # the source's name on the hub, for the card
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What decides every byte of the artifact, in words that a refusal can show.
+
+        An interrupted run and its continuation must share it.
+        """
+        digest = hashlib.sha256(self.origin.config_sha256.encode())
+        for info in self.checkpoint.tensors.values():
+            entry = (info.name, info.dtype, info.shape, info.file.name, info.start, info.end)
+            digest.update(repr(entry).encode())
+        recipe_digest = hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest()
+        revision = f"@{self.origin.revision}" if self.origin.revision else ""
+        calibrated = {}
+        if self.calibration is not None:
+            calibrated["calibration"] = f"{self.calibration.name} {self.calibration.sha256[:16]}"
+        return {
+            "source": self.origin.name + revision,
+            "source config or tensors": digest.hexdigest()[:16],
+            "recipe": f"{self.recipe.name} {recipe_digest[:16]}",
+            "method": STORED if self.recipe.stored else self.recipe.chain,
+            **calibrated,
+            "maximum shard size": str(self.max_shard_size),
+            "npuq version": __version__,
+            "artifact format": str(FORMAT_VERSION),
+        }
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: a plan is a million objects that all stay, and scanning them again and again
+    takes as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
+def prepare(
+    opened: Path | Checkpoint,
+    recipe: str | Path | None,
+    method: str | None,
+    max_shard_size: int,
+    text: CalibrationText | None = None,
+) -> Prepared:
+    """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input.
+
+    A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it. Without a
+    recipe a float checkpoint gets w4a8, and a quantized one keeps what it has.
+    """
+    checkpoint: Checkpoint | None = None
+    try:
+        if isinstance(opened, Checkpoint):
+            checkpoint = opened
+        resolved = None if recipe is None else load_recipe(recipe, method)
+        checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
+        directory = checkpoint.directory
+        config = ModelConfig.from_dict(checkpoint.config)
+        # Written at the end, computed here to learn whether it can be: before the plan is, so that memory holds one.
+        rope_bytes = _rope_bytes(config)
+        shared = share_tied(checkpoint)
+        source = open_weights(checkpoint)
+        stored = source.schemes if isinstance(source, QuantizedSource) else None
+        resolved = resolved or load_recipe("w4a8" if stored is None else STORED, method)
+        if text is not None and text.time_budget is not None and not resolved.auto:
+            raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
+        check_source(resolved, stored is not None)
+        inventory = take_inventory(config, source.weights)
+        assignments = resolve(resolved, inventory.specs, stored)
+        check_recipe(resolved, inventory.specs, inventory.fused, assignments)
+        assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
+        if checkpoint.passes_by and (resolved.transforms or _needs_calibration(resolved, assignments)):
+            if _needs_calibration(resolved, assignments):
+                read_tokenizer(directory)  # or it would be missed after all has been fetched
+            raise RecipeError(
+                f"method {resolved.chain} reads weights more than once, and a checkpoint on a hub passes by: fetch it "
+                "first (hf download), and convert the directory"
+            )
+        calibration = _calibration(resolved, assignments, text or CalibrationText(), directory, config)
+        if resolved.rotate:
+            source = RewrittenSource(checkpoint, rotated(config, inventory))
+        float16 = source.float_dtype is torch.float16
+        plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size, float16=float16)
+        names = tuple(side_files(directory))
+        origin = _origin(directory)
+        said = statements(checkpoint, config, inventory, source, shared)
+        if resolved.target is Target.ENGINES:
+            schemes = {name: assignment.scheme for name, assignment in assignments.items()}
+            said += engine_notes(config, schemes, inventory.unknown)
+    except BaseException:
+        if checkpoint is not None:
+            checkpoint.close()
+        raise
+    return Prepared(
+        checkpoint,
+        source,
+        config,
+        origin,
+        resolved,
+        inventory,
+        plan,
+        names,
+        rope_bytes,
+        max_shard_size,
+        calibration,
+        text.time_budget if text else None,
+        tuple(said),
+    )
+
+
+def _rope_bytes(config: ModelConfig) -> int:
+    with single_threaded_torch():
+        tables = rope_tables(config)
+    return tables.cos.nbytes + tables.sin.nbytes
+
+
+def _data_free_outside_walk(
+    config: ModelConfig, inventory: Inventory, assignments: dict[str, Assignment], recipe: Recipe
+) -> dict[str, Assignment]:
+    """Calibration walks the main model's layers: what lies outside of them gets GPTQ's data-free part."""
+    result = {}
+    for name, spec in inventory.specs.items():
+        assignment = assignments[name]
+        if spec.layer is None or spec.layer >= config.num_hidden_layers:
+            if assignment.scheme is Scheme.W8A8_STATIC and not recipe.stored:
+                raise RecipeError(
+                    f"recipe {recipe.name!r}: {name!r} cannot be W8A8_STATIC: calibration does not run MTP layers; "
+                    "give the rule 'layers' that leave them out"
+                )
+            assignment = replace(assignment, method=assignment.method.scale_search)
+        result[name] = assignment
+    return result
+
+
+def _needs_calibration(recipe: Recipe, assignments: Mapping[str, Assignment]) -> bool:
+    return not recipe.stored and (
+        recipe.smooth
+        or any(
+            assignment.scheme is Scheme.W8A8_STATIC
+            or (assignment.method is Method.GPTQ and assignment.scheme is not Scheme.FLOAT)
+            for assignment in assignments.values()
+        )
+    )
+
+
+def _calibration(
+    recipe: Recipe, assignments: Mapping[str, Assignment], text: CalibrationText, directory: Path, config: ModelConfig
+) -> Calibration | None:
+    """The calibration tokens, where some weight needs them."""
+    if _needs_calibration(recipe, assignments):
+        position = int(config.rope.max_position)
+        path = text.path or BUILTIN
+        return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)
+    if (text.path, text.samples, text.sequence_length) != (None, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH):
+        method = STORED if recipe.stored else recipe.chain
+        raise RecipeError(
+            f"--calibration, --samples and --sequence-length are of no use to method {method}: give --method gptq, "
+            "smooth or a chain of them"
+        )
+    return None
+
+
+def _origin(directory: Path) -> Origin:
+    path = directory.resolve()
+    repo = revision = None
+    # A Hugging Face cache: models--OWNER--NAME/snapshots/REVISION
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        repo = name_as_text(path.parent.parent).removeprefix("models--").replace("--", "/", 1)
+        revision = name_as_text(path)
+    index = index_path(directory)
+    return Origin(
+        name=repo or name_as_text(path),
+        repo=repo,
+        revision=revision,
+        config_sha256=hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest(),
+        index_sha256=hashlib.sha256(index.read_bytes()).hexdigest() if index is not None else None,
+    )

@@ -1,0 +1,75 @@
+"""What a conversion did, or would do, and what a user should know before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...formats.schemes import Scheme
+from ...native.library import description, library
+from ...runtime.tokenizer_check import tokenizer_problem
+from .prepare import Prepared
+from .recipe import Target
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did, or with `status` "planned" would do. Bytes, seconds; `jobs_resumed` were done before.
+
+    `memory_bytes` bounds what the workers hold at a time, `plan_bytes` is about what the plan takes beside it.
+    `disk_bytes_needed` is what all of it takes, `disk_bytes_missing` what is not written yet. `refusal` says why a run
+    would refuse to start; None where it would not.
+    """
+
+    status: str  # planned, converted, or finished (it was already)
+    output: str
+    recipe: str
+    jobs: int
+    jobs_resumed: int
+    tensors: int
+    shards: int
+    source_bytes: int
+    output_bytes: int
+    workers: int
+    memory_bytes: int
+    plan_bytes: int
+    disk_bytes_needed: int
+    disk_bytes_missing: int
+    disk_bytes_free: int
+    seconds: float
+    peak_rss_bytes: int
+    notes: tuple[str, ...]
+    roles: tuple[Mapping[str, Any], ...]
+    output_state: str = "finished"  # as the run found the output: new, unfinished, finished or refused
+    refusal: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def starting_notes(prepared: Prepared) -> tuple[str, ...]:
+    """What a user should know of the checkpoint, the recipe and the machine before hours are spent."""
+    inventory, notes = prepared.inventory, []
+    if prepared.recipe.target is Target.NPUQ:
+        notes.append(f"recipe {prepared.recipe.name}: for npuq's own runtime; vLLM-Ascend and SGLang will not load it")
+    specs = inventory.specs.values()
+    for number, rule in enumerate(prepared.recipe.rules, start=1):
+        # The named recipes list roles that not every model has.
+        if (rule.names or rule.layers) and not any(map(rule.matches, specs)):
+            notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
+    if problem := tokenizer_problem(prepared.side_files):
+        notes.append(f"npuq generate and evaluate will not run the artifact as it will be: {problem}")
+    notes += prepared.statements
+    if inventory.unknown:
+        notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
+    if inventory.dropped:
+        notes.append(f"{len(inventory.dropped)} recomputable buffer(s) left out, first {inventory.dropped[0]!r}")
+    if inventory.absent_mtp_layers:
+        layers = ", ".join(map(str, inventory.absent_mtp_layers))
+        notes.append(f"config.json counts MTP layers ({layers}) that the checkpoint does not have")
+    searching = not prepared.recipe.stored and any(job.scheme is not Scheme.FLOAT for job in prepared.plan.jobs)
+    if searching and library() is None:
+        notes.append(f"quantizing takes about 40 times as long as it could: it is done by {description()}")
+    return tuple(notes)

@@ -1,0 +1,231 @@
+"""sha256 of shards while they are written: right behind the workers, when the bytes are still in memory.
+
+A shard's digest follows the longest prefix of the file that no unfinished job will touch. Shards are laid out in job
+order, so that this prefix grows with nearly every job, and the last bytes of the last shard do not wait for the rest.
+What a job wrote is hashed from the memory that it was written from. What that memory was needed for before the digest
+came to it, and what was never kept, is read back.
+
+Two digests take hardly longer than one (`sha256.py`). So two neighbouring shards, which fill at the same time
+(`Plan.turns`), go together as far as both have come: what one is ahead waits for the other, until it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ...errors import ConversionError
+from ...inputs.files import open_file
+from ..plan.plan import Job, Plan, Shard
+from .journal import Record
+from .sha256 import new_digest, two_at_once, update_two
+from .shards import ShardFiles
+from .written import Written
+
+# Fits a core's own cache beside what it works on.
+_CHUNK = 256 << 10
+
+
+class ShardHashes:
+    """Digests of all shards of a plan that a journal does not have. Thread-safe: one thread at a time takes a pair of
+    shards on, the others go on working."""
+
+    def __init__(self, plan: Plan, files: ShardFiles, record: Record):
+        streams = [
+            _Stream(
+                number,
+                files.path(number),
+                shard,
+                [job for job in map(plan.jobs.__getitem__, shard.jobs) if job.index not in record.jobs],
+            )
+            for number, shard in enumerate(plan.shards)
+        ]
+        together = 2 if two_at_once() else 1
+        groups = [streams[first : first + together] for first in range(0, len(streams), together)]
+        pairs = [_Pair([stream for stream in group if stream.number not in record.hashes]) for group in groups]
+        self._streams = streams
+        self._pairs = [pairs[number // together] for number in range(len(streams))]
+
+    def job_done(self, job: Job, stop: threading.Event, written: Written | None = None) -> list[tuple[int, str]]:
+        """Say that every byte of a job is written, and hash as far as that allows.
+
+        `written` is all that the job wrote, where memory has it. Answers and raises as `advance`.
+        """
+        self._pairs[job.shard].job_done(self._streams[job.shard], job, written)
+        return self.advance(job.shard, stop)
+
+    def advance(self, shard: int, stop: threading.Event) -> list[tuple[int, str]]:
+        """Hash what can be hashed of a shard and its neighbour, unless another thread is at it or `stop` is set.
+
+        The numbers and hex digests of those whose end this call reached. Raises ConversionError when a file cannot be
+        read.
+        """
+        return self._pairs[shard].advance(stop)
+
+
+class _Pair:
+    """Two shards, or one, whose digests grow together."""
+
+    def __init__(self, streams: Sequence[_Stream]):
+        self._streams = streams
+        self._lock = threading.Lock()
+        self._busy = False
+
+    def job_done(self, stream: _Stream, job: Job, written: Written | None) -> None:
+        with self._lock:
+            stream.finish(job.index, written)
+
+    def advance(self, stop: threading.Event) -> list[tuple[int, str]]:
+        complete: list[tuple[int, str]] = []
+        while not stop.is_set() and (streams := self._take()):
+            try:
+                self._hash(streams, stop)
+                complete += [(each.number, each.digest.hexdigest()) for each in streams if each.complete]
+            finally:
+                with self._lock:
+                    self._busy = False
+        return complete
+
+    def _take(self) -> list[_Stream]:
+        """The streams that the calling thread may take on now; none if somebody does, or there is nothing to do."""
+        with self._lock:
+            if self._busy:
+                return []
+            streams = [stream for stream in self._streams if not stream.complete]
+            if any(stream.ready == 0 for stream in streams):
+                # The neighbour may take long: the end of a shard does not wait for it.
+                streams = [stream for stream in streams if stream.ready and stream.all_written]
+            self._busy = bool(streams)
+            return streams
+
+    def _hash(self, streams: Sequence[_Stream], stop: threading.Event) -> None:
+        """As many bytes of each as all have ready."""
+        with self._lock:
+            left = min(stream.ready for stream in streams)
+        try:
+            while left and not stop.is_set():
+                left -= self._step(streams, left)
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def _step(self, streams: Sequence[_Stream], most: int) -> int:
+        """The next bytes of each that lie together in memory, and how many that was."""
+        with ExitStack() as held:
+            pieces = [stream.next(most, held, self._lock) for stream in streams]
+            count = min([len(piece) for piece in pieces])
+            if len(streams) == 2:
+                (first, second), (data, more) = streams, pieces
+                update_two(first.digest, data[:count], second.digest, more[:count])
+            else:
+                streams[0].digest.update(pieces[0][:count])
+        with self._lock:
+            for stream in streams:
+                stream.passed(count)
+        return count
+
+
+class _Stream:
+    """How far the digest of one shard has come, and how far it may go.
+
+    `next` and `close` are for the thread that has taken it on; everything else wants the pair's lock.
+    """
+
+    def __init__(self, number: int, path: Path, shard: Shard, unfinished: Sequence[Job]):
+        self.number = number
+        self.digest = new_digest()
+        self._path = path
+        self._nbytes = shard.nbytes
+        self._position = 0
+        self._done: set[int] = set()
+        # Last first: the next unfinished job is popped from the end.
+        self._waiting = sorted([(job.span[0], job.index) for job in unfinished], reverse=True)
+        # The file may not be there yet.
+        self._written = [Written(0, [memoryview(shard.header)])]
+        self._descriptor: int | None = None
+        self._buffer = memoryview(b"")
+        self._read = memoryview(b"")  # what was read back from `position` on
+
+    @property
+    def complete(self) -> bool:
+        return self._position == self._nbytes
+
+    @property
+    def all_written(self) -> bool:
+        return not self._waiting
+
+    @property
+    def ready(self) -> int:
+        """How many bytes from the position on nobody will touch any more."""
+        end = self._waiting[-1][0] if self._waiting else self._nbytes
+        return max(0, end - self._position)
+
+    def finish(self, job: int, written: Written | None) -> None:
+        self._done.add(job)
+        while self._waiting and self._waiting[-1][1] in self._done:
+            self._done.remove(self._waiting.pop()[1])
+        if written is not None:
+            self._written.append(written)
+            self._written.sort(key=lambda each: each.start)
+
+    def passed(self, count: int) -> None:
+        """Move on, and give back the memory of jobs that lie behind."""
+        self._position += count
+        self._read = self._read[count:]
+        while self._written and self._written[0].end <= self._position:
+            self._written.pop(0).take_back()
+        if self.complete:
+            self._buffer = memoryview(b"")
+
+    def next(self, most: int, held: ExitStack, lock: threading.Lock) -> memoryview:
+        """At least one and at most `most` bytes from the position on, which stay until `held` is closed."""
+        while not self._read:
+            with lock:
+                written = self._written[0] if self._written else None
+            if written is None or written.start > self._position:
+                gap = most if written is None else min(most, written.start - self._position)
+                self._read = self._read_back(gap)
+            elif (piece := held.enter_context(written.held(self._position))) is not None:
+                return piece[:most]
+            else:
+                with lock:
+                    self._written.remove(written)
+        return self._read[:most]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _read_back(self, most: int) -> memoryview:
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            if not self._buffer:
+                self._buffer = memoryview(bytearray(_CHUNK))
+            count = os.preadv(self._descriptor, [self._buffer[:most]], self._position)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+        if count == 0:
+            raise ConversionError(f"{self._path}: was cut short while it was written; run the same command again")
+        return self._buffer[:count]
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in small pieces. ConversionError when it cannot be read."""
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    try:
+        with os.fdopen(open_file(path, ConversionError), "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> ConversionError:
+    return ConversionError(f"{path}: cannot be read back: {error.strerror}")

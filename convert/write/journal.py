@@ -1,0 +1,265 @@
+"""The journal of a conversion: which jobs are truly on disk, so that a killed run continues where it was.
+
+A text file of JSON lines, each with a checksum of its own. The first says what is being converted, every later one has
+the files that are read, as they were found; jobs (their error statistics, and digests of what they read and wrote) or
+shard hashes that were synced to disk before the line was written; or those that were lost since. A line that a crash
+tore or a disk damaged ends the journal: what comes after it is done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from ...errors import ConversionError
+from ...formats.digests import DIGEST_BYTES
+from ...inputs.json_text import parse_object
+from ...inputs.names import Sha256
+from .checked_lines import DamagedLineError, checked_line, line_content
+
+JOURNAL_VERSION = 2
+# DeepSeek-V3's 46183 jobs take 6 MB.
+_MOST_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class JobStats:
+    """Sums over a whole weight: squared error of the quantized against the source values, and of those themselves."""
+
+    squared_error: float
+    squared_norm: float
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """What the journal keeps of a finished job: its statistics, and digests of all that it read and wrote."""
+
+    stats: JobStats
+    read: bytes
+    written: bytes
+
+
+class FileStamp(NamedTuple):
+    """What changes of a file when its content does: nobody can set its ctime back."""
+
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+@dataclass
+class Record:
+    """What a journal vouches for: finished jobs by index, sha256 of finished shards, and the files of the source in
+    their order, as they were when those jobs read them (empty: nobody noted)."""
+
+    jobs: dict[int, JobEntry] = field(default_factory=dict)
+    hashes: dict[int, str] = field(default_factory=dict)
+    sources: tuple[FileStamp, ...] = ()
+
+
+class Journal:
+    """An open journal, locked against a second conversion into the same directory."""
+
+    def __init__(self, path: Path, descriptor: int, identity: Mapping[str, str], record: Record):
+        self.path = path
+        self.identity = dict(identity)
+        self.record = record
+        self._descriptor = descriptor
+        # What the lines say, which the record may have less of.
+        self._told_jobs, self._told_hashes = set(record.jobs), set(record.hashes)
+
+    @staticmethod
+    def first_line(identity: Mapping[str, str]) -> bytes:
+        """The content of a new journal."""
+        return checked_line({"npuq_conversion": JOURNAL_VERSION, "identity": dict(identity)})
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Open and lock an existing journal, dropping a last line that a crash tore.
+
+        Raises ConversionError when it is not a journal of this version, or another process holds it; OSError when it
+        cannot be opened.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            _lock(descriptor, path, fcntl.LOCK_EX)
+            identity, record, intact = _replay(path, descriptor)
+            os.ftruncate(descriptor, intact)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(path, descriptor, identity, record)
+
+    @staticmethod
+    def look(path: Path) -> tuple[dict[str, str], Record]:
+        """Identity and record of a journal, which stays as it is. Raises as `open`."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            _lock(descriptor, path, fcntl.LOCK_SH)
+            identity, record, _ = _replay(path, descriptor)
+        finally:
+            os.close(descriptor)
+        return identity, record
+
+    def append(self, jobs: Mapping[int, JobEntry], hashes: Mapping[int, str]) -> None:
+        """Add finished jobs and shard hashes; on stable storage when this returns. The shards must be synced before."""
+        lines = b""
+        if jobs:
+            # Python writes floats so that they read back exactly.
+            entries = [
+                [index, entry.stats.squared_error, entry.stats.squared_norm, entry.read.hex(), entry.written.hex()]
+                for index, entry in jobs.items()
+            ]
+            lines += checked_line({"jobs": entries})
+        if hashes:
+            lines += checked_line({"hashes": list(hashes.items())})
+        self._write(lines)
+        self.record.jobs.update(jobs)
+        self.record.hashes.update(hashes)
+        self._told_jobs.update(jobs)
+        self._told_hashes.update(hashes)
+
+    def settle(self, sources: Sequence[FileStamp]) -> None:
+        """Write down what was taken out of the record, and the files of the source that all jobs left in it are known
+        to come from; on stable storage when this returns.
+
+        To be called before any of it is made again: a new file soon looks like the one that was lost.
+        """
+        jobs = sorted(self._told_jobs - self.record.jobs.keys())
+        hashes = sorted(self._told_hashes - self.record.hashes.keys())
+        lines = checked_line({"lost_jobs": jobs, "lost_hashes": hashes}) if jobs or hashes else b""
+        if tuple(sources) != self.record.sources:
+            lines += checked_line({"sources": [list(stamp) for stamp in sources]})
+        if lines:
+            self._write(lines)
+        self.record.sources = tuple(sources)
+        self._told_jobs, self._told_hashes = set(self.record.jobs), set(self.record.hashes)
+
+    def _write(self, lines: bytes) -> None:
+        rest = memoryview(lines)
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close and unlock; the file stays."""
+        os.close(self._descriptor)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Meanwhile other processes wait here: of two conversions that start at once, one makes the journal."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Some network file systems have no locks.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConversionError(f"{path.parent.parent}: another npuq is converting into it right now") from None
+    except OSError:
+        # Some network file systems have no locks. Converting there is still possible, only not guarded.
+        return
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
+
+
+def _replay(path: Path, descriptor: int) -> tuple[dict[str, str], Record, int]:
+    """Identity, record, and the length of the intact part."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+        raise ConversionError(f"{path}: not a conversion journal; choose another output directory")
+    with open(descriptor, "rb", closefd=False) as file:
+        lines = file.read(_MOST_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn or empty
+    identity = _identity(path, lines[0] if lines else b"")
+    record, intact = Record(), len(lines[0]) + 1
+    for line in lines[1:]:
+        try:
+            _apply(line_content(line), record)
+        except (DamagedLineError, KeyError, TypeError, ValueError):
+            break
+        intact += len(line) + 1
+    return identity, record, intact
+
+
+def _identity(path: Path, line: bytes) -> dict[str, str]:
+    """What the first line says. ConversionError where it is another version's, or nothing of the kind."""
+    none = f"{path}: not a conversion journal, or a damaged one; choose another output directory, or remove this one"
+    try:
+        # The checksum is checked later: versions that had none had this key.
+        version = parse_object(line, str(path), DamagedLineError)["npuq_conversion"]
+    except (DamagedLineError, KeyError):
+        raise ConversionError(none) from None
+    if version != JOURNAL_VERSION:
+        raise ConversionError(
+            f"{path}: written by another version of npuq; finish with that version, or choose another output directory"
+        )
+    try:
+        identity = line_content(line)["identity"]
+    except (DamagedLineError, KeyError):
+        raise ConversionError(none) from None
+    if not isinstance(identity, dict) or not all(isinstance(value, str) for value in identity.values()):
+        raise ConversionError(none)
+    return identity
+
+
+def _apply(content: Mapping[str, Any], record: Record) -> None:
+    """Add what a line says. Raises KeyError, TypeError or ValueError for what no journal has."""
+    jobs = dict(map(_entry, content.get("jobs", ())))
+    hashes = {_number(shard): Sha256(digest) for shard, digest in content.get("hashes", ())}
+    lost = [list(map(_number, content.get(key, ()))) for key in ("lost_jobs", "lost_hashes")]
+    sources = [FileStamp(*map(_whole, stamp)) for stamp in content.get("sources", ())]
+    record.jobs.update(jobs)
+    record.hashes.update(hashes)
+    for index in lost[0]:
+        record.jobs.pop(index, None)
+    for shard in lost[1]:
+        record.hashes.pop(shard, None)
+    if "sources" in content:
+        record.sources = tuple(sources)
+
+
+def _entry(fields: Any) -> tuple[int, JobEntry]:
+    index, squared_error, squared_norm, read, written = fields
+    return _number(index), JobEntry(JobStats(_sum(squared_error), _sum(squared_norm)), _digest(read), _digest(written))
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _number(value: Any) -> int:
+    if _whole(value) < 0:
+        raise ValueError(f"{value!r} is no count")
+    return int(value)
+
+
+def _sum(value: Any) -> float:
+    if type(value) is not float or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no sum of squares")
+    return value
+
+
+def _digest(value: Any) -> bytes:
+    digest = bytes.fromhex(value)
+    if len(digest) != DIGEST_BYTES:
+        raise ValueError(f"{value!r} is no digest")
+    return digest

@@ -1,0 +1,188 @@
+"""The output directory: whose it is, and whether to start, continue, or stop because all is done.
+
+npuq owns a directory that it created or found empty, and says so with its journal before anything else is written.
+It writes into no other and deletes nothing but its own journal.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ArtifactError, ConversionError
+from ...formats.artifact import MANIFEST_NAME, OWN_FOLDER, read_manifest, read_report
+from ...formats.checkpoint import JOURNAL_NAME
+from .journal import Journal, Record, locked_directory
+from .shards import sync_directory
+
+# Every small file is written here first and renamed into place, so that it is whole or absent.
+_PARTIAL_NAME = "partial"
+
+# Errors that room on the disk does not mend.
+_WRONG_PLACE = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+_REMEDY = "give the same arguments as before, or another output directory, or remove this one yourself"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The directory already holds the artifact that was asked for; `report` is its npuq/report.json."""
+
+    report: Mapping[str, Any]
+
+
+def check_separate(source: Path, output: Path) -> None:
+    """Refuse an output directory that is the source, or inside it: ConversionError."""
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConversionError(f"{output}: lies inside the source checkpoint; choose an output directory elsewhere")
+
+
+def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
+    """What a conversion into this directory finds: nothing, what an interrupted one did, or the finished artifact.
+
+    Changes nothing. Raises ConversionError, as `claim` would, when the directory holds anything else, or a conversion
+    with other arguments, or cannot be written.
+    """
+    try:
+        journal = output / JOURNAL_NAME
+        if output.exists() and not output.is_dir():
+            raise ConversionError(f"{output}: exists and is not a directory; choose another output")
+        if (output / MANIFEST_NAME).exists():
+            return _finished(output, identity)
+        if journal.exists():
+            found, record = Journal.look(journal)
+            _refuse_difference(output, found, identity)
+            return record
+        if output.exists() and not _is_blank(output) and not journal.exists():  # another npuq may just have made it
+            raise ConversionError(
+                f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
+            )
+        _refuse_unwritable(output)
+    except OSError as error:
+        raise write_error(output, error) from error
+    return None
+
+
+def claim(output: Path, identity: Mapping[str, str]) -> Journal:
+    """Take the output directory for this conversion: its journal, new or continued.
+
+    Raises ConversionError when another has taken it since `look`, and when it cannot be read or written.
+    """
+    journal = output / JOURNAL_NAME
+    try:
+        if not journal.exists():
+            (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
+            sync_directory(output)
+            with locked_directory(output / OWN_FOLDER):
+                if not journal.exists():
+                    write_file(output, JOURNAL_NAME, Journal.first_line(identity))
+        opened = Journal.open(journal)
+    except OSError as error:
+        raise write_error(output, error) from error
+    try:
+        _refuse_difference(output, opened.identity, identity)
+    except ConversionError:
+        opened.close()
+        raise
+    return opened
+
+
+def write_file(output: Path, name: str, content: bytes) -> None:
+    """Write a file of the artifact whole or not at all, and sync it. OSError when the disk refuses."""
+    partial = output / OWN_FOLDER / _PARTIAL_NAME
+    with partial.open("wb") as file:
+        file.write(content)
+    publish(partial, output / name)
+
+
+def partial_path(output: Path) -> Path:
+    """Where to prepare a file that `publish` then moves into place."""
+    return output / OWN_FOLDER / _PARTIAL_NAME
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Sync a prepared file and give it its name: readers see the whole file or none."""
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+    sync_directory(target.parent)
+
+
+def write_error(path: Path, error: OSError) -> ConversionError:
+    """The error for a disk that refuses, with what to do."""
+    told = f"{error.filename or path}: cannot be written: {error.strerror or error}; "
+    if error.errno in _WRONG_PLACE:
+        return ConversionError(told + "choose an output that can be written, or make this one so")
+    return ConversionError(told + "make room (or repair the disk) and run the same command: it continues")
+
+
+def _is_blank(output: Path) -> bool:
+    """Empty, but for what npuq leaves when it is killed before its journal exists."""
+    for entry in output.iterdir():
+        if entry.name != OWN_FOLDER or not entry.is_dir() or any(e.name != _PARTIAL_NAME for e in entry.iterdir()):
+            return False
+    return True
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """OSError where a new output directory could not be made or filled."""
+    existing = output.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+
+
+def _refuse_difference(output: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    difference = _difference(before, now)
+    if difference:
+        raise ConversionError(f"{output}: holds an unfinished conversion with another {difference}; {_REMEDY}")
+
+
+def _finished(output: Path, identity: Mapping[str, str]) -> Finished:
+    manifest = read_manifest(output)
+    try:
+        difference = _difference(manifest["conversion"], identity)
+        sizes = {output / name: entry["size"] for name, entry in manifest["files"].items()}
+        report = read_report(output)
+        roles = report["roles"]
+        if not isinstance(roles, list):
+            raise TypeError("its roles are no list")
+    except (KeyError, TypeError, AttributeError, ValueError, ArtifactError) as error:
+        raise ArtifactError(
+            f"{output}: holds a finished artifact whose manifest or report is damaged ({error!r}); "
+            "run npuq verify, or remove the directory and convert again"
+        ) from error
+    if difference:
+        raise ConversionError(f"{output}: holds a finished artifact with another {difference}; {_REMEDY}")
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise ArtifactError(
+                f"{path}: the finished artifact has lost or changed this file; remove the directory and convert again"
+            )
+    return Finished(report)
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """`recipe (w8a8 there, w4a8 now)` and so on; empty when nothing differs."""
+    keys = dict.fromkeys([*before, *now])
+    return ", ".join(
+        f"{key} ({before.get(key, 'none')} there, {now.get(key, 'none')} now)"
+        for key in keys
+        if before.get(key) != now.get(key)
+    )

@@ -1,0 +1,136 @@
+"""Output shards as files of slots: header first, final size at once, then tensors at their places from any thread."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from ...errors import ConversionError
+from ...inputs.files import open_file
+from ..plan.plan import Plan
+
+Write = Callable[[int, memoryview, int], int]
+
+# Linux has it, and Python no name for it: (descriptor, offset, nbytes, flags).
+_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_SYNC_FILE_RANGE_WRITE = 2
+if _SYNC_FILE_RANGE is not None:
+    _SYNC_FILE_RANGE.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+
+class ShardFiles:
+    """The shards of one plan in one directory. Writing is thread-safe; slots of different jobs never overlap.
+
+    A shard is opened when its first slot is written and stays open until it has been synced for the last time: errors
+    that the kernel meets while it writes back are then reported here and to nobody else.
+    """
+
+    def __init__(self, directory: Path, plan: Plan, write: Write = os.pwrite):
+        self._directory = directory
+        self._plan = plan
+        self._write = write
+        self._lock = threading.Lock()
+        self._descriptors: dict[int, int] = {}
+        self._new_entries = False
+
+    def path(self, shard: int) -> Path:
+        return self._directory / self._plan.shards[shard].name
+
+    def is_intact(self, shard: int) -> bool:
+        """Whether the file is there with the plan's header and size, so that what was written before can stay."""
+        planned = self._plan.shards[shard]
+        try:
+            descriptor = open_file(self.path(shard), ConversionError)
+        except ConversionError:
+            # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
+            return False
+        try:
+            size = os.fstat(descriptor).st_size
+            return size == planned.nbytes and os.pread(descriptor, len(planned.header), 0) == planned.header
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def read(self, shard: int, start: int, nbytes: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Bytes [start, start + nbytes) as the file has them now, fewer where it ends, in pieces of `buffer`.
+
+        OSError where they cannot be read.
+        """
+        descriptor = self._descriptor(shard)
+        end = start + nbytes
+        while start < end:
+            count = os.preadv(descriptor, [buffer[: min(len(buffer), end - start)]], start)
+            if count == 0:
+                return
+            yield buffer[:count]
+            start += count
+
+    def write(self, shard: int, offset: int, data: memoryview) -> None:
+        """Write all of `data` at an absolute offset of the shard. OSError when the file system refuses."""
+        _write_all(self._write, self._descriptor(shard), data, offset)
+
+    def begin_writeback(self, shard: int, start: int, end: int) -> None:
+        """Have the kernel begin to write these bytes back, so that `sync` finds less to wait for.
+
+        A hint: nothing comes of it where the system has no such call, and what goes wrong is for `sync` to report.
+        """
+        with self._lock:
+            descriptor = self._descriptors.get(shard)  # closed: it has been synced
+        if descriptor is not None and _SYNC_FILE_RANGE is not None:
+            _SYNC_FILE_RANGE(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
+
+    def sync(self, shards: Iterable[int]) -> None:
+        """Return once everything written to these shards is on stable storage."""
+        for shard in shards:
+            os.fdatasync(self._descriptor(shard))
+        with self._lock:
+            new_entries, self._new_entries = self._new_entries, False
+        if new_entries:
+            sync_directory(self._directory)
+
+    def close(self, shards: Iterable[int] | None = None) -> None:
+        """Close some shards, or all."""
+        with self._lock:
+            for shard in list(self._descriptors) if shards is None else shards:
+                descriptor = self._descriptors.pop(shard, None)
+                if descriptor is not None:
+                    os.close(descriptor)
+
+    def _descriptor(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._descriptors:
+                self._descriptors[shard] = self._open(shard)
+            return self._descriptors[shard]
+
+    def _open(self, shard: int) -> int:
+        planned = self._plan.shards[shard]
+        # Never truncated on opening: an earlier run may have filled slots that the journal vouches for.
+        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            _write_all(self._write, descriptor, memoryview(planned.header), 0)
+            os.ftruncate(descriptor, planned.nbytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._new_entries = True
+        return descriptor
+
+
+def sync_directory(directory: Path) -> None:
+    """Return once the names in a directory (created or renamed files) are on stable storage."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(write: Write, descriptor: int, data: memoryview, offset: int) -> None:
+    data = data.cast("B")
+    done = 0
+    while done < len(data):
+        done += write(descriptor, data[done:], offset + done)

@@ -1,0 +1,63 @@
+"""The keys of an artifact's config.json that loaders read differently from one another, written so that all agree.
+
+transformers, vLLM and SGLang have defaults of their own for what a config leaves out, and each takes another of two
+statements that contradict each other. An artifact says in plain words what npuq took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ..models.config import ModelConfig
+
+# By model_type. vLLM and SGLang choose the model's class by the first of `architectures`, transformers by model_type.
+ARCHITECTURES: Final[Mapping[str, str]] = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+}
+# Where these are absent or null, loaders take one another's defaults for wrong, or fail.
+_EXPLICIT: Final = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "scoring_func",
+    "topk_method",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+)
+# What null means, in words that transformers takes.
+_NOT_NULL: Final[Mapping[str, Any]] = {"n_shared_experts": 0, "attention_bias": False, "hidden_act": "silu"}
+
+
+def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
+    """What an artifact's config.json must say beside or instead of what the source's (`raw`) says.
+
+    `mtp_layers` are those that the artifact has. Empty where every loader already reads the source's rightly, as those
+    of the released models.
+    """
+    keys: dict[str, Any] = {}
+    if not raw.get("architectures"):
+        keys["architectures"] = [ARCHITECTURES[config.model_type]]
+    for key in _EXPLICIT:
+        value = getattr(config, key)
+        # Of another type, too: transformers refuses a whole number where it expects a fraction.
+        if type(raw.get(key)) is not type(value) or raw[key] != value:
+            keys[key] = value
+    keys |= {key: value for key, value in _NOT_NULL.items() if key in raw and raw[key] is None}
+    # The head is stored whatever the source had; SGLang would not read it, and compute with the embedding.
+    if raw.get("tie_word_embeddings", False) is not False:
+        keys["tie_word_embeddings"] = False
+    count = mtp_layers[-1] - config.num_hidden_layers + 1 if mtp_layers else 0
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        # vLLM refuses the tensors of a layer that is not counted, and both engines stumble over null.
+        wanted = key in raw or (count > 0 and key == "num_nextn_predict_layers")
+        if wanted and raw.get(key) != count:
+            keys[key] = count
+    if raw.get("torch_dtype") is not None and raw.get("dtype") not in (None, raw["torch_dtype"]):
+        keys["torch_dtype"] = raw["dtype"]
+    return keys

@@ -1,0 +1,211 @@
+"""The parameters that an engine creates for a model, against the tensors of an artifact: is each there, and has each
+tensor a place?
+
+A parameter without a tensor keeps what was in memory, and the engine computes with it; a tensor without a parameter
+ends loading in an error, or is read over. Each engine's list is the family's table (`architecture.py`) and where the
+engine's classes leave it, by model_type: read from their constructors and `load_weights`, and held to them by loading
+artifacts with every tensor left out in turn (tests/engines).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
+from ..formats.ties import HEAD
+from ..models.architecture import layer_of, unroll
+from ..models.config import ModelConfig
+from ..models.config_reader import shown
+
+_PARTS: Final[Mapping[Scheme, tuple[str, ...]]] = {
+    Scheme.W4A8: (WEIGHT, SCALE, OFFSET, BIAS),
+    Scheme.W8A8: (WEIGHT, SCALE, OFFSET),
+    Scheme.W8A8_STATIC: (WEIGHT, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS),
+}
+# Both engines have parameters for them and multiply by neither: ModelSlim leaves them out.
+_UNUSED: Final[Mapping[Scheme, tuple[str, ...]]] = {Scheme.W8A8_STATIC: (SCALE, OFFSET)}
+
+
+# What transformers' configuration classes, which both engines use, take no other type for.
+_TYPES: Final[Mapping[str, type]] = {
+    "n_shared_experts": int,
+    "routed_scaling_factor": float,
+    "rms_norm_eps": float,
+    "tie_word_embeddings": bool,
+    "attention_bias": bool,
+    "hidden_act": str,
+}
+_STOPS: Final = object()  # it would not start
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """How an engine's classes read, build and load a model, where they leave config.json or the family's table."""
+
+    architectures: tuple[str, ...]  # the first of config.json's `architectures` must be one of them
+    absent: Mapping[str, object]  # what they take for a key that is missing or null, where that is not transformers'
+    ties_head: bool  # where config.json ties them, the embedding is the head, and no stored head is looked at
+    builds_empty_shared: bool  # shared experts of width 0 where n_shared_experts is 0, which want their tensors
+    skips_uncounted: bool  # the main model reads over all layers behind its own, not only those that config.json counts
+    drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
+    draft_always_routes: bool  # the draft's layer has experts, whatever moe_layer_freq says
+    refuses: Callable[[str], bool]  # whether loading ends at such a tensor where it has no parameter
+
+
+def _counted(config: ModelConfig) -> range:
+    return range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+
+
+def _refused_by_vllm(name: str) -> bool:
+    return not name.endswith(".bias") and "rotary_emb.inv_freq" not in name
+
+
+def _refused_by_sglang(name: str) -> bool:
+    """It only warns, but for what it stacks: there it takes the parameter for granted."""
+    stacked = any(projection in name for projection in ("gate_proj", "up_proj"))
+    return stacked and "mlp.experts." not in name and not name.endswith(".bias")
+
+
+_DEEPSEEK = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_VLLM = EngineModel(
+    architectures=_DEEPSEEK,
+    absent={"topk_method": None, "scoring_func": "softmax"},
+    ties_head=False,
+    builds_empty_shared=True,
+    skips_uncounted=False,
+    drafts=_counted,
+    draft_always_routes=False,
+    refuses=_refused_by_vllm,
+)
+_SGLANG = EngineModel(
+    architectures=_DEEPSEEK,
+    absent={"topk_method": _STOPS, "scoring_func": _STOPS, "moe_layer_freq": _STOPS},
+    ties_head=True,
+    builds_empty_shared=False,
+    skips_uncounted=True,
+    drafts=lambda config: (config.num_hidden_layers,),
+    draft_always_routes=True,
+    refuses=_refused_by_sglang,
+)
+MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
+    "vllm-ascend": {"deepseek_v2": _VLLM, "deepseek_v3": _VLLM, "kimi_k2": _VLLM},
+    "sglang": {"deepseek_v2": _SGLANG, "deepseek_v3": _SGLANG, "kimi_k2": _SGLANG},
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors that one model of an engine reads: those it needs, and those it can do without."""
+
+    needed: frozenset[str]
+    optional: frozenset[str]
+
+
+def main_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
+    """What the main model reads of an artifact with this config.json and description."""
+    config = _as_read(model, raw)
+    tied = model.ties_head and config.tie_word_embeddings
+    return _tensors((spec.name for spec in unroll(config, ()) if not (tied and spec.name == HEAD)), (), schemes)
+
+
+def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
+    """What the MTP draft model reads beside the embedding and the head that it borrows from the main model."""
+    config = _as_read(model, raw)
+    layers = model.drafts(config)
+    if model.draft_always_routes:
+        config = replace(config, moe_layer_freq=1, first_k_dense_replace=0)
+    specs = list(unroll(config, layers, main=False))
+    return _tensors(
+        (spec.name for spec in specs if not spec.optional), (spec.name for spec in specs if spec.optional), schemes
+    )
+
+
+def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line for each way in which `engine` (a key of MODELS) would load or read the artifact wrongly.
+
+    `raw` is its config.json, `schemes` its description, which names every tensor. Raises CheckpointError for a config
+    that cannot be read.
+    """
+    config = ModelConfig.from_dict(raw)
+    model, names = MODELS[engine][config.model_type], schemes.keys()
+    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, HEAD in names))
+    main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
+    yield from _missing(sorted(main.needed - names), "")
+    if any(layer_of(name) in model.drafts(config) for name in names):
+        yield from _missing(sorted(draft.needed - names), " of the MTP draft")
+    surplus = names - main.needed - main.optional
+    refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
+    if refused:
+        yield (
+            f"no parameter for tensor {refused[0]!r}{_more(refused)}: loading ends in an error; if no loader needs it, "
+            "remove it from the source and convert again"
+        )
+
+
+def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[str]:
+    """Which of these tensors, for which there is no parameter, `engine` would not load an artifact with."""
+    return [name for name in names if MODELS[engine][model_type].refuses(name)]
+
+
+def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, has_head: bool) -> Iterator[str]:
+    """What the engine would not take as npuq does, and what to write instead."""
+    named = raw.get("architectures")
+    if not isinstance(named, list) or not named or named[0] not in model.architectures:
+        yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
+    for key, taken in model.absent.items():
+        wanted = getattr(config, key)
+        if raw.get(key) is None and not (taken == wanted or (taken is None and wanted == "greedy")):
+            does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
+            yield f"{key} is missing: the engine would {does}; write {wanted!r}"
+    for key in ("n_group", "topk_group"):
+        if raw.get(key, getattr(config, key)) != getattr(config, key):
+            yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
+    for key, kind in _TYPES.items():
+        if key in raw and type(raw[key]) is not kind:
+            yield f"{key} is {shown(raw[key])}: the engine would not start; write a value of type {kind.__name__}"
+    if "num_nextn_predict_layers" in raw and raw["num_nextn_predict_layers"] is None:
+        yield "num_nextn_predict_layers is null: the engine would not start; write a number"
+    if model.ties_head and config.tie_word_embeddings and has_head:
+        yield f"tie_word_embeddings is true: the engine would read over the stored {HEAD!r}; write false"
+
+
+def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
+    """The config as the engine's classes read it: no correction bias where topk_method is not spelt out."""
+    config = ModelConfig.from_dict(raw)
+    if raw.get("topk_method") != "noaux_tc":
+        config = replace(config, topk_method="greedy")
+    if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
+        config = replace(config, n_shared_experts=1)
+    return config
+
+
+def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:
+    """Whether the main model reads over a tensor because of its layer."""
+    layer = layer_of(name)
+    if layer is None or layer < config.num_hidden_layers:
+        return False
+    return model.skips_uncounted or layer in _counted(config)
+
+
+def _tensors(needed: Iterator[str], optional: Iterator[str] | tuple[()], schemes: Mapping[str, Scheme]) -> Tensors:
+    parts, spare = set(), set(optional)
+    for name in needed:
+        scheme = schemes.get(name, Scheme.FLOAT)
+        prefix = name.removesuffix(WEIGHT)
+        parts |= {prefix + suffix for suffix in _PARTS[scheme]} if scheme in _PARTS else {name}
+        spare |= {prefix + suffix for suffix in _UNUSED.get(scheme, ())}
+    return Tensors(frozenset(parts), frozenset(spare))
+
+
+def _missing(names: list[str], whose: str) -> Iterator[str]:
+    if names:
+        yield (
+            f"parameter {names[0]!r}{_more(names)}{whose} has no tensor in the artifact: the engine would not start, "
+            "or compute with whatever is in memory; convert again"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

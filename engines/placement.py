@@ -1,0 +1,177 @@
+"""Whether an engine can spread a model over some ranks, and computes rightly when it does: rules as data.
+
+Each rule holds for one release of an engine. They were learnt by running the engines' own loading code on artifacts,
+rank by rank, with emulated NPU operators (tests/engines), and change when the engines do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+from ..formats.artifact import DESCRIPTION_NAME, read_description
+from ..formats.checkpoint import read_config
+from ..formats.schemes import BIAS_COLUMNS, Scheme
+from ..models.config import ModelConfig
+from .parameters import parameter_problems, refused_names
+
+# The least multiple of input features that the NPU's W4A8 grouped matmul takes (CANN's tiling of aclnnGroupedMatmul).
+_W4A8_INPUTS = 64
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model on `tp` ranks. With `ep` each holds whole routed experts, else a slice of every one."""
+
+    config: ModelConfig
+    experts: Scheme | None  # W4A8 where any layer of the main model has W4A8 experts; None without experts
+    tp: int
+    ep: bool
+
+    @property
+    def dense_width(self) -> int:
+        """Channels of a dense layer's MLP; 0 in a model without such a layer."""
+        layers = range(self.config.num_hidden_layers)
+        return 0 if all(map(self.config.is_moe_layer, layers)) else self.config.intermediate_size
+
+    @property
+    def shared_width(self) -> int:
+        """Channels of the shared experts, which every layer has as one MLP; 0 without."""
+        return self.config.n_shared_experts * self.config.moe_intermediate_size
+
+    @property
+    def slices_w4a8(self) -> bool:
+        """Whether each rank holds a slice of every W4A8 expert."""
+        return self.experts is Scheme.W4A8 and self.tp > 1 and not self.ep
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken` says whether a placement breaks it; `why` and what to do are a line with the placement's numbers."""
+
+    broken: Callable[[Placement], bool]
+    why: str
+
+
+_COMMON = (
+    Rule(
+        lambda p: p.config.rope.rope_type not in ("default", "yarn"),
+        "rope type {rope} is computed as YaRN, whatever config.json says: no deployment of it is right",
+    ),
+    Rule(
+        lambda p: p.config.rope.attention_factor is not None or not p.config.rope.truncate,
+        "attention_factor and truncate of YaRN are not read: write mscale and mscale_all_dim instead",
+    ),
+    Rule(
+        lambda p: p.config.num_attention_heads % p.tp != 0,
+        "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
+    ),
+    Rule(
+        lambda p: p.dense_width % p.tp != 0 or p.shared_width % p.tp != 0,
+        "the {dense} channels of dense MLPs and the {shared} of shared experts cannot be shared by {tp} ranks: choose "
+        "a --tp that divides both",
+    ),
+    Rule(
+        lambda p: p.ep and p.config.n_routed_experts % p.tp != 0,
+        "{experts} routed experts cannot be spread over {tp} ranks: choose a --tp that divides {experts}",
+    ),
+    Rule(
+        lambda p: p.slices_w4a8 and p.config.moe_intermediate_size % (p.tp * _W4A8_INPUTS) != 0,
+        "each of {tp} ranks would get {width}/{tp} inputs of an expert's down_proj, and the NPU's W4A8 matmul takes "
+        "multiples of 64: use --ep, or fewer ranks",
+    ),
+)
+
+ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
+    "vllm-ascend": (
+        "0.23.0",
+        (
+            *_COMMON,
+            Rule(
+                lambda p: p.slices_w4a8 and BIAS_COLUMNS % p.tp != 0,
+                "W4A8 experts hold 16 partial sums of scale_bias, which {tp} ranks cannot share: use --ep, or a --tp "
+                "of 1, 2, 4, 8 or 16",
+            ),
+        ),
+    ),
+    "sglang": (
+        "0.5.23",
+        (
+            *_COMMON,
+            Rule(
+                lambda p: p.experts is Scheme.FLOAT,
+                "FLOAT routed experts are refused: convert with a recipe that quantizes them",
+            ),
+            Rule(
+                lambda p: p.slices_w4a8,
+                "each of {tp} ranks adds the scale_bias of all of them to down_proj's output: the model would load and "
+                "compute garbage; use --ep (--ep-size {tp} of the server)",
+            ),
+        ),
+    ),
+}
+
+
+def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[str, ...]:
+    """What keeps `engine` (a key of ENGINES) from running the artifact on `tp` ranks, a line each: parameters without a
+    tensor, tensors without a parameter, and the rules of its ranks.
+
+    Reads config.json and the description alone; raises CheckpointError and ArtifactError when it cannot.
+    """
+    raw = read_config(directory)
+    config, schemes = ModelConfig.from_dict(raw), read_description(directory)
+    if schemes is None:
+        raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")
+    return (*loading_problems(engine, raw, schemes), *placement_problems(engine, config, schemes, tp, ep))
+
+
+def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line for each way in which `engine` would not load an artifact with this config.json and description, or read
+    it wrongly, on any number of ranks."""
+    for problem in parameter_problems(engine, raw, schemes):
+        yield f"{engine} {ENGINES[engine][0]}: {problem}"
+
+
+def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str]) -> Iterator[str]:
+    """What an artifact with these weights will meet in an engine however it is placed; `unknown` tensors are copied."""
+    for engine, (version, _) in ENGINES.items():
+        yield from placement_problems(engine, config, schemes, 1, False)
+        refused = refused_names(engine, config.model_type, unknown)
+        if refused:
+            yield (
+                f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "
+                "loader needs it, remove it from the checkpoint"
+            )
+
+
+def placement_problems(
+    engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
+) -> Iterator[str]:
+    """A line for each rule of `engine` (a key of ENGINES) that `tp` ranks would break; `schemes` is the description."""
+    version, rules = ENGINES[engine]
+    placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
+    numbers = {
+        "tp": tp,
+        "rope": config.rope.rope_type,
+        "dense": placement.dense_width,
+        "shared": placement.shared_width,
+        "heads": config.num_attention_heads,
+        "experts": config.n_routed_experts,
+        "width": config.moe_intermediate_size,
+    }
+    for rule in rules:
+        if rule.broken(placement):
+            yield f"{engine} {version}: {rule.why.format(**numbers)}"
+
+
+def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:
+    found = set()
+    for layer in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+        scheme = schemes.get(f"model.layers.{layer}.mlp.experts.0.down_proj.weight")
+        if scheme is not None:
+            found.add(scheme)
+    # One W4A8 layer is enough for the rules of W4A8.
+    return Scheme.W4A8 if Scheme.W4A8 in found else next(iter(found), None)

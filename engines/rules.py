@@ -1,0 +1,133 @@
+"""What the loaders of an artifact demand of its schemes, checked against the tensors of a real checkpoint.
+
+Read from the model loaders of vLLM-Ascend and SGLang (August 2026): what breaks one of these rules would convert for
+hours into something that no engine loads, or worse, loads wrongly. A recipe is refused for it before any work, and
+`npuq verify` looks for it in an artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from ..convert.plan.recipe import Assignment, Recipe, Target
+from ..errors import RecipeError
+from ..formats.schemes import Scheme
+from ..models.architecture import QUANTIZABLE, ROUTED, Role, Spec
+
+SchemeOf = Callable[[str], Scheme]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A tensor whose scheme breaks a rule."""
+
+    spec: Spec
+    scheme: Scheme
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme.value} for {self.spec.name!r}: {self.why}"
+
+
+class ConfigSchemes(TypedDict):
+    """Arguments of `artifact_config`."""
+
+    linear: Scheme
+    experts: Scheme
+    mtp_experts: Scheme
+
+
+def check_recipe(
+    recipe: Recipe, specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], assignments: Mapping[str, Assignment]
+) -> None:
+    """Raise RecipeError, naming tensor and rule, when no loader of the recipe's target could load the result."""
+    for violation in violations(specs, fused, lambda name: assignments[name].scheme, recipe.target):
+        if recipe.stored:
+            raise RecipeError(f"the source has {violation}; quantize the float checkpoint again, or convert that one")
+        number = assignments[violation.spec.name].rule
+        raise RecipeError(f"recipe {recipe.name!r}, {f'rule {number}' if number else 'no rule'}: {violation}")
+
+
+def violations(
+    specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], scheme_of: SchemeOf, target: Target
+) -> Iterator[Violation]:
+    """Every tensor whose scheme some loader of `target` would refuse or misread."""
+    for spec in specs.values():
+        scheme = scheme_of(spec.name)
+        why = _forbidden(spec, scheme, target)
+        if why is not None:
+            yield Violation(spec, scheme, why)
+    yield from _split_groups(specs, fused, scheme_of)
+    yield from _mixed_experts(specs, scheme_of)
+
+
+def config_schemes(specs: Iterable[Spec], schemes: Mapping[str, Scheme]) -> ConfigSchemes:
+    """What config.json says of the artifact: the scheme that all linears of each part share.
+
+    FLOAT (which config.json leaves out) where they differ, so that no engine takes a fast path meant for one scheme.
+    """
+    found: dict[str, set[Scheme]] = {"linear": set(), "experts": set(), "mtp_experts": set()}
+    for spec in specs:
+        if spec.role is Role.ROUTED_EXPERT:
+            found["experts"].add(schemes[spec.name])
+        elif spec.role is Role.MTP_ROUTED_EXPERT:
+            found["mtp_experts"].add(schemes[spec.name])
+        elif spec.role in (Role.ATTENTION, Role.DENSE_MLP, Role.SHARED_EXPERT):
+            found["linear"].add(schemes[spec.name])
+    common = {part: parts.pop() if len(parts) == 1 else Scheme.FLOAT for part, parts in found.items()}
+    return ConfigSchemes(linear=common["linear"], experts=common["experts"], mtp_experts=common["mtp_experts"])
+
+
+def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
+    if scheme is not Scheme.FLOAT and spec.role not in QUANTIZABLE:
+        return f"the role {spec.role} must stay FLOAT in every loader"
+    if scheme is Scheme.W4A8 and spec.role is not Role.ROUTED_EXPERT:
+        return "W4A8_DYNAMIC exists only for the main model's routed experts; use W8A8_DYNAMIC here"
+    if scheme is Scheme.W8A8_STATIC and spec.role in ROUTED:
+        return "no loader has routed experts with a static input scale; use W4A8_DYNAMIC or W8A8_DYNAMIC here"
+    if scheme is Scheme.FLOAT and spec.role in ROUTED and target is Target.ENGINES:
+        return "engines refuse FLOAT routed experts; give them a scheme, or set 'target: npuq'"
+    return None
+
+
+def fused_pairs(specs: Mapping[str, Spec], fused: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(first, other) for every two weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
+    group_of = {member: group for group in fused for member in group[1:]}
+    for name in specs:
+        prefix, projection, suffix = _split(name)
+        group = group_of.get(projection)
+        leader = f"{prefix}{group[0]}{suffix}" if group else ""
+        if leader in specs:
+            yield leader, name
+
+
+def _split_groups(
+    specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], scheme_of: SchemeOf
+) -> Iterator[Violation]:
+    """Projections that loaders fuse into one parameter must share a scheme."""
+    for leader, name in fused_pairs(specs, fused):
+        if scheme_of(name) is not scheme_of(leader):
+            group = f"{_split(leader)[1]} and {_split(name)[1]}"
+            why = f"{leader!r} is {scheme_of(leader).value}; engines fuse {group}: give them one scheme"
+            yield Violation(specs[name], scheme_of(name), why)
+
+
+def _mixed_experts(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:
+    """All projections of all routed experts of a layer are one grouped matmul each: one scheme a layer."""
+    first: dict[int | None, Spec] = {}
+    for name, spec in specs.items():
+        if spec.role not in ROUTED:
+            continue
+        leader = first.setdefault(spec.layer, spec)
+        if scheme_of(name) is not scheme_of(leader.name):
+            why = f"{leader.name!r} is {scheme_of(leader.name).value}; all experts of a layer need one scheme"
+            yield Violation(spec, scheme_of(name), why)
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """`model.layers.0.mlp.gate_proj.weight` → (`model.layers.0.mlp.`, `gate_proj`, `.weight`)."""
+    head, _, leaf = name.rpartition(".")
+    prefix, dot, projection = head.rpartition(".")
+    return prefix + dot, projection, "." + leaf

@@ -1,0 +1,1 @@
+"""What lies on disk: safetensors, checkpoints and their dialects, schemes and their packing, artifacts, side files."""

@@ -1,0 +1,270 @@
+"""A directory of safetensors files, opened: every tensor's name, dtype, shape, file and byte range, known and checked
+before any weight is read. Source checkpoints and artifacts are both opened by this class."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Container, Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..inputs.files import inside, is_inside, open_file
+from ..inputs.json_text import read_object
+from ..inputs.names import FileName
+from ..native.mapped import MappedFiles
+from .safetensors import TensorInfo, read_header, read_range
+
+# In the folder of our own (artifact.py), until a conversion is finished.
+JOURNAL_NAME = "npuq/progress.jsonl"
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# ASCII digits alone: others are no numbers of layers.
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+class Checkpoint:
+    """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
+
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
+    that views lie in: who computes with views calls `files.check()` before he believes what came out.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], shards: Sequence[Path]):
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+        self.shards = tuple(shards)
+        self.files = MappedFiles()
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Open a checkpoint or artifact directory and check its structure.
+
+        Raises CheckpointError, naming the file or tensor, for: no directory, no or malformed config.json, pickle
+        weights, an index that names a shard outside the directory, a missing shard or a tensor that its shard does
+        not have, and everything `read_header` refuses (truncated or malformed shards).
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory")
+        if (directory / JOURNAL_NAME).exists() and not (directory / CONFIG_NAME).exists():
+            raise CheckpointError(
+                f"{directory}: an unfinished conversion; run the same `npuq convert` again, it continues"
+            )
+        config = read_config(directory)
+        weight_map = read_weight_map(directory)
+        shards: list[str] = [] if weight_map is None else sorted(set(weight_map.values()))
+        if weight_map is None:
+            shards.append(single_file(directory, [path.name for path in directory.iterdir()]))
+        paths = {shard: inside(directory, shard) for shard in shards}
+        headers = {shard: read_header(path)[0] for shard, path in paths.items()}
+        tensors = collect_tensors(directory, weight_map, headers)
+        return cls(directory, config, tensors, [paths[shard] for shard in shards])
+
+    def info(self, name: str) -> TensorInfo:
+        """Where and what the tensor is; CheckpointError when the checkpoint has none of that name."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory}: no tensor named {name!r}") from None
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, copied into memory of its own."""
+        info = self.info(name)
+        return self._read_range(info, info.start, info.end).view(info.torch_dtype).reshape(info.shape)
+
+    def read_bytes(self, name: str, first: int, memory: memoryview) -> None:
+        """Fill `memory` (of bytes) with what the tensor holds from its byte `first` on. No tensor is made."""
+        info = self.info(name)
+        if not 0 <= first <= first + len(memory) <= info.nbytes:
+            raise CheckpointError(f"{info.file}: tensor {name!r} has no bytes {first} to {first + len(memory)}")
+        self._fill(info, info.start + first, memory)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension, copied into memory of their own."""
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(f"{info.file}: tensor {name!r} {list(info.shape)} has no rows {start} to {stop}")
+        row_bytes = prod(info.shape[1:]) * info.torch_dtype.itemsize
+        data = self._read_range(info, info.start + start * row_bytes, info.start + stop * row_bytes)
+        return data.view(info.torch_dtype).reshape(stop - start, *info.shape[1:])
+
+    def view(self, name: str) -> Tensor:
+        """The whole tensor over a memory map of its file: nothing is read until it is touched. Do not write to it.
+
+        A tensor that is not aligned to its item size (npuq never writes one) is copied instead: its address would be
+        invalid for vector loads.
+        """
+        info = self.info(name)
+        if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
+            return self.read(name)
+        mapped = self.files.map(info.file, self._descriptor(info.file))
+        if len(mapped) < info.end:
+            raise CheckpointError(f"{info.file}: became shorter while tensor {name!r} was read; fetch it again")
+        data = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)
+        return data.view(info.torch_dtype).reshape(info.shape)
+
+    @property
+    def passes_by(self) -> bool:
+        """Whether tensors can only be read in the order that was announced, until they are released: not here."""
+        return False
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk space that reading takes beside the checkpoint: none."""
+        return 0
+
+    def expect(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
+        """Say which tensors will be read, in this order, those of a group together; but not groups whose first tensor
+        is `finished`. A local checkpoint has them all."""
+        return
+
+    def release(self, group: Sequence[str]) -> None:
+        """Say that the tensors of an expected group will not be read again."""
+        return
+
+    def interrupt(self) -> None:
+        """End reads that wait for something: the caller gives up. A local checkpoint waits for nothing."""
+        return
+
+    def close(self) -> None:
+        """Close the files. Memory maps stay valid for as long as a tensor uses them."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = open_file(path, CheckpointError)
+            return self._descriptors[path]
+
+    def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
+        data = torch.empty(end - start, dtype=torch.uint8)
+        self._fill(info, start, data.numpy().data)
+        return data
+
+    def _fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
+        """Fill `memory` from byte `start` of the tensor's file on."""
+        try:
+            read_range(self._descriptor(info.file), info, start, memory)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
+
+
+def natural_key(name: str) -> list[str | tuple[int, str]]:
+    """Sort key that puts `layers.2.` before `layers.10.`."""
+    # Splitting by digits alternates text and number at fixed positions, so that keys are always comparable. A number
+    # is its length and its digits: one of any length compares, where int() would refuse thousands of digits.
+    parts: list[str | tuple[int, str]] = list(_DIGITS.split(name))
+    parts[1::2] = map(_number, parts[1::2])
+    return parts
+
+
+def _number(digits: str | tuple[int, str]) -> tuple[int, str]:
+    significant = str(digits).lstrip("0")
+    return len(significant), significant
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """A directory's config.json; CheckpointError when it is missing, is no JSON object or lies elsewhere."""
+    return read_object(inside(directory, CONFIG_NAME), CheckpointError)
+
+
+def collect_tensors(
+    directory: Path, weight_map: Mapping[str, str] | None, headers: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of all shards in natural name order, those among them that the index does not list.
+
+    Every other loader reads shards whole: what the index leaves out counts, and of a tensor in several shards the last.
+    Raises CheckpointError when the index names a tensor that is not there, or another shard than the last.
+    """
+    listed = {} if weight_map is None else weight_map
+    tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in listed.items()}
+    for shard, header in sorted(headers.items()):
+        for name, info in header.items():
+            if shard > listed.get(name, shard):
+                raise CheckpointError(
+                    f"{index_path(directory)}: tensor {name!r} is in {listed[name]}, which the index names, and in "
+                    f"{shard}, which other loaders would take; remove the wrong one"
+                )
+            if name not in listed:
+                tensors[name] = info
+    return {name: tensors[name] for name in sorted(tensors, key=natural_key)}
+
+
+def index_path(directory: Path) -> Path | None:
+    """The index: Hugging Face's, or the only one of another name (ModelSlim's `quant_model_weights…`); None without.
+
+    CheckpointError where several could be meant.
+    """
+    if is_inside(directory, INDEX_NAME):
+        return directory / INDEX_NAME
+    others = sorted(directory.glob("*.safetensors.index.json"))
+    if len(others) > 1:
+        names = " and ".join(path.name for path in others[:2])
+        raise CheckpointError(f"{directory}: {names}: which index is meant? Keep the one that names the weights")
+    return others[0] if others else None
+
+
+def read_weight_map(directory: Path) -> Mapping[str, FileName] | None:
+    """Tensor name → shard, from the index; None when there is no index. CheckpointError when it is malformed."""
+    path = index_path(directory)
+    if path is None:
+        return None
+    weight_map = read_object(inside(directory, path.name), CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to shard files")
+    if not weight_map:
+        raise CheckpointError(f"{path}: weight_map is empty")
+    where = f"{path}: weight_map"
+    files = {shard: FileName.parse(shard, where, CheckpointError) for shard in set(weight_map.values())}
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def single_file(directory: Path, names: Iterable[str]) -> str:
+    """The weights' file of a checkpoint without index, among the files' `names`; CheckpointError when none fits."""
+    names = sorted(names)
+    files = [name for name in names if name.endswith(".safetensors")]
+    if SINGLE_NAME in files:
+        return SINGLE_NAME
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise CheckpointError(f"{directory}: {len(files)} safetensors files and no {INDEX_NAME}; fetch the index too")
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+    if pickles:
+        raise CheckpointError(
+            f"{directory / pickles[0]}: pickle weights are not read, they can run code; convert them to safetensors"
+        )
+    raise CheckpointError(f"{directory}: no safetensors files")
+
+
+def _indexed(directory: Path, header: Mapping[str, TensorInfo], name: str, shard: str) -> TensorInfo:
+    try:
+        return header[name]
+    except KeyError:
+        raise CheckpointError(
+            f"{index_path(directory)}: tensor {name!r} is not in {shard}; fetch the index and that shard again"
+        ) from None

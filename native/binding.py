@@ -1,0 +1,239 @@
+"""The native kernels seen from torch: quantization of stored rows, and the pool of threads that the runtime uses.
+
+What is computed here, torch computes too, with the same integers (`schemes.quantize_rows`, `runtime/ops/reference.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..formats.dialects import BlockScale, StoredRows
+from ..quant.scales import NonFiniteError
+from .library import (
+    Cache,
+    Heads,
+    MlaBlock,
+    MoeBlock,
+    Part,
+    Source,
+    Strided,
+    Weights,
+    description,
+    level_index,
+    levels,
+    library,
+)
+from .pointers import address
+
+__all__ = [
+    "DTYPES",
+    "INT4",
+    "MOST_COLUMNS",
+    "Cache",
+    "Heads",
+    "MlaBlock",
+    "MoeBlock",
+    "NativeRows",
+    "Part",
+    "Pool",
+    "Quantizer",
+    "Strided",
+    "Weights",
+    "description",
+    "levels",
+    "library",
+    "quantize",
+]
+
+DTYPES: Final = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.int8: 4,
+}
+INT4: Final = 5
+# The widest row that `quantize` takes: its sums are exact up to here.
+MOST_COLUMNS: Final = 1 << 17
+
+
+_NO_MEMORY, _NOT_FINITE, _BAD_SIZE, _BAD_INDEX = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class NativeRows:
+    """Rows as `quantize` leaves them: codes int8 [R, K], or [R / 2, K] packed with bias [R, columns] for 4 bits; scale
+    float32 [R, 1]; squared_error and squared_norm float64 [R]."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    squared_error: Tensor
+    squared_norm: Tensor
+
+
+def quantize(
+    stored: StoredRows,
+    bits: int,
+    mse: bool,
+    bias_columns: int,
+    level: str | None = None,
+) -> NativeRows:
+    """Quantize stored rows [R, K] in one pass, on the calling thread.
+
+    R is even for 4 bits; K at most 2**17. The numbers are those of `schemes.quantize_rows` on the decoded rows, bit for
+    bit. Raises NonFiniteError, and RuntimeError where there is no library.
+    """
+    (count, columns), packed = stored.rows.shape, bits == 4
+    out = NativeRows(
+        torch.empty(count // 2 if packed else count, columns, dtype=torch.int8),
+        torch.empty(count, 1),
+        torch.empty(count, bias_columns) if packed else None,
+        torch.empty(count, dtype=torch.float64),
+        torch.empty(count, dtype=torch.float64),
+    )
+    Quantizer(StoredRows(stored.rows.contiguous(), stored.blocks), bits, mse, out, level).run(0, count, 0)
+    return out
+
+
+class Quantizer:
+    """`quantize` for one piece of a weight after the other, with all addresses worked out once.
+
+    `stored.rows` [R, K] is memory that is filled anew for each piece, `stored.blocks` scales from the weight's first
+    row on. `out` has results of all its rows, but for codes, of which there may be fewer. All are contiguous.
+    """
+
+    def __init__(self, stored: StoredRows, bits: int, mse: bool, out: NativeRows, level: str | None = None):
+        found = library()
+        if found is None:
+            raise RuntimeError(description())
+        self._call = found.npuq_quantize_rows
+        self._level = -1 if level is None else level_index(found, level)
+        self._source = _source(stored.rows, stored.blocks)
+        self._first_row = self._source.first_row
+        self._memory_rows, self._columns = stored.rows.shape
+        self._bits, self._mse, self._packed = bits, mse, 2 if bits == 4 else 1
+        self._rows, self._code_rows = _rows_with_scales(stored, out), out.codes.shape[0]
+        self._codes = _address(out.codes, "codes", torch.int8, self._code_rows, self._columns)
+        rows = out.scale.shape[0]
+        self._scale = _address(out.scale, "scale", torch.float32, rows, 1)
+        self._bias, self._bias_columns = None, 0
+        if out.bias is not None:
+            self._bias_columns = out.bias.shape[-1]
+            self._bias = _address(out.bias, "bias", torch.float32, rows, self._bias_columns)
+        self._error = _address(out.squared_error, "squared_error", torch.float64, rows)
+        self._norm = _address(out.squared_norm, "squared_norm", torch.float64, rows)
+        self._kept = stored, out
+
+    def run(self, start: int, count: int, code_row: int) -> None:
+        """Quantize the first `count` rows of the memory, which are rows `start` and on of the weight.
+
+        Codes go to rows `code_row` and on of theirs. Raises NonFiniteError, and ValueError for rows that are not there.
+        """
+        if (
+            not 0 <= count <= self._memory_rows
+            or not 0 <= start <= self._rows - count
+            or not 0 <= code_row <= self._code_rows - count // self._packed
+        ):
+            raise ValueError(
+                f"quantize_rows: rows {start} to {start + count}, codes from row {code_row} on: memory has "
+                f"{self._memory_rows} rows, the weight {self._rows}, its codes {self._code_rows}"
+            )
+        self._source.first_row = self._first_row + start
+        bad_row = c_int64()
+        status = self._call(
+            self._level,
+            ctypes.byref(self._source),
+            count,
+            self._columns,
+            self._bits,
+            self._mse,
+            self._bias_columns,
+            self._codes + code_row * self._columns,
+            self._scale + 4 * start,
+            None if self._bias is None else self._bias + 4 * self._bias_columns * start,
+            self._error + 8 * start,
+            self._norm + 8 * start,
+            ctypes.byref(bad_row),
+        )
+        if status == _NOT_FINITE:
+            raise NonFiniteError(bad_row.value)
+        if status:
+            raise _failure("quantize_rows", status)
+
+
+def _address(x: Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
+    return address(x, "quantize_rows", name, dtype, *shape)
+
+
+def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
+    dtype = rows.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"quantize_rows: rows of {dtype}; the native kernel takes {', '.join(map(str, DTYPES))}")
+    data = _address(rows, "rows", dtype, *rows.shape)
+    if blocks is None:
+        return Source(data, None, 0, 0, 1, max(1, rows.shape[1]), DTYPES[dtype])
+    scale = blocks.scale
+    return Source(
+        data,
+        _address(scale, "block scale", torch.float32, *scale.shape),
+        scale.shape[1],
+        blocks.first_row,
+        blocks.block_rows,
+        blocks.block_columns,
+        DTYPES[dtype],
+    )
+
+
+def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:
+    """Rows of the weight, as far as the scales of its blocks reach."""
+    rows, blocks = out.scale.shape[0], stored.blocks
+    return rows if blocks is None else min(rows, blocks.scale.shape[0] * blocks.block_rows - blocks.first_row)
+
+
+def _failure(name: str, status: int) -> Exception:
+    if status == _BAD_SIZE:
+        return ValueError(f"{name}: the native kernel refuses a dtype, or sizes that do not fit each other")
+    if status == _BAD_INDEX:
+        return ValueError(f"{name}: the native kernel refuses an index or a length beyond what it points into")
+    return MemoryError(f"{name}: no memory for the native kernel's scratch")
+
+
+class Pool:
+    """Threads that share out the work of one call at a time; calls from several Python threads take turns.
+
+    threads: how many work, the caller's included; None for torch's own number, which follows OMP_NUM_THREADS.
+    level: an instruction-set level by name; None for the best. Raises RuntimeError where there is no library, or the
+    level cannot run here.
+    """
+
+    def __init__(self, threads: int | None = None, level: str | None = None):
+        found = library()
+        if found is None:
+            raise RuntimeError(description())
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self.level = level or levels()[-1]
+        self._library = found
+        self.handle: int | None = found.npuq_pool_create(self.threads, level_index(found, self.level))
+        if self.handle is None:
+            raise RuntimeError(f"cannot start {self.threads} threads")
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Call `npuq_<name>` on this pool, with addresses as from `pointers.py`.
+
+        Raises MemoryError when its scratch cannot be had, ValueError when it refuses its arguments.
+        """
+        status = getattr(self._library, "npuq_" + name)(self.handle, *arguments)
+        if status:
+            raise _failure(name, status)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None) is not None:
+            self._library.npuq_pool_destroy(self.handle)
+            self.handle = None

@@ -1,0 +1,1 @@
+"""Threads: started, counted and ended so that no interruption leaves one behind."""

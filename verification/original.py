@@ -1,0 +1,40 @@
+"""What an artifact's weights are compared with: the source's, rewritten as the conversion rewrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..convert.plan.recipe import Transform
+from ..convert.rewriting import RewrittenSource, rotated
+from ..formats.dialects import WeightSource
+from ..models.architecture import Spec
+from ..models.inventory import take_inventory
+from .structure import Layout
+
+
+class Original:
+    """The float weights behind an artifact.
+
+    A rotation is computed again. Smoothing depends on calibration: the decoder layers it touched have nothing to be
+    compared with (`skipped` tensors of them).
+    """
+
+    def __init__(self, layout: Layout, source: WeightSource | None, manifest: Mapping[str, Any]):
+        transforms = manifest.get("transforms") or ()
+        self._source = source
+        self._smoothed = Transform.SMOOTH in transforms
+        self._layers = layout.config.num_hidden_layers
+        if source is not None and Transform.ROTATE in transforms:
+            inventory = take_inventory(layout.config, source.weights)
+            self._source = RewrittenSource(source.checkpoint, rotated(layout.config, inventory))
+        self.skipped = 0
+        if source is not None:
+            self.skipped = sum(self._is_smoothed(spec) for spec in layout.specs.values())
+
+    def of(self, spec: Spec) -> WeightSource | None:
+        """The source to compare a tensor with; None where there is none, or nothing to compare."""
+        return None if self._is_smoothed(spec) else self._source
+
+    def _is_smoothed(self, spec: Spec) -> bool:
+        return self._smoothed and spec.layer is not None and spec.layer < self._layers

@@ -1,0 +1,173 @@
+"""What `npuq evaluate --save` measured, kept with the artifact: in its manifest and in its model card.
+
+The results are a key of npuq/manifest.json and no file of their own: one rename stores them, so that at no moment the
+manifest vouches for other bytes than those on the disk, and a push sends them in its last commit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..convert.write.journal import locked_directory
+from ..convert.write.output import write_error, write_file
+from ..errors import ArtifactError
+from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
+from ..inputs.files import inside, is_inside, read_text
+from ..inputs.printable import printable
+
+if TYPE_CHECKING:
+    from ..runtime.evaluation import Evaluation
+    from ..runtime.layer_error import LayerError
+
+KEY = "evaluations"
+_HEADING = "## Evaluation\n"
+_NEXT_HEADING = "## Loading\n"
+_OPTIONAL = ("source_perplexity", "kl_divergence", "top1_agreement")
+_OF_A_LAYER = ("relative_error", "cosine", "own_relative_error", "own_cosine")
+
+
+def check_storable(artifact: Path) -> None:
+    """ArtifactError unless a result can be stored here: a finished artifact whose stored results and card can be read,
+    and not a snapshot in a hub's cache. To be asked before the hours that an evaluation takes.
+    """
+    if (artifact / MANIFEST_NAME).is_symlink():
+        raise ArtifactError(
+            f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
+            "evaluate that one and push it"
+        )
+    stored_evaluations(read_manifest(artifact))
+    _card(artifact)
+
+
+def store_evaluation(
+    artifact: Path,
+    result: Evaluation,
+    text: str,
+    text_sha256: str,
+    context: int,
+    layers: Sequence[LayerError] = (),
+    kv_cache_dtype: str = "auto",
+) -> bool:
+    """Store a result in the manifest and the card, in place of an earlier one on the same text, context and KV cache.
+    `text` is the text's name, `text_sha256` that of its bytes.
+
+    The errors of layers, where they were measured, go into the manifest alone, under the result's `layers`.
+    Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
+    ArtifactError for what is no finished artifact, and ConversionError when the disk refuses; what was stored before
+    stays then.
+    """
+    check_storable(artifact)
+    entry = {
+        "text": printable(text),
+        "text_sha256": text_sha256,
+        "context": context,
+        "tokens": result.tokens,
+        "perplexity": result.perplexity,
+        **{key: getattr(result, key) for key in _OPTIONAL},
+    }
+    if kv_cache_dtype != "auto":
+        entry["kv_cache_dtype"] = kv_cache_dtype
+    if layers:
+        entry["layers"] = [asdict(layer) for layer in layers]
+    try:
+        with locked_directory(artifact / OWN_FOLDER):
+            manifest = read_manifest(artifact)
+            entries = [old for old in stored_evaluations(manifest) if _identity(old) != _identity(entry)]
+            manifest[KEY] = [*entries, entry]
+            content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
+            write_file(artifact, MANIFEST_NAME, content)
+            before = _card(artifact)
+            shown = CARD_END in before.partition(CARD_BEGIN)[2]
+            if shown:
+                write_file(artifact, CARD_NAME, with_evaluations(before, manifest[KEY]).encode())
+    except OSError as error:
+        raise write_error(artifact, error) from error
+    return shown
+
+
+def _card(artifact: Path) -> str:
+    """The model card, empty where there is none. ArtifactError for one that cannot be read."""
+    if not is_inside(artifact, CARD_NAME):
+        return ""
+    return read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
+
+
+def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results that a manifest holds, oldest first; ArtifactError when they are damaged."""
+    entries = manifest.get(KEY, [])
+    if not isinstance(entries, list) or not all(_is_sound(entry) for entry in entries):
+        raise ArtifactError(f"{MANIFEST_NAME}: {KEY!r} is damaged; convert again, or remove the key")
+    return entries
+
+
+def evaluated_on(entry: Mapping[str, Any]) -> str:
+    """The text of a result, and its KV cache where that was not the usual one."""
+    return f"{entry['text']} ({entry['kv_cache_dtype']} KV cache)" if "kv_cache_dtype" in entry else str(entry["text"])
+
+
+def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    """The card with the results in npuq's section, between errors and loading; all else stays as it is."""
+    before, begin, rest = card.partition(CARD_BEGIN)
+    section, end, after = rest.partition(CARD_END)
+    if not (begin and end):
+        return card
+    head, heading, tail = section.partition(_NEXT_HEADING)
+    head = head.partition(_HEADING)[0].rstrip("\n") + "\n"
+    if entries:
+        head += f"\n{_HEADING}\n{_table(entries)}"
+    return f"{before}{begin}{head}\n{heading}{tail}{end}{after}"
+
+
+def _table(entries: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "Windows of so many tokens, each from nothing. KL divergence of the source's predictions from this artifact's,",
+        "in nats a token; top-1: how often both find the same token the likeliest.",
+        "",
+        "| text | sha256 | context | tokens | perplexity | source's | KL | top-1 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in entries:
+        name = evaluated_on(entry).replace("|", "\\|")
+        source, divergence, agreement = (entry.get(key) for key in _OPTIONAL)
+        lines.append(
+            f"| {name} | `{entry['text_sha256'][:16]}` | {entry['context']} | {entry['tokens']} | "
+            f"{entry['perplexity']:.3f} | {_number(source, '.3f')} | {_number(divergence, '.5f')} | "
+            f"{_number(agreement, '.2%')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    return entry["text_sha256"], entry["context"], entry.get("kv_cache_dtype")
+
+
+def _is_sound(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    texts = all(isinstance(entry.get(key), str) for key in ("text", "text_sha256"))
+    texts = texts and isinstance(entry.get("kv_cache_dtype", ""), str)
+    counts = all(isinstance(entry.get(key), int) for key in ("context", "tokens"))
+    numbers = [entry.get("perplexity"), *(entry[key] for key in _OPTIONAL if entry.get(key) is not None)]
+    layers = entry.get("layers", [])
+    if not isinstance(layers, list) or not all(map(_is_sound_layer, layers)):
+        return False
+    return texts and counts and all(map(_is_finite, numbers))
+
+
+def _is_sound_layer(layer: object) -> bool:
+    if not isinstance(layer, dict) or not isinstance(layer.get("layer"), int):
+        return False
+    return all(_is_finite(layer.get(key)) for key in _OF_A_LAYER)
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number)
