@@ -56,7 +56,7 @@ class View(Protocol):
 
 
 class TerminalProgress:
-    """`npuq.progress.Progress` as the options have it; notes are lines on stderr. Thread-safe, and a context manager."""
+    """`npuq.progress.Progress` as the options have it; notes are lines on stderr. Thread-safe, a context manager."""
 
     def __init__(self, form: str = "auto", quiet: bool = False):
         self._form = "none" if quiet else form

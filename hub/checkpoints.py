@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import CheckpointError, HubError
-from ..inputs.names import FileName
-from ..progress import Progress, Silent, Task
 from ..formats.artifact import MANIFEST_NAME
 from ..formats.checkpoint import CONFIG_NAME, read_weight_map, single_file
 from ..formats.side_files import is_read_beside_weights
+from ..inputs.names import FileName
+from ..progress import Progress, Silent, Task
 from .hub import Located
 from .listing import Listing, Wanted, as_listed
 from .pulling import BeforeWeights, fetch_all, total_bytes

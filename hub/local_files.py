@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError, HubError, NpuqError
+from ..formats.artifact import read_manifest
 from ..inputs.files import inside, read_bytes
 from ..inputs.names import FileName, Sha256
-from ..formats.artifact import read_manifest
 from .listing import Listing
 from .manifest import MANIFEST, MOST_MANIFEST_BYTES, manifest_files
 from .transfer.digests import content_holds, file_holds

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..errors import HubError, NpuqError
+from ..formats.artifact import FORMAT_VERSION, MANIFEST_NAME
 from ..inputs.json_text import parse_object
 from ..inputs.names import FileName, Sha256
-from ..formats.artifact import FORMAT_VERSION, MANIFEST_NAME
 from .listing import Wanted
 from .names import byte_count
 from .transfer.partial import PARTIAL_SUFFIX

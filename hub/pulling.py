@@ -9,9 +9,9 @@ from typing import Final
 
 from ..choices import HUBS
 from ..errors import HubError, NpuqError
+from ..formats.artifact import CARD_NAME, DESCRIPTION_NAME, MANIFEST_NAME
 from ..inputs.names import FileName
 from ..progress import Progress, Silent, Task
-from ..formats.artifact import CARD_NAME, DESCRIPTION_NAME, MANIFEST_NAME
 from .hub import Located, Place, Repository, open_hub
 from .listing import Listing, Wanted, as_listed
 from .manifest import MANIFEST, manifest_files

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from ..choices import HUBS
 from ..errors import ArtifactError, HubError
+from ..formats.artifact import CARD_NAME
 from ..inputs.files import inside, is_inside, read_text
 from ..inputs.names import FileName
 from ..progress import Progress, Silent, Task
-from ..formats.artifact import CARD_NAME
 from .card import merge_card
 from .hub import Repository, Upload, open_hub
 from .listing import Listing

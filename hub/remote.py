@@ -11,10 +11,10 @@ from typing import IO, Any, Final
 from torch import Tensor
 
 from ..errors import CheckpointError, HubError
-from ..inputs.names import FileName
-from ..progress import Silent
 from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..formats.safetensors import TensorInfo, parse_header
+from ..inputs.names import FileName
+from ..progress import Silent
 from .checkpoints import CONFIG, beside_weights, shard_names
 from .hub import Place, Repository
 from .huggingface.hub import HuggingFace

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..errors import HubError
-from ..inputs.names import FileName
 from ..formats.artifact import DESCRIPTION_NAME, OWN_FOLDER
+from ..inputs.names import FileName
 from .hub import Repository
 from .listing import Listing
 from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names

@@ -74,7 +74,7 @@ class _UnreadRetry(Retry):
             respect_retry_after_header=other.respect_retry_after_header,
         )
 
-    def increment(self, method: Any = None, url: Any = None, response: Any = None, *rest: Any, **named: Any) -> Retry:
+    def increment(self, method: Any = None, url: Any = None, response: Any = None, *rest: Any, **named: Any) -> Any:
         if response is not None:
             response.close()
         return super().increment(method, url, response, *rest, **named)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import HubError
+from ...formats.artifact import OWN_FOLDER
 from ...inputs.files import inside, read_bytes
 from ...inputs.json_text import parse_object
 from ...inputs.names import FileName, Sha256
 from ...inputs.printable import printable
-from ...formats.artifact import OWN_FOLDER
 from ..hub import Repository
 from ..listing import Listing, Wanted
 from ..manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from ...errors import CheckpointError
-from ...inputs.names import FileName
 from ...formats.safetensors import TensorInfo
+from ...inputs.names import FileName
 from ..names import Digest
 from .parallel import start_threads
 from .partial import PARTIAL_SUFFIX

@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from npuq.errors import NpuqError
 from npuq.hub import RemoteCheckpoint, ShardPusher, resolve
 from npuq.hub.transfer.retry import Backoff
 
-
 MARK = "npuq-hostile"  # in every path that a hostile value means
 QUICK = Backoff(attempts=2, first_seconds=0.001, most_seconds=0.001)
 Entry = Callable[[Path], object]
+pull, push = partial(npuq.pull, hub="modelscope"), partial(npuq.push, hub="modelscope")
 _TARGETS = itertools.count()
 
 
@@ -440,9 +441,9 @@ class TestModelScope:
         monkeypatch: pytest.MonkeyPatch,
     ) -> dict[str, Entry]:
         return {
-            "pull": lambda target: pull_modelscope(REPO, backoff=QUICK),
-            "pull to a folder": lambda target: pull_modelscope(REPO, target, backoff=QUICK),
-            "push": lambda target: push_modelscope(small, REPO, backoff=QUICK),
+            "pull": lambda target: pull(REPO, backoff=QUICK),
+            "pull to a folder": lambda target: pull(REPO, target, backoff=QUICK),
+            "push": lambda target: push(small, REPO, backoff=QUICK),
             "npuq pull": lambda target: command(capsys, monkeypatch, "pull", REPO, target, "--hub", "modelscope"),
         }
 

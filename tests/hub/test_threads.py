@@ -15,7 +15,7 @@ from support import REPO, alter, assert_pushed, contents, npuq_process, reseal, 
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, ShardPusher
+from npuq.hub import RemoteCheckpoint, ShardPusher, resolve
 from npuq.hub.transfer.parallel import in_order
 
 SOURCE = "alice/source"
@@ -69,7 +69,7 @@ def test_no_thread_at_all(hub: LoopbackHub, source: None, artifact: Path, tmp_pa
     for run in (
         lambda: npuq.push(artifact, REPO),
         lambda: ShardPusher(artifact, REPO),
-        lambda: npuq.pull(SOURCE, artifact_only=False),
+        lambda: resolve(SOURCE),
         lambda: RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window", revision="main"),
     ):
         with pytest.raises(HubError, match="can't start new thread"):
