@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import socket
 import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from faults import Fault
@@ -201,6 +203,9 @@ class TestSecrets:
         self, hub: LoopbackHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, password: str
     ) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint.replace("://", f"://alice:{password}@"))
+        # As the client asks then, a token or not.
+        login = base64.b64encode(f"alice:{unquote(password)}".encode()).decode()
+        hub.state.users[f"Basic {login}"] = hub.state.users[WRITER]
         summary = npuq.push(artifact, REPO, create_pr=True)
         assert summary.url == f"{hub.endpoint}/{REPO}"
         assert summary.pull_request == f"{hub.endpoint}/{REPO}/discussions/1"
