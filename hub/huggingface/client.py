@@ -196,13 +196,16 @@ class Client:
         found = _NEXT.search(answer.headers.get("Link", ""))
         if found is None:
             return None
-        # A mirror passes on what huggingface.co says of itself.
-        address = fix_hf_endpoint_in_url(urljoin(f"{self.endpoint}/", found[1]), self.endpoint)
-        ours, theirs = urlsplit(self.endpoint), urlsplit(address)
-        # The token goes with the request.
-        if (ours.scheme, ours.netloc) != (theirs.scheme, theirs.netloc):
+        try:
+            # A mirror passes on what huggingface.co says of itself.
+            address = fix_hf_endpoint_in_url(urljoin(f"{self.endpoint}/", found[1]), self.endpoint)
+            ours, theirs = urlsplit(self.endpoint), urlsplit(address)
+        except ValueError:
+            raise HubError(f"{self.repo}: the hub's listing goes on at what is no address") from None
+        # The token goes with the request, and with it the user's name and password that are in ours.
+        if (ours.scheme, _host(ours.netloc)) != (theirs.scheme, _host(theirs.netloc)):
             raise HubError(f"{self.repo}: the hub's listing goes on at another address; refusing to follow it")
-        return address
+        return theirs._replace(netloc=ours.netloc).geturl()
 
     def _reason(self, error: BaseException) -> HubError:
         if isinstance(error, HfHubHTTPError):
@@ -248,3 +251,7 @@ def _pieces(response: Any) -> Iterator[bytes]:
     """The body as it arrives, undecoded."""
     with faults.of_the_client():
         yield from response.iter_raw()
+
+
+def _host(netloc: str) -> str:
+    return netloc.rpartition("@")[2]

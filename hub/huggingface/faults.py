@@ -63,7 +63,10 @@ def asked_seconds(error: BaseException) -> float:
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
         return 0.0
     headers = error.response.headers
-    limit = parse_ratelimit_headers(headers)
+    try:
+        limit = parse_ratelimit_headers(headers)
+    except ValueError:  # numbers without end
+        limit = None
     if limit is not None and limit.remaining == 0:
         return float(min(limit.reset_in_seconds, 10**6)) + 1
     after = headers.get("Retry-After", "").strip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from audit import watched
 from loopback import LoopbackHub
-from loopback_modelscope import WRITER, LoopbackModelScope
+from loopback_modelscope import LoopbackModelScope
 from loopback_state import regular
-from support import MANIFEST, REPO, use_cache
+from support import MANIFEST, REPO, entry_of, files_of, use_cache
 
 import npuq
 from npuq.cli.main import main
@@ -51,16 +51,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "npuq").mkdir()
     names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "README.md"]
     (folder / MANIFEST).write_text(
-        json.dumps({"format_version": 1, "files": {name: entry(folder / name) for name in names}})
+        json.dumps({"format_version": 1, "files": {name: entry_of((folder / name).read_bytes()) for name in names}})
     )
     return folder
-
-
-def entry(path: Path) -> dict[str, Any]:
-    import hashlib
-
-    content = path.read_bytes()
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def paths(victim: Path) -> list[Any]:
@@ -162,7 +155,7 @@ def entries(
 
     def push_shards(target: Path) -> None:
         pusher = ShardPusher(small, REPO, backoff=QUICK)
-        pusher.add("model-1.safetensors", entry(small / "model-1.safetensors")["sha256"])
+        pusher.add("model-1.safetensors", entry_of((small / "model-1.safetensors").read_bytes())["sha256"])
         pusher.finish()
 
     def called(*arguments: object) -> Entry:
@@ -196,7 +189,7 @@ HERE = object()
 @pytest.fixture
 def there(hub: LoopbackHub, small: Path) -> dict[str, bytes]:
     """The small artifact, on the hub; returns its files."""
-    files = {str(path.relative_to(small)): path.read_bytes() for path in small.rglob("*") if path.is_file()}
+    files = files_of(small)
     hub.state.put(REPO, files)
     return files
 
@@ -267,7 +260,6 @@ def test_commits(
     hub.say = changed(r"/revision/|/models/[^/]+/[^/]+$", lambda answer: {**answer, "sha": value})
     run_all(entries, tmp_path, victim)
     hub.say = changed("/commit/", lambda answer: {**answer, "commitOid": value})
-    (Path(hub.state.folder) / "x").unlink(missing_ok=True)
     hub.state.put(REPO, {"config.json": b'{"a": 1}'})
     run_all({"push": entries["push"]}, tmp_path, victim)
 
@@ -328,12 +320,6 @@ def test_hashes_and_sizes_in_a_manifest(
 
 
 BIG = b"EVIL" * (5 << 18)
-
-
-def entry_of(content: bytes) -> dict[str, Any]:
-    import hashlib
-
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.mark.parametrize(
@@ -420,19 +406,6 @@ class TestFolder:
 
 class TestModelScope:
     @pytest.fixture
-    def scope(self, tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackModelScope]:
-        server = LoopbackModelScope()
-        for name, value in {"ENDPOINT": server.endpoint, "API_TOKEN": WRITER, "HOME": tmp_path / "ms"}.items():
-            monkeypatch.setenv(f"MODELSCOPE_{name}", str(value))
-        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms-cache"))
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        server.repos[REPO] = {
-            str(path.relative_to(small)): path.read_bytes() for path in small.rglob("*") if path.is_file()
-        }
-        yield server
-        server.stop()
-
-    @pytest.fixture
     def runs(
         self,
         scope: LoopbackModelScope,
@@ -440,6 +413,7 @@ class TestModelScope:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> dict[str, Entry]:
+        scope.repos[REPO] = files_of(small)
         return {
             "pull": lambda target: pull(REPO, backoff=QUICK),
             "pull to a folder": lambda target: pull(REPO, target, backoff=QUICK),

@@ -16,7 +16,7 @@ from faults import Fault
 from huggingface_hub import HfApi, constants
 from loopback import LoopbackHub
 from loopback_state import WRITER
-from support import REPO, alter, reseal, shards
+from support import REPO, alter, files_of, reseal, shards
 
 import npuq
 from npuq.errors import HubError
@@ -52,8 +52,8 @@ PULL = ["/revision/", "/tree/", "/resolve/"]
 
 @pytest.fixture
 def runs(hub: LoopbackHub, artifact: Path, example_fp8: Path, tmp_path: Path) -> dict[str, Callable[[], object]]:
-    hub.state.put("alice/source", {path.name: path.read_bytes() for path in example_fp8.iterdir()})
-    files = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    hub.state.put("alice/source", files_of(example_fp8))
+    files = files_of(artifact)
     hub.state.put("alice/pushed", files)
     # What is pushed is not there yet.
     alter(shards(artifact)[0])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from faults import Fault
-from loopback_modelscope import READER, WRITER, LoopbackModelScope
+from loopback_modelscope import READER, LoopbackModelScope
 from support import CARD, MANIFEST, REPO, alter, contents, files_of, kill_when, npuq_process, npuq_run, reseal, shards
 
 import npuq
@@ -24,19 +23,6 @@ from npuq.hub.transfer import limits
 from npuq.hub.transfer.retry import Backoff
 
 pull, push = partial(npuq.pull, hub="modelscope"), partial(npuq.push, hub="modelscope")
-
-
-@pytest.fixture
-def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackModelScope]:
-    server = LoopbackModelScope()
-    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.endpoint)
-    monkeypatch.setenv("MODELSCOPE_API_TOKEN", WRITER)
-    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "ms-home"))
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms-cache"))
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
-    yield server
-    server.stop()
 
 
 def assert_there(scope: LoopbackModelScope, artifact: Path) -> None:
@@ -130,6 +116,13 @@ def test_one_bad_file_stops_no_other(scope: LoopbackModelScope, artifact: Path) 
     assert MANIFEST not in there
     with pytest.raises(HubError, match="a push to it is not finished"):
         pull(REPO)
+    push(artifact, REPO)
+    assert_there(scope, artifact)
+
+
+def test_what_somebody_else_damaged_is_pushed_again(scope: LoopbackModelScope, artifact: Path) -> None:
+    push(artifact, REPO)
+    scope.repos[REPO][shards(artifact)[0].name] = b"theirs"
     push(artifact, REPO)
     assert_there(scope, artifact)
 
@@ -283,7 +276,10 @@ def test_a_folder_of_the_users_is_not_made_another_artifact(
             "asked for bytes from 0, the hub answered 206",
         ),
         (Fault(r"GET .*/repo$", times=10**6, sent_headers={"Content-Encoding": "gzip"}), "sends it compressed"),
-        (Fault(r"GET .*/repo$", corrupt=5, times=10**6), r"manifest\.json is not what .* the hub lists \(its hash differs\)"),
+        (
+            Fault(r"GET .*/repo$", corrupt=5, times=10**6),
+            r"manifest\.json is not what .* the hub lists \(its hash differs\)",
+        ),
     ],
     ids=["longer", "without end", "of another place", "compressed", "corrupt"],
 )

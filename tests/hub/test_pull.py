@@ -40,12 +40,6 @@ from npuq.hub.transfer.retry import Backoff
 SHARD = "model-00002-of"
 
 
-@pytest.fixture
-def pushed(hub: LoopbackHub, artifact: Path) -> Path:
-    hub.state.put(REPO, files_of(artifact))
-    return artifact
-
-
 FAULTS = {
     "500 on the branch": Fault("/revision/main", status=500),
     "500 on the manifest": Fault(f"resolve/.*{MANIFEST}", status=500),
@@ -449,7 +443,7 @@ class TestByName:
 
     def test_what_modelslim_quantized(self, hub: LoopbackHub, artifact: Path, tmp_path: Path) -> None:
         theirs = as_modelslim(artifact, tmp_path / "theirs")
-        hub.state.put("alice/theirs", {path.name: path.read_bytes() for path in theirs.iterdir()})
+        hub.state.put("alice/theirs", files_of(theirs))
         fetched = resolve("alice/theirs")
         assert sorted(path.name for path in fetched.iterdir()) == sorted(path.name for path in theirs.iterdir())
         assert npuq.verify(fetched).problems == ()

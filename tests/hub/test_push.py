@@ -82,6 +82,15 @@ def test_a_stored_evaluation_costs_manifest_and_card(hub: LoopbackHub, artifact:
     assert f"| text.txt | `{stored['text_sha256'][:16]}` | 64 |" in (pulled / CARD).read_text()
 
 
+def test_what_somebody_else_damaged_is_pushed_again(hub: LoopbackHub, artifact: Path) -> None:
+    """The manifest goes away meanwhile, and comes back although it is the same."""
+    npuq.push(artifact, REPO)
+    hub.state.put(REPO, {shards(artifact)[0].name: b"x" * (2 << 20)})
+    npuq.push(artifact, REPO)
+    assert_pushed(hub, artifact)
+    assert contents(npuq.pull(REPO)) == contents(artifact)
+
+
 def test_multipart_transfer(hub: LoopbackHub, artifact: Path) -> None:
     hub.multipart_from = 1 << 20
     hub.part_size = 300_000
@@ -356,3 +365,17 @@ class TestCard:
             HubError, match=r"README\.md in alice/tiny-w4a8: its front matter: not valid YAML: .*repair"
         ):
             npuq.push(artifact, REPO)
+
+    def test_the_base_model_of_a_local_source(self, hub: LoopbackHub, artifact: Path) -> None:
+        theirs = "---\nbase_model: someone/old\nlicense: mit\n---\n"
+        hub.state.put(REPO, {CARD: theirs.encode()})
+        npuq.push(artifact, REPO)
+        assert "base_model: someone/old\n" in hub.state.files(REPO)[CARD].decode()
+        done = npuq_run("push", artifact, REPO, "--no-verify", "--base-model", "someone/a-model")
+        assert done.returncode == 0, done.stderr
+        card = hub.state.files(REPO)[CARD].decode()
+        assert "base_model: someone/a-model\n" in card
+        assert "base_model_relation: quantized\n" in card
+        assert "license: mit\n" in card
+        with pytest.raises(HubError, match="write it as user/name"):
+            npuq.push(artifact, REPO, base_model="no-owner")

@@ -19,7 +19,7 @@ import pytest
 from faults import Fault
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
-from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, kill_when, npuq_process, npuq_run
+from support import MANIFEST, REPO, as_modelslim, assert_pushed, contents, files_of, kill_when, npuq_process, npuq_run
 
 import npuq
 from npuq.convert import convert_checkpoint
@@ -36,7 +36,7 @@ WINDOW = 2_500_000  # an eighth of the checkpoint
 def source(hub: LoopbackHub, example_fp8: Path) -> str:
     """The shipped checkpoint on the hub; returns the commit."""
     card = b"---\nlicense: mit\n---\n# Source\n"
-    files = {path.name: path.read_bytes() for path in example_fp8.iterdir()}
+    files = files_of(example_fp8)
     return hub.state.put(SOURCE, {**files, "README.md": card}).sha
 
 
@@ -123,7 +123,7 @@ def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Pa
     """Its files have other names, and neither manifest nor tables."""
     convert_checkpoint(example_fp8, tmp_path / "ours", **OPTIONS)  # type: ignore[arg-type]
     theirs = as_modelslim(tmp_path / "ours", tmp_path / "theirs")
-    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in theirs.iterdir()})
+    hub.state.put(SOURCE, files_of(theirs))
     convert_checkpoint(theirs, tmp_path / "local", max_shard_size=2_000_000)
     with remote(tmp_path / "out") as checkpoint:
         summary = convert_checkpoint(checkpoint, tmp_path / "out", max_shard_size=2_000_000)
@@ -153,7 +153,7 @@ def test_both_ways_leave_the_same_files(hub: LoopbackHub, example_fp8: Path, tmp
     for name in (*beside, *others):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(name)
-    files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    files = files_of(directory)
     hub.state.put(SOURCE, files)
     convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
     with remote(tmp_path / "streamed") as checkpoint:
@@ -179,7 +179,7 @@ def test_shards_of_one_name_in_two_folders(hub: LoopbackHub, example_fp8: Path, 
             index["weight_map"] = {name: renamed[shard] for name, shard in index["weight_map"].items()}
             content = json.dumps(index).encode()
         (directory / renamed.get(path.name, path.name)).write_bytes(content)
-    files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    files = files_of(directory)
     hub.state.put(SOURCE, files)
     convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
     with remote(tmp_path / "streamed") as checkpoint:
@@ -426,7 +426,7 @@ def test_a_tied_head_passes_by_with_the_embedding(hub: LoopbackHub, example_fp8:
     save_file(tensors, shard, metadata={"format": "pt"})
     index_path.write_text(json.dumps(index))
     config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"tie_word_embeddings": True}))
-    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in directory.iterdir()})
+    hub.state.put(SOURCE, files_of(directory))
     convert_checkpoint(directory, tmp_path / "disk", **OPTIONS)  # type: ignore[arg-type]
     with remote(tmp_path / "out") as checkpoint:
         convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
