@@ -22,8 +22,7 @@ def merge_card(existing: str | None, generated: str, repo: str, base_model: str 
     """
     ours_front, ours_body = _split(generated, "the artifact's README.md")
     if base_model is not None:
-        ours_front = {"base_model": base_model, "base_model_relation": "quantized", **ours_front}
-        ours_front["base_model"] = base_model
+        ours_front |= {"base_model": str(base_model), "base_model_relation": "quantized"}
     section = _section(ours_body).replace(CARD_PATH, repo)
     if existing is None or not existing.strip():
         return _join(ours_front, f"\n{section}\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import support
 from faults import Fault
 from huggingface_hub import HfApi, constants
 from loopback import LoopbackHub
@@ -117,7 +118,7 @@ def test_an_endpoint_that_is_none(
 def test_a_certificate_that_is_not_accepted(hub: LoopbackHub, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that a server signed itself: asking again would not help."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(Path(__file__).parent / "self_signed.pem")
+    context.load_cert_chain(Path(support.__file__).parent / "self_signed.pem")
     asked: list[object] = []
 
     def serve(listener: socket.socket) -> None:

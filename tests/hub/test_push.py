@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from fault_tables import PUSH
 from faults import Fault
 from loopback import LoopbackHub
 from loopback_state import User
@@ -99,29 +100,7 @@ def test_multipart_transfer(hub: LoopbackHub, artifact: Path) -> None:
     assert_pushed(hub, artifact)
 
 
-# Every route of a push, failing once or twice in every way: each run must end as if nothing had happened.
-FAULTS = {
-    "500 on whoami": Fault("whoami", status=500),
-    "500 on create": Fault("repos/create", status=500),
-    "500 on the tree": Fault("/tree/", status=500),
-    "500 on preupload": Fault("/preupload/", after=1, status=500),
-    "503 on the LFS batch": Fault("objects/batch", after=2, status=503, times=2),
-    "500 on an upload": Fault("^PUT /lfs/", after=1, status=500),
-    "403 on an upload, its address expired": Fault("^PUT /lfs/", after=1, status=403),
-    "reset amid an upload": Fault("^PUT /lfs/", after=2, reset_after=700_000),
-    "reset before an upload's answer": Fault("^PUT /lfs/", after=1, lose_response=True),
-    "500 on verify": Fault("objects/verify", status=500),
-    "500 on the first commit": Fault("/commit/", status=500),
-    "500 on the last commit": Fault("/commit/", after=2, status=500),
-    "reset amid a commit": Fault("/commit/", after=2, reset_after=1000),
-    "the first commit's answer lost": Fault("/commit/", lose_response=True),
-    "the weights' commit's answer lost": Fault("/commit/", after=1, lose_response=True),
-    "the last commit's answer lost": Fault("/commit/", after=2, lose_response=True),
-    "429 with Retry-After": Fault("^PUT /lfs/", status=429, headers={"Retry-After": "0"}),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("fault", PUSH.values(), ids=PUSH.keys())
 def test_a_fault_is_survived(hub: LoopbackHub, artifact: Path, backoff: Backoff, fault: Fault) -> None:
     hub.faults.add(fault)
     summary = npuq.push(artifact, REPO, backoff=backoff)

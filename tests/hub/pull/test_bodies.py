@@ -206,10 +206,11 @@ def test_a_next_page_that_is_no_address(hub: LoopbackHub, pushed: Path, address:
         npuq.pull(REPO)
 
 
-def test_a_wait_that_is_no_number(hub: LoopbackHub, pushed: Path, backoff: Backoff) -> None:
+@pytest.mark.parametrize(("status", "said"), [(429, "is not understood"), (503, "the hub keeps failing")])
+def test_a_wait_that_is_no_number(hub: LoopbackHub, pushed: Path, backoff: Backoff, status: int, said: str) -> None:
     endless = {"ratelimit": f'"api";r=0;t={"9" * 5000}', "Retry-After": "9" * 5000}
-    hub.faults.add(Fault("/tree/", status=429, headers=endless, times=ALWAYS))
-    with pytest.raises(HubError, match="limits this user's requests"):
+    hub.faults.add(Fault("/tree/", status=status, headers=endless, times=ALWAYS))
+    with pytest.raises(HubError, match=said):
         npuq.pull(REPO, backoff=backoff)
 
 
