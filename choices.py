@@ -7,6 +7,9 @@ from typing import Final
 BACKENDS: Final = ("auto", "cpu", "reference", "ascend")
 KV_CACHE_DTYPES: Final = ("auto", "int8")
 HUBS: Final = ("huggingface", "modelscope")
+COMPUTE_DTYPES: Final = ("float32", "bfloat16")
+ENGINES: Final = ("vllm-ascend", "sglang")
+PROGRESS_FORMS: Final = ("auto", "bar", "lines", "json", "none")
 
-CHAT_ARGUMENTS: Final = frozenset({"messages", "system", "tools", "documents", "chat_template"})
-"""What a chat template is given by arguments of their own, and so not among its other variables."""
+TEMPLATE_ARGUMENTS: Final = frozenset({"messages", "system", "tools", "documents", "chat_template"})
+"""Names that a chat template's other variables cannot have: each is an argument of its own."""
