@@ -124,8 +124,8 @@ def _rows(count: int) -> Quantized:
 def measure_products(weights: _Weights, level: str, threads: int, repeat: int, limits: Limits) -> list[Row]:
     """One token (bound by reading) and a prompt (bound by arithmetic)."""
     ops = NativeOps(threads=threads, level=level)
-    experts, dense = ops.w4a8_experts(weights.experts), ops.w8a8_linear([weights.dense])
-    head = ops.float_linear([weights.head])
+    experts, dense = ops.weights.w4a8_experts(weights.experts), ops.weights.w8a8_linear([weights.dense])
+    head = ops.weights.float_linear([weights.head])
 
     def read(what: str, nbytes: int, work: Callable[[], object]) -> Row:
         rate = nbytes / best(work, repeat)
@@ -141,15 +141,17 @@ def measure_products(weights: _Weights, level: str, threads: int, repeat: int, l
     prompt, prompt_rows = _rows(PROMPT), _rows(EXPERTS * spread)
     expert_bytes, dense_rows = EXPERTS * INTERMEDIATE * HIDDEN, weights.dense.weight.shape[0]
     return [
-        read("W4A8 experts, one token each", expert_bytes, lambda: ops.grouped_matmul(token_rows, experts, one)),
-        read("W8A8, one token", dense_rows * HIDDEN, lambda: ops.linear(token, dense)),
-        read("bf16 head, one token", weights.head.nbytes, lambda: ops.linear(x, head)),
+        read(
+            "W4A8 experts, one token each", expert_bytes, lambda: ops.products.grouped_matmul(token_rows, experts, one)
+        ),
+        read("W8A8, one token", dense_rows * HIDDEN, lambda: ops.products.linear(token, dense)),
+        read("bf16 head, one token", weights.head.nbytes, lambda: ops.products.linear(x, head)),
         compute(
             f"W4A8 experts, {spread} tokens each",
             2 * expert_bytes * spread,
-            lambda: ops.grouped_matmul(prompt_rows, experts, one * spread),
+            lambda: ops.products.grouped_matmul(prompt_rows, experts, one * spread),
         ),
-        compute(f"W8A8, {PROMPT} tokens", dense_rows * HIDDEN * PROMPT, lambda: ops.linear(prompt, dense)),
+        compute(f"W8A8, {PROMPT} tokens", dense_rows * HIDDEN * PROMPT, lambda: ops.products.linear(prompt, dense)),
     ]
 
 
@@ -160,10 +162,10 @@ def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> 
     table = torch.arange(KEYS // block, dtype=torch.int32)[None]
     decode, operations, found = Decode((1,), (KEYS,), table), KEYS * heads * (2 * latent + rope), []
     for name, scales in (("bf16", None), ("int8", [torch.full((latent,), 0.03)])):
-        (cache,) = ops.new_kv_cache(1, KEYS // block, block, latent, rope, scales)
+        (cache,) = ops.attention.new_kv_cache(1, KEYS // block, block, latent, rope, scales)
         cache.latent.random_(-100, 100)
         cache.rope.normal_()
-        attend = partial(ops.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
+        attend = partial(ops.attention.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
         rate = operations / best(attend, max(3, repeat // 5))
         what = f"absorbed attention, {KEYS} keys, {name} cache"
         found.append(Row(level, what, rate / 1e9, "GMAC/s", rate / limits.floats, "torch float32"))

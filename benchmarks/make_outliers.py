@@ -71,7 +71,7 @@ def rewrite_of(name: str, config: ModelConfig, draw: Draw) -> Rewrite:
     if match is None:
         return Rewrite()
     layer, place = match.groups()
-    hidden, lora, heads = config.hidden_size, config.kv_lora_rank, config.num_attention_heads
+    hidden, lora, heads = config.hidden_size, config.attention.kv_lora_rank, config.attention.heads
 
     def factors(what: str, size: int) -> Tensor:
         return draw.factors(layer + what, size)
@@ -80,18 +80,18 @@ def rewrite_of(name: str, config: ModelConfig, draw: Draw) -> Rewrite:
         return Rewrite(rows=factors("attention_in", hidden))
     if place in ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"):
         return Rewrite(columns=1 / factors("attention_in", hidden))
-    if place == "self_attn.q_a_layernorm" and config.q_lora_rank is not None:
-        return Rewrite(rows=factors("q_lora", config.q_lora_rank))
-    if place == "self_attn.q_b_proj" and config.q_lora_rank is not None:
-        return Rewrite(columns=1 / factors("q_lora", config.q_lora_rank))
+    if place == "self_attn.q_a_layernorm" and config.attention.q_lora_rank is not None:
+        return Rewrite(rows=factors("q_lora", config.attention.q_lora_rank))
+    if place == "self_attn.q_b_proj" and config.attention.q_lora_rank is not None:
+        return Rewrite(columns=1 / factors("q_lora", config.attention.q_lora_rank))
     if place == "self_attn.kv_a_layernorm":
         return Rewrite(rows=factors("kv_lora", lora))
     if place == "self_attn.kv_b_proj":
-        value = factors("value", heads * config.v_head_dim).view(heads, config.v_head_dim)
-        rows = torch.cat([torch.ones(heads, config.qk_nope_head_dim), value], dim=1).flatten()
+        value = factors("value", heads * config.attention.v_head_dim).view(heads, config.attention.v_head_dim)
+        rows = torch.cat([torch.ones(heads, config.attention.qk_nope_head_dim), value], dim=1).flatten()
         return Rewrite(rows, 1 / factors("kv_lora", lora))
     if place == "self_attn.o_proj":
-        return Rewrite(columns=1 / factors("value", heads * config.v_head_dim))
+        return Rewrite(columns=1 / factors("value", heads * config.attention.v_head_dim))
     if place == "post_attention_layernorm":
         return Rewrite(rows=factors("mlp_in", hidden))
     if place == "mlp.gate" or place.endswith("gate_proj"):
@@ -100,7 +100,9 @@ def rewrite_of(name: str, config: ModelConfig, draw: Draw) -> Rewrite:
         mlp, _, projection = place.rpartition(".")
         width = config.intermediate_size
         if mlp != "mlp":
-            width = config.moe_intermediate_size * (config.n_shared_experts if mlp == "mlp.shared_experts" else 1)
+            assert config.moe is not None
+            shared = mlp == "mlp.shared_experts"
+            width = config.moe.shared_intermediate_size if shared else config.moe.moe_intermediate_size
         middle = factors(f"{mlp}.up", width)
         if projection == "down_proj":
             return Rewrite(columns=1 / middle)

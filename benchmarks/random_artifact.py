@@ -53,35 +53,35 @@ _POOL_BYTES = 64 << 20
 
 def linears(config: ModelConfig) -> Iterator[tuple[str, Scheme, tuple[int, ...]]]:
     """Every weight of a model that the runtime reads: name, scheme and logical shape."""
-    hidden, heads, lora = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    hidden, heads, lora = config.hidden_size, config.attention.heads, config.attention.kv_lora_rank
     yield "model.embed_tokens.weight", Scheme.FLOAT, (config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
-        q_width = heads * config.qk_head_dim
+        q_width = heads * config.attention.qk_head_dim
         yield f"{prefix}.input_layernorm.weight", Scheme.FLOAT, (hidden,)
-        if config.q_lora_rank is None:
+        if config.attention.q_lora_rank is None:
             yield f"{attention}.q_proj.weight", Scheme.W8A8, (q_width, hidden)
         else:
-            yield f"{attention}.q_a_proj.weight", Scheme.W8A8, (config.q_lora_rank, hidden)
-            yield f"{attention}.q_a_layernorm.weight", Scheme.FLOAT, (config.q_lora_rank,)
-            yield f"{attention}.q_b_proj.weight", Scheme.W8A8, (q_width, config.q_lora_rank)
-        yield f"{attention}.kv_a_proj_with_mqa.weight", Scheme.W8A8, (lora + config.qk_rope_head_dim, hidden)
+            yield f"{attention}.q_a_proj.weight", Scheme.W8A8, (config.attention.q_lora_rank, hidden)
+            yield f"{attention}.q_a_layernorm.weight", Scheme.FLOAT, (config.attention.q_lora_rank,)
+            yield f"{attention}.q_b_proj.weight", Scheme.W8A8, (q_width, config.attention.q_lora_rank)
+        yield f"{attention}.kv_a_proj_with_mqa.weight", Scheme.W8A8, (lora + config.attention.qk_rope_head_dim, hidden)
         yield f"{attention}.kv_a_layernorm.weight", Scheme.FLOAT, (lora,)
-        kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        kv_width = heads * (config.attention.qk_nope_head_dim + config.attention.v_head_dim)
         yield f"{attention}.kv_b_proj.weight", Scheme.FLOAT, (kv_width, lora)
-        yield f"{attention}.o_proj.weight", Scheme.W8A8, (hidden, heads * config.v_head_dim)
+        yield f"{attention}.o_proj.weight", Scheme.W8A8, (hidden, heads * config.attention.v_head_dim)
         yield f"{prefix}.post_attention_layernorm.weight", Scheme.FLOAT, (hidden,)
-        if not config.is_moe_layer(layer):
+        moe = config.moe_at(layer)
+        if moe is None:
             yield from _mlp(f"{prefix}.mlp", Scheme.W8A8, config.intermediate_size, hidden)
             continue
-        yield f"{prefix}.mlp.gate.weight", Scheme.FLOAT, (config.n_routed_experts, hidden)
-        if config.topk_method == "noaux_tc":
-            yield f"{prefix}.mlp.gate.e_score_correction_bias", Scheme.FLOAT, (config.n_routed_experts,)
-        width = config.moe_intermediate_size
-        yield from _mlp(f"{prefix}.mlp.shared_experts", Scheme.W8A8, width * config.n_shared_experts, hidden)
-        for expert in range(config.n_routed_experts):
-            yield from _mlp(f"{prefix}.mlp.experts.{expert}", Scheme.W4A8, width, hidden)
+        yield f"{prefix}.mlp.gate.weight", Scheme.FLOAT, (moe.n_routed_experts, hidden)
+        if moe.has_router_bias:
+            yield f"{prefix}.mlp.gate.e_score_correction_bias", Scheme.FLOAT, (moe.n_routed_experts,)
+        yield from _mlp(f"{prefix}.mlp.shared_experts", Scheme.W8A8, moe.shared_intermediate_size, hidden)
+        for expert in range(moe.n_routed_experts):
+            yield from _mlp(f"{prefix}.mlp.experts.{expert}", Scheme.W4A8, moe.moe_intermediate_size, hidden)
     yield "model.norm.weight", Scheme.FLOAT, (hidden,)
     yield "lm_head.weight", Scheme.FLOAT, (config.vocab_size, hidden)
 

@@ -35,7 +35,7 @@ from npuq.formats.schemes import Scheme
 from npuq.models.config import ModelConfig
 from npuq.native.binding import description
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
-from npuq.runtime.ops import MlpWeights, MoeWeights, Ops
+from npuq.runtime.ops import MoeWeights, Ops
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
@@ -188,23 +188,23 @@ def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: C
 def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
     """Runs a step, and says how many experts each of its layers sent a token to."""
     found: list[int] = []
-    run = ops.moe
+    run = ops.routing.moe
 
-    def counted(hidden: Tensor, weights: MoeWeights, shared: MlpWeights | None) -> Tensor:
-        found.append(len(ops.moe_gate(hidden, weights)[1].unique()))
-        return run(hidden, weights, shared)
+    def counted(hidden: Tensor, weights: MoeWeights) -> Tensor:
+        found.append(len(ops.routing.moe_gate(hidden, weights)[1].unique()))
+        return run(hidden, weights)
 
-    ops.moe = counted  # type: ignore[method-assign]
+    ops.routing.moe = counted  # type: ignore[method-assign]
     try:
         step()
     finally:
-        ops.moe = run  # type: ignore[method-assign]
+        ops.routing.moe = run  # type: ignore[method-assign]
     return found
 
 
 def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
     """Bytes of weights, scales and cached keys that a decode step reads: of routed experts those it really ran."""
-    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    cached = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
     total = 2.0 * sequences * measured.keys * cached * config.num_hidden_layers
     for name, scheme, shape in linears(config):
         numel = torch.Size(shape).numel()
@@ -219,7 +219,7 @@ def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
 
 def integer_shapes(config: ModelConfig, prompt: int) -> Counter[tuple[int, int, int]]:
     """How many integer products [rows, K] × [K, N] a prompt takes, by (rows, K, N); experts share its tokens evenly."""
-    spread = prompt * config.num_experts_per_tok // max(1, config.n_routed_experts)
+    spread = prompt if config.moe is None else config.moe.tokens_of_expert(prompt)
     found: Counter[tuple[int, int, int]] = Counter()
     for name, scheme, shape in linears(config):
         if scheme is not Scheme.FLOAT:

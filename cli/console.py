@@ -9,18 +9,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TextIO, TypeVar
 
 import click
 
+from ..errors import NpuqError
 from ..inputs.printable import printable, printable_json
 from ..units import format_bytes
 
 __all__ = [
     "JSON_SCHEMA",
+    "OutputError",
     "Settings",
+    "complain",
     "emit_error",
     "emit_json",
+    "flush",
     "format_bytes",
     "json_option",
     "one_line",
@@ -28,7 +32,9 @@ __all__ = [
     "say",
     "show",
     "size",
+    "take_no_more",
     "work_is_done",
+    "write",
 ]
 
 # The number of what --json prints: raised when a key changes its meaning or goes. docs/json.md lists them.
@@ -41,7 +47,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 def parse_size(text: str) -> int:
     """Bytes from `5GB`, `512MiB`, `1e9` or `4096`; ValueError otherwise."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS or not 0 < float(match[1]) * _UNITS[match[2]] < 2**63:
+    if match is None or match[2] not in _UNITS or not 1 <= float(match[1]) * _UNITS[match[2]] < 2**63:
         raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 4096")
     return int(float(match[1]) * _UNITS[match[2]])
 
@@ -58,9 +64,18 @@ def size(text: str | int) -> int:
 class Settings:
     """What the options that all commands share say, for whoever ends the command."""
 
+    command: str = ""
     traceback: bool = False
     json: bool = False
     emitted: bool = False  # a JSON document is on stdout
+
+
+class OutputError(NpuqError):
+    """stdout takes no more: its reader is gone, its disk is full."""
+
+    def __init__(self, cause: OSError):
+        super().__init__(f"stdout takes no more: {cause.strerror or cause}")
+        self.reader_is_gone = isinstance(cause, BrokenPipeError)
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -104,12 +119,20 @@ def _emit(value: Any) -> None:
     except UnicodeEncodeError:
         # What the stream cannot hold must be JSON's own escapes, not those of its error handler.
         text = json.dumps(value, indent=2, allow_nan=False)
-    click.echo(text)
+    write(f"{text}\n")
 
 
 def show(*lines: object) -> None:
     """Lines on stdout. What they quote cannot command a terminal, and does not fill it."""
-    click.echo("\n".join(one_line(str(line)) for line in lines))
+    write("".join(f"{one_line(str(line))}\n" for line in lines))
+
+
+def write(text: str) -> None:
+    """Text on stdout, at once and as it is. OutputError when stdout refuses."""
+    try:
+        click.echo(text, nl=False)
+    except OSError as cause:
+        raise OutputError(cause) from cause
 
 
 def one_line(text: str) -> str:
@@ -126,20 +149,33 @@ def work_is_done() -> Iterator[None]:
     stderr, and does not turn success into a failure."""
     try:
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        say(f"npuq: the work is done, but stdout takes no more: {error.strerror or error}")
-        with suppress(OSError, ValueError):
-            # What is left in its buffer would fail again when Python exits.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+    except OutputError as error:
+        say(f"npuq: the work is done, but {error}")
+        take_no_more(sys.stdout)
 
 
 def say(text: str) -> None:
     """One line on stderr, if that can be had."""
+    complain(f"{one_line(text)}\n")
+
+
+def complain(text: str) -> None:
+    """Printable text on stderr, if that can be had."""
+    with suppress(OSError, ValueError):  # its reader is gone, its disk full; it was closed
+        click.echo(printable(text, keep="\n"), err=True, nl=False)
+
+
+def flush(stream: TextIO) -> None:
+    """Write out what a stream has kept, if it takes that."""
     try:
-        click.echo(one_line(text), err=True)
-    except (OSError, ValueError):  # its reader is gone, its disk full; it was closed
-        return
+        stream.flush()
+    except (OSError, ValueError):
+        take_no_more(stream)
+
+
+def take_no_more(stream: TextIO) -> None:
+    """Lead a stream that refuses to nowhere: what is left in its buffer would fail again when Python exits."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..choices import BACKENDS, KV_CACHE_DTYPES
 from .console import emit_json, json_option, say, show
 from .progress import TerminalProgress, progress_options
 
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 @click.option("--source", type=click.Path(path_type=Path), help="The float checkpoint that MODEL was converted from.")
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a window.")
 @click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
-@click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "int8"]),
+    type=click.Choice(KV_CACHE_DTYPES),
     default="auto",
     show_default=True,
     help="int8: MODEL attends to an int8 cache, throughout.",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
 from ..errors import GenerationError
-from ..inputs.files import read_given_bytes
+from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .console import emit_json, json_option, say, size
+from .console import emit_json, json_option, say, size, write
 from .sampling import given_options, notes, sampling_options
 
 if TYPE_CHECKING:
@@ -45,18 +46,18 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help="End before this text, or at this special token; may be repeated.",
 )
-@click.option("--backend", type=click.Choice(["auto", "cpu", "reference", "ascend"]), default="auto", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Compute dtype; default: the backend's own.")
+@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; default: the backend's own.")
 @click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "int8"]),
+    type=click.Choice(KV_CACHE_DTYPES),
     default="auto",
     show_default=True,
     help="int8: a smaller cache, for artifacts that were calibrated.",
 )
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
-@click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")
+@click.option("--quiet", is_flag=True, help="No notes on stderr.")
 @json_option("A JSON list, an object a prompt, when all are done.")
 def command(
     model: Path,
@@ -101,27 +102,38 @@ def command(
 
     import torch
 
-    from ..runtime import EngineConfig, SamplingParams, load
+    from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
+    from ..runtime.generation_config import default_sampling, read_generation_config
     from ..runtime.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
-    compute = None if dtype is None else getattr(torch, dtype)
-    quiet = quiet or as_json
+    # All that can be refused is, before the weights are opened: options, then the small files, then the prompts.
+    try:
+        SamplingParams.of(SamplingParams(), given)
+    except GenerationError as error:
+        raise click.UsageError(str(error)) from error
     directory = local_model(model, quiet=quiet, before_weights=require_tokenizer)
-    runner = load(directory, backend, compute, device, engine=EngineConfig(cache_size), kv_cache_dtype=kv_cache_dtype)
-    params = SamplingParams.of(runner.default_params, given)
-    inputs: list[Any] = list(texts)
-    if chat:
-        inputs = [runner.tokenizer.chat(text, system=system, **variables) for text in texts]
-    if as_json:
-        emit_json([_as_dict(completion) for completion in runner.generate(inputs, params)])
-        return
+    defaults = default_sampling(directory, read_generation_config(directory))
+    params = SamplingParams.of(defaults, given)
+    tokenizer = Tokenizer(directory)
+    inputs = [
+        tokenizer.chat(text, system=system, chat_template_kwargs=variables) if chat else tokenizer.encode(text)
+        for text in texts
+    ]
+    tokenizer.split_stops(params.stop)
+    compute = None if dtype is None else getattr(torch, dtype)
+    engine = EngineConfig(cache_size)
+    runner = load(
+        directory, backend, compute, device, engine=engine, kv_cache_dtype=kv_cache_dtype, tokenizer=tokenizer
+    )
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:
         if not quiet:  # once it is known that there is nothing to refuse
-            for note in notes(params, runner.default_params, given):
+            for note in notes(params, defaults, given):
                 say(note)
-        completions = _print(pieces, texts)
+        completions = _collect(pieces) if as_json else _print(pieces, texts)
+    if as_json:
+        emit_json([_as_dict(completion) for completion in completions])
     if not quiet:
         say(_speed(completions, time.perf_counter() - started))
 
@@ -134,12 +146,12 @@ def _from_files(paths: tuple[Path, ...]) -> list[str]:
 
 def _from_file(path: Path) -> str:
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else read_given_bytes(path, GenerationError)
-        text = content.decode("utf-8").replace("\r\n", "\n")
+        if str(path) == "-":
+            text = read_stream_text(sys.stdin.buffer, path, GenerationError)
+        else:
+            text = read_given_text(path, GenerationError)
     except GenerationError as error:
         raise click.UsageError(f"--prompt-file {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"--prompt-file {path}: cannot be read as UTF-8 text: {error}") from error
     # Editors and `echo` end a file with a line end that nobody means as part of the prompt.
     return text.removesuffix("\n")
 
@@ -151,11 +163,15 @@ def _template_variables(text: str | None) -> dict[str, Any]:
         variables = parse_object(text, "--chat-template-kwargs", GenerationError)
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
-    # Imported here: what it brings is slow.
-    from ..runtime.conversation import check_variables
-
-    check_variables(variables)
+    taken = ", ".join(sorted(TEMPLATE_ARGUMENTS & variables.keys()))
+    if taken:
+        raise click.UsageError(f"--chat-template-kwargs: {taken} cannot be given there")
     return variables
+
+
+def _collect(pieces: Stream) -> list[Completion]:
+    done = {piece.index: piece.completion for piece in pieces if piece.completion is not None}
+    return [done[index] for index in sorted(done)]
 
 
 def _print(pieces: Stream, texts: list[str]) -> list[Completion]:
@@ -166,14 +182,13 @@ def _print(pieces: Stream, texts: list[str]) -> list[Completion]:
         if piece.completion is not None:
             done[piece.index] = piece.completion
         if len(texts) == 1:
-            click.echo(_shown(piece.text), nl=False)
-            sys.stdout.flush()
+            write(_shown(piece.text))
             continue
         while printed in done:
-            click.echo(f"=== {printed + 1}: {_one_line(texts[printed])}\n{_shown(done[printed].text)}\n")
+            write(f"=== {printed + 1}: {_one_line(texts[printed])}\n{_shown(done[printed].text)}\n\n")
             printed += 1
     if len(texts) == 1:
-        click.echo()
+        write("\n")
     return [done[index] for index in range(len(texts))]
 
 

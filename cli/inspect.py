@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .console import emit_json, format_bytes, json_option, show
+from .progress import progress_options
 
 if TYPE_CHECKING:
     from ..verification import Inspection
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=click.Path())
+@progress_options
 @json_option("Print it as JSON.")
-def command(path: str, as_json: bool) -> None:
+def command(path: str, progress: str, quiet: bool, as_json: bool) -> None:
     """Show the tensors of a checkpoint or artifact (a directory, or user/repo) by role: schemes, bits, bytes, error."""
     from ..verification import inspect
     from .transfer import local_model
 
-    inspection = inspect(local_model(path, quiet=as_json))
+    inspection = inspect(local_model(path, quiet=quiet, progress=progress))
     if as_json:
         emit_json(inspection.as_dict())
     else:

@@ -8,14 +8,13 @@ import os
 import sys
 import traceback
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from .. import __version__
 from ..errors import NpuqError
-from ..inputs.printable import printable
-from .console import Settings, emit_error, one_line
+from .console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
 
 # As sysexits.h has it: EX_SOFTWARE.
 _INTERNAL: Final = 70
@@ -34,6 +33,10 @@ COMMANDS = {
 }
 
 
+class ClosedPipeError(NpuqError):
+    """The other side of a pipe or connection, not stdout's, went away."""
+
+
 class LazyGroup(click.Group):
     """Finds `npuq NAME` in `npuq.cli.NAME.command`."""
 
@@ -45,7 +48,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f".{name}", __package__).command
         command.short_help = COMMANDS[name]
+        ctx.ensure_object(Settings).command = name
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            # click would take any for stdout's, a connection's too, and end without a word.
+            raise ClosedPipeError(str(error)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -56,7 +67,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
         from ..native.library import description
 
-        click.echo(f"npuq, version {__version__}, {description()}")
+        write(f"npuq, version {__version__}, {description()}\n")
         ctx.exit()
 
 
@@ -82,47 +93,55 @@ def group() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted.
+    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; a
+    conversion that a signal ends, 128 and the signal's number.
     """
     _set_up_streams()
     settings = Settings()
+    code: int | str | None = 0
     try:
         group.main(prog_name="npuq", standalone_mode=False, obj=settings)
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        code = end.code
     except BaseException as error:
         if settings.traceback:
-            click.echo(printable("".join(traceback.format_exception(error)), keep="\n"), err=True, nl=False)
+            complain("".join(traceback.format_exception(error)))
         code = _end(error, settings)
-    else:
-        return
-    sys.exit(code)
+    flush(sys.stdout)
+    flush(sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 def _end(error: BaseException, settings: Settings) -> int:
     """Say in a line what ended the command, under --json as a document too; the exit code.
 
-    Nothing becomes a traceback, whatever it is.
+    Nothing becomes a traceback, whatever it is, and whatever the streams do.
     """
-    if isinstance(error, BrokenPipeError):
-        # The reader of our output went away (`npuq inspect … | head`); a flush at exit would complain again.
-        sys.stderr.close()
-        return 1
-    message, code = _told(error)
+    message, code = _told(error, settings)
+    if isinstance(error, OutputError):
+        take_no_more(sys.stdout)
+        # Of `npuq inspect … | head` there is nothing to say.
+        if not error.reader_is_gone:
+            say(f"npuq: error: {message}")
+        return code
     line = one_line(" ".join(message.split()))
     if isinstance(error, click.ClickException):  # wrong usage, with a line on how to use it
         said = io.StringIO()
         error.show(said)
-        click.echo(printable(said.getvalue(), keep="\n"), err=True, nl=False)
+        complain(said.getvalue())
     else:
-        click.echo(f"npuq: error: {line}", err=True)
+        say(f"npuq: error: {line}")
     # Of a command line that cannot be parsed no option has been read.
     if (settings.json or (isinstance(error, click.UsageError) and "--json" in sys.argv)) and not settings.emitted:
-        emit_error(type(error).__name__, line, code)
+        try:
+            emit_error(type(error).__name__, line, code)
+        except OutputError:
+            take_no_more(sys.stdout)
     return code
 
 
-def _told(error: BaseException) -> tuple[str, int]:
+def _told(error: BaseException, settings: Settings) -> tuple[str, int]:
     """What ended the command, in words, and the exit code."""
     if isinstance(error, click.ClickException):
         return error.format_message(), error.exit_code
@@ -135,7 +154,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror or error}", 1
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's
-        return "out of memory; lower --max-memory or --workers", 1
+        return "out of memory" + ("; lower --max-memory or --workers" if settings.command == "convert" else ""), 1
     # BaseException too: a panic within a library written in Rust is one.
     text = f"internal error: {type(error).__name__}: {error}"
     return f"{text}; please report it, with what `npuq --traceback …` prints", _INTERNAL
@@ -148,6 +167,10 @@ def _set_up_streams() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest number that is free
         continue
     os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  (stays open)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed, anything under a test runner
+        if isinstance(stream, io.TextIOWrapper):  # anything under a test runner
             stream.reconfigure(errors="backslashreplace")

@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
+from ..choices import PROGRESS_FORMS
+from ..inputs.printable import printable_json
 from ..progress import Task
 from .console import say
 from .pace import Pace
@@ -22,7 +24,6 @@ from .pace import Pace
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-FORMS: Final = ("auto", "bar", "lines", "json", "none")
 # How often a bar is drawn, how often at least, and how often a line is written at least.
 _DRAWN_SECONDS, _REDRAWN_SECONDS, _LINE_SECONDS = 0.1, 1.0, 30.0
 _BAR_STEPS = 1000
@@ -35,7 +36,7 @@ def progress_options(command: Command) -> Command:
     quiet = click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
     form = click.option(
         "--progress",
-        type=click.Choice(FORMS),
+        type=click.Choice(PROGRESS_FORMS),
         default="auto",
         show_default=True,
         help="On stderr: a bar; lines, every 30 seconds and at each layer; or JSON lines. auto: a bar on a terminal, "
@@ -232,6 +233,6 @@ def _new_bar() -> tqdm[Any]:
 
 def _say_json(content: dict[str, Any]) -> None:
     try:
-        click.echo(json.dumps(content), err=True)
+        click.echo(printable_json(json.dumps(content)), err=True)
     except (OSError, ValueError):
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..choices import ENGINES
 from ..errors import NpuqError
 from .console import emit_json, json_option, show
 from .progress import TerminalProgress, progress_options
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("artifact", type=click.Path())
 @click.option("--source", type=click.Path(), help="The checkpoint it was made from: measures every linear's error.")
-@click.option("--engine", type=click.Choice(["vllm-ascend", "sglang"]), help="Check that this engine can run it too.")
+@click.option("--engine", type=click.Choice(ENGINES), help="Check that this engine can run it too.")
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that --engine shall use.")
 @click.option("--ep", is_flag=True, help="Expert parallelism: whole routed experts are spread over the ranks.")
 @progress_options

@@ -17,6 +17,7 @@ from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
 from .calibrate.effort import calibrated_effort
+from .calibrate.layer_report import LayerReport
 from .calibrate.memory import calibrated_budget
 from .calibrate.states import remove_states
 from .calibrate.walk import CalibratedWalk
@@ -165,7 +166,7 @@ class _Conversion:
     ) -> Summary:
         prepared, plan, record = self.prepared, self.prepared.plan, journal.record
         calibration, walk = prepared.calibration, None
-        reports: Mapping[str, Any] = {}
+        reports: tuple[LayerReport, ...] = ()
         tally = Tally(plan, progress, data_free_effort if calibration is None else calibrated_effort(prepared))
         files = ShardFiles(self.output, plan, internals.write)
         try:

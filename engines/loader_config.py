@@ -11,12 +11,6 @@ from typing import Any, Final
 
 from ..models.config import ModelConfig
 
-# By model_type. vLLM and SGLang choose the model's class by the first of `architectures`, transformers by model_type.
-ARCHITECTURES: Final[Mapping[str, str]] = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-}
 # Where these are absent or null, loaders take one another's defaults for wrong, or fail.
 _EXPLICIT: Final = (
     "n_routed_experts",
@@ -42,9 +36,9 @@ def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequenc
     """
     keys: dict[str, Any] = {}
     if not raw.get("architectures"):
-        keys["architectures"] = [ARCHITECTURES[config.model_type]]
-    for key in _EXPLICIT:
-        value = getattr(config, key)
+        keys["architectures"] = [config.family.architecture]
+    for key in _EXPLICIT if config.moe is not None else ():
+        value = getattr(config.moe, key)
         # Of another type, too: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value

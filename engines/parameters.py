@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..formats.ties import HEAD
-from ..models.architecture import layer_of, unroll
 from ..models.config import ModelConfig
 from ..models.config_reader import shown
+from ..models.roles import Role
+from ..models.tensors import ModelTensors
 
 _PARTS: Final[Mapping[Scheme, tuple[str, ...]]] = {
     Scheme.W4A8: (WEIGHT, SCALE, OFFSET, BIAS),
@@ -107,7 +108,8 @@ def main_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[st
     """What the main model reads of an artifact with this config.json and description."""
     config = _as_read(model, raw)
     tied = model.ties_head and config.tie_word_embeddings
-    return _tensors((spec.name for spec in unroll(config, ()) if not (tied and spec.name == HEAD)), (), schemes)
+    names = (spec.name for spec in ModelTensors(config).unroll(()) if not (tied and spec.role is Role.HEAD))
+    return _tensors(names, (), schemes)
 
 
 def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
@@ -115,8 +117,8 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     config = _as_read(model, raw)
     layers = model.drafts(config)
     if model.draft_always_routes:
-        config = replace(config, moe_layer_freq=1, first_k_dense_replace=0)
-    specs = list(unroll(config, layers, main=False))
+        config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
+    specs = list(ModelTensors(config).unroll(layers, main=False))
     return _tensors(
         (spec.name for spec in specs if not spec.optional), (spec.name for spec in specs if spec.optional), schemes
     )
@@ -133,7 +135,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, HEAD in names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(main.needed - names), "")
-    if any(layer_of(name) in model.drafts(config) for name in names):
+    if any(config.family.layer_of(name) in model.drafts(config) for name in names):
         yield from _missing(sorted(draft.needed - names), " of the MTP draft")
     surplus = names - main.needed - main.optional
     refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
@@ -155,12 +157,12 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, ha
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
         yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
     for key, taken in model.absent.items():
-        wanted = getattr(config, key)
+        wanted = getattr(config.moe, key)
         if raw.get(key) is None and not (taken == wanted or (taken is None and wanted == "greedy")):
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
     for key in ("n_group", "topk_group"):
-        if raw.get(key, getattr(config, key)) != getattr(config, key):
+        if raw.get(key, getattr(config.moe, key)) != getattr(config.moe, key):
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:
@@ -175,15 +177,19 @@ def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
     """The config as the engine's classes read it: no correction bias where topk_method is not spelt out."""
     config = ModelConfig.from_dict(raw)
     if raw.get("topk_method") != "noaux_tc":
-        config = replace(config, topk_method="greedy")
+        config = _with_moe(config, topk_method="greedy")
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
-        config = replace(config, n_shared_experts=1)
+        config = _with_moe(config, n_shared_experts=1)
     return config
+
+
+def _with_moe(config: ModelConfig, **changes: Any) -> ModelConfig:
+    return config if config.moe is None else replace(config, moe=replace(config.moe, **changes))
 
 
 def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:
     """Whether the main model reads over a tensor because of its layer."""
-    layer = layer_of(name)
+    layer = config.family.layer_of(name)
     if layer is None or layer < config.num_hidden_layers:
         return False
     return model.skips_uncounted or layer in _counted(config)

@@ -35,12 +35,17 @@ class Placement:
     def dense_width(self) -> int:
         """Channels of a dense layer's MLP; 0 in a model without such a layer."""
         layers = range(self.config.num_hidden_layers)
-        return 0 if all(map(self.config.is_moe_layer, layers)) else self.config.intermediate_size
+        return self.config.intermediate_size if None in map(self.config.moe_at, layers) else 0
 
     @property
     def shared_width(self) -> int:
         """Channels of the shared experts, which every layer has as one MLP; 0 without."""
-        return self.config.n_shared_experts * self.config.moe_intermediate_size
+        return 0 if self.config.moe is None else self.config.moe.shared_intermediate_size
+
+    @property
+    def expert_width(self) -> int:
+        """Channels of a routed expert; 0 without."""
+        return 0 if self.config.moe is None else self.config.moe.moe_intermediate_size
 
     @property
     def slices_w4a8(self) -> bool:
@@ -66,7 +71,7 @@ _COMMON = (
         "attention_factor and truncate of YaRN are not read: write mscale and mscale_all_dim instead",
     ),
     Rule(
-        lambda p: p.config.num_attention_heads % p.tp != 0,
+        lambda p: p.config.attention.heads % p.tp != 0,
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
     ),
     Rule(
@@ -79,7 +84,7 @@ _COMMON = (
         "{experts} routed experts cannot be spread over {tp} ranks: choose a --tp that divides {experts}",
     ),
     Rule(
-        lambda p: p.slices_w4a8 and p.config.moe_intermediate_size % (p.tp * _W4A8_INPUTS) != 0,
+        lambda p: p.slices_w4a8 and p.expert_width % (p.tp * _W4A8_INPUTS) != 0,
         "each of {tp} ranks would get {width}/{tp} inputs of an expert's down_proj, and the NPU's W4A8 matmul takes "
         "multiples of 64: use --ep, or fewer ranks",
     ),
@@ -158,9 +163,9 @@ def placement_problems(
         "rope": config.rope.rope_type,
         "dense": placement.dense_width,
         "shared": placement.shared_width,
-        "heads": config.num_attention_heads,
+        "heads": config.attention.heads,
         "experts": config.n_routed_experts,
-        "width": config.moe_intermediate_size,
+        "width": placement.expert_width,
     }
     for rule in rules:
         if rule.broken(placement):
@@ -169,7 +174,7 @@ def placement_problems(
 
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:
     found = set()
-    for layer in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+    for layer in filter(config.moe_at, range(config.num_hidden_layers)):
         scheme = schemes.get(f"model.layers.{layer}.mlp.experts.0.down_proj.weight")
         if scheme is not None:
             found.add(scheme)

@@ -7,14 +7,16 @@ hours into something that no engine loads, or worse, loads wrongly. A recipe is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
 from ..convert.plan.recipe import Assignment, Recipe, Target
 from ..errors import RecipeError
 from ..formats.schemes import Scheme
-from ..models.architecture import QUANTIZABLE, ROUTED, Role, Spec
+from ..models.family import Block
+from ..models.roles import QUANTIZABLE, ROUTED, Role
+from ..models.tensors import Spec
 
 SchemeOf = Callable[[str], Scheme]
 
@@ -39,27 +41,23 @@ class ConfigSchemes(TypedDict):
     mtp_experts: Scheme
 
 
-def check_recipe(
-    recipe: Recipe, specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], assignments: Mapping[str, Assignment]
-) -> None:
+def check_recipe(recipe: Recipe, specs: Mapping[str, Spec], assignments: Mapping[str, Assignment]) -> None:
     """Raise RecipeError, naming tensor and rule, when no loader of the recipe's target could load the result."""
-    for violation in violations(specs, fused, lambda name: assignments[name].scheme, recipe.target):
+    for violation in violations(specs, lambda name: assignments[name].scheme, recipe.target):
         if recipe.stored:
             raise RecipeError(f"the source has {violation}; quantize the float checkpoint again, or convert that one")
         number = assignments[violation.spec.name].rule
         raise RecipeError(f"recipe {recipe.name!r}, {f'rule {number}' if number else 'no rule'}: {violation}")
 
 
-def violations(
-    specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], scheme_of: SchemeOf, target: Target
-) -> Iterator[Violation]:
+def violations(specs: Mapping[str, Spec], scheme_of: SchemeOf, target: Target) -> Iterator[Violation]:
     """Every tensor whose scheme some loader of `target` would refuse or misread."""
     for spec in specs.values():
         scheme = scheme_of(spec.name)
         why = _forbidden(spec, scheme, target)
         if why is not None:
             yield Violation(spec, scheme, why)
-    yield from _split_groups(specs, fused, scheme_of)
+    yield from _split_groups(specs, scheme_of)
     yield from _mixed_experts(specs, scheme_of)
 
 
@@ -92,24 +90,25 @@ def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
     return None
 
 
-def fused_pairs(specs: Mapping[str, Spec], fused: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
+def fused_pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
     """(first, other) for every two weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
-    group_of = {member: group for group in fused for member in group[1:]}
-    for name in specs:
-        prefix, projection, suffix = _split(name)
-        group = group_of.get(projection)
-        leader = f"{prefix}{group[0]}{suffix}" if group else ""
-        if leader in specs:
-            yield leader, name
+
+    def place(spec: Spec, part: str) -> tuple[int | None, Block | None, int | None, str]:
+        return spec.layer, spec.block, spec.expert, part
+
+    fused = [(spec, spec.entry.part, spec.entry.fused) for spec in specs.values() if spec.entry and spec.entry.fused]
+    leaders = {place(spec, part): spec.name for spec, part, leading in fused if part == leading}
+    for spec, part, leading in fused:
+        leader = leaders.get(place(spec, leading))
+        if part != leading and leader is not None:
+            yield leader, spec.name
 
 
-def _split_groups(
-    specs: Mapping[str, Spec], fused: Sequence[Sequence[str]], scheme_of: SchemeOf
-) -> Iterator[Violation]:
+def _split_groups(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:
     """Projections that loaders fuse into one parameter must share a scheme."""
-    for leader, name in fused_pairs(specs, fused):
+    for leader, name in fused_pairs(specs):
         if scheme_of(name) is not scheme_of(leader):
-            group = f"{_split(leader)[1]} and {_split(name)[1]}"
+            group = f"{specs[leader].module} and {specs[name].module}"
             why = f"{leader!r} is {scheme_of(leader).value}; engines fuse {group}: give them one scheme"
             yield Violation(specs[name], scheme_of(name), why)
 
@@ -124,10 +123,3 @@ def _mixed_experts(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[V
         if scheme_of(name) is not scheme_of(leader.name):
             why = f"{leader.name!r} is {scheme_of(leader.name).value}; all experts of a layer need one scheme"
             yield Violation(spec, scheme_of(name), why)
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    """`model.layers.0.mlp.gate_proj.weight` → (`model.layers.0.mlp.`, `gate_proj`, `.weight`)."""
-    head, _, leaf = name.rpartition(".")
-    prefix, dot, projection = head.rpartition(".")
-    return prefix + dot, projection, "." + leaf

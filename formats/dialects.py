@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..models.config import model_dtype
+from ..models.config_reader import MAX_SIZE, shown
 from .checkpoint import Checkpoint
 
 _FLOAT_CODES = frozenset({"F32", "F16", "BF16"})
@@ -187,6 +188,11 @@ def _block_size(checkpoint: Checkpoint) -> tuple[int, int]:
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if block is None:
         return _DEFAULT_BLOCK
-    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise CheckpointError(f"{checkpoint.directory / 'config.json'}: weight_block_size {block!r} is not two sizes")
+    if not (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(size) is int and 0 < size <= MAX_SIZE for size in block)
+    ):
+        where = checkpoint.directory / "config.json"
+        raise CheckpointError(f"{where}: weight_block_size {shown(block)} is not two sizes from 1 to {MAX_SIZE}")
     return block[0], block[1]

@@ -106,6 +106,14 @@ def read_given_text(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_B
     return decoded(read_given_bytes(path, error, most), path, error)
 
 
+def read_stream_text(file: IO[bytes], where: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> str:
+    """As `read_given_text`, of an open file, such as standard input."""
+    try:
+        return decoded(_read(file, where, error, most), where, error)
+    except (OSError, ValueError) as cause:  # ValueError: it was closed
+        raise error(f"{where}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+
+
 def decoded(content: bytes, path: Path, error: type[NpuqError]) -> str:
     """The text of a UTF-8 file's content, line ends as `\\n`. Raises `error`, naming the file."""
     try:

@@ -72,8 +72,9 @@ def _wrong(value: Any, form: Form) -> list[str] | None:
         if not isinstance(value, dict):
             return []
         for key, item in value.items():
-            if not form.key(key) or _wrong(item, form.form) is not None:
-                return [key, *(_wrong(item, form.form) or [])]
+            path = _wrong(item, form.form) if form.key(key) else []
+            if path is not None:
+                return [key, *path]
         return None
     if isinstance(form, Items):
         if not isinstance(value, list):

@@ -13,7 +13,7 @@ from .files import MOST_BYTES, read_bytes
 from .printable import printable
 from .values import check_values
 
-# A lone surrogate can only come from an escape; pairs of them, which are fine, look the same here.
+# In UTF-8 a lone surrogate can only come from an escape; pairs of them, which are fine, look the same here.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Pairs = Callable[[list[tuple[str, Any]]], Any]
@@ -26,7 +26,9 @@ def parse_json(content: bytes | str, where: str, error: type[NpuqError], pairs: 
     digits or lone surrogates.
     """
     try:
-        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        if isinstance(content, str):  # bytes of a command line that are no UTF-8 arrive as surrogates
+            content = content.encode("utf-8")
+        text = content.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=pairs)
         check_values(value, surrogates=_SURROGATE.search(text) is not None)
     except RecursionError as cause:

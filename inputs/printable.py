@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Final
 
-# Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder a line, surrogates.
-_UNSAFE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder a line, surrogates, and what no
+# terminal shows: interlinear annotations, and tags, in which a line can hide another text.
+_UNSAFE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -23,7 +28,15 @@ def printable(text: str, keep: str = "") -> str:
 
 def printable_json(text: str) -> str:
     """A JSON text with such characters as JSON's own escapes: the same value. Line ends stay."""
-    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
+
+
+def shown(value: object, most: int = 60) -> str:
+    """The beginning of a value's repr, printable, for a message."""
+    try:
+        return printable(repr(value))[:most]
+    except ValueError:  # a whole number too long to be written
+        return f"of type {type(value).__name__}"
 
 
 def name_as_text(path: Path) -> str:

@@ -43,9 +43,13 @@ class TemplateRenderer:
     the next text gets another. After a fork each side has its own.
     """
 
-    def __init__(self, error: type[NpuqError], seconds: float = SECONDS):
-        """error: what `render` raises. seconds: the time that one text may take."""
+    def __init__(self, error: type[NpuqError], limit_error: type[NpuqError] | None = None, seconds: float = SECONDS):
+        """error: what `render` raises. limit_error: what it raises when a limit is reached, where that is another.
+
+        seconds: the time that one text may take.
+        """
         self._error = error
+        self._limit_error = limit_error or error
         self._seconds = seconds
         self._forget()
 
@@ -71,10 +75,12 @@ class TemplateRenderer:
                 self._end()
                 raise
             if kind != "T":
+                error = self._error
                 if kind == "L":
+                    error = self._limit_error
                     self._end()
                 reason = printable(" ".join(payload.decode(errors="replace").split()))[:300]
-                raise self._error(f"{where}: the chat template failed: {reason}")
+                raise error(f"{where}: the chat template failed: {reason}")
         return payload.decode("utf-8")
 
     def close(self) -> None:

@@ -13,8 +13,8 @@ _MOST_INTEGER: Final = 10**40
 def check_values(value: Any, *, surrogates: bool = True) -> None:
     """Raise ValueError, saying what is wrong, for a value that no reader should meet.
 
-    That is: nested deeper than MOST_DEPTH, a number that is not finite or has more than 40 digits, and lone surrogates,
-    unless the caller knows that there are none.
+    That is: nested deeper than MOST_DEPTH, a number that is not finite or has more than 40 digits, what JSON has no
+    type for, and lone surrogates, unless the caller knows that there are none.
     """
     level, depth = [value], 0
     while level:
@@ -36,8 +36,11 @@ def check_values(value: Any, *, surrogates: bool = True) -> None:
             elif kind is float:
                 if not math.isfinite(item):
                     raise ValueError(f"{item} is no number that JSON has")
-            elif kind is int and not -_MOST_INTEGER < item < _MOST_INTEGER:
-                raise ValueError("a whole number has more than 40 digits")
+            elif kind is int:
+                if not -_MOST_INTEGER < item < _MOST_INTEGER:
+                    raise ValueError("a whole number has more than 40 digits")
+            elif item is not None and kind is not bool:
+                raise ValueError(f"it holds a {kind.__name__}, which is no plain value")
         level = deeper
 
 

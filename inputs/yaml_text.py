@@ -21,6 +21,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not read; write the value again")
+        tag = getattr(self.peek_event(), "tag", None)  # type: ignore[no-untyped-call]
+        if tag not in (None, "!"):
+            # PyYAML's constructors of tagged values fail in ways of their own, and give what JSON does not have.
+            raise yaml.YAMLError(f"tags are not read; leave out {tag.removeprefix('tag:yaml.org,2002:')[:40]!r}")
         self.depth += 1
         if self.depth > MOST_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} levels deep")
@@ -45,7 +49,8 @@ def parse_yaml(text: str, where: str, error: type[NpuqError]) -> Any:
     try:
         value = yaml.load(text, _Loader)
         check_values(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as cause:
+    # Lookup, Type, Attribute: what PyYAML lets through of values that it cannot construct.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:
         reason = "it is nested too deeply" if isinstance(cause, RecursionError) else str(cause)
         raise error(f"{where}: not valid YAML: {printable(' '.join(reason.split()))[:160]}") from cause
     return value

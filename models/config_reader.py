@@ -11,6 +11,8 @@ from ..errors import CheckpointError
 # found wrong.
 MAX_SIZE: Final = 1 << 24
 MAX_LAYERS: Final = 1000
+# Of all layers together; released models have up to 24,000.
+MAX_EXPERTS: Final = 1 << 18
 MAX_POSITIONS: Final = 1 << 21
 
 
@@ -63,6 +65,14 @@ class ConfigReader:
         if value not in choices:
             raise CheckpointError(f"config.json: {key} {shown(value)} is unknown; npuq knows {', '.join(choices)}")
         return str(value)
+
+    def states(self, key: str) -> bool:
+        """Whether the config has the key, be its value null."""
+        return key in self._config
+
+    def has(self, key: str) -> bool:
+        """Whether the config has a value for the key."""
+        return self._config.get(key) is not None
 
     def _get(self, key: str, default: Any, nullable: bool) -> Any:
         value = self._config.get(key)

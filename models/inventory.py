@@ -3,23 +3,22 @@ cannot be of one model."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import CheckpointError
-from ..formats.dialects import Weight
-from .architecture import Family, Role, Spec, family_of, layer_of, unroll
-from .config import ModelConfig, check_unbiased
+from .config import ModelConfig
+from .family import Block, Family
+from .roles import Role
+from .tensors import ModelTensors, Spec, conditions
 
-_EXPERT = re.compile(r"mlp\.experts\.([0-9]+)\.(.+)")
-# The key that decides whether a tensor with this trait (`Entry.when`) exists.
-_KEYS = {
-    "full_q": "q_lora_rank",
-    "q_lora": "q_lora_rank",
-    "router_bias": "topk_method",
-    "shared_experts": "n_shared_experts",
-}
+
+class Shaped(Protocol):
+    """A tensor of a checkpoint, of which only the shape matters here."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Inventory:
     """Every tensor of a checkpoint with its role, in checkpoint order; what was left out and why."""
 
     specs: dict[str, Spec]
-    fused: tuple[tuple[str, ...], ...]
     mtp_layers: tuple[int, ...]
     absent_mtp_layers: tuple[int, ...]  # the config counts them, the checkpoint leaves them out
     unknown: tuple[str, ...]  # copied as they are, with the role `other`
@@ -35,50 +33,62 @@ class Inventory:
     partial_mtp_layers: tuple[int, ...] = ()  # not counted and not whole: no loader runs them, and they are not copied
 
 
-def take_inventory(config: ModelConfig, weights: Mapping[str, Weight]) -> Inventory:
+def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Inventory:
     """Match a checkpoint's tensors against its family's table, in time linear in their number.
 
     Raises CheckpointError for a tensor that is missing, one that a model of this config does not have, one whose shape
     disagrees with the config, and a bias. Layers from `num_hidden_layers` on are multi-token-prediction layers: one
     that the config counts is there whole or not at all.
     """
-    family = family_of(config.model_type)
-    check_unbiased(weights)
-    present = {layer for name in weights if (layer := layer_of(name)) is not None}
+    family = config.family
+    check_unbiased(family, weights)
+    present = {layer for name in weights if (layer := family.layer_of(name)) is not None}
     first_mtp = config.num_hidden_layers
     counted = range(first_mtp, first_mtp + config.num_nextn_predict_layers)
-    mtp, partial = _mtp_layers(family, config, weights, sorted(layer for layer in present if layer >= first_mtp))
+    mtp, partial = _mtp_layers(config, weights, sorted(layer for layer in present if layer >= first_mtp))
 
     if partial:
-        weights = {name: weight for name, weight in weights.items() if layer_of(name) not in partial}
+        weights = {name: weight for name, weight in weights.items() if family.layer_of(name) not in partial}
     expected = _expected(config, mtp, weights)
     specs, unknown, dropped = {}, [], []
     for name, weight in weights.items():
         spec = expected.get(name)
         if spec is not None:
             specs[name] = spec
-        elif name.endswith(".rotary_emb.inv_freq"):
+        elif family.ignores(name):
             dropped.append(name)
         else:
-            unknown.append(name)
-            specs[name] = Spec(name, Role.OTHER, weight.shape, layer_of(name))
+            if not family.passes_through(name):
+                unknown.append(name)
+            specs[name] = Spec(name, Role.OTHER, tuple(weight.shape), family.layer_of(name))
     absent = tuple(layer for layer in counted if layer not in present)
-    return Inventory(specs, family.fused, mtp, absent, tuple(unknown), tuple(dropped), partial)
+    return Inventory(specs, mtp, absent, tuple(unknown), tuple(dropped), partial)
+
+
+def check_unbiased(family: Family, names: Iterable[str]) -> None:
+    """Raise CheckpointError for a bias of a norm or linear that the family's table does not have: no loader adds it.
+
+    Asymmetric smoothing before quantization leaves such biases.
+    """
+    for name in filter(family.is_stray_bias, names):
+        raise CheckpointError(
+            f"tensor {name!r}: npuq and the engines compute without biases; smooth symmetrically and quantize again"
+        )
 
 
 def _mtp_layers(
-    family: Family, config: ModelConfig, weights: Mapping[str, Weight], layers: Iterable[int]
+    config: ModelConfig, weights: Mapping[str, Shaped], layers: Iterable[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The layers behind the decoder's: those to keep, and those to leave out.
 
     One that is not counted is kept where it can be: it is whole, and the next after what is kept. CheckpointError for a
     layer that is no multi-token-prediction layer at all.
     """
-    first = config.num_hidden_layers
+    first, tensors = config.num_hidden_layers, ModelTensors(config)
     kept: list[int] = []
     partial: list[int] = []
     for layer in layers:
-        own = [f"model.layers.{layer}.{entry.name}" for entry in family.mtp]
+        own = [tensors.spec(Block.MTP, entry.part, layer).name for entry in tensors.family.blocks[Block.MTP]]
         if not any(name in weights for name in own):
             raise CheckpointError(
                 f"config.json has num_hidden_layers {first}, but the checkpoint has layer {layer}, which is no "
@@ -86,17 +96,17 @@ def _mtp_layers(
             )
         whole = all(
             spec.optional or (spec.name in weights and spec.shape == tuple(weights[spec.name].shape))
-            for spec in unroll(config, (layer,), main=False)
+            for spec in tensors.unroll((layer,), main=False)
         )
         counted = layer < first + config.num_nextn_predict_layers
         (kept if counted or (whole and layer == first + len(kept)) else partial).append(layer)
     return tuple(kept), tuple(partial)
 
 
-def _expected(config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping[str, Weight]) -> dict[str, Spec]:
+def _expected(config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping[str, Shaped]) -> dict[str, Spec]:
     """Every tensor that a model of this config has, once the checkpoint has been found to be one."""
     expected, missing = {}, []
-    for spec in unroll(config, mtp_layers):
+    for spec in ModelTensors(config).unroll(mtp_layers):
         expected[spec.name] = spec
         if not spec.optional and spec.name not in weights:
             missing.append(spec.name)
@@ -115,7 +125,7 @@ def _expected(config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping
     return expected
 
 
-def _check_shapes(expected: Mapping[str, Spec], weights: Mapping[str, Weight]) -> None:
+def _check_shapes(expected: Mapping[str, Spec], weights: Mapping[str, Shaped]) -> None:
     for name, weight in weights.items():
         spec = expected.get(name)
         if spec is not None and spec.shape != tuple(weight.shape):
@@ -125,7 +135,7 @@ def _check_shapes(expected: Mapping[str, Spec], weights: Mapping[str, Weight]) -
             )
 
 
-def _refuse_contradictions(config: ModelConfig, expected: Mapping[str, Spec], weights: Mapping[str, Weight]) -> None:
+def _refuse_contradictions(config: ModelConfig, expected: Mapping[str, Spec], weights: Mapping[str, Shaped]) -> None:
     """CheckpointError for a tensor that other models of the family have, and one of this config has not: transformers
     would read over it, and engines compute without it or not start."""
     for name, weight in weights.items():
@@ -139,23 +149,24 @@ def _refuse_contradictions(config: ModelConfig, expected: Mapping[str, Spec], we
 
 
 def _deciding_key(config: ModelConfig, name: str) -> str | None:
-    """What in config.json says that a tensor of the family's vocabulary does not exist; None for any other tensor."""
-    layer = layer_of(name)
-    if layer is None:
+    """What in config.json says that a tensor of the family's table does not exist; None for any other tensor."""
+    layer, found = config.family.layer_of(name), config.family.find(name)
+    if layer is None or found is None:
         return None
-    family, moe = family_of(config.model_type), config.is_moe_layer(layer)
-    rest = name.split(".", 3)[3]
-    expert = _EXPERT.fullmatch(rest)
-    if expert is not None and moe and any(entry.name == expert[2] for entry in family.expert):
-        return f"n_routed_experts {config.n_routed_experts}"
-    if layer < config.num_hidden_layers and any(entry.name == rest for entry in family.mtp):
+    _, entry, expert = found
+    if entry.when in conditions(config, layer):
+        return None if expert is None else f"n_routed_experts {config.n_routed_experts}"
+    if entry.when == "mtp":
         return f"num_hidden_layers {config.num_hidden_layers}"
-    for entry in (*family.layer, *(family.moe if moe else family.dense)):
-        if entry.name == rest and entry.when in _KEYS:
-            key = _KEYS[entry.when]
-            value = getattr(config, key)
-            return f"{key} {'null' if value is None else value}"
-    others = {entry.name for entry in (family.dense if moe else family.moe)}
-    if rest in others or (expert is not None and any(entry.name == expert[2] for entry in family.expert)):
-        return f"first_k_dense_replace {config.first_k_dense_replace} and moe_layer_freq {config.moe_layer_freq}"
-    return None
+    moe, attention = config.moe, config.attention
+    if entry.when in attention.KEYS:
+        return _shown(attention, attention.KEYS[entry.when])
+    assert moe is not None  # without experts in the family, nothing else is decided
+    if config.moe_at(layer) is not None and entry.when in moe.KEYS:
+        return _shown(moe, moe.KEYS[entry.when])
+    return f"{_shown(moe, 'first_k_dense_replace')} and {_shown(moe, 'moe_layer_freq')}"
+
+
+def _shown(part: object, key: str) -> str:
+    value = getattr(part, key)
+    return f"{key} {'null' if value is None else value}"

@@ -65,7 +65,7 @@ def rope_tables(config: ModelConfig) -> RopeTables:
 
 def attention_scale(config: ModelConfig) -> float:
     """The factor of q·k before the softmax: (nope + rope)^-0.5, times `softmax_factor`."""
-    return 1 / math.sqrt(config.qk_head_dim) * softmax_factor(config.rope)
+    return 1 / math.sqrt(config.attention.qk_head_dim) * softmax_factor(config.rope)
 
 
 def save_rope(tables: RopeTables, path: Path) -> None:
@@ -80,7 +80,7 @@ def load_rope(path: Path, config: ModelConfig) -> RopeTables:
     the dtype and the shape that the config promises or holds a value that is not finite, and when the attention's scale
     is no positive number near the one that the config gives.
     """
-    form = ("F32", (config.rope.positions, config.qk_rope_head_dim // 2))
+    form = ("F32", (config.rope.positions, config.attention.qk_rope_head_dim // 2))
     tensors, metadata = load_tensors(path, {"cos": form, "sin": form}, ArtifactError)
     for name, table in tensors.items():
         if not bool(table.isfinite().all()):

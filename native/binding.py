@@ -6,7 +6,7 @@ What is computed here, torch computes too, with the same integers (`schemes.quan
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64
+from ctypes import c_int32, c_int64
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..formats.dialects import BlockScale, StoredRows
 from ..quant.scales import NonFiniteError
+from .integers import checked
 from .library import (
     Cache,
     Heads,
@@ -24,10 +25,12 @@ from .library import (
     Source,
     Strided,
     Weights,
+    call,
     description,
     level_index,
     levels,
     library,
+    new_pool,
 )
 from .pointers import address
 
@@ -113,7 +116,7 @@ class Quantizer:
         found = library()
         if found is None:
             raise RuntimeError(description())
-        self._call = found.npuq_quantize_rows
+        self._library = found
         self._level = -1 if level is None else level_index(found, level)
         self._source = _source(stored.rows, stored.blocks)
         self._first_row = self._source.first_row
@@ -147,7 +150,9 @@ class Quantizer:
             )
         self._source.first_row = self._first_row + start
         bad_row = c_int64()
-        status = self._call(
+        status = call(
+            self._library,
+            "quantize_rows",
             self._level,
             ctypes.byref(self._source),
             count,
@@ -179,22 +184,27 @@ def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
     data = _address(rows, "rows", dtype, *rows.shape)
     if blocks is None:
         return Source(data, None, 0, 0, 1, max(1, rows.shape[1]), DTYPES[dtype])
-    scale = blocks.scale
-    return Source(
-        data,
-        _address(scale, "block scale", torch.float32, *scale.shape),
-        scale.shape[1],
-        blocks.first_row,
-        blocks.block_rows,
-        blocks.block_columns,
-        DTYPES[dtype],
+    block_rows, block_columns = (
+        checked(size, c_int32, "quantize_rows", "block size") for size in (blocks.block_rows, blocks.block_columns)
     )
+    if block_rows < 1 or block_columns < 1:
+        raise ValueError(f"quantize_rows: blocks of {block_rows}x{block_columns}")
+    column_blocks = -(-rows.shape[1] // block_columns)
+    scale = _address(blocks.scale, "block scale", torch.float32, blocks.scale.shape[0], column_blocks)
+    return Source(data, scale, column_blocks, blocks.first_row, block_rows, block_columns, DTYPES[dtype])
 
 
 def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:
-    """Rows of the weight, as far as the scales of its blocks reach."""
+    """Rows of the weight. Raises ValueError where they do not all lie in blocks that have a scale."""
     rows, blocks = out.scale.shape[0], stored.blocks
-    return rows if blocks is None else min(rows, blocks.scale.shape[0] * blocks.block_rows - blocks.first_row)
+    if blocks is not None:
+        count, first = blocks.scale.shape[0], blocks.first_row
+        if first < 0 or count * blocks.block_rows - first < rows:
+            raise ValueError(
+                f"quantize_rows: {rows} rows from row {first} of a block on; there are scales of {count} blocks of "
+                f"{blocks.block_rows} rows"
+            )
+    return rows
 
 
 def _failure(name: str, status: int) -> Exception:
@@ -220,7 +230,7 @@ class Pool:
         self.threads = torch.get_num_threads() if threads is None else threads
         self.level = level or levels()[-1]
         self._library = found
-        self.handle: int | None = found.npuq_pool_create(self.threads, level_index(found, self.level))
+        self.handle = new_pool(found, self.threads, level_index(found, self.level))
         if self.handle is None:
             raise RuntimeError(f"cannot start {self.threads} threads")
 
@@ -229,7 +239,7 @@ class Pool:
 
         Raises MemoryError when its scratch cannot be had, ValueError when it refuses its arguments.
         """
-        status = getattr(self._library, "npuq_" + name)(self.handle, *arguments)
+        status = call(self._library, name, self.handle, *arguments)
         if status:
             raise _failure(name, status)
 

@@ -11,17 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from .integers import CallCheck, Structure, checked
+
 LIBRARY = Path(__file__).with_name("libnpuq.so")
 _ABI_VERSION = 5
 
 
-class Part(ctypes.Structure):
+class Part(Structure):
     """`npuq_part`: one stored weight."""
 
     _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("rows", c_int64))
 
 
-class Weights(ctypes.Structure):
+class Weights(Structure):
     """`npuq_weights`: groups × parts stored weights of one dtype and width."""
 
     _fields_ = (
@@ -34,7 +36,7 @@ class Weights(ctypes.Structure):
     )
 
 
-class Cache(ctypes.Structure):
+class Cache(Structure):
     """`npuq_cache`: one layer's paged cache in NZ layout."""
 
     _fields_ = (
@@ -49,13 +51,13 @@ class Cache(ctypes.Structure):
     )
 
 
-class Strided(ctypes.Structure):
+class Strided(Structure):
     """`npuq_strided`: [tokens, heads, channels] anywhere in memory."""
 
     _fields_ = (("data", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64))
 
 
-class Heads(ctypes.Structure):
+class Heads(Structure):
     """`npuq_heads`: queries, keys and values of attention over decompressed keys."""
 
     _fields_ = (
@@ -65,7 +67,7 @@ class Heads(ctypes.Structure):
     )
 
 
-class MlaBlock(ctypes.Structure):
+class MlaBlock(Structure):
     """`npuq_mla`: one layer's attention weights."""
 
     _fields_ = (
@@ -79,7 +81,7 @@ class MlaBlock(ctypes.Structure):
     )
 
 
-class MoeBlock(ctypes.Structure):
+class MoeBlock(Structure):
     """`npuq_moe`: one layer's router, experts and shared experts."""
 
     _fields_ = (
@@ -91,7 +93,7 @@ class MoeBlock(ctypes.Structure):
     )
 
 
-class Source(ctypes.Structure):
+class Source(Structure):
     """`npuq_source`: stored rows and, for FP8, the scales of their blocks."""
 
     _fields_ = (
@@ -105,7 +107,7 @@ class Source(ctypes.Structure):
     )
 
 
-class Sha256(ctypes.Structure):
+class Sha256(Structure):
     """`npuq_sha256`: one stream's state."""
 
     _fields_ = (("state", c_uint32 * 8), ("nbytes", c_uint64), ("waiting", c_uint8 * 64))
@@ -138,6 +140,8 @@ _SIGNATURES: Final = {
     "npuq_mla_prolog": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P),
     "npuq_mla_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
 }
+
+_CHECKS: Final = {name: CallCheck(kinds) for name, kinds in _SIGNATURES.items()}
 
 # Only where `npuq_sha256_usable`; these cannot fail.
 _SHA256_SIGNATURES: Final = {
@@ -173,6 +177,20 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.npuq_pool_level.argtypes = (c_void_p,)
     loaded.npuq_unwatch.argtypes, loaded.npuq_unwatch.restype = (c_void_p,), None
     return loaded
+
+
+def call(found: ctypes.CDLL, operator: str, *arguments: object) -> int:
+    """Call `npuq_<operator>`; its status. Raises ValueError for an integer that does not fit the C type."""
+    name = "npuq_" + operator
+    _CHECKS[name].check(operator, arguments)
+    status: int = getattr(found, name)(*arguments)
+    return status
+
+
+def new_pool(found: ctypes.CDLL, threads: int, level: int) -> int | None:
+    """The handle of a new pool of threads; None where they cannot be had."""
+    handle: int | None = found.npuq_pool_create(checked(threads, c_int, "pool", "threads"), level)
+    return handle
 
 
 def levels() -> tuple[str, ...]:

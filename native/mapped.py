@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .library import library
+from .library import call, library
 
 
 class Map(mmap.mmap):
@@ -25,7 +25,7 @@ class Map(mmap.mmap):
         """Have pages that cannot be read become zeros, where the native library is there to do it."""
         found = library()
         start = ctypes.addressof(ctypes.c_char.from_buffer(self))
-        if found is not None and found.npuq_watch(start, len(self)) == 0:
+        if found is not None and call(found, "watch", start, len(self)) == 0:
             self.start = start
 
     @property

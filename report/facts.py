@@ -19,8 +19,8 @@ from ..formats.artifact import (
 )
 from ..formats.checkpoint import Checkpoint
 from ..inputs.files import inside, read_text
-from ..models.architecture import Spec, expected_specs
 from ..models.config import ModelConfig
+from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
 from ..verification.stored_evaluation import stored_evaluations
 from .calibration import Coverage, read_coverage

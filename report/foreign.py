@@ -7,14 +7,15 @@ from math import prod
 
 from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import WEIGHT, Scheme
-from ..models.architecture import Role, Spec, layer_of
 from ..models.config import ModelConfig
+from ..models.roles import Role
+from ..models.tensors import Spec
 from .linears import LinearFacts, RoleFacts, linear_facts
 
 
 def mtp_layers(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, ...]:
     """The multi-token-prediction layers that are there: those after the decoder's."""
-    layers = {layer_of(name) for name in checkpoint.tensors}
+    layers = {config.family.layer_of(name) for name in checkpoint.tensors}
     return tuple(sorted(layer for layer in layers if layer is not None and layer >= config.num_hidden_layers))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from ..models.architecture import Spec
+from ..models.family import Block
+from ..models.tensors import Spec
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,13 @@ def linear_facts(
     """The facts of a linear that the architecture knows; ValueError for one outside the layers."""
     if spec.layer is None:
         raise ValueError(f"{spec.name}: belongs to no layer")
-    parts = spec.name.removesuffix(".weight").split(".")
-    projection = f"shared {parts[-1]}" if "shared_experts" in parts else parts[-1]
     return LinearFacts(
         name=spec.name,
         role=spec.role.value,
         scheme=scheme,
         layer=spec.layer,
         expert=spec.expert,
-        projection=projection,
+        projection=f"shared {spec.module}" if spec.block is Block.SHARED else spec.module,
         relative_error=relative_error,
         output_error=output_error,
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..choices import BACKENDS
 from ..errors import BackendError
+from ..inputs.printable import shown
 from .ops import Ops
-from .ops.ascend_support import npu_count
-
-BACKENDS = ("auto", "cpu", "reference", "ascend")
+from .ops.ascend.support import npu_count
 
 
 def make_ops(
@@ -22,10 +22,12 @@ def make_ops(
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise BackendError(f"dtype must be a torch.dtype, not {shown(dtype)}")
     if backend == "auto":
         backend = "ascend" if npu_count() else "cpu"
     if backend == "ascend":
-        from .ops.ascend import AscendOps
+        from .ops.ascend.operators import AscendOps
 
         return AscendOps(device or "npu:0", dtype or torch.bfloat16, kv_layout)
     if device not in (None, "cpu"):

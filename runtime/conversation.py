@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypedDict
 
+from ..choices import TEMPLATE_ARGUMENTS
 from ..errors import GenerationError
+from ..inputs.printable import printable, shown
 
 Message: TypeAlias = Mapping[str, Any]
 
 # The first is the name that templates read; `thinking` is read by those of gpt-oss.
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 _MARK: Final = "NPUQ-CONTINUES-HERE "
+
+
+class ChatOptions(TypedDict, total=False):
+    """What `Tokenizer.chat` takes beside the messages."""
+
+    system: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template: str | None
+    add_generation_prompt: bool
+    continue_final_message: bool | str
+
+
+class TemplateLimitError(GenerationError):
+    """A chat template took more time, memory or text than templates may: trying again would too."""
 
 
 def as_messages(conversation: str | Sequence[Message], system: str | None = None) -> list[dict[str, Any]]:
@@ -41,11 +58,45 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
     return messages
 
 
-def check_variables(variables: Mapping[str, Any]) -> None:
-    """GenerationError for template variables under names that mean something else to `Tokenizer.chat`."""
-    taken = sorted(variables.keys() & {"messages", "system", "tools", "documents", "chat_template"})
+def checked_options(
+    options: Mapping[str, Any], variables: Mapping[str, Any] | None
+) -> tuple[ChatOptions, dict[str, Any]]:
+    """Options and template variables of a request, of the right types.
+
+    Variables under the names of `add_generation_prompt` and `continue_final_message` are those options. Raises
+    GenerationError for an unknown option, a value of a wrong type, and a variable that is an option of its own.
+    """
+    unknown = options.keys() - ChatOptions.__annotations__.keys()
+    if unknown:
+        names = printable(", ".join(sorted(map(str, unknown))))[:80]
+        raise GenerationError(f"unknown option {names}; give variables of the template in chat_template_kwargs")
+    if not isinstance(variables, (Mapping, type(None))):
+        raise GenerationError(f"chat_template_kwargs must be an object, not a {type(variables).__name__}")
+    others = dict(variables or {})
+    taken = sorted(others.keys() & TEMPLATE_ARGUMENTS)
     if taken:
         raise GenerationError(f"chat_template_kwargs: {', '.join(taken)} cannot be given there")
+    chosen = {**options}
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if name in others:
+            chosen[name] = others.pop(name)
+    for name, value in chosen.items():
+        _check_option(name, value)
+    return ChatOptions(**chosen), others  # type: ignore[typeddict-item]
+
+
+def _check_option(name: str, value: Any) -> None:
+    if name in ("tools", "documents"):
+        expected = "a list of JSON objects"
+        fits = value is None or (isinstance(value, (list, tuple)) and all(isinstance(each, Mapping) for each in value))
+    elif name in ("system", "chat_template"):
+        expected, fits = "a text", value is None or isinstance(value, str)
+    elif name == "continue_final_message":
+        expected, fits = "True, False or the name of a field", isinstance(value, (bool, str))
+    else:
+        expected, fits = "True or False", isinstance(value, bool)
+    if not fits:
+        raise GenerationError(f"{name} must be {expected}, not {shown(value)}")
 
 
 def render(
@@ -64,6 +115,8 @@ def render(
     ]
     try:
         return _continued(present, continue_final_message, source, template)
+    except TemplateLimitError:
+        raise
     except GenerationError as error:
         given = [{**message, **some} for message, some in zip(messages, present, strict=True)]
         if given == present:

@@ -120,32 +120,22 @@ def fit(directory: Path) -> ModelFit:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
-    from .ops import MlaConfig
-    from .ops.ascend_mla import check_mla
+    from .ops.ascend.mla import check_mla
 
-    sizes = MlaConfig(
-        num_heads=config.num_attention_heads,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        kv_lora_rank=config.kv_lora_rank,
-        q_lora_rank=config.q_lora_rank,
-        rms_norm_eps=config.rms_norm_eps,
-        softmax_scale=1.0,
-    )
-    return _message(check_mla, "config.json", sizes)
+    return _message(check_mla, "config.json", config.attention)
 
 
 def _router_problem(config: ModelConfig) -> str | None:
-    from .ops.ascend import check_gating
+    from .ops.ascend.routing import check_gating
     from .weights import gating_of
 
-    return _message(check_gating, gating_of(config), config.topk_method == "noaux_tc")
+    moe = config.moe
+    return None if moe is None else _message(check_gating, gating_of(moe), moe.has_router_bias)
 
 
 def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:
     """One entry for each input width of the W4A8 experts: layers share their shapes."""
-    from .ops.ascend_weights import check_w4a8_inputs
+    from .ops.ascend.weights import check_w4a8_inputs
 
     quantized = [name.removesuffix(".scale_bias") for name in tensors if name.endswith(".scale_bias")]
     shapes = {name: tensors[f"{name}.weight"].shape for name in reversed(quantized) if f"{name}.weight" in tensors}
@@ -166,7 +156,7 @@ def _message(check: Callable[..., object], *args: Any) -> str | None:
 
 def _torch_npu() -> tuple[ModuleType | None, str | None]:
     """(torch_npu, None), or (None, why it cannot be used)."""
-    from .ops.ascend_support import import_torch_npu
+    from .ops.ascend.support import import_torch_npu
 
     try:
         return import_torch_npu(), None
@@ -179,7 +169,7 @@ def _devices(torch_npu: ModuleType) -> tuple[Device, ...]:
 
 
 def _device(torch_npu: ModuleType, index: int) -> Device:
-    from .ops.ascend_support import require_soc, soc_of
+    from .ops.ascend.support import require_soc, soc_of
 
     try:
         name = str(torch_npu.npu.get_device_name(index))
@@ -197,7 +187,7 @@ def _operators() -> dict[str, str | None]:
     """The schema of every operator the backend calls."""
     import torch
 
-    from .ops.ascend_support import OPERATORS
+    from .ops.ascend.support import OPERATORS
 
     found: dict[str, str | None] = {}
     for name in OPERATORS:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..inputs.printable import shown
+from .attention.pools import StoredPool
 from .block_manager import BlockManager
 from .model import Model
 from .sampler import SamplingParams
@@ -40,7 +42,7 @@ class EngineConfig:
         for size in fields(self):
             value = getattr(self, size.name)
             if type(value) is not int:
-                raise GenerationError(f"{size.name} must be a whole number, not {value!r}")
+                raise GenerationError(f"{size.name} must be a whole number, not {shown(value)}")
         if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
             raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -67,8 +69,8 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: the most tokens a sequence can have, prompt and completion together. With `latent_scales` (float32
-    `[kv_lora_rank]` a layer) the cache's latent is int8.
+    context: the most tokens a sequence can have, prompt and completion together. Pools of the cache
+    that have `cache_scales` (for each layer float32 `[channels]` by pool) are int8.
     """
 
     def __init__(
@@ -77,23 +79,23 @@ class Engine:
         rope: RopeRows,
         eos_ids: frozenset[int],
         config: EngineConfig,
-        latent_scales: Tokens[Tensor] | None = None,
+        cache_scales: Tokens[Mapping[str, Tensor]] | None = None,
     ):
         self.model = model
         self.config = config
         self._eos_ids = eos_ids
-        self._int8_cache = latent_scales is not None
-        num_blocks = _num_blocks(model, rope.max_position, config, int8=self._int8_cache)
+        self._int8_cache = cache_scales is not None
+        layers = range(model.config.num_hidden_layers)
+        scales = cache_scales or [{} for _ in layers]
+        pools = [model.attention.pools(layer) for layer in layers]
+        attention = model.ops.attention
+        stored = [attention.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
+        num_blocks = _num_blocks(chain.from_iterable(stored), rope.max_position, config)
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size)
-        shape = model.config
-        self._cache = model.ops.new_kv_cache(
-            shape.num_hidden_layers,
-            num_blocks,
-            config.block_size,
-            shape.kv_lora_rank,
-            shape.qk_rope_head_dim,
-            latent_scales,
+        self._cache = tuple(
+            attention.new_cache(own, num_blocks, config.block_size, scale)
+            for own, scale in zip(pools, scales, strict=True)
         )
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
@@ -103,7 +105,7 @@ class Engine:
 
         GenerationError when the prompt is empty, holds no token ids, or leaves no room to generate.
         """
-        self._check_tokens(prompt)
+        check_token_ids(prompt, self.model.config.vocab_size)
         if len(prompt) >= self.context:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
@@ -162,7 +164,7 @@ class Engine:
         GenerationError for a sequence that is empty, out of vocabulary, or longer than the context.
         """
         for tokens in sequences:
-            self._check_tokens(tokens)
+            check_token_ids(tokens, self.model.config.vocab_size)
             if len(tokens) > self.context:
                 raise GenerationError(f"{len(tokens)} tokens are more than the context of {self.context}")
         batch: list[Tokens[int]] = []
@@ -242,15 +244,18 @@ class Engine:
         elif len(sequence.tokens) >= sequence.max_tokens:
             self.finish(sequence, "length")
 
-    def _check_tokens(self, tokens: Tokens[int]) -> None:
-        if not tokens:
-            raise GenerationError("the prompt is empty: it has no tokens to continue")
-        vocabulary = self.model.config.vocab_size
-        if min(tokens) < 0 or max(tokens) >= vocabulary:
-            raise GenerationError(
-                f"token id {max(tokens) if min(tokens) >= 0 else min(tokens)} is outside the model's vocabulary of "
-                f"{vocabulary}; does the tokenizer belong to this model?"
-            )
+
+def check_token_ids(tokens: Tokens[int], vocabulary: int) -> None:
+    """Raise GenerationError where there are no tokens, or ids that a vocabulary of that size has not."""
+    if not tokens:
+        raise GenerationError("the prompt is empty: it has no tokens to continue")
+    wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+    if not 0 <= wrong < vocabulary:
+        named = wrong if abs(wrong) < 1 << 63 else "of more than 63 bits"  # it may be too long to be written
+        raise GenerationError(
+            f"token id {named} is outside the model's vocabulary of {vocabulary}; does the tokenizer belong to this "
+            "model?"
+        )
 
 
 def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
@@ -260,16 +265,13 @@ def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
         return StepOutput(sequence, None, error)
 
 
-def _num_blocks(model: Model, max_position: int, config: EngineConfig, *, int8: bool) -> int:
-    """As many blocks as the memory holds, but no more than all sequences together can fill."""
-    shape = model.config
-    size = model.ops.dtype.itemsize
-    layer_bytes = shape.kv_lora_rank * (1 if int8 else size) + shape.qk_rope_head_dim * size
-    token_bytes = shape.num_hidden_layers * layer_bytes
-    affordable = config.kv_cache_bytes // (token_bytes * config.block_size)
+def _num_blocks(pools: Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:
+    """As many blocks as the memory holds, but no more than all sequences together can fill. pools: of all layers."""
+    block_bytes = sum(pool.token_bytes for pool in pools) * config.block_size
+    affordable = config.kv_cache_bytes // block_bytes
     if affordable < 1:
         raise GenerationError(
             f"kv_cache_bytes {config.kv_cache_bytes} holds no block; one of {config.block_size} tokens takes "
-            f"{token_bytes * config.block_size}: give the cache (--cache-size) at least that"
+            f"{block_bytes}: give the cache (--cache-size) at least that"
         )
     return min(affordable, config.max_num_seqs * -(-max_position // config.block_size))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import GenerationError
 from ..progress import Progress, Silent, Task
 from .llm import LanguageModel, load
+from .sampler import not_finite
 from .tokenizer import Tokenizer
 from .tokenizer_check import require_tokenizer
 
@@ -144,5 +145,5 @@ def _compare(window: Window, logits: Tensor, source_logits: Tensor | None) -> Te
 def _exp(mean_loss: float) -> float:
     """Perplexity of a mean loss; GenerationError when it is no number, as with damaged weights."""
     if not math.isfinite(mean_loss):
-        raise GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
+        raise not_finite()
     return math.exp(min(mean_loss, 700.0))

@@ -9,7 +9,7 @@ from typing import Any, Final
 from ..errors import GenerationError
 from ..inputs.files import inside, is_inside
 from ..inputs.json_text import read_object
-from ..inputs.printable import printable
+from ..inputs.printable import shown
 from .sampler import SamplingParams
 
 NAME: Final = "generation_config.json"
@@ -30,8 +30,7 @@ def eos_ids(directory: Path, generation: Mapping[str, Any], config: Mapping[str,
         value, name = config.get("eos_token_id"), "config.json"
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int for token in ids):
-        shown = printable(repr(value))[:60]
-        raise GenerationError(f"{directory / name}: eos_token_id {shown} must be a token id or a list of them")
+        raise GenerationError(f"{directory / name}: eos_token_id {shown(value)} must be a token id or a list of them")
     return frozenset(ids)
 
 
@@ -45,7 +44,7 @@ def default_sampling(directory: Path, generation: Mapping[str, Any]) -> Sampling
     where = directory / NAME
     sampled = generation.get("do_sample")
     if sampled is not None and not isinstance(sampled, bool):
-        raise GenerationError(f"{where}: do_sample must be true or false, not {printable(repr(sampled))[:60]}")
+        raise GenerationError(f"{where}: do_sample must be true or false, not {shown(sampled)}")
     names = ["repetition_penalty"]
     if sampled or (sampled is None and generation.get("temperature") is not None):
         names += ["temperature", "top_k", "top_p", "min_p"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from ..formats.checkpoint import Checkpoint
 from ..models.config import ModelConfig
 from ..progress import Progress, Silent, Task
 from ..quant.rotation import rotation
+from .attention.kinds import attention_of
+from .attention.pools import LayerCache
 from .backend import make_ops
+from .engine import check_token_ids
 from .evaluation import DEFAULT_CONTEXT, Window, cut_windows
 from .model import LayerWeights, Model
 from .ops import Ops, Step
@@ -107,6 +111,11 @@ def _walk(
     return errors
 
 
+class _Layer(NamedTuple):
+    weights: LayerWeights
+    cache: LayerCache
+
+
 class _Side:
     """One of the two models, its decoder layers left on the disk."""
 
@@ -115,11 +124,10 @@ class _Side:
         self.config = ModelConfig.from_dict(checkpoint.config)
         tables = load_rope_tables(checkpoint, self.config)
         self._store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(self._store, self.config, ops, tables.softmax_scale, layers=())
-        self._model = Model(self.config, ops, weights, tables.softmax_scale)
+        attention = attention_of(self.config, tables.softmax_scale)
+        weights = load_weights(self._store, self.config, ops, attention, layers=())
+        self._model = Model(self.config, ops, weights, attention)
         self._rope = RopeRows.of(tables, ops)
-        # Whole sequences in one step cache nothing, but operators that write take a cache.
-        (self._cache,) = ops.new_kv_cache(1, 1, _BLOCK_SIZE, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
 
     def refuse_unlike(self, other: _Side) -> None:
         for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
@@ -135,27 +143,23 @@ class _Side:
             raise GenerationError(
                 f"windows of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
             )
-        self._check_tokens(batch)
+        for window in batch:
+            check_token_ids(window.inputs, self.config.vocab_size)
         builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
         return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
 
-    def _check_tokens(self, batch: Sequence[Window]) -> None:
-        largest = max(max(window.inputs) for window in batch)
-        if largest >= self.config.vocab_size:
-            raise GenerationError(
-                f"token id {largest} is outside the vocabulary of {self.config.vocab_size} of {self.directory}; "
-                "does the tokenizer belong to this model?"
-            )
-
     def embed(self, step: Step) -> Tensor:
-        return self._model.ops.embedding(step.token_ids, self._model.weights.embedding)
+        return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
 
-    def load(self, layer: int) -> LayerWeights:
-        return load_layer(self._store, self.config, self._model.ops, self._model.softmax_scale, layer)
+    def load(self, layer: int) -> _Layer:
+        ops, attention = self._model.ops, self._model.attention
+        # Whole sequences in one step cache nothing, but operators that write take a cache.
+        cache = ops.attention.new_cache(attention.pools(layer), 1, _BLOCK_SIZE)
+        return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
 
-    def run(self, layer: LayerWeights, stream: Tensor, step: Step) -> Tensor:
+    def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:
         """The layer's output `[T, H]` for its input `[T, H]`."""
-        delta, residual = self._model.decoder_layer(layer, None, stream.clone(), self._cache, step)
+        delta, residual = self._model.decoder_layer(layer.weights, None, stream.clone(), layer.cache, step)
         self._model.weights.files.check()
         return delta + residual
 

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from ..choices import KV_CACHE_DTYPES
 from ..errors import GenerationError
 from ..formats.checkpoint import Checkpoint
+from ..inputs.printable import shown
 from ..models.config import ModelConfig
+from .attention.kinds import attention_of
 from .backend import make_ops
-from .conversation import Message, check_variables
+from .conversation import ChatOptions, Message
 from .engine import Engine, EngineConfig
 from .generation_config import default_sampling, eos_ids, read_generation_config
 from .loop import Loop
@@ -31,8 +34,6 @@ from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-KV_CACHE_DTYPES = ("auto", "int8")
-
 Prompt: TypeAlias = str | Tokens[int]
 """Text, or the token ids of one."""
 
@@ -40,13 +41,15 @@ Prompt: TypeAlias = str | Tokens[int]
 class LanguageModel:
     """A loaded model. Several threads may use it, and several streams may be open: they share its steps."""
 
-    def __init__(self, directory: Path, generation: Mapping[str, Any], engine: Engine):
+    def __init__(
+        self, directory: Path, generation: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer | None = None
+    ):
         self.directory = directory
         self.engine = engine
         self._generation = generation
         self._loop = Loop(engine)
         self._reading = Lock()
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizer = tokenizer
 
     @property
     def backend(self) -> str:
@@ -117,32 +120,34 @@ class LanguageModel:
         messages: str | Tokens[Message],
         params: SamplingParams | None = None,
         *,
-        system: str | None = None,
-        tools: Tokens[Mapping[str, Any]] | None = None,
-        documents: Tokens[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> Completion:
         """The model's answer to a conversation: `generate` of what `Tokenizer.chat` makes of it.
 
-        chat_template_kwargs: what else the template knows, such as `{"thinking": True}`.
+        `options`: those of both. chat_template_kwargs: what else the template knows, such as `{"thinking": True}`.
         """
-        variables = chat_template_kwargs or {}
-        check_variables(variables)
-        prompt = self.tokenizer.chat(messages, system=system, tools=tools, documents=documents, **variables)
-        return self.generate(prompt, params, **options)
+        of_chat: Any = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
+        others: Any = {name: value for name, value in options.items() if name not in of_chat}
+        prompt = self.tokenizer.chat(messages, chat_template_kwargs=chat_template_kwargs, **of_chat)
+        return self.generate(prompt, params, **others)
 
     def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
-        """For each sequence of token ids, the logits after each of its tokens: compute dtype `[tokens, vocab]`."""
-        return self._loop.logits(sequences)
+        """For each sequence of token ids, the logits after each of its tokens: compute dtype `[tokens, vocab]`.
+
+        Raises GenerationError for what is no list of sequences, and, with the first logits asked for, for a sequence
+        that is empty, longer than the context, or holds an id outside the vocabulary.
+        """
+        if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
+            raise _no_prompt(sequences)
+        return self._loop.logits([_token_ids(sequence) for sequence in sequences])
 
     def _ids(self, prompt: Prompt) -> Tokens[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        try:
-            return [_token(token) for token in prompt]
-        except TypeError:
-            raise _no_prompt(prompt) from None
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+
+
+class RequestOptions(ChatOptions, SamplingOptions):
+    """Keyword arguments of `LanguageModel.chat`."""
 
 
 def _is_one(prompts: Prompt | Tokens[Prompt]) -> bool:
@@ -160,15 +165,24 @@ def _is_one(prompts: Prompt | Tokens[Prompt]) -> bool:
         return False
 
 
+def _token_ids(given: Any) -> list[int]:
+    """Plain integers of a sequence of token ids. GenerationError for anything else."""
+    if isinstance(given, (str, bytes, Mapping)):
+        raise _no_prompt(given)
+    try:
+        return [_token(token) for token in given]
+    except TypeError:
+        raise _no_prompt(given) from None
+
+
 def _no_prompt(given: object) -> GenerationError:
-    return GenerationError(
-        f"a prompt is a text or a list of token ids, not a {type(given).__name__}; for messages there is model.chat"
-    )
+    what = shown(given) if isinstance(given, (list, tuple)) else f"a {type(given).__name__}"
+    return GenerationError(f"a prompt is a text or a list of token ids, not {what}; for messages there is model.chat")
 
 
 def _token(value: Any) -> int:
     """A token id, of whatever library's integers. TypeError for anything else."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or getattr(value, "ndim", 0) > 0:  # a row of one column is not its only id
         raise TypeError
     return index(value)
 
@@ -181,31 +195,35 @@ def load(
     kv_layout: str = "nz",
     engine: EngineConfig | None = None,
     kv_cache_dtype: str = "auto",
+    tokenizer: Tokenizer | None = None,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
     backend, dtype, device, kv_layout: see `make_ops`; engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
     compute dtype; "int8" nearly halves a 16-bit cache, and needs the scales that calibrated conversion leaves in an
-    artifact. Weights stay mapped from their files on the CPU. Raises CheckpointError or ArtifactError for a directory
-    that is not what it should be, BackendError for a backend that cannot run here.
+    artifact. tokenizer: one that was read from there already. Weights stay mapped from their files on the CPU. Raises
+    CheckpointError or ArtifactError for a directory that is not what it should be, BackendError for a backend that
+    cannot run here.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
+    if not isinstance(engine, (EngineConfig, type(None))):
+        raise GenerationError(f"engine must be an EngineConfig, not a {type(engine).__name__}")
     directory = _local(path)
+    generation = read_generation_config(directory)
     ops = make_ops(backend, dtype, device, kv_layout)
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
+        ends = eos_ids(directory, generation, checkpoint.config)
         tables = load_rope_tables(checkpoint, config)
-        scales = load_kv_cache_scales(checkpoint, config) if kv_cache_dtype == "int8" else None
+        attention = attention_of(config, tables.softmax_scale)
+        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, tables.softmax_scale)
-        raw_config = dict(checkpoint.config)
-    model = Model(config, ops, weights, tables.softmax_scale)
-    generation = read_generation_config(directory)
-    ends = eos_ids(directory, generation, raw_config)
+        weights = load_weights(store, config, ops, attention)
+    model = Model(config, ops, weights, attention)
     runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
-    return LanguageModel(directory, generation, runner)
+    return LanguageModel(directory, generation, runner, tokenizer)
 
 
 def _local(path: str | Path) -> Path:

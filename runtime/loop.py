@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..errors import GenerationError
+from ..inputs.printable import printable
 from .engine import Engine, StepOutput
 from .sampler import SamplingParams
 from .sequence import Sequence
@@ -21,6 +22,10 @@ class Client(Protocol):
     """Somebody who waits for what becomes of some sequences."""
 
     sequences: tuple[Sequence, ...]
+    """Its sequences, in the order of its prompts; none before `expect`."""
+
+    def expect(self, sequences: tuple[Sequence, ...]) -> None:
+        """Learn which sequences its prompts have become."""
 
     def is_ready(self) -> bool:
         """Whether something has come that was not fetched, or nothing more will come."""
@@ -35,15 +40,15 @@ class Client(Protocol):
 class Loop:
     """Steps an engine for its clients. One thread at a time touches the engine; all others wait for it.
 
-    The lock is held for moments only, by whoever looks at a client or changes the engine between two steps. A step is
-    taken without it, by the thread that has set `_stepping`.
+    The lock is held by whoever looks at a client, changes the engine between two steps, or computes logits. A step is
+    taken without it, by the thread whose mark is `_stepping`.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._lock = Lock()
         self._changed = Condition(self._lock)
-        self._stepping = False
+        self._stepping: object | None = None  # the mark of the thread that takes a step
         self._wanted = 0  # threads that wait to change the engine: no step begins before they have
         self._clients: dict[Sequence, Client] = {}
         self._abandoned: deque[Client] = deque()
@@ -61,30 +66,32 @@ class Loop:
                 for sequence in added:
                     self.engine.finish(sequence, "cancelled")
                 raise
-            client.sequences = tuple(added)
+            client.expect(tuple(added))
             self._clients.update(dict.fromkeys(added, client))
 
     def wait(self, client: Client) -> None:
         """Return when the client is ready. Steps are taken until then, here unless another thread does."""
-        stepping = False
+        # A mark of its own: wherever this thread is interrupted, it takes back its own step and nobody else's.
+        mark = object()
         try:
             while not client.is_ready():
                 with self._lock:
-                    while not client.is_ready() and (self._stepping or self._wanted):
+                    while not client.is_ready() and (self._stepping is not None or self._wanted):
                         self._changed.wait()
                     if client.is_ready():
                         return
-                    self._stepping = stepping = True
+                    self._stepping = mark
                 self._step()
-                with self._lock:
-                    self._stepping = stepping = False
-                    self._changed.notify_all()
+                self._end_step(mark)
         finally:
-            if stepping:
-                with self._lock:
-                    self._stepping = False
-                    self._changed.notify_all()
+            self._end_step(mark)
             self._drop_abandoned()
+
+    def _end_step(self, mark: object) -> None:
+        if self._stepping is mark:
+            with self._lock:
+                self._stepping = None
+                self._changed.notify_all()
 
     def drop(self, client: Client) -> None:
         """End a client's sequences and free their blocks."""
@@ -112,13 +119,13 @@ class Loop:
             for output in self.engine.step():
                 self._deliver(output)
         except BaseException as error:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            failure = GenerationError(f"a step that this prompt took part in has failed ({reason}); ask again")
+            reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
             clients = set(self._clients.values())
             self._clients = {}
             self.engine.reset(sequence for client in clients for sequence in client.sequences)
             for client in clients:
-                client.fail(failure)
+                # One each: what is raised in two threads would mix their tracebacks.
+                client.fail(GenerationError(f"a step that this prompt took part in has failed ({reason}); ask again"))
             raise
 
     def _deliver(self, output: StepOutput) -> None:
@@ -143,7 +150,7 @@ class Loop:
         """Drop those abandoned, unless the engine is in use: then whoever uses it does so afterwards."""
         while self._abandoned and self._lock.acquire(blocking=False):
             try:
-                if self._stepping:
+                if self._stepping is not None:
                     return
                 while self._abandoned:
                     self._drop(self._abandoned.popleft())
@@ -157,7 +164,7 @@ class Loop:
             with self._lock:
                 self._wanted += 1
                 try:
-                    while self._stepping:
+                    while self._stepping is not None:
                         self._changed.wait()
                     yield
                 finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GenerationError
-from ..inputs.printable import printable
+from ..inputs.printable import shown
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class SamplingParams:
         if self.seed is not None:
             self._set("seed", int, lambda s: 0 <= s < 2**63, "None or a whole number from 0 to 2^63 - 1")
         if not isinstance(self.ignore_eos, bool):
-            raise GenerationError(f"ignore_eos {_shown(self.ignore_eos)} is not valid: it must be True or False")
+            raise GenerationError(f"ignore_eos {shown(self.ignore_eos)} is not valid: it must be True or False")
         given: Any = () if self.stop is None else self.stop
         stop = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
         if not all(isinstance(text, str) for text in stop):
-            raise GenerationError(f"stop {_shown(given)} is not valid: it must be a text or a list of texts")
+            raise GenerationError(f"stop {shown(given)} is not valid: it must be a text or a list of texts")
         if "" in stop:
             raise GenerationError("a stop string is empty: it would end every text before it begins")
         object.__setattr__(self, "stop", stop)
@@ -67,11 +67,13 @@ class SamplingParams:
                 if holds(plain):
                     object.__setattr__(self, name, plain)
                     return
-        raise GenerationError(f"{name} {_shown(value)} is not valid: it must be {expected}")
+        raise GenerationError(f"{name} {shown(value)} is not valid: it must be {expected}")
 
     @classmethod
     def of(cls, base: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
         """`base` with some fields set by name. GenerationError for a name that is none, as for a bad value."""
+        if not isinstance(base, cls):
+            raise GenerationError(f"params must be SamplingParams, not a {type(base).__name__}")
         unknown = [name for name in options if name not in cls.__dataclass_fields__]
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)
@@ -93,11 +95,9 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
 
 
-def _shown(value: object) -> str:
-    try:
-        return printable(repr(value)[:60])
-    except ValueError:  # a whole number too long to be written
-        return f"of type {type(value).__name__}"
+def not_finite() -> GenerationError:
+    """What is wrong where a model's logits are no numbers."""
+    return GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
 
 
 class Sampler:
@@ -110,18 +110,20 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
+        self._seen = _Seen()
 
     def next_token(self, logits: Tensor, context: Sequence[int]) -> int:
-        """The next token from float32 logits `[vocab]` on the host; `context`: the prompt's and the generated tokens.
+        """The next token from float32 logits `[vocab]` on the host.
 
-        Raises GenerationError when the logits hold no number to choose from.
+        context: the prompt's and the generated tokens; each time those of the last time, and others behind them. Raises
+        GenerationError when the logits hold no number to choose from.
         """
         params = self._params
         best = int(logits.argmax())
         if not math.isfinite(logits[best].item()):
-            raise GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
+            raise not_finite()
         if params.repetition_penalty != 1:
-            logits = _penalise(logits, context, params.repetition_penalty)
+            logits = _penalise(logits, self._seen.ids(context), params.repetition_penalty)
             best = int(logits.argmax())
         if params.temperature == 0:
             return best
@@ -132,13 +134,34 @@ class Sampler:
         return int(tokens[chosen])
 
 
-def _penalise(logits: Tensor, context: Sequence[int], penalty: float) -> Tensor:
-    """CTRL's rule (arXiv:1909.05858): logits of seen tokens divided by the penalty when positive, else multiplied."""
-    seen = torch.tensor(sorted(set(context)), dtype=torch.int64)
-    values = logits[seen]
+class _Seen:
+    """The different tokens of a text that grows."""
+
+    def __init__(self) -> None:
+        self._counted = 0
+        self._known: set[int] = set()
+        self._ids = torch.empty(0, dtype=torch.int64)
+
+    def ids(self, context: Sequence[int]) -> Tensor:
+        """Those of a context that begins with the last one: int64 `[tokens]`."""
+        fresh = set(context[self._counted :]) - self._known
+        self._counted = len(context)
+        if fresh:
+            self._known |= fresh
+            self._ids = torch.cat([self._ids, torch.tensor(sorted(fresh))])
+        return self._ids
+
+
+def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """CTRL's rule (arXiv:1909.05858): logits of seen tokens divided by the penalty when positive, else multiplied.
+
+    logits: float32 `[vocab]`; seen: int64 `[tokens]`, each once.
+    """
+    # In float64, which any penalty can be held in; an extreme one leads beyond float32.
+    values = logits[seen].double()
     changed = torch.where(values > 0, values / penalty, values * penalty)
-    # An extreme penalty leads beyond float32.
-    return logits.index_copy(0, seen, changed.clamp(torch.finfo(changed.dtype).min, torch.finfo(changed.dtype).max))
+    limits = torch.finfo(logits.dtype)
+    return logits.index_copy(0, seen, changed.clamp(limits.min, limits.max).to(logits.dtype))
 
 
 def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class RopeRows:
     @classmethod
     def of(cls, tables: RopeTables, ops: Ops) -> RopeRows:
         cos, sin = (torch.cat([table, table], dim=-1) for table in (tables.cos, tables.sin))
-        return cls(ops.parameter(cos, ops.dtype), ops.parameter(sin, ops.dtype))
+        return cls(ops.weights.parameter(cos, ops.dtype), ops.weights.parameter(sin, ops.dtype))
 
     @property
     def max_position(self) -> int:
@@ -78,7 +78,6 @@ class StepBuilder:
         positions = self._tensor([p for chunk in ordered for p in range(chunk.start, chunk.end)])
         step = Step(
             token_ids=self._tensor([token for chunk in ordered for token in chunk.token_ids]),
-            positions=positions,
             slots=self._tensor([slot for chunk in ordered for slot in self._slots(chunk)]),
             cos=self._rope.cos[positions],
             sin=self._rope.sin[positions],

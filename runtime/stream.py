@@ -71,8 +71,8 @@ class Stream(Iterator[Piece]):
                     return inbox.pieces.popleft()
                 except IndexError:  # another thread took it
                     continue
-            if inbox.error is not None:
-                error = inbox.error
+            error = inbox.error  # once: another thread may close the stream
+            if error is not None:
                 self.close()
                 raise error
             if not inbox.open and not inbox.pieces:  # in this order: the last piece comes before the end
@@ -100,10 +100,15 @@ class _Inbox:
 
     def __init__(self, texts: Tokens[TextStream]):
         self.sequences: tuple[Sequence, ...] = ()
+        self._places: dict[Sequence, int] = {}
         self.pieces: deque[Piece] = deque()
         self.error: GenerationError | None = None
         self.open = len(texts)
         self._texts = texts
+
+    def expect(self, sequences: tuple[Sequence, ...]) -> None:
+        self.sequences = sequences
+        self._places = {sequence: place for place, sequence in enumerate(sequences)}
 
     def is_ready(self) -> bool:
         return bool(self.pieces) or self.error is not None or not self.open
@@ -114,7 +119,7 @@ class _Inbox:
             self.fail(output.error)
             return False
         sequence = output.sequence
-        index = self.sequences.index(sequence)
+        index = self._places[sequence]
         text = self._texts[index]
         # A token that ends a sequence (end of sequence, a stop that is a special token) has no text.
         given = "" if sequence.finish_reason == "stop" else text.add(output.token)

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import GenerationError
 from ..inputs.printable import printable
 from ..inputs.template import TemplateRenderer
 from . import conversation
-from .conversation import Message
+from .conversation import ChatOptions, Message, TemplateLimitError
 from .tokenizer_files import ChatTemplate, TokenizerFiles, guarded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MAX_HELD: Final = 16
 """Tokens that text may be held back for while it ends in an unfinished UTF-8 sequence."""
+
+_CONTEXT: Final = 4
+_MOST_CONTEXT: Final = 16
+"""Tokens of context: so many at least and at most. Between the two the length of their text is known."""
 
 _MOST_TOKEN_CHARACTERS: Final = 1 << 16
 """Text of one token. The longest of known tokenizers are runs of some hundred spaces."""
@@ -33,7 +40,7 @@ class Tokenizer:
         self._fast = files.fast
         self._special = files.special_tokens
         self._templates = files.templates
-        self._renderer = TemplateRenderer(GenerationError)
+        self._renderer = TemplateRenderer(GenerationError, TemplateLimitError)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self._adds_bos = files.adds_bos
@@ -41,12 +48,6 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self._fast.get_vocab_size()
-
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja source of the template for plain conversations, or None."""
-        template = self._templates.get("default")
-        return None if template is None else template.source
 
     @cached_property
     def special_ids(self) -> Mapping[str, int]:
@@ -71,66 +72,45 @@ class Tokenizer:
         self,
         messages: str | Sequence[Message],
         *,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool | str = False,
-        **variables: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[int]:
         """The token ids of a conversation that the model is to continue, made by its chat template.
 
         messages: `[{"role": "user", "content": "…"}, …]`; a text is what a user says. system: goes before them. tools:
-        JSON schemas of functions. documents: objects with title and text. variables: what else the template knows, such
-        as `thinking=True`. chat_template: the name of one of the model's, or Jinja source; None takes "tool_use" where
-        there are tools and such a one, else "default". continue_final_message: the last message is left open, for the
-        model to go on with (a text names another field than content).
+        JSON schemas of functions. documents: objects with title and text. chat_template: the name of one of the
+        model's, or Jinja source; None takes "tool_use" where there are tools and such a one, else "default".
+        add_generation_prompt (True): the beginning of an answer follows. continue_final_message: the last message is
+        left open, for the model to go on with (a text names another field than content). chat_template_kwargs: what
+        else the template knows, such as `{"thinking": True}`.
 
         Templates run in Jinja's sandbox in a process of their own, and are given what transformers gives them.
         GenerationError when there is none, when it fails or reaches a limit, and for values that are not JSON.
         """
-        text = self.render_chat(
-            messages,
-            system=system,
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **variables,
-        )
+        text = self.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **options)
         return self._encode(text, special=False)
 
     def render_chat(
         self,
         messages: str | Sequence[Message],
         *,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool | str = False,
-        **variables: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> str:
         """The text that `chat` makes token ids of."""
-        for name, given in (("tools", tools), ("documents", documents)):
-            if given is not None and not (
-                isinstance(given, (list, tuple)) and all(isinstance(each, Mapping) for each in given)
-            ):
-                raise GenerationError(f"{name} must be a list of JSON objects; give the schemas of functions")
-        template = self._template(chat_template, with_tools=tools is not None)
+        chosen, variables = conversation.checked_options(options, chat_template_kwargs)
+        tools, continued = chosen.get("tools"), chosen.get("continue_final_message", False)
+        template = self._template(chosen.get("chat_template"), with_tools=tools is not None)
         values = {
             **self._special,
             **variables,
             "tools": tools,
-            "documents": documents,
-            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "documents": chosen.get("documents"),
+            "add_generation_prompt": chosen.get("add_generation_prompt", True) and not continued,
         }
         return conversation.render(
-            conversation.as_messages(messages, system),
-            continue_final_message,
+            conversation.as_messages(messages, chosen.get("system")),
+            continued,
             template.source,
             lambda given: self._renderer.render(template.source, {**values, "messages": given}, template.where),
         )
@@ -188,7 +168,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
-        self._context = list(prompt[-4:])
+        self._context = list(prompt[-_CONTEXT:])
+        self._context_characters: int | None = None  # of their text, once it is needed
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
@@ -201,18 +182,24 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is held back at the end, unfinished sequences as U+FFFD."""
-        return self._give(self._text())
+        return self._give(self._text()) if self._pending else ""
 
     def _text(self) -> str:
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode([*self._context, *self._pending])[len(before) :]
+        if self._context_characters is None:
+            self._context_characters = len(self._tokenizer.decode(self._context))
+        return self._tokenizer.decode([*self._context, *self._pending])[self._context_characters :]
 
     def _give(self, text: str) -> str:
         if len(text) > _MOST_TOKEN_CHARACTERS:
             raise GenerationError(
                 f"token {self._pending[-1]} is a text of {len(text)} characters; is the tokenizer damaged?"
             )
-        # Tokens without text (special ones) must not push the context out.
-        self._context = [*self._context, *self._pending][-4:] if text else self._context
+        if text:  # tokens without any (special ones) must not push the context out
+            self._context += self._pending
+            if self._context_characters is not None:
+                self._context_characters += len(text)
+            if len(self._context) > _MOST_CONTEXT:
+                del self._context[:-_CONTEXT]
+                self._context_characters = None
         self._pending = []
         return text

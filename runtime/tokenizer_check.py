@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Final
 
 from ..errors import GenerationError
 
 _TIKTOKEN = ("tiktoken.model", "*.tiktoken")
-# Formats that transformers converts, where it is installed.
-_OLDER = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+VOCABULARY_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Those of formats that transformers converts, where it is installed and a tokenizer_config.json says of which kind."""
 
 
 def tokenizer_problem(names: Iterable[str]) -> str | None:
@@ -25,9 +26,15 @@ def tokenizer_problem(names: Iterable[str]) -> str | None:
                 f"its tokenizer is {name}, which npuq does not read (vLLM-Ascend and SGLang do); put the same "
                 "vocabulary there as tokenizer.json, in the format of Hugging Face's tokenizers"
             )
-    if any(name in _OLDER for name in names):
+    older = [name for name in names if name in VOCABULARY_FILES]
+    if older and "tokenizer_config.json" in names:
         return None
-    return "it has no tokenizer; put the model's tokenizer.json and tokenizer_config.json there"
+    if older:
+        return (
+            f"it has {older[0]} without the tokenizer_config.json that says how it is read; put it there, or the "
+            "model's tokenizer.json"
+        )
+    return "it has no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there"
 
 
 def require_tokenizer(directory: Path) -> None:

@@ -12,19 +12,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from ..errors import GenerationError
 from ..inputs.files import inside, is_inside, read_bytes, read_text
 from ..inputs.json_text import read_object
-from ..inputs.printable import printable
+from ..inputs.printable import printable, shown
+from .tokenizer_conversion import SPECIAL_TOKENS, converted
 from .tokenizer_parts import check_growth, check_parts
-
-SPECIAL_TOKENS: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-"""The names under which a template finds special tokens."""
 
 _MOST_TEMPLATE_BYTES: Final = 1 << 20
 _MOST_CONFIG_BYTES: Final = 16 << 20
@@ -75,9 +65,7 @@ def guarded(call: Callable[[], _T], doing: str) -> _T:
     """
     try:
         return call()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except MemoryError:
+    except (KeyboardInterrupt, SystemExit, MemoryError, GenerationError):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -87,36 +75,19 @@ def guarded(call: Callable[[], _T], doing: str) -> _T:
 
 
 def _fast_tokenizer(directory: Path) -> FastTokenizer:
-    if not is_inside(directory, "tokenizer.json"):
-        fast = _convert(directory)
-    else:
+    if is_inside(directory, "tokenizer.json"):
         path = inside(directory, "tokenizer.json", GenerationError)
         content = read_bytes(path, GenerationError)
-        check_parts(content, path)
-        fast = guarded(lambda: FastTokenizer.from_buffer(content), f"{path}: cannot be read as a tokenizer")
-        check_growth(fast, path)
+    else:
+        path = directory
+        content = converted(directory, guarded)
+    check_parts(content, path)
+    fast = guarded(lambda: FastTokenizer.from_buffer(content), f"{path}: cannot be read as a tokenizer")
+    check_growth(fast, path)
     # Settings that a training run leaves in the file: they would cut prompts short, or fill them up, without a word.
     fast.no_truncation()
     fast.no_padding()
     return fast
-
-
-def _convert(directory: Path) -> FastTokenizer:
-    """A tokenizer without tokenizer.json, as transformers converts it; code from the checkpoint is never run."""
-    missing = f"{directory}: no tokenizer.json; copy the model's tokenizer files there"
-    if not (directory / "tokenizer_config.json").is_file():
-        raise GenerationError(missing)
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise GenerationError(f"{missing}, or install transformers to convert an older format") from None
-
-    def convert() -> FastTokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        backend: FastTokenizer = tokenizer.backend_tokenizer
-        return backend
-
-    return guarded(convert, f"{missing}; transformers cannot convert what is there")
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -133,7 +104,7 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         if text is None:
             continue
         if not isinstance(text, str):
-            raise GenerationError(f"{where}: {name} must be text, not {printable(repr(text))[:60]}")
+            raise GenerationError(f"{where}: {name} must be text, not {shown(text)}")
         tokens[name] = text
     return tokens
 

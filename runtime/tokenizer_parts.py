@@ -3,7 +3,8 @@
 The tokenizers library checks little of what it reads. A crafted `Precompiled` normalizer, and a BPE whose
 `continuing_subword_prefix` cuts its merges within a character, end the whole process where it reads them; no byte-level
 BPE, which is what npuq's models have, holds either. And twenty lines that each replace a letter by ten would make a
-prompt of one letter larger than any memory; known tokenizers replace a space by one other character.
+prompt of one letter larger than any memory; known tokenizers replace a space by one other character, and put a few
+tokens around the text.
 """
 
 from __future__ import annotations
@@ -45,22 +46,47 @@ def check_parts(content: bytes, path: Path) -> None:
 
 
 def check_growth(fast: FastTokenizer, path: Path) -> None:
-    """GenerationError when the normalizer or the decoder of the file could make a text more than 4096 times longer."""
+    """GenerationError when parts of the file could make a text, or its tokens, many times longer.
+
+    Normalizer and decoder: more than 4096 times. Post-processor: by a second copy of the text, or by more than 4096
+    tokens around it.
+    """
     for name in ("normalizer", "decoder"):
-        part = getattr(fast, name)
         growth = 1
-        for step in _steps(None if part is None else parse_json(part.__getstate__(), str(path), GenerationError)):
+        for step in _steps(getattr(fast, name), path):
             growth *= _growth(step)
             if growth > MOST_GROWTH:
                 raise GenerationError(f"{path}: its {name} can make a text more than {MOST_GROWTH} times longer")
+    added = 0
+    for step in _steps(fast.post_processor, path):
+        copies, tokens = _around(step)
+        added += tokens
+        if copies > 1:
+            raise GenerationError(f"{path}: its post_processor repeats the text; npuq reads none that does")
+        if added > MOST_GROWTH:
+            raise GenerationError(f"{path}: its post_processor puts more than {MOST_GROWTH} tokens around a text")
 
 
-def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(part, Mapping):
-        yield part
-        for key in ("normalizers", "decoders"):
-            for step in part.get(key) or ():
-                yield from _steps(step)
+def _steps(part: Any, path: Path) -> Iterator[Mapping[str, Any]]:
+    """The steps that a part of a tokenizer consists of."""
+    return iter(()) if part is None else _inner(parse_json(part.__getstate__(), str(path), GenerationError))
+
+
+def _inner(step: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(step, Mapping):
+        yield step
+        for key in ("normalizers", "decoders", "processors"):
+            for inner in step.get(key) or ():
+                yield from _inner(inner)
+
+
+def _around(step: Mapping[str, Any]) -> tuple[int, int]:
+    """How often a post-processor's step writes the text of a prompt, and how many tokens it writes beside it."""
+    if step.get("type") != "TemplateProcessing":
+        return 1, 2  # BERT's and RoBERTa's put one on either side
+    pieces = step["single"]
+    specials = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+    return len(pieces) - len(specials), sum(len(step["special_tokens"][name]["ids"]) for name in specials)
 
 
 def _growth(step: Mapping[str, Any]) -> int:

@@ -32,13 +32,19 @@ from ..formats.dialects import WeightSource
 from ..formats.kv_cache import INT8_CHANNELS, load_scales
 from ..formats.schemes import BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, Scheme
 from ..formats.static_w8a8 import input_scale_of, load_deq_scale
-from ..formats.ties import EMBEDDING, HEAD, share_tied
+from ..formats.ties import share_tied
 from ..inputs.files import inside, is_inside
-from ..models.config import ModelConfig, check_unbiased
+from ..models.config import ModelConfig
+from ..models.families import family_of
+from ..models.family import Block
+from ..models.inventory import check_unbiased
+from ..models.moe import Moe
 from ..models.rope import RopeTables, load_rope, rope_tables
+from ..models.tensors import ModelTensors
 from ..native.mapped import MappedFiles
+from .attention.kind import AttentionKind
 from .model import LayerWeights, ModelWeights
-from .ops import Experts, Gating, LinearPart, MlaConfig, MlaParts, MlpWeights, MoeWeights, Ops, Static
+from .ops import Experts, Gating, LinearPart, MlpWeights, MoeWeights, Ops, Static
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -163,7 +169,7 @@ def is_artifact(directory: Path) -> bool:
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
-    check_unbiased(checkpoint.tensors)
+    check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
@@ -179,147 +185,151 @@ def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
     return load_rope(inside(checkpoint.directory, ROPE_NAME, ArtifactError), config)
 
 
-def load_kv_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Tensor, ...]:
-    """The scales of an int8 KV cache, float32 `[kv_lora_rank]` a layer.
+def load_kv_cache_scales(
+    checkpoint: Checkpoint, config: ModelConfig, attention: AttentionKind
+) -> tuple[dict[str, Tensor], ...]:
+    """The scales of an int8 KV cache, for each layer float32 `[channels]` by pool.
 
-    Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a latent
+    Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a pool
     that is not made of whole tiles.
     """
-    if config.kv_lora_rank % INT8_CHANNELS:
-        raise ArtifactError(
-            f"{checkpoint.directory}: kv_lora_rank {config.kv_lora_rank} is no multiple of {INT8_CHANNELS}, as an int8 "
-            "KV cache needs; leave the KV cache in the compute dtype"
-        )
+    pools = [pool for pool in attention.pools(0) if pool.int8]
+    for pool in pools:
+        if pool.channels % INT8_CHANNELS:
+            raise ArtifactError(
+                f"{checkpoint.directory}: the {pool.name} has {pool.channels} channels, no multiple of "
+                f"{INT8_CHANNELS}, as an int8 KV cache needs; leave the KV cache in the compute dtype"
+            )
     if not is_inside(checkpoint.directory, KV_CACHE_NAME):
         raise ArtifactError(
             f"{checkpoint.directory / KV_CACHE_NAME}: there are no scales for an int8 KV cache; convert with a "
             "calibrated method (npuq convert --method gptq), or leave the KV cache in the compute dtype"
         )
     path = inside(checkpoint.directory, KV_CACHE_NAME, ArtifactError)
-    return load_scales(path, config.num_hidden_layers, config.kv_lora_rank)
+    (pool,) = pools
+    scales = load_scales(path, config.num_hidden_layers, pool.channels)
+    return tuple({pool.name: scale} for scale in scales)
 
 
 def load_weights(
-    store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layers: Sequence[int] | None = None
+    store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layers: Sequence[int] | None = None
 ) -> ModelWeights:
     """All weights that generation needs, handed to the backend; of the decoder layers only `layers`, if given.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
     """
-    hidden = config.hidden_size
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    embedding = ops.parameter(store.tensor(EMBEDDING, config.vocab_size, hidden))
+    top = _Parts(store, config, None)
     weights = ModelWeights(
-        embedding=embedding,
-        layers=tuple(load_layer(store, config, ops, softmax_scale, layer) for layer in chosen),
-        norm=ops.parameter(store.tensor("model.norm.weight", hidden), ops.dtype),
-        lm_head=ops.float_linear([store.tensor(HEAD, config.vocab_size, hidden)]),
+        embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
+        layers=tuple(load_layer(store, config, ops, attention, layer) for layer in chosen),
+        norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
+        lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")]),
         files=store.files,
     )
     store.files.check()
     return weights
 
 
-def gating_of(config: ModelConfig) -> Gating:
+def gating_of(moe: Moe) -> Gating:
     """The router's rule, as transformers and the engines compute it.
 
     V3 (noaux_tc) scores groups by the sum of their two best biased scores, V2 (group_limited_greedy) by the best one.
     Weights are normalised where the config says so, and multiplied by the scaling factor in any case. (Where a token
     has one expert, DeepSeek's own code leaves its weight as it is; all others normalise it to 1.)
     """
-    noaux = config.topk_method == "noaux_tc"
-    grouped = config.topk_method != "greedy"
+    grouped = moe.topk_method != "greedy"
     return Gating(
-        k=config.num_experts_per_tok,
-        scoring=config.scoring_func,
-        group_count=config.n_group if grouped else 1,
-        k_group=config.topk_group if grouped else 1,
-        group_select_mode=1 if noaux else 0,
-        renormalize=config.norm_topk_prob,
-        scaling=config.routed_scaling_factor,
+        k=moe.num_experts_per_tok,
+        scoring=moe.scoring_func,
+        group_count=moe.n_group if grouped else 1,
+        k_group=moe.topk_group if grouped else 1,
+        group_select_mode=1 if moe.topk_method == "noaux_tc" else 0,
+        renormalize=moe.norm_topk_prob,
+        scaling=moe.routed_scaling_factor,
     )
 
 
-def load_layer(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, layer: int) -> LayerWeights:
+def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
     """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
-    prefix = f"model.layers.{layer}"
-    is_moe = config.is_moe_layer(layer)
-    mlp: MlpWeights | None = None
-    if not is_moe:
-        mlp = _mlp(store, ops, f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
-    elif config.n_shared_experts:
-        width = config.n_shared_experts * config.moe_intermediate_size
-        mlp = _mlp(store, ops, f"{prefix}.mlp.shared_experts", config.hidden_size, width)
+    parts, moe = _Parts(store, config, layer), config.moe_at(layer)
     return LayerWeights(
-        input_norm=ops.parameter(store.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size), ops.dtype),
-        attention=_attention(store, config, ops, softmax_scale, f"{prefix}.self_attn"),
-        mlp_norm=ops.parameter(
-            store.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size), ops.dtype
-        ),
-        mlp=mlp,
-        moe=_moe(store, config, ops, f"{prefix}.mlp") if is_moe else None,
+        input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
+        attention=attention.load(_BlockParts(parts, Block.ATTENTION), ops),
+        mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
+        mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
+        moe=None if moe is None else _moe(parts, moe, ops),
     )
 
 
-def _attention(store: Store, config: ModelConfig, ops: Ops, softmax_scale: float, prefix: str) -> object:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    q_width, q_lora = heads * config.qk_head_dim, config.q_lora_rank
-    kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    parts = MlaParts(
-        q=store.linear(f"{prefix}.q_proj", q_width, hidden) if q_lora is None else None,
-        q_a=None if q_lora is None else store.linear(f"{prefix}.q_a_proj", q_lora, hidden),
-        q_a_norm=None if q_lora is None else store.tensor(f"{prefix}.q_a_layernorm.weight", q_lora),
-        q_b=None if q_lora is None else store.linear(f"{prefix}.q_b_proj", q_width, q_lora),
-        kv_a=store.linear(f"{prefix}.kv_a_proj_with_mqa", config.kv_lora_rank + config.qk_rope_head_dim, hidden),
-        kv_a_norm=store.tensor(f"{prefix}.kv_a_layernorm.weight", config.kv_lora_rank),
-        kv_b=store.tensor(f"{prefix}.kv_b_proj.weight", kv_width, config.kv_lora_rank),
-        o=store.linear(f"{prefix}.o_proj", hidden, heads * config.v_head_dim),
+class _Parts:
+    """The tensors of one layer, or with None those outside the layers, as the store has them."""
+
+    def __init__(self, store: Store, config: ModelConfig, layer: int | None):
+        self._store, self._tensors, self._layer = store, ModelTensors(config), layer
+
+    def has(self, block: Block, part: str) -> bool:
+        return self._tensors.has(block, part, self._layer)
+
+    def tensor(self, block: Block, part: str) -> Tensor:
+        spec = self._tensors.spec(block, part, self._layer)
+        return self._store.tensor(spec.name, *spec.shape)
+
+    def linear(self, block: Block, part: str, expert: int | None = None) -> LinearPart:
+        spec = self._tensors.spec(block, part, self._layer, expert)
+        outputs, inputs = spec.shape
+        return self._store.linear(spec.name.removesuffix(".weight"), outputs, inputs)
+
+
+class _BlockParts:
+    """The tensors of one block of a layer, by part."""
+
+    def __init__(self, parts: _Parts, block: Block):
+        self._parts, self._block = parts, block
+
+    def linear(self, part: str) -> LinearPart:
+        return self._parts.linear(self._block, part)
+
+    def tensor(self, part: str) -> Tensor:
+        return self._parts.tensor(self._block, part)
+
+
+def _mlp(parts: _Parts, ops: Ops, block: Block) -> MlpWeights:
+    gate_up = [parts.linear(block, part) for part in ("gate", "up")]
+    down = parts.linear(block, "down")
+    return MlpWeights(
+        ops.weights.linear_of(gate_up), ops.weights.linear_of([down]), quantized=down.scheme is Scheme.W8A8
     )
-    return ops.mla(
-        parts,
-        MlaConfig(
-            num_heads=heads,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            kv_lora_rank=config.kv_lora_rank,
-            q_lora_rank=q_lora,
-            rms_norm_eps=config.rms_norm_eps,
-            softmax_scale=softmax_scale,
-        ),
-    )
 
 
-def _mlp(store: Store, ops: Ops, prefix: str, hidden: int, width: int) -> MlpWeights:
-    gate_up = [store.linear(f"{prefix}.{name}", width, hidden) for name in ("gate_proj", "up_proj")]
-    down = store.linear(f"{prefix}.down_proj", hidden, width)
-    return MlpWeights(ops.linear_of(gate_up), ops.linear_of([down]), quantized=down.scheme is Scheme.W8A8)
-
-
-def _moe(store: Store, config: ModelConfig, ops: Ops, prefix: str) -> MoeWeights:
-    hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
     bias: Tensor | None = None
-    if config.topk_method == "noaux_tc":
-        bias = ops.parameter(store.tensor(f"{prefix}.gate.e_score_correction_bias", experts), torch.float32)
+    if parts.has(Block.ROUTER, "router_bias"):
+        bias = ops.weights.parameter(parts.tensor(Block.ROUTER, "router_bias"), torch.float32)
 
-    def stacked(outputs: int, inputs: int, *names: str) -> tuple[Experts, bool]:
-        parts = [
-            [store.linear(f"{prefix}.experts.{expert}.{name}", outputs, inputs) for name in names]
-            for expert in range(experts)
+    def stacked(*names: str) -> tuple[Experts, LinearPart]:
+        experts = [
+            [parts.linear(Block.EXPERT, name, expert) for name in names] for expert in range(moe.n_routed_experts)
         ]
-        return ops.experts_of(parts), parts[0][0].scheme is not Scheme.FLOAT
+        return ops.weights.experts_of(experts), experts[0][0]
 
-    gate_up, gate_up_quantized = stacked(width, hidden, "gate_proj", "up_proj")
-    down, down_quantized = stacked(hidden, width, "down_proj")
-    if gate_up_quantized != down_quantized:
-        raise ArtifactError(f"{prefix}.experts: gate_proj, up_proj and down_proj must all be quantized, or all FLOAT")
-    return MoeWeights(
-        router=ops.router(store.tensor(f"{prefix}.gate.weight", experts, hidden)),
+    gate_up, gate = stacked("gate", "up")
+    down, first = stacked("down")
+    quantized = first.scheme is not Scheme.FLOAT
+    if (gate.scheme is not Scheme.FLOAT) != quantized:
+        raise ArtifactError(
+            f"{gate.name} is {gate.scheme.value} and {first.name} {first.scheme.value}: an expert's linears must all "
+            "be quantized, or all FLOAT"
+        )
+    weights = MoeWeights(
+        router=ops.weights.router(parts.tensor(Block.ROUTER, "router")),
         correction_bias=bias,
-        gating=gating_of(config),
+        gating=gating_of(moe),
         gate_up=gate_up,
         down=down,
-        num_experts=experts,
-        quantized=down_quantized,
+        num_experts=moe.n_routed_experts,
+        quantized=quantized,
+        shared=_mlp(parts, ops, Block.SHARED) if moe.n_shared_experts else None,
     )
+    return ops.routing.moe_of(weights)

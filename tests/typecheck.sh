@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
 target=build/typing
-rm -rf "$target"
+# setuptools keeps in build/lib what a checkout no longer has.
+rm -rf "$target" build/lib*
 "$python" -m pip --disable-pip-version-check --quiet install --no-deps --target "$target" .
 MYPYPATH=$target "$python" -m mypy

@@ -8,8 +8,8 @@ from typing import Any
 from ..convert.plan.recipe import Transform
 from ..convert.rewriting import RewrittenSource, rotated
 from ..formats.dialects import WeightSource
-from ..models.architecture import Spec
 from ..models.inventory import take_inventory
+from ..models.tensors import Spec
 from .structure import Layout
 
 

@@ -21,9 +21,10 @@ from ..formats.dialects import WeightSource
 from ..formats.sources import open_weights
 from ..formats.stored import QuantizedSource
 from ..formats.ties import share_tied
-from ..models.architecture import Role, Spec
 from ..models.config import ModelConfig
 from ..models.inventory import Inventory, take_inventory
+from ..models.roles import Role
+from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..progress import Progress, Task
 from .structure import unlisted
@@ -85,7 +86,7 @@ def _structure(directory: Path, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _rules(source: QuantizedSource, inventory: Inventory) -> Iterator[str]:
-    for violation in violations(inventory.specs, inventory.fused, source.schemes.__getitem__, Target.ENGINES):
+    for violation in violations(inventory.specs, source.schemes.__getitem__, Target.ENGINES):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 

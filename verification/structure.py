@@ -30,8 +30,9 @@ from ..formats.safetensors import read_header
 from ..formats.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
-from ..models.architecture import ROUTER_BIASES, Role, Spec, expected_specs, family_of, layer_of
 from ..models.config import ModelConfig, model_dtype
+from ..models.roles import Role
+from ..models.tensors import Spec, expected_specs
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -50,7 +51,7 @@ class Layout:
         """The artifact's tensors of one source tensor, as the format wants them. ValueError: it has no such form."""
         scheme = self.schemes[spec.name]
         if scheme is Scheme.FLOAT:
-            code = "F32" if spec.role in ROUTER_BIASES else self.checkpoint.tensors[spec.name].dtype
+            code = spec.kept_dtype or self.checkpoint.tensors[spec.name].dtype
             return (OutputTensor(spec.name, code, spec.shape),)
         return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel, float16=self.is_float16)
 
@@ -154,7 +155,7 @@ def _specs(
     config: ModelConfig, checkpoint: Checkpoint, schemes: Mapping[str, Scheme], problems: list[str]
 ) -> dict[str, Spec]:
     """What can be checked further: tensors that the architecture knows and that are there, and unknown float ones."""
-    layers = {layer for name in checkpoint.tensors if (layer := layer_of(name)) is not None}
+    layers = {layer for name in checkpoint.tensors if (layer := config.family.layer_of(name)) is not None}
     mtp = tuple(sorted(layer for layer in layers if layer >= config.num_hidden_layers))
     specs, claimed = {}, set()
     for spec in expected_specs(config, mtp).values():
@@ -166,7 +167,7 @@ def _specs(
         claimed |= {spec.name, *(prefix + suffix for suffix in SUFFIXES)}
     for name, info in checkpoint.tensors.items():
         if name not in claimed and name in schemes:
-            specs[name] = Spec(name, Role.OTHER, info.shape, layer_of(name))
+            specs[name] = Spec(name, Role.OTHER, info.shape, config.family.layer_of(name))
     return specs
 
 
@@ -215,8 +216,7 @@ def _target(directory: Path, problems: list[str]) -> Target:
 
 
 def _check_rules(layout: Layout) -> Iterator[str]:
-    fused = family_of(layout.config.model_type).fused
-    for violation in violations(layout.specs, fused, layout.schemes.__getitem__, layout.target):
+    for violation in violations(layout.specs, layout.schemes.__getitem__, layout.target):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 

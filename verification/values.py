@@ -33,9 +33,10 @@ from ..formats.schemes import (
 )
 from ..formats.static_w8a8 import input_scale_of, load_deq_scale, quant_bias
 from ..inputs.files import inside, is_inside
-from ..models.architecture import ROUTER_BIASES, Role, Spec, family_of
 from ..models.config import ModelConfig
+from ..models.roles import Role
 from ..models.rope import load_rope, rope_tables
+from ..models.tensors import Spec
 from .structure import Layout
 
 _CHUNK_ELEMENTS = 1 << 20
@@ -95,7 +96,7 @@ def check_kv_cache(layout: Layout) -> Iterator[str]:
         return
     try:
         path = inside(directory, KV_CACHE_NAME, ArtifactError)
-        load_scales(path, layout.config.num_hidden_layers, layout.config.kv_lora_rank)
+        load_scales(path, layout.config.num_hidden_layers, layout.config.attention.kv_lora_rank)
     except NpuqError as error:
         yield str(error)
 
@@ -125,7 +126,7 @@ def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> 
             return
         if source is None:
             continue
-        read = source.rows_float32 if spec.role in ROUTER_BIASES else source.rows_float
+        read = source.rows_float32 if spec.kept_dtype is not None else source.rows_float
         expected = read(spec.name, start, stop)
         # Bit for bit; as bytes, because an unknown tensor may hold NaN.
         if expected.dtype != rows.dtype or not torch.equal(expected.view(torch.uint8), rows.view(torch.uint8)):
@@ -186,7 +187,7 @@ def check_shared_inputs(
     checkpoint: Checkpoint, config: ModelConfig, specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]
 ) -> Iterator[str]:
     """Linears that loaders fuse quantize their activations once: in static W8A8 they need one input scale."""
-    for leader, member in fused_pairs(specs, family_of(config.model_type).fused):
+    for leader, member in fused_pairs(specs):
         if {schemes[leader], schemes[member]} != {Scheme.W8A8_STATIC}:
             continue
         for suffix in (INPUT_SCALE, INPUT_OFFSET):

@@ -21,7 +21,7 @@ from ..formats.schemes import Scheme
 from ..formats.sources import open_weights
 from ..formats.ties import share_tied
 from ..inputs.files import is_inside
-from ..models.architecture import Spec
+from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent, Task

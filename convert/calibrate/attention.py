@@ -47,7 +47,7 @@ class AttentionBlock:
         self._rotary = rotary
 
     def normed(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, gain, self._config.rms_norm_eps)
+        return self._ops.norms.rms_norm(x, gain, self._config.rms_norm_eps)
 
     def queries(self, weights: Attention, hidden: Tensor) -> Tensor:
         """hidden [T, H], normed → [T, N · (nope + rope)]."""
@@ -63,30 +63,30 @@ class AttentionBlock:
 
     def kv_latent(self, weights: Attention, x: Tensor) -> Tensor:
         """What the KV cache holds for the residual stream x [T, H], beside the rope channels: [T, L]."""
-        latent = weights.kv_a(self.normed(x, weights.norm))[:, : self._config.kv_lora_rank]
+        latent = weights.kv_a(self.normed(x, weights.norm))[:, : self._config.attention.kv_lora_rank]
         return self.normed(latent, weights.kv_norm)
 
     def attended(self, weights: Attention, x: Tensor) -> Tensor:
         """What o_proj is given, of the residual stream x [T, H]: [T, N · v]."""
         config, ops = self._config, self._ops
         hidden = self.normed(x, weights.norm)
-        heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        heads, nope, rope = config.attention.heads, config.attention.qk_nope_head_dim, config.attention.qk_rope_head_dim
         q_nope, q_rope = self.queries(weights, hidden).view(-1, heads, nope + rope).split([nope, rope], dim=-1)
-        latent, k_rope = weights.kv_a(hidden).split([config.kv_lora_rank, rope], dim=-1)
+        latent, k_rope = weights.kv_a(hidden).split([config.attention.kv_lora_rank, rope], dim=-1)
         k_nope, value = (
             (self.normed(latent, weights.kv_norm) @ weights.kv_b.T)
-            .view(-1, heads, nope + config.v_head_dim)
-            .split([nope, config.v_head_dim], dim=-1)
+            .view(-1, heads, nope + config.attention.v_head_dim)
+            .split([nope, config.attention.v_head_dim], dim=-1)
         )
         length = self._layer.walk.sequence_length
         windows = x.shape[0] // length
         cos, sin = self._rotary.cos.repeat(windows, 1), self._rotary.sin.repeat(windows, 1)
         ends = [length * (window + 1) for window in range(windows)]
-        out, _ = ops.fused_infer_attention(
+        out, _ = ops.attention.fused_infer_attention(
             q_nope,
-            ops.interleave_rope(q_rope, cos, sin),
+            ops.attention.interleave_rope(q_rope, cos, sin),
             k_nope,
-            ops.interleave_rope(k_rope[:, None], cos, sin)[:, 0],
+            ops.attention.interleave_rope(k_rope[:, None], cos, sin)[:, 0],
             value,
             ends,
             ends,
@@ -260,10 +260,10 @@ def _norm_change(
 
 def _value_change(layer: Layer, tensors: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     """Value channels divided by `scale` [N · v] in kv_b, o_proj's columns multiplied by it."""
-    config = layer.walk.config
-    by_head = tensors["self_attn.kv_b_proj"].double().view(config.num_attention_heads, -1, config.kv_lora_rank).clone()
-    by_head[:, config.qk_nope_head_dim :] /= scale.view(config.num_attention_heads, config.v_head_dim, 1)
+    mla = layer.walk.config.attention
+    by_head = tensors["self_attn.kv_b_proj"].double().view(mla.heads, -1, mla.kv_lora_rank).clone()
+    by_head[:, mla.qk_nope_head_dim :] /= scale.view(mla.heads, mla.v_head_dim, 1)
     return {
-        "self_attn.kv_b_proj": by_head.view(-1, config.kv_lora_rank).float(),
+        "self_attn.kv_b_proj": by_head.view(-1, mla.kv_lora_rank).float(),
         "self_attn.o_proj": (tensors["self_attn.o_proj"].double() * scale).float(),
     }

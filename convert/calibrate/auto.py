@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from .context import Walk
+from .layer_report import Trials
 from .linears import Linears
 from .states import StreamPair
 
@@ -42,27 +43,22 @@ class TimeBudget:
         self._layer = max(self._layer, seconds)
 
 
-def trial_errors(
+def run_trials(
     walk: Walk,
     streams: StreamPair,
     middle: StreamPair,
     out: StreamPair,
     run: Callable[[Walk, StreamPair, StreamPair, StreamPair], float],
-) -> dict[bool, float]:
-    """The output error of a layer with smoothing (True) and without, on the first windows.
+) -> Trials:
+    """Quantize a layer on the first windows with smoothing and without: the error at its output of each.
 
     run: quantizes the layer from its input streams, through those between attention and experts, to those after it;
     of `middle` and `out` it overwrites the first windows.
     """
     samples = min(walk.samples, max(_LEAST, round(walk.samples * _SHARE)))
     parts = [pair.first(samples * walk.sequence_length) for pair in (streams, middle, out)]
-    errors = {}
-    for smooth in (True, False):
-        trial = replace(walk, smooth=smooth, linears=Linears(None), samples=samples, done=lambda job: None)
-        errors[smooth] = run(trial, *parts)
-    return errors
-
-
-def better(errors: dict[bool, float]) -> bool:
-    """Whether to smooth, by the errors of the trials; yes where they are equal."""
-    return errors[True] <= errors[False]
+    smooth, plain = (
+        run(replace(walk, smooth=smooth, linears=Linears(None), samples=samples, done=lambda job: None), *parts)
+        for smooth in (True, False)
+    )
+    return Trials(smooth, plain)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...formats.schemes import Scheme
-from ...models.architecture import Role
+from ...models.roles import Role
 from ...quant.refine import SWEEPS
 from ...quant.scales import Method
 from ..plan.plan import Job
@@ -35,12 +35,12 @@ def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
     config, calibration = prepared.config, prepared.calibration
     assert calibration is not None
     tokens = calibration.tokens.numel()
-    routed = max(min(ENOUGH, tokens), tokens * config.num_experts_per_tok // max(1, config.n_routed_experts))
+    routed = 0 if config.moe is None else max(min(ENOUGH, tokens), config.moe.tokens_of_expert(tokens))
     trials = (2 if prepared.recipe.auto else 0) + 1
     smoothed = len(STRENGTHS) + 1 if prepared.recipe.smooth else 0
     # Scores and values of one token against half of its window, for both models.
-    attended = 2 * tokens * calibration.sequence_length / 2 * config.num_attention_heads
-    attended *= config.qk_head_dim + config.v_head_dim
+    attended = 2 * tokens * calibration.sequence_length / 2 * config.attention.heads
+    attended *= config.attention.qk_head_dim + config.attention.v_head_dim
 
     def effort(job: Job) -> float:
         if job.layer is None or job.layer >= config.num_hidden_layers or len(job.shape) != 2:

@@ -53,10 +53,11 @@ class _FeedForward:
         self._walk = layer.walk
         self._middle = middle
         self._out = out
-        self._is_moe = layer.walk.config.is_moe_layer(layer.index)
+        self._moe = layer.walk.config.moe_at(layer.index)
         # The config decides, as it does in engines, not what else a checkpoint may have.
-        shared = ["mlp.shared_experts."] if layer.walk.config.n_shared_experts else []
-        self._dense_blocks = shared if self._is_moe else ["mlp."]
+        self._dense_blocks = ["mlp."]
+        if self._moe is not None:
+            self._dense_blocks = ["mlp.shared_experts."] if self._moe.n_shared_experts else []
         self._gain = layer.weight(_NORM)
         self._factor: Tensor | None = None
         self._strengths: dict[str, float] = {}
@@ -69,12 +70,12 @@ class _FeedForward:
             result.copy_(start)
         for prefix in self._dense_blocks:
             self._dense(prefix)
-        return self._strengths, self._experts() if self._is_moe else Coverage([], {})
+        return self._strengths, Coverage([], {}) if self._moe is None else self._experts()
 
     # ---- what all blocks read --------------------------------------------------------------------------------------
 
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
-        return self._walk.ops.rms_norm(x, gain, self._walk.config.rms_norm_eps)
+        return self._walk.ops.norms.rms_norm(x, gain, self._walk.config.rms_norm_eps)
 
     def _block(self, prefix: str) -> list[Tensor]:
         """gate, up and down of a block, float32; gate and up grown by what the norm's gain lost."""
@@ -94,7 +95,7 @@ class _FeedForward:
 
     def _bias(self) -> Tensor | None:
         # Only V3's rule has one; with another rule engines read no such tensor, even where a checkpoint has it.
-        if self._walk.config.topk_method != "noaux_tc":
+        if self._moe is None or not self._moe.has_router_bias:
             return None
         return self._layer.weight("mlp.gate", "e_score_correction_bias")
 
@@ -169,11 +170,12 @@ class _FeedForward:
 
     def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
         """The routing of all tokens, and each token's experts by falling preference, int16 [T, E]."""
-        walk, rule = self._walk, gating_of(self._walk.config)
+        assert self._moe is not None
+        walk, rule = self._walk, gating_of(self._moe)
 
         def step(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             logits = self._normed(stream[part], gain) @ router.T
-            weights, ids = walk.ops.moe_gating_top_k(logits, bias, rule)
+            weights, ids = walk.ops.routing.moe_gating_top_k(logits, bias, rule)
             scores = logits.sigmoid() if rule.scoring == "sigmoid" else logits.softmax(-1)
             preference = scores if bias is None else scores + bias
             return weights, ids, preference.argsort(dim=1, descending=True, stable=True).to(torch.int16)
@@ -191,14 +193,14 @@ class _FeedForward:
             lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches
         )
         activation = torch.stack(list(maxima)).amax(0)
-        prefixes = [*self._dense_blocks, *(self._prefixes() if self._is_moe else [])]
+        prefixes = [*self._dense_blocks, *(self._prefixes() if self._moe is not None else [])]
         columns = walk.pool.map(lambda prefix: torch.cat(self._block(prefix)[:2]).abs().amax(0), prefixes)
         weight = torch.stack(list(columns)).amax(0)
         scales = [norm_quotient(layer, _NORM, self._gain, smoothing_scale(activation, weight, s)) for s in STRENGTHS]
         trials = [(self._gain, torch.ones_like(self._gain)), *scales]
         x = self._middle.floats[walk.batches[0]]
         routing = None
-        if self._is_moe:
+        if self._moe is not None:
             routing, _ = self._route(self._middle.floats, self._gain, self._router(), self._bias())
 
         def differences(prefix: str) -> tuple[Tensor, list[Tensor]]:

@@ -35,9 +35,12 @@ def calibrated_budget(
 
 
 def expert_bytes(config: ModelConfig, tokens: int) -> int:
-    """One expert: its weights in float32 before and after, its Hessian, and the tokens of its fair share."""
-    hidden, width = config.hidden_size, config.moe_intermediate_size or config.intermediate_size
-    routed = tokens * config.num_experts_per_tok // max(1, config.n_routed_experts)
+    """One routed expert, 0 in a model without: its weights in float32 before and after, its Hessian, and its share of
+    the tokens."""
+    if config.moe is None:
+        return 0
+    hidden, width = config.hidden_size, config.moe.moe_intermediate_size
+    routed = config.moe.tokens_of_expert(tokens)
     weights = 2 * 3 * 4 * hidden * width
     return weights + _calibration_bytes(max(hidden, width), width) + 6 * 4 * routed * hidden
 
@@ -45,27 +48,28 @@ def expert_bytes(config: ModelConfig, tokens: int) -> int:
 def window_bytes(config: ModelConfig, sequence_length: int) -> int:
     """One batch of windows in attention, in float32: queries three times, keys and values, outputs; the scores of one
     window as four steps of its softmax hold them."""
-    heads, tokens = config.num_attention_heads, max(BATCH_TOKENS, sequence_length)
-    token = 4 * config.qk_head_dim + config.qk_nope_head_dim + 4 * config.v_head_dim
-    return 4 * heads * (tokens * token + 4 * sequence_length**2)
+    mla, tokens = config.attention, max(BATCH_TOKENS, sequence_length)
+    token = 4 * mla.qk_head_dim + mla.qk_nope_head_dim + 4 * mla.v_head_dim
+    return 4 * mla.heads * (tokens * token + 4 * sequence_length**2)
 
 
 def attention_bytes(config: ModelConfig) -> int:
     """A layer's attention in float32, as it was and as it will be, and the largest Hessian of its linears."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    q_width, values = heads * config.qk_head_dim, heads * config.v_head_dim
+    hidden, mla = config.hidden_size, config.attention
+    heads = mla.heads
+    q_width, values = heads * mla.qk_head_dim, heads * mla.v_head_dim
     queries = hidden * q_width
-    if config.q_lora_rank is not None:
-        queries = config.q_lora_rank * (hidden + q_width)
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    keys = hidden * latent + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    if mla.q_lora_rank is not None:
+        queries = mla.q_lora_rank * (hidden + q_width)
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    keys = hidden * latent + mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
     return 2 * 4 * (queries + keys + values * hidden) + _calibration_bytes(max(hidden, values), hidden)
 
 
 def dense_bytes(config: ModelConfig) -> int:
     """The first layers' dense block, or the shared experts, in float32 twice, and the Hessian of down_proj."""
-    widths = [config.moe_intermediate_size * config.n_shared_experts]
-    if any(not config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
+    widths = [] if config.moe is None else [config.moe.shared_intermediate_size]
+    if any(config.moe_at(layer) is None for layer in range(config.num_hidden_layers)):
         widths.append(config.intermediate_size)
     hidden, width = config.hidden_size, max(widths)
     return 2 * 3 * 4 * hidden * width + _calibration_bytes(max(hidden, width), width)

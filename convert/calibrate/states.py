@@ -8,11 +8,9 @@ renamed into place after the file is synced, and only then is the file of the la
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +21,9 @@ from ...inputs.files import inside, read_bytes
 from ..write.checked_lines import checked_line, line_content
 from ..write.hashes import file_sha256
 from ..write.shards import sync_directory
+from .layer_report import LayerReport
 
 FOLDER = "calibration"
-# Keys of a layer's report that the manifest has elsewhere: the scales of its KV cache, numbers for a file of their own,
-# and the output error of each linear.
-KV_CACHE_SCALE = "kv_cache_scale"
-LINEAR_ERRORS = "linear_errors"
 _STATE, _PARTIAL = "state.json", "partial.json"
 _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"
@@ -66,12 +61,16 @@ class Streams(StreamPair):
             os.fsync(file.fileno())
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """Where a walk stands: the next layer, and what was measured in those before it (by layer, JSON values)."""
+    """Where a walk stands: what was measured in the layers behind it, in their order."""
 
-    layer: int
-    reports: dict[str, Any] = field(default_factory=dict)
+    reports: tuple[LayerReport, ...] = ()
+
+    @property
+    def layer(self) -> int:
+        """The next layer."""
+        return len(self.reports)
 
 
 def state_bytes(tokens: int, hidden: int) -> int:
@@ -90,13 +89,13 @@ class StateStore:
         """The newest state that is whole, or None: start at the first layer."""
         try:
             found = line_content(read_bytes(inside(self._folder, _STATE, ConversionError), ConversionError))
-            layer, reports = found["layer"], found["reports"]
-            if type(layer) is not int or not 0 <= layer == len(reports) or not _are_reports(reports):
+            if not isinstance(found["reports"], list):
                 return None
-            path = inside(self._folder, _READY.format(layer), ConversionError)
+            state = State(tuple(map(LayerReport.from_json, found["reports"])))
+            path = inside(self._folder, _READY.format(state.layer), ConversionError)
             if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
                 return None
-            return State(layer, reports), Streams(path, *self._shape, create=False)
+            return state, Streams(path, *self._shape, create=False)
         except (OSError, ConversionError, ValueError, KeyError, TypeError):
             return None  # torn or of another walk: everything is computed again
 
@@ -110,13 +109,14 @@ class StateStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
 
-    def publish(self, streams: Streams, layer: int, reports: Mapping[str, Any]) -> Streams:
-        """Make `streams` the input of `layer` that a later run starts from; the same streams under their new name."""
+    def publish(self, streams: Streams, state: State) -> Streams:
+        """Make `streams` the state's input, from which a later run starts; the same streams under their new name."""
         streams.sync()
-        path = self._folder / _READY.format(layer)
+        path = self._folder / _READY.format(state.layer)
         streams.path.replace(path)
         streams.path = path
-        content = {"layer": layer, "sha256": file_sha256(path), "reports": dict(reports)}
+        reports = [report.as_json() for report in state.reports]
+        content = {"layer": state.layer, "sha256": file_sha256(path), "reports": reports}
         partial = self._folder / _PARTIAL
         with partial.open("wb") as file:
             file.write(checked_line(content))
@@ -128,22 +128,6 @@ class StateStore:
             if old != path:
                 old.unlink()
         return streams
-
-
-def _are_reports(reports: Any) -> bool:
-    """Whether each layer's report, from the first on, has what the artifact's files are made of."""
-    return isinstance(reports, dict) and all(
-        key == str(layer)
-        and isinstance(report, dict)
-        and _are_numbers(report[KV_CACHE_SCALE])
-        and isinstance(report[LINEAR_ERRORS], dict)
-        and _are_numbers(list(report[LINEAR_ERRORS].values()))
-        for layer, (key, report) in enumerate(reports.items())
-    )
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, float) for value in values)
 
 
 def remove_states(output_folder: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +29,12 @@ from ..write.shards import ShardFiles
 from ..write.worker import run_job
 from ..write.workspace import Workspace
 from .attention import run_attention
-from .auto import TimeBudget, better, trial_errors
+from .auto import TimeBudget, run_trials
 from .context import Layer, Rotary, Walk, check_finite, row_chunks
 from .feed_forward import run_feed_forward
+from .layer_report import Choice, LayerReport
 from .linears import Linears
-from .states import FOLDER, KV_CACHE_SCALE, LINEAR_ERRORS, State, StateStore, StreamPair, Streams
+from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -71,10 +71,10 @@ class CalibratedWalk:
         if found is None:
             return None
         names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
-        width = self._prepared.config.kv_lora_rank
-        reports = found[0].reports.values()
+        width = self._prepared.config.attention.kv_lora_rank
         ours = all(
-            len(report[KV_CACHE_SCALE]) == width and names.issuperset(report[LINEAR_ERRORS]) for report in reports
+            report.kv_cache.scale.numel() == width and names.issuperset(report.linear_errors)
+            for report in found[0].reports
         )
         return found if ours else None
 
@@ -103,7 +103,7 @@ class CalibratedWalk:
         walked = range(self._start[0].layer)
         return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.source == _EMBEDDING}
 
-    def run(self) -> Mapping[str, Any]:
+    def run(self) -> tuple[LayerReport, ...]:
         """Walk. Afterwards the journal has all jobs of the decoder layers. Returns the report of each layer.
 
         Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
@@ -136,10 +136,10 @@ class CalibratedWalk:
                 layers[job.layer].append(job.index)
         return layers
 
-    def _run(self, walk: Walk) -> Mapping[str, Any]:
+    def _run(self, walk: Walk) -> tuple[LayerReport, ...]:
         self._convert_embedding(walk)
         if self._start is None:
-            state, streams = State(0), _embedded(walk, self._calibration.tokens, self._store)
+            state, streams = State(), _embedded(walk, self._calibration.tokens, self._store)
         else:
             state, streams = self._start
         rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
@@ -149,35 +149,33 @@ class CalibratedWalk:
             jobs = [job for job in self._prepared.plan.jobs if job.layer == state.layer]
             digests = walk.pool.map(lambda job: source_digest(walk.source, job.source), jobs)
             read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
-            report: dict[str, Any] = {}
+            smooth, choice = walk.smooth, None
             if self._prepared.recipe.auto:
-                report = self._choose(walk, state.layer, rotary, (streams, middle, out))
+                choice = self._choose(walk, state.layer, rotary, (streams, middle, out))
+                smooth = choice.smooth
             began = time.monotonic()
-            layer = Layer(replace(walk, smooth=report.get("smooth", walk.smooth)), state.layer, read)
-            report |= _run_layer(layer, rotary, streams, middle, out)
+            layer = Layer(replace(walk, smooth=smooth), state.layer, read)
+            report = replace(_run_layer(layer, rotary, streams, middle, out), choice=choice)
             self._time.layer_took(time.monotonic() - began)
             self._convert_rest(layer, jobs)
             self._files.sync(sorted({job.shard for job in jobs}))
             self._journal.append(layer.entries, {})
-            state = State(state.layer + 1, state.reports | {str(state.layer): report})
-            streams = self._store.publish(out, state.layer, state.reports)
+            state = State((*state.reports, report))
+            streams = self._store.publish(out, state)
         return state.reports
 
-    def _choose(
-        self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]
-    ) -> dict[str, Any]:
-        """Whether a layer is smoothed, and the errors of the trials that say so, which use up the last two streams."""
+    def _choose(self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]) -> Choice:
+        """Whether a layer is smoothed, by trials, which use up the last two streams."""
         if not self._time.allows_trials(walk.config.num_hidden_layers - index):
-            return {"smooth": walk.smooth}
+            return Choice(walk.smooth, None)
         began = time.monotonic()
 
         def run(trial: Walk, start: StreamPair, middle: StreamPair, out: StreamPair) -> float:
-            error = _run_layer(Layer(trial, index), rotary, start, middle, out)["output_error"]
-            return float(error)
+            return _run_layer(Layer(trial, index), rotary, start, middle, out).output_error
 
-        errors = trial_errors(walk, *streams, run)
+        trials = run_trials(walk, *streams, run)
         self._time.trial_took(time.monotonic() - began)
-        return {"smooth": better(errors), "trials": {"smooth": errors[True], "not": errors[False]}}
+        return Choice(trials.prefer_smoothing, trials)
 
     def _convert_embedding(self, walk: Walk) -> None:
         """The embedding first, so that the journal knows from which one the hidden states came."""
@@ -200,25 +198,20 @@ class CalibratedWalk:
         return entry
 
 
-def _run_layer(
-    layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair
-) -> dict[str, Any]:
+def _run_layer(layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
     """Quantize one layer; its report."""
     strengths, kv_cache = run_attention(layer, rotary, streams, middle)
     _check_finite(middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
     _check_finite(out, layer.index, "feed-forward part")
-    report: dict[str, Any] = {
-        "expert_tokens": coverage.expert_tokens,
-        "fallbacks": coverage.fallbacks,
-        "output_error": _relative(out),
-        LINEAR_ERRORS: layer.errors,
-        "kv_cache_error": kv_cache.error,
-        KV_CACHE_SCALE: kv_cache.scale.tolist(),
-    }
-    if layer.walk.smooth:
-        report["smoothing"] = strengths | more
-    return report
+    return LayerReport(
+        expert_tokens=tuple(coverage.expert_tokens),
+        fallbacks=coverage.fallbacks,
+        output_error=_relative(out),
+        linear_errors=layer.errors,
+        kv_cache=kv_cache,
+        smoothing=strengths | more if layer.walk.smooth else None,
+    )
 
 
 def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:

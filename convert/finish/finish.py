@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ... import __version__
 from ...engines.loader_config import loader_keys
@@ -38,7 +36,7 @@ from ...formats.kv_cache import save_scales
 from ...formats.schemes import Scheme
 from ...inputs.files import inside, open_file
 from ...models.rope import rope_tables, save_rope
-from ..calibrate.states import KV_CACHE_SCALE, LINEAR_ERRORS
+from ..calibrate.layer_report import LayerReport
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
 from ..plan.recipe import STORED
@@ -48,9 +46,6 @@ from ..write.output import partial_path, publish, write_file
 from .card import model_card
 from .report import relative_error, totals_by_role
 from .side_files import card_front_matter, copy_side_files
-
-Reports = Mapping[str, Mapping[str, Any]]
-"""What a calibrated walk measured, by layer."""
 
 
 def rehearse(prepared: Prepared) -> int:
@@ -68,7 +63,7 @@ def rehearse(prepared: Prepared) -> int:
     files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
     try:
         texts = (content for _, content in _texts(prepared, unknown))
-        for content in chain(texts, [_json(_manifest(prepared, files, unknown, {}))]):
+        for content in chain(texts, [_json(_manifest(prepared, files, unknown, ()))]):
             nbytes += sum(len(piece.encode()) for piece in content)
     except UnicodeEncodeError as error:
         text = error.object[max(0, error.start - 30) : error.end]
@@ -81,9 +76,9 @@ def rehearse(prepared: Prepared) -> int:
     return nbytes
 
 
-def finish(prepared: Prepared, output: Path, record: Record, reports: Reports) -> None:
+def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[LayerReport]) -> None:
     """Write everything but the shards; `record` has the entry of every job and the hash of every shard, `reports` what
-    a calibrated walk measured.
+    calibration measured in each decoder layer.
 
     OSError when the disk refuses; calling it again starts over.
     """
@@ -149,10 +144,9 @@ def _write_rope(prepared: Prepared, output: Path) -> None:
     publish(partial, output / ROPE_NAME)
 
 
-def _write_kv_cache_scales(reports: Reports, output: Path) -> None:
-    """The scales that the walk found, out of its reports into a file."""
+def _write_kv_cache_scales(reports: Sequence[LayerReport], output: Path) -> None:
     partial = partial_path(output)
-    save_scales([torch.tensor(reports[str(layer)][KV_CACHE_SCALE]) for layer in range(len(reports))], partial)
+    save_scales([report.kv_cache.scale for report in reports], partial)
     publish(partial, output / KV_CACHE_NAME)
 
 
@@ -175,12 +169,18 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 
 
 def _manifest(
-    prepared: Prepared, files: Mapping[str, Mapping[str, Any]], stats: Mapping[int, JobStats], reports: Reports
+    prepared: Prepared,
+    files: Mapping[str, Mapping[str, Any]],
+    stats: Mapping[int, JobStats],
+    reports: Sequence[LayerReport],
 ) -> dict[str, Any]:
     plan, config = prepared.plan, prepared.config
     stored = prepared.recipe.stored
+    output_errors = {name: error for report in reports for name, error in report.linear_errors.items()}
     linears = {
-        job.source: _linear(job, stats[job.index], stored) for job in plan.jobs if job.scheme is not Scheme.FLOAT
+        job.source: _linear(job, stats[job.index], stored, output_errors.get(job.source))
+        for job in plan.jobs
+        if job.scheme is not Scheme.FLOAT
     }
     origin = prepared.origin
     return {
@@ -196,7 +196,7 @@ def _manifest(
         "architecture": {
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
-            "moe_intermediate_size": config.moe_intermediate_size,
+            "moe_intermediate_size": 0 if config.moe is None else config.moe.moe_intermediate_size,
             "num_hidden_layers": config.num_hidden_layers,
             "n_routed_experts": config.n_routed_experts,
             "mtp_layers": list(prepared.inventory.mtp_layers),
@@ -213,19 +213,15 @@ def _manifest(
         "linears": linears,
         # What was done to the weights before: they are not the source's any more, though the model's function is.
         "transforms": [str(transform) for transform in prepared.recipe.transforms],
-        **_calibration(prepared, reports, linears),
+        **_calibration(prepared, reports),
     }
 
 
-def _calibration(prepared: Prepared, reports: Reports, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What calibrated, what it reached, and the output error of every layer and linear on it."""
+def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str, Any]:
+    """The calibration text, and what was measured on it in every layer; nothing where none was used."""
     calibration = prepared.calibration
     if calibration is None:
         return {}
-    for report in reports.values():
-        for name, error in report[LINEAR_ERRORS].items():
-            linears[name]["output_error"] = error
-    apart = (KV_CACHE_SCALE, LINEAR_ERRORS)
     return {
         "calibration": {
             "name": calibration.name,
@@ -233,22 +229,20 @@ def _calibration(prepared: Prepared, reports: Reports, linears: dict[str, dict[s
             "samples": calibration.samples,
             "sequence_length": calibration.sequence_length,
             "tokens": calibration.tokens.numel(),
-            "layers": {
-                layer: {key: value for key, value in report.items() if key not in apart}
-                for layer, report in reports.items()
-            },
+            "layers": {str(layer): report.manifest_entry() for layer, report in enumerate(reports)},
         }
     }
 
 
-def _linear(job: Job, stats: JobStats, stored: bool) -> dict[str, Any]:
-    return {
+def _linear(job: Job, stats: JobStats, stored: bool, output_error: float | None) -> dict[str, Any]:
+    entry = {
         "scheme": job.scheme.value,
         "method": STORED if stored else job.method.value,
         "relative_error": relative_error(stats.squared_error, stats.squared_norm),
         "source_bytes": job.source_bytes,
         "bytes": job.output_bytes,
     }
+    return entry if output_error is None else {**entry, "output_error": output_error}
 
 
 def _json(content: Mapping[str, Any]) -> Iterator[str]:

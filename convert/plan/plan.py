@@ -16,8 +16,9 @@ from ...formats.artifact import shard_name
 from ...formats.dialects import Weight
 from ...formats.safetensors import ITEM_BYTES, encode_header
 from ...formats.schemes import OutputTensor, Scheme, output_tensors
-from ...models.architecture import ROUTER_BIASES, Role, Spec
 from ...models.inventory import Inventory
+from ...models.roles import Role
+from ...models.tensors import Spec
 from ...quant.scales import Method
 from .recipe import Assignment
 
@@ -176,8 +177,7 @@ def _outputs(
     spec: Spec, assignment: Assignment, float_code: Callable[[str], str], float16: bool
 ) -> tuple[OutputTensor, ...]:
     if assignment.scheme is Scheme.FLOAT:
-        # Loaders keep the router's correction bias in float32: rounding it to bf16 reroutes tokens.
-        code = "F32" if spec.role in ROUTER_BIASES else float_code(spec.name)
+        code = spec.kept_dtype or float_code(spec.name)
         return (OutputTensor(spec.name, code, spec.shape),)
     try:
         return output_tensors(spec.name, assignment.scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)

@@ -156,7 +156,7 @@ def prepare(
         check_source(resolved, stored is not None)
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs, stored)
-        check_recipe(resolved, inventory.specs, inventory.fused, assignments)
+        check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.passes_by and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):

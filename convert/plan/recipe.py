@@ -27,7 +27,8 @@ from ...formats.schemes import Scheme
 from ...inputs.files import inside, read_given_text, read_text
 from ...inputs.patterns import Globs
 from ...inputs.yaml_text import MOST_CHARACTERS, parse_yaml
-from ...models.architecture import QUANTIZABLE, Role, Spec
+from ...models.roles import QUANTIZABLE, Role
+from ...models.tensors import Spec
 from ...quant.scales import Method
 
 STORED = "stored"

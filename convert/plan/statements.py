@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...engines.loader_config import ARCHITECTURES
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
@@ -20,7 +19,6 @@ from ...formats.safetensors import CODES
 from ...formats.ties import EMBEDDING, HEAD
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
-from ...models.architecture import ROUTER_BIASES
 from ...models.config import ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
@@ -84,7 +82,7 @@ def _dtype(raw: Mapping[str, Any], config: ModelConfig, inventory: Inventory, so
     others = [
         name
         for name, spec in inventory.specs.items()
-        if spec.role not in ROUTER_BIASES and source.weights[name].dtype in {"BF16", "F16", "F32"} - {code}
+        if spec.kept_dtype is None and source.weights[name].dtype in {"BF16", "F16", "F32"} - {code}
     ]
     if others:
         yield (
@@ -127,7 +125,7 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
-    if config.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
+    if config.moe is not None and config.moe.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
         yield (
             f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
             "artifact's config.json has one group, because engines would use them"
@@ -136,7 +134,7 @@ def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
 
 def _architectures(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
     named = raw.get("architectures")
-    if named and named != [ARCHITECTURES[config.model_type]]:
+    if named and named != [config.family.architecture]:
         yield (
             f"config.json has model_type {config.model_type!r}, and architectures {shown(named)}: npuq and "
             "transformers go by the first, engines by the second"

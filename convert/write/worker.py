@@ -13,7 +13,7 @@ from ...formats.digests import source_digest
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
 from ...formats.stored import QuantizedSource
-from ...models.architecture import Role
+from ...models.roles import Role
 from ...quant.scales import NonFiniteError
 from ..plan.plan import Job, Slot
 from .chunks import JobDone, not_finite, row_chunks, until

@@ -12,8 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...formats.schemes import Scheme
-from . import Activation, Experts, LinearPart, Quantized
-from .reference import ReferenceOps, _split
+from . import Ops
+from .handles import Activation, Experts, LinearPart, Quantized, own
+from .reference import check_dtype
+from .reference.attention import ReferenceAttention
+from .reference.norms import ReferenceNorms
+from .reference.products import ReferenceProducts, rows_of_experts
+from .reference.routing import ReferenceRouting
+from .reference.weights import PartsExperts, ReferenceWeights
 
 # The largest |activation · weight|: activations quantized per token reach ±127, those with an offset −128.
 _EXACT_K = {
@@ -25,14 +31,12 @@ _UPCAST_BYTES = 32 << 20
 _SCORE_BYTES = 64 << 20
 
 
-class CpuOps(ReferenceOps):
-    """Plain torch on the CPU, without copies of what is mapped and without large temporaries."""
-
-    name = "cpu"
+class CpuProducts(ReferenceProducts):
+    """Products without copies of what is mapped."""
 
     def grouped_matmul(self, x: Activation, experts: Experts, group_list: Tensor) -> Tensor:
-        groups = zip(_split(x, group_list), experts, strict=True)
-        return torch.cat([self.linear(rows, expert) for rows, expert in groups if _length(rows)])
+        groups = zip(rows_of_experts(x, group_list), own(experts, PartsExperts).linears, strict=True)
+        return torch.cat([self.linear(rows, linear) for rows, linear in groups if _length(rows)])
 
     def _float_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         if weight.dtype == self.dtype:
@@ -56,6 +60,10 @@ class CpuOps(ReferenceOps):
         accumulator = _integer_matmul(codes, part.weight, part.scheme).int() + part.static.quant_bias
         return accumulator.float().mul_(part.static.deq_scale).to(self.dtype)
 
+
+class CpuAttention(ReferenceAttention):
+    """Attention over a few queries at a time."""
+
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
     ) -> tuple[Tensor, Tensor]:
@@ -69,6 +77,22 @@ class CpuOps(ReferenceOps):
             outputs.append(out)
             lses.append(lse)
         return torch.cat(outputs), torch.cat(lses)
+
+
+class CpuOps(Ops):
+    """Plain torch on the CPU, without copies of what is mapped and without large temporaries."""
+
+    name = "cpu"
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        check_dtype(dtype)
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        self.weights = ReferenceWeights()
+        self.norms = ReferenceNorms(dtype)
+        self.products = CpuProducts(dtype, self.norms)
+        self.routing = ReferenceRouting(dtype, self.norms, self.products)
+        self.attention = CpuAttention(dtype, self.weights, self.norms, self.products)
 
 
 def _length(x: Activation) -> int:

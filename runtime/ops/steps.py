@@ -1,30 +1,10 @@
-"""One pass through the model as operators see it: its tokens, which of them decode, and the pages that they read."""
+"""One pass through the model as operators see it: its tokens, which of them decode, and the blocks that they read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's paged cache, written in place.
-
-    latent `[blocks, L/16, block_size, 16]` and rope `[blocks, D/16, block_size, 16]` in the compute dtype, bytes as
-    `npu_kv_rmsnorm_rope_cache` writes them with `cache_mode="PA_NZ"`: channel d of the token at slot s is
-    `[s // block_size, d // 16, s % block_size, d % 16]`. A backend set to the ND layout keeps
-    `[blocks, block_size, 1, L]` and `[blocks, block_size, 1, D]` instead.
-
-    latent_scale: None, or float `[L]` on the device: then the latent is int8 in tiles of 32 channels, `[blocks, L/32,
-    block_size, 32]`, its codes those of `quant.kv_cache.latent_codes`, and code · scale is the channel's value. It is
-    float32, or the compute dtype, which holds the same numbers.
-    """
-
-    latent: Tensor
-    rope: Tensor
-    block_size: int
-    latent_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,13 +67,12 @@ class Prefill:
 class Step:
     """One pass through the model, built once and shared by all layers. Lengths are host values, tensors on the device.
 
-    token_ids, positions, slots: int64 `[T]`; slot = block · block_size + offset, where the token's latent goes.
+    token_ids, slots: int64 `[T]`; slot = block · block_size + offset, where the token goes in the cache.
     cos, sin: compute dtype `[T, D]`, gathered rows of the rope tables with the halves duplicated.
     output_rows: int64 `[S]`, the rows whose logits are wanted; None for all.
     """
 
     token_ids: Tensor
-    positions: Tensor
     slots: Tensor
     cos: Tensor
     sin: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from npuq.runtime import doctor
-from npuq.runtime.ops.ascend_support import OPERATORS
+from npuq.runtime.ops.ascend.support import OPERATORS
 
 
 def test_operators_are_listed_with_their_schemas():

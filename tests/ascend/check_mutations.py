@@ -14,7 +14,7 @@ from ascend_rig import emulate, formats, guard, harness
 
 from npuq.errors import GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
-from npuq.runtime.ops import ascend_weights as weights_module
+from npuq.runtime.ops.ascend import weights as weights_module
 
 Arguments = tuple[list[Any], dict[str, Any]]
 Change = Callable[[list[Any], dict[str, Any]], Arguments]
@@ -206,7 +206,7 @@ def test_a_wrong_call_does_not_pass(artifact, name):
 
     def change_ops(ops: Any) -> None:
         mutants.append(Mutant(*MUTATIONS[name]))
-        ops._npu = mutants[0]
+        ops.npu.operators = mutants[0]
 
     result = outcome(artifact("example"), change_ops)
     print(f"{name}: {result}")
@@ -218,27 +218,28 @@ def test_a_wrong_call_does_not_pass(artifact, name):
 def test_a_right_call_does_pass(artifact, operator):
     """The method above finds nothing where nothing is wrong."""
     result = outcome(
-        artifact("example"), lambda ops: setattr(ops, "_npu", Mutant(operator, lambda args, kwargs: (args, kwargs)))
+        artifact("example"),
+        lambda ops: setattr(ops.npu, "operators", Mutant(operator, lambda args, kwargs: (args, kwargs))),
     )
     assert result == "unnoticed"
 
 
 def test_rows_given_to_the_w4a8_matmul_cannot_be_used_again(artifact):
     def change_ops(ops: Any) -> None:
-        once = ops.grouped_matmul
+        once = ops.products.grouped_matmul
 
         def twice(x: Quantized, experts: Any, group_list: torch.Tensor) -> torch.Tensor:
             once(x, experts, group_list)
             return once(x, experts, group_list)
 
-        ops.grouped_matmul = twice
+        ops.products.grouped_matmul = twice
 
     assert outcome(artifact("example"), change_ops).startswith("shows")
 
 
 def test_a_cache_in_the_tensor_format_is_refused(artifact):
     def change_ops(ops: Any) -> None:
-        make = ops.new_kv_cache
+        make = ops.attention.new_kv_cache
 
         def cast(*args: Any) -> tuple[LayerCache, ...]:
             return tuple(
@@ -246,7 +247,7 @@ def test_a_cache_in_the_tensor_format_is_refused(artifact):
                 for layer in make(*args)
             )
 
-        ops.new_kv_cache = cast
+        ops.attention.new_kv_cache = cast
 
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
 
@@ -276,7 +277,7 @@ def test_a_wrong_call_on_an_int8_cache_does_not_pass(artifact, name):
 
     def change_ops(ops: Any) -> None:
         mutants.append(Mutant(*INT8_MUTATIONS[name]))
-        ops._npu = mutants[0]
+        ops.npu.operators = mutants[0]
 
     result = outcome(artifact("example-int8-cache"), change_ops)
     print(f"{name}: {result}")
@@ -287,7 +288,7 @@ def test_a_wrong_call_on_an_int8_cache_does_not_pass(artifact, name):
 @pytest.mark.parametrize("operator", [FIA8, QUANT8, "npu_dynamic_quant"])
 def test_a_right_call_on_an_int8_cache_does_pass(artifact, operator):
     right = Mutant(operator, lambda args, kwargs: (args, kwargs))
-    assert outcome(artifact("example-int8-cache"), lambda ops: setattr(ops, "_npu", right)) == "unnoticed"
+    assert outcome(artifact("example-int8-cache"), lambda ops: setattr(ops.npu, "operators", right)) == "unnoticed"
 
 
 PROLOG = "npu_mla_prolog_v3"
@@ -315,9 +316,9 @@ def test_a_wrong_call_of_the_prolog_does_not_pass(artifact, name):
 
     def run(change: Change) -> harness.Run:
         ops = harness.make("ascend", torch.bfloat16)
-        ops._npu = Mutant(PROLOG, change)
+        ops.npu.operators = Mutant(PROLOG, change)
         done = harness.generate(path, ops, **RUN)
-        assert ops._npu.changed
+        assert ops.npu.operators.changed
         return done
 
     with emulate.use_rules(wide=False):

@@ -12,7 +12,7 @@ from ascend_rig.install import TORCH_NPU
 from ascend_rig.schemas import fit_table, installed_schema, misfits
 
 from npuq.runtime.ops import Gating
-from npuq.runtime.ops.ascend_support import OPERATORS
+from npuq.runtime.ops.ascend.support import OPERATORS
 from npuq.runtime.selftest import CASES
 
 LISTING = json.loads((Path(__file__).parent / "schemas.json").read_text())
@@ -51,12 +51,12 @@ def recorded(artifact) -> dict[str, dict[str, Any]]:
     ]
     for name, options in runs:
         ops = harness.make("ascend", torch.bfloat16, **options)
-        ops._npu = recorder
+        ops.npu.operators = recorder
         harness.generate(artifact(name), ops, lengths=(4, 45), new_tokens=2)
-    ops.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
+    ops.routing.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
     CASES["linear W8A8, static"](ops)
     CASES["attention, paged, int8"](ops)
-    recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend_weights, not through ops
+    recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend/weights.py, not through ops
     return dict(sorted(recorder.calls.items()))
 
 

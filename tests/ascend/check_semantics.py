@@ -9,7 +9,7 @@ import torch
 from ascend_rig import emulate
 from ascend_rig.formats import FRACTAL_NZ, ND, format_of, to_nd, to_nz, unpack_int4
 
-from npuq.runtime.ops.ascend_weights import cast_nz
+from npuq.runtime.ops.ascend.weights import cast_nz
 
 npu = torch.ops.npu
 SLOTS_PER_PAGE = 16

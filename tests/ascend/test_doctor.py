@@ -17,7 +17,7 @@ from npuq.errors import BackendError
 from npuq.native.library import levels
 from npuq.runtime import doctor
 from npuq.runtime.backend import make_ops
-from npuq.runtime.ops import ascend_support
+from npuq.runtime.ops.ascend import support as ascend_support
 from npuq.runtime.selftest import CASES, selftest
 
 
@@ -141,7 +141,7 @@ def test_selftest_of_the_cpu_set_passes(dtype):
 
 
 def test_selftest_reports_and_fails_on_a_wrong_operator(bare, monkeypatch):
-    cpu = type(make_ops("cpu"))
+    cpu = type(make_ops("cpu").norms)
     right = cpu.swiglu
     monkeypatch.setattr(cpu, "swiglu", lambda self, x: right(self, x) * 1.01)
     result = CliRunner().invoke(command, ["--selftest", "--json"])
@@ -169,7 +169,7 @@ def test_versions_are_read_from_the_files_that_cann_leaves(tmp_path):
 
 
 def test_a_device_that_is_no_npu_is_refused(monkeypatch):
-    from npuq.runtime.ops import ascend
+    from npuq.runtime.ops.ascend import operators as ascend
 
     monkeypatch.setattr(ascend, "import_torch_npu", lambda: SimpleNamespace())
     with pytest.raises(BackendError, match="cpu is not an NPU"):

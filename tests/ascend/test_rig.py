@@ -28,7 +28,7 @@ def test_checks_inside_the_rig(name):
 
 PROBE = """
 from npuq.errors import BackendError
-from npuq.runtime.ops.ascend_support import import_torch_npu
+from npuq.runtime.ops.ascend.support import import_torch_npu
 try:
     import_torch_npu()
 except BackendError as error:

@@ -11,9 +11,9 @@ import torch
 from npuq.errors import BackendError
 from npuq.formats.schemes import Scheme
 from npuq.runtime.ops import LinearPart, MlaConfig
-from npuq.runtime.ops.ascend_mla import check_mla
-from npuq.runtime.ops.ascend_support import check_versions, explain_import_error, require_soc, soc_of
-from npuq.runtime.ops.ascend_weights import Layout, scale_words
+from npuq.runtime.ops.ascend.mla import check_mla
+from npuq.runtime.ops.ascend.support import check_versions, explain_import_error, require_soc, soc_of
+from npuq.runtime.ops.ascend.weights import AscendWeights, scale_words
 
 
 @pytest.mark.parametrize("npu", ["2.13.0", "2.13.0.post1", "2.13.0rc1"])
@@ -84,7 +84,7 @@ def test_attention_that_the_operators_do_not_take_is_refused(change, said):
 def test_experts_whose_inputs_the_w4a8_matmul_does_not_take_are_refused():
     part = LinearPart("mlp.experts.0.down_proj", Scheme.W4A8, torch.zeros(8, 96, dtype=torch.int8))
     with pytest.raises(BackendError, match=r"experts\.0\.down_proj.*multiple of 64"):
-        Layout(torch.device("cpu"), torch.bfloat16).w4a8_experts([[part]])
+        AscendWeights(torch.device("cpu"), torch.bfloat16).w4a8_experts([[part]])
 
 
 def test_the_documented_table_is_the_measured_one():

@@ -95,7 +95,7 @@ def test_sizes(text: str, count: int) -> None:
     assert parse_size(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1", "1PB", "0", "five", "1e99"])
+@pytest.mark.parametrize("text", ["", "GB", "-1", "1PB", "0", "0.5", "five", "1e99"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_size(text)
@@ -132,6 +132,19 @@ def ended_by(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     return end.value.code, capsys.readouterr().err
 
 
+def test_a_connection_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """click takes every broken pipe for that of stdout, of which there is nothing to say."""
+
+    def fail(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(click.Group, "invoke", fail)
+    monkeypatch.setattr(sys, "argv", ["npuq", "inspect", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (1, "npuq: error: [Errno 32] Broken pipe\n")
+
+
 class PanicError(BaseException):
     """As what pyo3 makes of a panic in Rust."""
 
@@ -157,6 +170,19 @@ def test_whatever_ends_a_command_is_one_line(
     err = err.lstrip("\n")  # click leaves the line of an interruption
     assert told in err and err.startswith("npuq: error: ") and err.count("\n") == 1
     assert "Traceback" not in err and err[:-1].isprintable()
+
+
+@pytest.mark.parametrize(("command", "told"), [("convert", "; lower --max-memory or --workers"), ("inspect", "")])
+def test_memory_is_lowered_where_it_can_be(command: str, told: str, tmp_path: Path) -> None:
+    code = (
+        "import npuq.convert, npuq.cli.main\n"
+        "def fail(*_, **__): raise MemoryError\n"
+        "npuq.convert.inspect = npuq.convert.convert_checkpoint = fail\n"
+        "npuq.cli.main.main()"
+    )
+    paths = [str(tmp_path), str(tmp_path / "out")][: 2 if command == "convert" else 1]
+    done = subprocess.run([sys.executable, "-c", code, command, *paths], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"npuq: error: out of memory{told}\n")
 
 
 def test_a_message_is_no_book(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,12 +213,12 @@ def test_characters_that_the_encoding_lacks_are_escapes(encoding: str, tmp_path:
 def test_what_commands_print_goes_through_the_console(path: Path) -> None:
     """`show`, `say` and `emit_json` alone write: they know what a terminal must not be told."""
     allowed = {
-        "console": 3,
-        "main": 4,  # the version, errors and usage, each printable
+        "console": 4,  # `write` and `complain`, and those that call `write`
+        "main": 1,  # the version
         "generate": 3,  # completions, which are made printable for a terminal there
         "progress": 1,  # JSON lines, in ASCII
     }
-    found = re.findall(r"click\.s?echo\(|\bprint\(|(?:stdout|stderr)\.write\(", path.read_text())
+    found = re.findall(r"click\.s?echo\(|\bprint\(|(?<!def )\bwrite\(", path.read_text())
     assert len(found) == allowed.get(path.stem, 0)
 
 

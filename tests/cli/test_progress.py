@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from npuq.choices import PROGRESS_FORMS
 from npuq.cli import progress as progress_module
 from npuq.cli.pace import Pace
-from npuq.cli.progress import FORMS, TerminalProgress
+from npuq.cli.progress import TerminalProgress
 from npuq.progress import Task
 from npuq.units import format_duration
 
@@ -159,7 +160,7 @@ def test_json_lines() -> None:
 def test_no_progress_still_has_notes_and_quiet_has_none(size: tuple[int, int] | None) -> None:
     end = [] if size is None else ["end"]
     assert run_work("none", size=size).splitlines() == [r"beginning \x1b[2J", "between", *end]
-    for form in FORMS:
+    for form in PROGRESS_FORMS:
         assert run_work(form, quiet=True, size=size).splitlines() == end
 
 

@@ -14,6 +14,7 @@ from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.calibrate.auto import TimeBudget
+from npuq.convert.calibrate.layer_report import Trials
 from npuq.convert.calibrate.linears import Linears
 from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
 from npuq.convert.calibrate.smooth import norm_quotient, rounded
@@ -219,10 +220,10 @@ def test_a_time_budget_counts_trials_apart_from_layers(source, texts, tmp_path, 
 
     def trials(*_):
         clock[0] += 1000
-        return {True: 0.0, False: 1.0}
+        return Trials(0.0, 1.0)
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("npuq.convert.calibrate.walk.trial_errors", trials)
+    monkeypatch.setattr("npuq.convert.calibrate.walk.run_trials", trials)
     monkeypatch.setattr(TimeBudget, "layer_took", lambda self, seconds: took.append(seconds))
     convert(source, tmp_path / "out", texts, method="auto")
     assert took == [0.0, 0.0, 0.0]

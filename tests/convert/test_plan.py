@@ -16,8 +16,10 @@ from npuq.convert.write.chunks import row_chunks
 from npuq.errors import RecipeError
 from npuq.formats.dialects import Weight
 from npuq.formats.schemes import Scheme
-from npuq.models.architecture import Role, Spec
+from npuq.models.family import Entry
 from npuq.models.inventory import Inventory
+from npuq.models.roles import Role
+from npuq.models.tensors import Spec
 from npuq.quant.scales import Method
 
 ITEM = {"I32": 4, "F32": 4, "BF16": 2, "I8": 1}
@@ -27,10 +29,11 @@ def plan_of(tensors: list[tuple[str, tuple[int, ...], Scheme]], max_shard_size: 
     specs, weights, assignments = {}, {}, {}
     for name, shape, scheme in tensors:
         role = Role.ROUTED_EXPERT if scheme is Scheme.W4A8 else Role.ATTENTION
-        specs[name] = Spec(name, role, shape, 0, row_parallel="down_proj" in name)
+        entry = Entry("down", name, role, (), row_parallel="down_proj" in name)
+        specs[name] = Spec(name, role, shape, 0, entry=entry)
         weights[name] = Weight(name, shape, "BF16", 2 * prod(shape))
         assignments[name] = Assignment(scheme, Method.MINMAX, 1)
-    inventory = Inventory(specs, (), (), (), (), ())
+    inventory = Inventory(specs, (), (), (), ())
     return build_plan(weights, inventory, assignments, lambda name: "BF16", max_shard_size)
 
 

@@ -12,9 +12,9 @@ from npuq.errors import RecipeError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.dialects import WeightSource
 from npuq.formats.schemes import Scheme
-from npuq.models.architecture import Role
 from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
+from npuq.models.roles import Role
 from npuq.quant.scales import Method
 
 
@@ -33,7 +33,7 @@ def assign(inventory, tmp_path):
         path.write_text(text)
         recipe = load_recipe(path)
         assignments = resolve(recipe, inventory.specs)
-        check_recipe(recipe, inventory.specs, inventory.fused, assignments)
+        check_recipe(recipe, inventory.specs, assignments)
         return assignments
 
     return run
@@ -45,7 +45,7 @@ EXPERTS = "{roles: [routed_expert, mtp_routed_expert], scheme: w8a8}"
 @pytest.mark.parametrize("name", NAMED)
 def test_named_recipes_pass_their_own_rules_and_survive_being_stored(name, inventory, tmp_path):
     recipe = load_recipe(name)
-    check_recipe(recipe, inventory.specs, inventory.fused, resolve(recipe, inventory.specs))
+    check_recipe(recipe, inventory.specs, resolve(recipe, inventory.specs))
     stored = tmp_path / "recipe.yaml"
     stored.write_text(recipe.to_yaml())
     assert load_recipe(stored) == recipe

@@ -108,8 +108,12 @@ def test_held_bytes_are_those_of_the_largest_weight_with_rotated_outputs(write, 
     turned = RewrittenSource(checkpoint, rotated(config, take_inventory(config, plain.weights)))
     assert turned.held_bytes == 4 * 512 * 1024  # eh_proj's
     # Panels of rows and columns: what a float64 matrix product gives.
-    name, q, v = "model.layers.1.self_attn.o_proj.weight", rotation(512).matrix(), rotation(config.v_head_dim).matrix()
-    blocks = torch.block_diag(*[v] * config.num_attention_heads)
+    name, q, v = (
+        "model.layers.1.self_attn.o_proj.weight",
+        rotation(512).matrix(),
+        rotation(config.attention.v_head_dim).matrix(),
+    )
+    blocks = torch.block_diag(*[v] * config.attention.heads)
     expected = q.T @ plain.rows_float32(name).double() @ blocks
     torch.testing.assert_close(turned.rows_float32(name).double(), expected, rtol=1e-6, atol=1e-6)
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from fuzz_bases import V3, write_checkpoint
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "foreign"))
 from foreign import write_compressed, write_modelslim, write_shards
 
 SHARD_BYTES = 80_000
+FP8_BLOCK = 16, 32
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ eos_token }}"
 RECIPE = """\
@@ -45,6 +47,7 @@ def make_inputs(folder: Path) -> None:
     source = Path(shutil.copytree(plain, folder / "source"))
     (source / "model.safetensors").unlink()
     write_shards(load_file(plain / "model.safetensors"), source, "model", 3)
+    _write_fp8(plain, folder / "fp8")
     _add_words(folder / "words")
     for written in (
         write_compressed(plain, folder / "compressed"),
@@ -64,6 +67,20 @@ def make_inputs(folder: Path) -> None:
     )
     convert_checkpoint(plain, folder / "bytes", recipe="w8a8", method="minmax", workers=1)
     _unfinished(source, folder / "unfinished")
+
+
+def _write_fp8(plain: Path, directory: Path) -> None:
+    """The same checkpoint as DeepSeek stores its own: FP8 codes in blocks, each with one scale."""
+    shutil.copytree(plain, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if ".layers." in name and "proj" in name]:
+        rows, columns = tensors[name].shape
+        tensors[name] = (tensors[name] * 64).to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = torch.full((-(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])), 1 / 64)
+    write_shards(tensors, directory, "model", 2)
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(FP8_BLOCK)}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def _add_side_files(directory: Path) -> None:

@@ -1,12 +1,13 @@
 """inputs/files.py: what a directory may make npuq read."""
 
+import io
 import os
 from pathlib import Path
 
 import pytest
 
-from npuq.errors import ArtifactError
-from npuq.inputs.files import inside, open_file, read_bytes, read_given_text, read_text
+from npuq.errors import ArtifactError, CheckpointError
+from npuq.inputs.files import inside, open_file, read_bytes, read_given_text, read_stream_text, read_text
 
 
 @pytest.fixture
@@ -90,6 +91,17 @@ def test_text_is_utf8_with_plain_line_ends(folder: Path) -> None:
     (folder / "a").write_bytes(b"ok\xff")
     with pytest.raises(ArtifactError, match=r"not UTF-8 text \(byte 2\)"):
         read_text(folder / "a", ArtifactError)
+
+
+def test_a_stream_is_read_up_to_a_size() -> None:
+    where = Path("-")
+    assert read_stream_text(io.BytesIO(b"a\r\nb"), where, CheckpointError, most=4) == "a\nb"
+    with pytest.raises(CheckpointError, match="-: is larger than the 3 bytes"):
+        read_stream_text(io.BytesIO(b"a\r\nb"), where, CheckpointError, most=3)
+    closed = io.BytesIO()
+    closed.close()
+    with pytest.raises(CheckpointError, match="-: cannot be read"):
+        read_stream_text(closed, where, CheckpointError)
 
 
 def test_what_the_user_names_may_be_a_pipe(folder: Path) -> None:

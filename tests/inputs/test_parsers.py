@@ -13,7 +13,7 @@ from npuq.inputs.forms import Each, Items, Keys, check_form, is_count, is_number
 from npuq.inputs.json_text import parse_json, parse_object
 from npuq.inputs.names import FileName, Sha256
 from npuq.inputs.patterns import Budget, Globs, Pattern
-from npuq.inputs.printable import printable, printable_json
+from npuq.inputs.printable import printable, printable_json, shown
 from npuq.inputs.yaml_text import parse_yaml
 
 _JSON = st.recursive(
@@ -41,7 +41,7 @@ def test_model_max_length_of_many_tokenizers_is_read() -> None:
     "text",
     [
         "[" * 100_000, "[" * 66 + "]" * 66, '{"a":' * 100_000, "NaN", "[Infinity]", "-Infinity", "1e999", "1" * 41,
-        "1" * 6000, '"\\ud800"', '{"\\udfff": 1}', "", "{", b"\xff", b"\xef\xbb\xbf{}", "\x1b[31m",
+        "1" * 6000, '"\\ud800"', '{"\\udfff": 1}', "", "{", '"\ud800"', b"\xff", b"\xef\xbb\xbf{}", "\x1b[31m",
     ],
 )  # fmt: skip
 def test_bad_json_is_one_line(text: Any) -> None:
@@ -71,6 +71,8 @@ def test_yaml_without_dates() -> None:
     [
         "[" * 3000, "a: " * 3000, "x: " + "1" * 6000, "a: &b [1]\nc: *b\n", "a: .inf", "a: .nan", "{a: b",
         "!!python/name:os", "? [a]\n: 1", "a: " + "x" * (1 << 18), "\x1b", "a: \x00", "[" * 70 + "]" * 70, '"\\ud800"',
+        "license: !!bool x", 'a: !!int ""', "a: !!timestamp x", "a: !!binary YQ==", "a: !!set {x}", "a: !!omap [x: 1]",
+        "a: !!str 5", "!x a", "a: =", "a: 0x_",
     ],
 )  # fmt: skip
 def test_bad_yaml_is_one_line(text: str) -> None:
@@ -190,6 +192,14 @@ def test_printable_json_is_the_same_value(value: Any) -> None:
     assert printable(text, keep="\n") == text
 
 
+def test_what_is_quoted_is_short_and_printable() -> None:
+    assert shown("\x1b" * 100) == "'" + "\\x1b" * 14 + "\\x1"
+    assert shown([10**5000]) == "of type list"
+
+
 def test_printable() -> None:
     assert printable("a\x1b[31m\u202eb\x9b\ud800é字😀\u200d") == "a\\x1b[31m\\u202eb\\x9b\\ud800é字😀\u200d"
+    hidden = "\u061c\ufff9\ufffa\ufffb\U000e0000\U000e0041\U000e007f"
+    assert printable(hidden) == "\\u061c\\ufff9\\ufffa\\ufffb\\U000e0000\\U000e0041\\U000e007f"
+    assert printable_json(json.dumps(hidden, ensure_ascii=False)) == json.dumps(hidden)
     assert printable("a\tb\nc\r", keep="\n\t") == "a\tb\nc\\r"

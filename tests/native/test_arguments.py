@@ -54,7 +54,7 @@ def _float(rows: int, columns: int) -> LinearPart:
 
 
 def _cache(ops: NativeOps) -> LayerCache:
-    return ops.new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]
+    return ops.attention.new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]
 
 
 def _decode(**changes: Any) -> Decode:
@@ -86,25 +86,27 @@ CONFIG = MlaConfig(N, NOPE, ROPE, V, LATENT, Q_LORA, 1e-6, 0.2)
 
 
 def _mla(ops: NativeOps, **changes: Any) -> Any:
-    return ops.mla(_mla_parts(**changes), CONFIG)
+    return ops.attention.mla(_mla_parts(**changes), CONFIG)
 
 
-def _moe(ops: NativeOps, **changes: Any) -> MoeWeights:
+def _moe(ops: NativeOps, shared: MlpWeights | None = None, **changes: Any) -> MoeWeights:
     weights = MoeWeights(
-        router=ops.router(_x(4, H)),
+        router=ops.weights.router(_x(4, H)),
         correction_bias=_x(4),
         gating=Gating(2, "sigmoid", group_count=2, k_group=1),
-        gate_up=ops.experts_of([[_float(6, H), _float(6, H)]] * 4),
-        down=ops.experts_of([[_float(H, 6)]] * 4),
+        gate_up=ops.weights.experts_of([[_float(6, H), _float(6, H)]] * 4),
+        down=ops.weights.experts_of([[_float(H, 6)]] * 4),
         num_experts=4,
         quantized=False,
     )
-    return dataclasses.replace(weights, **changes)
+    return ops.routing.moe_of(dataclasses.replace(weights, shared=shared, **changes))
 
 
 def _mlp(ops: NativeOps, width: int = H, inner: int = 6, out: int = H) -> MlpWeights:
     return MlpWeights(
-        ops.linear_of([_float(inner, width), _float(inner, width)]), ops.linear_of([_float(out, 6)]), False
+        ops.weights.linear_of([_float(inner, width), _float(inner, width)]),
+        ops.weights.linear_of([_float(out, 6)]),
+        False,
     )
 
 
@@ -122,11 +124,13 @@ def _attention(ops: NativeOps, **changes: Any) -> Any:
         "q_lens": (1, 3),
         "kv_lens": (2, 5),
     }
-    return ops.fused_infer_attention(**{**arguments, **changes}, scale=0.2, causal=True)
+    return ops.attention.fused_infer_attention(**{**arguments, **changes}, scale=0.2, causal=True)
 
 
 def _paged(ops: NativeOps, latent: int = LATENT, rope: int = ROPE, **changes: Any) -> Any:
-    return ops.fused_infer_attention_paged(_x(T, N, latent), _x(T, N, rope), _cache(ops), _decode(**changes), 0.2)
+    return ops.attention.fused_infer_attention_paged(
+        _x(T, N, latent), _x(T, N, rope), _cache(ops), _decode(**changes), 0.2
+    )
 
 
 def _write(ops: NativeOps, **changes: Any) -> Any:
@@ -137,16 +141,16 @@ def _write(ops: NativeOps, **changes: Any) -> Any:
         "sin": _x(T, ROPE),
         "slots": torch.tensor([0, -1, 63]),
     }
-    return ops.kv_rmsnorm_rope_cache(**{**arguments, **changes}, cache=_cache(ops), eps=1e-6, output_kv=True)
+    return ops.attention.kv_rmsnorm_rope_cache(**{**arguments, **changes}, cache=_cache(ops), eps=1e-6, output_kv=True)
 
 
 def _mla_decode(ops: NativeOps, hidden: Tensor | None = None, cache: LayerCache | None = None, **changes: Any) -> Any:
     x = _x(T, H) if hidden is None else hidden
-    return ops.mla_decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes), 0.2)
+    return ops.attention.mla_decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes), 0.2)
 
 
 def _mla_prolog(ops: NativeOps, **changes: Any) -> Any:
-    return ops.mla_prolog(_x(T, H), _mla(ops), _cache(ops), _step(**changes))
+    return ops.attention.mla_prolog(_x(T, H), _mla(ops), _cache(ops), _step(**changes))
 
 
 def _experts(
@@ -158,16 +162,16 @@ def _experts(
 ) -> Any:
     x = _x(T, H) if hidden is None else hidden
     chosen = _ids((0, 1), (3, 2), (1, 3)) if ids is None else ids
-    return ops.moe_experts(x, _x(*chosen.shape), chosen, _moe(ops, **changes), shared)
+    return ops.routing.moe_experts(x, _x(*chosen.shape), chosen, _moe(ops, **changes), shared)
 
 
 def _route(ops: NativeOps, ids: Tensor, tokens: int = T) -> Any:
-    return ops.moe_init_routing(_x(tokens, H), ids, 4, quantize=True)
+    return ops.routing.moe_init_routing(_x(tokens, H), ids, 4, quantize=True)
 
 
 def _finalize(ops: NativeOps, index: Tensor, rows: int = 6, **changes: Any) -> Any:
     arguments = {"weights": _x(T, 2), "skip": _x(T, H), **changes}
-    return ops.moe_finalize_routing(
+    return ops.routing.moe_finalize_routing(
         _x(rows, H), arguments["weights"], index, _ids((0, 1), (3, 2), (1, 3)), arguments["skip"]
     )
 
@@ -183,65 +187,83 @@ GOOD: dict[str, Callable[[NativeOps], Any]] = {
     "mla_decode": _mla_decode,
     "mla_prolog": _mla_prolog,
     "moe_experts": _experts,
-    "moe_layer": lambda ops: ops.moe(_x(T, H), _moe(ops), _mlp(ops)),
-    "moe_gate": lambda ops: ops.moe_gate(_x(T, H), _moe(ops)),
-    "mlp": lambda ops: ops.mlp(_x(T, H), _mlp(ops)),
+    "moe_layer": lambda ops: ops.routing.moe(_x(T, H), _moe(ops, _mlp(ops))),
+    "moe_gate": lambda ops: ops.routing.moe_gate(_x(T, H), _moe(ops)),
+    "mlp": lambda ops: ops.routing.mlp(_x(T, H), _mlp(ops)),
     "init_routing": lambda ops: _route(ops, _ids((0, 3), (3, 2), (1, 3))),
     "finalize_routing": lambda ops: _finalize(ops, INDEX),
 }
 
 REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
-    "norm gain": (lambda ops: ops.rms_norm(_x(T, H), _x(H - 1), 1e-6), r"rms_norm: gamma is float32 \[23\]"),
-    "norm dtype": (lambda ops: ops.rms_norm(_x(T, H).to(BF16), _x(H), 1e-6), r"rms_norm: x is bfloat16"),
-    "sum": (lambda ops: ops.add_rms_norm(_x(T, H), _x(T, H + 1), _x(H), 1e-6), r"add_rms_norm: residual"),
-    "sum of fewer": (lambda ops: ops.add_rms_norm(_x(T, H), _x(T - 1, H), _x(H), 1e-6), r"add_rms_norm: residual"),
-    "odd halves": (lambda ops: ops.swiglu(_x(T, 7)), r"swiglu: x is float32 \[3, 7\]"),
-    "odd halves, int8": (lambda ops: ops.dequant_swiglu_quant(_x(T, 7)), r"swiglu_quant: x"),
-    "double": (lambda ops: ops.dynamic_quant(_x(T, H).double()), r"dynamic_quant: x is float64"),
-    "no memory": (lambda ops: ops.dynamic_quant(torch.ones(T, H, device="meta")), r"dynamic_quant: x .* on meta"),
+    "norm gain": (lambda ops: ops.norms.rms_norm(_x(T, H), _x(H - 1), 1e-6), r"rms_norm: gamma is float32 \[23\]"),
+    "norm dtype": (lambda ops: ops.norms.rms_norm(_x(T, H).to(BF16), _x(H), 1e-6), r"rms_norm: x is bfloat16"),
+    "sum": (lambda ops: ops.norms.add_rms_norm(_x(T, H), _x(T, H + 1), _x(H), 1e-6), r"add_rms_norm: residual"),
+    "sum of fewer": (
+        lambda ops: ops.norms.add_rms_norm(_x(T, H), _x(T - 1, H), _x(H), 1e-6),
+        r"add_rms_norm: residual",
+    ),
+    "odd halves": (lambda ops: ops.norms.swiglu(_x(T, 7)), r"swiglu: x is float32 \[3, 7\]"),
+    "odd halves, int8": (lambda ops: ops.norms.dequant_swiglu_quant(_x(T, 7)), r"swiglu_quant: x"),
+    "double": (lambda ops: ops.norms.dynamic_quant(_x(T, H).double()), r"dynamic_quant: x is float64"),
+    "no memory": (lambda ops: ops.norms.dynamic_quant(torch.ones(T, H, device="meta")), r"dynamic_quant: x .* on meta"),
     "linear width": (
-        lambda ops: ops.linear(_x(T, H), ops.linear_of([_float(4, H + 1)])),
+        lambda ops: ops.products.linear(_x(T, H), ops.weights.linear_of([_float(4, H + 1)])),
         r"linear: x of a float weight is float32 \[3, 24\]",
     ),
     "linear dtype": (
-        lambda ops: ops.linear(_x(T, H).half(), ops.linear_of([_float(4, H)])),
+        lambda ops: ops.products.linear(_x(T, H).half(), ops.weights.linear_of([_float(4, H)])),
         r"linear: x of a float weight is float16",
     ),
-    "router width": (lambda ops: ops.router_logits(_x(T, H), ops.router(_x(4, H - 1))), r"linear: x of router"),
+    "router width": (
+        lambda ops: ops.products.router_logits(_x(T, H), ops.weights.router(_x(4, H - 1))),
+        r"linear: x of router",
+    ),
     "token scales": (
-        lambda ops: ops.linear(
+        lambda ops: ops.products.linear(
             Quantized(torch.ones(T, 8, dtype=torch.int8), _x(T - 1)),
-            ops.linear_of([part(np.random.default_rng(0), Scheme.W8A8, 4, 8)]),
+            ops.weights.linear_of([part(np.random.default_rng(0), Scheme.W8A8, 4, 8)]),
         ),
         r"matmul: x_scale of 4x8 is float32 \[2\]",
     ),
     "groups": (
-        lambda ops: ops.grouped_matmul(_x(T, H), ops.experts_of([[_float(4, H)]] * 4), torch.tensor([1, 2, 0])),
+        lambda ops: ops.products.grouped_matmul(
+            _x(T, H), ops.weights.experts_of([[_float(4, H)]] * 4), torch.tensor([1, 2, 0])
+        ),
         r"matmul: group_list",
     ),
     "rows of groups": (
-        lambda ops: ops.grouped_matmul(_x(T, H), ops.experts_of([[_float(4, H)]] * 2), torch.tensor([2, 2])),
+        lambda ops: ops.products.grouped_matmul(
+            _x(T, H), ops.weights.experts_of([[_float(4, H)]] * 2), torch.tensor([2, 2])
+        ),
         r"matmul: .* an index or a length",
     ),
     "negative rows": (
-        lambda ops: ops.grouped_matmul(_x(T, H), ops.experts_of([[_float(4, H)]] * 2), torch.tensor([4, -1])),
+        lambda ops: ops.products.grouped_matmul(
+            _x(T, H), ops.weights.experts_of([[_float(4, H)]] * 2), torch.tensor([4, -1])
+        ),
         r"matmul: .* an index or a length",
     ),
-    "heads": (lambda ops: ops.batch_matmul(_x(T, N + 1, 8), _x(N, 8, 4)), r"batch_matmul: weight"),
-    "head width": (lambda ops: ops.batch_matmul(_x(T, N, 9), _x(N, 8, 4)), r"batch_matmul: weight"),
-    "integer heads": (lambda ops: ops.batch_matmul(_x(T, N, 8), _x(N, 8, 4).char()), r"batch_matmul: weight"),
-    "gating, k": (lambda ops: ops.moe_gating_top_k(_x(T, 4), None, Gating(5, "sigmoid")), r"gating_top_k: .* sizes"),
+    "heads": (lambda ops: ops.products.batch_matmul(_x(T, N + 1, 8), _x(N, 8, 4)), r"batch_matmul: weight"),
+    "head width": (lambda ops: ops.products.batch_matmul(_x(T, N, 9), _x(N, 8, 4)), r"batch_matmul: weight"),
+    "integer heads": (lambda ops: ops.products.batch_matmul(_x(T, N, 8), _x(N, 8, 4).char()), r"batch_matmul: weight"),
+    "gating, k": (
+        lambda ops: ops.routing.moe_gating_top_k(_x(T, 4), None, Gating(5, "sigmoid")),
+        r"gating_top_k: .* sizes",
+    ),
     "gating, groups": (
-        lambda ops: ops.moe_gating_top_k(_x(T, 4), None, Gating(1, "sigmoid", group_count=3)),
+        lambda ops: ops.routing.moe_gating_top_k(_x(T, 4), None, Gating(1, "sigmoid", group_count=3)),
         r"gating_top_k: .* sizes",
     ),
     "gating, no groups": (
-        lambda ops: ops.moe_gating_top_k(_x(T, 4), None, Gating(1, "sigmoid", group_count=0)),
+        lambda ops: ops.routing.moe_gating_top_k(_x(T, 4), None, Gating(1, "sigmoid", group_count=0)),
         r"gating_top_k: .* sizes",
     ),
-    "gating, bias": (lambda ops: ops.moe_gating_top_k(_x(T, 4), _x(3), Gating(2, "sigmoid")), r"gating_top_k: bias"),
+    "gating, bias": (
+        lambda ops: ops.routing.moe_gating_top_k(_x(T, 4), _x(3), Gating(2, "sigmoid")),
+        r"gating_top_k: bias",
+    ),
     "gating, bias dtype": (
-        lambda ops: ops.moe_gating_top_k(_x(T, 4), _x(4).to(BF16), Gating(2, "sigmoid")),
+        lambda ops: ops.routing.moe_gating_top_k(_x(T, 4), _x(4).to(BF16), Gating(2, "sigmoid")),
         r"gating_top_k: bias is bfloat16",
     ),
     "expert too high": (lambda ops: _route(ops, _ids((0, 1), (4, 2), (1, 3))), r"init_routing: .* an index"),
@@ -253,12 +275,18 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "fewer places": (lambda ops: _finalize(ops, INDEX[:5]), r"finalize_routing: row_index"),
     "skip": (lambda ops: _finalize(ops, INDEX, skip=_x(T, H - 1)), r"finalize_routing: skip"),
     "weights in half": (lambda ops: _finalize(ops, INDEX, weights=_x(T, 2).half()), r"finalize_routing: weights"),
-    "angles": (lambda ops: ops.interleave_rope(_x(T, N, ROPE), _x(T, ROPE), _x(T, 2)), r"interleave_rope: sin"),
+    "angles": (
+        lambda ops: ops.attention.interleave_rope(_x(T, N, ROPE), _x(T, ROPE), _x(T, 2)),
+        r"interleave_rope: sin",
+    ),
     "angles of fewer": (
-        lambda ops: ops.interleave_rope(_x(T, N, ROPE), _x(2, ROPE), _x(T, ROPE)),
+        lambda ops: ops.attention.interleave_rope(_x(T, N, ROPE), _x(2, ROPE), _x(T, ROPE)),
         r"interleave_rope: cos",
     ),
-    "odd rope": (lambda ops: ops.interleave_rope(_x(T, N, 5), _x(T, 5), _x(T, 5)), r"interleave_rope: .* sizes"),
+    "odd rope": (
+        lambda ops: ops.attention.interleave_rope(_x(T, N, 5), _x(T, 5), _x(T, 5)),
+        r"interleave_rope: .* sizes",
+    ),
     "write, kv": (lambda ops: _write(ops, kv=_x(T, LATENT)), r"kv_cache_write: kv"),
     "write, gain": (lambda ops: _write(ops, gamma=_x(LATENT + 16)), r"kv_cache_write: gamma"),
     "write, wide rope": (lambda ops: _write(ops, cos=_x(T, 2 * ROPE), sin=_x(T, 2 * ROPE)), r"kv_cache_write: cos"),
@@ -300,11 +328,11 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "decode, rows of rope": (lambda ops: _mla_decode(ops, sin=_x(T - 1, ROPE)), r"mla_decode: sin"),
     "decode, slot": (lambda ops: _mla_decode(ops, slots=torch.tensor([16, 36, 64])), r"mla_decode: .* an index"),
     "decode, other cache": (
-        lambda ops: _mla_decode(ops, cache=ops.new_kv_cache(1, BLOCKS, BLOCK, LATENT + 16, ROPE)[0]),
+        lambda ops: _mla_decode(ops, cache=ops.attention.new_kv_cache(1, BLOCKS, BLOCK, LATENT + 16, ROPE)[0]),
         r"mla_decode: .* sizes",
     ),
     "decode, cache dtype": (
-        lambda ops: _mla_decode(ops, cache=NativeOps(BF16).new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]),
+        lambda ops: _mla_decode(ops, cache=NativeOps(BF16).attention.new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]),
         r"kv cache: rope is torch.bfloat16",
     ),
     "prolog, rope": (lambda ops: _mla_prolog(ops, sin=_x(T, ROPE + 2)), r"mla_prolog: sin"),
@@ -312,26 +340,35 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "experts, expert": (lambda ops: _experts(ops, ids=_ids((0, 1), (3, 2), (1, 4))), r"moe_experts: .* an index"),
     "experts, shared": (lambda ops: _experts(ops, shared=_x(T, H - 1)), r"moe_experts: shared"),
     "experts, halves": (
-        lambda ops: _experts(ops, down=ops.experts_of([[_float(H, 7)]] * 4)),
+        lambda ops: _experts(ops, down=ops.weights.experts_of([[_float(H, 7)]] * 4)),
         r"moe_experts: .* sizes",
     ),
-    "experts, fewer": (lambda ops: _experts(ops, down=ops.experts_of([[_float(H, 6)]] * 3)), r"moe_experts: .* sizes"),
-    "layer, hidden": (lambda ops: ops.moe(_x(T, H + 1), _moe(ops), None), r"moe_layer: x"),
+    "experts, fewer": (
+        lambda ops: _experts(ops, down=ops.weights.experts_of([[_float(H, 6)]] * 3)),
+        r"moe_experts: .* sizes",
+    ),
+    "layer, hidden": (lambda ops: ops.routing.moe(_x(T, H + 1), _moe(ops)), r"moe_layer: x"),
     "layer, router": (
-        lambda ops: ops.moe(_x(T, H), _moe(ops, router=ops.router(_x(5, H)), correction_bias=None), None),
+        lambda ops: ops.routing.moe(_x(T, H), _moe(ops, router=ops.weights.router(_x(5, H)), correction_bias=None)),
         r"moe_layer: .* sizes",
     ),
-    "layer, bias": (lambda ops: ops.moe(_x(T, H), _moe(ops, correction_bias=_x(5)), None), r"moe_layer: bias"),
+    "layer, bias": (lambda ops: ops.routing.moe(_x(T, H), _moe(ops, correction_bias=_x(5))), r"moe_layer: bias"),
     "layer, router width": (
-        lambda ops: ops.moe(_x(T, H), _moe(ops, router=ops.router(_x(4, H + 2))), None),
+        lambda ops: ops.routing.moe(_x(T, H), _moe(ops, router=ops.weights.router(_x(4, H + 2)))),
         r"moe_layer: .* sizes",
     ),
-    "layer, k": (lambda ops: ops.moe(_x(T, H), _moe(ops, gating=Gating(5, "softmax")), None), r"moe_layer: .* sizes"),
-    "layer, shared": (lambda ops: ops.moe(_x(T, H), _moe(ops), _mlp(ops, out=H - 1)), r"moe_layer: .* sizes"),
-    "layer, shared inputs": (lambda ops: ops.moe(_x(T, H), _moe(ops), _mlp(ops, width=H + 1)), r"moe_layer: .* sizes"),
-    "gate, hidden": (lambda ops: ops.moe_gate(_x(T, H - 1), _moe(ops)), r"moe_gate: x"),
-    "mlp, hidden": (lambda ops: ops.mlp(_x(T, H - 1), _mlp(ops)), r"mlp: x"),
-    "mlp, halves": (lambda ops: ops.mlp(_x(T, H), _mlp(ops, inner=7)), r"mlp: .* sizes"),
+    "layer, k": (
+        lambda ops: ops.routing.moe(_x(T, H), _moe(ops, gating=Gating(5, "softmax"))),
+        r"moe_layer: .* sizes",
+    ),
+    "layer, shared": (lambda ops: ops.routing.moe(_x(T, H), _moe(ops, _mlp(ops, out=H - 1))), r"moe_layer: .* sizes"),
+    "layer, shared inputs": (
+        lambda ops: ops.routing.moe(_x(T, H), _moe(ops, _mlp(ops, width=H + 1))),
+        r"moe_layer: .* sizes",
+    ),
+    "gate, hidden": (lambda ops: ops.routing.moe_gate(_x(T, H - 1), _moe(ops)), r"moe_gate: x"),
+    "mlp, hidden": (lambda ops: ops.routing.mlp(_x(T, H - 1), _mlp(ops)), r"mlp: x"),
+    "mlp, halves": (lambda ops: ops.routing.mlp(_x(T, H), _mlp(ops, inner=7)), r"mlp: .* sizes"),
     "mla, norm": (lambda ops: _mla(ops, kv_a_norm=_x(LATENT - 1)), r"mla: kv_a_norm"),
     "mla, q norm": (lambda ops: _mla(ops, q_a_norm=_x(Q_LORA + 1)), r"mla: q_a_norm"),
     "mla, no q norm": (lambda ops: _mla(ops, q_a_norm=None), r"mla: q_b and q_a_norm come together"),
@@ -378,19 +415,19 @@ def test_weights_that_are_none(ops: NativeOps) -> None:
         ({"weight": torch.ones(4, 8, 1, dtype=torch.int8)}, "no matrix"),
     ):
         with pytest.raises(BackendError, match=message):
-            ops.linear_of([dataclasses.replace(eight, **changes)])
+            ops.weights.linear_of([dataclasses.replace(eight, **changes)])
     with pytest.raises(ValueError, match=r"linear: 4x8 is int8 .* on meta"):
-        ops.linear_of([dataclasses.replace(eight, weight=torch.ones(4, 8, dtype=torch.int8, device="meta"))])
+        ops.weights.linear_of([dataclasses.replace(eight, weight=torch.ones(4, 8, dtype=torch.int8, device="meta"))])
 
 
 def test_rows_may_lie_apart_and_be_shared(ops: NativeOps) -> None:
     """Views that the kernels take as they are; torch's own sum of them is the judge."""
     wide = torch.randn(T, 2 * H)
     norm = wide[:, H:] * torch.rsqrt(wide[:, H:].square().mean(-1, keepdim=True) + 1e-6)
-    torch.testing.assert_close(ops.rms_norm(wide[:, H:], _x(H), 1e-6), norm)
+    torch.testing.assert_close(ops.norms.rms_norm(wide[:, H:], _x(H), 1e-6), norm)
     shared = torch.randn(1, H).expand(T, H)
-    same = ops.dynamic_quant(shared)
-    assert torch.equal(same.codes, ops.dynamic_quant(shared.contiguous()).codes)
+    same = ops.norms.dynamic_quant(shared)
+    assert torch.equal(same.codes, ops.norms.dynamic_quant(shared.contiguous()).codes)
 
 
 def test_pieces_of_a_weight_that_are_not_there() -> None:
@@ -440,12 +477,19 @@ FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
         (FP8, BlockScale(_x(2, 2).half(), 0, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 2), -1, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 2), 0, 2, 0), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 0, 0, 10), 8, {}),
+        (FP8, BlockScale(_x(1, 2), 0, (1 << 64) + 1, 10), 8, {}),
+        (FP8, BlockScale(_x(1, 2), 0, 1 << 31, 10), 8, {}),
+        (FP8, BlockScale(_x(4, 1), 0, 1, (1 << 64) + 20), 8, {}),
+        (FP8, BlockScale(_x(2, 2), 1 << 64, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(2, 3), 0, 2, 10), 8, {}),
+        (FP8, BlockScale(_x(20), 0, 1, 20), 8, {}),
     ],
 )
 def test_quantization_of_what_does_not_fit(
     rows: Tensor, blocks: BlockScale | None, bits: int, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="quantize_rows"):
+    with pytest.raises(ValueError, match=r"quantize_rows|Source: first_row"):
         _quantizer(rows, blocks, bits, **changes)
 
 

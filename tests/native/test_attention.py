@@ -58,7 +58,7 @@ def test_ragged_sequences(
     q_nope, q_rope = torch.randn(tokens, heads, nope + rope).split([nope, rope], dim=-1)
     k_nope, values = torch.randn(keys, heads, nope + value).split([nope, value], dim=-1)
     k_rope = torch.randn(keys, rope)
-    out, lse = ops.fused_infer_attention(q_nope, q_rope, k_nope, k_rope, values, q_ends, kv_ends, 0.3, causal)
+    out, lse = ops.attention.fused_infer_attention(q_nope, q_rope, k_nope, k_rope, values, q_ends, kv_ends, 0.3, causal)
     query = torch.cat([q_nope, q_rope], -1)
     key = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], -1)
     for (q0, q1), (k0, k1) in zip(pairwise([0, *q_ends]), pairwise([0, *kv_ends]), strict=True):
@@ -72,7 +72,7 @@ def test_bfloat16(ops: NativeOps) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(200, 3, width).bfloat16() for width in (48, 48, 32))
     ends = [200]
-    out, _ = ops.fused_infer_attention(
+    out, _ = ops.attention.fused_infer_attention(
         q[..., :32], q[..., 32:], k[..., :32], k[:, 0, 32:], v, ends, ends, 0.2, causal=True
     )
     key = torch.cat([k[..., :32], k[:, :1, 32:].expand(-1, 3, -1)], -1)
@@ -89,7 +89,7 @@ def test_nan_reaches_those_who_see_it_and_no_others(ops: NativeOps, place: str, 
 
     def run() -> Tensor:
         q, k, v = tensors.values()
-        out, _ = ops.fused_infer_attention(
+        out, _ = ops.attention.fused_infer_attention(
             q[..., :16], q[..., 16:], k[..., :16], k[:, 0, 16:], v, [90], [90], 0.3, causal=True
         )
         return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from npuq.formats.schemes import Scheme
 from npuq.runtime.ops import (
+    Attention,
     Decode,
     Gating,
     LinearPart,
@@ -18,11 +21,11 @@ from npuq.runtime.ops import (
     MlaParts,
     MlpWeights,
     MoeWeights,
-    Ops,
+    Routing,
     Step,
 )
 from npuq.runtime.ops.native import NativeOps
-from npuq.runtime.ops.native_weights import NativeMla
+from npuq.runtime.ops.native.blocks import NativeMla
 
 from .cases import LEVELS, part
 
@@ -51,11 +54,11 @@ def _moe(
     router = torch.from_numpy(generator.standard_normal((experts, hidden), dtype=np.float32))
     gating = Gating(min(3, experts), "sigmoid", renormalize=True, scaling=2.5)
     return MoeWeights(
-        ops.router(router),
+        ops.weights.router(router),
         torch.from_numpy(generator.standard_normal(experts, dtype=np.float32)),
         gating,
-        ops.experts_of(gate_up),
-        ops.experts_of(down),
+        ops.weights.experts_of(gate_up),
+        ops.weights.experts_of(down),
         experts,
         scheme is not Scheme.FLOAT,
     )
@@ -83,11 +86,11 @@ def test_mlp(
     width: int,
 ) -> None:
     ops, generator = all_ops[dtype], np.random.default_rng(seed)
-    gate_up = ops.linear_of([_part(generator, scheme, width, hidden) for _ in range(2)])
-    down = ops.linear_of([_part(generator, scheme, hidden, width)])
+    gate_up = ops.weights.linear_of([_part(generator, scheme, width, hidden) for _ in range(2)])
+    down = ops.weights.linear_of([_part(generator, scheme, hidden, width)])
     weights = MlpWeights(gate_up, down, scheme is not Scheme.FLOAT)
     x = _rows(generator, dtype, rows, hidden)
-    _same(ops.mlp(x, weights), Ops.mlp(ops, x, weights))
+    _same(ops.routing.mlp(x, weights), Routing.mlp(ops.routing, x, weights))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,19 +120,20 @@ def test_moe(
     weights = _moe(ops, generator, scheme, experts, 2 * pairs, 2 * width)
     x = _rows(generator, dtype, tokens, 2 * pairs)
     shared = _rows(generator, dtype, tokens, 2 * pairs) if with_shared else None
-    top_weights, ids = ops.moe_gate(x, weights)
-    expected_weights, expected_ids = Ops.moe_gate(ops, x, weights)
+    top_weights, ids = ops.routing.moe_gate(x, weights)
+    expected_weights, expected_ids = Routing.moe_gate(ops.routing, x, weights)
     _same(top_weights, expected_weights)
     _same(ids, expected_ids)
     if poisoned and tokens:
         x[0, 0] = torch.nan
-    out = ops.moe_experts(x, top_weights, ids, weights, shared)
-    _same(out, Ops.moe_experts(ops, x, top_weights, ids, weights, shared))
+    out = ops.routing.moe_experts(x, top_weights, ids, weights, shared)
+    _same(out, Routing.moe_experts(ops.routing, x, top_weights, ids, weights, shared))
     mlp = None
     if with_shared:
-        gate_up = ops.linear_of([_part(generator, Scheme.W8A8, 9, 2 * pairs) for _ in range(2)])
-        mlp = MlpWeights(gate_up, ops.linear_of([_part(generator, Scheme.W8A8, 2 * pairs, 9)]), quantized=True)
-    _same(ops.moe(x, weights, mlp), Ops.moe(ops, x, weights, mlp))
+        gate_up = ops.weights.linear_of([_part(generator, Scheme.W8A8, 9, 2 * pairs) for _ in range(2)])
+        mlp = MlpWeights(gate_up, ops.weights.linear_of([_part(generator, Scheme.W8A8, 2 * pairs, 9)]), quantized=True)
+    weights = dataclasses.replace(weights, shared=mlp)
+    _same(ops.routing.moe(x, ops.routing.moe_of(weights)), Routing.moe(ops.routing, x, weights))
     if poisoned and tokens:
         assert out[0].isnan().all()
         assert out[1:].isfinite().all()
@@ -143,13 +147,16 @@ def test_more_rows_than_the_middle_holds(scheme: Scheme) -> None:
     x = _rows(generator, torch.float32, 400, 8)
     ids = torch.from_numpy(generator.choice([0, 1, 3, 3, 3, 3], (400, 1)).astype(np.int32))
     top_weights = torch.ones(400, 1)
-    _same(ops.moe_experts(x, top_weights, ids, weights, None), Ops.moe_experts(ops, x, top_weights, ids, weights, None))
+    _same(
+        ops.routing.moe_experts(x, top_weights, ids, weights, None),
+        Routing.moe_experts(ops.routing, x, top_weights, ids, weights, None),
+    )
     mlp = MlpWeights(
-        ops.linear_of([_part(generator, Scheme.W8A8, 8200, 8) for _ in range(2)]),
-        ops.linear_of([_part(generator, Scheme.W8A8, 8, 8200)]),
+        ops.weights.linear_of([_part(generator, Scheme.W8A8, 8200, 8) for _ in range(2)]),
+        ops.weights.linear_of([_part(generator, Scheme.W8A8, 8, 8200)]),
         quantized=True,
     )
-    _same(ops.mlp(x, mlp), Ops.mlp(ops, x, mlp))
+    _same(ops.routing.mlp(x, mlp), Routing.mlp(ops.routing, x, mlp))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +185,7 @@ def test_mla_before_attention_and_all_of_it(
         kv_b=_rows(generator, torch.bfloat16, heads * (nope + 20), latent),
         o=_part(generator, scheme, hidden, heads * 20),
     )
-    mla = ops.mla(parts, config)
+    mla = ops.attention.mla(parts, config)
     assert isinstance(mla, NativeMla)
     step = Step(
         token_ids=torch.zeros(tokens, dtype=torch.int64),
@@ -191,9 +198,12 @@ def test_mla_before_attention_and_all_of_it(
         output_rows=None,
     )
     scales = [torch.linspace(0.01, 0.05, latent)] if int8_cache else None
-    caches = [ops.new_kv_cache(1, 2, 16, latent, rope, scales)[0] for _ in range(2)]
+    caches = [ops.attention.new_kv_cache(1, 2, 16, latent, rope, scales)[0] for _ in range(2)]
     x = _rows(generator, dtype, tokens, hidden)
-    got, expected = ops.mla_prolog(x, mla, caches[0], step), Ops.mla_prolog(ops, x, mla, caches[1], step)
+    got, expected = (
+        ops.attention.mla_prolog(x, mla, caches[0], step),
+        Attention.mla_prolog(ops.attention, x, mla, caches[1], step),
+    )
     for left, right in zip(got, expected, strict=True):
         _same(left, right)
     assert caches[0].latent.any()
@@ -201,6 +211,6 @@ def test_mla_before_attention_and_all_of_it(
     _same(caches[0].rope, caches[1].rope)
     for cache in caches:
         cache.latent[0], cache.rope[0] = 50 if int8_cache else 0.5, -0.5  # keys that the step has not written
-    out = ops.mla_decode(x, mla, caches[0], step, 0.1)
-    _same(out, Ops.mla_decode(ops, x, mla, caches[1], step, 0.1))
+    out = ops.attention.mla_decode(x, mla, caches[0], step, 0.1)
+    _same(out, Attention.mla_decode(ops.attention, x, mla, caches[1], step, 0.1))
     assert out.any()

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not bu
 def test_calls_from_several_threads_take_turns() -> None:
     ops = NativeOps(threads=3)
     inputs = [torch.randn(50, 300) for _ in range(4)]
-    expected = [ops.dynamic_quant(x).codes for x in inputs]
+    expected = [ops.norms.dynamic_quant(x).codes for x in inputs]
     wrong: list[int] = []
 
     def work(index: int) -> None:
         for _ in range(200):
-            if not torch.equal(ops.dynamic_quant(inputs[index]).codes, expected[index]):
+            if not torch.equal(ops.norms.dynamic_quant(inputs[index]).codes, expected[index]):
                 wrong.append(index)  # noqa: PERF401 - a failure, not a list being made
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
@@ -39,17 +39,17 @@ def test_a_forked_child_works_alone() -> None:
     """Threads do not survive a fork: the child must neither wait for them nor hang."""
     ops = NativeOps(threads=4)
     x = torch.randn(64, 512)
-    expected = ops.dynamic_quant(x).codes
+    expected = ops.norms.dynamic_quant(x).codes
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(ops.dynamic_quant(x).codes, expected) else 1)
+        os._exit(0 if torch.equal(ops.norms.dynamic_quant(x).codes, expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_pools_come_and_go() -> None:
     for threads in (1, 2, 7, 2, 1) * 5:
         ops = NativeOps(threads=threads)
-        assert ops.dynamic_quant(torch.ones(3, 5)).codes.eq(127).all()
+        assert ops.norms.dynamic_quant(torch.ones(3, 5)).codes.eq(127).all()
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -30,7 +30,7 @@ def test_w8a8_is_exact(ops: NativeOps, seed: int, m: int, n: int, k: int, offset
     generator = np.random.default_rng(seed)
     parts = [part(generator, Scheme.W8A8, n, k, offset), part(generator, Scheme.W8A8, n // 2 + 1, k, 3 - offset)]
     x = quantized(generator, m, k, offset)
-    np.testing.assert_array_equal(ops.linear(x, ops.w8a8_linear(parts)).numpy(), product(x, parts))
+    np.testing.assert_array_equal(ops.products.linear(x, ops.weights.w8a8_linear(parts)).numpy(), product(x, parts))
 
 
 @given(
@@ -44,7 +44,7 @@ def test_w4a8_experts_are_exact(ops: NativeOps, seed: int, counts: list[int], pa
     generator = np.random.default_rng(seed)
     experts = [[part(generator, Scheme.W4A8, 2 * pairs, k, offset) for _ in range(2)] for _ in counts]
     x = quantized(generator, sum(counts), k, offset)
-    out = ops.grouped_matmul(x, ops.w4a8_experts(experts), torch.tensor(counts))
+    out = ops.products.grouped_matmul(x, ops.weights.w4a8_experts(experts), torch.tensor(counts))
     starts = np.cumsum([0, *counts])
     for expert, first, last in zip(experts, starts, starts[1:], strict=False):
         rows = Quantized(x.codes[first:last], x.scale[first:last])
@@ -61,8 +61,8 @@ def test_extreme_codes_do_not_saturate(ops: NativeOps, scheme: Scheme, tokens: i
     rows = 12 if scheme is Scheme.W4A8 else 6
     stored = LinearPart("extreme", scheme, stored.weight, torch.ones(rows, 1))
     operand = Quantized(torch.full((tokens, k), x, dtype=torch.int8), torch.ones(tokens))
-    handle = ops.w4a8_experts([[stored]]) if scheme is Scheme.W4A8 else ops.w8a8_linear([stored])
-    out = ops.grouped_matmul(operand, handle, torch.tensor([tokens]))
+    handle = ops.weights.w4a8_experts([[stored]]) if scheme is Scheme.W4A8 else ops.weights.w8a8_linear([stored])
+    out = ops.products.grouped_matmul(operand, handle, torch.tensor([tokens]))
     np.testing.assert_array_equal(out.numpy(), product(operand, [stored]))
 
 
@@ -73,7 +73,9 @@ def test_long_tasks_of_many_tokens_are_exact(ops: NativeOps, tokens: int, k: int
     generator = np.random.default_rng(k)
     stored = part(generator, Scheme.W8A8, 2070, k, 1)
     x = quantized(generator, tokens, k, 3)
-    np.testing.assert_array_equal(ops.linear(x, ops.w8a8_linear([stored])).numpy(), product(x, [stored]))
+    np.testing.assert_array_equal(
+        ops.products.linear(x, ops.weights.w8a8_linear([stored])).numpy(), product(x, [stored])
+    )
 
 
 @given(
@@ -85,7 +87,7 @@ def test_groups_of_any_sizes_keep_their_places(ops: NativeOps, seed: int, counts
     generator = np.random.default_rng(seed)
     experts = [[part(generator, Scheme.W4A8, 130, 70)] for _ in counts]
     x = quantized(generator, sum(counts), 70)
-    out = ops.grouped_matmul(x, ops.w4a8_experts(experts), torch.tensor(counts))
+    out = ops.products.grouped_matmul(x, ops.weights.w4a8_experts(experts), torch.tensor(counts))
     first = 0
     for expert, count in zip(experts, counts, strict=True):
         rows = Quantized(x.codes[first : first + count], x.scale[first : first + count])
@@ -100,7 +102,7 @@ def test_sums_wider_than_float32_round_once(ops: NativeOps) -> None:
     weight = torch.full((1, k), 127, dtype=torch.int8)
     weight[0, 0] = 126
     stored = LinearPart("wide", Scheme.W8A8, weight, torch.ones(1, 1))
-    out = ops.linear(Quantized(codes, torch.ones(1)), ops.w8a8_linear([stored]))
+    out = ops.products.linear(Quantized(codes, torch.ones(1)), ops.weights.w8a8_linear([stored]))
     assert out.item() == float(np.float32(127 * 127 * k - 127))
 
 
@@ -117,7 +119,7 @@ def test_float_products(ops: NativeOps, seed: int, m: int, n: int, k: int, dtype
     weight = torch.randn(n, k, generator=generator).to(dtype)
     expected = x.double() @ weight.double().T
     # A float32 sum of k terms of size 1: the error grows with √k, and 1e-6 · k bounds it by far.
-    out = ops.linear(x, ops.float_linear([weight]))
+    out = ops.products.linear(x, ops.weights.float_linear([weight]))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6 * k)
 
 
@@ -127,7 +129,7 @@ def test_batch_matmul(ops: NativeOps, tokens: int, heads: int, a: int, b: int, t
     x = torch.randn(tokens, heads, a + 4)[..., 4:]
     weight = torch.randn(heads, b, a).bfloat16().transpose(1, 2) if transposed else torch.randn(heads, a, b).bfloat16()
     expected = torch.einsum("tna,nab->tnb", x.double(), weight.double())
-    torch.testing.assert_close(ops.batch_matmul(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ops.products.batch_matmul(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_results_do_not_depend_on_threads() -> None:
@@ -135,7 +137,7 @@ def test_results_do_not_depend_on_threads() -> None:
     experts = [[part(generator, Scheme.W4A8, 200, 320)] for _ in range(4)]
     x, counts = quantized(generator, 11, 320), torch.tensor([1, 0, 3, 7])
     outputs = [
-        ops.grouped_matmul(x, ops.w4a8_experts(experts), counts)
+        ops.products.grouped_matmul(x, ops.weights.w4a8_experts(experts), counts)
         for ops in (NativeOps(threads=threads) for threads in (1, 2, 5))
     ]
     assert torch.equal(outputs[0], outputs[1])
@@ -146,8 +148,8 @@ def test_mismatched_parts_are_refused() -> None:
     generator = np.random.default_rng(0)
     ops = NativeOps(threads=1)
     with pytest.raises(BackendError, match="must be alike"):
-        ops.w8a8_linear([part(generator, Scheme.W8A8, 4, 8), part(generator, Scheme.W8A8, 4, 9)])
+        ops.weights.w8a8_linear([part(generator, Scheme.W8A8, 4, 8), part(generator, Scheme.W8A8, 4, 9)])
     with pytest.raises(BackendError, match="one shape"):
-        ops.w4a8_experts([[part(generator, Scheme.W4A8, 4, 8)], [part(generator, Scheme.W4A8, 6, 8)]])
+        ops.weights.w4a8_experts([[part(generator, Scheme.W4A8, 4, 8)], [part(generator, Scheme.W4A8, 6, 8)]])
     with pytest.raises(ValueError, match=r"matmul: x of 4x9 is int8 \[1, 8\] .* takes a contiguous int8 \[1, 9\]"):
-        ops.linear(quantized(generator, 1, 8), ops.w8a8_linear([part(generator, Scheme.W8A8, 4, 9)]))
+        ops.products.linear(quantized(generator, 1, 8), ops.weights.w8a8_linear([part(generator, Scheme.W8A8, 4, 9)]))

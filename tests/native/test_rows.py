@@ -34,7 +34,7 @@ def _values(seed: int, rows: int, columns: int) -> np.ndarray:
 def test_dynamic_quant(ops: NativeOps, seed: int, rows: int, columns: int) -> None:
     x = _values(seed, rows, columns)
     factor = np.float32(127) / np.abs(x).max(1)
-    done = ops.dynamic_quant(torch.from_numpy(x))
+    done = ops.norms.dynamic_quant(torch.from_numpy(x))
     np.testing.assert_array_equal(done.codes.numpy(), np.rint(x * factor[:, None]).astype(np.int8))
     np.testing.assert_array_equal(done.scale.numpy(), np.float32(1) / factor)
 
@@ -46,7 +46,7 @@ def test_routed_rows_round_ties_away_from_zero(ops: NativeOps, seed: int, tokens
     scale = np.abs(x).max(1) / np.float32(127)
     quotient = (x / scale[:, None]).astype(np.float64)
     codes = np.sign(quotient) * np.floor(np.abs(quotient) + 0.5)
-    done, row_index, counts = ops.moe_init_routing(torch.from_numpy(x), ids, 5, quantize=True)
+    done, row_index, counts = ops.routing.moe_init_routing(torch.from_numpy(x), ids, 5, quantize=True)
     order = np.argsort(ids.numpy().ravel(), kind="stable")
     np.testing.assert_array_equal(done.codes.numpy(), codes[order // 2].astype(np.int8))
     np.testing.assert_array_equal(done.scale.numpy(), scale[order // 2])
@@ -60,7 +60,7 @@ def test_swiglu_quant(ops: NativeOps, seed: int, rows: int, half: int) -> None:
     x = x.astype(np.float32)
     left, right = x[:, :half].astype(np.float64), x[:, half:].astype(np.float64)
     y = left / (1 + np.exp(-left)) * right
-    done = ops.dequant_swiglu_quant(torch.from_numpy(x))
+    done = ops.norms.dequant_swiglu_quant(torch.from_numpy(x))
     scale = np.abs(y).max(1) / 127
     np.testing.assert_allclose(done.scale.numpy(), scale, rtol=1e-6)
     # exp is good to 2 ulp: a quotient that close to a tie may go either way.
@@ -72,19 +72,21 @@ def test_swiglu_quant(ops: NativeOps, seed: int, rows: int, half: int) -> None:
 def test_a_row_that_is_not_finite_becomes_nan_and_stays_alone(ops: NativeOps, poison: float, place: int) -> None:
     x = torch.randn(3, 40)
     x[1, place] = poison
-    clean = ops.dynamic_quant(x[[0, 2]])
-    routed, row_index, _ = ops.moe_init_routing(x, torch.tensor([[0], [1], [2]], dtype=torch.int32), 3, quantize=True)
-    for done in (ops.dynamic_quant(x), routed):
+    clean = ops.norms.dynamic_quant(x[[0, 2]])
+    routed, row_index, _ = ops.routing.moe_init_routing(
+        x, torch.tensor([[0], [1], [2]], dtype=torch.int32), 3, quantize=True
+    )
+    for done in (ops.norms.dynamic_quant(x), routed):
         assert done.scale[1].isnan()
         assert not done.codes[1].any()
         assert done.scale[[0, 2]].isfinite().all()
-    assert torch.equal(ops.dynamic_quant(x).codes[[0, 2]], clean.codes)
+    assert torch.equal(ops.norms.dynamic_quant(x).codes[[0, 2]], clean.codes)
     assert row_index.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-39])
 def test_rows_too_small_to_scale_are_zero(ops: NativeOps, size: float) -> None:
-    done = ops.dynamic_quant(torch.full((1, 33), size))
+    done = ops.norms.dynamic_quant(torch.full((1, 33), size))
     assert not done.codes.any()
     assert done.scale.item() == 0
 
@@ -105,10 +107,10 @@ def test_paged_attention_reads_the_cache_in_place(dtype: torch.dtype, heads: int
         expected[token] = (query @ key.T * 0.1).softmax(-1) @ value
     for level in LEVELS:
         ops = NativeOps(dtype, threads=2, level=level)
-        cache = ops.new_kv_cache(1, 6, block_size, latent_dim, rope_dim)[0]
+        cache = ops.attention.new_kv_cache(1, 6, block_size, latent_dim, rope_dim)[0]
         for pool, rows in ((cache.latent, latent), (cache.rope, rope)):
             # Token-major [slots, D] to NZ [blocks, D / 16, block_size, 16].
             pool.copy_(rows.view(6, block_size, -1, 16).transpose(1, 2))
-        out = ops.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.1)
+        out = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.1)
         tolerance = 1e-5 if dtype is torch.float32 else 1e-2
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)

@@ -58,6 +58,20 @@ def test_other_block_sizes_are_read_from_the_config(tmp_path: Path) -> None:
     assert weights.float_code("a.weight") == "F16"
 
 
+@pytest.mark.parametrize(
+    "block",
+    [[0, 128], [128], [128, True], [128, 128.0], [1 << 25, 128], [(1 << 64) + 1, 128], [128, 10**39], "128"],
+    ids=lambda block: str(block)[:30],
+)
+def test_block_sizes_that_no_checkpoint_has(block: object, tmp_path: Path) -> None:
+    """A block of 2^64 + 1 rows needs one scale here and is one row to C, which would read as many scales as rows."""
+    weight, scale, _ = fp8(40, 50)
+    config = {"quantization_config": {"weight_block_size": block}}
+    with pytest.raises(CheckpointError, match=r"config\.json: weight_block_size .* two sizes from 1 to") as raised:
+        source(tmp_path, [{"a.weight": weight, "a.weight_scale_inv": scale}], config)
+    assert len(str(raised.value)) < len(str(tmp_path)) + 250
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_float_weights_keep_their_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.randn(7, 9).to(dtype)

@@ -26,9 +26,9 @@ def config(example_fp8) -> dict[str, Any]:
 
 def test_the_shipped_config(config: dict[str, Any]) -> None:
     model = ModelConfig.from_dict(config)
-    assert (model.qk_head_dim, model.kv_lora_rank, model.q_lora_rank) == (192, 512, 256)
-    assert [model.is_moe_layer(layer) for layer in range(5)] == [False, True, True, True, True]
-    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
+    assert (model.attention.qk_head_dim, model.attention.kv_lora_rank, model.attention.q_lora_rank) == (192, 512, 256)
+    assert [model.moe_at(layer) is not None for layer in range(5)] == [False, True, True, True, True]
+    assert (model.moe.scoring_func, model.moe.topk_method, model.moe.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
     assert model.dtype is torch.bfloat16
     assert (model.rope.rope_type, model.rope.factor, model.rope.original_max_position) == ("yarn", 8.0, 512)
 
@@ -38,14 +38,19 @@ def test_deepseek_v2_lite_defaults(config: dict[str, Any]) -> None:
     for key in ("scoring_func", "topk_method", "norm_topk_prob", "num_nextn_predict_layers"):
         lite.pop(key)
     model = ModelConfig.from_dict(lite)
-    assert (model.scoring_func, model.topk_method, model.norm_topk_prob) == ("softmax", "greedy", False)
-    assert (model.q_lora_rank, model.n_group, model.topk_group, model.num_nextn_predict_layers) == (None, 1, 1, 0)
+    assert (model.moe.scoring_func, model.moe.topk_method, model.moe.norm_topk_prob) == ("softmax", "greedy", False)
+    assert (model.attention.q_lora_rank, model.moe.n_group, model.moe.topk_group, model.num_nextn_predict_layers) == (
+        None,
+        1,
+        1,
+        0,
+    )
 
 
 def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
     kimi = {**config, "model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "dtype": "bfloat16"}
     model = ModelConfig.from_dict(kimi)
-    assert (model.scoring_func, model.topk_method, model.n_group) == ("sigmoid", "noaux_tc", 1)
+    assert (model.moe.scoring_func, model.moe.topk_method, model.moe.n_group) == ("sigmoid", "noaux_tc", 1)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,9 @@ def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "256"}, "hidden_size must be a whole number"),
         ({"hidden_size": True}, "hidden_size must be a whole number"),
+        # What verify, its --engine and report enumerate: minutes and all memory without a bound.
+        ({"n_routed_experts": 1 << 24, "num_hidden_layers": 1000}, "experts are more than any model has"),
+        ({"n_routed_experts": 1 << 18, "num_hidden_layers": 1}, "2 layers of 262144 experts"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a finite number"),
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),

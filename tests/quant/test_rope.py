@@ -117,7 +117,7 @@ def test_tables_are_float64_trigonometry_rounded_once(name: str, config: dict[st
         assert table.dtype == torch.float32
         expected = torch.from_numpy(function(angles) * mscale)
         assert ulps(expected.float(), table) <= 1
-        assert tuple(table.shape) == (length, model.qk_rope_head_dim // 2)
+        assert tuple(table.shape) == (length, model.attention.qk_rope_head_dim // 2)
 
 
 def test_dynamic_tables_reach_as_far_as_the_scaling_is_meant_to(config: dict[str, Any]) -> None:

@@ -103,8 +103,10 @@ def test_chat_options_reach_the_template(run: Run, artifact: Path, tmp_path: Pat
     plain = run(*common, "--prompt", "system: Be brief\nuser: Hi\nThink.")
     assert run(*common, "--chat", "--prompt", "Hi", *given) == plain
     code, out, err = run(*common, "--chat", "--prompt", "Hi", "--chat-template-kwargs", '{"messages": []}')
-    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert (code, out) == (2, "")
     assert "messages cannot be given there" in err
+    # A name that a Python function's first parameter has is a variable as any other.
+    assert run(*common, "--chat", "--prompt", "Hi", "--chat-template-kwargs", '{"self": 1}')[0] == 0
 
 
 def test_prompt_files_lose_their_last_line_end(run: Run, artifact: Path, tmp_path: Path) -> None:
@@ -239,7 +241,6 @@ def test_bad_checkpoint_gets_one_line(
     [
         (("--prompt", "whale " * 5000), "the context is 4096"),
         (("--prompt", ""), "prompt is empty"),
-        (("--prompt", "x", "--stop", ""), "stop string is empty"),
         (("--prompt", "x", "--chat"), "no chat template"),
         (("--prompt", "x", "--cache-size", "1kB"), "at least that"),
     ],
@@ -262,6 +263,8 @@ def test_bad_request_gets_one_line(run: Run, example_fp8: Path, arguments: tuple
         ("--backend", "tpu", "--prompt", "x"),
         ("--prompt", "\udcff\udcfe"),  # how bytes that are no UTF-8 arrive
         ("--prompt", "x", "--stop", "\udcff"),
+        ("--prompt", "x", "--stop", ""),
+        ("--prompt", "x", "--cache-size", "0.5"),
         ("--prompt-file", "/no/file"),
     ],
 )

@@ -33,7 +33,7 @@ def random_part(rng: np.random.Generator, scheme: Scheme, outputs: int, inputs: 
 
 def test_dynamic_quant_rounds_half_to_even(ops: Ops) -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [0.0] * 6])
-    codes, scale = ops.dynamic_quant(x)
+    codes, scale = ops.norms.dynamic_quant(x)
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2], [0] * 6]
     assert scale.tolist() == [1.0, 0.0]
 
@@ -41,7 +41,7 @@ def test_dynamic_quant_rounds_half_to_even(ops: Ops) -> None:
 def test_routing_quant_rounds_half_away_from_zero(ops: Ops) -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [0.0] * 6])
     ids = torch.tensor([[1], [0]], dtype=torch.int32)
-    rows, row_index, counts = ops.moe_init_routing(x, ids, 3, quantize=True)
+    rows, row_index, counts = ops.routing.moe_init_routing(x, ids, 3, quantize=True)
     assert isinstance(rows, Quantized)
     assert rows.codes.tolist() == [[0] * 6, [127, 1, 2, 3, -1, -2]]
     assert rows.scale.tolist() == [0.0, 1.0]
@@ -53,7 +53,7 @@ def test_routing_quant_rounds_half_away_from_zero(ops: Ops) -> None:
 @given(seeds)
 def test_dynamic_quant_against_float64(seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal((5, 33)).astype(np.float32)
-    codes, scale = make_ops("cpu").dynamic_quant(torch.from_numpy(x))
+    codes, scale = make_ops("cpu").norms.dynamic_quant(torch.from_numpy(x))
     golden = x.astype(np.float64) * 127 / np.abs(x).max(1, keepdims=True)
     assert np.abs(codes.numpy() - golden).max() <= 0.5 + 1e-4
     np.testing.assert_allclose(scale.numpy(), np.abs(x).max(1) / 127, rtol=1e-6)
@@ -63,10 +63,10 @@ def test_dequant_swiglu_quant_activates_the_left_half(ops: Ops) -> None:
     x = np.random.default_rng(1).standard_normal((7, 24)).astype(np.float32) * 3
     left, right = x[:, :12].astype(np.float64), x[:, 12:].astype(np.float64)
     golden = left / (1 + np.exp(-left)) * right
-    codes, scale = ops.dequant_swiglu_quant(torch.from_numpy(x))
+    codes, scale = ops.norms.dequant_swiglu_quant(torch.from_numpy(x))
     np.testing.assert_allclose(scale.numpy(), np.abs(golden).max(1) / 127, rtol=1e-5)
     assert np.abs(codes.numpy() - golden / scale.numpy()[:, None]).max() <= 0.5 + 1e-3
-    np.testing.assert_allclose(ops.swiglu(torch.from_numpy(x)).numpy(), golden, atol=1e-5)
+    np.testing.assert_allclose(ops.norms.swiglu(torch.from_numpy(x)).numpy(), golden, atol=1e-5)
 
 
 # ---- matmuls ---------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_w8a8_linear_is_integer_exact(ops: Ops, inputs: int) -> None:
     codes[0] = -127
     scale = rng.uniform(0.001, 0.1, 3).astype(np.float32)
     x = Quantized(torch.from_numpy(codes.astype(np.int8)), torch.from_numpy(scale))
-    out = ops.linear(x, ops.w8a8_linear([part for part, _ in parts])).numpy()
+    out = ops.products.linear(x, ops.weights.w8a8_linear([part for part, _ in parts])).numpy()
     for (part, weight), got in zip(parts, np.split(out, [6], axis=1), strict=True):
         accumulator = (codes @ weight.T).astype(np.float32)
         assert part.scale is not None
@@ -94,8 +94,8 @@ def test_w4a8_grouped_matmul_is_integer_exact(ops: Ops) -> None:
     codes = rng.integers(-127, 128, (6, 96))
     scale = rng.uniform(0.001, 0.1, 6).astype(np.float32)
     x = Quantized(torch.from_numpy(codes.astype(np.int8)), torch.from_numpy(scale))
-    handle = ops.experts_of([[part for part, _ in expert] for expert in parts])
-    out = ops.grouped_matmul(x, handle, torch.tensor(counts)).numpy()
+    handle = ops.weights.experts_of([[part for part, _ in expert] for expert in parts])
+    out = ops.products.grouped_matmul(x, handle, torch.tensor(counts)).numpy()
     for row, expert in enumerate(np.repeat(range(4), counts)):
         for side, (part, weight) in enumerate(parts[expert]):
             assert part.scale is not None
@@ -109,7 +109,9 @@ def test_float_linear_keeps_stored_weights(ops: Ops, stored: torch.dtype) -> Non
     weights = [torch.randn(5, 24).to(stored), torch.randn(3, 24).to(stored)]
     x = torch.randn(4, 24)
     golden = x.double() @ torch.cat(weights).double().T
-    torch.testing.assert_close(ops.linear(x, ops.float_linear(weights)).double(), golden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ops.products.linear(x, ops.weights.float_linear(weights)).double(), golden, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_schemes_are_not_mixed(ops: Ops) -> None:
@@ -118,11 +120,11 @@ def test_schemes_are_not_mixed(ops: Ops) -> None:
     four, _ = random_part(rng, Scheme.W4A8, 4, 16)
     plain = LinearPart("plain", Scheme.FLOAT, torch.zeros(4, 16))
     with pytest.raises(ArtifactError, match=r"some\.linear \(W8A8_DYNAMIC\), plain \(FLOAT\)"):
-        ops.linear_of([eight, plain])
+        ops.weights.linear_of([eight, plain])
     with pytest.raises(ArtifactError, match="W4A8_DYNAMIC"):
-        ops.linear_of([four])
+        ops.weights.linear_of([four])
     with pytest.raises(ArtifactError, match="share one scheme"):
-        ops.experts_of([[eight], [four]])
+        ops.weights.experts_of([[eight], [four]])
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
@@ -138,8 +140,8 @@ def test_norms(ops: Ops) -> None:
         return values / np.sqrt((values**2).mean(1, keepdims=True) + 1e-5) * gamma
 
     tensors = [torch.from_numpy(array) for array in (x, residual, gamma)]
-    np.testing.assert_allclose(ops.rms_norm(tensors[0], tensors[2], 1e-5).numpy(), golden(x), atol=1e-5)
-    normed, total = ops.add_rms_norm(*tensors, 1e-5)
+    np.testing.assert_allclose(ops.norms.rms_norm(tensors[0], tensors[2], 1e-5).numpy(), golden(x), atol=1e-5)
+    normed, total = ops.norms.add_rms_norm(*tensors, 1e-5)
     np.testing.assert_allclose(normed.numpy(), golden(x + residual), atol=1e-5)
     assert np.array_equal(total.numpy(), x + residual)
 
@@ -152,8 +154,8 @@ def test_bf16_norms_round_where_the_kernels_do() -> None:
     normal = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     once, twice = (normal * gamma.float()).bfloat16(), (normal.bfloat16().float() * gamma.float()).bfloat16()
     assert not torch.equal(once, twice)
-    assert torch.equal(ops.rms_norm(x, gamma, 1e-6), once)
-    assert torch.equal(ops.add_rms_norm(x, torch.zeros_like(x), gamma, 1e-6)[0], twice)
+    assert torch.equal(ops.norms.rms_norm(x, gamma, 1e-6), once)
+    assert torch.equal(ops.norms.add_rms_norm(x, torch.zeros_like(x), gamma, 1e-6)[0], twice)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def test_unknown_backend_is_refused() -> None:
 
 
 def test_cache_pools_are_zero_and_typed() -> None:
-    pools = make_ops("cpu", torch.bfloat16).new_kv_cache(2, 3, 16, 64, 32)
+    pools = make_ops("cpu", torch.bfloat16).attention.new_kv_cache(2, 3, 16, 64, 32)
     assert len(pools) == 2
     assert isinstance(pools[0], LayerCache)
     assert pools[0].latent.shape == (3, 4, 16, 16)

@@ -52,7 +52,7 @@ def test_gating_against_float64(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((9, 16)).astype(np.float32)
     bias = rng.standard_normal(16).astype(np.float32) * 0.1 if gating.scoring == "sigmoid" else None
-    weights, ids = make_ops("reference").moe_gating_top_k(
+    weights, ids = make_ops("reference").routing.moe_gating_top_k(
         torch.from_numpy(logits), None if bias is None else torch.from_numpy(bias), gating
     )
     golden_weights, golden_ids = golden_routing(logits, bias, gating)
@@ -62,14 +62,14 @@ def test_gating_against_float64(name: str, seed: int) -> None:
 
 
 def test_equal_scores_go_to_the_lower_expert(ops: Ops) -> None:
-    _, ids = ops.moe_gating_top_k(torch.zeros(1, 8), None, Gating(3, "softmax", 4, 2))
+    _, ids = ops.routing.moe_gating_top_k(torch.zeros(1, 8), None, Gating(3, "softmax", 4, 2))
     assert ids.tolist() == [[0, 1, 2]]
 
 
 def test_bias_chooses_but_does_not_weigh(ops: Ops) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
-    weights, ids = ops.moe_gating_top_k(logits, bias, Gating(2, "sigmoid", renormalize=True))
+    weights, ids = ops.routing.moe_gating_top_k(logits, bias, Gating(2, "sigmoid", renormalize=True))
     assert ids.tolist() == [[3, 0]]
     chosen = torch.sigmoid(torch.tensor([-1.0, 2.0]))
     torch.testing.assert_close(weights[0], chosen / chosen.sum())
@@ -84,14 +84,16 @@ def test_routing_round_trip(ops: Ops, seed: int) -> None:
     x = rng.standard_normal((tokens, hidden)).astype(np.float32)
     ids = np.stack([rng.permutation(experts)[:k] for _ in range(tokens)]).astype(np.int32)
     weights = rng.uniform(size=(tokens, k)).astype(np.float32)
-    rows, row_index, counts = ops.moe_init_routing(torch.from_numpy(x), torch.from_numpy(ids), experts, quantize=False)
+    rows, row_index, counts = ops.routing.moe_init_routing(
+        torch.from_numpy(x), torch.from_numpy(ids), experts, quantize=False
+    )
     assert isinstance(rows, torch.Tensor)
     assert counts.tolist() == np.bincount(ids.ravel(), minlength=experts).tolist()
     of_row = np.repeat(np.arange(experts), counts.numpy())
     assert np.array_equal(of_row[row_index.numpy()].reshape(tokens, k), ids)
     factor = 1.0 + of_row[:, None]  # what expert e does: multiply by 1 + e
     skip = rng.standard_normal((tokens, hidden)).astype(np.float32)
-    out = ops.moe_finalize_routing(
+    out = ops.routing.moe_finalize_routing(
         rows * torch.from_numpy(factor).float(),
         torch.from_numpy(weights),
         row_index,

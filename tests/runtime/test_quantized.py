@@ -114,7 +114,7 @@ def test_bf16_follows_float32(artifact: Path, tokens: list[int], golden: Tensor)
 def test_loading_copies_no_quantized_weight(artifact: Path) -> None:
     """What the operators hold of a quantized weight is the memory map itself."""
     weights = npuq.runtime.load(artifact, "reference").engine.model.weights
-    expert = weights.layers[1].moe.gate_up[3].parts[1]
+    expert = weights.layers[1].moe.gate_up.linears[3].parts[1]
     mapped = expert.weight.untyped_storage()
     with Checkpoint.open(artifact) as checkpoint:
         info = checkpoint.info("model.layers.1.mlp.experts.3.up_proj.weight")

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 import npuq
-from npuq.errors import GenerationError
-from npuq.runtime import Completion, EngineConfig, LanguageModel, SamplingParams
-from npuq.runtime.conversation import as_messages
+from npuq.errors import BackendError, GenerationError
+from npuq.runtime import Completion, EngineConfig, LanguageModel, SamplingParams, Tokenizer
+from npuq.runtime.conversation import TemplateLimitError, as_messages, render
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -51,8 +52,8 @@ def test_a_list_of_ids_is_one_prompt(chatty: LanguageModel) -> None:
     [
         ({"role": "user"}, "dict"),
         ([{"role": "user", "content": "Hi"}], "dict"),
-        ([[1.5, 2]], "list"),
-        ([1, "a"], "list"),
+        ([[1.5, 2]], r"\[1\.5, 2\]"),
+        ([1, "a"], r"\[1, 'a'\]"),
         ([True, False], "bool"),
         (b"bytes", "bytes"),
         (None, "NoneType"),
@@ -62,9 +63,37 @@ def test_a_list_of_ids_is_one_prompt(chatty: LanguageModel) -> None:
 )
 def test_what_is_no_prompt(chatty: LanguageModel, prompts: Any, named: str) -> None:
     with pytest.raises(
-        GenerationError, match=f"a prompt is a text or a list of token ids, not a {named}; .*model.chat"
+        GenerationError, match=f"a prompt is a text or a list of token ids, not (a )?{named}; .*model.chat"
     ):
         chatty.generate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [
+        ("text", "a prompt is"),
+        (5, "a prompt is .* not a int"),
+        ([1, 2], "a prompt is .* not a int"),
+        (["text"], "a prompt is .* not a str"),
+        ([[1.5]], r"a prompt is .* not \[1\.5\]"),
+        ([[True]], r"a prompt is .* not \[True\]"),
+        ([[]], "the prompt is empty"),
+        ([[-1]], "token id -1 is outside"),
+        ([[5, 10**5000]], "token id of more than 63 bits is outside"),
+        ([[5] * 5000], "5000 tokens are more than the context"),
+    ],
+)
+def test_what_has_no_logits(chatty: LanguageModel, sequences: Any, expected: str) -> None:
+    with pytest.raises(GenerationError, match=expected):
+        list(chatty.logits(sequences))
+
+
+def test_logits_of_any_integers(chatty: LanguageModel) -> None:
+    expected = next(chatty.logits([[3, 4, 5]]))
+    for same in (np.array([[3, 4, 5]]), torch.tensor([[3, 4, 5]]), ((3, 4, 5),)):
+        assert torch.equal(next(chatty.logits(same)), expected)  # type: ignore[arg-type]
+    rows = torch.tensor([[3], [4]])  # prompts of one token each, and not one of two
+    assert len(chatty.generate(rows, max_new_tokens=1)) == 2  # type: ignore[call-overload]
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -90,6 +119,16 @@ def test_what_is_no_prompt(chatty: LanguageModel, prompts: Any, named: str) -> N
 def test_bad_options_are_named(chatty: LanguageModel, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(GenerationError, match=expected):
         chatty.generate("x", **options)
+
+
+def test_parameters_of_another_type(chatty: LanguageModel) -> None:
+    for wrong in ({"temperature": 0}, 5, "greedy"):
+        with pytest.raises(GenerationError, match="params must be SamplingParams, not a"):
+            chatty.generate("x", wrong)  # type: ignore[call-overload]
+    with pytest.raises(GenerationError, match="engine must be an EngineConfig, not a int"):
+        npuq.load(chatty.directory, "cpu", engine=5)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"dtype must be a torch\.dtype, not 'float32'"):
+        npuq.load(chatty.directory, "cpu", "float32")  # type: ignore[arg-type]
 
 
 def test_options_in_other_libraries_numbers() -> None:
@@ -164,13 +203,13 @@ def test_a_text_is_what_a_user_says(chatty: LanguageModel) -> None:
     assert tokenizer.render_chat("Hi") == "<|bos|>user: Hi\n"
     assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "<|bos|>user: Hi\n"
     tool = {"type": "function", "function": {"name": "f"}}
-    text = tokenizer.render_chat("Hi", system="Be brief", tools=[tool], thinking=True)
+    text = tokenizer.render_chat("Hi", system="Be brief", tools=[tool], chat_template_kwargs={"thinking": True})
     assert text == f"<|bos|>system: Be brief\nuser: Hi\n{json.dumps([tool])}think"
     assert tokenizer.chat("Hi")[0] == tokenizer.bos_id
 
 
 def test_chat_answers(chatty: LanguageModel) -> None:
-    prompt = chatty.tokenizer.chat("Hi", system="Be brief", thinking=True)
+    prompt = chatty.tokenizer.chat("Hi", system="Be brief", chat_template_kwargs={"thinking": True})
     expected = chatty.generate(prompt, max_new_tokens=6, temperature=0)
     answer = chatty.chat(
         "Hi", system="Be brief", chat_template_kwargs={"thinking": True}, max_new_tokens=6, temperature=0
@@ -192,10 +231,21 @@ def test_chat_answers(chatty: LanguageModel) -> None:
         ([{"role": None, "content": "Hi"}], {}, r"messages\[0\] is no message"),
         ([{"role": "user", "content": b"Hi"}], {}, r"messages\[0\]\.content: a bytes is not JSON"),
         ([{"role": "system", "content": "a"}], {"system": "b"}, "begins with a system message already"),
-        ("Hi", {"tools": [len]}, "tools must be a list of JSON objects; give the schemas of functions"),
+        ("Hi", {"tools": [len]}, "tools must be a list of JSON objects, not .*len"),
         ("Hi", {"tools": {"type": "function"}}, "tools must be a list"),
         ("Hi", {"documents": "text"}, "documents must be a list"),
-        ("Hi", {"thinking": object()}, "thinking: a object is not JSON"),
+        ("Hi", {"chat_template_kwargs": {"thinking": object()}}, "thinking: a object is not JSON"),
+        ("Hi", {"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, not a list"),
+        (
+            "Hi",
+            {"chat_template_kwargs": {"continue_final_message": 5}},
+            "continue_final_message must be True, False or",
+        ),
+        ("Hi", {"thinking": True}, "unknown option thinking; give variables of the template in chat_template_kwargs"),
+        ("Hi", {"system": 5}, "system must be a text, not 5"),
+        ("Hi", {"chat_template": ["x"]}, "chat_template must be a text"),
+        ("Hi", {"add_generation_prompt": "no"}, "add_generation_prompt must be True or False, not 'no'"),
+        ("Hi", {"continue_final_message": 1}, "continue_final_message must be True, False or the name of a field"),
         ("Hi \ud800", {}, "surrogate"),
     ],
 )
@@ -205,6 +255,37 @@ def test_bad_conversations_are_one_line(
     with pytest.raises(GenerationError, match=expected) as caught:
         chatty.tokenizer.chat(messages, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_variables_may_have_any_other_name(chatty: LanguageModel) -> None:
+    variables = {"self": 1, "name": 2, "thinking": True}
+    assert chatty.tokenizer.render_chat("Hi", chat_template_kwargs=variables).endswith("think")
+
+
+def test_a_template_at_its_limit_is_not_tried_again() -> None:
+    """Where a template fails it is tried once more with the fields that are None; at a limit it would wait twice."""
+    calls = []
+    message = {"role": "assistant", "content": None}
+    for error, expected in ((GenerationError("no content"), 2), (TemplateLimitError("more than 10 seconds"), 1)):
+
+        def template(given: object, error: GenerationError = error) -> str:
+            calls.append(given)
+            raise error
+
+        calls.clear()
+        with pytest.raises(type(error)):
+            render([message], False, "", template)
+        assert len(calls) == expected
+
+
+def test_an_endless_template_takes_its_time_once(chatty: LanguageModel) -> None:
+    tokenizer = Tokenizer(chatty.directory)
+    tokenizer._renderer._seconds = 1
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    started = time.monotonic()
+    with pytest.raises(TemplateLimitError, match="more than 1 seconds"):
+        tokenizer.chat([{"role": "user", "content": None}], chat_template=endless)
+    assert time.monotonic() - started < 1.9 + 0.5
 
 
 def test_messages_are_copied() -> None:

@@ -50,6 +50,24 @@ def test_distribution(options: dict[str, float], expected: np.ndarray) -> None:
     assert (np.abs(seen - expected) <= 4 * np.sqrt(expected * (1 - expected) / DRAWS)).all()
 
 
+@pytest.mark.parametrize("penalty", [1e300, 1e39, 1e-39, 1e-300, 5e-324])
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_extreme_penalties_choose_a_token(penalty: float, temperature: float) -> None:
+    """Above 1 a token that was not seen is taken, below 1 one that was, whatever float32 can hold."""
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1, repetition_penalty=penalty))
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -torch.inf])
+    for _ in range(4):
+        assert sampler.next_token(logits, [0, 1, 2]) == (3 if penalty > 1 else 0)
+
+
+def test_the_penalty_counts_what_has_come_since() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=1e6))
+    context: list[int] = []
+    for _ in range(3):
+        context.append(sampler.next_token(LOGITS, context))
+    assert context == [0, 1, 2]  # none is likely any more once it was said
+
+
 def test_transformers_filters_leave_the_same_tokens() -> None:
     """Filters in transformers' order, on many random rows."""
     from transformers.generation.logits_process import (
@@ -60,7 +78,7 @@ def test_transformers_filters_leave_the_same_tokens() -> None:
         TopPLogitsWarper,
     )
 
-    from npuq.runtime.sampler import _candidates, _penalise
+    from npuq.runtime.sampler import _candidates, _penalise, _Seen
 
     params = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3)
     warpers = [
@@ -77,7 +95,7 @@ def test_transformers_filters_leave_the_same_tokens() -> None:
         golden = logits[None].clone()
         for warper in warpers:
             golden = warper(context[None], golden)
-        tokens, probabilities = _candidates(_penalise(logits, context.tolist(), 1.3), params)
+        tokens, probabilities = _candidates(_penalise(logits, _Seen().ids(context.tolist()), 1.3), params)
         ours = torch.zeros(64, dtype=torch.float64).index_copy(0, tokens, probabilities / probabilities.sum())
         torch.testing.assert_close(ours, golden[0].double().softmax(0), rtol=1e-5, atol=1e-7)
 

@@ -25,7 +25,7 @@ def test_a_fused_linear_is_integer_exact(ops: Ops, inputs: int) -> None:
     parts = [part(outputs, inputs) for outputs in (6, 10)]
     x = np.random.default_rng(inputs).uniform(-3.0, 6.0, (4, inputs)).astype(np.float32)
     x[0] = 100.0  # beyond the range: saturates
-    out = ops.linear(torch.from_numpy(x), ops.linear_of([stored for stored, _ in parts])).numpy()
+    out = ops.products.linear(torch.from_numpy(x), ops.weights.linear_of([stored for stored, _ in parts])).numpy()
     for (stored, tensors), got in zip(parts, np.split(out, [6], axis=1), strict=True):
         assert stored.static is not None
         inputs_ = stored.static.inputs
@@ -39,15 +39,15 @@ def test_a_fused_linear_is_integer_exact(ops: Ops, inputs: int) -> None:
 def test_parts_that_run_as_one_share_their_input_scale(ops: Ops) -> None:
     (one, _), (other, _) = part(4, 16), part(6, 16, high=7.0)
     with pytest.raises(ArtifactError, match="must share input_scale and input_offset: linear4"):
-        ops.linear_of([one, other])
+        ops.weights.linear_of([one, other])
 
 
 def test_rows_that_are_quantized_already_are_refused(ops: Ops) -> None:
-    linear = ops.linear_of([part(4, 16)[0]])
+    linear = ops.weights.linear_of([part(4, 16)[0]])
     with pytest.raises(BackendError, match="static W8A8 linear was given quantized rows"):
-        ops.linear(Quantized(torch.zeros(2, 16, dtype=torch.int8), torch.ones(2)), linear)
+        ops.products.linear(Quantized(torch.zeros(2, 16, dtype=torch.int8), torch.ones(2)), linear)
 
 
 def test_experts_are_refused(ops: Ops) -> None:
     with pytest.raises(ArtifactError, match="routed experts cannot have a static input scale"):
-        ops.experts_of([[part(4, 16)[0]]])
+        ops.weights.experts_of([[part(4, 16)[0]]])

@@ -215,6 +215,46 @@ def test_a_step_that_fails_leaves_a_model_that_works(
     assert sorted(model.engine.blocks._free) == list(range(model.engine.blocks.num_blocks))
 
 
+def test_a_failure_is_told_to_each_in_one_line(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: Engine) -> list[StepOutput]:
+        raise RuntimeError("\x1b[2J lost\nall")
+
+    streams = [model.stream(prompt, GO) for prompt in PROMPTS[:2]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", fail)
+        with pytest.raises(RuntimeError):
+            model.generate(PROMPTS[2], GO)
+    errors = []
+    for stream in streams:
+        with pytest.raises(GenerationError, match=r"has failed \(\\x1b\[2J lost all\)") as caught:
+            next(stream)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]  # raised in two threads, one would mix their tracebacks
+
+
+def test_an_error_is_raised_though_another_thread_closes_the_stream(model: LanguageModel) -> None:
+    stream = model.stream(PROMPTS[0], GO)
+    errors = [GenerationError("lost")]
+
+    class Closing(type(stream._inbox)):  # type: ignore[misc]
+        """An inbox that is closed as soon as its error was looked at."""
+
+        @property
+        def error(self) -> GenerationError | None:
+            return errors.pop() if errors else None
+
+        @error.setter
+        def error(self, value: GenerationError | None) -> None:
+            return
+
+        def is_ready(self) -> bool:
+            return True
+
+    stream._inbox.__class__ = Closing
+    with pytest.raises(GenerationError, match="lost"):
+        next(stream)
+
+
 def test_a_stream_outlives_its_model(example_fp8: Path, alone: list[str]) -> None:
     stream = npuq.runtime.load(example_fp8, "cpu", engine=EngineConfig(kv_cache_bytes=16 << 20)).stream(PROMPTS[0], GO)
     gc.collect()

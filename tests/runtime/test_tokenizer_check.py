@@ -35,14 +35,15 @@ def kimi(example_fp8: Path, tmp_path: Path) -> Path:
     [
         (["tokenizer.json", "tiktoken.model"], None),
         (["tokenizer.model", "tokenizer_config.json"], None),  # transformers converts it
-        (["vocab.json", "merges.txt"], None),
+        (["vocab.json", "merges.txt", "tokenizer_config.json"], None),
+        (["vocab.json", "merges.txt"], "vocab.json without the tokenizer_config.json"),
         (
             ["tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json"],
             "tiktoken.model, which npuq does not read",
         ),
         (["qwen.tiktoken"], "qwen.tiktoken, which"),
-        (["tokenizer_config.json", "config.json"], "no tokenizer; put the model's tokenizer.json"),
-        ([], "no tokenizer"),
+        (["tokenizer_config.json", "config.json"], "no tokenizer.json; put the model's tokenizer.json"),
+        ([], "no tokenizer.json"),
     ],
 )
 def test_what_the_names_of_files_say(names: list[str], said: str | None) -> None:

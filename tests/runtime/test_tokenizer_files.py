@@ -220,6 +220,32 @@ def test_prepended_text_counts_too(files: Path) -> None:
     refused(files, "its normalizer can make")
 
 
+def template(pieces: list[Any], ids: int = 1) -> dict[str, Any]:
+    specials = {"<|bos|>": {"id": "<|bos|>", "ids": [0] * ids, "tokens": ["<|bos|>"] * ids}}
+    return {"type": "TemplateProcessing", "single": pieces, "pair": [*pieces, B], "special_tokens": specials}
+
+
+A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+BOS = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (template([A] * 100_000), "repeats the text"),
+        (template([A, A]), "repeats the text"),
+        (template([BOS] * 10_000 + [A]), "more than 4096 tokens"),
+        (template([BOS, A], ids=10_000), "more than 4096 tokens"),
+        (template([BOS] * 3000 + [A]), "more than 4096 tokens"),
+    ],
+)
+def test_post_processors_do_not_repeat_texts(files: Path, step: dict[str, Any], expected: str) -> None:
+    change(files, post_processor={"type": "Sequence", "processors": [step, step]})
+    refused(files, rf"tokenizer\.json: its post_processor .*{expected}")
+    change(files, post_processor=template([BOS, A]))
+    assert Tokenizer(files).encode("whale")[0] == 0
+
+
 def test_what_known_tokenizers_replace_is_fine(files: Path) -> None:
     """As those of Llama 2 and Gemma do."""
     space = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁"), {"type": "NFKC"}]
@@ -248,6 +274,77 @@ def test_settings_of_training_do_not_cut_prompts(files: Path) -> None:
         },
     )
     assert Tokenizer(files).encode("It was the best of times") == whole
+
+
+# ---- older formats ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def older(files: Path) -> Path:
+    """The same vocabulary as vocab.json and merges.txt, for transformers to convert."""
+    pytest.importorskip("transformers")
+    model = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens = {**model["model"]["vocab"], **{token["content"]: token["id"] for token in model["added_tokens"]}}
+    (files / "vocab.json").write_text(json.dumps(tokens))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["model"]["merges"]]
+    (files / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (files / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "vocab_size": len(tokens)}))
+    (files / "tokenizer.json").unlink()
+    return configure(files, tokenizer_class="GPT2Tokenizer", unk_token="<|eos|>")
+
+
+def test_an_older_format_is_converted(older: Path) -> None:
+    tokenizer = Tokenizer(older)
+    size = len(json.loads((older / "vocab.json").read_text()))
+    assert tokenizer.vocab_size == size
+    assert tokenizer.decode(tokenizer.encode("It was the best of times")) == "It was the best of times"
+
+
+@pytest.mark.parametrize("make", [fifo, link_out, dangling, directory])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json", "config.json"])
+def test_older_files_that_are_none_of_the_checkpoint(older: Path, name: str, make: Callable[[Path], None]) -> None:
+    (older / name).unlink(missing_ok=True)
+    make(older / name)
+    refused(older, name.replace(".", r"\."))
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_no_vocabulary_is_made_up(older: Path, kind: str) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (older / name).unlink()
+    (older / "vocab.txt").write_text("a\nb\n")
+    (older / "config.json").unlink()
+    configure(older, tokenizer_class=kind)
+    refused(older, r"no tokenizer\.json|no (vocab\.json|tokenizer\.model), which holds the vocabulary")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_half_a_vocabulary(older: Path, name: str) -> None:
+    (older / name).unlink()
+    (older / "vocab.txt").write_text("a\nb\n")
+    refused(older, r"no tokenizer\.json; copy the model's tokenizer files there")
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "merges_file", "tokenizer_file", "vocab", "name_or_path"])
+def test_configurations_name_no_files(older: Path, key: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "vocab.json"
+    shutil.copy(EXAMPLE / "tokenizer.json" if key == "tokenizer_file" else older / "vocab.json", elsewhere)
+    for name in ("vocab.json", "merges.txt"):
+        (older / name).unlink()
+    (older / "vocab.txt").write_text("a\n")
+    configure(older, **{key: str(elsewhere)})
+    refused(older, "holds the vocabulary")
+
+
+def test_a_vocabulary_of_another_model(older: Path) -> None:
+    config = {"model_type": "deepseek_v3", "vocab_size": 100_000}
+    (older / "config.json").write_text(json.dumps(config))
+    refused(older, "its tokenizer has [0-9]+ tokens, and config.json's vocab_size is 100000")
+
+
+def test_a_special_token_that_is_none(older: Path) -> None:
+    configure(older, bos_token="<nowhere>")
+    refused(older, "bos_token '<nowhere>' is no token of its vocabulary")
 
 
 def test_a_token_as_long_as_a_book(files: Path) -> None:

@@ -16,7 +16,7 @@ from npuq.formats.artifact import KV_CACHE_NAME
 from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
-from npuq.runtime.ops.ascend import AscendOps
+from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
 from npuq.runtime.sampler import SamplingParams

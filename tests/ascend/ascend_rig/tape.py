@@ -61,8 +61,13 @@ class Tape:
 
 def _hook(ops: Ops, exchange: Callable[[Quantized], Quantized]) -> Ops:
     """Pass everything that `ops` quantizes through `exchange`."""
-    for name in ("dynamic_quant", "dequant_swiglu_quant", "moe_init_routing", "attention_norm"):
-        original = getattr(ops, name)
+    for part, name in (
+        (ops.norms, "dynamic_quant"),
+        (ops.norms, "dequant_swiglu_quant"),
+        (ops.routing, "moe_init_routing"),
+        (ops.attention, "attention_norm"),
+    ):
+        original = getattr(part, name)
 
         def method(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
             result = _original(*args, **kwargs)
@@ -72,5 +77,5 @@ def _hook(ops: Ops, exchange: Callable[[Quantized], Quantized]) -> Ops:
                 return (exchange(result[0]), *result[1:])
             return result
 
-        setattr(ops, name, method)
+        setattr(part, name, method)
     return ops

@@ -153,7 +153,7 @@ class Comparison:
             raise ConformanceError(f"{name}: {parts[0].scheme.value} where the engine has int8")
         x = self.rows(ROWS, parts[0].weight.shape[1])
         # Both engines keep the scales of linears in the model's dtype.
-        ours = self.ops.linear(x, self.ops.w8a8_linear([_rounded(part) for part in parts]))
+        ours = self.ops.products.linear(x, self.ops.weights.w8a8_linear([_rounded(part) for part in parts]))
         outputs = []
         for rank, modules in enumerate(self.loaded.ranks):
             module = modules[name]
@@ -219,7 +219,7 @@ class Comparison:
         inputs = experts[0][0].weight.shape[1]
         x = self.rows(count * ROWS, inputs)
         counts = torch.full((count,), ROWS)
-        ours = self.ops.grouped_matmul(x, self.ops.experts_of(experts), counts)
+        ours = self.ops.products.grouped_matmul(x, self.ops.weights.experts_of(experts), counts)
         sizes = [parts.scale.shape[0] for parts in experts[0] if parts.scale is not None]
         done = []
         for first in range(0, len(self.loaded.ranks), self.loaded.moe_tp):

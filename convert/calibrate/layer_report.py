@@ -1,0 +1,110 @@
+"""What calibration measured in a decoder layer: for the manifest, and for the state that a later run continues from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConversionError
+from ...inputs.forms import Each, Form, Items, Keys, check_form, is_count, is_number, is_text
+from .kv_cache import LatentScale
+
+_REQUIRED: dict[str, Form] = {
+    "expert_tokens": Items(is_count),
+    "fallbacks": Each(is_text),
+    "output_error": is_number,
+    "linear_errors": Each(is_number),
+    "kv_cache_error": is_number,
+    "kv_cache_scale": Items(lambda value: type(value) is float and value > 0),
+}
+_TRIALS = Keys({"smooth": is_number, "not": is_number}, frozenset({"smooth", "not"}))
+_FORM = Keys(
+    {**_REQUIRED, "smoothing": Each(is_number), "smooth": lambda value: type(value) is bool, "trials": _TRIALS},
+    frozenset(_REQUIRED),
+)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Relative errors at a layer's output, with smoothing and without, on the first windows."""
+
+    smooth: float
+    plain: float
+
+    @property
+    def prefer_smoothing(self) -> bool:
+        """Whether smoothing leaves no larger error."""
+        return self.smooth <= self.plain
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether `auto` smooths a layer, and the trials that decided; None where time allowed none."""
+
+    smooth: bool
+    trials: Trials | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, quantized on calibration text.
+
+    expert_tokens: tokens routed to each expert, none in a dense layer. fallbacks: expert index → what it got instead of
+    a Hessian of its own tokens. output_error: ‖quantized − float‖ / ‖float‖ of the hidden states after the layer.
+    linear_errors: tensor name → relative error of a linear's output. kv_cache: the scales of an int8 cache of the
+    latent, and their error. smoothing: strength by what was smoothed; None where nothing was. choice: only of `auto`.
+    """
+
+    expert_tokens: tuple[int, ...]
+    fallbacks: Mapping[str, str]
+    output_error: float
+    linear_errors: Mapping[str, float]
+    kv_cache: LatentScale
+    smoothing: Mapping[str, float] | None = None
+    choice: Choice | None = None
+
+    def manifest_entry(self) -> dict[str, Any]:
+        """What the manifest says of the layer. Its KV scales and the errors of its linears stand elsewhere."""
+        entry: dict[str, Any] = {}
+        if self.choice is not None:
+            entry["smooth"] = self.choice.smooth
+            if self.choice.trials is not None:
+                entry["trials"] = {"smooth": self.choice.trials.smooth, "not": self.choice.trials.plain}
+        entry["expert_tokens"] = list(self.expert_tokens)
+        entry["fallbacks"] = dict(self.fallbacks)
+        entry["output_error"] = self.output_error
+        entry["kv_cache_error"] = self.kv_cache.error
+        if self.smoothing is not None:
+            entry["smoothing"] = dict(self.smoothing)
+        return entry
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as `from_json` reads it."""
+        scale = self.kv_cache.scale.tolist()
+        return {**self.manifest_entry(), "linear_errors": dict(self.linear_errors), "kv_cache_scale": scale}
+
+    @classmethod
+    def from_json(cls, value: Any) -> LayerReport:
+        """A report that `as_json` wrote, to the bit. Raises ConversionError for anything else."""
+        check_form(value, _FORM, "the report of a calibrated layer", ConversionError)
+        choice = None
+        if "smooth" in value:
+            trials = value.get("trials")
+            choice = Choice(value["smooth"], None if trials is None else Trials(trials["smooth"], trials["not"]))
+        return cls(
+            expert_tokens=tuple(value["expert_tokens"]),
+            fallbacks=value["fallbacks"],
+            output_error=value["output_error"],
+            linear_errors=value["linear_errors"],
+            kv_cache=LatentScale(_tensor(value["kv_cache_scale"]), value["kv_cache_error"]),
+            smoothing=value.get("smoothing"),
+            choice=choice,
+        )
+
+
+def _tensor(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)

@@ -1,0 +1,22 @@
+"""One file a family of models: its tensors as a table, and the defaults of its config.json. `FAMILIES` has them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import CheckpointError
+from ..config_reader import shown
+from ..family import Family
+from . import deepseek_v2, deepseek_v3, kimi_k2
+
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (deepseek_v2, deepseek_v3, kimi_k2)}
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a config's `model_type`. CheckpointError when there is none."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise CheckpointError(
+            f"config.json: model_type {shown(model_type)} is unknown; npuq knows {', '.join(sorted(FAMILIES))}"
+        )
+    return family

@@ -1,0 +1,215 @@
+"""The vocabulary of the family tables: entries, activations, and the family that they make up.
+
+A table says of every tensor what it is, what it reads and what it writes. Everything that depends on a model's
+structure is a loop over it: the inventory of a checkpoint, the runtime's loader, the side on which a rotation turns a
+weight, the weights that smoothing changes together, the parameters that engines fuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+
+from .mla import Mla
+from .moe import MoeDefaults
+from .roles import Role
+
+
+class Block(str, Enum):
+    """A group of entries."""
+
+    TOP = "top"  # outside the layers
+    LAYER = "layer"  # the norms of a decoder layer
+    ATTENTION = "attention"
+    DENSE = "dense"  # the feed-forward block of a layer without experts
+    ROUTER = "router"
+    SHARED = "shared"  # the shared experts, stored as one block
+    EXPERT = "expert"  # once for each routed expert
+    MTP = "mtp"  # what a multi-token-prediction layer has beside a decoder layer's tensors
+
+    __str__ = str.__str__
+
+
+Kind = Literal["linear", "norm", "lookup", "vector"]
+"""linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. lookup: rows of which a token picks one,
+`[rows, channels]`. vector: anything else of one dimension."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A value that flows through a layer.
+
+    basis: the space of its channels. A rotation turns a basis as a whole: a linear that writes an activation of it is
+    turned on its outputs, one that reads an activation of it on its inputs. An RMS norm keeps the basis. None: channels
+    that nothing may mix. size: the channels of the basis, a word of `sizes`; an activation may hold several of it.
+    """
+
+    name: str
+    basis: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a family.
+
+    part: what it is in the model, in one vocabulary for all families ("q_a", "router", …); unique in its block.
+    name: the checkpoint's name, below its layer or its expert.
+    shape: words of `sizes`.
+    reads, writes: names of activations. A linear that reads several reads them side by side.
+    heads: (rows of a head, the first that writes) where only a part of each head's rows writes `writes`.
+    when: a word of `conditions`, asked for each layer. optional: the tensor may be absent all the same.
+    dtype: the safetensors code that the tensor keeps, whatever the others are stored as.
+    fused: the part that leads the parameter into which engines fuse this one.
+    row_parallel: tensor-parallel ranks split the inputs, so that W4A8 keeps one scale_bias a slice.
+    """
+
+    part: str
+    name: str
+    role: Role
+    shape: tuple[str, ...]
+    kind: Kind = "linear"
+    reads: tuple[str, ...] = ()
+    writes: str | None = None
+    heads: tuple[str, str] | None = None
+    when: str = "always"
+    optional: bool = False
+    dtype: str | None = None
+    fused: str | None = None
+    row_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """The tensors of one model family, and what else its config.json and its checkpoints have of their own.
+
+    architecture: the first of config.json's `architectures`, by which vLLM and SGLang choose a model's class;
+    transformers goes by model_type.
+    attention: the class that reads the widths of its attention. moe: defaults of its experts' keys.
+    blocks: the entries of each block. layers: what precedes a layer's number in names; experts: what precedes an
+    expert's, within its layer. prefix: what precedes every name (`language_model.`).
+    passthrough: globs of tensors outside the table that are copied as they are, without a remark. ignored: globs of
+    buffers that every loader computes for itself, left out.
+    """
+
+    model_type: str
+    architecture: str
+    attention: type[Mla]
+    moe: MoeDefaults | None
+    activations: tuple[Activation, ...]
+    blocks: dict[Block, tuple[Entry, ...]]
+    layers: str = "model.layers."
+    experts: str = "mlp.experts."
+    prefix: str = ""
+    passthrough: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+
+    def entry(self, block: Block, part: str) -> Entry:
+        """The entry of a part. KeyError where the family has none."""
+        return self._entries[block, part]
+
+    def name(self, block: Block, part: str, layer: int | None = None, expert: int | None = None) -> str:
+        """The checkpoint's name of a part. KeyError for one that the family does not have."""
+        return self.scope(layer, expert) + self.entry(block, part).name
+
+    def scope(self, layer: int | None = None, expert: int | None = None) -> str:
+        """What precedes an entry's name: `model.layers.3.mlp.experts.7.`."""
+        if layer is None:
+            return self.prefix
+        within = "" if expert is None else f"{self.experts}{expert}."
+        return f"{self.prefix}{self.layers}{layer}.{within}"
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a tensor belongs to: `model.layers.7.mlp…` → 7; None outside the layers."""
+        found = self._layer.match(name)
+        return int(found[1]) if found else None
+
+    def find(self, name: str) -> tuple[Block, Entry, int | None] | None:
+        """The entry of a name, in whatever layer, and the expert's number; None for a name outside the table."""
+        found = self._layer.match(name)
+        if found is None:
+            held = name.startswith(self.prefix) and self._top.get(name[len(self.prefix) :])
+            return (Block.TOP, held, None) if held else None
+        rest, expert = name[found.end() :], None
+        inside = self._expert.match(rest)
+        if inside is not None:
+            rest, expert = rest[inside.end() :], int(inside[1])
+        held_in = (self._in_layer if expert is None else self._in_expert).get(rest)
+        return None if held_in is None else (*held_in, expert)
+
+    def activation(self, name: str) -> Activation:
+        """The activation of that name. KeyError where the family has none."""
+        return self._activations[name]
+
+    def norm_of(self, activation: str) -> tuple[Block, Entry] | None:
+        """The norm that writes an activation; None where none does."""
+        return self._norms.get(activation)
+
+    def readers(self, activation: str, *blocks: Block) -> tuple[Entry, ...]:
+        """The linears of some blocks that read an activation, in the table's order."""
+        return tuple(
+            entry
+            for block in blocks
+            for entry in self.blocks[block]
+            if entry.kind == "linear" and activation in entry.reads
+        )
+
+    def is_stray_bias(self, name: str) -> bool:
+        """Whether a tensor is the bias of a norm or linear that has none in the table."""
+        if not name.endswith(".bias") or self.find(name) is not None:
+            return False
+        if self.layer_of(name) is not None:
+            return True
+        norms = (entry for entry in self.blocks[Block.TOP] if entry.kind == "norm")
+        return name in {f"{self.prefix}{entry.name.removesuffix('weight')}bias" for entry in norms}
+
+    def passes_through(self, name: str) -> bool:
+        """Whether a tensor outside the table is known to be copied as it is."""
+        return any(fnmatchcase(name, pattern) for pattern in self.passthrough)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor is a buffer that every loader computes for itself."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignored)
+
+    def _all(self) -> Iterator[tuple[Block, Entry]]:
+        for block, entries in self.blocks.items():
+            for entry in entries:
+                yield block, entry
+
+    @cached_property
+    def _entries(self) -> dict[tuple[Block, str], Entry]:
+        return {(block, entry.part): entry for block, entry in self._all()}
+
+    @cached_property
+    def _activations(self) -> dict[str, Activation]:
+        return {activation.name: activation for activation in self.activations}
+
+    @cached_property
+    def _norms(self) -> dict[str, tuple[Block, Entry]]:
+        return {entry.writes: (block, entry) for block, entry in self._all() if entry.kind == "norm" and entry.writes}
+
+    @cached_property
+    def _top(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.blocks[Block.TOP]}
+
+    @cached_property
+    def _in_layer(self) -> dict[str, tuple[Block, Entry]]:
+        outside = (Block.TOP, Block.EXPERT)
+        return {entry.name: (block, entry) for block, entry in self._all() if block not in outside}
+
+    @cached_property
+    def _in_expert(self) -> dict[str, tuple[Block, Entry]]:
+        return {entry.name: (Block.EXPERT, entry) for entry in self.blocks[Block.EXPERT]}
+
+    @cached_property
+    def _layer(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.prefix + self.layers) + r"([0-9]{1,6})\.")
+
+    @cached_property
+    def _expert(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.experts) + r"([0-9]+)\.")

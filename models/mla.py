@@ -1,0 +1,58 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): its widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .config_reader import ConfigReader
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Widths of multi-head latent attention; `q_lora_rank` is None where queries have no latent of their own."""
+
+    heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    # The key of config.json that decides a condition.
+    KEYS: ClassVar = {"q_lora": "q_lora_rank", "full_q": "q_lora_rank"}
+
+    @classmethod
+    def read(cls, read: ConfigReader) -> Mla:
+        """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
+        return cls(
+            heads=read.size("num_attention_heads"),
+            q_lora_rank=read.size("q_lora_rank") if read.has("q_lora_rank") else None,
+            kv_lora_rank=read.size("kv_lora_rank"),
+            qk_nope_head_dim=read.size("qk_nope_head_dim"),
+            qk_rope_head_dim=read.size("qk_rope_head_dim"),
+            v_head_dim=read.size("v_head_dim"),
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Words of a table's shapes."""
+        return {
+            "q": self.heads * self.qk_head_dim,
+            "q_lora": self.q_lora_rank or 0,
+            "kv_lora": self.kv_lora_rank,
+            "kv_a": self.kv_lora_rank + self.qk_rope_head_dim,
+            "kv_b": self.heads * (self.qk_nope_head_dim + self.v_head_dim),
+            "kv_b_head": self.qk_nope_head_dim + self.v_head_dim,
+            "nope": self.qk_nope_head_dim,
+            "v": self.heads * self.v_head_dim,
+            "v_head": self.v_head_dim,
+        }
+
+    def conditions(self) -> dict[str, bool]:
+        """Words of a table's conditions, and whether they hold."""
+        return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of one head's query and key, those without position and the rotary ones."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -1,0 +1,123 @@
+"""Routed experts: how many, which layers have them, and the rule by which a router chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import CheckpointError
+from .config_reader import ConfigReader
+
+
+@dataclass(frozen=True)
+class MoeDefaults:
+    """What loaders take for a key that config.json leaves out, and the values with which they all compute the same.
+
+    norm_topk_probs, topk_methods: the first is the default.
+    """
+
+    first_k_dense_replace: int
+    n_shared_experts: int
+    n_group: int | None
+    topk_group: int | None
+    norm_topk_probs: tuple[bool, ...]
+    routed_scaling_factor: float
+    scoring_func: str
+    topk_methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Moe:
+    """The experts of a model's sparse layers, under Hugging Face's names."""
+
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    n_group: int
+    topk_group: int
+    scoring_func: str
+    topk_method: str
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+    # The key of config.json that decides a condition.
+    KEYS: ClassVar = {"router_bias": "topk_method", "shared_experts": "n_shared_experts"}
+
+    @classmethod
+    def read(cls, read: ConfigReader, default: MoeDefaults) -> Moe:
+        """Read and check the experts' part of a config; CheckpointError names the key that is wrong."""
+        topk_method = read.choice("topk_method", default.topk_methods, default.topk_methods[0])
+        greedy = topk_method == "greedy"
+        # null is DeepSeek's and the engines' way to say no shared experts.
+        shared = 0 if read.states("n_shared_experts") else default.n_shared_experts
+        moe = cls(
+            n_routed_experts=read.size("n_routed_experts"),
+            n_shared_experts=read.count("n_shared_experts", shared),
+            num_experts_per_tok=read.size("num_experts_per_tok"),
+            moe_intermediate_size=read.size("moe_intermediate_size"),
+            first_k_dense_replace=read.count("first_k_dense_replace", default.first_k_dense_replace, nullable=False),
+            moe_layer_freq=read.size("moe_layer_freq", 1),
+            # greedy has no groups, whatever is said of them. Elsewhere no loader has a default for null.
+            n_group=1 if greedy else read.size("n_group", default.n_group, nullable=False),
+            topk_group=1 if greedy else read.size("topk_group", default.topk_group, nullable=False),
+            scoring_func=read.choice("scoring_func", (default.scoring_func,), default.scoring_func),
+            topk_method=topk_method,
+            norm_topk_prob=read.flag("norm_topk_prob", default.norm_topk_probs[0], nullable=False),
+            routed_scaling_factor=read.number("routed_scaling_factor", default.routed_scaling_factor),
+        )
+        moe._check(default)
+        return moe
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Channels of the shared experts, which are stored as one block; 0 without."""
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether a bias corrects the router's scores while experts are chosen."""
+        return self.topk_method == "noaux_tc"
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has routed experts. Multi-token-prediction layers have, by their number, as any other."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def sizes(self) -> dict[str, int]:
+        """Words of a table's shapes."""
+        return {
+            "experts": self.n_routed_experts,
+            "moe_intermediate": self.moe_intermediate_size,
+            "shared_intermediate": self.shared_intermediate_size,
+        }
+
+    def conditions(self) -> dict[str, bool]:
+        """Words of a table's conditions, and whether they hold in a layer with experts."""
+        return {"router_bias": self.has_router_bias, "shared_experts": self.n_shared_experts > 0}
+
+    def tokens_of_expert(self, tokens: int) -> int:
+        """How many of some tokens each expert gets when they are spread evenly."""
+        return tokens * self.num_experts_per_tok // self.n_routed_experts
+
+    def _check(self, default: MoeDefaults) -> None:
+        if self.n_routed_experts % self.n_group or self.topk_group > self.n_group:
+            raise CheckpointError(
+                f"config.json: {self.n_routed_experts} experts in n_group {self.n_group} groups, topk_group "
+                f"{self.topk_group}: groups must divide the experts and hold topk_group"
+            )
+        if self.topk_method == "noaux_tc" and self.n_routed_experts // self.n_group < 2:
+            raise CheckpointError(
+                f"config.json: n_group {self.n_group} makes groups of one expert, and noaux_tc scores a group by the "
+                "sum of its two best: no loader computes that"
+            )
+        if self.num_experts_per_tok > self.n_routed_experts // self.n_group * self.topk_group:
+            raise CheckpointError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds the experts that its groups hold"
+            )
+        if self.norm_topk_prob not in default.norm_topk_probs:
+            raise CheckpointError(
+                f"config.json: norm_topk_prob {str(self.norm_topk_prob).lower()} is not supported: transformers, the "
+                "models' own code and the engines each compute something else, and no released model has it"
+            )

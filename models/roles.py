@@ -1,0 +1,52 @@
+"""Roles: what a tensor does in the model. Recipes choose by it, and loaders' rules speak of it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Role(str, Enum):
+    """What a tensor does in the model. `mtp_…` roles sit in multi-token-prediction layers."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    ROUTER = "router"
+    ROUTER_BIAS = "router_bias"
+    KV_B = "kv_b"
+    ATTENTION = "attention"
+    DENSE_MLP = "dense_mlp"
+    SHARED_EXPERT = "shared_expert"
+    ROUTED_EXPERT = "routed_expert"
+    MTP_EMBEDDING = "mtp_embedding"
+    MTP_HEAD = "mtp_head"
+    MTP_NORM = "mtp_norm"
+    MTP_PROJECTION = "mtp_projection"
+    MTP_ROUTER = "mtp_router"
+    MTP_ROUTER_BIAS = "mtp_router_bias"
+    MTP_KV_B = "mtp_kv_b"
+    MTP_ATTENTION = "mtp_attention"
+    MTP_DENSE_MLP = "mtp_dense_mlp"
+    MTP_SHARED_EXPERT = "mtp_shared_expert"
+    MTP_ROUTED_EXPERT = "mtp_routed_expert"
+    OTHER = "other"
+
+    __str__ = str.__str__
+
+    @property
+    def in_mtp(self) -> Role:
+        """The same role inside a multi-token-prediction layer."""
+        return self if self.value.startswith("mtp_") else Role("mtp_" + self.value)
+
+
+ROUTED = frozenset({Role.ROUTED_EXPERT, Role.MTP_ROUTED_EXPERT})
+ROUTER_BIASES = frozenset({Role.ROUTER_BIAS, Role.MTP_ROUTER_BIAS})
+# The linears that a recipe may quantize. Everything else stays float in every loader.
+QUANTIZABLE = ROUTED | {
+    Role.ATTENTION,
+    Role.DENSE_MLP,
+    Role.SHARED_EXPERT,
+    Role.MTP_ATTENTION,
+    Role.MTP_DENSE_MLP,
+    Role.MTP_SHARED_EXPERT,
+}

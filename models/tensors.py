@@ -1,0 +1,123 @@
+"""A family's table unrolled for one config: every tensor with its name, role and shape.
+
+Unrolled forwards into names, so that checking a checkpoint is a dictionary lookup a tensor, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from .config import ModelConfig
+from .family import Block, Entry
+from .roles import Role
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of a checkpoint. `entry` is its line of the family's table in `block`; None outside the table."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    layer: int | None = None
+    expert: int | None = None
+    block: Block | None = None
+    entry: Entry | None = None
+
+    @property
+    def optional(self) -> bool:
+        """Whether a checkpoint may leave it out."""
+        return self.entry is not None and self.entry.optional
+
+    @property
+    def row_parallel(self) -> bool:
+        """Whether tensor-parallel ranks split its inputs."""
+        return self.entry is not None and self.entry.row_parallel
+
+    @property
+    def kept_dtype(self) -> str | None:
+        """The safetensors code that it keeps whatever the others are stored as; None: as the source has it."""
+        return None if self.entry is None else self.entry.dtype
+
+    @property
+    def module(self) -> str:
+        """Its module's own name: `kv_b_proj` of `model.layers.3.self_attn.kv_b_proj.weight`."""
+        return self.name.split(".")[-2] if "." in self.name else self.name
+
+
+class ModelTensors:
+    """The tensors of a model of one config, by their parts."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.family = config.family
+        self.sizes = sizes(config)
+
+    def spec(self, block: Block, part: str, layer: int | None = None, expert: int | None = None) -> Spec:
+        """The tensor of a part, whether or not the layer has it. KeyError for a part that the family does not have."""
+        return self._spec(block, self.family.entry(block, part), layer, expert)
+
+    def has(self, block: Block, part: str, layer: int | None = None) -> bool:
+        """Whether a layer of this config has a part, and the family such a part at all."""
+        entries = [entry for entry in self.family.blocks[block] if entry.part == part]
+        return any(entry.when in conditions(self.config, layer) for entry in entries)
+
+    def unroll(self, mtp_layers: Iterable[int], *, main: bool = True) -> Iterator[Spec]:
+        """Every tensor, one after another; without `main` those of the MTP layers alone."""
+        if main:
+            for entry in self.family.blocks[Block.TOP]:
+                yield self._spec(Block.TOP, entry, None, None)
+        for layer in chain(range(self.config.num_hidden_layers) if main else (), mtp_layers):
+            yield from self._layer(layer)
+
+    def _layer(self, layer: int) -> Iterator[Spec]:
+        holds = conditions(self.config, layer)
+        for block, entries in self.family.blocks.items():
+            if block is Block.TOP:
+                continue
+            present = [entry for entry in entries if entry.when in holds]
+            experts = range(self.config.n_routed_experts) if block is Block.EXPERT and present else (None,)
+            for expert in experts:
+                for entry in present:
+                    yield self._spec(block, entry, layer, expert)
+
+    def _spec(self, block: Block, entry: Entry, layer: int | None, expert: int | None) -> Spec:
+        mtp = layer is not None and layer >= self.config.num_hidden_layers
+        shape = tuple([self.sizes[word] for word in entry.shape])
+        name = self.family.scope(layer, expert) + entry.name
+        return Spec(name, entry.role.in_mtp if mtp else entry.role, shape, layer, expert, block, entry)
+
+
+def expected_specs(config: ModelConfig, mtp_layers: Iterable[int]) -> dict[str, Spec]:
+    """Every tensor that a model of this config has, by name: what a loader will look for."""
+    return {spec.name: spec for spec in ModelTensors(config).unroll(mtp_layers)}
+
+
+def conditions(config: ModelConfig, layer: int | None) -> frozenset[str]:
+    """The words of `Entry.when` that hold for a layer; outside the layers "always" alone."""
+    if layer is None:
+        return frozenset({"always"})
+    moe = config.moe_at(layer)
+    words = {
+        "always": True,
+        "mtp": layer >= config.num_hidden_layers,
+        "dense": moe is None,
+        "moe": moe is not None,
+        **config.attention.conditions(),
+        **({} if moe is None else moe.conditions()),
+    }
+    return frozenset(word for word, holds in words.items() if holds)
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The words of `Entry.shape` as numbers."""
+    return {
+        "hidden": config.hidden_size,
+        "two_hidden": 2 * config.hidden_size,
+        "vocab": config.vocab_size,
+        "intermediate": config.intermediate_size,
+        **config.attention.sizes(),
+        **({} if config.moe is None else config.moe.sizes()),
+    }

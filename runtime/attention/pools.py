@@ -1,0 +1,146 @@
+"""The paged cache of a layer: pools of one kind of row each, as blocks of tokens in one of two layouts.
+
+ND keeps a token's channels together: a block is `[block_size, 1, D]`. NZ (FRACTAL_NZ) keeps tiles of 32 bytes together,
+then come the tokens: a block is `[D/16, block_size, 16]`, so that channel d of the token at slot s of a pool
+`[blocks, D/16, block_size, 16]` is `[s // block_size, d // 16, s % block_size, d % 16]`. An int8 pool has 32 channels
+where the others have 16. This is an arrangement of bytes in an ordinary tensor, not a tensor format that torch_npu
+knows of (operator documentation of `npu_fused_infer_attention_score`, 5-D key).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError
+from ...formats.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
+
+Layout = Literal["nz", "nd"]
+
+CHANNELS = 16
+"""Channels of a tile: 32 bytes of a 16-bit type. Every backend keeps 16 in the compute dtype, whatever that is."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One kind of row that a layer's cache holds of every token.
+
+    dtype: None is the compute dtype. layout: None is the one that the backend prefers. int8: the pool may hold int8
+    codes instead, where there is a scale for each channel.
+    """
+
+    name: str
+    channels: int
+    dtype: torch.dtype | None = None
+    layout: Layout | None = None
+    int8: bool = False
+
+
+@dataclass(frozen=True)
+class StoredPool:
+    """A pool as a backend keeps it."""
+
+    name: str
+    channels: int
+    dtype: torch.dtype
+    layout: Layout
+
+    @property
+    def token_bytes(self) -> int:
+        return self.channels * self.dtype.itemsize
+
+    def shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """The shape of its tensor. Raises BackendError for channels that NZ tiles do not divide."""
+        if self.layout == "nd":
+            return num_blocks, block_size, 1, self.channels
+        tile = INT8_CHANNELS if self.dtype is torch.int8 else CHANNELS
+        if self.channels % tile:
+            raise BackendError(
+                f"the NZ layout keeps {tile} channels of {self.dtype} together; {self.channels} are no multiple"
+            )
+        return num_blocks, self.channels // tile, block_size, tile
+
+
+def stored_pools(
+    pools: Iterable[Pool], dtype: torch.dtype, layout: Layout, scaled: Iterable[str] = ()
+) -> tuple[StoredPool, ...]:
+    """The pools of a layer in a compute dtype and a backend's layout; those named in `scaled` hold int8 codes.
+
+    Raises BackendError for a name in `scaled` that is no pool of the layer, or one that cannot hold codes.
+    """
+    pools, scaled = tuple(pools), frozenset(scaled)
+    if wrong := scaled - {pool.name for pool in pools if pool.int8}:
+        raise BackendError(f"no int8 codes can stand in pools {sorted(wrong)} of this model's KV cache")
+    return tuple(
+        StoredPool(
+            pool.name,
+            pool.channels,
+            torch.int8 if pool.name in scaled else pool.dtype or dtype,
+            pool.layout or layout,
+        )
+        for pool in pools
+    )
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The blocks of one pool of one layer, written in place.
+
+    tensor: of the pool's shape. scale: None, or float `[channels]` on its device: then the rows are int8 codes, those
+    of `formats.kv_cache.latent_codes`, and code · scale is the channel's value. It is float32, or the compute dtype,
+    which holds the same numbers.
+    """
+
+    pool: StoredPool
+    tensor: Tensor
+    scale: Tensor | None = None
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        """Put rows `[T, channels]` at slots int64 `[T]`, as codes where the pool has them; skip negative slots."""
+        write_rows(self.tensor, self.pool.layout, slots, rows if self.scale is None else latent_codes(rows, self.scale))
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows as the pool gives them back: what their codes stand for, in the same dtype, where it has codes."""
+        return rows if self.scale is None else cached_latent(rows, self.scale)
+
+    def read(self, block_table: Tensor, length: int) -> Tensor:
+        """The first `length` rows of the blocks int `[blocks]`, codes where the pool has them: `[length, channels]`."""
+        return read_rows(self.tensor, self.pool.layout, block_table, length)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's paged cache: the pages of its pools, by name."""
+
+    pages: Mapping[str, Pages]
+    block_size: int
+
+    def __getitem__(self, name: str) -> Pages:
+        return self.pages[name]
+
+    def replaced(self, name: str, tensor: Tensor) -> LayerCache:
+        """The cache with another tensor in the place of a pool's."""
+        return replace(self, pages={**self.pages, name: replace(self.pages[name], tensor=tensor)})
+
+
+def write_rows(tensor: Tensor, layout: Layout, slots: Tensor, rows: Tensor) -> None:
+    """Put rows `[T, D]` at slots int64 `[T]` of a pool's tensor, in its dtype; skip negative slots."""
+    kept = slots >= 0
+    slots, rows = slots[kept], rows[kept].to(tensor.dtype)
+    if layout == "nd":
+        block_size = tensor.shape[1]
+        tensor[slots // block_size, slots % block_size, 0] = rows
+        return
+    block_size, tile = tensor.shape[2:]
+    tensor[slots // block_size, :, slots % block_size] = rows.unflatten(-1, (-1, tile))
+
+
+def read_rows(tensor: Tensor, layout: Layout, block_table: Tensor, length: int) -> Tensor:
+    """The first `length` rows of the blocks int `[blocks]` of a pool's tensor: `[length, D]` (a copy)."""
+    blocks = tensor.index_select(0, block_table)
+    tokens = blocks.transpose(1, 2).flatten(2) if layout == "nz" else blocks.flatten(2)
+    return tokens.flatten(0, 1)[:length]

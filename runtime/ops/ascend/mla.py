@@ -1,0 +1,135 @@
+"""Attention weights of a layer, laid out for the NPU's attention operators: which linears run as one, which apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ....errors import BackendError
+from ....formats.schemes import Scheme
+from ....models.mla import Mla as MlaWidths
+from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
+from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+
+# Sizes that the attention operators fix: absorbed attention has 512 + 64 channels, decompressed attention 128 + 64.
+LATENT_DIM, ROPE_DIM, HEAD_DIM = 512, 64, 128
+MAX_HEADS = 128
+# Documented shapes of npu_mla_prolog_v3.
+PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
+PROLOG_Q_LORA = (1536, 2048)
+
+
+@dataclass(frozen=True)
+class PrologWeights:
+    """What `npu_mla_prolog_v3` takes: W8A8 linears of q_a, q_b (nope and rope of each head side by side) and kv_a."""
+
+    q_a: W8A8Linear
+    q_b: W8A8Linear
+    kv_a: W8A8Linear
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What layers without the prolog run: `down` makes q_a's and kv_a's outputs in one matmul, or in two where their
+    schemes differ; in models without q_lora it makes kv_a's alone. The queries come from two linears.
+    """
+
+    down: tuple[Linear, ...]
+    q_nope: Linear
+    q_rope: Linear
+
+
+@dataclass(frozen=True)
+class AscendMla(Mla):
+    """Attention weights of one layer.
+
+    Keys and values are decompressed apart (`k_b`, `v_b`): each half then is contiguous, which the attention operator
+    asks for. takes_quantized: whether the projections of the hidden state take int8 rows.
+    """
+
+    projections: PrologWeights | Projections
+    q_a_norm: Tensor | None
+    k_b: FloatLinear
+    v_b: FloatLinear
+    takes_quantized: bool
+
+
+def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fused_prolog: bool) -> AscendMla:
+    """The attention weights of a layer on the device. Raises BackendError for sizes that the operators do not take."""
+    check_mla(parts.kv_a.name, config)
+    widths = [config.qk_nope_head_dim, config.v_head_dim]
+    k_b, v_b = parts.kv_b.view(config.heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
+    prolog = prolog_weights(parts, config, weights) if fused_prolog else None
+    first = parts.q if parts.q_a is None else parts.q_a
+    return AscendMla(
+        config=config,
+        projections=projections(parts, config, weights) if prolog is None else prolog,
+        q_a_norm=None if parts.q_a_norm is None else weights.parameter(parts.q_a_norm, weights.dtype),
+        kv_a_norm=weights.parameter(parts.kv_a_norm, weights.dtype),
+        k_b=weights.float_linear([k_b.reshape(-1, config.kv_lora_rank)]),
+        v_b=weights.float_linear([v_b.reshape(-1, config.kv_lora_rank)]),
+        w_uk=weights.parameter(k_b, weights.dtype),
+        w_uv=weights.parameter(v_b.transpose(1, 2), weights.dtype),
+        o=weights.linear_of([parts.o]),
+        takes_quantized=all(part is not None and part.scheme is Scheme.W8A8 for part in (first, parts.kv_a)),
+    )
+
+
+def prolog_weights(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> PrologWeights | None:
+    """The weights for `npu_mla_prolog_v3`, or None for a layer that it does not document."""
+    if weights.dtype != torch.bfloat16 or parts.q_a is None or parts.q_b is None:
+        return None
+    linears = (parts.q_a, parts.q_b, parts.kv_a)
+    hidden = parts.kv_a.weight.shape[1]
+    documented = hidden in PROLOG_HIDDEN and config.q_lora_rank in PROLOG_Q_LORA
+    if not documented or any(part.scheme is not Scheme.W8A8 or not fits_nz(part.weight.t()) for part in linears):
+        return None
+    return PrologWeights(*(weights.w8a8_linear([part]) for part in linears))
+
+
+def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> Projections:
+    """The linears before attention. Raises BackendError for a layer without queries."""
+    queries = parts.q_b if parts.q is None else parts.q
+    if queries is None:
+        raise BackendError(f"{parts.kv_a.name}: the layer has no q_proj and no q_b_proj")
+    halves = head_rows(queries, config.heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
+    q_nope, q_rope = (weights.linear_of([half]) for half in halves)
+    if parts.q_a is None:
+        return Projections((weights.linear_of([parts.kv_a]),), q_nope, q_rope)
+    groups = weights.fusible([parts.q_a, parts.kv_a])
+    return Projections(tuple(weights.linear_of(group) for group in groups), q_nope, q_rope)
+
+
+def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
+    """A linear whose outputs are heads of `widths[0] + widths[1]`, as two: the first channels and the others."""
+
+    def pick(tensor: Tensor, side: int) -> Tensor:
+        heads = tensor.view(num_heads, sum(widths), *tensor.shape[1:])
+        return heads.split(list(widths), dim=1)[side].flatten(0, 1)
+
+    def half(side: int) -> LinearPart:
+        scale = None if part.scale is None else pick(part.scale, side)
+        static = part.static and Static(
+            part.static.inputs, pick(part.static.deq_scale, side), pick(part.static.quant_bias, side)
+        )
+        return LinearPart(part.name, part.scheme, pick(part.weight, side), scale, static=static)
+
+    return half(0), half(1)
+
+
+def check_mla(name: str, config: MlaWidths) -> None:
+    """Raises BackendError for attention sizes that the NPU's operators do not take."""
+    fixed = {
+        "kv_lora_rank": (config.kv_lora_rank, LATENT_DIM),
+        "qk_rope_head_dim": (config.qk_rope_head_dim, ROPE_DIM),
+        "qk_nope_head_dim": (config.qk_nope_head_dim, HEAD_DIM),
+        "v_head_dim": (config.v_head_dim, HEAD_DIM),
+    }
+    wrong = [f"{key} {value} (must be {wanted})" for key, (value, wanted) in fixed.items() if value != wanted]
+    heads = config.heads
+    if heads & (heads - 1) or heads > MAX_HEADS:
+        wrong.append(f"{heads} attention heads (must be a power of two up to {MAX_HEADS})")
+    if wrong:
+        raise BackendError(f"{name}: the NPU's attention operators do not take {', '.join(wrong)}")

@@ -1,0 +1,63 @@
+"""The operator set on torch_npu: weights in FRACTAL_NZ, the latent cache in NZ pages, one device call an operator.
+
+A decode step of a MoE layer is 27 launches, or 20 where `npu_mla_prolog_v3` takes the layer (docs/ascend.md has the
+table). No call here waits for the device: lengths come from the step as host integers, everything else stays a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ....errors import BackendError
+from .. import Ops
+from .attention import AscendAttention
+from .device import Npu
+from .norms import AscendNorms
+from .products import AscendProducts
+from .routing import AscendRouting
+from .support import import_torch_npu, require_soc
+from .weights import AscendWeights
+
+
+class AscendOps(Ops):
+    """Operators on one NPU.
+
+    kv_layout: "nz" (pages in FRACTAL_NZ, what decode attention reads fastest) or "nd". fused_prolog: use
+    `npu_mla_prolog_v3` for layers whose shapes it documents. soc: the chip's name; None asks the driver.
+    Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
+    """
+
+    name = "ascend"
+    COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+
+    def __init__(
+        self,
+        device: str | torch.device = "npu:0",
+        dtype: torch.dtype = torch.bfloat16,
+        kv_layout: str = "nz",
+        fused_prolog: bool = True,
+        soc: str | None = None,
+    ):
+        if kv_layout not in ("nz", "nd"):
+            raise BackendError(f"kv_layout {kv_layout!r} is neither 'nz' nor 'nd'")
+        if dtype not in self.COMPUTE_DTYPES:
+            known = " or ".join(str(known).removeprefix("torch.") for known in self.COMPUTE_DTYPES)
+            raise BackendError(f"the ascend backend computes in {known}, not {str(dtype).removeprefix('torch.')}")
+        torch_npu = import_torch_npu()
+        self.device = torch.device(device)
+        if self.device.type == "npu":
+            if not torch_npu.npu.is_available():
+                raise BackendError("torch_npu finds no NPU: check `npu-smi info` and the driver, or run `npuq doctor`")
+            torch_npu.npu.config.allow_internal_format = True  # else npu_format_cast keeps ND
+            torch_npu.npu.set_device(self.device)
+            soc = soc or torch_npu.npu.get_device_name(self.device)
+        if soc is None:
+            raise BackendError(f"{self.device} is not an NPU")
+        self.soc = require_soc(soc)
+        self.dtype = dtype
+        self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
+        self.weights = weights = AscendWeights(self.device, dtype)
+        self.norms = AscendNorms(self.npu)
+        self.products = AscendProducts(self.npu, self.norms)
+        self.routing = AscendRouting(self.npu, self.norms, self.products)
+        self.attention = AscendAttention(self.npu, weights, self.norms, self.products, fused_prolog)

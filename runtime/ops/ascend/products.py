@@ -1,0 +1,83 @@
+"""Products on torch_npu."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....errors import BackendError
+from ..handles import Activation, Experts, Linear, Quantized, Router, own
+from ..norms import Norms
+from ..products import Products
+from .device import Npu
+from .weights import DeviceRouter, FloatExperts, FloatLinear, QuantizedExperts, StaticLinear, W4A8Experts, W8A8Linear
+
+COUNTS = 1  # group_list_type: rows of each expert, not running sums
+
+
+class AscendProducts(Products):
+    """Matrix products."""
+
+    def __init__(self, npu: Npu, norms: Norms):
+        self.npu, self.norms = npu, norms
+
+    def linear(self, x: Activation, linear: Linear) -> Tensor:
+        if isinstance(linear, FloatLinear):
+            if isinstance(x, Quantized):
+                raise BackendError("a float linear was given quantized rows")
+            return F.linear(x, linear.weight)
+        if isinstance(linear, StaticLinear):
+            return self._static_matmul(x, linear)
+        handle = own(linear, W8A8Linear)
+        rows = x if isinstance(x, Quantized) else self.norms.dynamic_quant(x)
+        product: Tensor = self.npu.operators.npu_quant_matmul(
+            rows.codes, handle.weight, handle.scale, pertoken_scale=rows.scale, output_dtype=self.npu.dtype
+        )
+        return product
+
+    def _static_matmul(self, x: Activation, handle: StaticLinear) -> Tensor:
+        if isinstance(x, Quantized):
+            raise BackendError("a static W8A8 linear was given quantized rows")
+        # div_mode False multiplies: the engines' choice, and the one that takes float16 too.
+        codes = self.npu.operators.npu_quantize(x, handle.factor, handle.offset, torch.qint8, -1, False)
+        product: Tensor = self.npu.operators.npu_quant_matmul(
+            codes, handle.weight, handle.deq_scale, bias=handle.quant_bias, output_dtype=self.npu.dtype
+        )
+        return product
+
+    def router_logits(self, x: Tensor, router: Router) -> Tensor:
+        return F.linear(x.float(), own(router, DeviceRouter).weight)
+
+    def grouped_matmul(self, x: Activation, experts: Experts, group_list: Tensor) -> Tensor:
+        if isinstance(experts, FloatExperts):
+            if isinstance(x, Quantized):
+                raise BackendError("float experts were given quantized rows")
+            return self._grouped_matmul(x, experts.weight, group_list)
+        handle = own(experts, QuantizedExperts)
+        rows = x if isinstance(x, Quantized) else self.norms.dynamic_quant(x)
+        scales = {"scale": [handle.scale], "per_token_scale": [rows.scale]}
+        if isinstance(handle, W4A8Experts):
+            return self._grouped_matmul(rows.codes, handle.weight, group_list, bias=[handle.scale_bias], **scales)
+        return self._grouped_matmul(rows.codes, handle.weight, group_list, **scales)
+
+    def _grouped_matmul(self, rows: Tensor, weight: Tensor, group_list: Tensor, **scales: list[Tensor]) -> Tensor:
+        product: Tensor = self.npu.operators.npu_grouped_matmul(
+            [rows],
+            [weight],
+            group_list=group_list,
+            group_list_type=COUNTS,
+            group_type=0,
+            split_item=2,
+            output_dtype=self.npu.dtype,
+            **scales,
+        )[0]
+        return product
+
+    def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        # What comes out of decode attention is stored head by head: then x needs no transposition in the kernel, which
+        # limits heads · K to 65535 (128 heads of 512 exceed it).
+        by_head = x.transpose(0, 1)
+        stored, order = (by_head, (0, 1, 2)) if by_head.is_contiguous() else (x, (1, 0, 2))
+        product: Tensor = self.npu.operators.npu_transpose_batchmatmul(stored, weight, perm_x1=order, perm_y=(1, 0, 2))
+        return product

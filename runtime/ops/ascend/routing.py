@@ -1,0 +1,82 @@
+"""Routing to experts on torch_npu."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ....errors import BackendError
+from ..handles import Activation, Gating, Quantized
+from ..norms import Norms
+from ..products import Products
+from ..routing import Routing
+from .device import Npu
+
+COUNTS = 1  # expert_tokens_num_type: rows of each expert, not running sums
+ROW_ORDER = 2  # drop_pad_mode of finalize: row_index[t · k + j], as init_routing_v2 gives it (the default is columns)
+DYNAMIC_INT8, NOT_QUANTIZED = 1, -1  # quant_mode of init_routing_v2
+
+
+class AscendRouting(Routing):
+    """Routing; the blocks around it are the default ones."""
+
+    def __init__(self, npu: Npu, norms: Norms, products: Products):
+        super().__init__(norms, products)
+        self.npu = npu
+
+    def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
+        check_gating(gating, bias is not None)
+        sigmoid = gating.scoring == "sigmoid"
+        if sigmoid == gating.renormalize:
+            weights, ids, _ = self.npu.operators.npu_moe_gating_top_k(
+                logits,
+                gating.k,
+                bias=bias,
+                k_group=gating.k_group,
+                group_count=gating.group_count,
+                group_select_mode=gating.group_select_mode,
+                renorm=0,
+                norm_type=int(sigmoid),
+                routed_scaling_factor=gating.scaling,
+                eps=1e-20,
+            )
+            return weights, ids
+        # Softmax over the chosen logits is softmax over all of them, normalised.
+        weights, ids, _ = self.npu.operators.npu_moe_gating_top_k_softmax_v2(logits, k=gating.k, renorm=1)
+        return (weights if gating.scaling == 1.0 else weights * gating.scaling), ids
+
+    def moe_init_routing(
+        self, x: Tensor, expert_ids: Tensor, num_experts: int, quantize: bool
+    ) -> tuple[Activation, Tensor, Tensor]:
+        rows, row_index, group_list, scale = self.npu.operators.npu_moe_init_routing_v2(
+            x,
+            expert_ids,
+            active_num=expert_ids.numel(),
+            expert_num=num_experts,
+            expert_tokens_num_type=COUNTS,
+            expert_tokens_num_flag=True,
+            active_expert_range=[0, num_experts],
+            quant_mode=DYNAMIC_INT8 if quantize else NOT_QUANTIZED,
+        )
+        return (Quantized(rows, scale) if quantize else rows), row_index, group_list
+
+    def moe_finalize_routing(
+        self, rows: Tensor, weights: Tensor, row_index: Tensor, expert_ids: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        out: Tensor = self.npu.operators.npu_moe_finalize_routing(
+            rows, skip, None, None, weights.to(self.npu.dtype), row_index, expert_ids, drop_pad_mode=ROW_ORDER
+        )
+        return out
+
+
+def check_gating(gating: Gating, biased: bool) -> None:
+    """Raises BackendError for a router that the NPU has no operator for.
+
+    Its sigmoid router always normalises the weights; its softmax router does only without groups and correction bias.
+    """
+    sigmoid = gating.scoring == "sigmoid"
+    if sigmoid != gating.renormalize and (sigmoid or biased or gating.group_count > 1):
+        groups = f" in {gating.group_count} groups" if gating.group_count > 1 else ""
+        raise BackendError(
+            f"the NPU has no router that scores by {gating.scoring}{groups} with norm_topk_prob "
+            f"{str(gating.renormalize).lower()}"
+        )

@@ -1,0 +1,152 @@
+"""What the Ascend backend needs around it: a torch_npu that fits torch, CANN, and a chip with the right operators.
+
+Everything here answers in one line (`BackendError`) where torch_npu itself would end in a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+
+from ....errors import BackendError
+
+INSTALL_HINT = "pip install 'npuq[ascend]' (torch 2.13.0 with torch_npu 2.13.0)"
+
+
+OPERATORS = (
+    "npu_add_rms_norm",
+    "npu_add_rms_norm_dynamic_quant",
+    "npu_attention_update",
+    "npu_dequant_swiglu_quant",
+    "npu_dynamic_quant",
+    "npu_format_cast",
+    "npu_fused_infer_attention_score",
+    "npu_fused_infer_attention_score_v2",
+    "npu_grouped_matmul",
+    "npu_interleave_rope",
+    "npu_kv_rmsnorm_rope_cache",
+    "npu_mla_prolog_v3",
+    "npu_moe_finalize_routing",
+    "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_init_routing_v2",
+    "npu_quant_matmul",
+    "npu_quantize",
+    "npu_rms_norm",
+    "npu_swiglu",
+    "npu_transpose_batchmatmul",
+)
+"""Every operator of torch_npu that the backend calls."""
+
+
+@dataclass(frozen=True)
+class Soc:
+    """A family of chips, recognised by the name that the driver reports, and what its operators can do.
+
+    int4_experts: int8 × int4 grouped matmul. nz_mla: absorbed attention on a FRACTAL_NZ cache. mla: `interleave_rope`,
+    `kv_rmsnorm_rope_cache` and attention with separate rope tensors at all. Sources: product tables of the operator
+    documentation, and CANN's operator registrations.
+    """
+
+    family: str
+    pattern: str
+    int4_experts: bool
+    nz_mla: bool
+    mla: bool
+
+
+SOCS = (
+    Soc("Atlas A3 (Ascend 910C)", r"Ascend910_93", int4_experts=True, nz_mla=True, mla=True),
+    Soc("Ascend 950 (A5)", r"Ascend(910_95|950)", int4_experts=False, nz_mla=False, mla=False),
+    Soc("Atlas A2 (Ascend 910B)", r"Ascend910B", int4_experts=True, nz_mla=True, mla=True),
+    Soc("Atlas 310P", r"Ascend310P", int4_experts=False, nz_mla=False, mla=False),
+)
+
+
+def soc_of(name: str) -> Soc:
+    """The family of a device name such as "Ascend910B2". Raises BackendError for one that is not known."""
+    for soc in SOCS:
+        if re.match(soc.pattern, name, re.IGNORECASE):
+            return soc
+    raise BackendError(f"device {name!r} is not known; npuq runs on {supported_families()}")
+
+
+def supported_families() -> str:
+    """The families that run every operator of the backend, for messages."""
+    return " and ".join(soc.family for soc in SOCS if soc.mla and soc.int4_experts)
+
+
+def require_soc(name: str) -> Soc:
+    """`soc_of`, refusing chips that lack an operator the backend cannot do without."""
+    soc = soc_of(name)
+    if not (soc.mla and soc.nz_mla and soc.int4_experts):
+        raise BackendError(
+            f"{soc.family} ({name}) has no int4 grouped matmul and no MLA attention on a FRACTAL_NZ cache; "
+            f"npuq runs on {supported_families()}"
+        )
+    return soc
+
+
+def release(version: str) -> str:
+    """The part of a version that torch and torch_npu share: "2.13.0+cpu" and "2.13.0.post1" → "2.13.0"."""
+    match = re.match(r"\d+\.\d+\.\d+", version)
+    return match.group() if match else version
+
+
+def torch_npu_version() -> str | None:
+    """The installed torch_npu's version, without importing it."""
+    try:
+        return metadata.version("torch_npu")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(torch_version: str, npu_version: str) -> None:
+    """Raises BackendError unless torch_npu was built for this torch: both share one release number."""
+    if release(torch_version) != release(npu_version):
+        raise BackendError(
+            f"torch_npu {npu_version} is built for torch {release(npu_version)}, but torch {torch_version} is "
+            f"installed; install the pair: {INSTALL_HINT}"
+        )
+
+
+def import_torch_npu() -> ModuleType:
+    """torch_npu, imported. Raises BackendError when it is missing, does not fit torch, or finds no CANN."""
+    import torch
+
+    version = torch_npu_version()
+    if version is None or importlib.util.find_spec("torch_npu") is None:
+        raise BackendError(f"the ascend backend needs torch_npu: {INSTALL_HINT}, on a machine with CANN")
+    check_versions(torch.__version__, version)
+    try:
+        return importlib.import_module("torch_npu")
+    except ImportError as error:
+        raise BackendError(explain_import_error(version, error)) from error
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()
+        raise BackendError(f"torch_npu {version} does not start: {line[0] if line else error!r}") from error
+
+
+def explain_import_error(version: str, error: ImportError) -> str:
+    """One line for a torch_npu that does not load: nearly always CANN that is missing or not on the library path."""
+    library = re.search(r"lib\w+\.so[\w.]*", str(error))
+    if library is None:
+        return f"torch_npu {version} does not import: {error}"
+    return (
+        f"torch_npu {version} does not load: {library.group()} is not found; install CANN and source its set_env.sh "
+        "(usually /usr/local/Ascend/ascend-toolkit/set_env.sh)"
+    )
+
+
+def npu_count() -> int:
+    """How many NPUs can be used here; 0 where torch_npu is not installed or cannot start."""
+    if torch_npu_version() is None:
+        return 0
+    try:
+        return int(import_torch_npu().npu.device_count())
+    except (BackendError, RuntimeError):
+        return 0

@@ -1,0 +1,175 @@
+"""Weights on their way to a backend: as they are stored, what describes them, and the handles that operators take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from ...errors import BackendError
+from ...formats.schemes import Scheme
+from ...formats.static_w8a8 import InputScale
+from ...models.mla import Mla as MlaWidths
+
+
+class Linear:
+    """One or several linears fused along their outputs, laid out as one backend likes: only that backend takes it."""
+
+
+class Experts:
+    """The same linear (or fused gate|up) of every expert of a layer, for one grouped matmul."""
+
+
+class Router:
+    """The router's weight, multiplied in float32."""
+
+
+Handle = TypeVar("Handle")
+
+
+def own(handle: object, kind: type[Handle]) -> Handle:
+    """The handle as the kind that a backend makes. Raises BackendError for one that another backend made."""
+    if not isinstance(handle, kind):
+        raise BackendError(f"{type(handle).__name__} is no {kind.__name__}: another backend made it")
+    return handle
+
+
+class Quantized(NamedTuple):
+    """Rows quantized per token: `codes` int8 `[rows, K]`, `scale` float32 `[rows]`; value = codes · scale."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+Activation: TypeAlias = Tensor | Quantized
+"""What a linear takes: rows in the compute dtype, or rows already quantized."""
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a W8A8 linear with a static input scale has: its activations become clamp(round(x / scale + offset)).
+
+    deq_scale: float32 `[N]`, the product's scale; quant_bias: int32 `[N]`, added to the integer product before it.
+    """
+
+    inputs: InputScale
+    deq_scale: Tensor
+    quant_bias: Tensor
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """One linear as it is stored; tensors are memory-mapped and must not be written to.
+
+    weight: FLOAT: float `[N, K]` (bf16, fp16 or fp32); W8A8_DYNAMIC and W8A8: int8 `[N, K]`; W4A8_DYNAMIC: int8
+    `[N/2, K]`, byte `[j, k]` holding row 2j in the low and row 2j+1 in the high nibble.
+    scale: float32 `[N, 1]`, None for FLOAT and W8A8.
+    scale_bias: float32 `[N, 1]` or `[N, 16]` (partial sums over K, to be added), only for W4A8_DYNAMIC.
+    static: only for W8A8.
+    """
+
+    name: str
+    scheme: Scheme
+    weight: Tensor
+    scale: Tensor | None = None
+    scale_bias: Tensor | None = None
+    static: Static | None = None
+
+
+class AttentionWeights:
+    """The attention weights of a layer, of one kind of attention and laid out as one backend likes."""
+
+
+@dataclass(frozen=True)
+class MlaConfig(MlaWidths):
+    """Widths and constants of multi-head latent attention."""
+
+    rms_norm_eps: float
+    softmax_scale: float
+
+
+@dataclass(frozen=True)
+class MlaParts:
+    """The stored attention weights of one layer, from which `Attention.mla` makes its handle.
+
+    q_a, q_b and q_a_norm (float `[q_lora]`) are None, and q set, in models without q_lora; otherwise q is None.
+    kv_b is float `[N·(nope+v), L]`; kv_a_norm is float `[L]`.
+    """
+
+    q: LinearPart | None
+    q_a: LinearPart | None
+    q_a_norm: Tensor | None
+    q_b: LinearPart | None
+    kv_a: LinearPart
+    kv_a_norm: Tensor
+    kv_b: Tensor
+    o: LinearPart
+
+
+@dataclass(frozen=True)
+class Mla(AttentionWeights):
+    """Multi-head latent attention of a layer, as far as all backends have it alike.
+
+    w_uk: `[N, nope, L]`, absorbs a query into latent space; w_uv: `[N, L, v]`, brings attention out of it.
+    """
+
+    config: MlaConfig
+    kv_a_norm: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
+    o: Linear
+
+
+@dataclass(frozen=True)
+class MlaWeights(Mla):
+    """The default attention handle.
+
+    qkv_a: one fused linear for (q_a or q | kv_a), or two where their schemes differ.
+    """
+
+    qkv_a: tuple[Linear, ...]
+    q_a_norm: Tensor | None
+    q_b: Linear | None
+    kv_b: Linear
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How a router's logits become k experts and their weights.
+
+    scoring: "sigmoid" or "softmax". group_count groups of E/group_count neighbours, of which the best `k_group` stay;
+    a group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
+    renormalize: divide the k weights by (their sum + 1e-20). scaling: then multiply by this.
+    """
+
+    k: int
+    scoring: str
+    group_count: int = 1
+    k_group: int = 1
+    group_select_mode: int = 0
+    renormalize: bool = False
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """A dense or shared feed-forward block: `gate_up` gives `[T, 2·I]` with gate in the left half."""
+
+    gate_up: Linear
+    down: Linear
+    quantized: bool  # down takes rows quantized per token
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`."""
+
+    router: Router
+    correction_bias: Tensor | None  # float32 [E]; only for selection, never in the weights
+    gating: Gating
+    gate_up: Experts
+    down: Experts
+    num_experts: int
+    quantized: bool  # both linears take int8 activations
+    shared: MlpWeights | None = None  # the experts that every token takes

@@ -1,0 +1,65 @@
+"""A step as the native kernels take it: looked at once, for all layers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ....native.integers import int64_array
+from ....native.pointers import address
+from ..steps import Decode, Step
+
+
+@dataclass(frozen=True)
+class NativeStep:
+    """Arguments that every layer's call has: `rows` are those of each token (cos, sin, slots), `decode` says how the
+    queries and keys of the sequences lie. `kept` is the memory behind them."""
+
+    step: Step
+    tokens: int
+    rope_dim: int
+    rows: tuple[int, int, int]
+    decode: tuple[object, ...]
+    kept: tuple[Tensor, ...]
+
+
+def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
+    """The step's arguments. Raises ValueError for tensors that have not its sizes, or not the compute dtype."""
+    cos, sin, slots = step.cos.contiguous(), step.sin.contiguous(), step.slots.contiguous()
+    tokens, rope_dim = slots.shape[0], cos.shape[-1]
+    rows = (
+        address(cos, operator, "cos", dtype, tokens, rope_dim),
+        address(sin, operator, "sin", dtype, tokens, rope_dim),
+        address(slots, operator, "slots", torch.int64, tokens),
+    )
+    if step.decode is None:
+        return NativeStep(step, tokens, rope_dim, rows, (), (cos, sin, slots))
+    table = step.decode.block_table.contiguous()
+    decode = decode_arguments(operator, step.decode, table, tokens)
+    return NativeStep(step, tokens, rope_dim, rows, decode, (cos, sin, slots, table))
+
+
+def decode_arguments(operator: str, decode: Decode, table: Tensor, tokens: int) -> tuple[object, ...]:
+    """How the queries and keys of a step's sequences lie, `table` being the contiguous block table, which is kept."""
+    sequences, width = len(decode.q_lens), table.shape[1]
+    return (
+        lengths(operator, "q_lens", decode.q_lens, sequences, tokens),
+        lengths(operator, "kv_lens", decode.kv_lens, sequences),
+        sequences,
+        address(table, operator, "block_table", torch.int32, sequences, width),
+        width,
+    )
+
+
+def lengths(
+    operator: str, name: str, values: Sequence[int], sequences: int, total: int | None = None
+) -> ctypes.Array[ctypes.c_int64]:
+    """A length for every sequence; cumulative ones end at `total`."""
+    if len(values) != sequences or (total is not None and (values[-1] if values else 0) != total):
+        rows = "" if total is None else f" and {total} rows"
+        raise ValueError(f"{operator}: {name} {list(values)[:8]} do not fit {sequences} sequences{rows}")
+    return int64_array(values, operator, name)

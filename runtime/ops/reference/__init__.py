@@ -1,0 +1,37 @@
+"""The specification: every operator in plain torch, as the NPU computes it, integer for integer where it is integer."""
+
+from __future__ import annotations
+
+import torch
+
+from ....errors import BackendError
+from .. import Ops
+from .attention import ReferenceAttention
+from .norms import ReferenceNorms
+from .products import ReferenceProducts
+from .routing import ReferenceRouting
+from .weights import ReferenceWeights
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises BackendError for a dtype that torch's operators on the CPU do not compute in."""
+    if dtype not in COMPUTE_DTYPES:
+        raise BackendError(f"compute dtype {dtype} is not one of float32, bfloat16 and float16")
+
+
+class ReferenceOps(Ops):
+    """Plain torch on the CPU."""
+
+    name = "reference"
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        check_dtype(dtype)
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        self.weights = ReferenceWeights()
+        self.norms = ReferenceNorms(dtype)
+        self.products = ReferenceProducts(dtype, self.norms)
+        self.routing = ReferenceRouting(dtype, self.norms, self.products)
+        self.attention = ReferenceAttention(dtype, self.weights, self.norms, self.products)

@@ -1,0 +1,70 @@
+"""Norms, activation functions and quantization in plain torch.
+
+Rounding rules are those of the NPU operators' kernels; the three quantizers differ on purpose (half-even of x·(127/m),
+half-away of x/(m/127), half-even of y/(m/127)).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..handles import Quantized
+from ..norms import Norms
+
+
+class ReferenceNorms(Norms):
+    """Operators on rows in plain torch. dtype: the compute dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        return table[token_ids].to(self.dtype)
+
+    def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+        return (_normalise(x.float(), eps) * gamma.float()).to(self.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x.float() + residual.float()
+        rounded = _normalise(total, eps).to(self.dtype).float()
+        return (rounded * gamma.float()).to(self.dtype), total.to(self.dtype)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        return _swiglu(x.float()).to(self.dtype)
+
+    def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
+        values = x.float() if smooth is None else x.float() * smooth.float()
+        largest = row_maximum(values)
+        # A tensor over a tensor: torch computes a number over a tensor as the number times its reciprocal.
+        factor = torch.full_like(largest, 127.0) / largest
+        zero = factor.isinf()
+        codes = (values * factor.masked_fill(zero, 0.0)[:, None]).round().nan_to_num(0.0).to(torch.int8)
+        return Quantized(codes, factor.reciprocal().masked_fill(zero, 0.0))
+
+    def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
+        values = _swiglu(x.float())
+        scale = row_maximum(values) / 127.0
+        return Quantized((values / nonzero(scale)).round().nan_to_num(0.0).to(torch.int8), scale)
+
+
+def row_maximum(values: Tensor) -> Tensor:
+    """max |value| of each row; NaN for a row with a NaN or an infinity, which no scale can carry: its codes are 0 and
+    its scale NaN, so that all that follows from it is NaN and not a plausible number."""
+    largest = values.abs().amax(-1)
+    return largest.masked_fill(largest.isinf(), torch.nan)
+
+
+def nonzero(scale: Tensor) -> Tensor:
+    """The scale as a divisor `[rows, 1]`: 1 where it is 0, whose rows are all zeros."""
+    return scale.masked_fill(scale == 0, 1.0)[:, None]
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,68 @@
+"""Routing to experts in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..handles import Activation, Gating, Quantized
+from ..norms import Norms
+from ..products import Products
+from ..routing import Routing
+from .norms import nonzero, row_maximum
+
+
+class ReferenceRouting(Routing):
+    """Routing on the CPU. dtype: the compute dtype."""
+
+    def __init__(self, dtype: torch.dtype, norms: Norms, products: Products):
+        super().__init__(norms, products)
+        self.dtype = dtype
+
+    def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
+        scores = logits.sigmoid() if gating.scoring == "sigmoid" else logits.softmax(-1)
+        choice = scores if bias is None else scores + bias
+        if gating.group_count > 1:
+            choice = _keep_best_groups(choice, gating)
+        ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : gating.k]
+        weights = scores.gather(-1, ids)
+        if gating.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * gating.scaling, ids.int()
+
+    def moe_init_routing(
+        self, x: Tensor, expert_ids: Tensor, num_experts: int, quantize: bool
+    ) -> tuple[Activation, Tensor, Tensor]:
+        order = expert_ids.flatten().sort(stable=True).indices
+        rows = x[order // expert_ids.shape[1]]
+        row_index = torch.empty_like(order, dtype=torch.int32)
+        row_index[order] = torch.arange(len(order), dtype=torch.int32)
+        group_list = torch.bincount(expert_ids.flatten(), minlength=num_experts)
+        if not quantize:
+            return rows, row_index, group_list
+        values = rows.float()
+        scale = row_maximum(values) / 127.0
+        quotient = (values / nonzero(scale)).nan_to_num(0.0)
+        whole = quotient.trunc()
+        # Not floor(|q| + ½): that sum rounds up for the float just below ½.
+        codes = whole + ((quotient - whole).abs() >= 0.5) * quotient.sign()
+        return Quantized(codes.to(torch.int8), scale), row_index, group_list
+
+    def moe_finalize_routing(
+        self, rows: Tensor, weights: Tensor, row_index: Tensor, expert_ids: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        tokens, k = weights.shape
+        chosen = rows[row_index.long()].view(tokens, k, -1).float()
+        factors = weights.to(self.dtype).float()
+        out = torch.zeros_like(chosen[:, 0]) if skip is None else skip.float()
+        for j in range(k):
+            out = out + factors[:, j, None] * chosen[:, j]
+        return out.to(self.dtype)
+
+
+def _keep_best_groups(choice: Tensor, gating: Gating) -> Tensor:
+    grouped: Tensor = choice.unflatten(-1, (gating.group_count, -1))
+    best = grouped.topk(2, dim=-1).values.sum(-1) if gating.group_select_mode == 1 else grouped.amax(-1)
+    kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : gating.k_group]
+    dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
+    return grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)

@@ -1,0 +1,78 @@
+"""Mixtures of experts, and the dense feed-forward blocks beside them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from .handles import Activation, Gating, MlpWeights, MoeWeights
+from .norms import Norms
+from .products import Products
+
+
+class Routing(ABC):
+    """Three operators that route tokens to experts and back, and the blocks made of them, of products and of norms."""
+
+    def __init__(self, norms: Norms, products: Products):
+        self.norms, self.products = norms, products
+
+    @abstractmethod
+    def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
+        """logits float32 `[T, E]`, bias float32 `[E]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`).
+
+        In order of descending biased score, the lower index first among equals. All in float32.
+        """
+
+    @abstractmethod
+    def moe_init_routing(
+        self, x: Tensor, expert_ids: Tensor, num_experts: int, quantize: bool
+    ) -> tuple[Activation, Tensor, Tensor]:
+        """Sort the T·k copies of the tokens by expert (stable).
+
+        x `[T, H]`, expert_ids int32 `[T, k]` → (rows `[R, H]`; row_index int32 `[R]`, where flat copy t·k + j went;
+        group_list int64 `[E]`, the number of rows of each expert). With `quantize` the rows come quantized per row:
+        scale = max|x| / 127, codes = round-half-away(x / scale); a zero row gives zeros.
+        """
+
+    @abstractmethod
+    def moe_finalize_routing(
+        self, rows: Tensor, weights: Tensor, row_index: Tensor, expert_ids: Tensor, skip: Tensor | None
+    ) -> Tensor:
+        """out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]] → `[T, H]`, float32 inside, rounded once.
+
+        weights float32 `[T, k]` (rounded to the compute dtype first), skip `[T, H]` or None (the shared experts).
+        """
+
+    def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
+        """A dense or shared feed-forward block: `[T, H]` → `[T, H]`."""
+        gate_up = self.products.linear(hidden, weights.gate_up)
+        inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
+        return self.products.linear(inner, weights.down)
+
+    def moe_of(self, weights: MoeWeights) -> MoeWeights:
+        """The handle that `moe` takes. Override to lay weights out for a fused layer."""
+        return weights
+
+    def moe(self, hidden: Tensor, weights: MoeWeights) -> Tensor:
+        """A mixture of experts and the shared ones beside it: `[T, H]` → `[T, H]`."""
+        dense = None if weights.shared is None else self.mlp(hidden, weights.shared)
+        top_weights, expert_ids = self.moe_gate(hidden, weights)
+        return self.moe_experts(hidden, top_weights, expert_ids, weights, dense)
+
+    def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+        """The router: hidden `[T, H]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`)."""
+        logits = self.products.router_logits(hidden, weights.router)
+        return self.moe_gating_top_k(logits, weights.correction_bias, weights.gating)
+
+    def moe_experts(
+        self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
+    ) -> Tensor:
+        """The chosen experts of every token, weighted, plus `shared` `[T, H]`: `[T, H]` → `[T, H]`."""
+        rows, row_index, group_list = self.moe_init_routing(
+            hidden, expert_ids, weights.num_experts, quantize=weights.quantized
+        )
+        gate_up = self.products.grouped_matmul(rows, weights.gate_up, group_list)
+        inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
+        out = self.products.grouped_matmul(inner, weights.down, group_list)
+        return self.moe_finalize_routing(out, top_weights, row_index, expert_ids, shared)

@@ -1,0 +1,84 @@
+"""From stored weights to a backend's handles, at load."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import ArtifactError
+from ...formats.schemes import Scheme
+from .handles import Experts, Linear, LinearPart, Router
+
+
+class Weights(ABC):
+    """Lays stored weights out as the backend's products take them."""
+
+    def fusible(self, parts: Sequence[LinearPart]) -> list[list[LinearPart]]:
+        """Linears of one input, grouped into those that run as one: all of them if they share their scheme."""
+        return [list(parts)] if len({part.scheme for part in parts}) == 1 else [[part] for part in parts]
+
+    def linear_of(self, parts: Sequence[LinearPart]) -> Linear:
+        """Fuse parts that share one scheme. Raises ArtifactError where they do not, or where it is not a dense one."""
+        schemes = {part.scheme for part in parts}
+        if schemes == {Scheme.FLOAT}:
+            return self.float_linear([part.weight for part in parts])
+        if schemes == {Scheme.W8A8}:
+            return self.w8a8_linear(parts)
+        names = ", ".join(f"{part.name} ({part.scheme.value})" for part in parts)
+        if schemes != {Scheme.W8A8_STATIC}:
+            raise ArtifactError(f"linears that run as one must share one scheme, W8A8_DYNAMIC, W8A8 or FLOAT: {names}")
+        if len({part.static.inputs for part in parts if part.static is not None}) != 1:
+            raise ArtifactError(f"linears that run as one must share input_scale and input_offset: {names}")
+        return self.static_linear(parts)
+
+    def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
+        """Stack experts that all have one scheme. Raises ArtifactError where they do not."""
+        schemes = {part.scheme for parts in experts for part in parts}
+        if len(schemes) != 1:
+            names = f"{experts[0][0].name} … {experts[-1][-1].name}"
+            raise ArtifactError(
+                f"a layer's routed experts must share one scheme, found {sorted(s.value for s in schemes)}: {names}"
+            )
+        if Scheme.W8A8_STATIC in schemes:
+            raise ArtifactError(f"{experts[0][0].name}: routed experts cannot have a static input scale (W8A8)")
+        make = {
+            Scheme.FLOAT: self.float_experts,
+            Scheme.W8A8: self.w8a8_experts,
+            Scheme.W4A8: self.w4a8_experts,
+        }[schemes.pop()]
+        return make(experts)
+
+    @abstractmethod
+    def float_linear(self, weights: Sequence[Tensor]) -> Linear:
+        """Fuse float `[N_i, K]` weights (stored dtype) along their outputs: x `[T, K]` → `[T, ΣN_i]`."""
+
+    @abstractmethod
+    def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
+        """Fuse W8A8 parts (`weight` int8 `[N_i, K]`, `scale` float32 `[N_i, 1]`) along their outputs."""
+
+    @abstractmethod
+    def static_linear(self, parts: Sequence[LinearPart]) -> Linear:
+        """Fuse W8A8 parts (`weight` int8 `[N_i, K]`, `static` with one InputScale for all) along their outputs."""
+
+    @abstractmethod
+    def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
+        """For each expert the FLOAT parts to fuse along their outputs (gate, up) or (down,)."""
+
+    @abstractmethod
+    def w8a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
+        """For each expert the W8A8 parts to fuse along their outputs."""
+
+    @abstractmethod
+    def w4a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
+        """For each expert the W4A8 parts to fuse along their outputs; the N_i are even."""
+
+    @abstractmethod
+    def router(self, weight: Tensor) -> Router:
+        """The router's float `[E, H]` weight."""
+
+    @abstractmethod
+    def parameter(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A small tensor (norm gain, router bias, rope table) or the embedding, on the device; dtype None keeps it."""
