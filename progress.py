@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,3 +58,23 @@ class Silent:
 
     def note(self, text: str, /) -> None:
         return
+
+
+class LayersLeft:
+    """Which layers still have parts to come, of those whose parts' layers are given (None: of no layer)."""
+
+    def __init__(self, layers: Iterable[int | None]):
+        self._left = Counter([layer for layer in layers if layer is not None])
+        self.count = len(self._left)
+
+    @property
+    def done(self) -> int:
+        """How many have nothing to come."""
+        return sum(parts == 0 for parts in self._left.values())
+
+    def part_done(self, layer: int | None) -> bool:
+        """Count one part; whether it was its layer's last."""
+        if layer is None:
+            return False
+        self._left[layer] -= 1
+        return self._left[layer] == 0

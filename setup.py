@@ -1,8 +1,8 @@
 """Builds the optional native library beside the Python that loads it; everything else is in pyproject.toml.
 
 The library is plain C behind a plain C interface, loaded with ctypes: it links neither Python nor torch, so one build
-serves every version of both. `native/level.c` is compiled once for each instruction set. Without a compiler the install
-succeeds and torch does the work; `npuq --version` says which.
+serves every version of both. `native/common/level.c` is compiled once for each instruction set. Without a compiler the
+install succeeds and torch does the work; `npuq --version` says which.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ UNITS = {"sha256": {"x86_64": ["-msse4.1", "-msha"], "aarch64": ["-march=armv8-a
 
 def build(target: Path, objects: Path, compiler: list[str], machine: str, extra: list[str]) -> None:
     """Compile and link the library. Raises CompileError with the compiler's words."""
-    source = Path("native")
+    source = ROOT / "native"
     units: list[tuple[Path, str, list[str]]] = [
         (path, path.stem, UNITS.get(path.stem, {}).get(machine, []))
-        for path in sorted((ROOT / source).glob("*.c"))
+        for path in sorted(source.rglob("*.c"))
         if path.name != "level.c"
     ]
     for level, flags in LEVELS.get(machine, {"portable": []}).items():
-        units.append((ROOT / source / "level.c", f"level_{level}", [f"-DNPUQ_LEVEL_NAME={level}", *flags]))
+        units.append((source / "common" / "level.c", f"level_{level}", [f"-DNPUQ_LEVEL_NAME={level}", *flags]))
     objects.mkdir(parents=True, exist_ok=True)
 
     def compile_unit(unit: tuple[Path, str, list[str]]) -> str:
         path, name, flags = unit
         output = str(objects / f"{name}.o")
-        run([*compiler, *FLAGS, *flags, *extra, "-c", str(path), "-o", output])
+        run([*compiler, *FLAGS, *flags, *extra, "-I", str(source), "-c", str(path), "-o", output])
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

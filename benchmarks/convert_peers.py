@@ -29,11 +29,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npuq.formats.dialects import StoredRows
 from npuq.formats.int4 import unpack_int4
 from npuq.formats.schemes import BIAS, SCALE, WEIGHT, Scheme, quantize_stored
 from npuq.native import binding as native
 from npuq.quant.scales import Method
+from npuq.quant.stored_rows import StoredRows
 
 PEERS = ("llmcompressor", "msmodelslim")
 WIDTHS = (7168, 2048)  # DeepSeek-V3's gate/up and down projections

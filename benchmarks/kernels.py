@@ -21,10 +21,11 @@ from machine_limits import best as best_of
 from machine_limits import fastest_int8, random_int8
 from torch import Tensor
 
-from npuq.formats.dialects import BlockScale, StoredRows
 from npuq.formats.schemes import Scheme
 from npuq.native import binding as native
 from npuq.native.library import levels
+from npuq.quant.stored_rows import BlockScale, StoredRows
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, LinearPart, Quantized
 from npuq.runtime.ops.native import NativeOps
 
@@ -161,10 +162,11 @@ def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> 
     q_latent, q_rope = (torch.randn(1, heads, width).bfloat16() for width in (latent, rope))
     table = torch.arange(KEYS // block, dtype=torch.int32)[None]
     decode, operations, found = Decode((1,), (KEYS,), table), KEYS * heads * (2 * latent + rope), []
-    for name, scales in (("bf16", None), ("int8", [torch.full((latent,), 0.03)])):
-        (cache,) = ops.attention.new_kv_cache(1, KEYS // block, block, latent, rope, scales)
-        cache.latent.random_(-100, 100)
-        cache.rope.normal_()
+    for name, scales in (("bf16", {}), ("int8", {"latent": torch.full((latent,), 0.03)})):
+        pools = Pool("latent", latent, int8=True), Pool("rope", rope)
+        cache = ops.attention.new_cache(pools, KEYS // block, block, scales)
+        cache["latent"].tensor.random_(-100, 100)
+        cache["rope"].tensor.normal_()
         attend = partial(ops.attention.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
         rate = operations / best(attend, max(3, repeat // 5))
         what = f"absorbed attention, {KEYS} keys, {name} cache"

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from npuq.convert.finish.side_files import side_files
 from npuq.errors import CheckpointError, NpuqError
 from npuq.formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from npuq.formats.dialects import WeightSource
 from npuq.formats.safetensors import ITEM_BYTES, encode_header
+from npuq.formats.sources.opening import open_weights
+from npuq.formats.sources.weights import WeightSource
 from npuq.models.config import ModelConfig
 
 _SHARD_BYTES = 4 << 30
@@ -136,14 +137,14 @@ def make_outliers(source_directory: Path, output: Path, draw: Draw) -> None:
     """Write the rewritten checkpoint into a new directory. Raises CheckpointError for what is not DeepSeek's."""
     output.mkdir(parents=True)
     with Checkpoint.open(source_directory) as checkpoint:
-        source = WeightSource(checkpoint)
+        source = open_weights(checkpoint)
         config = ModelConfig.from_dict(checkpoint.config)
         weight_map: dict[str, str] = {}
         shards = list(_shards(source))
         progress = tqdm(total=len(source.weights), unit=" tensors", file=sys.stderr)
         for number, names in enumerate(shards, start=1):
             file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            entries = [(name, source.float_code(name), source.weights[name].shape) for name in names]
+            entries = [(name, source.weights[name].float_code, source.weights[name].shape) for name in names]
             with (output / file_name).open("wb") as file:
                 file.write(encode_header(entries, {"format": "pt"}))
                 for name in names:
@@ -165,7 +166,7 @@ def _shards(source: WeightSource) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, weight in source.weights.items():
-        nbytes = torch.Size(weight.shape).numel() * ITEM_BYTES[source.float_code(name)]
+        nbytes = torch.Size(weight.shape).numel() * ITEM_BYTES[source.weights[name].float_code]
         if names and size + nbytes > _SHARD_BYTES:
             yield names
             names, size = [], 0

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.text.tokenizer import Tokenizer
 
 PEERS = Path(__file__).resolve().parent / "peers"
 NPUQ = [sys.executable, "-m", "npuq"]

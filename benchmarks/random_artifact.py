@@ -12,10 +12,11 @@ from torch import Tensor
 
 from npuq.formats.artifact import DESCRIPTION_NAME, FORMAT_VERSION, MANIFEST_NAME, ROPE_NAME, description
 from npuq.formats.checkpoint import SINGLE_NAME
+from npuq.formats.rope_file import save_rope
 from npuq.formats.safetensors import encode_header
 from npuq.formats.schemes import Scheme, output_tensors
 from npuq.models.config import ModelConfig
-from npuq.models.rope import rope_tables, save_rope
+from npuq.models.rope import rope_tables
 
 # DeepSeek-V3 made small enough for a laptop: 2.6 GB, of which a decoded token reads about 0.6 GB.
 SMALL_V3: dict[str, Any] = {

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
-from .console import emit_json, format_bytes, json_option, show, size, work_is_done
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
+from .terminal.progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class ConversionInterruptedError(NpuqError):
 
 def _known_method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """A misspelt method is wrong usage."""
-    from ..convert.plan.recipe import parse_chain
+    from ..recipes.reading import parse_chain
 
     if value is not None:
         try:
@@ -198,9 +198,9 @@ def _print_summary(summary: Summary) -> None:
     rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
     show(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
     missing = ""
-    if summary.disk_bytes_missing < summary.disk_bytes_needed:
-        missing = f", {format_bytes(summary.disk_bytes_missing)} of it still"
-    needed, free = format_bytes(summary.disk_bytes_needed), format_bytes(summary.disk_bytes_free)
+    if summary.missing_disk_bytes < summary.needed_disk_bytes:
+        missing = f", {format_bytes(summary.missing_disk_bytes)} of it still"
+    needed, free = format_bytes(summary.needed_disk_bytes), format_bytes(summary.free_disk_bytes)
     show(f"disk: {needed} needed{missing}, {free} free")
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import emit_json, format_bytes, json_option, show
+from .terminal.console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
-    from ..runtime.doctor import Report
-    from ..runtime.selftest import Result
+    from ..runtime.diagnostics.doctor import Report
+    from ..runtime.diagnostics.selftest import Result
 
 
 @click.command("doctor")
@@ -29,7 +29,7 @@ def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> N
     """
     # Without CANN, a torch that loads torch_npu by itself does not even import. Here it is imported later, on purpose.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    from ..runtime.doctor import examine
+    from ..runtime.diagnostics.doctor import examine
 
     report = examine(model)
     results = _selftest(report, device) if selftest else []
@@ -45,7 +45,7 @@ def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> N
 
 def _selftest(report: Report, device: str) -> list[Result]:
     from ..runtime.backend import make_ops
-    from ..runtime.selftest import selftest
+    from ..runtime.diagnostics.selftest import selftest
 
     return list(selftest(make_ops("ascend", device=device) if report.ready else make_ops("cpu")))
 
@@ -85,7 +85,7 @@ def _print(report: Report) -> None:
     for name, value in rows.items():
         show(f"{name:10} {value or 'not found'}")
     for device in report.devices:
-        memory = f"{format_bytes(device.free_memory)} of {format_bytes(device.total_memory)} free"
+        memory = f"{format_bytes(device.free_memory_bytes)} of {format_bytes(device.total_memory_bytes)} free"
         show(f"npu:{device.index:<6} {device.name}, {device.family or 'unknown family'}, {memory}")
         if device.problem:
             show(f"{'':10} {device.problem}")

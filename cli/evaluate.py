@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..choices import BACKENDS, KV_CACHE_DTYPES
-from .console import emit_json, json_option, say, show
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, json_option, say, show
+from .terminal.progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
     from ..runtime import LayerError
@@ -64,7 +64,7 @@ def command(
     from ..inputs.files import decoded, read_given_bytes
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
-    from ..runtime.tokenizer_check import require_tokenizer
+    from ..runtime.text.tokenizer_check import require_tokenizer
     from ..verification.stored_evaluation import check_storable, store_evaluation
     from .transfer import local_model
 

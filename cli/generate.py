@@ -14,8 +14,8 @@ from ..errors import GenerationError
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .console import emit_json, json_option, say, size, write
 from .sampling import given_options, notes, sampling_options
+from .terminal.console import emit_json, json_option, say, size, write
 
 if TYPE_CHECKING:
     from ..runtime import Completion, Stream
@@ -103,8 +103,8 @@ def command(
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
-    from ..runtime.generation_config import default_sampling, read_generation_config
-    from ..runtime.tokenizer_check import require_tokenizer
+    from ..runtime.text.generation_config import default_sampling, read_generation_config
+    from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
     # All that can be refused is, before the weights are opened: options, then the small files, then the prompts.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .console import emit_json, format_bytes, json_option, show
-from .progress import progress_options
+from .terminal.console import emit_json, format_bytes, json_option, show
+from .terminal.progress import progress_options
 
 if TYPE_CHECKING:
     from ..verification import Inspection

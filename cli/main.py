@@ -14,7 +14,7 @@ import click
 
 from .. import __version__
 from ..errors import NpuqError
-from .console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
+from .terminal.console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
 
 # As sysexits.h has it: EX_SOFTWARE.
 _INTERNAL: Final = 70

@@ -9,8 +9,8 @@ import click
 
 from ..choices import HUBS
 from ..errors import ArtifactError
-from .console import emit_json, format_bytes, json_option, show, work_is_done
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, format_bytes, json_option, show, work_is_done
+from .terminal.progress import TerminalProgress, progress_options
 from .transfer import silence_client
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .console import emit_json, json_option, show
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, json_option, show
+from .terminal.progress import TerminalProgress, progress_options
 
 
 @click.command()

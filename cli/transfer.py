@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import HubError
-from .console import format_bytes
-from .progress import TerminalProgress
+from .terminal.console import format_bytes
+from .terminal.progress import TerminalProgress
 
 if TYPE_CHECKING:
     from ..formats.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
             raise click.UsageError("--download-window is for a repository on the hub; SOURCE is a directory")
         return Path(source)
     from ..formats.artifact import OWN_FOLDER
-    from ..hub import RemoteCheckpoint
+    from ..hub import open_remote
     from ..hub.remote import DEFAULT_WINDOW
 
     silence_client()
@@ -65,7 +65,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
     folder = Path(output) / OWN_FOLDER / "download"
     try:
         window_bytes = window_bytes or DEFAULT_WINDOW
-        return RemoteCheckpoint.open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
+        return open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
     except HubError as error:
         raise type(error)(f"{source}: no such directory here; on the hub: {error}") from None
 

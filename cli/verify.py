@@ -12,8 +12,8 @@ import click
 
 from ..choices import ENGINES
 from ..errors import NpuqError
-from .console import emit_json, json_option, show
-from .progress import TerminalProgress, progress_options
+from .terminal.console import emit_json, json_option, show
+from .terminal.progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
     from ..verification import RoleError, VerifyReport

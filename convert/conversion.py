@@ -13,9 +13,11 @@ from typing import Any
 from ..errors import ConversionError, NpuqError
 from ..formats.artifact import OWN_FOLDER
 from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
+from ..formats.output_files import write_error
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
+from ..quant.weight_error import ErrorSums
 from .calibrate.effort import calibrated_effort
 from .calibrate.layer_report import LayerReport
 from .calibrate.memory import calibrated_budget
@@ -28,10 +30,9 @@ from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .plan.prepare import CalibrationText, Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
-from .rewriting import RewrittenSource
 from .tally import Tally, data_free_effort
-from .write.journal import FileStamp, JobStats, Journal, Record
-from .write.output import Finished, check_separate, claim, look, write_error
+from .write.journal import FileStamp, Journal, Record
+from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
 from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps
 from .write.shards import ShardFiles, Write
@@ -104,8 +105,7 @@ def convert_checkpoint(
 
 
 def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> Budget:
-    held = prepared.source.held_bytes if isinstance(prepared.source, RewrittenSource) else 0
-    budget = plan_budget(prepared.plan, workers, max_memory, held)
+    budget = plan_budget(prepared.plan, workers, max_memory, prepared.source.held_bytes)
     if prepared.calibration is None:
         return budget
     tokens, length = prepared.calibration.tokens.numel(), prepared.calibration.sequence_length
@@ -186,7 +186,7 @@ class _Conversion:
             _settle(journal, found)
             resumed = list(record.jobs)
             tally.start(resumed)
-            prepared.source.expect([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
+            prepared.source.announce([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
             if walk is not None:
                 reports = walk.run()
                 kept = walk.kept_jobs
@@ -226,7 +226,7 @@ class _Conversion:
         """With a record of what is done; None where all is."""
         return plan_space(self.prepared, self.output, record, self.small_bytes)
 
-    def _roles(self, stats: Mapping[int, JobStats]) -> list[Mapping[str, Any]]:
+    def _roles(self, stats: Mapping[int, ErrorSums]) -> list[Mapping[str, Any]]:
         return [total.as_dict() for total in totals_by_role(self.prepared.plan.jobs, stats)]
 
     def _summary(
@@ -252,9 +252,9 @@ class _Conversion:
             workers=self.budget.workers,
             memory_bytes=self.budget.nbytes,
             plan_bytes=len(plan.jobs) * PLAN_BYTES_PER_JOB,
-            disk_bytes_needed=space.needed,
-            disk_bytes_missing=space.missing,
-            disk_bytes_free=space.free,
+            needed_disk_bytes=space.needed,
+            missing_disk_bytes=space.missing,
+            free_disk_bytes=space.free,
             seconds=time.monotonic() - self.started,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 from ..formats.schemes import Scheme
-from ..progress import Progress, Task
+from ..progress import LayersLeft, Progress, Task
 from ..quant.scales import Method
 from .plan.plan import Job, Plan
 
@@ -20,26 +19,6 @@ def data_free_effort(job: Job) -> float:
     """What a job costs that looks at its weight alone: nanoseconds of one core."""
     rounded = 0.0 if job.scheme is Scheme.FLOAT else _WEIGHT[job.method.scale_search] * job.rows * job.columns
     return _BYTE * job.source_bytes + rounded
-
-
-class LayersLeft:
-    """Which layers still have parts to come, of those whose parts' layers are given (None: of no layer)."""
-
-    def __init__(self, layers: Iterable[int | None]):
-        self._left = Counter([layer for layer in layers if layer is not None])
-        self.count = len(self._left)
-
-    @property
-    def done(self) -> int:
-        """How many have nothing to come."""
-        return sum(parts == 0 for parts in self._left.values())
-
-    def part_done(self, layer: int | None) -> bool:
-        """Count one part; whether it was its layer's last."""
-        if layer is None:
-            return False
-        self._left[layer] -= 1
-        return self._left[layer] == 0
 
 
 class Tally:

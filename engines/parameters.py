@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from ..formats.ties import HEAD
 from ..models.config import ModelConfig
 from ..models.config_reader import shown
+from ..models.family import Block
 from ..models.roles import Role
 from ..models.tensors import ModelTensors
 
@@ -132,7 +132,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     """
     config = ModelConfig.from_dict(raw)
     model, names = MODELS[engine][config.model_type], schemes.keys()
-    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, HEAD in names))
+    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(main.needed - names), "")
     if any(config.family.layer_of(name) in model.drafts(config) for name in names):
@@ -151,7 +151,7 @@ def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[
     return [name for name in names if MODELS[engine][model_type].refuses(name)]
 
 
-def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, has_head: bool) -> Iterator[str]:
+def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """What the engine would not take as npuq does, and what to write instead."""
     named = raw.get("architectures")
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
@@ -169,8 +169,9 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, ha
             yield f"{key} is {shown(raw[key])}: the engine would not start; write a value of type {kind.__name__}"
     if "num_nextn_predict_layers" in raw and raw["num_nextn_predict_layers"] is None:
         yield "num_nextn_predict_layers is null: the engine would not start; write a number"
-    if model.ties_head and config.tie_word_embeddings and has_head:
-        yield f"tie_word_embeddings is true: the engine would read over the stored {HEAD!r}; write false"
+    head = config.family.name(Block.TOP, "head")
+    if model.ties_head and config.tie_word_embeddings and head in names:
+        yield f"tie_word_embeddings is true: the engine would read over the stored {head!r}; write false"
 
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:

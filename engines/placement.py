@@ -16,6 +16,7 @@ from ..formats.artifact import DESCRIPTION_NAME, read_description
 from ..formats.checkpoint import read_config
 from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
+from ..models.family import Block
 from .parameters import parameter_problems, refused_names
 
 # The least multiple of input features that the NPU's W4A8 grouped matmul takes (CANN's tiling of aclnnGroupedMatmul).
@@ -85,8 +86,8 @@ _COMMON = (
     ),
     Rule(
         lambda p: p.slices_w4a8 and p.expert_width % (p.tp * _W4A8_INPUTS) != 0,
-        "each of {tp} ranks would get {width}/{tp} inputs of an expert's down_proj, and the NPU's W4A8 matmul takes "
-        "multiples of 64: use --ep, or fewer ranks",
+        "each of {tp} ranks would get {width}/{tp} inputs of an expert's down projection, and the NPU's W4A8 matmul "
+        "takes multiples of 64: use --ep, or fewer ranks",
     ),
 )
 
@@ -112,8 +113,8 @@ ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
             ),
             Rule(
                 lambda p: p.slices_w4a8,
-                "each of {tp} ranks adds the scale_bias of all of them to down_proj's output: the model would load and "
-                "compute garbage; use --ep (--ep-size {tp} of the server)",
+                "each of {tp} ranks adds the scale_bias of all of them to the down projection's output: the model "
+                "would load and compute garbage; use --ep (--ep-size {tp} of the server)",
             ),
         ),
     ),
@@ -175,7 +176,7 @@ def placement_problems(
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:
     found = set()
     for layer in filter(config.moe_at, range(config.num_hidden_layers)):
-        scheme = schemes.get(f"model.layers.{layer}.mlp.experts.0.down_proj.weight")
+        scheme = schemes.get(config.family.name(Block.EXPERT, "down", layer, expert=0))
         if scheme is not None:
             found.add(scheme)
     # One W4A8 layer is enough for the rules of W4A8.

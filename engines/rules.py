@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ..convert.plan.recipe import Assignment, Recipe, Target
-from ..errors import RecipeError
 from ..formats.schemes import Scheme
 from ..models.family import Block
 from ..models.roles import QUANTIZABLE, ROUTED, Role
 from ..models.tensors import Spec
+from ..recipes.recipe import Target
 
 SchemeOf = Callable[[str], Scheme]
 
@@ -39,15 +38,6 @@ class ConfigSchemes(TypedDict):
     linear: Scheme
     experts: Scheme
     mtp_experts: Scheme
-
-
-def check_recipe(recipe: Recipe, specs: Mapping[str, Spec], assignments: Mapping[str, Assignment]) -> None:
-    """Raise RecipeError, naming tensor and rule, when no loader of the recipe's target could load the result."""
-    for violation in violations(specs, lambda name: assignments[name].scheme, recipe.target):
-        if recipe.stored:
-            raise RecipeError(f"the source has {violation}; quantize the float checkpoint again, or convert that one")
-        number = assignments[violation.spec.name].rule
-        raise RecipeError(f"recipe {recipe.name!r}, {f'rule {number}' if number else 'no rule'}: {violation}")
 
 
 def violations(specs: Mapping[str, Spec], scheme_of: SchemeOf, target: Target) -> Iterator[Violation]:

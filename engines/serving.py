@@ -65,6 +65,6 @@ def serving_section(ranks: int | None, nbytes: int, *, mtp: bool) -> str:
         "It finds `quant_model_description.json` by itself; the flag makes it fail early where it cannot.\n\n"
         f"### SGLang\n\n```bash\n{sglang}\n```\n\n"
         "It finds the description by itself. Keep `--ep-size` equal to `--tp-size`: tensor parallelism inside the\n"
-        "experts adds the bias of `down_proj` once a rank and gives wrong output.\n"
+        "experts adds the bias of down projections once a rank and gives wrong output.\n"
         f"{drafts if mtp else ''}"
     )

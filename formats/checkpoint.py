@@ -3,10 +3,8 @@ before any weight is read. Source checkpoints and artifacts are both opened by t
 
 from __future__ import annotations
 
-import os
 import re
-import threading
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..inputs.files import inside, is_inside, open_file
+from ..inputs.files import inside, is_inside
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
 from ..native.mapped import MappedFiles
-from .safetensors import TensorInfo, read_header, read_range
+from .safetensors import TensorInfo, read_header
+from .storage import LocalFiles, Storage, Window
 
 # In the folder of our own (artifact.py), until a conversion is finished.
 JOURNAL_NAME = "npuq/progress.jsonl"
@@ -35,18 +34,30 @@ _DIGITS = re.compile(r"([0-9]+)")
 class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
-    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
-    that views lie in: who computes with views calls `files.check()` before he believes what came out.
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `window` is there
+    where tensors pass by: they can be read between their announcement and their release alone, and once.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], shards: Sequence[Path]):
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        shards: Sequence[Path],
+        storage: Storage,
+        window: Window | None = None,
+    ):
         self.directory = directory
         self.config = config
         self.tensors = tensors
         self.shards = tuple(shards)
-        self.files = MappedFiles()
-        self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
+        self.window = window
+        self._storage = storage
+
+    @property
+    def files(self) -> MappedFiles:
+        """Those that views lie in: who computes with views calls `files.check()` before he believes what came out."""
+        return self._storage.files
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -71,7 +82,7 @@ class Checkpoint:
         paths = {shard: inside(directory, shard) for shard in shards}
         headers = {shard: read_header(path)[0] for shard, path in paths.items()}
         tensors = collect_tensors(directory, weight_map, headers)
-        return cls(directory, config, tensors, [paths[shard] for shard in shards])
+        return cls(directory, config, tensors, [paths[shard] for shard in shards], LocalFiles())
 
     def info(self, name: str) -> TensorInfo:
         """Where and what the tensor is; CheckpointError when the checkpoint has none of that name."""
@@ -90,7 +101,7 @@ class Checkpoint:
         info = self.info(name)
         if not 0 <= first <= first + len(memory) <= info.nbytes:
             raise CheckpointError(f"{info.file}: tensor {name!r} has no bytes {first} to {first + len(memory)}")
-        self._fill(info, info.start + first, memory)
+        self._storage.fill(info, info.start + first, memory)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first dimension, copied into memory of their own."""
@@ -104,47 +115,14 @@ class Checkpoint:
     def view(self, name: str) -> Tensor:
         """The whole tensor over a memory map of its file: nothing is read until it is touched. Do not write to it.
 
-        A tensor that is not aligned to its item size (npuq never writes one) is copied instead: its address would be
-        invalid for vector loads.
+        What cannot be mapped is copied instead.
         """
-        info = self.info(name)
-        if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
-            return self.read(name)
-        mapped = self.files.map(info.file, self._descriptor(info.file))
-        if len(mapped) < info.end:
-            raise CheckpointError(f"{info.file}: became shorter while tensor {name!r} was read; fetch it again")
-        data = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)
-        return data.view(info.torch_dtype).reshape(info.shape)
-
-    @property
-    def passes_by(self) -> bool:
-        """Whether tensors can only be read in the order that was announced, until they are released: not here."""
-        return False
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Disk space that reading takes beside the checkpoint: none."""
-        return 0
-
-    def expect(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
-        """Say which tensors will be read, in this order, those of a group together; but not groups whose first tensor
-        is `finished`. A local checkpoint has them all."""
-        return
-
-    def release(self, group: Sequence[str]) -> None:
-        """Say that the tensors of an expected group will not be read again."""
-        return
-
-    def interrupt(self) -> None:
-        """End reads that wait for something: the caller gives up. A local checkpoint waits for nothing."""
-        return
+        found = self._storage.view(self.info(name))
+        return self.read(name) if found is None else found
 
     def close(self) -> None:
-        """Close the files. Memory maps stay valid for as long as a tensor uses them."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        """Close the files. Views stay valid for as long as a tensor uses them."""
+        self._storage.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -154,23 +132,10 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = open_file(path, CheckpointError)
-            return self._descriptors[path]
-
     def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
         data = torch.empty(end - start, dtype=torch.uint8)
-        self._fill(info, start, data.numpy().data)
+        self._storage.fill(info, start, data.numpy().data)
         return data
-
-    def _fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
-        """Fill `memory` from byte `start` of the tensor's file on."""
-        try:
-            read_range(self._descriptor(info.file), info, start, memory)
-        except OSError as error:
-            raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
 
 def natural_key(name: str) -> list[str | tuple[int, str]]:

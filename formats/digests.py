@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-from .dialects import WeightSource
+from .sources.weights import WeightSource
 
 DIGEST_BYTES = 16
 # Fits a core's own cache beside what it works on.
@@ -45,7 +45,7 @@ def source_digest(source: WeightSource, name: str) -> bytes:
     there on, and not the one of bytes that were never used.
     """
     digest, buffer = Digest(), memoryview(bytearray(_CHUNK))
-    for stored in source.stored_names(name):
+    for stored in source.weights[name].stored_names:
         nbytes = source.checkpoint.info(stored).nbytes
         for first in range(0, nbytes, _CHUNK):
             piece = buffer[: min(_CHUNK, nbytes - first)]

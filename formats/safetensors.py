@@ -21,6 +21,7 @@ from ..errors import CheckpointError, NpuqError
 from ..inputs.files import open_file
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
+from .output_files import new_file
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -260,11 +261,12 @@ def encode_header(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a small file of tensors (of dtypes that numpy has) in the order given: the same content, the same bytes.
 
-    The safetensors library writes metadata in an order that changes from process to process. OSError as of writing.
+    The safetensors library writes metadata in an order that changes from process to process. The file is new, in place
+    of whatever has its name, and on stable storage. OSError as of writing.
     """
     parts = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts.items()], metadata)
-    with path.open("wb") as file:
+    with new_file(path) as file:
         file.write(header)
         for part in parts.values():
             file.write(part.numpy().data)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import binding as native
 from ..quant.scales import Method, scale_rows
-from .dialects import StoredRows
+from ..quant.stored_rows import StoredRows
 from .int4 import pack_int4, unpack_int4
 
 WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"
@@ -20,8 +20,8 @@ INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS = "input_scale", "input_offset"
 # Every tensor that some scheme stores beside `P.weight`.
 SUFFIXES = (SCALE, OFFSET, BIAS, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS)
 
-# A row-parallel linear (down_proj) is split along K over tensor-parallel ranks: its bias is stored as this many partial
-# sums so that each rank can take its own.
+# A row-parallel linear (a down projection) is split along K over tensor-parallel ranks: its bias is stored as this
+# many partial sums so that each rank can take its own.
 BIAS_COLUMNS = 16
 
 

@@ -36,8 +36,8 @@ _LEAST_SCALE: Final = torch.finfo(torch.float32).eps
 class InputScale:
     """How activations of a linear become int8: clamp(round(x / scale + offset), −128, 127).
 
-    `offset` is a whole number in [−128, 127]. Linears that run as one (q_a_proj and kv_a_proj_with_mqa, gate_proj and
-    up_proj) must share it: they are given the same activations once.
+    `offset` is a whole number in [−128, 127]. Linears that run as one (q_a and kv_a, gate and
+    up) must share it: they are given the same activations once.
     """
 
     scale: float

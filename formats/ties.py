@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..models.families import family_of
+from ..models.family import Block, Family
 from .checkpoint import Checkpoint, natural_key
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+def tied_names(family: Family) -> tuple[str, str]:
+    """The names of embedding and head."""
+    return family.name(Block.TOP, "embedding"), family.name(Block.TOP, "head")
 
 
 def share_tied(checkpoint: Checkpoint) -> str | None:
@@ -18,7 +23,8 @@ def share_tied(checkpoint: Checkpoint) -> str | None:
     if checkpoint.config.get("tie_word_embeddings") is not True:
         return None
     tensors = checkpoint.tensors
-    for missing, stored in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+    embedding, head = tied_names(family_of(checkpoint.config.get("model_type")))
+    for missing, stored in ((head, embedding), (embedding, head)):
         if stored in tensors and missing not in tensors:
             both = tensors | {missing: replace(tensors[stored], name=missing)}
             # In place: what reads a checkpoint on a hub holds the same dictionary.

@@ -7,7 +7,7 @@
 from .locate import resolve
 from .pulling import pull
 from .pushing import PushSummary, push
-from .remote import RemoteCheckpoint
+from .remote import open_remote
 from .shard_pusher import ShardPusher
 
-__all__ = ["PushSummary", "RemoteCheckpoint", "ShardPusher", "pull", "push", "resolve"]
+__all__ = ["PushSummary", "ShardPusher", "open_remote", "pull", "push", "resolve"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Final
-
-from torch import Tensor
+from typing import IO, Final
 
 from ..errors import CheckpointError, HubError
 from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..formats.safetensors import TensorInfo, parse_header
 from ..inputs.names import FileName
+from ..native.mapped import MappedFiles
 from ..progress import Silent
 from .checkpoints import CONFIG, beside_weights, shard_names
 from .hub import Place, Repository
@@ -34,87 +33,53 @@ _HEADER_GUESS = 1 << 20
 _WORKERS = 8
 
 
-class RemoteCheckpoint(Checkpoint):
-    """A checkpoint on the hub, pinned to one commit. Read it as any other, after `expect`.
+def open_remote(
+    repo: str,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    window_bytes: int = DEFAULT_WINDOW,
+    backoff: Backoff | None = None,
+) -> Checkpoint:
+    """Open a repository's checkpoint, pinned to one commit: small files whole, of the weights the headers.
 
-    `directory` is the commit's snapshot in the Hugging Face cache, with all files but the weights.
+    Read it as any other, once its window is started.
+
+    Tensors pass through `folder`, of which `window_bytes` at most are in use. The checkpoint's `directory` is the
+    commit's snapshot in the Hugging Face cache, with all files but the weights. Raises HubError for what the hub
+    refuses, CheckpointError as `Checkpoint.open` does.
     """
+    if window_bytes < 1:
+        raise HubError(f"the download window must be positive, not {window_bytes}")
+    hub = HuggingFace(repo, token, backoff)
+    pinned = hub.pinned(parse_revision(revision, hub.default_branch))
+    repository = pinned.repository
+    listing = repository.listing()
+    directory = _fetch_small_files(repository, pinned.place, listing)
+    config = read_config(directory)
+    weight_map = read_weight_map(directory)
+    names = shard_names(directory, repository.repo, listing)
+    shards = [_shard(repository.repo, number, name, listing) for number, name in enumerate(names)]
+    tensors = collect_tensors(directory, weight_map, _read_headers(repository, directory, shards))
 
-    def __init__(
-        self,
-        directory: Path,
-        config: dict[str, Any],
-        tensors: dict[str, TensorInfo],
-        shards: Sequence[Path],
-        window: Window,
-    ):
-        super().__init__(directory, config, tensors, shards)
-        self.window = window
+    def fetch(shard: Shard, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
+        fetch_range(repository, shard.name, shard.size, start, end, file, received)
 
-    @classmethod
-    def open_remote(
-        cls,
-        repo: str,
-        folder: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        window_bytes: int = DEFAULT_WINDOW,
-        backoff: Backoff | None = None,
-    ) -> RemoteCheckpoint:
-        """Open a repository's checkpoint: small files are fetched, of the weights only the headers are read.
+    paths = {directory / shard.name: shard for shard in shards}
+    window = Window(Path(folder), window_bytes, tensors, paths, fetch)
+    return Checkpoint(directory, config, tensors, list(paths), WindowFiles(window), window)
 
-        Tensors pass through `folder`, of which `window_bytes` at most are in use. Raises HubError for what the hub
-        refuses, CheckpointError as `Checkpoint.open` does.
-        """
-        if window_bytes < 1:
-            raise HubError(f"the download window must be positive, not {window_bytes}")
-        hub = HuggingFace(repo, token, backoff)
-        pinned = hub.pinned(parse_revision(revision, hub.default_branch))
-        repository = pinned.repository
-        listing = repository.listing()
-        directory = _fetch_small_files(repository, pinned.place, listing)
-        config = read_config(directory)
-        weight_map = read_weight_map(directory)
-        names = shard_names(directory, repository.repo, listing)
-        shards = [_shard(repository.repo, number, name, listing) for number, name in enumerate(names)]
-        tensors = collect_tensors(directory, weight_map, _read_headers(repository, directory, shards))
 
-        def fetch(shard: Shard, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
-            fetch_range(repository, shard.name, shard.size, start, end, file, received)
+class WindowFiles:
+    """The bytes that a window has fetched, as a checkpoint's `Storage`: reads wait until they are there."""
 
-        paths = {directory / shard.name: shard for shard in shards}
-        window = Window(Path(folder), window_bytes, tensors, paths, fetch)
-        return cls(directory, config, tensors, list(paths), window)
+    def __init__(self, window: Window):
+        self.files = MappedFiles()
+        self._window = window
 
-    @property
-    def passes_by(self) -> bool:
-        return True
-
-    @property
-    def scratch_bytes(self) -> int:
-        """What the window takes at most."""
-        return min(self.window.max_bytes, sum(info.nbytes for info in self.tensors.values()))
-
-    def expect(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
-        self.window.start(groups, finished)
-
-    def release(self, group: Sequence[str]) -> None:
-        self.window.release(group)
-
-    def interrupt(self) -> None:
-        self.window.interrupt()
-
-    def view(self, name: str) -> Tensor:
-        """A copy: what has passed the window is gone, and so would the memory map's file be."""
-        return self.read(name)
-
-    def close(self) -> None:
-        self.window.close()
-        super().close()
-
-    def _fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
-        path, offset = self.window.wait_for(info.name)
+    def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
+        path, offset = self._window.wait_for(info.name)
         done = 0
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -128,6 +93,13 @@ class RemoteCheckpoint(Checkpoint):
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read tensor {info.name!r}: {error.strerror}") from error
+
+    def view(self, info: TensorInfo) -> None:
+        """None: what has passed the window is gone, and so would the memory map's file be."""
+        return
+
+    def close(self) -> None:
+        self._window.close()
 
 
 def _fetch_small_files(repository: Repository, place: Place, listing: Listing) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import stat
@@ -16,6 +18,8 @@ MOST_BYTES: Final = 128 << 20
 MOST_GIVEN_BYTES: Final = 1 << 30
 """The limit of texts that the user names."""
 _PIECE_BYTES: Final = 16 << 20
+_HASHED_BYTES: Final = 256 << 10  # fits a core's own cache
+TOO_MANY_OPEN: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _SHARED: Final = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
@@ -69,11 +73,18 @@ def open_file(path: Path, error: type[NpuqError]) -> int:
     except FileNotFoundError as cause:
         raise error(f"{path}: missing") from cause
     except (OSError, ValueError) as cause:  # ValueError: a NUL or a surrogate in the name
-        raise error(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+        raise error(f"{path}: cannot be read: {reason(cause)}") from cause
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise error(f"{path}: is not a regular file; refusing to read it")
     return descriptor
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What the system says of a file, with what to do where too many are open."""
+    if isinstance(error, OSError) and error.errno in TOO_MANY_OPEN:
+        return f"{error.strerror}; raise the limit (ulimit -n) and run the same command again"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def read_bytes(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> bytes:
@@ -88,6 +99,18 @@ def read_bytes(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> by
 def read_text(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> str:
     """The content of a UTF-8 file of at most `most` bytes, line ends as `\\n`. Raises `error`."""
     return decoded(read_bytes(path, error, most), path, error)
+
+
+def file_sha256(path: Path, error: type[NpuqError]) -> str:
+    """The sha256 of a regular file of any size, in hexadecimal. Raises `error`."""
+    digest, buffer = hashlib.sha256(), bytearray(_HASHED_BYTES)
+    with open(open_file(path, error), "rb", buffering=0) as file:
+        try:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+        except OSError as cause:
+            raise error(f"{path}: cannot be read: {cause.strerror}") from cause
+    return digest.hexdigest()
 
 
 def read_given_bytes(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> bytes:

@@ -34,6 +34,11 @@ class Mla:
             v_head_dim=read.size("v_head_dim"),
         )
 
+    @property
+    def attended_products(self) -> int:
+        """Products that one query and one key take: a score of each head, and its value."""
+        return self.heads * (self.qk_head_dim + self.v_head_dim)
+
     def sizes(self) -> dict[str, int]:
         """Words of a table's shapes."""
         return {

@@ -13,8 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..formats.dialects import BlockScale, StoredRows
 from ..quant.scales import NonFiniteError
+from ..quant.stored_rows import BlockScale, StoredRows
 from .integers import checked
 from .library import (
     Cache,
@@ -37,6 +37,7 @@ from .pointers import address
 __all__ = [
     "DTYPES",
     "INT4",
+    "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
     "Cache",
     "Heads",
@@ -64,6 +65,7 @@ DTYPES: Final = {
 INT4: Final = 5
 # The widest row that `quantize` takes: its sums are exact up to here.
 MOST_COLUMNS: Final = 1 << 17
+MOST_BIAS_COLUMNS: Final = 16
 
 
 _NO_MEMORY, _NOT_FINITE, _BAD_SIZE, _BAD_INDEX = 1, 2, 3, 4

@@ -1,8 +1,8 @@
 """Files that are mapped into memory for as long as a tensor lies in them, and what is done when one becomes shorter.
 
 A page that a file no longer has cannot be read: the operating system sends SIGBUS, which ends the process. The native
-library takes that signal for the pages of these maps and gives zeros instead (`native/mapped.c`); `check` then says
-that what was computed is worth nothing.
+library takes that signal for the pages of these maps and gives zeros instead (`native/common/mapped.c`); `check` then
+says that what was computed is worth nothing.
 """
 
 from __future__ import annotations

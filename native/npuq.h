@@ -2,7 +2,7 @@
  *
  * Every function that can fail returns a status. What can be seen from here is checked here, before a thread starts:
  * dtypes, sizes that must fit each other, and every index (slots, blocks, experts, rows, lengths) against the sizes.
- * Where memory ends cannot be seen from here: the caller (native/binding.py, runtime/ops/native_*.py) makes sure that
+ * Where memory ends cannot be seen from here: the caller (native/binding.py, runtime/ops/native/) makes sure that
  * every pointer has the dtype and the sizes that are said of it. Matrices are row-major. Strides count elements. A row
  * may start at any address: nothing here needs alignment.
  *
@@ -23,6 +23,9 @@
 /* NPUQ_BAD_SIZE: a dtype that the function does not take, or sizes that do not fit each other. NPUQ_BAD_INDEX: an index
  * or a length beyond what it points into. Nothing outside of the arguments was touched, and results are not valid. */
 enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2, NPUQ_BAD_SIZE = 3, NPUQ_BAD_INDEX = 4 };
+
+/* The widest row that npuq_quantize_rows takes: its sums are exact up to there. And its most columns of bias. */
+enum { NPUQ_MOST_COLUMNS = 1 << 17, NPUQ_MOST_BIAS_COLUMNS = 16 };
 
 enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
 

@@ -1,8 +1,8 @@
 """Addresses of tensors for the native kernels, given only where a tensor is what the kernel takes it for.
 
-A kernel knows no tensors: it reads and writes as far as the sizes say that it is told. So each address in a call or in
-a struct comes from here, with the dtype and the shape that the call says. Indices within tensors the kernels check
-themselves (`native/checks.h`).
+A kernel knows no tensors: it reads and writes as far as the sizes in its call say. So each address in a call or in a
+struct comes from here, with the dtype and the shape that the call says. Indices within tensors the kernels check
+themselves (`native/common/checks.h`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from .rounding import code_sums, fixed_norm, rounded
 FIXED_POINT_BITS = 23
 # The same by which int4 codes of min-max tell their error: an int16 a weight, so that native kernels need no more
 # instructions for the error than for the codes.
-TOLD_BITS = 14
+ERROR_BITS = 14
 # Rows whose largest magnitude is below this are stored as zeros with scale 1: their scale's inverse would overflow.
 TINY = 2.0**-100
 
@@ -76,7 +76,7 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
     largest = _largest(rows)
     exponent = torch.frexp(largest)[1]
     tiny = largest < TINY
-    fixed_bits = TOLD_BITS if bits == 4 and method is Method.MINMAX else FIXED_POINT_BITS
+    fixed_bits = ERROR_BITS if bits == 4 and method is Method.MINMAX else FIXED_POINT_BITS
     shift = (fixed_bits - exponent).where(~tiny, 0)
     fixed = torch.ldexp(rows, shift[:, None]).round().to(torch.int32)
     fixed[tiny] = 0

@@ -36,15 +36,16 @@ class Facts:
     """Everything that a report shows. What only npuq's manifest tells is None or empty for an artifact of ModelSlim's;
     `coverage` is also None for one that was made without calibration.
 
-    provenance: what the artifact was made from and by, in the order in which it is shown. recipe: YAML.
+    provenance: what the artifact was made from and by, in the order in which it is shown. recipe: its name;
+    recipe_yaml: its text.
     """
 
     name: str
     model_type: str
-    num_hidden_layers: int
-    n_routed_experts: int
-    recipe_name: str | None
+    layers: int
+    experts: int
     recipe: str | None
+    recipe_yaml: str | None
     provenance: Mapping[str, str]
     roles: tuple[RoleFacts, ...]
     linears: tuple[LinearFacts, ...]
@@ -66,7 +67,7 @@ class Facts:
     @property
     def has_mtp(self) -> bool:
         """Whether there are quantized linears in multi-token-prediction layers."""
-        return any(linear.layer >= self.num_hidden_layers for linear in self.linears)
+        return any(linear.layer >= self.layers for linear in self.linears)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -94,17 +95,17 @@ def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     try:
         specs = expected_specs(config, tuple(manifest["architecture"]["mtp_layers"]))
         linears = tuple(_linear(specs[linear], entry) for linear, entry in manifest["linears"].items())
-        recipe_name, provenance = str(manifest["recipe"]["name"]), _provenance(manifest)
+        recipe, provenance = str(manifest["recipe"]["name"]), _provenance(manifest)
     except (KeyError, ValueError) as error:
         where = directory / MANIFEST_NAME
         raise ArtifactError(f"{where}: damaged ({error!r}); run npuq verify, or convert again") from error
     return Facts(
         name=name,
         model_type=config.model_type,
-        num_hidden_layers=config.num_hidden_layers,
-        n_routed_experts=config.n_routed_experts,
-        recipe_name=recipe_name,
-        recipe=read_text(inside(directory, RECIPE_NAME, ArtifactError), ArtifactError, _MOST_RECIPE_BYTES),
+        layers=config.num_hidden_layers,
+        experts=config.n_routed_experts,
+        recipe=recipe,
+        recipe_yaml=read_text(inside(directory, RECIPE_NAME, ArtifactError), ArtifactError, _MOST_RECIPE_BYTES),
         provenance=provenance,
         roles=tuple(_role(entry) for entry in read_report(directory)["roles"]),
         linears=linears,
@@ -129,10 +130,10 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Fa
     return Facts(
         name=name,
         model_type=config.model_type,
-        num_hidden_layers=config.num_hidden_layers,
-        n_routed_experts=config.n_routed_experts,
-        recipe_name=None,
+        layers=config.num_hidden_layers,
+        experts=config.n_routed_experts,
         recipe=None,
+        recipe_yaml=None,
         provenance={},
         roles=foreign_roles(checkpoint, types, specs),
         linears=linears,

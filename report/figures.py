@@ -12,9 +12,8 @@ from .coverage_figure import coverage_figure
 from .facts import Facts
 from .heat_map import heat_map
 from .linears import LinearFacts, RoleFacts, root_mean_square
-from .numbers import error
 from .scale_histogram import BINS_PER_OCTAVE, ScaleHistogram
-from .style import AFTER, BEFORE, COLOURS, PERCENT, laid_out, plain, scheme_label
+from .style import AFTER, BEFORE, COLOURS, PERCENT, error, laid_out, plain, scheme_label
 
 ErrorOf = Callable[[LinearFacts], "float | None"]
 

@@ -13,8 +13,7 @@ import jinja2
 from .. import __version__
 from ..errors import ReportError
 from ..units import format_bytes
-from .numbers import error, number
-from .style import scheme_label
+from .style import error, number, scheme_label
 from .summary import largest_errors, tiles, unreached
 
 if TYPE_CHECKING:

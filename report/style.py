@@ -1,4 +1,4 @@
-"""What all figures of a report share: colours, number formats, margins."""
+"""What page and figures of a report share: colours, margins, numbers and names as a reader likes them."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def plain(text: str) -> str:
 def scheme_label(scheme: str) -> str:
     """W4A8, W8A8, float: as the documentation says it."""
     return "float" if scheme == "FLOAT" else "static W8A8" if scheme == "W8A8" else scheme.removesuffix("_DYNAMIC")
+
+
+def error(value: float | None) -> str:
+    """A relative error in percent with two significant digits at least; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.2%}" if value >= 0.01 or value == 0 else f"{value:.3%}"
+
+
+def number(value: int) -> str:
+    """With thousands separated."""
+    return f"{value:,}"

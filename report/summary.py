@@ -10,8 +10,7 @@ from ..units import format_bytes
 from ..verification.stored_evaluation import evaluated_on
 from .calibration import FALLBACKS, Coverage
 from .linears import LinearFacts, RoleFacts, root_mean_square
-from .numbers import error, number
-from .style import scheme_label
+from .style import error, number, scheme_label
 
 if TYPE_CHECKING:
     from .facts import Facts

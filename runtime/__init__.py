@@ -4,12 +4,12 @@ The model is written once (`model.py`) against the operators of a backend (`ops/
 """
 
 from .engine import EngineConfig
-from .evaluation import Evaluation, evaluate
-from .layer_error import LayerError, layer_errors
+from .evaluation.layer_error import LayerError, layer_errors
+from .evaluation.perplexity import Evaluation, evaluate
 from .llm import LanguageModel, load
 from .sampler import SamplingOptions, SamplingParams
 from .stream import Completion, Piece, Stream
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",

@@ -20,16 +20,17 @@ from ..inputs.printable import shown
 from ..models.config import ModelConfig
 from .attention.kinds import attention_of
 from .backend import make_ops
-from .conversation import ChatOptions, Message
 from .engine import Engine, EngineConfig
-from .generation_config import default_sampling, eos_ids, read_generation_config
 from .loop import Loop
 from .model import Model
 from .sampler import SamplingOptions, SamplingParams
 from .step import RopeRows
+from .store import open_store
 from .stream import Completion, Stream
-from .tokenizer import Tokenizer
-from .weights import load_kv_cache_scales, load_rope_tables, load_weights, open_store
+from .text.conversation import ChatOptions, Message
+from .text.generation_config import default_sampling, eos_ids, read_generation_config
+from .text.tokenizer import Tokenizer
+from .weights import load_kv_cache_scales, load_rope_tables, load_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

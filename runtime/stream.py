@@ -12,8 +12,8 @@ from .engine import StepOutput
 from .loop import Loop
 from .sampler import SamplingParams
 from .sequence import Sequence
-from .text import TextStream
-from .tokenizer import Tokenizer
+from .text.detokenizing import TextStream
+from .text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

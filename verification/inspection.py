@@ -11,9 +11,8 @@ from typing import Any
 from ..errors import ArtifactError
 from ..formats.artifact import MANIFEST_NAME, is_own, read_manifest, read_report
 from ..formats.checkpoint import Checkpoint
-from ..formats.dialects import WeightSource
-from ..formats.sources import open_weights
-from ..formats.stored import QuantizedSource
+from ..formats.sources.opening import open_weights
+from ..formats.sources.weights import WeightSource
 from ..formats.ties import share_tied
 from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
@@ -76,7 +75,7 @@ def inspect(path: str | Path) -> Inspection:
         else:
             shared = share_tied(checkpoint)
             weights, recipe, source = open_weights(checkpoint), None, None
-            kind = "quantized_checkpoint" if isinstance(weights, QuantizedSource) else "checkpoint"
+            kind = "quantized_checkpoint" if weights.is_quantized else "checkpoint"
             lines, evaluations = _checkpoint_lines(config, weights, shared), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
     return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..convert.plan.recipe import Transform
-from ..convert.rewriting import RewrittenSource, rotated
-from ..formats.dialects import WeightSource
+from ..formats.sources.rewritten import rewritten
+from ..formats.sources.rotated import rotated
+from ..formats.sources.weights import WeightSource
 from ..models.inventory import take_inventory
 from ..models.tensors import Spec
+from ..recipes.recipe import Transform
 from .structure import Layout
 
 
@@ -27,7 +28,7 @@ class Original:
         self._layers = layout.config.num_hidden_layers
         if source is not None and Transform.ROTATE in transforms:
             inventory = take_inventory(layout.config, source.weights)
-            self._source = RewrittenSource(source.checkpoint, rotated(layout.config, inventory))
+            self._source = rewritten(source, rotated(layout.config, inventory))
         self.skipped = 0
         if source is not None:
             self.skipped = sum(self._is_smoothed(spec) for spec in layout.specs.values())

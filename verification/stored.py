@@ -3,32 +3,30 @@ values have to speak for themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ..convert.plan.recipe import Target
-from ..convert.tally import LayersLeft
-from ..convert.write.journal import JobStats
 from ..engines.rules import violations
 from ..errors import CheckpointError, NpuqError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, read_description
 from ..formats.checkpoint import CONFIG_NAME, Checkpoint
-from ..formats.dialects import WeightSource
-from ..formats.sources import open_weights
-from ..formats.stored import QuantizedSource
+from ..formats.safetensors import DTYPES
+from ..formats.schemes import Scheme
+from ..formats.sources.opening import open_weights
+from ..formats.sources.weights import Weight, WeightSource
 from ..formats.ties import share_tied
 from ..models.config import ModelConfig
 from ..models.inventory import Inventory, take_inventory
 from ..models.roles import Role
 from ..models.tensors import Spec
 from ..parallel.pool import Pool
-from ..progress import Progress, Task
+from ..progress import LayersLeft, Progress, Task
+from ..recipes.recipe import Target
 from .structure import unlisted
-from .values import TensorCheck, check_shared_inputs, row_chunks
+from .values import TensorCheck, check_linear, check_shared_inputs, row_chunks
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class StoredArtifact:
 
     problems: tuple[str, ...]
     checks: tuple[TensorCheck, ...] = ()
-    source: QuantizedSource | None = None
+    source: WeightSource | None = None
 
 
 def check_stored(directory: Path, original: WeightSource | None, pool: Pool, progress: Progress) -> StoredArtifact:
@@ -47,11 +45,11 @@ def check_stored(directory: Path, original: WeightSource | None, pool: Pool, pro
             problems = list(_structure(directory, checkpoint))
             share_tied(checkpoint)
             source = open_weights(checkpoint)
-            assert isinstance(source, QuantizedSource)  # the directory has a description
             config = ModelConfig.from_dict(checkpoint.config)
             inventory = take_inventory(config, source.weights)
-            problems += _rules(source, inventory)
-            problems += check_shared_inputs(checkpoint, config, inventory.specs, source.schemes)
+            schemes = source.schemes
+            problems += _rules(schemes, inventory)
+            problems += check_shared_inputs(checkpoint, config, inventory.specs, schemes)
             left = LayersLeft(spec.layer for spec in inventory.specs.values())
             nbytes = sum(weight.nbytes for weight in source.weights.values())
             progress.start(Task("verify", nbytes, layers=left.count))
@@ -85,41 +83,29 @@ def _structure(directory: Path, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{CONFIG_NAME}: quantization_config{where} is left: engines would ignore {DESCRIPTION_NAME}"
 
 
-def _rules(source: QuantizedSource, inventory: Inventory) -> Iterator[str]:
-    for violation in violations(inventory.specs, source.schemes.__getitem__, Target.ENGINES):
+def _rules(schemes: Mapping[str, Scheme], inventory: Inventory) -> Iterator[str]:
+    for violation in violations(inventory.specs, schemes.__getitem__, Target.ENGINES):
         yield f"{DESCRIPTION_NAME}: {violation}"
 
 
-def _check(source: QuantizedSource, spec: Spec, original: WeightSource | None) -> TensorCheck:
+def _check(source: WeightSource, spec: Spec, original: WeightSource | None) -> TensorCheck:
     """One weight, read whole in chunks of rows; its errors are damage, named."""
+    weight = source.weights[spec.name]
     if original is not None:
-        weight = original.weights.get(spec.name)
-        if weight is None or tuple(weight.shape) != spec.shape:
-            found = "is missing" if weight is None else f"has shape {list(weight.shape)}"
+        theirs = original.weights.get(spec.name)
+        if theirs is None or theirs.shape != spec.shape:
+            found = "is missing" if theirs is None else f"has shape {list(theirs.shape)}"
             return TensorCheck(spec, (f"tensor {spec.name!r} {found} in the source: it is another model's",))
     try:
-        if spec.name not in source.linears:
-            return TensorCheck(spec, tuple(_float_problems(source, spec)))
-        return TensorCheck(spec, (), _linear_stats(source, spec, original))
+        if weight.linear is None:
+            return TensorCheck(spec, tuple(_float_problems(weight, spec)))
+        return check_linear(weight.linear, spec, original, exact=False)
     except CheckpointError as error:
         return TensorCheck(spec, (str(error),))
 
 
-def _float_problems(source: QuantizedSource, spec: Spec) -> Iterator[str]:
+def _float_problems(weight: Weight, spec: Spec) -> Iterator[str]:
     for start, stop in row_chunks(spec) if spec.shape and spec.role is not Role.OTHER else ():
-        if not torch.isfinite(source.rows_float(spec.name, start, stop)).all():
+        if not torch.isfinite(weight.rows(start, stop).to(DTYPES[weight.float_code])).all():
             yield f"tensor {spec.name!r} holds infinities or NaN"
             return
-
-
-def _linear_stats(source: QuantizedSource, spec: Spec, original: WeightSource | None) -> JobStats | None:
-    squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
-    for start, stop in row_chunks(spec):
-        source.quantized_rows(spec.name, start, stop, row_parallel=spec.row_parallel)
-        if original is None:
-            continue
-        expected = original.rows_float32(spec.name, start, stop).to(torch.float64)
-        difference = source.rows_float32(spec.name, start, stop).to(torch.float64) - expected
-        squared_error[start:stop] = difference.square().sum(1).numpy()
-        squared_norm[start:stop] = expected.square().sum(1).numpy()
-    return None if original is None else JobStats(float(squared_error.sum()), float(squared_norm.sum()))

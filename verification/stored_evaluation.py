@@ -13,16 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..convert.write.journal import locked_directory
-from ..convert.write.output import write_error, write_file
 from ..errors import ArtifactError
 from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
+from ..formats.output_files import locked_directory, write_error, write_file
 from ..inputs.files import inside, is_inside, read_text
 from ..inputs.printable import printable
 
 if TYPE_CHECKING:
-    from ..runtime.evaluation import Evaluation
-    from ..runtime.layer_error import LayerError
+    from ..runtime.evaluation.layer_error import LayerError
+    from ..runtime.evaluation.perplexity import Evaluation
 
 KEY = "evaluations"
 _HEADING = "## Evaluation\n"

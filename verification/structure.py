@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from ..convert.plan.recipe import Target, stored_recipe
-from ..convert.write.hashes import file_sha256
 from ..engines.rules import config_schemes, violations
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
@@ -28,11 +26,13 @@ from ..formats.artifact import (
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..formats.safetensors import read_header
 from ..formats.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
-from ..inputs.files import inside
+from ..inputs.files import file_sha256, inside
 from ..inputs.json_text import read_object
 from ..models.config import ModelConfig, model_dtype
 from ..models.roles import Role
 from ..models.tensors import Spec, expected_specs
+from ..recipes.reading import stored_recipe
+from ..recipes.recipe import Target
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
@@ -74,7 +74,7 @@ def check_file(directory: Path, name: str, entry: Any) -> Iterator[str]:
         return
     if path.stat().st_size != entry["size"]:
         yield f"{name}: {path.stat().st_size} bytes, the manifest has {entry['size']}"
-    elif file_sha256(path) != entry["sha256"]:
+    elif file_sha256(path, ArtifactError) != entry["sha256"]:
         yield f"{name}: its sha256 is not the manifest's: the content has changed"
 
 

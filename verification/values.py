@@ -3,47 +3,33 @@ the source at hand, the error of every linear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..convert.write.journal import JobStats
 from ..engines.rules import fused_pairs
-from ..errors import ArtifactError, NpuqError
+from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
 from ..formats.checkpoint import Checkpoint
-from ..formats.dialects import WeightSource
-from ..formats.int4 import unpack_int4
 from ..formats.kv_cache import load_scales
-from ..formats.schemes import (
-    BIAS,
-    DEQ_SCALE,
-    INPUT_OFFSET,
-    INPUT_SCALE,
-    OFFSET,
-    QUANT_BIAS,
-    SCALE,
-    WEIGHT,
-    OutputTensor,
-    Scheme,
-    dequantize,
-    scale_bias,
-)
-from ..formats.static_w8a8 import input_scale_of, load_deq_scale, quant_bias
+from ..formats.rope_file import load_rope
+from ..formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, Scheme
+from ..formats.sources.described import described_linear
+from ..formats.sources.stored_linear import StoredLinear
+from ..formats.sources.weights import WeightSource
 from ..inputs.files import inside, is_inside
 from ..models.config import ModelConfig
 from ..models.roles import Role
-from ..models.rope import load_rope, rope_tables
+from ..models.rope import rope_tables
 from ..models.tensors import Spec
+from ..quant.weight_error import ErrorSums
 from .structure import Layout
 
 _CHUNK_ELEMENTS = 1 << 20
 # Tables recomputed with another libm may differ in the last bit.
 _ROPE_TOLERANCE = 1e-6
-# input_scale · weight_scale, where weight_scale may itself be a rounded quotient.
-_DEQ_TOLERANCE = 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -52,13 +38,12 @@ class TensorCheck:
 
     spec: Spec
     problems: tuple[str, ...] = ()
-    stats: JobStats | None = None
+    stats: ErrorSums | None = None
 
 
 def check_values(layout: Layout, spec: Spec, source: WeightSource | None) -> TensorCheck:
     """Read every value of one source tensor's artifact tensors, in chunks of rows."""
-    outputs = _readable(layout, spec)
-    if not outputs:
+    if not _is_readable(layout, spec):
         return TensorCheck(spec)  # the layout checks have named it
     if source is not None:
         weight = source.weights.get(spec.name)
@@ -67,7 +52,11 @@ def check_values(layout: Layout, spec: Spec, source: WeightSource | None) -> Ten
             return TensorCheck(spec, (f"tensor {spec.name!r} {found} in the source: it is another model's",))
     if layout.schemes[spec.name] is Scheme.FLOAT:
         return TensorCheck(spec, tuple(_float_problems(layout, spec, source)))
-    return _check_linear(layout, spec, outputs, source)
+    try:
+        linear = described_linear(layout.checkpoint, layout.schemes, spec.name)
+        return check_linear(linear, spec, source, exact=True)
+    except CheckpointError as error:
+        return TensorCheck(spec, (str(error),))
 
 
 def check_rope(layout: Layout) -> Iterator[str]:
@@ -101,19 +90,18 @@ def check_kv_cache(layout: Layout) -> Iterator[str]:
         yield str(error)
 
 
-def _readable(layout: Layout, spec: Spec) -> tuple[OutputTensor, ...]:
-    """The artifact's tensors of one source tensor, if all are there in the right form; else nothing."""
+def _is_readable(layout: Layout, spec: Spec) -> bool:
+    """Whether the artifact's tensors of one source tensor are all there in the right form."""
     try:
         outputs = layout.outputs(spec)
     except ValueError:
-        return ()
+        return False
     tensors = layout.checkpoint.tensors
-    sound = all(
+    return all(
         output.name in tensors
         and (tensors[output.name].dtype, tensors[output.name].shape) == (output.dtype, output.shape)
         for output in outputs
     )
-    return outputs if sound else ()
 
 
 def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> Iterator[str]:
@@ -134,53 +122,24 @@ def _float_problems(layout: Layout, spec: Spec, source: WeightSource | None) -> 
             return
 
 
-def _check_linear(
-    layout: Layout, spec: Spec, outputs: Sequence[OutputTensor], source: WeightSource | None
-) -> TensorCheck:
-    scheme = layout.schemes[spec.name]
-    names = {output.name.rpartition(".")[2]: output.name for output in outputs}
+def check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, *, exact: bool) -> TensorCheck:
+    """Every value of a quantized linear, in chunks of rows; `exact` as in `LinearRows.problems`.
+
+    Raises CheckpointError for codes and scales that cannot be read at all.
+    """
     problems: dict[str, None] = {}  # each once, in order
     squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
-    by_row = {suffix: name for suffix, name in names.items() if suffix in (WEIGHT, SCALE, OFFSET, BIAS)}
     for start, stop in row_chunks(spec):
-        rows = {
-            suffix: layout.checkpoint.read_rows(name, start // 2 if packed else start, stop // 2 if packed else stop)
-            for suffix, name in by_row.items()
-            for packed in [suffix == WEIGHT and scheme is Scheme.W4A8]
-        }
-        codes = unpack_int4(rows[WEIGHT]) if scheme is Scheme.W4A8 else rows[WEIGHT]
-        scale = rows[SCALE]
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            problems[f"tensor {names[SCALE]!r} holds a scale that is not a positive number"] = None
-        if rows[OFFSET].count_nonzero():
-            problems[f"tensor {names[OFFSET]!r} is not zero: the codes are symmetric"] = None
-        if BIAS in rows and not torch.equal(rows[BIAS], scale_bias(codes, scale, rows[BIAS].shape[1])):
-            problems[f"tensor {names[BIAS]!r} disagrees with the stored codes: experts would compute garbage"] = None
+        rows = linear.read(start, stop)
+        for problem in rows.problems(exact=exact):
+            problems[f"tensor {linear.tensors[problem.suffix]!r} {problem.what}"] = None
         if source is not None:
             expected = source.rows_float32(spec.name, start, stop).to(torch.float64)
-            difference = dequantize(rows, scheme).to(torch.float64) - expected
+            difference = rows.to_float32().to(torch.float64) - expected
             squared_error[start:stop] = difference.square().sum(1).numpy()
             squared_norm[start:stop] = expected.square().sum(1).numpy()
-    if scheme is Scheme.W8A8_STATIC:
-        problems.update(dict.fromkeys(_static_problems(layout, names)))
-    stats = None if source is None else JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+    stats = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return TensorCheck(spec, tuple(problems), stats)
-
-
-def _static_problems(layout: Layout, names: Mapping[str, str]) -> Iterator[str]:
-    """The tensors of a W8A8 linear that is quantized for a fixed input scale, against each other."""
-    read = layout.checkpoint.read
-    try:
-        inputs = input_scale_of({suffix: read(names[suffix]) for suffix in (INPUT_SCALE, INPUT_OFFSET)})
-    except ValueError as error:
-        yield f"tensor {names[INPUT_SCALE]!r}: {error}"
-        return
-    deq_scale, expected = load_deq_scale(read(names[DEQ_SCALE])), inputs.scale * read(names[SCALE]).flatten()
-    # Written so that NaN counts as wrong.
-    if not ((deq_scale - expected).abs() <= _DEQ_TOLERANCE * expected).all():
-        yield f"tensor {names[DEQ_SCALE]!r} is not input_scale · weight_scale: outputs would be scaled wrongly"
-    if not torch.equal(read(names[QUANT_BIAS]), quant_bias(read(names[WEIGHT]), inputs.offset)):
-        yield f"tensor {names[QUANT_BIAS]!r} disagrees with the stored codes and input_offset: outputs would be shifted"
 
 
 def check_shared_inputs(

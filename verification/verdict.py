@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.plan.recipe import STORED, Target
-from ..convert.tally import LayersLeft
 from ..engines.placement import ENGINES, loading_problems
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
 from ..formats.checkpoint import CONFIG_NAME, Checkpoint, read_config
-from ..formats.compressed_tensors import is_compressed
-from ..formats.dialects import WeightSource
 from ..formats.schemes import Scheme
-from ..formats.sources import open_weights
+from ..formats.sources.compressed_tensors import is_compressed
+from ..formats.sources.opening import open_weights
+from ..formats.sources.weights import WeightSource
 from ..formats.ties import share_tied
 from ..inputs.files import is_inside
 from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
-from ..progress import Progress, Silent, Task
+from ..progress import LayersLeft, Progress, Silent, Task
+from ..recipes.recipe import STORED, Target
 from .original import Original
 from .stored import check_stored
 from .stored_evaluation import stored_evaluations
@@ -166,7 +165,8 @@ def _verify_stored(
         found = check_stored(Path(path), original, pool, progress)
     if found.source is None:
         return VerifyReport(str(path), found.problems, 0, 0, 0, ())
-    schemes, checkpoint, linears = found.source.schemes, found.source.checkpoint, len(found.source.linears)
+    schemes, checkpoint = found.source.schemes, found.source.checkpoint
+    linears = sum(scheme is not Scheme.FLOAT for scheme in schemes.values())
     return VerifyReport(
         str(path),
         found.problems,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..convert.finish.report import relative_error
 from ..formats.schemes import Scheme
+from ..quant.weight_error import relative_error
 from .values import TensorCheck
 
 
@@ -40,7 +40,7 @@ def linear_errors(schemes: Mapping[str, Scheme], checks: Iterable[TensorCheck]) 
     """The error of every linear that was compared with its source."""
     for check in checks:
         if check.stats is not None:
-            error = relative_error(check.stats.squared_error, check.stats.squared_norm)
+            error = check.stats.relative_error
             name = check.spec.name
             yield LinearError(name, check.spec.role.value, schemes[name].value, error)
 
@@ -53,7 +53,7 @@ def role_errors(schemes: Mapping[str, Scheme], checks: Iterable[TensorCheck]) ->
             groups.setdefault((check.spec.role.value, schemes[check.spec.name].value), []).append(check)
     for (role, scheme), members in groups.items():
         stats = [member.stats for member in members if member.stats is not None]
-        errors = [relative_error(one.squared_error, one.squared_norm) for one in stats]
+        errors = [one.relative_error for one in stats]
         total = relative_error(sum(one.squared_error for one in stats), sum(one.squared_norm for one in stats))
         worst = max(range(len(errors)), key=errors.__getitem__)
         yield RoleError(role, scheme, len(members), total, errors[worst], members[worst].spec.name)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ...formats.schemes import Scheme
+from ...models.family import Block
+from ...models.mla import Mla
 from ...quant.smoothing import power_of_two
-from .context import Layer, Rotary
+from .context import BATCH_TOKENS, Layer, Rotary
 from .kv_cache import LatentScale, search_scale
-from .linears import Deployed
-from .smooth import choose, fake_quantize, norm_quotient
+from .linears import Deployed, Inputs
+from .smooth import choose, norm_quotient, rounded
 from .states import StreamPair
 
 Linear = Callable[[Tensor], Tensor]
@@ -67,7 +69,7 @@ class AttentionBlock:
         return self.normed(latent, weights.kv_norm)
 
     def attended(self, weights: Attention, x: Tensor) -> Tensor:
-        """What o_proj is given, of the residual stream x [T, H]: [T, N · v]."""
+        """What o is given, of the residual stream x [T, H]: [T, N · v]."""
         config, ops = self._config, self._ops
         hidden = self.normed(x, weights.norm)
         heads, nope, rope = config.attention.heads, config.attention.qk_nope_head_dim, config.attention.qk_rope_head_dim
@@ -100,6 +102,14 @@ class AttentionBlock:
         return weights.o(self.attended(weights, x))
 
 
+def window_bytes(mla: Mla, sequence_length: int) -> int:
+    """One batch of windows in attention, in float32: queries three times, keys and values, outputs; the scores of one
+    window as four steps of its softmax hold them."""
+    tokens = max(BATCH_TOKENS, sequence_length)
+    token = 4 * mla.qk_head_dim + mla.qk_nope_head_dim + 4 * mla.v_head_dim
+    return 4 * mla.heads * (tokens * token + 4 * sequence_length**2)
+
+
 def run_attention(
     layer: Layer, rotary: Rotary, streams: StreamPair, out: StreamPair
 ) -> tuple[dict[str, float], LatentScale]:
@@ -109,7 +119,8 @@ def run_attention(
     """
     walk = layer.walk
     block = AttentionBlock(layer, rotary)
-    tensors = {name: layer.weight(name) for name in _NAMES if layer.has(name)}
+    parts = ["input_norm", *(entry.part for entry in layer.tensors.family.blocks[Block.ATTENTION])]
+    tensors = {part: layer.weight(*_place(part)) for part in parts if layer.has(*_place(part))}
     strengths = _smooth(layer, block, tensors, streams) if walk.smooth else {}
     floats = _floats(tensors)
     deployed = _quantize(layer, block, tensors, floats, streams)
@@ -127,42 +138,29 @@ def run_attention(
     return strengths, scale
 
 
-_NAMES = (
-    "input_layernorm",
-    *(
-        f"self_attn.{name}"
-        for name in (
-            "q_proj",
-            "q_a_proj",
-            "q_a_layernorm",
-            "q_b_proj",
-            "kv_a_proj_with_mqa",
-            "kv_a_layernorm",
-            "kv_b_proj",
-            "o_proj",
-        )
-    ),
-)
+def _place(part: str) -> tuple[Block, str]:
+    """Where a part stands in the family's table: the norm before attention is the layer's."""
+    return Block.LAYER if part == "input_norm" else Block.ATTENTION, part
 
 
 def _floats(tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme] | None = None) -> Attention:
     """The block of some weights; the inputs of those that have a scheme are rounded as it asks."""
 
-    def linear(name: str) -> Linear | None:
-        weight = tensors.get(f"self_attn.{name}")
-        return None if weight is None else Deployed(weight, (schemes or {}).get(f"self_attn.{name}", Scheme.FLOAT))
+    def linear(part: str) -> Linear | None:
+        weight = tensors.get(part)
+        return None if weight is None else Deployed(weight, (schemes or {}).get(part, Scheme.FLOAT))
 
-    kv_a, o = linear("kv_a_proj_with_mqa"), linear("o_proj")
+    kv_a, o = linear("kv_a"), linear("o")
     assert kv_a is not None and o is not None
     return Attention(
-        norm=tensors["input_layernorm"],
-        q=linear("q_proj"),
-        q_a=linear("q_a_proj"),
-        q_norm=tensors.get("self_attn.q_a_layernorm"),
-        q_b=linear("q_b_proj"),
+        norm=tensors["input_norm"],
+        q=linear("q"),
+        q_a=linear("q_a"),
+        q_norm=tensors.get("q_a_norm"),
+        q_b=linear("q_b"),
         kv_a=kv_a,
-        kv_norm=tensors["self_attn.kv_a_layernorm"],
-        kv_b=tensors["self_attn.kv_b_proj"],
+        kv_norm=tensors["kv_a_norm"],
+        kv_b=tensors["kv_b"],
         o=o,
     )
 
@@ -172,33 +170,35 @@ def _quantize(
 ) -> Attention:
     batches, stream = layer.walk.batches, streams.quantized
 
-    def kept(name: str) -> Tensor:
-        return layer.keep(name, tensors[name])
+    def kept(part: str) -> Tensor:
+        return layer.keep(*_place(part), tensors[part])
 
-    norm = kept("input_layernorm")
-    first = "self_attn.q_proj" if floats.q is not None else "self_attn.q_a_proj"
-    shared = {name: tensors[name] for name in (first, "self_attn.kv_a_proj_with_mqa")}
-    q, kv_a = layer.quantize(shared, lambda index: block.normed(stream[batches[index]], norm))
-    found = replace(
-        floats, norm=norm, kv_a=kv_a, kv_norm=kept("self_attn.kv_a_layernorm"), kv_b=kept("self_attn.kv_b_proj")
+    def quantized(parts: tuple[str, ...], inputs: Inputs) -> list[Deployed]:
+        return layer.quantize([layer.job(*_place(part)) for part in parts], [tensors[part] for part in parts], inputs)
+
+    norm = kept("input_norm")
+    q, kv_a = quantized(
+        _readers(tensors, layer, "attention_input"), lambda index: block.normed(stream[batches[index]], norm)
     )
+    found = replace(floats, norm=norm, kv_a=kv_a, kv_norm=kept("kv_a_norm"), kv_b=kept("kv_b"))
     if floats.q is not None:
         found = replace(found, q=q)
     else:
-        found = replace(found, q_a=q, q_norm=kept("self_attn.q_a_layernorm"))
-        (q_b,) = layer.quantize(
-            {"self_attn.q_b_proj": tensors["self_attn.q_b_proj"]},
-            lambda index: block.q_latent(found, block.normed(stream[batches[index]], norm)),
-        )
+        found = replace(found, q_a=q, q_norm=kept("q_a_norm"))
+        (q_b,) = quantized(("q_b",), lambda index: block.q_latent(found, block.normed(stream[batches[index]], norm)))
         found = replace(found, q_b=q_b)
-    (o,) = layer.quantize(
-        {"self_attn.o_proj": tensors["self_attn.o_proj"]}, lambda index: block.attended(found, stream[batches[index]])
-    )
+    (o,) = quantized(("o",), lambda index: block.attended(found, stream[batches[index]]))
     return replace(found, o=o)
 
 
+def _readers(tensors: Mapping[str, Tensor], layer: Layer, activation: str) -> tuple[str, ...]:
+    """The linears of this layer that read an activation."""
+    entries = layer.tensors.family.readers(activation, Block.ATTENTION)
+    return tuple(entry.part for entry in entries if entry.part in tensors)
+
+
 def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], streams: StreamPair) -> dict[str, float]:
-    """Rescale the channels between norm and q_a|kv_a, q_a's norm and q_b, values and o_proj; `tensors` in place.
+    """Rescale the channels between norm and q_a|kv_a, q_a's norm and q_b, values and o; `tensors` in place.
 
     Strengths are those of least error at the block's output on the first batch, each step after the one before.
     """
@@ -206,10 +206,11 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
     truth = block.output(_floats(tensors), x)
     strengths = {}
 
-    def error(changed: dict[str, Tensor], rounded: tuple[str, ...]) -> float:
+    def error(changed: dict[str, Tensor], rounded_parts: tuple[str, ...]) -> float:
         trial = tensors | changed
-        trial |= {name: fake_quantize(layer, name, trial[name]) for name in rounded}
-        schemes = {name: layer.walk.jobs[f"{layer.prefix}{name}.weight"].scheme for name in rounded}
+        jobs = {part: layer.job(*_place(part)) for part in rounded_parts}
+        trial |= {part: rounded(job, trial[part]) for part, job in jobs.items()}
+        schemes = {part: job.scheme for part, job in jobs.items()}
         return float((block.output(_floats(trial, schemes), x) - truth).double().square().sum())
 
     def activations(step: Callable[[Attention, Tensor], Tensor]) -> Tensor:
@@ -221,29 +222,28 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
         assert largest is not None
         return largest
 
-    readers = tuple(
-        name for name in ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa") if name in tensors
-    )
-    strengths["input_layernorm"] = choose(
-        activations(lambda weights, part: block.normed(part, weights.norm)),
-        tensors,
-        readers,
-        lambda scale: _norm_change(layer, tensors, "input_layernorm", readers, scale),
-        error,
-    )
-    if "self_attn.q_b_proj" in tensors:
-        names = ("self_attn.q_b_proj",)
-        strengths["q_a_layernorm"] = choose(
-            activations(lambda weights, part: block.q_latent(weights, block.normed(part, weights.norm))),
+    def between(norm: str, activation: str, step: Callable[[Attention, Tensor], Tensor]) -> None:
+        """Smooth between a norm and the linears that read what it writes."""
+        readers = _readers(tensors, layer, activation)
+        strengths[layer.spec(*_place(norm)).module] = choose(
+            activations(step),
             tensors,
-            names,
-            lambda scale: _norm_change(layer, tensors, "self_attn.q_a_layernorm", names, scale),
+            readers,
+            lambda scale: _norm_change(layer, tensors, norm, readers, scale),
             error,
         )
-    strengths["o_proj"] = choose(
+
+    between("input_norm", "attention_input", lambda weights, part: block.normed(part, weights.norm))
+    if "q_b" in tensors:
+        between(
+            "q_a_norm",
+            "q_latent_normed",
+            lambda weights, part: block.q_latent(weights, block.normed(part, weights.norm)),
+        )
+    strengths[layer.spec(Block.ATTENTION, "o").module] = choose(
         activations(block.attended),
         tensors,
-        ("self_attn.o_proj",),
+        ("o",),
         lambda scale: _value_change(layer, tensors, power_of_two(scale)),
         error,
     )
@@ -254,16 +254,16 @@ def _norm_change(
     layer: Layer, tensors: dict[str, Tensor], norm: str, readers: tuple[str, ...], scale: Tensor
 ) -> dict[str, Tensor]:
     """A norm's gain divided by `scale`, its readers multiplied to match."""
-    smaller, factor = norm_quotient(layer, norm, tensors[norm], scale)
+    smaller, factor = norm_quotient(layer.walk.linears, layer.job(*_place(norm)), tensors[norm], scale)
     return {norm: smaller, **{name: tensors[name] * factor for name in readers}}
 
 
 def _value_change(layer: Layer, tensors: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
-    """Value channels divided by `scale` [N · v] in kv_b, o_proj's columns multiplied by it."""
+    """Value channels divided by `scale` [N · v] in kv_b, o's columns multiplied by it."""
     mla = layer.walk.config.attention
-    by_head = tensors["self_attn.kv_b_proj"].double().view(mla.heads, -1, mla.kv_lora_rank).clone()
+    by_head = tensors["kv_b"].double().view(mla.heads, -1, mla.kv_lora_rank).clone()
     by_head[:, mla.qk_nope_head_dim :] /= scale.view(mla.heads, mla.v_head_dim, 1)
     return {
-        "self_attn.kv_b_proj": by_head.view(-1, mla.kv_lora_rank).float(),
-        "self_attn.o_proj": (tensors["self_attn.o_proj"].double() * scale).float(),
+        "kv_b": by_head.view(-1, mla.kv_lora_rank).float(),
+        "o": (tensors["o"].double() * scale).float(),
     }

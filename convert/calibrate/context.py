@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ...formats.dialects import WeightSource
+from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.config import ModelConfig
+from ...models.family import Block
 from ...models.rope import rope_tables
+from ...models.tensors import ModelTensors, Spec
 from ...parallel.pool import Pool
 from ...runtime.ops.reference import ReferenceOps
 from ..plan.plan import Job
-from ..write.chunks import not_finite
 from ..write.journal import JobEntry
 from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
 
@@ -58,25 +59,34 @@ class Layer:
     def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
         self.walk = walk
         self.index = index
-        self.prefix = f"model.layers.{index}."
+        self.tensors = ModelTensors(walk.config)
         self.entries: dict[int, JobEntry] = {}
         self._read = read or {}
         self.errors: dict[str, float] = {}
 
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint has `{prefix}{name}.weight`."""
-        return f"{self.prefix}{name}.weight" in self.walk.jobs
+    def has(self, block: Block, part: str) -> bool:
+        """Whether the layer has a part. The config decides, as it does in engines, not what else a checkpoint holds."""
+        return self.tensors.has(block, part, self.index)
 
-    def weight(self, name: str, suffix: str = "weight") -> Tensor:
-        """`{prefix}{name}.weight` float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
-        full = f"{self.prefix}{name}.{suffix}"
-        tensor = self.walk.source.rows_float32(full)
-        check_finite(full, tensor, self.walk.source)
+    def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
+        """The tensor of a part."""
+        return self.tensors.spec(block, part, self.index, expert)
+
+    def job(self, block: Block, part: str, expert: int | None = None) -> Job:
+        """The job of a part."""
+        return self.walk.jobs[self.spec(block, part, expert).name]
+
+    def weight(self, block: Block, part: str, expert: int | None = None) -> Tensor:
+        """A tensor float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        name = self.spec(block, part, expert).name
+        weight = self.walk.source.weights[name]
+        tensor = weight.rows().to_float32()
+        check_finite(weight, tensor)
         return tensor
 
-    def keep(self, name: str, tensor: Tensor, suffix: str = "weight") -> Tensor:
+    def keep(self, block: Block, part: str, tensor: Tensor) -> Tensor:
         """Write a tensor that stays float; what engines will read, as float32."""
-        job = self.walk.jobs[f"{self.prefix}{name}.{suffix}"]
+        job = self.job(block, part)
         stored, written = self.walk.linears.float(job, tensor)
         self.finish(job, written)
         return stored
@@ -86,10 +96,9 @@ class Layer:
         self.entries[job.index] = JobEntry(written.stats, self._read.get(job.index, b""), written.digest)
         self.walk.done(job)
 
-    def quantize(self, weights: dict[str, Tensor], inputs: Inputs) -> list[Deployed]:
+    def quantize(self, jobs: Sequence[Job], weights: Sequence[Tensor], inputs: Inputs) -> list[Deployed]:
         """Quantize linears that share their inputs on all batches, in the order given."""
         walk, mapper = self.walk, self.walk.pool
-        jobs = [walk.jobs[f"{self.prefix}{name}.weight"] for name in weights]
         # Inputs are rounded as the scheme asks: linears of one have one Hessian.
         groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
         measured = {}
@@ -97,7 +106,7 @@ class Layer:
             hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
             measured[scheme] = hessian, factored(hessian), scale
         deployed = []
-        for job, weight in zip(jobs, weights.values(), strict=True):
+        for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)
             self.note_error(job, linear)
             self.finish(job, written)
@@ -124,11 +133,11 @@ class Rotary:
         return cls(cos, sin, tables.softmax_scale)
 
 
-def check_finite(name: str, tensor: Tensor, source: WeightSource) -> None:
-    """CheckpointError for an infinity or NaN in a tensor of the source."""
+def check_finite(weight: Weight, tensor: Tensor) -> None:
+    """CheckpointError for an infinity or NaN in rows of a weight."""
     # In chunks: the answers of all values at once would be a tensor that no budget has room for.
     if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
-        raise not_finite(name, source)
+        raise not_finite(weight)
 
 
 def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:

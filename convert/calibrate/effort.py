@@ -32,15 +32,14 @@ _JUDGED = 2048
 
 def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
     """The effort of each job of a conversion that calibrates: of those that are walked, and of all others."""
-    config, calibration = prepared.config, prepared.calibration
+    config, calibration, specs = prepared.config, prepared.calibration, prepared.inventory.specs
     assert calibration is not None
     tokens = calibration.tokens.numel()
     routed = 0 if config.moe is None else max(min(ENOUGH, tokens), config.moe.tokens_of_expert(tokens))
     trials = (2 if prepared.recipe.auto else 0) + 1
     smoothed = len(STRENGTHS) + 1 if prepared.recipe.smooth else 0
     # Scores and values of one token against half of its window, for both models.
-    attended = 2 * tokens * calibration.sequence_length / 2 * config.attention.heads
-    attended *= config.attention.qk_head_dim + config.attention.v_head_dim
+    attended = 2 * tokens * calibration.sequence_length / 2 * config.attention.attended_products
 
     def effort(job: Job) -> float:
         if job.layer is None or job.layer >= config.num_hidden_layers or len(job.shape) != 2:
@@ -48,17 +47,15 @@ def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
         rows, columns = job.rows, job.columns
         used = routed if job.role is Role.ROUTED_EXPERT else tokens
         products = 2 * used * rows * columns * _FLOAT32  # both models
-        if job.source.endswith("o_proj.weight"):
+        entry = specs[job.source].entry
+        if entry is not None and "values" in entry.reads:
             products += 2 * attended * _FLOAT32
         if job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT:
             # gate and up, q_a and kv_a have one Hessian together.
-            shared = 0.5 if job.source.endswith(_SHARING) else 1.0
+            shared = 0.5 if entry is not None and entry.fused is not None else 1.0
             products += shared * (used * columns**2 * _FLOAT32 + _FACTORED * columns**3 * _FLOAT64)
             products += _REFINED * rows * columns**2 * _FLOAT64
         judged = min(used, _JUDGED) * rows * columns * _FLOAT32
         return trials * (products + data_free_effort(job) + smoothed * (data_free_effort(job) + judged))
 
     return effort
-
-
-_SHARING = ("gate_proj.weight", "up_proj.weight", "q_a_proj.weight", "kv_a_proj_with_mqa.weight")

@@ -131,7 +131,7 @@ def quantize_expert(
 
 
 def smooth_inner(jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tensor) -> float:
-    """Rescale the channels between up_proj and down_proj, by the strength of least error at the block's output.
+    """Rescale the channels between up and down, by the strength of least error at the block's output.
 
     weights: gate, up and down, whose last two are replaced; inputs float32 [T, H]. Returns the strength, 0 for none.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...models.family import Block
 from ...quant.smoothing import smoothing_scale
 from ...runtime.weights import gating_of
 from ..plan.plan import Job
@@ -16,8 +17,8 @@ from .linears import Deployed
 from .smooth import STRENGTHS, least, norm_quotient, rounded
 from .states import StreamPair
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_NORM = "post_attention_layernorm"
+_PROJECTIONS = ("gate", "up", "down")
+_NORM = Block.LAYER, "mlp_norm"
 # Rows whose largest activations a dense block is smoothed by.
 _JUDGED = 2048
 
@@ -28,6 +29,14 @@ class Routing:
 
     weights: Tensor
     ids: Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A feed-forward block of the layer: the dense one, the shared experts, or a routed expert."""
+
+    block: Block
+    expert: int | None = None
 
 
 @dataclass
@@ -55,21 +64,21 @@ class _FeedForward:
         self._out = out
         self._moe = layer.walk.config.moe_at(layer.index)
         # The config decides, as it does in engines, not what else a checkpoint may have.
-        self._dense_blocks = ["mlp."]
-        if self._moe is not None:
-            self._dense_blocks = ["mlp.shared_experts."] if self._moe.n_shared_experts else []
-        self._gain = layer.weight(_NORM)
+        self._dense_blocks = [
+            place for place in (_Place(Block.DENSE), _Place(Block.SHARED)) if layer.has(place.block, "down")
+        ]
+        self._gain = layer.weight(*_NORM)
         self._factor: Tensor | None = None
         self._strengths: dict[str, float] = {}
 
     def run(self) -> tuple[dict[str, float], Coverage]:
         if self._walk.smooth:
             self._smooth_norm()
-        self._stored_gain = self._layer.keep(_NORM, self._gain)
+        self._stored_gain = self._layer.keep(*_NORM, self._gain)
         for result, start in ((self._out.floats, self._middle.floats), (self._out.quantized, self._middle.quantized)):
             result.copy_(start)
-        for prefix in self._dense_blocks:
-            self._dense(prefix)
+        for place in self._dense_blocks:
+            self._dense(place)
         return self._strengths, Coverage([], {}) if self._moe is None else self._experts()
 
     # ---- what all blocks read --------------------------------------------------------------------------------------
@@ -77,45 +86,51 @@ class _FeedForward:
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
         return self._walk.ops.norms.rms_norm(x, gain, self._walk.config.rms_norm_eps)
 
-    def _block(self, prefix: str) -> list[Tensor]:
+    def _block(self, place: _Place) -> list[Tensor]:
         """gate, up and down of a block, float32; gate and up grown by what the norm's gain lost."""
-        gate, up, down = (self._layer.weight(prefix + name) for name in _PROJECTIONS)
+        gate, up, down = (self._layer.weight(place.block, part, place.expert) for part in _PROJECTIONS)
         return [gate, up, down] if self._factor is None else [gate * self._factor, up * self._factor, down]
 
-    def _jobs(self, prefix: str) -> tuple[Job, Job, Job]:
-        gate, up, down = (self._walk.jobs[f"{self._layer.prefix}{prefix}{name}.weight"] for name in _PROJECTIONS)
+    def _jobs(self, place: _Place) -> tuple[Job, Job, Job]:
+        gate, up, down = (self._layer.job(place.block, part, place.expert) for part in _PROJECTIONS)
         return gate, up, down
 
-    def _prefixes(self) -> list[str]:
-        return [f"mlp.experts.{expert}." for expert in range(self._walk.config.n_routed_experts)]
+    def _expert_places(self) -> list[_Place]:
+        return [
+            _Place(Block.EXPERT, expert) for expert in range(0 if self._moe is None else self._moe.n_routed_experts)
+        ]
+
+    def _strength_name(self, place: _Place) -> str:
+        """What the report calls smoothing within a block, or within all experts of the layer."""
+        family = self._layer.tensors.family
+        name = family.entry(place.block, "down").name.removesuffix(".weight")
+        return name if place.expert is None else family.experts + name
 
     def _router(self) -> Tensor:
-        weight = self._layer.weight("mlp.gate")
+        weight = self._layer.weight(Block.ROUTER, "router")
         return weight if self._factor is None else weight * self._factor
 
     def _bias(self) -> Tensor | None:
-        # Only V3's rule has one; with another rule engines read no such tensor, even where a checkpoint has it.
-        if self._moe is None or not self._moe.has_router_bias:
+        if not self._layer.has(Block.ROUTER, "router_bias"):
             return None
-        return self._layer.weight("mlp.gate", "e_score_correction_bias")
+        return self._layer.weight(Block.ROUTER, "router_bias")
 
     # ---- the dense block or the shared experts ---------------------------------------------------------------------
 
-    def _dense(self, prefix: str) -> None:
+    def _dense(self, place: _Place) -> None:
         layer, walk = self._layer, self._walk
-        weights, jobs = self._block(prefix), self._jobs(prefix)
+        weights, jobs = self._block(place), self._jobs(place)
         if walk.smooth:
             sample = self._normed(self._middle.floats[:_JUDGED], self._gain)
-            self._strengths[prefix + "down_proj"] = smooth_inner(jobs, weights, sample)
+            self._strengths[self._strength_name(place)] = smooth_inner(jobs, weights, sample)
         floats = float_mlp(weights)
         batches, stream = walk.batches, self._middle.quantized
 
         def inputs(index: int) -> Tensor:
             return self._normed(stream[batches[index]], self._stored_gain)
 
-        names = [prefix + name for name in _PROJECTIONS]
-        gate, up = layer.quantize(dict(zip(names[:2], weights[:2], strict=True)), inputs)
-        (down,) = layer.quantize({names[2]: weights[2]}, lambda index: Mlp(gate, up, up).inner(inputs(index)))
+        gate, up = layer.quantize(jobs[:2], weights[:2], inputs)
+        (down,) = layer.quantize(jobs[2:], weights[2:], lambda index: Mlp(gate, up, up).inner(inputs(index)))
         deployed = Mlp(gate, up, down)
 
         def step(index: int) -> None:
@@ -132,29 +147,29 @@ class _FeedForward:
         layer, walk = self._layer, self._walk
         router = self._router()
         bias = self._bias()
-        stored_router = layer.keep("mlp.gate", router)
-        stored_bias = None if bias is None else layer.keep("mlp.gate", bias, "e_score_correction_bias")
+        stored_router = layer.keep(Block.ROUTER, "router", router)
+        stored_bias = None if bias is None else layer.keep(Block.ROUTER, "router_bias", bias)
         float_routing, _ = self._route(self._middle.floats, self._gain, router, bias)
         routing, order = self._route(self._middle.quantized, self._stored_gain, stored_router, stored_bias)
-        prefixes, middle = self._prefixes(), self._middle
+        places, middle = self._expert_places(), self._middle
 
         def one(expert: int) -> tuple[Tensor, Routed, ExpertResult]:
             tokens = choose_tokens(routing.ids, order, expert, walk.tokens)
             float_tokens = (float_routing.ids == expert).any(1).nonzero()[:, 0]
             result = quantize_expert(
                 layer,
-                self._jobs(prefixes[expert]),
+                self._jobs(places[expert]),
                 (
                     self._normed(middle.floats[float_tokens], self._gain),
                     self._normed(middle.quantized[tokens.own], self._stored_gain),
                 ),
                 self._normed(middle.quantized[tokens.near], self._stored_gain),
-                self._block(prefixes[expert]),
+                self._block(places[expert]),
             )
             return float_tokens, tokens, result
 
         coverage, strengths = Coverage([], {}), []
-        for expert, (float_tokens, tokens, result) in enumerate(walk.pool.map(one, range(len(prefixes)))):
+        for expert, (float_tokens, tokens, result) in enumerate(walk.pool.map(one, range(len(places)))):
             _add_weighted(self._out.floats, float_routing, expert, float_tokens, result.floats)
             _add_weighted(self._out.quantized, routing, expert, tokens.own, result.quantized)
             coverage.expert_tokens.append(tokens.own.shape[0])
@@ -162,10 +177,10 @@ class _FeedForward:
                 coverage.fallbacks[str(expert)] = result.fallback
             strengths.append(result.strength)
             layer.errors.update(result.errors)
-            for job in self._jobs(prefixes[expert]):
+            for job in self._jobs(places[expert]):
                 layer.finish(job, result.results[job.index])
         if walk.smooth:
-            self._strengths["mlp.experts.down_proj"] = sum(strengths) / len(strengths)
+            self._strengths[self._strength_name(places[0])] = sum(strengths) / len(strengths)
         return coverage
 
     def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
@@ -193,24 +208,27 @@ class _FeedForward:
             lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches
         )
         activation = torch.stack(list(maxima)).amax(0)
-        prefixes = [*self._dense_blocks, *(self._prefixes() if self._moe is not None else [])]
-        columns = walk.pool.map(lambda prefix: torch.cat(self._block(prefix)[:2]).abs().amax(0), prefixes)
+        places = [*self._dense_blocks, *self._expert_places()]
+        columns = walk.pool.map(lambda place: torch.cat(self._block(place)[:2]).abs().amax(0), places)
         weight = torch.stack(list(columns)).amax(0)
-        scales = [norm_quotient(layer, _NORM, self._gain, smoothing_scale(activation, weight, s)) for s in STRENGTHS]
+        norm = layer.job(*_NORM)
+        scales = [
+            norm_quotient(walk.linears, norm, self._gain, smoothing_scale(activation, weight, strength))
+            for strength in STRENGTHS
+        ]
         trials = [(self._gain, torch.ones_like(self._gain)), *scales]
         x = self._middle.floats[walk.batches[0]]
         routing = None
         if self._moe is not None:
             routing, _ = self._route(self._middle.floats, self._gain, self._router(), self._bias())
 
-        def differences(prefix: str) -> tuple[Tensor, list[Tensor]]:
+        def differences(place: _Place) -> tuple[Tensor, list[Tensor]]:
             """The rows of x that a block works on, and its weighted errors with each trial's scale."""
-            expert = int(prefix.split(".")[2]) if "experts." in prefix and "shared" not in prefix else None
             rows, factor = torch.arange(x.shape[0]), torch.ones(x.shape[0], 1)
-            if expert is not None and routing is not None:
-                chosen = (routing.ids[: x.shape[0]] == expert).nonzero()
+            if place.expert is not None and routing is not None:
+                chosen = (routing.ids[: x.shape[0]] == place.expert).nonzero()
                 rows, factor = chosen[:, 0], routing.weights[chosen[:, 0], chosen[:, 1], None]
-            weights, jobs = self._block(prefix), self._jobs(prefix)
+            weights, jobs = self._block(place), self._jobs(place)
             truth = float_mlp(weights)(self._normed(x[rows], self._gain))
             found, down = [], Deployed(rounded(jobs[2], weights[2]), jobs[2].scheme)
             for gain, grown in trials:
@@ -219,11 +237,12 @@ class _FeedForward:
             return rows, found
 
         totals = [torch.zeros_like(x) for _ in trials]
-        for rows, found in walk.pool.map(differences, prefixes):
+        for rows, found in walk.pool.map(differences, places):
             for total, part in zip(totals, found, strict=True):
                 total.index_add_(0, rows, part)
         errors = [float(total.double().square().sum()) for total in totals]
-        self._strengths[_NORM], best = least(0, lambda strength: 1 + STRENGTHS.index(strength), errors.__getitem__)
+        strength, best = least(0, lambda strength: 1 + STRENGTHS.index(strength), errors.__getitem__)
+        self._strengths[layer.spec(*_NORM).module] = strength
         if best:
             self._gain, self._factor = trials[best]
 

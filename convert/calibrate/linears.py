@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CalibrationError, CheckpointError
-from ...formats.dialects import StoredRows
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ...formats.static_w8a8 import InputScale, static_tensors
@@ -18,9 +17,10 @@ from ...parallel.pool import Mapper
 from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
 from ...quant.refine import calibrated_codes
 from ...quant.scales import Method, NonFiniteError
+from ...quant.stored_rows import StoredRows
+from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job
 from ..write.job_output import JobOutput
-from ..write.journal import JobStats
 from ..write.shards import ShardFiles
 
 # Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
@@ -62,7 +62,7 @@ def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor
 class JobResult:
     """What a job has left in its shard: its errors, and the digest of its bytes (none in a trial)."""
 
-    stats: JobStats
+    stats: ErrorSums
     digest: bytes
 
 
@@ -92,7 +92,7 @@ class Linears:
                 why = "holds infinities or NaN; the checkpoint is damaged: fetch it again"
             raise CheckpointError(f"tensor {job.source!r} {why}")
         digest = self._write(job, {job.outputs[0].suffix: stored})
-        return stored.to(torch.float32), JobResult(JobStats(0.0, float(tensor.double().square().sum())), digest)
+        return stored.to(torch.float32), JobResult(ErrorSums(0.0, float(tensor.double().square().sum())), digest)
 
     def rounded(self, job: Job, tensor: Tensor) -> Tensor:
         """A tensor in the dtype that its job stores it in."""
@@ -135,7 +135,7 @@ class Linears:
         digest = self._write(job, tensors)
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
         squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
-        stats = JobStats(squared_error, float(rows.squared_norm.sum()))
+        stats = ErrorSums(squared_error, float(rows.squared_norm.sum()))
         return Deployed(found, job.scheme, inputs, error), JobResult(stats, digest)
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from ...errors import ConversionError
 from ...models.config import ModelConfig
+from ...models.family import Block
+from ...models.tensors import ModelTensors
 from ..plan.memory import Budget
-from .context import BATCH_TOKENS
+from .attention import window_bytes
 
 # Square matrices of float64 that factoring a Hessian holds at its peak: itself, damped, permuted, and a factor.
 _SQUARES = 4
@@ -22,7 +24,7 @@ def calibrated_budget(
     """The budget with as many workers as `max_memory` bytes have room for experts, or windows in attention, beside the
     hidden states' pages, which are a file's and count for nothing. ConversionError where there is room for none."""
     shared = max(attention_bytes(config), dense_bytes(config))
-    expert = max(expert_bytes(config, tokens), window_bytes(config, sequence_length))
+    expert = max(expert_bytes(config, tokens), window_bytes(config.attention, sequence_length))
     workers = budget.workers
     if max_memory is not None:
         if max_memory < max(shared, expert):
@@ -39,40 +41,31 @@ def expert_bytes(config: ModelConfig, tokens: int) -> int:
     the tokens."""
     if config.moe is None:
         return 0
-    hidden, width = config.hidden_size, config.moe.moe_intermediate_size
-    routed = config.moe.tokens_of_expert(tokens)
-    weights = 2 * 3 * 4 * hidden * width
-    return weights + _calibration_bytes(max(hidden, width), width) + 6 * 4 * routed * hidden
-
-
-def window_bytes(config: ModelConfig, sequence_length: int) -> int:
-    """One batch of windows in attention, in float32: queries three times, keys and values, outputs; the scores of one
-    window as four steps of its softmax hold them."""
-    mla, tokens = config.attention, max(BATCH_TOKENS, sequence_length)
-    token = 4 * mla.qk_head_dim + mla.qk_nope_head_dim + 4 * mla.v_head_dim
-    return 4 * mla.heads * (tokens * token + 4 * sequence_length**2)
+    return _block_bytes(config, Block.EXPERT) + 6 * 4 * config.moe.tokens_of_expert(tokens) * config.hidden_size
 
 
 def attention_bytes(config: ModelConfig) -> int:
     """A layer's attention in float32, as it was and as it will be, and the largest Hessian of its linears."""
-    hidden, mla = config.hidden_size, config.attention
-    heads = mla.heads
-    q_width, values = heads * mla.qk_head_dim, heads * mla.v_head_dim
-    queries = hidden * q_width
-    if mla.q_lora_rank is not None:
-        queries = mla.q_lora_rank * (hidden + q_width)
-    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
-    keys = hidden * latent + mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    return 2 * 4 * (queries + keys + values * hidden) + _calibration_bytes(max(hidden, values), hidden)
+    return _block_bytes(config, Block.ATTENTION)
 
 
 def dense_bytes(config: ModelConfig) -> int:
-    """The first layers' dense block, or the shared experts, in float32 twice, and the Hessian of down_proj."""
-    widths = [] if config.moe is None else [config.moe.shared_intermediate_size]
-    if any(config.moe_at(layer) is None for layer in range(config.num_hidden_layers)):
-        widths.append(config.intermediate_size)
-    hidden, width = config.hidden_size, max(widths)
-    return 2 * 3 * 4 * hidden * width + _calibration_bytes(max(hidden, width), width)
+    """The dense block of a layer, or the shared experts, in float32 twice, and the largest Hessian."""
+    return max(_block_bytes(config, Block.DENSE), _block_bytes(config, Block.SHARED))
+
+
+def _block_bytes(config: ModelConfig, block: Block) -> int:
+    """The linears of a block in float32 twice, and what calibrating the largest of them takes; 0 where no decoder layer
+    has the block."""
+    tensors = ModelTensors(config)
+    shapes = {
+        entry.part: tensors.spec(block, entry.part).shape
+        for layer in range(config.num_hidden_layers)
+        for entry in tensors.family.blocks[block]
+        if entry.kind == "linear" and tensors.has(block, entry.part, layer)
+    }.values()
+    weights = 2 * 4 * sum(outputs * inputs for outputs, inputs in shapes)
+    return weights + max((_calibration_bytes(inputs, outputs) for outputs, inputs in shapes), default=0)
 
 
 def _calibration_bytes(inputs: int, outputs: int) -> int:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...formats.dialects import StoredRows
 from ...formats.schemes import Scheme, dequantize, quantize_stored
 from ...quant.scales import NonFiniteError
 from ...quant.smoothing import smoothing_scale
+from ...quant.stored_rows import StoredRows
 from ..plan.plan import Job
-from .context import Layer, row_chunks
+from .context import row_chunks
+from .linears import Linears
 
 STRENGTHS = (0.3, 0.5, 0.7)
 # A strength must lower the squared error by this much to be worth a change.
@@ -61,11 +62,6 @@ def choose(
     return strength
 
 
-def fake_quantize(layer: Layer, name: str, weight: Tensor) -> Tensor:
-    """A weight float32 rounded as its job would without calibration."""
-    return rounded(layer.walk.jobs[f"{layer.prefix}{name}.weight"], weight)
-
-
 def rounded(job: Job, weight: Tensor) -> Tensor:
     """A weight float32 [N, K] behind the codes of the job's scheme, data-free."""
     if job.scheme is Scheme.FLOAT:
@@ -83,12 +79,10 @@ def rounded(job: Job, weight: Tensor) -> Tensor:
     return result
 
 
-def norm_quotient(layer: Layer, norm: str, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def norm_quotient(linears: Linears, norm: Job, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """A norm's gain [K] divided by `scale`, as far as its stored dtype can hold the quotient, and the factor by which
     the columns of its readers grow to match: both float32."""
-    smaller = layer.walk.linears.rounded(
-        layer.walk.jobs[f"{layer.prefix}{norm}.weight"], gain.double() / scale
-    ).double()
+    smaller = linears.rounded(norm, gain.double() / scale).double()
     # A quotient that the dtype (float16, say) flushes to zero or cannot hold would silence its channel or spoil it.
     smaller = smaller.where((smaller != 0) & torch.isfinite(smaller), gain.double())
     factor = (gain.double() / smaller).where(smaller != 0, 1.0)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConversionError
-from ...inputs.files import inside, read_bytes
+from ...formats.output_files import make_folder, new_file, publish
+from ...inputs.files import file_sha256, inside, read_bytes
 from ..write.checked_lines import checked_line, line_content
-from ..write.hashes import file_sha256
-from ..write.shards import sync_directory
 from .layer_report import LayerReport
 
 FOLDER = "calibration"
@@ -48,17 +47,21 @@ class Streams(StreamPair):
         self.path = path
         shape = (2, tokens, hidden)
         if create:
-            with path.open("wb") as file:
+            with new_file(path) as file:
                 # Blocks now, not when a page is touched: a full disk is then an error and not a signal.
                 os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * hidden)
-        self._map = np.memmap(path, np.float32, "r+", shape=shape)
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
+            self._map = np.memmap(file, np.float32, "r+", shape=shape)
         super().__init__(*torch.from_numpy(self._map).unbind(0))
 
     def sync(self) -> None:
         """Return once every value is on stable storage."""
         self._map.flush()
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ class StateStore:
                 return None
             state = State(tuple(map(LayerReport.from_json, found["reports"])))
             path = inside(self._folder, _READY.format(state.layer), ConversionError)
-            if path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1] or file_sha256(path) != found["sha256"]:
+            if (
+                path.stat().st_size != 4 * 2 * self._shape[0] * self._shape[1]
+                or file_sha256(path, ConversionError) != found["sha256"]
+            ):
                 return None
             return state, Streams(path, *self._shape, create=False)
         except (OSError, ConversionError, ValueError, KeyError, TypeError):
@@ -101,12 +107,12 @@ class StateStore:
 
     def new(self, layer: int) -> Streams:
         """Streams to be filled for the input of `layer`; they count only once `publish`ed."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format(layer), *self._shape, create=True)
 
     def scratch(self) -> Streams:
         """Streams within a layer, which nothing resumes from."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
 
     def publish(self, streams: Streams, state: State) -> Streams:
@@ -116,14 +122,11 @@ class StateStore:
         streams.path.replace(path)
         streams.path = path
         reports = [report.as_json() for report in state.reports]
-        content = {"layer": state.layer, "sha256": file_sha256(path), "reports": reports}
+        content = {"layer": state.layer, "sha256": file_sha256(path, ConversionError), "reports": reports}
         partial = self._folder / _PARTIAL
-        with partial.open("wb") as file:
+        with new_file(partial) as file:
             file.write(checked_line(content))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._folder / _STATE)
-        sync_directory(self._folder)
+        publish(partial, self._folder / _STATE)
         for old in self._folder.glob(_READY.format("*")):
             if old != path:
                 old.unlink()

@@ -17,8 +17,8 @@ from ...errors import CalibrationError, GenerationError
 from ...inputs.files import MOST_GIVEN_BYTES, read_given_text, read_text
 from ...inputs.json_text import parse_json
 from ...inputs.printable import name_as_text
-from ...runtime.tokenizer import Tokenizer
-from ...runtime.tokenizer_check import require_tokenizer
+from ...runtime.text.tokenizer import Tokenizer
+from ...runtime.text.tokenizer_check import require_tokenizer
 
 BUILTIN = "builtin"
 DEFAULT_SAMPLES = 128

@@ -15,8 +15,11 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ...formats.artifact import OWN_FOLDER
 from ...formats.digests import source_digest
+from ...formats.output_files import write_error
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import Scheme
+from ...models.family import Block
+from ...models.roles import Role
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
 from ..plan.memory import Budget
@@ -24,7 +27,6 @@ from ..plan.plan import Job
 from ..plan.prepare import Prepared
 from ..tally import Tally
 from ..write.journal import JobEntry, Journal
-from ..write.output import write_error
 from ..write.shards import ShardFiles
 from ..write.worker import run_job
 from ..write.workspace import Workspace
@@ -37,7 +39,6 @@ from .linears import Linears
 from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
-_EMBEDDING = "model.embed_tokens.weight"
 _CHUNK_ELEMENTS = 1 << 20
 
 
@@ -101,7 +102,7 @@ class CalibratedWalk:
         if self._start is None:
             return set()
         walked = range(self._start[0].layer)
-        return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.source == _EMBEDDING}
+        return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.role is Role.EMBEDDING}
 
     def run(self) -> tuple[LayerReport, ...]:
         """Walk. Afterwards the journal has all jobs of the decoder layers. Returns the report of each layer.
@@ -179,7 +180,7 @@ class CalibratedWalk:
 
     def _convert_embedding(self, walk: Walk) -> None:
         """The embedding first, so that the journal knows from which one the hidden states came."""
-        job = walk.jobs[_EMBEDDING]
+        job = walk.jobs[_embedding_of(walk)]
         if job.index not in self._journal.record.jobs:
             entry = self._convert(job)
             self._files.sync([job.shard])
@@ -214,14 +215,19 @@ def _run_layer(layer: Layer, rotary: Rotary, streams: StreamPair, middle: Stream
     )
 
 
+def _embedding_of(walk: Walk) -> str:
+    return walk.config.family.name(Block.TOP, "embedding")
+
+
 def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     """The streams before the first layer: rows of the embedding, exact and as they are stored."""
     streams = store.new(0)
-    dtype = DTYPES[walk.jobs[_EMBEDDING].outputs[0].dtype]
+    name = _embedding_of(walk)
+    dtype = DTYPES[walk.jobs[name].outputs[0].dtype]
     for part in row_chunks(tokens.numel()):
         used, place = tokens.flatten()[part].unique(return_inverse=True)
-        rows = torch.cat([walk.source.rows_float32(_EMBEDDING, int(token), int(token) + 1) for token in used])
-        check_finite(_EMBEDDING, rows, walk.source)
+        rows = torch.cat([walk.source.rows_float32(name, int(token), int(token) + 1) for token in used])
+        check_finite(walk.source.weights[name], rows)
         streams.floats[part] = rows[place]
         streams.quantized[part] = rows.to(dtype).float()[place]
     return streams

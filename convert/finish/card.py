@@ -11,9 +11,9 @@ from ...engines.serving import serving_section
 from ...errors import ConversionError
 from ...formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ...quant.scales import Method
+from ...recipes.recipe import Recipe, Target, Transform
 from ..calibrate.texts import Calibration
 from ..plan.prepare import Origin
-from ..plan.recipe import Recipe, Target, Transform
 from .report import RoleTotals
 
 # Kept from the source's card: the artifact stands under the source's terms.
@@ -89,7 +89,9 @@ def model_card(
 
 _TRANSFORMS = {
     Transform.ROTATE: "The residual stream was rotated (Hadamard) with norms folded in.",
-    Transform.SMOOTH: "Channels were smoothed between norms and linears, values and o_proj, up_proj and down_proj.",
+    Transform.SMOOTH: (
+        "Channels were smoothed between norms and linears, values and the output projection, up and down projections."
+    ),
 }
 _METHODS = {
     Method.MINMAX: "Scales per output channel, symmetric, from each row's largest value.",
@@ -135,10 +137,9 @@ def _summary(
 
 
 def _kept_mtp(layers: Sequence[int]) -> str:
-    """Layers are named by their index in the checkpoint, from 0."""
     if len(layers) == 1:
-        return f"It keeps its multi-token-prediction layer (`model.layers.{layers[0]}`)."
-    return f"It keeps its {len(layers)} multi-token-prediction layers (`model.layers.{layers[0]}` to `{layers[-1]}`)."
+        return f"It keeps its multi-token-prediction layer (layer {layers[0]}, from 0)."
+    return f"It keeps its {len(layers)} multi-token-prediction layers (layers {layers[0]} to {layers[-1]}, from 0)."
 
 
 def _error_table(totals: Sequence[RoleTotals]) -> str:

@@ -18,7 +18,7 @@ from ... import __version__
 from ...engines.loader_config import loader_keys
 from ...engines.rules import config_schemes
 from ...engines.serving import serving_ranks
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConversionError
 from ...formats.artifact import (
     CARD_NAME,
     DESCRIPTION_NAME,
@@ -33,18 +33,19 @@ from ...formats.artifact import (
 )
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
 from ...formats.kv_cache import save_scales
+from ...formats.output_files import PARTIAL_NAME, publish, write_file
+from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
-from ...inputs.files import inside, open_file
-from ...models.rope import rope_tables, save_rope
+from ...inputs.files import file_sha256, inside, open_file
+from ...models.rope import rope_tables
+from ...quant.weight_error import ErrorSums
+from ...recipes.recipe import STORED
 from ..calibrate.layer_report import LayerReport
 from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
-from ..plan.recipe import STORED
-from ..write.hashes import file_sha256
-from ..write.journal import JobStats, Record
-from ..write.output import partial_path, publish, write_file
+from ..write.journal import Record
 from .card import model_card
-from .report import relative_error, totals_by_role
+from .report import totals_by_role
 from .side_files import card_front_matter, copy_side_files
 
 
@@ -58,7 +59,7 @@ def rehearse(prepared: Prepared) -> int:
         descriptor = open_file(inside(source, name), CheckpointError)
         nbytes += os.fstat(descriptor).st_size
         os.close(descriptor)
-    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), JobStats(0.0, 0.0))
+    unknown = dict.fromkeys(range(len(prepared.plan.jobs)), ErrorSums(0.0, 0.0))
     files = {shard.name: {"size": shard.nbytes, "sha256": "0" * 64} for shard in prepared.plan.shards}
     files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
     try:
@@ -100,10 +101,10 @@ def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[L
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path, ConversionError)}
 
 
-def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[str, Iterable[str]]]:
+def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple[str, Iterable[str]]]:
     """Name and content, piece by piece, of every file that is text, but for the manifest; each made when asked for."""
     plan, recipe = prepared.plan, prepared.recipe
     totals = totals_by_role(plan.jobs, stats)
@@ -139,13 +140,13 @@ def _texts(prepared: Prepared, stats: Mapping[int, JobStats]) -> Iterator[tuple[
 
 
 def _write_rope(prepared: Prepared, output: Path) -> None:
-    partial = partial_path(output)
+    partial = output / PARTIAL_NAME
     save_rope(rope_tables(prepared.config), partial)
     publish(partial, output / ROPE_NAME)
 
 
 def _write_kv_cache_scales(reports: Sequence[LayerReport], output: Path) -> None:
-    partial = partial_path(output)
+    partial = output / PARTIAL_NAME
     save_scales([report.kv_cache.scale for report in reports], partial)
     publish(partial, output / KV_CACHE_NAME)
 
@@ -171,7 +172,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 def _manifest(
     prepared: Prepared,
     files: Mapping[str, Mapping[str, Any]],
-    stats: Mapping[int, JobStats],
+    stats: Mapping[int, ErrorSums],
     reports: Sequence[LayerReport],
 ) -> dict[str, Any]:
     plan, config = prepared.plan, prepared.config
@@ -234,11 +235,11 @@ def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str
     }
 
 
-def _linear(job: Job, stats: JobStats, stored: bool, output_error: float | None) -> dict[str, Any]:
+def _linear(job: Job, stats: ErrorSums, stored: bool, output_error: float | None) -> dict[str, Any]:
     entry = {
         "scheme": job.scheme.value,
         "method": STORED if stored else job.method.value,
-        "relative_error": relative_error(stats.squared_error, stats.squared_norm),
+        "relative_error": stats.relative_error,
         "source_bytes": job.source_bytes,
         "bytes": job.output_bytes,
     }

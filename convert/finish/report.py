@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
 
 from ...formats.schemes import Scheme
+from ...quant.weight_error import ErrorSums, relative_error
 from ..plan.plan import Job
-from ..write.journal import JobStats
 
 
 @dataclass
@@ -46,12 +45,7 @@ class RoleTotals:
         }
 
 
-def relative_error(squared_error: float, squared_norm: float) -> float:
-    """√(squared_error / squared_norm); 0 for an all-zero weight, which every scheme stores exactly."""
-    return sqrt(squared_error / squared_norm) if squared_norm else 0.0
-
-
-def totals_by_role(jobs: Iterable[Job], stats: Mapping[int, JobStats]) -> list[RoleTotals]:
+def totals_by_role(jobs: Iterable[Job], stats: Mapping[int, ErrorSums]) -> list[RoleTotals]:
     """Totals by role and scheme, largest first; error fields stay None where `stats` has nothing (a dry run)."""
     totals: dict[tuple[str, Scheme], RoleTotals] = {}
     for job in jobs:

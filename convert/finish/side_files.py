@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ...formats.output_files import PARTIAL_NAME, new_file, publish
 from ...formats.side_files import is_side_file
 from ...inputs.files import MOST_BYTES, inside, is_inside, open_file, read_text
 from ...inputs.names import FileName
 from ...inputs.yaml_text import parse_yaml
-from ..write.output import partial_path, publish
 
 # A source's model card is read for a few lines at its head.
 _MOST_CARD_BYTES = 1 << 20
@@ -36,10 +36,10 @@ def side_files(source: Path) -> list[str]:
 def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
     """Copy side files into the artifact, each whole or not at all, links as what they point to."""
     for name in names:
-        partial = partial_path(output)
+        partial = output / PARTIAL_NAME
         # The content alone: modes and times of the source are no part of the artifact.
         found = os.fdopen(open_file(inside(source, name), CheckpointError), "rb")
-        with found as whole, partial.open("wb") as copy:
+        with found as whole, new_file(partial) as copy:
             shutil.copyfileobj(whole, copy)
         publish(partial, output / name)
 

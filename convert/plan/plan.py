@@ -7,20 +7,20 @@ neither the number of workers nor on interruptions, and resuming is a list of fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from ...errors import ConversionError, RecipeError
 from ...formats.artifact import shard_name
-from ...formats.dialects import Weight
 from ...formats.safetensors import ITEM_BYTES, encode_header
 from ...formats.schemes import OutputTensor, Scheme, output_tensors
+from ...formats.sources.weights import Weight
 from ...models.inventory import Inventory
 from ...models.roles import Role
 from ...models.tensors import Spec
 from ...quant.scales import Method
-from .recipe import Assignment
+from .assignments import Assignment
 
 # What one tensor's entry takes in a JSON header besides its name, dtype and dimensions: punctuation, keys and two
 # offsets of up to 16 digits.
@@ -145,21 +145,16 @@ def build_plan(
     weights: Mapping[str, Weight],
     inventory: Inventory,
     assignments: Mapping[str, Assignment],
-    float_code: Callable[[str], str],
     max_shard_size: int,
     *,
     float16: bool = False,
 ) -> Plan:
-    """Place every output tensor; `float_code` gives the safetensors dtype of a weight that stays float, `float16` says
-    that the model computes in it.
+    """Place every output tensor; `float16` says that the model computes in it.
 
     No shard exceeds `max_shard_size` bytes, header included, unless a single job's outputs do. Raises RecipeError for a
     weight whose shape its scheme cannot hold.
     """
-    drafts = [
-        _Draft(spec, weights[name], assignments[name], _sized(_outputs(spec, assignments[name], float_code, float16)))
-        for name, spec in inventory.specs.items()
-    ]
+    drafts = [_draft(spec, weights[name], assignments[name], float16) for name, spec in inventory.specs.items()]
     if not drafts:
         raise ConversionError("the checkpoint has no weights to convert")
     groups = list(_fill_shards(drafts, max_shard_size))
@@ -173,11 +168,13 @@ def build_plan(
     return Plan(tuple(jobs), tuple(shards))
 
 
-def _outputs(
-    spec: Spec, assignment: Assignment, float_code: Callable[[str], str], float16: bool
-) -> tuple[OutputTensor, ...]:
+def _draft(spec: Spec, weight: Weight, assignment: Assignment, float16: bool) -> _Draft:
+    return _Draft(spec, weight, assignment, _sized(_outputs(spec, assignment, weight, float16)))
+
+
+def _outputs(spec: Spec, assignment: Assignment, weight: Weight, float16: bool) -> tuple[OutputTensor, ...]:
     if assignment.scheme is Scheme.FLOAT:
-        code = spec.kept_dtype or float_code(spec.name)
+        code = spec.kept_dtype or weight.float_code
         return (OutputTensor(spec.name, code, spec.shape),)
     try:
         return output_tensors(spec.name, assignment.scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)

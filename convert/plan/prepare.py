@@ -14,14 +14,14 @@ import torch
 
 from ... import __version__
 from ...engines.placement import engine_notes
-from ...engines.rules import check_recipe
 from ...errors import RecipeError
 from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
-from ...formats.dialects import WeightSource
 from ...formats.schemes import Scheme
-from ...formats.sources import open_weights
-from ...formats.stored import QuantizedSource
+from ...formats.sources.opening import open_weights
+from ...formats.sources.rewritten import rewritten
+from ...formats.sources.rotated import rotated
+from ...formats.sources.weights import WeightSource
 from ...formats.ties import share_tied
 from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
@@ -29,6 +29,8 @@ from ...models.inventory import Inventory, take_inventory
 from ...models.rope import rope_tables
 from ...parallel.torch_threads import single_threaded_torch
 from ...quant.scales import Method
+from ...recipes.reading import load_recipe
+from ...recipes.recipe import STORED, Recipe, Target
 from ..calibrate.texts import (
     BUILTIN,
     DEFAULT_SAMPLES,
@@ -38,9 +40,8 @@ from ..calibrate.texts import (
     read_tokenizer,
 )
 from ..finish.side_files import side_files
-from ..rewriting import RewrittenSource, rotated
+from .assignments import Assignment, check_recipe, check_source, resolve
 from .plan import Plan, build_plan
-from .recipe import STORED, Assignment, Recipe, Target, check_source, load_recipe, resolve
 from .statements import statements
 
 
@@ -149,7 +150,7 @@ def prepare(
         rope_bytes = _rope_bytes(config)
         shared = share_tied(checkpoint)
         source = open_weights(checkpoint)
-        stored = source.schemes if isinstance(source, QuantizedSource) else None
+        stored = source.schemes if source.is_quantized else None
         resolved = resolved or load_recipe("w4a8" if stored is None else STORED, method)
         if text is not None and text.time_budget is not None and not resolved.auto:
             raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
@@ -158,7 +159,7 @@ def prepare(
         assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
-        if checkpoint.passes_by and (resolved.transforms or _needs_calibration(resolved, assignments)):
+        if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):
                 read_tokenizer(directory)  # or it would be missed after all has been fetched
             raise RecipeError(
@@ -167,9 +168,9 @@ def prepare(
             )
         calibration = _calibration(resolved, assignments, text or CalibrationText(), directory, config)
         if resolved.rotate:
-            source = RewrittenSource(checkpoint, rotated(config, inventory))
-        float16 = source.float_dtype is torch.float16
-        plan = build_plan(source.weights, inventory, assignments, source.float_code, max_shard_size, float16=float16)
+            source = rewritten(source, rotated(config, inventory))
+        float16 = config.dtype is torch.float16
+        plan = build_plan(source.weights, inventory, assignments, max_shard_size, float16=float16)
         names = tuple(side_files(directory))
         origin = _origin(directory)
         said = statements(checkpoint, config, inventory, source, shared)

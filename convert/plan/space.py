@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...formats.artifact import OWN_FOLDER
+from ...formats.checkpoint import Checkpoint
 from ...units import format_bytes
 from ..calibrate.states import state_bytes
 from ..write.journal import Record
@@ -40,7 +41,7 @@ def plan_space(prepared: Prepared, output: Path, record: Record | None, small_by
     """The space for an artifact in `output` with so many bytes beside its shards, of which a record's jobs are done, or
     without a record all."""
     plan, own = prepared.plan, output / OWN_FOLDER
-    scratch = prepared.checkpoint.scratch_bytes
+    scratch = _window_bytes(prepared.checkpoint)
     if prepared.calibration is not None:
         scratch += state_bytes(prepared.calibration.tokens.numel(), prepared.config.hidden_size)
     scratch += len(plan.jobs) * _JOURNAL_BYTES_PER_JOB
@@ -51,6 +52,13 @@ def plan_space(prepared: Prepared, output: Path, record: Record | None, small_by
     # What is written again takes no room again. Some file systems tell of no blocks.
     there = max(done, _allocated(output / shard.name for shard in plan.shards)) + min(scratch, _allocated(_files(own)))
     return Space(needed, max(0, needed - there), free_bytes(output))
+
+
+def _window_bytes(checkpoint: Checkpoint) -> int:
+    """What the window on a checkpoint that passes by takes at most."""
+    if checkpoint.window is None:
+        return 0
+    return min(checkpoint.window.max_bytes, sum(info.nbytes for info in checkpoint.tensors.values()))
 
 
 def free_bytes(output: Path) -> int:

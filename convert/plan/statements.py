@@ -1,7 +1,7 @@
 """Two statements of a checkpoint about one thing, that contradict each other: which counts, said in a line each.
 
 They are decided as transformers and the engines decide them; what neither could read is refused where it is read
-(`inventory.py`, `model_config.py`, `checkpoint.py`).
+(`inventory.py`, `config.py`, `checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
-from ...formats.compressed_tensors import is_compressed
-from ...formats.dialects import WeightSource
 from ...formats.safetensors import CODES
-from ...formats.ties import EMBEDDING, HEAD
+from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.sources.weights import WeightSource
+from ...formats.ties import tied_names
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
 from ...models.config import ModelConfig
@@ -32,7 +32,7 @@ def statements(
     """A line for each contradiction; `shared` is the name that `share_tied` found missing."""
     raw, directory = checkpoint.config, checkpoint.directory
     return [
-        *_head(raw, shared),
+        *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_dtype(raw, config, inventory, source),
         *_quantization(raw, directory, source),
@@ -44,16 +44,17 @@ def statements(
     ]
 
 
-def _head(raw: Mapping[str, Any], shared: str | None) -> Iterator[str]:
+def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> Iterator[str]:
     if raw.get("tie_word_embeddings") is not True:
         return
+    embedding, head = tied_names(config.family)
     if shared is None:
         yield (
-            f"config.json ties embedding and head, and the checkpoint stores both: {HEAD!r} is used as it is stored, "
+            f"config.json ties embedding and head, and the checkpoint stores both: {head!r} is used as it is stored, "
             "as transformers does where the two differ; the artifact's config.json unties them"
         )
         return
-    stored = EMBEDDING if shared == HEAD else HEAD
+    stored = embedding if shared == head else head
     yield (
         f"embedding and head are tied: the artifact stores {stored!r} a second time as {shared!r}, because vLLM never "
         "ties them, and its config.json unties them"

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...formats.schemes import Scheme
 from ...native.library import description, library
-from ...runtime.tokenizer_check import tokenizer_problem
+from ...recipes.recipe import Target
+from ...runtime.text.tokenizer_check import tokenizer_problem
 from .prepare import Prepared
-from .recipe import Target
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Summary:
     """What a conversion did, or with `status` "planned" would do. Bytes, seconds; `jobs_resumed` were done before.
 
     `memory_bytes` bounds what the workers hold at a time, `plan_bytes` is about what the plan takes beside it.
-    `disk_bytes_needed` is what all of it takes, `disk_bytes_missing` what is not written yet. `refusal` says why a run
+    `needed_disk_bytes` is what all of it takes, `missing_disk_bytes` what is not written yet. `refusal` says why a run
     would refuse to start; None where it would not.
     """
 
@@ -34,9 +34,9 @@ class Summary:
     workers: int
     memory_bytes: int
     plan_bytes: int
-    disk_bytes_needed: int
-    disk_bytes_missing: int
-    disk_bytes_free: int
+    needed_disk_bytes: int
+    missing_disk_bytes: int
+    free_disk_bytes: int
     seconds: float
     peak_rss_bytes: int
     notes: tuple[str, ...]

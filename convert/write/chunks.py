@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
-from ...formats.dialects import WeightSource
 from ...parallel.threads import StoppedError
 from ..plan.plan import Job
 from .journal import JobEntry
@@ -51,11 +49,3 @@ def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, where they are."""
     buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(buffer)
-
-
-def not_finite(name: str, source: WeightSource) -> CheckpointError:
-    """The error of a weight that no scheme can store."""
-    file = source.checkpoint.tensors[name].file
-    return CheckpointError(
-        f"{file}: tensor {name!r} holds infinities or NaN; the checkpoint is damaged: fetch that shard again"
-    )

@@ -11,16 +11,14 @@ Two digests take hardly longer than one (`sha256.py`). So two neighbouring shard
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from ...errors import ConversionError
-from ...inputs.files import open_file
 from ..plan.plan import Job, Plan, Shard
+from .job_output import read_back_error
 from .journal import Record
 from .sha256 import new_digest, two_at_once, update_two
 from .shards import ShardFiles
@@ -38,7 +36,7 @@ class ShardHashes:
         streams = [
             _Stream(
                 number,
-                files.path(number),
+                files,
                 shard,
                 [job for job in map(plan.jobs.__getitem__, shard.jobs) if job.index not in record.jobs],
             )
@@ -135,10 +133,10 @@ class _Stream:
     `next` and `close` are for the thread that has taken it on; everything else wants the pair's lock.
     """
 
-    def __init__(self, number: int, path: Path, shard: Shard, unfinished: Sequence[Job]):
+    def __init__(self, number: int, files: ShardFiles, shard: Shard, unfinished: Sequence[Job]):
         self.number = number
         self.digest = new_digest()
-        self._path = path
+        self._files = files
         self._nbytes = shard.nbytes
         self._position = 0
         self._done: set[int] = set()
@@ -146,6 +144,7 @@ class _Stream:
         self._waiting = sorted([(job.span[0], job.index) for job in unfinished], reverse=True)
         # The file may not be there yet.
         self._written = [Written(0, [memoryview(shard.header)])]
+        self._opened = ExitStack()
         self._descriptor: int | None = None
         self._buffer = memoryview(b"")
         self._read = memoryview(b"")  # what was read back from `position` on
@@ -197,35 +196,19 @@ class _Stream:
         return self._read[:most]
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._opened.close()
+        self._descriptor = None
 
     def _read_back(self, most: int) -> memoryview:
+        path = self._files.path(self.number)
         try:
             if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptor = self._opened.enter_context(self._files.opened(self.number))
             if not self._buffer:
                 self._buffer = memoryview(bytearray(_CHUNK))
             count = os.preadv(self._descriptor, [self._buffer[:most]], self._position)
         except OSError as error:
-            raise _unreadable(self._path, error) from error
+            raise read_back_error(path, error) from error
         if count == 0:
-            raise ConversionError(f"{self._path}: was cut short while it was written; run the same command again")
+            raise ConversionError(f"{path}: was cut short while it was written; run the same command again")
         return self._buffer[:count]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in small pieces. ConversionError when it cannot be read."""
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    try:
-        with os.fdopen(open_file(path, ConversionError), "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return digest.hexdigest()
-
-
-def _unreadable(path: Path, error: OSError) -> ConversionError:
-    return ConversionError(f"{path}: cannot be read back: {error.strerror}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from ...errors import ConversionError
 from ...formats.digests import Digest, combined
+from ...formats.output_files import write_error
+from ...inputs.files import TOO_MANY_OPEN, reason
 from ..plan.plan import Job, Slot
 from .chunks import memory_of
 from .shards import ShardFiles
@@ -31,14 +35,19 @@ class JobOutput:
         try:
             self._files.write(slot.shard, offset, data)
         except OSError as error:
-            raise ConversionError(
-                f"{self._files.path(slot.shard)}: cannot write {slot.name!r}: {error.strerror}; "
-                "make room (or repair the disk) and run the same command: it continues"
-            ) from error
+            raise write_error(self._files.path(slot.shard), error) from error
 
     def digest(self) -> bytes:
         """Of everything that was written."""
         return combined(self._digests[slot.name].result() for slot in self._job.outputs)
+
+
+def read_back_error(path: Path, error: OSError) -> ConversionError:
+    """The error for a shard that cannot be read after it was written, with what to do."""
+    told = f"{path}: cannot be read back: {reason(error)}"
+    return ConversionError(
+        told if error.errno in TOO_MANY_OPEN else f"{told}; remove it, and the same command makes it again"
+    )
 
 
 def stored_digest(files: ShardFiles, job: Job, buffer: memoryview) -> bytes:

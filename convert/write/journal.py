@@ -12,8 +12,7 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,26 +21,20 @@ from ...errors import ConversionError
 from ...formats.digests import DIGEST_BYTES
 from ...inputs.json_text import parse_object
 from ...inputs.names import Sha256
+from ...quant.weight_error import ErrorSums
 from .checked_lines import DamagedLineError, checked_line, line_content
 
 JOURNAL_VERSION = 2
 # DeepSeek-V3's 46183 jobs take 6 MB.
 _MOST_BYTES: Final = 1 << 30
-
-
-@dataclass(frozen=True)
-class JobStats:
-    """Sums over a whole weight: squared error of the quantized against the source values, and of those themselves."""
-
-    squared_error: float
-    squared_norm: float
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nothing of another name, and no wait for a pipe
 
 
 @dataclass(frozen=True)
 class JobEntry:
     """What the journal keeps of a finished job: its statistics, and digests of all that it read and wrote."""
 
-    stats: JobStats
+    stats: ErrorSums
     read: bytes
     written: bytes
 
@@ -88,7 +81,7 @@ class Journal:
         Raises ConversionError when it is not a journal of this version, or another process holds it; OSError when it
         cannot be opened.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | _FLAGS)
         try:
             _lock(descriptor, path, fcntl.LOCK_EX)
             identity, record, intact = _replay(path, descriptor)
@@ -101,7 +94,7 @@ class Journal:
     @staticmethod
     def look(path: Path) -> tuple[dict[str, str], Record]:
         """Identity and record of a journal, which stays as it is. Raises as `open`."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | _FLAGS)
         try:
             _lock(descriptor, path, fcntl.LOCK_SH)
             identity, record, _ = _replay(path, descriptor)
@@ -152,19 +145,6 @@ class Journal:
     def close(self) -> None:
         """Close and unlock; the file stays."""
         os.close(self._descriptor)
-
-
-@contextmanager
-def locked_directory(directory: Path) -> Iterator[None]:
-    """Meanwhile other processes wait here: of two conversions that start at once, one makes the journal."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # Some network file systems have no locks.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, path: Path, kind: int) -> None:
@@ -237,7 +217,7 @@ def _apply(content: Mapping[str, Any], record: Record) -> None:
 
 def _entry(fields: Any) -> tuple[int, JobEntry]:
     index, squared_error, squared_norm, read, written = fields
-    return _number(index), JobEntry(JobStats(_sum(squared_error), _sum(squared_norm)), _digest(read), _digest(written))
+    return _number(index), JobEntry(ErrorSums(_sum(squared_error), _sum(squared_norm)), _digest(read), _digest(written))
 
 
 def _whole(value: Any) -> int:

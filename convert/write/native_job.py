@@ -12,16 +12,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...formats.dialects import StoredRows, WeightSource
 from ...formats.digests import Digest
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
+from ...formats.sources.weights import RowBytes, Weight, not_finite
 from ...native.binding import NativeRows, Quantizer
 from ...quant.scales import Method, NonFiniteError
+from ...quant.stored_rows import StoredRows
+from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .chunks import JobDone, memory_of, not_finite, row_chunks, until
+from .chunks import JobDone, memory_of, row_chunks, until
 from .job_output import JobOutput
-from .journal import JobEntry, JobStats
+from .journal import JobEntry
 from .shards import ShardFiles
 from .workspace import Workspace
 from .written import Written
@@ -31,56 +33,54 @@ from .written import Written
 _CHUNK = 2
 
 
-def runs_natively(job: Job, source: WeightSource) -> bool:
-    """Whether `run_native` can do a job: the kernels take its rows as they are stored."""
-    linear = job.scheme is not Scheme.FLOAT and job.rows > 0
-    return linear and is_native(job.scheme, job.columns) and not source.is_computed(job.source)
+def runs_natively(job: Job) -> bool:
+    """Whether `run_native` can do a job whose rows the kernels can read."""
+    return job.scheme is not Scheme.FLOAT and job.rows > 0 and is_native(job.scheme, job.columns)
 
 
 def run_native(
-    job: Job, source: WeightSource, files: ShardFiles, workspace: Workspace, stop: threading.Event
+    job: Job, weight: Weight, stored: RowBytes, files: ShardFiles, workspace: Workspace, stop: threading.Event
 ) -> JobDone:
-    """`worker.run_job` of such a job."""
-    chunks = list(row_chunks(job, _CHUNK * workspace.chunk_elements, source.block_rows))
+    """`worker.run_job` of such a job; `stored` are the weight's bytes."""
+    chunks = list(row_chunks(job, _CHUNK * workspace.chunk_elements, weight.block_rows))
     slots = {slot.suffix: slot for slot in job.outputs}
-    weight, most = slots.pop(WEIGHT), chunks[0][1]
-    packed = job.rows // weight.shape[0]  # rows a row of codes
-    keep = weight.nbytes <= workspace.kept_bytes
+    code_slot, most = slots.pop(WEIGHT), chunks[0][1]
+    packed = job.rows // code_slot.shape[0]  # rows a row of codes
+    keep = code_slot.nbytes <= workspace.kept_bytes
     # All rows of everything but codes, of which there may be too many. Offsets stay 0.
     small = {suffix: torch.zeros(slot.shape, dtype=DTYPES[slot.dtype]) for suffix, slot in slots.items()}
     error, norm = torch.zeros(2, job.rows, dtype=torch.float64)
-    codes = workspace.codes(weight.shape[0] if keep else most // packed, job.columns)
-    dtype = DTYPES[source.weights[job.source].dtype]
-    row_bytes = job.columns * dtype.itemsize
+    codes = workspace.codes(code_slot.shape[0] if keep else most // packed, job.columns)
+    row_bytes = job.columns * stored.dtype.itemsize
     rows = workspace.read(most * row_bytes)
-    blocks, read, output = source.block_scales(job.source), Digest(), JobOutput(files, job)
-    stored = StoredRows(rows.view(dtype).view(most, job.columns), blocks)
+    read, output = Digest(), JobOutput(files, job)
+    piece_rows = StoredRows(rows.view(stored.dtype).view(most, job.columns), stored.blocks)
     out = NativeRows(codes, small[SCALE], small.get(BIAS), error, norm)
     mse = job.method.scale_search is Method.MSE
-    quantizer = Quantizer(stored, job.scheme.weight_bits, mse, out)
+    quantizer = Quantizer(piece_rows, job.scheme.weight_bits, mse, out)
     memory, code_memory = memory_of(rows), memory_of(codes)
     for start, end in until(stop, iter(chunks)):
         piece = memory[: (end - start) * row_bytes]
-        source.checkpoint.read_bytes(job.source, start * row_bytes, piece)
+        stored.read(start * row_bytes, piece)
         read.update(piece)
         first = start // packed if keep else 0
         try:
             quantizer.run(start, end - start, first)
         except NonFiniteError as problem:
-            raise not_finite(job.source, source) from problem
+            raise not_finite(weight) from problem
         last = first + (end - start) // packed
-        output.write_bytes(weight, start, code_memory[first * job.columns : last * job.columns])
+        output.write_bytes(code_slot, start, code_memory[first * job.columns : last * job.columns])
     # A few bytes a row: one write a tensor, not one a chunk.
     for suffix, tensor in small.items():
         output.write(slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
-    stats = JobStats(float(error.numpy().sum()), float(norm.numpy().sum()))
-    if blocks is not None:
-        read.update(memory_of(blocks.scale))  # in the order of `source.stored_names`
+    stats = ErrorSums(float(error.numpy().sum()), float(norm.numpy().sum()))
+    if stored.scale is not None:
+        read.update(memory_of(stored.scale))  # in the order of `weight.stored_names`
     entry = JobEntry(stats, read.result(), output.digest())
     if not keep:
         return JobDone(entry)
-    written = _written([(slots[suffix], tensor) for suffix, tensor in small.items()] + [(weight, codes)])
+    written = _written([(slots[suffix], tensor) for suffix, tensor in small.items()] + [(code_slot, codes)])
     if written is not None:
         workspace.lend(written)
     return JobDone(entry, written)

@@ -16,23 +16,16 @@ from typing import Any
 from ...errors import ArtifactError, ConversionError
 from ...formats.artifact import MANIFEST_NAME, OWN_FOLDER, read_manifest, read_report
 from ...formats.checkpoint import JOURNAL_NAME
-from .journal import Journal, Record, locked_directory
-from .shards import sync_directory
-
-# Every small file is written here first and renamed into place, so that it is whole or absent.
-_PARTIAL_NAME = "partial"
-
-# Errors that room on the disk does not mend.
-_WRONG_PLACE = {
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
+from ...formats.output_files import (
+    PARTIAL_NAME,
+    locked_directory,
+    make_folder,
+    refuse_link,
+    sync_directory,
+    write_error,
+    write_file,
+)
+from .journal import Journal, Record
 
 _REMEDY = "give the same arguments as before, or another output directory, or remove this one yourself"
 
@@ -60,6 +53,7 @@ def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
         journal = output / JOURNAL_NAME
         if output.exists() and not output.is_dir():
             raise ConversionError(f"{output}: exists and is not a directory; choose another output")
+        refuse_link(output / OWN_FOLDER)
         if (output / MANIFEST_NAME).exists():
             return _finished(output, identity)
         if journal.exists():
@@ -84,7 +78,7 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal:
     journal = output / JOURNAL_NAME
     try:
         if not journal.exists():
-            (output / OWN_FOLDER).mkdir(parents=True, exist_ok=True)
+            make_folder(output / OWN_FOLDER)
             sync_directory(output)
             with locked_directory(output / OWN_FOLDER):
                 if not journal.exists():
@@ -100,39 +94,12 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal:
     return opened
 
 
-def write_file(output: Path, name: str, content: bytes) -> None:
-    """Write a file of the artifact whole or not at all, and sync it. OSError when the disk refuses."""
-    partial = output / OWN_FOLDER / _PARTIAL_NAME
-    with partial.open("wb") as file:
-        file.write(content)
-    publish(partial, output / name)
-
-
-def partial_path(output: Path) -> Path:
-    """Where to prepare a file that `publish` then moves into place."""
-    return output / OWN_FOLDER / _PARTIAL_NAME
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Sync a prepared file and give it its name: readers see the whole file or none."""
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(target)
-    sync_directory(target.parent)
-
-
-def write_error(path: Path, error: OSError) -> ConversionError:
-    """The error for a disk that refuses, with what to do."""
-    told = f"{error.filename or path}: cannot be written: {error.strerror or error}; "
-    if error.errno in _WRONG_PLACE:
-        return ConversionError(told + "choose an output that can be written, or make this one so")
-    return ConversionError(told + "make room (or repair the disk) and run the same command: it continues")
-
-
 def _is_blank(output: Path) -> bool:
     """Empty, but for what npuq leaves when it is killed before its journal exists."""
     for entry in output.iterdir():
-        if entry.name != OWN_FOLDER or not entry.is_dir() or any(e.name != _PARTIAL_NAME for e in entry.iterdir()):
+        if entry.name != OWN_FOLDER or not entry.is_dir():
+            return False
+        if any(inner != output / PARTIAL_NAME for inner in entry.iterdir()):
             return False
     return True
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...errors import ConversionError
-from ...formats.dialects import WeightSource
+from ...formats.sources.weights import WeightSource
 from ...parallel.threads import StoppedError, start_all
 from ...parallel.torch_threads import one_torch_thread, single_threaded_torch
 from ..plan.memory import Budget
@@ -149,7 +149,8 @@ def run_plan(
                 thread.join()
         except BaseException:
             stop.set()
-            source.checkpoint.interrupt()
+            if source.checkpoint.window is not None:
+                source.checkpoint.window.interrupt()
             _end(threads, syncer)
             raise
         syncer.finish()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from ...errors import CheckpointError, ConversionError
 from ...formats.checkpoint import Checkpoint
-from ...formats.dialects import WeightSource
 from ...formats.digests import source_digest
+from ...formats.sources.weights import WeightSource
 from ...parallel.pool import Pool
 from ...progress import Progress, Task
 from ..plan.plan import Job, Plan
-from .job_output import stored_digest
+from .job_output import read_back_error, stored_digest
 from .journal import FileStamp, Record
 from .shards import ShardFiles
 
@@ -29,7 +29,7 @@ def stamps(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
 
     CheckpointError for a file that is gone.
     """
-    return () if checkpoint.passes_by else tuple(map(_stamp, checkpoint.shards))
+    return () if checkpoint.window is not None else tuple(map(_stamp, checkpoint.shards))
 
 
 def _stamp(path: Path) -> FileStamp:
@@ -50,9 +50,16 @@ def forget_impossible(record: Record, plan: Plan) -> None:
 
 
 def forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress: Progress) -> None:
-    """Take out of a record the jobs of shards that are gone, or have another size or header."""
+    """Take out of a record the jobs of shards that are gone, or have another size or header.
+
+    ConversionError where too many files are open to say.
+    """
     for number in sorted({plan.jobs[index].shard for index in record.jobs}):
-        if not files.is_intact(number):
+        try:
+            intact = files.is_intact(number)
+        except OSError as error:
+            raise read_back_error(files.path(number), error) from error
+        if not intact:
             progress.note(f"{files.path(number)}: is gone or changed since the interrupted run; making it again")
             _forget(record, plan, plan.shards[number].jobs)
 
@@ -72,10 +79,7 @@ def forget_changed_output(record: Record, files: ShardFiles, plan: Plan, pool: P
         try:
             return stored_digest(files, job, local.buffer)
         except OSError as error:
-            path = files.path(job.shard)
-            raise ConversionError(
-                f"{path}: cannot be read back: {error.strerror}; remove it, and the same command makes it again"
-            ) from error
+            raise read_back_error(files.path(job.shard), error) from error
 
     known = {index: entry.written for index, entry in record.jobs.items()}
     changed = []
@@ -107,7 +111,7 @@ def forget_changed_source(
     were calibrated on their outputs: ConversionError where one of those would have to be.
     """
     checkpoint = source.checkpoint
-    if checkpoint.passes_by:
+    if checkpoint.window is not None:
         return  # pinned by its commit, which is part of the conversion's identity
     changed_files = {
         path
@@ -150,7 +154,7 @@ def _unless_other_files(before: Sequence[FileStamp], found: Sequence[FileStamp])
 
 def _files(source: WeightSource, name: str) -> set[Path]:
     """The files that a weight is read from."""
-    return {source.checkpoint.info(stored).file for stored in source.stored_names(name)}
+    return {source.checkpoint.info(stored).file for stored in source.weights[name].stored_names}
 
 
 def _named(files: Collection[Path]) -> str:

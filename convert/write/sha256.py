@@ -1,6 +1,6 @@
 """SHA-256 of streams that grow: two at once in little more time than one, where the CPU has instructions for it.
 
-One stream waits for its own last round most of the time (`native/sha256.c`); hashlib's is as fast as one can be.
+One stream waits for its own last round most of the time (`native/common/sha256.c`); hashlib's is as fast as one can be.
 """
 
 from __future__ import annotations

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
-from ...errors import ConversionError
-from ...inputs.files import open_file
+from ...formats.output_files import sync_directory
+from ...inputs.files import TOO_MANY_OPEN
 from ..plan.plan import Plan
 
 Write = Callable[[int, memoryview, int], int]
+
+# Nothing of another name, and no wait for whoever is at the other end of a pipe.
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 # Linux has it, and Python no name for it: (descriptor, offset, nbytes, flags).
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
@@ -40,18 +47,28 @@ class ShardFiles:
         return self._directory / self._plan.shards[shard].name
 
     def is_intact(self, shard: int) -> bool:
-        """Whether the file is there with the plan's header and size, so that what was written before can stay."""
+        """Whether the file is there with the plan's header and size, so that what was written before can stay.
+
+        OSError where too many files are open to say.
+        """
         planned = self._plan.shards[shard]
         try:
-            descriptor = open_file(self.path(shard), ConversionError)
-        except ConversionError:
+            with self.opened(shard) as descriptor:
+                size = os.fstat(descriptor).st_size
+                return size == planned.nbytes and os.pread(descriptor, len(planned.header), 0) == planned.header
+        except OSError as error:
+            if error.errno in TOO_MANY_OPEN:
+                raise
             # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
             return False
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[int]:
+        """A descriptor to read a shard's file by. OSError where there is none, or a link or no file has its name."""
+        descriptor = os.open(self.path(shard), os.O_RDONLY | _FLAGS)
         try:
-            size = os.fstat(descriptor).st_size
-            return size == planned.nbytes and os.pread(descriptor, len(planned.header), 0) == planned.header
-        except OSError:
-            return False
+            _refuse_no_file(descriptor)
+            yield descriptor
         finally:
             os.close(descriptor)
 
@@ -60,14 +77,14 @@ class ShardFiles:
 
         OSError where they cannot be read.
         """
-        descriptor = self._descriptor(shard)
         end = start + nbytes
-        while start < end:
-            count = os.preadv(descriptor, [buffer[: min(len(buffer), end - start)]], start)
-            if count == 0:
-                return
-            yield buffer[:count]
-            start += count
+        with self.opened(shard) as descriptor:
+            while start < end:
+                count = os.preadv(descriptor, [buffer[: min(len(buffer), end - start)]], start)
+                if count == 0:
+                    return
+                yield buffer[:count]
+                start += count
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write all of `data` at an absolute offset of the shard. OSError when the file system refuses."""
@@ -109,8 +126,9 @@ class ShardFiles:
     def _open(self, shard: int) -> int:
         planned = self._plan.shards[shard]
         # Never truncated on opening: an earlier run may have filled slots that the journal vouches for.
-        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
         try:
+            _refuse_no_file(descriptor)
             _write_all(self._write, descriptor, memoryview(planned.header), 0)
             os.ftruncate(descriptor, planned.nbytes)
         except BaseException:
@@ -120,13 +138,9 @@ class ShardFiles:
         return descriptor
 
 
-def sync_directory(directory: Path) -> None:
-    """Return once the names in a directory (created or renamed files) are on stable storage."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _refuse_no_file(descriptor: int) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EEXIST, "something that is no file has this name")
 
 
 def _write_all(write: Write, descriptor: int, data: memoryview, offset: int) -> None:

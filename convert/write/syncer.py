@@ -6,6 +6,7 @@ import threading
 import time
 
 from ...errors import ConversionError
+from ...formats.output_files import write_error
 from ...parallel.threads import start_all
 from ..plan.plan import Plan
 from .journal import JobEntry, Journal
@@ -116,9 +117,6 @@ class Syncer:
             self._journal.append(jobs, hashes)
         except OSError as error:
             # What failed to sync is in no journal: the next run does it again.
-            self._failure = ConversionError(
-                f"{self._journal.path.parent.parent}: cannot sync the output to disk: {error.strerror}; "
-                "make room (or repair the disk) and run the same command: it continues"
-            )
+            self._failure = write_error(self._journal.path.parent.parent, error)
             return
         self._files.close(hashes)

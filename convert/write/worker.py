@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...formats.dialects import WeightSource
 from ...formats.digests import source_digest
 from ...formats.safetensors import DTYPES
 from ...formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
-from ...formats.stored import QuantizedSource
+from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.roles import Role
 from ...quant.scales import NonFiniteError
+from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .chunks import JobDone, not_finite, row_chunks, until
+from .chunks import JobDone, row_chunks, until
 from .job_output import JobOutput
-from .journal import JobEntry, JobStats
+from .journal import JobEntry
 from .native_job import run_native, runs_natively
 from .shards import ShardFiles
 from .workspace import Workspace
@@ -30,19 +30,21 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     Raises CheckpointError for infinities and NaN in the source, ConversionError when the disk refuses, StoppedError
     when `stop` is set between chunks.
     """
-    if runs_natively(job, source):
-        return run_native(job, source, files, workspace, stop)
-    if job.scheme is not Scheme.FLOAT or source.is_computed(job.source):
+    weight = source.weights[job.source]
+    stored = weight.row_bytes()
+    if stored is not None and runs_natively(job):
+        return run_native(job, weight, stored, files, workspace, stop)
+    if job.scheme is not Scheme.FLOAT or stored is None:
         workspace.release()  # torch may need all that the budget has
     read, output = source_digest(source, job.source), JobOutput(files, job)
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)
     small: dict[Slot, list[Tensor]] = {}
-    for start, end in until(stop, row_chunks(job, workspace.chunk_elements, source.block_rows)):
+    for start, end in until(stop, row_chunks(job, workspace.chunk_elements, weight.block_rows)):
         if job.scheme is Scheme.FLOAT:
-            output.write(job.outputs[0], start, _float_rows(job, source, start, end))
+            output.write(job.outputs[0], start, _float_rows(job, weight, start, end))
             continue
-        quantized = _quantized_rows(job, source, start, end)
+        quantized = _quantized_rows(job, weight, start, end)
         for slot in job.outputs:
             if slot.suffix == WEIGHT:
                 output.write(slot, start, quantized.tensors[WEIGHT])
@@ -55,29 +57,23 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     for slot, parts in small.items():
         output.write(slot, 0, torch.cat(parts))
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
-    stats = JobStats(float(squared_error.sum()), float(squared_norm.sum()))
+    stats = ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return JobDone(JobEntry(stats, read, output.digest()))
 
 
-def _quantized_rows(job: Job, source: WeightSource, start: int, end: int) -> QuantizedRows:
-    if isinstance(source, QuantizedSource):
-        return source.quantized_rows(job.source, start, end, row_parallel=job.row_parallel)
-    stored = source.stored_rows(job.source, start, end)
+def _quantized_rows(job: Job, weight: Weight, start: int, end: int) -> QuantizedRows:
+    if weight.linear is not None:
+        return weight.linear.quantized_rows(start, end, row_parallel=job.row_parallel)
+    rows = weight.rows(start, end)
     try:
-        return quantize_stored(stored, job.scheme, job.method.scale_search, row_parallel=job.row_parallel)
+        return quantize_stored(rows, job.scheme, job.method.scale_search, row_parallel=job.row_parallel)
     except NonFiniteError as error:
-        raise not_finite(job.source, source) from error
+        raise not_finite(weight) from error
 
 
-def _float_rows(job: Job, source: WeightSource, start: int, end: int) -> Tensor:
-    target = DTYPES[job.outputs[0].dtype]
-    if not job.shape:
-        rows = source.checkpoint.read(job.source)
-    elif target is torch.float32:
-        rows = source.rows_float32(job.source, start, end)
-    else:
-        rows = source.rows_float(job.source, start, end)
+def _float_rows(job: Job, weight: Weight, start: int, end: int) -> Tensor:
+    rows = weight.rows(start, end).to(DTYPES[job.outputs[0].dtype])
     # Unknown tensors may hold anything; in a known one an infinity is damage.
     if job.role is not Role.OTHER and not torch.isfinite(rows).all():
-        raise not_finite(job.source, source)
+        raise not_finite(weight)
     return rows

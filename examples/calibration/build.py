@@ -83,7 +83,7 @@ def code() -> Iterator[Document]:
         "convert/write/shards.py": 6_000,
         "runtime/scheduler.py": 8_000,
         "runtime/block_manager.py": 5_000,
-        "runtime/tokenizer.py": 5_000,
+        "runtime/text/tokenizer.py": 5_000,
         "hub/window.py": 6_000,
         "cli/convert.py": 5_000,
         "tests/quant/test_int4.py": 4_000,

@@ -10,7 +10,7 @@ knows of (operator documentation of `npu_fused_infer_attention_score`, 5-D key).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -121,10 +121,6 @@ class LayerCache:
 
     def __getitem__(self, name: str) -> Pages:
         return self.pages[name]
-
-    def replaced(self, name: str, tensor: Tensor) -> LayerCache:
-        """The cache with another tensor in the place of a pool's."""
-        return replace(self, pages={**self.pages, name: replace(self.pages[name], tensor=tensor)})
 
 
 def write_rows(tensor: Tensor, layout: Layout, slots: Tensor, rows: Tensor) -> None:

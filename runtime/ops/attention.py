@@ -149,7 +149,7 @@ class Attention(ABC):
         """The attention handle of one layer. Override to lay weights out for a fused prolog."""
         first = parts.q if parts.q_a is None else parts.q_a
         if first is None:
-            raise ArtifactError(f"{parts.kv_a.name}: the layer has neither q_proj nor q_a_proj")
+            raise ArtifactError(f"{parts.kv_a.name}: the layer has neither q nor q_a")
         groups = self.weights.fusible([first, parts.kv_a])
         heads = parts.kv_b.view(config.heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank)
         w_uk, w_uv = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npuq.runtime import doctor
+from npuq.runtime.diagnostics import doctor
 from npuq.runtime.ops.ascend.support import OPERATORS
 
 

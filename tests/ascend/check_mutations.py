@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -239,15 +240,16 @@ def test_rows_given_to_the_w4a8_matmul_cannot_be_used_again(artifact):
 
 def test_a_cache_in_the_tensor_format_is_refused(artifact):
     def change_ops(ops: Any) -> None:
-        make = ops.attention.new_kv_cache
+        make = ops.attention.new_cache
 
-        def cast(*args: Any) -> tuple[LayerCache, ...]:
-            return tuple(
-                LayerCache(weights_module.cast_nz(layer.latent), weights_module.cast_nz(layer.rope), layer.block_size)
-                for layer in make(*args)
-            )
+        def cast(*args: Any) -> LayerCache:
+            cache = make(*args)
+            pages = {
+                name: replace(each, tensor=weights_module.cast_nz(each.tensor)) for name, each in cache.pages.items()
+            }
+            return replace(cache, pages=pages)
 
-        ops.attention.new_kv_cache = cast
+        ops.attention.new_cache = cast
 
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
 

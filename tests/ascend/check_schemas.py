@@ -11,9 +11,9 @@ from ascend_rig import emulate, harness
 from ascend_rig.install import TORCH_NPU
 from ascend_rig.schemas import fit_table, installed_schema, misfits
 
+from npuq.runtime.diagnostics.selftest import CASES
 from npuq.runtime.ops import Gating
 from npuq.runtime.ops.ascend.support import OPERATORS
-from npuq.runtime.selftest import CASES
 
 LISTING = json.loads((Path(__file__).parent / "schemas.json").read_text())
 CALLS = LISTING["calls"]

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from npuq.cli.doctor import command
 from npuq.errors import BackendError
 from npuq.native.library import levels
-from npuq.runtime import doctor
 from npuq.runtime.backend import make_ops
+from npuq.runtime.diagnostics import doctor
+from npuq.runtime.diagnostics.selftest import CASES, selftest
 from npuq.runtime.ops.ascend import support as ascend_support
-from npuq.runtime.selftest import CASES, selftest
 
 
 @dataclass
@@ -85,7 +85,7 @@ def test_a_machine_with_an_a2_is_ready(devices):
     report = doctor.examine()
     assert report.ready and report.problem is None
     assert [device.family for device in report.devices] == ["Atlas A2 (Ascend 910B)"] * 2
-    assert report.devices[0].free_memory == 60 << 30
+    assert report.devices[0].free_memory_bytes == 60 << 30
     # This torch has none of the operators: each is told as missing.
     assert set(report.operators) == set(ascend_support.OPERATORS)
 

@@ -10,7 +10,8 @@ import torch
 
 from npuq.errors import BackendError
 from npuq.formats.schemes import Scheme
-from npuq.runtime.ops import LinearPart, MlaConfig
+from npuq.models.mla import Mla
+from npuq.runtime.ops import LinearPart
 from npuq.runtime.ops.ascend.mla import check_mla
 from npuq.runtime.ops.ascend.support import check_versions, explain_import_error, require_soc, soc_of
 from npuq.runtime.ops.ascend.weights import AscendWeights, scale_words
@@ -67,18 +68,18 @@ CONFIG = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "k
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"num_heads": 24}, "24 attention heads"),
-        ({"num_heads": 256}, "256 attention heads"),
+        ({"heads": 24}, "24 attention heads"),
+        ({"heads": 256}, "256 attention heads"),
         ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
         ({"v_head_dim": 192}, "v_head_dim 192"),
         ({"qk_rope_head_dim": 32}, "qk_rope_head_dim 32"),
     ],
 )
 def test_attention_that_the_operators_do_not_take_is_refused(change, said):
-    values = {"num_heads": 16, "q_lora_rank": None, "rms_norm_eps": 1e-6, "softmax_scale": 1.0, **CONFIG}
-    check_mla("layer", MlaConfig(**values))
+    values = {"heads": 16, "q_lora_rank": None, **CONFIG}
+    check_mla("layer", Mla(**values))
     with pytest.raises(BackendError, match=said):
-        check_mla("layer", MlaConfig(**{**values, **change}))
+        check_mla("layer", Mla(**{**values, **change}))
 
 
 def test_experts_whose_inputs_the_w4a8_matmul_does_not_take_are_refused():

@@ -12,8 +12,8 @@ from typing import Any
 import click
 import pytest
 
-from npuq.cli.console import JSON_SCHEMA
 from npuq.cli.main import COMMANDS, group
+from npuq.cli.terminal.console import JSON_SCHEMA
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny-deepseek-v3-fp8"
 DOCS = Path(__file__).parents[2] / "docs/json.md"
@@ -104,7 +104,32 @@ def test_the_docs_name_the_schema_and_every_key(artifact: Path) -> None:
     for arguments in (
         ("convert", EXAMPLE, artifact, "--method", "minmax", "--dry-run"),
         ("inspect", artifact),
-        ("verify", artifact),
+        ("verify", artifact, "--source", EXAMPLE),
+        ("report", artifact),
+        ("doctor", EXAMPLE),
     ):
         _, document, _ = npuq(*arguments, "--json")
-        assert set(document) <= told, set(document) - told
+        of_roles = {key for role in document.get("roles", []) for key in role}
+        of_errors = {key for linear in document.get("errors", []) for key in linear}
+        shown = set(document) | of_roles | of_errors
+        assert shown <= told, shown - told
+    from npuq.runtime.diagnostics.doctor import Device  # no test machine has one
+
+    assert set(Device.__dataclass_fields__) <= told
+
+
+def test_sizes_are_named_as_such(artifact: Path) -> None:
+    """Every key that speaks of bytes ends so; layers, experts and recipe are called alike wherever they occur."""
+    documents = [
+        npuq(*arguments, "--json")[1]
+        for arguments in (
+            ("convert", EXAMPLE, artifact, "--method", "minmax", "--dry-run"),
+            ("inspect", artifact),
+            ("report", artifact),
+        )
+    ]
+    for document in documents:
+        assert all(key.endswith("_bytes") for key in keys(document) if re.search("bytes|memory|disk", key))
+    inspected, reported = documents[1:]
+    for key in ("model_type", "layers", "experts", "recipe"):
+        assert reported[key] == inspected[key], key

@@ -13,8 +13,8 @@ import pytest
 
 import npuq.cli
 from npuq import __version__
-from npuq.cli.console import format_bytes, parse_size
 from npuq.cli.main import COMMANDS, LazyGroup, group, main
+from npuq.cli.terminal.console import format_bytes, parse_size
 from npuq.errors import ArtifactError
 
 PROBE = """
@@ -209,7 +209,7 @@ def test_characters_that_the_encoding_lacks_are_escapes(encoding: str, tmp_path:
     assert b"\\udcff\\U0001f600: no such directory" in done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(Path(npuq.cli.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(npuq.cli.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
 def test_what_commands_print_goes_through_the_console(path: Path) -> None:
     """`show`, `say` and `emit_json` alone write: they know what a terminal must not be told."""
     allowed = {

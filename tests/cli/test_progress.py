@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from npuq.choices import PROGRESS_FORMS
-from npuq.cli import progress as progress_module
-from npuq.cli.pace import Pace
-from npuq.cli.progress import TerminalProgress
+from npuq.cli.terminal import progress as progress_module
+from npuq.cli.terminal.pace import Pace
+from npuq.cli.terminal.progress import TerminalProgress
 from npuq.progress import Task
 from npuq.units import format_duration
 
@@ -93,7 +93,7 @@ def test_durations(seconds: float, text: str) -> None:
 # ---- forms -----------------------------------------------------------------------------------------------------------
 
 WORK = """
-from npuq.cli.progress import TerminalProgress
+from npuq.cli.terminal.progress import TerminalProgress
 from npuq.progress import Task
 with TerminalProgress(FORM, QUIET) as progress:
     progress.note("beginning \\x1b[2J")

@@ -10,7 +10,27 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from npuq.convert import CalibrationText, convert_checkpoint
+
 VOCABULARY = 100
+LENGTH = 16
+CHAIN = "rotate+smooth+gptq"
+STATIC = """\
+name: static
+method: gptq
+rules:
+  - names: ["*.self_attn.q_a_proj.weight", "*.self_attn.kv_a_proj_with_mqa.weight", "*.self_attn.q_b_proj.weight"]
+    layers: 0-2
+    scheme: W8A8_STATIC
+  - roles: [routed_expert]
+    scheme: W4A8
+  - scheme: W8A8
+"""
+
+
+def convert(source, output, texts, **options):
+    calibration = CalibrationText(texts, 8, LENGTH)
+    return convert_checkpoint(source, output, **{"method": CHAIN, "calibration": calibration} | options)
 
 
 def add_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:

@@ -283,3 +283,13 @@ def rig() -> Iterator[Rig]:
     running = Rig()
     yield running
     running.close()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text of 2000 words."""
+    from calibrated import text
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text(2000))
+    return path

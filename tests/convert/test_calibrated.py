@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from calibrated import add_tokenizer, text
+from calibrated import CHAIN, LENGTH, STATIC, add_tokenizer, convert
 
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.calibrate.auto import TimeBudget
@@ -19,15 +19,12 @@ from npuq.convert.calibrate.linears import Linears
 from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
 from npuq.convert.calibrate.smooth import norm_quotient, rounded
 from npuq.convert.plan.memory import Budget
-from npuq.errors import CalibrationError, CheckpointError, ConversionError, NpuqError, RecipeError
+from npuq.errors import CalibrationError, CheckpointError, ConversionError, RecipeError
 from npuq.formats.schemes import Scheme, dequantize, quantize_rows
 from npuq.models.config import ModelConfig
 from npuq.parallel.pool import Pool
 from npuq.quant.scales import Method
 from npuq.verification import verify
-
-LENGTH = 16
-CHAIN = "rotate+smooth+gptq"
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +32,6 @@ def source(write, tmp_path_factory) -> Path:
     directory = write(tmp_path_factory.mktemp("calibrated") / "source", fp8_block=16)
     add_tokenizer(directory)
     return directory
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(text(2000))
-    return path
-
-
-def convert(source, output, texts, **options):
-    calibration = CalibrationText(texts, 8, LENGTH)
-    return convert_checkpoint(source, output, **{"method": CHAIN, "calibration": calibration} | options)
 
 
 def manifest_of(output: Path) -> dict:
@@ -271,72 +256,6 @@ def test_linears_of_two_schemes_share_inputs(write, texts, tmp_path):
         assert schemes[quantized] == "W8A8" and set(schemes.values()) == {"W8A8", "W8A8_DYNAMIC"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.embed_tokens.weight",
-        "lm_head.weight",
-        "model.norm.weight",
-        "model.layers.0.input_layernorm.weight",
-        "model.layers.0.self_attn.q_a_layernorm.weight",
-        "model.layers.0.self_attn.q_b_proj.weight",
-        "model.layers.0.self_attn.kv_b_proj.weight",
-        "model.layers.0.mlp.up_proj.weight",
-        "model.layers.1.mlp.gate.weight",
-        "model.layers.1.mlp.gate.e_score_correction_bias",
-        "model.layers.1.mlp.experts.3.down_proj.weight",
-        "model.layers.1.mlp.shared_experts.gate_proj.weight",
-        "model.layers.3.eh_proj.weight",
-        "model.layers.3.hnorm.weight",
-        "model.layers.3.mlp.experts.0.up_proj.weight",
-    ],
-)
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_weights_that_are_no_numbers_are_named(name, value, write, texts, tmp_path):
-    directory = write(tmp_path / "source", edit=lambda tensors: tensors[name].view(-1)[:1].fill_(value))
-    add_tokenizer(directory)
-    with pytest.raises(CheckpointError, match=f"'{name}' holds infinities or NaN"):
-        convert(directory, tmp_path / "out", texts)
-
-
-@pytest.mark.parametrize("method", ["smooth+mse", "smooth+gptq", "auto"])
-def test_weights_that_outgrow_float32_are_refused(method, write, texts, tmp_path):
-    """Finite as they are stored, infinite somewhere on the way."""
-    for name in ("mlp.experts.0.up_proj", "mlp.experts.1.down_proj", "self_attn.q_b_proj", "post_attention_layernorm"):
-        directory = write(
-            tmp_path / f"source {name}",
-            edit=lambda tensors, name=name: tensors[f"model.layers.1.{name}.weight"].fill_(3e38),
-        )
-        add_tokenizer(directory)
-        with pytest.raises(NpuqError) as caught:
-            convert(directory, tmp_path / f"out {name}", texts, method=method)
-        assert str(caught.value).isprintable()
-
-
-def test_static_scheme_of_inputs_that_are_no_numbers(write, texts, tmp_path):
-    def damage(tensors):
-        tensors["model.layers.0.input_layernorm.weight"].fill_(3e38)  # times anything above 1: no float32
-
-    directory = write(tmp_path / "source", edit=damage)
-    add_tokenizer(directory)
-    (tmp_path / "static.yaml").write_text(STATIC)
-    with pytest.raises(CalibrationError, match=r"inputs of 'model.layers.0.self_attn.q_a_proj.weight'"):
-        convert(directory, tmp_path / "out", texts, recipe=tmp_path / "static.yaml", method=None)
-
-
-STATIC = """\
-name: static
-method: gptq
-rules:
-  - names: ["*.self_attn.q_a_proj.weight", "*.self_attn.kv_a_proj_with_mqa.weight", "*.self_attn.q_b_proj.weight"]
-    layers: 0-2
-    scheme: W8A8_STATIC
-  - roles: [routed_expert]
-    scheme: W4A8
-  - scheme: W8A8
-"""
-
-
 def test_memory_is_that_of_one_expert_and_not_of_the_layer(write, texts, rig, tmp_path):
     """Sixteen times as many experts (75 MB of them in float32, 5 MB before) need no more memory."""
     peaks = []
@@ -387,9 +306,8 @@ def test_max_memory_takes_workers_away_and_then_refuses(source):
 def test_a_gain_that_float16_cannot_divide_stays():
     """A norm's gain over a scale is stored in the model's dtype: what it flushes to zero would silence the channel."""
     job = SimpleNamespace(outputs=[SimpleNamespace(dtype="F16")])
-    walk = SimpleNamespace(linears=Linears(None), jobs={"layer.norm.weight": job})
     gain, scale = torch.tensor([1.0, 1e-4, 1e4, 0.0]), torch.tensor([4.0, 1e5, 1e-3, 2.0], dtype=torch.float64)
-    smaller, factor = norm_quotient(SimpleNamespace(walk=walk, prefix="layer."), "norm", gain, scale)
+    smaller, factor = norm_quotient(Linears(None), job, gain, scale)
     assert smaller.tolist() == [0.25, pytest.approx(1e-4), 1e4, 0.0]
     torch.testing.assert_close(smaller * factor, gain)
 

@@ -9,7 +9,7 @@ import torch
 from calibrated import add_tokenizer, text
 
 from npuq.convert import CalibrationText, convert_checkpoint
-from npuq.runtime.layer_error import layer_errors
+from npuq.runtime.evaluation.layer_error import layer_errors
 from npuq.verification import verify
 
 CASES = {

@@ -73,11 +73,11 @@ def test_the_commands_in_it_are_ones_that_verify_accepts(v3_artifact):
 
 
 def test_mtp_layers_are_named_as_such(v3_artifact, make_checkpoint, tmp_path):
-    assert "It keeps its multi-token-prediction layer (`model.layers.3`)." in (v3_artifact / "README.md").read_text()
+    assert "It keeps its multi-token-prediction layer (layer 3, from 0)." in (v3_artifact / "README.md").read_text()
     source = make_checkpoint(config={"num_nextn_predict_layers": 2})
     convert_checkpoint(source, tmp_path / "two", method="minmax")
     card = (tmp_path / "two" / "README.md").read_text()
-    assert "It keeps its 2 multi-token-prediction layers (`model.layers.3` to `4`)." in card
+    assert "It keeps its 2 multi-token-prediction layers (layers 3 to 4, from 0)." in card
 
 
 def test_base_model_of_a_local_source(make_checkpoint, tmp_path, npuq):

@@ -81,13 +81,13 @@ def test_who_knows_better_starts_all_the_same(free, v3_source, v3_artifact, tmp_
 
 def test_enough_space(free, v3_source, tmp_path, npuq):
     summary = convert_checkpoint(v3_source, tmp_path / "probe", dry_run=True)
-    free(summary.disk_bytes_needed - 1)
+    free(summary.needed_disk_bytes - 1)
     assert convert_checkpoint(v3_source, tmp_path / "out", dry_run=True).refusal is not None
-    free(summary.disk_bytes_needed)
+    free(summary.needed_disk_bytes)
     assert convert_checkpoint(v3_source, tmp_path / "out", dry_run=True).refusal is None
     assert npuq("convert", v3_source, tmp_path / "out").status == 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert written <= summary.disk_bytes_needed < 1.2 * written
+    assert written <= summary.needed_disk_bytes < 1.2 * written
 
 
 def test_what_is_there_takes_no_room_again(free, rig, v3_source, tmp_path):
@@ -96,6 +96,6 @@ def test_what_is_there_takes_no_room_again(free, rig, v3_source, tmp_path):
     assert rig(v3_source, output, options=OPTIONS, kill_at=2, calls=["replace", "rename"])["killed"]
     options = {"method": "minmax", "max_shard_size": 60_000}
     planned = convert_checkpoint(v3_source, output, dry_run=True, **options)
-    assert planned.jobs_resumed == planned.jobs and planned.disk_bytes_missing < 0.2 * planned.disk_bytes_needed
-    free(planned.disk_bytes_missing)
+    assert planned.jobs_resumed == planned.jobs and planned.missing_disk_bytes < 0.2 * planned.needed_disk_bytes
+    free(planned.missing_disk_bytes)
     assert convert_checkpoint(v3_source, output, **options).status == "converted"

@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from npuq.convert.plan.plan import Job, Plan
 from npuq.convert.write import hashes as hashes_module
 from npuq.convert.write import sha256
-from npuq.convert.write.hashes import ShardHashes, file_sha256
-from npuq.convert.write.journal import JobEntry, JobStats, Record
+from npuq.convert.write.hashes import ShardHashes
+from npuq.convert.write.journal import JobEntry, Record
 from npuq.convert.write.shards import ShardFiles
 from npuq.convert.write.written import Written
 from npuq.errors import ConversionError
 from npuq.formats.schemes import Scheme
+from npuq.inputs.files import file_sha256
+from npuq.quant.weight_error import ErrorSums
 
 from .test_plan import plan_of, tensors
 
 NO_STOP = threading.Event()
-ENTRY = JobEntry(JobStats(0.0, 0.0), b"", b"")
+ENTRY = JobEntry(ErrorSums(0.0, 0.0), b"", b"")
 
 
 needs_pairs = pytest.mark.skipif(not sha256.two_at_once(), reason="this CPU hashes one stream at a time")
@@ -100,7 +102,7 @@ def test_any_order_of_jobs(tmp_path: Path, given_tensors, max_shard_size: int, s
     files.close()
     expected = {n: digest for n, digest in _sums(files, plan).items() if n not in hashed}
     assert digests == expected
-    assert digests == {number: file_sha256(files.path(number)) for number in expected}
+    assert digests == {number: file_sha256(files.path(number), ConversionError) for number in expected}
 
 
 @pytest.mark.usefixtures("way")
@@ -112,7 +114,7 @@ def test_nothing_is_hashed_before_it_is_final(tmp_path: Path) -> None:
         _fill(files, job, generator)
         assert hashes.job_done(job, NO_STOP) == []
     _fill(files, plan.jobs[1], generator)
-    assert hashes.job_done(plan.jobs[1], NO_STOP) == [(0, file_sha256(files.path(0)))]
+    assert hashes.job_done(plan.jobs[1], NO_STOP) == [(0, file_sha256(files.path(0), ConversionError))]
     files.close()
 
 
@@ -172,10 +174,10 @@ def test_a_neighbour_that_nobody_writes_holds_nothing_up(tmp_path: Path) -> None
     for index in plan.shards[1].jobs:
         assert told == []
         told += hashes.job_done(plan.jobs[index], NO_STOP, _fill(files, plan.jobs[index], generator))
-    assert told == [(1, file_sha256(files.path(1)))]
+    assert told == [(1, file_sha256(files.path(1), ConversionError))]
     for index in plan.shards[0].jobs:
         told += hashes.job_done(plan.jobs[index], NO_STOP, _fill(files, plan.jobs[index], generator))
-    assert told[1:] == [(0, file_sha256(files.path(0)))]
+    assert told[1:] == [(0, file_sha256(files.path(0), ConversionError))]
     files.close()
 
 
@@ -199,7 +201,7 @@ def test_a_conversion_that_ends_hashes_no_more(tmp_path: Path) -> None:
     hashes = ShardHashes(plan, files, Record())
     stop.set()
     assert hashes.job_done(plan.jobs[0], stop, _fill(files, plan.jobs[0], random.Random(0))) == []
-    assert hashes.advance(0, NO_STOP) == [(0, file_sha256(files.path(0)))]
+    assert hashes.advance(0, NO_STOP) == [(0, file_sha256(files.path(0), ConversionError))]
     files.close()
 
 

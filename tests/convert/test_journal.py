@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from npuq.convert import convert_checkpoint
 from npuq.convert.write.checked_lines import DamagedLineError, checked_line, line_content
-from npuq.convert.write.journal import FileStamp, JobEntry, JobStats, Journal
+from npuq.convert.write.journal import FileStamp, JobEntry, Journal
 from npuq.errors import ConversionError, NpuqError
+from npuq.quant.weight_error import ErrorSums
 
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 60_000, "workers": 2}
-ENTRY = JobEntry(JobStats(0.25, 3.0), bytes(range(16)), bytes(range(16, 32)))
+ENTRY = JobEntry(ErrorSums(0.25, 3.0), bytes(range(16)), bytes(range(16, 32)))
 STAMP = FileStamp(10, -5, 7, 1 << 63)
 
 

@@ -11,7 +11,7 @@ import torch
 from npuq import convert_checkpoint, evaluate, load
 from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
+from npuq.formats.sources.opening import open_weights
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_outliers.py"
 
@@ -66,7 +66,7 @@ def test_channels_of_every_pair_are_moved(outliers: Path, example_fp8: Path) -> 
     """A norm's gain, the router, v and o, up and down: each differs from the source by powers of two, some 16 or more
     times another; a multi-token-prediction layer as well."""
     with Checkpoint.open(example_fp8) as before, Checkpoint.open(outliers) as after:
-        plain, moved = WeightSource(before), WeightSource(after)
+        plain, moved = open_weights(before), open_weights(after)
         assert list(plain.weights) == list(moved.weights)
         for name in (
             "model.layers.0.input_layernorm.weight",

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.write.journal import Journal, locked_directory
+from npuq.convert.write.journal import Journal
 from npuq.convert.write.output import claim
 from npuq.errors import ArtifactError, CheckpointError, ConversionError
 from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.output_files import locked_directory
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000}
 

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npuq.convert.plan.assignments import Assignment
 from npuq.convert.plan.plan import build_plan
-from npuq.convert.plan.recipe import Assignment
 from npuq.convert.write.chunks import row_chunks
 from npuq.errors import RecipeError
-from npuq.formats.dialects import Weight
 from npuq.formats.schemes import Scheme
 from npuq.models.family import Entry
 from npuq.models.inventory import Inventory
@@ -31,10 +30,10 @@ def plan_of(tensors: list[tuple[str, tuple[int, ...], Scheme]], max_shard_size: 
         role = Role.ROUTED_EXPERT if scheme is Scheme.W4A8 else Role.ATTENTION
         entry = Entry("down", name, role, (), row_parallel="down_proj" in name)
         specs[name] = Spec(name, role, shape, 0, entry=entry)
-        weights[name] = Weight(name, shape, "BF16", 2 * prod(shape))
+        weights[name] = SimpleNamespace(shape=shape, dtype="BF16", float_code="BF16", nbytes=2 * prod(shape))
         assignments[name] = Assignment(scheme, Method.MINMAX, 1)
     inventory = Inventory(specs, (), (), (), ())
-    return build_plan(weights, inventory, assignments, lambda name: "BF16", max_shard_size)
+    return build_plan(weights, inventory, assignments, max_shard_size)
 
 
 @st.composite

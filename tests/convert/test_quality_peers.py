@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from npuq.runtime.tokenizer import Tokenizer
+from npuq.runtime.text.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quality_peers.py"
 

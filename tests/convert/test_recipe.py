@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from npuq.convert.plan.recipe import NAMED, Assignment, load_recipe, resolve
-from npuq.engines.rules import check_recipe
+from npuq.convert.plan.assignments import Assignment, check_recipe, resolve
 from npuq.errors import RecipeError
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
 from npuq.formats.schemes import Scheme
+from npuq.formats.sources.opening import open_weights
 from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.models.roles import Role
 from npuq.quant.scales import Method
+from npuq.recipes.reading import NAMED, load_recipe
 
 
 @pytest.fixture(scope="module")
 def inventory(v3_source):
     with Checkpoint.open(v3_source) as checkpoint:
-        return take_inventory(ModelConfig.from_dict(checkpoint.config), WeightSource(checkpoint).weights)
+        return take_inventory(ModelConfig.from_dict(checkpoint.config), open_weights(checkpoint).weights)
 
 
 @pytest.fixture

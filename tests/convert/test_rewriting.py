@@ -9,13 +9,14 @@ import torch
 from calibrated import VOCABULARY, add_tokenizer
 
 from npuq.convert import convert_checkpoint
-from npuq.convert.rewriting import RewrittenSource, rotated
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
+from npuq.formats.sources.opening import open_weights
+from npuq.formats.sources.rewritten import rewritten
+from npuq.formats.sources.rotated import rotated
 from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.quant.rotation import rotation
-from npuq.runtime.layer_error import layer_errors
+from npuq.runtime.evaluation.layer_error import layer_errors
 from npuq.runtime.llm import load
 
 # The runtime keeps rope keys in blocks of 16 channels.
@@ -67,9 +68,9 @@ def test_mtp_reads_the_rotated_stream_as_it_read_the_other(write, tmp_path):
     factor a token on the second half (hnorm measures a vector that has lost the final norm's gain)."""
     directory = write(tmp_path / "source", dtype=torch.float32, edit=gains)
     checkpoint = Checkpoint.open(directory)
-    config, plain = ModelConfig.from_dict(checkpoint.config), WeightSource(checkpoint)
+    config, plain = ModelConfig.from_dict(checkpoint.config), open_weights(checkpoint)
     inventory = take_inventory(config, plain.weights)
-    turned = RewrittenSource(checkpoint, rotated(config, inventory))
+    turned = rewritten(plain, rotated(config, inventory))
     generator = torch.Generator().manual_seed(2)
     embedding, hidden = (torch.randn(5, 64, generator=generator, dtype=torch.float64) for _ in range(2))
     q = rotation(64)
@@ -94,9 +95,10 @@ def test_mtp_reads_the_rotated_stream_as_it_read_the_other(write, tmp_path):
 
 def test_rows_do_not_depend_on_how_they_are_read(write, tmp_path):
     checkpoint = Checkpoint.open(write(tmp_path / "source", fp8_block=16))
-    config, plain = ModelConfig.from_dict(checkpoint.config), WeightSource(checkpoint)
-    turned = RewrittenSource(checkpoint, rotated(config, take_inventory(config, plain.weights)))
-    for name in turned.rewrites.keys() & turned.weights.keys():
+    config, plain = ModelConfig.from_dict(checkpoint.config), open_weights(checkpoint)
+    rewrites = rotated(config, take_inventory(config, plain.weights))
+    turned = rewritten(plain, rewrites)
+    for name in rewrites.keys() & turned.weights.keys():
         whole = turned.rows_float32(name)
         parts = [turned.rows_float32(name, start, min(start + 7, len(whole))) for start in range(0, len(whole), 7)]
         assert torch.equal(torch.cat(parts), whole), name
@@ -104,8 +106,9 @@ def test_rows_do_not_depend_on_how_they_are_read(write, tmp_path):
 
 def test_held_bytes_are_those_of_the_largest_weight_with_rotated_outputs(write, tmp_path):
     checkpoint = Checkpoint.open(write(tmp_path / "source", config={"hidden_size": 512, "intermediate_size": 640}))
-    config, plain = ModelConfig.from_dict(checkpoint.config), WeightSource(checkpoint)
-    turned = RewrittenSource(checkpoint, rotated(config, take_inventory(config, plain.weights)))
+    config, plain = ModelConfig.from_dict(checkpoint.config), open_weights(checkpoint)
+    rewrites = rotated(config, take_inventory(config, plain.weights))
+    turned = rewritten(plain, rewrites)
     assert turned.held_bytes == 4 * 512 * 1024  # eh_proj's
     # Panels of rows and columns: what a float64 matrix product gives.
     name, q, v = (

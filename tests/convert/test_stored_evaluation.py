@@ -14,7 +14,7 @@ import npuq
 from npuq.cli.inspect import command as inspect_command
 from npuq.errors import ArtifactError, ConversionError
 from npuq.runtime import LayerError
-from npuq.runtime.evaluation import Evaluation
+from npuq.runtime.evaluation.perplexity import Evaluation
 from npuq.verification import inspect, verify
 from npuq.verification.stored_evaluation import check_storable, store_evaluation
 

@@ -12,15 +12,16 @@ import pytest
 
 from npuq.convert.plan.plan import Job, Plan
 from npuq.convert.write import shards, syncer
-from npuq.convert.write.journal import JobEntry, JobStats
+from npuq.convert.write.journal import JobEntry
 from npuq.convert.write.shards import ShardFiles
 from npuq.convert.write.syncer import Syncer
 from npuq.formats.schemes import Scheme
+from npuq.quant.weight_error import ErrorSums
 
 from .test_plan import plan_of
 
 HOUR = 3600.0
-ENTRY = JobEntry(JobStats(0.0, 0.0), b"", b"")
+ENTRY = JobEntry(ErrorSums(0.0, 0.0), b"", b"")
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import npuq
 from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
 from npuq.formats.schemes import Scheme, dequantize, scale_bias
+from npuq.formats.sources.opening import open_weights
 
 EXPERTS = r"re:model\.layers\.[0-3]\.mlp\.experts\..*"
 FLOAT = ("kv_b_proj", "eh_proj", "lm_head", "embed_tokens", "gate", "shared_head.head")
@@ -46,7 +46,7 @@ def write(directory: Path, form: CompressionFormat | None) -> dict[str, Tensor]:
     groups = {"group_0": scheme(4, [EXPERTS], form), "group_1": scheme(8, ["Linear"], None)}
     ignore = []
     with Checkpoint.open(EXAMPLE) as checkpoint:
-        source = WeightSource(checkpoint)
+        source = open_weights(checkpoint)
         for name, weight in source.weights.items():
             rows, module = source.rows_float32(name), name.removesuffix(".weight")
             if len(weight.shape) != 2 or module.endswith(FLOAT):

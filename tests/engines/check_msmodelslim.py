@@ -27,9 +27,10 @@ from torch import Tensor
 
 import npuq
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
 from npuq.formats.int4 import pack_int4, unpack_int4
 from npuq.formats.schemes import Scheme, output_tensors, quantize_rows, scale_bias
+from npuq.formats.sources.opening import open_weights
+from npuq.formats.sources.weights import WeightSource
 from npuq.formats.static_w8a8 import InputScale, static_tensors
 from npuq.quant.scales import Method
 
@@ -178,7 +179,7 @@ def write_directory(source: WeightSource, directory: Path) -> None:
 
 def test_what_it_saves_is_read_verified_run_and_converted(tmp_path):
     with Checkpoint.open(EXAMPLE) as checkpoint:
-        write_directory(WeightSource(checkpoint), tmp_path / "theirs")
+        write_directory(open_weights(checkpoint), tmp_path / "theirs")
     names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
     assert "quant_model_weights.safetensors.index.json" in names and "quant_model_description.json" in names
     assert any(name.startswith("quant_model_weights-00002-of-") for name in names)

@@ -14,102 +14,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "native")]
+
+from children import Child, Report  # noqa: E402
 
 SECONDS = 120  # that one artifact may take, and that Python may take to start under the sanitizers
 MOST_MESSAGE = 2000
 
 
-@dataclass
-class Report:
-    """How many artifacts ran, how many were refused, and what must not be."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    findings: list[str] = field(default_factory=list)
-
-
 def fuzz(bases: list[Path], folder: Path, first: int, count: int, told: Callable[[str], object] = print) -> Report:
     """Run artifacts `first` and on. `folder` is for copies; `told` hears of findings as they come."""
-    report, number = Report(), first
-    while number < first + count:
-        number = _run_child(bases, folder, number, first + count, report, told)
-    return report
-
-
-def _run_child(
-    bases: list[Path], folder: Path, first: int, end: int, report: Report, told: Callable[[str], object]
-) -> int:
-    """Let a child run them until it ends; the number to go on with."""
     from builds import sanitized_library, sanitizer_environment
 
-    environment = {**os.environ, **sanitizer_environment(), "OMP_NUM_THREADS": "1", "PYTHONMALLOC": "malloc"}
-    arguments = {"library": str(sanitized_library()), "bases": [str(base) for base in bases], "folder": str(folder)}
-    command = [sys.executable, __file__, "--child", json.dumps({**arguments, "first": first, "end": end})]
-    number, what = first, "start"
-
-    def found(problem: str) -> None:
-        report.findings.append(f"artifact {number} ({what}): {problem}")
-        told(report.findings[-1])
-
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        for line in _lines(child):
-            if line is None:
-                child.kill()
-                found(f"no end after {SECONDS} s")
-                child.wait()
-                return number + 1
-            event = json.loads(line)
-            number = event["number"]
-            if "outcome" not in event:
-                what = event["mutation"]
-                continue
-            report.outcomes[event["outcome"]] += 1
-            if event["outcome"] == "finding":
-                found(event["message"])
-        if child.wait() == 0:
-            return end
-        errors.seek(0)
-        found(f"exit status {child.returncode}\n{errors.read()[-6000:]}")
-        return number + 1
-
-
-def _lines(child: subprocess.Popen[str]) -> Iterator[str | None]:
-    """What the child prints; None when it is silent for too long."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read(stream: IO[str]) -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put("")
-
-    assert child.stdout is not None
-    threading.Thread(target=read, args=(child.stdout,), daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=SECONDS)
-        except queue.Empty:
-            yield None
-            return
-        if not line:
-            return
-        yield line
+    child = Child(
+        script=Path(__file__),
+        arguments={"library": str(sanitized_library()), "bases": [str(base) for base in bases], "folder": str(folder)},
+        environment={**os.environ, **sanitizer_environment(), "OMP_NUM_THREADS": "1", "PYTHONMALLOC": "malloc"},
+        seconds=SECONDS,
+        named="artifact {}".format,
+    )
+    report, number = Report(), first
+    while number < first + count:
+        number = child.run(number, first + count, None, report, told)
+    return report
 
 
 # ---- in the child ----------------------------------------------------------------------------------------------------
@@ -131,7 +69,7 @@ def run_all(library: str, bases: list[str], folder: str, first: int, end: int) -
         base = Path(rng.choice(bases))
         shutil.copytree(base, copy)
         damage = mutate(copy, rng)
-        print(json.dumps({"number": number, "mutation": f"{base.name}: {damage or 'nothing'}"}), flush=True)
+        print(json.dumps({"number": number, "what": f"{base.name}: {damage or 'nothing'}"}), flush=True)
         outcome = _outcome(copy, rng)
         if not damage and outcome["outcome"] == "refused":
             outcome["outcome"] = "finding"

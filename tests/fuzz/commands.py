@@ -16,25 +16,21 @@ import faulthandler
 import io
 import json
 import os
-import queue
 import random
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+
+from children import Child, Report  # noqa: E402
 
 SECONDS = 180  # of the clock on the wall that one case may take
 BUSY_SECONDS = 20  # of processor time that one command may take
@@ -80,15 +76,6 @@ COPIED = {"finished": "artifact"}
 WEIGHTS = {"artifact": 6, "source": 4, "finished": 2, "unfinished": 3}
 
 
-@dataclass
-class Report:
-    """How many commands ended how, and what must not be."""
-
-    cases: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    findings: list[str] = field(default_factory=list)
-
-
 def fuzz(
     folder: Path,
     seed: int,
@@ -98,78 +85,18 @@ def fuzz(
     told: Callable[[str], object] = print,
 ) -> Report:
     """Run cases `first` and on, until there were `count`, or for a time. `folder` holds `make_inputs`'s directories."""
+    child = Child(
+        script=Path(__file__),
+        arguments={"folder": str(folder), "seed": seed},
+        environment={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        seconds=SECONDS,
+        named=lambda number: f"case {number} of seed {seed}",
+    )
     report, number, end = Report(), first, None if count is None else first + count
     until = None if seconds is None else time.monotonic() + seconds
     while (end is None or number < end) and (until is None or time.monotonic() < until):
-        number = _run_child(folder, seed, number, end, until, report, told)
+        number = child.run(number, end, until, report, told)
     return report
-
-
-def _run_child(
-    folder: Path,
-    seed: int,
-    first: int,
-    end: int | None,
-    until: float | None,
-    report: Report,
-    told: Callable[[str], object],
-) -> int:
-    """Let a child run them until it ends; the number to go on with."""
-    arguments = json.dumps({"folder": str(folder), "seed": seed, "first": first, "end": end})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    number, what = first, "start"
-
-    def found(problem: str) -> None:
-        report.findings.append(f"case {number} of seed {seed} ({what}): {problem}")
-        told(report.findings[-1])
-
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, __file__, "--child", arguments]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        for line in _lines(child):
-            if line is None or (until is not None and time.monotonic() > until):
-                child.send_signal(signal.SIGABRT)  # faulthandler says where it was
-                child.wait()
-                errors.seek(0)
-                if line is None:
-                    found(f"no end after {SECONDS} s\n{errors.read()[-6000:]}")
-                return number + 1
-            event = json.loads(line)
-            number = event["number"]
-            if "what" in event:
-                what = event["what"]
-                report.cases += 1
-            else:
-                report.outcomes[event["outcome"]] += 1
-                if event["outcome"] == "finding":
-                    found(event["message"])
-        if child.wait() == 0 and end is not None:
-            return end
-        errors.seek(0)
-        found(f"exit status {child.returncode}\n{errors.read()[-6000:]}")
-        return number + 1
-
-
-def _lines(child: subprocess.Popen[str]) -> Iterator[str | None]:
-    """What the child prints; None when it is silent for too long."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read(stream: IO[str]) -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put("")
-
-    assert child.stdout is not None
-    threading.Thread(target=read, args=(child.stdout,), daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=SECONDS)
-        except queue.Empty:
-            yield None
-            return
-        if not line:
-            return
-        yield line
 
 
 # ---- in the child ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from support import REPO, alter, files_of, reseal, shards
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint
+from npuq.hub import open_remote
 from npuq.hub.huggingface import repository
 from npuq.hub.huggingface.client import Client
 from npuq.hub.huggingface.repository import HubRepository
@@ -62,7 +62,7 @@ def runs(hub: LoopbackHub, artifact: Path, example_fp8: Path, tmp_path: Path) ->
     return {
         "push": lambda: npuq.push(artifact, REPO, backoff=QUICK),
         "pull": lambda: npuq.pull("alice/pushed", backoff=QUICK),
-        "stream": lambda: RemoteCheckpoint.open_remote("alice/source", tmp_path / "window", backoff=QUICK),
+        "stream": lambda: open_remote("alice/source", tmp_path / "window", backoff=QUICK),
     }
 
 

@@ -15,7 +15,8 @@ from support import REPO, alter, assert_pushed, contents, files_of, npuq_process
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, ShardPusher, resolve
+from npuq.formats.checkpoint import Checkpoint
+from npuq.hub import ShardPusher, open_remote, resolve
 from npuq.hub.transfer.parallel import in_order, start_threads
 
 SOURCE = "alice/source"
@@ -57,12 +58,12 @@ def source(hub: LoopbackHub, example_fp8: Path) -> None:
     hub.state.put(SOURCE, files_of(example_fp8))
 
 
-def expect_all(checkpoint: RemoteCheckpoint) -> None:
-    checkpoint.expect([(name,) for name in checkpoint.tensors], ())
+def expect_all(checkpoint: Checkpoint) -> None:
+    checkpoint.window.start([(name,) for name in checkpoint.tensors], ())
 
 
 def test_no_thread_at_all(hub: LoopbackHub, source: None, artifact: Path, tmp_path: Path, starts: Starts) -> None:
-    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+    with open_remote(SOURCE, tmp_path / "window") as checkpoint:
         starts.allowed = 0
         with pytest.raises(HubError, match=r"can't start new thread: .* \(ulimit -u\); end some"):
             expect_all(checkpoint)
@@ -70,7 +71,7 @@ def test_no_thread_at_all(hub: LoopbackHub, source: None, artifact: Path, tmp_pa
         lambda: npuq.push(artifact, REPO),
         lambda: ShardPusher(artifact, REPO),
         lambda: resolve(SOURCE),
-        lambda: RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window", revision="main"),
+        lambda: open_remote(SOURCE, tmp_path / "window", revision="main"),
     ):
         with pytest.raises(HubError, match="can't start new thread"):
             run()
@@ -83,11 +84,11 @@ def test_fewer_threads_do_the_same(
     npuq.push(artifact, REPO)
     assert_pushed(hub, artifact)
     assert contents(npuq.pull(REPO)) == contents(artifact)
-    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+    with open_remote(SOURCE, tmp_path / "window") as checkpoint:
         expect_all(checkpoint)
         for name in checkpoint.tensors:
             checkpoint.read(name)
-            checkpoint.release((name,))
+            checkpoint.window.release((name,))
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -95,7 +96,7 @@ def test_interrupted_while_fetchers_start(
     hub: LoopbackHub, source: None, tmp_path: Path, starts: Starts, after: int
 ) -> None:
     starts.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt), RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+    with pytest.raises(KeyboardInterrupt), open_remote(SOURCE, tmp_path / "window") as checkpoint:
         starts.allowed = after
         expect_all(checkpoint)
 

@@ -14,7 +14,7 @@ from loopback import LoopbackHub
 from support import CARD, REPO, assert_pushed, contents, files_of, npuq_run, shards
 
 import npuq
-from npuq.hub import RemoteCheckpoint, resolve
+from npuq.hub import open_remote, resolve
 
 
 def asked_of_xet(hub: LoopbackHub) -> list[str]:
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_came_by_xet_is_streamed_and_fetched(
 ) -> None:
     upload_by_xet(hub, example_fp8)
     hub.log.clear()
-    with RemoteCheckpoint.open_remote(REPO, tmp_path / "window") as checkpoint:
+    with open_remote(REPO, tmp_path / "window") as checkpoint:
         npuq.convert_checkpoint(checkpoint, tmp_path / "streamed", method="minmax")
     npuq.convert_checkpoint(example_fp8, tmp_path / "local", method="minmax")
     assert shards(tmp_path / "streamed")[0].read_bytes() == shards(tmp_path / "local")[0].read_bytes()

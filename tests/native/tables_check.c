@@ -1,8 +1,8 @@
-/* int4 `mse` of FP8 rows by their magnitudes (kernels/distinct.h) beside the same rows weight by weight, for one level:
+/* int4 `mse` of FP8 rows by their magnitudes (convert/fp8/fp8_int4_mse.h) beside the same rows weight by weight, for one level:
  * the same bits, and rows of all usual kinds are really taken that way. */
 #include <stdio.h>
 
-#include "kernels/convert.h"
+#include "convert/quantize_row.h"
 
 static uint32_t state = 4321;
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 import npuq
 from npuq.errors import BackendError
-from npuq.formats.dialects import BlockScale, StoredRows
 from npuq.formats.schemes import Scheme
 from npuq.native import binding as native
+from npuq.quant.stored_rows import BlockScale, StoredRows
+from npuq.runtime.attention.pools import Pages, Pool
 from npuq.runtime.ops import (
     Decode,
     Gating,
@@ -53,8 +55,8 @@ def _float(rows: int, columns: int) -> LinearPart:
     return LinearPart(f"{rows}x{columns}", Scheme.FLOAT, torch.ones(rows, columns))
 
 
-def _cache(ops: NativeOps) -> LayerCache:
-    return ops.attention.new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]
+def _cache(ops: NativeOps, latent: int = LATENT) -> LayerCache:
+    return ops.attention.new_cache((Pool("latent", latent), Pool("rope", ROPE)), BLOCKS, BLOCK)
 
 
 def _decode(**changes: Any) -> Decode:
@@ -64,7 +66,7 @@ def _decode(**changes: Any) -> Decode:
 
 def _step(**changes: Any) -> Step:
     slots = torch.tensor([16, 36, 63])
-    step = Step(slots, slots, slots, _x(T, ROPE), _x(T, ROPE), _decode(), None, None)
+    step = Step(slots, slots, _x(T, ROPE), _x(T, ROPE), _decode(), None, None)
     return dataclasses.replace(step, **changes)
 
 
@@ -82,7 +84,7 @@ def _mla_parts(**changes: Any) -> MlaParts:
     return dataclasses.replace(parts, **changes)
 
 
-CONFIG = MlaConfig(N, NOPE, ROPE, V, LATENT, Q_LORA, 1e-6, 0.2)
+CONFIG = MlaConfig(N, Q_LORA, LATENT, NOPE, ROPE, V, 1e-6, 0.2)
 
 
 def _mla(ops: NativeOps, **changes: Any) -> Any:
@@ -146,7 +148,7 @@ def _write(ops: NativeOps, **changes: Any) -> Any:
 
 def _mla_decode(ops: NativeOps, hidden: Tensor | None = None, cache: LayerCache | None = None, **changes: Any) -> Any:
     x = _x(T, H) if hidden is None else hidden
-    return ops.attention.mla_decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes), 0.2)
+    return ops.attention.mla_decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes))
 
 
 def _mla_prolog(ops: NativeOps, **changes: Any) -> Any:
@@ -328,11 +330,11 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "decode, rows of rope": (lambda ops: _mla_decode(ops, sin=_x(T - 1, ROPE)), r"mla_decode: sin"),
     "decode, slot": (lambda ops: _mla_decode(ops, slots=torch.tensor([16, 36, 64])), r"mla_decode: .* an index"),
     "decode, other cache": (
-        lambda ops: _mla_decode(ops, cache=ops.attention.new_kv_cache(1, BLOCKS, BLOCK, LATENT + 16, ROPE)[0]),
+        lambda ops: _mla_decode(ops, cache=_cache(ops, LATENT + 16)),
         r"mla_decode: .* sizes",
     ),
     "decode, cache dtype": (
-        lambda ops: _mla_decode(ops, cache=NativeOps(BF16).attention.new_kv_cache(1, BLOCKS, BLOCK, LATENT, ROPE)[0]),
+        lambda ops: _mla_decode(ops, cache=_cache(NativeOps(BF16))),
         r"kv cache: rope is torch.bfloat16",
     ),
     "prolog, rope": (lambda ops: _mla_prolog(ops, sin=_x(T, ROPE + 2)), r"mla_prolog: sin"),
@@ -392,16 +394,22 @@ def test_what_does_not_fit_is_refused(ops: NativeOps, case: str) -> None:
 
 def test_caches_that_are_none(ops: NativeOps) -> None:
     good = _cache(ops)
-    for changes, message in (
-        ({"block_size": 32}, "kv cache: latent"),
-        ({"rope": good.rope[:3]}, "kv cache: rope"),
-        ({"latent": good.latent.transpose(1, 2)}, "kv cache: latent"),
-        ({"rope": good.rope.half()}, "kv cache: rope"),
-        ({"latent_scale": _x(LATENT)}, "kv cache: latent"),
+    latent, rope = good["latent"], good["rope"]
+
+    def plain(**pages: Pages) -> LayerCache:
+        return LayerCache({**good.pages, **pages}, good.block_size)
+
+    for cache, message in (
+        (LayerCache(good.pages, 32), "kv cache: latent"),
+        (plain(rope=replace(rope, tensor=rope.tensor[:3])), "kv cache: rope"),
+        (plain(latent=replace(latent, tensor=latent.tensor.transpose(1, 2))), "kv cache: latent"),
+        (plain(rope=replace(rope, tensor=rope.tensor.half())), "kv cache: rope"),
+        (plain(rope=replace(rope, pool=replace(rope.pool, dtype=torch.float16))), "kv cache: rope"),
+        (plain(latent=replace(latent, pool=replace(latent.pool, layout="nd"))), "kv cache: latent"),
+        (plain(latent=replace(latent, scale=_x(LATENT))), "kv cache: latent"),
     ):
-        arguments = {field: getattr(good, field) for field in ("latent", "rope", "block_size", "latent_scale")}
         with pytest.raises(ValueError, match=message):
-            _mla_decode(ops, cache=LayerCache(**{**arguments, **changes}))
+            _mla_decode(ops, cache=cache)
 
 
 def test_weights_that_are_none(ops: NativeOps) -> None:

@@ -170,7 +170,7 @@ def test_without_the_library_torch_does_the_work(tmp_path: Path) -> None:
         "library.LIBRARY = pathlib.Path(sys.argv[1])\n"
         "from npuq.runtime.backend import *\n"
         "from npuq.formats.schemes import *\n"
-        "from npuq.formats.dialects import StoredRows\n"
+        "from npuq.quant.stored_rows import StoredRows\n"
         "import torch\n"
         "rows = torch.arange(32.0).view(2, 16)\n"
         "direct = quantize_rows(rows, Scheme.W4A8, Method.MSE, row_parallel=True)\n"

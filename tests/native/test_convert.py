@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npuq.formats.dialects import BlockScale, StoredRows
 from npuq.formats.schemes import QuantizedRows, Scheme, quantize_rows
 from npuq.native import binding as native
 from npuq.quant.scales import Method, NonFiniteError
+from npuq.quant.stored_rows import BlockScale, StoredRows
 
 from .cases import LEVELS
 

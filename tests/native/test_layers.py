@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import (
     Attention,
     Decode,
@@ -174,7 +175,7 @@ def test_mla_before_attention_and_all_of_it(
 ) -> None:
     ops, generator = all_ops[dtype], np.random.default_rng(tokens)
     hidden, heads, nope, rope, latent = 50, 3, 24, 16, 32
-    config = MlaConfig(heads, nope, rope, 20, latent, q_lora, 1e-6, 0.1)
+    config = MlaConfig(heads, q_lora, latent, nope, rope, 20, 1e-6, 0.1)
     parts = MlaParts(
         q=None if q_lora else _part(generator, scheme, heads * (nope + rope), hidden),
         q_a=_part(generator, scheme, q_lora, hidden) if q_lora else None,
@@ -189,7 +190,6 @@ def test_mla_before_attention_and_all_of_it(
     assert isinstance(mla, NativeMla)
     step = Step(
         token_ids=torch.zeros(tokens, dtype=torch.int64),
-        positions=torch.zeros(tokens, dtype=torch.int64),
         slots=torch.tensor([17, 3, -1, 0, 31][:tokens]),
         cos=_rows(generator, dtype, tokens, rope),
         sin=_rows(generator, dtype, tokens, rope),
@@ -197,8 +197,9 @@ def test_mla_before_attention_and_all_of_it(
         prefill=None,
         output_rows=None,
     )
-    scales = [torch.linspace(0.01, 0.05, latent)] if int8_cache else None
-    caches = [ops.attention.new_kv_cache(1, 2, 16, latent, rope, scales)[0] for _ in range(2)]
+    scales = {"latent": torch.linspace(0.01, 0.05, latent)} if int8_cache else {}
+    pools = Pool("latent", latent, int8=True), Pool("rope", rope)
+    caches = [ops.attention.new_cache(pools, 2, 16, scales) for _ in range(2)]
     x = _rows(generator, dtype, tokens, hidden)
     got, expected = (
         ops.attention.mla_prolog(x, mla, caches[0], step),
@@ -206,11 +207,12 @@ def test_mla_before_attention_and_all_of_it(
     )
     for left, right in zip(got, expected, strict=True):
         _same(left, right)
-    assert caches[0].latent.any()
-    _same(caches[0].latent, caches[1].latent)
-    _same(caches[0].rope, caches[1].rope)
+    assert caches[0]["latent"].tensor.any()
+    _same(caches[0]["latent"].tensor, caches[1]["latent"].tensor)
+    _same(caches[0]["rope"].tensor, caches[1]["rope"].tensor)
     for cache in caches:
-        cache.latent[0], cache.rope[0] = 50 if int8_cache else 0.5, -0.5  # keys that the step has not written
-    out = ops.attention.mla_decode(x, mla, caches[0], step, 0.1)
-    _same(out, Attention.mla_decode(ops.attention, x, mla, caches[1], step, 0.1))
+        # Keys that the step has not written.
+        cache["latent"].tensor[0], cache["rope"].tensor[0] = 50 if int8_cache else 0.5, -0.5
+    out = ops.attention.mla_decode(x, mla, caches[0], step)
+    _same(out, Attention.mla_decode(ops.attention, x, mla, caches[1], step))
     assert out.any()

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode
 from npuq.runtime.ops.native import NativeOps
 
@@ -107,8 +108,8 @@ def test_paged_attention_reads_the_cache_in_place(dtype: torch.dtype, heads: int
         expected[token] = (query @ key.T * 0.1).softmax(-1) @ value
     for level in LEVELS:
         ops = NativeOps(dtype, threads=2, level=level)
-        cache = ops.attention.new_kv_cache(1, 6, block_size, latent_dim, rope_dim)[0]
-        for pool, rows in ((cache.latent, latent), (cache.rope, rope)):
+        cache = ops.attention.new_cache((Pool("latent", latent_dim), Pool("rope", rope_dim)), 6, block_size)
+        for pool, rows in ((cache["latent"].tensor, latent), (cache["rope"].tensor, rope)):
             # Token-major [slots, D] to NZ [blocks, D / 16, block_size, 16].
             pool.copy_(rows.view(6, block_size, -1, 16).transpose(1, 2))
         out = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.1)

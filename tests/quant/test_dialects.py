@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import INDEX_NAME, Checkpoint
-from npuq.formats.dialects import WeightSource
+from npuq.formats.sources.opening import open_weights
+from npuq.formats.sources.weights import WeightSource
 
 
 def source(directory: Path, shards: list[dict[str, torch.Tensor]], config: dict | None = None) -> WeightSource:
@@ -21,7 +22,7 @@ def source(directory: Path, shards: list[dict[str, torch.Tensor]], config: dict 
         save_file(tensors, directory / f"{number}.safetensors")
         weight_map |= dict.fromkeys(tensors, f"{number}.safetensors")
     (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
-    return WeightSource(Checkpoint.open(directory))
+    return open_weights(Checkpoint.open(directory))
 
 
 def fp8(n: int, k: int, block: tuple[int, int] = (128, 128)) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -41,7 +42,7 @@ def test_fp8_rows_from_any_place(n: int, k: int, tmp_path: Path) -> None:
     weight, scale, real = fp8(n, k)
     weights = source(tmp_path, [{"a.weight": weight}, {"a.weight_scale_inv": scale}])
     assert list(weights.weights) == ["a.weight"]
-    assert weights.block_rows == 128
+    assert weights.weights["a.weight"].block_rows == 128
     assert weights.weights["a.weight"].nbytes == n * k + 4 * scale.numel()
     expected = torch.from_numpy(real.astype(np.float32))
     for start, stop in ((0, n), (0, 1), (n // 2, n), (n - 1, n), (n // 3, n // 2 + 1)):
@@ -55,7 +56,7 @@ def test_other_block_sizes_are_read_from_the_config(tmp_path: Path) -> None:
     weights = source(tmp_path, [{"a.weight": weight, "a.weight_scale_inv": scale}], config)
     assert torch.equal(weights.rows_float32("a.weight"), torch.from_numpy(real.astype(np.float32)))
     assert weights.rows_float("a.weight").dtype == torch.float16
-    assert weights.float_code("a.weight") == "F16"
+    assert weights.weights["a.weight"].float_code == "F16"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_the_shipped_checkpoint_has_a_scale_in_another_shard(example_fp8: Path) 
         if name.endswith("_scale_inv") and checkpoint.tensors[name.removesuffix("_scale_inv")].file != info.file
     ]
     assert apart
-    weights = WeightSource(checkpoint)
+    weights = open_weights(checkpoint)
     for name in apart:
         rows = weights.rows_float32(name.removesuffix("_scale_inv"))
         assert rows.isfinite().all()

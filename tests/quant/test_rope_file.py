@@ -13,8 +13,9 @@ from torch import Tensor
 
 from npuq.errors import ArtifactError
 from npuq.formats.checkpoint import read_config
+from npuq.formats.rope_file import load_rope, save_rope
 from npuq.models.config import ModelConfig
-from npuq.models.rope import RopeTables, load_rope, rope_tables, save_rope
+from npuq.models.rope import RopeTables, rope_tables
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
 ROWS, PAIRS = 96, 32

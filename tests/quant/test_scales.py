@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
+from npuq.formats.sources.opening import open_weights
 from npuq.quant.scales import Method, NonFiniteError, scale_rows
 
 Rows = NDArray[np.float64]
@@ -42,7 +42,7 @@ def clip_grid(rows: Rows, bits: int) -> Rows:
 
 def samples(example_fp8) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    source = WeightSource(Checkpoint.open(example_fp8))
+    source = open_weights(Checkpoint.open(example_fp8))
     normal = torch.randn(48, 1536, generator=generator)
     return {
         "normal": normal,

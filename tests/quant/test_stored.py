@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.schemes import Scheme
-from npuq.formats.stored import Codes, QuantizedSource, StoredLinear
+from npuq.formats.sources.stored_linear import Codes, StoredLinear
 
 NAME = "a.weight"
 
@@ -30,14 +30,13 @@ def pack(codes: np.ndarray, form: Codes) -> torch.Tensor:
     return torch.from_numpy(codes.astype(np.int8))
 
 
-def open_source(folder: Path, codes: np.ndarray, scale: np.ndarray, form: Codes) -> QuantizedSource:
+def open_linear(folder: Path, codes: np.ndarray, scale: np.ndarray, form: Codes) -> StoredLinear:
     (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
     tensors = {NAME: pack(codes, form), "a.weight_scale": torch.from_numpy(scale)}
     save_file(tensors, folder / "model.safetensors")
     scheme = Scheme.W8A8 if form is Codes.INT8 else Scheme.W4A8
     names = {"weight": NAME, "weight_scale": "a.weight_scale"}
-    linear = StoredLinear(NAME, scheme, (codes.shape[0], codes.shape[1]), form, names)
-    return QuantizedSource(Checkpoint.open(folder), {NAME: linear})
+    return StoredLinear(Checkpoint.open(folder), NAME, scheme, (codes.shape[0], codes.shape[1]), form, names)
 
 
 @given(st.sampled_from(Codes), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**32 - 1), st.data())
@@ -46,17 +45,15 @@ def test_any_rows_of_any_form(tmp_path_factory, form, pairs, words, seed, data):
     rows, columns, limit = 2 * pairs, 16 * words, 128 if form is Codes.INT8 else 8
     codes = rng.integers(-limit, limit, (rows, columns))
     scale = rng.uniform(0.001, 1, (rows, 1)).astype(np.float32)
-    source = open_source(tmp_path_factory.mktemp("stored"), codes, scale, form)
+    linear = open_linear(tmp_path_factory.mktemp("stored"), codes, scale, form)
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
     expected = codes.astype(np.float32) * scale
-    np.testing.assert_array_equal(source.rows_float32(NAME, start, stop).numpy(), expected[start:stop])
-    np.testing.assert_array_equal(source.rows_float32(NAME).numpy(), expected)
+    np.testing.assert_array_equal(linear.rows(start, stop).to_float32().numpy(), expected[start:stop])
+    np.testing.assert_array_equal(linear.rows().to_float32().numpy(), expected)
     cut = 2 * data.draw(st.integers(0, pairs))
-    whole = source.quantized_rows(NAME, 0, rows, row_parallel=True)
-    parts = [
-        source.quantized_rows(NAME, *ends, row_parallel=True) for ends in ((0, cut), (cut, rows)) if ends[0] < ends[1]
-    ]
+    whole = linear.quantized_rows(0, rows, row_parallel=True)
+    parts = [linear.quantized_rows(*ends, row_parallel=True) for ends in ((0, cut), (cut, rows)) if ends[0] < ends[1]]
     for suffix, tensor in whole.tensors.items():
         assert torch.equal(torch.cat([part.tensors[suffix] for part in parts]), tensor)
     np.testing.assert_allclose(whole.squared_norm.numpy(), (expected.astype(np.float64) ** 2).sum(1), rtol=1e-6)
@@ -70,7 +67,7 @@ def test_any_rows_of_any_form(tmp_path_factory, form, pairs, words, seed, data):
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_none(tmp_path, bad):
     scale = np.array([[1.0], [bad]], np.float32)
-    source = open_source(tmp_path, np.ones((2, 16), np.int64), scale, Codes.INT8)
+    linear = open_linear(tmp_path, np.ones((2, 16), np.int64), scale, Codes.INT8)
     with pytest.raises(CheckpointError, match=r"'a\.weight_scale' holds a scale that is not a positive number"):
-        source.rows_float32(NAME)
-    assert source.rows_float32(NAME, 0, 1).shape == (1, 16)
+        linear.rows().to_float32()
+    assert linear.rows(0, 1).to_float32().shape == (1, 16)

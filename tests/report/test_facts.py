@@ -43,7 +43,8 @@ def test_what_the_manifest_says(artifact: Path) -> None:
     (shared,) = (x for x in facts.linears if x.name == "model.layers.2.mlp.shared_experts.up_proj.weight")
     assert (shared.layer, shared.expert, shared.projection) == (2, None, "shared up_proj")
     assert facts.provenance["sha256 of its config.json"] == manifest["source"]["config_sha256"]
-    assert facts.recipe == (artifact / "npuq/recipe.yaml").read_text()
+    assert facts.recipe == "w4a8"
+    assert facts.recipe_yaml == (artifact / "npuq/recipe.yaml").read_text()
     assert facts.has_mtp
     assert facts.coverage is None
     assert facts.evaluations == ()
@@ -120,7 +121,7 @@ def test_no_manifest_but_a_description(made_artifact: Path, foreign: Path) -> No
     assert facts.scales == own.scales
     assert {linear.name for linear in facts.linears} == {linear.name for linear in own.linears}
     assert all(linear.relative_error is None for linear in facts.linears)
-    assert (facts.recipe, facts.coverage, facts.evaluations, facts.provenance) == (None, None, (), {})
+    assert (facts.recipe_yaml, facts.coverage, facts.evaluations, facts.provenance) == (None, None, (), {})
 
 
 def test_no_artifact(example_fp8: Path, tmp_path: Path) -> None:

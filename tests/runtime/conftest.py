@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import npuq
 import npuq.runtime
+from npuq.cli.main import main
 from npuq.formats.artifact import KV_CACHE_NAME
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.kv_cache import save_scales, storable_scale
@@ -142,6 +144,23 @@ def _make_checkpoint(directory: Path, family: str, **changes: Any) -> Any:
     saved.update(model_type=model_type, topk_method=settings.get("topk_method", "noaux_tc"))
     path.write_text(json.dumps(saved))
     return model
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["npuq", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from npuq.formats.artifact import KV_CACHE_NAME
 from npuq.formats.kv_cache import latent_codes, load_scales, save_scales, storable_scale
 from npuq.native.library import levels
 from npuq.runtime import EngineConfig, evaluate, load
+from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, LayerCache, Ops, PrefixSegment
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.native import NativeOps
@@ -43,7 +44,9 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 def _cache(ops: Ops, scale: np.ndarray, blocks: int = 8) -> LayerCache:
-    return ops.attention.new_kv_cache(1, blocks, BLOCK, len(scale), ROPE, [torch.from_numpy(scale)])[0]
+    return ops.attention.new_cache(
+        (Pool("latent", len(scale), int8=True), Pool("rope", ROPE)), blocks, BLOCK, {"latent": torch.from_numpy(scale)}
+    )
 
 
 def _scale(rng: np.random.Generator) -> np.ndarray:
@@ -55,9 +58,9 @@ def test_codes_lie_in_tiles_of_32_and_outputs_are_what_they_stand_for(ops: Ops) 
     rng = np.random.default_rng(1)
     scale = _scale(rng)
     cache = _cache(ops, scale, blocks=3)
-    assert cache.latent.shape == (3, LATENT // 32, BLOCK, 32)
-    assert cache.latent.dtype == torch.int8
-    assert cache.rope.dtype == ops.dtype
+    assert cache["latent"].tensor.shape == (3, LATENT // 32, BLOCK, 32)
+    assert cache["latent"].tensor.dtype == torch.int8
+    assert cache["rope"].tensor.dtype == ops.dtype
     kv = torch.from_numpy(rng.standard_normal((5, LATENT + ROPE)).astype(np.float32))
     gamma = torch.from_numpy(rng.uniform(0.5, 2, LATENT).astype(np.float32))
     kv[:, 7], gamma[7] = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]), 40.0  # saturates
@@ -72,12 +75,12 @@ def test_codes_lie_in_tiles_of_32_and_outputs_are_what_they_stand_for(ops: Ops) 
     codes = np.rint(latent.numpy() / scale)
     assert np.array_equal(latent.numpy(), codes.astype(np.float32) * scale)
     assert (np.abs(codes - np.clip(exact.numpy() / scale, -128, 127)) <= 0.5 + 1e-4).all()
-    golden = np.zeros(tuple(cache.latent.shape), np.int8)
+    golden = np.zeros(tuple(cache["latent"].tensor.shape), np.int8)
     for slot, row in zip(slots, codes, strict=True):
         for channel, code in enumerate(row):
             if slot >= 0:
                 golden[slot // BLOCK, channel // 32, slot % BLOCK, channel % 32] = code
-    assert np.array_equal(cache.latent.numpy(), golden)
+    assert np.array_equal(cache["latent"].tensor.numpy(), golden)
     assert {-128, 127} <= set(golden[:, 0, :, 7].flatten().tolist())
 
 
@@ -86,8 +89,8 @@ def test_attention_over_codes(ops: Ops) -> None:
     rng = np.random.default_rng(2)
     scale = _scale(rng)
     cache = _cache(ops, scale)
-    cache.latent.fill_(99)
-    cache.rope.fill_(float("nan"))
+    cache["latent"].tensor.fill_(99)
+    cache["rope"].tensor.fill_(float("nan"))
     tables, lengths, queries = [[6, 2], [5, 0, 3]], [20, 33], [1, 3]
     sequences = []
     for table, length in zip(tables, lengths, strict=True):
@@ -95,8 +98,8 @@ def test_attention_over_codes(ops: Ops) -> None:
         rope = rng.standard_normal((length, ROPE)).astype(np.float32)
         for token in range(length):
             block, offset = table[token // BLOCK], token % BLOCK
-            cache.latent[block, :, offset] = torch.from_numpy(codes[token]).view(-1, 32)
-            cache.rope[block, :, offset] = torch.from_numpy(rope[token]).view(-1, 16)
+            cache["latent"].tensor[block, :, offset] = torch.from_numpy(codes[token]).view(-1, 32)
+            cache["rope"].tensor[block, :, offset] = torch.from_numpy(rope[token]).view(-1, 16)
         sequences.append((codes, rope))
     q_latent = rng.standard_normal((4, HEADS, LATENT)).astype(np.float32)
     q_rope = rng.standard_normal((4, HEADS, ROPE)).astype(np.float32)
@@ -118,16 +121,15 @@ def test_attention_over_codes(ops: Ops) -> None:
         golden = np.einsum("nqs,sl->qnl", weights, codes * scale.astype(np.float64))
         np.testing.assert_allclose(out[rows].numpy(), golden, atol=2e-5)
         first += count
-    latent, rope_rows = ops.attention.gather_pa_kv_cache(
-        cache, PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32))
-    )
+    gathered = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32)))
+    latent, rope_rows = gathered["latent"], gathered["rope"]
     assert np.array_equal(latent.numpy(), (sequences[1][0] * scale)[16:33])
     assert np.array_equal(rope_rows.numpy(), sequences[1][1][16:33])
 
 
 def test_a_query_that_is_no_number_does_not_become_one(ops: Ops) -> None:
     cache = _cache(ops, np.full(LATENT, 0.5, np.float32))
-    cache.latent.fill_(3)
+    cache["latent"].tensor.fill_(3)
     q_latent, q_rope = torch.ones(2, HEADS, LATENT), torch.ones(2, HEADS, ROPE)
     q_latent[0, 1, 5] = torch.nan
     decode = Decode((1, 2), (9, 9), torch.tensor([[1], [2]], dtype=torch.int32))
@@ -214,8 +216,8 @@ def test_generation_over_chunks_and_blocks(int8_artifact: Path) -> None:
 def test_more_tokens_fit(int8_artifact: Path) -> None:
     sizes = EngineConfig(kv_cache_bytes=4 << 20, max_num_seqs=1000)
     plain, int8 = (load(int8_artifact, "cpu", engine=sizes, kv_cache_dtype=kind) for kind in ("auto", "int8"))
-    layer = int8.engine._cache[0]
-    stored = sum(each.numel() * each.element_size() for each in (layer.latent, layer.rope)) * len(int8.engine._cache)
+    pages = [pages for layer in int8.engine._cache for pages in layer.pages.values()]
+    stored = sum(each.tensor.numel() * each.tensor.element_size() for each in pages)
     assert stored <= sizes.kv_cache_bytes
     assert int8.engine.blocks.num_blocks == pytest.approx(
         plain.engine.blocks.num_blocks * 4 * 576 / (512 + 4 * 64), abs=2

@@ -17,7 +17,7 @@ import torch
 import npuq
 from npuq.errors import BackendError, GenerationError
 from npuq.runtime import Completion, EngineConfig, LanguageModel, SamplingParams, Tokenizer
-from npuq.runtime.conversation import TemplateLimitError, as_messages, render
+from npuq.runtime.text.conversation import TemplateLimitError, as_messages, render
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import npuq
 import npuq.runtime
-from npuq.formats.ties import EMBEDDING, HEAD
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = torch.randint(2, 320, (21,), generator=torch.Generator().manual_seed(4)).tolist()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import npuq.runtime
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.dialects import WeightSource
+from npuq.formats.sources.opening import open_weights
 from npuq.runtime import EngineConfig, LanguageModel
 
 TOLERANCE = 1e-4
@@ -114,7 +114,7 @@ def _dequantized(directory: Path) -> Any:
     config.pop("quantization_config")
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**config)).float().eval()
     with Checkpoint.open(directory) as checkpoint:
-        source = WeightSource(checkpoint)
+        source = open_weights(checkpoint)
         state = {name: source.rows_float32(name) for name in source.weights if "layers.4." not in name}
     for layer in range(1, 4):
         experts = f"model.layers.{layer}.mlp.experts"

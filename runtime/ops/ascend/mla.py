@@ -93,7 +93,7 @@ def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> P
     """The linears before attention. Raises BackendError for a layer without queries."""
     queries = parts.q_b if parts.q is None else parts.q
     if queries is None:
-        raise BackendError(f"{parts.kv_a.name}: the layer has no q_proj and no q_b_proj")
+        raise BackendError(f"{parts.kv_a.name}: the layer has no q and no q_b")
     halves = head_rows(queries, config.heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
     q_nope, q_rope = (weights.linear_of([half]) for half in halves)
     if parts.q_a is None:

@@ -78,8 +78,8 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
 
 def poison_cache(cache: Sequence[LayerCache]) -> None:
     for layer in cache:
-        layer.latent.fill_(111 if layer.latent.dtype == torch.int8 else float("nan"))
-        layer.rope.fill_(float("nan"))
+        for pages in layer.pages.values():
+            pages.tensor.fill_(111 if pages.tensor.dtype == torch.int8 else float("nan"))
 
 
 def generate(

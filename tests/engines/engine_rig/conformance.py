@@ -20,7 +20,7 @@ from npuq.formats.schemes import Scheme
 from npuq.formats.static_w8a8 import static_tensors
 from npuq.runtime.ops import LinearPart, Quantized, Static
 from npuq.runtime.ops.reference import ReferenceOps
-from npuq.runtime.weights import ArtifactStore
+from npuq.runtime.store import ArtifactStore
 
 FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),

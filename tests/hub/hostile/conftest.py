@@ -12,7 +12,7 @@ from loopback import LoopbackHub
 from support import MANIFEST, REPO, entry_of, files_of, use_cache
 
 import npuq
-from npuq.hub import RemoteCheckpoint, ShardPusher, resolve
+from npuq.hub import ShardPusher, open_remote, resolve
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def entries(
         return with_cache
 
     def stream(target: Path) -> None:
-        with RemoteCheckpoint.open_remote(REPO, target, backoff=QUICK) as checkpoint:
-            checkpoint.expect([(name,) for name in checkpoint.tensors], ())
+        with open_remote(REPO, target, backoff=QUICK) as checkpoint:
+            checkpoint.window.start([(name,) for name in checkpoint.tensors], ())
             for name in checkpoint.tensors:
                 checkpoint.read(name)
-                checkpoint.release((name,))
+                checkpoint.window.release((name,))
 
     def push_shards(target: Path) -> None:
         pusher = ShardPusher(small, REPO, backoff=QUICK)

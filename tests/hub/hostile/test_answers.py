@@ -14,7 +14,7 @@ from support import MANIFEST, REPO, entry_of
 
 import npuq
 from npuq.errors import NpuqError
-from npuq.hub import RemoteCheckpoint, resolve
+from npuq.hub import open_remote, resolve
 
 
 @pytest.mark.parametrize("number", range(len(hashes(Path()))))
@@ -61,7 +61,7 @@ def test_revisions(hub: LoopbackHub, there: object, tmp_path: Path, victim: Path
     runs: dict[str, Entry] = {
         "pull": lambda target: npuq.pull(REPO, revision=revision),
         "resolve": lambda target: resolve(REPO, revision=revision),
-        "stream": lambda target: RemoteCheckpoint.open_remote(REPO, target, revision=revision),
+        "stream": lambda target: open_remote(REPO, target, revision=revision),
         "push": lambda target: npuq.push(tmp_path, REPO, revision=revision),
     }
     run_all(runs, tmp_path, victim)

@@ -13,7 +13,7 @@ from support import CARD, MANIFEST, REPO, alter, contents, files_of, reseal, sha
 
 import npuq
 from npuq.errors import HubError
-from npuq.hub import RemoteCheckpoint, resolve
+from npuq.hub import open_remote, resolve
 from npuq.hub.names import BlobId
 from npuq.hub.transfer import limits
 from npuq.hub.transfer.digests import content_digest
@@ -93,7 +93,7 @@ def test_streaming(
     hub.faults.add(armed(fault, f"^GET .*{name}$"))
     with (
         pytest.raises(HubError, match=said),
-        RemoteCheckpoint.open_remote("alice/source", tmp_path / "window", backoff=backoff),
+        open_remote("alice/source", tmp_path / "window", backoff=backoff),
     ):
         pass
     assert not named(tmp_path / "hf-home", example_fp8, name)
@@ -128,7 +128,7 @@ def test_json(hub: LoopbackHub, pushed: Path, backoff: Backoff, monkeypatch: pyt
         lambda: npuq.pull(REPO, backoff=backoff),
         lambda: resolve(REPO),
         lambda: npuq.push(pushed, REPO, backoff=backoff),
-        lambda: RemoteCheckpoint.open_remote(REPO, pushed, backoff=backoff),
+        lambda: open_remote(REPO, pushed, backoff=backoff),
     ):
         with pytest.raises(HubError, match="more than the 1048576 bytes that npuq reads of an answer"):
             run()
@@ -234,7 +234,7 @@ class TestSmallFiles:
         hub.state.put("alice/source", {CARD: b"# Source\n", **files})
         hub.faults.add(Fault(f"^GET .*/{name}$", corrupt=3, times=ALWAYS))
         for run in (
-            lambda: RemoteCheckpoint.open_remote("alice/source", tmp_path / "window", backoff=backoff),
+            lambda: open_remote("alice/source", tmp_path / "window", backoff=backoff),
             lambda: resolve("alice/source"),
         ):
             with pytest.raises(HubError, match=rf"{name} is not what the manifest promises or the hub lists"):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from support import MANIFEST, contents
 
-from npuq.hub import RemoteCheckpoint
+from npuq.formats.checkpoint import Checkpoint
+from npuq.hub import open_remote
 from npuq.hub.transfer.retry import Backoff
 
 SOURCE = "alice/source"
@@ -21,9 +22,9 @@ WINDOW = 2_500_000  # an eighth of the checkpoint
 
 
 @contextlib.contextmanager
-def remote(output: Path, backoff: Backoff | None = None, window_bytes: int = WINDOW) -> Iterator[RemoteCheckpoint]:
+def remote(output: Path, backoff: Backoff | None = None, window_bytes: int = WINDOW) -> Iterator[Checkpoint]:
     folder = output / "npuq" / "download"
-    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=window_bytes, backoff=backoff) as checkpoint:
+    with open_remote(SOURCE, folder, window_bytes=window_bytes, backoff=backoff) as checkpoint:
         yield checkpoint
 
 

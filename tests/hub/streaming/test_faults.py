@@ -18,7 +18,7 @@ from support import MANIFEST, kill_when, npuq_process, npuq_run
 
 from npuq.convert import convert_checkpoint
 from npuq.errors import CheckpointError, HubError
-from npuq.hub import RemoteCheckpoint
+from npuq.hub import open_remote
 from npuq.hub.transfer.retry import Backoff
 
 
@@ -88,16 +88,16 @@ def test_what_was_fetched_before_an_interruption_is_used(
     hub: LoopbackHub, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, names = tmp_path / "window", []
-    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
+    with open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
         names = [name for name, info in checkpoint.tensors.items() if info.nbytes > 1000][:40]
-        checkpoint.expect([(name,) for name in names], ())
+        checkpoint.window.start([(name,) for name in names], ())
         before = {name: checkpoint.read(name) for name in names}
-        checkpoint.release((names[0],))
+        checkpoint.window.release((names[0],))
     (folder / "notes.txt").write_text("not ours")
     hub.log.clear()
-    with RemoteCheckpoint.open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
+    with open_remote(SOURCE, folder, window_bytes=10**9) as checkpoint:
         asked = len(hub.log)
-        checkpoint.expect([(name,) for name in names], {names[0]})
+        checkpoint.window.start([(name,) for name in names], {names[0]})
         assert all(
             bool((checkpoint.read(name).view(-1) == before[name].view(-1)).all())
             for name in names[1:]
@@ -105,7 +105,7 @@ def test_what_was_fetched_before_an_interruption_is_used(
         )
         assert len(hub.log) == asked
         for name in names[1:]:
-            checkpoint.release((name,))
+            checkpoint.window.release((name,))
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
@@ -115,9 +115,9 @@ def test_what_another_commit_left_in_the_window_is_not_used(
     """The same shard, size and range, and other bytes."""
 
     def first(window: Path) -> bytes:
-        with RemoteCheckpoint.open_remote(SOURCE, window) as checkpoint:
+        with open_remote(SOURCE, window) as checkpoint:
             name = next(name for name, info in checkpoint.tensors.items() if info.nbytes > 1000)
-            checkpoint.expect([(name,)], ())
+            checkpoint.window.start([(name,)], ())
             memory = bytearray(checkpoint.info(name).nbytes)
             checkpoint.read_bytes(name, 0, memoryview(memory))
             return bytes(memory)
@@ -135,10 +135,10 @@ def test_what_another_commit_left_in_the_window_is_not_used(
 def test_interrupt_wakes_a_waiting_read(hub: LoopbackHub, source: str, tmp_path: Path) -> None:
     import threading
 
-    with RemoteCheckpoint.open_remote(SOURCE, tmp_path / "window") as checkpoint:
+    with open_remote(SOURCE, tmp_path / "window") as checkpoint:
         hub.faults.add(Fault(r"^GET .*\.safetensors", bytes_per_second=10_000, times=10**6))
         name = max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes)
-        checkpoint.expect([(name,)], ())
+        checkpoint.window.start([(name,)], ())
         raised: list[Exception] = []
 
         def read() -> None:
@@ -150,7 +150,7 @@ def test_interrupt_wakes_a_waiting_read(hub: LoopbackHub, source: str, tmp_path:
         thread = threading.Thread(target=read)
         thread.start()
         time.sleep(0.01)
-        checkpoint.interrupt()
+        checkpoint.window.interrupt()
         thread.join(timeout=5)
         assert not thread.is_alive()
         assert "interrupted" in str(raised[0])

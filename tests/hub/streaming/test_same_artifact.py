@@ -54,7 +54,7 @@ def test_dry_run_reads_headers_alone_and_writes_nothing(hub: LoopbackHub, source
     plan = json.loads(done.stdout)
     assert plan["status"] == "planned"
     # The window, and some MB beside the shards: index, tables, tokenizer.
-    assert 3_000_000 < plan["disk_bytes_needed"] - plan["output_bytes"] < 5_000_000
+    assert 3_000_000 < plan["needed_disk_bytes"] - plan["output_bytes"] < 5_000_000
     assert len(hub.requests(r"^GET .*\.safetensors$")) == 3
     assert not (tmp_path / "out").exists()
 

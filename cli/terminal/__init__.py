@@ -1,0 +1,1 @@
+"""What commands say and ask at the terminal: sizes, lines, JSON documents, progress."""

@@ -1,0 +1,107 @@
+"""Files of an output directory: written whole or not at all, never through a link, and synced.
+
+Somebody else may have filled the directory. A link under one of our names is replaced or refused, never followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from ..errors import ConversionError
+from ..inputs.files import TOO_MANY_OPEN, reason
+
+# Every small file is written here first, in the folder of our own (artifact.py), and renamed into place.
+PARTIAL_NAME: Final = "npuq/partial"
+
+# Errors that room on the disk does not mend.
+_WRONG_PLACE: Final = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESPIPE,
+}
+
+
+def write_file(output: Path, name: str, content: bytes) -> None:
+    """Write a file of the artifact `output` whole or not at all, and sync it. OSError when the disk refuses."""
+    partial = output / PARTIAL_NAME
+    with new_file(partial) as file:
+        file.write(content)
+    publish(partial, output / name)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file in place of whatever has its name, to be filled; on stable storage at the end.
+
+    A link of that name is removed, not followed. OSError when the disk refuses.
+    """
+    with suppress(FileNotFoundError):
+        path.unlink()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "r+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a file that is synced its name: readers see the whole file or none. OSError when the disk refuses."""
+    partial.replace(target)
+    sync_directory(target.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of ours, with its parents, unless it is there. OSError when the disk refuses, or it is a link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_link(folder)
+
+
+def refuse_link(folder: Path) -> None:
+    """OSError where a folder of ours is a link: what it leads to belongs to somebody else."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "is a link to another folder", str(folder))
+
+
+def sync_directory(directory: Path) -> None:
+    """Return once the names in a directory (created or renamed files) are on stable storage."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Meanwhile other processes wait here: of two conversions that start at once, one makes the journal."""
+    refuse_link(directory)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Some network file systems have no locks.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: Path, error: OSError) -> ConversionError:
+    """The error for a disk that refuses, with what to do."""
+    told = f"{error.filename or path}: cannot be written: {reason(error)}"
+    if error.errno in TOO_MANY_OPEN:
+        return ConversionError(told)
+    if error.errno in _WRONG_PLACE:
+        return ConversionError(f"{told}; choose an output that can be written, or make this one so")
+    return ConversionError(f"{told}; make room (or repair the disk) and run the same command: it continues")

@@ -1,0 +1,91 @@
+"""Linears described by `quant_model_description.json`: npuq's artifacts, and ModelSlim's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import CheckpointError
+from ..checkpoint import Checkpoint
+from ..schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
+from .stored_linear import Codes, StoredLinear
+
+_FLOATS = ("F32", "BF16", "F16")
+# What each scheme stores beside `P.weight`: the dtypes that are read, and whether it may be missing. The tensors that
+# may be are those that ModelSlim leaves out, or that follow from the others.
+_BESIDE: Mapping[Scheme, Mapping[str, tuple[tuple[str, ...], bool]]] = {
+    Scheme.W4A8: {SCALE: (_FLOATS, False), OFFSET: (_FLOATS, True), BIAS: (_FLOATS, True)},
+    Scheme.W8A8: {SCALE: (_FLOATS, False), OFFSET: (_FLOATS, True)},
+    Scheme.W8A8_STATIC: {
+        SCALE: (_FLOATS, True),
+        OFFSET: (_FLOATS, True),
+        INPUT_SCALE: (_FLOATS, False),
+        INPUT_OFFSET: (_FLOATS, False),
+        DEQ_SCALE: (("F32", "I64"), False),
+        QUANT_BIAS: (("I32",), False),
+    },
+}
+
+
+def described_linears(checkpoint: Checkpoint, types: Mapping[str, Scheme]) -> dict[str, StoredLinear]:
+    """The quantized linears of a checkpoint whose description is `types`, from headers alone.
+
+    Raises CheckpointError for one that lacks a tensor of its scheme, or has it in another form or under another type.
+    """
+    return {
+        name: described_linear(checkpoint, types, name)
+        for name, scheme in types.items()
+        if scheme is not Scheme.FLOAT and name.endswith(f".{WEIGHT}") and name in checkpoint.tensors
+    }
+
+
+def described_linear(
+    checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, shape: tuple[int, int] | None = None
+) -> StoredLinear:
+    """One of them, which `types` calls quantized; `shape` is the one that config.json gives it.
+
+    Errors as of `described_linears`, also where it is missing or has another shape.
+    """
+    info, scheme = checkpoint.info(name), types[name]
+    if info.dtype != "I8" or len(info.shape) != 2:
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} is described as {scheme.value} and stored as {info.dtype} {list(info.shape)}"
+        )
+    rows, inputs = info.shape
+    packed = scheme is Scheme.W4A8
+    outputs = 2 * rows if packed else rows
+    if shape is not None and shape != (outputs, inputs):
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, {outputs} outputs of {inputs} inputs in "
+            f"{scheme.value}; config.json says {list(shape)}"
+        )
+    tensors = {WEIGHT: name}
+    for suffix, (dtypes, optional) in _BESIDE[scheme].items():
+        part = name.removesuffix(WEIGHT) + suffix
+        found = checkpoint.tensors.get(part)
+        if found is None:
+            if not optional:
+                raise CheckpointError(
+                    f"{info.file}: tensor {part!r} is missing: {scheme.value} needs it; fetch all shards"
+                )
+            continue
+        if found.dtype not in dtypes or not _fits(suffix, found.shape, outputs, inputs):
+            raise CheckpointError(
+                f"{found.file}: tensor {part!r} is {found.dtype} {list(found.shape)}, which {scheme.value} of "
+                f"{outputs} outputs cannot have; npuq reads one scale a channel"
+            )
+        if types.get(part, scheme) is not scheme:
+            raise CheckpointError(
+                f"{found.file}: tensor {part!r} is described as {types[part].value}, its weight as {scheme.value}"
+            )
+        tensors[suffix] = part
+    return StoredLinear(
+        checkpoint, name, scheme, (outputs, inputs), Codes.INT4_OUTPUTS if packed else Codes.INT8, tensors
+    )
+
+
+def _fits(suffix: str, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
+    if suffix in (INPUT_SCALE, INPUT_OFFSET):
+        return shape in ((1,), ())
+    if suffix == BIAS:
+        return len(shape) == 2 and shape[0] == outputs and shape[1] > 0 and inputs % shape[1] == 0
+    return shape in ((outputs,), (outputs, 1))

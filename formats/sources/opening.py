@@ -1,0 +1,53 @@
+"""Which forms of storage a checkpoint has, by what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+from ...errors import CheckpointError
+from ..artifact import is_own, read_description, read_manifest
+from ..checkpoint import Checkpoint
+from ..schemes import SUFFIXES
+from .compressed_tensors import compressed_linears, is_compressed
+from .described import described_linears
+from .float_weights import float_weights
+from .weights import Weight, WeightSource
+
+
+def open_weights(checkpoint: Checkpoint) -> WeightSource:
+    """The weights of a checkpoint by what it says of itself: a description, compressed-tensors, or neither.
+
+    From headers alone. Raises CheckpointError and ArtifactError for what cannot be read, saying why.
+    """
+    types = read_description(checkpoint.directory)
+    if types is not None:
+        if is_own(checkpoint.directory):
+            read_manifest(checkpoint.directory)  # an unfinished conversion is no source
+        return _quantized(checkpoint, described_linears(checkpoint, types), frozenset())
+    if is_compressed(checkpoint.config):
+        return _quantized(checkpoint, *compressed_linears(checkpoint))
+    return WeightSource(checkpoint, float_weights(checkpoint, checkpoint.tensors))
+
+
+def _quantized(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: Container[str]) -> WeightSource:
+    """Linears that are quantized, and the float weights of all other tensors, but for `ignored` ones.
+
+    Raises CheckpointError for a tensor that is neither.
+    """
+    claimed = {name for linear in linears.values() for name in linear.stored_names}
+    left = [name for name in checkpoint.tensors if name not in claimed and name not in ignored]
+    for name in left:
+        _refuse_orphan(checkpoint, name)
+    floats = float_weights(checkpoint, left)
+    # In the checkpoint's order, a linear where its codes are.
+    by_tensor = floats | {linear.stored_names[0]: linear for linear in linears.values()}
+    ordered = [by_tensor[name] for name in checkpoint.tensors if name in by_tensor]
+    return WeightSource(checkpoint, {weight.name: weight for weight in ordered}, is_quantized=True)
+
+
+def _refuse_orphan(checkpoint: Checkpoint, name: str) -> None:
+    info = checkpoint.tensors[name]
+    if name.rpartition(".")[2] in SUFFIXES:
+        raise CheckpointError(f"{info.file}: tensor {name!r} belongs to no linear of its scheme; fetch it again")
+    if info.dtype in ("I8", "I32"):
+        raise CheckpointError(f"{info.file}: tensor {name!r} is {info.dtype}, but nothing says how it is quantized")

@@ -1,0 +1,175 @@
+"""Weights rewritten without a change of what the model computes: W [N, K] is read as Qᵀ_out · W · diag(gain) · Q_in.
+
+What reads the residual stream is rotated on its inputs (the gain is that of the norm before it), what writes to it on
+its outputs. An RMS norm without gain commutes with a rotation, so all norms that were folded become ones. Nothing is
+left to do when the model runs: engines load the result unchanged. (QuaRot's offline part.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...quant.rotation import Rotation
+from ...quant.stored_rows import StoredRows
+from .weights import Weight, WeightSource, not_finite
+
+# Rows, and then columns, of a weight that are rotated at a time.
+_PANEL = 256
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What becomes of one weight. Absent parts are the identity.
+
+    gain: names of the norms whose gains multiply the columns, for each half of them where there are two. inputs: Q_in,
+    over every `size` columns. outputs: Q_out, over every `size` rows; `heads` (rows of a head, and the first of them
+    that is rotated) where only a part of each head's rows is. ones: the weight is a norm's that has been folded.
+    """
+
+    gain: tuple[tuple[str, ...], ...] = ()
+    inputs: Rotation | None = None
+    outputs: Rotation | None = None
+    heads: tuple[int, int] | None = None
+    ones: bool = False
+
+
+def rewritten(source: WeightSource, rewrites: Mapping[str, Rewrite]) -> WeightSource:
+    """The source with its weights rewritten, as far as they are named: they are read as float32."""
+    gains, last = _Gains(source.weights), threading.local()
+    weights = {
+        name: RewrittenWeight(weight, rewrites[name], gains, last) if name in rewrites else weight
+        for name, weight in source.weights.items()
+    }
+    return replace(source, weights=weights)
+
+
+class _Gains:
+    """The gains of norms, float64, each read once."""
+
+    def __init__(self, weights: Mapping[str, Weight]):
+        self._weights = weights
+        self._gains: dict[str, Tensor] = {}
+
+    def product(self, norms: tuple[str, ...]) -> Tensor:
+        """The product of some norms' gains."""
+        product = torch.ones((), dtype=torch.float64)
+        for norm in norms:
+            if norm not in self._gains:
+                gain = self._weights[norm].rows().to_float32()
+                if not bool(torch.isfinite(gain).all()):
+                    # It goes into many weights, none of which should be blamed.
+                    raise not_finite(self._weights[norm])
+                self._gains[norm] = gain.to(torch.float64)
+            product = product * self._gains[norm]
+        return product
+
+    def stored_names(self, norms: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(chain.from_iterable(self._weights[norm].stored_names for norm in norms))
+
+
+@dataclass(frozen=True, slots=True)
+class RewrittenWeight:
+    """A `Weight` made of another: float32 rows."""
+
+    inner: Weight
+    change: Rewrite
+    gains: _Gains
+    # Of each thread: the name and all rows of the last weight with rotated outputs, for its next chunk.
+    last: threading.local
+    block_rows: ClassVar[int] = 1
+    linear: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.inner.dtype
+
+    @property
+    def float_code(self) -> str:
+        return self.inner.float_code
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The norms whose gains went in are among them."""
+        if self.change.ones:
+            return ()
+        return self.inner.stored_names + self.gains.stored_names(tuple(chain.from_iterable(self.change.gain)))
+
+    @property
+    def file(self) -> Path:
+        return self.inner.file
+
+    @property
+    def held_bytes(self) -> int:
+        """Every rotated output depends on all rows: float32 of them are held."""
+        whole = 0 if self.change.outputs is None else 4 * prod(self.shape)
+        return whole + self.inner.held_bytes
+
+    def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
+        stop = self.shape[0] if stop is None else stop
+        if self.change.ones:
+            return StoredRows(torch.ones(stop - start))
+        if self.change.outputs is None:
+            return StoredRows(self._inputs_changed(start, stop).to(torch.float32))
+        return StoredRows(self._whole(self.change.outputs)[start:stop])
+
+    def view(self) -> None:
+        return None
+
+    def row_bytes(self) -> None:
+        return None
+
+    def _whole(self, outputs: Rotation) -> Tensor:
+        """All rows float32. In float64 there are only some rows, then only some columns of it."""
+        held: tuple[str, Tensor] | None = getattr(self.last, "whole", None)
+        if held is not None and held[0] == self.name:
+            return held[1]
+        self.last.whole = held = None  # not two at once
+        count, columns = self.shape
+        whole = torch.empty(count, columns)
+        for start in range(0, count, _PANEL):
+            part = slice(start, min(start + _PANEL, count))
+            whole[part] = self._inputs_changed(part.start, part.stop)
+        for start in range(0, columns, _PANEL):
+            panel = slice(start, start + _PANEL)
+            rows = whole[:, panel].to(torch.float64).contiguous()
+            whole[:, panel] = _outputs_rotated(rows, outputs, self.change.heads)
+        self.last.whole = (self.name, whole)
+        return whole
+
+    def _inputs_changed(self, start: int, stop: int) -> Tensor:
+        """float64 rows with gain and input rotation."""
+        rows, change = self.inner.rows(start, stop).to_float32().to(torch.float64), self.change
+        if change.gain:
+            rows *= torch.cat([self.gains.product(half) for half in change.gain])
+        return rows if change.inputs is None else change.inputs.rows(rows)
+
+
+def _outputs_rotated(rows: Tensor, outputs: Rotation, heads: tuple[int, int] | None) -> Tensor:
+    if heads is None:
+        return outputs.columns(rows)
+    size, first = heads
+    by_head = rows.view(-1, size, rows.shape[1])
+    part = by_head[:, first:].reshape(-1, rows.shape[1])
+    turned = outputs.columns(part).view(by_head.shape[0], size - first, rows.shape[1])
+    return torch.cat([by_head[:, :first], turned], dim=1).view(rows.shape)

@@ -1,0 +1,72 @@
+"""Rewrites that rotate a model, from the table of its family: every weight by what it reads and writes.
+
+Each basis of activations has one rotation (QuaRot's offline part): the residual stream, the value heads, the query
+latent. `rewritten.py` reads a weight rewritten.
+"""
+
+from __future__ import annotations
+
+from ...models.config import ModelConfig
+from ...models.family import Block
+from ...models.inventory import Inventory
+from ...models.tensors import ModelTensors, Spec
+from ...quant.rotation import Rotation, rotation
+from .rewritten import Rewrite
+
+
+def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
+    """The rewrites that rotate a model. A tied head is a weight of its own by now: the final norm is folded into it."""
+    rewrites = {}
+    table = _Table(config)
+    for spec in inventory.specs.values():
+        change = table.rewrite(spec)
+        if change is not None:
+            rewrites[spec.name] = change
+    return rewrites
+
+
+class _Table:
+    """A family's table as rotations see it."""
+
+    def __init__(self, config: ModelConfig):
+        self._family, self._sizes = config.family, ModelTensors(config).sizes
+
+    def rewrite(self, spec: Spec) -> Rewrite | None:
+        """What becomes of a tensor; None where it stays as it is, as does all that the table does not know."""
+        entry = spec.entry
+        if entry is None:
+            return None
+        if entry.kind == "norm":
+            return Rewrite(ones=True) if self._turns(entry.writes) else None
+        if entry.kind == "lookup":  # its rows are what it writes
+            return Rewrite(inputs=self._turns(entry.writes))
+        if entry.kind != "linear":
+            return None
+        (basis,) = {self._family.activation(name).basis for name in entry.reads}
+        inputs, outputs = self._turns(entry.reads[0]), self._turns(entry.writes)
+        if inputs is None and outputs is None:
+            return None
+        gain = () if basis is None else tuple(self._norms(name, spec.layer) for name in entry.reads)
+        heads = None if entry.heads is None else (self._sizes[entry.heads[0]], self._sizes[entry.heads[1]])
+        return Rewrite(gain if any(gain) else (), inputs, outputs, heads)
+
+    def _turns(self, name: str | None) -> Rotation | None:
+        """The rotation of an activation's basis."""
+        activation = None if name is None else self._family.activation(name)
+        if activation is None or activation.basis is None or activation.size is None:
+            return None
+        return rotation(self._sizes[activation.size])
+
+    def _norms(self, activation: str, layer: int | None) -> tuple[str, ...]:
+        """The norms that are folded into the readers of an activation, the last first.
+
+        A norm may read what another one wrote: that of a multi-token-prediction layer reads the main model's normed
+        output. Without its gain that output is another vector, and the second norm measures it: the fold is exact but
+        for one positive factor a token.
+        """
+        found = self._family.norm_of(activation)
+        if found is None:
+            return ()
+        block, norm = found
+        name = self._family.name(block, norm.part, None if block is Block.TOP else layer)
+        return name, *self._norms(norm.reads[0], layer)

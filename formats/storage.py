@@ -1,0 +1,93 @@
+"""Where the bytes of a checkpoint's tensors lie: in files here, or behind a window on a hub (`hub/remote.py`)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..inputs.files import open_file
+from ..native.mapped import MappedFiles
+from .safetensors import TensorInfo, read_range
+
+
+class Storage(Protocol):
+    """The bytes of tensors, read by any number of threads.
+
+    files: those that views lie in: who computes with views calls `files.check()` before he believes what came out.
+    """
+
+    @property
+    def files(self) -> MappedFiles: ...
+
+    def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
+        """Fill `memory` from byte `start` of the tensor's file on; CheckpointError where it cannot be read."""
+
+    def view(self, info: TensorInfo) -> Tensor | None:
+        """The whole tensor over a memory map; None where there can be none."""
+
+    def close(self) -> None:
+        """Close the files. Views stay valid for as long as a tensor uses them."""
+
+
+class Window(Protocol):
+    """Tensors that pass by once, in the order that was announced: fetched ahead of their reader, dropped behind it.
+
+    max_bytes: disk space that they take at most.
+    """
+
+    @property
+    def max_bytes(self) -> int: ...
+
+    def start(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
+        """Announce the tensors that will be read, in this order, those of a group together; groups whose first tensor
+        is `finished` are not read."""
+
+    def release(self, group: Sequence[str]) -> None:
+        """Drop the tensors of an announced group."""
+
+    def interrupt(self) -> None:
+        """End reads that wait for something: the caller gives up."""
+
+
+class LocalFiles:
+    """The files of a directory."""
+
+    def __init__(self) -> None:
+        self.files = MappedFiles()
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+
+    def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
+        try:
+            read_range(self._descriptor(info.file), info, start, memory)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
+
+    def view(self, info: TensorInfo) -> Tensor | None:
+        # One that is not aligned to its item size (npuq never writes one) has no address for vector loads.
+        if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
+            return None
+        mapped = self.files.map(info.file, self._descriptor(info.file))
+        if len(mapped) < info.end:
+            raise CheckpointError(f"{info.file}: became shorter while tensor {info.name!r} was read; fetch it again")
+        data = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)
+        return data.view(info.torch_dtype).reshape(info.shape)
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = open_file(path, CheckpointError)
+            return self._descriptors[path]

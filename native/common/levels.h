@@ -1,0 +1,105 @@
+/* Instruction-set levels: the same kernels compiled several times, chosen at run time.
+ *
+ * A level is one translation unit (level.c) compiled with that set's flags; it exports one table of functions.
+ */
+#ifndef NPUQ_COMMON_LEVELS_H
+#define NPUQ_COMMON_LEVELS_H
+
+#include "npuq.h"
+
+enum { ATTENTION_HEADS = 8, ATTENTION_KEYS = 64 };
+
+/* Up to ATTENTION_HEADS heads of one query token, and up to ATTENTION_KEYS keys of one cache block. */
+struct attention_tile {
+    const void *latent, *rope; /* the block: [channels / 16, block_size, 16], or int8 [channels / 32, block_size, 32] */
+    int dtype, latent_dtype;
+    size_t block_size, first, keys; /* the keys at [first, first + keys) of the block */
+    size_t latent_dim, rope_dim, heads;
+    const float *q; /* [heads, latent_dim + rope_dim], times the softmax scale */
+    /* The keys that follow, to be fetched meanwhile: where their first lies in the first group; or NULL. */
+    const void *next_latent, *next_rope;
+    float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
+};
+
+/* One quantized row. `codes` is given, the rest is the result. */
+struct converted {
+    int8_t *codes;
+    float scale;
+    double error, norm;
+};
+
+/* Stored weights that the caller will probably want after those it gives: kernels may fetch them meanwhile. */
+struct following {
+    const uint8_t *weights;
+    size_t bytes;
+};
+
+/* Strides in elements. `ldacc` is a multiple of 4 and at least rows rounded up to 4: kernels write whole quads. */
+struct kernels {
+    const char *name;
+
+    /* Raw integer sums acc[t · ldacc + r] = Σ_k stored(w[r, k]) · x[t, k], where `stored` is the code plus an offset
+     * (see the two fields below). */
+    void (*dot_w8)(const int8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc,
+                   struct following following);
+    /* Straight from the packed nibbles [rows / 2, k]; for few tokens. */
+    void (*dot_w4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
+    /* For many tokens: nibbles spread to a byte each [rows, k], then sums of those. */
+    void (*unpack_w4)(const uint8_t *w, size_t rows, size_t k, uint8_t *out);
+    void (*dot_u4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
+    size_t direct_tokens; /* up to this many, dot_w4 is the faster way */
+    size_t w8_rows;       /* dot_w8 of many tokens wants at least so many rows at a time, if there are */
+    int32_t offset_w8;    /* what `stored` adds to a code: Σ_k x must be taken off this many times */
+    int32_t offset_w4;
+    int32_t (*sum_i8)(const int8_t *x, size_t k);
+    /* out[r] = float(acc[r] − correction) · scale[r] · token_scale, stored as out_dtype. */
+    void (*scale_row)(const int32_t *acc, int32_t correction, const float *scale, float token_scale, size_t rows,
+                      void *out, int out_dtype);
+
+    /* acc[t · ldacc + r] = Σ_k w[r · ldw + k] · x[t · ldx + k]. */
+    void (*dot_float)(const void *w, int w_dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
+                      size_t k, float *acc, size_t ldacc, struct following following);
+    /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
+    void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
+                       size_t tokens, float *out, size_t ldout);
+    /* The same on float32 weights, added to what is in out. */
+    void (*axpy_add)(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
+                     float *out, size_t ldout);
+    void (*to_float)(const void *x, int dtype, size_t n, float *out);
+    void (*from_float)(const float *x, size_t n, void *out, int dtype);
+
+    /* One row each. `work` is float scratch of the row's length. */
+    void (*code_row)(const float *x, const float *scale, size_t n, int8_t *codes); /* x / scale, saturated */
+    void (*quant_row)(const float *x, size_t n, int8_t *codes, float *scale);          /* times 127/max, ties to even */
+    void (*quant_row_divide)(const float *x, size_t n, int away, int8_t *codes, float *scale); /* over max/127 */
+    void (*swiglu_row)(const float *left, const float *right, size_t n, float *out);
+    void (*norm_row)(const float *x, const float *gamma, size_t n, float eps, int round_normed, float *out);
+    void (*add_row)(const float *x, const float *y, size_t n, float *out);
+    void (*scale_add_row)(float weight, const float *x, size_t n, float *out); /* out += weight · x */
+    void (*rope_row)(const float *x, const float *cos, const float *sin, size_t dim, float *out);
+
+    /* Attention of one tile, merged into its running values; see paged_attention.h. */
+    void (*attend)(const struct attention_tile *tile);
+    /* Scores of one query and `seen` of `keys` keys become their exponentials (0 where not seen), merged into the
+     * query's running maximum and sum; returns the factor that what it has gathered so far must be taken times. */
+    float (*online_softmax)(float *score, size_t seen, size_t keys, float *largest, float *total);
+    void (*multiply_row)(float factor, size_t n, float *x);
+
+    /* Conversion; see quantize_row.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
+    size_t (*convert_scratch)(size_t n);
+    void (*convert_release)(void *memory);
+    /* The largest magnitude; NaN when there is an infinity or a NaN. */
+    float (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
+    /* w is zero-padded to a multiple of 64. int4 by min-max is convert_stored's alone. */
+    int (*convert_row)(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out);
+    /* From a row as it is stored; < 0 if it must be decoded and go through convert_row. */
+    int (*convert_stored)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, int bits, int mse,
+                          void *memory, struct converted *out);
+    /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */
+    void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, size_t columns, int8_t *out, int32_t *sums);
+};
+
+int level_best(void);
+const struct kernels *level_kernels(int level);
+
+#endif

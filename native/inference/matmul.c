@@ -1,0 +1,257 @@
+/* Matrix products: what a task computes, and out of what memory. The arithmetic is in kernels/, the cutting in tasks.c. */
+#include <stdbool.h>
+#include <string.h>
+
+#include "common/checks.h"
+#include "common/pool.h"
+#include "inference/tasks.h"
+
+enum {
+    /* Weight bytes a task reads when it is bound by memory: long enough to stream, short enough to share out evenly. */
+    STREAM_BYTES = 384 << 10,
+    /* Spread weights a task keeps in L2 while the tokens pass by. */
+    CACHED_BYTES = 128 << 10,
+    /* More tokens than this, and a task is bound by arithmetic. */
+    MEMORY_BOUND_TOKENS = 8,
+    /* Tokens whose sums are held at a time. */
+    TOKEN_CHUNK = 48,
+    /* Rows are cut at multiples of this: a tile's height, and a whole number of packed rows. */
+    ROW_UNIT = 8,
+};
+
+struct product {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const npuq_weights *weights;
+    const struct task *tasks;
+    const int8_t *x8;
+    const float *x_scale;
+    const int32_t *x_sum;
+    const float *xf;
+    void *out;
+    int out_dtype;
+    size_t rows_per_task, count;
+};
+
+/* Rows a task of this product takes: `bytes` of them, but enough tasks for every thread to have several. */
+static size_t rows_per_task(const npuq_weights *weights, size_t row_bytes, size_t bytes, size_t active, int threads) {
+    size_t rows = bytes / (row_bytes + 1), most = (size_t)weights->outputs * active / ((size_t)threads * 4);
+    rows = rows < most ? rows : most;
+    rows = rows / ROW_UNIT * ROW_UNIT;
+    return rows < ROW_UNIT ? ROW_UNIT : rows;
+}
+
+static void *out_at(const struct product *product, int64_t token, int64_t column) {
+    size_t index = (size_t)token * (size_t)product->weights->outputs + (size_t)column;
+    return (char *)product->out + index * size_of(product->out_dtype);
+}
+
+/* The weights of the task that this thread will probably take after number `index`; nothing before its last tokens. */
+static struct following following_task(const struct product *product, size_t index, int64_t tokens_left) {
+    index += (size_t)pool_threads(product->pool);
+    if (index >= product->count || tokens_left > TOKEN_CHUNK) return (struct following){NULL, 0};
+    const npuq_weights *weights = product->weights;
+    const struct task *task = &product->tasks[index];
+    const npuq_part *part = &weights->part[task->group * weights->parts + task->part];
+    const size_t packed = weights->dtype == NPUQ_I4 ? 2 : 1, row = (size_t)weights->cols * size_of(weights->dtype);
+    const uint8_t *first = (const uint8_t *)part->weight + (size_t)task->first / packed * row;
+    return (struct following){first, (size_t)task->rows / packed * row};
+}
+
+static void integer_task(const void *context, size_t index, int thread) {
+    const struct product *product = context;
+    const struct kernels *kernels = product->kernels;
+    const struct task *task = &product->tasks[index];
+    const npuq_part *part = &product->weights->part[task->group * product->weights->parts + task->part];
+    size_t k = (size_t)product->weights->cols, rows = (size_t)task->rows;
+    bool packed = product->weights->dtype == NPUQ_I4, spread = packed && (size_t)task->tokens > kernels->direct_tokens;
+    const uint8_t *w = (const uint8_t *)part->weight + (size_t)(packed ? task->first / 2 : task->first) * k;
+    size_t ldacc = product->rows_per_task;
+    int32_t *acc = pool_thread_scratch(product->pool, thread);
+    if (spread) {
+        uint8_t *wide = (uint8_t *)(acc + ldacc * TOKEN_CHUNK);
+        kernels->unpack_w4(w, rows, k, wide);
+        w = wide;
+    }
+    int32_t offset = packed ? kernels->offset_w4 : kernels->offset_w8;
+    for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
+        int64_t first = task->token + done, left = task->tokens - done;
+        size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
+        const int8_t *x = product->x8 + (size_t)first * k;
+        if (spread) kernels->dot_u4(w, rows, x, tokens, k, acc, ldacc);
+        else if (packed) kernels->dot_w4(w, rows, x, tokens, k, acc, ldacc);
+        else kernels->dot_w8((const int8_t *)w, rows, x, tokens, k, acc, ldacc, following_task(product, index, left));
+        for (size_t t = 0; t < tokens; t++) {
+            int64_t token = first + (int64_t)t;
+            int32_t correction = (int32_t)((uint32_t)offset * (uint32_t)product->x_sum[token]);
+            kernels->scale_row(acc + t * ldacc, correction, part->scale + task->first, product->x_scale[token], rows,
+                               out_at(product, token, task->column), product->out_dtype);
+        }
+    }
+}
+
+static void float_task(const void *context, size_t index, int thread) {
+    const struct product *product = context;
+    const struct kernels *kernels = product->kernels;
+    const struct task *task = &product->tasks[index];
+    const npuq_weights *weights = product->weights;
+    const npuq_part *part = &weights->part[task->group * weights->parts + task->part];
+    size_t k = (size_t)weights->cols, rows = (size_t)task->rows, ldacc = product->rows_per_task;
+    const char *w = (const char *)part->weight + (size_t)task->first * k * size_of(weights->dtype);
+    float *acc = pool_thread_scratch(product->pool, thread);
+    for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
+        int64_t first = task->token + done, left = task->tokens - done;
+        size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
+        kernels->dot_float(w, weights->dtype, k, rows, product->xf + (size_t)first * k, k, tokens, k, acc, ldacc,
+                           following_task(product, index, left));
+        for (size_t t = 0; t < tokens; t++) {
+            void *out = out_at(product, first + (int64_t)t, task->column);
+            kernels->from_float(acc + t * ldacc, rows, out, product->out_dtype);
+        }
+    }
+}
+
+struct token_rows {
+    const struct kernels *kernels;
+    const void *x;
+    int dtype;
+    size_t k, m;
+    int32_t *sum;
+    float *wide;
+};
+
+/* Σ x of int8 rows, or float rows widened: what every task of the product needs of every token. Some rows a task. */
+enum { PREPARED_ROWS = 16 };
+
+static void prepare_task(const void *context, size_t index, int thread) {
+    (void)thread;
+    const struct token_rows *rows = context;
+    size_t end = (index + 1) * PREPARED_ROWS < rows->m ? (index + 1) * PREPARED_ROWS : rows->m;
+    for (size_t t = index * PREPARED_ROWS; t < end; t++) {
+        if (rows->dtype == NPUQ_I8) {
+            rows->sum[t] = rows->kernels->sum_i8((const int8_t *)rows->x + t * rows->k, rows->k);
+        } else {
+            const char *x = (const char *)rows->x + t * rows->k * size_of(rows->dtype);
+            rows->kernels->to_float(x, rows->dtype, rows->k, rows->wide + t * rows->k);
+        }
+    }
+}
+
+static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* npuq_matmul of the groups that have tokens, at least one. */
+static int run_product(npuq_pool *pool, const npuq_weights *weights, const void *x, int x_dtype, const float *x_scale,
+                       const struct active *active, size_t groups, int64_t m, void *out, int out_dtype) {
+    size_t k = (size_t)weights->cols, tokens = (size_t)m, most = (size_t)active[groups - 1].tokens;
+    const struct kernels *kernels = pool_kernels(pool);
+    bool integer = x_dtype == NPUQ_I8;
+    bool spread = weights->dtype == NPUQ_I4 && most > kernels->direct_tokens;
+    size_t row_bytes = spread ? k : weights->dtype == NPUQ_I4 ? k / 2 : k * size_of(weights->dtype);
+    size_t bytes = most > MEMORY_BOUND_TOKENS ? CACHED_BYTES : STREAM_BYTES;
+    size_t least = weights->dtype == NPUQ_I8 ? kernels->w8_rows * (row_bytes + 1) : 0;
+    if (most > MEMORY_BOUND_TOKENS && bytes < least) bytes = least;
+    size_t step = rows_per_task(weights, row_bytes, bytes, groups, pool_threads(pool));
+    size_t count = count_tasks(weights, active, groups, step);
+    size_t task_bytes = aligned(count * sizeof(struct task));
+    size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 ? 0 : tokens * k * 4;
+    size_t thread_bytes = step * TOKEN_CHUNK * sizeof(int32_t) + (spread ? step * k : 0);
+
+    int status = pool_scratch(pool, thread_bytes, 2 * task_bytes + token_bytes);
+    if (status != NPUQ_OK) return status;
+    struct task *tasks = pool_shared_scratch(pool), *sorted = (struct task *)((char *)tasks + task_bytes);
+    void *prepared = (char *)sorted + task_bytes;
+    list_tasks(weights, active, groups, (int64_t)step, sorted);
+    if (groups > 1) mix_tasks(sorted, count, tasks);
+    struct token_rows rows = {kernels, x, x_dtype, k, tokens, prepared, prepared};
+    if (token_bytes > 0) pool_run(pool, prepare_task, &rows, (tokens + PREPARED_ROWS - 1) / PREPARED_ROWS);
+    struct product product = {
+        .pool = pool, .kernels = kernels, .weights = weights, .tasks = groups > 1 ? tasks : sorted, .x8 = x,
+        .x_scale = x_scale, .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared, .out = out,
+        .out_dtype = out_dtype, .rows_per_task = step, .count = count,
+    };
+    pool_run(pool, integer ? integer_task : float_task, &product, count);
+    return NPUQ_OK;
+}
+
+int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
+                const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
+    const bool fits = is_integer(weights->dtype) ? x_dtype == NPUQ_I8 && (m == 0 || x_scale != NULL)
+                                                 : is_float(weights->dtype) && computes(x_dtype);
+    if (!fits || !computes(out_dtype) || m < 0 || (group_rows == NULL && weights->groups != 1)) return NPUQ_BAD_SIZE;
+    if (group_rows != NULL && !groups_fit(group_rows, weights->groups, m)) return NPUQ_BAD_INDEX;
+    if (m == 0) return NPUQ_OK;
+    pool_begin(pool);
+    struct active *active = pool_workspace(pool, (size_t)weights->groups * sizeof *active);
+    int status = NPUQ_NO_MEMORY;
+    if (active != NULL) {
+        const size_t groups = list_active(weights->groups, group_rows, m, active);
+        status = NPUQ_OK;
+        if (groups > 0) status = run_product(pool, weights, x, x_dtype, x_scale, active, groups, m, out, out_dtype);
+    }
+    pool_end(pool);
+    return status;
+}
+
+/* ---- one matrix a head ------------------------------------------------------------------------------------------ */
+
+struct batch {
+    npuq_pool *pool;
+    const struct kernels *kernels;
+    const char *x, *weight;
+    char *out;
+    int dtype, weight_dtype;
+    size_t x_token_stride, x_head_stride, tokens, heads, a, b;
+    size_t head_stride, row_stride;
+    bool transposed; /* weight rows run along b's inputs: out[b] is a dot product with row b */
+};
+
+/* One head, all tokens: its matrix is read once. */
+static void batch_task(const void *context, size_t head, int thread) {
+    const struct batch *batch = context;
+    const struct kernels *kernels = batch->kernels;
+    size_t a = batch->a, b = batch->b, ldb = (b + 3) / 4 * 4, size = size_of(batch->dtype);
+    float *x = pool_thread_scratch(batch->pool, thread), *out = x + a * TOKEN_CHUNK;
+    const size_t stored = size_of(batch->weight_dtype), head_bytes = batch->head_stride * stored;
+    const size_t next = head + (size_t)pool_threads(batch->pool);
+    const char *w = batch->weight + head * head_bytes;
+    struct following following = {NULL, 0};
+    if (next < batch->heads) {
+        following.weights = (const uint8_t *)batch->weight + next * head_bytes;
+        following.bytes = b * batch->row_stride * stored;
+    }
+    for (size_t first = 0; first < batch->tokens; first += TOKEN_CHUNK) {
+        size_t tokens = batch->tokens - first < TOKEN_CHUNK ? batch->tokens - first : TOKEN_CHUNK;
+        for (size_t t = 0; t < tokens; t++) {
+            size_t at = (first + t) * batch->x_token_stride + head * batch->x_head_stride;
+            kernels->to_float(batch->x + at * size, batch->dtype, a, x + t * a);
+        }
+        if (batch->transposed) {
+            kernels->dot_float(w, batch->weight_dtype, batch->row_stride, b, x, a, tokens, a, out, ldb, following);
+        } else {
+            kernels->axpy_float(w, batch->weight_dtype, batch->row_stride, a, b, x, a, tokens, out, ldb);
+        }
+        for (size_t t = 0; t < tokens; t++) {
+            char *to = batch->out + ((first + t) * batch->heads + head) * b * size;
+            kernels->from_float(out + t * ldb, b, to, batch->dtype);
+        }
+    }
+}
+
+int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_token_stride, int64_t x_head_stride,
+                      int64_t tokens, int64_t heads, int64_t a, int64_t b, const void *weight, int32_t weight_dtype,
+                      int64_t head_stride, int64_t a_stride, int64_t b_stride, void *out) {
+    if (!computes(dtype) || !is_float(weight_dtype) || tokens < 0 || heads < 0 || a < 0 || b < 0) return NPUQ_BAD_SIZE;
+    if (a_stride != 1 && b_stride != 1) return NPUQ_BAD_SIZE;
+    struct batch batch = {
+        .pool = pool, .kernels = pool_kernels(pool), .x = x, .weight = weight, .out = out, .dtype = dtype,
+        .weight_dtype = weight_dtype, .x_token_stride = (size_t)x_token_stride,
+        .x_head_stride = (size_t)x_head_stride, .tokens = (size_t)tokens, .heads = (size_t)heads, .a = (size_t)a,
+        .b = (size_t)b, .head_stride = (size_t)head_stride, .transposed = b_stride != 1,
+        .row_stride = (size_t)(b_stride != 1 ? b_stride : a_stride),
+    };
+    pool_begin(pool);
+    int status = pool_scratch(pool, (batch.a + batch.b + 3) * TOKEN_CHUNK * sizeof(float), 0);
+    if (status == NPUQ_OK) pool_run(pool, batch_task, &batch, batch.heads);
+    pool_end(pool);
+    return status;
+}

@@ -1,0 +1,54 @@
+"""Rows of a weight as a checkpoint stores them: float32, bf16 or fp16, or FP8 with a scale for each block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockScale:
+    """The scales of FP8 rows: float32 [row blocks, column blocks], one for each block that the rows touch; `first_row`
+    is the place of row 0 in the first of them."""
+
+    scale: Tensor
+    first_row: int
+    block_rows: int
+    block_columns: int
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows [R, …] of float32, bf16 or fp16, or of FP8 with the scales of their blocks."""
+
+    rows: Tensor
+    blocks: BlockScale | None = None
+
+    def to_float32(self) -> Tensor:
+        """float32 [R, …]: exact of a float type, FP8 times the scale of its block."""
+        if self.blocks is None:
+            return self.rows.to(torch.float32)
+        blocks = self.blocks
+        return dequantize_fp8(self.rows, blocks.scale, blocks.first_row, blocks.block_rows, blocks.block_columns)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """In a float dtype: the rows themselves where they have it, else `to_float32` rounded once."""
+        if self.blocks is None and self.rows.dtype is dtype:
+            return self.rows
+        return self.to_float32().to(dtype)
+
+
+def dequantize_fp8(stored: Tensor, scale: Tensor, first_row: int, block_rows: int, block_columns: int) -> Tensor:
+    """FP8 rows times the scale of their block.
+
+    `stored` float8_e4m3fn [R, K]; `scale` float32 [blocks, ceil(K / block_columns)] for the blocks the rows touch;
+    `first_row` is the place of row 0 in the first of those blocks. Returns float32 [R, K].
+    """
+    rows = stored.to(torch.float32)
+    block_of_row = (torch.arange(rows.shape[0]) + first_row) // block_rows
+    row_scale = scale[block_of_row]  # [R, column blocks]
+    for column in range(scale.shape[1]):
+        rows[:, column * block_columns : (column + 1) * block_columns].mul_(row_scale[:, column, None])
+    return rows

@@ -1,0 +1,126 @@
+"""A recipe: which scheme and method each weight gets, and who must be able to load the artifact.
+
+A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
+and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
+`method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the way codes are found, as in
+`rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; what no rule
+matches stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+from ..formats.schemes import Scheme
+from ..inputs.patterns import Globs
+from ..models.roles import QUANTIZABLE, Role
+from ..models.tensors import Spec
+from ..quant.scales import Method
+
+STORED = "stored"
+AUTO = "auto"
+
+
+class Transform(str, Enum):
+    """What is done to a model before it is quantized, leaving its function as it is."""
+
+    ROTATE = "rotate"
+    SMOOTH = "smooth"
+
+    __str__ = str.__str__
+
+
+class Target(str, Enum):
+    """Who must be able to load the artifact; `engines` includes npuq's own runtime."""
+
+    ENGINES = "engines"
+    NPUQ = "npuq"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Conditions that all must hold (empty: no condition), and the settings given to the tensors that meet them."""
+
+    roles: tuple[Role, ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()  # inclusive ranges
+    names: tuple[str, ...] = ()
+    scheme: Scheme | None = None
+    method: Method | None = None
+
+    def matches(self, spec: Spec) -> bool:
+        """Whether the rule speaks of this tensor.
+
+        A rule that names neither roles nor tensors speaks of the linears that can be quantized, so that "layers 0-3 in
+        W8A8" does not reach for their norms.
+        """
+        if self.roles or not self.names:
+            allowed: Iterable[Role] = self.roles or QUANTIZABLE
+            if spec.role not in allowed:
+                return False
+        if self.layers and not any(spec.layer is not None and a <= spec.layer <= b for a, b in self.layers):
+            return False
+        return not self.names or self._globs.matches(spec.name)
+
+    @cached_property
+    def _globs(self) -> Globs:
+        return Globs(self.names, "recipe", RecipeError)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read: `method` is what rules without a method of their own use.
+
+    With `stored` there are no rules: every weight keeps the scheme, codes and scales that it has in the source.
+    """
+
+    name: str
+    target: Target
+    method: Method
+    rules: tuple[Rule, ...]
+    stored: bool = False
+    transforms: tuple[Transform, ...] = ()
+    auto: bool = False  # each layer is smoothed or not by trial
+
+    @property
+    def rotate(self) -> bool:
+        return Transform.ROTATE in self.transforms
+
+    @property
+    def smooth(self) -> bool:
+        return Transform.SMOOTH in self.transforms
+
+    @property
+    def chain(self) -> str:
+        """The method with its transforms, as `--method` takes it."""
+        return AUTO if self.auto else "+".join([*map(str, self.transforms), self.method.value])
+
+    def to_yaml(self) -> str:
+        """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
+        if self.stored:
+            content: dict[str, Any] = {"name": self.name, "target": self.target.value, "schemes": STORED}
+            return yaml.safe_dump(content, sort_keys=False, width=120)
+        rules = []
+        for rule in self.rules:
+            entry: dict[str, Any] = {}
+            if rule.roles:
+                entry["roles"] = [str(role) for role in rule.roles]
+            if rule.layers:
+                entry["layers"] = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in rule.layers)
+            if rule.names:
+                entry["names"] = list(rule.names)
+            if rule.scheme is not None:
+                entry["scheme"] = "W8A8_STATIC" if rule.scheme is Scheme.W8A8_STATIC else rule.scheme.value
+            if rule.method is not None:
+                entry["method"] = rule.method.value
+            rules.append(entry)
+        content = {"name": self.name, "target": self.target.value, "method": self.chain, "rules": rules}
+        return yaml.safe_dump(content, sort_keys=False, width=120)

@@ -1,0 +1,216 @@
+"""What this machine has for the Ascend backend: versions, CANN, driver, devices, operators; whether a model can run.
+
+Nothing here raises for a machine without an NPU: that is an answer like any other.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ...errors import BackendError, NpuqError
+from ...inputs.files import read_bytes
+
+if TYPE_CHECKING:
+    from ...formats.safetensors import TensorInfo
+    from ...models.config import ModelConfig
+
+# Where CANN's toolkit and the driver leave their versions, on a default installation.
+CANN_VERSION_FILES = (
+    "/usr/local/Ascend/ascend-toolkit/latest/version.cfg",
+    "/usr/local/Ascend/ascend-toolkit/latest/compiler/version.info",
+    "/usr/local/Ascend/latest/version.cfg",
+)
+DRIVER_VERSION_FILES = ("/usr/local/Ascend/driver/version.info",)
+_MOST_VERSION_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Device:
+    """One NPU. Memory in bytes; `problem` says why npuq cannot run on it."""
+
+    index: int
+    name: str
+    family: str | None
+    total_memory_bytes: int
+    free_memory_bytes: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """Whether a model directory can run on an NPU of the supported families; `problems` are the reasons against it."""
+
+    path: str
+    runs: bool
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings. kernels: what does the CPU's arithmetic. operators: name → schema, None where the installed
+    torch_npu lacks it; empty without torch_npu."""
+
+    npuq: str
+    python: str
+    platform: str
+    kernels: str
+    torch: str | None
+    torch_npu: str | None
+    cann: str | None
+    driver: str | None
+    ready: bool
+    problem: str | None
+    devices: tuple[Device, ...] = ()
+    operators: dict[str, str | None] = field(default_factory=dict)
+    model: ModelFit | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(model: Path | None = None) -> Report:
+    """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
+    from ... import __version__
+    from ...native.library import description
+
+    torch_npu, problem = _torch_npu()
+    devices = _devices(torch_npu) if torch_npu is not None else ()
+    if problem is None and not devices:
+        problem = "no NPU is visible: check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES"
+    usable = [device for device in devices if device.problem is None]
+    if problem is None and not usable:
+        problem = devices[0].problem
+    return Report(
+        npuq=__version__,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        kernels=description(),
+        torch=_version("torch"),
+        torch_npu=_version("torch_npu"),
+        cann=_first_version(CANN_VERSION_FILES),
+        driver=_first_version(DRIVER_VERSION_FILES),
+        ready=problem is None,
+        problem=problem,
+        devices=devices,
+        operators={} if torch_npu is None else _operators(),
+        model=None if model is None else fit(model),
+    )
+
+
+def fit(directory: Path) -> ModelFit:
+    """Check a model's shapes and schemes against the NPU's operators, from its headers alone."""
+    from ...formats.checkpoint import Checkpoint
+    from ...models.config import ModelConfig
+
+    try:
+        with Checkpoint.open(directory) as checkpoint:
+            config = ModelConfig.from_dict(checkpoint.config)
+            checks = [_attention_problem(config), _router_problem(config), *_expert_problems(checkpoint.tensors)]
+    except NpuqError as error:
+        return ModelFit(str(directory), False, (str(error),))
+    problems = tuple(problem for problem in checks if problem is not None)
+    return ModelFit(str(directory), not problems, problems)
+
+
+def _attention_problem(config: ModelConfig) -> str | None:
+    from ..ops.ascend.mla import check_mla
+
+    return _message(check_mla, "config.json", config.attention)
+
+
+def _router_problem(config: ModelConfig) -> str | None:
+    from ..ops.ascend.routing import check_gating
+    from ..weights import gating_of
+
+    moe = config.moe
+    return None if moe is None else _message(check_gating, gating_of(moe), moe.has_router_bias)
+
+
+def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:
+    """One entry for each input width of the W4A8 experts: layers share their shapes."""
+    from ..ops.ascend.weights import check_w4a8_inputs
+
+    quantized = [name.removesuffix(".scale_bias") for name in tensors if name.endswith(".scale_bias")]
+    shapes = {name: tensors[f"{name}.weight"].shape for name in reversed(quantized) if f"{name}.weight" in tensors}
+    if strange := [f"{name}.weight: is no matrix" for name, shape in shapes.items() if len(shape) != 2]:
+        return list(strange)
+    widths = {inputs: name for name, (_, inputs) in shapes.items()}
+    return [_message(check_w4a8_inputs, name, width) for width, name in widths.items()]
+
+
+def _message(check: Callable[..., object], *args: Any) -> str | None:
+    """What a check says against its arguments, or None."""
+    try:
+        check(*args)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _torch_npu() -> tuple[ModuleType | None, str | None]:
+    """(torch_npu, None), or (None, why it cannot be used)."""
+    from ..ops.ascend.support import import_torch_npu
+
+    try:
+        return import_torch_npu(), None
+    except BackendError as error:
+        return None, str(error)
+
+
+def _devices(torch_npu: ModuleType) -> tuple[Device, ...]:
+    return tuple(_device(torch_npu, index) for index in range(torch_npu.npu.device_count()))
+
+
+def _device(torch_npu: ModuleType, index: int) -> Device:
+    from ..ops.ascend.support import require_soc, soc_of
+
+    try:
+        name = str(torch_npu.npu.get_device_name(index))
+        free, total = torch_npu.npu.mem_get_info(index)
+    except RuntimeError as error:  # a device that another process holds, or that is faulty
+        return Device(index, "unknown", None, 0, 0, " ".join(str(error).split())[:200])
+    try:
+        family = soc_of(name).family
+    except BackendError:
+        family = None
+    return Device(index, name, family, total, free, _message(require_soc, name))
+
+
+def _operators() -> dict[str, str | None]:
+    """The schema of every operator the backend calls."""
+    import torch
+
+    from ..ops.ascend.support import OPERATORS
+
+    found: dict[str, str | None] = {}
+    for name in OPERATORS:
+        packet = getattr(torch.ops.npu, name, None)
+        found[name] = None if packet is None else str(packet.default._schema)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_version(files: Iterable[str]) -> str | None:
+    """The first version number stated in the first of the files that is there."""
+    for path in map(Path, files):
+        if path.is_file():
+            try:
+                text = read_bytes(path, BackendError, _MOST_VERSION_BYTES).decode(errors="replace")
+            except BackendError:
+                return "unknown"
+            match = re.search(r"(?im)^[^#\n]*version[^=:\n]*[=:]\s*\[?[^0-9\n]*([0-9][\w.]*)", text)
+            return match[1] if match else "unknown"
+    return None

@@ -1,0 +1,321 @@
+"""Compares a backend with the reference, operator by operator, on small random data: what to run first on a new NPU.
+
+A case builds what it needs through the operators themselves (weight layouts included) and returns tensors. Values are
+compared relative to the largest one; int8 codes may differ by one where a quotient lies on a rounding tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError
+from ...formats.kv_cache import storable_scale
+from ...formats.schemes import Scheme, quantize_rows
+from ...formats.static_w8a8 import input_scale_of, quantize_static
+from ...quant.scales import Method
+from ..attention.pools import LayerCache, Pool, write_rows
+from ..ops import (
+    Activation,
+    Decode,
+    Gating,
+    LinearPart,
+    MlaConfig,
+    MlaParts,
+    Ops,
+    PrefixSegment,
+    Quantized,
+    Static,
+    Step,
+)
+from ..ops.reference import ReferenceOps
+
+TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128
+LATENT, ROPE, HEAD = 512, 64, 128
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 2e-2}
+EPS = 1e-6
+POOLS = (Pool("latent", LATENT, int8=True), Pool("rope", ROPE))
+SCALE = (HEAD + ROPE) ** -0.5
+
+Case = Callable[[Ops], tuple[Activation, ...]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One operator: `error` is relative to the largest reference value; `message` is set where it did not even run."""
+
+    operator: str
+    error: float | None
+    tolerance: float
+    message: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error is not None and self.error <= self.tolerance
+
+
+def selftest(ops: Ops) -> Iterator[Result]:
+    """Run every case that `ops` has operators for with it, and with the reference in the same compute dtype."""
+    reference = ReferenceOps(ops.dtype)
+    tolerance = TOLERANCE[ops.dtype]
+    for name, case in cases_of(ops).items():
+        try:
+            ours = case(ops)
+        except (BackendError, RuntimeError, TypeError) as error:
+            yield Result(name, None, tolerance, " ".join(str(error).split())[:300])
+            continue
+        theirs = case(reference)
+        yield Result(name, max(map(_error, ours, theirs)), tolerance)
+
+
+def cases_of(ops: Ops) -> dict[str, Case]:
+    """The cases that concern a backend with its settings: not those of an int8 cache that it does not have."""
+    return {name: case for name, case in CASES.items() if ops.attention.has_int8_cache or name not in INT8_CACHE_CASES}
+
+
+def _error(ours: Activation, theirs: Activation) -> float:
+    """Greatest difference over the greatest magnitude; infinite for another shape or anything that is not finite."""
+    if isinstance(ours, Quantized) and isinstance(theirs, Quantized):
+        off = (ours.codes.cpu().int() - theirs.codes.int()).abs()
+        ties_only = bool(off.max() <= 1) and float(off.float().mean()) < 0.02
+        return _error(ours.scale, theirs.scale) if ties_only else float("inf")
+    assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+    a, b = ours.cpu().double(), theirs.double()
+    if a.shape != b.shape or not bool(a.isfinite().all()):
+        return float("inf")
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _rows(ops: Ops, *shape: int, seed: int = 0) -> Tensor:
+    """Activations in the compute dtype, on the device."""
+    return _random(*shape, seed=seed).to(ops.dtype).to(ops.device)
+
+
+def _weight(outputs: int, inputs: int, seed: int) -> Tensor:
+    return _random(outputs, inputs, seed=seed).div(inputs**0.5).bfloat16()
+
+
+def _part(scheme: Scheme, outputs: int, inputs: int, seed: int, name: str = "selftest") -> LinearPart:
+    weight = _weight(outputs, inputs, seed)
+    if scheme is Scheme.FLOAT:
+        return LinearPart(name, scheme, weight)
+    if scheme is Scheme.W8A8_STATIC:
+        stored = quantize_static(weight.float(), -3.0, 4.0, Method.MINMAX).tensors
+        static = Static(input_scale_of(stored), stored["deq_scale"], stored["quant_bias"])
+        return LinearPart(name, scheme, stored["weight"], static=static)
+    stored = quantize_rows(weight.float(), scheme, Method.MINMAX, row_parallel=False).tensors
+    return LinearPart(name, scheme, stored["weight"], stored["weight_scale"], stored.get("scale_bias"))
+
+
+def _tables(ops: Ops, tokens: int) -> tuple[Tensor, Tensor]:
+    angles = _random(tokens, ROPE // 2, seed=90).repeat(1, 2)
+    return angles.cos().to(ops.dtype).to(ops.device), angles.sin().to(ops.dtype).to(ops.device)
+
+
+def _gamma(ops: Ops, width: int) -> Tensor:
+    return ops.weights.parameter(1 + 0.1 * _random(width, seed=91), ops.dtype)
+
+
+def _cache(ops: Ops) -> LayerCache:
+    return ops.attention.new_cache(POOLS, 4, BLOCK)
+
+
+def _written(ops: Ops, tokens: int, first_block: int) -> LayerCache:
+    """A cache with `tokens` tokens from the start of a block on."""
+    cache = _cache(ops)
+    slots = torch.arange(tokens, device=ops.device) + first_block * BLOCK
+    kv = _rows(ops, tokens, LATENT + ROPE, seed=92)
+    ops.attention.kv_rmsnorm_rope_cache(
+        kv, _gamma(ops, LATENT), *_tables(ops, tokens), slots, cache, EPS, output_kv=False
+    )
+    return cache
+
+
+def _table(ops: Ops, *blocks: int) -> Tensor:
+    return torch.tensor([blocks], dtype=torch.int32).to(ops.device)
+
+
+def _norms(ops: Ops) -> tuple[Activation, ...]:
+    x, residual, gamma = _rows(ops, TOKENS, HIDDEN), _rows(ops, TOKENS, HIDDEN, seed=1), _gamma(ops, HIDDEN)
+    return ops.norms.rms_norm(x, gamma, EPS), *ops.norms.add_rms_norm(x, residual, gamma, EPS)
+
+
+def _linear(scheme: Scheme) -> Case:
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        fused = [_part(scheme, outputs, HIDDEN, seed=outputs) for outputs in (INNER, 2 * INNER)]
+        return (ops.products.linear(_rows(ops, TOKENS, HIDDEN), ops.weights.linear_of(fused)),)
+
+    return case
+
+
+def _grouped(scheme: Scheme) -> Case:
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        experts = ops.weights.experts_of(
+            [[_part(scheme, INNER, HIDDEN, seed=10 * e + side) for side in (0, 1)] for e in range(EXPERTS)]
+        )
+        rows: Activation = _rows(ops, 2 * EXPERTS, HIDDEN)
+        counts = torch.tensor([3, 0, 2, 1, 4, 0, 5, 1]).to(ops.device)
+        quantized = rows if scheme is Scheme.FLOAT else ops.norms.dynamic_quant(_rows(ops, 2 * EXPERTS, HIDDEN))
+        return (ops.products.grouped_matmul(quantized, experts, counts),)
+
+    return case
+
+
+def _gating(gating: Gating, biased: bool) -> Case:
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        bias = ops.weights.parameter(0.1 * _random(4 * EXPERTS, seed=3), torch.float32) if biased else None
+        return ops.routing.moe_gating_top_k(_random(TOKENS, 4 * EXPERTS, seed=4).to(ops.device), bias, gating)
+
+    return case
+
+
+def _routing(quantize: bool) -> Case:
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        generator = torch.Generator().manual_seed(5)
+        ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+        ids = ids.to(torch.int32).to(ops.device)
+        rows, index, counts = ops.routing.moe_init_routing(_rows(ops, TOKENS, HIDDEN), ids, EXPERTS, quantize)
+        weights = _random(TOKENS, TOP_K, seed=6).abs().to(ops.device)
+        back = _rows(ops, TOKENS * TOP_K, HIDDEN, seed=7)
+        out = ops.routing.moe_finalize_routing(back, weights, index, ids, _rows(ops, TOKENS, HIDDEN, seed=8))
+        return rows, index, counts, out
+
+    return case
+
+
+def _rope_and_cache(ops: Ops) -> tuple[Activation, ...]:
+    cos, sin = _tables(ops, TOKENS)
+    rotated = ops.attention.interleave_rope(_rows(ops, TOKENS, HEADS, ROPE, seed=9), cos, sin)
+    segment = PrefixSegment(0, TOKENS, _table(ops, 2))
+    return rotated, *ops.attention.gather_pa_kv_cache(_written(ops, TOKENS, first_block=2), segment).values()
+
+
+def _ragged_attention(ops: Ops) -> tuple[Activation, ...]:
+    tokens, lengths = 9, (4, 9)
+    q, k, v = (_rows(ops, tokens, HEADS, HEAD, seed=seed) for seed in (10, 11, 12))
+    q_rope, k_rope = _rows(ops, tokens, HEADS, ROPE, seed=13), _rows(ops, tokens, ROPE, seed=14)
+    out, lse = ops.attention.fused_infer_attention(q, q_rope, k, k_rope, v, lengths, lengths, SCALE, causal=True)
+    past, past_lse = ops.attention.fused_infer_attention(
+        q, q_rope, k, k_rope, v, (tokens,), (tokens,), SCALE, causal=False
+    )
+    return out, lse, past, ops.attention.attention_update([out, past], [lse, past_lse])
+
+
+def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
+    return _attend(ops, _written(ops, BLOCK + 9, first_block=1))
+
+
+def _int8_cache(ops: Ops) -> LayerCache:
+    scale = storable_scale((3 + _random(LATENT, seed=93).abs()) / 127)
+    return ops.attention.new_cache(POOLS, 4, BLOCK, {"latent": scale})
+
+
+def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
+    cache, cos, sin = _int8_cache(ops), *_tables(ops, TOKENS)
+    slots = torch.tensor([2 * BLOCK, 2 * BLOCK + 1, -1, 2 * BLOCK + 3, 5, -1]).to(ops.device)
+    kv = _rows(ops, TOKENS, LATENT + ROPE, seed=92)
+    written = ops.attention.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), cos, sin, slots, cache, EPS, output_kv=True)
+    assert written is not None
+    codes = cache["latent"].read(torch.arange(4, device=ops.device), 4 * BLOCK)
+    read = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 4, _table(ops, 2)))
+    return *written, Quantized(codes, torch.ones(1)), read["rope"]
+
+
+def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
+    cache, generator = _int8_cache(ops), torch.Generator().manual_seed(94)
+    codes = torch.randint(-127, 128, (BLOCK + 9, LATENT), generator=generator, dtype=torch.int8)
+    slots = torch.arange(BLOCK + 9, device=ops.device) + BLOCK
+    for name, rows in (("latent", codes.to(ops.device)), ("rope", _rows(ops, BLOCK + 9, ROPE, seed=95))):
+        pages = cache[name]
+        write_rows(pages.tensor, pages.pool.layout, slots, rows)
+    gathered = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 40, _table(ops, 1)))
+    return *_attend(ops, cache), *gathered.values()
+
+
+def _attend(ops: Ops, cache: LayerCache) -> tuple[Activation, ...]:
+    table = torch.tensor([[1, 2], [1, 0]], dtype=torch.int32).to(ops.device)
+    decode = Decode(q_lens=(1, 2), kv_lens=(BLOCK + 9, 40), block_table=table)
+    several = Decode(q_lens=(2, 5), kv_lens=decode.kv_lens, block_table=table)  # as when tokens are speculated
+    q, q_rope = _rows(ops, 5, HEADS, LATENT, seed=15), _rows(ops, 5, HEADS, ROPE, seed=16)
+    return (
+        ops.attention.fused_infer_attention_paged(q[:2], q_rope[:2], cache, decode, SCALE),
+        ops.attention.fused_infer_attention_paged(q, q_rope, cache, several, SCALE),
+    )
+
+
+def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
+    """The whole of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        config = MlaConfig(HEADS, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)
+        gains = (1 + 0.1 * _random(width, seed=width) for width in (q_lora, LATENT))
+        q_a_norm, kv_a_norm = (gain.bfloat16() for gain in gains)
+        parts = MlaParts(
+            q=None,
+            q_a=_part(scheme, q_lora, hidden, seed=20, name="q_a"),
+            q_a_norm=q_a_norm,
+            q_b=_part(scheme, HEADS * (HEAD + ROPE), q_lora, seed=21, name="q_b"),
+            kv_a=_part(scheme, LATENT + ROPE, hidden, seed=22, name="kv_a"),
+            kv_a_norm=kv_a_norm,
+            kv_b=_weight(HEADS * 2 * HEAD, LATENT, seed=23),
+            o=_part(scheme, hidden, HEADS * HEAD, seed=24, name="o"),
+        )
+        mla = ops.attention.mla(parts, config)
+        cache = _written(ops, 20, first_block=1)
+        slots = torch.tensor([BLOCK + 20, 2 * BLOCK]).to(ops.device)
+        table = torch.tensor([[1], [2]], dtype=torch.int32).to(ops.device)
+        decode = Decode(q_lens=(1, 2), kv_lens=(21, 1), block_table=table)
+        step = Step(slots, slots, *_tables(ops, 2), decode=decode, prefill=None, output_rows=None)
+        x, residual = _rows(ops, 2, hidden, seed=25), _rows(ops, 2, hidden, seed=26)
+        rows, total = ops.attention.attention_norm(x, residual, _gamma(ops, hidden), EPS, mla)
+        q_latent, q_rope = ops.attention.mla_prolog(rows, mla, cache, step)
+        attended = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE)
+        return total, q_latent, q_rope, ops.attention.mla_output(ops.attention.mla_bring_out(attended, mla), mla)
+
+    return case
+
+
+CASES: dict[str, Case] = {
+    "rms_norm, add_rms_norm": _norms,
+    "swiglu": lambda ops: (ops.norms.swiglu(_rows(ops, TOKENS, HIDDEN)),),
+    "dynamic_quant": lambda ops: (ops.norms.dynamic_quant(_rows(ops, TOKENS, HIDDEN)),),
+    "dequant_swiglu_quant": lambda ops: (ops.norms.dequant_swiglu_quant(_rows(ops, TOKENS, HIDDEN)),),
+    "linear FLOAT": _linear(Scheme.FLOAT),
+    "linear W8A8": _linear(Scheme.W8A8),
+    "linear W8A8, static": _linear(Scheme.W8A8_STATIC),
+    "batch_matmul": lambda ops: (
+        ops.products.batch_matmul(
+            _rows(ops, TOKENS, HEADS, HEAD), ops.weights.parameter(_rows(ops, HEADS, HEAD, LATENT, seed=2))
+        ),
+    ),
+    "router_logits": lambda ops: (
+        ops.products.router_logits(_rows(ops, TOKENS, HIDDEN), ops.weights.router(_weight(EXPERTS, HIDDEN, seed=30))),
+    ),
+    "gating sigmoid, groups, bias": _gating(
+        Gating(4, "sigmoid", group_count=8, k_group=4, group_select_mode=1, renormalize=True, scaling=2.5), biased=True
+    ),
+    "gating softmax": _gating(Gating(4, "softmax"), biased=False),
+    "grouped_matmul FLOAT": _grouped(Scheme.FLOAT),
+    "grouped_matmul W8A8": _grouped(Scheme.W8A8),
+    "grouped_matmul W4A8": _grouped(Scheme.W4A8),
+    "routing float": _routing(quantize=False),
+    "routing int8": _routing(quantize=True),
+    "rope, cache write and read": _rope_and_cache,
+    "attention, ragged": _ragged_attention,
+    "attention, paged": _paged_attention,
+    "int8 cache write and read": _int8_cache_write,
+    "attention, paged, int8": _int8_attention,
+    "decode attention FLOAT": _attention_layer(Scheme.FLOAT, HIDDEN, q_lora=192),
+    "decode attention W8A8": _attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
+    "decode attention W8A8, static": _attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),
+    "decode attention W8A8, prolog shapes": _attention_layer(Scheme.W8A8, 1024, q_lora=1536),
+}
+
+INT8_CACHE_CASES = ("int8 cache write and read", "attention, paged, int8")

@@ -1,0 +1,197 @@
+"""How far quantization moves the output of each decoder layer. One layer of either model is in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import GenerationError
+from ...formats.artifact import is_rotated
+from ...formats.checkpoint import Checkpoint
+from ...models.config import ModelConfig
+from ...progress import Progress, Silent, Task
+from ...quant.rotation import rotation
+from ..attention.kinds import attention_of
+from ..attention.pools import LayerCache
+from ..backend import make_ops
+from ..engine import check_token_ids
+from ..model import LayerWeights, Model
+from ..ops import Ops, Step
+from ..step import Chunk, RopeRows, StepBuilder
+from ..store import open_store
+from ..text.tokenizer import Tokenizer
+from ..weights import load_layer, load_rope_tables, load_weights
+from .perplexity import DEFAULT_CONTEXT, Window, cut_windows
+
+_STEP_TOKENS = 1024
+_BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The output of decoder layer `layer`, the hidden states [tokens, hidden_size] after it, against the source's.
+
+    relative_error: ‖quantized − float‖ / ‖float‖ over all tokens. cosine: of the two outputs of a token, mean over
+    tokens. Both with each model's own layers before it, so that they show what has accumulated. `own_…`: the same with
+    the float model's hidden states going into both, so that they show what this layer alone adds.
+    """
+
+    layer: int
+    relative_error: float
+    cosine: float
+    own_relative_error: float
+    own_cosine: float
+
+
+def layer_errors(
+    model: str | Path,
+    text: str,
+    source: str | Path,
+    context: int = DEFAULT_CONTEXT,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> list[LayerError]:
+    """The errors of every decoder layer of an artifact (MTP layers not) on a text cut into windows as by `evaluate`.
+
+    Beside one layer of each model, memory holds the hidden states of all tokens twice, in the compute dtype.
+    `progress` counts layers. Raises GenerationError when the text is too short, when the two directories
+    do not hold the same model, and when a layer's output is not finite, naming it.
+    """
+    with ExitStack() as stack:
+        quantized, original = (
+            _Side(stack.enter_context(Checkpoint.open(directory)), make_ops(backend)) for directory in (model, source)
+        )
+        quantized.refuse_unlike(original)
+        windows = cut_windows(text, Tokenizer(quantized.directory), context)
+        turn = _turn(quantized, original)
+        return _walk(quantized, original, _batches(windows), turn, progress or Silent())
+
+
+def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
+    """The source's hidden states as the model has them: rotated where its residual stream is, and the source's not."""
+    if is_rotated(quantized.directory) == is_rotated(original.directory):
+        return lambda stream: stream
+    if is_rotated(original.directory):
+        raise GenerationError(f"{original.directory}: is rotated; give the float checkpoint as --source")
+    turned = rotation(quantized.config.hidden_size)
+    return lambda stream: turned.rows(stream.to("cpu")).to(stream.device, stream.dtype)
+
+
+@torch.inference_mode()
+def _walk(
+    quantized: _Side,
+    original: _Side,
+    batches: Sequence[Sequence[Window]],
+    turn: Callable[[Tensor], Tensor],
+    progress: Progress,
+) -> list[LayerError]:
+    steps = [(quantized.step(batch), original.step(batch)) for batch in batches]
+    streams = [(quantized.embed(ours), original.embed(theirs)) for ours, theirs in steps]
+    layers = original.config.num_hidden_layers
+    errors = []
+    progress.start(Task("evaluate", layers, "layers", layers=layers))
+    for number in range(layers):
+        ours, theirs = quantized.load(number), original.load(number)
+        accumulated, own = _Comparison(), _Comparison()
+        for index, (our_step, their_step) in enumerate(steps):
+            our_stream, their_stream = streams[index]
+            output = original.run(theirs, their_stream, their_step)
+            moved = quantized.run(ours, our_stream, our_step)
+            accumulated.add(moved, turn(output))
+            own.add(quantized.run(ours, turn(their_stream), our_step), turn(output))
+            streams[index] = moved, output
+        errors.append(LayerError(number, *accumulated.result(number), *own.result(number)))
+        progress.advance(1, layer=number, layer_done=True)
+    return errors
+
+
+class _Layer(NamedTuple):
+    weights: LayerWeights
+    cache: LayerCache
+
+
+class _Side:
+    """One of the two models, its decoder layers left on the disk."""
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops):
+        self.directory = checkpoint.directory
+        self.config = ModelConfig.from_dict(checkpoint.config)
+        tables = load_rope_tables(checkpoint, self.config)
+        self._store = open_store(checkpoint, ops.dtype)
+        attention = attention_of(self.config, tables.softmax_scale)
+        weights = load_weights(self._store, self.config, ops, attention, layers=())
+        self._model = Model(self.config, ops, weights, attention)
+        self._rope = RopeRows.of(tables, ops)
+
+    def refuse_unlike(self, other: _Side) -> None:
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+            ours, theirs = getattr(self.config, name), getattr(other.config, name)
+            if ours != theirs:
+                raise GenerationError(
+                    f"{self.directory} has {name} {ours} and {other.directory} has {theirs}: not the same model"
+                )
+
+    def step(self, batch: Sequence[Window]) -> Step:
+        longest = max(len(window.inputs) for window in batch)
+        if longest > self._rope.max_position:
+            raise GenerationError(
+                f"windows of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
+            )
+        for window in batch:
+            check_token_ids(window.inputs, self.config.vocab_size)
+        builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
+        return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
+
+    def embed(self, step: Step) -> Tensor:
+        return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
+
+    def load(self, layer: int) -> _Layer:
+        ops, attention = self._model.ops, self._model.attention
+        # Whole sequences in one step cache nothing, but operators that write take a cache.
+        cache = ops.attention.new_cache(attention.pools(layer), 1, _BLOCK_SIZE)
+        return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
+
+    def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:
+        """The layer's output `[T, H]` for its input `[T, H]`."""
+        delta, residual = self._model.decoder_layer(layer.weights, None, stream.clone(), layer.cache, step)
+        self._model.weights.files.check()
+        return delta + residual
+
+
+class _Comparison:
+    """Sums over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self._error = self._norm = self._cosine = 0.0
+        self._tokens = 0
+
+    def add(self, output: Tensor, reference: Tensor) -> None:
+        ours, theirs = output.to("cpu", torch.float64), reference.to("cpu", torch.float64)
+        self._error += float((ours - theirs).square().sum())
+        self._norm += float(theirs.square().sum())
+        self._cosine += float(torch.cosine_similarity(ours, theirs, dim=-1).sum())
+        self._tokens += ours.shape[0]
+
+    def result(self, layer: int) -> tuple[float, float]:
+        if not (math.isfinite(self._error) and math.isfinite(self._norm)):
+            raise GenerationError(
+                f"layer {layer}: its output is not finite: weights or scales are damaged; run npuq verify"
+            )
+        relative = math.sqrt(self._error / self._norm) if self._norm else float(self._error > 0)
+        return relative, self._cosine / self._tokens
+
+
+def _batches(windows: Sequence[Window]) -> list[list[Window]]:
+    batches: list[list[Window]] = [[]]
+    for window in windows:
+        if batches[-1] and sum(len(some.inputs) for some in batches[-1]) + len(window.inputs) > _STEP_TOKENS:
+            batches.append([])
+        batches[-1].append(window)
+    return batches

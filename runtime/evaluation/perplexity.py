@@ -1,0 +1,149 @@
+"""How good a model is on a text: perplexity, and how far its predictions are from those of its float source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import GenerationError
+from ...progress import Progress, Silent, Task
+from ..llm import LanguageModel, load
+from ..sampler import not_finite
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_check import require_tokenizer
+
+DEFAULT_CONTEXT = 512
+
+_LOGITS_BYTES = 256 << 20
+"""Logits of one model that are held at once."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tokens of the text: `inputs` go in, and row i of the logits is judged by `targets[i]`."""
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """perplexity: exp of the mean negative log-likelihood of `tokens` predicted tokens.
+
+    Against a source, on the same tokens: its perplexity; the mean over tokens of KL(source ‖ model) in nats over the
+    whole vocabulary; and how often both find the same token the likeliest. None without a source.
+    """
+
+    perplexity: float
+    tokens: int
+    source_perplexity: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+
+
+def evaluate(
+    model: str | Path | LanguageModel,
+    text: str,
+    source: str | Path | LanguageModel | None = None,
+    context: int = DEFAULT_CONTEXT,
+    backend: str = "auto",
+    progress: Progress | None = None,
+    kv_cache_dtype: str = "auto",
+) -> Evaluation:
+    """Evaluate a model (a directory to load, or one that is loaded) on a text, beside its float source if given.
+
+    The text is tokenized once without special tokens and cut into windows of `context` tokens, the last one maybe
+    shorter; each is run from nothing, after BOS where the tokenizer has one, and every token of it is predicted (all
+    but a window's first where there is no BOS to predict it from). `progress` counts windows.
+    backend, kv_cache_dtype: as of `load`, where there is something to load; the source's cache stays as it is.
+    Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
+    a vocabulary.
+    """
+    if not isinstance(model, LanguageModel):
+        require_tokenizer(Path(model))
+    judged = model if isinstance(model, LanguageModel) else load(model, backend, kv_cache_dtype=kv_cache_dtype)
+    reference = source if source is None or isinstance(source, LanguageModel) else load(source, backend)
+    windows = cut_windows(text, judged.tokenizer, context)
+    _check(judged, windows, context)
+    if reference is not None:
+        _check(reference, windows, context)
+        sizes = [runner.engine.model.config.vocab_size for runner in (judged, reference)]
+        if sizes[0] != sizes[1]:
+            raise GenerationError(
+                f"model and source have vocabularies of {sizes[0]} and {sizes[1]}: not the same model"
+            )
+    totals = torch.zeros(4, dtype=torch.float64)  # model loss, source loss, KL, agreements
+    watch = progress or Silent()
+    watch.start(Task("evaluate", len(windows), "windows"))
+    for batch in _batches(windows, judged.engine.model.config.vocab_size):
+        inputs = [window.inputs for window in batch]
+        model_logits = judged.logits(inputs)
+        source_logits = reference.logits(inputs) if reference is not None else [None] * len(batch)
+        for window, ours, theirs in zip(batch, model_logits, source_logits, strict=True):
+            totals += _compare(window, ours, theirs)
+            watch.advance(1)
+    tokens = sum(len(window.targets) for window in windows)
+    means = (totals / tokens).tolist()
+    if reference is None:
+        return Evaluation(_exp(means[0]), tokens)
+    return Evaluation(_exp(means[0]), tokens, _exp(means[1]), means[2], means[3])
+
+
+def cut_windows(text: str, tokenizer: Tokenizer, context: int) -> list[Window]:
+    """The windows of a text; GenerationError when they predict nothing."""
+    if context < 1:
+        raise GenerationError(f"context {context} must be at least 1")
+    tokens = tokenizer.encode(text, special=False)
+    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    windows = []
+    for start in range(0, len(tokens), context):
+        window = (*bos, *tokens[start : start + context])
+        if len(window) > 1:
+            windows.append(Window(window[:-1], window[1:]))
+    if not windows:
+        raise GenerationError("the text has no token to predict; give a longer one")
+    return windows
+
+
+def _check(model: LanguageModel, windows: Sequence[Window], context: int) -> None:
+    longest = max(len(window.inputs) for window in windows)
+    if longest > model.context:
+        raise GenerationError(f"context {context} exceeds the {model.context} tokens of {model.directory}; lower it")
+
+
+def _batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
+    limit = max(1, _LOGITS_BYTES // (4 * vocabulary))
+    batch: list[Window] = []
+    for window in windows:
+        if batch and sum(len(some.inputs) for some in batch) + len(window.inputs) > limit:
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
+
+
+def _compare(window: Window, logits: Tensor, source_logits: Tensor | None) -> Tensor:
+    """Sums over a window's tokens, float64 `[4]`: model loss, source loss, KL, agreements."""
+    targets = torch.tensor(window.targets)[:, None]
+    ours = logits.to("cpu", torch.float32).log_softmax(-1)
+    loss = -ours.gather(1, targets).double().sum()
+    zero = torch.zeros((), dtype=torch.float64)
+    if source_logits is None:
+        return torch.stack([loss, zero, zero, zero])
+    theirs = source_logits.to("cpu", torch.float32).log_softmax(-1)
+    source_loss = -theirs.gather(1, targets).double().sum()
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1).double().sum()
+    agreements = (ours.argmax(-1) == theirs.argmax(-1)).sum().double()
+    return torch.stack([loss, source_loss, divergence, agreements])
+
+
+def _exp(mean_loss: float) -> float:
+    """Perplexity of a mean loss; GenerationError when it is no number, as with damaged weights."""
+    if not math.isfinite(mean_loss):
+        raise not_finite()
+    return math.exp(min(mean_loss, 700.0))

@@ -1,0 +1,170 @@
+"""A conversation, as chat templates are given one by transformers (utils/chat_template_utils.py, 5.24)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias, TypedDict
+
+from ...choices import TEMPLATE_ARGUMENTS
+from ...errors import GenerationError
+from ...inputs.printable import printable, shown
+
+Message: TypeAlias = Mapping[str, Any]
+
+# The first is the name that templates read; `thinking` is read by those of gpt-oss.
+_REASONING: Final = ("reasoning_content", "thinking", "reasoning")
+_MARK: Final = "NPUQ-CONTINUES-HERE "
+
+
+class ChatOptions(TypedDict, total=False):
+    """What `Tokenizer.chat` takes beside the messages."""
+
+    system: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    chat_template: str | None
+    add_generation_prompt: bool
+    continue_final_message: bool | str
+
+
+class TemplateLimitError(GenerationError):
+    """A chat template took more time, memory or text than templates may: trying again would too."""
+
+
+def as_messages(conversation: str | Sequence[Message], system: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a conversation: a text is what a user says; `system` goes before all.
+
+    GenerationError for anything but a text or a list of messages that begins otherwise than with a system message of
+    its own where `system` is given.
+    """
+    if isinstance(conversation, str):
+        conversation = [{"role": "user", "content": conversation}]
+    if isinstance(conversation, Mapping) or not isinstance(conversation, Sequence):
+        raise GenerationError(
+            f"a conversation is a text or a list of messages, not a {type(conversation).__name__}; "
+            'give [{"role": "user", "content": "…"}]'
+        )
+    messages = []
+    for index, message in enumerate(conversation):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise GenerationError(f'messages[{index}] is no message; give {{"role": "user", "content": "…"}}')
+        messages.append(dict(message))
+    if not messages:
+        raise GenerationError("the conversation is empty; give at least one message")
+    if system is not None:
+        if messages[0]["role"] == "system":
+            raise GenerationError("the conversation begins with a system message already; give only one of the two")
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def checked_options(
+    options: Mapping[str, Any], variables: Mapping[str, Any] | None
+) -> tuple[ChatOptions, dict[str, Any]]:
+    """Options and template variables of a request, of the right types.
+
+    Variables under the names of `add_generation_prompt` and `continue_final_message` are those options. Raises
+    GenerationError for an unknown option, a value of a wrong type, and a variable that is an option of its own.
+    """
+    unknown = options.keys() - ChatOptions.__annotations__.keys()
+    if unknown:
+        names = printable(", ".join(sorted(map(str, unknown))))[:80]
+        raise GenerationError(f"unknown option {names}; give variables of the template in chat_template_kwargs")
+    if not isinstance(variables, (Mapping, type(None))):
+        raise GenerationError(f"chat_template_kwargs must be an object, not a {type(variables).__name__}")
+    others = dict(variables or {})
+    taken = sorted(others.keys() & TEMPLATE_ARGUMENTS)
+    if taken:
+        raise GenerationError(f"chat_template_kwargs: {', '.join(taken)} cannot be given there")
+    chosen = {**options}
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if name in others:
+            chosen[name] = others.pop(name)
+    for name, value in chosen.items():
+        _check_option(name, value)
+    return ChatOptions(**chosen), others  # type: ignore[typeddict-item]
+
+
+def _check_option(name: str, value: Any) -> None:
+    if name in ("tools", "documents"):
+        expected = "a list of JSON objects"
+        fits = value is None or (isinstance(value, (list, tuple)) and all(isinstance(each, Mapping) for each in value))
+    elif name in ("system", "chat_template"):
+        expected, fits = "a text", value is None or isinstance(value, str)
+    elif name == "continue_final_message":
+        expected, fits = "True, False or the name of a field", isinstance(value, (bool, str))
+    else:
+        expected, fits = "True or False", isinstance(value, bool)
+    if not fits:
+        raise GenerationError(f"{name} must be {expected}, not {shown(value)}")
+
+
+def render(
+    messages: Sequence[dict[str, Any]],
+    continue_final_message: bool | str,
+    source: str,
+    template: Callable[[list[dict[str, Any]]], str],
+) -> str:
+    """The text that `template`, of that source, makes of messages.
+
+    Reasoning is found under each name that templates know. Fields that are None are left out, which most templates
+    want; where that fails they are given as they are, because some (DeepSeek's) ask whether content is none.
+    """
+    present = [
+        _with_reasoning({name: value for name, value in message.items() if value is not None}) for message in messages
+    ]
+    try:
+        return _continued(present, continue_final_message, source, template)
+    except TemplateLimitError:
+        raise
+    except GenerationError as error:
+        given = [{**message, **some} for message, some in zip(messages, present, strict=True)]
+        if given == present:
+            raise
+        try:
+            return _continued(given, continue_final_message, source, template)
+        except GenerationError:
+            raise error from None
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _continued(
+    messages: list[dict[str, Any]], field: bool | str, source: str, template: Callable[[list[dict[str, Any]]], str]
+) -> str:
+    """The rendered text, cut where the last message's field ends if that is to be continued."""
+    if not field:
+        return template(messages)
+    name = field if isinstance(field, str) else "content"
+    *before, last = messages
+    names = [name]
+    if name in _REASONING:
+        names = [other for other in _REASONING if last.get(other) == last.get(name)]
+    if last.get(name) is None:
+        raise GenerationError(f"continue_final_message: the last message has no {name} to continue")
+    if not any(other in source for other in names):
+        raise GenerationError(f"continue_final_message: the chat template does not read {name}")
+    text, marked = _mark(last[name], name)
+    rendered = template([*before, {**last, **dict.fromkeys(names, marked)}])
+    mark = _MARK.strip()
+    if text.strip() not in rendered or mark not in rendered:
+        raise GenerationError("continue_final_message: the chat template changes or leaves out the last message")
+    place = rendered.rindex(mark)
+    # Without the space after it, the template strips its texts: so is this one.
+    return rendered[:place] if rendered.startswith(_MARK, place) else rendered[:place].rstrip()
+
+
+def _mark(content: Any, name: str) -> tuple[str, Any]:
+    """What is continued, and the content with a mark at its end: a text, or the last text among parts."""
+    if isinstance(content, str):
+        return content, content + _MARK
+    if isinstance(content, (list, tuple)):
+        for index in reversed(range(len(content))):
+            part = content[index]
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                marked = {**part, "text": part["text"] + _MARK}
+                return part["text"], [*content[:index], marked, *content[index + 1 :]]
+    raise GenerationError(f"continue_final_message: the last message's {name} holds no text to continue")

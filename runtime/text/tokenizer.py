@@ -1,0 +1,205 @@
+"""Text to tokens and back, by `tokenizer.json` and the `tokenizers` library alone: no model code, no remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ...errors import GenerationError
+from ...inputs.printable import printable
+from ...inputs.template import TemplateRenderer
+from . import conversation
+from .conversation import ChatOptions, Message, TemplateLimitError
+from .tokenizer_files import ChatTemplate, TokenizerFiles, guarded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_MAX_HELD: Final = 16
+"""Tokens that text may be held back for while it ends in an unfinished UTF-8 sequence."""
+
+_CONTEXT: Final = 4
+_MOST_CONTEXT: Final = 16
+"""Tokens of context: so many at least and at most. Between the two the length of their text is known."""
+
+_MOST_TOKEN_CHARACTERS: Final = 1 << 16
+"""Text of one token. The longest of known tokenizers are runs of some hundred spaces."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. GenerationError when there is none, or when it cannot be read.
+
+    bos_id, eos_id: the special tokens that config.json's generation does not name, or None. May be used by several
+    threads.
+    """
+
+    def __init__(self, directory: Path):
+        files = TokenizerFiles.read(directory)
+        self._fast = files.fast
+        self._special = files.special_tokens
+        self._templates = files.templates
+        self._renderer = TemplateRenderer(GenerationError, TemplateLimitError)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        self._adds_bos = files.adds_bos
+
+    @property
+    def vocab_size(self) -> int:
+        return self._fast.get_vocab_size()
+
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Token ids of special tokens, which are left out of decoded text, by their text."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special and token.content}
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; `special` adds what the tokenizer puts around a prompt (by its post-processor or its config)."""
+        ids = self._encode(text, special)
+        if special and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return guarded(
+            lambda: str(self._fast.decode(list(ids), skip_special_tokens=True)), "the tokenizer fails to decode"
+        )
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[int]:
+        """The token ids of a conversation that the model is to continue, made by its chat template.
+
+        messages: `[{"role": "user", "content": "…"}, …]`; a text is what a user says. system: goes before them. tools:
+        JSON schemas of functions. documents: objects with title and text. chat_template: the name of one of the
+        model's, or Jinja source; None takes "tool_use" where there are tools and such a one, else "default".
+        add_generation_prompt (True): the beginning of an answer follows. continue_final_message: the last message is
+        left open, for the model to go on with (a text names another field than content). chat_template_kwargs: what
+        else the template knows, such as `{"thinking": True}`.
+
+        Templates run in Jinja's sandbox in a process of their own, and are given what transformers gives them.
+        GenerationError when there is none, when it fails or reaches a limit, and for values that are not JSON.
+        """
+        text = self.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **options)
+        return self._encode(text, special=False)
+
+    def render_chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> str:
+        """The text that `chat` makes token ids of."""
+        chosen, variables = conversation.checked_options(options, chat_template_kwargs)
+        tools, continued = chosen.get("tools"), chosen.get("continue_final_message", False)
+        template = self._template(chosen.get("chat_template"), with_tools=tools is not None)
+        values = {
+            **self._special,
+            **variables,
+            "tools": tools,
+            "documents": chosen.get("documents"),
+            "add_generation_prompt": chosen.get("add_generation_prompt", True) and not continued,
+        }
+        return conversation.render(
+            conversation.as_messages(messages, chosen.get("system")),
+            continued,
+            template.source,
+            lambda given: self._renderer.render(template.source, {**values, "messages": given}, template.where),
+        )
+
+    def split_stops(self, stops: Iterable[str]) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Stop strings to be looked for in the text, and the token ids of those that are special tokens.
+
+        A special token's text is no part of decoded text. GenerationError for a stop string that holds one beside other
+        text: it could never be met.
+        """
+        texts, ids = [], set()
+        for stop in stops:
+            if stop in self.special_ids:
+                ids.add(self.special_ids[stop])
+                continue
+            inner = next((token for token in self.special_ids if token in stop), None)
+            if inner is not None:
+                raise GenerationError(
+                    f"the stop string {printable(repr(stop))} holds the special token {printable(inner)}, which is no "
+                    "part of the text; give the token alone"
+                )
+            texts.append(stop)
+        return tuple(texts), frozenset(ids)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return guarded(
+            lambda: list(self._fast.encode(text, add_special_tokens=special).ids), "the tokenizer fails to encode"
+        )
+
+    def _template(self, name: str | None, *, with_tools: bool) -> ChatTemplate:
+        """The template of that name, or with that source; as transformers chooses where none is named."""
+        templates = self._templates
+        if name is not None:
+            return templates.get(name) or ChatTemplate(name, "chat_template")
+        if with_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" in templates:
+            return templates["default"]
+        if templates:
+            known = printable(", ".join(sorted(templates)))[:200]
+            raise GenerationError(f"the tokenizer has no default chat template; name one of {known}")
+        raise GenerationError("the tokenizer has no chat template; give a plain prompt instead")
+
+    def _id_of(self, name: str) -> int | None:
+        token = self._special.get(name)
+        return None if token is None else self._fast.token_to_id(token)
+
+
+class Detokenizer:
+    """Turns tokens into text one at a time. What it has given out never changes later.
+
+    A token can end within a UTF-8 sequence: its text is held back until the sequence is complete. Text is decoded with
+    a few tokens of context before it, because decoders treat the first token of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._context = list(prompt[-_CONTEXT:])
+        self._context_characters: int | None = None  # of their text, once it is needed
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this token, often empty."""
+        self._pending.append(token)
+        text = self._text()
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < _MAX_HELD:
+            return ""
+        return self._give(text)
+
+    def flush(self) -> str:
+        """What is held back at the end, unfinished sequences as U+FFFD."""
+        return self._give(self._text()) if self._pending else ""
+
+    def _text(self) -> str:
+        if self._context_characters is None:
+            self._context_characters = len(self._tokenizer.decode(self._context))
+        return self._tokenizer.decode([*self._context, *self._pending])[self._context_characters :]
+
+    def _give(self, text: str) -> str:
+        if len(text) > _MOST_TOKEN_CHARACTERS:
+            raise GenerationError(
+                f"token {self._pending[-1]} is a text of {len(text)} characters; is the tokenizer damaged?"
+            )
+        if text:  # tokens without any (special ones) must not push the context out
+            self._context += self._pending
+            if self._context_characters is not None:
+                self._context_characters += len(text)
+            if len(self._context) > _MOST_CONTEXT:
+                del self._context[:-_CONTEXT]
+                self._context_characters = None
+        self._pending = []
+        return text

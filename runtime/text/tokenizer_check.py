@@ -1,0 +1,44 @@
+"""Whether a model's directory has a tokenizer that npuq reads, so that a command can say so before its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from ...errors import GenerationError
+
+_TIKTOKEN = ("tiktoken.model", "*.tiktoken")
+VOCABULARY_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Those of formats that transformers converts, where it is installed and a tokenizer_config.json says of which kind."""
+
+
+def tokenizer_problem(names: Iterable[str]) -> str | None:
+    """What keeps the tokenizer among a model's files, by their `names`, from being read, and what helps; None: nothing
+    that their names say."""
+    names = sorted(names)
+    if "tokenizer.json" in names:
+        return None
+    for name in names:
+        if any(fnmatchcase(name, pattern) for pattern in _TIKTOKEN):
+            return (
+                f"its tokenizer is {name}, which npuq does not read (vLLM-Ascend and SGLang do); put the same "
+                "vocabulary there as tokenizer.json, in the format of Hugging Face's tokenizers"
+            )
+    older = [name for name in names if name in VOCABULARY_FILES]
+    if older and "tokenizer_config.json" in names:
+        return None
+    if older:
+        return (
+            f"it has {older[0]} without the tokenizer_config.json that says how it is read; put it there, or the "
+            "model's tokenizer.json"
+        )
+    return "it has no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there"
+
+
+def require_tokenizer(directory: Path) -> None:
+    """Raise GenerationError unless the directory's files may hold a tokenizer that can be read."""
+    problem = tokenizer_problem(path.name for path in directory.iterdir()) if directory.is_dir() else None
+    if problem is not None:
+        raise GenerationError(f"{directory}: {problem}")

@@ -1,0 +1,137 @@
+"""A tokenizer in an older format, as transformers converts it to a `tokenizer.json`.
+
+transformers opens whatever path a file of the checkpoint names, follows links, and makes up a vocabulary of a few
+tokens where it finds none. So it is given a directory of its own, with copies of the few files that it needs, and what
+it makes is compared with what the model says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from ...errors import GenerationError
+from ...inputs.files import inside, is_inside, read_bytes
+from ...inputs.json_text import read_object
+from ...inputs.printable import printable, shown
+from .tokenizer_check import VOCABULARY_FILES, require_tokenizer
+
+_MOST_CONFIG_BYTES: Final = 16 << 20
+_FAST_FILE: Final = "tokenizer.json"
+
+SPECIAL_TOKENS: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+"""The names under which a template finds special tokens."""
+
+_SPECIAL: Final = (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
+# What changes how text becomes tokens. Other keys may name files (`vocab_file`, `name_or_path`) or code (`auto_map`).
+_OPTIONS: Final = (
+    *_SPECIAL,
+    "tokenizer_class",
+    "added_tokens_decoder",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "byte_fallback",
+    "clean_up_tokenization_spaces",
+    "do_lower_case",
+    "errors",
+    "legacy",
+    "split_special_tokens",
+    "strip_accents",
+    "tokenize_chinese_chars",
+)
+_COPIED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "tokenizer_config.json": _OPTIONS,
+    "special_tokens_map.json": _SPECIAL,
+    "config.json": ("model_type", "tokenizer_class"),
+}
+
+
+def converted(directory: Path, call: Callable[[Callable[[], str], str], str]) -> bytes:
+    """The `tokenizer.json` that transformers makes of the files of a directory; code from it is never run.
+
+    `call(function, doing)` runs a function whose failures are GenerationErrors that begin with `doing`. Raises
+    GenerationError where transformers is missing or fails, and where the vocabulary is not the model's: without the
+    files that hold it, far smaller than config.json says, without the special tokens that the checkpoint names.
+    """
+    require_tokenizer(directory)
+    missing = f"{directory}: no tokenizer.json; copy the model's tokenizer files there"
+    try:
+        import transformers
+    except ImportError:
+        raise GenerationError(f"{missing}, or install transformers to convert an older format") from None
+
+    with TemporaryDirectory(prefix="npuq-tokenizer-") as name:
+        copy = Path(name)
+        _copy_files(directory, copy)
+
+        def convert() -> str:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+            _require_files(directory, copy, tokenizer)
+            _check_vocabulary(directory, tokenizer)
+            text: str = tokenizer.backend_tokenizer.to_str()
+            return text
+
+        return call(convert, f"{missing}; transformers cannot convert what is there").encode()
+
+
+def _copy_files(directory: Path, copy: Path) -> None:
+    for name, keys in _COPIED_KEYS.items():
+        if is_inside(directory, name):
+            content = read_object(inside(directory, name, GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+            (copy / name).write_text(json.dumps({key: content[key] for key in keys if key in content}), "utf-8")
+    name = "added_tokens.json"
+    if is_inside(directory, name):
+        content = read_object(inside(directory, name, GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+        (copy / name).write_text(json.dumps(content), "utf-8")
+    for name in (*VOCABULARY_FILES, "merges.txt"):
+        if is_inside(directory, name):
+            (copy / name).write_bytes(read_bytes(inside(directory, name, GenerationError), GenerationError))
+
+
+def _require_files(directory: Path, copy: Path, tokenizer: Any) -> None:
+    """GenerationError unless the files are there that hold the vocabulary of such a tokenizer."""
+    names = [name for name in type(tokenizer).vocab_files_names.values() if name != _FAST_FILE] or ["tokenizer.model"]
+    for name in names:
+        if not (copy / name).is_file():
+            kind = printable(type(tokenizer).__name__)
+            raise GenerationError(f"{directory}: no {name}, which holds the vocabulary of a {kind}; fetch it again")
+
+
+def _check_vocabulary(directory: Path, tokenizer: Any) -> None:
+    fast = tokenizer.backend_tokenizer
+    found = fast.get_vocab_size()
+    expected = _vocab_size(directory)
+    if found < expected // 2:
+        raise GenerationError(
+            f"{directory}: its tokenizer has {found} tokens, and config.json's vocab_size is {expected}"
+        )
+    for name in SPECIAL_TOKENS:
+        text = getattr(tokenizer, name, None)
+        if text is None:
+            continue
+        token = fast.token_to_id(str(text))
+        if token is None or (expected and token >= expected):
+            raise GenerationError(
+                f"{directory}: {name} {shown(str(text))} is no token of its vocabulary; fetch it again"
+            )
+
+
+def _vocab_size(directory: Path) -> int:
+    """What config.json says; 0 where it says nothing."""
+    if not is_inside(directory, "config.json"):
+        return 0
+    config = read_object(inside(directory, "config.json", GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+    size = config.get("vocab_size")
+    return size if type(size) is int and size > 0 else 0

@@ -1,0 +1,70 @@
+"""Checks that are the same for both engines: a class of tests, which each engine's file makes its own."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from npuq.errors import ArtifactError
+
+from . import parameter_lists, rotary
+from .conformance import ConformanceError, compare, load
+from .corruption import corrupt, corruptions, mtp_corruptions, static_corruptions
+
+SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
+# Quantized linears of each model: attention and MLP of each layer, a layer's experts counted once.
+LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "v3-static": 11, "kimi": 11}
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+class CommonChecks:
+    """name: the engine, as `npuq verify --engine` has it. detected: how it calls an artifact's quantization."""
+
+    name: str
+    detected: str
+    engine: ModuleType
+
+    @pytest.mark.parametrize("model", LINEARS)
+    def test_detection(self, artifact, model):
+        assert self.engine.detect(artifact(model)) == self.detected
+
+    @pytest.mark.parametrize(("what", "how"), static_corruptions(), ids=_name)
+    def test_corruption_of_static_linears_is_seen(self, artifact, tmp_path, what, how):
+        broken = corrupt(artifact("v3-static"), tmp_path / "broken", how)
+        with pytest.raises(SEEN):
+            compare(load(self.engine, broken, 1))
+
+    @pytest.mark.parametrize(("what", "how"), mtp_corruptions(), ids=_name)
+    def test_corruption_of_the_mtp_draft_is_seen(self, artifact, tmp_path, what, how):
+        broken = corrupt(artifact("v3-mtp"), tmp_path / "broken", how)
+        with pytest.raises(SEEN):
+            compare(load(self.engine, broken, 1, mtp=True))
+
+    @pytest.mark.parametrize(("what", "how"), corruptions(), ids=_name)
+    def test_corruption_is_seen(self, artifact, tmp_path, what, how):
+        broken = corrupt(artifact("v3-mtp"), tmp_path / "broken", how)
+        with pytest.raises(SEEN):
+            compare(load(self.engine, broken, 1))
+
+    @pytest.mark.parametrize(
+        ("model", "mtp"), [("v2-lite", False), ("v3-mtp", False), ("v3-mtp", True), ("v3-static", False)]
+    )
+    def test_the_list_of_needed_tensors(self, artifact, model, mtp):
+        parameter_lists.check_needed(self.name, self.engine, artifact(model), mtp)
+
+    @pytest.mark.parametrize("tensor", parameter_lists.SURPLUS)
+    def test_tensors_without_a_parameter(self, artifact, tensor):
+        parameter_lists.check_surplus(self.name, self.engine, artifact("v3-mtp"), tensor)
+
+    @pytest.mark.parametrize("key", parameter_lists.VARIATIONS)
+    def test_what_is_said_of_an_artifact_is_what_happens(self, artifact, tmp_path, key):
+        parameter_lists.check_variation(self.name, self.engine, artifact, tmp_path / "varied", key)
+
+    @pytest.mark.parametrize("key", rotary.ROPES)
+    def test_rotary_tables(self, artifact, tmp_path, key):
+        rotary.check_rope(self.name, self.engine, artifact("v3-mtp"), tmp_path / "rope", key)
