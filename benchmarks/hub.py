@@ -2,7 +2,7 @@
 
     python benchmarks/hub.py [--shards 4] [--shard-mb 128] [--rounds 3]
 
-The hub is tests/hub/loopback.py in a process of its own, with plain LFS transfers; it and the client share this
+The hub is tests/hub/rig/loopback.py in a process of its own, with plain LFS transfers; it and the client share this
 machine's cores. Every round starts from an empty hub and an empty cache; the files are in the page cache. `pull`
 hashes what it receives, snapshot_download does not. The best round counts.
 """
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 REPO = "alice/benchmark"
-LOOPBACK = Path(__file__).parent.parent / "tests" / "hub" / "loopback.py"
+LOOPBACK = Path(__file__).parent.parent / "tests" / "hub" / "rig" / "loopback.py"
 
 
 def main() -> None:

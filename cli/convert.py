@@ -118,7 +118,7 @@ def command(
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")
-    display = TerminalProgress("convert", progress, quiet)
+    display = TerminalProgress(progress, quiet)
     with signals_raise(), display:
         pusher = None if repo is None else open_pusher(output, repo, display.note)
         summary = convert_checkpoint(

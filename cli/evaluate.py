@@ -77,7 +77,7 @@ def command(
         check_storable(model)
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)
     errors: list[LayerError] = []
-    with TerminalProgress("evaluate", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display)

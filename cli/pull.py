@@ -30,7 +30,7 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Fetch the artifact USER/NAME into the Hugging Face cache, or into DIRECTORY, and print where it is.
+    """Fetch the artifact USER/NAME into the cache of the hub's client, or into DIRECTORY, and print where it is.
 
     Interrupted at any moment, the same command continues, also inside a file. Every file is checked against the
     manifest's hash.
@@ -43,17 +43,12 @@ def command(
         raise click.UsageError(f"{repo}@{pinned}: give the revision once, behind @ or with --revision")
     revision = pinned or revision
     silence_client()
-    with TerminalProgress("pull", progress, quiet) as display:
-        if which == "modelscope":
-            from ..hub.modelscope_transfer import pull_modelscope
-
-            path = pull_modelscope(repo, directory, revision=revision, token=token, progress=display)
-        else:
-            path = pull(repo, directory, revision=revision, token=token, progress=display)
-    if display.total_bytes and not as_json:
-        display.note(f"{format_bytes(display.total_bytes)} fetched")
+    with TerminalProgress(progress, quiet) as display:
+        path = pull(repo, directory, hub=which, revision=revision, token=token, progress=display)
+    if display.total and not as_json:
+        display.note(f"{format_bytes(display.total)} fetched")
     with work_is_done():
         if as_json:
-            emit_json({"repo": repo, "path": str(path), "fetched_bytes": display.total_bytes})
+            emit_json({"repo": repo, "path": str(path), "fetched_bytes": display.total})
         else:
             show(path)

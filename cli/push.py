@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,24 +17,13 @@ if TYPE_CHECKING:
     from ..hub import PushSummary
 
 
-class PushArguments(TypedDict):
-    """What pushes to either hub take."""
-
-    private: bool | None
-    revision: str | None
-    message: str | None
-    tag: str | None
-    token: str | None
-    verify: Callable[[Path], None] | None
-    progress: TerminalProgress
-
-
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--private/--public", default=None, help="Of a repository that is made now. [default: the hub's]")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to, made when it is not there. [default: main]")
 @click.option("--message", help="Title of the commits, or of the pull request.")
+@click.option("--base-model", metavar="OWNER/NAME", help="Name of the source on the hub, for the model card.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request, or go on with yours of the same title.")
 @click.option("--tag", metavar="NAME", help="Tag the result.")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
@@ -49,6 +37,7 @@ def command(
     private: bool | None,
     revision: str | None,
     message: str | None,
+    base_model: str | None,
     create_pr: bool,
     tag: str | None,
     token: str | None,
@@ -63,27 +52,24 @@ def command(
     Interrupted at any moment, the same command continues; only what is not on the hub yet is sent. Until the last
     commit the repository says that it is unfinished.
     """
+    from ..hub import push
+
     silence_client()
-    with TerminalProgress("push", progress, quiet) as display:
-        common = PushArguments(
+    with TerminalProgress(progress, quiet) as display:
+        summary = push(
+            artifact,
+            repo,
+            hub=which,
             private=private,
             revision=revision,
             message=message,
+            base_model=base_model,
+            create_pr=create_pr,
             tag=tag,
             token=token,
             verify=None if no_verify else verified,
             progress=display,
         )
-        if which == "modelscope":
-            if create_pr:
-                raise click.UsageError("--create-pr is not for ModelScope: its client opens no pull requests")
-            from ..hub.modelscope_transfer import push_modelscope
-
-            summary = push_modelscope(artifact, repo, **common)
-        else:
-            from ..hub import push
-
-            summary = push(artifact, repo, create_pr=create_pr, **common)
     with work_is_done():
         _print(summary, as_json)
 

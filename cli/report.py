@@ -34,7 +34,7 @@ def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: b
     if not as_json:
         check_output(output)
     directory = local_model(artifact, quiet=quiet, progress=progress)
-    with TerminalProgress("report", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         # What the hub's cache calls a directory, a commit, means nothing to a reader.
         facts = read_facts(directory, display, None if directory == artifact else str(artifact))
     if as_json:

@@ -34,11 +34,11 @@ def local_model(
     from ..hub import resolve
 
     silence_client()
-    with TerminalProgress("pull", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         path = resolve(model, before_weights=before_weights, progress=display)
     before_weights(path)
-    if display.total_bytes:
-        display.note(f"{model}: {format_bytes(display.total_bytes)} fetched to {path}")
+    if display.total:
+        display.note(f"{model}: {format_bytes(display.total)} fetched to {path}")
     return path
 
 

@@ -54,7 +54,7 @@ def command(
         raise click.UsageError("--tp and --ep are about an engine: name it with --engine")
     where = local_model(artifact, quiet=quiet, progress=progress)
     original = None if source is None else local_model(source, quiet=quiet, progress=progress)
-    with TerminalProgress("verify", progress, quiet) as display:
+    with TerminalProgress(progress, quiet) as display:
         report = verify(where, original, progress=display)
     if engine is not None:
         # An artifact whose config or description cannot be read has been found out already.

@@ -1,7 +1,7 @@
 """Artifacts and checkpoints on a hub: push one, pull one, and read a checkpoint there without keeping it here.
 
-huggingface_hub speaks the protocol and finds the token; this room adds what an artifact of hundreds of gigabytes needs:
-resuming inside a file, hashes checked against the manifest, one bad file that does not take the others along.
+`hub.py` says what npuq asks of any hub; `huggingface/` and `modelscope/` answer, each through that hub's own client;
+`transfer/` brings bytes, resumed inside files and checked.
 """
 
 from .locate import resolve

@@ -14,12 +14,15 @@ from ..inputs.yaml_text import parse_yaml
 _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
 
 
-def merge_card(existing: str | None, generated: str, repo: str) -> str:
+def merge_card(existing: str | None, generated: str, repo: str, base_model: str | None = None) -> str:
     """The card to push: `generated` is the artifact's README.md, `existing` the one on the hub, None when none is.
 
-    Commands in the generated section name `repo`. Raises HubError when the existing front matter is no YAML.
+    Commands in the generated section name `repo`; `base_model` goes before what the artifact
+    knows of its source. Raises HubError when the existing front matter is no YAML.
     """
     ours_front, ours_body = _split(generated, "the artifact's README.md")
+    if base_model is not None:
+        ours_front |= {"base_model": str(base_model), "base_model_relation": "quantized"}
     section = _section(ours_body).replace(CARD_PATH, repo)
     if existing is None or not existing.strip():
         return _join(ours_front, f"\n{section}\n")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import HubError
-from .names import HubRepoId
-from .progress import TransferProgress
-from .pulling import BeforeWeights, pull
+from ..progress import Progress, Silent
+from .checkpoints import CONFIG, fetch_checkpoint
+from .huggingface.hub import HuggingFace
+from .names import HubRepoId, parse_revision
+from .pulling import BeforeWeights, fetch_artifact, find_manifest
 
 
 def resolve(
@@ -16,7 +18,7 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     before_weights: BeforeWeights = lambda directory: None,
-    progress: TransferProgress | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """The directory of a model: `model` itself, or for `user/repo` (or `user/repo@revision`) the local copy.
 
@@ -29,16 +31,25 @@ def resolve(
         return Path(model)
     repo, pinned = named
     try:
-        return pull(
-            repo,
-            revision=pinned if revision is None else revision,
-            token=token,
-            before_weights=before_weights,
-            progress=progress,
-            artifact_only=False,
-        )
+        return _fetch(repo, pinned if revision is None else revision, token, before_weights, progress or Silent())
     except HubError as error:
         raise type(error)(f"{model}: no such directory here; on the hub: {error}") from None
+
+
+def _fetch(
+    repo: str, revision: str | None, token: str | None, before_weights: BeforeWeights, progress: Progress
+) -> Path:
+    hub = HuggingFace(repo, token)
+    with hub.errors(f"fetching {repo}"):
+        located = hub.locate(parse_revision(revision, hub.default_branch))
+        place = located.place
+        if located.unanswered is not None and place.manifest() is None and (place.directory / CONFIG).is_file():
+            # Nobody can say whether it has a manifest. A checkpoint that was fetched before has none.
+            return place.directory
+        sealed, listing = find_manifest(located, place)
+        if sealed is not None:
+            return fetch_artifact(located, place, sealed, listing, progress, before_weights)
+        return fetch_checkpoint(located, listing or located.repository.listing(), progress, before_weights)
 
 
 def repo_and_revision(model: str | Path) -> tuple[str, str | None] | None:

@@ -6,7 +6,7 @@ Paths, addresses and file names are made of these types alone, next to `inputs.n
 from __future__ import annotations
 
 import re
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from ..errors import HubError
 from ..inputs.names import CheckedText, FileName, Sha256
@@ -27,11 +27,6 @@ class RepoId(CheckedText):
     def holds(cls, value: str) -> bool:
         return len(value) <= _MOST_REPO_CHARACTERS and _REPO.fullmatch(value) is not None and ".." not in value
 
-    @property
-    def folder(self) -> str:
-        """The name of a folder for it."""
-        return self.replace("/", "--")
-
 
 class HubRepoId(RepoId):
     """`user/name` on Hugging Face, which allows no `--`: no two repositories have one folder."""
@@ -41,6 +36,11 @@ class HubRepoId(RepoId):
     @classmethod
     def holds(cls, value: str) -> bool:
         return super().holds(value) and "--" not in value
+
+    @property
+    def folder(self) -> str:
+        """The name of a folder for it."""
+        return self.replace("/", "--")
 
 
 class Revision(CheckedText):
@@ -82,6 +82,24 @@ class BlobId(CheckedText):
 
 
 Digest: TypeAlias = Sha256 | BlobId
+
+_Repo = TypeVar("_Repo", bound=RepoId)
+
+
+def parse_repo(text: str, kind: type[_Repo]) -> _Repo:
+    """The repository that a user wrote. HubError for what is none."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
+
+
+def parse_revision(text: str | None, default: Revision) -> Revision:
+    """The revision that a user wrote, `default` where none. HubError for what is none."""
+    try:
+        return default if text is None else Revision(text)
+    except ValueError as error:
+        raise HubError(str(error)) from None
 
 
 def byte_count(value: Any, where: str, error: type[Exception] = HubError) -> int:

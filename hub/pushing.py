@@ -1,43 +1,42 @@
 """`push`: an artifact goes to a repository, in commits that a killed push can be continued from.
 
-The first commit takes the old manifest away and says that a push is under way; then come the weights, one after
-another; the last commit brings the small files and the manifest. Content that the hub has already is never sent again.
+The old manifest goes first, the new one comes last: no reader is given a mixture. Content that the hub has already is
+never sent again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from ..choices import HUBS
 from ..errors import ArtifactError, HubError
-from ..formats.artifact import read_manifest
-from ..inputs.files import inside, is_inside, read_bytes, read_text
-from ..inputs.names import FileName, Sha256
-from ..inputs.printable import printable
+from ..formats.artifact import CARD_NAME
+from ..inputs.files import inside, is_inside, read_text
+from ..inputs.names import FileName
+from ..progress import Progress, Silent, Task
 from .card import merge_card
-from .client import Backoff, Hub
-from .commits import Committer
-from .download import read_whole
-from .huggingface import HubRepository, list_branch
-from .lfs import Addition
-from .names import CommitId
-from .place import MANIFEST
-from .progress import Silent, TransferProgress
-from .pulling import CARD, manifest_files
-from .remote_state import MOST_CARD_BYTES, MOST_MANIFEST_BYTES, UNFINISHED, previous_files, refuse_strays
-from .repository import Listing, RemoteFile, Repository
-from .target import open_target
-from .upload import LocalFile, not_sent, upload_all
+from .hub import Repository, Upload, open_hub
+from .listing import Listing
+from .local_files import LocalFile, local_files, not_sent
+from .manifest import MANIFEST
+from .names import CommitId, RepoId, parse_repo
+from .remote_state import UNFINISHED, previous_files, refuse_strays, unfinished_note
+from .transfer.download import read_whole
+from .transfer.retry import Backoff
 
+CARD: Final = FileName(CARD_NAME)
+_MOST_CARD_BYTES: Final = 8 << 20
 # Smaller files travel with the last commit: a README or an index without its weights is of no use to a reader.
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
 class PushSummary:
-    """What a push did. `sent_bytes` counts the files that were not on the hub; `commit` is the last one's hash."""
+    """What a push did. `sent_bytes` counts the files that were not on the hub; `commit` is the last one's hash, empty
+    where the hub does not tell it."""
 
     repo: str
     revision: str
@@ -57,120 +56,55 @@ def push(
     artifact: str | Path,
     repo: str,
     *,
+    hub: str = HUBS[0],
     private: bool | None = None,
     revision: str | None = None,
     message: str | None = None,
+    base_model: str | None = None,
     create_pr: bool = False,
     tag: str | None = None,
     token: str | None = None,
     verify: Callable[[Path], None] | None = None,
-    progress: TransferProgress | None = None,
+    progress: Progress | None = None,
     backoff: Backoff | None = None,
 ) -> PushSummary:
-    """Push an artifact directory to `repo` (created where it does not exist), continuing what an earlier push did.
+    """Push an artifact directory to `repo` (made where it does not exist), continuing what an earlier push did.
 
-    `revision` is a branch, made from main where it does not exist; `create_pr` opens a pull request instead (or goes on
-    with this user's open one of the same title); `tag` names the result. `verify` is called with the directory first
-    and raises what is wrong with it. `token` defaults to the ecosystem's (HF_TOKEN, `hf auth login`). A README.md that
-    is there keeps its text around npuq's own section.
+    `hub` is "huggingface" or "modelscope". `revision` is a branch, made from main where it does not exist; `create_pr`
+    opens a pull request instead (or goes on with this user's open one of the same title); ModelScope has neither.
+    `tag` names the result. `base_model` is the source's name on the hub for the card, where the artifact does not know
+    it. `verify` is called with the directory first and raises what is wrong with it. `token` defaults to that of the
+    hub's own client (HF_TOKEN, `hf auth login`). A README.md that is there keeps its text around npuq's own section.
 
     Raises ArtifactError for a directory that is no finished artifact, HubError for what the hub refuses and for files
     that could not be sent; all others are sent then, and pushing again continues.
     """
     artifact, progress = Path(artifact), progress or Silent()
-    hub, title = Hub(repo, token, backoff), message or default_title(artifact)
+    there, title = open_hub(hub, repo, token, backoff), message or default_title(artifact)
+    base = None if base_model is None else parse_repo(base_model, RepoId)
     files, sealed = local_files(artifact)
-    target = open_target(hub, private, revision, create_pr, title)
-    if verify is not None:
-        verify(artifact)
-    repository, listing = list_branch(hub, target.revision)
-    previous = previous_files(repository, listing)
-    refuse_strays(repo, listing, {*files, *previous})
-    texts = {MANIFEST: sealed, **merged_card(repository, artifact, listing)}
-    count = len({*files, *texts})
-    changed = [file for name, file in files.items() if not _is_there(file, listing.files.get(name))]
-    texts = {name: text for name, text in texts.items() if not _holds_text(listing.files.get(name), text)}
-    stale = sorted(previous - files.keys() - {MANIFEST, CARD, UNFINISHED})
-    commit = _send(Committer(hub, target, title), repository, listing, files, changed, texts, stale, progress)
-    if tag is not None:
-        _tag(hub, tag, commit)
-    target.finish(hub)
+    with there.errors(f"pushing to {repo}"):
+        upload = there.open_upload(private=private, revision=revision, create_pr=create_pr, title=title)
+        if verify is not None:
+            verify(artifact)
+        repository, listing = upload.head()
+        card = merged_card(repository, artifact, listing, base)
+        work = _plan(repository, listing, files, {**card, MANIFEST: sealed}, together=upload.commits_together)
+        progress.start(Task("push", work.sent_bytes))
+        commit = repository.commit if work.is_done else _send(upload, listing, work, progress)
+        if tag is not None:
+            upload.tag(tag, commit)
+        upload.publish()
     return PushSummary(
         repo=repo,
-        revision=target.revision,
-        commit=commit,
-        url=f"{hub.api.endpoint}/{repo}",
-        files=count,
-        sent_files=len(changed) + len(texts),
-        sent_bytes=sum(file.size for file in changed) + sum(map(len, texts.values())),
-        pull_request=target.pull_request,
+        revision=upload.revision,
+        commit=commit or "",
+        url=upload.page,
+        files=len({*files, *card, MANIFEST}),
+        sent_files=len(work.changed) + len(work.texts),
+        sent_bytes=work.sent_bytes,
+        pull_request=upload.pull_request,
     )
-
-
-def local_files(artifact: Path) -> tuple[dict[FileName, LocalFile], bytes]:
-    """What the manifest lists, in order, and the manifest itself. ArtifactError when a file is gone or has another
-    size, and for a directory that is no finished artifact."""
-    read_manifest(artifact)
-    sealed = read_bytes(inside(artifact, MANIFEST, ArtifactError), ArtifactError, MOST_MANIFEST_BYTES)
-    files = {}
-    for listed in manifest_files(str(artifact), sealed, ArtifactError):
-        path = inside(artifact, listed.name, ArtifactError)
-        if path.stat().st_size != listed.size:
-            raise ArtifactError(f"{path}: is not as the manifest has it; run `npuq verify {artifact}`")
-        files[listed.name] = LocalFile(listed.name, path, listed.size, Sha256(listed.digest))
-    return files, sealed
-
-
-def merged_card(repository: Repository, artifact: Path, listing: Listing) -> dict[FileName, bytes]:
-    """The artifact's card merged into the repository's; empty for an artifact that has none."""
-    if not is_inside(artifact, CARD):
-        return {}
-    ours = read_text(inside(artifact, CARD, ArtifactError), ArtifactError, MOST_CARD_BYTES)
-    theirs = None
-    if CARD in listing.files:
-        content = read_whole(repository, CARD, listing.files[CARD], MOST_CARD_BYTES)
-        try:
-            theirs = content.decode("utf-8")
-        except UnicodeDecodeError:
-            raise HubError(f"{CARD} in {repository.repo} is not UTF-8 text; repair it, then push again") from None
-    return {CARD: merge_card(theirs, ours, repository.repo).encode()}
-
-
-def _send(
-    committer: Committer,
-    repository: HubRepository,
-    listing: Listing,
-    files: Mapping[FileName, LocalFile],
-    changed: Sequence[LocalFile],
-    texts: Mapping[FileName, bytes],
-    stale: Sequence[FileName],
-    progress: TransferProgress,
-) -> CommitId:
-    progress.start(sum(file.size for file in changed) + sum(map(len, texts.values())))
-    if not changed and not texts and not stale and UNFINISHED not in listing.files:
-        return repository.commit
-    large = [file for file in changed if file.size > _SMALL_BYTES]
-    if large:
-        committer.begin(repository, listing, [*files, *texts])
-    failed = upload_all(committer, large, progress)
-    if failed:
-        raise not_sent(failed, len(large))
-    # From memory: what is committed is what was hashed here.
-    small = {file.name: file.checked_content() for file in changed if file.size <= _SMALL_BYTES}
-    additions = [Addition.of(name, content) for name, content in {**small, **texts}.items()]
-    commit = committer.finish(additions, stale)
-    progress.advance(sum(map(len, [*small.values(), *texts.values()])))
-    return commit
-
-
-def _is_there(file: LocalFile, remote: RemoteFile | None) -> bool:
-    if remote is None or remote.size != file.size:
-        return False
-    return remote.sha256 == file.sha256 if remote.sha256 is not None else remote.holds(file.checked_content())
-
-
-def _holds_text(remote: RemoteFile | None, text: bytes) -> bool:
-    return remote is not None and remote.holds(text)
 
 
 def default_title(artifact: Path) -> str:
@@ -178,16 +112,78 @@ def default_title(artifact: Path) -> str:
     return f"Upload {artifact.resolve().name} with npuq"
 
 
-def _tag(hub: Hub, tag: str, commit: CommitId) -> None:
-    doing = f"tagging {hub.repo} as {tag!r}"
+def merged_card(
+    repository: Repository, artifact: Path, listing: Listing, base_model: RepoId | None = None
+) -> dict[FileName, bytes]:
+    """The artifact's card merged into the repository's; empty for an artifact that has none."""
+    if not is_inside(artifact, CARD):
+        return {}
+    ours = read_text(inside(artifact, CARD, ArtifactError), ArtifactError, _MOST_CARD_BYTES)
+    theirs = None
+    if CARD in listing.files:
+        content = read_whole(repository, CARD, listing.files[CARD], _MOST_CARD_BYTES)
+        try:
+            theirs = content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise HubError(f"{CARD} in {repository.repo} is not UTF-8 text; repair it, then push again") from None
+    return {CARD: merge_card(theirs, ours, repository.repo, base_model).encode()}
 
-    def existing() -> dict[str, str]:
-        return {ref.name: ref.target_commit for ref in hub.api.list_repo_refs(hub.repo).tags}
 
-    before = hub.call(doing, existing).get(tag)
-    if before == commit:
-        return
-    if before is not None:
-        means = printable(str(before))[:12]
-        raise HubError(f"{doing}: the tag exists and means {means}; the push itself is done: choose another tag")
-    hub.call(doing, lambda: hub.api.create_tag(hub.repo, tag=tag, revision=commit, exist_ok=True))
+@dataclass(frozen=True)
+class _Work:
+    """What a push has to do: `large` of the `changed` files go up by themselves, the others and `texts` (the card, the
+    manifest) with the last commit, which removes what is `stale`. `note` names all of it for who goes on with it."""
+
+    changed: list[LocalFile]
+    large: list[LocalFile]
+    texts: dict[FileName, bytes]
+    stale: list[FileName]
+    note: bytes
+    begins: bool
+    was_unfinished: bool
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(file.size for file in self.changed) + sum(map(len, self.texts.values()))
+
+    @property
+    def is_done(self) -> bool:
+        return not (self.changed or self.texts or self.stale or self.was_unfinished)
+
+
+def _plan(
+    repository: Repository,
+    listing: Listing,
+    files: dict[FileName, LocalFile],
+    texts: dict[FileName, bytes],
+    *,
+    together: bool,
+) -> _Work:
+    previous = previous_files(repository, listing)
+    refuse_strays(repository.repo, listing, {*files, *previous})
+    changed = [file for file in files.values() if not file.is_in(listing)]
+    large = [file for file in changed if not together or file.size > _SMALL_BYTES]
+    stale = sorted(previous - files.keys() - {MANIFEST, CARD, UNFINISHED})
+    # Where several commits make the difference, no reader may take the mixture for an artifact.
+    begins = bool(large or (stale and not together))
+    sent = {
+        name: text
+        for name, text in texts.items()
+        if not listing.holds(name, text) or (begins and name == MANIFEST)  # which is taken away then
+    }
+    note = unfinished_note([*previous, *files, *texts])
+    return _Work(changed, large, sent, stale, note, begins, UNFINISHED in listing.files)
+
+
+def _send(upload: Upload, listing: Listing, work: _Work, progress: Progress) -> CommitId | None:
+    if work.begins:
+        upload.begin(listing, work.note)
+    failed = upload.send(work.large, progress) if work.large else {}
+    if failed:
+        raise not_sent(failed, len(work.large))
+    # From memory: what is committed is what was hashed here.
+    large = {*work.large}
+    small = {file.name: file.checked_content() for file in work.changed if file not in large}
+    commit = upload.finish({**small, **work.texts}, work.stale)
+    progress.advance(sum(map(len, [*small.values(), *work.texts.values()])))
+    return commit

@@ -12,15 +12,17 @@ from ..errors import CheckpointError, HubError
 from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..formats.safetensors import TensorInfo, parse_header
 from ..inputs.names import FileName
-from .client import Backoff, Hub, revision_of
-from .download import fetch_range
-from .huggingface import HubRepository, resolve_commit
-from .parallel import in_order
-from .place import CachePlace
-from .progress import Silent
-from .pulling import CONFIG, as_listed, beside_weights, fetch_all, shard_names
-from .repository import Listing
-from .window import Shard, Window
+from ..progress import Silent
+from .checkpoints import CONFIG, beside_weights, shard_names
+from .hub import Place, Repository
+from .huggingface.hub import HuggingFace
+from .listing import Listing, as_listed
+from .names import parse_revision
+from .pulling import fetch_all
+from .transfer.download import fetch_range
+from .transfer.parallel import in_order
+from .transfer.retry import Backoff
+from .transfer.window import Shard, Window
 
 DEFAULT_WINDOW = 20_000_000_000
 # No tokenizer comes near; the disk was promised to hold the window alone.
@@ -49,14 +51,15 @@ def open_remote(
     """
     if window_bytes < 1:
         raise HubError(f"the download window must be positive, not {window_bytes}")
-    hub = Hub(repo, token, backoff)
-    repository = HubRepository(hub, resolve_commit(hub, revision_of(revision)))
+    hub = HuggingFace(repo, token, backoff)
+    pinned = hub.pinned(parse_revision(revision, hub.default_branch))
+    repository = pinned.repository
     listing = repository.listing()
-    directory = _fetch_small_files(repository, listing)
+    directory = _fetch_small_files(repository, pinned.place, listing)
     config = read_config(directory)
     weight_map = read_weight_map(directory)
-    names = shard_names(directory, hub.repo, listing)
-    shards = [_shard(hub.repo, number, name, listing) for number, name in enumerate(names)]
+    names = shard_names(directory, repository.repo, listing)
+    shards = [_shard(repository.repo, number, name, listing) for number, name in enumerate(names)]
     tensors = collect_tensors(directory, weight_map, _read_headers(repository, directory, shards))
 
     def fetch(shard: Shard, start: int, end: int, file: IO[bytes], received: Callable[[bytes], object]) -> None:
@@ -97,11 +100,10 @@ class WindowFiles:
         self._window.close()
 
 
-def _fetch_small_files(repository: HubRepository, listing: Listing) -> Path:
+def _fetch_small_files(repository: Repository, place: Place, listing: Listing) -> Path:
     """The snapshot directory in the cache, with all files but the weights, checked by the hub's hashes."""
     if CONFIG not in listing.files:
         raise HubError(f"{repository.repo}: has no {CONFIG}; it is not a checkpoint")
-    place = CachePlace(repository.repo, repository.commit)
     files = beside_weights(repository.repo, listing)
     for file in files:
         if file.size > _MOST_SMALL_BYTES:
@@ -115,9 +117,7 @@ def _shard(repo: str, number: int, name: FileName, listing: Listing) -> Shard:
     return Shard(number, name, file.size, file.digest)
 
 
-def _read_headers(
-    repository: HubRepository, directory: Path, shards: Sequence[Shard]
-) -> dict[str, dict[str, TensorInfo]]:
+def _read_headers(repository: Repository, directory: Path, shards: Sequence[Shard]) -> dict[str, dict[str, TensorInfo]]:
     def header(shard: Shard) -> dict[str, TensorInfo]:
         start = BytesIO()
         fetch_range(repository, shard.name, shard.size, 0, min(_HEADER_GUESS, shard.size), start)

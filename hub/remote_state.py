@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from typing import Final
 
 from ..errors import HubError
 from ..formats.artifact import DESCRIPTION_NAME, OWN_FOLDER
-from ..inputs.json_text import parse_object
 from ..inputs.names import FileName
-from .download import read_whole
-from .place import MANIFEST
-from .repository import Listing, Repository
+from .hub import Repository
+from .listing import Listing
+from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names
+from .transfer.download import read_whole
 
 # In the repository from the first commit of a push to its last: whoever finds it looks at an unfinished push. It lists
 # the files of the artifact that was there before, so that the last commit can remove those that no longer belong.
-UNFINISHED_NAME = f"{OWN_FOLDER}/unfinished.json"
-UNFINISHED = FileName(UNFINISHED_NAME)
-
-MOST_MANIFEST_BYTES = 64 << 20
-MOST_CARD_BYTES = 8 << 20
+UNFINISHED: Final = FileName(f"{OWN_FOLDER}/unfinished.json")
 
 
 def previous_files(repository: Repository, listing: Listing) -> frozenset[FileName]:
@@ -31,15 +29,10 @@ def previous_files(repository: Repository, listing: Listing) -> frozenset[FileNa
     return frozenset(names & listing.files.keys())
 
 
-def listed_names(content: bytes, key: str) -> Iterable[FileName]:
-    """The file names under a key of a manifest (or of the note on an unfinished push); none where it is malformed."""
-    try:
-        found = parse_object(content, MANIFEST, HubError).get(key, ())
-    except HubError:
-        # Not a manifest: whoever put it there, none of its files is ours to remove.
-        return ()
-    names = found if isinstance(found, (dict, list)) else ()
-    return [FileName(name) for name in names if isinstance(name, str) and FileName.holds(name)]
+def unfinished_note(names: Iterable[FileName]) -> bytes:
+    """The content of npuq/unfinished.json for a push after which none of these files is there but the artifact's."""
+    replaces = sorted({*names} - {UNFINISHED})
+    return json.dumps({"unfinished_push": True, "replaces": replaces}, indent=1).encode() + b"\n"
 
 
 def refuse_strays(repo: str, listing: Listing, ours: Iterable[str]) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from ..choices import HUBS
 from ..errors import ArtifactError, NpuqError
 from ..inputs.files import inside
 from ..inputs.names import FileName, Sha256
-from .client import Backoff, Hub
-from .commits import Committer
-from .huggingface import list_branch
-from .parallel import start_threads
-from .progress import Silent
+from ..progress import Silent
+from .hub import open_hub
+from .local_files import LocalFile
 from .pushing import PushSummary, default_title, push
-from .remote_state import previous_files, refuse_strays
-from .target import open_target
-from .upload import LocalFile, upload_all
+from .remote_state import previous_files, refuse_strays, unfinished_note
+from .transfer.parallel import start_threads
+from .transfer.retry import Backoff
 
 
 class ShardPusher:
@@ -33,17 +33,19 @@ class ShardPusher:
         artifact: str | Path,
         repo: str,
         *,
+        hub: str = HUBS[0],
         private: bool | None = None,
         token: str | None = None,
         note: Callable[[str], None] = lambda text: None,
         backoff: Backoff | None = None,
     ):
         self._artifact = Path(artifact)
-        self._hub = Hub(repo, token, backoff)
-        self._options = {"private": private, "token": token, "backoff": backoff}
+        self._repo = repo
+        self._push_rest = partial(push, hub=hub, private=private, token=token, backoff=backoff)
         self._note = note
-        target = open_target(self._hub, private, None, False, default_title(self._artifact))
-        self._committer = Committer(self._hub, target, default_title(self._artifact))
+        self._hub = open_hub(hub, repo, token, backoff)
+        title = default_title(self._artifact)
+        self._upload = self._hub.open_upload(private=private, revision=None, create_pr=False, title=title)
         self._shards: queue.Queue[LocalFile | None] = queue.Queue()
         self._begun = False
         self._names: set[FileName] = set()
@@ -60,7 +62,7 @@ class ShardPusher:
         self._shards.put(None)
         for thread in self._threads:
             thread.join()
-        return push(self._artifact, self._hub.repo, **self._options)  # type: ignore[arg-type]
+        return self._push_rest(self._artifact, self._repo)
 
     def _run(self) -> None:
         while (shard := self._shards.get()) is not None:
@@ -68,19 +70,20 @@ class ShardPusher:
 
     def _try(self, shard: LocalFile) -> None:
         try:
-            self._send(shard)
+            with self._hub.errors(f"pushing {shard.name}"):
+                self._send(shard)
         except NpuqError as error:
             self._note(f"{shard.name} was not pushed yet: {error}")
 
     def _send(self, shard: LocalFile) -> None:
-        repository, listing = list_branch(self._hub, self._committer.target.revision)
+        repository, listing = self._upload.head()
         self._names.add(shard.name)
-        there = listing.files.get(shard.name)
-        if there is not None and there.sha256 == shard.sha256:
+        if shard.is_in(listing):
             return
         if not self._begun:
-            refuse_strays(self._hub.repo, listing, {*self._names, *previous_files(repository, listing)})
-            self._committer.begin(repository, listing, self._names)
+            names = {*self._names, *previous_files(repository, listing)}
+            refuse_strays(self._repo, listing, names)
+            self._upload.begin(listing, unfinished_note(names))
             self._begun = True
-        for error in upload_all(self._committer, [shard], Silent()).values():
+        for error in self._upload.send([shard], Silent()).values():
             raise error

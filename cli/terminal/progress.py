@@ -57,20 +57,16 @@ class View(Protocol):
 
 
 class TerminalProgress:
-    """`npuq.progress.Progress` as the options have it; notes are lines on stderr. Thread-safe, and a context manager.
+    """`npuq.progress.Progress` as the options have it; notes are lines on stderr. Thread-safe, a context manager."""
 
-    It also is what transfers tell of theirs (`npuq.hub.progress.TransferProgress`), as tasks called `name`.
-    """
-
-    def __init__(self, name: str = "", form: str = "auto", quiet: bool = False):
-        self._name = name
+    def __init__(self, form: str = "auto", quiet: bool = False):
         self._form = "none" if quiet else form
         self._quiet = quiet
         self._lock = threading.RLock()
         self._view: View | None = None
         self._pace: Pace | None = None
         self._ended: threading.Event | None = None
-        self.total_bytes = 0
+        self.total = 0
 
     def __enter__(self) -> TerminalProgress:
         return self
@@ -78,12 +74,9 @@ class TerminalProgress:
     def __exit__(self, *error: object) -> None:
         self._end()
 
-    def start(self, task: Task | int, /) -> None:
-        """A task begins; in bytes alone, a transfer of so many."""
+    def start(self, task: Task, /) -> None:
         self._end()
-        if isinstance(task, int):
-            self.total_bytes = task
-            task = Task(self._name, task)
+        self.total = task.total
         if task.done:
             self.note(f"continuing: {Pace(task).told_count()} are done")
         if task.total == 0:

@@ -95,7 +95,7 @@ def test_durations(seconds: float, text: str) -> None:
 WORK = """
 from npuq.cli.terminal.progress import TerminalProgress
 from npuq.progress import Task
-with TerminalProgress("work", FORM, QUIET) as progress:
+with TerminalProgress(FORM, QUIET) as progress:
     progress.note("beginning \\x1b[2J")
     progress.start(Task("work", 4000, layers=2))
     progress.advance(2000, layer=0, layer_done=True)

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 import npuq
-from npuq.hub.client import Backoff
+from npuq.hub.transfer.retry import Backoff
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "rig"))
 from faults import Fault
 from loopback import LoopbackHub, honest
-from loopback_state import State
+from loopback_modelscope import WRITER as SCOPE_WRITER
+from loopback_modelscope import LoopbackModelScope
+from loopback_state import WRITER, State
 from loopback_xet import XetStore
-from support import use_cache
-
-WRITER = "hf_writer"
+from support import REPO, files_of, use_cache
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +62,26 @@ def made_artifact(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def artifact(made_artifact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made_artifact, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def pushed(hub: LoopbackHub, artifact: Path) -> Path:
+    """The artifact, which the hub has too."""
+    hub.state.put(REPO, files_of(artifact))
+    return artifact
+
+
+@pytest.fixture
+def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackModelScope]:
+    """An empty ModelScope, an empty cache, the writer's token, and short waits between retries."""
+    server = LoopbackModelScope()
+    settings = {"ENDPOINT": server.endpoint, "API_TOKEN": SCOPE_WRITER, "HOME": tmp_path / "ms-home"}
+    for name, value in {**settings, "CACHE": tmp_path / "ms-cache"}.items():
+        monkeypatch.setenv(f"MODELSCOPE_{name}", str(value))
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.02)))
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from fault_tables import PUSH
 from faults import Fault
 from loopback import LoopbackHub
 from loopback_state import User
@@ -27,8 +28,8 @@ from support import (
 
 import npuq
 from npuq.errors import ArtifactError, HubError
-from npuq.hub import commits
-from npuq.hub.client import Backoff
+from npuq.hub.huggingface import commits
+from npuq.hub.transfer.retry import Backoff
 
 UNFINISHED = "npuq/unfinished.json"
 
@@ -82,6 +83,15 @@ def test_a_stored_evaluation_costs_manifest_and_card(hub: LoopbackHub, artifact:
     assert f"| text.txt | `{stored['text_sha256'][:16]}` | 64 |" in (pulled / CARD).read_text()
 
 
+def test_what_somebody_else_damaged_is_pushed_again(hub: LoopbackHub, artifact: Path) -> None:
+    """The manifest goes away meanwhile, and comes back although it is the same."""
+    npuq.push(artifact, REPO)
+    hub.state.put(REPO, {shards(artifact)[0].name: b"x" * (2 << 20)})
+    npuq.push(artifact, REPO)
+    assert_pushed(hub, artifact)
+    assert contents(npuq.pull(REPO)) == contents(artifact)
+
+
 def test_multipart_transfer(hub: LoopbackHub, artifact: Path) -> None:
     hub.multipart_from = 1 << 20
     hub.part_size = 300_000
@@ -90,29 +100,7 @@ def test_multipart_transfer(hub: LoopbackHub, artifact: Path) -> None:
     assert_pushed(hub, artifact)
 
 
-# Every route of a push, failing once or twice in every way: each run must end as if nothing had happened.
-FAULTS = {
-    "500 on whoami": Fault("whoami", status=500),
-    "500 on create": Fault("repos/create", status=500),
-    "500 on the tree": Fault("/tree/", status=500),
-    "500 on preupload": Fault("/preupload/", after=1, status=500),
-    "503 on the LFS batch": Fault("objects/batch", after=2, status=503, times=2),
-    "500 on an upload": Fault("^PUT /lfs/", after=1, status=500),
-    "403 on an upload, its address expired": Fault("^PUT /lfs/", after=1, status=403),
-    "reset amid an upload": Fault("^PUT /lfs/", after=2, reset_after=700_000),
-    "reset before an upload's answer": Fault("^PUT /lfs/", after=1, lose_response=True),
-    "500 on verify": Fault("objects/verify", status=500),
-    "500 on the first commit": Fault("/commit/", status=500),
-    "500 on the last commit": Fault("/commit/", after=2, status=500),
-    "reset amid a commit": Fault("/commit/", after=2, reset_after=1000),
-    "the first commit's answer lost": Fault("/commit/", lose_response=True),
-    "the weights' commit's answer lost": Fault("/commit/", after=1, lose_response=True),
-    "the last commit's answer lost": Fault("/commit/", after=2, lose_response=True),
-    "429 with Retry-After": Fault("^PUT /lfs/", status=429, headers={"Retry-After": "0"}),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("fault", PUSH.values(), ids=PUSH.keys())
 def test_a_fault_is_survived(hub: LoopbackHub, artifact: Path, backoff: Backoff, fault: Fault) -> None:
     hub.faults.add(fault)
     summary = npuq.push(artifact, REPO, backoff=backoff)
@@ -356,3 +344,17 @@ class TestCard:
             HubError, match=r"README\.md in alice/tiny-w4a8: its front matter: not valid YAML: .*repair"
         ):
             npuq.push(artifact, REPO)
+
+    def test_the_base_model_of_a_local_source(self, hub: LoopbackHub, artifact: Path) -> None:
+        theirs = "---\nbase_model: someone/old\nlicense: mit\n---\n"
+        hub.state.put(REPO, {CARD: theirs.encode()})
+        npuq.push(artifact, REPO)
+        assert "base_model: someone/old\n" in hub.state.files(REPO)[CARD].decode()
+        done = npuq_run("push", artifact, REPO, "--no-verify", "--base-model", "someone/a-model")
+        assert done.returncode == 0, done.stderr
+        card = hub.state.files(REPO)[CARD].decode()
+        assert "base_model: someone/a-model\n" in card
+        assert "base_model_relation: quantized\n" in card
+        assert "license: mit\n" in card
+        with pytest.raises(HubError, match="write it as user/name"):
+            npuq.push(artifact, REPO, base_model="no-owner")

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from faults import Fault
 from loopback import LoopbackHub
-from support import REPO, alter, assert_pushed, contents, npuq_process, reseal, shards
+from support import REPO, alter, assert_pushed, contents, files_of, npuq_process, reseal, shards
 
 import npuq
 from npuq.errors import HubError
 from npuq.formats.checkpoint import Checkpoint
-from npuq.hub import ShardPusher, open_remote
-from npuq.hub.parallel import in_order
+from npuq.hub import ShardPusher, open_remote, resolve
+from npuq.hub.transfer.parallel import in_order, start_threads
 
 SOURCE = "alice/source"
 OURS = "npuq-"
@@ -55,7 +55,7 @@ def running() -> list[str]:
 
 @pytest.fixture
 def source(hub: LoopbackHub, example_fp8: Path) -> None:
-    hub.state.put(SOURCE, {path.name: path.read_bytes() for path in example_fp8.iterdir()})
+    hub.state.put(SOURCE, files_of(example_fp8))
 
 
 def expect_all(checkpoint: Checkpoint) -> None:
@@ -70,7 +70,7 @@ def test_no_thread_at_all(hub: LoopbackHub, source: None, artifact: Path, tmp_pa
     for run in (
         lambda: npuq.push(artifact, REPO),
         lambda: ShardPusher(artifact, REPO),
-        lambda: npuq.pull(SOURCE, artifact_only=False),
+        lambda: resolve(SOURCE),
         lambda: open_remote(SOURCE, tmp_path / "window", revision="main"),
     ):
         with pytest.raises(HubError, match="can't start new thread"):
@@ -101,6 +101,22 @@ def test_interrupted_while_fetchers_start(
         expect_all(checkpoint)
 
 
+def test_no_thread_is_lost_to_an_interruption(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that arrives amid starting acts when all that run are known."""
+    start, release, threads = threading.Thread.start, threading.Event(), []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start_threads(lambda: bool(release.wait(10)), 3, "npuq-test", threads)
+    assert sorted(thread.name for thread in threads) == sorted(running())
+    assert len(threads) == 3
+    release.set()
+
+
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_interrupted_while_transfers_start(starts: Starts, after: int) -> None:
     starts.allowed, starts.error = after, KeyboardInterrupt()
@@ -122,7 +138,7 @@ def test_interrupted_while_transfers_start(starts: Starts, after: int) -> None:
 def test_an_interrupted_command_says_so_in_one_line(
     hub: LoopbackHub, artifact: Path, arguments: tuple[str, ...]
 ) -> None:
-    files = {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    files = files_of(artifact)
     hub.state.put(REPO, files)
     alter(shards(artifact)[0])
     reseal(artifact)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 from loopback import LoopbackHub
-from support import CARD, REPO, assert_pushed, contents, npuq_run, shards
+from support import CARD, REPO, assert_pushed, contents, files_of, npuq_run, shards
 
 import npuq
 from npuq.hub import open_remote, resolve
@@ -78,9 +78,7 @@ def test_a_checkpoint_that_came_by_xet_is_streamed_and_fetched(
     npuq.convert_checkpoint(example_fp8, tmp_path / "local", method="minmax")
     assert shards(tmp_path / "streamed")[0].read_bytes() == shards(tmp_path / "local")[0].read_bytes()
     fetched = resolve(REPO)
-    assert {path.name: path.read_bytes() for path in fetched.iterdir()} == {
-        path.name: path.read_bytes() for path in example_fp8.iterdir()
-    }
+    assert files_of(fetched) == {path.name: path.read_bytes() for path in example_fp8.iterdir()}
     assert not asked_of_xet(hub)
 
 

@@ -1,0 +1,1 @@
+"""The Hugging Face hub, through huggingface_hub: commits, LFS, pull requests, and the cache that other tools share."""

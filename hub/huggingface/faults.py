@@ -1,0 +1,73 @@
+"""What huggingface_hub raises: which of it may pass, and which is no mistake of ours."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import Final
+
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from ...errors import NpuqError
+from ..transfer.retry import ClientError, client_code
+from ..transfer.wording import is_insecure, may_pass
+
+# huggingface_hub 1.x stands on httpx, 2.x on httpx2: the base of its own HTTP error tells which.
+_HTTP = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+HTTP_ERROR: Final[type[Exception]] = _HTTP.HTTPError
+_LOST: Final[tuple[type[Exception], ...]] = (
+    _HTTP.TimeoutException,
+    _HTTP.NetworkError,
+    _HTTP.RemoteProtocolError,
+    ConnectionError,
+    TimeoutError,
+)
+# What talking to the hub may raise at all; anything else is a mistake of ours.
+RAISED: Final[tuple[type[Exception], ...]] = (NpuqError, HTTP_ERROR, _HTTP.InvalidURL, OSError, ClientError)
+
+
+def of_the_client() -> AbstractContextManager[None]:
+    """Around calls of the client alone: `client_code` of huggingface_hub."""
+    return client_code(RAISED)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later: a lost connection, a busy or restarting server."""
+    error = innermost(error)
+    if isinstance(error, OfflineModeIsEnabled) or is_insecure(error):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        # A refused upload of content means that its signed address has expired: the next attempt gets a new one.
+        return may_pass(status) or (status == 403 and is_store(error))
+    # Another thread's lost connection makes the client close all of them.
+    return isinstance(error, _LOST) or (isinstance(error, RuntimeError) and "client has been closed" in str(error))
+
+
+def is_store(error: HfHubHTTPError) -> bool:
+    """Whether the refusal came from where uploads are stored, not from the hub."""
+    return bool(error.response.request.method == "PUT")
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What happened: the client wraps it in a RuntimeError where it happens in a thread of its own."""
+    while isinstance(error, (ClientError, RuntimeError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def asked_seconds(error: BaseException) -> float:
+    """How long an answer asks to wait; 0 where it does not say."""
+    error = innermost(error)
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
+        return 0.0
+    headers = error.response.headers
+    try:
+        limit = parse_ratelimit_headers(headers)
+    except ValueError:  # numbers without end
+        limit = None
+    if limit is not None and limit.remaining == 0:
+        return float(min(limit.reset_in_seconds, 10**6)) + 1
+    after = headers.get("Retry-After", "").strip()
+    return float(after) if after.isdecimal() and len(after) < 7 else 0.0
