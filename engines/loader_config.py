@@ -46,7 +46,7 @@ def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequenc
     # The head is stored whatever the source had; SGLang would not read it, and compute with the embedding.
     if raw.get("tie_word_embeddings", False) is not False:
         keys["tie_word_embeddings"] = False
-    count = mtp_layers[-1] - config.num_hidden_layers + 1 if mtp_layers else 0
+    count = len(mtp_layers)
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
         # vLLM refuses the tensors of a layer that is not counted, and both engines stumble over null.
         wanted = key in raw or (count > 0 and key == "num_nextn_predict_layers")

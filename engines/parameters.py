@@ -53,6 +53,7 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts, whatever moe_layer_freq says
     refuses: Callable[[str], bool]  # whether loading ends at such a tensor where it has no parameter
+    always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
 def _counted(config: ModelConfig) -> range:
@@ -90,9 +91,25 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
+# Read from the classes; not held to them by loading artifacts yet.
+_VLLM_GLM = replace(
+    _VLLM,
+    architectures=("Glm4MoeLiteForCausalLM",),
+    absent={"first_k_dense_replace": _STOPS},
+    always_has_router_bias=True,
+)
+_SGLANG_GLM = replace(
+    _SGLANG,
+    architectures=("Glm4MoeLiteForCausalLM",),
+    absent={"first_k_dense_replace": _STOPS},
+    ties_head=False,
+    builds_empty_shared=True,
+    always_has_router_bias=True,
+    refuses=lambda name: False,
+)
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
-    "vllm-ascend": {"deepseek_v2": _VLLM, "deepseek_v3": _VLLM, "kimi_k2": _VLLM},
-    "sglang": {"deepseek_v2": _SGLANG, "deepseek_v3": _SGLANG, "kimi_k2": _SGLANG},
+    "vllm-ascend": {"deepseek_v2": _VLLM, "deepseek_v3": _VLLM, "kimi_k2": _VLLM, "glm4_moe_lite": _VLLM_GLM},
+    "sglang": {"deepseek_v2": _SGLANG, "deepseek_v3": _SGLANG, "kimi_k2": _SGLANG, "glm4_moe_lite": _SGLANG_GLM},
 }
 
 
@@ -175,9 +192,10 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
 
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
-    """The config as the engine's classes read it: no correction bias where topk_method is not spelt out."""
+    """The config as the engine's classes read it: DeepSeek's have no correction bias where topk_method is not spelt
+    out."""
     config = ModelConfig.from_dict(raw)
-    if raw.get("topk_method") != "noaux_tc":
+    if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
         config = _with_moe(config, n_shared_experts=1)

@@ -34,9 +34,10 @@ _DIGITS = re.compile(r"([0-9]+)")
 class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
-    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `stamps` are those
-    of the shards when their headers were read; none of a checkpoint on a hub, which a commit pins. `window` is there
-    where tensors pass by: they can be read between their announcement and their release alone, and once.
+    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
+    that views lie in: call `files.check()` before results computed with views are used. `stamps` are those of the
+    shards when their headers were read; a checkpoint on a hub has none, since a commit pins it. `window` is there where
+    tensors pass by: they can be read between their announcement and their release alone, and once.
     """
 
     def __init__(
@@ -55,12 +56,8 @@ class Checkpoint:
         self.shards = tuple(shards)
         self.stamps = tuple(stamps)
         self.window = window
+        self.files = MappedFiles()
         self._storage = storage
-
-    @property
-    def files(self) -> MappedFiles:
-        """Those that views lie in: who computes with views calls `files.check()` before he believes what came out."""
-        return self._storage.files
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -122,7 +119,7 @@ class Checkpoint:
 
         What cannot be mapped is copied instead.
         """
-        found = self._storage.view(self.info(name))
+        found = self._storage.view(self.info(name), self.files)
         return self.read(name) if found is None else found
 
     def close(self) -> None:

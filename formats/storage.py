@@ -18,19 +18,13 @@ from .safetensors import TensorInfo, header_of, read_range
 
 
 class Storage(Protocol):
-    """The bytes of tensors, read by any number of threads.
-
-    files: those that views lie in: who computes with views calls `files.check()` before he believes what came out.
-    """
-
-    @property
-    def files(self) -> MappedFiles: ...
+    """The bytes of tensors, read by any number of threads."""
 
     def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
         """Fill `memory` from byte `start` of the tensor's file on; CheckpointError where it cannot be read."""
 
-    def view(self, info: TensorInfo) -> Tensor | None:
-        """The whole tensor over a memory map; None where there can be none."""
+    def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
+        """The whole tensor over a memory map, one of `files`; None where there can be none."""
 
     def close(self) -> None:
         """Close the files. Views stay valid for as long as a tensor uses them."""
@@ -60,7 +54,6 @@ class LocalFiles:
     """Files that are here: their headers are read first, and then their tensors, which lie as the headers say."""
 
     def __init__(self) -> None:
-        self.files = MappedFiles()
         self.stamps: dict[Path, FileStamp] = {}
         self._headers: dict[Path, dict[str, TensorInfo]] = {}
         self._lock = threading.Lock()
@@ -82,11 +75,11 @@ class LocalFiles:
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
-    def view(self, info: TensorInfo) -> Tensor | None:
+    def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
         # One that is not aligned to its item size (npuq never writes one) has no address for vector loads.
         if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
             return None
-        mapped = self.files.map(info.file, self._descriptor(info.file))
+        mapped = files.map(info.file, self._descriptor(info.file))
         if len(mapped) < info.end:
             raise CheckpointError(f"{info.file}: became shorter while tensor {info.name!r} was read; fetch it again")
         data = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)

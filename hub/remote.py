@@ -12,7 +12,6 @@ from ..errors import CheckpointError, HubError
 from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..formats.safetensors import TensorInfo, parse_header
 from ..inputs.names import FileName
-from ..native.mapped import MappedFiles
 from .client import Backoff, Hub, revision_of
 from .download import fetch_range
 from .huggingface import HubRepository, resolve_commit
@@ -72,7 +71,6 @@ class WindowFiles:
     """The bytes that a window has fetched, as a checkpoint's `Storage`: reads wait until they are there."""
 
     def __init__(self, window: Window):
-        self.files = MappedFiles()
         self._window = window
 
     def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
@@ -91,7 +89,7 @@ class WindowFiles:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
-    def view(self, info: TensorInfo) -> None:
+    def view(self, info: TensorInfo, files: object) -> None:
         """None: what has passed the window is gone, and so would the memory map's file be."""
         return
 

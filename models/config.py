@@ -60,7 +60,7 @@ class ModelConfig:
             num_hidden_layers=read.size("num_hidden_layers", most=MAX_LAYERS),
             num_nextn_predict_layers=read.count("num_nextn_predict_layers", 0, most=MAX_LAYERS),
             vocab_size=read.size("vocab_size"),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6, 0.0, 1.0),
+            rms_norm_eps=read.number("rms_norm_eps", family.rms_norm_eps, 0.0, 1.0),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             max_position_embeddings=read.size("max_position_embeddings", most=MAX_POSITIONS),
             dtype=model_dtype(config),

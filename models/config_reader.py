@@ -66,6 +66,15 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} {shown(value)} is unknown; npuq knows {', '.join(choices)}")
         return str(value)
 
+    def words(self, key: str) -> list[str] | None:
+        """A list of texts; None where there is none."""
+        value = self._config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise CheckpointError(f"config.json: {key} must be a list of texts, not {shown(value)}")
+        return value
+
     def states(self, key: str) -> bool:
         """Whether the config has the key, be its value null."""
         return key in self._config

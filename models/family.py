@@ -90,7 +90,7 @@ class Family:
 
     architecture: the first of config.json's `architectures`, by which vLLM and SGLang choose a model's class;
     transformers goes by model_type.
-    attention: the class that reads the widths of its attention. moe: defaults of its experts' keys.
+    attention: the class that reads the widths of its attention. moe, rms_norm_eps: defaults of keys of config.json.
     blocks: the entries of each block. layers: what precedes a layer's number in names; experts: what precedes an
     expert's, within its layer. prefix: what precedes every name (`language_model.`).
     passthrough: globs of tensors outside the table that are copied as they are, without a remark. ignored: globs of
@@ -105,6 +105,7 @@ class Family:
     blocks: dict[Block, tuple[Entry, ...]]
     layers: str = "model.layers."
     experts: str = "mlp.experts."
+    rms_norm_eps: float = 1e-6
     prefix: str = ""
     passthrough: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)

@@ -30,7 +30,7 @@ class Inventory:
     absent_mtp_layers: tuple[int, ...]  # the config counts them, the checkpoint leaves them out
     unknown: tuple[str, ...]  # copied as they are, with the role `other`
     dropped: tuple[str, ...]  # recomputable buffers, not copied
-    partial_mtp_layers: tuple[int, ...] = ()  # not counted and not whole: no loader runs them, and they are not copied
+    partial_mtp_layers: tuple[int, ...] = ()  # behind a gap, or neither counted nor whole: left out
 
 
 def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Inventory:
@@ -81,8 +81,8 @@ def _mtp_layers(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The layers behind the decoder's: those to keep, and those to leave out.
 
-    One that is not counted is kept where it can be: it is whole, and the next after what is kept. CheckpointError for a
-    layer that is no multi-token-prediction layer at all.
+    One is kept if it is the next after what is kept, and counted or whole. CheckpointError for a layer that is no
+    multi-token-prediction layer at all.
     """
     first, tensors = config.num_hidden_layers, ModelTensors(config)
     kept: list[int] = []
@@ -94,12 +94,13 @@ def _mtp_layers(
                 f"config.json has num_hidden_layers {first}, but the checkpoint has layer {layer}, which is no "
                 f"multi-token-prediction layer ({own[0]!r} is missing); config and weights are not of one model"
             )
-        whole = all(
+        next_one = layer == first + len(kept)
+        counted = layer < first + config.num_nextn_predict_layers
+        whole = counted or all(
             spec.optional or (spec.name in weights and spec.shape == tuple(weights[spec.name].shape))
             for spec in tensors.unroll((layer,), main=False)
         )
-        counted = layer < first + config.num_nextn_predict_layers
-        (kept if counted or (whole and layer == first + len(kept)) else partial).append(layer)
+        (kept if next_one and whole else partial).append(layer)
     return tuple(kept), tuple(partial)
 
 

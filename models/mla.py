@@ -61,3 +61,14 @@ class Mla:
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key, those without position and the rotary ones."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_scales(self) -> int:
+        """Scales of a layer's int8 KV cache: one for each channel of the latent."""
+        return self.kv_lora_rank
+
+    def numbers_held(self, tokens: int, window: int) -> int:
+        """How many numbers attention over windows of decompressed keys holds at once: of `tokens` tokens the queries
+        three times, keys and values, outputs; the scores of one window as four steps of its softmax hold them."""
+        token = 4 * self.qk_head_dim + self.qk_nope_head_dim + 4 * self.v_head_dim
+        return self.heads * (tokens * token + 4 * window**2)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import CheckpointError
-from .config_reader import ConfigReader
+from .config_reader import MAX_LAYERS, ConfigReader
 
 
 @dataclass(frozen=True)
 class MoeDefaults:
     """What loaders take for a key that config.json leaves out, and the values with which they all compute the same.
 
-    norm_topk_probs, topk_methods: the first is the default.
+    norm_topk_probs, topk_methods: the first is the default. reads_layer_types: transformers goes by `mlp_layer_types`
+    instead of `first_k_dense_replace`, and by `first_k_dense_replace` of these defaults where there is no such list.
     """
 
     first_k_dense_replace: int
@@ -24,6 +25,7 @@ class MoeDefaults:
     routed_scaling_factor: float
     scoring_func: str
     topk_methods: tuple[str, ...]
+    reads_layer_types: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Moe:
             n_shared_experts=read.count("n_shared_experts", shared),
             num_experts_per_tok=read.size("num_experts_per_tok"),
             moe_intermediate_size=read.size("moe_intermediate_size"),
-            first_k_dense_replace=read.count("first_k_dense_replace", default.first_k_dense_replace, nullable=False),
+            first_k_dense_replace=_dense_layers(read, default),
             moe_layer_freq=read.size("moe_layer_freq", 1),
             # greedy has no groups, whatever is said of them. Elsewhere no loader has a default for null.
             n_group=1 if greedy else read.size("n_group", default.n_group, nullable=False),
@@ -121,3 +123,28 @@ class Moe:
                 f"config.json: norm_topk_prob {str(self.norm_topk_prob).lower()} is not supported: transformers, the "
                 "models' own code and the engines each compute something else, and no released model has it"
             )
+
+
+def _dense_layers(read: ConfigReader, default: MoeDefaults) -> int:
+    """How many layers at the beginning have no experts.
+
+    transformers' list and the engines' number must say the same. CheckpointError where they do not, and for a list that
+    is not dense layers and then sparse ones.
+    """
+    dense = default.first_k_dense_replace
+    types = read.words("mlp_layer_types") if default.reads_layer_types else None
+    if types is not None:
+        layers, dense = read.size("num_hidden_layers", most=MAX_LAYERS), types.count("dense")
+        if types != ["dense"] * dense + ["sparse"] * (layers - dense):
+            raise CheckpointError(
+                f"config.json: mlp_layer_types must be {layers} words, first 'dense' ones, then 'sparse' ones; engines "
+                "read no other order"
+            )
+    stated = read.count("first_k_dense_replace", dense, nullable=False)
+    frequency = read.size("moe_layer_freq", 1)
+    if default.reads_layer_types and (stated, frequency) != (dense, 1):
+        raise CheckpointError(
+            f"config.json: first_k_dense_replace {stated} and moe_layer_freq {frequency} count for the engines, and "
+            f"transformers has {dense} dense layers (mlp_layer_types, without it the first): keep one of both"
+        )
+    return stated

@@ -69,7 +69,8 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
         raise CheckpointError(f"config.json: rope type {rope_type!r} needs {', '.join(missing)}")
     beside = {key: config.get(key) for key in ("qk_rope_head_dim", "max_position_embeddings")}
     # rope_theta stands beside the object in DeepSeek's dialect, and in it in transformers'.
-    read = ConfigReader({"rope_theta": config.get("rope_theta"), **parameters, **beside})
+    inside = {key: value for key, value in parameters.items() if value is not None}
+    read = ConfigReader({"rope_theta": config.get("rope_theta"), **inside, **beside})
     rope = RopeConfig(
         rope_type=rope_type,
         theta=read.number("rope_theta", 10000.0, 0.0, _MAX_THETA),

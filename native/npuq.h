@@ -1,10 +1,10 @@
 /* The C interface of npuq's native kernels: raw pointers, fixed-width integers, no dependency but libc and threads.
  *
- * Every function that can fail returns a status. What can be seen from here is checked here, before a thread starts:
- * dtypes, sizes that must fit each other, and every index (slots, blocks, experts, rows, lengths) against the sizes.
- * Where memory ends cannot be seen from here: the caller (native/binding.py, runtime/ops/native/) makes sure that
- * every pointer has the dtype and the sizes that are said of it. Matrices are row-major. Strides count elements. A row
- * may start at any address: nothing here needs alignment.
+ * Every function that can fail returns a status. The library checks what it can see, before a thread starts: dtypes,
+ * sizes that must fit each other, and every index (slots, blocks, experts, rows, lengths) against the sizes. It cannot
+ * see where memory ends: the caller (native/binding.py, runtime/ops/native/) makes sure that every pointer has the dtype
+ * and the sizes that the call says. Matrices are row-major. Strides count elements. A row may start at any address:
+ * nothing here needs alignment.
  *
  * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
  * differ in the last bits (order of additions, fused multiply-add), except in conversion, where all agree.
@@ -46,7 +46,7 @@ NPUQ_API int npuq_pool_level(const npuq_pool *pool);
 /* ---- mapped files ----------------------------------------------------------------------------------------------- */
 
 /* Watch a private, writable mapping of a file: where a page of it cannot be read any more (the file became shorter, the
- * disk failed), it and all that follow become zeros, the range counts as lost, and whoever read goes on. Without, the
+ * disk failed), it and all that follow become zeros, the range counts as lost, and the reader goes on. Without this, the
  * process would end by SIGBUS. NPUQ_NO_MEMORY: too many ranges, or no handler could be installed. The mapping must not
  * go before npuq_unwatch. */
 NPUQ_API int npuq_watch(const void *start, int64_t bytes);
@@ -64,7 +64,7 @@ typedef struct {
     int32_t dtype;
 } npuq_source;
 
-/* What formats/schemes.py's quantize_rows computes, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
+/* Quantizes rows as formats/schemes.py's quantize_rows, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
  * codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even) with bias [rows, bias_columns]; scale
  * [rows]; error and norm: Σ (w − ŵ)² and Σ w² [rows]. cols ≤ 2^17; bias_columns ≤ 16 divides it. level −1 is the best.
  * NPUQ_NOT_FINITE: row *bad_row holds an infinity or NaN, and nothing after it was done. */

@@ -116,14 +116,13 @@ def _part(prefix: str, linear: StoredLinear) -> LinearPart:
 
 def _scale_bias(linear: StoredLinear) -> Tensor:
     if BIAS not in linear.tensors:
-        raise ArtifactError(
-            f"{linear.file}: {linear.name!r} has no {BIAS}: convert the artifact with npuq, which adds it"
-        )
+        raise ArtifactError(f"{linear.file}: {linear.name!r} has no {BIAS}; `npuq convert` the artifact: that adds it")
     bias = linear.mapped(BIAS)
     if bias.shape[1] not in (1, BIAS_COLUMNS):
         name = linear.tensors[BIAS]
         raise ArtifactError(
-            f"{linear.file}: tensor {name!r} has {bias.shape[1]} partial sums; operators take 1 or {BIAS_COLUMNS}"
+            f"{linear.file}: tensor {name!r} has {bias.shape[1]} partial sums, and operators take 1 or "
+            f"{BIAS_COLUMNS}; `npuq convert` the artifact: that makes them anew"
         )
     return bias.to(torch.float32)
 

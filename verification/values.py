@@ -141,7 +141,7 @@ def _kv_cache(subject: Subject) -> Iterator[str]:
         return
     try:
         path = inside(directory, KV_CACHE_NAME, ArtifactError)
-        load_scales(path, subject.config.num_hidden_layers, subject.config.attention.kv_lora_rank)
+        load_scales(path, subject.config.num_hidden_layers, subject.config.attention.cache_scales)
     except NpuqError as error:
         yield str(error)
 

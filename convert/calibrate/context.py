@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from torch import Tensor
 from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.config import ModelConfig
 from ...models.family import Block
-from ...models.rope import rope_tables
+from ...models.rope import RopeTables
 from ...models.tensors import ModelTensors, Spec
 from ...parallel.pool import Pool
-from ...runtime.ops.reference import ReferenceOps
+from ...runtime.attention.kind import AttentionKind
+from ...runtime.ops import Ops
+from ...runtime.step import RopeRows
 from ..plan.plan import Job
 from ..write.journal import JobEntry
-from .linears import Deployed, Inputs, JobResult, Linears, factored, measure
+from .linears import Inputs, JobResult, Linears, factored, measure
+from .operators import CalibrationOps, Deployed, row_chunks
 
 # Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048
@@ -28,6 +31,9 @@ class Walk:
     """The model, its calibration tokens and the means to work on it."""
 
     config: ModelConfig
+    attention: AttentionKind
+    rope: RopeRows
+    ops: CalibrationOps
     source: WeightSource
     jobs: dict[str, Job]
     linears: Linears
@@ -36,7 +42,6 @@ class Walk:
     sequence_length: int
     smooth: bool
     done: Callable[[Job], None]
-    ops: ReferenceOps = field(default_factory=ReferenceOps)
 
     @property
     def tokens(self) -> int:
@@ -119,19 +124,9 @@ class Layer:
             self.errors[job.source] = linear.error
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """cos and sin float32 [sequence_length, rope_dim] as the operators take them, and the softmax scale."""
-
-    cos: Tensor
-    sin: Tensor
-    softmax_scale: float
-
-    @classmethod
-    def of(cls, config: ModelConfig, length: int) -> Rotary:
-        tables = rope_tables(config)
-        cos, sin = (torch.cat([table[:length], table[:length]], dim=-1) for table in (tables.cos, tables.sin))
-        return cls(cos, sin, tables.softmax_scale)
+def rope_rows(tables: RopeTables, length: int, ops: Ops) -> RopeRows:
+    """The first `length` rows of the rope tables: windows have no more positions."""
+    return RopeRows.of(replace(tables, cos=tables.cos[:length], sin=tables.sin[:length]), ops)
 
 
 def check_finite(weight: Weight, tensor: Tensor) -> None:
@@ -139,9 +134,3 @@ def check_finite(weight: Weight, tensor: Tensor) -> None:
     # In chunks: the answers of all values at once would be a tensor that no budget has room for.
     if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
         raise not_finite(weight)
-
-
-def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:
-    """Ranges of at most `size` rows."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))

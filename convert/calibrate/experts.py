@@ -19,10 +19,12 @@ from ...formats.schemes import Scheme
 from ...quant.gptq import Hessian
 from ...quant.scales import Method
 from ...quant.smoothing import smoothing_scale
+from ...runtime.ops import MlpWeights
 from ..plan.plan import Job
-from .context import Layer, row_chunks
-from .linears import Deployed, JobResult, add_rows, factored, round_inputs
-from .smooth import least, rounded
+from .context import Layer
+from .linears import JobResult, add_rows, factored
+from .operators import CalibrationRouting, Deployed, float_mlp, mlp_weights, round_inputs, row_chunks
+from .smooth import deployed, least
 
 ENOUGH = 512
 # Rows on which smoothing strengths are judged.
@@ -47,28 +49,6 @@ class ExpertResult:
     errors: Mapping[str, float]
     fallback: str | None
     strength: float
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """A gated feed-forward block, of float or deployed linears."""
-
-    gate: Deployed
-    up: Deployed
-    down: Deployed
-
-    def inner(self, x: Tensor) -> Tensor:
-        """What `down` is given: [T, H] → [T, I]."""
-        return torch.nn.functional.silu(self.gate(x)) * self.up(x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self.down(self.inner(x[part])) for part in row_chunks(x.shape[0])] or [x])
-
-
-def float_mlp(tensors: Sequence[Tensor]) -> Mlp:
-    """gate, up, down float32 as a block."""
-    gate, up, down = (Deployed(weight, Scheme.FLOAT) for weight in tensors)
-    return Mlp(gate, up, down)
 
 
 def choose_tokens(expert_ids: Tensor, order: Tensor, expert: int, count: int) -> Routed:
@@ -97,8 +77,9 @@ def quantize_expert(
     floats, quantized = own
     inline = layer.walk.pool.inline
     inputs = torch.cat([quantized, near]) if near.shape[0] else quantized
-    truth = float_mlp(weights)(floats)
-    strength = smooth_inner(jobs, weights, inputs) if layer.walk.smooth and inputs.shape[0] else 0.0
+    routing = layer.walk.ops.routing
+    truth = routing.mlp(floats, float_mlp(weights))
+    strength = smooth_inner(routing, jobs, weights, inputs) if layer.walk.smooth and inputs.shape[0] else 0.0
     gate_w, up_w, down_w = weights
     weights.clear()
     results: dict[int, JobResult] = {}
@@ -123,32 +104,39 @@ def quantize_expert(
         return found
 
     gate, up = calibrated([(jobs[0], gate_w), (jobs[1], up_w)], inputs)
-    inner = torch.cat([Mlp(gate, up, up).inner(inputs[part]) for part in row_chunks(inputs.shape[0])] or [down_w[:0]])
+    inner = _inner(routing, mlp_weights(gate, up, up), inputs) if inputs.shape[0] else down_w[:0]
     (down,) = calibrated([(jobs[2], down_w)], inner)
     fallback = "data-free" if missed else "blended" if near.shape[0] else None
-    outputs = Mlp(gate, up, down)(quantized)
+    outputs = routing.mlp(quantized, mlp_weights(gate, up, down))
     return ExpertResult(truth, outputs, results, errors, fallback, strength)
 
 
-def smooth_inner(jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tensor) -> float:
+def _inner(routing: CalibrationRouting, block: MlpWeights, x: Tensor) -> Tensor:
+    """What `down` is given, of inputs float32 [T, H]."""
+    return torch.cat([routing.mlp_inner(x[part], block) for part in row_chunks(x.shape[0])])
+
+
+def smooth_inner(
+    routing: CalibrationRouting, jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tensor
+) -> float:
     """Rescale the channels between up and down, by the strength of least error at the block's output.
 
     weights: gate, up and down, whose last two are replaced; inputs float32 [T, H]. Returns the strength, 0 for none.
     """
     block = float_mlp(weights)
-    inner = torch.cat([block.inner(inputs[part]) for part in row_chunks(inputs.shape[0])])
+    inner = _inner(routing, block, inputs)
     activation, weight = inner.abs().amax(0), weights[2].abs().amax(0)
     x = inputs[:_JUDGED]
-    truth = block(x)
-    gate = Deployed(rounded(jobs[0], weights[0]), jobs[0].scheme)
+    truth = routing.mlp(x, block)
+    gate = deployed(jobs[0], weights[0])
 
     def rescaled(candidate: float) -> tuple[Tensor, Tensor]:
         scale = smoothing_scale(activation, weight, candidate)
         return (weights[1].double() / scale[:, None]).float(), (weights[2].double() * scale).float()
 
     def error(trial: tuple[Tensor, Tensor]) -> float:
-        up, down = (Deployed(rounded(job, changed), job.scheme) for job, changed in zip(jobs[1:], trial, strict=True))
-        return float((Mlp(gate, up, down)(x) - truth).double().square().sum())
+        up, down = map(deployed, jobs[1:], trial)
+        return float((routing.mlp(x, mlp_weights(gate, up, down)) - truth).double().square().sum())
 
     strength, weights[1:] = least((weights[1], weights[2]), rescaled, error)
     return strength

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ...models.family import Block
 from ...quant.smoothing import smoothing_scale
+from ...runtime.ops.reference.routing import router_scores
 from ...runtime.weights import gating_of
 from ..plan.plan import Job
-from .context import Layer, row_chunks
-from .experts import ExpertResult, Mlp, Routed, choose_tokens, float_mlp, quantize_expert, smooth_inner
-from .linears import Deployed
-from .smooth import STRENGTHS, least, norm_quotient, rounded
+from .context import Layer
+from .experts import ExpertResult, Routed, choose_tokens, quantize_expert, smooth_inner
+from .operators import float_mlp, mlp_weights, row_chunks
+from .smooth import STRENGTHS, deployed, least, norm_quotient
 from .states import StreamPair
 
 _PROJECTIONS = ("gate", "up", "down")
@@ -118,11 +119,11 @@ class _FeedForward:
     # ---- the dense block or the shared experts ---------------------------------------------------------------------
 
     def _dense(self, place: _Place) -> None:
-        layer, walk = self._layer, self._walk
+        layer, walk, routing = self._layer, self._walk, self._walk.ops.routing
         weights, jobs = self._block(place), self._jobs(place)
         if walk.smooth:
             sample = self._normed(self._middle.floats[:_JUDGED], self._gain)
-            self._strengths[self._strength_name(place)] = smooth_inner(jobs, weights, sample)
+            self._strengths[self._strength_name(place)] = smooth_inner(routing, jobs, weights, sample)
         floats = float_mlp(weights)
         batches, stream = walk.batches, self._middle.quantized
 
@@ -130,13 +131,14 @@ class _FeedForward:
             return self._normed(stream[batches[index]], self._stored_gain)
 
         gate, up = layer.quantize(jobs[:2], weights[:2], inputs)
-        (down,) = layer.quantize(jobs[2:], weights[2:], lambda index: Mlp(gate, up, up).inner(inputs(index)))
-        deployed = Mlp(gate, up, down)
+        both = mlp_weights(gate, up, up)
+        (down,) = layer.quantize(jobs[2:], weights[2:], lambda index: routing.mlp_inner(inputs(index), both))
+        quantized = mlp_weights(gate, up, down)
 
         def step(index: int) -> None:
             part = batches[index]
-            self._out.floats[part] += floats(self._normed(self._middle.floats[part], self._gain))
-            self._out.quantized[part] += deployed(inputs(index))
+            self._out.floats[part] += routing.mlp(self._normed(self._middle.floats[part], self._gain), floats)
+            self._out.quantized[part] += routing.mlp(inputs(index), quantized)
 
         for _ in walk.pool.map(step, range(len(batches))):
             pass
@@ -186,13 +188,13 @@ class _FeedForward:
     def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
         """The routing of all tokens, and each token's experts by falling preference, int16 [T, E]."""
         assert self._moe is not None
-        walk, rule = self._walk, gating_of(self._moe)
+        walk, rule, ops = self._walk, gating_of(self._moe), self._walk.ops
+        handle = ops.weights.router(router)
 
         def step(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            logits = self._normed(stream[part], gain) @ router.T
-            weights, ids = walk.ops.routing.moe_gating_top_k(logits, bias, rule)
-            scores = logits.sigmoid() if rule.scoring == "sigmoid" else logits.softmax(-1)
-            preference = scores if bias is None else scores + bias
+            logits = ops.products.router_logits(self._normed(stream[part], gain), handle)
+            weights, ids = ops.routing.moe_gating_top_k(logits, bias, rule)
+            _, preference = router_scores(logits, bias, rule)
             return weights, ids, preference.argsort(dim=1, descending=True, stable=True).to(torch.int16)
 
         found = list(walk.pool.map(step, walk.batches))
@@ -203,7 +205,7 @@ class _FeedForward:
 
     def _smooth_norm(self) -> None:
         """Choose the strength between the norm and everything that reads it, by the error at the layer's output."""
-        walk, layer = self._walk, self._layer
+        walk, layer, mlp = self._walk, self._layer, self._walk.ops.routing.mlp
         maxima = walk.pool.map(
             lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches
         )
@@ -229,11 +231,11 @@ class _FeedForward:
                 chosen = (routing.ids[: x.shape[0]] == place.expert).nonzero()
                 rows, factor = chosen[:, 0], routing.weights[chosen[:, 0], chosen[:, 1], None]
             weights, jobs = self._block(place), self._jobs(place)
-            truth = float_mlp(weights)(self._normed(x[rows], self._gain))
-            found, down = [], Deployed(rounded(jobs[2], weights[2]), jobs[2].scheme)
+            truth = mlp(self._normed(x[rows], self._gain), float_mlp(weights))
+            found, down = [], deployed(jobs[2], weights[2])
             for gain, grown in trials:
-                gate, up = (Deployed(rounded(jobs[i], weights[i] * grown), jobs[i].scheme) for i in (0, 1))
-                found.append(factor * (Mlp(gate, up, down)(self._normed(x[rows], gain)) - truth))
+                gate, up = (deployed(jobs[i], weights[i] * grown) for i in (0, 1))
+                found.append(factor * (mlp(self._normed(x[rows], gain), mlp_weights(gate, up, down)) - truth))
             return rows, found
 
         totals = [torch.zeros_like(x) for _ in trials]

@@ -22,6 +22,7 @@ from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job
 from ..write.jobs import JobOutput
 from ..write.shards import ShardFiles
+from .operators import Deployed, round_inputs
 
 # Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
 # no number of threads.
@@ -30,32 +31,6 @@ _PANEL = 1024
 
 Inputs = Callable[[int], Tensor]
 """The inputs of some linears in the batch of that index: float32 [T, K], as the quantized model computes them."""
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """A linear as engines will run it: `weight` float32 [N, K] behind its codes, and how its inputs are rounded."""
-
-    weight: Tensor
-    scheme: Scheme
-    inputs: InputScale | None = None
-    error: float | None = None  # √ of the squared relative output error on the calibration inputs; None: not measured
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x float32 [T, K] → [T, N]."""
-        return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
-
-
-def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:
-    """Activations float32 [T, K] as a linear of this scheme sees them: int8 per token, of a fixed grid, or as is."""
-    if scheme is Scheme.FLOAT:
-        return x
-    if inputs is not None:
-        codes = (x / inputs.scale + inputs.offset).round_().clamp_(-128, 127)
-        return codes.sub_(inputs.offset).mul_(inputs.scale)
-    factors = 127.0 / x.abs().amax(dim=1, keepdim=True)
-    factors.masked_fill_(factors.isinf(), 0.0)
-    return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -108,7 +83,7 @@ class Linears:
         """
         if job.scheme is Scheme.FLOAT:
             stored, written = self.float(job, weight)
-            return Deployed(stored, job.scheme), written
+            return Deployed(job.source, job.scheme, stored), written
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
         rows = _round(job, weight, base, mapper)
         tensors, calibrated = dict(rows.tensors), False
@@ -131,7 +106,7 @@ class Linears:
         error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
         squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
         stats = ErrorSums(squared_error, float(rows.squared_norm.sum()))
-        return Deployed(found, job.scheme, inputs, error), JobResult(stats, digest)
+        return Deployed(job.source, job.scheme, found, inputs=inputs, error=error), JobResult(stats, digest)
 
 
 def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> QuantizedRows:

@@ -10,7 +10,7 @@ from ...models.config import ModelConfig
 from ...models.family import Block
 from ...models.tensors import ModelTensors
 from ..plan.memory import Budget
-from .attention import window_bytes
+from .context import BATCH_TOKENS
 
 # Square matrices of float64 that factoring a Hessian holds at its peak: itself, damped, permuted, and a factor.
 _SQUARES = 4
@@ -24,7 +24,7 @@ def calibrated_budget(
     """The budget with as many workers as `max_memory` bytes have room for experts, or windows in attention, beside the
     hidden states' pages, which are a file's and count for nothing. ConversionError where there is room for none."""
     shared = max(attention_bytes(config), dense_bytes(config))
-    expert = max(expert_bytes(config, tokens), window_bytes(config.attention, sequence_length))
+    expert = max(expert_bytes(config, tokens), window_bytes(config, sequence_length))
     workers = budget.workers
     if max_memory is not None:
         if max_memory < max(shared, expert):
@@ -42,6 +42,11 @@ def expert_bytes(config: ModelConfig, tokens: int) -> int:
     if config.moe is None:
         return 0
     return _block_bytes(config, Block.EXPERT) + 6 * 4 * config.moe.tokens_of_expert(tokens) * config.hidden_size
+
+
+def window_bytes(config: ModelConfig, sequence_length: int) -> int:
+    """One batch of whole windows in attention, in float32."""
+    return 4 * config.attention.numbers_held(max(BATCH_TOKENS, sequence_length), sequence_length)
 
 
 def attention_bytes(config: ModelConfig) -> int:

@@ -14,8 +14,8 @@ from ...quant.scales import NonFiniteError
 from ...quant.smoothing import smoothing_scale
 from ...quant.stored_rows import StoredRows
 from ..plan.plan import Job
-from .context import row_chunks
 from .linears import Linears
+from .operators import Deployed, row_chunks
 
 STRENGTHS = (0.3, 0.5, 0.7)
 # A strength must lower the squared error by this much to be worth a change.
@@ -77,6 +77,11 @@ def rounded(job: Job, weight: Tensor) -> Tensor:
             ) from error
         result[part] = dequantize(rows.tensors, base)
     return result
+
+
+def deployed(job: Job, weight: Tensor) -> Deployed:
+    """A linear as the job would leave it without calibration."""
+    return Deployed(job.source, job.scheme, rounded(job, weight))
 
 
 def norm_quotient(linears: Linears, norm: Job, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,10 @@ from ...formats.safetensors import DTYPES
 from ...formats.schemes import Scheme
 from ...models.family import Block
 from ...models.roles import Role
+from ...models.rope import rope_tables
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
+from ...runtime.attention.kinds import attention_of
 from ..plan.memory import Budget
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
@@ -32,10 +34,11 @@ from ..write.worker import run_job
 from ..write.workspace import Workspace
 from .attention import run_attention
 from .auto import TimeBudget, run_trials
-from .context import Layer, Rotary, Walk, check_finite, row_chunks
+from .context import Layer, Walk, check_finite, rope_rows
 from .feed_forward import run_feed_forward
 from .layer_report import Choice, LayerReport
 from .linears import Linears
+from .operators import CalibrationOps, row_chunks
 from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
@@ -72,7 +75,7 @@ class CalibratedWalk:
         if found is None:
             return None
         names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
-        width = self._prepared.config.attention.kv_lora_rank
+        width = self._prepared.config.attention.cache_scales
         ours = all(
             report.kv_cache.scale.numel() == width and names.issuperset(report.linear_errors)
             for report in found[0].reports
@@ -109,16 +112,21 @@ class CalibratedWalk:
 
         Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
         """
+        config, ops, calibration = self._prepared.config, CalibrationOps(), self._calibration
+        tables = rope_tables(config)
         try:
             with Pool(self._budget.workers) as pool, single_threaded_torch():
                 walk = Walk(
-                    config=self._prepared.config,
+                    config=config,
+                    attention=attention_of(config, tables.softmax_scale),
+                    rope=rope_rows(tables, calibration.sequence_length, ops),
+                    ops=ops,
                     source=self._prepared.source,
                     jobs={job.source: job for job in self._prepared.plan.jobs},
                     linears=Linears(self._files),
                     pool=pool,
-                    samples=self._calibration.samples,
-                    sequence_length=self._calibration.sequence_length,
+                    samples=calibration.samples,
+                    sequence_length=calibration.sequence_length,
                     smooth=self._prepared.recipe.smooth,
                     done=self._tally.job_done,
                 )
@@ -140,7 +148,7 @@ class CalibratedWalk:
             state, streams = State(), _embedded(walk, self._calibration.tokens, self._store)
         else:
             state, streams = self._start
-        rotary, middle = Rotary.of(walk.config, walk.sequence_length), self._store.scratch()
+        middle = self._store.scratch()
         while state.layer < walk.config.num_hidden_layers:
             out = self._store.new(state.layer + 1)
             # Before anything else reads the layer: `source_digest` says why.
@@ -149,11 +157,11 @@ class CalibratedWalk:
             read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
             smooth, choice = walk.smooth, None
             if self._prepared.recipe.auto:
-                choice = self._choose(walk, state.layer, rotary, (streams, middle, out))
+                choice = self._choose(walk, state.layer, (streams, middle, out))
                 smooth = choice.smooth
             began = time.monotonic()
             layer = Layer(replace(walk, smooth=smooth), state.layer, read)
-            report = replace(_run_layer(layer, rotary, streams, middle, out), choice=choice)
+            report = replace(_run_layer(layer, streams, middle, out), choice=choice)
             self._time.layer_took(time.monotonic() - began)
             self._convert_rest(layer, jobs)
             self._files.sync(sorted({job.shard for job in jobs}))
@@ -162,14 +170,14 @@ class CalibratedWalk:
             streams = self._store.publish(out, state)
         return state.reports
 
-    def _choose(self, walk: Walk, index: int, rotary: Rotary, streams: tuple[Streams, Streams, Streams]) -> Choice:
+    def _choose(self, walk: Walk, index: int, streams: tuple[Streams, Streams, Streams]) -> Choice:
         """Whether a layer is smoothed, by trials, which use up the last two streams."""
         if not self._time.allows_trials(walk.config.num_hidden_layers - index):
             return Choice(walk.smooth, None)
         began = time.monotonic()
 
         def run(trial: Walk, start: StreamPair, middle: StreamPair, out: StreamPair) -> float:
-            return _run_layer(Layer(trial, index), rotary, start, middle, out).output_error
+            return _run_layer(Layer(trial, index), start, middle, out).output_error
 
         trials = run_trials(walk, *streams, run)
         self._time.trial_took(time.monotonic() - began)
@@ -196,9 +204,9 @@ class CalibratedWalk:
         return entry
 
 
-def _run_layer(layer: Layer, rotary: Rotary, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
+def _run_layer(layer: Layer, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
     """Quantize one layer; its report."""
-    strengths, kv_cache = run_attention(layer, rotary, streams, middle)
+    strengths, kv_cache = run_attention(layer, streams, middle)
     _check_finite(middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
     _check_finite(out, layer.index, "feed-forward part")

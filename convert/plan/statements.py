@@ -70,8 +70,8 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         )
     if inventory.partial_mtp_layers:
         yield (
-            f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers that config.json does not count, and not "
-            "whole or behind a gap: left out, since no loader runs them"
+            f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers behind a gap, or neither whole nor counted "
+            "by config.json: left out, since no loader runs them"
         )
 
 

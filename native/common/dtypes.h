@@ -1,4 +1,4 @@
-/* What a dtype is: the size of its values, and which operators take it. */
+/* The size of a dtype's values, and which operators take it. */
 #ifndef NPUQ_COMMON_DTYPES_H
 #define NPUQ_COMMON_DTYPES_H
 

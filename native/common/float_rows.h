@@ -1,4 +1,4 @@
-/* What happens to one row of float32: conversion, norms, activations, quantization. */
+/* Operators on one row of float32: conversion from and to stored dtypes, norms, activations, quantization. */
 #ifndef NPUQ_COMMON_FLOAT_ROWS_H
 #define NPUQ_COMMON_FLOAT_ROWS_H
 

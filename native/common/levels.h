@@ -1,7 +1,6 @@
-/* Instruction-set levels: the same kernels compiled several times, chosen at run time.
+/* Instruction-set levels: the same kernels, compiled several times and chosen at run time.
  *
- * A level is one translation unit (level.c) compiled with that set's flags; it exports one table of functions.
- */
+ * A level is one translation unit (level.c), compiled with that set's flags. It exports one table of functions. */
 #ifndef NPUQ_COMMON_LEVELS_H
 #define NPUQ_COMMON_LEVELS_H
 

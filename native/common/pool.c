@@ -1,3 +1,4 @@
+/* The pool of threads. A worker spins between regions for a while, then sleeps; within a region it takes tasks by a counter. */
 #define _GNU_SOURCE
 #include "common/pool.h"
 

@@ -1,4 +1,4 @@
-/* A pool of threads: one region at a time, its tasks handed out one by one so that the load evens out. */
+/* A pool of threads. One parallel region runs at a time; its tasks are handed out one by one, so that the load evens out. */
 #ifndef NPUQ_COMMON_POOL_H
 #define NPUQ_COMMON_POOL_H
 

@@ -1,5 +1,5 @@
-/* Vectors of int16, as wide as a float vector is, and sums in 64-bit lanes: what vectors.h's vectors are not wide or narrow
- * enough for. */
+/* Vectors of int16, as wide as a float vector, and sums in 64-bit lanes: for products and sums that the 32-bit lanes of
+ * vectors.h are too wide or too narrow for. */
 #ifndef NPUQ_COMMON_VECTORS_INT16_H
 #define NPUQ_COMMON_VECTORS_INT16_H
 

@@ -1,4 +1,4 @@
-/* Codes by min-max; int4 straight from what is stored, of rows without scales here, of FP8 rows in fp8_minmax.h.
+/* Codes by min-max. int4 codes come straight from the stored row: of float rows here, of FP8 rows in fp8_minmax.h.
  *
  * The scale is the largest magnitude over the largest code M. It, its inverse and the inverse's product with a weight are
  * float32 operations, each off by 2^-24 of its result at most: the first two are never subnormal (LEAST_MAGNITUDE ≤ largest

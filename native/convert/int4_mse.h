@@ -1,8 +1,8 @@
-/* The scale of least squared error of an int4 row, the same exact optimum as quant/optimal_scale.py (read its first lines
- * for the mathematics), by other means: a window of scales that holds the optimum (int4_mse_window.h), then a walk over the
- * breakpoints inside it (int4_mse_walk.h and mse_breakpoints.h).
+/* int4 by least squared error: the exact optimum of quant/optimal_scale.py, whose first lines have the mathematics. Here
+ * it takes two steps: a window of scales that holds the optimum (int4_mse_window.h), then a walk over the breakpoints
+ * inside it (int4_mse_walk.h, mse_breakpoints.h).
  *
- * The result is a comparison of float64 A² / B over exact integer states, so it is the torch version's. */
+ * States are exact integers and are compared by A² / B in float64, as in the torch version: the results are equal. */
 #ifndef NPUQ_CONVERT_INT4_MSE_H
 #define NPUQ_CONVERT_INT4_MSE_H
 

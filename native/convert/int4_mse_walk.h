@@ -1,4 +1,5 @@
-/* The walk over a window of scales for int4 codes: which weights change their code inside it, and the best state. */
+/* int4 by least squared error, second step: a walk over the window of scales. It finds the weights that change their code
+ * inside the window, and the best state. */
 #ifndef NPUQ_CONVERT_INT4_MSE_WALK_H
 #define NPUQ_CONVERT_INT4_MSE_WALK_H
 

@@ -1,8 +1,8 @@
-/* The window of scales that can hold the optimum, for int4 codes.
+/* int4 by least squared error, first step: the window of scales that can hold the optimum.
  *
- * States of the whole row are evaluated at chosen scales (magnitude_planes.h, fp8_table_sums.h). Between two neighbouring ones no state
- * is better than interval_bound; intervals whose bound is below the best state seen are dropped, the others halved until
- * they are narrow.
+ * States of the whole row are evaluated at chosen scales (magnitude_planes.h, fp8_table_sums.h). Between two neighbouring
+ * scales no state is better than interval_bound. Intervals whose bound is below the best state seen are dropped, the
+ * others are halved until they are narrow.
  *
  * A rounding that is in doubt by z (of |w|, and of κ at most) passes all breakpoints above h + z and none below h − z, so
  * that an interval is bounded with its ends moved out by z. A state whose own h lies within z of a mark, say above it,

@@ -1,4 +1,4 @@
-/* Two rows of int4 codes become one of nibbles, and the sums that scale_bias is made of. */
+/* Packs two rows of int4 codes into one of bytes, and sums them for scale_bias. */
 #ifndef NPUQ_CONVERT_INT4_PACK_H
 #define NPUQ_CONVERT_INT4_PACK_H
 

@@ -1,5 +1,5 @@
-/* A scale of little squared error for a row of int8 codes, the same as quant/int8_scale.py finds (read its first lines for
- * what is done and why): states of the whole row at some twenty scales, and no branch that depends on a single weight.
+/* int8 by small squared error: the scale of quant/int8_scale.py, whose first lines say what is done and why. It needs the
+ * states of the whole row at some twenty scales, and no branch depends on a single weight.
  *
  * Every step on scales is one float64 operation at a time, in the order of the torch version; the sums are integers. */
 #ifndef NPUQ_CONVERT_INT8_MSE_H

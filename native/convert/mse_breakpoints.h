@@ -1,5 +1,5 @@
-/* The last step of the search for a row's best scale: every breakpoint inside a window of scales is collected, ordered
- * by its exact integer κ and walked. See quant/optimal_scale.py for the mathematics. */
+/* The last step of both searches for a row's best scale: every breakpoint inside a window of scales is collected, ordered
+ * by its exact integer κ, and walked. quant/optimal_scale.py has the mathematics. */
 #ifndef NPUQ_CONVERT_MSE_BREAKPOINTS_H
 #define NPUQ_CONVERT_MSE_BREAKPOINTS_H
 

@@ -1,4 +1,4 @@
-/* A source row becomes codes: decode, scale, round, and account for the error, while it sits in cache.
+/* A source row becomes codes: it is decoded, scaled and rounded, and its error is summed, while it sits in cache.
  *
  * Every level gives the same bits as quant/scales.py: products and sums whose order could show are of integers, and
  * what is float is one operation an element, never a fused one. */

@@ -5,8 +5,8 @@
 #include "common/checks.h"
 #include "common/levels.h"
 
-/* FP8's subnormals may pass through those of float32 (fp8_minmax.h). Whoever calls may have told the processor to take
- * these for zeros, as torch.set_flush_denormal does: not here. Returns what is to be put back. */
+/* FP8's subnormals may pass through those of float32 (fp8_minmax.h). The caller may have set the processor to
+ * flush those to zero, as torch.set_flush_denormal does: not here. Returns the mode to restore. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 typedef unsigned float_mode;

@@ -1,3 +1,4 @@
+/* Cuts a product into tasks, and alternates tasks that wait for memory with tasks that compute. */
 #include "inference/tasks.h"
 
 /* A weight's products with so many tokens take as long as reading it. */

@@ -46,9 +46,12 @@ class Routing(ABC):
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         """A dense or shared feed-forward block: `[T, H]` → `[T, H]`."""
+        return self.products.linear(self.mlp_inner(hidden, weights), weights.down)
+
+    def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Activation:
+        """What the last linear of a feed-forward block is given: `[T, H]` → `[T, I]`."""
         gate_up = self.products.linear(hidden, weights.gate_up)
-        inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
-        return self.products.linear(inner, weights.down)
+        return self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
 
     def moe_of(self, weights: MoeWeights) -> MoeWeights:
         """The handle that `moe` takes. Override to lay weights out for a fused layer."""

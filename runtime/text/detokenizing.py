@@ -3,8 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from .tokenizer import Detokenizer, Tokenizer
+from ...errors import GenerationError
+from .tokenizer import Tokenizer
+
+_MAX_HELD: Final = 16
+"""Tokens that text may be held back for while it ends in an unfinished UTF-8 sequence."""
+
+_CONTEXT: Final = 4
+_MOST_CONTEXT: Final = 16
+"""Tokens of context: so many at least and at most. Between the two the length of their text is known."""
+
+_MOST_TOKEN_CHARACTERS: Final = 1 << 16
+"""Text of one token. The longest of known tokenizers are runs of some hundred spaces."""
+
+
+class Detokenizer:
+    """Turns tokens into text one at a time. What it has given out never changes later.
+
+    A token can end within a UTF-8 sequence: its text is held back until the sequence is complete. Text is decoded with
+    a few tokens of context before it, because decoders treat the first token of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._context = list(prompt[-_CONTEXT:])
+        self._context_characters: int | None = None  # of their text, once it is needed
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this token, often empty."""
+        self._pending.append(token)
+        text = self._text()
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < _MAX_HELD:
+            return ""
+        return self._give(text)
+
+    def flush(self) -> str:
+        """What is held back at the end, unfinished sequences as U+FFFD."""
+        return self._give(self._text()) if self._pending else ""
+
+    def _text(self) -> str:
+        if self._context_characters is None:
+            self._context_characters = len(self._tokenizer.decode(self._context))
+        return self._tokenizer.decode([*self._context, *self._pending])[self._context_characters :]
+
+    def _give(self, text: str) -> str:
+        if len(text) > _MOST_TOKEN_CHARACTERS:
+            raise GenerationError(
+                f"token {self._pending[-1]} is a text of {len(text)} characters; is the tokenizer damaged?"
+            )
+        if text:  # tokens without any (special ones) must not push the context out
+            self._context += self._pending
+            if self._context_characters is not None:
+                self._context_characters += len(text)
+            if len(self._context) > _MOST_CONTEXT:
+                del self._context[:-_CONTEXT]
+                self._context_characters = None
+        self._pending = []
+        return text
 
 
 class TextStream:

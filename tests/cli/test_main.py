@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
 import npuq.cli
 from npuq import __version__
@@ -52,6 +53,30 @@ def test_every_command_is_found_and_has_help() -> None:
         command = group.get_command(click.Context(group), name)
         assert command is not None
         assert command.help
+
+
+def test_choices_are_those_that_there_are() -> None:
+    """choices.py repeats what slow modules know, so that --help need not import them."""
+    from npuq.choices import COMPUTE_DTYPES, ENGINES
+    from npuq.engines import parameters, placement
+    from npuq.quant.scales import Method
+    from npuq.recipes.reading import parse_chain
+
+    tables = [
+        set(value)
+        for module in (parameters, placement)
+        for value in vars(module).values()
+        if isinstance(value, dict) and "sglang" in value
+    ]
+    assert tables and all(table == set(ENGINES) for table in tables)
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in COMPUTE_DTYPES)
+    convert = group.get_command(click.Context(group), "convert")
+    assert convert is not None
+    (method,) = [option for option in convert.params if option.name == "method"]
+    assert isinstance(method, click.Option) and method.help is not None
+    for name in (*(each.value for each in Method), "rotate", "smooth", "auto", "rotate+smooth+gptq"):
+        parse_chain(name, "--method")
+        assert re.search(rf"\b{re.escape(name)}\b", method.help), name
 
 
 def test_version() -> None:
@@ -175,9 +200,9 @@ def test_whatever_ends_a_command_is_one_line(
 @pytest.mark.parametrize(("command", "told"), [("convert", "; lower --max-memory or --workers"), ("inspect", "")])
 def test_memory_is_lowered_where_it_can_be(command: str, told: str, tmp_path: Path) -> None:
     code = (
-        "import npuq.convert, npuq.cli.main\n"
+        "import npuq.convert, npuq.verification, npuq.cli.main\n"
         "def fail(*_, **__): raise MemoryError\n"
-        "npuq.convert.inspect = npuq.convert.convert_checkpoint = fail\n"
+        "npuq.verification.inspect = npuq.convert.convert_checkpoint = fail\n"
         "npuq.cli.main.main()"
     )
     paths = [str(tmp_path), str(tmp_path / "out")][: 2 if command == "convert" else 1]

@@ -54,10 +54,11 @@ BASE_CONFIG: dict[str, Any] = {
     "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0},
     "torch_dtype": "bfloat16",
 }
-ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM"}
+ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "glm4_moe_lite": "Glm4MoeLiteForCausalLM"}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "v3": {},
     "kimi": {"model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 6},
+    "glm": {"model_type": "glm4_moe_lite", "n_group": 1, "num_attention_heads": 5, "v_head_dim": 24},
     "v2lite": {
         "model_type": "deepseek_v2",
         "q_lora_rank": None,

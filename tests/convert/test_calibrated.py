@@ -40,7 +40,7 @@ def manifest_of(output: Path) -> dict:
     return json.loads((output / "npuq" / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite"])
+@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite", "glm"])
 @pytest.mark.parametrize("method", ["gptq", "smooth+mse", CHAIN])
 def test_every_family_and_chain_gives_a_sound_artifact(family, method, write, texts, tmp_path):
     directory = write(tmp_path / "source", family=family)

@@ -31,7 +31,7 @@ def gains(tensors):
             tensor[:] = torch.rand(tensor.shape, generator=generator) * 4 + 0.2
 
 
-@pytest.fixture(params=["v3", "kimi", "v2lite"])
+@pytest.fixture(params=["v3", "kimi", "v2lite", "glm"])
 def source(request, write, tmp_path) -> Path:
     directory = write(tmp_path / "source", family=request.param, dtype=torch.float32, edit=gains, config=RUNNABLE)
     add_tokenizer(directory)

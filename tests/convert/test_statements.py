@@ -109,7 +109,7 @@ CASES = {
     "half an MTP layer that is not counted": Case(
         {"num_nextn_predict_layers": 0},
         without(MTP + "self_attn"),
-        note="layers 3 are MTP layers that config.json does not count, and not whole",
+        note="layers 3 are MTP layers behind a gap, or neither whole nor counted",
         artifact={"num_nextn_predict_layers": 0},
         dropped=MTP,
     ),
@@ -123,7 +123,14 @@ CASES = {
     "an MTP layer behind a gap": Case(
         {"num_nextn_predict_layers": 0},
         rename(MTP, "model.layers.4."),
-        note="layers 4 are MTP layers that config.json does not count, and not whole or behind a gap",
+        note="layers 4 are MTP layers behind a gap",
+        artifact={"num_nextn_predict_layers": 0},
+        dropped="model.layers.4.",
+    ),
+    "a counted MTP layer behind a gap": Case(
+        {"num_nextn_predict_layers": 2},
+        rename(MTP, "model.layers.4."),
+        note="layers 4 are MTP layers behind a gap",
         artifact={"num_nextn_predict_layers": 0},
         dropped="model.layers.4.",
     ),

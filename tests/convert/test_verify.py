@@ -27,7 +27,7 @@ def artifact(v3_artifact: Path, tmp_path: Path) -> Artifact:
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w8a8", "float"])
-@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite"])
+@pytest.mark.parametrize("family", ["v3", "kimi", "v2lite", "glm"])
 def test_what_convert_makes_is_sound(recipe, family, make_checkpoint, tmp_path):
     source = make_checkpoint(family=family)
     convert_checkpoint(source, tmp_path / "out", recipe=recipe, method="minmax")

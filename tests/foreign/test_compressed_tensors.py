@@ -15,6 +15,8 @@ from torch import Tensor
 
 import npuq
 from npuq.errors import CheckpointError, NpuqError, RecipeError
+from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.sources.opening import open_weights
 
 EXPERT = "model.layers.1.mlp.experts.3.down_proj"
 Q_A = "model.layers.0.self_attn.q_a_proj"
@@ -221,3 +223,25 @@ def test_damage_is_found(case, float_model, tmp_path):
         npuq.convert_checkpoint(source, tmp_path / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "npuq" / "manifest.json").exists()
+
+
+def test_a_window_is_told_what_is_done_by_its_tensors(float_model, tmp_path):
+    """Finished weights are named by what they are, and announced by what they are stored in."""
+
+    class Window:
+        max_bytes = 1 << 30
+
+        def start(self, groups, finished):
+            self.left = [group for group in groups if group[0] not in finished]
+
+        def release(self, group):
+            self.left.remove(group)
+
+    directory = foreign.write_compressed(float_model, tmp_path / "in", packed=True)
+    with Checkpoint.open(directory) as checkpoint:
+        checkpoint.window = window = Window()
+        source = open_weights(checkpoint)
+        source.announce([f"{EXPERT}.weight", f"{Q_A}.weight"], {f"{EXPERT}.weight"})
+        assert window.left == [(f"{Q_A}.weight", f"{Q_A}.weight_scale")]
+        source.release(f"{Q_A}.weight")
+        assert window.left == []

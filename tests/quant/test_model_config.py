@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Glm4MoeLiteConfig
 
 from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import read_config
@@ -51,6 +52,49 @@ def test_kimi_k2_reads_like_v3(config: dict[str, Any]) -> None:
     kimi = {**config, "model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "dtype": "bfloat16"}
     model = ModelConfig.from_dict(kimi)
     assert (model.moe.scoring_func, model.moe.topk_method, model.moe.n_group) == ("sigmoid", "noaux_tc", 1)
+
+
+def flash(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """GLM-4.7-Flash's keys, as transformers leaves them: no scoring_func, topk_method or first_k_dense_replace."""
+    left_out = ("scoring_func", "topk_method", "first_k_dense_replace", "moe_layer_freq", "rms_norm_eps", "n_group")
+    kept = {key: value for key, value in config.items() if key not in left_out and key != "topk_group"}
+    return {**kept, "model_type": "glm4_moe_lite", **changes}
+
+
+def test_glm_reads_like_transformers(config: dict[str, Any]) -> None:
+    model, theirs = (
+        ModelConfig.from_dict(flash(config)),
+        Glm4MoeLiteConfig(num_hidden_layers=config["num_hidden_layers"]),
+    )
+    assert (model.moe.scoring_func, model.moe.topk_method) == ("sigmoid", "noaux_tc")
+    assert (model.moe.n_group, model.moe.topk_group) == (theirs.n_group, theirs.topk_group)
+    assert model.rms_norm_eps == theirs.rms_norm_eps
+    kinds = ["sparse" if model.moe_at(layer) else "dense" for layer in range(model.num_hidden_layers)]
+    assert kinds == theirs.mlp_layer_types
+
+
+def test_glm_lists_its_dense_layers(config: dict[str, Any]) -> None:
+    listed = flash(config, mlp_layer_types=["dense", "dense", "sparse", "sparse"])
+    assert ModelConfig.from_dict(listed).moe.first_k_dense_replace == 2
+    assert ModelConfig.from_dict({**listed, "first_k_dense_replace": 2}).moe.first_k_dense_replace == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types must be 4 words"),
+        ({"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}, "engines read no other order"),
+        ({"mlp_layer_types": "dense"}, "mlp_layer_types must be a list of texts, not 'dense'"),
+        ({"first_k_dense_replace": 3}, "first_k_dense_replace 3 .* transformers has 1 dense layers"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq 2 count for the engines"),
+        ({"topk_method": "greedy"}, "topk_method 'greedy' is unknown"),
+    ],
+)
+def test_glm_where_transformers_and_engines_differ(
+    config: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_dict(flash(config, **change))
 
 
 @pytest.mark.parametrize(

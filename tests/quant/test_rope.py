@@ -143,6 +143,11 @@ def test_both_config_dialects_give_the_same_tables(name: str, config: dict[str, 
     assert first.metadata == second.metadata
 
 
+def test_a_base_of_null_hides_none_beside_it(config: dict[str, Any]) -> None:
+    scaling = {**SCALINGS["linear"], "rope_theta": None}
+    assert ModelConfig.from_dict({**config, "rope_theta": 50000.0, "rope_scaling": scaling}).rope.theta == 50000.0
+
+
 def test_rope_scaling_counts_where_both_dialects_are_there(config: dict[str, Any]) -> None:
     """As in transformers, whichever is written first."""
     both = {**config, "rope_scaling": SCALINGS["linear"], "rope_parameters": SCALINGS["yarn"]}

@@ -118,19 +118,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.827,
         "rope_parameters": {**_YARN, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    # Heads that are no power of two, values wider than keys without position; two dense layers, as a list alone says.
+    "glm-flash": {
+        "model_type": "glm4_moe_lite",
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "q_lora_rank": 48,
+        "v_head_dim": 64,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "first_k_dense_replace": None,
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+    },
 }
+
+
+# Of a model_type other than DeepSeek-V3's.
+_CLASSES = {"deepseek_v2": "DeepseekV2", "glm4_moe_lite": "Glm4MoeLite"}
 
 
 def _make_checkpoint(directory: Path, family: str, **changes: Any) -> Any:
     """Save a random float32 checkpoint of a family; the transformers model that holds the same weights."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+    import transformers
 
     settings = {**_COMMON, **FAMILIES[family], **changes}
+    settings = {key: value for key, value in settings.items() if value is not None or key == "q_lora_rank"}
     model_type = settings.pop("model_type")
-    v2 = model_type == "deepseek_v2"
-    config = (DeepseekV2Config if v2 else DeepseekV3Config)(**settings)
+    name = _CLASSES.get(model_type, "DeepseekV3")
+    config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(SEED)
-    model = (DeepseekV2ForCausalLM if v2 else DeepseekV3ForCausalLM)(config).float().eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Wide enough that every part of the model moves the logits; norms away from one.
@@ -141,7 +164,9 @@ def _make_checkpoint(directory: Path, family: str, **changes: Any) -> Any:
     model.save_pretrained(directory)
     path = directory / "config.json"
     saved = json.loads(path.read_text())
-    saved.update(model_type=model_type, topk_method=settings.get("topk_method", "noaux_tc"))
+    saved["model_type"] = model_type
+    if name != "Glm4MoeLite":  # which leaves its own config as transformers writes it
+        saved["topk_method"] = settings.get("topk_method", "noaux_tc")
     path.write_text(json.dumps(saved))
     return model
 

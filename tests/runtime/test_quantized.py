@@ -157,7 +157,7 @@ EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
         ("quant_model_description.json", {EXPERT: None}, f"no entry for '{EXPERT}'"),
         ("quant_model_description.json", {EXPERT: "W8A8_DYNAMIC"}, f"'{EXPERT}' is I8 "),
         ("quant_model_description.json", {EXPERT: "FLOAT"}, f"'{EXPERT}' is I8 .* say BF16 or F16 or F32"),
-        ("config.json", {"moe_intermediate_size": 64}, r"gate_proj.* say F32 \[64, 1\]"),
+        ("config.json", {"moe_intermediate_size": 64}, r"gate_proj.* is I8 .* config.json says \[64, 256\]"),
         ("config.json", {"vocab_size": 5000}, r"embed_tokens.* say .*\[5000, 256\]"),
         ("config.json", {"num_hidden_layers": 6}, r"layers\.5\."),
     ],

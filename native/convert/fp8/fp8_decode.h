@@ -1,4 +1,4 @@
-/* FP8 (e4m3fn) to float32, exact. A NaN's pattern comes out as ±480: who decodes looks for it. */
+/* FP8 (e4m3fn) to float32, exact. The pattern of NaN becomes ±480: callers look for it. */
 #ifndef NPUQ_CONVERT_FP8_FP8_DECODE_H
 #define NPUQ_CONVERT_FP8_FP8_DECODE_H
 

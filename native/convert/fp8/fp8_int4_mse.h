@@ -1,5 +1,5 @@
-/* The best int4 scale and the codes of an FP8 row, of its different magnitudes instead of its weights: see fp8_tables.h. The
- * result is that of the row's weights (quantize_row.h), to the bit. */
+/* int4 by least squared error of an FP8 row, computed from its few different magnitudes (fp8_tables.h) instead of its
+ * weights. Scale and codes equal those of quantize_row.h to the bit. */
 #ifndef NPUQ_CONVERT_FP8_FP8_INT4_MSE_H
 #define NPUQ_CONVERT_FP8_FP8_INT4_MSE_H
 

@@ -1,4 +1,4 @@
-/* Codes by min-max of an FP8 row, straight from its bytes, in one pass behind the one that looks for the largest. */
+/* Codes by min-max of an FP8 row, straight from its bytes: one pass after that which finds the largest magnitude. */
 #ifndef NPUQ_CONVERT_FP8_FP8_MINMAX_H
 #define NPUQ_CONVERT_FP8_FP8_MINMAX_H
 

@@ -1,4 +1,4 @@
-/* States (A, B) of a row in tables, by look-ups: see fp8_tables.h. */
+/* States (A, B) of an FP8 row at a scale, by look-ups in its tables (fp8_tables.h). */
 #ifndef NPUQ_CONVERT_FP8_FP8_TABLE_SUMS_H
 #define NPUQ_CONVERT_FP8_FP8_TABLE_SUMS_H
 

@@ -1,4 +1,5 @@
-/* Float matrix products: float32 activations, weights in bf16, fp16 or float32, sums in float32. */
+/* Float matrix products: float32 activations, weights in bf16, fp16 or float32, sums in float32. Weights are read where
+ * they are stored, a quad of rows at a time. */
 #ifndef NPUQ_INFERENCE_KERNELS_FLOAT_GEMM_H
 #define NPUQ_INFERENCE_KERNELS_FLOAT_GEMM_H
 

@@ -1,6 +1,6 @@
-/* Tiles of integer products that read weights row by row, in the order of memory, straight from where they are stored.
- * The hardware's prefetcher follows one long stream, twice as fast as prefetching by hand could: a core has room for few
- * of those at a time. */
+/* Integer products, row by row: tiles read weights in the order of memory, straight from where they are stored. The
+ * hardware's prefetcher follows one long stream, twice as fast as prefetching by hand could: a core has room for few of
+ * those at a time. */
 #ifndef NPUQ_INFERENCE_KERNELS_INT_GEMM_ROWS_H
 #define NPUQ_INFERENCE_KERNELS_INT_GEMM_ROWS_H
 

@@ -1,4 +1,5 @@
-/* How integer weights are stored, what of them is fetched ahead, and the k that whole vectors leave over. */
+/* Integer products, shared parts: how weights are stored, how far ahead they are fetched, and the k that whole vectors
+ * leave over. */
 #ifndef NPUQ_INFERENCE_KERNELS_INT_GEMM_STORAGE_H
 #define NPUQ_INFERENCE_KERNELS_INT_GEMM_STORAGE_H
 

@@ -1,8 +1,8 @@
 /* Absorbed attention of some heads over some keys of one cache block, merged into what came before (online softmax).
  *
  * In the NZ layout 16 channels of one token lie together (32 of int8), and the tokens of a block follow each other: a
- * group of channels is a small [keys, 16] or [keys, 32] matrix. Scores run over the groups with a vector of channels a
- * key; outputs run over the keys with a vector of channels a head. Both read the cache where it lies. */
+ * group of channels is a small [keys, 16] or [keys, 32] matrix. Scores run over the groups with a vector of channels of
+ * each key; outputs run over the keys with a vector of channels of each head. Both read the cache where it lies. */
 #ifndef NPUQ_INFERENCE_KERNELS_PAGED_ATTENTION_H
 #define NPUQ_INFERENCE_KERNELS_PAGED_ATTENTION_H
 

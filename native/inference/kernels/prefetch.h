@@ -1,4 +1,4 @@
-/* Weights that are fetched while others are computed with. */
+/* Prefetching: the weights that come next are fetched while others are computed with. */
 #ifndef NPUQ_INFERENCE_KERNELS_PREFETCH_H
 #define NPUQ_INFERENCE_KERNELS_PREFETCH_H
 

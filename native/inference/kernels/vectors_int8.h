@@ -1,10 +1,11 @@
-/* Vectors of bytes and their sums of products, one set of small functions an instruction set.
+/* Vectors of bytes and sums of their products: one set of small functions for each instruction set.
  *
- * x is signed everywhere. A nibble is flipped to code + 8 in 0..15. VNNI's dpbusd wants one unsigned factor, so int8
- * codes are flipped to code + 128 there (OFFSET_W8). NARROW_STEPS: how many dot_nibbles may follow each other before
- * `widen` must empty their 16-bit sums into 32 bits; sums are 32 bits wide where there is none. …_TOKENS: how many tokens a tile's
- * registers hold; DIRECT_LIMIT: above this many, nibbles are better spread once than flipped for every tile. W8_ROWS: how many
- * rows of int8 codes must share the work of widening many tokens, or 0 where nothing is widened. */
+ * x is signed everywhere. A nibble is flipped to code + 8 in 0..15. VNNI's dpbusd wants one unsigned factor: int8 codes
+ * are flipped to code + 128 there (OFFSET_W8).
+ * NARROW_STEPS: so many dot_nibbles may follow each other before `widen` must empty their 16-bit sums into 32 bits; sums
+ * are 32 bits wide where there is none. …_TOKENS: so many tokens fit a tile's registers. DIRECT_LIMIT: of more tokens,
+ * nibbles are better spread once than flipped for every tile. W8_ROWS: so many rows of int8 codes must share the work of
+ * widening many tokens, or 0 where nothing is widened. */
 #ifndef NPUQ_INFERENCE_KERNELS_VECTORS_INT8_H
 #define NPUQ_INFERENCE_KERNELS_VECTORS_INT8_H
 

@@ -20,8 +20,7 @@ class ReferenceRouting(Routing):
         self.dtype = dtype
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
-        scores = logits.sigmoid() if gating.scoring == "sigmoid" else logits.softmax(-1)
-        choice = scores if bias is None else scores + bias
+        scores, choice = router_scores(logits, bias, gating)
         if gating.group_count > 1:
             choice = _keep_best_groups(choice, gating)
         ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : gating.k]
@@ -58,6 +57,12 @@ class ReferenceRouting(Routing):
         for j in range(k):
             out = out + factors[:, j, None] * chosen[:, j]
         return out.to(self.dtype)
+
+
+def router_scores(logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
+    """What weighs experts and what chooses them, before groups are left out: float32 `[T, E]` each."""
+    scores = logits.sigmoid() if gating.scoring == "sigmoid" else logits.softmax(-1)
+    return scores, scores if bias is None else scores + bias
 
 
 def _keep_best_groups(choice: Tensor, gating: Gating) -> Tensor:

@@ -198,3 +198,21 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(GenerationError, match=r"no tokenizer\.json"):
         Tokenizer(tmp_path)
     assert not marker.exists()
+
+
+def test_a_token_is_decoded_about_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text grows by one call into the tokenizer a token, not by one for its context each time too."""
+    tokenizer = Tokenizer(files)
+    ids = tokenizer.encode("It was the best of times, it was the worst of times, " * 12, special=False)
+    calls: list[int] = []
+    decode = tokenizer.decode
+
+    def counted(given: list[int]) -> str:
+        calls.append(len(given))
+        return decode(given)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    stream = TextStream(tokenizer, ids[:5], ())
+    text = "".join(map(stream.add, ids[5:])) + stream.flush()
+    assert text == decode(ids)[len(decode(ids[:5])) :]
+    assert len(calls) < 1.2 * len(ids) and max(calls) < 40

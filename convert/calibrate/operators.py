@@ -1,0 +1,148 @@
+"""The runtime's operators as calibration runs them: the reference's in float32, on linears that are as engines will
+have them, or that give out what they are given.
+
+Where they differ from the reference, results would differ in their last bits or memory would be held for nothing:
+- a linear multiplies float32 weights behind their codes with rounded float32 inputs, not integers;
+- linears of one input are not fused, nor gate and up of a feed-forward block: side by side, the vector loops of an
+  activation function end elsewhere, and what they leave over is rounded otherwise;
+- a feed-forward block takes some thousand rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...formats.schemes import Scheme
+from ...formats.static_w8a8 import InputScale
+from ...runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
+from ...runtime.ops.handles import own
+from ...runtime.ops.reference.attention import ReferenceAttention
+from ...runtime.ops.reference.norms import ReferenceNorms
+from ...runtime.ops.reference.products import ReferenceProducts
+from ...runtime.ops.reference.routing import ReferenceRouting
+from ...runtime.ops.reference.weights import ReferenceWeights
+
+
+@dataclass(frozen=True)
+class Deployed(LinearPart, Linear):
+    """A linear as engines will run it: `weight` float32 `[N, K]` behind its codes, and how its inputs are rounded.
+
+    error: √ of the squared relative output error on the calibration inputs; None: not measured.
+    """
+
+    inputs: InputScale | None = None
+    error: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 `[T, K]` → `[T, N]`."""
+        return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
+
+
+class ReachedError(Exception):
+    """A pass has come to the linear that it was to reach. `inputs`: what that is given, float32 `[T, K]`."""
+
+    def __init__(self, inputs: Tensor):
+        super().__init__()
+        self.inputs = inputs
+
+
+@dataclass(frozen=True)
+class Recording(Deployed):
+    """A linear that gives out its inputs and ends the pass."""
+
+    def __call__(self, x: Tensor) -> NoReturn:
+        raise ReachedError(x)
+
+
+@dataclass(frozen=True)
+class GateUp(Linear):
+    """gate and up of a feed-forward block, side by side and not fused."""
+
+    gate: Deployed
+    up: Deployed
+
+
+def mlp_weights(gate: Deployed, up: Deployed, down: Deployed) -> MlpWeights:
+    """The three linears of a feed-forward block as a handle."""
+    return MlpWeights(GateUp(gate, up), down, quantized=False)
+
+
+def float_mlp(tensors: Sequence[Tensor]) -> MlpWeights:
+    """gate, up and down, float32, as a block."""
+    return mlp_weights(*(Deployed("", Scheme.FLOAT, weight) for weight in tensors))
+
+
+class CalibrationWeights(ReferenceWeights):
+    """Leaves every linear to itself."""
+
+    def fusible(self, parts: Sequence[LinearPart]) -> list[list[LinearPart]]:
+        return [[part] for part in parts]
+
+    def linear_of(self, parts: Sequence[LinearPart]) -> Linear:
+        (part,) = parts
+        return own(part, Deployed)
+
+    def float_linear(self, weights: Sequence[Tensor]) -> Linear:
+        (weight,) = weights
+        return Deployed("", Scheme.FLOAT, weight)
+
+
+class CalibrationProducts(ReferenceProducts):
+    """Products with deployed linears."""
+
+    def linear(self, x: Activation, linear: Linear) -> Tensor:
+        return own(linear, Deployed)(own(x, Tensor))
+
+
+class CalibrationRouting(ReferenceRouting):
+    """Feed-forward blocks some rows at a time."""
+
+    def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
+        parts = [super(CalibrationRouting, self).mlp(hidden[part], weights) for part in row_chunks(hidden.shape[0])]
+        return torch.cat(parts or [hidden])
+
+    def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
+        """As `Routing.mlp_inner`, never quantized."""
+        both = own(weights.gate_up, GateUp)
+        return F.silu(self.products.linear(hidden, both.gate)) * self.products.linear(hidden, both.up)
+
+
+class CalibrationOps(Ops):
+    """The operators of a walk. Stateless: threads share them."""
+
+    name = "calibration"
+    routing: CalibrationRouting
+
+    def __init__(self) -> None:
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.weights = weights = CalibrationWeights()
+        self.norms = ReferenceNorms(self.dtype)
+        self.products = CalibrationProducts(self.dtype, self.norms)
+        self.routing = CalibrationRouting(self.dtype, self.norms, self.products)
+        self.attention = ReferenceAttention(self.dtype, weights, self.norms, self.products)
+        # Nothing is cached, and ND takes any number of channels.
+        self.attention.kv_layout = "nd"
+
+
+def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:
+    """Activations float32 `[T, K]` as a linear of this scheme sees them: int8 per token, of a fixed grid, or as is."""
+    if scheme is Scheme.FLOAT:
+        return x
+    if inputs is not None:
+        codes = (x / inputs.scale + inputs.offset).round_().clamp_(-128, 127)
+        return codes.sub_(inputs.offset).mul_(inputs.scale)
+    factors = 127.0 / x.abs().amax(dim=1, keepdim=True)
+    factors.masked_fill_(factors.isinf(), 0.0)
+    return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
+
+
+def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:
+    """Ranges of at most `size` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,127 @@
+"""A family's columns: prefixes, roots and paths of names, tensors that pass through, biases that a table allows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import npuq
+import npuq.runtime
+from npuq.convert.plan.prepare import CalibrationText
+from npuq.errors import CheckpointError
+from npuq.models import families
+from npuq.models.config import ModelConfig
+from npuq.models.family import Block, Entry, Family
+from npuq.models.inventory import take_inventory
+from npuq.models.roles import Role
+from npuq.models.tensors import expected_specs
+
+V3 = families.FAMILIES["deepseek_v3"]
+TOKENS = torch.randint(2, 320, (40,), generator=torch.Generator().manual_seed(4)).tolist()
+
+
+@dataclass(frozen=True)
+class Shape:
+    shape: tuple[int, ...]
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Family]:
+    """Put a variant of DeepSeek-V3's family in its place."""
+
+    def install(**columns: object) -> Family:
+        changed = replace(V3, **columns)
+        monkeypatch.setitem(families.FAMILIES, "deepseek_v3", changed)
+        return changed
+
+    return install
+
+
+@pytest.fixture(scope="module")
+def config(example_fp8: Path) -> ModelConfig:
+    return ModelConfig.from_dict(json.loads((example_fp8 / "config.json").read_text()))
+
+
+def shapes(config: ModelConfig) -> dict[str, Shape]:
+    return {name: Shape(spec.shape) for name, spec in expected_specs(config, (config.num_hidden_layers,)).items()}
+
+
+def renamed(name: str) -> str:
+    name = name.replace("model.layers.", "decoder.").replace("mlp.experts.", "moe.each.")
+    return f"language_model.{name}"
+
+
+def test_every_name_has_its_prefix_root_and_expert_path(config: ModelConfig, family: Callable[..., Family]) -> None:
+    before = shapes(config)
+    changed = family(prefix="language_model.", layers="decoder.", experts="moe.each.")
+    assert list(shapes(config)) == [renamed(name) for name in before]
+    assert changed.layer_of("language_model.decoder.12.input_layernorm.weight") == 12
+    assert changed.layer_of("decoder.12.input_layernorm.weight") is None
+    assert changed.find("language_model.decoder.3.moe.each.17.up_proj.weight") == (
+        Block.EXPERT, changed.entry(Block.EXPERT, "up"), 17,
+    )  # fmt: skip
+
+
+def test_a_checkpoint_under_other_names_converts_and_runs(
+    config: ModelConfig, family: Callable[..., Family], example_fp8: Path, tmp_path: Path
+) -> None:
+    """The same bytes under the names, the same logits, a sound artifact: with a rotation and calibrated smoothing."""
+    other = tmp_path / "other"
+    shutil.copytree(example_fp8, other)
+    (other / "model.safetensors.index.json").unlink()
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in other.glob("*.safetensors"):
+        tensors |= {renamed(name): tensor for name, tensor in load_file(shard).items()}
+        shard.unlink()
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    text = CalibrationText(samples=4, sequence_length=32)
+    npuq.convert_checkpoint(example_fp8, tmp_path / "plain", method="rotate+smooth+minmax", calibration=text)
+    plain = next(npuq.runtime.load(tmp_path / "plain", "cpu").logits([TOKENS]))
+
+    family(prefix="language_model.", layers="decoder.", experts="moe.each.")
+    npuq.convert_checkpoint(other, tmp_path / "out", method="rotate+smooth+minmax", calibration=text)
+    assert npuq.verify(tmp_path / "out", source=other).ok
+    assert torch.equal(next(npuq.runtime.load(tmp_path / "out", "cpu").logits([TOKENS])), plain)
+    ours, theirs = ({}, {})
+    for found, directory in ((theirs, tmp_path / "plain"), (ours, tmp_path / "out")):
+        for shard in directory.glob("*.safetensors"):
+            found.update(load_file(shard))
+    assert {renamed(name) for name in theirs} == ours.keys()
+    assert all(torch.equal(tensor, ours[renamed(name)]) for name, tensor in theirs.items())
+
+
+def test_tensors_that_pass_through_are_no_surprise(config: ModelConfig, family: Callable[..., Family]) -> None:
+    weights = shapes(config) | {"vision.patch.weight": Shape((3,)), "audio.weight": Shape((3,))}
+    assert take_inventory(config, weights).unknown == ("vision.patch.weight", "audio.weight")
+    family(passthrough=("vision.*",))
+    inventory = take_inventory(config, weights)
+    assert inventory.unknown == ("audio.weight",)
+    assert inventory.specs["vision.patch.weight"].role is Role.OTHER
+
+
+def test_only_biases_of_the_table_are_allowed(config: ModelConfig, family: Callable[..., Family]) -> None:
+    bias = "model.layers.1.self_attn.q_a_proj.bias"
+    with pytest.raises(CheckpointError, match=f"'{bias}'.*without biases"):
+        take_inventory(config, shapes(config) | {bias: Shape((config.attention.q_lora_rank or 0,))})
+    entry = Entry("q_a_bias", "self_attn.q_a_proj.bias", Role.ATTENTION, ("q_lora",), "vector", when="q_lora")
+    family(blocks=V3.blocks | {Block.ATTENTION: (*V3.blocks[Block.ATTENTION], entry)})
+    assert take_inventory(config, shapes(config)).specs[bias].entry is entry
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.bias'"):
+        take_inventory(config, shapes(config) | {"model.norm.bias": Shape((config.hidden_size,))})
+
+
+def test_conditions_hold_for_a_layer(config: ModelConfig) -> None:
+    """The example's first layer is dense, its last one predicts several tokens."""
+    specs = expected_specs(config, (config.num_hidden_layers,)).values()
+    layers = {block: {spec.layer for spec in specs if spec.block is block} for block in Block}
+    assert layers[Block.DENSE] == {0}
+    assert layers[Block.EXPERT] == layers[Block.SHARED] == set(range(1, config.num_hidden_layers + 1))
+    assert layers[Block.MTP] == {config.num_hidden_layers}
+    assert layers[Block.ATTENTION] == set(range(config.num_hidden_layers + 1))
