@@ -86,6 +86,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 def test_verify_says_the_same_of_npuqs_own_artifact_and_of_another_tools(what, directory, converted, tmp_path):
     """One implementation of each stage serves both."""
     change, line = DAMAGE[what]
+    if what == "a stray shard" and not list(directory.glob("*.index.json")):
+        pytest.skip("without an index a second shard is refused before")
     for artifact in (directory, converted):
         copy = Path(shutil.copytree(artifact, tmp_path / artifact.name))
         change(copy)
