@@ -134,20 +134,19 @@ class _Conversion:
 
     def planned(self, force: bool) -> Summary:
         """What a run would do; nothing is written."""
-        state, record, refusal, notes = "refused", Record(), None, self.notes
-        space = self._space(record)
+        roles = self._roles({})
         try:
             found = look(self.output, self.prepared.identity)
-            if isinstance(found, Finished):
-                state, space, notes = "finished", self._space(None), self._finished_notes()
-            else:
-                state, record = ("new", record) if found is None else ("unfinished", found)
-                space = self._space(record)
-                if not force:
-                    _refuse_full_disk(space, self.output)
         except NpuqError as error:
-            refusal = str(error)
-        return self._summary("planned", len(record.jobs), self._roles({}), space, state, refusal, notes)
+            return self._summary("planned", 0, roles, self._space(Record()), "refused", str(error))
+        if isinstance(found, Finished):
+            notes = self._finished_notes()
+            return self._summary("planned", 0, roles, self._space(None), "finished", notes=notes)
+        state, record = ("new", Record()) if found is None else ("unfinished", found)
+        space, refusal = self._space(record), None
+        if not force and not space.suffices:
+            refusal = _too_full(space, self.output)
+        return self._summary("planned", len(record.jobs), roles, space, state, refusal)
 
     def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
         """Run."""
@@ -163,9 +162,9 @@ class _Conversion:
             jobs = len(self.prepared.plan.jobs)
             return self._summary("finished", jobs, found.report["roles"], self._space(None), "finished", notes=notes)
         space = self._space(found or Record())
-        if not force:
-            _refuse_full_disk(space, self.output)
-        elif not space.suffices:
+        if not force and not space.suffices:
+            raise ConversionError(_too_full(space, self.output))
+        if not space.suffices:
             progress.note(f"warning: {space.told(self.output)}; when the disk fills up, make room and run again")
         journal = claim(self.output, self.prepared.identity)
         try:
@@ -293,12 +292,12 @@ class _Conversion:
         )
 
 
-def _refuse_full_disk(space: Space, output: Path) -> None:
-    if not space.suffices:
-        raise ConversionError(
-            f"{space.told(output)}: make room, choose another disk, or start all the same with --force (when the disk "
-            "fills up, make room and run the same command: it continues)"
-        )
+def _too_full(space: Space, output: Path) -> str:
+    """Why a conversion does not start, and what to do."""
+    return (
+        f"{space.told(output)}: make room, choose another disk, or start all the same with --force (when the disk "
+        "fills up, make room and run the same command: it continues)"
+    )
 
 
 def _settle(journal: Journal, found: Sequence[FileStamp]) -> None:

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,53 @@ def directory(request: pytest.FixtureRequest, float_model: Path, tmp_path_factor
 def converted(directory: Path) -> Path:
     npuq.convert_checkpoint(directory, directory.parent / "out", max_shard_size=4_000_000)
     return directory.parent / "out"
+
+
+def edit(path: Path, change: Any) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "a stray shard": (
+        lambda folder: save_file({"x": torch.zeros(1)}, folder / "stray.safetensors"),
+        "stray.safetensors: not part of the artifact, but engines load every .safetensors in this folder",
+    ),
+    "a second description": (
+        lambda folder: (folder / "my_quant_model_description.json").write_text("{}"),
+        "my_quant_model_description.json: a second description",
+    ),
+    "a name that nothing has": (
+        lambda folder: edit(
+            next(folder.glob("quant_model_description*.json")), lambda types: types.update({"model.x.weight": "FLOAT"})
+        ),
+        "describes 'model.x.weight', which no shard has",
+    ),
+    "a quantization_config": (
+        lambda folder: edit(folder / "config.json", lambda config: config.update(quantization_config={"a": 1})),
+        "quantization_config is left",
+    ),
+    "a norm that is quantized": (
+        lambda folder: edit(
+            next(folder.glob("quant_model_description*.json")),
+            lambda types: types.update({"model.norm.weight": "W8A8_DYNAMIC"}),
+        ),
+        "model.norm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_verify_says_the_same_of_npuqs_own_artifact_and_of_another_tools(what, directory, converted, tmp_path):
+    """One implementation of each stage serves both."""
+    change, line = DAMAGE[what]
+    if what == "a stray shard" and not list(directory.glob("*.index.json")):
+        pytest.skip("without an index a second shard is refused before")
+    for artifact in (directory, converted):
+        copy = Path(shutil.copytree(artifact, tmp_path / artifact.name))
+        change(copy)
+        assert any(line in problem for problem in npuq.verify(copy).problems), artifact
 
 
 def weights_of(directory: Path) -> dict[str, Tensor]:
