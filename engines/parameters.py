@@ -148,7 +148,10 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     that cannot be read.
     """
     config = ModelConfig.from_dict(raw)
-    model, names = MODELS[engine][config.model_type], schemes.keys()
+    model, names = MODELS[engine].get(config.model_type), schemes.keys()
+    if model is None:
+        yield f"npuq does not know what it reads of a {config.model_type}: whether it would load is not checked"
+        return
     yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(main.needed - names), "")
@@ -165,7 +168,8 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
 
 def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[str]:
     """Which of these tensors, for which there is no parameter, `engine` would not load an artifact with."""
-    return [name for name in names if MODELS[engine][model_type].refuses(name)]
+    model = MODELS[engine].get(model_type)
+    return [] if model is None else [name for name in names if model.refuses(name)]
 
 
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:

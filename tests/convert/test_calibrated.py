@@ -345,10 +345,11 @@ def test_what_smoothing_made_infinite_is_not_called_the_checkpoints_damage(bad):
         Linears(None).quantize(job, weight, None, None, None, Pool(1).inline)
 
 
-def test_a_job_of_which_nobody_knows_what_it_read_is_not_journaled():
+def test_a_job_of_which_nobody_knows_what_it_read_is_not_journaled(source):
     """A line with an empty digest would end the journal."""
     job, written = SimpleNamespace(index=7), JobResult(ErrorSums(0.0, 1.0), b"d" * 16)
-    walk = SimpleNamespace(done=lambda job: None)
+    config = ModelConfig.from_dict(json.loads((source / "config.json").read_text()))
+    walk = SimpleNamespace(config=config, done=lambda job: None)
     trial = Layer(walk, 0)
     trial.finish(job, written)
     assert trial.entries == {}

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 import npuq
 import npuq.runtime
 from npuq.convert.plan.prepare import CalibrationText
+from npuq.engines.parameters import MODELS, parameter_problems, refused_names
 from npuq.errors import CheckpointError
+from npuq.formats.schemes import Scheme
 from npuq.models import families
 from npuq.models.config import ModelConfig
 from npuq.models.family import Block, Entry, Family
 from npuq.models.inventory import take_inventory
 from npuq.models.roles import Role
-from npuq.models.tensors import expected_specs
+from npuq.models.tensors import ModelTensors, expected_specs
 
 V3 = families.FAMILIES["deepseek_v3"]
 TOKENS = torch.randint(2, 320, (40,), generator=torch.Generator().manual_seed(4)).tolist()
@@ -56,6 +58,48 @@ def shapes(config: ModelConfig) -> dict[str, Shape]:
 def renamed(name: str) -> str:
     name = name.replace("model.layers.", "decoder.").replace("mlp.experts.", "moe.each.")
     return f"language_model.{name}"
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=families.FAMILIES.keys())
+def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig) -> None:
+    model = replace(config, model_type=family.model_type)
+    sizes, known = ModelTensors(model).sizes, {activation.name for activation in family.activations}
+    assert len(known) == len(family.activations)
+    words = {
+        "always",
+        "mtp",
+        "dense",
+        "moe",
+        *model.attention.conditions(),
+        *(model.moe.conditions() if model.moe else ()),
+    }
+    assert {activation.size for activation in family.activations} <= {None, *sizes}
+    assert all((activation.basis is None) == (activation.size is None) for activation in family.activations)
+    for block, entries in family.blocks.items():
+        parts = [entry.part for entry in entries]
+        assert len(set(parts)) == len(parts)
+        for entry in entries:
+            assert {*entry.reads, *({entry.writes} if entry.writes else ())} <= known, (block, entry)
+            assert {*entry.shape, *(entry.heads or ())} <= sizes.keys(), (block, entry)
+            assert entry.when in words, (block, entry)
+            assert entry.fused is None or entry.fused in parts, (block, entry)
+            assert (len(entry.shape) == 2) == (entry.kind in ("linear", "lookup")), (block, entry)
+            # Who reads a basis that is turned reads nothing else: one rotation turns its inputs.
+            assert len({family.activation(name).basis for name in entry.reads}) <= 1, (block, entry)
+    inside = [entry.name for block, entries in family.blocks.items() if block is not Block.EXPERT for entry in entries]
+    assert len(set(inside)) == len(inside)
+
+
+def test_an_engine_that_is_not_known_to_read_a_family_says_so(
+    config: ModelConfig, example_fp8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = replace(V3, model_type="new", architecture="NewForCausalLM")
+    monkeypatch.setitem(families.FAMILIES, "new", family)
+    raw = {**json.loads((example_fp8 / "config.json").read_text()), "model_type": "new"}
+    for engine in MODELS:
+        (line,) = parameter_problems(engine, raw, dict.fromkeys(shapes(config), Scheme.FLOAT))
+        assert "does not know what it reads of a new" in line
+        assert refused_names(engine, "new", ["stray"]) == []
 
 
 def test_every_name_has_its_prefix_root_and_expert_path(config: ModelConfig, family: Callable[..., Family]) -> None:
