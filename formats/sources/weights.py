@@ -1,6 +1,6 @@
 """The protocol of a weight, and the source that holds all weights of a checkpoint.
 
-Weights have logical names (`….down_proj.weight`) and logical shapes [N, K], in whatever tensors they are stored. The
+Weights have logical names (`….weight`) and logical shapes [N, K], in whatever tensors they are stored. The
 forms wrap one another: a `Checkpoint` gives bytes, from files here or through a window on a hub; a form makes rows of
 them; a rewrite (`rewritten.py`) makes other rows of those.
 
