@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"runtime", "engines", "recipes", "formats", "models", "native", "quant"},
     # An evaluation's record is the runtime's.
     "verification": {"runtime", "engines", "recipes", "formats", "models", "quant"},
-    "hub": {"formats", "native"},
+    "hub": {"formats"},
     "report": {"verification", "formats", "models"},
     "cli": {"convert", "verification", "report", "hub", "runtime", "engines", "recipes", "formats", "models", "native"},
 }

@@ -75,13 +75,22 @@ def test_without_the_library_the_size_is_all_there_is(directory: Path, monkeypat
             checkpoint.files.check()
 
 
-def test_a_file_cut_between_header_and_map(directory: Path) -> None:
+def test_a_file_cut_before_it_is_read(directory: Path) -> None:
     with Checkpoint.open(directory) as checkpoint:
+        _cut(directory, 0.75)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated: its header describes"):
+            checkpoint.view("a")
+
+
+def test_a_file_cut_before_it_is_mapped(directory: Path) -> None:
+    with Checkpoint.open(directory) as checkpoint:
+        checkpoint.read("a")
         _cut(directory, 0.75)
         assert float(checkpoint.view("a").sum()) == ROWS * 64
         with pytest.raises(CheckpointError, match=r"model\.safetensors: became shorter while tensor 'b' was read"):
             checkpoint.view("b")
     with Checkpoint.open(_whole(directory)) as checkpoint:
+        checkpoint.read("a")
         _cut(directory, 0)
         with pytest.raises(CheckpointError, match="cannot be mapped into memory"):
             checkpoint.view("a")
