@@ -110,6 +110,10 @@ class Family:
     passthrough: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
 
+    def entries(self, block: Block) -> tuple[Entry, ...]:
+        """The entries of a block; none of one that the family does not have."""
+        return self.blocks.get(block, ())
+
     def entry(self, block: Block, part: str) -> Entry:
         """The entry of a part. KeyError where the family has none."""
         return self._entries[block, part]
@@ -156,7 +160,7 @@ class Family:
         return tuple(
             entry
             for block in blocks
-            for entry in self.blocks[block]
+            for entry in self.entries(block)
             if entry.kind == "linear" and activation in entry.reads
         )
 
@@ -166,7 +170,7 @@ class Family:
             return False
         if self.layer_of(name) is not None:
             return True
-        norms = (entry for entry in self.blocks[Block.TOP] if entry.kind == "norm")
+        norms = (entry for entry in self.entries(Block.TOP) if entry.kind == "norm")
         return name in {f"{self.prefix}{entry.name.removesuffix('weight')}bias" for entry in norms}
 
     def passes_through(self, name: str) -> bool:
@@ -196,7 +200,7 @@ class Family:
 
     @cached_property
     def _top(self) -> dict[str, Entry]:
-        return {entry.name: entry for entry in self.blocks[Block.TOP]}
+        return {entry.name: entry for entry in self.entries(Block.TOP)}
 
     @cached_property
     def _in_layer(self) -> dict[str, tuple[Block, Entry]]:
@@ -205,7 +209,7 @@ class Family:
 
     @cached_property
     def _in_expert(self) -> dict[str, tuple[Block, Entry]]:
-        return {entry.name: (Block.EXPERT, entry) for entry in self.blocks[Block.EXPERT]}
+        return {entry.name: (Block.EXPERT, entry) for entry in self.entries(Block.EXPERT)}
 
     @cached_property
     def _layer(self) -> re.Pattern[str]:

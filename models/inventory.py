@@ -88,11 +88,12 @@ def _mtp_layers(
     kept: list[int] = []
     partial: list[int] = []
     for layer in layers:
-        own = [tensors.spec(Block.MTP, entry.part, layer).name for entry in tensors.family.blocks[Block.MTP]]
+        own = [tensors.spec(Block.MTP, entry.part, layer).name for entry in tensors.family.entries(Block.MTP)]
         if not any(name in weights for name in own):
+            why = f"{own[0]!r} is missing" if own else "this family has none"
             raise CheckpointError(
                 f"config.json has num_hidden_layers {first}, but the checkpoint has layer {layer}, which is no "
-                f"multi-token-prediction layer ({own[0]!r} is missing); config and weights are not of one model"
+                f"multi-token-prediction layer ({why}); config and weights are not of one model"
             )
         next_one = layer == first + len(kept)
         counted = layer < first + config.num_nextn_predict_layers

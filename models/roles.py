@@ -40,7 +40,6 @@ class Role(str, Enum):
 
 
 ROUTED = frozenset({Role.ROUTED_EXPERT, Role.MTP_ROUTED_EXPERT})
-ROUTER_BIASES = frozenset({Role.ROUTER_BIAS, Role.MTP_ROUTER_BIAS})
 # The linears that a recipe may quantize. Everything else stays float in every loader.
 QUANTIZABLE = ROUTED | {
     Role.ATTENTION,

@@ -61,13 +61,13 @@ class ModelTensors:
 
     def has(self, block: Block, part: str, layer: int | None = None) -> bool:
         """Whether a layer of this config has a part, and the family such a part at all."""
-        entries = [entry for entry in self.family.blocks[block] if entry.part == part]
+        entries = [entry for entry in self.family.entries(block) if entry.part == part]
         return any(entry.when in conditions(self.config, layer) for entry in entries)
 
     def unroll(self, mtp_layers: Iterable[int], *, main: bool = True) -> Iterator[Spec]:
         """Every tensor, one after another; without `main` those of the MTP layers alone."""
         if main:
-            for entry in self.family.blocks[Block.TOP]:
+            for entry in self.family.entries(Block.TOP):
                 yield self._spec(Block.TOP, entry, None, None)
         for layer in chain(range(self.config.num_hidden_layers) if main else (), mtp_layers):
             yield from self._layer(layer)

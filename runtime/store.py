@@ -17,12 +17,12 @@ from ..errors import ArtifactError, CheckpointError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_description, read_manifest
 from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from ..formats.sources.compressed_tensors import is_compressed
 from ..formats.sources.described import described_linear
 from ..formats.sources.float_weights import FLOAT_CODES
 from ..formats.sources.opening import open_weights
 from ..formats.sources.stored_linear import StoredLinear
 from ..formats.sources.ties import share_tied
+from ..formats.sources.weights import WeightSource
 from ..models.families import family_of
 from ..models.inventory import check_unbiased
 from ..native.mapped import MappedFiles
@@ -47,9 +47,9 @@ class Store(Protocol):
 class FloatStore:
     """An unquantized checkpoint. FP8 weights are dequantized into `dtype`, everything else stays a view."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
-        self.files = checkpoint.files
-        self._source = open_weights(checkpoint)
+    def __init__(self, source: WeightSource, dtype: torch.dtype):
+        self.files = source.checkpoint.files
+        self._source = source
         self._dtype = dtype
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -138,6 +138,7 @@ def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):
         return ArtifactStore(checkpoint)
-    if is_compressed(checkpoint.config):
+    source = open_weights(checkpoint)
+    if source.is_quantized:
         raise CheckpointError(f"{checkpoint.directory}: compressed-tensors weights: run `npuq convert` on it first")
-    return FloatStore(checkpoint, dtype)
+    return FloatStore(source, dtype)

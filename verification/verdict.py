@@ -7,7 +7,7 @@ own artifacts and those of other tools go through the same ones.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from .engines import engine_notes, engine_problems
 from .files import file_problems
 from .source import Original, source_problems
 from .structure import structure_problems
-from .subject import open_subject
+from .subject import Subject, open_subject
 from .values import check_weights, table_problems
 from .weight_errors import LinearError, RoleError, linear_errors, role_errors
 
@@ -94,8 +94,8 @@ def verify(
         except NpuqError as error:
             return VerifyReport(str(path), (*problems, str(error)), files, 0, 0, ())
         stack.enter_context(subject.checkpoint)
-        problems += structure_problems(subject)
-        problems += table_problems(subject)
+        problems += _found(structure_problems, subject)
+        problems += _found(table_problems, subject)
         original = Original(subject, weights)
         checks = list(check_weights(subject, original, pool, watch))
     problems += [problem for check in checks for problem in check.problems]
@@ -112,6 +112,16 @@ def verify(
         notes=(*original.notes, *engine_notes(subject)),
         roles=tuple(role_errors(subject.schemes, checks)),
     )
+
+
+def _found(stage: Callable[[Subject], Iterable[str]], subject: Subject) -> list[str]:
+    """The problems of a stage; what keeps it from its end, such as a shard that was cut meanwhile, is the last one."""
+    problems: list[str] = []
+    try:
+        problems.extend(stage(subject))
+    except NpuqError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _manifest(directory: Path) -> Mapping[str, Any] | None:

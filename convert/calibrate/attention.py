@@ -53,7 +53,7 @@ class AttentionBlock:
         self._layer = layer
         self._steps = StepBuilder(walk.ops, walk.rope, 1, 1)
         self._cache = walk.ops.attention.new_cache(walk.attention.pools(layer.index), 1, 1)  # nothing is cached
-        self.entries = [entry for entry in family.blocks[Block.ATTENTION] if layer.has(Block.ATTENTION, entry.part)]
+        self.entries = [entry for entry in family.entries(Block.ATTENTION) if layer.has(Block.ATTENTION, entry.part)]
         # Linears by what they read, in the order in which it is there.
         self.stages: dict[str, list[Entry]] = {}
         for entry in self.entries:
@@ -179,7 +179,9 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
         change: Callable[[Tensor], dict[str, Tensor]]
         if norm is not None:
             place, entry = norm
-            change = _norm_change(layer, tensors, place, entry.part, readers)
+            # Readers that stay float must take the scale back too.
+            every = tuple(found.part for found in family.readers(activation, Block.ATTENTION) if found in block.entries)
+            change = _norm_change(layer, tensors, place, entry.part, every)
             key = layer.spec(place, entry.part).module
         else:
             (writer,) = [entry for entry in block.entries if entry.writes == activation]

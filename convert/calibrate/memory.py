@@ -66,7 +66,7 @@ def _block_bytes(config: ModelConfig, block: Block) -> int:
     shapes = {
         entry.part: tensors.spec(block, entry.part).shape
         for layer in range(config.num_hidden_layers)
-        for entry in tensors.family.blocks[block]
+        for entry in tensors.family.entries(block)
         if entry.kind == "linear" and tensors.has(block, entry.part, layer)
     }.values()
     weights = 2 * 4 * sum(outputs * inputs for outputs, inputs in shapes)

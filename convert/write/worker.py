@@ -30,11 +30,10 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     when `stop` is set between chunks.
     """
     weight = source.weights[job.source]
-    stored = weight.row_bytes()
-    if stored is not None and runs_natively(job):
+    stored = weight.row_bytes() if runs_natively(job) else None
+    if stored is not None:
         return run_native(job, weight, stored, files, workspace, stop)
-    if job.scheme is not Scheme.FLOAT or stored is None:
-        workspace.release()  # torch may need all that the budget has
+    workspace.release()  # torch may need all that the budget has
     read, output = source_digest(source, job.source), JobOutput(files, job)
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)

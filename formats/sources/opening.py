@@ -42,7 +42,8 @@ def _quantized(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: C
     # In the checkpoint's order, a linear where its codes are.
     by_tensor = floats | {linear.stored_names[0]: linear for linear in linears.values()}
     ordered = [by_tensor[name] for name in checkpoint.tensors if name in by_tensor]
-    return WeightSource(checkpoint, {weight.name: weight for weight in ordered}, is_quantized=True)
+    decided = any(weight.linear is not None for weight in ordered)
+    return WeightSource(checkpoint, {weight.name: weight for weight in ordered}, is_quantized=decided)
 
 
 def _refuse_orphan(checkpoint: Checkpoint, name: str) -> None:

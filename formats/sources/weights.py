@@ -146,7 +146,8 @@ class WeightSource:
         """Say which weights will be read, in this order, without `finished` ones: a window on a hub fetches them."""
         window = self.checkpoint.window
         if window is not None:
-            groups = {name: self.weights[name].stored_names for name in names}
+            # A norm that was folded into others reads nothing.
+            groups = {name: group for name in names if (group := self.weights[name].stored_names)}
             done = {group[0] for name, group in groups.items() if name in finished}
             window.start(groups.values(), done)
 

@@ -169,3 +169,18 @@ def test_conditions_hold_for_a_layer(config: ModelConfig) -> None:
     assert layers[Block.EXPERT] == layers[Block.SHARED] == set(range(1, config.num_hidden_layers + 1))
     assert layers[Block.MTP] == {config.num_hidden_layers}
     assert layers[Block.ATTENTION] == set(range(config.num_hidden_layers + 1))
+
+
+def test_a_family_may_lack_blocks(config: ModelConfig, family: Callable[..., Family]) -> None:
+    """One without shared experts and without multi-token prediction has none of their parts, and says so."""
+    family(blocks={key: V3.blocks[key] for key in V3.blocks if key not in (Block.SHARED, Block.MTP)})
+    tensors = ModelTensors(config)
+    layer = config.num_hidden_layers - 1
+    assert tensors.has(Block.EXPERT, "down", layer) and not tensors.has(Block.SHARED, "down", layer)
+    assert config.family.readers("mlp_input", Block.SHARED) == ()
+    specs = list(tensors.unroll(()))
+    assert not [spec for spec in specs if spec.block in (Block.SHARED, Block.MTP)]
+    weights = {spec.name: Shape(spec.shape) for spec in specs}
+    stray = config.family.scope(config.num_hidden_layers) + config.family.entry(Block.LAYER, "input_norm").name
+    with pytest.raises(CheckpointError, match="no multi-token-prediction layer \\(this family has none\\)"):
+        take_inventory(config, weights | {stray: Shape((config.hidden_size,))})

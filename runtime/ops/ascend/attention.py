@@ -29,8 +29,8 @@ class AscendAttention(Attention):
         super().__init__(npu.dtype, weights, norms, products)
         self.npu, self.layout, self.fused_prolog = npu, weights, fused_prolog
         self.kv_layout = npu.kv_layout
-        self.int8 = Int8Cache(npu, norms, self.interleave_rope)
         self._causal_mask = causal_mask(npu.device)
+        self.int8 = Int8Cache(npu, norms, self.interleave_rope, self._causal_mask)
 
     @property
     def has_int8_cache(self) -> bool:

@@ -19,7 +19,7 @@ from ...attention.pools import LayerCache
 from ..attention import LATENT, ROPE
 from ..norms import Norms
 from ..steps import Decode
-from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
+from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu
 
 PER_TOKEN_HEAD, PER_TENSOR = 3, 0  # quant modes of queries, and of keys and values
 # A query of zeros has the scale 0, and its rope part is divided by the scale.
@@ -29,9 +29,11 @@ _LEAST_SCALE = 1e-30
 class Int8Cache:
     """Caches with an int8 latent: written and attended to."""
 
-    def __init__(self, npu: Npu, norms: Norms, interleave_rope: Callable[[Tensor, Tensor, Tensor], Tensor]):
+    def __init__(
+        self, npu: Npu, norms: Norms, interleave_rope: Callable[[Tensor, Tensor, Tensor], Tensor], causal_mask: Tensor
+    ):
         self.npu, self.norms, self._interleave_rope = npu, norms, interleave_rope
-        self._causal_mask = causal_mask(npu.device)
+        self._causal_mask = causal_mask
         self._one = torch.ones(1, dtype=torch.float32, device=npu.device)
 
     @property
