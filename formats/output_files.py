@@ -16,10 +16,10 @@ from typing import BinaryIO, Final
 from ..errors import ConversionError
 from ..inputs.files import TOO_MANY_OPEN, reason
 
-# Every small file is written here first, in the folder of our own (artifact.py), and renamed into place.
+# Every small file is written here first, in npuq's own folder (artifact.py), and renamed into place.
 PARTIAL_NAME: Final = "npuq/partial"
 
-# Errors that room on the disk does not mend.
+# Errors that free disk space does not mend.
 _WRONG_PLACE: Final = {
     errno.EACCES,
     errno.EEXIST,

@@ -15,7 +15,7 @@ from ..quant.stored_rows import StoredRows
 from .int4 import pack_int4, unpack_int4
 
 WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"
-# What W8A8 with a static input scale stores besides (static_w8a8.py).
+# The further tensors of W8A8 with a static input scale (static_w8a8.py).
 INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS = "input_scale", "input_offset", "deq_scale", "quant_bias"
 # Every tensor that some scheme stores beside `P.weight`.
 SUFFIXES = (SCALE, OFFSET, BIAS, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): its widths."""
+"""The widths of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Mla:
         return self.heads * (self.qk_head_dim + self.v_head_dim)
 
     def sizes(self) -> dict[str, int]:
-        """Words of a table's shapes."""
+        """The table's words of shapes, as numbers."""
         return {
             "q": self.heads * self.qk_head_dim,
             "q_lora": self.q_lora_rank or 0,
@@ -54,12 +54,12 @@ class Mla:
         }
 
     def conditions(self) -> dict[str, bool]:
-        """Words of a table's conditions, and whether they hold."""
+        """The table's words of conditions; True for those that hold."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
     @property
     def qk_head_dim(self) -> int:
-        """Channels of one head's query and key, those without position and the rotary ones."""
+        """Channels of one head's query and key: those without position, then the rotary ones."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -68,7 +68,7 @@ class Mla:
         return self.kv_lora_rank
 
     def numbers_held(self, tokens: int, window: int) -> int:
-        """How many numbers attention over windows of decompressed keys holds at once: of `tokens` tokens the queries
-        three times, keys and values, outputs; the scores of one window as four steps of its softmax hold them."""
+        """Numbers that attention over slices of decompressed keys holds at once: for `tokens` tokens the queries three
+        times, keys and values, outputs; for one slice of `window` keys the scores, four times in its softmax."""
         token = 4 * self.qk_head_dim + self.qk_nope_head_dim + 4 * self.v_head_dim
         return self.heads * (tokens * token + 4 * window**2)

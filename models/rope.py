@@ -21,7 +21,7 @@ _CHUNK = 1 << 14
 class RopeTables:
     """`cos` and `sin` float32 [max_position, rope_dim / 2], one column a frequency pair, mscale already applied.
 
-    `softmax_scale` is the attention temperature, YaRN's part included; it is not in the tables.
+    softmax_scale: the factor of attention scores, YaRN's part included; the tables do not contain it.
     """
 
     cos: Tensor
@@ -31,11 +31,10 @@ class RopeTables:
 
 
 def rope_tables(config: ModelConfig) -> RopeTables:
-    """The tables of a model, for its whole context, in little more memory than they take themselves.
+    """Compute the tables of a model's whole context, in little more memory than the result takes.
 
-    The context is max_position_embeddings, but for dynamic NTK, whose frequencies depend on the sequence length: a
-    table has to fix it, and npuq fixes `factor × max_position_embeddings`, the longest the scaling is meant for (as
-    vLLM does).
+    The context is max_position_embeddings, except for dynamic NTK, whose frequencies depend on the sequence length. A
+    table needs one length: `factor × max_position_embeddings`, the longest that the scaling supports, as in vLLM.
     """
     rope, positions = config.rope, config.rope.positions
     mscale, frequencies = attention_factor(rope), inverse_frequencies(rope, positions)

@@ -265,7 +265,7 @@ class StoredLinear:
 
 
 def are_positive(scale: Tensor) -> bool:
-    """Whether all scales are positive numbers, in any float dtype; also if there are none."""
+    """True where all scales, of any float dtype, are positive and finite; also of an empty tensor."""
     if not scale.numel():
         return True
     low, high = scale.aminmax()
