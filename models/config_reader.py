@@ -1,4 +1,4 @@
-"""Typed access to config.json: a value of the wrong type, or one that no model has, is an error that names its key."""
+"""Typed access to config.json: a value of the wrong type or outside every model's range is an error with its key."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from ..errors import CheckpointError
 
-# Far above any model: what a config claims is enumerated and multiplied, and must not fill the memory before it is
-# found wrong.
+# Far above any model: a config's sizes are enumerated and multiplied, and must not fill memory before the tensors
+# refute them.
 MAX_SIZE: Final = 1 << 24
 MAX_LAYERS: Final = 1000
 # Of all layers together; released models have up to 24,000.
@@ -75,11 +75,11 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} must be a list of texts, not {shown(value)}")
         return value
 
-    def states(self, key: str) -> bool:
+    def has_key(self, key: str) -> bool:
         """True where the config has the key, also with the value null."""
         return key in self._config
 
-    def has(self, key: str) -> bool:
+    def has_value(self, key: str) -> bool:
         """True where the config has a value other than null for the key."""
         return self._config.get(key) is not None
 

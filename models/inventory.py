@@ -105,7 +105,7 @@ def _mtp_layers(
 
 
 def _expected(config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping[str, Shaped]) -> dict[str, Spec]:
-    """Every tensor of a model of this config. CheckpointError when the checkpoint lacks one."""
+    """Every tensor of a model of this config. CheckpointError when the checkpoint contradicts it."""
     expected, missing = {}, []
     for spec in ModelTensors(config).unroll(mtp_layers):
         expected[spec.name] = spec

@@ -27,7 +27,7 @@ class Mla:
         """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
         return cls(
             heads=read.size("num_attention_heads"),
-            q_lora_rank=read.size("q_lora_rank") if read.has("q_lora_rank") else None,
+            q_lora_rank=read.size("q_lora_rank") if read.has_value("q_lora_rank") else None,
             kv_lora_rank=read.size("kv_lora_rank"),
             qk_nope_head_dim=read.size("qk_nope_head_dim"),
             qk_rope_head_dim=read.size("qk_rope_head_dim"),
@@ -67,8 +67,9 @@ class Mla:
         """Scales of a layer's int8 KV cache: one for each channel of the latent."""
         return self.kv_lora_rank
 
-    def numbers_held(self, tokens: int, window: int) -> int:
+    def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention over slices of decompressed keys holds at once: for `tokens` tokens the queries three
-        times, keys and values, outputs; for one slice of `window` keys the scores, four times in its softmax."""
+        times, keys and values, outputs; for one slice the scores [heads, `length`, `length`], four times in its
+        softmax."""
         token = 4 * self.qk_head_dim + self.qk_nope_head_dim + 4 * self.v_head_dim
-        return self.heads * (tokens * token + 4 * window**2)
+        return self.heads * (tokens * token + 4 * length**2)

@@ -55,7 +55,7 @@ class Moe:
         topk_method = read.choice("topk_method", default.topk_methods, default.topk_methods[0])
         greedy = topk_method == "greedy"
         # null is DeepSeek's and the engines' way to say no shared experts.
-        shared = 0 if read.states("n_shared_experts") else default.n_shared_experts
+        shared = 0 if read.has_key("n_shared_experts") else default.n_shared_experts
         moe = cls(
             n_routed_experts=read.size("n_routed_experts"),
             n_shared_experts=read.count("n_shared_experts", shared),
@@ -101,7 +101,7 @@ class Moe:
         return {"router_bias": self.has_router_bias, "shared_experts": self.n_shared_experts > 0}
 
     def tokens_of_expert(self, tokens: int) -> int:
-        """Tokens of each expert, rounded up, when `tokens` tokens are spread evenly."""
+        """Tokens of each expert, rounded down, when `tokens` tokens are spread evenly."""
         return tokens * self.num_experts_per_tok // self.n_routed_experts
 
     def _check(self, default: MoeDefaults) -> None:

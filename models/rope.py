@@ -1,5 +1,5 @@
-"""Precomputed rotary tables: cos and sin for every position, in float64, stored as float32, so that no runtime ever
-does trigonometry and every backend gathers the same numbers."""
+"""Precomputed rotary tables: cos and sin of every position, computed in float64 and kept as float32, so that every
+backend gathers the same numbers and none computes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .rope_frequencies import attention_factor, inverse_frequencies, softmax_factor
 
-# Positions whose angles are computed at a time: in float64, and not all at once.
+# Positions whose angles are computed at a time, to bound the float64 memory.
 _CHUNK = 1 << 14
 
 

@@ -70,11 +70,11 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """The upper Cholesky factor of the inverse; None where it is not positive definite. `hessian` is used up."""
+    """The upper Cholesky factor of the inverse; None where it is not positive definite. `hessian` is overwritten."""
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if bool(failed):
         return None
-    # The buffer is as large as all that is left: at most two such matrices live at once beside the caller's.
+    # At most two matrices of this size live at once beside the caller's.
     inverse = torch.cholesky_inverse(lower, out=hessian)
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True, out=(lower, failed))
     return None if bool(failed) or not bool(torch.isfinite(upper.diagonal()).all()) else upper

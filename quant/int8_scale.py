@@ -46,11 +46,11 @@ LOWEST = 1 / 128
 MOST_DOWN = 160
 MOST_GRID = 400
 REFINEMENTS = 4
-# Neighbours nearer than this part of a grid step are not looked between.
+# No visit between neighbours nearer than this part of a grid step.
 NARROWEST = 0.125
 PEER_ROUNDS = 50
 MOST_NODES = MOST_GRID + REFINEMENTS + 4 * PEER_ROUNDS
-# A leap of 2 · √(what the error here is above the best, of Σ w²) · s can just be ruled out where A / B = s.
+# A leap of 2 · √((error here − best error) / Σ w²) · s can just be ruled out where A / B = s.
 LEAP = 1.8
 # The relative distance of scales that no rounding of w / s confuses.
 DOUBT = 1e-6

@@ -16,7 +16,7 @@ visits:
 - Scales at which the clipped part alone costs more than the best state's error are not searched.
 
 Weights are integers here (24-bit fixed point under the row's largest), breakpoints are compared as exact integers and
-A and B are exact sums: the result depends on no order of summation, so that any implementation finds the same one.
+A and B are exact sums: the result does not depend on the order of summation, and every implementation finds the same.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Breakpoints are told apart by κ = ⌊|w| · UNIT / (2m − 1)⌋, half the scale in a fixed unit. Two different quotients
-# with denominators up to 15 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
+# κ = ⌊|w| · UNIT / (2m − 1)⌋ identifies a breakpoint: half the scale in a fixed unit. Two different quotients with
+# denominators up to 15 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
 UNIT = 1 << 17
 _ROW_SHIFT = 24  # magnitudes are below 2**24: `row << 24 | magnitude` orders a whole block of rows at once
 _KAPPA_BITS = _ROW_SHIFT + 17
@@ -38,11 +38,11 @@ _FINE_BLOCK = 64
 _SUBDIVISIONS = 8
 # A look-up costs as much as rounding this many weights.
 _DIRECT = 6
-# Float64 rounding of A² / B is below this: a bound within it of the best may hide the best.
+# Float64 rounding of A² / B is below this: an interval whose bound is this close below the best may hold the optimum.
 _SLACK = 1 - 1e-12
 
 
-# Breakpoints that a negative weight has; a positive one has one less.
+# Breakpoints of a negative weight; a positive one has one less.
 _LEVELS = 8
 # The grid goes from the largest scale with a code other than 0, 2 · max|w|, in steps of _COARSE down to _TURN times the
 # min-max scale, and from there, where optima lie, in steps of _FINE until clipping alone rules the rest out. The steps

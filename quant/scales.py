@@ -1,12 +1,12 @@
 """Scale search: one float32 scale for each output row, and the codes that follow from it.
 
-`minmax` puts the largest magnitude on the largest code. `mse` takes the scale of least squared error. For int4 that is
-the exact optimum over all scales (`optimal_scale`): no search from any start does better on any row. For int8 it is a
-scale close to the optimum (`int8_scale`), never worse than what the iterative search finds.
+`minmax` maps the largest magnitude to the largest code. `mse` takes the scale of least squared error: for int4 the
+exact optimum over all scales (`optimal_scale`), for int8 a scale close to the optimum (`int8_scale`) and never worse
+than the iterative search's.
 
-Scales are judged by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, not by float sums whose value
-depends on their order. So the result does not depend on how rows are grouped, on threads, or on which implementation
-(torch here, native elsewhere) did the work.
+Scales are compared by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, because float sums depend on
+their order. So the result is the same for every grouping of rows, every number of threads, and both implementations
+(torch here, native kernels in `native/`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .optimal_scale import optimal_scale
 from .rounding import code_sums, fixed_norm, rounded
 
 FIXED_POINT_BITS = 23
-# The same by which int4 codes of min-max tell their error: an int16 a weight, so that native kernels need no more
-# instructions for the error than for the codes.
+# The fixed point of int4 min-max errors: an int16 a weight, so that native kernels need no more instructions for the
+# error than for the codes.
 ERROR_BITS = 14
 # Rows whose largest magnitude is below this are stored as zeros with scale 1: their scale's inverse would overflow.
 TINY = 2.0**-100
