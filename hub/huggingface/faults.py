@@ -28,12 +28,12 @@ RAISED: Final[tuple[type[Exception], ...]] = (NpuqError, HTTP_ERROR, _HTTP.Inval
 
 
 def of_the_client() -> AbstractContextManager[None]:
-    """Around calls of the client alone: `client_code` of huggingface_hub."""
+    """The context of calls of the client alone: `client_code` of huggingface_hub."""
     return client_code(RAISED)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: a lost connection, a busy or restarting server."""
+    """True where the same request may soon succeed: a lost connection, a busy or restarting server."""
     error = innermost(error)
     if isinstance(error, OfflineModeIsEnabled) or is_insecure(error):
         return False
@@ -46,26 +46,26 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_store(error: HfHubHTTPError) -> bool:
-    """Whether the refusal came from where uploads are stored, not from the hub."""
+    """True for a refusal of the uploads' storage server, not of the hub."""
     return bool(error.response.request.method == "PUT")
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What happened: the client wraps it in a RuntimeError where it happens in a thread of its own."""
+    """The original error: the client wraps errors of its own threads in a RuntimeError."""
     while isinstance(error, (ClientError, RuntimeError)) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
 def asked_seconds(error: BaseException) -> float:
-    """How long an answer asks to wait; 0 where it does not say."""
+    """The seconds to wait that an answer demands (Retry-After, rate limits); 0 without a demand."""
     error = innermost(error)
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
         return 0.0
     headers = error.response.headers
     try:
         limit = parse_ratelimit_headers(headers)
-    except ValueError:  # numbers without end
+    except ValueError:  # numbers of too many digits
         limit = None
     if limit is not None and limit.remaining == 0:
         return float(min(limit.reset_in_seconds, 10**6)) + 1
