@@ -1,4 +1,4 @@
-"""The model card on the hub: its author's text stays, the section that npuq wrote is brought up to date."""
+"""The model card on the hub: the author's text stays, npuq's own section is replaced."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import HubError
 from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ..inputs.yaml_text import parse_yaml
 
-# Facts about the artifact that npuq knows better than an older card; everything else in the front matter stays.
+# Facts about the artifact that replace an older card's; all other front matter stays.
 _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
 
 
 def merge_card(existing: str | None, generated: str, repo: str, base_model: str | None = None) -> str:
     """Merge the card to push: `generated` is the artifact's README.md, `existing` the hub's, None without one.
 
-    Commands in the generated section name `repo`; `base_model` replaces the artifact's own name of its source. Raises
+    Commands in the generated section name `repo`; `base_model` overrides the artifact's own name of its source. Raises
     HubError when the existing front matter is no YAML.
     """
     ours_front, ours_body = _split(generated, "the artifact's README.md")

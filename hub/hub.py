@@ -1,7 +1,7 @@
-"""What npuq asks of a hub, whichever it is. A hub is one folder that implements these protocols, and a line in `_HUBS`.
+"""The protocols of a hub. Each hub is one folder that implements them, and a line in `_HUBS`.
 
-To pull is `Hub.locate`: a `Repository` to fetch from, and the `Place` of the hub's own cache. To push is
-`Hub.open_upload`: an `Upload` into a branch.
+Pulling begins with `Hub.locate`: a `Repository` to fetch from, and the `Place` in the hub's own cache. Pushing begins
+with `Hub.open_upload`: an `Upload` into a branch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .local_files import LocalFile
 from .names import CommitId, RepoId, Revision
 from .transfer.retry import Backoff, Client
 
-# Where each hub's class is: imported when it is asked for, with the client that it stands on.
+# The module of each hub's class, imported at first use together with the hub's client.
 _HUBS: Final = {
     "huggingface": (".huggingface.hub", "HuggingFace"),
     "modelscope": (".modelscope.hub", "ModelScope"),

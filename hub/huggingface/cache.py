@@ -110,7 +110,7 @@ class CachePlace:
 
 
 def cached_commit(repo: HubRepoId, revision: Revision) -> CommitId | None:
-    """The commit that a revision meant when it was last fetched here; None when it never was."""
+    """The commit of a revision at its last fetch into this cache; None when it was never fetched."""
     if CommitId.holds(revision):
         return CommitId(revision)
     try:

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises: which of it may pass, and which is no mistake of ours."""
+"""The errors of huggingface_hub: the transient ones, and those that are not npuq's own bugs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import NpuqError
 from ..transfer.retry import ClientError, client_code
 from ..transfer.wording import is_insecure, may_pass
 
-# huggingface_hub 1.x stands on httpx, 2.x on httpx2: the base of its own HTTP error tells which.
+# huggingface_hub 1.x uses httpx, 2.x httpx2: the module of its HTTP error's base class shows which.
 _HTTP = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 HTTP_ERROR: Final[type[Exception]] = _HTTP.HTTPError
 _LOST: Final[tuple[type[Exception], ...]] = (
@@ -23,7 +23,7 @@ _LOST: Final[tuple[type[Exception], ...]] = (
     ConnectionError,
     TimeoutError,
 )
-# What talking to the hub may raise at all; anything else is a mistake of ours.
+# All errors of the hub and the connection; any other is a bug of npuq.
 RAISED: Final[tuple[type[Exception], ...]] = (NpuqError, HTTP_ERROR, _HTTP.InvalidURL, OSError, ClientError)
 
 

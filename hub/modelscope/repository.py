@@ -1,4 +1,4 @@
-"""A repository on ModelScope at a branch, as `npuq.hub.hub.Repository` describes it."""
+"""A repository on ModelScope at a branch, as an implementation of `npuq.hub.hub.Repository`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .client import Client
 
 
 class ScopeRepository:
-    """A branch, whatever it holds when it is asked: the client reads no commits."""
+    """A branch in its state at each request: the client reads no commits."""
 
     commit: Final = None
 
