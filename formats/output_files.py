@@ -99,9 +99,9 @@ def locked_directory(directory: Path) -> Iterator[None]:
 
 def write_error(path: Path, error: OSError) -> ConversionError:
     """The error for a disk that refuses, with the remedy."""
-    told = f"{error.filename or path}: cannot be written: {reason(error)}"
+    message = f"{error.filename or path}: cannot be written: {reason(error)}"
     if error.errno in TOO_MANY_OPEN:
-        return ConversionError(told)
+        return ConversionError(message)
     if error.errno in _WRONG_PLACE:
-        return ConversionError(f"{told}; choose an output that can be written, or make this one so")
-    return ConversionError(f"{told}; make room (or repair the disk) and run the same command: it continues")
+        return ConversionError(f"{message}; choose an output that can be written, or make this one so")
+    return ConversionError(f"{message}; make room (or repair the disk) and run the same command: it continues")

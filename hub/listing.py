@@ -1,6 +1,5 @@
 """The checked listing of a repository's files at one revision, and the files wanted from it."""
 
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -67,7 +66,7 @@ class Wanted:
 
 def as_listed(repo: str, name: FileName, listing: Listing) -> Wanted:
     """A wanted file with the hub's listed hash. HubError where the hub lists none."""
-file = listing.files[name]
+    file = listing.files[name]
     if file.digest is None:
         raise HubError(f"{repo}: the hub lists no hash of {name}; npuq fetches nothing that it cannot check")
     return Wanted(name, file.size, file.digest)

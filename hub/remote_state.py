@@ -1,4 +1,4 @@
-"""What a repository holds of an artifact that npuq pushed there, and what an unfinished push left."""
+"""The state of a repository that npuq pushed to: the artifact's files, and those of an unfinished push."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .listing import Listing
 from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names
 from .transfer.download import read_whole
 
-# In the repository from the first commit of a push to its last: whoever finds it looks at an unfinished push. It lists
-# the files of the artifact that was there before, so that the last commit can remove those that no longer belong.
+# In the repository from the first commit of a push to its last: it marks an unfinished push. It lists the files of the
+# artifact before, so that the last commit can remove the stale ones.
 UNFINISHED: Final = FileName(f"{OWN_FOLDER}/unfinished.json")
 
 

@@ -109,9 +109,9 @@ def _environment() -> Any:
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("generated"), [], [], body).set_lineno(line)
 
-        def said(self, caller: Any) -> Any:
+        def generated(self, caller: Any) -> Any:
             return caller()
 
     # The late imports of jinja2, markupsafe and string literals.

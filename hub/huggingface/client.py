@@ -89,8 +89,8 @@ class Client:
     def is_transient(self, error: BaseException) -> bool:
         return faults.is_transient(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        return faults.asked_seconds(error)
+    def retry_after(self, error: BaseException) -> float:
+        return faults.retry_after(error)
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -232,19 +232,19 @@ class Client:
             return HubError(f"{self.repo} has no such revision")
         if isinstance(error, EntryNotFoundError):
             return HubError(f"{self.repo} has no such file")
-        status, said = error.response.status_code, error.server_message or ""
+        status, reason = error.response.status_code, error.server_message or ""
         if status in (401, 403) and faults.is_store(error):
-            return HubError(f"the hub's store refuses the upload (status {status}) {quoted(said)}")
+            return HubError(f"the hub's store refuses the upload (status {status}) {quoted(reason)}")
         if status == 401:
             return HubError(f"the hub does not accept the token; make a new one at {_TOKEN_PAGE} and set HF_TOKEN")
         if status == 403:
             request = error.response.request
             if request.method in ("GET", "HEAD") and not request.url.path.endswith("/auth-check/write"):
-                return HubError(f"this token may not read {self.repo} {quoted(said)}")
+                return HubError(f"this token may not read {self.repo} {quoted(reason)}")
             return HubError(
-                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} {quoted(said)}"
+                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} {quoted(reason)}"
             )
-        return status_failed(status, said)
+        return status_failed(status, reason)
 
 
 def _pieces(response: Any) -> Iterator[bytes]:

@@ -57,7 +57,7 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
-def asked_seconds(error: BaseException) -> float:
+def retry_after(error: BaseException) -> float:
     """The seconds to wait that an answer demands (Retry-After, rate limits); 0 without a demand."""
     error = innermost(error)
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):

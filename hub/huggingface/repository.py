@@ -49,8 +49,8 @@ class HubRepository:
     def is_transient(self, error: BaseException) -> bool:
         return self.client.is_transient(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        return self.client.asked_seconds(error)
+    def retry_after(self, error: BaseException) -> float:
+        return self.client.retry_after(error)
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
         return self.client.failure(doing, error)

@@ -1,4 +1,4 @@
-"""Limits on what ModelScope's client reads: it takes answers, errors and redirects whole, whatever their length."""
+"""Limits for ModelScope's client, which reads answers, errors and redirects of any length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib3.util import Retry
 from ...errors import HubError
 from ..transfer.limits import MOST_REDIRECTS
 
-# Of an error's body, which the client reads for its reason.
+# The limit of an error's body, which the client reads for its reason.
 _MOST_REASON_BYTES: Final = 64 << 10
 
 

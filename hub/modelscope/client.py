@@ -105,7 +105,7 @@ class Client:
         )
         return isinstance(error, lost) and not is_insecure(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
+    def retry_after(self, error: BaseException) -> float:
         """The seconds to wait that an answer demands (Retry-After); 0 without a demand."""
         asked = getattr(error, "retry_after", None)
         return float(asked) if isinstance(asked, (int, float)) and 0 < asked < 10**6 else 0.0
@@ -144,8 +144,8 @@ class Client:
         if isinstance(error, ConnectionError):
             return connection_failed(self._endpoint, error, passing=True)
         if isinstance(error, errors.HubError):
-            said = getattr(error, "message", None) or str(error)
-            return HubError(f"ModelScope refused {quoted(str(said))}")
+            reason = getattr(error, "message", None) or str(error)
+            return HubError(f"ModelScope refused {quoted(str(reason))}")
         return not_understood(error)
 
     def put(self, name: FileName, content: Path | bytes, branch: Revision, title: str) -> None:

@@ -44,8 +44,8 @@ class ScopeRepository:
     def is_transient(self, error: BaseException) -> bool:
         return self._client.is_transient(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        return self._client.asked_seconds(error)
+    def retry_after(self, error: BaseException) -> float:
+        return self._client.retry_after(error)
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
         return self._client.failure(doing, error)

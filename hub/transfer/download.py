@@ -1,4 +1,4 @@
-"""Bytes of one file on a hub, by range requests: resumed inside the file, and never more than the hub lists."""
+"""Downloads of one file by range requests: resumed inside the file, and never longer than the hub lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..hub import Answer, Repository
 from ..listing import RemoteFile
 from .retry import Retries
 
-# A hub that gives a few bytes a request would else be asked millions of times.
+# Else a hub that sends a few bytes a request would get millions of requests.
 _PROGRESS_BYTES = 16 << 10
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 

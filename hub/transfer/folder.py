@@ -1,4 +1,4 @@
-"""A folder that an artifact is pulled into: claimed first, filled, and an artifact only when all of it is there."""
+"""The user's folder as target of a pull: claimed first, then filled; its manifest comes last."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .download import read_whole
 from .fetch import fetch_file
 from .partial import PARTIAL_SUFFIX, write_whole
 
-# What a folder has from the beginning of a pull to its end.
+# In the folder from the beginning of a pull to its end.
 _PULLING = FileName(f"{OWN_FOLDER}/pulling.json")
 
 

@@ -1,4 +1,4 @@
-"""Trying again after faults that may pass: how often, and how long to wait in between."""
+"""Retries after transient faults: their number, and the waits between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...errors import NpuqError
 T = TypeVar("T")
 
 # Hubs count requests over five minutes.
-_MOST_ASKED_SECONDS: Final = 330.0
+_MOST_RETRY_AFTER: Final = 330.0
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Backoff:
     first_seconds: float = 1.0
     most_seconds: float = 60.0
 
-    def wait(self, attempt: int, asked: float = 0.0) -> None:
-        """Sleep after attempt number `attempt` (from 1), at least the `asked` seconds of a server."""
+    def wait(self, attempt: int, at_least: float = 0.0) -> None:
+        """Sleep after attempt number `attempt` (from 1), for at least the server's `at_least` seconds."""
         seconds = min(self.first_seconds * 2 ** (attempt - 1), self.most_seconds)
-        time.sleep(max(seconds * random.uniform(0.75, 1.25), min(asked, _MOST_ASKED_SECONDS)))
+        time.sleep(max(seconds * random.uniform(0.75, 1.25), min(at_least, _MOST_RETRY_AFTER)))
 
 
 class Client(Protocol):
@@ -44,7 +44,7 @@ class Client(Protocol):
     def is_transient(self, error: BaseException) -> bool:
         """True where the same request may soon succeed."""
 
-    def asked_seconds(self, error: BaseException) -> float:
+    def retry_after(self, error: BaseException) -> float:
         """The seconds to wait that an answer demands; 0 without a demand."""
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
@@ -88,7 +88,7 @@ class Retries:
         self._failures = 0 if progressed else self._failures + 1
         if not self._client.is_transient(error) or self._failures >= self._attempts:
             raise self._client.failure(self._doing, error) from None
-        self._client.backoff.wait(max(self._failures, 1), self._client.asked_seconds(error))
+        self._client.backoff.wait(max(self._failures, 1), self._client.retry_after(error))
 
 
 def retried(client: Client, doing: str, action: Callable[[], T], attempts: int | None = None) -> T:

@@ -58,14 +58,14 @@ def connection_failed(where: str, error: BaseException, *, passing: bool) -> Hub
     return HubError(f"{where} cannot be asked ({brief(error)}); check that address and the proxy")
 
 
-def status_failed(status: int, said: str) -> HubError:
+def status_failed(status: int, reason: str) -> HubError:
     """The general error for an answer with an error status."""
     if status == 429:
         return PassingError(f"the hub limits this user's requests; wait and {_AGAIN}")
     if not may_pass(status):
-        return HubError(f"the hub refused (status {status}) {quoted(said)}")
+        return HubError(f"the hub refused (status {status}) {quoted(reason)}")
     keeps = "failing" if status >= 500 else "refusing"
-    return PassingError(f"the hub keeps {keeps} (status {status}) {quoted(said)}; later {_AGAIN}")
+    return PassingError(f"the hub keeps {keeps} (status {status}) {quoted(reason)}; later {_AGAIN}")
 
 
 def disk_failed(error: OSError) -> HubError:
@@ -101,9 +101,9 @@ def brief(error: BaseException) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def quoted(said: str) -> str:
+def quoted(reason: str) -> str:
     """A server's reason for a refusal, in brackets; empty without a reason."""
-    return f"(it says: {one_line(said)[:160]})" if said.strip() else ""
+    return f"(it says: {one_line(reason)[:160]})" if reason.strip() else ""
 
 
 def without_userinfo(url: str) -> str:
