@@ -242,7 +242,8 @@ class Client:
             if request.method in ("GET", "HEAD") and not request.url.path.endswith("/auth-check/write"):
                 return HubError(f"this token may not read {self.repo} {quoted(reason)}")
             return HubError(
-                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} {quoted(reason)}"
+                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} "
+                f"{quoted(reason)}"
             )
         return status_failed(status, reason)
 

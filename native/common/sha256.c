@@ -1,9 +1,9 @@
-/* SHA-256 of one stream, or of two at once, on the instructions that x86 (SHA-NI) and Armv8 (SHA2) have for it.
+/* SHA-256 of one stream, or of two at once, by the SHA instructions of x86 (SHA-NI) and Armv8 (SHA2).
  *
- * Each round waits for the one before, and the instructions have a latency of four cycles where two may begin: one
- * stream leaves half of the unit idle, whoever writes it. Two streams that know nothing of each other fill it. setup.py
- * compiles this file with the flags that the instructions need; `npuq_sha256_usable` (levels.c) is the only part that
- * may run without them. No portable form: OpenSSL's is as good as one stream can be.
+ * Each round waits for the one before, and an instruction has a latency of four cycles, in which two could begin: any
+ * implementation of one stream leaves half of the unit idle. Two independent streams fill it. setup.py compiles this file
+ * with the flags of those instructions; `npuq_sha256_usable` (levels.c) is the only function that may run without them.
+ * There is no portable form: OpenSSL's is as fast as one stream can be.
  */
 #include "npuq.h"
 
@@ -159,7 +159,7 @@ static void hash_blocks_of_two(uint32_t *const state[2], const uint8_t *const da
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
-/* Fill the block that waits, and hash it once it is full; how much of the data that took. */
+/* Fill the waiting block, and hash it once it is full; returns the number of bytes taken. */
 static size_t fill(npuq_sha256 *stream, const uint8_t *data, size_t n) {
     size_t have = stream->nbytes % BLOCK, taken = have ? least(n, BLOCK - have) : 0;
     if (taken == 0) return 0;

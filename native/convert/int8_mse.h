@@ -1,4 +1,4 @@
-/* int8 by small squared error: the scale of quant/int8_scale.py, whose first lines say what is done and why. It needs the
+/* int8 by small squared error: the scale of quant/int8_scale.py, whose docstring explains the search. It needs the
  * states of the whole row at some twenty scales, and no branch depends on a single weight.
  *
  * Every step on scales is one float64 operation at a time, in the order of the torch version; the sums are integers. */
@@ -166,7 +166,7 @@ static void refine_grid(struct int8_search *search, double narrowest) {
     }
 }
 
-/* Whether no state between two nodes has less error than the best one seen. */
+/* True where every state between two nodes has at least the best error seen. */
 static int is_ruled_out(const struct int8_search *search, const struct node *x, const struct node *y) {
     const struct node *lo = x->scale < y->scale ? x : y, *hi = x->scale < y->scale ? y : x;
     const struct state high = {(double)hi->a, (double)hi->b}, low = {(double)lo->a, (double)lo->b};
@@ -174,7 +174,7 @@ static int is_ruled_out(const struct int8_search *search, const struct node *x, 
 }
 
 /* Follows the iterative search from beside min-max, one way, until it cannot find anything better than the best node.
- * What lies between two nodes is leapt over where it is ruled out. */
+ * States between two nodes are leapt over where they are ruled out. */
 static void follow_iteration(struct int8_search *search, double minmax, const int sign) {
     size_t at = visit(search, minmax * (1 + sign * DOUBT));
     for (int round = 0; round < PEER_ROUNDS;) {

@@ -58,8 +58,6 @@ int npuq_linear(npuq_pool *pool, const npuq_weights *weights, const void *x, int
     return status;
 }
 
-/* ---- feed-forward ----------------------------------------------------------------------------------------------- */
-
 /* The middle of some rows: gate|up, then SwiGLU's rows as codes or (in `inner.code`'s place) as floats. */
 struct middle {
     void *gate_up, *floats;
@@ -123,8 +121,6 @@ int npuq_mlp(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *d
     pool_end(pool);
     return status;
 }
-
-/* ---- experts ---------------------------------------------------------------------------------------------------- */
 
 int npuq_moe_gate(npuq_pool *pool, const npuq_weights *router, const float *bias, const void *x, int32_t dtype,
                   int64_t tokens, int64_t k, int32_t sigmoid, int64_t groups, int64_t top_groups, int32_t select_two,
@@ -273,8 +269,6 @@ int npuq_moe_layer(npuq_pool *pool, const npuq_moe *moe, const void *x, int32_t 
     pool_end(pool);
     return status;
 }
-
-/* ---- attention -------------------------------------------------------------------------------------------------- */
 
 struct prolog {
     struct codes hidden, queries;

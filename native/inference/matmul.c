@@ -192,8 +192,6 @@ int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int
     return status;
 }
 
-/* ---- one matrix a head ------------------------------------------------------------------------------------------ */
-
 struct batch {
     npuq_pool *pool;
     const struct kernels *kernels;

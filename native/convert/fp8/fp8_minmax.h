@@ -20,7 +20,7 @@ static float largest_of_fp8(const struct fp8_row *row) {
     return nan || poison != 0 || isinf(largest) ? NAN : largest;
 }
 
-/* FP8 weights times what is FP8_UNIT in `scale`, and zeros up to a multiple of CODE_STEP. */
+/* FP8 weights times `scale` over FP8_UNIT, and zeros up to a multiple of CODE_STEP. */
 INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
     for (size_t i = 0; i < count; i += CODE_STEP) {
         uint8_t lane[CODE_STEP] = {0};

@@ -161,7 +161,7 @@ static void sum_tables(const struct tables *tables, const double *h, int count, 
 }
 #endif
 
-/* What a weight is multiplied by for its code at half scale h. */
+/* The factor from a weight to its code at half scale h. */
 INLINE float inverse_at(const struct tables *tables, double h) { return (float)(tables->unit / (2 * h)); }
 
 /* The exact A and B of the codes round(w · inverse), and the code of each magnitude in `codes` [segments][MOST_CODES] where

@@ -60,7 +60,7 @@ struct tables {
     uint8_t *counts;  /* [segments][COUNT_BYTES] */
     float *inverse;   /* [segments][4] 1 / (scale · unit) */
     int16_t *origin;  /* [segments][8] upper bits of a float32 threshold that has place 0 */
-    double *worth;    /* [segments][2] what 1 in `sums` is in fixed point */
+    double *worth;    /* [segments][2] the value of 1 in `sums`, in fixed point */
     uint8_t *sums;    /* [pairs][SUM_PLANES][parts + parts − TOP_PART][2][TABLE_PART] */
 };
 
@@ -90,7 +90,7 @@ static void prepare_rows(struct place_rows *rows) {
     rows->ready = 1;
 }
 
-/* What an FP8 integer of a segment's table is worth in fixed point: the lowest bit of its first magnitude. */
+/* The value of an FP8 integer of a segment's table in fixed point: the lowest bit of its first magnitude. */
 INLINE double worth_of(const struct segment *segment, float unit) {
     return (double)segment->scale * unit * fp8_magnitudes[segment->first & ~7] / 8;
 }
