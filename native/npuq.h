@@ -208,7 +208,7 @@ NPUQ_API int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, cons
                               int32_t dtype, const float *weights, const int32_t *ids, int64_t tokens, int64_t k,
                               const void *skip, void *out);
 
-/* A mixture of experts: the router's gating rule is that of npuq_gating_top_k. Shared experts may be NULL. */
+/* A mixture of experts: the router's gating is that of npuq_gating_top_k. Shared experts may be NULL. */
 typedef struct {
     const npuq_weights *router, *gate_up, *down, *shared_gate_up, *shared_down;
     const float *bias;

@@ -71,8 +71,8 @@ static inline void four_rounds(struct lane *lane, int quarter, const uint32_t *c
     lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, _mm_shuffle_epi32(sum, 0x0E));
 }
 
-/* Nobody may leave the upper halves of wide registers in use when he calls, but where somebody did, each instruction
- * here would wait for them. */
+/* A caller should not leave the upper halves of wide registers in use; where one did, each instruction here would wait
+ * for them. */
 static inline void clean_registers(void) {
     if (__builtin_cpu_supports("avx")) __asm__ volatile("vzeroupper");
 }

@@ -209,7 +209,7 @@ static double step_down(double gap) { return smaller(1, larger(LEAST_STEP, 2.4 *
 /* Where clipping, of Gaussian weights, makes more error than the optimum has. */
 #define CLIPPED_RATIO 0.75
 
-/* How far the marks have come on one side. */
+/* The progress of the marks on one side. */
 enum side { GOING, CLOSED, ENDED };
 
 /* The next mark above all, in *next, until nothing above them can be better. ENDED where every code is 0. */

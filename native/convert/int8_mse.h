@@ -115,7 +115,7 @@ static size_t visit(struct int8_search *search, double scale) {
     return at;
 }
 
-/* Nodes from min-max downwards until clipping costs more than luck with rounding can win back, and upwards until coarser
+/* Nodes from min-max downwards until clipping costs more than lucky rounding can win back, and upwards until coarser
  * codes do. */
 static void visit_grid(struct int8_search *search, double minmax, double step) {
     const double n = (double)search->row->n, spread = fmin(1, LUCK / sqrt(n));
@@ -148,7 +148,7 @@ static void expect_valley(struct node *left, double narrowest) {
     left->valley_scale = left->scale + t * width;
 }
 
-/* Visits the deepest valley that is expected between any two nodes, some times over. */
+/* Visits the deepest valley expected between two neighbouring nodes, REFINEMENTS times. */
 static void refine_grid(struct int8_search *search, double narrowest) {
     struct node *nodes = search->nodes;
     for (size_t i = 0; i + 1 < search->count; i++) expect_valley(&nodes[i], narrowest);
