@@ -4,7 +4,7 @@
 #include "common/pool.h"
 
 enum {
-    /* Bytes that the wide middle of a feed-forward block may take, so that the next product finds it in the last-level cache. */
+    /* The most bytes of a feed-forward block's wide middle, so that the next product finds it in the last-level cache. */
     MIDDLE_BYTES = 12 << 20,
     ALIGNMENT = 64,
 };

@@ -125,7 +125,7 @@ static struct error_sums round_fp8_int4(const struct fp8_row *row, float unit, f
         const float scale = *block_scale++ * unit, up = scale * MAGNITUDE_UNIT;
         if (up >= 0 && up < INFINITY) {
             size_t i = 0;
-            /* Without this prefetch the next row, behind this one, would come too late for the pass that finds the largest. */
+            /* Without this prefetch the next row would come too late for the pass that finds the largest. */
             for (size_t line = 0; line < count; line += 64) __builtin_prefetch(x + row->n + line, 0, 2);
             for (; i + PART <= count; i += PART) round_part(x + i, PART, up, to_code, codes + first + i, &sums);
             if (i < count) sums = join_errors(sums, round_rest(x + i, count - i, up, to_code, codes + first + i));

@@ -224,7 +224,7 @@ INLINE void write_pair(const struct tables *tables, size_t pair, const uint8_t *
 INLINE int write_pairs(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
     __m256i odd = _mm256_setzero_si256();
     for (size_t pair = 0; 2 * pair < tables->segments; pair++) {
-        /* Without this prefetch the next row, behind this one, would come too late for the pass that finds the largest. */
+        /* Without this prefetch the next row would come too late for the pass that finds the largest. */
         for (size_t line = 0; line < 2 * length; line += 64) __builtin_prefetch(x + n + 2 * pair * length + line, 0, 2);
         write_pair(tables, pair, x, n, length, parts, &odd);
     }
