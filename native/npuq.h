@@ -2,8 +2,8 @@
  *
  * Every function that can fail returns a status. Before a thread starts, the library checks dtypes, sizes against each
  * other, and every index (slots, blocks, experts, rows, lengths) against the sizes. It cannot check the bounds of
- * memory:  the caller (native/binding.py, runtime/ops/native/) checks that every pointer has the dtype and the sizes of
- * the call.  Matrices are row-major. Strides count elements. Nothing here needs alignment.
+ * memory: the caller (native/binding.py, runtime/ops/native/) checks that every pointer has the dtype and the sizes of
+ * the call. Matrices are row-major. Strides count elements. Nothing here needs alignment.
  *
  * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
  * differ in the last bits (order of additions, fused multiply-add), except in conversion, where all agree.
