@@ -1,4 +1,4 @@
-"""Names to choose among, which the command line offers and the runtime checks. Here, because they need no torch."""
+"""Choices that the command line offers and the runtime checks, in a module without torch."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ ENGINES: Final = ("vllm-ascend", "sglang")
 PROGRESS_FORMS: Final = ("auto", "bar", "lines", "json", "none")
 
 TEMPLATE_ARGUMENTS: Final = frozenset({"messages", "system", "tools", "documents", "chat_template"})
-"""Names that a chat template's other variables cannot have: each is an argument of its own."""
+"""Names reserved among a chat template's variables: each is an argument of its own."""

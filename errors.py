@@ -1,45 +1,45 @@
-"""The errors npuq raises on bad input: each message is one line that says what is wrong, where, and what to do."""
+"""Errors of npuq on bad input: each message is one line with the fault, its place and the remedy."""
 
 from __future__ import annotations
 
 
 class NpuqError(Exception):
-    """Base of every error a user can cause; the command line prints the message and exits with `exit_code`."""
+    """The base of every error that a user can cause; the command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
 
 
 class CheckpointError(NpuqError):
-    """A source checkpoint (or any directory of safetensors) cannot be read as it is."""
+    """An unreadable source checkpoint (or any directory of safetensors)."""
 
 
 class RecipeError(NpuqError):
-    """A recipe is malformed, or asks for something that no engine could load."""
+    """A malformed recipe, or one whose artifact no engine could load."""
 
 
 class CalibrationError(NpuqError):
-    """A calibration text cannot be used, or the model does not compute with it."""
+    """An unusable calibration text, or one on which the model's activations are not finite."""
 
 
 class ConversionError(NpuqError):
-    """A conversion cannot start or go on: the output belongs to another run, the disk is full, memory is too small."""
+    """A conversion that cannot start or continue: another run's output, a full disk, too little memory."""
 
 
 class ArtifactError(NpuqError):
-    """A quantized artifact is not what its format promises."""
+    """A quantized artifact that violates its format."""
 
 
 class GenerationError(NpuqError):
-    """A request cannot be generated: prompt too long, unreadable tokenizer, bad sampling parameter."""
+    """A request that cannot be generated: prompt too long, unreadable tokenizer, bad sampling parameter."""
 
 
 class BackendError(NpuqError):
-    """A backend is not available here, or cannot run this model."""
+    """A backend that is not available on this machine, or cannot run this model."""
 
 
 class HubError(NpuqError):
-    """A hub refused, or what came back is not what was pushed."""
+    """A hub's refusal, or content that differs from its hash."""
 
 
 class ReportError(NpuqError):
-    """A report cannot be drawn or written."""
+    """A report that cannot be drawn or written."""

@@ -1,4 +1,4 @@
-"""What long work tells of itself while it runs. The command line shows it; a library caller hears nothing."""
+"""Progress of long work. The command line shows it; library calls are silent by default."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of long work: `total` of `unit` ("B" for bytes, else what is counted, in the plural).
+    """A task of long work: `total` of `unit` ("B" for bytes, else a plural noun).
 
-    done: what an earlier run has done of it. effort: what all of it costs, in any unit in which equal amounts take
-    equal times, and `effort_done` of that; None where time goes by what is counted. layers: how many decoder layers it
-    goes through (0: it does not go by layers), of which an earlier run has done `layers_done`.
+    done: the part of `total` that an earlier run did. effort: the cost of the whole task, in any unit proportional to
+    time, of which an earlier run did `effort_done`; None where time is proportional to `total`. layers: the number of
+    decoder layers (0: the task has none), of which an earlier run did `layers_done`.
     """
 
     name: str
@@ -28,25 +28,25 @@ class Task:
 
 
 class Progress(Protocol):
-    """Receives the progress of tasks, one after the other."""
+    """A receiver of the progress of tasks, one after the other."""
 
     def start(self, task: Task, /) -> None:
-        """A task begins; the one before has ended."""
+        """Begin a task; the one before has ended."""
 
     def advance(
         self, count: int, /, *, effort: float | None = None, layer: int | None = None, layer_done: bool = False
     ) -> None:
-        """So much more of the task is done, at what effort.
+        """Add `count` units and their `effort` to the task's done part.
 
-        `layer` is the decoder layer it belongs to, None outside of them; `layer_done` says that this was its last part.
+        layer: the decoder layer of these units, None outside the layers. layer_done: they were the layer's last.
         """
 
     def note(self, text: str, /) -> None:
-        """One line for the user: a warning, or what is being done."""
+        """Show the user one line: a warning, or the current activity."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """A receiver that drops all progress."""
 
     def start(self, task: Task, /) -> None:
         return
@@ -61,7 +61,7 @@ class Silent:
 
 
 class LayersLeft:
-    """Which layers still have parts to come, of those whose parts' layers are given (None: of no layer)."""
+    """A count of each layer's remaining parts. `layers` has the layer of every part (None: outside the layers)."""
 
     def __init__(self, layers: Iterable[int | None]):
         self._left = Counter([layer for layer in layers if layer is not None])
@@ -69,11 +69,11 @@ class LayersLeft:
 
     @property
     def done(self) -> int:
-        """How many have nothing to come."""
+        """The number of layers without remaining parts."""
         return sum(parts == 0 for parts in self._left.values())
 
     def part_done(self, layer: int | None) -> bool:
-        """Count one part; whether it was its layer's last."""
+        """Count one part as done; True if it was its layer's last."""
         if layer is None:
             return False
         self._left[layer] -= 1

@@ -45,7 +45,7 @@ LEVELS = {
     },
 }
 
-# Beside the levels: instructions for one purpose, looked for at run time as those are.
+# Beside the levels: instructions for one purpose, detected at run time too.
 UNITS = {"sha256": {"x86_64": ["-msse4.1", "-msha"], "aarch64": ["-march=armv8-a+crypto"]}}
 
 
@@ -83,13 +83,13 @@ def run(command: list[str]) -> None:
 
 
 class BuildNative(build_ext):
-    """An `Extension` that is a plain shared library: its own name, its own flags for each unit."""
+    """Builds an `Extension` as a plain shared library: its own name, its own flags for each unit."""
 
     def build_extension(self, ext: Extension) -> None:
         compiler = shlex.split(os.environ.get("CC", "cc"))
         extra = shlex.split(os.environ.get("CFLAGS", ""))
         target = Path(self.get_ext_fullpath(ext.name))
-        # If the build fails, the install goes on without: not with what an earlier one built of other sources.
+        # If the build fails, the install continues without a library: not with an earlier build of other sources.
         target.unlink(missing_ok=True)
         if self.editable_mode:
             (ROOT / "native" / LIBRARY).unlink(missing_ok=True)
@@ -100,14 +100,14 @@ class BuildNative(build_ext):
 
 
 class BuildPackage(build_py):
-    """The repository root is the package: what builds it must not be installed as a part of it."""
+    """Leaves setup.py out of the package, because the repository root is the package."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         return [found for found in super().find_package_modules(package, package_dir) if found[:2] != ("npuq", "setup")]
 
 
 class PlatformWheel(bdist_wheel):
-    """The library is bound to a platform, not to a Python."""
+    """Tags the wheel for a platform and any Python, as the library is."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -1,2 +1,2 @@
-"""What lies on disk: safetensors, checkpoints and artifacts, schemes and their packing, side files; `sources/` reads
-weights in whatever form they are stored."""
+"""Formats on disk: safetensors, checkpoints and artifacts, schemes and their packing, side files. `sources/` reads
+weights in every stored form that npuq knows."""

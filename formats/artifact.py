@@ -1,5 +1,5 @@
-"""The artifact's format in one place: file names, the description that engines read, the edits to config.json. The
-writer, the verifier and the loader all take it from here."""
+"""The artifact's format: file names, the description that engines read, the edits to config.json. The writer, the
+verifier and the loader share this one definition."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ KV_CACHE_NAME = f"{OWN_FOLDER}/kv_cache.safetensors"
 RECIPE_NAME = f"{OWN_FOLDER}/recipe.yaml"
 REPORT_NAME = f"{OWN_FOLDER}/report.json"
 
-# The model card is for people, who edit it on a hub: the manifest does not vouch for it. What lies between the two
-# lines is ours, and is replaced when the artifact is pushed again; the rest belongs to whoever wrote it.
+# The model card is for people, who edit it on a hub: the manifest has no hash of it. A push replaces the section
+# between these two lines, and keeps the rest of the card.
 CARD_NAME = "README.md"
 CARD_BEGIN = "<!-- npuq: this section is generated; edits from here to its end are lost -->"
 CARD_END = "<!-- npuq: end of the generated section -->"
-# Stands in the card's commands for where the artifact is.
+# The placeholder of the artifact's path in the card's commands.
 CARD_PATH = "PATH_TO_ARTIFACT"
 
 # vLLM-Ascend refuses group_size > 0, knows packed int4 experts and their limit of 16 ranks by version 1.0.0, and tells
-# ModelSlim's layout from compressed-tensors' by ascend_quant_method.
+# ModelSlim's format from compressed-tensors' by ascend_quant_method.
 DESCRIPTION_GLOBALS: Mapping[str, Any] = {
     "version": "1.0.0",
     "model_quant_type": Scheme.W8A8.value,
@@ -56,7 +56,7 @@ _LINEAR = {
 
 
 def _is_few_layers(value: Any) -> bool:
-    """A list of layers: each is thousands of tensors to those who count them."""
+    """True for a list of at most 1,000 layers: verification expects thousands of tensors for each."""
     return isinstance(value, list) and len(value) <= 1000 and all(map(is_count, value))
 
 
@@ -98,8 +98,8 @@ def description(types: Mapping[str, Scheme]) -> dict[str, Any]:
 
 
 def description_path(directory: Path) -> Path | None:
-    """The description: under the name that engines look for, or the only one with a suffix, as older ModelSlim wrote
-    it (`quant_model_description_w8a8_dynamic.json`); None for a directory without. ArtifactError where several are.
+    """The description's path: the name that engines look for, or the only one with a suffix, as older ModelSlim wrote
+    it (`quant_model_description_w8a8_dynamic.json`); None for a directory without. ArtifactError for several.
     """
     path = directory / DESCRIPTION_NAME
     if is_inside(directory, DESCRIPTION_NAME):
@@ -112,19 +112,19 @@ def description_path(directory: Path) -> Path | None:
 
 
 def is_own(directory: Path) -> bool:
-    """Whether npuq made the artifact, or has begun to: what comes from ModelSlim has neither manifest nor tables."""
+    """True for an artifact that npuq made or has begun: ModelSlim writes neither manifest nor rotary tables."""
     return is_inside(directory, OWN_FOLDER)
 
 
 def is_rotated(directory: Path) -> bool:
-    """Whether the residual stream of an artifact is the source's rotated by `rotation(hidden_size)`."""
+    """True where the artifact's residual stream is the source's, rotated by `rotation(hidden_size)`."""
     return is_inside(directory, MANIFEST_NAME) and "rotate" in read_manifest(directory).get("transforms", ())
 
 
 def read_description(directory: Path) -> dict[str, Scheme] | None:
-    """Tensor name → scheme of an artifact; None for a directory without a description (a float checkpoint).
+    """Read an artifact's schemes by tensor name; None for a directory without a description (a float checkpoint).
 
-    Raises ArtifactError for a file that is not such a description, a type that is not known, or groups along K.
+    Raises ArtifactError for a malformed description, an unknown scheme, or groups along K.
     """
     path = description_path(directory)
     if path is None:
@@ -158,11 +158,11 @@ def read_description(directory: Path) -> dict[str, Scheme] | None:
 def artifact_config(
     config: Mapping[str, Any], *, linear: Scheme, experts: Scheme, mtp_experts: Scheme | None
 ) -> dict[str, Any]:
-    """The source's config.json as the artifact needs it.
+    """The artifact's config.json, from the source's.
 
-    `quantization_config` is removed, under text_config too: were it left, both engines would take it and ignore the
+    `quantization_config` is removed, under text_config too, because both engines would follow it and ignore the
     description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized:
-    vLLM-Ascend's fused paths ask for them.
+    vLLM-Ascend's fused paths read them.
     """
     result = copy.deepcopy(dict(config))
     result.pop("quantization_config", None)
@@ -177,10 +177,10 @@ def artifact_config(
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """npuq/manifest.json, whose presence says that the artifact is finished. Not every key need be there, but those
-    that are have the types that npuq writes, and the files that it names lie in the artifact.
+    """Read npuq/manifest.json, which only a finished artifact has. Any key may be missing; every key that is there has
+    the type that npuq writes, and every file name stays inside the artifact.
 
-    Raises ArtifactError when it is missing, is not a manifest, or has a format version that this npuq does not know.
+    Raises ArtifactError when the file is missing, is no manifest, or has an unknown format version.
     """
     path = directory / MANIFEST_NAME
     if not is_inside(directory, MANIFEST_NAME):

@@ -1,5 +1,5 @@
-"""A directory of safetensors files, opened: every tensor's name, dtype, shape, file and byte range, known and checked
-before any weight is read. Source checkpoints and artifacts are both opened by this class."""
+"""Opened directories of safetensors files, sources and artifacts alike: every tensor's name, dtype, shape, file and
+byte range is checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ..native.mapped import MappedFiles
 from .safetensors import TensorInfo
 from .storage import LocalFiles, Storage, Window
 
-# In the folder of our own (artifact.py), until a conversion is finished.
+# In npuq's own folder (artifact.py), until a conversion is finished.
 JOURNAL_NAME = "npuq/progress.jsonl"
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# ASCII digits alone: others are no numbers of layers.
+# ASCII digits alone: layer numbers have no others.
 _DIGITS = re.compile(r"([0-9]+)")
 
 
 class Checkpoint:
     """An opened directory of safetensors files. Reading is thread-safe; close it, or use it as a context manager.
 
-    `tensors` is ordered by natural name order (layer 2 before layer 10), whatever the shards' order. `files` are those
-    that views lie in: call `files.check()` before results computed with views are used. `stamps` are those of the
-    shards when their headers were read; a checkpoint on a hub has none, since a commit pins it. `window` is set where
-    tensors pass by: they can be read after their announcement and until their release.
+    tensors: in natural name order (layer 2 before layer 10), in any order of shards. files: the maps behind views; call
+    `files.check()` before results computed with views are used. stamps: one a shard, taken when its header was read;
+    none on a hub, where a commit pins the files. window: set for a remote checkpoint, whose tensors can be read after
+    their announcement and until their release.
     """
 
     def __init__(
@@ -87,26 +87,26 @@ class Checkpoint:
         return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps)
 
     def info(self, name: str) -> TensorInfo:
-        """Where and what the tensor is; CheckpointError when the checkpoint has none of that name."""
+        """The tensor's dtype, shape, file and byte range. CheckpointError when the checkpoint has none of that name."""
         try:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.directory}: no tensor named {name!r}") from None
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, copied into memory of its own."""
+        """Read the whole tensor into new memory."""
         info = self.info(name)
         return self._read_range(info, info.start, info.end).view(info.torch_dtype).reshape(info.shape)
 
     def read_bytes(self, name: str, first: int, memory: memoryview) -> None:
-        """Fill `memory` (of bytes) with what the tensor holds from its byte `first` on. No tensor is made."""
+        """Fill `memory` with the tensor's bytes from byte `first` on. No tensor is made."""
         info = self.info(name)
         if not 0 <= first <= first + len(memory) <= info.nbytes:
             raise CheckpointError(f"{info.file}: tensor {name!r} has no bytes {first} to {first + len(memory)}")
         self._storage.fill(info, info.start + first, memory)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the first dimension, copied into memory of their own."""
+        """Read rows [start, stop) of the first dimension into new memory."""
         info = self.info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise CheckpointError(f"{info.file}: tensor {name!r} {list(info.shape)} has no rows {start} to {stop}")
@@ -115,9 +115,9 @@ class Checkpoint:
         return data.view(info.torch_dtype).reshape(stop - start, *info.shape[1:])
 
     def view(self, name: str) -> Tensor:
-        """The whole tensor over a memory map of its file: nothing is read until it is touched. Do not write to it.
+        """The whole tensor over a memory map of its file, which reads a page when it is touched. Do not write to it.
 
-        What cannot be mapped is copied instead.
+        A tensor that cannot be mapped is copied.
         """
         found = self._storage.view(self.info(name), self.files)
         return self.read(name) if found is None else found
@@ -142,8 +142,8 @@ class Checkpoint:
 
 def natural_key(name: str) -> list[str | tuple[int, str]]:
     """Sort key that puts `layers.2.` before `layers.10.`."""
-    # Splitting by digits alternates text and number at fixed positions, so that keys are always comparable. A number
-    # is its length and its digits: one of any length compares, where int() would refuse thousands of digits.
+    # Splitting by digits alternates text and number at fixed positions, so that keys always compare. A number becomes
+    # its length and its digits, because int() refuses thousands of digits.
     parts: list[str | tuple[int, str]] = list(_DIGITS.split(name))
     parts[1::2] = map(_number, parts[1::2])
     return parts
@@ -155,17 +155,17 @@ def _number(digits: str | tuple[int, str]) -> tuple[int, str]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A directory's config.json; CheckpointError when it is missing, is no JSON object or lies elsewhere."""
+    """Read a directory's config.json. CheckpointError when it is missing, no JSON object, or a link out of it."""
     return read_object(inside(directory, CONFIG_NAME), CheckpointError)
 
 
 def collect_tensors(
     directory: Path, weight_map: Mapping[str, str] | None, headers: Mapping[str, Mapping[str, TensorInfo]]
 ) -> dict[str, TensorInfo]:
-    """The tensors of all shards in natural name order, those among them that the index does not list.
+    """The tensors of all shards in natural name order, also tensors that the index does not list.
 
-    Every other loader reads shards whole: what the index leaves out counts, and of a tensor in several shards the last.
-    Raises CheckpointError when the index names a tensor that is not there, or another shard than the last.
+    Every other loader reads shards whole, so that tensors outside the index count, and the last shard wins where
+    several hold a tensor. Raises CheckpointError when the index names a missing tensor, or another shard than the last.
     """
     listed = {} if weight_map is None else weight_map
     tensors = {name: _indexed(directory, headers[shard], name, shard) for name, shard in listed.items()}
@@ -182,9 +182,8 @@ def collect_tensors(
 
 
 def index_path(directory: Path) -> Path | None:
-    """The index: Hugging Face's, or the only one of another name (ModelSlim's `quant_model_weights…`); None without.
-
-    CheckpointError where several could be meant.
+    """The index's path: Hugging Face's name, or the only one of another (ModelSlim's `quant_model_weights…`); None
+    without. CheckpointError where several could be meant.
     """
     if is_inside(directory, INDEX_NAME):
         return directory / INDEX_NAME
@@ -196,7 +195,7 @@ def index_path(directory: Path) -> Path | None:
 
 
 def read_weight_map(directory: Path) -> Mapping[str, FileName] | None:
-    """Tensor name → shard, from the index; None when there is no index. CheckpointError when it is malformed."""
+    """Read the shard of each tensor from the index; None without an index. CheckpointError when it is malformed."""
     path = index_path(directory)
     if path is None:
         return None
@@ -211,7 +210,7 @@ def read_weight_map(directory: Path) -> Mapping[str, FileName] | None:
 
 
 def single_file(directory: Path, names: Iterable[str]) -> str:
-    """The weights' file of a checkpoint without index, among the files' `names`; CheckpointError when none fits."""
+    """The weights' file of a checkpoint without index, chosen from `names`. CheckpointError when none fits."""
     names = sorted(names)
     files = [name for name in names if name.endswith(".safetensors")]
     if SINGLE_NAME in files:

@@ -1,9 +1,8 @@
-"""Digests of what jobs read and wrote, by which a continued run knows the bytes again.
+"""Digests of the bytes that jobs read and wrote; a continued run compares them.
 
-XXH3 with 128 bits, which goes through memory at 20 to 50 GB/s where sha256 manages 1 to 2, so that everything that is
-read and written can go through it for one or two percent of a conversion's time. It tells accidents: a flipped bit,
-another download, a page that was never written. It is no proof against somebody who wants two files to look alike; who
-can write into the output can also write its journal.
+XXH3 with 128 bits digests 20 to 50 GB/s, sha256 1 to 2: all bytes read and written are digested in one or two percent
+of a conversion's time. The digest detects accidents: a flipped bit, another download, a page that was never written. It
+is no defence against an attacker, who could write the journal as well as the output.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import xxhash
 from .sources.weights import WeightSource
 
 DIGEST_BYTES = 16
-# Fits a core's own cache beside what it works on.
+# Fits a core's own cache beside its other data.
 _CHUNK = 1 << 20
 
 
 class Digest:
-    """A digest that grows."""
+    """An incremental digest."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
@@ -29,7 +28,7 @@ class Digest:
         self._state.update(data)
 
     def result(self) -> bytes:
-        """Of all bytes so far: DIGEST_BYTES."""
+        """The digest of all bytes so far: DIGEST_BYTES bytes."""
         return self._state.digest()
 
 
@@ -39,10 +38,10 @@ def combined(digests: Iterable[bytes]) -> bytes:
 
 
 def source_digest(source: WeightSource, name: str) -> bytes:
-    """The digest of all stored bytes that a weight's rows are computed from, read here and now.
+    """Read and digest all stored bytes behind a weight's rows.
 
-    Who also reads the rows themselves does so afterwards: a file that changes in between then gives another digest from
-    there on, and not the one of bytes that were never used.
+    Call it before the rows are read: when a file changes in between, every later digest differs from this one. In the
+    other order the digest could be of bytes that were never used.
     """
     digest, buffer = Digest(), memoryview(bytearray(_CHUNK))
     for stored in source.weights[name].stored_names:

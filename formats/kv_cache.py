@@ -1,10 +1,10 @@
-"""An int8 KV cache: static scales for the normalised latent, one a channel, and the codes that they give.
+"""The int8 KV cache: static scales of the normalised latent, one a channel, and its codes.
 
-The latent is what absorbed attention reads as key and as value. Its norm's gain makes some channels larger than others,
-for every token alike, and a scale for each costs nothing at run time: queries are multiplied by it before attention,
-outputs after. The rope channels stay in the compute dtype, as the NPU's int8 attention wants them.
+Absorbed attention reads the latent as key and as value. Its norm's gain makes some channels larger than others, for
+every token alike. A scale for each channel costs nothing at run time: queries are multiplied by it before attention,
+outputs after. The rope channels stay in the compute dtype, which the NPU's int8 attention requires.
 
-Every scale is a bfloat16 and a float16 number: operators that take it in the compute dtype lose nothing.
+Every scale is exact in bfloat16 and in float16, so that operators lose nothing in the compute dtype.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from ..errors import ArtifactError
 from .safetensors import load_tensors, write_tensors
 
 INT8_CHANNELS = 32
-"""Channels of an NZ tile of int8: 32 bytes, as 16 channels of a 16-bit type are."""
+"""Channels of an NZ tile of int8: 32 bytes, the size of 16 channels of a 16-bit type."""
 
 # The smallest normal float16, and the largest bfloat16 that float16 holds.
 _LEAST, _MOST = 2.0**-14, 65280.0
 
 
 def scale_name(layer: int) -> str:
-    """The name under which a layer's scales are stored."""
+    """The tensor name of a layer's scales."""
     return f"model.layers.{layer}.self_attn.kv_cache_scale"
 
 
 def latent_codes(latent: Tensor, scale: Tensor) -> Tensor:
-    """Float `[T, L]` → int8 `[T, L]`: round-half-even(latent / scale), saturated; NaN gives 0. scale: float `[L]`.
+    """Quantize float `[T, L]` to int8 `[T, L]`: round-half-even(latent / scale), saturated; NaN gives 0. scale: float
+    `[L]`.
 
-    What `npu_quantize` with `div_mode` computes of rows (torch_npu's documentation of the operator).
+    The same numbers as `npu_quantize` with `div_mode` (torch_npu's documentation of the operator).
     """
     return _whole_codes(latent, scale).to(torch.int8)
 
 
 def cached_latent(latent: Tensor, scale: Tensor) -> Tensor:
-    """Float `[T, L]` as an int8 cache gives it back: the values that its codes stand for, in the same dtype."""
+    """Round float `[T, L]` to the values of its int8 codes, in the same dtype: the latent that attention reads back."""
     return _whole_codes(latent, scale).mul_(scale.float()).to(latent.dtype)
 
 
@@ -48,7 +49,7 @@ def _whole_codes(latent: Tensor, scale: Tensor) -> Tensor:
 
 
 def storable_scale(scale: Tensor) -> Tensor:
-    """The next bfloat16 upwards of each positive float32 scale, in the range that float16 shares; float32 still."""
+    """Round positive float32 scales up to bfloat16, within float16's range; the dtype stays float32."""
     bits = scale.float().contiguous().view(torch.int32)
     rounded = ((bits + 0xFFFF) & -0x10000).view(torch.float32)
     return rounded.clamp(_LEAST, _MOST)
@@ -60,9 +61,9 @@ def save_scales(scales: Sequence[Tensor], path: Path) -> None:
 
 
 def load_scales(path: Path, layers: int, channels: int) -> tuple[Tensor, ...]:
-    """What `save_scales` wrote, float32 `[channels]` for each of `layers` layers.
+    """Read the scales that `save_scales` wrote: float32 `[channels]` for each of `layers` layers.
 
-    Raises ArtifactError when the file is missing, is something else, or does not fit the model.
+    Raises ArtifactError when the file is missing, has another format, or does not fit the model.
     """
     form = ("F32", (channels,))
     names = [scale_name(layer) for layer in range(layers)]

@@ -1,6 +1,6 @@
-"""Files of an output directory: written whole or not at all, never through a link, and synced.
+"""Durable files of an output directory: written whole or not at all, never through a link, and synced.
 
-Somebody else may have filled the directory. A link under one of our names is replaced or refused, never followed.
+The directory may hold foreign files. A link under one of npuq's names is replaced or refused, never followed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import BinaryIO, Final
 from ..errors import ConversionError
 from ..inputs.files import TOO_MANY_OPEN, reason
 
-# Every small file is written here first, in the folder of our own (artifact.py), and renamed into place.
+# Every small file is written here first, in npuq's own folder (artifact.py), and renamed into place.
 PARTIAL_NAME: Final = "npuq/partial"
 
-# Errors that room on the disk does not mend.
+# Errors that free disk space does not mend.
 _WRONG_PLACE: Final = {
     errno.EACCES,
     errno.EEXIST,
@@ -43,7 +43,7 @@ def write_file(output: Path, name: str, content: bytes) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file in place of whatever has its name, to be filled; on stable storage at the end.
+    """Open a new file in place of any of that name; it is on stable storage at the end.
 
     A link of that name is removed, not followed. OSError when the disk refuses.
     """
@@ -57,25 +57,25 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a file that is synced its name: readers see the whole file or none. OSError when the disk refuses."""
+    """Rename a synced file to `target`: readers see the whole file or none. OSError when the disk refuses."""
     partial.replace(target)
     sync_directory(target.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of ours, with its parents, unless it is there. OSError when the disk refuses, or it is a link."""
+    """Make a folder and its parents where missing. OSError when the disk refuses, or for a link."""
     folder.mkdir(parents=True, exist_ok=True)
     refuse_link(folder)
 
 
 def refuse_link(folder: Path) -> None:
-    """OSError where a folder of ours is a link: what it leads to belongs to somebody else."""
+    """Raise OSError where npuq's folder is a link: its target may be another program's directory."""
     if folder.is_symlink():
         raise OSError(errno.ELOOP, "is a link to another folder", str(folder))
 
 
 def sync_directory(directory: Path) -> None:
-    """Return once the names in a directory (created or renamed files) are on stable storage."""
+    """Sync a directory: the names of created and renamed files reach stable storage."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -85,7 +85,7 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def locked_directory(directory: Path) -> Iterator[None]:
-    """Meanwhile other processes wait here: of two conversions that start at once, one makes the journal."""
+    """Hold a directory's lock: of two conversions that start at once, one makes the journal."""
     refuse_link(directory)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -98,10 +98,10 @@ def locked_directory(directory: Path) -> Iterator[None]:
 
 
 def write_error(path: Path, error: OSError) -> ConversionError:
-    """The error for a disk that refuses, with what to do."""
-    told = f"{error.filename or path}: cannot be written: {reason(error)}"
+    """The error for a disk that refuses, with the remedy."""
+    message = f"{error.filename or path}: cannot be written: {reason(error)}"
     if error.errno in TOO_MANY_OPEN:
-        return ConversionError(told)
+        return ConversionError(message)
     if error.errno in _WRONG_PLACE:
-        return ConversionError(f"{told}; choose an output that can be written, or make this one so")
-    return ConversionError(f"{told}; make room (or repair the disk) and run the same command: it continues")
+        return ConversionError(f"{message}; choose an output that can be written, or make this one so")
+    return ConversionError(f"{message}; make room (or repair the disk) and run the same command: it continues")

@@ -11,21 +11,21 @@ from ..models.config import ModelConfig
 from ..models.rope import RopeTables, attention_scale
 from .safetensors import load_tensors, write_tensors
 
-# A table's softmax_scale may be another than this npuq computes from the config, but not by such a factor.
+# A stored softmax_scale may differ from the one computed from the config, but by less than this factor.
 _PLAUSIBLE = 8.0
 
 
 def save_rope(tables: RopeTables, path: Path) -> None:
-    """Write the tables as safetensors, their parameters as its metadata: the same tables always give the same bytes."""
+    """Write the tables as safetensors, their parameters as metadata: the same tables always give the same bytes."""
     write_tensors(path, {"cos": tables.cos, "sin": tables.sin}, tables.metadata)
 
 
 def load_rope(path: Path, config: ModelConfig) -> RopeTables:
     """Read the tables that `save_rope` wrote for such a model.
 
-    Raises ArtifactError, naming file and tensor, when the file is missing or is something else, when a table has not
-    the dtype and the shape that the config promises or holds a value that is not finite, and when the attention's scale
-    is no positive number near the one that the config gives.
+    Raises ArtifactError, naming file and tensor, for a missing file or one of another format, a table whose dtype or
+    shape disagrees with the config, a value that is not finite, and a softmax scale that is not positive or far from
+    the config's.
     """
     form = ("F32", (config.rope.positions, config.attention.qk_rope_head_dim // 2))
     tensors, metadata = load_tensors(path, {"cos": form, "sin": form}, ArtifactError)

@@ -1,6 +1,5 @@
-"""Headers of safetensors files: read with every check that a hostile or truncated file calls for, and written ahead
-of the data. The `safetensors` library reads whole tensors; streaming needs byte ranges, so the header is ours, and one
-reader guards all files."""
+"""Headers of safetensors files: read with every check against hostile and truncated files, and written ahead of the
+data. The `safetensors` library reads whole tensors; streaming needs byte ranges, and so a reader of its own."""
 
 from __future__ import annotations
 
@@ -85,7 +84,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def header_of(path: Path, descriptor: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """As `read_header`, of a file that is open."""
+    """Read the header of an open file; otherwise as `read_header`."""
     try:
         size = os.fstat(descriptor).st_size
         return parse_header(path, size, lambda start, count: os.pread(descriptor, count, start))
@@ -96,7 +95,8 @@ def header_of(path: Path, descriptor: int) -> tuple[dict[str, TensorInfo], dict[
 def parse_header(
     path: Path, file_size: int, read: Callable[[int, int], bytes]
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """As `read_header`, of a file that is elsewhere: `read(start, count)` gives its bytes, `path` its name."""
+    """Read the header of a remote file: `read(start, count)` returns its bytes, `path` names it in errors; otherwise as
+    `read_header`."""
     header, data_start = _read_json_header(path, file_size, read)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -163,7 +163,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 
 def _check_name(path: Path, name: str) -> None:
-    """Names go into messages, tables and JSON: each is a line of text, and not a page."""
+    """Refuse a name that is not one short line of text: names go into messages, tables and JSON."""
     if len(name) > _MOST_NAME_CHARACTERS:
         raise CheckpointError(
             f"{path}: a tensor's name of {len(name)} characters, which begins {name[:40]!r}; npuq reads "
@@ -195,9 +195,10 @@ def _check_ranges(path: Path, tensors: Sequence[TensorInfo], data_start: int, fi
 def load_tensors(
     path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]], error: type[NpuqError]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file of exactly the `expected` tensors (dtype code and shape by name) into memory: them and the metadata.
+    """Read a file of exactly the `expected` tensors (dtype code and shape by name) into memory; returns tensors and
+    metadata.
 
-    Their form is known before their bytes are read. Raises `error`, naming the file and the tensor.
+    Dtypes and shapes are checked before any tensor is read. Raises `error`, naming the file and the tensor.
     """
     descriptor = open_file(path, error)
     try:
@@ -233,9 +234,9 @@ def _load(descriptor: int, info: TensorInfo) -> Tensor:
 
 
 def read_range(descriptor: int, info: TensorInfo, start: int, memory: memoryview) -> None:
-    """Fill `memory` with what a tensor's file has from byte `start` on.
+    """Fill `memory` with the bytes of a tensor's file from byte `start` on.
 
-    Raises CheckpointError when the file ends before, OSError as of reading.
+    Raises CheckpointError when the file ends too early, OSError when reading fails.
     """
     done = 0
     while done < len(memory):
@@ -248,7 +249,8 @@ def read_range(descriptor: int, info: TensorInfo, start: int, memory: memoryview
 def encode_header(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The 8-byte length and the JSON header for (name, dtype code, shape) stored back to back in the given order.
+    """Encode the 8-byte length and the JSON header of tensors (name, dtype code, shape) stored back to back in this
+    order.
 
     Padded with spaces, as the format allows, so that the data begins at a multiple of DATA_ALIGNMENT.
     """
@@ -266,10 +268,10 @@ def encode_header(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a small file of tensors (of dtypes that numpy has) in the order given: the same content, the same bytes.
+    """Write a small file of tensors (of numpy's dtypes) in the order given: the same content, the same bytes.
 
-    The safetensors library writes metadata in an order that changes from process to process. The file is new, in place
-    of whatever has its name, and on stable storage. OSError as of writing.
+    The safetensors library orders metadata differently in every process. The file is new, replaces any of its name, and
+    is on stable storage. OSError when writing fails.
     """
     parts = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts.items()], metadata)

@@ -1,4 +1,4 @@
-"""What a quantized linear consists of: the tensors of each scheme, their shapes, and how rows become them."""
+"""Schemes of quantized linears: the tensors of each, their shapes, and their computation from rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..quant.stored_rows import StoredRows
 from .int4 import pack_int4, unpack_int4
 
 WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"
-# What W8A8 with a static input scale stores besides (static_w8a8.py).
+# The further tensors of W8A8 with a static input scale (static_w8a8.py).
 INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS = "input_scale", "input_offset", "deq_scale", "quant_bias"
 # Every tensor that some scheme stores beside `P.weight`.
 SUFFIXES = (SCALE, OFFSET, BIAS, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS)
@@ -26,7 +26,7 @@ BIAS_COLUMNS = 16
 
 
 class Scheme(str, Enum):
-    """How a linear is stored, under the names that quant_model_description.json uses."""
+    """The quantization of a linear, under its name in quant_model_description.json."""
 
     W4A8 = "W4A8_DYNAMIC"
     W8A8 = "W8A8_DYNAMIC"
@@ -53,11 +53,10 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Some rows of a quantized linear.
+    """Consecutive rows of a quantized linear.
 
-    `tensors` maps weight, weight_scale, weight_offset (and what else the scheme has) to the rows of each, in the
-    artifact's dtypes; `squared_error` and `squared_norm` are Σ (w − ŵ)² and Σ w², float64 [R], as exact as `ScaledRows`
-    says.
+    tensors: the rows of weight, weight_scale, weight_offset and the scheme's other tensors, in the artifact's dtypes.
+    squared_error, squared_norm: Σ (w − ŵ)² and Σ w², float64 [R], with the precision of `ScaledRows`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -70,8 +69,8 @@ def output_tensors(
 ) -> tuple[OutputTensor, ...]:
     """The tensors that a quantized linear of float shape [N, K] named `P.weight` becomes.
 
-    `float16` says that the model is a float16 one. Raises ValueError, saying why, for a shape that the scheme cannot
-    hold. FLOAT is not handled here: its dtype is the source's.
+    float16: the model's dtype is float16. Raises ValueError with the reason for a shape that the scheme cannot hold.
+    FLOAT is not handled here: its dtype is the source's.
     """
     prefix = weight_name.removesuffix(WEIGHT)
     more: tuple[OutputTensor, ...] = ()
@@ -115,7 +114,8 @@ def quantize_rows(rows: Tensor, scheme: Scheme, method: Method, *, row_parallel:
 
 
 def linear_tensors(codes: Tensor, scale: Tensor, scheme: Scheme, *, row_parallel: bool) -> dict[str, Tensor]:
-    """What W8A8 and W4A8 store of rows, by suffix: codes int8 [R, K] (R even for W4A8) and scale float32 [R]."""
+    """The stored tensors of W8A8 or W4A8 rows by suffix, from codes int8 [R, K] (R even for W4A8) and scale float32
+    [R]."""
     column = scale[:, None]
     tensors = {WEIGHT: codes, SCALE: column, OFFSET: torch.zeros_like(column)}
     if scheme is Scheme.W4A8:
@@ -125,7 +125,7 @@ def linear_tensors(codes: Tensor, scale: Tensor, scheme: Scheme, *, row_parallel
 
 
 def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
-    """`quantize_rows` of stored rows, by the native kernels where they are built: the same tensors, bit for bit."""
+    """Quantize stored rows, by the native kernels where they are built: the tensors of `quantize_rows`, bit for bit."""
     if not is_native(scheme, stored.rows.shape[1]):
         return quantize_rows(stored.to_float32(), scheme, method, row_parallel=row_parallel)
     columns = BIAS_COLUMNS if row_parallel else 1
@@ -137,15 +137,15 @@ def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_p
 
 
 def is_native(scheme: Scheme, columns: int) -> bool:
-    """Whether the native kernels quantize rows of so many columns here."""
+    """True where the native kernels are built and quantize rows of this many columns."""
     return scheme is not Scheme.W8A8_STATIC and 0 < columns <= native.MOST_COLUMNS and native.library() is not None
 
 
 def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
     """8 · s · Σ q over `columns` equal slices of K: float32 [N, columns] of codes int8 [N, K] and scale float32 [N, 1].
 
-    The NPU splits an int8 activation a into nibbles, a = 16·hi + (lo − 8) + 8, and computes with hi and lo − 8: this is
-    the part of the product that is left (CANN's documentation of aclnnGroupedMatmulSwigluQuantWeightNZ).
+    The NPU splits an int8 activation a into nibbles, a = 16·hi + (lo − 8) + 8, and multiplies hi and lo − 8 alone. The
+    bias adds the product of the 8 (CANN's documentation of aclnnGroupedMatmulSwigluQuantWeightNZ).
     """
     slices = codes.reshape(codes.shape[0], columns, -1)
     # Exact in int32, and in float32 too: |8 · Σ q| ≤ 64 · K < 2**24 for K ≤ 2**18.
@@ -153,7 +153,7 @@ def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
 
 
 def dequantize(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-    """float32 [N, K] from a linear's `weight` and `weight_scale`."""
+    """Dequantize a linear's `weight` and `weight_scale` to float32 [N, K]."""
     weight = tensors[WEIGHT]
     codes = unpack_int4(weight) if scheme is Scheme.W4A8 else weight
     return codes.to(torch.float32) * tensors[SCALE]

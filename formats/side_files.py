@@ -1,4 +1,4 @@
-"""Which files of a checkpoint beside its weights matter, by their names: one list for directories and for hubs."""
+"""Side files of a checkpoint, by name: one list for directories and for hubs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Final
 
 from .artifact import CARD_NAME
 
-# What vLLM-Ascend, SGLang and transformers look for beside the weights. The source's README.md is not among them: the
-# artifact has a card of its own.
+# The files that vLLM-Ascend, SGLang and transformers load beside the weights. The source's README.md is not among them:
+# the artifact has a card of its own.
 PATTERNS: Final = (
     "generation_config.json",
     "tokenizer*",
@@ -28,10 +28,10 @@ PATTERNS: Final = (
 
 
 def is_side_file(name: str) -> bool:
-    """Whether an artifact takes a file of the checkpoint's root with it."""
+    """True for a file of the checkpoint's root that the artifact gets a copy of."""
     return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 def is_read_beside_weights(name: str) -> bool:
-    """Whether a conversion of the checkpoint reads or copies a file of its root that holds no weights."""
+    """True for a file of the checkpoint's root, without weights, that a conversion reads or copies."""
     return is_side_file(name) or name.endswith(".json") or name == CARD_NAME

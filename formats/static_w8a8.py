@@ -34,10 +34,10 @@ _LEAST_SCALE: Final = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class InputScale:
-    """How activations of a linear become int8: clamp(round(x / scale + offset), −128, 127).
+    """The static quantization of a linear's activations to int8: clamp(round(x / scale + offset), −128, 127).
 
-    `offset` is a whole number in [−128, 127]. Linears that run as one (q_a and kv_a, gate and
-    up) must share it: they are given the same activations once.
+    offset: a whole number in [−128, 127]. The linears of a fused group (q_a and kv_a, gate and up) must share scale and
+    offset: their common input is quantized once.
     """
 
     scale: float
@@ -47,8 +47,9 @@ class InputScale:
     def of_range(cls, low: float, high: float) -> InputScale:
         """The finest grid of 256 steps that holds zero and [low, high], the least and greatest activation seen.
 
-        `scale` is rounded up to bfloat16, since vLLM-Ascend and SGLang keep it in the model's dtype: what they compute
-        with is then what deq_scale was made from. Raises ValueError for an infinity, NaN or an empty range.
+        `scale` is rounded up to bfloat16, because vLLM-Ascend and SGLang keep it in the model's dtype: they then
+        compute with the scale that deq_scale was computed from. Raises ValueError for an infinity, NaN or an empty
+        range.
         """
         if not (math.isfinite(low) and math.isfinite(high)) or low > high:
             raise ValueError(f"activations between {low} and {high} give no input scale")
@@ -58,12 +59,12 @@ class InputScale:
 
 
 def quantize_static(weight: Tensor, low: float, high: float, method: Method, *, float16: bool = False) -> QuantizedRows:
-    """A linear of weight float32 [N, K] for activations that calibration saw between `low` and `high`, as W8A8.
+    """Quantize a weight float32 [N, K] to static W8A8, for activations between `low` and `high`.
 
-    The tensors, by suffix: weight int8 [N, K], weight_scale and weight_offset float32 [N, 1], input_scale and
-    input_offset float32 [1], deq_scale float32 [N] (int64 where `float16` says that the model is a float16 one),
-    quant_bias int32 [N]. Codes and errors are those of W8A8_DYNAMIC by the same method. Linears that run as one need
-    one range, that of their common input. For codes that another method has found see `static_tensors`.
+    Returns, by suffix: weight int8 [N, K], weight_scale and weight_offset float32 [N, 1], input_scale and input_offset
+    float32 [1], deq_scale float32 [N] (int64 in a `float16` model), quant_bias int32 [N]. Codes and errors are those of
+    W8A8_DYNAMIC by the same method. The linears of a fused group need the range of their common input. `static_tensors`
+    takes codes of other methods.
 
     Raises NonFiniteError for a weight that holds an infinity or NaN, ValueError for a range that gives no scale.
     """
@@ -76,7 +77,7 @@ def quantize_static(weight: Tensor, low: float, high: float, method: Method, *, 
 def static_tensors(codes: Tensor, scale: Tensor, inputs: InputScale, *, float16: bool = False) -> dict[str, Tensor]:
     """The tensors of a W8A8 linear by suffix, from codes int8 [N, K] and weight_scale float32 [N, 1].
 
-    deq_scale is float32 [N], or, in a float16 model, its bit pattern in int64: what CANN's matmul takes for each.
+    deq_scale is float32 [N], or its bit pattern in int64 for a float16 model: CANN's matmul takes one dtype for each.
     """
     input_scale = torch.tensor([inputs.scale], dtype=torch.float32)
     return {
@@ -91,22 +92,23 @@ def static_tensors(codes: Tensor, scale: Tensor, inputs: InputScale, *, float16:
 
 
 def quant_bias(codes: Tensor, offset: int) -> Tensor:
-    """−offset · Σ_k q, int32 [N] of codes int8 [N, K]: exact, and within int32 for K up to 2**17."""
+    """−offset · Σ_k q: int32 [N] of codes int8 [N, K], exact for K up to 2**17."""
     return (-offset * codes.sum(dim=1, dtype=torch.int64)).to(torch.int32)
 
 
 def store_deq_scale(scale: Tensor, *, float16: bool) -> Tensor:
-    """float32 [N] as it is stored: itself, or in a float16 model int64 with the float32 bits in the low word."""
+    """Encode deq_scale float32 [N] for storage: unchanged, or for a float16 model int64 with the bits in the low
+    word."""
     return scale.view(torch.int32).to(torch.int64) if float16 else scale
 
 
 def load_deq_scale(stored: Tensor) -> Tensor:
-    """The inverse of `store_deq_scale`: float32 [N], from either form."""
+    """Decode a stored deq_scale of either form to float32 [N]; the inverse of `store_deq_scale`."""
     return stored.to(torch.int32).view(torch.float32) if stored.dtype == torch.int64 else stored
 
 
 def input_scale_of(tensors: Mapping[str, Tensor]) -> InputScale:
-    """`input_scale` and `input_offset` of a stored linear. ValueError, saying why, for values that cannot be meant."""
+    """Read `input_scale` and `input_offset` of a stored linear. ValueError, with the reason, for impossible values."""
     scale, offset = float(tensors[INPUT_SCALE]), float(tensors[INPUT_OFFSET])
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"input_scale {scale} is not a positive number")

@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint's tensors lie: in files here, or behind a window on a hub (`hub/remote.py`)."""
+"""Storage of a checkpoint's bytes: local files, or a window on a hub (`hub/remote.py`)."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from .safetensors import TensorInfo, header_of, read_range
 
 
 class Storage(Protocol):
-    """The bytes of tensors, read by any number of threads."""
+    """The bytes of tensors. Thread-safe."""
 
     def fill(self, info: TensorInfo, start: int, memory: memoryview) -> None:
-        """Fill `memory` from byte `start` of the tensor's file on; CheckpointError where it cannot be read."""
+        """Fill `memory` from byte `start` of the tensor's file on. CheckpointError where it cannot be read."""
 
     def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
-        """The whole tensor over a memory map, one of `files`; None where there can be none."""
+        """The whole tensor over a memory map, one of `files`; None for a tensor that cannot be mapped."""
 
     def close(self) -> None:
         """Close the files. Views stay valid for as long as a tensor uses them."""
 
 
 class Window(Protocol):
-    """Tensors that pass by in the order in which they are announced: fetched ahead of their reader, dropped behind it.
+    """The bounded part of a remote checkpoint on disk: tensors are fetched in announced order ahead of their reader,
+    and dropped behind it.
 
-    max_bytes: disk space that they take at most.
+    max_bytes: the most disk space that they take.
     """
 
     @property
     def max_bytes(self) -> int: ...
 
     def start(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
-        """Announce the tensors that will be read, in this order, those of a group together; groups whose first tensor
-        is `finished` are not read."""
+        """Announce groups of tensors in reading order, those of a group together; groups whose first tensor is
+        `finished` are not read."""
 
     def release(self, group: Sequence[str]) -> None:
         """Drop the tensors of an announced group."""
 
     def interrupt(self) -> None:
-        """End reads that wait for something: the caller gives up."""
+        """End waiting reads: the caller gives up."""
 
 
 class LocalFiles:
-    """Files that are here: their headers are read first, and then their tensors, which lie as the headers say."""
+    """Local files: headers are read first, then tensors at the ranges that the headers gave."""
 
     def __init__(self) -> None:
         self.stamps: dict[Path, FileStamp] = {}
@@ -60,7 +61,7 @@ class LocalFiles:
         self._descriptors: dict[Path, int] = {}
 
     def read_header(self, path: Path) -> dict[str, TensorInfo]:
-        """The tensors of a file, which is stamped as it is now."""
+        """Read the header of a file, and keep the file's stamp."""
         descriptor = open_file(path, CheckpointError)
         try:
             self.stamps[path] = FileStamp.of(os.fstat(descriptor))
@@ -76,7 +77,7 @@ class LocalFiles:
             raise CheckpointError(f"{info.file}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
     def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
-        # One that is not aligned to its item size (npuq never writes one) has no address for vector loads.
+        # A tensor that is not aligned to its item size (npuq never writes one) has no address for vector loads.
         if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
             return None
         mapped = files.map(info.file, self._descriptor(info.file))
@@ -104,7 +105,7 @@ class LocalFiles:
             return self._descriptors[path]
 
     def _refuse_another(self, path: Path, descriptor: int) -> None:
-        """CheckpointError for a file that came in place of the one whose header was read, with other tensors."""
+        """Raise CheckpointError for a file with other tensors that replaced the one whose header was read."""
         if FileStamp.of(os.fstat(descriptor)) == self.stamps[path]:
             return
         if header_of(path, descriptor)[0] != self._headers[path]:

@@ -1,7 +1,7 @@
-"""Artifacts and checkpoints on a hub: push one, pull one, and read a checkpoint there without keeping it here.
+"""Artifacts and checkpoints on a hub: pushing, pulling, and reading a checkpoint without a local copy.
 
-`hub.py` says what npuq asks of any hub; `huggingface/` and `modelscope/` answer, each through that hub's own client;
-`transfer/` brings bytes, resumed inside files and checked.
+`hub.py` has the protocols of a hub; `huggingface/` and `modelscope/` implement them with that hub's own client;
+`transfer/` fetches bytes, resumed inside files and checked.
 """
 
 from .locate import resolve

@@ -1,4 +1,4 @@
-"""The model card on the hub: its author's text stays, the section that npuq wrote is brought up to date."""
+"""The model card on the hub: the author's text stays, npuq's own section is replaced."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..errors import HubError
 from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
 from ..inputs.yaml_text import parse_yaml
 
-# Facts about the artifact that npuq knows better than an older card; everything else in the front matter stays.
+# Facts about the artifact that replace an older card's; all other front matter stays.
 _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
 
 
 def merge_card(existing: str | None, generated: str, repo: str, base_model: str | None = None) -> str:
-    """The card to push: `generated` is the artifact's README.md, `existing` the one on the hub, None when none is.
+    """Merge the card to push: `generated` is the artifact's README.md, `existing` the hub's, None without one.
 
-    Commands in the generated section name `repo`; `base_model` goes before what the artifact
-    knows of its source. Raises HubError when the existing front matter is no YAML.
+    Commands in the generated section name `repo`; `base_model` overrides the artifact's own name of its source. Raises
+    HubError when the existing front matter is no YAML.
     """
     ours_front, ours_body = _split(generated, "the artifact's README.md")
     if base_model is not None:
@@ -37,7 +37,7 @@ def merge_card(existing: str | None, generated: str, repo: str, base_model: str 
 
 
 def _section(body: str) -> str:
-    """The generated section with its two lines; a card without them (edited by hand) is taken whole."""
+    """The generated section with its two lines; the whole of a card without them (edited by hand)."""
     before, found, rest = body.partition(CARD_BEGIN)
     inner = rest.partition(CARD_END)[0] if found else before
     return f"{CARD_BEGIN}\n{inner.strip()}\n{CARD_END}"
@@ -53,7 +53,7 @@ def _merged_front(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any
 
 
 def _split(card: str, name: str) -> tuple[dict[str, Any], str]:
-    """Front matter and the rest."""
+    """Split a card into front matter and body."""
     lines = card.splitlines(keepends=True)
     if not lines or lines[0].strip() != "---":
         return {}, card

@@ -1,4 +1,4 @@
-"""Checkpoints on a hub that npuq has not quantized: which of their files are read, and fetching them all."""
+"""Source checkpoints on a hub: the list of files to read, and fetching them all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG: Final = FileName(CONFIG_NAME)
 
 
 def fetch_checkpoint(located: Located, listing: Listing, progress: Progress, before_weights: BeforeWeights) -> Path:
-    """Fetch a checkpoint into the hub's cache, checked against the hub's hashes; weights last. HubError."""
+    """Fetch a checkpoint into the hub's cache, checked against the hub's hashes; weights last. Raises HubError."""
     repository, place = located.repository, located.place
     if UNFINISHED in listing.files or CONFIG not in listing.files:
         raise HubError(
@@ -39,14 +39,14 @@ def fetch_checkpoint(located: Located, listing: Listing, progress: Progress, bef
 
 
 def beside_weights(repo: str, listing: Listing) -> list[Wanted]:
-    """The files of a checkpoint that a conversion reads or copies, but for its weights."""
+    """The files without weights that a conversion of the checkpoint reads or copies."""
     names = [name for name in sorted(listing.files) if is_read_beside_weights(name) and "/" not in name]
     return [as_listed(repo, name, listing) for name in names]
 
 
 def shard_names(directory: Path, repo: str, listing: Listing) -> list[FileName]:
-    """The weights' files of a checkpoint whose other files are in `directory`: those that its index names, or its only
-    one. CheckpointError for an index that names a file that is not there."""
+    """The shards of a checkpoint whose other files are in `directory`: the index's, or the only file of weights.
+    CheckpointError for an index that names a missing file."""
     weight_map = read_weight_map(directory)
     if weight_map is None:
         named = {single_file(directory, [name for name in listing.files if "/" not in name])}

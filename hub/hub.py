@@ -1,7 +1,7 @@
-"""What npuq asks of a hub, whichever it is. A hub is one folder that implements these protocols, and a line in `_HUBS`.
+"""The protocols of a hub. Each hub is one folder that implements them, and a line in `_HUBS`.
 
-To pull is `Hub.locate`: a `Repository` to fetch from, and the `Place` of the hub's own cache. To push is
-`Hub.open_upload`: an `Upload` into a branch.
+Pulling begins with `Hub.locate`: a `Repository` to fetch from, and the `Place` in the hub's own cache. Pushing begins
+with `Hub.open_upload`: an `Upload` into a branch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .local_files import LocalFile
 from .names import CommitId, RepoId, Revision
 from .transfer.retry import Backoff, Client
 
-# Where each hub's class is: imported when it is asked for, with the client that it stands on.
+# The module of each hub's class, imported at first use together with the hub's client.
 _HUBS: Final = {
     "huggingface": (".huggingface.hub", "HuggingFace"),
     "modelscope": (".modelscope.hub", "ModelScope"),
@@ -31,7 +31,7 @@ _HUBS: Final = {
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer: its status, its headers (found in any case), and its body in pieces, as it was sent."""
+    """An HTTP answer: status, headers (case-insensitive), and the undecoded body in pieces."""
 
     status: int
     headers: Mapping[str, str]
@@ -43,55 +43,54 @@ class Answer:
 
 
 class Repository(Client, Protocol):
-    """A repository on a hub at one revision: what fetching needs."""
+    """A repository on a hub at one revision, to fetch from."""
 
     @property
     def repo(self) -> RepoId: ...
 
     @property
     def commit(self) -> CommitId | None:
-        """The commit that it is read at; None where a hub reads branches only."""
+        """The commit to read; None where a hub reads branches only."""
 
     def listing(self) -> Listing:
-        """All files. Raises HubError."""
+        """List all files. Raises HubError."""
 
     def open(self, name: FileName, start: int, end: int) -> AbstractContextManager[Answer]:
-        """Ask for bytes [start, end) of a file. Raises what the client raises."""
+        """Request bytes [start, end) of a file. Raises the client's errors."""
 
 
 class Place(Protocol):
-    """A directory that the files of one revision are fetched into."""
+    """The target directory of one revision's files."""
 
     directory: Path
 
     def manifest(self) -> bytes | None:
-        """The manifest of this very revision, where it is here and whole already."""
+        """The manifest of exactly this revision, where a whole local copy exists."""
 
     def bring_manifest(self, repository: Repository, listing: Listing) -> bytes:
-        """The manifest, fetched and checked. Raises HubError."""
+        """Fetch and check the manifest. Raises HubError."""
 
     def begin(self, sealed: bytes, wanted: Sequence[Wanted]) -> list[Wanted]:
-        """Make ready for the artifact of this manifest; returns which of its files are missing. Raises HubError."""
+        """Prepare for the artifact of this manifest; returns its missing files. Raises HubError."""
 
     def missing(self, wanted: Iterable[Wanted]) -> list[Wanted]:
-        """Those files that are not there with the right content."""
+        """The files that are absent or have other content."""
 
     def fetch(self, repository: Repository, wanted: Wanted, advance: Callable[[int], object]) -> None:
-        """Fetch one file and check it; thread-safe. HubError when it is not what it must be."""
+        """Fetch one file and check it; thread-safe. HubError for wrong content."""
 
     def remember(self) -> None:
-        """Note what was checked, for the next time."""
+        """Save the checked files' hashes for the next run."""
 
     def finish(self) -> Path:
-        """Everything is there; returns the directory."""
+        """End a complete pull; returns the directory."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """A revision of a repository as it is found, and where a pull without a directory brings it.
+    """A revision of a repository, and the default place of a pull.
 
-    `unanswered` is why the hub cannot be asked, where `place` has what was fetched before: asking again would make the
-    user wait for nothing.
+    unanswered: the error of a hub that did not answer while `place` has an earlier copy; asking again would only wait.
     """
 
     repository: Repository
@@ -100,7 +99,7 @@ class Located:
 
 
 class Upload(Protocol):
-    """A push into one branch, which this user may write to: what sending needs."""
+    """A push into one branch that this user may write to."""
 
     @property
     def revision(self) -> Revision: ...
@@ -111,35 +110,35 @@ class Upload(Protocol):
 
     @property
     def pull_request(self) -> str | None:
-        """The address of the pull request that the push goes to."""
+        """The address of the push's pull request; None for a push to a branch."""
 
     @property
     def commits_together(self) -> bool:
-        """Whether one commit takes any number of files; else each file is a commit."""
+        """True where one commit takes any number of files; False where each file is a commit."""
 
     def head(self) -> tuple[Repository, Listing]:
-        """What the branch holds now. Raises HubError."""
+        """The branch at its present commit, and its listing. Raises HubError."""
 
     def begin(self, listing: Listing, note: bytes) -> None:
-        """Put `note` there as npuq/unfinished.json and take the manifest away: from here on no reader takes the branch
-        for an artifact. Raises HubError."""
+        """Commit `note` as npuq/unfinished.json and remove the manifest, so that no reader takes the branch for an
+        artifact. Raises HubError."""
 
     def send(self, files: Sequence[LocalFile], progress: Progress) -> dict[str, NpuqError]:
-        """Send and commit files; returns those that failed, with why. Content that is there is not sent again."""
+        """Send and commit files; returns the failed ones with their errors. Content that the hub has is not sent."""
 
     def finish(self, contents: Mapping[FileName, bytes], removed: Sequence[FileName]) -> CommitId | None:
-        """Commit contents, the manifest last, and remove files and the note; returns the last commit where the hub
-        tells it. Raises HubError."""
+        """Commit contents, the manifest last, and remove files and the note; returns the last commit, None where the
+        hub gives none. Raises HubError."""
 
     def tag(self, name: str, commit: CommitId | None) -> None:
-        """Tag the result. HubError where the tag means something else."""
+        """Tag the result. HubError where the tag names another commit."""
 
     def publish(self) -> None:
-        """Everything is there: a pull request is a draft no more. Raises HubError."""
+        """Open a complete pull request, which was a draft. Raises HubError."""
 
 
 class Hub(Protocol):
-    """A hub and one repository there, as one user sees them."""
+    """A hub and one of its repositories, with one user's access."""
 
     @property
     def repo(self) -> RepoId: ...
@@ -148,20 +147,20 @@ class Hub(Protocol):
     def default_branch(self) -> Revision: ...
 
     def errors(self, doing: str) -> AbstractContextManager[None]:
-        """Errors of the hub, the connection and the disk that are raised inside become a HubError of one line that
+        """Turn errors of the hub, the connection and the disk inside the context into a HubError of one line that
         begins with `doing` and holds no secret."""
 
     def locate(self, revision: Revision) -> Located:
         """Find a branch, a tag or a commit. Raises HubError."""
 
     def open_upload(self, *, private: bool | None, revision: str | None, create_pr: bool, title: str) -> Upload:
-        """Check that the user may write, and make repository and branch where they are not there. Raises HubError."""
+        """Check that the user may write, and make repository and branch where missing. Raises HubError."""
 
 
 def open_hub(name: str, repo: str, token: str | None = None, backoff: Backoff | None = None) -> Hub:
-    """The hub of this name (one of `choices.HUBS`), asked as the user of `token`; None: the client's own.
+    """Open the hub of this name (one of `choices.HUBS`) as the user of `token`; None: the client's own token.
 
-    Raises HubError for another name, for what is no repository's name, and where the hub's client is not installed.
+    Raises HubError for another name, a malformed repository name, and a client that is not installed.
     """
     if name not in _HUBS:
         raise HubError(f"{name!r} is not a hub that npuq knows; give one of {', '.join(HUBS)}")

@@ -1,4 +1,4 @@
-"""What a hub says of the files of a repository at one revision, checked, and what is wanted of them."""
+"""The checked listing of a repository's files at one revision, and the files wanted from it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..inputs.printable import printable
 from .names import Digest, RepoId
 from .transfer.digests import content_holds
 
-# Above any repository that holds a model; a listing without end must not fill the memory.
+# Above any repository of a model; an endless listing must not fill memory.
 MOST_FILES: Final = 100_000
-# Of a name that no file of ours could have: its beginning and its end are kept, for messages.
+# The parts of an unusable name that messages show: its beginning and its end.
 _SHOWN_CHARACTERS: Final = 100
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as a hub lists it: its size in bytes and its content's hash, None where the hub does not tell.
+    """A listed file: its size in bytes and its content's hash, None where the hub lists none.
 
-    Hugging Face tells the sha256 of LFS files and git's hash of others, ModelScope the sha256 of all.
+    Hugging Face lists the sha256 of LFS files and git's hash of others, ModelScope the sha256 of all.
     """
 
     size: int
@@ -33,26 +33,26 @@ class RemoteFile:
         return self.digest if isinstance(self.digest, Sha256) else None
 
     def holds(self, content: bytes) -> bool:
-        """Whether it is this content."""
+        """True where the file has this content."""
         return self.digest is not None and content_holds(content, self.size, self.digest)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a revision. `unusable` are names that no file of ours could have, as text for messages."""
+    """The files of a revision. `unusable` has the names that npuq never fetches, as text for messages."""
 
     files: Mapping[FileName, RemoteFile]
     unusable: tuple[str, ...] = field(default=())
 
     def holds(self, name: FileName, content: bytes) -> bool:
-        """Whether a file is there with this content."""
+        """True where a file of this name and content is listed."""
         return name in self.files and self.files[name].holds(content)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file to fetch, its size and what its content must be: `digest` from the manifest, or from the hub where there
-    is none; `listed` is the hub's own, once it was asked."""
+    """A file to fetch: its name, its size, and the `digest` of its content by the manifest, without one by the hub.
+    `listed` is the hub's own digest, once its listing is known."""
 
     name: FileName
     size: int
@@ -65,22 +65,23 @@ class Wanted:
 
 
 def as_listed(repo: str, name: FileName, listing: Listing) -> Wanted:
-    """A file as the hub lists it, which vouches for its content. HubError where it tells no hash."""
+    """A wanted file with the hub's listed hash. HubError where the hub lists none."""
     file = listing.files[name]
     if file.digest is None:
         raise HubError(f"{repo}: the hub lists no hash of {name}; npuq fetches nothing that it cannot check")
     return Wanted(name, file.size, file.digest)
 
 
-# Given an entry of a hub's listing and where it is from: its name, size and digest, or None for what is no file.
+# A function from an entry of a hub's listing and its origin to name, size and digest; None for an entry that is no
+# file.
 Entry = Callable[[Any, str], tuple[Any, int, Digest | None] | None]
 
 
 def parse_listing(entries: Iterable[Any], repo: RepoId, parse: Entry) -> Listing:
-    """A hub's listing from its entries, each read by `parse`.
+    """Parse a hub's listing from its entries, each with `parse`.
 
-    Raises HubError for what is no listing. A name that no file of ours may have is set aside: others' repositories
-    hold all kinds of names, and none of those is fetched.
+    Raises HubError for a malformed listing. Names that are no valid FileName are set aside: foreign repositories have
+    such files, and npuq never fetches them.
     """
     where = f"{repo}: the hub's listing"
     files: dict[FileName, RemoteFile] = {}

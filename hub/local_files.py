@@ -1,4 +1,4 @@
-"""The files of an artifact on the disk that a push sends, as its manifest has them."""
+"""The local files of an artifact that a push sends, with sizes and hashes of its manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .transfer.wording import PassingError
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file of the artifact, as the manifest has it."""
+    """A local file, with size and hash of the manifest."""
 
     name: FileName
     path: Path
@@ -26,14 +26,14 @@ class LocalFile:
     sha256: Sha256
 
     def checked_content(self) -> bytes:
-        """The content, for small files. ArtifactError when it is not what the manifest has."""
+        """Read a small file. ArtifactError when its hash is not the manifest's."""
         content = read_bytes(self.path, ArtifactError, self.size)
         if not content_holds(content, self.size, self.sha256):
             raise self.changed()
         return content
 
     def is_in(self, listing: Listing) -> bool:
-        """Whether the hub has it with the content that the manifest has."""
+        """True where the hub has the file with the manifest's hash."""
         there = listing.files.get(self.name)
         if there is None or there.digest is None or there.size != self.size:
             return False
@@ -47,8 +47,8 @@ class LocalFile:
 
 
 def local_files(artifact: Path) -> tuple[dict[FileName, LocalFile], bytes]:
-    """What the manifest lists, in order, and the manifest itself. ArtifactError when a file is gone or has another
-    size, and for a directory that is no finished artifact."""
+    """The manifest's files in order, and the manifest's bytes. ArtifactError for a missing file, another size, and a
+    directory that is no finished artifact."""
     read_manifest(artifact)
     sealed = read_bytes(inside(artifact, MANIFEST, ArtifactError), ArtifactError, MOST_MANIFEST_BYTES)
     files = {}
@@ -61,7 +61,7 @@ def local_files(artifact: Path) -> tuple[dict[FileName, LocalFile], bytes]:
 
 
 def not_sent(failed: Mapping[str, NpuqError], count: int) -> HubError:
-    """The error for files of a push that were not sent. All others were, and pushing again sends only these."""
+    """The error for files of a push that were not sent. All others were; pushing again sends only these."""
     lasting = [error for error in failed.values() if not isinstance(error, PassingError)]
     more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
     what = f"{len(failed)} of {count} files were not sent ({', '.join([*failed][:3])}{more})"

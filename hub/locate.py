@@ -1,4 +1,4 @@
-"""From what a user writes as a model to a directory: a path, or a repository that is fetched first."""
+"""Resolution of a user's model argument to a directory: a path, or a repository that is fetched first."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def resolve(
     before_weights: BeforeWeights = lambda directory: None,
     progress: Progress | None = None,
 ) -> Path:
-    """The directory of a model: `model` itself, or for `user/repo` (or `user/repo@revision`) the local copy.
+    """Find a model's directory: `model` itself, or for `user/repo` (or `user/repo@revision`) the local copy.
 
-    Whatever exists here is a path. The repository may hold an artifact (whose files are checked against its manifest)
-    or an unquantized checkpoint. `before_weights` as of `pull`. Raises HubError; a path that does not exist is returned
-    as it is, for whoever opens it to refuse.
+    An existing path always wins. The repository may hold an artifact (checked against its manifest) or an unquantized
+    checkpoint. `before_weights` as of `pull`. Raises HubError. A path that does not exist is returned unchanged: its
+    reader refuses it.
     """
     named = repo_and_revision(model)
     if named is None:
@@ -44,7 +44,7 @@ def _fetch(
         located = hub.locate(parse_revision(revision, hub.default_branch))
         place = located.place
         if located.unanswered is not None and place.manifest() is None and (place.directory / CONFIG).is_file():
-            # Nobody can say whether it has a manifest. A checkpoint that was fetched before has none.
+            # Without the hub it is unknown whether there is a manifest. A checkpoint that was fetched before has none.
             return place.directory
         sealed, listing = find_manifest(located, place)
         if sealed is not None:
@@ -53,7 +53,7 @@ def _fetch(
 
 
 def repo_and_revision(model: str | Path) -> tuple[str, str | None] | None:
-    """What `model` names on a hub, when it names nothing here: (repository, revision or None)."""
+    """Parse `model` as (repository, revision or None); None for an existing path, and for text of another form."""
     if Path(model).exists():
         return None
     repo, at, revision = str(model).partition("@")

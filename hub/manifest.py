@@ -1,4 +1,4 @@
-"""An artifact's manifest as a hub or a folder has it: its name, its most bytes, and the files that it lists."""
+"""An artifact's manifest on a hub or in a folder: its name, its size limit, and the files that it lists."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MOST_MANIFEST_BYTES: Final = 64 << 20
 
 
 def manifest_files(repo: str, content: bytes, error: type[NpuqError] = HubError) -> list[Wanted]:
-    """The files that a manifest from `repo` lists. Raises `error` for what is no manifest, and for names, sizes and
-    hashes that no artifact has."""
+    """Parse the files that a manifest from `repo` lists. Raises `error` for a malformed manifest, and for names, sizes
+    and hashes that no artifact has."""
     where = f"{repo}: {MANIFEST_NAME}"
     manifest = parse_object(content, where, error)
     version, files = manifest.get("format_version"), manifest.get("files")
@@ -43,11 +43,11 @@ def manifest_files(repo: str, content: bytes, error: type[NpuqError] = HubError)
 
 
 def listed_names(content: bytes, key: str) -> Iterable[FileName]:
-    """The file names under a key of a manifest (or of the note on an unfinished push); none where it is malformed."""
+    """Parse the file names under a key of a manifest (or of the note of an unfinished push); none if malformed."""
     try:
         found = parse_object(content, MANIFEST, HubError).get(key, ())
     except HubError:
-        # Not a manifest: whoever put it there, none of its files is ours to remove.
+        # Not npuq's manifest: none of its files may be removed.
         return ()
     names = found if isinstance(found, (dict, list)) else ()
     return [FileName(name) for name in names if isinstance(name, str) and FileName.holds(name)]

@@ -1,6 +1,6 @@
-"""What a hub names (repositories, revisions, commits, contents) and counts, checked where it is parsed.
+"""Checked types of a hub's names (repositories, revisions, commits, contents) and sizes.
 
-Paths, addresses and file names are made of these types alone, next to `inputs.names`' FileName and Sha256.
+Paths, addresses and file names are built from these types alone, and from FileName and Sha256 of `inputs.names`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RepoId(CheckedText):
 
 
 class HubRepoId(RepoId):
-    """`user/name` on Hugging Face, which allows no `--`: no two repositories have one folder."""
+    """`user/name` on Hugging Face, which allows no `--`, so that every repository has a folder of its own."""
 
     __slots__ = ()
 
@@ -39,7 +39,7 @@ class HubRepoId(RepoId):
 
     @property
     def folder(self) -> str:
-        """The name of a folder for it."""
+        """The name of the repository's folder."""
         return self.replace("/", "--")
 
 
@@ -87,7 +87,7 @@ _Repo = TypeVar("_Repo", bound=RepoId)
 
 
 def parse_repo(text: str, kind: type[_Repo]) -> _Repo:
-    """The repository that a user wrote. HubError for what is none."""
+    """Parse a user's repository name. HubError for a malformed one."""
     try:
         return kind(text)
     except ValueError as error:
@@ -95,7 +95,7 @@ def parse_repo(text: str, kind: type[_Repo]) -> _Repo:
 
 
 def parse_revision(text: str | None, default: Revision) -> Revision:
-    """The revision that a user wrote, `default` where none. HubError for what is none."""
+    """Parse a user's revision; None gives `default`. HubError for a malformed one."""
     try:
         return default if text is None else Revision(text)
     except ValueError as error:
@@ -103,7 +103,7 @@ def parse_revision(text: str | None, default: Revision) -> Revision:
 
 
 def byte_count(value: Any, where: str, error: type[Exception] = HubError) -> int:
-    """A file's size from outside: a whole number from 0 to 2^63 − 1. Raises `error`."""
+    """Check a file's size from outside: a whole number from 0 to 2^63 − 1. Raises `error`."""
     if type(value) is not int or not 0 <= value < _MOST_SIZE:
         raise error(f"{where}: {repr(value)[:40]} is no size of a file")
     return value

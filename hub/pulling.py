@@ -1,4 +1,4 @@
-"""`pull`: an artifact comes to this machine, resumed inside files, every file checked by its hash."""
+"""`pull`: fetches an artifact, resumed inside files, every file checked by its hash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WORKERS: Final = 8
 _CARD: Final = FileName(CARD_NAME)
 _WEIGHTS: Final = ".safetensors"
 
-# Given the directory with everything but the weights in it; raises what speaks against fetching those.
+# Called with the directory before the weights are fetched; may raise an error against fetching them.
 BeforeWeights = Callable[[Path], object]
 
 
@@ -41,12 +41,12 @@ def pull(
     progress: Progress | None = None,
     backoff: Backoff | None = None,
 ) -> Path:
-    """Fetch an artifact into the cache of the hub's client, or into `directory`; returns where it is.
+    """Fetch an artifact into the cache of the hub's client, or into `directory`; returns its directory.
 
-    `hub` is "huggingface" or "modelscope". What is there already is not fetched again, and a file that was cut off goes
-    on where it ended. Every file is checked against the manifest's sha256; the model card, which is not in the
-    manifest, against the hub's. `before_weights` is called with the directory when all but the weights is there, and
-    may raise. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured. Raises HubError.
+    hub: "huggingface" or "modelscope". Present files are not fetched again, and a partial file continues at its end.
+    Every file is checked against the manifest's sha256; the model card, which is not in the manifest, against the
+    hub's. before_weights: called with the directory after all files but the weights, and may raise. HF_HUB_OFFLINE,
+    HF_HOME and HF_TOKEN are honoured. Raises HubError.
     """
     there, progress = open_hub(hub, repo, token, backoff), progress or Silent()
     named = parse_revision(revision, there.default_branch)
@@ -60,8 +60,8 @@ def pull(
 
 
 def find_manifest(located: Located, place: Place) -> tuple[bytes | None, Listing | None]:
-    """The manifest of the finished artifact that a revision holds, None where it holds none; and the hub's listing,
-    where it had to be asked for that."""
+    """Find the manifest of a revision's finished artifact, None without one, and the hub's listing, None where it was
+    not needed."""
     sealed = located.place.manifest()
     if sealed is not None:
         return sealed, None
@@ -81,7 +81,7 @@ def fetch_artifact(
     progress: Progress,
     before_weights: BeforeWeights,
 ) -> Path:
-    """Fetch what is missing of the artifact of a manifest, and its card; weights last. HubError."""
+    """Fetch the missing files of a manifest's artifact, and its card; weights last. Raises HubError."""
     repository = located.repository
     missing = place.begin(sealed, manifest_files(repository.repo, sealed))
     if missing:
@@ -102,7 +102,7 @@ def fetch_artifact(
 
 
 def fetch_all(repository: Repository, place: Place, files: Sequence[Wanted], progress: Progress) -> None:
-    """Fetch several files at a time; one that fails does not keep the others from coming. HubError."""
+    """Fetch files, several at a time; a failed one does not stop the others. Raises HubError."""
 
     def fetch(wanted: Wanted) -> None:
         try:
@@ -123,12 +123,13 @@ def fetch_all(repository: Repository, place: Place, files: Sequence[Wanted], pro
 
 
 def total_bytes(files: Sequence[Wanted]) -> int:
-    """What fetching these files brings."""
+    """The size of these files together, in bytes."""
     return sum(wanted.size for wanted in files)
 
 
 def _matched(repository: Repository, missing: Sequence[Wanted], listing: Listing) -> list[Wanted]:
-    """Before anything is fetched: HubError for files that the hub lacks or holds with another hash."""
+    """Match missing files with the listing before anything is fetched. HubError for files that the hub lacks or lists
+    with another hash."""
     result = []
     for wanted in missing:
         there = listing.files.get(wanted.name)

@@ -1,7 +1,7 @@
-"""`push`: an artifact goes to a repository, in commits that a killed push can be continued from.
+"""`push`: sends an artifact to a repository, in commits from which a killed push can continue.
 
-The old manifest goes first, the new one comes last: no reader is given a mixture. Content that the hub has already is
-never sent again.
+The old manifest is removed first and the new one sent last, so that no reader gets a mixture. Content that the hub has
+is never sent again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .transfer.retry import Backoff
 
 CARD: Final = FileName(CARD_NAME)
 _MOST_CARD_BYTES: Final = 8 << 20
-# Smaller files travel with the last commit: a README or an index without its weights is of no use to a reader.
+# Smaller files are part of the last commit: a README or an index is useless without the weights.
 _SMALL_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
 class PushSummary:
-    """What a push did. `sent_bytes` counts the files that were not on the hub; `commit` is the last one's hash, empty
-    where the hub does not tell it."""
+    """The result of a push. `sent_bytes` is the size of the files that the hub lacked; `commit` is the last commit's
+    hash, empty where the hub gives none."""
 
     repo: str
     revision: str
@@ -48,7 +48,7 @@ class PushSummary:
     pull_request: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The summary as JSON's types."""
         return dict(vars(self))
 
 
@@ -68,16 +68,16 @@ def push(
     progress: Progress | None = None,
     backoff: Backoff | None = None,
 ) -> PushSummary:
-    """Push an artifact directory to `repo` (made where it does not exist), continuing what an earlier push did.
+    """Push an artifact directory to `repo` (made where missing), continuing an earlier push.
 
-    `hub` is "huggingface" or "modelscope". `revision` is a branch, made from main where it does not exist; `create_pr`
-    opens a pull request instead (or goes on with this user's open one of the same title); ModelScope has neither.
-    `tag` names the result. `base_model` is the source's name on the hub for the card, where the artifact does not know
-    it. `verify` is called with the directory first and raises what is wrong with it. `token` defaults to that of the
-    hub's own client (HF_TOKEN, `hf auth login`). A README.md that is there keeps its text around npuq's own section.
+    hub: "huggingface" or "modelscope". revision: a branch, made from main where missing. create_pr: open a pull request
+    instead, or continue this user's open one of the same title. ModelScope has neither. tag: a tag for the result.
+    base_model: the source's name on the hub, for the card. verify: called with the directory first; raises its faults.
+    token: by default that of the hub's own client (HF_TOKEN, `hf auth login`). An existing README.md keeps its text
+    around npuq's own section.
 
-    Raises ArtifactError for a directory that is no finished artifact, HubError for what the hub refuses and for files
-    that could not be sent; all others are sent then, and pushing again continues.
+    Raises ArtifactError for a directory that is no finished artifact, HubError for the hub's refusals and for files
+    that failed; all others are sent even then, and pushing again continues.
     """
     artifact, progress = Path(artifact), progress or Silent()
     there, title = open_hub(hub, repo, token, backoff), message or default_title(artifact)
@@ -108,14 +108,14 @@ def push(
 
 
 def default_title(artifact: Path) -> str:
-    """The title of the commits where no message is given."""
+    """The title of the commits of a push without a message."""
     return f"Upload {artifact.resolve().name} with npuq"
 
 
 def merged_card(
     repository: Repository, artifact: Path, listing: Listing, base_model: RepoId | None = None
 ) -> dict[FileName, bytes]:
-    """The artifact's card merged into the repository's; empty for an artifact that has none."""
+    """Merge the artifact's card into the repository's; empty for an artifact without a card."""
     if not is_inside(artifact, CARD):
         return {}
     ours = read_text(inside(artifact, CARD, ArtifactError), ArtifactError, _MOST_CARD_BYTES)
@@ -131,8 +131,9 @@ def merged_card(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a push has to do: `large` of the `changed` files go up by themselves, the others and `texts` (the card, the
-    manifest) with the last commit, which removes what is `stale`. `note` names all of it for who goes on with it."""
+    """The work of a push: `large` files among the `changed` ones get commits of their own; the last commit adds the
+    others and `texts` (the card, the manifest) and removes `stale` files. `note` lists all files for a continuing
+    push."""
 
     changed: list[LocalFile]
     large: list[LocalFile]
@@ -164,12 +165,12 @@ def _plan(
     changed = [file for file in files.values() if not file.is_in(listing)]
     large = [file for file in changed if not together or file.size > _SMALL_BYTES]
     stale = sorted(previous - files.keys() - {MANIFEST, CARD, UNFINISHED})
-    # Where several commits make the difference, no reader may take the mixture for an artifact.
+    # Between several commits no reader may take the mixture for an artifact.
     begins = bool(large or (stale and not together))
     sent = {
         name: text
         for name, text in texts.items()
-        if not listing.holds(name, text) or (begins and name == MANIFEST)  # which is taken away then
+        if not listing.holds(name, text) or (begins and name == MANIFEST)  # which the first commit removes
     }
     note = unfinished_note([*previous, *files, *texts])
     return _Work(changed, large, sent, stale, note, begins, UNFINISHED in listing.files)
@@ -181,7 +182,7 @@ def _send(upload: Upload, listing: Listing, work: _Work, progress: Progress) -> 
     failed = upload.send(work.large, progress) if work.large else {}
     if failed:
         raise not_sent(failed, len(work.large))
-    # From memory: what is committed is what was hashed here.
+    # From memory, so that the committed bytes are the hashed ones.
     large = {*work.large}
     small = {file.name: file.checked_content() for file in work.changed if file not in large}
     commit = upload.finish({**small, **work.texts}, work.stale)

@@ -1,4 +1,4 @@
-"""A checkpoint that stays on the hub: headers by range requests, tensors through a window of bounded size."""
+"""Remote checkpoints: headers by range requests, tensors through a window of bounded size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .transfer.retry import Backoff
 from .transfer.window import Shard, Window
 
 DEFAULT_WINDOW = 20_000_000_000
-# No tokenizer comes near; the disk was promised to hold the window alone.
+# Above any tokenizer; the user agreed to the window's disk space alone.
 _MOST_SMALL_BYTES: Final = 1 << 30
 # Most headers fit: one request a shard.
 _HEADER_GUESS = 1 << 20
@@ -41,13 +41,13 @@ def open_remote(
     window_bytes: int = DEFAULT_WINDOW,
     backoff: Backoff | None = None,
 ) -> Checkpoint:
-    """Open a repository's checkpoint, pinned to one commit: small files whole, of the weights the headers.
+    """Open a repository's checkpoint, pinned to one commit: fetches small files whole, and the weights' headers.
 
-    Read it as any other, once its window is started.
+    After its window is started, it reads as any other checkpoint.
 
-    Tensors pass through `folder`, of which `window_bytes` at most are in use. The checkpoint's `directory` is the
-    commit's snapshot in the Hugging Face cache, with all files but the weights. Raises HubError for what the hub
-    refuses, CheckpointError as `Checkpoint.open` does.
+    Tensors pass through `folder`, which takes at most `window_bytes` of disk. The checkpoint's `directory` is the
+    commit's snapshot in the Hugging Face cache, with all files but the weights. Raises HubError for the hub's refusals,
+    CheckpointError as `Checkpoint.open` does.
     """
     if window_bytes < 1:
         raise HubError(f"the download window must be positive, not {window_bytes}")
@@ -71,7 +71,7 @@ def open_remote(
 
 
 class WindowFiles:
-    """The bytes that a window has fetched, as a checkpoint's `Storage`: reads wait until they are there."""
+    """A window as a checkpoint's `Storage`: reads wait for the fetched bytes."""
 
     def __init__(self, window: Window):
         self._window = window
@@ -93,7 +93,7 @@ class WindowFiles:
             raise CheckpointError(f"{path}: cannot read tensor {info.name!r}: {error.strerror}") from error
 
     def view(self, info: TensorInfo, files: object) -> None:
-        """None: what has passed the window is gone, and so would the memory map's file be."""
+        """None: the window deletes the files that a memory map would need."""
         return
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class WindowFiles:
 
 
 def _fetch_small_files(repository: Repository, place: Place, listing: Listing) -> Path:
-    """The snapshot directory in the cache, with all files but the weights, checked by the hub's hashes."""
+    """Fetch all files but the weights into the cache, checked by the hub's hashes; returns the snapshot's directory."""
     if CONFIG not in listing.files:
         raise HubError(f"{repository.repo}: has no {CONFIG}; it is not a checkpoint")
     files = beside_weights(repository.repo, listing)

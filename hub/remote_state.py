@@ -1,4 +1,4 @@
-"""What a repository holds of an artifact that npuq pushed there, and what an unfinished push left."""
+"""The state of a repository that npuq pushed to: the artifact's files, and those of an unfinished push."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .listing import Listing
 from .manifest import MANIFEST, MOST_MANIFEST_BYTES, listed_names
 from .transfer.download import read_whole
 
-# In the repository from the first commit of a push to its last: whoever finds it looks at an unfinished push. It lists
-# the files of the artifact that was there before, so that the last commit can remove those that no longer belong.
+# In the repository from the first commit of a push to its last: it marks an unfinished push. It lists the files of the
+# artifact before, so that the last commit can remove the stale ones.
 UNFINISHED: Final = FileName(f"{OWN_FOLDER}/unfinished.json")
 
 
 def previous_files(repository: Repository, listing: Listing) -> frozenset[FileName]:
-    """The files that npuq put there before: those of the manifest, or of the push that was not finished."""
+    """The files of earlier pushes: the manifest's, or those of an unfinished push."""
     names: set[FileName] = set()
     for source, key in ((MANIFEST, "files"), (UNFINISHED, "replaces")):
         if source in listing.files:
@@ -30,13 +30,13 @@ def previous_files(repository: Repository, listing: Listing) -> frozenset[FileNa
 
 
 def unfinished_note(names: Iterable[FileName]) -> bytes:
-    """The content of npuq/unfinished.json for a push after which none of these files is there but the artifact's."""
+    """The content of npuq/unfinished.json: `names` are all files that the push leaves or must remove."""
     replaces = sorted({*names} - {UNFINISHED})
     return json.dumps({"unfinished_push": True, "replaces": replaces}, indent=1).encode() + b"\n"
 
 
 def refuse_strays(repo: str, listing: Listing, ours: Iterable[str]) -> None:
-    """HubError when the repository holds weights that are not the artifact's: engines would load them too."""
+    """Raise HubError when the repository has weights outside the artifact: engines would load them too."""
     known = set(ours)
     for name in (*sorted(listing.files), *listing.unusable):
         in_root = "/" not in name

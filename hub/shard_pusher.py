@@ -1,4 +1,4 @@
-"""Push an artifact while it is being made: each shard goes up when its bytes are final, in order, beside the work."""
+"""Push of an artifact during its conversion: each shard is sent when its bytes are final, in order, in a thread."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .transfer.retry import Backoff
 
 
 class ShardPusher:
-    """Takes finished shards (`add`) while a conversion goes on; `finish` pushes what is left, the manifest last.
+    """A pusher of finished shards (`add`) during a conversion; `finish` pushes all other files, the manifest last.
 
-    A shard that cannot be sent is noted and does not stop the conversion: `finish` tries it again. Raises HubError at
-    once when the repository cannot be written to.
+    A failed shard is noted and does not stop the conversion: `finish` tries it again. Raises HubError at once without
+    write access to the repository.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class ShardPusher:
         start_threads(self._run, 1, "npuq-push", self._threads)
 
     def add(self, name: str, sha256: str) -> None:
-        """A shard of the artifact is finished."""
+        """Queue a finished shard of the artifact."""
         path = inside(self._artifact, name, ArtifactError)
         self._shards.put(LocalFile(FileName(name), path, path.stat().st_size, Sha256(sha256)))
 
     def finish(self) -> PushSummary:
-        """Wait for the shards that are on their way, then push everything else. Raises HubError."""
+        """Wait for queued shards, then push all other files. Raises HubError."""
         self._shards.put(None)
         for thread in self._threads:
             thread.join()

@@ -1,5 +1,5 @@
-"""What comes from outside (files, JSON, YAML, patterns, names), checked where it enters: one guarded reader a kind.
+"""Guarded readers of input from outside, one a kind: files, JSON, YAML, patterns, names.
 
-Nothing here imports another room. Every reader takes the error class that its caller wants raised, and raises nothing
-else: one line that names the file and the remedy.
+Nothing here imports another folder. Every reader raises only the error class that its caller passes, with one line that
+names the file and the remedy.
 """

@@ -1,4 +1,4 @@
-"""Files of a directory that somebody else filled: regular ones that lie in it, up to a size."""
+"""Files of untrusted directories: regular files inside, up to a size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MOST_BYTES: Final = 128 << 20
 MOST_GIVEN_BYTES: Final = 1 << 30
 """The limit of texts that the user names."""
 _PIECE_BYTES: Final = 16 << 20
-_HASHED_BYTES: Final = 256 << 10  # fits a core's own cache
+_HASHED_BYTES: Final = 256 << 10  # Fits a core's own cache.
 TOO_MANY_OPEN: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _SHARED: Final = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 
 def inside(directory: Path, name: str, error: type[NpuqError] = CheckpointError) -> Path:
-    """The path of a regular file that lies in `directory`, by its relative name.
+    """The path of a regular file inside `directory`, by its relative name.
 
     Links may lead to other files of the directory. One kind of link out is accepted: the Hugging Face cache keeps
     `models--OWNER--NAME/snapshots/REVISION/…/FILE` as a link to `blobs/HASH` of the same repository folder, which may
@@ -49,25 +49,25 @@ def inside(directory: Path, name: str, error: type[NpuqError] = CheckpointError)
 
 
 def is_inside(directory: Path, name: str) -> bool:
-    """Whether something has that name in `directory`: also what `inside` then refuses, such as a dangling link."""
+    """True where `directory` has an entry of that name, also one that `inside` refuses, such as a dangling link."""
     return os.path.lexists(directory / name)
 
 
 def _is_content(root: Path, target: Path) -> bool:
-    """Whether a file is a content that the Hugging Face cache keeps for the snapshot that `root` is (a folder of)."""
+    """True for a blob of the Hugging Face cache, if `root` is a snapshot of its repository or a folder in one."""
     for folder in (root, *root.parents):
         repository = folder.parent.parent
         if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
             shared = repository.parent / "blobs"
             return target.is_relative_to(repository / "blobs") or (
-                # What came through Xet: one store for all repositories of the cache.
+                # Content fetched through Xet: one store for all repositories of the cache.
                 target.is_relative_to(shared) and _SHARED.fullmatch(str(target.relative_to(shared))) is not None
             )
     return False
 
 
 class FileStamp(NamedTuple):
-    """What changes of a file when its content does: no call sets its ctime back, short of setting the clock."""
+    """The metadata that changes with a file's content: only setting the clock can set ctime back."""
 
     nbytes: int
     mtime_ns: int
@@ -76,12 +76,12 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileStamp:
-        """Of what `stat` or `fstat` found."""
+        """The stamp of a result of `stat` or `fstat`."""
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
 def open_file(path: Path, error: type[NpuqError]) -> int:
-    """A descriptor of a regular file, for reading. Never waits, as opening a FIFO would. Raises `error`."""
+    """Open a regular file for reading and return its descriptor. Never blocks, as a FIFO would. Raises `error`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as cause:
@@ -95,14 +95,14 @@ def open_file(path: Path, error: type[NpuqError]) -> int:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What the system says of a file, with what to do where too many are open."""
+    """The system's message, with the remedy where too many files are open."""
     if isinstance(error, OSError) and error.errno in TOO_MANY_OPEN:
         return f"{error.strerror}; raise the limit (ulimit -n) and run the same command again"
     return getattr(error, "strerror", None) or str(error)
 
 
 def read_bytes(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises `error`."""
+    """Read a regular file of at most `most` bytes. Raises `error`."""
     with open(open_file(path, error), "rb") as file:
         try:
             return _read(file, path, error, most)
@@ -111,12 +111,12 @@ def read_bytes(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> by
 
 
 def read_text(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> str:
-    """The content of a UTF-8 file of at most `most` bytes, line ends as `\\n`. Raises `error`."""
+    """Read a UTF-8 file of at most `most` bytes, line ends as `\\n`. Raises `error`."""
     return decoded(read_bytes(path, error, most), path, error)
 
 
 def file_sha256(path: Path, error: type[NpuqError]) -> str:
-    """The sha256 of a regular file of any size, in hexadecimal. Raises `error`."""
+    """Compute the sha256 of a regular file of any size, in hexadecimal. Raises `error`."""
     digest, buffer = hashlib.sha256(), bytearray(_HASHED_BYTES)
     with open(open_file(path, error), "rb", buffering=0) as file:
         try:
@@ -128,7 +128,7 @@ def file_sha256(path: Path, error: type[NpuqError]) -> str:
 
 
 def read_given_bytes(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> bytes:
-    """What a file or pipe that the user named holds, such as `<(command)`, up to `most` bytes. Raises `error`."""
+    """Read a file or pipe that the user named, such as `<(command)`, of at most `most` bytes. Raises `error`."""
     try:
         with path.open("rb") as file:
             return _read(file, path, error, most)
@@ -139,12 +139,12 @@ def read_given_bytes(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_
 
 
 def read_given_text(path: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> str:
-    """As `read_given_bytes`, of UTF-8 text, line ends as `\\n`."""
+    """Read UTF-8 text, line ends as `\\n`; otherwise as `read_given_bytes`."""
     return decoded(read_given_bytes(path, error, most), path, error)
 
 
 def read_stream_text(file: IO[bytes], where: Path, error: type[NpuqError], most: int = MOST_GIVEN_BYTES) -> str:
-    """As `read_given_text`, of an open file, such as standard input."""
+    """Read an open file, such as standard input; otherwise as `read_given_text`."""
     try:
         return decoded(_read(file, where, error, most), where, error)
     except (OSError, ValueError) as cause:  # ValueError: it was closed
@@ -152,7 +152,7 @@ def read_stream_text(file: IO[bytes], where: Path, error: type[NpuqError], most:
 
 
 def decoded(content: bytes, path: Path, error: type[NpuqError]) -> str:
-    """The text of a UTF-8 file's content, line ends as `\\n`. Raises `error`, naming the file."""
+    """Decode a UTF-8 file's content, line ends as `\\n`. Raises `error`, naming the file."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as cause:
@@ -162,7 +162,7 @@ def decoded(content: bytes, path: Path, error: type[NpuqError]) -> str:
 
 def _read(file: IO[bytes], path: Path, error: type[NpuqError], most: int) -> bytes:
     content = bytearray()
-    # In pieces: read(most + 1) would ask for all of that memory first.
+    # In pieces: read(most + 1) would allocate all of that memory first.
     while piece := file.read(min(_PIECE_BYTES, most + 1 - len(content))):
         content += piece
     if len(content) > most:

@@ -1,4 +1,4 @@
-"""The form of parsed data: which keys there are, and of which types their values. What does not fit is named."""
+"""Forms of parsed data: its keys and the types of their values. The error names the path of the first mismatch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..errors import NpuqError
 from .printable import printable
 
 Form: TypeAlias = Union[Callable[[Any], bool], "Keys", "Each", "Items"]
-"""A test of one value, or what a container holds."""
+"""A test of one value, or the forms of a container's values."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """An object whose keys, where they are there, have these forms; those of `required` are there. Others may be."""
+    """An object: the forms of its known keys, and the `required` ones among them. Other keys are allowed."""
 
     forms: Mapping[str, Form]
     required: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class Items:
 
 
 def check_form(value: Any, form: Form, where: str, error: type[NpuqError]) -> None:
-    """Raise `error` when the value has another form: `where`, and the path to the first thing that is wrong."""
+    """Raise `error` when the value has another form; the message is `where` and the path of the first mismatch."""
     path = _wrong(value, form)
     if path is not None:
         what = printable(".".join(path))[:200] or "its content"
@@ -45,22 +45,22 @@ def check_form(value: Any, form: Form, where: str, error: type[NpuqError]) -> No
 
 
 def is_text(value: Any) -> bool:
-    """A text."""
+    """True for a text."""
     return isinstance(value, str)
 
 
 def is_count(value: Any) -> bool:
-    """A whole number of 63 bits that is not negative, and no truth value."""
+    """True for a whole number from 0 to 2**63 − 1 that is no truth value."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_number(value: Any) -> bool:
-    """A number that is not negative, and no truth value. JSON's and YAML's readers let only finite ones in."""
+    """True for a number from 0 on that is no truth value. The readers of JSON and YAML refuse infinities and NaN."""
     return type(value) in (int, float) and value >= 0
 
 
 def optional(form: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A value of a form, or null."""
+    """The form of a value or null."""
     return lambda value: value is None or form(value)
 
 

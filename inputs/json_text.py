@@ -13,17 +13,17 @@ from .files import MOST_BYTES, read_bytes
 from .printable import printable
 from .values import check_values
 
-# In UTF-8 a lone surrogate can only come from an escape; pairs of them, which are fine, look the same here.
+# In UTF-8 a lone surrogate can only come from an escape; valid pairs match too.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def parse_json(content: bytes | str, where: str, error: type[NpuqError], pairs: Pairs | None = None) -> Any:
-    """The value of a JSON text; `where` names its file, `pairs` is json's `object_pairs_hook`.
+    """Parse a JSON text; `where` names its file, `pairs` is json's `object_pairs_hook`.
 
-    Raises `error` for what is not JSON in UTF-8, is nested too deeply, or holds NaN, infinity, numbers of more than 40
-    digits or lone surrogates.
+    Raises `error` for text that is not JSON in UTF-8, deep nesting, NaN, infinity, numbers of more than 40 digits and
+    lone surrogates.
     """
     try:
         if isinstance(content, str):  # bytes of a command line that are no UTF-8 arrive as surrogates
@@ -41,7 +41,7 @@ def parse_json(content: bytes | str, where: str, error: type[NpuqError], pairs: 
 def parse_object(
     content: bytes | str, where: str, error: type[NpuqError], pairs: Pairs | None = None
 ) -> dict[str, Any]:
-    """As `parse_json`, of a text that must be a JSON object."""
+    """Parse a JSON object; otherwise as `parse_json`."""
     value = parse_json(content, where, error, pairs)
     if not isinstance(value, dict):
         raise error(f"{where}: not a JSON object")
@@ -49,7 +49,7 @@ def parse_object(
 
 
 def read_object(path: Path, error: type[NpuqError], most: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object in a regular file of at most `most` bytes. Raises `error`."""
+    """Read a JSON object from a regular file of at most `most` bytes. Raises `error`."""
     return parse_object(read_bytes(path, error, most), str(path), error)
 
 

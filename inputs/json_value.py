@@ -1,4 +1,4 @@
-"""Python values that JSON can hold, or a refusal in one line that says which one cannot."""
+"""Conversion of Python values to JSON's own types, or a refusal that names the value."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .values import MOST_DEPTH, check_values
 
 
 def json_value(value: Any, name: str, error: type[NpuqError]) -> Any:
-    """A copy of a value in JSON's own types: dict, list, str, int, float, bool, None.
+    """Copy a value into JSON's own types: dict, list, str, int, float, bool, None.
 
-    Other mappings become dicts, tuples lists, and what derives from a plain type that type. `name` is what the value is
-    called in an error. Raises `error` for any other type, keys that are not text, deep nesting, numbers that are not
-    finite or have more than 40 digits, and lone surrogates.
+    Other mappings become dicts, tuples lists, and subclasses of a plain type that type. `name` is the value's name in
+    errors. Raises `error` for any other type, keys that are not text, deep nesting, numbers that are not finite or have
+    more than 40 digits, and lone surrogates.
     """
     plain = _plain(value, name, 0, error)
     try:

@@ -1,4 +1,4 @@
-"""Names and hashes from outside, as types that cannot hold anything else."""
+"""Checked types of names and hashes from outside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Text = TypeVar("_Text", bound="CheckedText")
 
 
 class CheckedText(str):
-    """A text that holds what its type promises: making one of anything else is a ValueError."""
+    """A text in the form of its type: construction from another text raises ValueError."""
 
     __slots__ = ()
     described = "text"
@@ -28,12 +28,12 @@ class CheckedText(str):
 
     @classmethod
     def holds(cls, value: str) -> bool:
-        """Whether the text is one of this type."""
+        """True for a text in this type's form."""
         raise NotImplementedError
 
     @classmethod
     def parse(cls: type[_Text], value: Any, where: str, error: type[NpuqError]) -> _Text:
-        """The checked text of a value from `where`. Raises `error`."""
+        """Check a value from `where`. Raises `error`."""
         try:
             return cls(value)
         except ValueError as cause:
@@ -41,7 +41,7 @@ class CheckedText(str):
 
     @classmethod
     def fits(cls, value: Any) -> bool:
-        """Whether a value could be parsed."""
+        """True for a value that `parse` accepts."""
         return isinstance(value, str) and cls.holds(value)
 
 

@@ -14,16 +14,16 @@ from ..errors import NpuqError
 from .printable import printable
 
 _MOST_CHARACTERS: Final = 1 << 16
-# The compiler writes a counted repetition out, and repetitions multiply: `((a{1000}){1000}){1000}` fills all memory.
+# The compiler unrolls counted repetitions, and nested ones multiply: `((a{1000}){1000}){1000}` fills all memory.
 _MOST_COMPILED: Final = 1 << 20
 _COUNT: Final = re.compile(r"\{([0-9, ]*)\}")
 _SECONDS: Final = 5.0
 
 
 class Budget:
-    """Processor time, in seconds, that some patterns have together.
+    """The processor time, in seconds, that several patterns share.
 
-    It is not the clock on the wall: that a machine is busy with something else is no pattern's fault.
+    Wall-clock time would charge patterns for other load on the machine.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Pattern:
     """
 
     def __init__(self, expression: str, where: str, error: type[NpuqError], budget: Budget | None = None):
-        """Compile; `where` names what the expression comes from. Raises `error` when it is no regular expression."""
+        """Compile; `where` names the expression's origin. Raises `error` when it is no regular expression."""
         self._expression, self._where, self._error = expression, where, error
         self._budget = budget or Budget()
         if len(expression) > _MOST_CHARACTERS or _compiled_size(expression) > _MOST_COMPILED:
@@ -53,13 +53,13 @@ class Pattern:
             raise error(f"{where}: pattern {self._shown} is no regular expression: {reason}") from cause
 
     def matches(self, text: str) -> bool:
-        """Whether the text begins with a match. Raises the caller's error when the time is used up."""
+        """True where the text begins with a match. Raises the caller's error when the time is used up."""
         started = time.thread_time()
         self._check_budget()
         try:
             return self._compiled.match(text, timeout=self._budget.seconds_left) is not None
         except TimeoutError as cause:
-            # The library counts the time of all threads, which is more than this one's.
+            # The library counts the time of all threads, not of this one.
             self._budget.seconds_left = 0.0
             raise self._too_slow() from cause
         finally:
@@ -80,7 +80,7 @@ class Pattern:
 
 
 def _compiled_size(expression: str) -> int:
-    """A bound of the characters of an expression whose counted repetitions are written out."""
+    """An upper bound of an expression's characters with its counted repetitions unrolled."""
     size = max(1, len(expression))
     for found in _COUNT.finditer(expression):
         numbers = [number.strip() for number in found[1].split(",")]
@@ -93,13 +93,13 @@ def _compiled_size(expression: str) -> int:
 
 
 class Globs:
-    """Globs (`*`, `?`, `[…]`), of which at least one must match a text as a whole.
+    """Globs (`*`, `?`, `[…]`), of which at least one must match a whole text.
 
-    Python's translation of them never goes back over a text: they need no limit of time.
+    Python's translation of globs never backtracks, so that they need no time limit.
     """
 
     def __init__(self, globs: Sequence[str], where: str, error: type[NpuqError]):
-        """Compile. Raises `error`, beginning with `where`, when they are none, or too long."""
+        """Compile. Raises `error`, beginning with `where`, for a malformed or too long glob."""
         if sum(map(len, globs)) > _MOST_CHARACTERS:
             raise error(f"{where}: the names are too long: {_MOST_CHARACTERS} characters are read")
         try:
@@ -109,5 +109,5 @@ class Globs:
             raise error(f"{where}: {printable(repr(list(globs))[:80])} cannot be matched: {reason}") from cause
 
     def matches(self, text: str) -> bool:
-        """Whether one of the globs describes the whole text."""
+        """True where a glob matches the whole text."""
         return self._compiled.match(text) is not None

@@ -1,4 +1,4 @@
-"""Text from outside as a terminal may show it."""
+"""Escapes of text from outside, so that a terminal can show it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-# Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder a line, surrogates, and what no
-# terminal shows: interlinear annotations, and tags, in which a line can hide another text.
+# Control characters (C0, DEL, C1), line and paragraph separators, marks that reorder a line, surrogates, and invisible
+# characters: interlinear annotations, and tags, in which a line can hide another text.
 _UNSAFE: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
@@ -17,7 +17,7 @@ _UNSAFE: Final = re.compile(
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with every character that could command a terminal or reorder a line as its escape, such as `\\x1b`.
+    """Escape every character that could control a terminal or reorder a line, as in `\\x1b`.
 
     Those in `keep` (`"\\n\\t"`, say) stay.
     """
@@ -27,7 +27,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def printable_json(text: str) -> str:
-    """A JSON text with such characters as JSON's own escapes: the same value. Line ends stay."""
+    """Replace such characters in a JSON text with JSON's own escapes: the value is the same. Line ends stay."""
     return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
 
 
@@ -40,7 +40,7 @@ def shown(value: object, most: int = 60) -> str:
 
 
 def name_as_text(path: Path) -> str:
-    """The last part of a path, as text that any file can hold: bytes that are no UTF-8 as `\\xNN`."""
+    """The last part of a path as UTF-8 text; bytes that are no UTF-8 become `\\xNN`."""
     return printable(os.fsencode(path.name).decode("utf-8", "backslashreplace"))
 
 

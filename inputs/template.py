@@ -1,8 +1,8 @@
 """Jinja templates from outside, rendered in a child process with limits of time, memory and size.
 
-Jinja's sandbox keeps a template from Python's internals, not from work: two nested loops run for hours, one filter
-takes all memory, and nothing within a process can stop either. A child costs about 0.1 s when the first template is
-rendered and a fraction of a millisecond for each text after that.
+Jinja's sandbox protects Python's internals, but limits no work: two nested loops run for hours, one filter takes all
+memory, and nothing within the process can stop either. A child process takes about 0.1 s to start and a fraction of a
+millisecond for each text.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ MOST_CHARACTERS: Final = 32 << 20
 _START_SECONDS: Final = 60
 _MOST_HEADER: Final = 32
 _WORKER: Final = Path(__file__).with_name("template_worker.py")
-# What a Python may need to start. Nothing else of ours (tokens, keys) is for a process that runs what was downloaded.
+# The variables that a Python may need to start. A process that runs downloaded templates gets no others (tokens, keys).
 _ENVIRONMENT: Final = ("LD_LIBRARY_PATH", "TZ")
 
 
 class TemplateRenderer:
-    """Renders templates in a child process, which starts with the first and is used by one thread at a time.
+    """Renders templates in a child process, which starts with the first template and serves one thread at a time.
 
-    What a template finds there is what transformers' own renderer gives it: `raise_exception`, `strftime_now`,
-    `tojson`, `{% generation %}`, `{% break %}`, and the variables given. A process that reaches a limit is ended, and
-    the next text gets another. After a fork each side has its own.
+    Templates get the environment of transformers' own renderer: `raise_exception`, `strftime_now`, `tojson`,
+    `{% generation %}`, `{% break %}`, and the call's variables. A process that reaches a limit is ended, and the next
+    text starts another. After a fork, parent and child use separate processes.
     """
 
     def __init__(self, error: type[NpuqError], limit_error: type[NpuqError] | None = None, seconds: float = SECONDS):
-        """error: what `render` raises. limit_error: what it raises when a limit is reached, where that is another.
+        """error: the class that `render` raises. limit_error: the class for a reached limit; None: `error`.
 
-        seconds: the time that one text may take.
+        seconds: the time limit of one text.
         """
         self._error = error
         self._limit_error = limit_error or error
@@ -54,7 +54,7 @@ class TemplateRenderer:
         self._forget()
 
     def render(self, template: str, values: Mapping[str, Any], where: str) -> str:
-        """The text of a template from `where`, given variables that JSON can hold.
+        """Render a template from `where` with variables of JSON's types.
 
         Raises the caller's error in one line when the template fails or reaches a limit: 10 seconds, 512 MiB of
         memory, 32 Mi characters.
@@ -71,7 +71,7 @@ class TemplateRenderer:
                 kind, payload = "L", f"it takes more than {self._seconds:g} seconds".encode()
             except (EOFError, OSError, ValueError):
                 kind, payload = "L", self._fate().encode()
-            except BaseException:  # interrupted between a request and its reply
+            except BaseException:  # an interruption between a request and its reply
                 self._end()
                 raise
             if kind != "T":
@@ -89,14 +89,14 @@ class TemplateRenderer:
             self._end()
 
     def _forget(self) -> None:
-        """Begin without a process: what a fork has copied is its parent's."""
+        """Drop the process after a fork: it belongs to the parent."""
         self._owner = os.getpid()
         self._lock = Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., TemplateRenderer] | None = None
 
     def _start(self, where: str) -> None:
-        # Its own alarm is for a process whose parent was killed: ours comes first.
+        # The child's own alarm is for a killed parent; this process's limit comes first.
         limits = (int(self._seconds) + 2, MOST_MEMORY, MOST_CHARACTERS)
         try:
             self._process = subprocess.Popen(
@@ -108,7 +108,7 @@ class TemplateRenderer:
                 bufsize=0,
                 cwd="/",
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                start_new_session=True,  # the terminal's Ctrl-C is for us
+                start_new_session=True,  # the terminal's Ctrl-C must not reach it
             )
         except (OSError, ImportError, TypeError, ValueError) as cause:
             raise self._error(f"{where}: no process for the chat template can be started: {cause}") from cause
@@ -129,7 +129,8 @@ class TemplateRenderer:
             raise self._error(f"{where}: the process for the chat template did not start: {fate}")
 
     def _exchange(self, request: bytes, seconds: float) -> tuple[str, bytes]:
-        """Send a request and read the reply's kind and payload. TimeoutError; EOFError and OSError when it ended."""
+        """Send a request and read the reply's kind and payload. Raises TimeoutError; EOFError or OSError when the
+        process ended."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         to_child, from_child = process.stdin.fileno(), process.stdout.fileno()
@@ -157,7 +158,7 @@ class TemplateRenderer:
                     return message
 
     def _fate(self) -> str:
-        """What became of a process whose pipe has ended."""
+        """The end of the child process as text, after its pipe has closed."""
         assert self._process is not None
         try:
             code = self._process.wait(1)
@@ -172,7 +173,7 @@ class TemplateRenderer:
 
 
 def _encode(template: str, values: Mapping[str, Any], error: type[NpuqError]) -> bytes:
-    """A request as the worker reads it. Raises `error` for values that are not JSON."""
+    """Encode a request for the worker. Raises `error` for values that are not JSON."""
     body = json.dumps({"template": template, "values": json_value(dict(values), "", error)}).encode()
     return b"%d\n%b" % (len(body), body)
 
@@ -188,7 +189,7 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 
 
 def _message(reply: bytearray) -> tuple[str, bytes] | None:
-    """Kind and payload of a whole reply, None while it is not. ValueError for what is no reply of the worker's."""
+    """Parse a reply's kind and payload; None while it is incomplete. ValueError for bytes that are no reply."""
     end = reply.find(b"\n", 0, _MOST_HEADER)
     if end < 0:
         if len(reply) >= _MOST_HEADER:
@@ -203,7 +204,7 @@ def _message(reply: bytearray) -> tuple[str, bytes] | None:
 
 
 def _jinja_folders() -> list[str]:
-    """Where jinja2 and what it imports are installed. ImportError when they are not."""
+    """The folders that jinja2 and its imports are installed in. ImportError when they are not."""
     folders = []
     for name in ("jinja2", "markupsafe"):
         spec = find_spec(name)

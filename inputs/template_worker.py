@@ -1,13 +1,13 @@
 """The child process of `template.py`: renders Jinja templates from outside, confined.
 
-It imports the standard library and jinja2 only, then gives up: memory beyond a limit, every file (no descriptor can be
-opened any more, so everything that jinja2 imports late is imported before), and time, by an alarm that ends it should
-its parent no longer be there to do so. Messages on both pipes are a line `KIND LENGTH` and so many bytes.
+It imports the standard library and jinja2 only, then confines itself. Memory beyond a limit is refused. No descriptor
+can be opened any more, so that jinja2's late imports come before. An alarm ends the process if its parent was killed.
+Messages on both pipes are a line `KIND LENGTH` and as many bytes.
 
     R   ready, sent once
     T   the rendered text
-    E   the template failed; the payload says why
-    L   a limit was reached; the payload says which. The process ends.
+    E   the template failed; the payload is the reason
+    L   a limit was reached; the payload names it. The process ends.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any, BinaryIO, NoReturn
 def main(arguments: list[str]) -> None:
     """Serve requests from standard input until it ends: JSON objects of `template` and `values`.
 
-    arguments: seconds until the alarm, bytes of memory beside what the process begins with, characters of a text, and
-    the folders that hold jinja2 and what it needs.
+    arguments: seconds until the alarm, bytes of memory beyond those at the start, characters of a text, and the folders
+    of jinja2 and its imports.
     """
     seconds, memory, characters = int(arguments[0]), int(arguments[1]), int(arguments[2])
     sys.path.extend(arguments[3:])
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
 
 
 def confine(memory: int) -> None:
-    """Limit memory to so many bytes beside those in use; open no file, write none, start no process, leave no core."""
+    """Forbid opening and writing files, new processes and core dumps, and limit memory to `memory` bytes beyond those
+    in use."""
     used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     for limit, most in (
         (resource.RLIMIT_AS, used + memory),
@@ -92,7 +93,7 @@ def send(replies: BinaryIO, kind: str, payload: bytes) -> None:
 
 
 def _environment() -> Any:
-    """What templates are given: the environment of transformers' renderer (utils/chat_template_utils.py, 5.24)."""
+    """The templates' environment, that of transformers' renderer (utils/chat_template_utils.py, 5.24)."""
     from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
@@ -101,19 +102,19 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}…{% endgeneration %}` marks what the assistant says, for training. It has a scope."""
+        """`{% generation %}…{% endgeneration %}` marks the assistant's text, for training. It has a scope."""
 
         tags = {"generation"}  # noqa: RUF012  (jinja2 declares it for each object)
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("generated"), [], [], body).set_lineno(line)
 
-        def said(self, caller: Any) -> Any:
+        def generated(self, caller: Any) -> Any:
             return caller()
 
-    # What jinja2, markupsafe and string literals would import when they first need it.
+    # The late imports of jinja2, markupsafe and string literals.
     for late in ("html", "jinja2.constants", "jinja2.debug", "pprint", "textwrap"):
         import_module(late)
     for encoding in ("ascii", "latin-1", "unicode-escape", "utf-8"):
@@ -124,7 +125,7 @@ def _environment() -> Any:
             raise SecurityError(f"a namespace keeps no attribute with an underscore in front, such as {name!r}")
 
     class GuardedNamespace(Namespace):
-        """A namespace that keeps no underscored names, which reach into Python."""
+        """A namespace without underscored names, which reach Python's internals."""
 
         def __init__(*args: Any, **attributes: Any) -> None:
             # Without a parameter `self`, so that a template may set an attribute of that name.
@@ -139,7 +140,7 @@ def _environment() -> Any:
             super().__setitem__(name, value)
 
     class DictMaker:
-        """`dict(…)` and `dict.fromkeys(…)`, and no other way to the type."""
+        """`dict(…)` and `dict.fromkeys(…)` without access to the type."""
 
         def __call__(self, *given: Any, **values: Any) -> dict[Any, Any]:
             return dict(*given, **values)
@@ -160,7 +161,7 @@ def _environment() -> Any:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own would escape for HTML.
+        # Jinja's own filter would escape for HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(

@@ -1,4 +1,4 @@
-"""Limits of parsed data, whatever syntax it came in: depth, numbers, characters."""
+"""Limits of parsed data of any syntax: depth, numbers, characters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MOST_INTEGER: Final = 10**40
 
 
 def check_values(value: Any, *, surrogates: bool = True) -> None:
-    """Raise ValueError, saying what is wrong, for a value that no reader should meet.
+    """Raise ValueError with the reason for a value beyond the limits.
 
-    That is: nested deeper than MOST_DEPTH, a number that is not finite or has more than 40 digits, what JSON has no
-    type for, and lone surrogates, unless the caller knows that there are none.
+    These are: nesting deeper than MOST_DEPTH, a number that is not finite or has more than 40 digits, a type that JSON
+    lacks, and, with `surrogates`, lone surrogates.
     """
     level, depth = [value], 0
     while level:

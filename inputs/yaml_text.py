@@ -14,7 +14,7 @@ MOST_CHARACTERS: Final = 1 << 18
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader; a date stays text, as JSON would have it."""
+    """PyYAML's safe loader without dates, which stay text as in JSON."""
 
     depth = 0
 
@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("aliases are not read; write the value again")
         tag = getattr(self.peek_event(), "tag", None)  # type: ignore[no-untyped-call]
         if tag not in (None, "!"):
-            # PyYAML's constructors of tagged values fail in ways of their own, and give what JSON does not have.
+            # PyYAML's constructors of tagged values raise errors of other kinds, and make types that JSON lacks.
             raise yaml.YAMLError(f"tags are not read; leave out {tag.removeprefix('tag:yaml.org,2002:')[:40]!r}")
         self.depth += 1
         if self.depth > MOST_DEPTH:
@@ -40,16 +40,16 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str, where: str, error: type[NpuqError]) -> Any:
-    """The value of a YAML text of at most 256 Ki characters; `where` names its file.
+    """Parse a YAML text of at most 256 Ki characters; `where` names its file.
 
-    Raises `error` for what is not plain YAML, for aliases, deep nesting, numbers that are not finite or too long.
+    Raises `error` for text that is not plain YAML, aliases, deep nesting, and numbers that are not finite or too long.
     """
     if len(text) > MOST_CHARACTERS:
         raise error(f"{where}: is longer than the {MOST_CHARACTERS} characters that npuq reads of such a file")
     try:
         value = yaml.load(text, _Loader)
         check_values(value)
-    # Lookup, Type, Attribute: what PyYAML lets through of values that it cannot construct.
+    # Lookup, Type, Attribute: errors of PyYAML's constructors that it does not wrap.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:
         reason = "it is nested too deeply" if isinstance(cause, RecursionError) else str(cause)
         raise error(f"{where}: not valid YAML: {printable(' '.join(reason.split()))[:160]}") from cause

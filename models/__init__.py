@@ -1,1 +1,1 @@
-"""What a model is: its config, the tensors of each family with their roles and shapes, its rotary tables."""
+"""Models: their config, the tensors of each family with roles and shapes, their rotary tables."""

@@ -1,6 +1,6 @@
-"""A model's config.json, read once into typed fields, in either of its dialects: DeepSeek's own and transformers 5's.
+"""A model's config.json, read once into typed fields, with DeepSeek's own keys or transformers 5's.
 
-What it accepts, every backend computes, and as transformers or the engines do: a config without such a meaning is
+Every backend computes every accepted config, with the results of transformers or the engines. All other configs are
 refused here, before any work.
 """
 
@@ -32,7 +32,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The part of config.json that conversion and the runtime need, under Hugging Face's names."""
+    """The fields of config.json that conversion and the runtime need, under Hugging Face's names."""
 
     model_type: str
     hidden_size: int
@@ -68,7 +68,7 @@ class ModelConfig:
             moe=None if family.moe is None else Moe.read(read, family.moe),
             rope=read_rope(config),
         )
-        # What another value would mean is not computed: refuse it rather than run another model.
+        # No backend computes another value: refuse it rather than run another model.
         read.choice("hidden_act", ("silu",), "silu")
         for key, needed in (("rope_interleave", True), ("attention_bias", False), ("mlp_bias", False)):
             if read.flag(key, needed) is not needed:
@@ -85,12 +85,12 @@ class ModelConfig:
         return family_of(self.model_type)
 
     def moe_at(self, layer: int) -> Moe | None:
-        """The experts of a decoder or MTP layer; None where its feed-forward block is dense."""
+        """The MoE config of a decoder or MTP layer; None where its feed-forward block is dense."""
         return self.moe if self.moe is not None and self.moe.has_experts(layer) else None
 
     @property
     def n_routed_experts(self) -> int:
-        """Routed experts of a layer that has some; 0 in a model without."""
+        """Routed experts of an MoE layer; 0 in a model without."""
         return 0 if self.moe is None else self.moe.n_routed_experts
 
     def _check(self) -> None:
@@ -103,7 +103,7 @@ class ModelConfig:
 
 
 def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config under DeepSeek's names. CheckpointError for two names of one thing with different values."""
+    """The config under DeepSeek's keys. CheckpointError where two keys of one field have different values."""
     result = dict(config)
     for key, others in _ALIASES.items():
         for other in others:
@@ -120,7 +120,7 @@ def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype a config names for float weights (`torch_dtype`, or transformers 5's `dtype`); bfloat16 by default."""
+    """The config's dtype of float weights (`torch_dtype`, or transformers 5's `dtype`); bfloat16 by default."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     dtype = _DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None:

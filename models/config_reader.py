@@ -1,4 +1,4 @@
-"""Typed access to config.json: a value of the wrong type, or one that no model has, is an error that names its key."""
+"""Typed access to config.json: a value of the wrong type or outside every model's range is an error with its key."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from ..errors import CheckpointError
 
-# Far above any model: what a config claims is enumerated and multiplied, and must not fill the memory before it is
-# found wrong.
+# Far above any model: a config's sizes are enumerated and multiplied, and must not fill memory before the tensors
+# refute them.
 MAX_SIZE: Final = 1 << 24
 MAX_LAYERS: Final = 1000
 # Of all layers together; released models have up to 24,000.
@@ -17,22 +17,22 @@ MAX_POSITIONS: Final = 1 << 21
 
 
 class ConfigReader:
-    """The values of a config by key. One that is absent or null takes the default, or is an error where there is none;
-    with `nullable` false a null is an error beside every default, because other readers do not take it for absence.
+    """The values of a config by key. An absent or null value takes the default, or is an error without a default. With
+    `nullable` false, null is an error in any case: other readers do not take it for absence.
     """
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = config
 
     def size(self, key: str, default: int | None = None, most: int = MAX_SIZE, *, nullable: bool = True) -> int:
-        """A whole number from 1 to `most`."""
+        """Read a whole number from 1 to `most`."""
         value = self.count(key, default, most, nullable=nullable)
         if value < 1:
             raise CheckpointError(f"config.json: {key} must be at least 1, not {value}")
         return value
 
     def count(self, key: str, default: int | None = None, most: int = MAX_SIZE, *, nullable: bool = True) -> int:
-        """A whole number from 0 to `most`."""
+        """Read a whole number from 0 to `most`."""
         value = self._get(key, default, nullable)
         if type(value) is not int or value < 0:
             raise CheckpointError(f"config.json: {key} must be a whole number, not {shown(value)}")
@@ -43,7 +43,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: float | None = None, least: float = -1e30, most: float = 1e30) -> float:
-        """A number from `least` to `most`."""
+        """Read a number from `least` to `most`."""
         value = self._get(key, default, True)
         # JSON has no infinity and no NaN, but Python reads both; NaN is in no range.
         if isinstance(value, bool) or not isinstance(value, int | float) or not -1e30 <= value <= 1e30:
@@ -53,21 +53,21 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool, *, nullable: bool = True) -> bool:
-        """true or false."""
+        """Read a truth value."""
         value = self._get(key, default, nullable)
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {key} must be true or false, not {shown(value)}")
         return value
 
     def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
-        """One of `choices`."""
+        """Read one of `choices`."""
         value = self._get(key, default, True)
         if value not in choices:
             raise CheckpointError(f"config.json: {key} {shown(value)} is unknown; npuq knows {', '.join(choices)}")
         return str(value)
 
     def words(self, key: str) -> list[str] | None:
-        """A list of texts; None where there is none."""
+        """Read a list of texts; None where there is none."""
         value = self._config.get(key)
         if value is None:
             return None
@@ -75,12 +75,12 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} must be a list of texts, not {shown(value)}")
         return value
 
-    def states(self, key: str) -> bool:
-        """Whether the config has the key, be its value null."""
+    def has_key(self, key: str) -> bool:
+        """True where the config has the key, also with the value null."""
         return key in self._config
 
-    def has(self, key: str) -> bool:
-        """Whether the config has a value for the key."""
+    def has_value(self, key: str) -> bool:
+        """True where the config has a value other than null for the key."""
         return self._config.get(key) is not None
 
     def _get(self, key: str, default: Any, nullable: bool) -> Any:
@@ -97,7 +97,7 @@ class ConfigReader:
 
 
 def shown(value: Any) -> str:
-    """A value for a message of one line: of a long one the beginning."""
+    """The beginning of a value's text, for a message of one line."""
     if type(value) is int and value.bit_length() > 128:  # Python refuses to print thousands of digits
         return f"a number of {value.bit_length()} bits"
     text = ascii(value)

@@ -1,8 +1,8 @@
-"""The vocabulary of the family tables: entries, activations, and the family that they make up.
+"""The vocabulary of the family tables: entries, activations, and the family of both.
 
-A table says of every tensor what it is, what it reads and what it writes. Everything that depends on a model's
-structure is a loop over it: the inventory of a checkpoint, the runtime's loader, the side on which a rotation turns a
-weight, the weights that smoothing changes together, the parameters that engines fuse.
+A table gives every tensor's part, and the activations that it reads and writes. All code that depends on a model's
+structure loops over the table: the inventory of a checkpoint, the runtime's loader, the side of a weight that a
+rotation multiplies, the weights that smoothing changes together, the parameters that engines fuse.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .roles import Role
 
 
 class Block(str, Enum):
-    """A group of entries."""
+    """A group of entries that exist together."""
 
     TOP = "top"  # outside the layers
     LAYER = "layer"  # the norms of a decoder layer
@@ -30,23 +30,23 @@ class Block(str, Enum):
     ROUTER = "router"
     SHARED = "shared"  # the shared experts, stored as one block
     EXPERT = "expert"  # once for each routed expert
-    MTP = "mtp"  # what a multi-token-prediction layer has beside a decoder layer's tensors
+    MTP = "mtp"  # a multi-token-prediction layer's tensors beside those of a decoder layer
 
     __str__ = str.__str__
 
 
 Kind = Literal["linear", "norm", "lookup", "vector"]
-"""linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. lookup: rows of which a token picks one,
-`[rows, channels]`. vector: anything else of one dimension."""
+"""linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. lookup: one row a token id, `[rows,
+channels]`. vector: any other tensor of one dimension."""
 
 
 @dataclass(frozen=True)
 class Activation:
     """A value that flows through a layer.
 
-    basis: the space of its channels. A rotation turns a basis as a whole: a linear that writes an activation of it is
-    turned on its outputs, one that reads an activation of it on its inputs. An RMS norm keeps the basis. None: channels
-    that nothing may mix. size: the channels of the basis, a word of `sizes`; an activation may hold several of it.
+    basis: the space of its channels. A rotation applies to a whole basis: to the outputs of linears that write an
+    activation of it, and to the inputs of linears that read one. An RMS norm keeps the basis. None: channels that must
+    not be mixed. size: the channels of the basis, a word of `sizes`; an activation may be several bases side by side.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Activation:
 class Entry:
     """One tensor of a family.
 
-    part: what it is in the model, in one vocabulary for all families ("q_a", "router", …); unique in its block.
+    part: its function in the block, in one vocabulary for all families ("q_a", "router", …); unique in its block.
     name: the checkpoint's name, below its layer or its expert.
     shape: words of `sizes`.
-    reads, writes: names of activations. A linear that reads several reads them side by side.
-    heads: (rows of a head, the first that writes) where only a part of each head's rows writes `writes`.
-    when: a word of `conditions`, asked for each layer. optional: the tensor may be absent all the same.
-    dtype: the safetensors code that the tensor keeps, whatever the others are stored as.
-    fused: the part that leads the parameter into which engines fuse this one.
+    reads, writes: names of activations. Several are concatenated to a linear's inputs.
+    heads: (rows of a head, its first row that writes) where only the last rows of each head write `writes`.
+    when: a word of `conditions`, evaluated for each layer. optional: the tensor may be absent even so.
+    dtype: the safetensors code that the tensor keeps in every checkpoint and artifact; None: any.
+    fused: the first part of the parameter into which engines fuse this one.
     row_parallel: tensor-parallel ranks split the inputs, so that W4A8 keeps one scale_bias a slice.
     """
 
@@ -86,15 +86,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Family:
-    """The tensors of one model family, and what else its config.json and its checkpoints have of their own.
+    """The tensors of one model family, and the peculiarities of its config.json and checkpoints.
 
     architecture: the first of config.json's `architectures`, by which vLLM and SGLang choose a model's class;
-    transformers goes by model_type.
+    transformers chooses by model_type.
     attention: the class that reads the widths of its attention. moe, rms_norm_eps: defaults of keys of config.json.
-    blocks: the entries of each block. layers: what precedes a layer's number in names; experts: what precedes an
-    expert's, within its layer. prefix: what precedes every name (`language_model.`).
-    passthrough: globs of tensors outside the table that are copied as they are, without a remark. ignored: globs of
-    buffers that every loader computes for itself, left out.
+    blocks: the entries of each block. layers, experts: the names' parts before a layer's number, and before an expert's
+    number within its layer. prefix: the common beginning of all names (`language_model.`).
+    passthrough: globs of tensors outside the table that are copied unchanged, without a note. ignored: globs of buffers
+    that every loader computes for itself; they are left out.
     """
 
     model_type: str
@@ -123,19 +123,19 @@ class Family:
         return self.scope(layer, expert) + self.entry(block, part).name
 
     def scope(self, layer: int | None = None, expert: int | None = None) -> str:
-        """What precedes an entry's name: `model.layers.3.mlp.experts.7.`."""
+        """The beginning of an entry's name: `model.layers.3.mlp.experts.7.`."""
         if layer is None:
             return self.prefix
         within = "" if expert is None else f"{self.experts}{expert}."
         return f"{self.prefix}{self.layers}{layer}.{within}"
 
     def layer_of(self, name: str) -> int | None:
-        """The layer that a tensor belongs to: `model.layers.7.mlp…` → 7; None outside the layers."""
+        """The layer number of a tensor's name: `model.layers.7.mlp…` → 7; None outside the layers."""
         found = self._layer.match(name)
         return int(found[1]) if found else None
 
     def find(self, name: str) -> tuple[Block, Entry, int | None] | None:
-        """The entry of a name, in whatever layer, and the expert's number; None for a name outside the table."""
+        """The entry of a name in any layer, and the expert's number; None for a name outside the table."""
         found = self._layer.match(name)
         if found is None:
             held = name.startswith(self.prefix) and self._top.get(name[len(self.prefix) :])
@@ -165,7 +165,7 @@ class Family:
         )
 
     def is_stray_bias(self, name: str) -> bool:
-        """Whether a tensor is the bias of a norm or linear that has none in the table."""
+        """True for the bias of a norm or linear that has none in the table."""
         if not name.endswith(".bias") or self.find(name) is not None:
             return False
         if self.layer_of(name) is not None:
@@ -174,11 +174,11 @@ class Family:
         return name in {f"{self.prefix}{entry.name.removesuffix('weight')}bias" for entry in norms}
 
     def passes_through(self, name: str) -> bool:
-        """Whether a tensor outside the table is known to be copied as it is."""
+        """True for a tensor outside the table that is copied unchanged without a note."""
         return any(fnmatchcase(name, pattern) for pattern in self.passthrough)
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor is a buffer that every loader computes for itself."""
+        """True for a buffer that every loader computes for itself."""
         return any(fnmatchcase(name, pattern) for pattern in self.ignored)
 
     def _all(self) -> Iterator[tuple[Block, Entry]]:

@@ -1,5 +1,5 @@
-"""A checkpoint's tensors against its family's table: the role of each, and every way in which config.json and tensors
-cannot be of one model."""
+"""A checkpoint's tensors compared with its family's table: the role of each, and every contradiction between
+config.json and tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tensors import ModelTensors, Spec, conditions
 
 
 class Shaped(Protocol):
-    """A tensor of a checkpoint, of which only the shape matters here."""
+    """A tensor's shape."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -23,12 +23,12 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every tensor of a checkpoint with its role, in checkpoint order; what was left out and why."""
+    """Every tensor of a checkpoint with its role, in checkpoint order, and the tensors left out with the reason."""
 
     specs: dict[str, Spec]
     mtp_layers: tuple[int, ...]
     absent_mtp_layers: tuple[int, ...]  # the config counts them, the checkpoint leaves them out
-    unknown: tuple[str, ...]  # copied as they are, with the role `other`
+    unknown: tuple[str, ...]  # copied unchanged, with the role `other`
     dropped: tuple[str, ...]  # recomputable buffers, not copied
     partial_mtp_layers: tuple[int, ...] = ()  # behind a gap, or neither counted nor whole: left out
 
@@ -36,9 +36,9 @@ class Inventory:
 def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Inventory:
     """Match a checkpoint's tensors against its family's table, in time linear in their number.
 
-    Raises CheckpointError for a tensor that is missing, one that a model of this config does not have, one whose shape
-    disagrees with the config, and a bias. Layers from `num_hidden_layers` on are multi-token-prediction layers: one
-    that the config counts is there whole or not at all.
+    Raises CheckpointError for a missing tensor, a tensor that this config excludes, a shape that disagrees with the
+    config, and a bias outside the table. Layers from `num_hidden_layers` on are multi-token-prediction layers: a
+    checkpoint has a counted one whole or not at all.
     """
     family = config.family
     check_unbiased(family, weights)
@@ -66,7 +66,7 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Invent
 
 
 def check_unbiased(family: Family, names: Iterable[str]) -> None:
-    """Raise CheckpointError for a bias of a norm or linear that the family's table does not have: no loader adds it.
+    """Raise CheckpointError for a bias of a norm or linear outside the family's table: no loader adds it.
 
     Asymmetric smoothing before quantization leaves such biases.
     """
@@ -79,10 +79,10 @@ def check_unbiased(family: Family, names: Iterable[str]) -> None:
 def _mtp_layers(
     config: ModelConfig, weights: Mapping[str, Shaped], layers: Iterable[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The layers behind the decoder's: those to keep, and those to leave out.
+    """The layers behind the decoder's: the kept ones, and the ones left out.
 
-    One is kept if it is the next after what is kept, and counted or whole. CheckpointError for a layer that is no
-    multi-token-prediction layer at all.
+    A layer is kept that follows the last kept one and is counted by the config or whole. CheckpointError for a layer
+    without any tensor of a multi-token-prediction layer.
     """
     first, tensors = config.num_hidden_layers, ModelTensors(config)
     kept: list[int] = []
@@ -106,13 +106,13 @@ def _mtp_layers(
 
 
 def _expected(config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping[str, Shaped]) -> dict[str, Spec]:
-    """Every tensor that a model of this config has, once the checkpoint has been found to be one."""
+    """Every tensor of a model of this config. CheckpointError when the checkpoint contradicts it."""
     expected, missing = {}, []
     for spec in ModelTensors(config).unroll(mtp_layers):
         expected[spec.name] = spec
         if not spec.optional and spec.name not in weights:
             missing.append(spec.name)
-            # A config may claim any number of layers: give up once more is missing than is there.
+            # A config may claim any number of layers: give up once more tensors are missing than exist.
             if len(missing) > len(weights):
                 break
     else:
@@ -138,10 +138,10 @@ def _check_shapes(expected: Mapping[str, Spec], weights: Mapping[str, Shaped]) -
 
 
 def _refuse_contradictions(config: ModelConfig, expected: Mapping[str, Spec], weights: Mapping[str, Shaped]) -> None:
-    """CheckpointError for a tensor that other models of the family have, and one of this config has not: transformers
-    would read over it, and engines compute without it or not start."""
+    """Raise CheckpointError for a tensor of the family's table that this config excludes: transformers would skip it,
+    engines would compute without it or not start."""
     for name, weight in weights.items():
-        # A tensor without values contradicts nothing: so transformers saves a part of size 0.
+        # A tensor without values contradicts nothing: transformers saves one for a part of size 0.
         key = None if name in expected or 0 in weight.shape else _deciding_key(config, name)
         if key is not None:
             raise CheckpointError(
@@ -151,7 +151,7 @@ def _refuse_contradictions(config: ModelConfig, expected: Mapping[str, Spec], we
 
 
 def _deciding_key(config: ModelConfig, name: str) -> str | None:
-    """What in config.json says that a tensor of the family's table does not exist; None for any other tensor."""
+    """The key of config.json that excludes a tensor of the family's table; None for any other tensor."""
     layer, found = config.family.layer_of(name), config.family.find(name)
     if layer is None or found is None:
         return None

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): its widths."""
+"""The widths of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Mla:
         """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
         return cls(
             heads=read.size("num_attention_heads"),
-            q_lora_rank=read.size("q_lora_rank") if read.has("q_lora_rank") else None,
+            q_lora_rank=read.size("q_lora_rank") if read.has_value("q_lora_rank") else None,
             kv_lora_rank=read.size("kv_lora_rank"),
             qk_nope_head_dim=read.size("qk_nope_head_dim"),
             qk_rope_head_dim=read.size("qk_rope_head_dim"),
@@ -40,7 +40,7 @@ class Mla:
         return self.heads * (self.qk_head_dim + self.v_head_dim)
 
     def sizes(self) -> dict[str, int]:
-        """Words of a table's shapes."""
+        """The table's words of shapes, as numbers."""
         return {
             "q": self.heads * self.qk_head_dim,
             "q_lora": self.q_lora_rank or 0,
@@ -54,12 +54,12 @@ class Mla:
         }
 
     def conditions(self) -> dict[str, bool]:
-        """Words of a table's conditions, and whether they hold."""
+        """The table's words of conditions; True for those that hold."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
     @property
     def qk_head_dim(self) -> int:
-        """Channels of one head's query and key, those without position and the rotary ones."""
+        """Channels of one head's query and key: those without position, then the rotary ones."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -67,8 +67,9 @@ class Mla:
         """Scales of a layer's int8 KV cache: one for each channel of the latent."""
         return self.kv_lora_rank
 
-    def numbers_held(self, tokens: int, window: int) -> int:
-        """How many numbers attention over windows of decompressed keys holds at once: of `tokens` tokens the queries
-        three times, keys and values, outputs; the scores of one window as four steps of its softmax hold them."""
+    def numbers_held(self, tokens: int, length: int) -> int:
+        """Numbers that attention over slices of decompressed keys holds at once: for `tokens` tokens the queries three
+        times, keys and values, outputs; for one slice the scores [heads, `length`, `length`], four times in its
+        softmax."""
         token = 4 * self.qk_head_dim + self.qk_nope_head_dim + 4 * self.v_head_dim
-        return self.heads * (tokens * token + 4 * window**2)
+        return self.heads * (tokens * token + 4 * length**2)

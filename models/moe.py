@@ -1,4 +1,4 @@
-"""Routed experts: how many, which layers have them, and the rule by which a router chooses."""
+"""Routed experts: their number, their layers, and the router's gating."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .config_reader import MAX_LAYERS, ConfigReader
 
 @dataclass(frozen=True)
 class MoeDefaults:
-    """What loaders take for a key that config.json leaves out, and the values with which they all compute the same.
+    """Loaders' defaults of keys that config.json leaves out, and the values that all loaders compute alike.
 
-    norm_topk_probs, topk_methods: the first is the default. reads_layer_types: transformers goes by `mlp_layer_types`
-    instead of `first_k_dense_replace`, and by `first_k_dense_replace` of these defaults where there is no such list.
+    norm_topk_probs, topk_methods: the accepted values; the first is the default. reads_layer_types: transformers reads
+    `mlp_layer_types` instead of `first_k_dense_replace`, and without that list takes `first_k_dense_replace` of these
+    defaults.
     """
 
     first_k_dense_replace: int
@@ -54,7 +55,7 @@ class Moe:
         topk_method = read.choice("topk_method", default.topk_methods, default.topk_methods[0])
         greedy = topk_method == "greedy"
         # null is DeepSeek's and the engines' way to say no shared experts.
-        shared = 0 if read.states("n_shared_experts") else default.n_shared_experts
+        shared = 0 if read.has_key("n_shared_experts") else default.n_shared_experts
         moe = cls(
             n_routed_experts=read.size("n_routed_experts"),
             n_shared_experts=read.count("n_shared_experts", shared),
@@ -62,7 +63,7 @@ class Moe:
             moe_intermediate_size=read.size("moe_intermediate_size"),
             first_k_dense_replace=_dense_layers(read, default),
             moe_layer_freq=read.size("moe_layer_freq", 1),
-            # greedy has no groups, whatever is said of them. Elsewhere no loader has a default for null.
+            # greedy ignores groups. Elsewhere no loader has a default for null.
             n_group=1 if greedy else read.size("n_group", default.n_group, nullable=False),
             topk_group=1 if greedy else read.size("topk_group", default.topk_group, nullable=False),
             scoring_func=read.choice("scoring_func", (default.scoring_func,), default.scoring_func),
@@ -75,16 +76,16 @@ class Moe:
 
     @property
     def shared_intermediate_size(self) -> int:
-        """Channels of the shared experts, which are stored as one block; 0 without."""
+        """Channels of all shared experts, which are one block of tensors; 0 without."""
         return self.n_shared_experts * self.moe_intermediate_size
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether a bias corrects the router's scores while experts are chosen."""
+        """True where a bias corrects the router's scores for the choice of experts."""
         return self.topk_method == "noaux_tc"
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has routed experts. Multi-token-prediction layers have, by their number, as any other."""
+        """True for a layer with routed experts; multi-token-prediction layers count on from the decoder layers."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     def sizes(self) -> dict[str, int]:
@@ -96,11 +97,11 @@ class Moe:
         }
 
     def conditions(self) -> dict[str, bool]:
-        """Words of a table's conditions, and whether they hold in a layer with experts."""
+        """The table's words of conditions; True for those that hold in a layer with experts."""
         return {"router_bias": self.has_router_bias, "shared_experts": self.n_shared_experts > 0}
 
     def tokens_of_expert(self, tokens: int) -> int:
-        """How many of some tokens each expert gets when they are spread evenly."""
+        """Tokens of each expert, rounded down, when `tokens` tokens are spread evenly."""
         return tokens * self.num_experts_per_tok // self.n_routed_experts
 
     def _check(self, default: MoeDefaults) -> None:
@@ -126,10 +127,10 @@ class Moe:
 
 
 def _dense_layers(read: ConfigReader, default: MoeDefaults) -> int:
-    """How many layers at the beginning have no experts.
+    """The number of dense layers, which come first.
 
-    transformers' list and the engines' number must say the same. CheckpointError where they do not, and for a list that
-    is not dense layers and then sparse ones.
+    CheckpointError where transformers' list and the engines' number disagree, and for a list with a dense layer behind
+    a sparse one.
     """
     dense = default.first_k_dense_replace
     types = read.words("mlp_layer_types") if default.reads_layer_types else None

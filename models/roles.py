@@ -1,4 +1,4 @@
-"""Roles: what a tensor does in the model. Recipes choose by it, and loaders' rules speak of it."""
+"""Roles of tensors in the model, by which recipes and engines' requirements choose."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Role(str, Enum):
-    """What a tensor does in the model. `mtp_…` roles sit in multi-token-prediction layers."""
+    """The role of a tensor in the model; `mtp_…` roles are of multi-token-prediction layers."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -40,7 +40,7 @@ class Role(str, Enum):
 
 
 ROUTED = frozenset({Role.ROUTED_EXPERT, Role.MTP_ROUTED_EXPERT})
-# The linears that a recipe may quantize. Everything else stays float in every loader.
+# Roles that a recipe may quantize. All other tensors stay float in every loader.
 QUANTIZABLE = ROUTED | {
     Role.ATTENTION,
     Role.DENSE_MLP,

@@ -1,5 +1,5 @@
-"""Precomputed rotary tables: cos and sin for every position, in float64, stored as float32, so that no runtime ever
-does trigonometry and every backend gathers the same numbers."""
+"""Precomputed rotary tables: cos and sin of every position, computed in float64 and kept as float32, so that every
+backend gathers the same numbers and none computes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .rope_frequencies import attention_factor, inverse_frequencies, softmax_factor
 
-# Positions whose angles are computed at a time: in float64, and not all at once.
+# Positions whose angles are computed at a time, to bound the float64 memory.
 _CHUNK = 1 << 14
 
 
@@ -21,7 +21,7 @@ _CHUNK = 1 << 14
 class RopeTables:
     """`cos` and `sin` float32 [max_position, rope_dim / 2], one column a frequency pair, mscale already applied.
 
-    `softmax_scale` is the attention temperature, YaRN's part included; it is not in the tables.
+    softmax_scale: the factor of attention scores, YaRN's part included; the tables do not contain it.
     """
 
     cos: Tensor
@@ -31,11 +31,10 @@ class RopeTables:
 
 
 def rope_tables(config: ModelConfig) -> RopeTables:
-    """The tables of a model, for its whole context, in little more memory than they take themselves.
+    """Compute the tables of a model's whole context, in little more memory than the result takes.
 
-    The context is max_position_embeddings, but for dynamic NTK, whose frequencies depend on the sequence length: a
-    table has to fix it, and npuq fixes `factor × max_position_embeddings`, the longest the scaling is meant for (as
-    vLLM does).
+    The context is max_position_embeddings, except for dynamic NTK, whose frequencies depend on the sequence length. A
+    table needs one length: `factor × max_position_embeddings`, the longest that the scaling supports, as in vLLM.
     """
     rope, positions = config.rope, config.rope.positions
     mscale, frequencies = attention_factor(rope), inverse_frequencies(rope, positions)

@@ -1,5 +1,5 @@
-"""The rotary part of config.json in either of its dialects, DeepSeek's own (`rope_scaling` and `rope_theta`) and
-transformers 5's (`rope_parameters`); and what keeps it from making tables without meaning."""
+"""The rotary part of config.json with DeepSeek's own keys (`rope_scaling` and `rope_theta`) or transformers 5's
+(`rope_parameters`), and the checks that its tables have a meaning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config_reader import MAX_POSITIONS, ConfigReader, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
-# Names under which the same rope type appears in configs and engines.
+# Other names of rope types in configs and engines.
 _ALIASES = {"deepseek_yarn": "yarn"}
 _REQUIRED = {
     "default": (),
@@ -25,7 +25,7 @@ _REQUIRED = {
 MAX_TABLE_BYTES: Final = 1 << 29
 _MAX_FACTOR: Final = 1e6
 _MAX_THETA: Final = 1e12
-# A temperature of YaRN is 0.1 · mscale · ln(factor) + 1: what is published is at most 1.
+# A temperature of YaRN is 0.1 · mscale · ln(factor) + 1; published values of mscale are at most 1.
 _MAX_MSCALE: Final = 100.0
 
 
@@ -51,14 +51,14 @@ class RopeConfig:
 
     @property
     def positions(self) -> int:
-        """How many positions the tables have: max_position_embeddings, but for dynamic NTK."""
+        """The tables' number of positions: max_position_embeddings, but `factor` times that for dynamic NTK."""
         return int(self.max_position * self.factor) if self.rope_type == "dynamic" else self.max_position
 
 
 def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     """Read and check the rotary part of a config; CheckpointError names the key that is missing, malformed or unknown.
 
-    Where both dialects are there, `rope_scaling` counts, as in transformers.
+    With keys of both kinds, `rope_scaling` wins, as in transformers.
     """
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
@@ -68,7 +68,7 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     if missing:
         raise CheckpointError(f"config.json: rope type {rope_type!r} needs {', '.join(missing)}")
     beside = {key: config.get(key) for key in ("qk_rope_head_dim", "max_position_embeddings")}
-    # rope_theta stands beside the object in DeepSeek's dialect, and in it in transformers'.
+    # DeepSeek's rope_theta is a key beside the object, transformers' a key in it.
     inside = {key: value for key, value in parameters.items() if value is not None}
     read = ConfigReader({"rope_theta": config.get("rope_theta"), **inside, **beside})
     rope = RopeConfig(
@@ -115,7 +115,7 @@ def _mscale(read: ConfigReader, parameters: Mapping[str, Any], key: str) -> floa
 
 
 def _check(rope: RopeConfig, config: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    """Refuse what gives tables without meaning, other tables in other loaders, or tables beyond all memory."""
+    """Refuse parameters whose tables have no meaning, differ between loaders, or exceed any memory."""
     for key in ("beta_fast", "beta_slow"):
         if getattr(rope, key) <= 0:
             raise CheckpointError(f"config.json: rope {key} must be above 0, not {getattr(rope, key)}")

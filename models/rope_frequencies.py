@@ -1,5 +1,5 @@
-"""From rotary parameters to numbers, in float64: the angle of every pair of channels, YaRN's factors, and the check
-that they are numbers at all."""
+"""Rotary frequencies in float64: the angle of every pair of channels, YaRN's factors, and the check that all are
+finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, length: int) -> Tensor:
-    """float64 [rope_dim / 2]: the angle that one position turns each pair by. `length` matters to dynamic NTK only."""
+    """Angles a position of each pair of channels, in radians, float64 [rope_dim / 2]. Only dynamic NTK uses
+    `length`."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
     if rope.rope_type == "dynamic":
         # bloc97's NTK-aware base: https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5
@@ -30,10 +31,10 @@ def inverse_frequencies(rope: RopeConfig, length: int) -> Tensor:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: 1, but for YaRN.
+    """The factor of cos and sin: 1, but for YaRN.
 
-    DeepSeek's rule: mscale(factor, mscale) / mscale(factor, mscale_all_dim), with mscale 1 and mscale_all_dim 0 where
-    the config has neither, which is then the YaRN paper's own 0.1 ln(factor) + 1.
+    DeepSeek's formula: mscale(factor, mscale) / mscale(factor, mscale_all_dim). A config with neither gets mscale 1 and
+    mscale_all_dim 0, which gives the YaRN paper's own 0.1 ln(factor) + 1.
     """
     if rope.rope_type != "yarn":
         return 1.0
@@ -44,9 +45,9 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def softmax_factor(rope: RopeConfig) -> float:
-    """What the softmax's scale is multiplied by: mscale(factor, mscale_all_dim)² under every type but the default.
+    """The factor of the softmax's scale: mscale(factor, mscale_all_dim)² under every type but the default.
 
-    Not under YaRN alone: so do DeepSeek's own code and transformers.
+    It is not limited to YaRN, neither in DeepSeek's own code nor in transformers.
     """
     return 1.0 if rope.rope_type == "default" else yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
 
@@ -57,9 +58,9 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def check_computable(rope: RopeConfig) -> None:
-    """CheckpointError for parameters whose tables are no numbers, or other numbers in other loaders."""
+    """Raise CheckpointError for parameters whose tables are not finite, or differ between loaders."""
     if rope.rope_type == "yarn" and rope.attention_factor is None and not (rope.mscale and rope.mscale_all_dim):
-        # transformers takes both or neither; DeepSeek's own code and the engines take each for itself.
+        # transformers reads both or neither; DeepSeek's own code and the engines read each by itself.
         apart, together = attention_factor(rope), yarn_mscale(rope.factor, 1.0)
         if not math.isclose(apart, together, rel_tol=1e-9):
             raise CheckpointError(
@@ -68,7 +69,7 @@ def check_computable(rope: RopeConfig) -> None:
                 "attention_factor"
             )
     frequencies = inverse_frequencies(rope, rope.positions)
-    # float32 keeps an angle's cosine, whatever the angle: it is computed in float64 before it is rounded.
+    # The cosine of any angle fits float32: it is computed in float64 and then rounded.
     sound = torch.isfinite(frequencies) & (frequencies > 0)
     factors = (attention_factor(rope), softmax_factor(rope))
     if not sound.all() or not all(math.isfinite(factor) and factor > 0 for factor in factors):

@@ -1,6 +1,6 @@
 """A family's table unrolled for one config: every tensor with its name, role and shape.
 
-Unrolled forwards into names, so that checking a checkpoint is a dictionary lookup a tensor, however many there are.
+The names are generated, not parsed: checking a checkpoint is one dictionary lookup a tensor.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ class Spec:
 
     @property
     def optional(self) -> bool:
-        """Whether a checkpoint may leave it out."""
+        """True for a tensor that a checkpoint may leave out."""
         return self.entry is not None and self.entry.optional
 
     @property
     def row_parallel(self) -> bool:
-        """Whether tensor-parallel ranks split its inputs."""
+        """True where tensor-parallel ranks split its inputs."""
         return self.entry is not None and self.entry.row_parallel
 
     @property
     def kept_dtype(self) -> str | None:
-        """The safetensors code that it keeps whatever the others are stored as; None: as the source has it."""
+        """The safetensors code that the tensor keeps in every artifact; None: the source's."""
         return None if self.entry is None else self.entry.dtype
 
     @property
     def module(self) -> str:
-        """Its module's own name: `kv_b_proj` of `model.layers.3.self_attn.kv_b_proj.weight`."""
+        """The last part of its module's name: `kv_b_proj` of `model.layers.3.self_attn.kv_b_proj.weight`."""
         return self.name.split(".")[-2] if "." in self.name else self.name
 
 
 class ModelTensors:
-    """The tensors of a model of one config, by their parts."""
+    """The tensors of a model of one config, by part."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -56,16 +56,16 @@ class ModelTensors:
         self.sizes = sizes(config)
 
     def spec(self, block: Block, part: str, layer: int | None = None, expert: int | None = None) -> Spec:
-        """The tensor of a part, whether or not the layer has it. KeyError for a part that the family does not have."""
+        """The tensor of a part, also of one that this layer lacks. KeyError for a part outside the family's table."""
         return self._spec(block, self.family.entry(block, part), layer, expert)
 
     def has(self, block: Block, part: str, layer: int | None = None) -> bool:
-        """Whether a layer of this config has a part, and the family such a part at all."""
+        """True where the family has the part, and this config's layer too."""
         entries = [entry for entry in self.family.entries(block) if entry.part == part]
         return any(entry.when in conditions(self.config, layer) for entry in entries)
 
     def unroll(self, mtp_layers: Iterable[int], *, main: bool = True) -> Iterator[Spec]:
-        """Every tensor, one after another; without `main` those of the MTP layers alone."""
+        """Yield every tensor; without `main` the MTP layers' alone."""
         if main:
             for entry in self.family.entries(Block.TOP):
                 yield self._spec(Block.TOP, entry, None, None)
@@ -91,7 +91,7 @@ class ModelTensors:
 
 
 def expected_specs(config: ModelConfig, mtp_layers: Iterable[int]) -> dict[str, Spec]:
-    """Every tensor that a model of this config has, by name: what a loader will look for."""
+    """Every tensor of a model of this config by name: the names that a loader looks up."""
     return {spec.name: spec for spec in ModelTensors(config).unroll(mtp_layers)}
 
 

@@ -1,1 +1,1 @@
-"""The native kernels (C, behind the plain interface of npuq.h) and the one Python binding to them."""
+"""The native kernels (C, with the interface npuq.h) and their one Python binding."""

@@ -1,6 +1,6 @@
-"""The native kernels seen from torch: quantization of stored rows, and the pool of threads that the runtime uses.
+"""The native kernels on torch tensors: quantization of stored rows, and the runtime's pool of threads.
 
-What is computed here, torch computes too, with the same integers (`schemes.quantize_rows`, `runtime/ops/reference.py`).
+torch computes the same integers (`schemes.quantize_rows`, `runtime/ops/reference.py`).
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ _NO_MEMORY, _NOT_FINITE, _BAD_SIZE, _BAD_INDEX = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class NativeRows:
-    """Rows as `quantize` leaves them: codes int8 [R, K], or [R / 2, K] packed with bias [R, columns] for 4 bits; scale
-    float32 [R, 1]; squared_error and squared_norm float64 [R]."""
+    """Rows quantized by `quantize`: codes int8 [R, K], or for 4 bits packed [R / 2, K] with bias float32 [R, columns];
+    scale float32 [R, 1]; squared_error and squared_norm float64 [R]."""
 
     codes: Tensor
     scale: Tensor
@@ -92,8 +92,8 @@ def quantize(
 ) -> NativeRows:
     """Quantize stored rows [R, K] in one pass, on the calling thread.
 
-    R is even for 4 bits; K at most 2**17. The numbers are those of `schemes.quantize_rows` on the decoded rows, bit for
-    bit. Raises NonFiniteError, and RuntimeError where there is no library.
+    R is even for 4 bits; K at most 2**17. The results equal those of `schemes.quantize_rows` on the decoded rows, bit
+    for bit. Raises NonFiniteError, and RuntimeError without the native library.
     """
     (count, columns), packed = stored.rows.shape, bits == 4
     out = NativeRows(
@@ -108,10 +108,10 @@ def quantize(
 
 
 class Quantizer:
-    """`quantize` for one piece of a weight after the other, with all addresses worked out once.
+    """Quantizes a weight piece by piece, as `quantize`, with all addresses computed once.
 
-    `stored.rows` [R, K] is memory that is filled anew for each piece, `stored.blocks` scales from the weight's first
-    row on. `out` has results of all its rows, but for codes, of which there may be fewer. All are contiguous.
+    stored: `rows` [R, K] is a buffer that the caller fills for each piece, `blocks` has the scales from the weight's
+    first row on. out: results of all the weight's rows, but possibly fewer rows of codes. All are contiguous.
     """
 
     def __init__(self, stored: StoredRows, bits: int, mse: bool, out: NativeRows, level: str | None = None):
@@ -137,9 +137,9 @@ class Quantizer:
         self._kept = stored, out
 
     def run(self, start: int, count: int, code_row: int) -> None:
-        """Quantize the first `count` rows of the memory, which are rows `start` and on of the weight.
+        """Quantize the buffer's first `count` rows, which are the weight's rows from `start` on.
 
-        Codes go to rows `code_row` and on of theirs. Raises NonFiniteError, and ValueError for rows that are not there.
+        Codes go to rows from `code_row` on. Raises NonFiniteError, and ValueError for rows out of range.
         """
         if (
             not 0 <= count <= self._memory_rows
@@ -197,7 +197,7 @@ def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
 
 
 def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:
-    """Rows of the weight. Raises ValueError where they do not all lie in blocks that have a scale."""
+    """The number of the weight's rows. Raises ValueError where a row has no block scale."""
     rows, blocks = out.scale.shape[0], stored.blocks
     if blocks is not None:
         count, first = blocks.scale.shape[0], blocks.first_row
@@ -218,11 +218,11 @@ def _failure(name: str, status: int) -> Exception:
 
 
 class Pool:
-    """Threads that share out the work of one call at a time; calls from several Python threads take turns.
+    """Threads that share the work of one call at a time; calls from several Python threads take turns.
 
-    threads: how many work, the caller's included; None for torch's own number, which follows OMP_NUM_THREADS.
-    level: an instruction-set level by name; None for the best. Raises RuntimeError where there is no library, or the
-    level cannot run here.
+    threads: the number of threads, the caller's included; None for torch's own, which follows OMP_NUM_THREADS.
+    level: an instruction-set level by name; None for the best. Raises RuntimeError without the native library, and for
+    a level that this CPU lacks.
     """
 
     def __init__(self, threads: int | None = None, level: str | None = None):
@@ -237,9 +237,9 @@ class Pool:
             raise RuntimeError(f"cannot start {self.threads} threads")
 
     def call(self, name: str, *arguments: object) -> None:
-        """Call `npuq_<name>` on this pool, with addresses as from `pointers.py`.
+        """Call `npuq_<name>` on this pool, with addresses from `pointers.py`.
 
-        Raises MemoryError when its scratch cannot be had, ValueError when it refuses its arguments.
+        Raises MemoryError when scratch memory runs out, ValueError for refused arguments.
         """
         status = call(self._library, name, self.handle, *arguments)
         if status:

@@ -1,4 +1,4 @@
-"""Integers on their way to C: one that its C type cannot hold is refused, where ctypes would cut off its high bits."""
+"""Integer arguments of C functions: a value out of the C type's range is refused, where ctypes would truncate it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKED: Final[dict[type[Any], str]] = {
 
 
 def checked(value: int, kind: type, operator: str, name: str) -> int:
-    """The value. Raises ValueError that names operator and argument for one that the C type cannot hold."""
+    """Return the value. Raises ValueError that names operator and argument for a value out of the C type's range."""
     least, most = RANGES[kind]
     if not least <= value <= most:
         raise ValueError(f"{operator}: {name} {_shown(value)} does not fit {8 * ctypes.sizeof(kind)} bits")
@@ -35,7 +35,7 @@ def checked(value: int, kind: type, operator: str, name: str) -> int:
 
 
 def int64_array(values: Iterable[int], operator: str, name: str) -> ctypes.Array[c_int64]:
-    """An int64 array of whole numbers. Raises ValueError for one that does not fit."""
+    """Make an int64 array of whole numbers. Raises ValueError for one out of range."""
     numbers = [checked(value, c_int64, operator, name) for value in values]
     return (c_int64 * len(numbers))(*numbers)
 
@@ -46,13 +46,13 @@ class CallCheck:
     def __init__(self, kinds: Sequence[type]):
         self._kinds = kinds
         places = [index for index, kind in enumerate(kinds) if kind in RANGES]
-        if len(places) == 1:  # of which itemgetter would make no tuple
+        if len(places) == 1:  # itemgetter of one item returns no tuple
             places *= 2
         self._pick = itemgetter(*places) if places else lambda arguments: ()
         self._pack = struct.Struct("=" + "".join(_PACKED[kinds[index]] for index in places)).pack
 
     def check(self, operator: str, arguments: Sequence[object]) -> None:
-        """Raise ValueError that names operator and argument for an integer that its C type cannot hold."""
+        """Raise ValueError that names operator and argument for an integer out of its C type's range."""
         try:
             self._pack(*self._pick(arguments))
         except struct.error:
@@ -62,7 +62,7 @@ class CallCheck:
 
 
 class Structure(ctypes.Structure):
-    """A C struct whose integer fields raise ValueError for what they cannot hold."""
+    """A C struct whose integer fields raise ValueError for values out of range."""
 
     _integers_: dict[str, type]
 

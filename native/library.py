@@ -1,6 +1,6 @@
-"""The native library: where it is, whether it fits, and what it can do here. No torch needed.
+"""The native library: its file, its version, and the levels of this CPU. Needs no torch.
 
-`native/npuq.h` is its interface. A call releases Python's global lock for as long as it runs (ctypes does).
+`native/npuq.h` is its interface. ctypes releases Python's global lock during a call.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ _SIGNATURES: Final = {
 
 _CHECKS: Final = {name: CallCheck(kinds) for name, kinds in _SIGNATURES.items()}
 
-# Only where `npuq_sha256_usable`; these cannot fail.
+# Called only where `npuq_sha256_usable`; these functions cannot fail.
 _SHA256_SIGNATURES: Final = {
     "npuq_sha256_begin": (_P,),
     "npuq_sha256_add": (_P, _P, _L),
@@ -154,7 +154,7 @@ _SHA256_SIGNATURES: Final = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not built or belongs to another version of the package."""
+    """The library; None where it was not built, or is of another version of the package."""
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
         version = loaded.npuq_abi_version()
@@ -180,7 +180,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def call(found: ctypes.CDLL, operator: str, *arguments: object) -> int:
-    """Call `npuq_<operator>`; its status. Raises ValueError for an integer that does not fit the C type."""
+    """Call `npuq_<operator>` and return its status. Raises ValueError for an integer out of its C type's range."""
     name = "npuq_" + operator
     _CHECKS[name].check(operator, arguments)
     status: int = getattr(found, name)(*arguments)
@@ -188,13 +188,13 @@ def call(found: ctypes.CDLL, operator: str, *arguments: object) -> int:
 
 
 def new_pool(found: ctypes.CDLL, threads: int, level: int) -> int | None:
-    """The handle of a new pool of threads; None where they cannot be had."""
+    """Make a pool of threads and return its handle; None when memory or threads run out."""
     handle: int | None = found.npuq_pool_create(checked(threads, c_int, "pool", "threads"), level)
     return handle
 
 
 def levels() -> tuple[str, ...]:
-    """Names of the instruction-set levels that this library has and this CPU can run, worst first."""
+    """Names of the instruction-set levels that library and CPU both have, worst first."""
     found = library()
     if found is None:
         return ()
@@ -205,7 +205,7 @@ def levels() -> tuple[str, ...]:
 
 
 def description() -> str:
-    """What does the arithmetic here, for `npuq --version` and `npuq doctor`."""
+    """The implementation of the arithmetic on this machine, for `npuq --version` and `npuq doctor`."""
     usable = levels()
     if usable:
         return f"native kernels ({usable[-1]})"
@@ -215,7 +215,7 @@ def description() -> str:
 
 
 def level_index(found: ctypes.CDLL, level: str) -> int:
-    """The library's number of a level. Raises RuntimeError for one that cannot run here."""
+    """The library's number of a level. Raises RuntimeError for a level that this CPU lacks."""
     if level not in levels():
         raise RuntimeError(f"no native kernels for {level!r} here, only for {', '.join(levels())}")
     names = [found.npuq_level_name(index).decode() for index in range(found.npuq_level_count())]

@@ -1,8 +1,8 @@
-"""Files that are mapped into memory for as long as a tensor lies in them, and what is done when one becomes shorter.
+"""Memory maps of files behind tensors, guarded against files that become shorter.
 
-A page that a file no longer has cannot be read: the operating system sends SIGBUS, which ends the process. The native
-library takes that signal for the pages of these maps and gives zeros instead (`native/common/mapped.c`); `check` then
-says that what was computed is worth nothing.
+Reading a page behind a file's new end raises SIGBUS, which ends the process. The native library handles that signal for
+these maps and maps zeros instead (`native/common/mapped.c`). `check` then raises an error: results computed from the
+zeros are invalid.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .library import call, library
 class Map(mmap.mmap):
     """A file in memory, copy-on-write: torch wants a writable buffer, and a stray write must never reach the file."""
 
-    start: int | None = None  # where it begins, if the native library watches it
+    start: int | None = None  # its address, if the native library watches it
 
     def watch(self) -> None:
-        """Have pages that cannot be read become zeros, where the native library is there to do it."""
+        """Let the native library, where it is built, replace unreadable pages with zeros."""
         found = library()
         start = ctypes.addressof(ctypes.c_char.from_buffer(self))
         if found is not None and call(found, "watch", start, len(self)) == 0:
@@ -30,7 +30,7 @@ class Map(mmap.mmap):
 
     @property
     def is_lost(self) -> bool:
-        """Whether a page could not be read, or some could not be now."""
+        """True where a page was unreadable, or the file is now shorter than the map."""
         if self.start is not None:
             found = library()
             if found is not None and found.npuq_is_lost(self.start):
@@ -45,7 +45,7 @@ class Map(mmap.mmap):
 
 
 class MappedFiles:
-    """The maps of a checkpoint's files. Thread-safe. A map stays for as long as this, or a tensor that lies in it."""
+    """The maps of a checkpoint's files. Thread-safe. A map lives as long as this object or a tensor over it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,11 +53,12 @@ class MappedFiles:
 
     @property
     def watched(self) -> bool:
-        """Whether no file can end the process by becoming shorter: all it takes is `check` afterwards."""
+        """True where the native library watches every map: a shorter file cannot end the process, and `check` reports
+        it."""
         return all(mapped.start is not None for mapped in self._maps.values())
 
     def map(self, path: Path, descriptor: int) -> Map:
-        """The map of an open file, made when it is first asked for. Raises CheckpointError for one that has no map."""
+        """The map of an open file, made at the first call. Raises CheckpointError for a file that cannot be mapped."""
         with self._lock:
             if path not in self._maps:
                 try:
@@ -69,7 +70,7 @@ class MappedFiles:
             return self._maps[path]
 
     def check(self) -> None:
-        """Raise CheckpointError when a file has become shorter since it was mapped, or could not be read."""
+        """Raise CheckpointError when a file has become shorter since it was mapped, or was unreadable."""
         for path, mapped in self._maps.items():
             if mapped.is_lost:
                 raise CheckpointError(

@@ -1,10 +1,9 @@
 /* The C interface of npuq's native kernels: raw pointers, fixed-width integers, no dependency but libc and threads.
  *
- * Every function that can fail returns a status. The library checks what it can see, before a thread starts: dtypes,
- * sizes that must fit each other, and every index (slots, blocks, experts, rows, lengths) against the sizes. It cannot
- * see where memory ends: the caller (native/binding.py, runtime/ops/native/) makes sure that every pointer has the dtype
- * and the sizes that the call says. Matrices are row-major. Strides count elements. A row may start at any address:
- * nothing here needs alignment.
+ * Every function that can fail returns a status. Before a thread starts, the library checks dtypes, sizes against each
+ * other, and every index (slots, blocks, experts, rows, lengths) against the sizes. It cannot check the bounds of
+ * memory: the caller (native/binding.py, runtime/ops/native/) checks that every pointer has the dtype and the sizes of
+ * the call. Matrices are row-major. Strides count elements. Nothing here needs alignment.
  *
  * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
  * differ in the last bits (order of additions, fused multiply-add), except in conversion, where all agree.
@@ -17,14 +16,14 @@
 
 #define NPUQ_API __attribute__((visibility("default")))
 
-/* Grows with every incompatible change; the Python side refuses a library of another number. */
+/* Incremented with every incompatible change; the Python binding refuses a library of another number. */
 #define NPUQ_ABI_VERSION 5
 
-/* NPUQ_BAD_SIZE: a dtype that the function does not take, or sizes that do not fit each other. NPUQ_BAD_INDEX: an index
- * or a length beyond what it points into. Nothing outside of the arguments was touched, and results are not valid. */
+/* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
+ * both, nothing outside the arguments was touched, and results are not valid. */
 enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2, NPUQ_BAD_SIZE = 3, NPUQ_BAD_INDEX = 4 };
 
-/* The widest row that npuq_quantize_rows takes: its sums are exact up to there. And its most columns of bias. */
+/* The widest row of npuq_quantize_rows, up to which its sums are exact, and its most columns of bias. */
 enum { NPUQ_MOST_COLUMNS = 1 << 17, NPUQ_MOST_BIAS_COLUMNS = 16 };
 
 enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
@@ -43,20 +42,16 @@ NPUQ_API npuq_pool *npuq_pool_create(int threads, int level);
 NPUQ_API void npuq_pool_destroy(npuq_pool *pool);
 NPUQ_API int npuq_pool_level(const npuq_pool *pool);
 
-/* ---- mapped files ----------------------------------------------------------------------------------------------- */
-
-/* Watch a private, writable mapping of a file: where a page of it cannot be read any more (the file became shorter, the
- * disk failed), it and all that follow become zeros, the range counts as lost, and the reader goes on. Without this, the
- * process would end by SIGBUS. NPUQ_NO_MEMORY: too many ranges, or no handler could be installed. The mapping must not
- * go before npuq_unwatch. */
+/* Watch a private, writable mapping of a file. When a page becomes unreadable (the file became shorter, the disk failed),
+ * it and all following pages become zeros, the range counts as lost, and the reader continues. Without this, SIGBUS would
+ * end the process. NPUQ_NO_MEMORY: too many ranges, or no handler could be installed. The mapping must outlive
+ * npuq_unwatch. */
 NPUQ_API int npuq_watch(const void *start, int64_t bytes);
 NPUQ_API void npuq_unwatch(const void *start);
 NPUQ_API int npuq_is_lost(const void *start);
 
-/* ---- conversion ------------------------------------------------------------------------------------------------- */
-
 /* Stored rows: F32, BF16, F16, or F8E4M3 in blocks of block_rows × block_cols with one float32 scale each. block_scale
- * (NULL for the others) has scale_stride a row of blocks; `first_row` is the place of row 0 in the first of them. */
+ * (NULL for the others) has scale_stride scales a row of blocks; `first_row` is the index of row 0 in the first block. */
 typedef struct {
     const void *data;
     const float *block_scale;
@@ -64,10 +59,10 @@ typedef struct {
     int32_t dtype;
 } npuq_source;
 
-/* Quantizes rows as formats/schemes.py's quantize_rows, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
+/* Quantize rows as formats/schemes.py's quantize_rows, bit for bit, on the caller's thread. bits 4 or 8; mse 0 for min-max.
  * codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even) with bias [rows, bias_columns]; scale
  * [rows]; error and norm: Σ (w − ŵ)² and Σ w² [rows]. cols ≤ 2^17; bias_columns ≤ 16 divides it. level −1 is the best.
- * NPUQ_NOT_FINITE: row *bad_row holds an infinity or NaN, and nothing after it was done. */
+ * NPUQ_NOT_FINITE: row *bad_row holds an infinity or NaN, and no later row was quantized. */
 NPUQ_API int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits,
                                 int32_t mse, int64_t bias_columns, int8_t *codes, float *scale, float *bias,
                                 double *error, double *norm, int64_t *bad_row);
@@ -79,18 +74,15 @@ typedef struct {
     uint8_t waiting[64];
 } npuq_sha256;
 
-/* Whether this CPU has instructions for it. Where not, nothing below may be called (nor is it in the library of a
- * platform that never has them): other libraries are as fast. */
+/* 1 if this CPU has SHA-256 instructions. If not, no function below may be called; libraries of platforms without such
+ * instructions lack them. Other libraries are as fast there. */
 NPUQ_API int npuq_sha256_usable(void);
 NPUQ_API void npuq_sha256_begin(npuq_sha256 *stream);
 NPUQ_API void npuq_sha256_add(npuq_sha256 *stream, const void *data, int64_t n);
-/* Different streams, each with bytes of its own: as two calls, but as far as both have bytes, in little more time than
- * one of them takes. */
+/* Two updates of different streams, each with its own bytes; while both have bytes, in little more time than one. */
 NPUQ_API void npuq_sha256_add_two(npuq_sha256 *const stream[2], const void *const data[2], const int64_t n[2]);
-/* The digest of all that was added, 32 bytes; the stream stays as it is. */
+/* The digest of all bytes so far, 32 bytes; the stream does not change. */
 NPUQ_API void npuq_sha256_end(const npuq_sha256 *stream, uint8_t *digest);
-
-/* ---- matrix products ------------------------------------------------------------------------------------------- */
 
 /* One stored weight: `rows` outputs of `cols` inputs. I4: rows is even and byte [j, k] holds row 2j (low nibble) and
  * row 2j + 1 (high nibble). scale: one float a row for I4 and I8, NULL for floats. */
@@ -124,10 +116,10 @@ NPUQ_API int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, in
                                const void *weight, int32_t weight_dtype, int64_t head_stride, int64_t a_stride,
                                int64_t b_stride, void *out);
 
-/* ---- rows: norms, activations, quantization. dtype (of x, gamma, out) is F32 or BF16 --------------------------- */
+/* Rows: norms, activations, quantization. The dtype of x, gamma and out is F32 or BF16. */
 
-/* Codes int8 [rows, cols] and one scale a row. A row with a NaN or an infinity has no scale that could carry it: its
- * codes are 0 and its scale is NaN, so that what is multiplied with it is NaN. */
+/* Codes int8 [rows, cols] and one scale a row. A row with a NaN or an infinity gets codes 0 and the scale NaN, so that
+ * products with it are NaN. */
 NPUQ_API int npuq_dynamic_quant(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t rows,
                                 int64_t cols, int8_t *codes, float *scale);
 /* x [rows, 2 · half]: silu(left) · right. */
@@ -138,8 +130,6 @@ NPUQ_API int npuq_rms_norm(npuq_pool *pool, const void *x, int32_t dtype, int64_
                            int64_t rows, int64_t cols, float eps, void *out);
 NPUQ_API int npuq_add_rms_norm(npuq_pool *pool, const void *x, const void *residual, int32_t dtype, const void *gamma,
                                int64_t rows, int64_t cols, float eps, void *out, void *sum);
-
-/* ---- routing ---------------------------------------------------------------------------------------------------- */
 
 /* logits [tokens, experts] → weights [tokens, k], ids [tokens, k]; bias may be NULL. sigmoid: 1, or 0 for softmax.
  * select_two: a group's score is the sum of its two best biased scores, else its best. */
@@ -156,15 +146,13 @@ NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dt
                                    const float *weights, const int32_t *row_index, int64_t tokens, int64_t k,
                                    const void *skip, void *out);
 
-/* ---- attention -------------------------------------------------------------------------------------------------- */
-
 /* x [tokens, heads, dim] (strided) → out, contiguous; cos and sin [tokens, dim]. */
 NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride,
                                   int64_t head_stride, int64_t tokens, int64_t heads, int64_t dim, const void *cos,
                                   const void *sin, void *out);
 /* One layer's paged cache in NZ layout: [blocks, channels / 16, block_size, 16] of `dtype`. With latent_scale (one float
- * a channel, else NULL) the latent is int8 codes [blocks, channels / 32, block_size, 32] of what it would be: the codes
- * are round-half-even(latent / scale), and queries are quantized per token and head, as by npuq_dynamic_quant. */
+ * a channel, else NULL) the latent is stored as int8 codes round-half-even(latent / scale) [blocks, channels / 32,
+ * block_size, 32], and queries are quantized per token and head, as by npuq_dynamic_quant. */
 typedef struct {
     void *latent;
     void *rope;
@@ -191,7 +179,7 @@ typedef struct {
     const void *data;
     int64_t token_stride, head_stride;
 } npuq_strided;
-/* Queries, keys and values of `count` heads: nope and rope channels of queries and keys lie apart. */
+/* Queries, keys and values of `count` heads; the nope and rope channels of queries and keys are separate arrays. */
 typedef struct {
     npuq_strided q_nope, q_rope, k_nope, k_rope, value;
     int64_t count, nope_dim, rope_dim, value_dim;
@@ -202,7 +190,7 @@ typedef struct {
 NPUQ_API int npuq_attention(npuq_pool *pool, const npuq_heads *heads, const int64_t *q_ends, const int64_t *kv_ends,
                             int64_t sequences, float softmax_scale, int32_t causal, void *out, float *lse);
 
-/* ---- several operators in one call; results as if called one by one ---------------------------------------------- */
+/* Several operators in one call; results as of separate calls. */
 
 /* npuq_dynamic_quant (for I4 and I8 weights) and npuq_matmul. `stride` is that of x's rows: cols for float weights. */
 NPUQ_API int npuq_linear(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t dtype, int64_t stride,
@@ -220,7 +208,7 @@ NPUQ_API int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, cons
                               int32_t dtype, const float *weights, const int32_t *ids, int64_t tokens, int64_t k,
                               const void *skip, void *out);
 
-/* A mixture of experts: the router's gating rule is that of npuq_gating_top_k. Shared experts may be NULL. */
+/* A mixture of experts: the router's gating is that of npuq_gating_top_k. Shared experts may be NULL. */
 typedef struct {
     const npuq_weights *router, *gate_up, *down, *shared_gate_up, *shared_down;
     const float *bias;

@@ -1,8 +1,7 @@
-"""Addresses of tensors for the native kernels, given only where a tensor is what the kernel takes it for.
+"""Addresses of tensors for the native kernels, checked against the dtype and the shape of the call.
 
-A kernel knows no tensors: it reads and writes as far as the sizes in its call say. So each address in a call or in a
-struct comes from here, with the dtype and the shape that the call says. Indices within tensors the kernels check
-themselves (`native/common/checks.h`).
+A kernel gets no tensors: the sizes in its call bound its reads and writes. So every address in a call or a struct comes
+from here, checked against those sizes. The kernels themselves check indices into tensors (`native/common/checks.h`).
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from torch import Tensor
 
 
 def address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int) -> int:
-    """Where a contiguous tensor on the CPU begins.
+    """The address of a contiguous CPU tensor.
 
-    Raises ValueError that names operator and argument for a tensor that has not this dtype and this shape.
+    Raises ValueError that names operator and argument for a tensor of another dtype or shape.
     """
     if x.dtype is not dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu:
         raise _unlike(x, operator, name, f"a contiguous {_form(dtype, shape)}")
@@ -22,7 +21,8 @@ def address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int
 
 
 def rows_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int) -> int:
-    """As `address`, of a tensor whose rows along the last dimension are contiguous and may lie apart."""
+    """The address of a tensor with contiguous rows along its last dimension and any stride between rows; errors as of
+    `address`."""
     if (
         x.dtype is not dtype
         or x.shape != shape
@@ -34,8 +34,8 @@ def rows_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape
 
 
 def output(dtype: torch.dtype, *shape: int) -> tuple[Tensor, int]:
-    """A new tensor for a kernel to fill, and its address."""
-    x = torch.empty(*shape, dtype=dtype)  # torch takes a tuple of sizes twice as long to read
+    """Make a tensor for a kernel to fill; returns it and its address."""
+    x = torch.empty(*shape, dtype=dtype)  # a tuple of sizes takes torch twice as long
     return x, x.data_ptr()
 
 

@@ -1,6 +1,7 @@
-"""SHA-256 of streams that grow: two at once in little more time than one, where the CPU has instructions for it.
+"""Incremental SHA-256 of two streams at once, in little more time than one, on CPUs with SHA instructions.
 
-One stream waits for its own last round most of the time (`native/common/sha256.c`); hashlib's is as fast as one can be.
+One stream mostly waits for its own previous round (`native/common/sha256.c`), and no implementation of a single stream
+is faster than hashlib's.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from .library import Sha256, library
 
 
 class Digest(Protocol):
-    """What hashlib's objects do, as far as it is needed."""
+    """The part of hashlib's interface that npuq uses."""
 
     def update(self, data: memoryview, /) -> None: ...
     def hexdigest(self) -> str: ...
 
 
 class NativeDigest:
-    """A SHA-256 that another can be updated together with."""
+    """A SHA-256 that `update_two` can update together with another."""
 
     def __init__(self, found: ctypes.CDLL):
         self.library = found
@@ -32,29 +33,29 @@ class NativeDigest:
         found.npuq_sha256_begin(ctypes.byref(self.stream))
 
     def update(self, data: memoryview, /) -> None:
-        """Go on over bytes, which may lie anywhere."""
+        """Hash more bytes, of any alignment."""
         self.library.npuq_sha256_add(ctypes.byref(self.stream), _address(data), data.nbytes)
 
     def hexdigest(self) -> str:
-        """Of all that was hashed so far, in hexadecimal."""
+        """The digest of all bytes so far, in hexadecimal."""
         digest = (c_uint8 * 32)()
         self.library.npuq_sha256_end(ctypes.byref(self.stream), digest)
         return bytes(digest).hex()
 
 
 def two_at_once() -> bool:
-    """Whether `update_two` takes less time here than two updates."""
+    """True where `update_two` is faster than two updates."""
     return _native() is not None
 
 
 def new_digest() -> Digest:
-    """The digest of no bytes yet."""
+    """Begin a digest."""
     found = _native()
     return hashlib.sha256() if found is None else NativeDigest(found)
 
 
 def update_two(first: Digest, data: memoryview, second: Digest, more: memoryview) -> None:
-    """Two different digests, each updated with its own bytes; both as long for the most to be gained."""
+    """Update two different digests, each with its own bytes; the gain is largest for equal lengths."""
     if not (isinstance(first, NativeDigest) and isinstance(second, NativeDigest)):
         first.update(data)
         second.update(more)

@@ -16,15 +16,15 @@ Result = TypeVar("Result")
 
 
 class Mapper(Protocol):
-    """Something that applies a function to items and gives the results in their order."""
+    """Application of a function to items, with results in the items' order."""
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]: ...
 
 
 class Pool:
-    """A pool of `workers` threads. Not to be used from its own threads: those take `inline`, which ends with it.
+    """A pool of `workers` threads. Its own threads must use `inline`, which stops when the pool closes.
 
-    ConversionError where the system starts no more threads.
+    Raises ConversionError where the system starts no more threads.
     """
 
     def __init__(self, workers: int):
@@ -41,13 +41,14 @@ class Pool:
         self.close()
 
     def _start(self) -> None:
-        """Start all threads: later, an interruption or a limit would strike in the middle of the work."""
+        """Start all threads now: later, an interruption or a limit of the system would come in the middle of the
+        work."""
         ready = threading.Barrier(self._workers + 1)
         started = 0
         try:
             with held_signals():
                 while started < self._workers:
-                    self._executor.submit(_wait, ready)  # none is idle: each takes a thread of its own
+                    self._executor.submit(_wait, ready)  # none is idle, so each submit starts a thread
                     started += 1
             ready.wait()
         except BaseException as error:
@@ -58,7 +59,7 @@ class Pool:
             raise
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in the order of `items`, of which at most one more than there are threads is begun ahead."""
+        """Yield results in the order of `items`; at most `workers` + 1 items are in flight."""
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -72,7 +73,7 @@ class Pool:
                 future.cancel()
 
     def close(self) -> None:
-        """Wait for what is running, which stops before its next item of `inline`; what has not begun is dropped."""
+        """Drop items that have not begun, and wait for running ones; `inline` stops before its next item."""
         self._stop.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
@@ -85,7 +86,7 @@ def _wait(ready: threading.Barrier) -> None:
 
 
 class Inline:
-    """The same in the calling thread; StoppedError before the next item once `stop` is set."""
+    """A mapper in the calling thread; raises StoppedError before the next item once `stop` is set."""
 
     def __init__(self, stop: threading.Event):
         self._stop = stop

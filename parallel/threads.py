@@ -1,4 +1,4 @@
-"""Starting threads so that neither an interruption nor a limit of the system leaves some that nobody knows of."""
+"""Thread starts that neither an interruption nor a limit of the system leaves half done."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..errors import ConversionError
 
 
 class StoppedError(Exception):
-    """Work was abandoned because all of it is ending."""
+    """An end of work because the whole run ends."""
 
 
 def start_all(threads: Sequence[threading.Thread]) -> None:
-    """Start threads. ConversionError where the system starts no more: those before it run."""
+    """Start threads. ConversionError where the system starts no more; the threads before keep running."""
     started = 0
     with held_signals():
         try:
@@ -28,7 +28,7 @@ def start_all(threads: Sequence[threading.Thread]) -> None:
 
 
 def too_few_threads(started: int, wanted: int) -> ConversionError:
-    """The error of a system that starts no more threads."""
+    """The error for a system that starts no more threads."""
     return ConversionError(
         f"the system starts only {started} of {wanted} threads; give fewer --workers, or raise its limit (ulimit -u, "
         "or a container's limit of pids)"
@@ -37,9 +37,9 @@ def too_few_threads(started: int, wanted: int) -> ConversionError:
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Meanwhile SIGINT and SIGTERM wait, and act at the end.
+    """Defer SIGINT and SIGTERM to the end of the context.
 
-    `Thread.start` that an exception leaves halfway has a thread which runs and can be neither found nor joined.
+    An exception inside `Thread.start` can leave a running thread that cannot be found or joined.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread handles signals
@@ -50,7 +50,7 @@ def held_signals() -> Iterator[None]:
         arrived.append(number)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Not those that are ignored, and those that Python did not set and could not put back.
+    # Neither ignored signals, nor handlers that Python did not set and could not restore.
     held = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     try:
         for number in held:

@@ -1,4 +1,4 @@
-"""How many threads torch's own operators take: one, where this package has threads of its own."""
+"""The thread count of torch's own operators: one, where this package starts threads of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 
 
 def one_torch_thread() -> None:
-    """To be called in each thread within `single_threaded_torch`: until one asks, BLAS there takes all cores."""
+    """Set this thread's count to one. Each new thread within `single_threaded_torch` must call it: BLAS takes all cores
+    until then."""
     torch.set_num_threads(1)
 
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """One torch thread within: the parallelism is somebody else's."""
+    """Limit torch to one thread within the context, whose caller runs threads itself."""
     before = torch.get_num_threads()
     one_torch_thread()
     try:

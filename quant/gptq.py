@@ -1,9 +1,9 @@
-"""GPTQ: codes chosen column by column, each column's rounding error made good by the columns still to come.
+"""GPTQ: codes are chosen column by column, and the later columns compensate each column's rounding error.
 
 For a linear y = W·x with calibration inputs x, the error Σ |W·x − Ŵ·x|² = Σ rows (w − ŵ)ᵀ·H·(w − ŵ), H = Σ x·xᵀ. With
 the upper Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ·U), rounding column j to q and adding −(w_j − q) / U_jj · U_j,k to every
-later column k is the optimal correction (Frantar et al., "GPTQ", 2022). Columns go in the order of falling H_jj. All of
-it in float64; scales are given, and stay (refine.py goes on from there).
+later column k is the optimal correction (Frantar et al., "GPTQ", 2022). Columns are ordered by falling H_jj, and all
+sums are float64. The given scales stay fixed; refine.py then improves codes and scales.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SingularHessianError(ArithmeticError):
 
 
 class Hessian:
-    """`sum` = Σ x·xᵀ over rows x [T, K], float64 [K, K], and how many `rows` went in."""
+    """`sum` = Σ x·xᵀ over rows x [T, K], float64 [K, K], and the number of `rows`."""
 
     def __init__(self, size: int):
         self.sum = torch.zeros(size, size, dtype=torch.float64)
@@ -34,8 +34,8 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """What `gptq` needs of a Hessian: the damped one [K, K] itself, the upper factor U [K, K] of its permuted inverse,
-    and the order."""
+    """A factored Hessian: the damped Hessian [K, K], the upper factor U [K, K] of its permuted inverse, both float64,
+    and the order of columns."""
 
     hessian: Tensor
     upper: Tensor
@@ -46,8 +46,9 @@ class Factor:
 def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     """Factor a Hessian float64 [K, K], or any multiple of it, once for all linears that share their inputs.
 
-    `damping` times the mean of the diagonal is added to it; ten times more until the factorization succeeds. Channels
-    that were never active (zero on the diagonal) are rounded without correction. Raises SingularHessianError.
+    `damping` times the mean of the diagonal is added to the diagonal, and ten times more after each failed
+    factorization. Channels that were never active (zero on the diagonal) are rounded without correction. Raises
+    SingularHessianError.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
@@ -69,11 +70,11 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """The upper Cholesky factor of the inverse; None where it is not positive definite. `hessian` is used up."""
+    """The upper Cholesky factor of the inverse; None where it is not positive definite. `hessian` is overwritten."""
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if bool(failed):
         return None
-    # The buffer is as large as all that is left: at most two such matrices live at once beside the caller's.
+    # At most two matrices of this size live at once beside the caller's.
     inverse = torch.cholesky_inverse(lower, out=hessian)
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True, out=(lower, failed))
     return None if bool(failed) or not bool(torch.isfinite(upper.diagonal()).all()) else upper
@@ -83,7 +84,7 @@ def gptq(weight: Tensor, factored: Factor, scale: Tensor, bits: int) -> Tensor:
     """Codes int8 [N, K] for a weight float [N, K] with scales float32 [N]: signed, of `bits` (4 or 8) bits."""
     bound = 2 ** (bits - 1)
     rest = weight.to(torch.float64)[:, factored.order]
-    # One row a column of the weight: what the inner loop touches is contiguous.
+    # One row a column of the weight, so that the inner loop's memory is contiguous.
     rest = rest.T.contiguous()
     step = scale.to(torch.float64)
     codes = torch.empty(rest.shape, dtype=torch.int8)

@@ -1,25 +1,25 @@
-"""A scale of little squared error for a row of int8 codes: no worse than the iterative search's, near the optimum.
+"""The int8 scale search: a scale for each row near the optimum, and never worse than the iterative search's.
 
-For codes q of a row w, A = Σ w·q and B = Σ q², the best scale is A / B, and it leaves the error Σ w² − A² / B. Three
-steps visit scales; the best state (A, B) of all that they see is taken.
+For codes q of a row w, A = Σ w·q and B = Σ q², the best scale is A / B, and its error is Σ w² − A² / B. Three steps
+visit scales; the result is the best visited state (A, B).
 
-1. A grid: from the min-max scale downwards, until clipping costs more than luck with rounding can win back, and
-   upwards, until coarser codes do. Rounding errors at two scales are alike while w / s moves by a fraction of a code,
-   so steps are such that weights of the row's root mean square move by GRID_STEP codes.
+1. A grid: from the min-max scale downwards, until clipping costs more than lucky rounding can win back, and upwards,
+   until coarser codes do. Rounding errors at two scales are alike while w / s moves by a fraction of a code, so a step
+   moves weights of the row's root mean square by GRID_STEP codes.
 2. At a fixed scale s the least error E(s) = Σ w² − 2·s·A + s²·B has the slope 2·(s·B − A): both come with the state.
    The cubic through the values and slopes of two neighbours says where between them E is least: the deepest such
    valley is visited, REFINEMENTS times over.
 3. The iterative search of other tools (start from min-max, s ← A / B, requantize, keep the best, at most PEER_ROUNDS
-   rounds; msmodelslim calls it ssz) is followed as far as it could still find something better.
+   rounds; msmodelslim calls it ssz) is followed as long as it could still find a better state.
 
 Why step 3 makes the result no worse than that search's, on any row: T(s) = A / B never falls as s grows, because a
 threshold passed at s adds s / 2 a unit of B to A, and A / B ≥ s / 2. So the search goes one way, and never past a
 scale from which T points back. Where it goes down, T(s) < s, and every threshold passed there raises A² / B: of two
-states on its way the one farther on is the better one. Upwards it is the same. So it is enough to be as far as the
-search after each of its rounds. A round here goes to T(s), or farther, over states that are ruled out: between two
-scales s_hi > s_lo none has a larger A² / B than `interval_bound` says. Both ways are tried, from a little (DOUBT)
-beside min-max, and a way ends only where T points back by more than rounding could turn: so this holds however that
-search rounds w / s, but for what the fixed point cannot tell: half a unit h in each of K weights changes a squared
+states on its way the later one is better. Upwards the argument is the same. So it is enough to be as far as the search
+after each of its rounds. A round here goes to T(s), or farther, over states that are ruled out: between two scales
+s_hi > s_lo no state has a larger A² / B than `interval_bound`. Both ways are tried, from a little (DOUBT) beside
+min-max. A way ends only where T points back by more than any rounding could turn it, so the claim holds for every
+rounding of w / s in that search. Only the fixed point limits it: half a unit h in each of K weights changes a squared
 error E by 2·√(E·K)·h.
 
 Weights are integers for A and B (24-bit fixed point), scales float64, codes round(w · float32(1 / s)). The native
@@ -46,13 +46,13 @@ LOWEST = 1 / 128
 MOST_DOWN = 160
 MOST_GRID = 400
 REFINEMENTS = 4
-# Neighbours nearer than this part of a grid step are not looked between.
+# No visit between neighbours nearer than this part of a grid step.
 NARROWEST = 0.125
 PEER_ROUNDS = 50
 MOST_NODES = MOST_GRID + REFINEMENTS + 4 * PEER_ROUNDS
-# A leap of 2 · √(what the error here is above the best, of Σ w²) · s can just be ruled out where A / B = s.
+# A leap of 2 · √((error here − best error) / Σ w²) · s can just be ruled out where A / B = s.
 LEAP = 1.8
-# How far, of themselves, scales must be apart so that no rounding of w / s confuses them.
+# The relative distance of scales that no rounding of w / s confuses.
 DOUBT = 1e-6
 
 _BLOCK_ELEMENTS = 1 << 18
@@ -69,7 +69,7 @@ class FixedRows:
 
 
 def int8_scale(weights: FixedRows) -> tuple[Tensor, Tensor]:
-    """The best state found of each row: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B in the fixed unit.
+    """Search each row's best state: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B in the fixed unit.
 
     Of states with equal A² / B (in float64) the one of smallest B (largest scale) is taken.
     """
@@ -89,7 +89,7 @@ def int8_scale(weights: FixedRows) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _Nodes:
-    """Scales, the errors there and their slopes, float64, and the sums of their codes, int64; all of one shape."""
+    """Scales, their errors and the errors' slopes, float64, and the sums of their codes, int64; all of one shape."""
 
     scale: Tensor
     error: Tensor
@@ -99,7 +99,7 @@ class _Nodes:
 
     @staticmethod
     def none(rows: int, columns: int) -> _Nodes:
-        """Places for nodes: infinite scales."""
+        """Empty nodes, with infinite scales."""
         real = [torch.full((rows, columns), float("inf"), dtype=torch.float64) for _ in range(3)]
         return _Nodes(*real, *(torch.zeros(rows, columns, dtype=torch.int64) for _ in range(2)))
 
@@ -111,12 +111,13 @@ class _Nodes:
             getattr(self, name)[index] = value
 
     def ahead(self, sign: int) -> Tensor:
-        """How far up (1) or down (−1) the iterative search goes from there: to the best scale for their codes."""
+        """The distance upwards (1) or downwards (−1) to the best scale for each node's codes: the iterative search's
+        step."""
         return (self.a.to(torch.float64) / self.b.to(torch.float64) - self.scale) * sign
 
 
 class _Search:
-    """The search of a block of rows: each step works on those that still take part in it."""
+    """The search of a block of rows; each step works on the rows that are not finished."""
 
     def __init__(self, weights: FixedRows):
         self.weights = weights
@@ -148,7 +149,7 @@ class _Search:
         return found
 
     def visit_grid(self) -> None:
-        """From min-max downwards until clipping costs too much, and upwards until coarser codes do."""
+        """Visit a grid, from min-max downwards until clipping costs too much, and upwards until coarser codes do."""
         n = float(self.columns)
         spread = min(1.0, LUCK / math.sqrt(n))
         every = torch.arange(len(self.minmax))
@@ -174,7 +175,7 @@ class _Search:
             scale = scale * (1 + self.step[rows])
 
     def refine_grid(self) -> None:
-        """Visit the deepest valley that is expected between any two nodes, some times over."""
+        """Visit the deepest valley expected between two neighbouring nodes, REFINEMENTS times."""
         rows = torch.arange(len(self.minmax))
         for _ in range(REFINEMENTS):
             seen = self.nodes[rows, slice(0, int(self.count.max()))]
@@ -191,8 +192,8 @@ class _Search:
             self.visit(rows, scale.gather(1, first[:, None])[:, 0])
 
     def follow_iteration(self, sign: int) -> None:
-        """Go the way of the iterative search from beside min-max, up (1) or down (−1), until it cannot find anything
-        better than the best node."""
+        """Follow the iterative search from beside min-max, up (1) or down (−1), until it cannot find a better state
+        than the best node."""
         rows = torch.arange(len(self.minmax))
         here = self.nodes[rows, torch.full_like(rows, 0 if sign < 0 else 1)]
         rounds = torch.zeros_like(rows)
@@ -216,7 +217,7 @@ class _Search:
             here = neighbour
 
     def _neighbour(self, rows: Tensor, here: _Nodes, sign: int) -> _Nodes:
-        """The nearest node ahead; one at an infinite scale where there is none."""
+        """The nearest node ahead; a node of infinite scale where there is none."""
         seen = self.nodes[rows, slice(0, int(self.count.max()))]
         way = seen.scale * sign
         nearest, index = way.where(way > (here.scale * sign)[:, None], float("inf")).min(1)
@@ -225,7 +226,7 @@ class _Search:
         return found
 
     def _ruled_out(self, rows: Tensor, x: _Nodes, y: _Nodes) -> Tensor:
-        """Whether no state between two nodes has less error than the best one seen."""
+        """True where every state between two nodes has at least the best error seen."""
         above = x.scale > y.scale
         lo_scale, hi_scale = torch.minimum(x.scale, y.scale), torch.maximum(x.scale, y.scale)
         bound = interval_bound(
@@ -240,8 +241,8 @@ class _Search:
 
 
 def _valleys(nodes: _Nodes, narrowest: Tensor) -> tuple[Tensor, Tensor]:
-    """Of nodes [M, C] by rising scale: the least error that the cubic through each two neighbours' errors and slopes
-    has between them, [M, C − 1], and where; infinite where there is no valley, or they are too near each other."""
+    """The valleys of nodes [M, C] by rising scale: the least error of the cubic through each two neighbours' errors and
+    slopes, float64 [M, C − 1], and its scale; an infinite error without a valley, or between too near neighbours."""
     every = slice(None)
     left, right = nodes[every, slice(None, -1)], nodes[every, slice(1, None)]
     width, rise = right.scale - left.scale, right.error - left.error

@@ -1,22 +1,22 @@
 """The exact scale of least squared error for a row of int4 codes.
 
-For a row w and codes q, the best scale is A / B with A = Σ w·q and B = Σ q², and it leaves the error Σ w² − A² / B. So
-the row's optimum is the largest A² / B over all codes that rounding by some scale s can give. As s falls, each element
+For a row w and codes q, the best scale is A / B with A = Σ w·q and B = Σ q², and its error is Σ w² − A² / B. So the
+row's optimum is the largest A² / B over all codes that rounding by some scale s can give. As s falls, each element
 climbs from code m − 1 to m when |w| reaches (m − ½)·s: A grows by |w| and B by 2m − 1. Walking these breakpoints in
-order visits every state, as many for each weight as there are codes. The search below visits only those that can
-hold the optimum, and finds it all the same:
+order visits every state: for each weight as many as there are codes. The search below finds the optimum with far fewer
+visits:
 
-- Between two scales s_hi > s_lo whose states are (A_hi, B_hi) and (A_lo, B_lo), a state that took β of the
-  B_lo − B_hi has taken α ≤ β·s_hi / 2 of A, because every breakpoint in between has |w| = (2m − 1)/2 · s with s ≤ s_hi;
-  and by the same argument from below α ≤ (A_lo − A_hi) − (B_lo − B_hi − β)·s_lo / 2. (A_hi + α)² / (B_hi + β) is convex
-  along each of the two lines, so its largest value is at an end or where they cross: an upper bound whose slack is of
-  second order in the interval's width.
-- Intervals whose bound is below the best state seen are dropped, the others divided once more, and the breakpoints of
+- Take two scales s_hi > s_lo with states (A_hi, B_hi) and (A_lo, B_lo), and a state (A_hi + α, B_hi + β) between them.
+  Every breakpoint in between has |w| = (2m − 1)/2 · s with s ≤ s_hi, so that α ≤ β·s_hi / 2; by the same argument from
+  below, α ≤ (A_lo − A_hi) − (B_lo − B_hi − β)·s_lo / 2. (A_hi + α)² / (B_hi + β) is convex along each of the two lines,
+  so its largest value is at an end or at their crossing: an upper bound with a slack of second order in the interval's
+  width.
+- Intervals with a bound below the best state seen are dropped, the others are divided once more, and the breakpoints of
   the few that remain are walked one by one.
-- Below a scale at which the clipped part alone costs more than the best state's error, nothing is looked at.
+- Scales at which the clipped part alone costs more than the best state's error are not searched.
 
 Weights are integers here (24-bit fixed point under the row's largest), breakpoints are compared as exact integers and
-A and B are exact sums: the result depends on no order of summation, so that any implementation finds the same one.
+A and B are exact sums: the result does not depend on the order of summation, and every implementation finds the same.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Breakpoints are told apart by κ = ⌊|w| · UNIT / (2m − 1)⌋, half the scale in a fixed unit. Two different quotients
-# with denominators up to 15 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
+# κ = ⌊|w| · UNIT / (2m − 1)⌋ identifies a breakpoint: half the scale in a fixed unit. Two different quotients with
+# denominators up to 15 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.
 UNIT = 1 << 17
 _ROW_SHIFT = 24  # magnitudes are below 2**24: `row << 24 | magnitude` orders a whole block of rows at once
 _KAPPA_BITS = _ROW_SHIFT + 17
@@ -38,11 +38,11 @@ _FINE_BLOCK = 64
 _SUBDIVISIONS = 8
 # A look-up costs as much as rounding this many weights.
 _DIRECT = 6
-# Float64 rounding of A² / B is below this: a bound within it of the best may hide the best.
+# Float64 rounding of A² / B is below this: an interval whose bound is this close below the best may hold the optimum.
 _SLACK = 1 - 1e-12
 
 
-# Breakpoints that a negative weight has; a positive one has one less.
+# Breakpoints of a negative weight; a positive one has one less.
 _LEVELS = 8
 # The grid goes from the largest scale with a code other than 0, 2 · max|w|, in steps of _COARSE down to _TURN times the
 # min-max scale, and from there, where optima lie, in steps of _FINE until clipping alone rules the rest out. The steps
@@ -53,7 +53,7 @@ _BLOCK_ELEMENTS, _BLOCK_ROWS = 1 << 20, 4096
 
 
 def optimal_scale(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The best state of each row: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B. Zero rows give (0, 0).
+    """Find each row's best state: A = Σ w·q and B = Σ q², int64 [R]; its scale is A / B. Zero rows give (0, 0).
 
     `weights` int32 [R, K], |w| < 2**24, K ≤ 2**17. Of states with equal A² / B (in float64) the one of smallest B
     (largest scale) is taken.
@@ -74,7 +74,7 @@ def _optimal_block(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _SortedRows:
-    """Magnitudes of a block of rows, sorted, with running sums, so that the state at any scale is a few look-ups."""
+    """Sorted magnitudes of a block of rows with running sums: the state at any scale takes a few look-ups."""
 
     def __init__(self, weights: Tensor):
         rows, columns = weights.shape
@@ -111,7 +111,7 @@ class _SortedRows:
         return found
 
     def states(self, rows: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B, int64 [M, C], of rows [M] when every breakpoint at or above κ [M, C] has been passed."""
+        """A and B, int64 [M, C], of rows [M] after every breakpoint at or above κ [M, C]."""
         if self.columns > _DIRECT * _LEVELS:
             return self._states_by_lookup(rows[:, None].expand_as(kappa), kappa)
         return self._states_by_rounding(rows, kappa)
@@ -136,7 +136,7 @@ class _SortedRows:
         return a, ((end[..., None] - positions) * self.odd).sum(-1)
 
     def clipped_error(self, rows: Tensor, kappa: Tensor) -> Tensor:
-        """float64: a lower bound of Σ (|w| − c·s)² over |w| > c·s with the last code c: (Σ|w| − c·s·n)² / n."""
+        """A lower bound, float64, of Σ (|w| − c·s)² over |w| > c·s with the last code c: (Σ|w| − c·s·n)² / n."""
         limit = kappa.to(torch.float64) * (2 * _LEVELS / UNIT)
         threshold = limit.ceil().clamp(max=(1 << _ROW_SHIFT) - 1).to(torch.int64)
         start = torch.searchsorted(self._keys, (rows << _ROW_SHIFT) + threshold)
@@ -171,7 +171,7 @@ class _Best:
 
 @dataclass(frozen=True)
 class _Intervals:
-    """Stretches of scales (κ_lo, κ_hi], each with its row, the state at its upper end, and a bound."""
+    """Intervals of scales (κ_lo, κ_hi], each with its row, the state at its upper end, and a bound."""
 
     rows: Tensor
     kappa_hi: Tensor
@@ -186,13 +186,14 @@ class _Intervals:
 
 
 def score(a: Tensor, b: Tensor) -> Tensor:
-    """A² / B in float64; 0 where nothing has been passed."""
+    """A² / B in float64; 0 above the first breakpoint."""
     real = a.to(torch.float64)
     return torch.where(b > 0, real * real / b.clamp(min=1).to(torch.float64), 0.0)
 
 
 def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> _Intervals:
-    """The intervals between consecutive columns of falling κ int64 [M, C], for rows [M]; offers their states."""
+    """Make the intervals between consecutive columns of falling κ int64 [M, C], for rows [M], and offer their
+    states."""
     each_row = rows[:, None].expand_as(kappa)
     a, b = table.states(rows, kappa)
     best.update(each_row.flatten(), a.flatten(), b.flatten())
@@ -209,8 +210,8 @@ def _intervals(table: _SortedRows, best: _Best, rows: Tensor, kappa: Tensor) -> 
 
 
 def interval_bound(half_hi: Tensor, half_lo: Tensor, a_hi: Tensor, a_lo: Tensor, b_hi: Tensor, b_lo: Tensor) -> Tensor:
-    """The largest A² / B, float64, that any state between two half scales, float64, can have (see the module's first
-    lines), from their states, int64; all of one shape."""
+    """An upper bound, float64, of A² / B over the states between two half scales, float64, with these states, int64;
+    all of one shape. The module's docstring derives it."""
     alpha, beta = (a_lo - a_hi).to(torch.float64), (b_lo - b_hi).to(torch.float64)
     crossing = ((alpha - beta * half_lo) / (half_hi - half_lo).clamp(min=1e-300)).clamp(min=0).minimum(beta)
     b = b_hi.to(torch.float64) + crossing
@@ -268,7 +269,7 @@ def _walk(table: _SortedRows, best: _Best, intervals: _Intervals) -> None:
     interval, magnitude, odd = interval[index], magnitude[index], odd[index]
     first = (counts.sum(1).cumsum(0) - counts.sum(1))[interval]
     a, b = _running(magnitude, first) + intervals.a_hi[interval], _running(odd, first) + intervals.b_hi[interval]
-    # Weights of equal |w| / (m − ½) climb together: only after the last of them is the state one that a scale gives.
+    # Weights of equal |w| / (m − ½) climb together: only the state after the last of them belongs to a scale.
     complete = torch.ones(total, dtype=torch.bool)
     complete[:-1] = order[1:] != order[:-1]
     best.update(intervals.rows[interval][complete], a[complete], b[complete])

@@ -1,8 +1,8 @@
-"""Refinement of codes and scales: what GPTQ leaves in one greedy pass, descent takes further.
+"""Refinement of codes and scales: coordinate descent from the result of GPTQ's one greedy pass.
 
-For a row w with codes q and scale s the output error is E(q, s) = (w − s·q)ᵀ·H·(w − s·q). Two moves, each the exact
-minimiser of E in what it changes, so that E never rises: one code at a time, column after column (coordinate descent,
-as in Behdin et al., "QuantEase", 2023), and the scale, s = qᵀ·H·w / qᵀ·H·q.
+For a row w with codes q and scale s the output error is E(q, s) = (w − s·q)ᵀ·H·(w − s·q). Two moves alternate: one code
+at a time, column after column (coordinate descent, as in Behdin et al., "QuantEase", 2023), and the scale,
+s = qᵀ·H·w / qᵀ·H·q. Each minimises E exactly in its variable, so that E never rises.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BLOCK = 64
 
 
 def calibrated_codes(weight: Tensor, factored: Factor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and scales float32 [N] of a weight float [N, K]: GPTQ, refined.
+    """Choose codes int8 [N, K] and scales float32 [N] of a weight float [N, K] by GPTQ, refined.
 
-    A greedy pass can go astray where it clips: rows on which plain rounding leaves the smaller error keep that.
+    A greedy pass can lose where it clips: rows with a smaller error by plain rounding keep plain rounding.
     """
     codes = gptq(weight, factored, scale, bits)
     codes, found = refine(weight, factored.hessian, codes, scale, bits, SWEEPS)
@@ -41,7 +41,7 @@ def _errors(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor) -> Te
 def refine(
     weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, bits: int, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    """Better codes int8 [N, K] and scales float32 [N] for a weight float [N, K]: `sweeps` times all columns, then the
+    """Refine codes int8 [N, K] and scales float32 [N] of a weight float [N, K]: `sweeps` times all columns, then the
     scale. `hessian` float64 [K, K] has no zero on its diagonal. Rows are independent."""
     bound = 2 ** (bits - 1)
     weight = weight.to(torch.float64).T.contiguous()  # one row a column: the inner loop's rows are contiguous
@@ -59,7 +59,7 @@ def refine(
                 moved[j] = (found[column] - best) * step
                 found[column] = best
                 part.addr_(hessian[start:end, column], moved[j])
-            # What the block changed, for all other columns.
+            # The block's changes, for all other columns.
             gradient[:start].addmm_(hessian[:start, start:end], moved)
             gradient[end:].addmm_(hessian[end:, start:end], moved)
         step = _best_scale(weight, hessian, found, step)

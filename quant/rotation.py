@@ -35,7 +35,7 @@ class Rotation:
         return self.signs.shape[0]
 
     def rows(self, x: Tensor) -> Tensor:
-        """x · Q along the last dimension, which holds one or more vectors of `size` side by side; float64."""
+        """x · Q in float64, along a last dimension of one or more vectors of `size` channels."""
         shape = x.shape
         x = x.to(torch.float64).reshape(-1, self.size) * self.signs
         for factor in reversed(self.factors):
@@ -45,18 +45,18 @@ class Rotation:
         return x.reshape(shape)
 
     def columns(self, x: Tensor) -> Tensor:
-        """Qᵀ · x for x [k · size, …], every `size` rows on their own; float64. What makes outputs rotated."""
+        """Qᵀ · x in float64 for x [k · size, …], every `size` rows by themselves: rotates a linear's outputs."""
         flat = x.reshape(x.shape[0], -1)
         return self.rows(flat.T).T.reshape(x.shape).contiguous()
 
     def matrix(self) -> Tensor:
-        """Q itself, float64 [size, size]."""
+        """Form Q, float64 [size, size]."""
         return self.rows(torch.eye(self.size, dtype=torch.float64))
 
 
 def _multiply(x: Tensor, factor: Tensor) -> Tensor:
-    """x · factor as products of one shape: a row's result then does not depend, to the last bit, on how many others are
-    multiplied with it, as it may in one large product."""
+    """x · factor as products of one fixed shape: in one large product a row's last bits may depend on the number of
+    other rows."""
     count, order = x.shape
     padded = torch.nn.functional.pad(x, (0, 0, 0, -count % _PRODUCT_ROWS)).view(-1, _PRODUCT_ROWS, order)
     return torch.bmm(padded, factor.expand(padded.shape[0], -1, -1)).view(-1, order)[:count]
@@ -64,7 +64,7 @@ def _multiply(x: Tensor, factor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def rotation(size: int) -> Rotation:
-    """The rotation of vectors of `size` channels; the same at every call and on every machine."""
+    """The rotation of vectors of `size` channels, identical at every call and on every machine."""
     if size < 1:
         raise ValueError(f"no rotation of size {size}")
     first = _first_factor(size)
@@ -77,7 +77,7 @@ def rotation(size: int) -> Rotation:
 
 
 def _first_factor(size: int) -> Tensor:
-    """The factor that takes the odd part of `size`, as small as possible."""
+    """The smallest factor that covers the odd part of `size`."""
     odd = size // (size & -size)
     if odd == 1:
         return torch.ones(1, 1, dtype=torch.float64)

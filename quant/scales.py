@@ -1,12 +1,12 @@
 """Scale search: one float32 scale for each output row, and the codes that follow from it.
 
-`minmax` puts the largest magnitude on the largest code. `mse` takes the scale of least squared error. For int4 that is
-the exact optimum over all scales (`optimal_scale`): no search from any start does better on any row. For int8 it is a
-scale close to the optimum (`int8_scale`), never worse than what the iterative search finds.
+`minmax` maps the largest magnitude to the largest code. `mse` takes the scale of least squared error: for int4 the
+exact optimum over all scales (`optimal_scale`), for int8 a scale close to the optimum (`int8_scale`) and never worse
+than the iterative search's.
 
-Scales are judged by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, not by float sums whose value
-depends on their order. So the result does not depend on how rows are grouped, on threads, or on which implementation
-(torch here, native elsewhere) did the work.
+Scales are compared by Σ w·q and Σ q², exact integers over 24-bit fixed-point weights, because float sums depend on
+their order. So the result is the same for every grouping of rows, every number of threads, and both implementations
+(torch here, native kernels in `native/`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .optimal_scale import optimal_scale
 from .rounding import code_sums, fixed_norm, rounded
 
 FIXED_POINT_BITS = 23
-# The same by which int4 codes of min-max tell their error: an int16 a weight, so that native kernels need no more
-# instructions for the error than for the codes.
+# The fixed point of int4 min-max errors: an int16 a weight, so that native kernels need no more instructions for the
+# error than for the codes.
 ERROR_BITS = 14
 # Rows whose largest magnitude is below this are stored as zeros with scale 1: their scale's inverse would overflow.
 TINY = 2.0**-100
 
 
 class Method(str, Enum):
-    """How codes are found: data-free from a row's scale, or GPTQ, whose scales are those of mse."""
+    """The search for codes: data-free from a row's scale, or GPTQ, whose scales are those of mse."""
 
     MINMAX = "minmax"
     MSE = "mse"
@@ -38,12 +38,12 @@ class Method(str, Enum):
 
     @property
     def scale_search(self) -> Method:
-        """The data-free method by which it finds scales."""
+        """The data-free method of its scales."""
         return Method.MSE if self is Method.GPTQ else self
 
 
 class NonFiniteError(ValueError):
-    """A weight holds an infinity or NaN; `row` is the first such row of those given."""
+    """An infinity or NaN in a weight; `row` is the first such row of the call's rows."""
 
     def __init__(self, row: int):
         super().__init__(f"row {row} holds an infinity or NaN")
@@ -54,8 +54,8 @@ class NonFiniteError(ValueError):
 class ScaledRows:
     """Codes int8 [R, K], scale float32 [R], and each row's squared error and squared norm, float64 [R].
 
-    Both are exact sums over weights rounded to fixed point, whose unit u is 2^-23 of the power of two above the row's
-    largest magnitude, for int4 by min-max 2^-14. So the root of each is within √K · u / 2 of the real one's.
+    Both are exact sums over weights rounded to fixed point. Its unit u is 2^-23 (for int4 by min-max 2^-14) of the
+    power of two above the row's largest magnitude. So the root of each is within √K · u / 2 of the exact value's.
     """
 
     codes: Tensor
@@ -68,7 +68,7 @@ def scale_rows(rows: Tensor, bits: int, method: Method) -> ScaledRows:
     """Choose a scale for every row of float32 [R, K] and round to signed codes of `bits` (4 or 8) bits.
 
     Codes are round-half-even(w / s) clamped to [−2^(bits−1), 2^(bits−1) − 1]. Rows are independent of each other. A
-    row of zeros (or below 2**-100) has codes 0 and scale 1. How exact the error is told: see ScaledRows. Raises
+    row of zeros (or below 2**-100) has codes 0 and scale 1. ScaledRows gives the precision of the errors. Raises
     NonFiniteError for an infinity or NaN.
     """
     if rows.dtype != torch.float32 or rows.dim() != 2:
@@ -107,7 +107,7 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def _int8_scale(rows: Tensor, fixed: Tensor, shift: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The states of the chosen rows, bool [R]; (0, 0) for the others."""
+    """The best states A and B, int64 [R], of the rows `chosen`, bool [R]; (0, 0) for the others."""
     a, b = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int64)
     a[chosen], b[chosen] = int8_scale(FixedRows(rows[chosen], fixed[chosen], shift[chosen]))
     return a, b

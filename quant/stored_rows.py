@@ -1,4 +1,4 @@
-"""Rows of a weight as a checkpoint stores them: float32, bf16 or fp16, or FP8 with a scale for each block."""
+"""Stored rows of a weight: float32, bf16 or fp16, or FP8 with a scale for each block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class BlockScale:
     """The scales of FP8 rows: float32 [row blocks, column blocks], one for each block that the rows touch; `first_row`
-    is the place of row 0 in the first of them."""
+    is the index of row 0 within the first block."""
 
     scale: Tensor
     first_row: int
@@ -27,14 +27,14 @@ class StoredRows:
     blocks: BlockScale | None = None
 
     def to_float32(self) -> Tensor:
-        """float32 [R, …]: exact of a float type, FP8 times the scale of its block."""
+        """Decode to float32 [R, …]: float dtypes exactly, FP8 times the scale of its block."""
         if self.blocks is None:
             return self.rows.to(torch.float32)
         blocks = self.blocks
         return dequantize_fp8(self.rows, blocks.scale, blocks.first_row, blocks.block_rows, blocks.block_columns)
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        """In a float dtype: the rows themselves where they have it, else `to_float32` rounded once."""
+        """Convert to a float dtype: unchanged where the rows have it, else `to_float32` rounded once."""
         if self.blocks is None and self.rows.dtype is dtype:
             return self.rows
         return self.to_float32().to(dtype)
@@ -43,8 +43,8 @@ class StoredRows:
 def dequantize_fp8(stored: Tensor, scale: Tensor, first_row: int, block_rows: int, block_columns: int) -> Tensor:
     """FP8 rows times the scale of their block.
 
-    `stored` float8_e4m3fn [R, K]; `scale` float32 [blocks, ceil(K / block_columns)] for the blocks the rows touch;
-    `first_row` is the place of row 0 in the first of those blocks. Returns float32 [R, K].
+    `stored` float8_e4m3fn [R, K]; `scale` float32 [blocks, ceil(K / block_columns)] for the blocks that the rows touch;
+    `first_row` is the index of row 0 within the first block. Returns float32 [R, K].
     """
     rows = stored.to(torch.float32)
     block_of_row = (torch.arange(rows.shape[0]) + first_row) // block_rows

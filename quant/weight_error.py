@@ -1,4 +1,4 @@
-"""The error of a quantized weight: √(Σ (w − ŵ)² / Σ w²), from sums that can be added up over many weights."""
+"""The weight error √(Σ (w − ŵ)² / Σ w²), from sums that add up over many weights."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from math import sqrt
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Sums over all elements of a weight: (w − ŵ)² of source values w and quantized ones ŵ, and w²."""
+    """Σ (w − ŵ)² and Σ w² over the source values w and quantized values ŵ of a weight or several."""
 
     squared_error: float
     squared_norm: float
 
     @property
     def relative_error(self) -> float:
-        """As `relative_error` of the sums."""
+        """The weight error of these sums."""
         return relative_error(self.squared_error, self.squared_norm)
 
 

@@ -1,2 +1,2 @@
-"""What weights are read from: one class for each form in which a checkpoint stores a weight, all behind the protocol of
-`weights.py`, which also says how another form is added. `opening.py` finds out which forms a checkpoint has."""
+"""Sources of weights: one class for each stored form, all behind the protocol of `weights.py`, which also says how to
+add a form. `opening.py` detects a checkpoint's forms."""

@@ -1,5 +1,6 @@
 """compressed-tensors, as llm-compressor saves it: symmetric int4 and int8 weights of one scale a channel, activations
-quantized per token. Its `quantization_config` says which linears are which; what npuq has no scheme for is refused.
+quantized per token. Its `quantization_config` gives the format of each linear; formats without an npuq scheme are
+refused.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ _PACKED, _SHAPE, _ZERO_POINT = "weight_packed", "weight_shape", "weight_zero_poi
 _FORMATS = {"int-quantized", "naive-quantized", "pack-quantized"}
 _MOST_GROUPS = 1000
 _FLOATS = ("F32", "BF16", "F16")
-# GPTQ's orders of work that leave the channels where they were; "static" is llm-compressor's default.
+# GPTQ's activation orders that do not permute stored channels; "static" is llm-compressor's default.
 _STORED_IN_PLACE = ("weight", "static")
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Modules by their full names (or classes'), or by what begins a name (`re:…`, as re.match)."""
+    """Modules by full name, by class name, or by a regular expression of a name's beginning (`re:…`, as re.match)."""
 
     names: frozenset[str]
     patterns: tuple[Pattern, ...]
 
     @classmethod
     def of(cls, targets: list[Any], where: str, budget: Budget) -> _Targets:
-        """CheckpointError for a pattern that is none."""
+        """Parse targets. CheckpointError for a malformed pattern."""
         texts = [str(target) for target in targets]
         expressions = [text.removeprefix("re:") for text in texts if text.startswith("re:")]
         return cls(frozenset(texts), tuple(Pattern(text, where, CheckpointError, budget) for text in expressions))
 
     def match(self, module: str) -> bool:
-        """Whether a module's name is meant."""
+        """True where a module's name is targeted."""
         return any(pattern.matches(module) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """One of config_groups: whom it is for and what it makes of them."""
+    """One of config_groups: its targets and their quantization."""
 
     targets: _Targets
     scheme: Scheme
@@ -52,16 +53,16 @@ class _Group:
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the weights are in compressed-tensors' form."""
+    """True where config.json declares compressed-tensors weights."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
 
 def compressed_linears(checkpoint: Checkpoint) -> tuple[dict[str, StoredLinear], frozenset[str]]:
-    """The quantized linears, from headers and config.json alone, and tensors beside them that say nothing more.
+    """Find the quantized linears in headers and config.json alone; returns them and the names of redundant tensors.
 
     Raises CheckpointError for weights that are grouped, asymmetric, reordered or of another width, for activations that
-    are not quantized per token, and for a tensor that its group does not explain.
+    are not quantized per token, and for a tensor that its group does not have.
     """
     where = checkpoint.directory / CONFIG_NAME
     groups, ignore = _read_config(where, checkpoint.config["quantization_config"])
@@ -167,7 +168,7 @@ def _activation_problems(group: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _group_of(groups: list[_Group], module: str) -> _Group | None:
-    """By name, then by pattern, then by class, as compressed-tensors itself chooses."""
+    """The group of a module: by name, then by pattern, then by class, in compressed-tensors' own order."""
     tests: tuple[Callable[[_Group], bool], ...] = (
         lambda group: module in group.targets.names,
         lambda group: group.targets.match(module),

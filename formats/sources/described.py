@@ -10,8 +10,8 @@ from ..schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_
 from .stored_linear import Codes, StoredLinear
 
 _FLOATS = ("F32", "BF16", "F16")
-# What each scheme stores beside `P.weight`: the dtypes that are read, and whether it may be missing. The tensors that
-# may be are those that ModelSlim leaves out, or that follow from the others.
+# The tensors of each scheme beside `P.weight`: the accepted dtypes, and True where the tensor may be missing, because
+# ModelSlim leaves it out or it follows from the others.
 _BESIDE: Mapping[Scheme, Mapping[str, tuple[tuple[str, ...], bool]]] = {
     Scheme.W4A8: {SCALE: (_FLOATS, False), OFFSET: (_FLOATS, True), BIAS: (_FLOATS, True)},
     Scheme.W8A8: {SCALE: (_FLOATS, False), OFFSET: (_FLOATS, True)},
@@ -27,9 +27,10 @@ _BESIDE: Mapping[Scheme, Mapping[str, tuple[tuple[str, ...], bool]]] = {
 
 
 def described_linears(checkpoint: Checkpoint, types: Mapping[str, Scheme]) -> dict[str, StoredLinear]:
-    """The quantized linears of a checkpoint whose description is `types`, from headers alone.
+    """Find the quantized linears of a checkpoint with the description `types`, in headers alone.
 
-    Raises CheckpointError for one that lacks a tensor of its scheme, or has it in another form or under another type.
+    Raises CheckpointError for a linear whose scheme's tensors are missing, of another dtype or shape, or described with
+    another scheme.
     """
     return {
         name: described_linear(checkpoint, types, name)
@@ -41,9 +42,9 @@ def described_linears(checkpoint: Checkpoint, types: Mapping[str, Scheme]) -> di
 def described_linear(
     checkpoint: Checkpoint, types: Mapping[str, Scheme], name: str, shape: tuple[int, int] | None = None
 ) -> StoredLinear:
-    """One of them, which `types` calls quantized; `shape` is the one that config.json gives it.
+    """Find one linear that `types` describes as quantized; `shape` is its shape by config.json.
 
-    Errors as of `described_linears`, also where it is missing or has another shape.
+    Errors as of `described_linears`; also CheckpointError where the linear is missing or has another shape.
     """
     info, scheme = checkpoint.info(name), types[name]
     if info.dtype != "I8" or len(info.shape) != 2:

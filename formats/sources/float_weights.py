@@ -1,5 +1,5 @@
-"""Float weights: plain bf16, fp16 or fp32, and DeepSeek's FP8 in blocks with a `weight_scale_inv` beside each weight,
-in whatever shard that may be."""
+"""Float weights: plain bf16, fp16 or fp32, and DeepSeek's FP8 in blocks with a `weight_scale_inv` for each weight, in
+the same shard or another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DEFAULT_BLOCK = (128, 128)
 
 @dataclass(frozen=True, slots=True)
 class PlainWeight:
-    """A weight in a float type that torch has: its rows are the tensor's."""
+    """A weight of one tensor in a float dtype of torch."""
 
     checkpoint: Checkpoint
     info: TensorInfo
@@ -75,7 +75,7 @@ class PlainWeight:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A matrix [N, K] of F8_E4M3, and float32 scales, one for each `block` (rows, columns) of it."""
+    """A matrix [N, K] of F8_E4M3, with a float32 scale for each `block` (rows, columns)."""
 
     checkpoint: Checkpoint
     info: TensorInfo
@@ -133,10 +133,10 @@ class Fp8Weight:
 
 
 def float_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Weight]:
-    """The float weights that are stored in the tensors of these names, from headers alone.
+    """Find the float weights among the tensors of these names, in headers alone.
 
-    Raises CheckpointError for a dtype that is not read, an FP8 weight without its scale, a scale of the wrong shape or
-    dtype, and scales that belong to no FP8 weight.
+    Raises CheckpointError for an unknown dtype, an FP8 weight without its scale, a scale of the wrong shape or dtype,
+    and a scale without an FP8 weight.
     """
     block, left = _block_size(checkpoint), list(names)
     weights = {name: _weight(checkpoint, name, block) for name in left if not name.endswith(_SCALE_SUFFIX)}
@@ -156,7 +156,7 @@ def _weight(checkpoint: Checkpoint, name: str, block: tuple[int, int]) -> Weight
 
 
 def plain_weight(checkpoint: Checkpoint, info: TensorInfo) -> PlainWeight:
-    """CheckpointError for a tensor that is not of a float type."""
+    """The weight of a float tensor. CheckpointError for another dtype."""
     if info.dtype not in FLOAT_CODES:
         quantized = "; if ModelSlim quantized it, its description is missing" if info.dtype == "I8" else ""
         raise CheckpointError(

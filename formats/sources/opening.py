@@ -1,4 +1,4 @@
-"""Which forms of storage a checkpoint has, by what it says of itself."""
+"""Detection of a checkpoint's stored forms, from its description and config.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .weights import Weight, WeightSource
 
 
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
-    """The weights of a checkpoint by what it says of itself: a description, compressed-tensors, or neither.
+    """Find a checkpoint's weights: by its description, by compressed-tensors' config, or as float weights.
 
-    From headers alone. Raises CheckpointError and ArtifactError for what cannot be read, saying why.
+    Reads headers alone. Raises CheckpointError and ArtifactError, with the reason, for weights that npuq cannot read.
     """
     types = read_description(checkpoint.directory)
     if types is not None:
@@ -30,7 +30,7 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
 
 
 def _quantized(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: Container[str]) -> WeightSource:
-    """Linears that are quantized, and the float weights of all other tensors, but for `ignored` ones.
+    """The source of quantized linears and of float weights in all other tensors but `ignored` ones.
 
     Raises CheckpointError for a tensor that is neither.
     """
@@ -39,7 +39,7 @@ def _quantized(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: C
     for name in left:
         _refuse_orphan(checkpoint, name)
     floats = float_weights(checkpoint, left)
-    # In the checkpoint's order, a linear where its codes are.
+    # In the checkpoint's order; a linear takes its codes' place.
     by_tensor = floats | {linear.stored_names[0]: linear for linear in linears.values()}
     ordered = [by_tensor[name] for name in checkpoint.tensors if name in by_tensor]
     decided = any(weight.linear is not None for weight in ordered)

@@ -1,8 +1,8 @@
 """Weights rewritten without a change of what the model computes: W [N, K] is read as Qᵀ_out · W · diag(gain) · Q_in.
 
-What reads the residual stream is rotated on its inputs (the gain is that of the norm before it), what writes to it on
-its outputs. An RMS norm without gain commutes with a rotation, so all norms that were folded become ones. Nothing is
-left to do when the model runs: engines load the result unchanged. (QuaRot's offline part.)
+Linears that read the residual stream are rotated on their inputs (with the gain of the norm before them), linears that
+write it on their outputs. An RMS norm without gain commutes with a rotation, so all folded norms become ones. Engines
+load the result unchanged, without operations at run time. (QuaRot's offline part.)
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ...quant.rotation import Rotation
 from ...quant.stored_rows import StoredRows
 from .weights import Weight, WeightSource, not_finite
 
-# Rows, and then columns, of a weight that are rotated at a time.
+# Rows, and then columns, that are rotated at a time.
 _PANEL = 256
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What becomes of one weight. Absent parts are the identity.
+    """The rewriting of one weight. Absent parts are the identity.
 
-    gain: names of the norms whose gains multiply the columns, for each half of them where there are two. inputs: Q_in,
-    over every `size` columns. outputs: Q_out, over every `size` rows; `heads` (rows of a head, and the first of them
-    that is rotated) where only a part of each head's rows is. ones: the weight is a norm's that has been folded.
+    gain: names of the norms whose gains multiply the columns; of two tuples, each is for one half of the columns.
+    inputs: Q_in, over every `size` columns. outputs: Q_out, over every `size` rows. heads: (rows of a head, its first
+    rotated row) where only the last rows of each head are rotated. ones: the weight is a folded norm's gain.
     """
 
     gain: tuple[tuple[str, ...], ...] = ()
@@ -43,7 +43,7 @@ class Rewrite:
 
 
 def rewritten(source: WeightSource, rewrites: Mapping[str, Rewrite]) -> WeightSource:
-    """The source with its weights rewritten, as far as they are named: they are read as float32."""
+    """The source with the weights that `rewrites` names rewritten; those are read as float32."""
     gains, last = _Gains(source.weights), threading.local()
     weights = {
         name: RewrittenWeight(weight, rewrites[name], gains, last) if name in rewrites else weight
@@ -53,7 +53,7 @@ def rewritten(source: WeightSource, rewrites: Mapping[str, Rewrite]) -> WeightSo
 
 
 class _Gains:
-    """The gains of norms, float64, each read once."""
+    """Norms' gains in float64, each read once."""
 
     def __init__(self, weights: Mapping[str, Weight]):
         self._weights = weights
@@ -66,7 +66,7 @@ class _Gains:
             if norm not in self._gains:
                 gain = self._weights[norm].rows().to_float32()
                 if not bool(torch.isfinite(gain).all()):
-                    # It goes into many weights, none of which should be blamed.
+                    # The gain goes into many weights: the error names the norm.
                     raise not_finite(self._weights[norm])
                 self._gains[norm] = gain.to(torch.float64)
             product = product * self._gains[norm]
@@ -78,12 +78,12 @@ class _Gains:
 
 @dataclass(frozen=True, slots=True)
 class RewrittenWeight:
-    """A `Weight` made of another: float32 rows."""
+    """A `Weight` computed from another: float32 rows."""
 
     inner: Weight
     change: Rewrite
     gains: _Gains
-    # Of each thread: the name and all rows of the last weight with rotated outputs, for its next chunk.
+    # Per thread: name and rows of the last weight with rotated outputs, for its next chunk.
     last: threading.local
     block_rows: ClassVar[int] = 1
     linear: ClassVar[None] = None
@@ -110,7 +110,7 @@ class RewrittenWeight:
 
     @property
     def stored_names(self) -> tuple[str, ...]:
-        """The norms whose gains went in are among them."""
+        """The weight's tensors, then those of the folded norms."""
         if self.change.ones:
             return ()
         return self.inner.stored_names + self.gains.stored_names(tuple(chain.from_iterable(self.change.gain)))
@@ -121,7 +121,7 @@ class RewrittenWeight:
 
     @property
     def held_bytes(self) -> int:
-        """Every rotated output depends on all rows: float32 of them are held."""
+        """Bytes of all rows as float32 where outputs are rotated, because each rotated row depends on all of them."""
         whole = 0 if self.change.outputs is None else 4 * prod(self.shape)
         return whole + self.inner.held_bytes
 
@@ -140,7 +140,7 @@ class RewrittenWeight:
         return None
 
     def _whole(self, outputs: Rotation) -> Tensor:
-        """All rows float32. In float64 there are only some rows, then only some columns of it."""
+        """Compute all rows in float32; only a slice of rows, then a slice of columns is in float64 at a time."""
         held: tuple[str, Tensor] | None = getattr(self.last, "whole", None)
         if held is not None and held[0] == self.name:
             return held[1]
@@ -158,7 +158,7 @@ class RewrittenWeight:
         return whole
 
     def _inputs_changed(self, start: int, stop: int) -> Tensor:
-        """float64 rows with gain and input rotation."""
+        """Rows in float64 with gain and input rotation."""
         rows, change = self.inner.rows(start, stop).to_float32().to(torch.float64), self.change
         if change.gain:
             rows *= torch.cat([self.gains.product(half) for half in change.gain])

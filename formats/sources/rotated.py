@@ -1,7 +1,7 @@
-"""Rewrites that rotate a model, from the table of its family: every weight by what it reads and writes.
+"""Rotation of a model as rewrites, derived from its family's table: the activations that a weight reads and writes.
 
 Each basis of activations has one rotation (QuaRot's offline part): the residual stream, the value heads, the query
-latent. `rewritten.py` reads a weight rewritten.
+latent. `rewritten.py` applies the rewrites.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .rewritten import Rewrite
 
 
 def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
-    """The rewrites that rotate a model. A tied head is a weight of its own by now: the final norm is folded into it."""
+    """The rewrites that rotate a model. The caller has untied the head, because the final norm is folded into it."""
     rewrites = {}
     table = _Table(config)
     for spec in inventory.specs.values():
@@ -26,19 +26,19 @@ def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
 
 
 class _Table:
-    """A family's table as rotations see it."""
+    """A family's table with the rotation of each basis."""
 
     def __init__(self, config: ModelConfig):
         self._family, self._sizes = config.family, ModelTensors(config).sizes
 
     def rewrite(self, spec: Spec) -> Rewrite | None:
-        """What becomes of a tensor; None where it stays as it is, as does all that the table does not know."""
+        """The rewrite of a tensor; None for an unchanged one, and for tensors outside the table."""
         entry = spec.entry
         if entry is None:
             return None
         if entry.kind == "norm":
             return Rewrite(ones=True) if self._turns(entry.writes) else None
-        if entry.kind == "lookup":  # its rows are what it writes
+        if entry.kind == "lookup":  # it writes its rows
             return Rewrite(inputs=self._turns(entry.writes))
         if entry.kind != "linear":
             return None
@@ -60,9 +60,9 @@ class _Table:
     def _norms(self, activation: str, layer: int | None) -> tuple[str, ...]:
         """The norms that are folded into the readers of an activation, the last first.
 
-        A norm may read what another one wrote: that of a multi-token-prediction layer reads the main model's normed
-        output. Without its gain that output is another vector, and the second norm measures it: the fold is exact but
-        for one positive factor a token.
+        A norm may read another norm's output: a multi-token-prediction layer's reads the main model's normed output.
+        Without the first gain that output has another root mean square, by which the second norm divides: the fold is
+        exact but for one positive factor a token.
         """
         found = self._family.norm_of(activation)
         if found is None:

@@ -1,8 +1,7 @@
-"""The one reader of quantized linears: codes, scales and what else a scheme stores, in whatever form they lie.
+"""The one reader of quantized linears: codes, scales and the scheme's other tensors, in every stored form.
 
-The conversion takes their rows in the artifact's form, `verify` asks what is wrong with them, the runtime maps them.
-What follows from other tensors is computed and compared: a scale_bias or quant_bias that disagrees with its codes is
-damage.
+Conversion takes their rows in the artifact's form, `verify` lists their problems, the runtime maps them. Tensors that
+follow from others are computed and compared: a scale_bias or quant_bias that disagrees with its codes is damage.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _QUANT_BIAS_TOLERANCE: Final = 2.0**-22
 
 
 class Codes(Enum):
-    """How the codes of a matrix [N, K] lie in their tensor."""
+    """The stored form of the codes of a matrix [N, K]."""
 
     INT8 = "int8 [N, K]"
     INT4_OUTPUTS = "int8 [N/2, K], two outputs a byte, as in an artifact"
@@ -55,7 +54,7 @@ class Codes(Enum):
 
 
 class Problem(NamedTuple):
-    """What is wrong with the values of a tensor, by the suffix of its name, and what helps."""
+    """A tensor (the suffix of its name), the fault of its values, and the remedy."""
 
     suffix: str
     what: str
@@ -64,8 +63,8 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearRows:
-    """Rows of a quantized linear, unpacked: codes int8 [R, K], scale float32 [R, 1]; `beside` has what else its scheme
-    stores of them, by suffix and as it is stored."""
+    """Rows of a quantized linear, unpacked: codes int8 [R, K], scale float32 [R, 1]; `beside` has the scheme's other
+    tensors by suffix, as stored."""
 
     scheme: Scheme
     codes: Tensor
@@ -73,20 +72,20 @@ class LinearRows:
     beside: Mapping[str, Tensor]
 
     def to_float32(self) -> Tensor:
-        """float32 [R, K]: the values that the codes stand for."""
+        """Dequantize to float32 [R, K]."""
         return self.codes.to(torch.float32) * self.scale
 
     def problems(self, *, exact: bool) -> Iterator[Problem]:
-        """Values that no such linear can have, and those that disagree with each other.
+        """Find impossible values, and values that disagree with each other.
 
-        `exact`: sums were taken of integers, as npuq takes them; else they may be as far off as ModelSlim's are.
+        exact: sums must be npuq's exact integer sums; else they may be off by ModelSlim's rounding.
         """
         yield from self.code_problems()
         yield from self._bias_problems(exact)
         yield from self._static_problems(exact)
 
     def code_problems(self) -> Iterator[Problem]:
-        """The problems of what is needed to dequantize."""
+        """Find problems of codes and scales, the tensors that dequantization needs."""
         if OFFSET in self.beside and self.beside[OFFSET].count_nonzero():
             yield Problem(OFFSET, "is not zero: asymmetric codes are not read", "quantize symmetrically")
         if not are_positive(self.scale):
@@ -99,7 +98,7 @@ class LinearRows:
         stored = self.beside[BIAS].to(torch.float32)
         off = (stored - scale_bias(self.codes, self.scale, stored.shape[1])).abs()
         allowed = 0.0 if exact else _BIAS_TOLERANCE * scale_bias(self.codes.abs(), self.scale, stored.shape[1])
-        # Here and below written so that NaN counts as wrong.
+        # Here and below, comparisons are written so that NaN counts as wrong.
         if not (off <= allowed).all():
             yield Problem(BIAS, "disagrees with the stored codes: experts would compute garbage")
 
@@ -125,7 +124,7 @@ class LinearRows:
 class StoredLinear:
     """A quantized linear `P.weight` of shape [N, K]: a `Weight`, and the reader of its codes and scales.
 
-    `tensors` names what is stored, by suffix: `weight` (the codes) and whatever the scheme has beside it.
+    tensors: the stored tensors by suffix, `weight` (the codes) and the scheme's others.
     """
 
     checkpoint: Checkpoint
@@ -162,7 +161,7 @@ class StoredLinear:
         return self
 
     def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
-        """Rows [start, stop), dequantized to float32."""
+        """Read rows [start, stop), dequantized to float32."""
         rows = self._read(start, self.shape[0] if stop is None else stop, (SCALE, OFFSET))
         self._refuse(rows.code_problems())
         return StoredRows(rows.to_float32())
@@ -174,17 +173,17 @@ class StoredLinear:
         return None
 
     def read(self, start: int, stop: int) -> LinearRows:
-        """Rows [start, stop) of all its tensors; what is stored once for all rows comes with any of them.
+        """Read rows [start, stop) of all tensors; tensors without rows, such as input_scale, are whole.
 
-        CheckpointError for 4-bit codes that are none, and for a static linear with neither weight_scale nor a usable
+        CheckpointError for 4-bit codes out of range, and for a static linear with neither weight_scale nor a usable
         input_scale.
         """
         return self._read(start, stop, tuple(self.tensors))
 
     def quantized_rows(self, start: int, stop: int, *, row_parallel: bool) -> QuantizedRows:
-        """Rows [start, stop) (an even number for W4A8) in the artifact's form, with no error against themselves.
+        """Read rows [start, stop) (an even number for W4A8) in the artifact's form, with a squared error of 0.
 
-        Raises CheckpointError for values that no such linear can have, and for those that disagree with each other.
+        Raises CheckpointError for impossible values, and for values that disagree with each other.
         """
         rows = self.read(start, stop)
         self._refuse(rows.problems(exact=False))
@@ -200,7 +199,7 @@ class StoredLinear:
         return QuantizedRows(tensors, torch.zeros_like(squares), squares)
 
     def input_scale(self) -> InputScale:
-        """How a static W8A8 linear quantizes its activations. CheckpointError for unusable values."""
+        """Read the input scale and offset of a static W8A8 linear. CheckpointError for unusable values."""
         read = self.checkpoint.read
         try:
             return input_scale_of({suffix: read(self.tensors[suffix]) for suffix in (INPUT_SCALE, INPUT_OFFSET)})
@@ -208,9 +207,9 @@ class StoredLinear:
             raise self._error(Problem(INPUT_SCALE, f"is unusable: {error}")) from error
 
     def mapped_scale(self, suffix: str) -> Tensor:
-        """A tensor of one scale a channel over a memory map, float32 [N, 1]; a copy where it is stored otherwise.
+        """Map a tensor of one scale a channel as float32 [N, 1]; a copy where it is stored in another form.
 
-        CheckpointError for one that is not a positive number.
+        CheckpointError for a scale that is not positive and finite.
         """
         stored = self.checkpoint.view(self.tensors[suffix])
         as_it_is = stored.dtype is torch.float32 and stored.dim() == 2
@@ -221,7 +220,7 @@ class StoredLinear:
         return scale
 
     def mapped(self, suffix: str) -> Tensor:
-        """A tensor as it is stored, over a memory map."""
+        """A stored tensor over a memory map."""
         return self.checkpoint.view(self.tensors[suffix])
 
     def _read(self, start: int, stop: int, suffixes: tuple[str, ...]) -> LinearRows:
@@ -266,7 +265,7 @@ class StoredLinear:
 
 
 def are_positive(scale: Tensor) -> bool:
-    """Whether all scales are positive numbers, in any float dtype; also if there are none."""
+    """True where all scales, of any float dtype, are positive and finite; also of an empty tensor."""
     if not scale.numel():
         return True
     low, high = scale.aminmax()
@@ -275,7 +274,7 @@ def are_positive(scale: Tensor) -> bool:
 
 
 def _static_tensors(codes: Tensor, inputs: InputScale, deq_scale: Tensor, float16: bool) -> dict[str, Tensor]:
-    """What a static linear has beside codes and scale, with the deq_scale that was stored."""
+    """The tensors of a static linear beside codes and scale, with the stored deq_scale."""
     return {
         INPUT_SCALE: torch.tensor([inputs.scale], dtype=torch.float32),
         INPUT_OFFSET: torch.tensor([float(inputs.offset)]),

@@ -1,4 +1,4 @@
-"""Embedding and head as one stored tensor: how a checkpoint with tied embeddings is read."""
+"""Tied embeddings: embedding and head as one stored tensor."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from ..checkpoint import Checkpoint, natural_key
 
 
 def tied_names(family: Family) -> tuple[str, str]:
-    """The names of embedding and head."""
+    """The tensor names of embedding and head."""
     return family.name(Block.TOP, "embedding"), family.name(Block.TOP, "head")
 
 
 def share_tied(checkpoint: Checkpoint) -> str | None:
-    """Give the one stored tensor of a tied pair its other name too; that name, or None where nothing was missing.
+    """Enter the one stored tensor of a tied pair under its second name too; returns that name, None if none was
+    missing.
 
-    Whoever reads afterwards finds both. Where config.json ties a pair of which both are stored, each is what is stored
-    for it: transformers, too, unties a pair that differs.
+    Later readers find both names. Where both tensors of a tied pair are stored, each keeps its own values: transformers
+    also unties a pair that differs.
     """
     if checkpoint.config.get("tie_word_embeddings") is not True:
         return None
@@ -27,7 +28,7 @@ def share_tied(checkpoint: Checkpoint) -> str | None:
     for missing, stored in ((head, embedding), (embedding, head)):
         if stored in tensors and missing not in tensors:
             both = tensors | {missing: replace(tensors[stored], name=missing)}
-            # In place: what reads a checkpoint on a hub holds the same dictionary.
+            # In place: the window of a remote checkpoint holds the same dictionary.
             tensors.clear()
             tensors.update({name: both[name] for name in sorted(both, key=natural_key)})
             return missing

@@ -1,8 +1,8 @@
-"""The protocol of a weight, and the source that holds all weights of a checkpoint.
+"""The protocol of a weight, and the source of all weights of a checkpoint.
 
-Weights have logical names (`….weight`) and logical shapes [N, K], in whatever tensors they are stored. The
-forms wrap one another: a `Checkpoint` gives bytes, from files here or through a window on a hub; a form makes rows of
-them; a rewrite (`rewritten.py`) makes other rows of those.
+Weights have logical names (`….weight`) and logical shapes [N, K], independent of the stored tensors. The forms wrap one
+another: a `Checkpoint` gives bytes, from local files or through a window; a form decodes them into rows; a rewrite
+(`rewritten.py`) transforms those rows.
 
 **To add a form of storage**, write a file beside this one with
 
@@ -12,10 +12,10 @@ them; a rewrite (`rewritten.py`) makes other rows of those.
    its bytes are rows of a dtype that the native kernels take. Codes and scales that go into the artifact as they are
    make a `StoredLinear` instead.
 2. a function that finds these weights in the headers and in config.json, reads no tensor, and raises CheckpointError,
-   naming file and tensor, for everything that is missing, does not fit, or belongs to nothing.
+   naming file and tensor, for tensors that are missing, do not fit, or belong to no weight.
 
-and call that function in `opening.py`. Nothing else has to know: planning, conversion, calibration, rotation, streaming
-from a hub, verification and the runtime's loader ask the protocol. `tests/foreign/test_another_form.py` adds one.
+and call that function in `opening.py`. No other code changes: planning, conversion, calibration, rotation, streaming
+from a hub, verification and the runtime's loader use the protocol. `tests/foreign/test_another_form.py` adds a form.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ class Weight(Protocol):
 
     @property
     def dtype(self) -> str:
-        """The form in a word, for tables: a safetensors code such as BF16, or the name of a scheme."""
+        """The form's short name, for tables: a safetensors code such as BF16, or the name of a scheme."""
 
     @property
     def float_code(self) -> str:
-        """The safetensors code of the float dtype it is written in where it stays float: its own, or the model's."""
+        """The safetensors code of the float dtype that conversion writes for FLOAT: the weight's own, or the
+        model's."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that it is stored in."""
+        """Bytes of all its stored tensors."""
 
     @property
     def stored_names(self) -> tuple[str, ...]:
-        """The checkpoint's tensors that its rows are computed from, in a fixed order; that of its rows comes first."""
+        """Names of the checkpoint's tensors behind its rows, in a fixed order; the tensor of the rows comes first."""
 
     @property
     def file(self) -> Path:
@@ -73,27 +74,27 @@ class Weight(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that a thread which reads it holds beside the rows it was given."""
+        """Bytes that a reading thread holds beside the rows that `rows` returns."""
 
     @property
     def linear(self) -> StoredLinear | None:
-        """The codes and scales, where it is quantized in a scheme of the artifact; None: it is float."""
+        """The reader of codes and scales of a quantized weight; None for a float one."""
 
     def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
-        """Rows [start, stop), all of them by default; a scalar is one row, and comes whole."""
+        """Read rows [start, stop), by default all; a scalar counts as one row."""
 
     def view(self) -> Tensor | None:
-        """All rows [N, …] over a memory map, if they are stored as float; None: they must be computed."""
+        """All rows [N, …] over a memory map; None where rows are not stored as float."""
 
     def row_bytes(self) -> RowBytes | None:
-        """The rows' bytes, for the native kernels; None where they do not read this form."""
+        """The rows' bytes, for the native kernels; None for a form that those do not read."""
 
 
 @dataclass(frozen=True)
 class RowBytes:
-    """A weight whose rows [N, K] lie one after the other in a tensor, in a dtype that native kernels take.
+    """The bytes of a weight whose rows [N, K] are contiguous in a tensor, in a dtype of the native kernels.
 
-    `scale` is stored as it is here, one for each `block` (rows, columns) of FP8; None for float rows.
+    scale: the stored scales, one for each `block` (rows, columns) of FP8; None for float rows.
     """
 
     checkpoint: Checkpoint
@@ -104,19 +105,19 @@ class RowBytes:
 
     @property
     def blocks(self) -> BlockScale | None:
-        """The scales of all rows, float32."""
+        """Read the scales of all rows as float32."""
         return None if self.scale is None else BlockScale(self.scale.to(torch.float32), 0, *self.block)
 
     def read(self, first: int, memory: memoryview) -> None:
-        """Fill `memory` from byte `first` of the rows on."""
+        """Fill `memory` with the rows' bytes from byte `first` on."""
         self.checkpoint.read_bytes(self.tensor, first, memory)
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """All logical weights of a checkpoint, by name, in its order.
+    """All logical weights of a checkpoint, by name, in the checkpoint's order.
 
-    `is_quantized`: another tool, or npuq, has decided the scheme of each weight already.
+    is_quantized: the checkpoint fixes the scheme of each weight, because npuq or another tool quantized it.
     """
 
     checkpoint: Checkpoint
@@ -125,25 +126,25 @@ class WeightSource:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """The scheme that each weight is stored in: FLOAT where it has no codes."""
+        """The stored scheme of each weight: FLOAT where it has no codes."""
         return {name: scheme_of(weight) for name, weight in self.weights.items()}
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that each thread which reads holds beside the rows it was given."""
+        """Bytes that each reading thread holds beside the rows that `rows` returns: the largest of all weights."""
         return max((weight.held_bytes for weight in self.weights.values()), default=0)
 
     def rows_float32(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a weight as float32."""
+        """Read rows [start, stop) of a weight as float32."""
         return self.weights[name].rows(start, stop).to_float32()
 
     def rows_float(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) in the dtype of `float_code`: bit for bit if they are stored in it, else rounded once."""
+        """Read rows [start, stop) in the dtype of `float_code`: the stored bits in that dtype, else rounded once."""
         weight = self.weights[name]
         return weight.rows(start, stop).to(DTYPES[weight.float_code])
 
     def announce(self, names: Iterable[str], finished: Container[str]) -> None:
-        """Say which weights will be read, in this order, without `finished` ones: a window on a hub fetches them."""
+        """Announce the weights that will be read, in this order, without `finished` ones: a window fetches them."""
         window = self.checkpoint.window
         if window is not None:
             # A norm that was folded into others reads nothing.
@@ -152,18 +153,18 @@ class WeightSource:
             window.start(groups.values(), done)
 
     def release(self, name: str) -> None:
-        """Say that an announced weight will not be read again."""
+        """Release an announced weight: it will not be read again."""
         if self.checkpoint.window is not None:
             self.checkpoint.window.release(self.weights[name].stored_names)
 
 
 def scheme_of(weight: Weight) -> Scheme:
-    """The scheme that a weight is stored in."""
+    """The stored scheme of a weight."""
     return Scheme.FLOAT if weight.linear is None else weight.linear.scheme
 
 
 def not_finite(weight: Weight) -> CheckpointError:
-    """The error of a weight that no scheme can store."""
+    """The error for a weight with an infinity or NaN, which no scheme can store."""
     return CheckpointError(
         f"{weight.file}: tensor {weight.name!r} holds infinities or NaN; the checkpoint is damaged: fetch that shard "
         "again"

@@ -1,1 +1,1 @@
-"""The Hugging Face hub, through huggingface_hub: commits, LFS, pull requests, and the cache that other tools share."""
+"""The Hugging Face hub, by huggingface_hub: commits, LFS, pull requests, and the cache shared with other tools."""

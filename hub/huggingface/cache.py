@@ -1,4 +1,4 @@
-"""The Hugging Face cache, shared with every other tool: what either has fetched, the other finds."""
+"""The Hugging Face cache, whose files npuq and other tools share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .verified import VerifiedFiles
 
 
 class CachePlace:
-    """The snapshot of a commit in the Hugging Face cache: links to contents, which are named by the hub's hashes."""
+    """The snapshot of a commit in the Hugging Face cache: links to blobs, which are named by the hub's hashes."""
 
     def __init__(self, repo: HubRepoId, commit: CommitId, revision: Revision):
-        """`revision` is what the user calls the commit."""
+        """`revision` is the user's name of the commit."""
         self._repo = repo
         self._commit = commit
         self._revision = revision
@@ -73,7 +73,7 @@ class CachePlace:
         return self.directory / MANIFEST
 
     def _is_intact(self, name: FileName) -> bool:
-        """Whether a file is there, and what its name in the cache says."""
+        """True for a file whose content has the hash that its blob is named by."""
         path = self.directory / name
         if not path.is_file():
             return False
@@ -84,9 +84,9 @@ class CachePlace:
         return kind is None or file_holds(path, path.stat().st_size, [kind(named)])
 
     def _refer(self) -> None:
-        """Note which commit a branch or a tag meant, so that it is found without the hub.
+        """Save the commit of a branch or a tag, so that later runs find it without the hub.
 
-        Where that cannot be written (a cache that others share), the hub is asked again the next time.
+        In a read-only cache nothing is saved, and the next run asks the hub again.
         """
         if CommitId.holds(self._revision) or cached_commit(self._repo, self._revision) == self._commit:
             return
@@ -110,7 +110,7 @@ class CachePlace:
 
 
 def cached_commit(repo: HubRepoId, revision: Revision) -> CommitId | None:
-    """The commit that a revision meant when it was last fetched here; None when it never was."""
+    """The commit of a revision at its last fetch into this cache; None when it was never fetched."""
     if CommitId.holds(revision):
         return CommitId(revision)
     try:
@@ -120,7 +120,7 @@ def cached_commit(repo: HubRepoId, revision: Revision) -> CommitId | None:
 
 
 def _cache_folder(repo: HubRepoId) -> Path:
-    # As `repo_folder_name` of huggingface_hub has it.
+    # The name of huggingface_hub's `repo_folder_name`.
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.folder}"
 
 
@@ -129,8 +129,8 @@ def _reference(folder: Path, revision: Revision) -> Path:
 
 
 def _link(blob: Path, path: Path) -> None:
-    """Make `path` a link to a content of the same cache, whatever it was; where links are not to be had, the content
-    moves there, as the client does it."""
+    """Make `path` a link to a blob of the same cache, replacing any file there; where links are not supported, move the
+    blob there, as the client does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() and path.resolve() == blob.resolve():
         return

@@ -1,4 +1,4 @@
-"""huggingface_hub as npuq uses it: one repository, who asks, retries with back-off, errors in one line."""
+"""The huggingface_hub client of one repository: token, retries with back-off, errors in one line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Client:
         return f"{without_userinfo(self.endpoint)}/{self.repo}"
 
     def ask(self, doing: str, question: Callable[[HfApi], T], attempts: int | None = None) -> T:
-        """What the client's own methods answer, retried as by `call`."""
+        """Call one of the client's own methods, with retries as of `call`."""
 
         def asked() -> T:
             with faults.of_the_client():
@@ -83,18 +83,18 @@ class Client:
         return self.call(doing, asked, attempts)
 
     def call(self, doing: str, action: Callable[[], T], attempts: int | None = None) -> T:
-        """Do `action`, again after faults that may pass; other errors become a HubError that begins with `doing`."""
+        """Do `action`, again after transient faults; other errors become a HubError that begins with `doing`."""
         return retried(self, doing, action, attempts)
 
     def is_transient(self, error: BaseException) -> bool:
         return faults.is_transient(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        return faults.asked_seconds(error)
+    def retry_after(self, error: BaseException) -> float:
+        return faults.retry_after(error)
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Errors of the hub, the connection and the disk that are raised inside become a HubError of one line."""
+        """Turn errors of the hub, the connection and the disk inside the context into a HubError of one line."""
         try:
             yield
         except self.raised as error:
@@ -110,14 +110,14 @@ class Client:
         return type(reason)(without_secrets(one_line(f"{doing}: {reason}"), secrets))
 
     def commit_of(self, revision: Revision) -> CommitId:
-        """The commit that a branch or a tag means now."""
+        """The present commit of a branch or a tag."""
         url = f"{self.endpoint}/api/models/{self.repo}/revision/{quote(revision, safe='')}"
         where = f"{self.repo}: what the hub says of it"
         answer = parse_object(self.get(url, limits.MOST_JSON_BYTES)[0], where, HubError)
         return CommitId.parse(answer.get("sha"), where, HubError)
 
     def tree(self, commit: CommitId) -> Iterator[Any]:
-        """The entries of the hub's listing of a commit, as it sends them, page by page."""
+        """Yield the raw entries of the hub's listing of a commit, page by page."""
         url: str | None = f"{self.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
         pages = 0
         while url is not None:
@@ -133,7 +133,7 @@ class Client:
             yield from page
 
     def get(self, url: str, most: int) -> tuple[bytes, str | None]:
-        """The body of an answer of at most `most` bytes, and the address of the next page where there is one."""
+        """Get a body of at most `most` bytes, and the address of the next page; None without one."""
         with self.stream(url, seconds=max(_ANSWER_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT)) as answer:
             if answer.is_compressed:
                 raise HubError(f"{self.repo}: the hub's answer is compressed, which it was asked not to be")
@@ -148,33 +148,33 @@ class Client:
 
     @contextmanager
     def stream(self, url: str, headers: Mapping[str, str] | None = None, *, seconds: float) -> Iterator[Answer]:
-        """An answer whose body comes as it arrives, undecoded; no wait for a part of it takes longer than `seconds`.
+        """Stream an answer's undecoded body; no wait for a piece takes longer than `seconds`.
 
         Raises the client's errors for a refusal.
         """
-        # Identity: of a compressed body neither ranges nor sizes mean what the listing says.
+        # Identity: ranges and sizes of a compressed body would not be the listing's.
         with faults.of_the_client():
             asked = {**build_hf_headers(token=self.api.token, library_name="npuq"), "Accept-Encoding": "identity"}
         asked |= headers or {}
         with self._answer(url, asked, seconds) as response:
             with faults.of_the_client():
                 if response.is_error:
-                    # Closed unread: the client would read a body of any length for the reason, which is a header too.
+                    # Closed unread: the client would read a body of any length for the reason, which a header has too.
                     response.close()
                 hf_raise_for_status(response)
             yield Answer(response.status_code, response.headers, _pieces(response))
 
     @contextmanager
     def _answer(self, url: str, headers: Mapping[str, str], seconds: float) -> Iterator[Any]:
-        """The client's response, its body unread, after redirects whose bodies are not read either."""
-        # A network that drops everything must not take as long as an answer may.
+        """The client's response after redirects, with all bodies unread."""
+        # A network that drops all packets must fail faster than a slow answer.
         timeout = (min(seconds, constants.HF_HUB_ETAG_TIMEOUT), seconds, seconds, seconds)
         with faults.of_the_client():
             session = get_session()
             request = session.build_request("GET", url, headers=dict(headers), timeout=timeout)
         for _ in range(limits.MOST_REDIRECTS + 1):
-            # By hand: the client would read each redirect's body, of any length. It does say where to go on, and leaves
-            # the token out when that is another origin.
+            # By hand: the client would read each redirect's body, of any length. The client builds the next request,
+            # without the token for another origin.
             with faults.of_the_client():
                 response = session.send(request, stream=True, follow_redirects=False)
             try:
@@ -189,7 +189,7 @@ class Client:
         )
 
     def file_url(self, name: FileName, commit: CommitId) -> str:
-        """The address that gives, or redirects to, the content of a file."""
+        """The address of a file's content, or of a redirect to it."""
         return hf_hub_url(self.repo, name, revision=commit, endpoint=self.endpoint)
 
     def _next_page(self, answer: Answer) -> str | None:
@@ -197,12 +197,12 @@ class Client:
         if found is None:
             return None
         try:
-            # A mirror passes on what huggingface.co says of itself.
+            # A mirror passes on huggingface.co's own addresses.
             address = fix_hf_endpoint_in_url(urljoin(f"{self.endpoint}/", found[1]), self.endpoint)
             ours, theirs = urlsplit(self.endpoint), urlsplit(address)
         except ValueError:
             raise HubError(f"{self.repo}: the hub's listing goes on at what is no address") from None
-        # The token goes with the request, and with it the user's name and password that are in ours.
+        # The request carries the token, and the user's name and password of the endpoint's address.
         if (ours.scheme, _host(ours.netloc)) != (theirs.scheme, _host(theirs.netloc)):
             raise HubError(f"{self.repo}: the hub's listing goes on at another address; refusing to follow it")
         return theirs._replace(netloc=ours.netloc).geturl()
@@ -232,23 +232,24 @@ class Client:
             return HubError(f"{self.repo} has no such revision")
         if isinstance(error, EntryNotFoundError):
             return HubError(f"{self.repo} has no such file")
-        status, said = error.response.status_code, error.server_message or ""
+        status, reason = error.response.status_code, error.server_message or ""
         if status in (401, 403) and faults.is_store(error):
-            return HubError(f"the hub's store refuses the upload (status {status}) {quoted(said)}")
+            return HubError(f"the hub's store refuses the upload (status {status}) {quoted(reason)}")
         if status == 401:
             return HubError(f"the hub does not accept the token; make a new one at {_TOKEN_PAGE} and set HF_TOKEN")
         if status == 403:
             request = error.response.request
             if request.method in ("GET", "HEAD") and not request.url.path.endswith("/auth-check/write"):
-                return HubError(f"this token may not read {self.repo} {quoted(said)}")
+                return HubError(f"this token may not read {self.repo} {quoted(reason)}")
             return HubError(
-                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} {quoted(said)}"
+                f"the token may not write to {self.repo}; give one with write access, from {_TOKEN_PAGE} "
+                f"{quoted(reason)}"
             )
-        return status_failed(status, said)
+        return status_failed(status, reason)
 
 
 def _pieces(response: Any) -> Iterator[bytes]:
-    """The body as it arrives, undecoded."""
+    """Yield the undecoded body in pieces."""
     with faults.of_the_client():
         yield from response.iter_raw()
 

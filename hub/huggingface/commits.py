@@ -1,4 +1,4 @@
-"""The commits of one push, made again safely when their answer is lost."""
+"""The commits of one push, repeated safely after a lost answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS_BETWEEN = 60.0
 
 
 class Committer:
-    """Makes the commits of one push, one after another."""
+    """The commits of one push, one after another."""
 
     def __init__(self, client: Client, target: Target, title: str):
         expect_lfs()
@@ -33,9 +33,9 @@ class Committer:
     def commit(
         self, additions: Sequence[Addition], deletions: Sequence[FileName] = (), *, finished: bool = False
     ) -> CommitId:
-        """Add and delete files in one commit, and none where the branch is so already; returns the branch's commit.
+        """Add and delete files in one commit, or none where the branch has that state; returns the branch's commit.
 
-        After a fault that may pass, what the commit may have done all the same is not asked for again. HubError.
+        After a transient fault, changes that the commit made in spite of it are not requested again. Raises HubError.
         """
         return self.client.call(
             f"committing to {self.client.repo}", lambda: self._commit(additions, deletions, finished)

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises: which of it may pass, and which is no mistake of ours."""
+"""The errors of huggingface_hub: the transient ones, and those that are not npuq's own bugs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import NpuqError
 from ..transfer.retry import ClientError, client_code
 from ..transfer.wording import is_insecure, may_pass
 
-# huggingface_hub 1.x stands on httpx, 2.x on httpx2: the base of its own HTTP error tells which.
+# huggingface_hub 1.x uses httpx, 2.x httpx2: the module of its HTTP error's base class shows which.
 _HTTP = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 HTTP_ERROR: Final[type[Exception]] = _HTTP.HTTPError
 _LOST: Final[tuple[type[Exception], ...]] = (
@@ -23,17 +23,17 @@ _LOST: Final[tuple[type[Exception], ...]] = (
     ConnectionError,
     TimeoutError,
 )
-# What talking to the hub may raise at all; anything else is a mistake of ours.
+# All errors of the hub and the connection; any other is a bug of npuq.
 RAISED: Final[tuple[type[Exception], ...]] = (NpuqError, HTTP_ERROR, _HTTP.InvalidURL, OSError, ClientError)
 
 
 def of_the_client() -> AbstractContextManager[None]:
-    """Around calls of the client alone: `client_code` of huggingface_hub."""
+    """The context of calls of the client alone: `client_code` of huggingface_hub."""
     return client_code(RAISED)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: a lost connection, a busy or restarting server."""
+    """True where the same request may soon succeed: a lost connection, a busy or restarting server."""
     error = innermost(error)
     if isinstance(error, OfflineModeIsEnabled) or is_insecure(error):
         return False
@@ -46,26 +46,26 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_store(error: HfHubHTTPError) -> bool:
-    """Whether the refusal came from where uploads are stored, not from the hub."""
+    """True for a refusal of the uploads' storage server, not of the hub."""
     return bool(error.response.request.method == "PUT")
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What happened: the client wraps it in a RuntimeError where it happens in a thread of its own."""
+    """The original error: the client wraps errors of its own threads in a RuntimeError."""
     while isinstance(error, (ClientError, RuntimeError)) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
-def asked_seconds(error: BaseException) -> float:
-    """How long an answer asks to wait; 0 where it does not say."""
+def retry_after(error: BaseException) -> float:
+    """The seconds to wait that an answer demands (Retry-After, rate limits); 0 without a demand."""
     error = innermost(error)
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
         return 0.0
     headers = error.response.headers
     try:
         limit = parse_ratelimit_headers(headers)
-    except ValueError:  # numbers without end
+    except ValueError:  # numbers of too many digits
         limit = None
     if limit is not None and limit.remaining == 0:
         return float(min(limit.reset_in_seconds, 10**6)) + 1

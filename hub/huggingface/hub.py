@@ -1,4 +1,4 @@
-"""The Hugging Face hub as `npuq.hub.hub.Hub` describes hubs."""
+"""The Hugging Face hub, as an implementation of `npuq.hub.hub.Hub`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .upload import HubUpload
 
 
 class HuggingFace:
-    """The hub and one repository there. `token` None: the ecosystem's own (HF_TOKEN, `hf auth login`)."""
+    """The hub and one of its repositories. `token` None: the ecosystem's own (HF_TOKEN, `hf auth login`)."""
 
     default_branch: Final = Revision(constants.DEFAULT_REVISION)
 
@@ -35,12 +35,12 @@ class HuggingFace:
         return self._client.errors(doing)
 
     def pinned(self, revision: Revision) -> Located:
-        """The commit that a revision means now; that it is in the cache does not do. Raises HubError."""
+        """Locate the present commit of a revision, by the hub alone and not by the cache. Raises HubError."""
         commit = resolve_commit(self._client, revision)
         return Located(HubRepository(self._client, commit), CachePlace(self.repo, commit, revision))
 
     def locate(self, revision: Revision) -> Located:
-        """Find a revision; where nobody answers, the commit that it was when it was last fetched."""
+        """Find a revision; where no server answers, its commit at the last fetch."""
         commit, unanswered = self._commit(revision)
         return Located(HubRepository(self._client, commit), CachePlace(self.repo, commit, revision), unanswered)
 
@@ -54,7 +54,7 @@ class HuggingFace:
         try:
             return resolve_commit(self._client, revision, attempts=None if cached is None else 2), None
         except (PassingError, OfflineError) as error:
-            # As the client does: what was fetched before is better than nothing.
+            # As the client does: an earlier copy is better than none.
             if cached is None:
                 raise
             return cached, error

@@ -1,8 +1,8 @@
-"""Additions of a push, whose content goes up by LFS.
+"""Additions of a push, uploaded by LFS.
 
-huggingface_hub sends content through Xet wherever hf_xet is installed, and asks no hub whether it has Xet. Every hub
-takes LFS, with Xet behind it or without; by LFS each byte sent is counted, content that is there is known by its hash,
-and each fault of a connection has a test. The client decides by what an addition is made of: a file object goes by LFS.
+huggingface_hub uploads by Xet wherever hf_xet is installed, without asking the hub for Xet support. Every hub takes
+LFS, with Xet behind it or without. With LFS each byte sent is counted, present content is found by its hash, and each
+fault of a connection has a test. The client uploads file objects by LFS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..listing import Listing
 
 
 class _AboutLfs(logging.Filter):
-    """Drops the client's warning that a file object goes by LFS: here that is meant."""
+    """Drops the client's warning that a file object goes by LFS, which is intended here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "not supported by Xet Storage" not in record.getMessage()
@@ -31,24 +31,25 @@ _ABOUT_LFS: Final = _AboutLfs()
 
 
 def expect_lfs() -> None:
-    """Do not let the client warn of what is meant. To be called before additions are sent, as often as one likes."""
+    """Silence the client's warning about LFS. Call it before additions are sent; repeated calls do nothing."""
     logging.getLogger("huggingface_hub._commit_api").addFilter(_ABOUT_LFS)
 
 
 class Addition(CommitOperationAdd):
-    """A file for a commit, opened anew whenever it is sent."""
+    """A file for a commit, opened anew for every attempt to send it."""
 
     name: FileName
     _open: Callable[[], BinaryIO]
 
     @classmethod
     def of(cls, name: FileName, content: bytes) -> Addition:
-        """An addition of content in memory."""
+        """Make an addition of content in memory."""
         return cls._made(name, lambda: io.BytesIO(content))
 
     @classmethod
     def read_from(cls, name: FileName, path: Path, advance: Callable[[int], object]) -> Addition:
-        """An addition of a file, which is hashed now, and told to `advance` as its bytes are read for sending."""
+        """Make an addition of a file, which is hashed now. `advance` gets the number of bytes of each read for
+        sending."""
         addition = cls._made(name, lambda: path.open("rb"))
         addition._open = lambda: _TrackedFile(str(path), advance)
         return addition
@@ -62,7 +63,7 @@ class Addition(CommitOperationAdd):
         return addition
 
     def is_in(self, listing: Listing) -> bool:
-        """Whether the hub has this content under this name."""
+        """True where the hub has this content under this name."""
         there = listing.files.get(self.name)
         if there is None or there.size != self.upload_info.size:
             return False
@@ -78,7 +79,7 @@ class Addition(CommitOperationAdd):
 
 
 class _TrackedFile(io.FileIO):
-    """Reports how far reading has come, counting no byte twice when a request is sent again."""
+    """A file that passes its read bytes to `advance`, counting no byte twice when a request is sent again."""
 
     def __init__(self, path: str, advance: Callable[[int], object]):
         super().__init__(path)

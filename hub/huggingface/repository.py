@@ -18,7 +18,7 @@ from .client import Client
 
 
 class HubRepository:
-    """A repository at a commit, as `npuq.hub.hub.Repository` describes it."""
+    """A repository at a commit, as an implementation of `npuq.hub.hub.Repository`."""
 
     raised = Client.raised
 
@@ -49,20 +49,20 @@ class HubRepository:
     def is_transient(self, error: BaseException) -> bool:
         return self.client.is_transient(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        return self.client.asked_seconds(error)
+    def retry_after(self, error: BaseException) -> float:
+        return self.client.retry_after(error)
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
         return self.client.failure(doing, error)
 
 
 def resolve_commit(client: Client, revision: Revision, attempts: int | None = None) -> CommitId:
-    """The commit that a revision of the repository means. Raises HubError."""
+    """The present commit of a revision of the repository. Raises HubError."""
     return client.call(f"asking {client.repo}", lambda: client.commit_of(revision), attempts)
 
 
 def list_branch(client: Client, branch: Revision) -> tuple[HubRepository, Listing]:
-    """What a branch holds now, at the commit that it is at."""
+    """The repository at a branch's present commit, and its listing."""
     repository = HubRepository(client, resolve_commit(client, branch))
     return repository, repository.listing()
 

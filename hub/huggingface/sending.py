@@ -1,4 +1,4 @@
-"""The weights of a push: several files at a time go up, commits name them in order, a bad file stops no other."""
+"""Uploads of a push's weights: several files at a time, committed in order; a failed file does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WORKERS = 4
 
 
 def upload_all(committer: Committer, files: Sequence[LocalFile], progress: Progress) -> dict[str, NpuqError]:
-    """Send the content of all files and commit them in order; returns those that failed, with why.
+    """Send the content of all files and commit them in order; returns the failed ones with their errors.
 
-    Commits are made once a minute at most (the hub limits commits an hour), and lag behind the content that is there
-    already: content without a commit is not sent again either.
+    Commits are at least a minute apart (the hub limits commits an hour) and lag behind the uploads. A later push does
+    not send uploaded content again, committed or not.
     """
     failed: dict[str, NpuqError] = {}
     waiting: list[Addition] = []
@@ -63,6 +63,6 @@ def _upload(committer: Committer, file: LocalFile, progress: Progress) -> Additi
     if addition.upload_info.sha256.hex() != file.sha256:
         raise file.changed()
     client.ask(f"sending {file.name}", preupload)
-    # Content that the hub had already was not read through us.
+    # Content that the hub had was not read through `advance`.
     advance(file.size - sent)
     return addition

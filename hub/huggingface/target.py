@@ -1,4 +1,4 @@
-"""Where a push goes: the repository is made or found, the user may write to it, the branch or pull request is there."""
+"""The target of a push: makes or finds the repository and the branch or pull request, and checks write access."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Target:
     number: int | None = None
 
     def publish(self, client: Client) -> None:
-        """Open the pull request, which was a draft until everything is in it."""
+        """Open the pull request, which is a draft until all files are in it."""
         if self.number is None:
             return
         number, doing = self.number, f"opening pull request {self.number} of {client.repo}"
@@ -34,7 +34,7 @@ class Target:
 
 
 def open_target(client: Client, private: bool | None, revision: str | None, create_pr: bool, title: str) -> Target:
-    """Make what is missing. HubError for a missing or refused token and for a repository the user may not write to."""
+    """Open the target, made where missing. HubError for a missing or refused token, and without write access."""
     if create_pr and revision not in (None, _MAIN):
         raise HubError("a pull request goes to main: give either --create-pr or --revision")
     branch, pushing = parse_revision(revision, _MAIN), f"pushing to {client.repo}"
@@ -68,7 +68,7 @@ def _pull_request(client: Client, user: str, title: str) -> Target:
         return [int(pull.num) for pull in found if pull.title == title]
 
     numbers = client.ask(doing, mine)
-    # Not retried blindly: a lost answer would leave a second one behind; the next push finds the first.
+    # Not retried blindly: after a lost answer a retry would make a second pull request; the next push finds the first.
     if numbers:
         number = max(numbers)
     else:

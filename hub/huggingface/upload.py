@@ -1,7 +1,7 @@
-"""A push to the Hugging Face hub, as `npuq.hub.hub.Upload` describes it: three kinds of commits.
+"""A push to the Hugging Face hub, as an implementation of `npuq.hub.hub.Upload`: three kinds of commits.
 
-The first takes the old manifest away and says that a push is under way; then come the weights, one after another; the
-last brings the small files and the manifest.
+The first removes the old manifest and adds the note of an unfinished push. The next add the weights in order. The last
+adds the small files and the manifest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which cached files were seen to have which hash, so that loading a model again does not read all of it first.
+"""Notes of verified hashes of cached files, so that loading a model again need not read all of it first.
 
 A file counts as unchanged while its size, modification time and inode are those that were noted.
 """
@@ -20,22 +20,22 @@ _FOLDER = "npuq-verified"
 
 
 class VerifiedFiles:
-    """The notes on one snapshot (repository and commit)."""
+    """The notes of one snapshot (repository and commit)."""
 
     def __init__(self, repo: HubRepoId, commit: CommitId):
         self._path = Path(constants.HF_HOME) / _FOLDER / f"{repo.folder}--{commit}.json"
         self._notes = self._read()
 
     def has(self, path: Path, digest: Digest) -> bool:
-        """Whether this file was seen to have this hash, and is as it was."""
+        """True for an unchanged file that was noted with this hash."""
         return self._notes.get(str(path)) == [digest, *_fingerprint(path)]
 
     def add(self, path: Path, digest: Digest) -> None:
-        """Note that this file has this hash."""
+        """Note a file's verified hash."""
         self._notes[str(path)] = [digest, *_fingerprint(path)]
 
     def save(self) -> None:
-        """Write the notes; where that is not possible, the files are read again the next time."""
+        """Write the notes; if that fails, the next run reads the files again."""
         with contextlib.suppress(OSError):
             write_whole(self._path, json.dumps(self._notes).encode())
 

@@ -1,1 +1,1 @@
-"""ModelScope, through the public methods of its client (modelscope_hub), which commits every file by itself."""
+"""ModelScope, by the public methods of its client (modelscope_hub), which makes one commit a file."""

@@ -1,4 +1,4 @@
-"""Limits on what ModelScope's client reads: it takes answers, errors and redirects whole, whatever their length."""
+"""Limits for ModelScope's client, which reads answers, errors and redirects of any length."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from urllib3.util import Retry
 from ...errors import HubError
 from ..transfer.limits import MOST_REDIRECTS
 
-# Of an error's body, which the client reads for its reason.
+# The limit of an error's body, which the client reads for its reason.
 _MOST_REASON_BYTES: Final = 64 << 10
 
 
 def limit_answers(client: Any, most: int) -> None:
     """Make a client of `modelscope_hub` read at most `most` bytes of an answer, little of an error, none of a redirect.
 
-    Content is not limited here: what is asked for with `Range` is counted by who reads it. Raises HubError for a client
-    of another make.
+    Content is not limited here: the readers of `Range` requests count its bytes. Raises HubError for a client with
+    other internals.
     """
     sessions = [value for value in vars(client).values() if isinstance(value, requests.Session)]
     if not sessions:
@@ -41,7 +41,7 @@ class _LimitedAdapter(BaseAdapter):
     def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
         response: requests.Response = self._inner.send(request, *arguments, **options)
         if response.is_redirect:
-            # Before it is followed its body would be read.
+            # Without this the client would read a redirect's body before following it.
             response.raw.close()
         elif response.status_code >= 400:
             response.raw = _LimitedBody(response.raw, _MOST_REASON_BYTES, None)
@@ -55,7 +55,7 @@ class _LimitedAdapter(BaseAdapter):
 
 
 class _UnreadRetry(Retry):
-    """Retries as before, without reading the body of the answer that is not taken."""
+    """The client's retries, without reading the body of a rejected answer."""
 
     @classmethod
     def like(cls, other: Retry) -> _UnreadRetry:
@@ -81,7 +81,7 @@ class _UnreadRetry(Retry):
 
 
 class _LimitedBody:
-    """A body of which at most `most` bytes are read, decoded: then it ends, or raises `refusal`."""
+    """A body that ends, or raises `refusal`, after `most` decoded bytes."""
 
     def __init__(self, raw: Any, most: int, refusal: HubError | None):
         self._raw = raw
@@ -95,7 +95,7 @@ class _LimitedBody:
         return lambda *arguments, **options: self._counted(found(*arguments, **options))
 
     def stream(self, *arguments: Any, **options: Any) -> Iterator[bytes]:
-        """As urllib3's."""
+        """Stream the body as urllib3 does."""
         for piece in self._raw.stream(*arguments, **options):
             if counted := self._counted(piece):
                 yield counted

@@ -1,5 +1,4 @@
-"""modelscope_hub as npuq uses it, by its public methods: one repository, what it lists and sends, and how its errors
-are said."""
+"""The modelscope_hub client of one repository, by its public methods: listing, uploads, errors in one line."""
 
 from __future__ import annotations
 
@@ -53,13 +52,13 @@ class Client:
         self._config = modelscope_hub.HubConfig(token=token)
         self._api = modelscope_hub.HubApi(self._config)
         self._endpoint = str(self._config.endpoint)
-        # Here, where no threads are yet: the client makes them when they are first asked for.
+        # Here, before any thread starts: the client makes its sessions lazily.
         self._legacy = self._api.legacy
         limit_answers = import_module(f"{__package__}.answers").limit_answers
         for asking in (self._legacy, self._api.openapi):
             limit_answers(asking, limits.MOST_JSON_BYTES)
         self._errors: Any = modelscope_hub.errors
-        # What the client itself stands on.
+        # The client's own HTTP library.
         self._requests: Any = import_module("requests.exceptions")
         self._urllib3: Any = import_module("urllib3.exceptions")
         hubs, requests, urllib3 = self._errors.HubError, self._requests.RequestException, self._urllib3.HTTPError
@@ -72,13 +71,13 @@ class Client:
 
     @property
     def cache(self) -> Path:
-        """The folder that the client keeps its downloads in."""
+        """The folder of the client's downloads."""
         return Path(self._config.cache_dir)
 
     def ask(self, doing: str, question: Callable[[Any], T], attempts: int = 1) -> T:
-        """What the client's own methods answer; errors become a HubError of one line.
+        """Call one of the client's own methods; errors become a HubError of one line.
 
-        The client itself tries again what it asks and commits, but not what it uploads: that is what `attempts` is for.
+        The client itself retries queries and commits, but not uploads: `attempts` is for those.
         """
 
         def asked() -> T:
@@ -89,14 +88,14 @@ class Client:
 
     @contextlib.contextmanager
     def errors(self, doing: str) -> Iterator[None]:
-        """Errors of the hub, the connection and the disk that are raised inside become a HubError of one line."""
+        """Turn errors of the hub, the connection and the disk inside the context into a HubError of one line."""
         try:
             yield
         except self.raised as error:
             raise self.failure(doing, error) from None
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether the same request may succeed a little later."""
+        """True where the same request may soon succeed."""
         errors, requests, urllib3 = self._errors, self._requests, self._urllib3
         lost = (
             *(errors.NetworkError, errors.ServerError, errors.RateLimitError),
@@ -106,8 +105,8 @@ class Client:
         )
         return isinstance(error, lost) and not is_insecure(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        """How long an answer asks to wait; 0 where it does not say."""
+    def retry_after(self, error: BaseException) -> float:
+        """The seconds to wait that an answer demands (Retry-After); 0 without a demand."""
         asked = getattr(error, "retry_after", None)
         return float(asked) if isinstance(asked, (int, float)) and 0 < asked < 10**6 else 0.0
 
@@ -145,13 +144,13 @@ class Client:
         if isinstance(error, ConnectionError):
             return connection_failed(self._endpoint, error, passing=True)
         if isinstance(error, errors.HubError):
-            said = getattr(error, "message", None) or str(error)
-            return HubError(f"ModelScope refused {quoted(str(said))}")
+            reason = getattr(error, "message", None) or str(error)
+            return HubError(f"ModelScope refused {quoted(str(reason))}")
         return not_understood(error)
 
     def put(self, name: FileName, content: Path | bytes, branch: Revision, title: str) -> None:
         """Send a file, unless ModelScope has its content, and commit it."""
-        # The client prints what it commits on stdout, which is for our result.
+        # The client prints its commits on stdout, which is reserved for results.
         with contextlib.redirect_stdout(io.StringIO()):
             self.ask(
                 f"sending {name}",
@@ -169,7 +168,7 @@ class Client:
         )
 
     def open_or_make(self, private: bool | None) -> None:
-        """Check the token, and make the repository where it is not there."""
+        """Check the token, and make the repository where missing."""
         pushing = f"pushing to {self.repo}"
         self.ask(pushing, lambda api: api.whoami())
         if not self.ask(pushing, lambda api: api.repo_exists(self.repo, _TYPE)):
@@ -177,20 +176,20 @@ class Client:
             self.ask(pushing, lambda api: api.create_repo(self.repo, _TYPE, visibility=visibility))
 
     def tag(self, tag: str, branch: Revision) -> None:
-        """Tag what a branch holds."""
+        """Tag a branch's present state."""
         self.ask(
             f"tagging {self.repo} as {tag!r}",
             lambda api: api.create_repo_tag(self.repo, _TYPE, tag, revision=branch),
         )
 
     def list_files(self, branch: Revision) -> Listing:
-        """Every file of a branch with its size and sha256."""
+        """List every file of a branch with its size and sha256."""
         entries = self.ask(f"listing {self.repo}", lambda api: api.list_repo_files(self.repo, _TYPE, revision=branch))
         return parse_listing(entries, self.repo, _entry)
 
     @contextlib.contextmanager
     def open(self, name: FileName, branch: Revision, start: int, end: int) -> Iterator[Answer]:
-        """Ask for bytes [start, end) of a file. Not by the client's own download: that draws bars."""
+        """Request bytes [start, end) of a file. The client's own download would draw progress bars."""
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         with client_code(self.raised):
             response = self._legacy.download_stream(self.repo, _TYPE, name, branch, headers=headers)

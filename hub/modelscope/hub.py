@@ -1,4 +1,4 @@
-"""ModelScope as `npuq.hub.hub.Hub` describes hubs."""
+"""ModelScope, as an implementation of `npuq.hub.hub.Hub`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class ModelScope:
         return self._client.errors(doing)
 
     def locate(self, revision: Revision) -> Located:
-        """A branch, and a folder of the client's cache that follows it."""
+        """Find a branch, and the folder of the client's cache that follows it."""
         # Escaped, not replaced: ModelScope allows `--` in all of these names.
         folder = self._client.cache / "npuq" / self.repo / quote(revision, safe="")
         place = FolderPlace(folder, Source(self.repo, revision), follows=True)
         return Located(ScopeRepository(self._client, revision), place)
 
     def open_upload(self, *, private: bool | None, revision: str | None, create_pr: bool, title: str) -> ScopeUpload:
-        """A push to a branch that is there: the client makes none, and opens no pull requests."""
+        """Open a push to an existing branch: the client makes no branches and no pull requests."""
         if create_pr:
             raise HubError("--create-pr is not for ModelScope: its client opens no pull requests")
         branch = parse_revision(revision, self.default_branch)

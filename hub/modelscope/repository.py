@@ -1,4 +1,4 @@
-"""A repository on ModelScope at a branch, as `npuq.hub.hub.Repository` describes it."""
+"""A repository on ModelScope at a branch, as an implementation of `npuq.hub.hub.Repository`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .client import Client
 
 
 class ScopeRepository:
-    """A branch, whatever it holds when it is asked: the client reads no commits."""
+    """A branch in its state at each request: the client reads no commits."""
 
     commit: Final = None
 
@@ -44,8 +44,8 @@ class ScopeRepository:
     def is_transient(self, error: BaseException) -> bool:
         return self._client.is_transient(error)
 
-    def asked_seconds(self, error: BaseException) -> float:
-        return self._client.asked_seconds(error)
+    def retry_after(self, error: BaseException) -> float:
+        return self._client.retry_after(error)
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
         return self._client.failure(doing, error)

@@ -1,7 +1,7 @@
-"""A push to ModelScope, as `npuq.hub.hub.Upload` describes it.
+"""A push to ModelScope, as an implementation of `npuq.hub.hub.Upload`.
 
-Its client commits every file by itself and sends it in one piece. From that follows the order: the old manifest goes
-first, the weights come one by one, the small files after them, and the manifest last.
+Its client makes one commit a file, and sends it in one piece. Hence the order: the old manifest is removed first, then
+come the weights one by one, the small files, and the manifest last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .repository import ScopeRepository
 
 
 class ScopeUpload:
-    """A push into a branch that is there."""
+    """A push into an existing branch."""
 
     commits_together: Final = False
     pull_request: Final = None
@@ -52,7 +52,7 @@ class ScopeUpload:
             self._client.remove([MANIFEST], self.revision, self._title)
 
     def send(self, files: Sequence[LocalFile], progress: Progress) -> dict[str, NpuqError]:
-        """The weights first, then what gives them a meaning. One at a time: each is a commit to the same branch."""
+        """Send the weights first, then the small files, one at a time: each is a commit to the same branch."""
         failed: dict[str, NpuqError] = {}
         for file in sorted(files, key=lambda file: not file.name.endswith(".safetensors")):
             try:
@@ -81,7 +81,8 @@ class ScopeUpload:
         return
 
     def _refuse_unlike(self) -> None:
-        """Before the manifest vouches for them: what was sent is what it says, also where a file changed meanwhile."""
+        """Refuse sent files whose listed hash is not the manifest's, for example after a change on disk; called before
+        the manifest is sent."""
         if not self._sent:
             return
         listing = ScopeRepository(self._client, self.revision).listing()

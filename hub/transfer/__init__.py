@@ -1,4 +1,4 @@
-"""Bytes on their way: tried again after faults, resumed inside files, checked by hash, in bounded space.
+"""Transfers: retried after faults, resumed inside files, checked by hash, in bounded space.
 
-Knows hubs by the protocols of `hub/hub.py` alone.
+Uses hubs by the protocols of `hub/hub.py` alone.
 """

@@ -1,4 +1,4 @@
-"""Whether content is what a hub or a manifest says it is: by sha256, or by git's hash of a file."""
+"""Checks of content against the hash of a hub or a manifest: sha256, or git's hash of a file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _CHUNK = 1 << 20
 
 
 class Check:
-    """Hashes content of a known size piece by piece, for every digest that it must have."""
+    """An incremental check of content of a known size against every given digest."""
 
     def __init__(self, size: int, digests: Iterable[Digest]):
         self._wanted = tuple(digests)
         self._hashes = [_begin(type(digest), size) for digest in self._wanted]
 
     def update(self, piece: bytes) -> None:
-        """The next bytes of the content."""
+        """Hash the next bytes of the content."""
         for digest in self._hashes:
             digest.update(piece)
 
     def holds(self) -> bool:
-        """Whether all that came has every digest."""
+        """True where the content so far has every digest."""
         return all(digest.hexdigest() == wanted for digest, wanted in zip(self._hashes, self._wanted, strict=True))
 
 
@@ -37,19 +37,19 @@ def _begin(kind: type[Digest], size: int) -> hashlib._Hash:
 
 
 def content_digest(content: bytes, kind: type[Digest]) -> Digest:
-    """The digest of this kind of a content."""
+    """Compute the digest of this kind of a content."""
     digest = _begin(kind, len(content))
     digest.update(content)
     return kind(digest.hexdigest())
 
 
 def content_holds(content: bytes, size: int, digest: Digest) -> bool:
-    """Whether a content has this size and digest."""
+    """True where a content has this size and digest."""
     return len(content) == size and content_digest(content, type(digest)) == digest
 
 
 def file_holds(path: Path, size: int, digests: Iterable[Digest]) -> bool:
-    """Whether a regular file has this size and all of these digests; False where there is none."""
+    """True where a regular file has this size and all of these digests; False without a file."""
     if not path.is_file() or path.stat().st_size != size:
         return False
     check = Check(size, digests)

@@ -1,4 +1,4 @@
-"""Bytes of one file on a hub, by range requests: resumed inside the file, and never more than the hub lists."""
+"""Downloads of one file by range requests: resumed inside the file, and never longer than the hub lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..hub import Answer, Repository
 from ..listing import RemoteFile
 from .retry import Retries
 
-# A hub that gives a few bytes a request would else be asked millions of times.
+# Else a hub that sends a few bytes a request would get millions of requests.
 _PROGRESS_BYTES = 16 << 10
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
@@ -27,10 +27,10 @@ def fetch_range(
     file: IO[bytes],
     received: Callable[[bytes], object] = lambda piece: None,
 ) -> None:
-    """Append bytes [start, end) of a file of `size` bytes to `file`, telling `received` of each piece written.
+    """Append bytes [start, end) of a file of `size` bytes to `file`, and call `received` with each piece written.
 
-    A fault that may pass is retried, going on after the last byte that arrived; attempts count anew whenever some
-    kilobytes arrived. An answer that is longer than the file is listed, or of another file, is refused: HubError.
+    After a transient fault the request continues at the last byte; attempts count anew after some kilobytes. Raises
+    HubError for an answer that is longer than listed, or of another file.
     """
     position, retries = start, Retries(repository, f"{repository.repo}: {name}")
     while position < end:
@@ -46,20 +46,20 @@ def fetch_range(
             raise
         except repository.raised as failure:
             error = failure
-        if position == end:  # whatever became of the connection then
+        if position == end:  # a later fault of the connection does not matter
             return
         retries.wait_after(error, progressed=position >= before + _PROGRESS_BYTES)
 
 
 def _write(file: IO[bytes], piece: bytes) -> None:
-    """All of the piece: an unbuffered file may take less of it at a time."""
+    """Write the whole piece: an unbuffered file may write less of it at a time."""
     left = memoryview(piece)
     while left:
         left = left[file.write(left) :]
 
 
 def read_whole(repository: Repository, name: FileName, file: RemoteFile, most: int) -> bytes:
-    """The content of a small file, checked against the hub's hash where it tells one; nothing is kept. HubError."""
+    """Read a small file into memory, checked against the hub's hash where listed. Raises HubError."""
     if file.size > most:
         raise HubError(f"{repository.repo}: {name} has {file.size} bytes; npuq reads {most} of such a file")
     for _ in range(2):
@@ -71,7 +71,7 @@ def read_whole(repository: Repository, name: FileName, file: RemoteFile, most: i
 
 
 def mismatch(repository: Repository, name: str, what: str = "hash") -> HubError:
-    """The error for a file whose hash or size is not what the manifest says, or the hub's own listing."""
+    """The error for a file whose hash or size differs from the manifest's or the listing's."""
     return HubError(
         f"{repository.repo}: {name} is not what the manifest promises or the hub lists (its {what} differs); the "
         "repository holds a damaged or unfinished push: ask its owner to push again, or give another --revision"
@@ -79,11 +79,11 @@ def mismatch(repository: Repository, name: str, what: str = "hash") -> HubError:
 
 
 def _wanted(answer: Answer, where: str, size: int, start: int, end: int) -> Iterator[bytes]:
-    """The bytes [start, end) of a file of `size` bytes out of an answer, of its body as little as that takes."""
+    """Yield bytes [start, end) of a file of `size` bytes from an answer, and read no more of its body."""
     if answer.is_compressed:
         raise HubError(f"{where}: the hub sends it compressed, which it was asked not to")
     if answer.status == 200:
-        # A server that ignores ranges sends the whole file: what was not asked for passes by.
+        # A server that ignores ranges sends the whole file: skip the bytes outside.
         position, last = 0, size
     else:
         _check_range(answer, where, size, start, end)
@@ -105,7 +105,7 @@ def _wanted(answer: Answer, where: str, size: int, start: int, end: int) -> Iter
 def _check_range(answer: Answer, where: str, size: int, start: int, end: int) -> None:
     match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
     if answer.status != 206 or match is None or int(match[1]) != start:
-        # Not in the hub's words: they may hold anything, what it was sent included.
+        # Without the hub's own text, which may contain anything, also the request's token.
         place = "an unknown place" if match is None else f"bytes from {match[1]}"
         raise HubError(f"{where}: asked for bytes from {start}, the hub answered {answer.status} with {place}")
     if int(match[2]) >= end or (match[3] != "*" and int(match[3]) != size):

@@ -1,4 +1,4 @@
-"""One file of a repository, fetched into place: goes on where an earlier try ended, appears whole and right or not."""
+"""Fetching of one file: continues a partial one, and gives a file its name only when it is whole and checked."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _CHUNK = 1 << 20
 
 
 def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Callable[[int], object]) -> None:
-    """Fetch a file to `target`, and check it against its digests before it appears there.
+    """Fetch a file to `target`, and check it against its digests before it gets that name.
 
-    The part that has arrived lies beside it as `NAME.npuq-part`, also after a kill. Content that turns out wrong is
-    fetched once more from its beginning, then refused: HubError.
+    The partial file is `NAME.npuq-part` beside it, also after a kill. Wrong content is fetched once more from its
+    beginning, then refused: HubError.
     """
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Ca
             count(wanted.size)
             partial.unlink(missing_ok=True)
             return
-        # What an earlier pull left may be another content's beginning: it is no try of this one.
+        # An earlier pull's partial file may be of other content: it does not count as an attempt.
         for _ in range(3 if os.fstat(file.fileno()).st_size else 2):
             if _complete(repository, wanted, file, count):
                 os.fsync(file.fileno())
@@ -54,7 +54,7 @@ def fetch_file(repository: Repository, wanted: Wanted, target: Path, advance: Ca
 
 
 def _complete(repository: Repository, wanted: Wanted, file: IO[bytes], count: Callable[[int], object]) -> bool:
-    """Append what is missing; whether the whole is right."""
+    """Append the missing bytes; True where the whole file has the wanted digests."""
     check, have = Check(wanted.size, wanted.digests), 0
     file.seek(0)
     while piece := file.read(_CHUNK):
@@ -74,10 +74,10 @@ def _complete(repository: Repository, wanted: Wanted, file: IO[bytes], count: Ca
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """The partial file, open for appending and ours alone, and whether another pull had it before."""
+    """Open the partial file for appending, locked; with True where another pull held it before."""
     waited = False
     while True:
-        # Unbuffered: what a kill leaves behind is what arrived. A link there is not ours, and is not followed.
+        # Unbuffered, so that a kill loses no received byte. A link is foreign, and is not followed.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(partial, flags, 0o666), "r+b", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -89,10 +89,10 @@ def _locked(partial: Path) -> Iterator[tuple[IO[bytes], bool]]:
                     waited = True
                     fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
-                # Some network file systems have no locks: two pulls at once are then the user's care.
+                # Some network file systems have no locks: the user must not run two pulls at once there.
                 yield file, waited
                 return
-            # While we waited, the other one may have moved its finished file away from under this name.
+            # During the wait the other pull may have renamed its finished file.
             if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
                 yield file, waited
                 return

@@ -1,4 +1,4 @@
-"""A folder that an artifact is pulled into: claimed first, filled, and an artifact only when all of it is there."""
+"""The user's folder as target of a pull: claimed first, then filled; its manifest comes last."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .download import read_whole
 from .fetch import fetch_file
 from .partial import PARTIAL_SUFFIX, write_whole
 
-# What a folder has from the beginning of a pull to its end.
+# In the folder from the beginning of a pull to its end.
 _PULLING = FileName(f"{OWN_FOLDER}/pulling.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a folder's artifact comes from."""
+    """The origin of a folder's artifact."""
 
     repo: RepoId
     revision: Revision
 
 
 class FolderPlace:
-    """A folder of the user's own. Only files that the artifact has are written, and none other is touched.
+    """A folder of the user. Only the artifact's files are written, and no other is touched.
 
-    While an artifact comes from `source`, `npuq/pulling.json` says which files it has, so that no other is mixed with
-    it: another is refused, and what an earlier state of the same branch left goes away. With `follows`, for a folder of
-    npuq's own, a finished artifact gives way too.
+    During a pull from `source`, `npuq/pulling.json` lists the artifact's files, so that two artifacts are never mixed:
+    another artifact is refused, and the files of an earlier state of the same branch are removed. With `follows`, for a
+    folder in the client's cache, a finished artifact is replaced too.
     """
 
     def __init__(self, directory: Path, source: Source, *, follows: bool = False):
@@ -53,7 +53,7 @@ class FolderPlace:
         self._stale: frozenset[FileName] = frozenset()
 
     def manifest(self) -> bytes | None:
-        """None: what is there may be of an earlier state of the branch."""
+        """None: a local manifest may be of an earlier state of the branch."""
         return None
 
     def bring_manifest(self, repository: Repository, listing: Listing) -> bytes:
@@ -91,8 +91,8 @@ class FolderPlace:
         return self.directory
 
     def _claim(self) -> frozenset[FileName]:
-        """npuq writes into a directory that it made or found empty, and knows it again by its own folder. Returns the
-        files there that another state of the branch left."""
+        """Claim the folder: one that npuq made or found empty, marked by its own subfolder. Returns the files of an
+        earlier state of the branch."""
         own, held = self.directory / OWN_FOLDER, self.directory / MANIFEST
         if self.directory.exists() and not self.directory.is_dir():
             raise HubError(f"{self.directory}: exists and is not a directory; choose another")
@@ -119,7 +119,7 @@ class FolderPlace:
         return left
 
     def _begun(self) -> frozenset[FileName]:
-        """What a pull that was not finished may have left there and this artifact does not have."""
+        """The files of an unfinished pull that this artifact lacks."""
         if not os.path.lexists(self.directory / _PULLING):
             return frozenset()
         content = read_bytes(inside(self.directory, _PULLING, HubError), HubError, MOST_MANIFEST_BYTES)
@@ -135,12 +135,12 @@ class FolderPlace:
         return frozenset(listed_names(content, "files")) - self._names
 
     def _refuse_strays(self, left: Container[str]) -> None:
-        """HubError for weights that nobody knows the origin of: engines would load them too."""
+        """Raise HubError for weights of unknown origin: engines would load them too."""
         for path in self.directory.glob("*.safetensors"):
             if path.name not in self._names and path.name not in left:
                 raise HubError(f"{printable(str(path))}: is not of this artifact; choose another directory")
 
     def _check_parent(self, path: Path) -> None:
-        """HubError where a link of the directory leads out of it."""
+        """Raise HubError where a link of the directory leads out of it."""
         if not path.parent.resolve().is_relative_to(self.directory.resolve()):
             raise HubError(f"{path.parent}: a link out of the directory; refusing to write there")

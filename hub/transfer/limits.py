@@ -1,10 +1,10 @@
-"""How much npuq reads of what a hub says, of any hub. Content is limited by what the hub's listing says of it."""
+"""Limits of a hub's answers. A file's content is limited by its listed size."""
 
 from __future__ import annotations
 
 from typing import Final
 
-# Of one answer in JSON: a page of a listing is a thousandth of it.
+# The limit of one JSON answer; a page of a listing takes a thousandth.
 MOST_JSON_BYTES: Final = 64 << 20
 MOST_PAGES: Final = 1000
 MOST_REDIRECTS: Final = 10

@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 
 
 def start_threads(run: Callable[[], None], count: int, name: str, threads: list[threading.Thread]) -> None:
-    """Start up to `count` daemon threads that call `run`, and append them to `threads`: as many as the system gives.
+    """Start up to `count` daemon threads that call `run`, as many as the system allows, and append them to `threads`.
 
-    Daemons: a caller that is interrupted does not wait for a transfer to end. HubError where it gives none.
+    Daemons, so that an interrupted caller need not wait for a transfer. HubError where the system allows none.
     """
     with held_signals():
         for number in range(count):
@@ -33,7 +33,7 @@ def start_threads(run: Callable[[], None], count: int, name: str, threads: list[
 def in_order(
     items: Sequence[Item], work: Callable[[Item], Result], workers: int
 ) -> Iterator[tuple[Item, Result | Exception]]:
-    """Yield each item with what `work` returned or raised, in order; up to `workers` items are worked on at a time.
+    """Yield each item with the result or exception of `work`, in order; up to `workers` items are in work at a time.
 
     Closing the iterator starts no further item. Raises HubError where no thread can be started.
     """

@@ -1,4 +1,4 @@
-"""Files that are not whole yet: what they are called, and how small ones get their name only when they are whole."""
+"""Partial files: their names, and atomic writing of small files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PARTIAL_SUFFIX: Final = ".npuq-part"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, in a folder that is made if need be; at no time has `path` other content than before or after.
+    """Write a file atomically, making its folder where missing.
 
     A link at `path` is replaced, not followed. OSError where it cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Trying again after faults that may pass: how often, and how long to wait in between."""
+"""Retries after transient faults: their number, and the waits between them."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ...errors import NpuqError
 T = TypeVar("T")
 
 # Hubs count requests over five minutes.
-_MOST_ASKED_SECONDS: Final = 330.0
+_MOST_RETRY_AFTER: Final = 330.0
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """How often to try again after a fault that may pass, and how long to wait in between: doubling, with jitter."""
+    """The number of attempts after transient faults, and the waits between them in seconds: doubling, with jitter."""
 
     attempts: int = 6
     first_seconds: float = 1.0
     most_seconds: float = 60.0
 
-    def wait(self, attempt: int, asked: float = 0.0) -> None:
-        """Sleep before the attempt after number `attempt` (from 1); no less than a server `asked` for."""
+    def wait(self, attempt: int, at_least: float = 0.0) -> None:
+        """Sleep after attempt number `attempt` (from 1), for at least the server's `at_least` seconds."""
         seconds = min(self.first_seconds * 2 ** (attempt - 1), self.most_seconds)
-        time.sleep(max(seconds * random.uniform(0.75, 1.25), min(asked, _MOST_ASKED_SECONDS)))
+        time.sleep(max(seconds * random.uniform(0.75, 1.25), min(at_least, _MOST_RETRY_AFTER)))
 
 
 class Client(Protocol):
-    """How talking to a hub fails: what is raised, what of it may pass, and what the user is told."""
+    """The errors of a hub's client: their types, the transient ones, and their messages."""
 
     @property
     def backoff(self) -> Backoff: ...
 
     @property
     def raised(self) -> tuple[type[Exception], ...]:
-        """What asking may raise; anything else is a mistake of ours, or of whoever takes the bytes."""
+        """The types of errors of requests; any other is a bug, or an error of the bytes' receiver."""
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether the same request may succeed a little later."""
+        """True where the same request may soon succeed."""
 
-    def asked_seconds(self, error: BaseException) -> float:
-        """How long an answer asks to wait; 0 where it does not say."""
+    def retry_after(self, error: BaseException) -> float:
+        """The seconds to wait that an answer demands; 0 without a demand."""
 
     def failure(self, doing: str, error: Exception) -> NpuqError:
         """The error for the user, in one line that begins with `doing`. Raise it `from None`: the original may hold a
@@ -53,14 +53,15 @@ class Client(Protocol):
 
 
 class ClientError(Exception):
-    """A plain error (its cause) out of the code of a hub's client: it could not make sense of an answer."""
+    """A builtin error (its cause) inside a hub's client, which could not parse an answer."""
 
 
 @contextmanager
 def client_code(raised: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Around calls of a hub's client alone: a ValueError of its making is no mistake of ours, and becomes ClientError.
+    """Turn builtin errors, such as ValueError, inside calls of a hub's client into ClientError: they are no bugs of
+    npuq.
 
-    What the client raises on purpose (`raised`) passes.
+    The client's own errors (`raised`) pass.
     """
     try:
         yield
@@ -71,7 +72,7 @@ def client_code(raised: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 class Retries:
-    """The attempts of one piece of work; `doing` begins the message when they end."""
+    """The attempts of one task; `doing` begins the message of the last failure."""
 
     def __init__(self, client: Client, doing: str, attempts: int | None = None):
         self._client = client
@@ -80,20 +81,20 @@ class Retries:
         self._failures = 0
 
     def wait_after(self, error: Exception, *, progressed: bool = False) -> None:
-        """Wait before the next attempt. Raises the client's error for the user where none may help.
+        """Wait before the next attempt. Raises the client's error for the user where another attempt cannot help.
 
         Attempts count anew where this one `progressed`.
         """
         self._failures = 0 if progressed else self._failures + 1
         if not self._client.is_transient(error) or self._failures >= self._attempts:
             raise self._client.failure(self._doing, error) from None
-        self._client.backoff.wait(max(self._failures, 1), self._client.asked_seconds(error))
+        self._client.backoff.wait(max(self._failures, 1), self._client.retry_after(error))
 
 
 def retried(client: Client, doing: str, action: Callable[[], T], attempts: int | None = None) -> T:
-    """Do `action`, again after faults that may pass; other errors become a HubError that begins with `doing`.
+    """Do `action`, again after transient faults; other errors become a HubError that begins with `doing`.
 
-    `attempts` is for what the client repeats by itself, so that waiting does not multiply.
+    attempts: fewer where the client itself retries, so that waits do not multiply.
     """
     retries = Retries(client, doing, attempts)
     while True:

@@ -1,9 +1,9 @@
-"""A bounded window on a remote checkpoint: tensors are fetched ahead of their reader and dropped behind it.
+"""The window, the bounded part of a remote checkpoint on disk: tensors are fetched ahead of their reader and dropped
+behind it.
 
-Tensors that are used together form a group; groups in their announced order are gathered into batches; of a batch, the
-byte ranges in every shard are fetched as files of a folder, and removed when all of its groups are released. Batches
-are admitted in order while they fit into the window, so that the group that is needed next is always there or on its
-way, whatever the window's size.
+Tensors that are used together form a group; consecutive groups form a batch. The byte ranges of a batch in every shard
+are fetched into files of a folder, which are removed when all its groups are released. Batches are admitted in order
+while they fit into the window, so that the next group is always present or in transfer, with any size of window.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .partial import PARTIAL_SUFFIX
 
 _FETCHERS = 4
 _BATCH_BYTES = 256 << 20
-# Reading over a small gap is cheaper than another request.
+# Fetching a small gap is cheaper than another request.
 _GAP_BYTES = 64 << 10
 _OURS = re.compile(r"[0-9]+-[0-9a-f]{40,64}\.[0-9]+-[0-9]+(\.[0-9a-f]{32}" + re.escape(PARTIAL_SUFFIX) + ")?")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of weights on the hub: its place among the checkpoint's, its name there, its size and hash."""
+    """A shard on the hub: its number in the checkpoint, its name, its size in bytes and its hash."""
 
     number: int
     name: FileName
@@ -49,7 +49,7 @@ Fetch = Callable[[Shard, int, int, IO[bytes], Callable[[bytes], object]], None]
 
 @dataclass
 class Extent:
-    """Bytes [start, end) of a shard, in a file of the folder when `ready`, until it is `released`."""
+    """Bytes [start, end) of a shard: a file of the folder from `ready` to `released`."""
 
     shard: Shard
     start: int
@@ -59,7 +59,7 @@ class Extent:
 
     @property
     def file_name(self) -> str:
-        # The number keeps shards apart whatever they are called, the hash those of other commits and repositories.
+        # The number distinguishes shards of any name, the hash those of other commits and repositories.
         return f"{self.shard.number:05d}-{self.shard.digest}.{self.start}-{self.end}"
 
 
@@ -75,11 +75,11 @@ class _Batch:
 
 
 class StoppedFetchError(Exception):
-    """The window was closed while a fetcher was at work."""
+    """The end of a fetch because the window was closed."""
 
 
 class Window:
-    """The fetched part of a remote checkpoint, at most `max_bytes` of it (or one batch, where that is more)."""
+    """The fetched part of a remote checkpoint: at most `max_bytes`, or one batch where that is larger."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Window:
         shards: Mapping[Path, Shard],
         fetch: Fetch,
     ):
-        """`shards` are the files that the tensors name, by that name."""
+        """`shards` has the shard of each `TensorInfo.file`."""
         self._folder = folder
         self.max_bytes = max_bytes
         self._tensors = tensors
@@ -99,7 +99,7 @@ class Window:
         self._extent_of: dict[str, Extent] = {}
         self._batch_of: dict[str, _Batch] = {}
         self._queue: deque[tuple[_Batch, Extent]] = deque()
-        # What an earlier run left of batches that are not admitted yet: file name → bytes, in the order of fetching.
+        # An earlier run's files of batches that are not yet admitted: file name → bytes, in the order of fetching.
         self._left_over: dict[str, int] = {}
         self._resident = 0
         self._admitted = 0
@@ -109,15 +109,15 @@ class Window:
         self.most_resident = 0
 
     def start(self, groups: Iterable[Sequence[str]], finished: Container[str]) -> None:
-        """Begin to fetch the tensors of these groups, in this order, but for groups whose first tensor is `finished`.
+        """Begin to fetch the tensors of these groups, in this order, without groups whose first tensor is `finished`.
 
-        What an earlier run with the same groups left in the folder is used, and counts to the window.
+        The folder's files of an earlier run with the same groups are used, and count towards the window.
         """
         for gathered in self._gather(groups):
             left = [group for group in gathered if group[0] not in finished]
             if not left:
                 continue
-            # Of all its groups, finished or not: the same ranges in every run, so that their files are found again.
+            # The ranges cover finished groups too: they are the same in every run, so that their files are found again.
             extent_of = self._extents([name for group in gathered for name in group])
             self._extent_of |= {name: extent_of[name] for group in left for name in group}
             needed = {extent_of[name].file_name for group in left for name in group}
@@ -132,9 +132,9 @@ class Window:
         start_threads(self._run, _FETCHERS, "npuq-fetch", self._threads)
 
     def wait_for(self, name: str) -> tuple[Path, int]:
-        """The file that has an expected tensor's bytes, once it is there, and the offset in its shard it begins at.
+        """Wait for the file of an announced tensor; returns it and its offset in the shard.
 
-        Raises what fetching failed with, or CheckpointError after `close`.
+        Raises the error of a failed fetch, or CheckpointError after `close`.
         """
         with self._changed:
             extent = self._extent_of.get(name)
@@ -148,7 +148,7 @@ class Window:
             return self._folder / extent.file_name, extent.start
 
     def release(self, group: Sequence[str]) -> None:
-        """The tensors of a group are not needed any more."""
+        """Drop the tensors of a group."""
         with self._changed:
             for name in group:
                 del self._extent_of[name]
@@ -164,13 +164,13 @@ class Window:
             self._changed.notify_all()
 
     def interrupt(self) -> None:
-        """End waiting reads and fetches; what is fetched stays for the next run."""
+        """End waiting reads and fetches; fetched files stay for the next run."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the fetchers. The folder goes when nothing is left in it."""
+        """End the fetchers, and remove the folder if it is empty."""
         self.interrupt()
         for thread in self._threads:
             thread.join(timeout=5)
@@ -178,7 +178,7 @@ class Window:
             self._folder.rmdir()
 
     def _gather(self, groups: Iterable[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
-        """Consecutive groups of about a quarter of the window, so that fetching and reading overlap."""
+        """Gather consecutive groups to about a quarter of the window, so that fetching and reading overlap."""
         limit = min(_BATCH_BYTES, self.max_bytes // 4)
         gathered: list[Sequence[str]] = []
         size = 0
@@ -193,7 +193,7 @@ class Window:
             yield gathered
 
     def _extents(self, names: Sequence[str]) -> dict[str, Extent]:
-        """The extent that each of these tensors is in, in the order of the shards."""
+        """The extent of each of these tensors, in the order of the shards."""
         extent_of: dict[str, Extent] = {}
         last: Extent | None = None
         for name in sorted(names, key=self._position):
@@ -209,8 +209,7 @@ class Window:
         return self._shards[info.file].number, info.start
 
     def _tidy(self, kept: Mapping[str, int]) -> None:
-        """Make the folder, and remove what earlier runs left there and none of these files (name → size) is, or what is
-        too much for the window."""
+        """Make the folder, and remove earlier runs' files that are not in `kept` (name → size) or exceed the window."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
             if _OURS.fullmatch(path.name) and path.stat().st_size != kept.get(path.name):
@@ -220,7 +219,7 @@ class Window:
         self._drop_left_over(self.max_bytes, ())
 
     def _drop_left_over(self, most: int, needed: Container[str]) -> None:
-        """Remove what an earlier run left, the last first, until no more than `most` bytes are resident."""
+        """Remove an earlier run's files, the last first, until at most `most` bytes are resident."""
         for name in reversed([name for name in self._left_over if name not in needed]):
             if self._resident <= most:
                 return
@@ -268,7 +267,7 @@ class Window:
         self.most_resident = max(self.most_resident, self._resident)
 
     def _may_start(self) -> bool:
-        """Whether the next batch is admitted, or fits. Where the reader has nothing else, it is made to fit."""
+        """True where the next batch is admitted, or fits. A batch that the reader waits for is made to fit."""
         if not self._queue:
             return True
         batch = self._queue[0][0]
@@ -278,12 +277,12 @@ class Window:
     def _bring(self, extent: Extent) -> None:
         target = self._folder / extent.file_name
         if not target.exists():
-            # A name of our own: a fetcher that an interrupted run left behind may still be writing.
+            # A unique name: a fetcher of an interrupted run may still be writing.
             partial = self._folder / f"{extent.file_name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
             with partial.open("wb") as file:
                 self._fetch(extent.shard, extent.start, extent.end, file, self._check_open)
                 file.flush()
-                # Before it gets its name: after a loss of power that name must not stand for anything else.
+                # Synced before it is renamed: after a loss of power the name must not have other content.
                 os.fsync(file.fileno())
             partial.replace(target)
         with self._changed:

@@ -1,4 +1,4 @@
-"""What went wrong between npuq and a hub, in words for the user: one line, no secrets, and whether to try again."""
+"""Messages of failed exchanges with a hub: one line, without secrets, with advice on trying again."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ...errors import HubError
 from ...inputs.printable import printable
 
 _TRANSIENT_STATUS: Final = (408, 409, 412, 425, 429)
-# What the server does not implement, and a store that is full.
+# Not implemented by the server, and a full store.
 _LASTING_STATUS: Final = (501, 505, 507)
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _INSECURE: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL")
 _AGAIN: Final = "run the same command again: it continues"
-# A message may have cut a secret short: this much of its beginning is taken for it.
+# A message may contain a truncated secret: this many characters of its beginning identify it.
 _TELLING_CHARACTERS: Final = 8
 
 
 class PassingError(HubError):
-    """A failure that may be over when the same command is run again; its message says so."""
+    """A transient failure; its message advises to run the same command again."""
 
 
 class OfflineError(HubError):
-    """The hub may not be asked, and what is here does not do."""
+    """The hub is disabled (offline mode), and the local files do not suffice."""
 
 
 def may_pass(status: int) -> bool:
-    """Whether a server that answers with an error status may do otherwise later."""
+    """True for an error status that may be transient."""
     return status in _TRANSIENT_STATUS or (status >= 500 and status not in _LASTING_STATUS)
 
 
 def is_insecure(error: BaseException) -> bool:
-    """Whether the other side's certificate was not accepted, or it does not speak TLS at all."""
+    """True for a rejected certificate, and for a server without TLS."""
     link: BaseException | None = error
     for _ in range(8):
         if link is None:
@@ -47,7 +47,7 @@ def is_insecure(error: BaseException) -> bool:
 
 
 def connection_failed(where: str, error: BaseException, *, passing: bool) -> HubError:
-    """The error for a request that got no answer, which `passing` says may come later."""
+    """The error for a request without an answer; `passing`: a later one may succeed."""
     where = without_userinfo(where)
     if is_insecure(error):
         return HubError(
@@ -58,18 +58,18 @@ def connection_failed(where: str, error: BaseException, *, passing: bool) -> Hub
     return HubError(f"{where} cannot be asked ({brief(error)}); check that address and the proxy")
 
 
-def status_failed(status: int, said: str) -> HubError:
-    """The error for an answer with an error status that has no better one."""
+def status_failed(status: int, reason: str) -> HubError:
+    """The general error for an answer with an error status."""
     if status == 429:
         return PassingError(f"the hub limits this user's requests; wait and {_AGAIN}")
     if not may_pass(status):
-        return HubError(f"the hub refused (status {status}) {quoted(said)}")
+        return HubError(f"the hub refused (status {status}) {quoted(reason)}")
     keeps = "failing" if status >= 500 else "refusing"
-    return PassingError(f"the hub keeps {keeps} (status {status}) {quoted(said)}; later {_AGAIN}")
+    return PassingError(f"the hub keeps {keeps} (status {status}) {quoted(reason)}; later {_AGAIN}")
 
 
 def disk_failed(error: OSError) -> HubError:
-    """The error for a file of ours that could not be read or written."""
+    """The error for a local file that could not be read or written."""
     name = f"{printable(str(error.filename))}: " if error.filename else ""
     if error.errno in _DISK_FULL:
         return PassingError(f"{name}no space left on the disk; make room and {_AGAIN}")
@@ -77,37 +77,37 @@ def disk_failed(error: OSError) -> HubError:
 
 
 def no_thread(error: BaseException) -> HubError:
-    """The error for a system that gives no thread, to us or to the client."""
+    """The error for a system that starts no thread, for npuq or the client."""
     return HubError(f"{brief(error)}: this user has as many as the system allows (ulimit -u); end some")
 
 
 def not_understood(error: BaseException) -> HubError:
-    """The error for an answer that the client could not make sense of, or that it tells of as a plain ValueError."""
+    """The error for an answer that the client could not parse, or reports as a ValueError."""
     if "start new thread" in str(error):
         return no_thread(error)
-    if "returned errors" in str(error):  # of the LFS batch, for one file
+    if "returned errors" in str(error):  # the LFS batch's answer for one file
         return HubError(f"the hub refused ({brief(error)})")
     return HubError(f"the hub's answer is not understood ({type(error).__name__}: {brief(error)})")
 
 
 def one_line(text: str) -> str:
-    """A text from outside as part of a message."""
+    """Shorten a text from outside to one printable line for a message."""
     return printable(" ".join(text.split()))
 
 
 def brief(error: BaseException) -> str:
-    """An error's own text, short."""
+    """An error's own text, shortened."""
     text = one_line(str(error)) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def quoted(said: str) -> str:
-    """What a server says of a refusal, in brackets; nothing when it says nothing."""
-    return f"(it says: {one_line(said)[:160]})" if said.strip() else ""
+def quoted(reason: str) -> str:
+    """A server's reason for a refusal, in brackets; empty without a reason."""
+    return f"(it says: {one_line(reason)[:160]})" if reason.strip() else ""
 
 
 def without_userinfo(url: str) -> str:
-    """An address without the user's name and password for it."""
+    """Remove the user's name and password from an address."""
     if "@" not in url:
         return url
     scheme, separator, _ = url.rpartition("@")[0].partition("://")
@@ -115,13 +115,13 @@ def without_userinfo(url: str) -> str:
 
 
 def passwords_in(url: str) -> list[str]:
-    """The password in an address, as it stands there and as it is meant."""
+    """The password in an address, encoded and decoded."""
     password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
     return [password, unquote(password)]
 
 
 def without_secrets(text: str, secrets: Iterable[str | None]) -> str:
-    """A message in which `***` stands for each of these secrets, also where it is cut short."""
+    """Replace each of these secrets in a message by `***`, truncated ones too."""
     for secret in filter(None, secrets):
         text = _hidden(text, secret)
     return text.strip()

@@ -1,4 +1,4 @@
-"""One file a family of models: its tensors as a table, and the defaults of its config.json. `FAMILIES` has them all."""
+"""Families of models, one file each: a table of tensors, and the defaults of config.json. `FAMILIES` lists them."""
 
 from __future__ import annotations
 

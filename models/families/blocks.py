@@ -1,4 +1,4 @@
-"""Blocks that several families have, under DeepSeek's names."""
+"""Blocks shared by several families, under DeepSeek's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def norm(
 
 
 def gated_mlp(role: Role, width: str, prefix: str, when: str) -> tuple[Entry, ...]:
-    """A feed-forward block, down(silu(gate) · up), below `prefix`; its product keeps the channels of `up`."""
+    """A feed-forward block, down(silu(gate) · up), below `prefix`; the product has the channels of `up`."""
     return (
         Entry("gate", f"{prefix}gate_proj.weight", role, (width, "hidden"), reads=("mlp_input",), when=when,
               fused="gate"),
@@ -87,7 +87,7 @@ MTP = (
           reads=("mtp_embedding", "mtp_hidden"), writes="stream", when="mtp"),
     norm("embedding_norm", "enorm.weight", "hidden", "stream", "mtp_embedding", Role.MTP_NORM, when="mtp"),
     norm("hidden_norm", "hnorm.weight", "hidden", "final", "mtp_hidden", Role.MTP_NORM, when="mtp"),
-    # Copies of the main model's; some releases leave them out.
+    # Copies of the main model's tensors; some releases leave them out.
     Entry("embedding", "embed_tokens.weight", Role.MTP_EMBEDDING, ("vocab", "hidden"), "lookup", writes="stream",
           when="mtp", optional=True),
     norm("head_norm", "shared_head.norm.weight", "hidden", "stream", "mtp_final", Role.MTP_NORM, when="mtp"),

@@ -16,7 +16,7 @@ FAMILY = Family(
         n_shared_experts=2,
         n_group=None,
         topk_group=None,
-        # With true, transformers, DeepSeek's own code and the engines each compute something else.
+        # With true, transformers, DeepSeek's own code and the engines disagree.
         norm_topk_probs=(False,),
         routed_scaling_factor=1.0,
         scoring_func="softmax",

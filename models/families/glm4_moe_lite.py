@@ -1,7 +1,6 @@
 """GLM-4.7-Flash: DeepSeek-V3's tensors with GLM's defaults. Its router always scores by sigmoid and has a bias.
 
-Its latents' norms have the epsilon of all others, as in the engines; transformers takes 1e-6 there, whatever
-config.json says.
+The norms of its latents have the epsilon of all others, as in the engines; transformers always takes 1e-6 there.
 """
 
 from __future__ import annotations

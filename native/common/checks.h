@@ -47,7 +47,7 @@ static inline bool slots_fit(const npuq_cache *cache, const int64_t *slots, int6
     return good;
 }
 
-/* Every key that a sequence has lies in a block of the table's row, and that block in the cache. */
+/* Every key of a sequence is in a block of the table's row, and that block in the cache. */
 static inline bool tables_fit(const npuq_cache *cache, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
                               int64_t table_stride) {
     bool good = true;

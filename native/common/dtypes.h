@@ -1,4 +1,4 @@
-/* The size of a dtype's values, and which operators take it. */
+/* The size of a dtype's values, and the operators that take it. */
 #ifndef NPUQ_COMMON_DTYPES_H
 #define NPUQ_COMMON_DTYPES_H
 
@@ -6,12 +6,12 @@
 
 #include "npuq.h"
 
-/* Bytes of a value; for I4, of two values. Kernels call it with constants, of which nothing must be left. */
+/* Bytes of a value; for I4, of two values. Kernels call it with constants, which must fold away. */
 static inline __attribute__((always_inline)) size_t size_of(int dtype) {
     return dtype >= NPUQ_F8E4M3 ? 1 : dtype == NPUQ_F32 ? 4 : 2;
 }
 
-/* Channels of a token that lie together in the NZ layout of the paged cache. */
+/* Contiguous channels of a token in the NZ layout of the paged cache. */
 static inline __attribute__((always_inline)) size_t nz_channels(int dtype) { return dtype == NPUQ_I8 ? 32 : 16; }
 
 /* Dtypes of activations. */

@@ -63,7 +63,7 @@ INLINE vi round_away(vf v) {
     return whole + (step & sign);
 }
 
-/* How a quotient is made and rounded; see the table of rounding rules in npu-ops. */
+/* The computation and rounding of a quotient; see the table of roundings in npu-ops. */
 enum quant_rule { TIMES_EVEN, DIVIDE_EVEN, DIVIDE_AWAY };
 
 INLINE vi quant_vector(vf v, float factor, const enum quant_rule rule) {

@@ -1,4 +1,4 @@
-/* Which levels this library was built with, and which of them this CPU can run. */
+/* The levels in this library, and those that this CPU can run. */
 #include "common/levels.h"
 
 #if defined(__x86_64__)
@@ -57,7 +57,7 @@ int npuq_level_usable(int level) {
 
 int npuq_sha256_usable(void) {
 #if defined(__x86_64__)
-    /* Older compilers know no name for it in their run-time check: leaf 7, bit 29 of EBX. */
+    /* Older compilers lack its name in their run-time check: leaf 7, bit 29 of EBX. */
     unsigned a, b, c, d;
     __builtin_cpu_init();
     return __builtin_cpu_supports("sse4.1") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && b >> 29 & 1;

@@ -15,19 +15,19 @@ struct attention_tile {
     size_t block_size, first, keys; /* the keys at [first, first + keys) of the block */
     size_t latent_dim, rope_dim, heads;
     const float *q; /* [heads, latent_dim + rope_dim], times the softmax scale */
-    /* The keys that follow, to be fetched meanwhile: where their first lies in the first group; or NULL. */
+    /* The next keys, to prefetch: the address of the first one in the first group; or NULL. */
     const void *next_latent, *next_rope;
     float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
 };
 
-/* One quantized row. `codes` is given, the rest is the result. */
+/* One quantized row. The caller gives `codes`; the other fields are results. */
 struct converted {
     int8_t *codes;
     float scale;
     double error, norm;
 };
 
-/* Stored weights that the caller will probably want after those it gives: kernels may fetch them meanwhile. */
+/* Stored weights that the caller will probably use next: kernels may prefetch them. */
 struct following {
     const uint8_t *weights;
     size_t bytes;
@@ -48,7 +48,7 @@ struct kernels {
     void (*dot_u4)(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc, size_t ldacc);
     size_t direct_tokens; /* up to this many, dot_w4 is the faster way */
     size_t w8_rows;       /* dot_w8 of many tokens wants at least so many rows at a time, if there are */
-    int32_t offset_w8;    /* what `stored` adds to a code: Σ_k x must be taken off this many times */
+    int32_t offset_w8;    /* the offset of `stored`: Σ_k x must be subtracted this many times */
     int32_t offset_w4;
     int32_t (*sum_i8)(const int8_t *x, size_t k);
     /* out[r] = float(acc[r] − correction) · scale[r] · token_scale, stored as out_dtype. */
@@ -61,7 +61,7 @@ struct kernels {
     /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
     void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout);
-    /* The same on float32 weights, added to what is in out. */
+    /* The same on float32 weights, added to out. */
     void (*axpy_add)(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
                      float *out, size_t ldout);
     void (*to_float)(const void *x, int dtype, size_t n, float *out);
@@ -80,7 +80,7 @@ struct kernels {
     /* Attention of one tile, merged into its running values; see paged_attention.h. */
     void (*attend)(const struct attention_tile *tile);
     /* Scores of one query and `seen` of `keys` keys become their exponentials (0 where not seen), merged into the
-     * query's running maximum and sum; returns the factor that what it has gathered so far must be taken times. */
+     * query's running maximum and sum; returns the factor for its output so far. */
     float (*online_softmax)(float *score, size_t seen, size_t keys, float *largest, float *total);
     void (*multiply_row)(float factor, size_t n, float *x);
 
@@ -91,7 +91,7 @@ struct kernels {
     float (*decode_row)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out);
     /* w is zero-padded to a multiple of 64. int4 by min-max is convert_stored's alone. */
     int (*convert_row)(const float *w, size_t n, float largest, int bits, int mse, void *memory, struct converted *out);
-    /* From a row as it is stored; < 0 if it must be decoded and go through convert_row. */
+    /* From a stored row; < 0 if it must be decoded and go through convert_row. */
     int (*convert_stored)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, int bits, int mse,
                           void *memory, struct converted *out);
     /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */

@@ -1,7 +1,7 @@
-/* Pages of mapped files that are no longer there, because somebody made the file shorter: zeros instead of a SIGBUS.
+/* Zeros instead of SIGBUS for pages of mapped files that became shorter.
  *
- * The handler serves the whole process, and only addresses inside of the watched ranges: for all others it does what was
- * to happen before it came. It calls nothing but mmap and sigaction, which Linux lets a handler do. */
+ * The handler is installed for the whole process, but handles only addresses inside the watched ranges: for all others it
+ * does what the previous action does. It calls only mmap and sigaction, which Linux allows in a handler. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -59,7 +59,7 @@ static void on_bus_error(int signal, siginfo_t *info, void *context) {
     } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
         before.sa_handler(signal);
     } else {
-        /* The instruction runs again, and meets the action of before; a signal that was sent is sent again. */
+        /* The instruction runs again, with the previous action; a signal that was sent is sent again. */
         sigaction(SIGBUS, &before, NULL);
         if (info->si_code <= 0) raise(signal);
     }

@@ -136,7 +136,7 @@ void pool_end(npuq_pool *pool) {
 
 static int grow(struct buffer *buffer, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    /* As large as was asked for and no larger, so that what lies behind is seen to be used. */
+    /* Exactly the requested size, so that sanitizers see uses behind it. */
     free(buffer->data);
     *buffer = (struct buffer){0};
     if (posix_memalign(&buffer->data, ALIGNMENT, bytes + (bytes == 0)) != 0) return NPUQ_NO_MEMORY;

@@ -1,9 +1,9 @@
-/* SHA-256 of one stream, or of two at once, on the instructions that x86 (SHA-NI) and Armv8 (SHA2) have for it.
+/* SHA-256 of one stream, or of two at once, by the SHA instructions of x86 (SHA-NI) and Armv8 (SHA2).
  *
- * Each round waits for the one before, and the instructions have a latency of four cycles where two may begin: one
- * stream leaves half of the unit idle, whoever writes it. Two streams that know nothing of each other fill it. setup.py
- * compiles this file with the flags that the instructions need; `npuq_sha256_usable` (levels.c) is the only part that
- * may run without them. No portable form: OpenSSL's is as good as one stream can be.
+ * Each round waits for the one before, and an instruction has a latency of four cycles, in which two could begin: any
+ * implementation of one stream leaves half of the unit idle. Two independent streams fill it. setup.py compiles this file
+ * with the flags of those instructions; `npuq_sha256_usable` (levels.c) is the only function that may run without them.
+ * There is no portable form: OpenSSL's is as fast as one stream can be.
  */
 #include "npuq.h"
 
@@ -71,8 +71,8 @@ static inline void four_rounds(struct lane *lane, int quarter, const uint32_t *c
     lane->abef = _mm_sha256rnds2_epu32(lane->abef, lane->cdgh, _mm_shuffle_epi32(sum, 0x0E));
 }
 
-/* Nobody may leave the upper halves of wide registers in use when he calls, but where somebody did, each instruction
- * here would wait for them. */
+/* A caller should not leave the upper halves of wide registers in use; where one did, each instruction here would wait
+ * for them. */
 static inline void clean_registers(void) {
     if (__builtin_cpu_supports("avx")) __asm__ volatile("vzeroupper");
 }
@@ -159,7 +159,7 @@ static void hash_blocks_of_two(uint32_t *const state[2], const uint8_t *const da
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
-/* Fill the block that waits, and hash it once it is full; how much of the data that took. */
+/* Fill the waiting block, and hash it once it is full; returns the number of bytes taken. */
 static size_t fill(npuq_sha256 *stream, const uint8_t *data, size_t n) {
     size_t have = stream->nbytes % BLOCK, taken = have ? least(n, BLOCK - have) : 0;
     if (taken == 0) return 0;

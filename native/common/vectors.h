@@ -1,5 +1,5 @@
 /* A float vector of the level's width, and the few operations the kernels need on it. Operators + - * / are the
- * compiler's own (GNU vector extensions); what differs between instruction sets has a function here.
+ * compiler's own (GNU vector extensions); operations that differ between instruction sets have a function here.
  *
  * The width follows NPUQ_LEVEL_AVX512, _AVX2 or _NEON: 4 floats of GNU vectors without any of them. */
 #ifndef NPUQ_COMMON_VECTORS_H

@@ -115,7 +115,7 @@ INLINE vs vs_pack(vi a, vi b) {
 #endif
 }
 
-/* The floats whose upper halves are v and whose lower ones are 0; vs_pack of what becomes of them is in v's order. */
+/* Floats with the upper halves v and the lower halves 0; vs_pack of results from them restores v's order. */
 INLINE void vs_upper_halves(vs v, vf out[2]) {
 #if defined(NPUQ_LEVEL_AVX512)
     out[0] = (vf)_mm512_unpacklo_epi16(_mm512_setzero_si512(), (__m512i)v);

@@ -9,7 +9,7 @@
 #include "convert/int8_mse.h"
 #include "convert/int4_mse_walk.h"
 
-/* What a search holds from row to row. */
+/* The state of a search that is kept from row to row. */
 struct optimal_scratch {
     struct walk_scratch walk;
     struct bracket bracket;

@@ -19,7 +19,7 @@ struct changes {
     float *kappa;
 };
 
-/* What is asked of a walk: the state above the window, its ends in κ, and a score that is known to be reached. */
+/* The input of a walk: the state above the window, its ends in κ, and a score that some state reaches. */
 struct walk {
     int64_t a, b, top, highest, lowest;
     double floor_score;
@@ -72,8 +72,8 @@ static int window_breakpoints(const struct planes *planes, struct window window,
     return NPUQ_OK;
 }
 
-/* What changes in a narrow window. The float of κ, |w| / (2m − 1) correctly rounded, never falls as κ grows and is equal
- * where κ is: all changes at or above some float make a state. */
+/* The code changes in a narrow window. The float of κ, |w| / (2m − 1) correctly rounded, never falls as κ grows and is
+ * equal where κ is: all changes at or above some float make a state. */
 static void find_changes(const float *w, float unit, struct window window, size_t count, const struct changes *changes) {
     const float in_codes = (float)(1 / (window.above_h + window.below_h));
     float *value = changes->kappa;
@@ -252,7 +252,7 @@ static void order_changes(const struct changes *changes, size_t count, float uni
     }
 }
 
-/* Whether the window is so narrow that no weight passes two thresholds in it. */
+/* True for a window so narrow that no weight passes two thresholds in it. */
 INLINE int is_narrow(struct window window) { return !window.open && window.above_h < WALKED_RATIO * window.below_h; }
 
 /* The best state of a window of the row w · unit, a narrow one where the row is in tables (w is not looked at then).

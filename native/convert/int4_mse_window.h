@@ -21,12 +21,12 @@
 
 enum { MOST_MARKS = 160 };
 
-/* How far a window's ends should be apart: thresholds lie farther (15 : 13), so that a code changes once at most. */
+/* The wanted distance of a window's ends: less than that of thresholds (15 : 13), so that a code changes at most once. */
 #define NARROW_RATIO 1.12
 /* Marks whose A² / B is this much below the best need not be exact. */
 #define ROUGH_GAP 5e-4
 
-/* What is searched: a row in planes, or else in tables. States are known up to `doubt` of the half scale. `narrow` is the
+/* The searched row: in planes, or else in tables. States are known up to `doubt` of the half scale. `narrow` is the
  * relative width below which an interval stays as it is. */
 struct searched {
     const struct planes *planes;
@@ -155,7 +155,7 @@ static void refine(struct bracket *bracket, double narrow, size_t *first, size_t
         more = wide > 0 && bracket->count + MARKS_AT_ONCE <= MOST_MARKS;
         if (!more) return;
         add_marks(bracket, middle, exact, wide);
-        from = *first; /* what is dropped stays so, since the best only grows */
+        from = *first; /* dropped intervals stay dropped, since the best only grows */
         to = *last + (size_t)wide;
     }
 }
@@ -203,13 +203,13 @@ static struct window window_between(const struct bracket *bracket, const struct 
 static double step_up(double gap) { return smaller(1, larger(LEAST_STEP, 2.0 * sqrt(larger(gap, 0)))); }
 static double step_down(double gap) { return smaller(1, larger(LEAST_STEP, 2.4 * sqrt(larger(gap, 0)))); }
 
-/* Where Σ w² of what is rounded to zero, for Gaussian weights, is more than the optimum's error. */
+/* Above this, Σ w² of the weights rounded to zero exceeds the optimum's error, for Gaussian weights. */
 #define ZEROED_RATIO 2.25
 
 /* Where clipping, of Gaussian weights, makes more error than the optimum has. */
 #define CLIPPED_RATIO 0.75
 
-/* How far the marks have come on one side. */
+/* The progress of the marks on one side. */
 enum side { GOING, CLOSED, ENDED };
 
 /* The next mark above all, in *next, until nothing above them can be better. ENDED where every code is 0. */

@@ -1,4 +1,4 @@
-/* int8 by small squared error: the scale of quant/int8_scale.py, whose first lines say what is done and why. It needs the
+/* int8 by small squared error: the scale of quant/int8_scale.py, whose docstring explains the search. It needs the
  * states of the whole row at some twenty scales, and no branch depends on a single weight.
  *
  * Every step on scales is one float64 operation at a time, in the order of the torch version; the sums are integers. */
@@ -115,7 +115,7 @@ static size_t visit(struct int8_search *search, double scale) {
     return at;
 }
 
-/* Nodes from min-max downwards until clipping costs more than luck with rounding can win back, and upwards until coarser
+/* Nodes from min-max downwards until clipping costs more than lucky rounding can win back, and upwards until coarser
  * codes do. */
 static void visit_grid(struct int8_search *search, double minmax, double step) {
     const double n = (double)search->row->n, spread = fmin(1, LUCK / sqrt(n));
@@ -148,7 +148,7 @@ static void expect_valley(struct node *left, double narrowest) {
     left->valley_scale = left->scale + t * width;
 }
 
-/* Visits the deepest valley that is expected between any two nodes, some times over. */
+/* Visits the deepest valley expected between two neighbouring nodes, REFINEMENTS times. */
 static void refine_grid(struct int8_search *search, double narrowest) {
     struct node *nodes = search->nodes;
     for (size_t i = 0; i + 1 < search->count; i++) expect_valley(&nodes[i], narrowest);
@@ -166,7 +166,7 @@ static void refine_grid(struct int8_search *search, double narrowest) {
     }
 }
 
-/* Whether no state between two nodes has less error than the best one seen. */
+/* True where every state between two nodes has at least the best error seen. */
 static int is_ruled_out(const struct int8_search *search, const struct node *x, const struct node *y) {
     const struct node *lo = x->scale < y->scale ? x : y, *hi = x->scale < y->scale ? y : x;
     const struct state high = {(double)hi->a, (double)hi->b}, low = {(double)lo->a, (double)lo->b};
@@ -174,7 +174,7 @@ static int is_ruled_out(const struct int8_search *search, const struct node *x, 
 }
 
 /* Follows the iterative search from beside min-max, one way, until it cannot find anything better than the best node.
- * What lies between two nodes is leapt over where it is ruled out. */
+ * States between two nodes are leapt over where they are ruled out. */
 static void follow_iteration(struct int8_search *search, double minmax, const int sign) {
     size_t at = visit(search, minmax * (1 + sign * DOUBT));
     for (int round = 0; round < PEER_ROUNDS;) {

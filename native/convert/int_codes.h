@@ -54,7 +54,7 @@ INLINE struct exact_state sums_of(struct code_sums *sums, uint64_t *squares) {
 INLINE struct exact_state round_codes_as(const float *w, size_t n, float unit, float inverse, const int bits, const int clamp,
                                          int8_t *codes, uint64_t *squares) {
     struct code_sums sums = {{0}, {0}, {0}, {0}, {0}};
-    for (size_t i = 0; i < n; i += CODE_STEP) { /* what lies behind n is 0 */
+    for (size_t i = 0; i < n; i += CODE_STEP) { /* codes behind n are 0 */
         vi code[4];
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {

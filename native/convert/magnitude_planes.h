@@ -22,7 +22,7 @@ struct planes {
     int64_t excess; /* Σ fixed − (256 · high + low), over weights whose `high` is MOST_HIGH */
 };
 
-/* How codes are rounded at a half scale: (high · inverse / 2^16 + 2^(shift − 1)) / 2^shift. */
+/* The rounding of codes at a half scale: (high · inverse / 2^16 + 2^(shift − 1)) / 2^shift. */
 struct rounding {
     int inverse, shift;
 };

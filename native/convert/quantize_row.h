@@ -1,7 +1,7 @@
 /* A source row becomes codes: it is decoded, scaled and rounded, and its error is summed, while it sits in cache.
  *
  * Every level gives the same bits as quant/scales.py: products and sums whose order could show are of integers, and
- * what is float is one operation an element, never a fused one. */
+ * float operations are one an element, never fused. */
 #ifndef NPUQ_CONVERT_QUANTIZE_ROW_H
 #define NPUQ_CONVERT_QUANTIZE_ROW_H
 
@@ -86,7 +86,7 @@ static uint64_t to_planes(const float *w, float unit, float largest, struct plan
 /* Width, relative, below which an interval of scales stays as it is. */
 #define PLANE_NARROW 0.02
 
-/* From what is stored; LEAST_MAGNITUDE and below count as zeros. < 0 if it must be decoded and go through convert_row. */
+/* From a stored row; LEAST_MAGNITUDE and below count as zeros. < 0 if it must be decoded and go through convert_row. */
 static int convert_stored(const void *x, int dtype, size_t n, const float *block_scale, size_t block, int bits, int mse,
                           void *memory, struct converted *out) {
     if (dtype == NPUQ_F8E4M3) {

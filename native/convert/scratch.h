@@ -17,7 +17,7 @@ enum { SEARCH_BYTES = (sizeof(struct optimal_scratch) + 63) / 64 * 64 };
 
 INLINE size_t padded_length(size_t n) { return (n + 63) / 64 * 64; }
 
-/* What tables of so many segments take. Those of an even number are searched. */
+/* Bytes of the tables of so many segments. Tables of an even number are searched. */
 INLINE size_t table_bytes(size_t segments) {
     const size_t each = sizeof(struct segment) + 4 * sizeof(float) + 8 * sizeof(int16_t) + 2 * sizeof(double) + COUNT_BYTES;
     return (segments + 1) * (each + SUM_PLANES * (2 * MOST_PARTS - TOP_PART) * TABLE_PART) + 6 * 64;
@@ -25,7 +25,7 @@ INLINE size_t table_bytes(size_t segments) {
 
 /* Bytes of scratch that a row of n needs, at a multiple of 64. */
 static size_t convert_scratch(size_t n) {
-    /* int8: two halves of 2 bytes. int4: planes of 3 bytes, or tables, and what layout_changes takes. */
+    /* int8: two halves of 2 bytes. int4: planes of 3 bytes, or tables, and the changes of layout_changes. */
     const size_t int4 = padded_length(n) * 24 + table_bytes(n / LEAST_SEGMENT + 1);
     return SEARCH_BYTES + int4 + 1024;
 }

@@ -71,13 +71,13 @@ static int load_keys(const struct prefill *prefill, int64_t first, size_t count,
     return poison == 0;
 }
 
-/* Of the keys [first, first + keys) of the sequence, how many query `i` of the block may see. */
+/* The number of keys among [first, first + keys) of the sequence that query `i` of the block may see. */
 static size_t visible(const struct prefill *prefill, int64_t past, int64_t i, int64_t first, size_t keys) {
     int64_t seen = prefill->causal ? past + i + 1 - first : (int64_t)keys;
     return seen < 0 ? 0 : (size_t)seen < keys ? (size_t)seen : keys;
 }
 
-/* Merges some keys into the block's queries. past: what the block's first query sees besides itself. */
+/* Merges some keys into the block's queries. past: the number of keys before the block's first query. */
 static void attend_keys(const struct prefill *prefill, const struct block *block, int64_t past, int64_t first,
                         size_t keys, int values_finite, struct buffers *in) {
     size_t from = 0, n = prefill->value;

@@ -4,7 +4,7 @@
 #include "common/pool.h"
 
 enum {
-    /* Bytes that the wide middle of a feed-forward block may take: what follows it finds it in the last-level cache. */
+    /* The most bytes of a feed-forward block's wide middle, so that the next product finds it in the last-level cache. */
     MIDDLE_BYTES = 12 << 20,
     ALIGNMENT = 64,
 };
@@ -58,8 +58,6 @@ int npuq_linear(npuq_pool *pool, const npuq_weights *weights, const void *x, int
     return status;
 }
 
-/* ---- feed-forward ----------------------------------------------------------------------------------------------- */
-
 /* The middle of some rows: gate|up, then SwiGLU's rows as codes or (in `inner.code`'s place) as floats. */
 struct middle {
     void *gate_up, *floats;
@@ -87,7 +85,7 @@ static int bring_down(npuq_pool *pool, const npuq_weights *down, const struct mi
     return npuq_matmul(pool, down, inner->code, NPUQ_I8, inner->scale, group_rows, rows, out, dtype);
 }
 
-/* Whether `down` takes what `gate_up` gives, and both have as many groups. */
+/* True if `down` takes the outputs of `gate_up`, and both have as many groups. */
 static bool halves_fit(const npuq_weights *gate_up, const npuq_weights *down) {
     return gate_up->outputs > 0 && gate_up->outputs == 2 * down->cols && gate_up->groups == down->groups;
 }
@@ -124,8 +122,6 @@ int npuq_mlp(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *d
     return status;
 }
 
-/* ---- experts ---------------------------------------------------------------------------------------------------- */
-
 int npuq_moe_gate(npuq_pool *pool, const npuq_weights *router, const float *bias, const void *x, int32_t dtype,
                   int64_t tokens, int64_t k, int32_t sigmoid, int64_t groups, int64_t top_groups, int32_t select_two,
                   int32_t renormalize, float scaling, float *weights, int32_t *ids) {
@@ -149,7 +145,7 @@ struct experts {
     int dtype;
     size_t copies;
     int64_t middle_rows;
-    /* In the workspace: the copies of the tokens (codes or rows), where they went, and what comes out for them. */
+    /* In the workspace: the copies of the tokens (codes or rows), their places, and their outputs. */
     struct codes codes;
     void *rows, *out;
     int32_t *row_index;
@@ -274,8 +270,6 @@ int npuq_moe_layer(npuq_pool *pool, const npuq_moe *moe, const void *x, int32_t 
     return status;
 }
 
-/* ---- attention -------------------------------------------------------------------------------------------------- */
-
 struct prolog {
     struct codes hidden, queries;
     void *qkv, *normed, *q;
@@ -309,7 +303,7 @@ static int project(npuq_pool *pool, const npuq_mla *mla, const struct prolog *pr
     return multiply(pool, mla->q_b, prolog->normed, dtype, lora, tokens, prolog->queries, prolog->q, dtype);
 }
 
-/* Whether a layer's widths and its cache's are those of one attention. */
+/* True if the widths of a layer and of its cache agree. */
 static bool mla_fits(const npuq_mla *mla, const npuq_cache *cache, int dtype) {
     int64_t q_width = mla->heads * (mla->nope_dim + cache->rope_dim), kv_width = cache->latent_dim + cache->rope_dim;
     int64_t q_a_width = mla->q_b != NULL ? mla->q_b->cols : q_width;
@@ -354,7 +348,7 @@ int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cach
     return status;
 }
 
-/* Queries in latent space, what they attended to, and that out of latent space. */
+/* Queries in latent space, their attention outputs, and those decompressed. */
 struct attended {
     void *q_latent, *q_rope, *latent, *value;
 };

@@ -1,4 +1,4 @@
-/* Matrix products: what a task computes, and out of what memory. The arithmetic is in kernels/, the cutting in tasks.c. */
+/* Matrix products: the computation of a task, and its memory. The arithmetic is in kernels/, the cutting in tasks.c. */
 #include <stdbool.h>
 #include <string.h>
 
@@ -120,7 +120,7 @@ struct token_rows {
     float *wide;
 };
 
-/* Σ x of int8 rows, or float rows widened: what every task of the product needs of every token. Some rows a task. */
+/* Σ x of int8 rows, or float rows widened, once for all tasks of the product. Some rows a task. */
 enum { PREPARED_ROWS = 16 };
 
 static void prepare_task(const void *context, size_t index, int thread) {
@@ -191,8 +191,6 @@ int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int
     pool_end(pool);
     return status;
 }
-
-/* ---- one matrix a head ------------------------------------------------------------------------------------------ */
 
 struct batch {
     npuq_pool *pool;

@@ -5,7 +5,7 @@
 #include "common/checks.h"
 #include "common/pool.h"
 
-/* Channels of one token that lie together. */
+/* Contiguous channels of one token. */
 static int latent_dtype(const npuq_cache *cache) { return cache->latent_scale != NULL ? NPUQ_I8 : cache->dtype; }
 
 struct rope {
@@ -155,7 +155,7 @@ static void load_query(const struct attention *attention, size_t row, float *q, 
     for (size_t i = 0; i < l + d; i++) q[i] *= attention->scale;
 }
 
-/* Some keys of one cache block, and where they lie in it. */
+/* Some keys of one cache block, and their place in it. */
 struct place {
     const char *latent, *rope; /* the block */
     size_t first, keys;

@@ -6,8 +6,6 @@
 #include "common/checks.h"
 #include "common/pool.h"
 
-/* ---- gating ----------------------------------------------------------------------------------------------------- */
-
 struct gating {
     npuq_pool *pool;
     const float *logits, *bias;
@@ -97,8 +95,6 @@ int npuq_gating_top_k(npuq_pool *pool, const float *logits, const float *bias, i
     pool_end(pool);
     return status;
 }
-
-/* ---- to the experts and back ------------------------------------------------------------------------------------ */
 
 struct routing {
     npuq_pool *pool;

@@ -1,4 +1,4 @@
-/* How a product is cut into tasks, and in which order they are taken. */
+/* The cutting of a product into tasks, and their order. */
 #ifndef NPUQ_INFERENCE_TASKS_H
 #define NPUQ_INFERENCE_TASKS_H
 
@@ -18,7 +18,7 @@ struct active {
     int32_t group;
 };
 
-/* Groups that have tokens, the fewest first; how many. group_rows as in npuq_matmul. */
+/* Lists groups that have tokens, the fewest first; returns their number. group_rows as in npuq_matmul. */
 size_t list_active(int64_t groups, const int64_t *group_rows, int64_t m, struct active *active);
 
 /* Tasks of up to `step` rows each, in the order of the groups. */

@@ -18,7 +18,7 @@ INLINE size_t segment_length(const struct fp8_row *row, size_t s) {
     return left < segment ? left : segment;
 }
 
-/* What is asked of every segment first. The row's largest magnitude; NaN if only its weights can tell. */
+/* The row's largest magnitude, from a first pass over every segment; NaN if it takes the weights to find it. */
 static float survey_row(const struct fp8_row *row, struct tables *tables) {
     float largest = 0;
     int odd = 0;

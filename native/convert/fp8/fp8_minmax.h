@@ -20,7 +20,7 @@ static float largest_of_fp8(const struct fp8_row *row) {
     return nan || poison != 0 || isinf(largest) ? NAN : largest;
 }
 
-/* FP8 weights times what is FP8_UNIT in `scale`, and zeros up to a multiple of CODE_STEP. */
+/* FP8 weights times `scale` over FP8_UNIT, and zeros up to a multiple of CODE_STEP. */
 INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
     for (size_t i = 0; i < count; i += CODE_STEP) {
         uint8_t lane[CODE_STEP] = {0};
@@ -34,7 +34,7 @@ INLINE void decode_part(const uint8_t *x, size_t count, float scale, float *w) {
     }
 }
 
-/* Whether a block with that scale, times the unit of fixed point, may hold anything but zeros in a row that is finite. */
+/* True where a block of that scale, times the unit of fixed point, may hold non-zeros in a finite row. */
 INLINE int is_usable(float scale) { return fabsf(scale * FP8_UNIT) < INFINITY; }
 
 /* The bits of an FP8 magnitude as the upper ones of a float32, four places down, are the magnitude over this: subnormal
@@ -125,7 +125,7 @@ static struct error_sums round_fp8_int4(const struct fp8_row *row, float unit, f
         const float scale = *block_scale++ * unit, up = scale * MAGNITUDE_UNIT;
         if (up >= 0 && up < INFINITY) {
             size_t i = 0;
-            /* The next row, which lies behind this one, would come too late for the pass that looks for the largest. */
+            /* Without this prefetch the next row would come too late for the pass that finds the largest. */
             for (size_t line = 0; line < count; line += 64) __builtin_prefetch(x + row->n + line, 0, 2);
             for (; i + PART <= count; i += PART) round_part(x + i, PART, up, to_code, codes + first + i, &sums);
             if (i < count) sums = join_errors(sums, round_rest(x + i, count - i, up, to_code, codes + first + i));

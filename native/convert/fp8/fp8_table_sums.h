@@ -161,7 +161,7 @@ static void sum_tables(const struct tables *tables, const double *h, int count, 
 }
 #endif
 
-/* What a weight is multiplied by for its code at half scale h. */
+/* The factor from a weight to its code at half scale h. */
 INLINE float inverse_at(const struct tables *tables, double h) { return (float)(tables->unit / (2 * h)); }
 
 /* The exact A and B of the codes round(w · inverse), and the code of each magnitude in `codes` [segments][MOST_CODES] where
@@ -205,7 +205,7 @@ static struct exact_state exact_tables(const struct tables *tables, float invers
     return (struct exact_state){vl_total(low_sum) + vl_total(high_sum) * (1 << HALF), vi_total(b), 0};
 }
 
-/* The code of each magnitude at half scale h in `codes` [segments][MOST_CODES], as exact_tables gives it; 0 where some
+/* The code of each magnitude at half scale h in `codes` [segments][MOST_CODES], as of exact_tables; returns 0 where some
  * magnitude, in fixed point or before it was rounded to that, may be at a threshold, so that this cannot be known. */
 #if defined(NPUQ_LEVEL_AVX512) || defined(NPUQ_LEVEL_AVX2)
 /* Products of four float32, and quotients, are less than 16 ulp apart. */

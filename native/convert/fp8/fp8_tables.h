@@ -17,7 +17,7 @@
 /* 2^-22.4 of 2^23, ½ + ½ for rounding, and as much again. */
 enum { TABLE_DOUBT = 4 };
 
-/* How far the sum of n weights in fixed point may be from what the tables say: the block scale's product was rounded to
+/* The most that the sum of n weights in fixed point may differ from the tables': the block scale's product was rounded to
  * float32 (2^-24 of each weight), and then to an integer (½ a weight). */
 #define SUM_DOUBT 0x1p-24
 #define WEIGHT_DOUBT 0.5
@@ -29,7 +29,7 @@ enum { SEGMENT = 128, LEAST_SEGMENT = 64 };
  * reach code 8 is at least 15 · h, and a table begins at just below `least` ≤ h. */
 enum { TABLE_PART = 16, MOST_PARTS = 4, TOP_PART = 2, SUM_PLANES = 3, MOST_CODES = MOST_PARTS * TABLE_PART };
 
-/* How many weights of a segment have each magnitude of its table, and of the negative ones from the third part on. */
+/* Counts of a segment's weights by magnitude of its table, and of the negative ones from the third part on. */
 enum { NEGATIVE_COUNTS = MOST_CODES, COUNT_BYTES = MOST_CODES + (MOST_PARTS - TOP_PART) * TABLE_PART };
 
 struct segment {
@@ -60,7 +60,7 @@ struct tables {
     uint8_t *counts;  /* [segments][COUNT_BYTES] */
     float *inverse;   /* [segments][4] 1 / (scale · unit) */
     int16_t *origin;  /* [segments][8] upper bits of a float32 threshold that has place 0 */
-    double *worth;    /* [segments][2] what 1 in `sums` is in fixed point */
+    double *worth;    /* [segments][2] the value of 1 in `sums`, in fixed point */
     uint8_t *sums;    /* [pairs][SUM_PLANES][parts + parts − TOP_PART][2][TABLE_PART] */
 };
 
@@ -90,7 +90,7 @@ static void prepare_rows(struct place_rows *rows) {
     rows->ready = 1;
 }
 
-/* What an FP8 integer of a segment's table is worth in fixed point: the lowest bit of its first magnitude. */
+/* The value of an FP8 integer of a segment's table in fixed point: the lowest bit of its first magnitude. */
 INLINE double worth_of(const struct segment *segment, float unit) {
     return (double)segment->scale * unit * fp8_magnitudes[segment->first & ~7] / 8;
 }
@@ -215,7 +215,7 @@ INLINE void write_pair(const struct tables *tables, size_t pair, const uint8_t *
         write_part(&to, negative[p], p * TABLE_PART, NEGATIVE_COUNTS + (size_t)((p - TOP_PART) * TABLE_PART),
                    (size_t)(parts + p - TOP_PART));
     }
-    for (int s = 0; s < 2 && parts == 3; s++) { /* who reads 32 counts at a time finds none of another row's */
+    for (int s = 0; s < 2 && parts == 3; s++) { /* readers of 32 counts at a time must find none of another row's */
         uint8_t *count = to.count + s * COUNT_BYTES;
         memset(count + 3 * TABLE_PART, 0, TABLE_PART);
         memset(count + NEGATIVE_COUNTS + TABLE_PART, 0, TABLE_PART);
@@ -224,7 +224,7 @@ INLINE void write_pair(const struct tables *tables, size_t pair, const uint8_t *
 INLINE int write_pairs(const struct tables *tables, const uint8_t *x, size_t n, size_t length, const int parts) {
     __m256i odd = _mm256_setzero_si256();
     for (size_t pair = 0; 2 * pair < tables->segments; pair++) {
-        /* The next row, which lies behind this one, would come too late for the pass that only looks for the largest. */
+        /* Without this prefetch the next row would come too late for the pass that finds the largest. */
         for (size_t line = 0; line < 2 * length; line += 64) __builtin_prefetch(x + n + 2 * pair * length + line, 0, 2);
         write_pair(tables, pair, x, n, length, parts, &odd);
     }

@@ -96,7 +96,7 @@ INLINE void float_rows(const char *w, const int dtype, size_t ldw, size_t rows, 
     }
 }
 
-/* A function each, so that what the loops of one width keep in registers is not in another's way. */
+/* A function each, so that the loops of each width have all registers. */
 #define FLOAT_WIDTH(width)                                                                                          \
     static __attribute__((noinline)) void float_rows_##width(const void *w, int dtype, size_t ldw, size_t rows,     \
                                                              const float *x, size_t ldx, size_t k, float *acc,      \
@@ -115,7 +115,7 @@ FLOAT_WIDTH(6)
 
 static void dot_float(const void *w, int dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
                       size_t k, float *acc, size_t ldacc, struct following following) {
-    /* A step of four rows reads a line: one of what follows in as many steps as there are passes, or nearly. */
+    /* A step of four rows reads a line; the next lines are prefetched over about as many steps as there are passes. */
     size_t steps = 1;
     while (2 * steps * FLOAT_TOKENS < tokens + FLOAT_TOKENS) steps *= 2;
     struct ahead ahead = ahead_of(following, steps * VW - 1);
@@ -166,7 +166,7 @@ INLINE void axpy_tile(const void *w, const int dtype, size_t ldw, size_t a, cons
     }
 }
 
-/* A single token is bound by memory: row by row, in the order in which they lie there, AXPY_AHEAD bytes or a row ahead.
+/* A single token is bound by memory: row by row, in the order of memory, AXPY_AHEAD bytes or a row ahead.
  * Sums go on in `out`, in the order of the rows as in a tile. */
 INLINE size_t axpy_single(const char *w, const int dtype, size_t ldw, size_t a, size_t cols, const float *x,
                           const int accumulate, float *out) {

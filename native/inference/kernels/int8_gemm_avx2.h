@@ -12,10 +12,10 @@
 
 #if defined(NPUQ_LEVEL_AVX2)
 enum {
-    /* Tokens whose sums a row keeps in registers, and from how many on widening them pays. */
+    /* Tokens whose sums a row keeps in registers, and the number of tokens from which widening them pays. */
     WIDE_TOKENS = 8,
     WIDE_LEAST = 7,
-    /* What of the tokens is widened at a time, and all rows take before the next of it: half of L1. */
+    /* The part of the tokens that is widened at a time, for all rows before the next part: half of L1. */
     WIDE_STRETCH = 1024,
     /* Rows whose own sums are kept from the first tokens to the last. */
     WIDE_ROWS = 128,
@@ -50,7 +50,7 @@ INLINE void add_wide(const uint8_t *row, const int16_t *wide, const int tokens, 
     });
 }
 
-/* What the tokens of a pass have in common: their stretch widened, −Σ x₀x₁ of it, and whether they are the first. */
+/* The common data of a pass's tokens: the widened part of k, its −Σ x₀x₁, and true for the first tokens. */
 struct widened {
     const int16_t *wide;
     const sums *own;

@@ -9,11 +9,11 @@
 #if !defined(NPUQ_SCALAR_DOTS)
 #if defined(NPUQ_LEVEL_AVX2)
 enum {
-    /* What of the tokens' rows all rows of a tile take before the next of it: it stays in L1 meanwhile. */
+    /* The part of the tokens' rows that all rows of a tile take before the next part: it stays in L1. */
     STRETCH_BYTES = 20 << 10,
 };
 
-/* The hardware's prefetchers alone reach 0.85 of what a plain sum reads at; with this, 0.95. */
+/* The hardware's prefetchers alone reach 0.85 of a plain sum's read rate; with this, 0.95. */
 INLINE void prefetch(const uint8_t *at, const int once) {
     if (once) __builtin_prefetch(at + 1024, 0, 0);
 }

@@ -12,7 +12,7 @@ INLINE int32_t wrap_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (
 INLINE int flipped_nibble(uint8_t byte, size_t row) { return ((row % 2 ? byte >> 4 : byte) & 15) ^ 8; }
 
 #if !defined(NPUQ_SCALAR_DOTS)
-/* How a weight is stored: int8 codes, nibbles in pairs of rows, or flipped nibbles spread to a byte each. */
+/* The stored form of a weight: int8 codes, nibbles in pairs of rows, or flipped nibbles spread to a byte each. */
 enum storage { CODES, PACKED, SPREAD };
 
 INLINE void clear_row(sums *row, const int tokens) {
@@ -32,7 +32,7 @@ INLINE bytes load_weight(const enum storage storage, const uint8_t *from) {
 
 enum {
 #if defined(NPUQ_LEVEL_AVX2)
-    /* A row's bytes between two looks at what to fetch: as many steps as 16-bit sums hold. */
+    /* A row's bytes between two prefetches: as many steps as 16-bit sums hold. */
     LAP_BYTES = NARROW_STEPS * STEP,
     /* Weights that all tokens take before the next of them: they stay in L2, and those to come beside them. */
     BLOCK_BYTES = 32 << 10,
@@ -42,7 +42,7 @@ enum {
     BLOCK_BYTES = 1 << 30,
 #endif
     LAP_LINES = LAP_BYTES / LINE,
-    /* How far ahead weights are fetched that pass by only once. */
+    /* The prefetch distance of weights that are read only once. */
     AHEAD_BYTES = 4096,
 };
 

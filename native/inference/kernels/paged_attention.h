@@ -92,8 +92,8 @@ static float online_softmax(float *score, size_t seen, size_t keys, float *large
     return keep;
 }
 
-/* Where the following keys lie in group number `number` of channels, latent ones before those of rope; or these keys
- * again, where there is nothing more to fetch. */
+/* The address of the next keys in channel group `number`, latent groups before rope groups; of these keys again, where
+ * there is nothing more to fetch. */
 INLINE const char *next_group(const struct attention_tile *tile, const int dtype, const int latent_dtype, size_t number) {
     const size_t latent_groups = tile->latent_dim / nz_channels(latent_dtype);
     const size_t rope_groups = tile->rope_dim / nz_channels(dtype);

@@ -7,7 +7,7 @@
 
 enum { LINE = 64 };
 
-/* What will be read next. lines: how many of it to fetch at each look; mask: a look at each i of k where i & mask is 0. */
+/* The data to be read next. lines: cache lines to fetch at a time; mask: fetch at each i of k where i & mask is 0. */
 struct ahead {
     const uint8_t *at, *end;
     size_t lines, mask;
