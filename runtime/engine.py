@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 
@@ -79,7 +79,7 @@ class Engine:
         rope: RopeRows,
         eos_ids: frozenset[int],
         config: EngineConfig,
-        cache_scales: Tokens[Mapping[str, Tensor]] | None = None,
+        cache_scales: abc.Sequence[Mapping[str, Tensor]] | None = None,
     ):
         self.model = model
         self.config = config
@@ -100,7 +100,9 @@ class Engine:
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
-    def add(self, prompt: Tokens[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()) -> Sequence:
+    def add(
+        self, prompt: abc.Sequence[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+    ) -> Sequence:
         """Queue a prompt; a token of `stop_ids` ends it, as one that ends sequences does.
 
         GenerationError when the prompt is empty, holds no token ids, or leaves no room to generate.
@@ -157,7 +159,7 @@ class Engine:
         self.scheduler.reset()
         self.blocks.reset()
 
-    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> Iterator[Tensor]:
         """Logits of every token of each sequence, compute dtype `[T, vocab]`, several sequences a step.
 
         With an int8 cache every token attends to codes, its own among them, as tokens do that are generated.
@@ -167,7 +169,7 @@ class Engine:
             check_token_ids(tokens, self.model.config.vocab_size)
             if len(tokens) > self.context:
                 raise GenerationError(f"{len(tokens)} tokens are more than the context of {self.context}")
-        batch: list[Tokens[int]] = []
+        batch: list[abc.Sequence[int]] = []
         for tokens in sequences:
             if batch and not self._fits_a_step([*batch, tokens]):
                 yield from self._logits_of_batch(batch)
@@ -179,12 +181,12 @@ class Engine:
         if batch:
             yield from self._logits_of_batch(batch)
 
-    def _fits_a_step(self, batch: Tokens[Tokens[int]]) -> bool:
+    def _fits_a_step(self, batch: abc.Sequence[abc.Sequence[int]]) -> bool:
         if self._int8_cache and sum(self.blocks.blocks_for(len(tokens)) for tokens in batch) > self.blocks.num_free:
             return False
         return sum(map(len, batch)) <= self.config.max_num_batched_tokens
 
-    def _logits_of_batch(self, batch: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+    def _logits_of_batch(self, batch: abc.Sequence[abc.Sequence[int]]) -> Iterator[Tensor]:
         # Whole sequences in one step need nothing cached, unless it is the cache that is to be judged.
         blocks = self._take_blocks([len(tokens) if self._int8_cache else 0 for tokens in batch])
         try:
@@ -200,7 +202,7 @@ class Engine:
         parts = dict(zip(order, logits.split([len(batch[index]) for index in order]), strict=True))
         yield from (parts[index] for index in range(len(batch)))
 
-    def _logits_by_chunks(self, tokens: Tokens[int]) -> Tensor:
+    def _logits_by_chunks(self, tokens: abc.Sequence[int]) -> Tensor:
         (blocks,) = self._take_blocks([len(tokens)])
         size = self.config.max_num_batched_tokens
         try:
@@ -212,7 +214,7 @@ class Engine:
         finally:
             self.blocks.release(blocks)
 
-    def _take_blocks(self, lengths: Tokens[int]) -> list[list[int]]:
+    def _take_blocks(self, lengths: abc.Sequence[int]) -> list[list[int]]:
         """Blocks for sequences of some lengths, all or none. GenerationError while others hold too many."""
         counts = [self.blocks.blocks_for(length) for length in lengths]
         blocks = self.blocks.allocate(sum(counts))
@@ -221,11 +223,11 @@ class Engine:
         taken = iter(blocks)
         return [list(islice(taken, count)) for count in counts]
 
-    def _run(self, chunks: Tokens[Chunk]) -> tuple[Tensor, list[int]]:
+    def _run(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
 
-    def _advance(self, scheduled: Tokens[Scheduled], seconds: float) -> None:
+    def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds
@@ -245,7 +247,7 @@ class Engine:
             self.finish(sequence, "length")
 
 
-def check_token_ids(tokens: Tokens[int], vocabulary: int) -> None:
+def check_token_ids(tokens: abc.Sequence[int], vocabulary: int) -> None:
     """Raise GenerationError where there are no tokens, or ids that a vocabulary of that size has not."""
     if not tokens:
         raise GenerationError("the prompt is empty: it has no tokens to continue")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Tokens
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -35,7 +35,7 @@ from .weights import load_kv_cache_scales, load_rope_tables, load_weights
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Prompt: TypeAlias = str | Tokens[int]
+Prompt: TypeAlias = str | abc.Sequence[int]
 """Text, or the token ids of one."""
 
 
@@ -77,15 +77,15 @@ class LanguageModel:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list is no prompts
-        self, prompts: str | Tokens[int], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+        self, prompts: str | abc.Sequence[int], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Tokens[Prompt], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+        self, prompts: abc.Sequence[Prompt], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> list[Completion]: ...
     def generate(
         self,
-        prompts: Prompt | Tokens[Prompt],
+        prompts: Prompt | abc.Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
@@ -106,7 +106,7 @@ class LanguageModel:
 
     def stream(
         self,
-        prompts: Prompt | Tokens[Prompt],
+        prompts: Prompt | abc.Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
@@ -118,7 +118,7 @@ class LanguageModel:
 
     def chat(
         self,
-        messages: str | Tokens[Message],
+        messages: str | abc.Sequence[Message],
         params: SamplingParams | None = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -133,7 +133,7 @@ class LanguageModel:
         prompt = self.tokenizer.chat(messages, chat_template_kwargs=chat_template_kwargs, **of_chat)
         return self.generate(prompt, params, **others)
 
-    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> Iterator[Tensor]:
         """For each sequence of token ids, the logits after each of its tokens: compute dtype `[tokens, vocab]`.
 
         Raises GenerationError for what is no list of sequences, and, with the first logits asked for, for a sequence
@@ -143,7 +143,7 @@ class LanguageModel:
             raise _no_prompt(sequences)
         return self._loop.logits([_token_ids(sequence) for sequence in sequences])
 
-    def _ids(self, prompt: Prompt) -> Tokens[int]:
+    def _ids(self, prompt: Prompt) -> abc.Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
 
 
@@ -151,7 +151,7 @@ class RequestOptions(ChatOptions, SamplingOptions):
     """Keyword arguments of `LanguageModel.chat`."""
 
 
-def _is_one(prompts: Prompt | Tokens[Prompt]) -> bool:
+def _is_one(prompts: Prompt | abc.Sequence[Prompt]) -> bool:
     """Whether it is one prompt: a text, or token ids themselves. An empty list is no prompts.
 
     GenerationError for what is neither one nor several.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
 from threading import Condition, Lock
 from typing import Protocol
@@ -54,7 +53,7 @@ class Loop:
         self._abandoned: deque[Client] = deque()
 
     def add(
-        self, client: Client, prompts: Tokens[Tokens[int]], params: SamplingParams, stop_ids: frozenset[int]
+        self, client: Client, prompts: abc.Sequence[abc.Sequence[int]], params: SamplingParams, stop_ids: frozenset[int]
     ) -> None:
         """Queue prompts for a client, all or none. Raises GenerationError as `Engine.add`."""
         with self._between_steps():
@@ -103,7 +102,7 @@ class Loop:
         self._abandoned.append(client)
         self._drop_abandoned()
 
-    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> Iterator[Tensor]:
         """`Engine.logits`, between the steps of others."""
         found = self.engine.logits(sequences)
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+from collections import abc
 from dataclasses import dataclass, field
 
 from .sampler import Sampler, SamplingParams
@@ -29,7 +29,9 @@ class Sequence:
     decode_seconds: float = 0.0
 
     @classmethod
-    def start(cls, prompt: Tokens[int], params: SamplingParams, context: int, stop_ids: frozenset[int]) -> Sequence:
+    def start(
+        cls, prompt: abc.Sequence[int], params: SamplingParams, context: int, stop_ids: frozenset[int]
+    ) -> Sequence:
         """A fresh sequence; `context` bounds prompt and completion together."""
         max_tokens = min(context, len(prompt) + params.max_new_tokens)
         return cls(list(prompt), len(prompt), params, max_tokens, Sampler(params), stop_ids)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 from ..errors import GenerationError
@@ -52,7 +51,9 @@ class Stream(Iterator[Piece]):
     refers to any more ends the generation. May be read in any thread.
     """
 
-    def __init__(self, loop: Loop, tokenizer: Tokenizer, prompts: Tokens[Tokens[int]], params: SamplingParams):
+    def __init__(
+        self, loop: Loop, tokenizer: Tokenizer, prompts: abc.Sequence[abc.Sequence[int]], params: SamplingParams
+    ):
         stops, stop_ids = tokenizer.split_stops(params.stop)
         self._inbox = _Inbox([TextStream(tokenizer, prompt, stops) for prompt in prompts])
         self._loop = loop
@@ -98,7 +99,7 @@ class Stream(Iterator[Piece]):
 class _Inbox:
     """What has come for a stream. The loop holds it, so that the stream itself can be forgotten."""
 
-    def __init__(self, texts: Tokens[TextStream]):
+    def __init__(self, texts: abc.Sequence[TextStream]):
         self.sequences: tuple[Sequence, ...] = ()
         self._places: dict[Sequence, int] = {}
         self.pieces: deque[Piece] = deque()

@@ -53,7 +53,7 @@ class ModelFit:
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """The findings. kernels: what does the CPU's arithmetic. operators: name → schema, None where the installed
     torch_npu lacks it; empty without torch_npu."""
 
@@ -75,7 +75,7 @@ class Report:
         return asdict(self)
 
 
-def examine(model: Path | None = None) -> Report:
+def examine(model: Path | None = None) -> Diagnosis:
     """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
     from ... import __version__
     from ...native.library import description
@@ -87,7 +87,7 @@ def examine(model: Path | None = None) -> Report:
     usable = [device for device in devices if device.problem is None]
     if problem is None and not usable:
         problem = devices[0].problem
-    return Report(
+    return Diagnosis(
         npuq=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",

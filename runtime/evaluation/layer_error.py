@@ -28,7 +28,7 @@ from ..step import Chunk, RopeRows, StepBuilder
 from ..store import open_store
 from ..text.tokenizer import Tokenizer
 from ..weights import load_layer, load_rope_tables, load_weights
-from .perplexity import DEFAULT_CONTEXT, Window, cut_windows
+from .perplexity import DEFAULT_CONTEXT, Context, cut_contexts
 
 _STEP_TOKENS = 1024
 _BLOCK_SIZE = 128
@@ -58,7 +58,7 @@ def layer_errors(
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> list[LayerError]:
-    """The errors of every decoder layer of an artifact (MTP layers not) on a text cut into windows as by `evaluate`.
+    """The errors of every decoder layer of an artifact (MTP layers not) on a text cut into contexts as by `evaluate`.
 
     Beside one layer of each model, memory holds the hidden states of all tokens twice, in the compute dtype.
     `progress` counts layers. Raises GenerationError when the text is too short, when the two directories
@@ -69,9 +69,9 @@ def layer_errors(
             _Side(stack.enter_context(Checkpoint.open(directory)), make_ops(backend)) for directory in (model, source)
         )
         quantized.refuse_unlike(original)
-        windows = cut_windows(text, Tokenizer(quantized.directory), context)
+        contexts = cut_contexts(text, Tokenizer(quantized.directory), context)
         turn = _turn(quantized, original)
-        return _walk(quantized, original, _batches(windows), turn, progress or Silent())
+        return _walk(quantized, original, _batches(contexts), turn, progress or Silent())
 
 
 def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
@@ -88,7 +88,7 @@ def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
 def _walk(
     quantized: _Side,
     original: _Side,
-    batches: Sequence[Sequence[Window]],
+    batches: Sequence[Sequence[Context]],
     turn: Callable[[Tensor], Tensor],
     progress: Progress,
 ) -> list[LayerError]:
@@ -138,16 +138,16 @@ class _Side:
                     f"{self.directory} has {name} {ours} and {other.directory} has {theirs}: not the same model"
                 )
 
-    def step(self, batch: Sequence[Window]) -> Step:
-        longest = max(len(window.inputs) for window in batch)
+    def step(self, batch: Sequence[Context]) -> Step:
+        longest = max(len(each.inputs) for each in batch)
         if longest > self._rope.max_position:
             raise GenerationError(
-                f"windows of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
+                f"contexts of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
             )
-        for window in batch:
-            check_token_ids(window.inputs, self.config.vocab_size)
+        for each in batch:
+            check_token_ids(each.inputs, self.config.vocab_size)
         builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
-        return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
+        return builder.build([Chunk(each.inputs, 0, (), all_rows=True) for each in batch])[0]
 
     def embed(self, step: Step) -> Tensor:
         return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
@@ -188,10 +188,10 @@ class _Comparison:
         return relative, self._cosine / self._tokens
 
 
-def _batches(windows: Sequence[Window]) -> list[list[Window]]:
-    batches: list[list[Window]] = [[]]
-    for window in windows:
-        if batches[-1] and sum(len(some.inputs) for some in batches[-1]) + len(window.inputs) > _STEP_TOKENS:
+def _batches(contexts: Sequence[Context]) -> list[list[Context]]:
+    batches: list[list[Context]] = [[]]
+    for each in contexts:
+        if batches[-1] and sum(len(some.inputs) for some in batches[-1]) + len(each.inputs) > _STEP_TOKENS:
             batches.append([])
-        batches[-1].append(window)
+        batches[-1].append(each)
     return batches
