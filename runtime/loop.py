@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import abc, deque
-from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Condition, Lock
 from typing import Protocol
@@ -102,7 +101,7 @@ class Loop:
         self._abandoned.append(client)
         self._drop_abandoned()
 
-    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> Iterator[Tensor]:
+    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> abc.Iterator[Tensor]:
         """`Engine.logits`, between the steps of others."""
         found = self.engine.logits(sequences)
         while True:
@@ -157,7 +156,7 @@ class Loop:
                 self._lock.release()
 
     @contextmanager
-    def _between_steps(self) -> Iterator[None]:
+    def _between_steps(self) -> abc.Iterator[None]:
         """The engine is nobody else's within."""
         try:
             with self._lock:

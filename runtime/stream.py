@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import abc, deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import GenerationError
@@ -44,7 +43,7 @@ class Piece:
     completion: Completion | None = None
 
 
-class Stream(Iterator[Piece]):
+class Stream(abc.Iterator[Piece]):
     """The pieces of some prompts as they come, beside whatever other streams of the model are open.
 
     Ends when all prompts have their completion. One that is closed (also by leaving a `with` block) or that nobody

@@ -1,4 +1,4 @@
-"""How good a model is on a text: perplexity, and how far its predictions are from those of its float source."""
+"""Perplexity of a model on a text, and divergence of its predictions from those of its float source."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..text.tokenizer_check import require_tokenizer
 DEFAULT_CONTEXT = 512
 
 _LOGITS_BYTES = 256 << 20
-"""Logits of one model that are held at once."""
+"""Bytes of one model's logits in memory at once."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Consecutive tokens of the text: `inputs` go in, and row i of the logits is judged by `targets[i]`."""
+    """Consecutive tokens of the text. inputs: fed to the model. targets: row i of the logits predicts token i."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
@@ -33,10 +33,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity: exp of the mean negative log-likelihood of `tokens` predicted tokens.
+    """Result of an evaluation. perplexity: exp of the mean negative log-likelihood of `tokens` predicted tokens.
 
-    Against a source, on the same tokens: its perplexity; the mean over tokens of KL(source ‖ model) in nats over the
-    whole vocabulary; and how often both find the same token the likeliest. None without a source.
+    With a source, on the same tokens, else None: source_perplexity; kl_divergence: mean over tokens of
+    KL(source ‖ model), in nats over the whole vocabulary; top1_agreement: share of the tokens for which both models
+    have the same likeliest token.
     """
 
     perplexity: float
@@ -55,14 +56,14 @@ def evaluate(
     progress: Progress | None = None,
     kv_cache_dtype: str = "auto",
 ) -> Evaluation:
-    """Evaluate a model (a directory to load, or one that is loaded) on a text, beside its float source if given.
+    """Evaluate a model (a directory to load, or a loaded one) on a text, beside its float source if given.
 
-    The text is tokenized once without special tokens and cut into contexts of `context` tokens, the last one maybe
-    shorter; each is run from nothing, after BOS where the tokenizer has one, and every token of it is predicted (all
-    but a context's first where there is no BOS to predict it from). `progress` counts contexts.
-    backend, kv_cache_dtype: as of `load`, where there is something to load; the source's cache stays as it is.
-    Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
-    a vocabulary.
+    The text is tokenized once without special tokens and cut into contexts of `context` tokens; the last may be
+    shorter. Each context starts from an empty cache, with BOS before it where the tokenizer has one, and all its tokens
+    are predicted (without BOS, all but the first). `progress` counts contexts.
+    backend, kv_cache_dtype: as of `load`, for directories; the source's cache is in the compute dtype.
+    Raises GenerationError for a text or a context that is too short or too long, and for two models with different
+    vocabularies.
     """
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
@@ -95,7 +96,7 @@ def evaluate(
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:
-    """The contexts of a text; GenerationError when they predict nothing."""
+    """Cut a text into contexts. Raises GenerationError where no token is left to predict."""
     if context < 1:
         raise GenerationError(f"context {context} must be at least 1")
     tokens = tokenizer.encode(text, special=False)
@@ -143,7 +144,7 @@ def _compare(context: Context, logits: Tensor, source_logits: Tensor | None) -> 
 
 
 def _exp(mean_loss: float) -> float:
-    """Perplexity of a mean loss; GenerationError when it is no number, as with damaged weights."""
+    """Perplexity of a mean loss. Raises GenerationError for a loss that is not finite, a sign of damaged weights."""
     if not math.isfinite(mean_loss):
         raise not_finite()
     return math.exp(min(mean_loss, 700.0))
