@@ -1,4 +1,4 @@
-"""What generation gives out: pieces of text as they come, and what became of each prompt."""
+"""Output of generation: pieces of text as they come, and the completion of each prompt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a prompt.
+    """Completion of a prompt.
 
     text: without the prompt, special tokens and the stop string. finish_reason: "stop" (end of sequence or a stop
-    string) or "length". The seconds are those of the steps the prompt took part in, beside whatever else ran in them.
+    string) or "length". prefill_seconds, decode_seconds: wall time of the steps that the prompt took part in, which it
+    shares with other prompts.
     """
 
     text: str
@@ -36,7 +37,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of the prompt numbered `index`. The last piece of a prompt brings its `completion`."""
+    """The next text of prompt number `index`. The prompt's last piece has its `completion`."""
 
     index: int
     text: str
@@ -44,10 +45,10 @@ class Piece:
 
 
 class Stream(abc.Iterator[Piece]):
-    """The pieces of some prompts as they come, beside whatever other streams of the model are open.
+    """Pieces of some prompts as they come. Several streams of a model can be open.
 
-    Ends when all prompts have their completion. One that is closed (also by leaving a `with` block) or that nobody
-    refers to any more ends the generation. May be read in any thread.
+    The iteration ends when all prompts have their completion. Closing the stream (also by leaving a `with` block, or by
+    dropping the last reference to it) ends the generation. May be read in any thread.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Stream(abc.Iterator[Piece]):
                 raise StopIteration
 
     def close(self) -> None:
-        """End the generation of what is not complete, and free what it held. What came and was not read is lost."""
+        """End the generation of incomplete prompts and free their blocks. Unread pieces are lost."""
         self._loop.drop(self._inbox)
         self._inbox.close()
 
@@ -96,7 +97,7 @@ class Stream(abc.Iterator[Piece]):
 
 
 class _Inbox:
-    """What has come for a stream. The loop holds it, so that the stream itself can be forgotten."""
+    """Pieces and error of a stream that were not read yet. The loop refers to it, and not to the stream."""
 
     def __init__(self, texts: abc.Sequence[TextStream]):
         self.sequences: tuple[Sequence, ...] = ()
