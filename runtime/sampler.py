@@ -18,7 +18,7 @@ from ..inputs.printable import shown
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of a request. The default is greedy: a prompt always gives the same text (docs/generation.md).
+    """Sampling parameters of a request. The default is greedy: one prompt, one text (docs/generation.md).
 
     temperature 0 is greedy; top_k, top_p, min_p and seed then change nothing. top_k 0, top_p 1, min_p 0 and
     repetition_penalty 1 are off. Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p, each

@@ -1,8 +1,8 @@
 """Conversion of a tokenizer in an older format to `tokenizer.json`, by transformers.
 
 transformers opens any path that a file of the checkpoint names, follows links, and makes up a vocabulary of a few
-tokens where it finds none. So it gets a directory of its own with copies of the few files that it needs, and its result is
-compared with config.json and the checkpoint's special tokens.
+tokens where it finds none. So it gets a directory of its own with copies of the few files that it needs, and its result
+is compared with config.json and the checkpoint's special tokens.
 """
 
 from __future__ import annotations
