@@ -56,8 +56,8 @@ class Attention(ABC):
 
         kv `[T, L + D]` (a view with a row stride is fine), gamma `[L]`, slots int64 `[T]` (negative: not written).
         Norm and rope in float32 with one rounding each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`) as
-        the cache holds them, code · scale of an int8 cache: tokens of the same chunk then see the same keys and values as
-        later tokens.
+        the cache holds them, code · scale of an int8 cache: tokens of the same chunk then see the same keys and values
+        as later tokens.
         """
 
     @abstractmethod

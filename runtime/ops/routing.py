@@ -21,7 +21,8 @@ class Routing(ABC):
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
         """Choose k experts a token: → (weights float32 `[T, k]`, expert ids int32 `[T, k]`).
 
-        logits float32 `[T, E]`, bias float32 `[E]` or None. Experts are in order of descending biased score, the lower index first among equals. All in float32.
+        logits float32 `[T, E]`, bias float32 `[E]` or None. Experts are in order of descending biased score,
+        the lower index first among equals. All in float32.
         """
 
     @abstractmethod
@@ -41,7 +42,8 @@ class Routing(ABC):
     ) -> Tensor:
         """Combine rows: out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]] → `[T, H]`.
 
-        In float32, rounded once. weights float32 `[T, k]` (rounded to the compute dtype first), skip `[T, H]` or None (the shared experts).
+        In float32, rounded once. weights float32 `[T, k]` (rounded to the compute dtype first), skip `[T, H]` (the output
+        of the shared experts) or None.
         """
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:

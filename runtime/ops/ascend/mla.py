@@ -103,7 +103,7 @@ def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> P
 
 
 def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
-    """Split a linear with heads of `widths[0] + widths[1]` outputs in two: the first outputs of each head, the others."""
+    """Split a linear with heads of `widths[0] + widths[1]` outputs in two: the first of each head, and the others."""
 
     def pick(tensor: Tensor, side: int) -> Tensor:
         heads = tensor.view(num_heads, sum(widths), *tensor.shape[1:])

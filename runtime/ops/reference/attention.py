@@ -92,8 +92,9 @@ class ReferenceAttention(Attention):
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Attend in float32: query `[Q, N, A]`, key `[S, N or 1, A]`, value `[S, N or 1, V]` → (`[Q, N, V]`, lse `[Q, N, 1]`).
+        """Attend in float32: query `[Q, N, A]` → (output `[Q, N, V]`, log-sum-exp `[Q, N, 1]`).
 
+        key: `[S, N or 1, A]`. value: `[S, N or 1, V]`.
         past: query i sees keys up to past + i; None: all keys.
         """
         scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * scale  # [N, Q, S]
