@@ -81,4 +81,4 @@ class Weights(ABC):
 
     @abstractmethod
     def parameter(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Put a small tensor (norm gain, router bias, rope table) or the embedding on the device. None keeps the dtype."""
+        """Put a norm gain, router bias, rope table or the embedding on the device; dtype None keeps its own."""
