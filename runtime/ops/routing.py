@@ -42,8 +42,8 @@ class Routing(ABC):
     ) -> Tensor:
         """Combine rows: out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]] → `[T, H]`.
 
-        In float32, rounded once. weights float32 `[T, k]` (rounded to the compute dtype first), skip `[T, H]` or None (the
-        shared experts' output).
+        In float32, rounded once. weights: float32 `[T, k]`, rounded to the compute dtype first. skip: `[T, H]`, the
+        output of the shared experts, or None.
         """
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:

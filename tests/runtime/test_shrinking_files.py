@@ -11,7 +11,8 @@ import pytest
 from npuq.errors import CheckpointError
 from npuq.native import mapped
 from npuq.native.library import levels
-from npuq.runtime import SamplingParams, layer_error, layer_errors, load
+from npuq.runtime import SamplingParams, layer_errors, load
+from npuq.runtime.evaluation import layer_error
 
 PROMPT = list(range(5, 45))
 MESSAGE = r"model-00001-of-00001\.safetensors: became shorter while it was in use.* load the model again"
