@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def calibration_samples(model: Path, text: Path, samples: int, length: int) -> list[list[int]]:
-    """`samples` samples of `length` token ids, spread evenly over the text, each with BOS first if there is one."""
+    """Cut `samples` samples of `length` token ids, spread evenly over the text, each with BOS first if there is one."""
     tokenizer = Tokenizer(model)
     ids = tokenizer.encode(text.read_text(encoding="utf-8"), special=False)
     lead = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

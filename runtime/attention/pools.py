@@ -22,7 +22,7 @@ from ...formats.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
 Layout = Literal["nz", "nd"]
 
 CHANNELS = 16
-"""Channels of a tile: 32 bytes of a 16-bit type. Every backend keeps 16 in the compute dtype, whatever that is."""
+"""Channels of a tile: 32 bytes of a 16-bit type. In any compute dtype, every backend keeps 16."""
 
 
 @dataclass(frozen=True)
