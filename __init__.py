@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .runtime import Completion, EngineConfig, LanguageModel, SamplingParams, evaluate, load
     from .verification import inspect, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "convert_checkpoint": ".convert",

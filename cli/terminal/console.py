@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # The number of what --json prints: raised when a key changes its meaning or goes. docs/json.md lists them.
-JSON_SCHEMA: Final = 1
+JSON_SCHEMA: Final = 2
 # A message may quote a value of a file, and that may be a book.
 _MOST_CHARACTERS: Final = 2000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -55,7 +55,7 @@ class CpuProducts(ReferenceProducts):
             accumulator = _integer_matmul(rows.codes, part.weight, part.scheme)
         return accumulator.float().mul_(part.scale.T).mul_(rows.scale[:, None]).to(self.dtype)
 
-    def _static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
+    def static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
         assert part.static is not None
         accumulator = _integer_matmul(codes, part.weight, part.scheme).int() + part.static.quant_bias
         return accumulator.float().mul_(part.static.deq_scale).to(self.dtype)

@@ -36,8 +36,8 @@ class ReferenceProducts(Products):
             return torch.cat([self._float_matmul(x, part.weight) for part in handle.parts], dim=-1)
         static = handle.parts[0].static
         assert static is not None
-        codes = self._quantize(x, static.inputs)
-        return torch.cat([self._static_matmul(codes, part) for part in handle.parts], dim=-1)
+        codes = self.static_quant(x, static.inputs)
+        return torch.cat([self.static_matmul(codes, part) for part in handle.parts], dim=-1)
 
     def router_logits(self, x: Tensor, router: Router) -> Tensor:
         return x.float() @ own(router, StoredRouter).weight.float().T
@@ -61,12 +61,14 @@ class ReferenceProducts(Products):
         assert part.scale is not None
         return (accumulator.float() * part.scale.T * rows.scale[:, None]).to(self.dtype)
 
-    def _quantize(self, x: Tensor, inputs: InputScale) -> Tensor:
+    def static_quant(self, x: Tensor, inputs: InputScale) -> Tensor:
+        """Rows `[T, K]` as int8 codes of one scale and offset."""
         # The device takes the scale's inverse in the dtype of x.
         factor = (1.0 / torch.tensor(inputs.scale).to(self.dtype)).float()
         return (x.float() * factor + inputs.offset).round().clamp(-128, 127).to(torch.int8)
 
-    def _static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
+    def static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
+        """int8 codes `[T, K]` times a static linear: `[T, N]` in the compute dtype."""
         assert part.static is not None
         accumulator = codes.double() @ part.weight.double().T + part.static.quant_bias
         return (accumulator.float() * part.static.deq_scale).to(self.dtype)

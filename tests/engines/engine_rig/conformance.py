@@ -173,8 +173,8 @@ class Comparison:
         x = (4 * torch.randn(ROWS, inputs, generator=self.generator)).bfloat16()
         static = parts[0].static
         assert static is not None
-        codes = ReferenceOps(torch.bfloat16)._quantize(x, static.inputs)
-        ours = torch.cat([self.ops._static_matmul(codes, self.recomputed(part)) for part in parts], dim=1)
+        codes = ReferenceOps(torch.bfloat16).products.static_quant(x, static.inputs)
+        ours = torch.cat([self.ops.products.static_matmul(codes, self.recomputed(part)) for part in parts], dim=1)
         outputs = []
         held = self.loaded.ranks[0][name].weight.shape[0]
         for rank, modules in enumerate(self.loaded.ranks):

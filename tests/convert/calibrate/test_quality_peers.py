@@ -10,7 +10,7 @@ import pytest
 
 from npuq.runtime.text.tokenizer import Tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quality_peers.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "quality_peers.py"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BUILTIN = ROOT / "convert" / "calibrate" / "builtin.jsonl"
 SHARES = {"english": 0.30, "mathematics": 0.22, "code": 0.20, "chinese": 0.18, "chat": 0.08}
 

@@ -13,7 +13,7 @@ from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.sources.opening import open_weights
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_outliers.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "make_outliers.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plans import plan_of, tensors
 
 from npuq.convert.plan.plan import Job, Plan
 from npuq.convert.write import hashes as hashes_module
@@ -24,8 +25,6 @@ from npuq.formats.schemes import Scheme
 from npuq.inputs.files import file_sha256
 from npuq.native import sha256
 from npuq.quant.weight_error import ErrorSums
-
-from .test_plan import plan_of, tensors
 
 NO_STOP = threading.Event()
 ENTRY = JobEntry(ErrorSums(0.0, 0.0), b"", b"")

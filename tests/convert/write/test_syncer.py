@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from plans import plan_of
 
 from npuq.convert.plan.plan import Job, Plan
 from npuq.convert.write import shards, syncer
@@ -17,8 +18,6 @@ from npuq.convert.write.shards import ShardFiles
 from npuq.convert.write.syncer import Syncer
 from npuq.formats.schemes import Scheme
 from npuq.quant.weight_error import ErrorSums
-
-from .test_plan import plan_of
 
 HOUR = 3600.0
 ENTRY = JobEntry(ErrorSums(0.0, 0.0), b"", b"")

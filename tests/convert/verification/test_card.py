@@ -17,7 +17,7 @@ from npuq.formats.schemes import Scheme
 from npuq.models.config import ModelConfig
 from npuq.verification import inspect, verify
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny-deepseek-v3-fp8"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 V3 = {
     "num_attention_heads": 128,
     "n_routed_experts": 256,
