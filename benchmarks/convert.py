@@ -1,15 +1,14 @@
-"""Conversion speed beside a plain copy of the same bytes, in memory and on disk, and the memory it takes.
+"""Speed and memory of conversion, beside a plain copy of the same bytes, in memory and on disk.
 
     python benchmarks/convert.py                       /dev/shm (the program's own speed), then build/ (the disk's)
     python benchmarks/convert.py --directory build --experts 16 --source bf16 --method mse
 
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
-to W4A8, into two shards (`--shards`): neighbours are filled and hashed together, and real conversions write dozens. In
-each round the conversion runs, then a plain sequential copy: read the source, write as many bytes as the artifact has,
-sync. The conversion syncs too. Printed are medians: GB/s of source, the ratio to the copy of the same round, processor
-seconds for a GB of source (which other work on the machine disturbs least: divided by the workers they say what a quiet
-machine would need), and the highest anonymous memory, which is what the process holds, torch included (the rest of its
-resident memory is mapped files).
+to W4A8, into two shards (`--shards`): neighbouring shards are filled and hashed together, and real conversions write
+dozens. Each round runs the conversion, then a plain sequential copy: read the source, write as many bytes as the
+artifact has, sync. The conversion syncs too. Prints medians: GB/s of source; the ratio to the copy of the same round;
+processor seconds a GB of source (other work disturbs these least: divided by the workers, they are the time of a quiet
+machine); and peak anonymous memory of the process, torch included (the rest of its resident memory is mapped files).
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def main() -> None:
 
 
 def write_source(directory: Path, experts: int, kind: str) -> None:
-    """One MoE layer; the rest of the model is so small that the experts are nearly all of it."""
+    """Write a checkpoint of one MoE layer. The rest of the model is so small that experts are nearly all of it."""
     config = {
         "model_type": "deepseek_v3",
         "hidden_size": HIDDEN,
@@ -121,7 +120,7 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
     for projection, shape in shapes.items():
         weight = _normal(*shape)
         blocks = weight.float().view(shape[0] // BLOCK, BLOCK, shape[1] // BLOCK, BLOCK)
-        # As DeepSeek's own: the largest of each block on e4m3's largest.
+        # As in DeepSeek's checkpoints: the largest weight of each block is e4m3's largest number.
         scale = blocks.abs().amax(dim=(1, 3)) / 448
         codes = (blocks / scale[:, None, :, None]).reshape(shape).to(torch.float8_e4m3fn)
         for expert in range(experts):
@@ -139,10 +138,10 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
 
 
 def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of copy and conversion into fresh files; medians of both."""
+    """Run rounds of copy and conversion into fresh files: medians of both."""
     rounds = []
     planned = convert_checkpoint(source, source.parent / "planned", method=method, dry_run=True)
-    # Shards end between tensors: room for one, or a small one too many would be left for the last.
+    # Shards end between tensors: with room for one more, no small shard is left for the last tensor.
     shard_size = planned.output_bytes // options.shards + HIDDEN * WIDTH
     for number in range(options.rounds):
         output = source.parent / f"artifact-{method}-{number}"
@@ -172,7 +171,7 @@ def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str,
 
 
 def plain_copy(source: Path, target: Path, size: int) -> float:
-    """Seconds to read every byte of the source in order and write `size` bytes, with a sync at the end."""
+    """Time a copy: seconds to read the source in order, write `size` bytes and sync."""
     buffer = memoryview(bytearray(COPY_CHUNK))
     started = time.perf_counter()
     with target.open("wb", buffering=0) as output:
@@ -191,7 +190,7 @@ def plain_copy(source: Path, target: Path, size: int) -> float:
 
 @contextmanager
 def memory_peaks() -> Iterator[dict[str, int]]:
-    """Highest VmRSS and RssAnon of this process meanwhile, in bytes, looked at every 25 ms."""
+    """Peaks of VmRSS and RssAnon of this process within the context, in bytes, sampled every 25 ms."""
     peaks = {"VmRSS": 0, "RssAnon": 0}
     stop = threading.Event()
 

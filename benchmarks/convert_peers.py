@@ -5,13 +5,13 @@
     python -m venv $P/msmodelslim && $P/msmodelslim/bin/pip install msmodelslim==26.1.0 transformers==5.17.0
     python benchmarks/convert_peers.py [--peers build/peers] [--rows 2048] [--threads 2] [--json]
 
-What is run: bf16 matrices in memory to codes and scales in memory, by each peer's own classes in its own environment
+Each peer quantizes bf16 matrices in memory to codes and scales in memory, with its own classes in its own environment
 (peer_quantizers.py): llm-compressor's `memoryless_mse` and `memoryless_minmax` observers with compressed-tensors'
-`quantize`, and msmodelslim's weight quantizers `ssz` and `minmax`. npuq packs the codes, sums scale_bias and measures
-its error in the same time, on as many threads. Each tool passes over the matrices until `--seconds` have gone by, at
-least once: one pass of a fast one is over before the system has spread its threads over the cores. Errors are Σ (w −
-s·q)² / Σ w² in float64 from what each returned. The environments need a torch of their own; on a machine without a GPU
-install torch's CPU build there first.
+`quantize`, and msmodelslim's weight quantizers `ssz` and `minmax`. npuq's time includes packing the codes, summing
+scale_bias and measuring the error, on as many threads. Each tool passes over the matrices until `--seconds` have
+passed, at least once: one pass of a fast tool ends before the system has spread its threads over the cores. Errors are
+Σ (w − s·q)² / Σ w² in float64, from each tool's codes and scales. The environments need a torch of their own; on a
+machine without a GPU install torch's CPU build there first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One tool and method: weights a second, and squared error over squared norm; ratios are to npuq's row."""
+    """Row of one tool and method: weights a second, squared error over squared norm, ratios to npuq's row."""
 
     tool: str
     method: str
@@ -50,7 +50,7 @@ class Row:
     relative_error: float
     slower: float
     more_error: float
-    worse_rows: int  # rows on which npuq's squared error is the larger one
+    worse_rows: int  # number of rows with a larger squared error of npuq
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure(weights: dict[str, Tensor], method: str, options: argparse.Namespace) -> list[Row]:
-    """npuq, then each peer whose environment is there."""
+    """Measure npuq, then each peer whose environment exists."""
     count = sum(weight.numel() for name, weight in weights.items() if name != "0")
     seconds, own = run_npuq(weights, Method(method), options)
     rate, errors = count / seconds, row_errors(weights, own)
@@ -92,7 +92,7 @@ def measure(weights: dict[str, Tensor], method: str, options: argparse.Namespace
             continue
         seconds, theirs = run_peer(python, peer, method, weights, options)
         found = row_errors(weights, theirs)
-        # Both are float64 sums of the same kind: what differs by less than their rounding is equal.
+        # Both are float64 sums of the same kind: differences below their rounding count as equal.
         worse = int((errors > found * (1 + 1e-6)).sum())
         total = float(found.sum())
         rows.append(
@@ -104,7 +104,7 @@ def measure(weights: dict[str, Tensor], method: str, options: argparse.Namespace
 def run_npuq(
     weights: dict[str, Tensor], method: Method, options: argparse.Namespace
 ) -> tuple[float, dict[str, Tensor]]:
-    """Seconds a pass over all matrices but the first, and codes and scales of each."""
+    """Run npuq: seconds a pass over all matrices but the first, and codes and scales of each."""
     result, passes = {}, 0
     with ThreadPoolExecutor(options.threads) as pool:
 
@@ -132,12 +132,12 @@ def _quantize(rows: Tensor, method: Method) -> dict[str, Tensor]:
 def run_peer(
     python: Path, peer: str, method: str, weights: dict[str, Tensor], options: argparse.Namespace
 ) -> tuple[float, dict[str, Tensor]]:
-    """Seconds a pass, and codes and scales; SystemExit with the peer's words when it fails."""
+    """Run a peer: seconds a pass, codes and scales. Raises SystemExit with the output of a peer that fails."""
     script = Path(__file__).with_name("peer_quantizers.py")
     with tempfile.TemporaryDirectory(prefix="npuq-") as folder:
         source, target = Path(folder) / "weights.safetensors", Path(folder) / "codes.safetensors"
         save_file(weights, source)
-        # Isolated: modules beside the script are not the peer's.
+        # Isolated: the peer must not import modules beside the script.
         limits = [str(options.threads), str(options.seconds)]
         command = [str(python), "-I", str(script), peer, method, str(source), str(target), *limits]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -147,7 +147,7 @@ def run_peer(
 
 
 def row_errors(weights: dict[str, Tensor], result: dict[str, Tensor]) -> Tensor:
-    """float64: Σ (w − s·q)² of every row of every matrix but the first."""
+    """Squared errors Σ (w − s·q)² of every row of every matrix but the first, float64."""
     found = []
     for name, weight in sorted(weights.items()):
         if name != "0":

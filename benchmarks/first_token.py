@@ -2,10 +2,10 @@
 
     python benchmarks/first_token.py [--repeat 7] [--json]
 
-The example's checkpoint is converted once into a temporary directory; then `npuq generate` runs on the artifact and on
-the checkpoint, each time in a new process, and the clock stops at the first byte of text. Beside it, in turn with it:
-new processes that only import torch, and torch with transformers' automatic classes. What remains after the former is
-npuq's own. Medians; the files are in the page cache.
+The example's checkpoint is converted once into a temporary directory. Then `npuq generate` runs on the artifact and on
+the checkpoint, each time in a new process, until the first byte of text. In turn with these run new processes that only
+import torch, or torch with transformers' automatic classes. npuq's own time is the time beyond importing torch. Prints
+medians; the files are in the page cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(commands: dict[str, Sequence[str]], repeat: int) -> dict[str, float]:
-    """Median seconds to the first byte of output of each command, after one run of each that is not counted."""
+    """Median seconds to each command's first byte of output, after one uncounted run of each."""
     found: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(repeat + 1):
         for name, command in commands.items():
@@ -63,7 +63,7 @@ def measure(commands: dict[str, Sequence[str]], repeat: int) -> dict[str, float]
 
 
 def first_byte(command: Sequence[str]) -> float:
-    """Seconds from starting a process to the first byte that it writes."""
+    """Time a process: seconds from its start to its first byte of output."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

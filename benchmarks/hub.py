@@ -4,7 +4,7 @@
 
 The hub is tests/hub/rig/loopback.py in a process of its own, with plain LFS transfers; it and the client share this
 machine's cores. Every round starts from an empty hub and an empty cache; the files are in the page cache. `pull`
-hashes what it receives, snapshot_download does not. The best round counts.
+hashes the files that it receives, snapshot_download does not. The best round counts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 @contextmanager
 def loopback(folder: Path, port: int) -> Iterator[None]:
-    """An empty hub in a process of its own."""
+    """Context with an empty hub in a process of its own."""
     command = [sys.executable, str(LOOPBACK), str(folder), str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -62,7 +62,7 @@ def loopback(folder: Path, port: int) -> Iterator[None]:
 
 
 def settle_environment(folder: Path) -> int:
-    """What huggingface_hub reads when it is imported; returns the port of the loopback hub."""
+    """Set the variables that huggingface_hub reads on import: port of the loopback hub."""
     import socket
 
     with socket.socket() as free:
@@ -75,7 +75,7 @@ def settle_environment(folder: Path) -> int:
 
 
 def make_artifact(folder: Path, shards: int, nbytes: int) -> Path:
-    """Random shards under a manifest: enough for transfers, which look no further."""
+    """Write random shards and a manifest, which is all that transfers look at."""
     (folder / "npuq").mkdir(parents=True)
     files = {}
     for number in range(1, shards + 1):
@@ -88,7 +88,7 @@ def make_artifact(folder: Path, shards: int, nbytes: int) -> Path:
 
 
 def actions(artifact: Path) -> list[dict[str, Callable[[], float]]]:
-    """Groups that share a hub: each upload meets an empty one, downloads find what the last upload left."""
+    """Groups of actions on one hub: each group starts from an empty hub, and downloads follow an upload."""
     from huggingface_hub import HfApi, constants
 
     import npuq

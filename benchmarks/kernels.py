@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--threads 2] [--repeat 30] [--json]
 
-Limits: copying and reading a buffer larger than any cache, and the fastest int8 matrix product that torch has here.
+Limits: copying and reading a buffer larger than any cache, and torch's fastest int8 matrix product on this machine.
 Each figure is the best of many short repetitions, so that other work on the machine disturbs it little. Shapes are
-those of a DeepSeek-V3-shaped model of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
+those of a small DeepSeek-V3 of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes/s of reading (sum) and copying (bytes read); multiply-adds/s of torch's products, the fastest int8 one and
-    float32."""
+    """Limits of the machine: bytes/s of reading (a sum) and copying (bytes read); multiply-adds/s of torch's fastest
+    int8 product and of its float32 product."""
 
     read: float
     copy: float
@@ -86,13 +86,13 @@ def main() -> None:
 
 
 def best(work: Callable[[], object], repeat: int) -> float:
-    """Seconds of the fastest of `repeat` runs, after one that is not counted."""
+    """Seconds of the fastest of `repeat` runs, after one uncounted run."""
     work()
     return best_of(work, repeat, time.perf_counter)
 
 
 def measure_limits(repeat: int) -> Limits:
-    """What the machine can do at most, with torch's threads."""
+    """Measure the limits of the machine, with torch's threads."""
     source = torch.ones(48 << 20)
     target = torch.empty_like(source)
     read = source.nbytes / best(lambda: torch.sum(source), repeat)
@@ -123,7 +123,7 @@ def _rows(count: int) -> Quantized:
 
 
 def measure_products(weights: _Weights, level: str, threads: int, repeat: int, limits: Limits) -> list[Row]:
-    """One token (bound by reading) and a prompt (bound by arithmetic)."""
+    """Measure products of one token (bound by reading) and of a prompt (bound by arithmetic)."""
     ops = NativeOps(threads=threads, level=level)
     experts, dense = ops.weights.w4a8_experts(weights.experts), ops.weights.w8a8_linear([weights.dense])
     head = ops.weights.float_linear([weights.head])
@@ -157,7 +157,7 @@ def measure_products(weights: _Weights, level: str, threads: int, repeat: int, l
 
 
 def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> list[Row]:
-    """One token of 16 heads over a long cache of DeepSeek-V3's width, in bfloat16 and with an int8 latent."""
+    """Measure attention of one token, 16 heads, to a long cache of DeepSeek-V3's width, in bfloat16 and int8."""
     ops, latent, rope, heads, block = NativeOps(torch.bfloat16, threads, level), 512, 64, 16, 128
     q_latent, q_rope = (torch.randn(1, heads, width).bfloat16() for width in (latent, rope))
     table = torch.arange(KEYS // block, dtype=torch.int32)[None]
@@ -175,7 +175,7 @@ def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> 
 
 
 def measure_conversion(level: str, repeat: int, limits: Limits) -> list[Row]:
-    """One thread, FP8 rows of DeepSeek-V3's experts; the rate counts source bytes."""
+    """Measure conversion of FP8 rows of DeepSeek-V3's experts on one thread, in bytes of source."""
     found = []
     for what, columns in (("gate/up", V3_HIDDEN), ("down", V3_INTERMEDIATE)):
         stored = fp8_rows(256, columns)
@@ -187,7 +187,7 @@ def measure_conversion(level: str, repeat: int, limits: Limits) -> list[Row]:
 
 
 def fp8_rows(rows: int, columns: int) -> StoredRows:
-    """Gaussian weights in 128 × 128 blocks of e4m3, the largest of each block on 448."""
+    """Gaussian weights in 128 × 128 blocks of e4m3, scaled so that the largest of each block is 448."""
     weight = torch.randn(rows, columns)
     blocks = weight.view(rows // 128, 128, columns // 128, 128)
     scale = blocks.abs().amax(dim=(1, 3)) / 448

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured beside what is judged by it: reading memory, and products of int8."""
+"""Limits of the machine, measured in the same run as the benchmark: reading memory, int8 products."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Product = Callable[[Tensor, Tensor], Callable[[], object]]
 
 
 def fastest_int8(clock: Clock) -> Product:
-    """The fastest int8 product that torch has on this processor: where there is no VNNI, _int_mm is a plain loop, and
-    the quantized linear layers (FBGEMM's, oneDNN's) are not."""
+    """Torch's fastest int8 product on this processor. Without VNNI, _int_mm is a plain loop, and the quantized linear
+    layers (FBGEMM's, oneDNN's) are faster."""
     products = [_int_mm, *(_quantized_linear(engine) for engine in torch.backends.quantized.supported_engines)]
     operands = random_int8(64, 1024, 1024)
     return min(products, key=lambda product: best(product(*operands), 3, clock))
 
 
 def random_int8(rows: int, k: int, n: int) -> tuple[Tensor, Tensor]:
-    rows = max(rows, 17)  # _int_mm wants more than 16
+    rows = max(rows, 17)  # _int_mm takes more than 16 rows
     return torch.randint(-127, 128, (rows, k), dtype=torch.int8), torch.randint(-127, 128, (n, k), dtype=torch.int8)
 
 
@@ -36,7 +36,7 @@ def _quantized_linear(engine: str) -> Product:
         packed = torch.ops.quantized.linear_prepack(
             torch._make_per_channel_quantized_tensor(weight, scales, zeros, 0), None
         )
-        # Unsigned activations around 128 are what these kernels take.
+        # These kernels take unsigned activations with zero point 128.
         rows = torch._make_per_tensor_quantized_tensor((x.short() + 128).to(torch.uint8), 0.01, 128)
         return lambda: torch.ops.quantized.linear(rows, packed, 1.0, 128)
 

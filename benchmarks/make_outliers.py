@@ -1,11 +1,11 @@
-"""Gives a DeepSeek checkpoint the channel outliers of large models without changing what it computes.
+"""Rewriting of a DeepSeek checkpoint with the channel outliers of large models, and the same logits.
 
     python benchmarks/make_outliers.py SOURCE OUT [--seed 0] [--spread 0.9] [--outliers 0.02] [--outlier-power 4]
 
-Scale moves between layers that meet with nothing but linear maps between them: a norm's gain and the linears behind it
-(the router too), the v rows of kv_b and o, up_proj and down_proj of every MLP. Every factor is a power of two, drawn
-log-normally with a few large ones, so that in any binary float arithmetic all products and sums stay what they were:
-logits are equal to the bit. Quantization sees activations with channels 16 times the rest and weights whose columns
+Scale moves between tensors with nothing nonlinear between them: a norm's gain and the linears behind it (the router
+too), the v rows of kv_b and o, up_proj and down_proj of every MLP. Every factor is a power of two, drawn log-normally
+with a few large ones. So products and sums are exactly the same in any binary float arithmetic: logits are equal to the
+bit. Quantization sees activations with channels 16 times the rest and weights whose columns
 differ as much. The output is stored in the model's float type; FP8 sources are dequantized. Rows are streamed: memory
 does not grow with the model.
 """
@@ -50,7 +50,7 @@ class Draw:
     outlier_power: int = 4
 
     def factors(self, place: str, size: int) -> Tensor:
-        """float32 [size] for one place in the model: the same for every tensor that meets there."""
+        """Factors of one place in the model, float32 `[size]`: the same for every tensor that meets there."""
         digest = hashlib.sha256(f"{self.seed}:{place}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         powers = (torch.randn(size, generator=generator) * self.spread).round()
@@ -60,14 +60,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Factors of a tensor's rows [R] and columns [K]; None where they stay."""
+    """Factors of a tensor's rows `[R]` and columns `[K]`; None for 1."""
 
     rows: Tensor | None = None
     columns: Tensor | None = None
 
 
 def rewrite_of(name: str, config: ModelConfig, draw: Draw) -> Rewrite:
-    """How a tensor is rescaled, by its place in DeepSeek's layer (main and multi-token-prediction layers alike)."""
+    """Factors of a tensor by its place in DeepSeek's layer (main and multi-token-prediction layers alike)."""
     match = _LAYER.fullmatch(name)
     if match is None:
         return Rewrite()
@@ -112,7 +112,7 @@ def rewrite_of(name: str, config: ModelConfig, draw: Draw) -> Rewrite:
 
 
 def rescaled(source: WeightSource, name: str, rewrite: Rewrite) -> Iterator[Tensor]:
-    """The tensor in its float type, some rows at a time. CheckpointError where a factor leaves the type's range."""
+    """Rescale a tensor in its float type, some rows at a time. Raises CheckpointError beyond the type's range."""
     shape = source.weights[name].shape
     if not shape:
         yield source.checkpoint.read(name)
@@ -134,7 +134,7 @@ def rescaled(source: WeightSource, name: str, rewrite: Rewrite) -> Iterator[Tens
 
 
 def make_outliers(source_directory: Path, output: Path, draw: Draw) -> None:
-    """Write the rewritten checkpoint into a new directory. Raises CheckpointError for what is not DeepSeek's."""
+    """Write the rewritten checkpoint into a new directory. Raises CheckpointError for a model of another family."""
     output.mkdir(parents=True)
     with Checkpoint.open(source_directory) as checkpoint:
         source = open_weights(checkpoint)
@@ -162,7 +162,7 @@ def make_outliers(source_directory: Path, output: Path, draw: Draw) -> None:
 
 
 def _shards(source: WeightSource) -> Iterator[list[str]]:
-    """Names in checkpoint order, cut so that no file exceeds _SHARD_BYTES unless one tensor does."""
+    """Split names, in checkpoint order, into shards of at most _SHARD_BYTES, or of one larger tensor."""
     names: list[str] = []
     size = 0
     for name, weight in source.weights.items():

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def write_model(path: Path) -> None:
-    """A deepseek2 GGUF of random blocks with small scales, so that no activation overflows."""
+    """Write a deepseek2 GGUF of random blocks, with small scales so that no activation overflows."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "deepseek2")
@@ -146,7 +146,7 @@ def _tensors() -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def measure(path: Path, threads: int, prompt: int, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """Tokens/s of a prompt in one batch and of decode (median step)."""
+    """Measure tokens/s of a prompt in one batch and of decode (median step)."""
     import llama_cpp as llama
 
     llama.llama_backend_init()

@@ -1,10 +1,10 @@
-"""Runs inside a peer's own environment, for convert_peers.py: quantizes matrices with the peer's code, and times that.
+"""Timing of a peer's quantizer in the peer's own environment, for convert_peers.py.
 
     python peer_quantizers.py llmcompressor|msmodelslim METHOD INPUT.safetensors OUTPUT.safetensors THREADS SECONDS
 
-INPUT holds bf16 matrices [N, K]; OUTPUT gets NAME.codes int8 and NAME.scale float32 [N, 1]. Prints the seconds from the
-matrices in memory to codes and scales in memory, a pass over all but the first, which only warms up. Passes are made
-until SECONDS have gone by, at least one.
+INPUT holds bf16 matrices [N, K]; OUTPUT gets NAME.codes int8 and NAME.scale float32 [N, 1]. Prints the seconds of a
+pass from matrices to codes and scales, both in memory, over all matrices but the first, which only warms up. Passes
+repeat until SECONDS have gone by, at least one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def llmcompressor(method: str) -> Quantizer:
-    """Symmetric int4 per channel as its recipes do it: an observer gives the scale, compressed-tensors the codes."""
+    """Quantize to symmetric int4 per channel as its recipes do: scale by an observer, codes by compressed-tensors."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize
     from llmcompressor.observers import Observer
@@ -38,7 +38,7 @@ def llmcompressor(method: str) -> Quantizer:
 
 
 def msmodelslim(method: str) -> Quantizer:
-    """Its weight quantizer for int4 per channel: "ssz", the iterative search of its W4A8 recipes, or "minmax"."""
+    """Quantize to int4 per channel by "ssz", the iterative search of its W4A8 recipes, or by "minmax"."""
     from msmodelslim.core.quantizer.base import AutoWeightQuantizer, QConfig
     from msmodelslim.ir.qal import QDType, QStorage
 

@@ -2,8 +2,8 @@
 
     python benchmarks/peer_transformers.py MODEL [--threads 2]
 
-MODEL is a directory with the config.json. The routed experts of all layers share one layer's memory, so that 3 GB do
-instead of 9: a layer's experts are far larger than any cache, so nothing is gained by having just read them. Prints
+MODEL is a directory with the config.json. The routed experts of all layers share one layer's memory, which takes 3 GB
+for 9. This does not speed up the peer: a layer's experts are far larger than any cache. Prints
 tokens/s of prefill and decode as JSON.
 """
 
@@ -63,7 +63,7 @@ def random_model(settings: dict[str, object]) -> DeepseekV3ForCausalLM:
 
 @torch.inference_mode()
 def measure(model: DeepseekV3ForCausalLM, prompt: int, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """Tokens/s of a prompt and of decode (median step), after a short prompt that is not counted."""
+    """Measure tokens/s of a prompt and of decode (median step), after a short uncounted prompt."""
     vocabulary = model.config.vocab_size
     model(torch.randint(vocabulary, (1, 8)), use_cache=False)
     cache = DynamicCache(config=model.config)

@@ -1,9 +1,9 @@
-"""What each method keeps of a model: perplexity, KL and agreement against the float source, seconds and peak memory.
+"""Quality of each method: perplexity, KL and agreement against the float source, seconds and peak memory.
 
     python benchmarks/quality.py SOURCE… --calibration TEXT --text TEXT [--methods …] [--samples N] [--json FILE]
 
-Every row is `npuq convert --method M` in a process of its own, then `npuq evaluate` against the source, both printed so
-that they can be run again. The calibration text must not be the text that judges. Rows are printed as they are done.
+Every row is `npuq convert --method M` in a process of its own, then `npuq evaluate` against the source; both commands
+are printed. The calibration text must be another one than the evaluation's. Rows are printed as they are done.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(source: Path, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One conversion and its evaluation."""
+    """Run one conversion and its evaluation."""
     with tempfile.TemporaryDirectory(prefix="npuq-quality-") as folder:
         output = str(Path(folder) / "artifact")
         convert = ["convert", str(source), output, "--method", method, "--json", "--quiet"]
@@ -76,7 +76,7 @@ def measure(source: Path, method: str, arguments: argparse.Namespace) -> dict[st
 
 
 def npuq(arguments: list[str]) -> dict[str, Any]:
-    """The JSON that a command prints."""
+    """Run a command of npuq: the JSON document that it prints."""
     done = subprocess.run([sys.executable, "-m", "npuq", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr.strip() or f"npuq {arguments[0]} failed")

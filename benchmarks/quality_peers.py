@@ -1,14 +1,13 @@
-"""How good other tools' W4A8 is beside npuq's own methods: one row a tool and model, judged by npuq's evaluation.
+"""Quality of other tools' W4A8 beside npuq's own methods: one row a tool and model, by npuq's evaluation.
 
     python benchmarks/quality_peers.py MODEL... --calibration TEXT --text TEXT --work DIRECTORY
         [--samples 128] [--sequence-length 256] [--context 256] [--rows npuq-minmax npuq-mse llm-compressor msmodelslim]
 
-MODEL: unquantized bf16 checkpoints of DeepSeek's families. `make_outliers.py` makes them of the one in examples/: a
-hard one, and with `--spread 0 --outliers 0` the plain one in bf16. Other tools get an environment of their own in
-DIRECTORY and run as the scripts in peers/ say; what they write is converted by `npuq convert`, codes and scales kept,
-and evaluated like the rest, so that one runtime with the NPU's numerics judges all. Calibration windows are the same
-token ids for every tool. Prints a markdown table and, on request, JSON; what is there already in DIRECTORY is not made
-again.
+MODEL: unquantized bf16 checkpoints of DeepSeek's families. `make_outliers.py` makes two of the example's checkpoint: a
+hard one, and with `--spread 0 --outliers 0` the plain one in bf16. Each other tool has an environment of its own in
+DIRECTORY and a script in peers/. `npuq convert` converts its output, codes and scales kept, and the evaluation is the
+same as npuq's, on one runtime with the NPU's numerics. Calibration samples are the same token ids for every tool.
+Prints a markdown table and, on request, JSON. Artifacts that are in DIRECTORY already are reused.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from npuq.runtime.text.tokenizer import Tokenizer
 
 PEERS = Path(__file__).resolve().parent / "peers"
 NPUQ = [sys.executable, "-m", "npuq"]
-_STDERR = 2  # what other programs print goes there: the table alone is on stdout
+_STDERR = 2  # takes the output of other programs: stdout has the table alone
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another tool: its script in peers/ and the packages of its environment, exact where the result depends on it."""
+    """Another tool: its script in peers/ and the packages of its environment, pinned where results depend on them."""
 
     script: str
     packages: tuple[str, ...]
@@ -48,7 +47,7 @@ METHODS = {"npuq-minmax": "minmax", "npuq-mse": "mse"}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one process: wall seconds, processor seconds (which other load disturbs less), largest resident set."""
+    """Cost of one process: wall seconds, processor seconds (steadier under other load), largest resident set."""
 
     seconds: float
     cpu_seconds: float
@@ -84,8 +83,8 @@ def main() -> None:
     for model in arguments.models:
         name = "-".join(model.resolve().parts[-2:])
         tokens = arguments.work / f"{name}-tokens.json"
-        windows = calibration_windows(model, arguments.calibration, arguments.samples, arguments.sequence_length)
-        tokens.write_text(json.dumps(windows))
+        samples = calibration_samples(model, arguments.calibration, arguments.samples, arguments.sequence_length)
+        tokens.write_text(json.dumps(samples))
         for tool in arguments.rows:
             artifact = arguments.work / f"{name}-{tool}"
             cost = quantize(tool, model, artifact, tokens, arguments.work)
@@ -96,21 +95,21 @@ def main() -> None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
-def calibration_windows(model: Path, text: Path, samples: int, length: int) -> list[list[int]]:
-    """`samples` windows of `length` token ids, spread evenly over the text, each led by BOS where there is one."""
+def calibration_samples(model: Path, text: Path, samples: int, length: int) -> list[list[int]]:
+    """Cut `samples` samples of `length` token ids, spread evenly over the text, each with BOS first if there is one."""
     tokenizer = Tokenizer(model)
     ids = tokenizer.encode(text.read_text(encoding="utf-8"), special=False)
     lead = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     width = length - len(lead)
     available = len(ids) // width
     if available < samples:
-        raise SystemExit(f"{text}: has {available} windows of {length} tokens, fewer than --samples {samples}")
+        raise SystemExit(f"{text}: has {available} samples of {length} tokens, fewer than --samples {samples}")
     starts = [available * index // samples * width for index in range(samples)]
     return [[*lead, *ids[start : start + width]] for start in starts]
 
 
 def quantize(tool: str, model: Path, artifact: Path, tokens: Path, work: Path) -> Cost:
-    """Make `artifact`, or return what making it cost when it is there."""
+    """Make `artifact`, unless it exists: cost of making it."""
     record = artifact.with_suffix(".cost.json")
     if record.exists() and artifact.exists():
         return Cost(**json.loads(record.read_text()))
@@ -126,7 +125,7 @@ def quantize(tool: str, model: Path, artifact: Path, tokens: Path, work: Path) -
 
 
 def environment(directory: Path, packages: Sequence[str]) -> Path:
-    """The Python of a virtual environment with these packages, made when it is not there."""
+    """Python of a virtual environment with these packages, which is created if it is missing."""
     python = directory / "bin" / "python"
     ready = directory / "ready"
     if not ready.exists():

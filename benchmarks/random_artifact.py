@@ -1,4 +1,4 @@
-"""A W4A8 artifact of any shape with random weights, for benchmarks: laid out as by `npuq convert`, without a source."""
+"""Random W4A8 artifacts of any shape, for benchmarks: the files of `npuq convert`, without a source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from npuq.formats.schemes import Scheme, output_tensors
 from npuq.models.config import ModelConfig
 from npuq.models.rope import rope_tables
 
-# DeepSeek-V3 made small enough for a laptop: 2.6 GB, of which a decoded token reads about 0.6 GB.
+# DeepSeek-V3 in the size of a laptop: 2.6 GB, of which a decoded token reads about 0.6 GB.
 SMALL_V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "hidden_size": 2048,
@@ -53,7 +53,7 @@ _POOL_BYTES = 64 << 20
 
 
 def linears(config: ModelConfig) -> Iterator[tuple[str, Scheme, tuple[int, ...]]]:
-    """Every weight of a model that the runtime reads: name, scheme and logical shape."""
+    """Weights of a model that the runtime reads: name, scheme and logical shape of each."""
     hidden, heads, lora = config.hidden_size, config.attention.heads, config.attention.kv_lora_rank
     yield "model.embed_tokens.weight", Scheme.FLOAT, (config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
@@ -88,7 +88,7 @@ def linears(config: ModelConfig) -> Iterator[tuple[str, Scheme, tuple[int, ...]]
 
 
 def make(directory: Path, settings: dict[str, Any]) -> None:
-    """Write the artifact. Weights are drawn so that activations keep their size, codes uniformly."""
+    """Write the artifact. Codes are uniform; scales keep the size of activations from layer to layer."""
     config = ModelConfig.from_dict(settings)
     torch.manual_seed(0)
     pool = torch.randint(-128, 128, (_POOL_BYTES,), dtype=torch.int8)
@@ -135,7 +135,7 @@ def _draw(
 
 
 def _repeat(pool: Tensor, position: int, shape: tuple[int, ...]) -> Tensor:
-    """Random bytes from somewhere in the pool, different for each tensor."""
+    """Random bytes from another place of the pool for each tensor."""
     size = torch.Size(shape).numel()
     start = position * 7919 % (len(pool) // 2)
     copies = -(-size // (len(pool) - start))

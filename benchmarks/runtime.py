@@ -5,11 +5,11 @@
 
 The model is random, 2.6 GB, DeepSeek-V3 in small (build/random-small-v3, written once). `--llama-cpp` names the Python
 of an environment that has llama-cpp-python and gguf: the same shape as a GGUF (build/random-small-v3.gguf, written
-once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and the fastest
-int8 product torch has here on every shape and row count of the prefill. What a step of many sequences reads is counted
-from the experts its tokens were really sent to. All take turns with the same threads, a round each; figures are
-medians over the rounds, and ratios are made within a round before that. On a machine that has other work,
-`--threads 1 --cpu-time` leaves out the time in which it had the core.
+once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and torch's
+fastest int8 product on every shape and row count of the prefill. Bytes that a step of many sequences reads are counted
+from the experts that its tokens were routed to. All take turns with the same threads, a round each. Figures are medians
+over the rounds; ratios are computed within a round first. On a machine with other work, `--threads 1 --cpu-time` leaves
+out the time of that work.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def main() -> None:
 def measure_round(
     model: LanguageModel, peers: dict[str, list[str]], batch: int, prompt: int, tokens: int, clock: Clock
 ) -> Figures:
-    """All figures of one round: rates in tokens/s, B/s and multiply-adds/s, and the ratios between them."""
+    """Measure one round: rates in tokens/s, B/s and multiply-adds/s, and the ratios between them."""
     config = model.engine.model.config
     before = read_bandwidth(clock)
     product = fastest_int8(clock)
     ideal = int8_seconds(config, prompt, product, clock)
     one = measure(model, 1, prompt, tokens, clock)
-    after = read_bandwidth(clock)  # what else runs moves it
+    after = read_bandwidth(clock)  # other processes change it
     prefill, decode = one.prefill, one.decode
     found: Figures = {"read bandwidth": max(before, after), "npuq prefill": prefill, "npuq decode": decode}
     found["bytes of one"] = step_bytes(config, 1, one)
@@ -157,7 +157,7 @@ class Measured:
 
 
 def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: Clock) -> Measured:
-    """`batch` random prompts at once. Steps take turns: one is timed, the next has its experts counted."""
+    """Measure `batch` random prompts together. Steps take turns: one is timed, in the next experts are counted."""
     generator = torch.Generator().manual_seed(batch)
     vocabulary = model.engine.model.config.vocab_size
     engine = model.engine
@@ -186,7 +186,7 @@ def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: C
 
 
 def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
-    """Runs a step, and says how many experts each of its layers sent a token to."""
+    """Run a step: for each layer, the number of experts that got a token."""
     found: list[int] = []
     run = ops.routing.moe
 
@@ -203,7 +203,7 @@ def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
 
 
 def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
-    """Bytes of weights, scales and cached keys that a decode step reads: of routed experts those it really ran."""
+    """Bytes of weights, scales and cached keys that a decode step reads: of routed experts only those that it ran."""
     cached = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
     total = 2.0 * sequences * measured.keys * cached * config.num_hidden_layers
     for name, scheme, shape in linears(config):
@@ -218,7 +218,7 @@ def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
 
 
 def integer_shapes(config: ModelConfig, prompt: int) -> Counter[tuple[int, int, int]]:
-    """How many integer products [rows, K] × [K, N] a prompt takes, by (rows, K, N); experts share its tokens evenly."""
+    """Number of integer products [rows, K] × [K, N] of a prompt, by (rows, K, N); experts share its tokens evenly."""
     spread = prompt if config.moe is None else config.moe.tokens_of_expert(prompt)
     found: Counter[tuple[int, int, int]] = Counter()
     for name, scheme, shape in linears(config):
@@ -232,9 +232,9 @@ def integer_work(config: ModelConfig, prompt: int) -> int:
     return sum(rows * k * n * count for (rows, k, n), count in integer_shapes(config, prompt).items())
 
 
-# int8 rows [M, K] and weights [N, K] to a product that is ready to run.
+# int8 rows [M, K] and weights [N, K] to a function that computes their product.
 def int8_seconds(config: ModelConfig, prompt: int, product: Product, clock: Clock) -> float:
-    """What `product` takes for them: the best of several runs of each shape."""
+    """Seconds of `product` for them: the best of several runs of each shape."""
     total = 0.0
     for (rows, k, n), count in integer_shapes(config, prompt).items():
         total += count * best(product(*random_int8(rows, k, n)), 5, clock)

@@ -12,7 +12,7 @@ import click
 from .terminal.console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
-    from ..runtime.diagnostics.doctor import Report
+    from ..runtime.diagnostics.doctor import Diagnosis
     from ..runtime.diagnostics.selftest import Result
 
 
@@ -43,18 +43,18 @@ def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> N
         sys.exit(1)
 
 
-def _selftest(report: Report, device: str) -> list[Result]:
+def _selftest(report: Diagnosis, device: str) -> list[Result]:
     from ..runtime.backend import make_ops
     from ..runtime.diagnostics.selftest import selftest
 
     return list(selftest(make_ops("ascend", device=device) if report.ready else make_ops("cpu")))
 
 
-def _tested(report: Report) -> str:
+def _tested(report: Diagnosis) -> str:
     return "ascend" if report.ready else "cpu"
 
 
-def _as_json(report: Report, results: list[Result]) -> dict[str, Any]:
+def _as_json(report: Diagnosis, results: list[Result]) -> dict[str, Any]:
     return {
         "backend": _tested(report),
         "operators": [
@@ -72,7 +72,7 @@ def _as_json(report: Report, results: list[Result]) -> dict[str, Any]:
     }
 
 
-def _print(report: Report) -> None:
+def _print(report: Diagnosis) -> None:
     rows = {
         "npuq": report.npuq,
         "python": f"{report.python} on {report.platform}",
@@ -105,7 +105,7 @@ def _print(report: Report) -> None:
             show(f"{'':10} {problem}")
 
 
-def _print_selftest(report: Report, results: list[Result]) -> None:
+def _print_selftest(report: Diagnosis, results: list[Result]) -> None:
     show(f"Self-test of the {_tested(report)} backend against the reference:")
     for result in results:
         told = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"

@@ -1,6 +1,6 @@
 """The runtime: an artifact (or an unquantized checkpoint) goes in, tokens come out.
 
-The model is written once (`model.py`) against the operators of a backend (`ops/`); the engine feeds it steps.
+`model.py` is the model, written against the operators of a backend (`ops/`). `engine.py` feeds it steps.
 """
 
 from .engine import EngineConfig

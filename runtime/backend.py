@@ -1,4 +1,4 @@
-"""Which set of operators runs: by name, or the best that this machine has."""
+"""Choice of a backend: by name, or the best of this machine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def make_ops(
     """The operators of a backend. `auto` is ascend where an NPU is there, else cpu.
 
     dtype: the compute dtype; None takes the backend's own (float32 on the CPU, bfloat16 on Ascend). device: which NPU,
-    like "npu:0". kv_layout: "nz" pages of the KV cache, or "nd" for an NPU that should not use them. Raises
-    BackendError for a backend that is unknown or not available here, and for a setting that it does not have.
+    like "npu:0". kv_layout: layout of the KV cache's pages, "nz" or (on an NPU only) "nd". Raises BackendError for a
+    backend that is unknown or not available here, and for a setting that the backend does not have.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
@@ -42,7 +42,7 @@ def make_ops(
 
 
 def _cpu_ops(dtype: torch.dtype) -> Ops:
-    """Native kernels where they were built and this CPU can run them, else torch with the same integers."""
+    """Native kernels where they are built and run on this CPU, else torch, with the same integers."""
     from ..native.binding import levels
 
     if dtype in (torch.float32, torch.bfloat16) and levels():

@@ -1,4 +1,4 @@
-"""Which blocks of the paged cache are free."""
+"""Allocation of the paged cache's blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BlockManager:
         return len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
-        """How many blocks hold that many tokens."""
+        """Number of blocks for that many tokens."""
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int] | None:
@@ -29,9 +29,9 @@ class BlockManager:
         return [self._free.popleft() for _ in range(count)]
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Give blocks back. What they hold is not cleared: a block is written before it is read again."""
+        """Give blocks back. They are not cleared: a block is written before it is read again."""
         self._free.extend(blocks)
 
     def reset(self) -> None:
-        """Take all blocks back, whoever has them."""
+        """Take all blocks back from their sequences."""
         self._free = deque(range(self.num_blocks))

@@ -1,10 +1,9 @@
-"""The loop: schedule, run the model, sample, until every sequence has finished."""
+"""Continuous batching: schedule, run the model, sample, until every sequence has finished."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as Tokens
+from collections import abc
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 
@@ -26,10 +25,10 @@ from .step import Chunk, RopeRows, StepBuilder
 class EngineConfig:
     """Sizes of the engine, whole numbers.
 
-    kv_cache_bytes: memory for the paged cache (it is touched only as it fills); the context is what fits in it, up to
-    what the model was made for. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at
-    once. max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached
-    tokens that a chunk decompresses at a time. Raises GenerationError for sizes that cannot work.
+    kv_cache_bytes: memory for the paged cache, which is touched only as the cache fills. It bounds the context, as the
+    model's own limit does. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at once.
+    max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached tokens
+    that a chunk decompresses at a time. Raises GenerationError for sizes out of range.
     """
 
     kv_cache_bytes: int = 2 << 30
@@ -56,9 +55,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step brought a sequence: its next token, or None and the error that ended it.
+    """Result of a step for one sequence: its next token, or None and the error that ended it.
 
-    The sequence's finish_reason is set when nothing follows.
+    The sequence's finish_reason is set when this was its last token.
     """
 
     sequence: Sequence
@@ -69,8 +68,8 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: the most tokens a sequence can have, prompt and completion together. Pools of the cache
-    that have `cache_scales` (for each layer float32 `[channels]` by pool) are int8.
+    context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
+    `[channels]` by pool; those pools of the cache are int8.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Engine:
         rope: RopeRows,
         eos_ids: frozenset[int],
         config: EngineConfig,
-        cache_scales: Tokens[Mapping[str, Tensor]] | None = None,
+        cache_scales: abc.Sequence[abc.Mapping[str, Tensor]] | None = None,
     ):
         self.model = model
         self.config = config
@@ -100,10 +99,12 @@ class Engine:
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
-    def add(self, prompt: Tokens[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()) -> Sequence:
-        """Queue a prompt; a token of `stop_ids` ends it, as one that ends sequences does.
+    def add(
+        self, prompt: abc.Sequence[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+    ) -> Sequence:
+        """Queue a prompt. Tokens of `stop_ids` end it, beside the model's own end-of-sequence tokens.
 
-        GenerationError when the prompt is empty, holds no token ids, or leaves no room to generate.
+        Raises GenerationError for a prompt that is empty, holds no token ids, or leaves no room to generate.
         """
         check_token_ids(prompt, self.model.config.vocab_size)
         if len(prompt) >= self.context:
@@ -117,9 +118,9 @@ class Engine:
         return sequence
 
     def step(self) -> list[StepOutput]:
-        """Run one step; what it brought to those sequences that were to get a token.
+        """Run one step: results of the sequences whose next token was due.
 
-        A sequence whose token cannot be chosen ends with the error; the others go on.
+        A sequence without a token to choose ends with an error; the others go on.
         """
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
@@ -144,30 +145,30 @@ class Engine:
         return outputs
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence (a stop string was found, the caller lost interest) and free its blocks."""
+        """End a sequence (at a stop string, or cancelled by its caller) and free its blocks."""
         if sequence.finish_reason is None:
             sequence.finish_reason = reason
             self.scheduler.finish(sequence)
 
-    def reset(self, sequences: Iterable[Sequence]) -> None:
-        """Forget all sequences, which are these, and free all blocks, whatever an interrupted step has left behind."""
+    def reset(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Forget all sequences, which the caller lists, and free all blocks, also after an interrupted step."""
         for sequence in sequences:
             sequence.blocks = []
             sequence.finish_reason = sequence.finish_reason or "cancelled"
         self.scheduler.reset()
         self.blocks.reset()
 
-    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
+    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> abc.Iterator[Tensor]:
         """Logits of every token of each sequence, compute dtype `[T, vocab]`, several sequences a step.
 
-        With an int8 cache every token attends to codes, its own among them, as tokens do that are generated.
-        GenerationError for a sequence that is empty, out of vocabulary, or longer than the context.
+        With an int8 cache every token attends to codes, its own included, as a generated token does.
+        Raises GenerationError for a sequence that is empty, out of vocabulary, or longer than the context.
         """
         for tokens in sequences:
             check_token_ids(tokens, self.model.config.vocab_size)
             if len(tokens) > self.context:
                 raise GenerationError(f"{len(tokens)} tokens are more than the context of {self.context}")
-        batch: list[Tokens[int]] = []
+        batch: list[abc.Sequence[int]] = []
         for tokens in sequences:
             if batch and not self._fits_a_step([*batch, tokens]):
                 yield from self._logits_of_batch(batch)
@@ -179,13 +180,13 @@ class Engine:
         if batch:
             yield from self._logits_of_batch(batch)
 
-    def _fits_a_step(self, batch: Tokens[Tokens[int]]) -> bool:
+    def _fits_a_step(self, batch: abc.Sequence[abc.Sequence[int]]) -> bool:
         if self._int8_cache and sum(self.blocks.blocks_for(len(tokens)) for tokens in batch) > self.blocks.num_free:
             return False
         return sum(map(len, batch)) <= self.config.max_num_batched_tokens
 
-    def _logits_of_batch(self, batch: Tokens[Tokens[int]]) -> Iterator[Tensor]:
-        # Whole sequences in one step need nothing cached, unless it is the cache that is to be judged.
+    def _logits_of_batch(self, batch: abc.Sequence[abc.Sequence[int]]) -> abc.Iterator[Tensor]:
+        # Whole sequences in one step need no cache, except to judge an int8 cache.
         blocks = self._take_blocks([len(tokens) if self._int8_cache else 0 for tokens in batch])
         try:
             logits, order = self._run(
@@ -200,7 +201,7 @@ class Engine:
         parts = dict(zip(order, logits.split([len(batch[index]) for index in order]), strict=True))
         yield from (parts[index] for index in range(len(batch)))
 
-    def _logits_by_chunks(self, tokens: Tokens[int]) -> Tensor:
+    def _logits_by_chunks(self, tokens: abc.Sequence[int]) -> Tensor:
         (blocks,) = self._take_blocks([len(tokens)])
         size = self.config.max_num_batched_tokens
         try:
@@ -212,8 +213,8 @@ class Engine:
         finally:
             self.blocks.release(blocks)
 
-    def _take_blocks(self, lengths: Tokens[int]) -> list[list[int]]:
-        """Blocks for sequences of some lengths, all or none. GenerationError while others hold too many."""
+    def _take_blocks(self, lengths: abc.Sequence[int]) -> list[list[int]]:
+        """Allocate blocks for sequences of these lengths, or raise GenerationError while others hold too many."""
         counts = [self.blocks.blocks_for(length) for length in lengths]
         blocks = self.blocks.allocate(sum(counts))
         if blocks is None:
@@ -221,11 +222,11 @@ class Engine:
         taken = iter(blocks)
         return [list(islice(taken, count)) for count in counts]
 
-    def _run(self, chunks: Tokens[Chunk]) -> tuple[Tensor, list[int]]:
+    def _run(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
 
-    def _advance(self, scheduled: Tokens[Scheduled], seconds: float) -> None:
+    def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds
@@ -245,8 +246,8 @@ class Engine:
             self.finish(sequence, "length")
 
 
-def check_token_ids(tokens: Tokens[int], vocabulary: int) -> None:
-    """Raise GenerationError where there are no tokens, or ids that a vocabulary of that size has not."""
+def check_token_ids(tokens: abc.Sequence[int], vocabulary: int) -> None:
+    """Raise GenerationError for an empty sequence, and for ids outside a vocabulary of that size."""
     if not tokens:
         raise GenerationError("the prompt is empty: it has no tokens to continue")
     wrong = min(tokens) if min(tokens) < 0 else max(tokens)
@@ -265,8 +266,8 @@ def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
         return StepOutput(sequence, None, error)
 
 
-def _num_blocks(pools: Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:
-    """As many blocks as the memory holds, but no more than all sequences together can fill. pools: of all layers."""
+def _num_blocks(pools: abc.Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:
+    """Number of blocks that fit in the memory, at most as many as all sequences can fill. pools: of all layers."""
     block_bytes = sum(pool.token_bytes for pool in pools) * config.block_size
     affordable = config.kv_cache_bytes // block_bytes
     if affordable < 1:

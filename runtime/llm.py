@@ -1,9 +1,8 @@
-"""The runtime's front: open a directory, give it prompts, get text."""
+"""Loading a directory, and generating text from prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -35,7 +34,7 @@ from .weights import load_kv_cache_scales, load_rope_tables, load_weights
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Prompt: TypeAlias = str | Tokens[int]
+Prompt: TypeAlias = str | Sequence[int]
 """Text, or the token ids of one."""
 
 
@@ -59,12 +58,12 @@ class LanguageModel:
 
     @property
     def context(self) -> int:
-        """The most tokens a prompt and its completion can have together."""
+        """Limit of the tokens of a prompt and its completion together."""
         return self.engine.context
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, read when it is first needed; GenerationError when there is none."""
+        """The tokenizer, read on first use. Raises GenerationError where the directory has none."""
         with self._reading:
             if self._tokenizer is None:
                 self._tokenizer = Tokenizer(self.directory)
@@ -72,28 +71,28 @@ class LanguageModel:
 
     @cached_property
     def default_params(self) -> SamplingParams:
-        """How the model is sampled where a request does not say: as its generation_config.json does, else greedily."""
+        """Sampling of a request without parameters: that of the model's generation_config.json, else greedy."""
         return default_sampling(self.directory, self._generation)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list is no prompts
-        self, prompts: str | Tokens[int], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+        self, prompts: str | Sequence[int], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Tokens[Prompt], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> list[Completion]: ...
     def generate(
         self,
-        prompts: Prompt | Tokens[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]:
-        """Continue a prompt, a text or its token ids, or several at once, in a list of them.
+        """Continue a prompt (a text or token ids), or a list of prompts together.
 
-        `options` are the fields of `SamplingParams` (`max_new_tokens=64, temperature=0.7, stop="\\n"`, …), over
-        `params`, or over `default_params` where none are given: `temperature=0` is greedy, whatever the model's authors
-        recommend. Raises GenerationError for a bad option and for a prompt that does not fit.
+        `options` are fields of `SamplingParams` (`max_new_tokens=64, temperature=0.7, stop="\\n"`, …). They override
+        `params`, or `default_params` without those: `temperature=0` is greedy for every model.
+        Raises GenerationError for a bad option and for a prompt that does not fit.
         """
         done: dict[int, Completion] = {}
         with self.stream(prompts, params, **options) as pieces:
@@ -106,11 +105,11 @@ class LanguageModel:
 
     def stream(
         self,
-        prompts: Prompt | Tokens[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
-        """As `generate`, in pieces as they come. Text given out is final; closing the stream ends the generation."""
+        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation."""
         chosen = SamplingParams.of(self.default_params if params is None else params, options)
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
@@ -118,32 +117,32 @@ class LanguageModel:
 
     def chat(
         self,
-        messages: str | Tokens[Message],
+        messages: str | Sequence[Message],
         params: SamplingParams | None = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[RequestOptions],
     ) -> Completion:
-        """The model's answer to a conversation: `generate` of what `Tokenizer.chat` makes of it.
+        """Answer a conversation: `Tokenizer.chat` makes its prompt, `generate` continues it.
 
-        `options`: those of both. chat_template_kwargs: what else the template knows, such as `{"thinking": True}`.
+        `options`: those of both. chat_template_kwargs: other variables of the template, such as `{"thinking": True}`.
         """
         of_chat: Any = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
         others: Any = {name: value for name, value in options.items() if name not in of_chat}
         prompt = self.tokenizer.chat(messages, chat_template_kwargs=chat_template_kwargs, **of_chat)
         return self.generate(prompt, params, **others)
 
-    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
-        """For each sequence of token ids, the logits after each of its tokens: compute dtype `[tokens, vocab]`.
+    def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Logits after each token of each sequence of token ids: compute dtype `[tokens, vocab]` a sequence.
 
-        Raises GenerationError for what is no list of sequences, and, with the first logits asked for, for a sequence
-        that is empty, longer than the context, or holds an id outside the vocabulary.
+        Raises GenerationError at once for an argument that is no list of sequences, and on the first `next` for a
+        sequence that is empty, longer than the context, or holds an id outside the vocabulary.
         """
         if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
             raise _no_prompt(sequences)
         return self._loop.logits([_token_ids(sequence) for sequence in sequences])
 
-    def _ids(self, prompt: Prompt) -> Tokens[int]:
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
 
 
@@ -151,10 +150,10 @@ class RequestOptions(ChatOptions, SamplingOptions):
     """Keyword arguments of `LanguageModel.chat`."""
 
 
-def _is_one(prompts: Prompt | Tokens[Prompt]) -> bool:
-    """Whether it is one prompt: a text, or token ids themselves. An empty list is no prompts.
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """True for one prompt (a text or token ids), False for a list of prompts. An empty list is a list of no prompts.
 
-    GenerationError for what is neither one nor several.
+    Raises GenerationError for anything else.
     """
     if isinstance(prompts, str):
         return True
@@ -167,7 +166,7 @@ def _is_one(prompts: Prompt | Tokens[Prompt]) -> bool:
 
 
 def _token_ids(given: Any) -> list[int]:
-    """Plain integers of a sequence of token ids. GenerationError for anything else."""
+    """Convert a sequence of token ids to plain integers. Raises GenerationError for anything else."""
     if isinstance(given, (str, bytes, Mapping)):
         raise _no_prompt(given)
     try:
@@ -182,7 +181,7 @@ def _no_prompt(given: object) -> GenerationError:
 
 
 def _token(value: Any) -> int:
-    """A token id, of whatever library's integers. TypeError for anything else."""
+    """Convert a token id of any library's integer type. Raises TypeError for anything else."""
     if isinstance(value, bool) or getattr(value, "ndim", 0) > 0:  # a row of one column is not its only id
         raise TypeError
     return index(value)
@@ -201,11 +200,11 @@ def load(
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
-    backend, dtype, device, kv_layout: see `make_ops`; engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
-    compute dtype; "int8" nearly halves a 16-bit cache, and needs the scales that calibrated conversion leaves in an
-    artifact. tokenizer: one that was read from there already. Weights stay mapped from their files on the CPU. Raises
-    CheckpointError or ArtifactError for a directory that is not what it should be, BackendError for a backend that
-    cannot run here.
+    backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
+    compute dtype; "int8" nearly halves a 16-bit cache and needs scales, which calibrated conversion writes into an
+    artifact. tokenizer: the directory's, where the caller has read it already. On the CPU, weights stay mapped from
+    their files. Raises CheckpointError or ArtifactError for a directory that is incomplete, damaged or not supported,
+    BackendError for a backend that cannot run here.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")

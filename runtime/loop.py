@@ -1,10 +1,8 @@
-"""One engine for several streams and threads: whoever waits for text takes the next step, and takes it for all."""
+"""Sharing one engine among streams and threads: a thread that waits for text runs the next step, for all of them."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as Tokens
+from collections import abc, deque
 from contextlib import contextmanager
 from threading import Condition, Lock
 from typing import Protocol
@@ -19,44 +17,44 @@ from .sequence import Sequence
 
 
 class Client(Protocol):
-    """Somebody who waits for what becomes of some sequences."""
+    """The receiver of some sequences' tokens."""
 
     sequences: tuple[Sequence, ...]
     """Its sequences, in the order of its prompts; none before `expect`."""
 
     def expect(self, sequences: tuple[Sequence, ...]) -> None:
-        """Learn which sequences its prompts have become."""
+        """Take the sequences of its prompts."""
 
     def is_ready(self) -> bool:
-        """Whether something has come that was not fetched, or nothing more will come."""
+        """True when a result waits to be fetched, or none will come any more."""
 
     def receive(self, output: StepOutput) -> bool:
-        """Take what a step brought one of the sequences; whether a stop string ends that here."""
+        """Take a step's result for one of the sequences: True if a stop string ends the sequence."""
 
     def fail(self, error: GenerationError) -> None:
-        """Learn that nothing more will come."""
+        """Take the error after which no result will come."""
 
 
 class Loop:
     """Steps an engine for its clients. One thread at a time touches the engine; all others wait for it.
 
-    The lock is held by whoever looks at a client, changes the engine between two steps, or computes logits. A step is
-    taken without it, by the thread whose mark is `_stepping`.
+    A thread holds the lock while it looks at a client, changes the engine between two steps, or computes logits. A step
+    runs without the lock, in the thread whose mark is `_stepping`.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._lock = Lock()
         self._changed = Condition(self._lock)
-        self._stepping: object | None = None  # the mark of the thread that takes a step
-        self._wanted = 0  # threads that wait to change the engine: no step begins before they have
+        self._stepping: object | None = None  # the mark of the thread that runs a step
+        self._wanted = 0  # threads waiting to change the engine; steps let them pass first
         self._clients: dict[Sequence, Client] = {}
         self._abandoned: deque[Client] = deque()
 
     def add(
-        self, client: Client, prompts: Tokens[Tokens[int]], params: SamplingParams, stop_ids: frozenset[int]
+        self, client: Client, prompts: abc.Sequence[abc.Sequence[int]], params: SamplingParams, stop_ids: frozenset[int]
     ) -> None:
-        """Queue prompts for a client, all or none. Raises GenerationError as `Engine.add`."""
+        """Queue prompts for a client, all or none. Raises GenerationError as `Engine.add` does."""
         with self._between_steps():
             added: list[Sequence] = []
             try:
@@ -70,8 +68,8 @@ class Loop:
             self._clients.update(dict.fromkeys(added, client))
 
     def wait(self, client: Client) -> None:
-        """Return when the client is ready. Steps are taken until then, here unless another thread does."""
-        # A mark of its own: wherever this thread is interrupted, it takes back its own step and nobody else's.
+        """Return when the client is ready. Until then run steps, unless another thread does."""
+        # A mark of its own: interrupted anywhere, this thread ends its own step and no other thread's.
         mark = object()
         try:
             while not client.is_ready():
@@ -99,12 +97,12 @@ class Loop:
             self._drop(client)
 
     def abandon(self, client: Client) -> None:
-        """As `drop`, soon: for finalizers, which may run anywhere, also within a step, and must not wait."""
+        """Drop the client soon, without waiting: for finalizers, which may run anywhere, also within a step."""
         self._abandoned.append(client)
         self._drop_abandoned()
 
-    def logits(self, sequences: Tokens[Tokens[int]]) -> Iterator[Tensor]:
-        """`Engine.logits`, between the steps of others."""
+    def logits(self, sequences: abc.Sequence[abc.Sequence[int]]) -> abc.Iterator[Tensor]:
+        """Logits as of `Engine.logits`, computed between the steps of other clients."""
         found = self.engine.logits(sequences)
         while True:
             with self._between_steps():
@@ -114,7 +112,7 @@ class Loop:
             yield logits
 
     def _step(self) -> None:
-        """Take a step and hand out what it brought. When it fails as a whole, every client learns of it."""
+        """Run a step and hand out its results. A failure of the whole step goes to every client."""
         try:
             for output in self.engine.step():
                 self._deliver(output)
@@ -124,7 +122,7 @@ class Loop:
             self._clients = {}
             self.engine.reset(sequence for client in clients for sequence in client.sequences)
             for client in clients:
-                # One each: what is raised in two threads would mix their tracebacks.
+                # An error each: raised in two threads, one error would mix their tracebacks.
                 client.fail(GenerationError(f"a step that this prompt took part in has failed ({reason}); ask again"))
             raise
 
@@ -147,7 +145,7 @@ class Loop:
             self._clients.pop(sequence, None)
 
     def _drop_abandoned(self) -> None:
-        """Drop those abandoned, unless the engine is in use: then whoever uses it does so afterwards."""
+        """Drop abandoned clients; while the engine is in use, the thread that uses it does so afterwards."""
         while self._abandoned and self._lock.acquire(blocking=False):
             try:
                 if self._stepping is not None:
@@ -158,8 +156,8 @@ class Loop:
                 self._lock.release()
 
     @contextmanager
-    def _between_steps(self) -> Iterator[None]:
-        """The engine is nobody else's within."""
+    def _between_steps(self) -> abc.Iterator[None]:
+        """Hold the engine between two steps, alone."""
         try:
             with self._lock:
                 self._wanted += 1

@@ -1,6 +1,6 @@
-"""The model, written once against the operators: families differ in their weights, constants and kind of attention.
+"""The model, written once against the operators. Families differ in weights, constants and kind of attention.
 
-A step can carry decoding tokens beside prefill chunks: attention alone treats them apart.
+A step can have decoding tokens and prefill chunks together. Only attention computes them separately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All weights, and the `files` that they are mapped from, if they are."""
+    """All weights. files: mapped files behind them, if any."""
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
@@ -53,7 +53,7 @@ class Model:
     def forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
         """Logits of the step's output rows, compute dtype `[S, vocab]`; the cache is written in place.
 
-        Raises CheckpointError when a file of the weights became shorter, or cannot be read any more.
+        Raises CheckpointError for a mapped file that became shorter or cannot be read any more.
         """
         files = self.weights.files
         if not files.watched:
@@ -81,10 +81,10 @@ class Model:
     def decoder_layer(
         self, layer: LayerWeights, delta: Tensor | None, residual: Tensor, cache: LayerCache, step: Step
     ) -> tuple[Tensor, Tensor]:
-        """One layer of the forward pass: (delta, residual), compute dtype `[T, H]` each, whose sum is its output.
+        """Run one decoder layer: (delta, residual) → (delta, residual), compute dtype `[T, H]` each.
 
-        The sum of those that come in is its input; delta is None where the residual alone is. The next layer's norm
-        adds them, in one operator.
+        A layer's input and output are delta + residual; the next layer's norm adds them, in one operator. An input
+        delta of None is zero.
         """
         ops, attention = self.ops, self.attention
         hidden, residual = attention.norm(delta, residual, layer.input_norm, layer.attention, ops)

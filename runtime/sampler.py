@@ -1,4 +1,4 @@
-"""How the next token is chosen from a row of logits."""
+"""Sampling: the choice of the next token from a row of logits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..inputs.printable import shown
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks for. The default is greedy: the same prompt gives the same text (see docs/generation.md).
+    """Sampling parameters of a request. The default is greedy: one prompt, one text (docs/generation.md).
 
-    temperature 0 is greedy, and towards 0 sampling becomes so; top_k, top_p, min_p and seed then change nothing. top_k
-    0, top_p 1, min_p 0 and repetition_penalty 1 are off. Filters apply in the order repetition penalty, temperature,
-    top-k, top-p, min-p, each to what the one before left, as in transformers.
-    seed: fixes this sequence's random numbers, whatever else runs beside it; None draws a fresh one.
-    stop: a text or several; the completion ends before the first of them. The text of a special token stands for that
-    token. ignore_eos: go on past the end-of-sequence token.
+    temperature 0 is greedy; top_k, top_p, min_p and seed then change nothing. top_k 0, top_p 1, min_p 0 and
+    repetition_penalty 1 are off. Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p, each
+    to the tokens that the one before left, as in transformers.
+    seed: of this sequence's random numbers, which do not depend on other sequences; None draws a fresh seed.
+    stop: a text or several; the completion ends before the first of them. The text of a special token means that token.
+    ignore_eos: continue after the end-of-sequence token.
     Raises GenerationError for a value of a wrong type or out of range.
     """
 
@@ -59,7 +59,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
 
     def _set(self, name: str, kind: type[int] | type[float], holds: Callable[[Any], bool], expected: str) -> None:
-        """Check a field and make it a plain number, whatever library it comes from."""
+        """Check a field and convert it to a plain number of Python."""
         value: Any = getattr(self, name)
         if not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real):
             with suppress(OverflowError):
@@ -71,7 +71,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, base: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
-        """`base` with some fields set by name. GenerationError for a name that is none, as for a bad value."""
+        """Replace fields of `base` by name. Raises GenerationError for an unknown name and for a bad value."""
         if not isinstance(base, cls):
             raise GenerationError(f"params must be SamplingParams, not a {type(base).__name__}")
         unknown = [name for name in options if name not in cls.__dataclass_fields__]
@@ -96,12 +96,12 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def not_finite() -> GenerationError:
-    """What is wrong where a model's logits are no numbers."""
+    """The error for logits that are not finite."""
     return GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
 
 
 class Sampler:
-    """One sequence's sampler: its own random generator, so that its draws do not depend on other sequences."""
+    """Sampler of one sequence, with a random generator of its own: other sequences do not change its draws."""
 
     def __init__(self, params: SamplingParams):
         self._params = params
@@ -113,10 +113,10 @@ class Sampler:
         self._seen = _Seen()
 
     def next_token(self, logits: Tensor, context: Sequence[int]) -> int:
-        """The next token from float32 logits `[vocab]` on the host.
+        """Choose the next token from float32 logits `[vocab]` on the host.
 
-        context: the prompt's and the generated tokens; each time those of the last time, and others behind them. Raises
-        GenerationError when the logits hold no number to choose from.
+        context: tokens of the prompt and generated ones; each call's context begins with the last call's. Raises
+        GenerationError for logits that are not finite.
         """
         params = self._params
         best = int(logits.argmax())
@@ -135,7 +135,7 @@ class Sampler:
 
 
 class _Seen:
-    """The different tokens of a text that grows."""
+    """Set of the tokens of a growing context."""
 
     def __init__(self) -> None:
         self._counted = 0
@@ -143,7 +143,7 @@ class _Seen:
         self._ids = torch.empty(0, dtype=torch.int64)
 
     def ids(self, context: Sequence[int]) -> Tensor:
-        """Those of a context that begins with the last one: int64 `[tokens]`."""
+        """Distinct tokens of a context that begins with the last call's: int64 `[tokens]`."""
         fresh = set(context[self._counted :]) - self._known
         self._counted = len(context)
         if fresh:
@@ -153,11 +153,11 @@ class _Seen:
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's rule (arXiv:1909.05858): logits of seen tokens divided by the penalty when positive, else multiplied.
+    """Penalise repetition as in CTRL (arXiv:1909.05858): positive logits of seen tokens are divided, others multiplied.
 
     logits: float32 `[vocab]`; seen: int64 `[tokens]`, each once.
     """
-    # In float64, which any penalty can be held in; an extreme one leads beyond float32.
+    # In float64, since an extreme penalty leaves float32.
     values = logits[seen].double()
     changed = torch.where(values > 0, values / penalty, values * penalty)
     limits = torch.finfo(logits.dtype)
@@ -165,9 +165,9 @@ def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens that temperature and filters leave, best first, and their float64 probabilities (not normalised).
+    """Tokens left by temperature and filters, best first, and their float64 probabilities (not normalised).
 
-    The temperature divides differences from the best logit, so that a tiny one ends in probabilities of 1 and 0.
+    The temperature divides differences from the best logit: a tiny one gives probabilities of 1 and 0, and no NaN.
     """
     size = logits.shape[0]
     if params.top_k and params.top_k < size:
@@ -176,7 +176,7 @@ def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]
         values, tokens = logits.sort(descending=True)
     probabilities = ((values.double() - values[0].double()) / params.temperature).softmax(0)
     if params.top_p < 1:
-        # The smallest set whose probability reaches top_p: drop a token when those before it already do.
+        # The smallest set whose probability reaches top_p: drop a token if the ones before it reach it.
         before = probabilities.cumsum(0) - probabilities
         kept = before < params.top_p
         tokens, probabilities = tokens[kept], probabilities[kept]

@@ -1,7 +1,7 @@
-"""What runs in the next step: every decoding sequence, then as much prefill as the token budget leaves.
+"""Scheduling of the next step: every decoding sequence, then as much prefill as the token budget leaves.
 
-A sequence gets blocks for all of its known tokens when it enters, and one more whenever it grows into it. When none is
-free, the sequence that entered last gives up its blocks and waits again, to be recomputed.
+A sequence that enters gets blocks for all its tokens, and later one block more for each that it fills. When no block is
+free, the sequence that entered last is preempted: it gives up its blocks and waits, to be recomputed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .sequence import Sequence
 
 @dataclass(frozen=True)
 class Scheduled:
-    """`count` tokens of a sequence, from its first that is not cached."""
+    """The next `count` uncached tokens of a sequence."""
 
     sequence: Sequence
     count: int
 
     @property
     def samples(self) -> bool:
-        """Whether the step brings the sequence to its newest token, so that the next one can be sampled."""
+        """True if the step reaches the sequence's newest token: then the next token can be sampled."""
         return self.count == self.sequence.num_pending
 
 
 class Scheduler:
-    """Waiting and running sequences, the first come first."""
+    """Waiting and running sequences, first come, first served."""
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
         self._blocks = blocks
@@ -45,7 +45,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step's work; never empty while there is work."""
+        """Choose the next step's tokens: never none while a sequence waits or runs."""
         chosen = [Scheduled(sequence, 1) for sequence in self._grow_decoding()]
         budget = self._budget - len(chosen)
         for sequence in self._running:
@@ -59,7 +59,7 @@ class Scheduler:
         return chosen
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, whatever its state, and free its blocks."""
+        """Remove a waiting, running or finished sequence and free its blocks."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -67,12 +67,12 @@ class Scheduler:
         self._release(sequence)
 
     def reset(self) -> None:
-        """Forget every sequence. Their blocks are the block manager's to take back."""
+        """Forget every sequence, without freeing blocks: `BlockManager.reset` does that."""
         self._waiting.clear()
         self._running.clear()
 
     def _grow_decoding(self) -> list[Sequence]:
-        """The decoding sequences that have room for their newest token, after preempting as few as needed."""
+        """Make room for the newest token of decoding sequences, preempting as few as needed: those that decode."""
         for sequence in list(self._running):
             if sequence.is_decoding and sequence in self._running:
                 self._grow(sequence)

@@ -1,8 +1,8 @@
-"""A request on its way: its tokens, its blocks, and how far it has come."""
+"""The state of one request: its tokens, its blocks, its progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+from collections import abc
 from dataclasses import dataclass, field
 
 from .sampler import Sampler, SamplingParams
@@ -10,10 +10,10 @@ from .sampler import Sampler, SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt and what follows it.
+    """One prompt and its completion.
 
-    tokens: prompt and generated tokens. num_cached: how many of them have their latents in `blocks`.
-    max_tokens: where generation stops for lack of room or because enough was asked for. stop_ids: tokens that end it.
+    tokens: prompt and generated tokens. num_cached: number of tokens that the cache holds, in `blocks`. max_tokens:
+    length at which generation stops, by the context or by max_new_tokens. stop_ids: tokens that end the sequence.
     """
 
     tokens: list[int]
@@ -29,8 +29,10 @@ class Sequence:
     decode_seconds: float = 0.0
 
     @classmethod
-    def start(cls, prompt: Tokens[int], params: SamplingParams, context: int, stop_ids: frozenset[int]) -> Sequence:
-        """A fresh sequence; `context` bounds prompt and completion together."""
+    def start(
+        cls, prompt: abc.Sequence[int], params: SamplingParams, context: int, stop_ids: frozenset[int]
+    ) -> Sequence:
+        """Start a sequence; `context` limits prompt and completion together."""
         max_tokens = min(context, len(prompt) + params.max_new_tokens)
         return cls(list(prompt), len(prompt), params, max_tokens, Sampler(params), stop_ids)
 
@@ -40,10 +42,10 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens yet to run through the model before the next one can be sampled."""
+        """Number of tokens that the model has to run before the next one can be sampled."""
         return len(self.tokens) - self.num_cached
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the newest token is pending and something was generated already."""
+        """True once a token was generated and only the newest is pending."""
         return self.num_pending == 1 and self.num_completion_tokens > 0

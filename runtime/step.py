@@ -1,4 +1,4 @@
-"""From what the scheduler chose to what the model reads: the tensors and lengths of one step, built once."""
+"""Building a step: from the scheduled chunks to the tensors and lengths that the model reads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .ops import Decode, Ops, Prefill, Prefix, PrefixSegment, Step
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens of one sequence to run: `token_ids` stand at positions `start`, `start + 1`, …
+    """Consecutive tokens of one sequence to run: `token_ids` have the positions `start`, `start + 1`, …
 
-    blocks: the sequence's blocks, enough for the chunk's last token; empty means that nothing is to be cached, which
-    only a whole sequence run at once can do. all_rows: logits are wanted for every token, else for the last one only
-    where `last_row` is set. absorbed: attend to what the cache holds, the chunk's own tokens included, however many.
+    blocks: the sequence's blocks, up to that of the chunk's last token. Without blocks nothing is cached, which only a
+    whole sequence in one chunk can do. all_rows: compute logits of every token. last_row: compute those of the last.
+    absorbed: attend to the cache alone, in absorbed form, the chunk's own tokens included.
     """
 
     token_ids: Sequence[int]
@@ -35,13 +35,13 @@ class Chunk:
 
     @property
     def decodes(self) -> bool:
-        """Whether the absorbed form serves it: one token that has a past, or what asks for it."""
+        """True for attention in absorbed form: one token after others, or a chunk with `absorbed`."""
         return self.absorbed or (self.start > 0 and len(self.token_ids) == 1)
 
 
 @dataclass(frozen=True)
 class RopeRows:
-    """The rope tables as a backend gathers them: compute dtype `[max_position, D]`, halves duplicated."""
+    """Rope tables whose rows a step gathers: compute dtype `[max_position, D]`, halves duplicated."""
 
     cos: Tensor
     sin: Tensor
@@ -57,7 +57,7 @@ class RopeRows:
 
 
 class StepBuilder:
-    """Builds steps for one engine. `segment_tokens` bounds how much of a cached prefix is decompressed at a time."""
+    """Builder of steps for one engine. segment_tokens: tokens of a cached prefix to decompress at a time."""
 
     def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int):
         self._ops = ops
@@ -66,9 +66,9 @@ class StepBuilder:
         self._segment_blocks = max(1, segment_tokens // block_size)
 
     def build(self, chunks: Sequence[Chunk]) -> tuple[Step, list[int]]:
-        """The step of some chunks, and the order in which its rows hold them: decodes first, else as given.
+        """Build the step of some chunks: the step, and the chunks' order in its rows (decodes first, else as given).
 
-        Raises ValueError for a chunk that has no tokens, goes beyond the rope tables, or lacks blocks.
+        Raises ValueError for a chunk without tokens, beyond the rope tables, or with too few blocks.
         """
         for chunk in chunks:
             self._check(chunk)

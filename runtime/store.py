@@ -1,8 +1,7 @@
-"""Stored tensors as a model's loader asks for them: by name and by the shape that config.json gives them.
+"""Stored tensors, looked up by name and checked against the shape that config.json gives.
 
-Little is read at load but headers: tensors are memory-mapped views, and what a backend does with them (keep, upcast,
-lay out for a device) is its own affair. Exceptions are forms that no backend computes with (FP8), which are
-dequantized, and scales, which must be positive numbers.
+Tensors are memory-mapped views. Of the data, loading reads only FP8 weights, which are dequantized here, and scales,
+which must be positive numbers. Backends then keep the views, upcast them, or lay them out for a device.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ from .ops import LinearPart, Static
 
 
 class Store(Protocol):
-    """Where stored tensors come from. Both methods check shapes and name the tensor that is missing or wrong.
+    """Source of stored tensors. Errors name the tensor that is missing or of another shape.
 
-    files: those that the tensors are mapped from.
+    files: the mapped files behind the tensors.
     """
 
     files: MappedFiles
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """A float tensor as it is stored, memory-mapped."""
+        """The float tensor of that shape, in its stored dtype, memory-mapped."""
 
     def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
-        """The linear `{prefix}.weight` with whatever its scheme stores beside it."""
+        """The linear `{prefix}.weight` `[outputs, inputs]` and the tensors that its scheme stores beside it."""
 
 
 class FloatStore:
-    """An unquantized checkpoint. FP8 weights are dequantized into `dtype`, everything else stays a view."""
+    """Store of an unquantized checkpoint. FP8 weights are dequantized into `dtype`, all other tensors are views."""
 
     def __init__(self, source: WeightSource, dtype: torch.dtype):
         self.files = source.checkpoint.files
@@ -69,9 +68,9 @@ class FloatStore:
 
 
 class ArtifactStore:
-    """A finished artifact of npuq's, or ModelSlim's own: each weight's scheme is what the description says.
+    """Store of a finished artifact of npuq or of ModelSlim. Schemes are those of the description.
 
-    ArtifactError for an unfinished one.
+    Raises ArtifactError for an unfinished artifact.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -128,12 +127,12 @@ def _scale_bias(linear: StoredLinear) -> Tensor:
 
 
 def is_artifact(directory: Path) -> bool:
-    """Whether a directory holds a quantized artifact: it has the description that engines look for."""
+    """True for the directory of a quantized artifact, which has the description that engines look for."""
     return description_path(directory) is not None
 
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
-    """The store that fits the directory; `dtype` is what FP8 weights are dequantized into."""
+    """Open the store for a directory. dtype: of dequantized FP8 weights."""
     check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):

@@ -1,10 +1,8 @@
-"""What generation gives out: pieces of text as they come, and what became of each prompt."""
+"""Output of generation: pieces of text as they come, and the completion of each prompt."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as Tokens
+from collections import abc, deque
 from dataclasses import dataclass
 
 from ..errors import GenerationError
@@ -18,10 +16,11 @@ from .text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a prompt.
+    """Completion of a prompt.
 
     text: without the prompt, special tokens and the stop string. finish_reason: "stop" (end of sequence or a stop
-    string) or "length". The seconds are those of the steps the prompt took part in, beside whatever else ran in them.
+    string) or "length". prefill_seconds, decode_seconds: wall time of the steps that the prompt took part in, which it
+    shares with other prompts.
     """
 
     text: str
@@ -38,21 +37,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of the prompt numbered `index`. The last piece of a prompt brings its `completion`."""
+    """The next text of prompt number `index`. The prompt's last piece has its `completion`."""
 
     index: int
     text: str
     completion: Completion | None = None
 
 
-class Stream(Iterator[Piece]):
-    """The pieces of some prompts as they come, beside whatever other streams of the model are open.
+class Stream(abc.Iterator[Piece]):
+    """Pieces of some prompts as they come. Several streams of a model can be open.
 
-    Ends when all prompts have their completion. One that is closed (also by leaving a `with` block) or that nobody
-    refers to any more ends the generation. May be read in any thread.
+    The iteration ends when all prompts have their completion. Closing the stream (also by leaving a `with` block, or by
+    dropping the last reference to it) ends the generation. May be read in any thread.
     """
 
-    def __init__(self, loop: Loop, tokenizer: Tokenizer, prompts: Tokens[Tokens[int]], params: SamplingParams):
+    def __init__(
+        self, loop: Loop, tokenizer: Tokenizer, prompts: abc.Sequence[abc.Sequence[int]], params: SamplingParams
+    ):
         stops, stop_ids = tokenizer.split_stops(params.stop)
         self._inbox = _Inbox([TextStream(tokenizer, prompt, stops) for prompt in prompts])
         self._loop = loop
@@ -79,7 +80,7 @@ class Stream(Iterator[Piece]):
                 raise StopIteration
 
     def close(self) -> None:
-        """End the generation of what is not complete, and free what it held. What came and was not read is lost."""
+        """End the generation of incomplete prompts and free their blocks. Unread pieces are lost."""
         self._loop.drop(self._inbox)
         self._inbox.close()
 
@@ -96,9 +97,9 @@ class Stream(Iterator[Piece]):
 
 
 class _Inbox:
-    """What has come for a stream. The loop holds it, so that the stream itself can be forgotten."""
+    """Pieces and error of a stream that were not read yet. The loop refers to it, and not to the stream."""
 
-    def __init__(self, texts: Tokens[TextStream]):
+    def __init__(self, texts: abc.Sequence[TextStream]):
         self.sequences: tuple[Sequence, ...] = ()
         self._places: dict[Sequence, int] = {}
         self.pieces: deque[Piece] = deque()

@@ -1,6 +1,6 @@
-"""A directory becomes the weights of a model: a quantized artifact by its description, or an unquantized checkpoint.
+"""Loading of a model's weights from a store into a backend.
 
-Every dtype and shape is checked against the config, before a backend sees it. MTP layers are left where they are:
+Every dtype and shape is checked against the config before a backend gets the tensor. MTP layers are not loaded:
 generation does not need them.
 """
 
@@ -30,7 +30,7 @@ from .store import Store, is_artifact
 
 
 def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
-    """The tables that npuq's artifacts bring, or those of the config. ArtifactError when they do not fit the config."""
+    """Rope tables of npuq's artifact, else of the config. Raises ArtifactError for tables unlike the config's."""
     if not (is_artifact(checkpoint.directory) and is_own(checkpoint.directory)):
         return rope_tables(config)
     return load_rope(inside(checkpoint.directory, ROPE_NAME, ArtifactError), config)
@@ -39,10 +39,10 @@ def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
 def load_kv_cache_scales(
     checkpoint: Checkpoint, config: ModelConfig, attention: AttentionKind
 ) -> tuple[dict[str, Tensor], ...]:
-    """The scales of an int8 KV cache, for each layer float32 `[channels]` by pool.
+    """Scales of an int8 KV cache, for each layer float32 `[channels]` by pool.
 
-    Raises ArtifactError for a directory without them, which is every one that was not calibrated, and for a pool
-    that is not made of whole tiles.
+    Raises ArtifactError for a directory without scales (only calibrated artifacts have them), and for a pool whose
+    channels do not fill whole tiles.
     """
     pools = [pool for pool in attention.pools(0) if pool.int8]
     for pool in pools:
@@ -65,7 +65,7 @@ def load_kv_cache_scales(
 def load_weights(
     store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layers: Sequence[int] | None = None
 ) -> ModelWeights:
-    """All weights that generation needs, handed to the backend; of the decoder layers only `layers`, if given.
+    """Load all weights that generation needs into the backend; of the decoder layers only `layers`, if given.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
@@ -84,7 +84,7 @@ def load_weights(
 
 
 def gating_of(moe: Moe) -> Gating:
-    """The router's rule, as transformers and the engines compute it.
+    """Gating of a router, as transformers and the engines compute it.
 
     V3 (noaux_tc) scores groups by the sum of their two best biased scores, V2 (group_limited_greedy) by the best one.
     Weights are normalised where the config says so, and multiplied by the scaling factor in any case. (Where a token
@@ -103,7 +103,7 @@ def gating_of(moe: Moe) -> Gating:
 
 
 def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
-    """The weights of one decoder layer, for who needs no more at a time; errors as of `load_weights`."""
+    """Load the weights of one decoder layer, for layer-by-layer work. Raises as `load_weights` does."""
     parts, moe = _Parts(store, config, layer), config.moe_at(layer)
     return LayerWeights(
         input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
@@ -115,7 +115,7 @@ def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: Attention
 
 
 class _Parts:
-    """The tensors of one layer, or with None those outside the layers, as the store has them."""
+    """Stored tensors of one layer; of layer None, those outside the layers."""
 
     def __init__(self, store: Store, config: ModelConfig, layer: int | None):
         self._store, self._tensors, self._layer = store, ModelTensors(config), layer
@@ -134,7 +134,7 @@ class _Parts:
 
 
 class _BlockParts:
-    """The tensors of one block of a layer, by part."""
+    """Stored tensors of one block of a layer, by part."""
 
     def __init__(self, parts: _Parts, block: Block):
         self._parts, self._block = parts, block

@@ -5,7 +5,7 @@
 For an environment with llmcompressor and transformers. Routed experts: int4, one scale a channel, symmetric; the other
 linears but kv_b, the router and the head: int8; activations: int8, dynamic, per token. Everything else is the tool's
 default: bf16 weights, `moe_calibrate_all_experts` (every expert sees every token), min-max scales, static activation
-order, damping of 0.01, blocks of 128 columns, sequential layer by layer. TOKENS.json holds the calibration windows.
+order, damping of 0.01, blocks of 128 columns, sequential layer by layer. TOKENS.json holds the calibration samples.
 transformers does not load multi-token-prediction layers, so OUTPUT has none.
 """
 
@@ -32,8 +32,8 @@ def group(targets: list[str], bits: int) -> dict[str, object]:
 
 
 def main(source: str, output: str, tokens: str) -> None:
-    windows = json.loads(Path(tokens).read_text())
-    dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(window) for window in windows]})
+    samples = json.loads(Path(tokens).read_text())
+    dataset = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     # load_quantizable_moe() does both in one step, but patches classes by listing every module of transformers, some of
     # which fail to import where torchvision is not installed.
@@ -50,8 +50,8 @@ def main(source: str, output: str, tokens: str) -> None:
         tokenizer=source,
         dataset=dataset,
         recipe=recipe,
-        num_calibration_samples=len(windows),
-        max_seq_length=len(windows[0]),
+        num_calibration_samples=len(samples),
+        max_seq_length=len(samples[0]),
         shuffle_calibration_samples=False,
         batch_size=16,
         output_dir=output,

@@ -3,14 +3,14 @@
     python msmodelslim_w4a8.py SOURCE OUTPUT TOKENS.json
 
 For an environment with msmodelslim and transformers. The tool as a program moves DeepSeek's layers to an NPU by name,
-so it does not run here. What runs is the recipe's two steps with the tool's code, in the tool's bf16:
+so it does not run on a CPU. This script runs the recipe's two steps with the tool's code, in the tool's bf16:
 
 1. `flex_smooth_quant` on norm-linear and o-v pairs: its FlexSmoothQuantProcessor with the subgraphs of its own DeepSeek
-   adapter, fed with the inputs that the calibration windows give the linears of the float model;
+   adapter, fed with the inputs that the calibration samples give the linears of the float model;
 2. its weight quantizers: `ssz` at int4, one scale a channel, for routed experts; `minmax` at int8 for the other linears
    but kv_b, the router and the head. Activations are quantized per token at run time: there is nothing to calibrate.
 
-Codes and scales are stored as they are, in compressed-tensors' `int-quantized` layout. Multi-token-prediction layers
+Codes and scales are written unchanged, in compressed-tensors' `int-quantized` format. Multi-token-prediction layers
 are left out: transformers does not load them, and no smoothing of the recipe touches them.
 """
 
@@ -43,8 +43,8 @@ ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
 class Subgraphs(FlexSmoothQuantInterface):
-    """The part of msmodelslim's DeepSeek adapter that says what smooths what. Its adapter counts the MTP layer into
-    `num_hidden_layers` and then leaves it out."""
+    """Smoothing pairs of msmodelslim's DeepSeek adapter. The adapter counts the MTP layer into `num_hidden_layers` and
+    then leaves it out."""
 
     get_adapter_config_for_subgraph = DeepSeekV3ModelAdapter.get_adapter_config_for_subgraph
 
@@ -52,8 +52,8 @@ class Subgraphs(FlexSmoothQuantInterface):
         self.config = config
 
 
-def smooth(model: nn.Module, windows: list[list[int]]) -> None:
-    """Step 1, layer by layer as the tool does it. Smoothing does not change what a layer computes."""
+def smooth(model: nn.Module, samples: list[list[int]]) -> None:
+    """Smooth layer by layer as the tool does (step 1). A layer's function stays the same."""
     model.config.num_hidden_layers += 1
     adapter = Subgraphs(model.config)
     subgraphs = adapter.get_adapter_config_for_subgraph()
@@ -64,13 +64,13 @@ def smooth(model: nn.Module, windows: list[list[int]]) -> None:
         processor = FlexSmoothQuantProcessor(model, config, adapter)
         request = BatchProcessRequest(name=f"model.layers.{number}", module=layer)
         processor.preprocess(request)
-        for start in range(0, len(windows), BATCH):
-            run_layers(model, torch.tensor(windows[start : start + BATCH]), number)
+        for start in range(0, len(samples), BATCH):
+            run_layers(model, torch.tensor(samples[start : start + BATCH]), number)
         processor.postprocess(request)
 
 
 class LayerReached(Exception):  # noqa: N818
-    """Raised behind the layer that is wanted: the layers after it need not run."""
+    """Raised behind the requested layer, to skip the layers after it."""
 
 
 def run_layers(model: nn.Module, tokens: Tensor, last: int) -> None:
@@ -87,7 +87,7 @@ def run_layers(model: nn.Module, tokens: Tensor, last: int) -> None:
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor, QConfig | None]]:
-    """Every weight by its checkpoint name, and the quantizer that the recipe gives it."""
+    """Weights by their checkpoint names, with the quantizer that the recipe gives each."""
     for name, tensor in model.state_dict().items():
         if name.endswith("mlp.experts.gate_up_proj"):
             for expert, fused in enumerate(tensor):
@@ -104,7 +104,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor, QConfig | None]]:
 
 
 def quantize(weight: Tensor, config: QConfig) -> tuple[Tensor, Tensor]:
-    """Step 2: int8 codes [N, K] and scales [N, 1], as the tool's quantizer makes them."""
+    """Quantize with the tool's quantizer (step 2): int8 codes `[N, K]` and scales `[N, 1]`."""
     quantizer = AutoWeightQuantizer.from_config(config)
     quantizer.init_weight(QStorage(QDType.FLOAT, weight.contiguous()), None)
     quantizer(None)

@@ -80,7 +80,7 @@ class Pace:
         return ", ".join(parts)
 
     def told_count(self) -> str:
-        """`33.1 GB of 671 GB`, or `12 of 300 windows`."""
+        """`33.1 GB of 671 GB`, or `12 of 300 contexts`."""
         if self.task.unit == "B":
             return f"{format_bytes(self.done)} of {format_bytes(self.task.total)}"
         return f"{self.done} of {self.task.total} {self.task.unit}"

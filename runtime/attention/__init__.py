@@ -1,5 +1,4 @@
-"""Attention kinds, one file each: which pools a kind's cache has, how its weights load, how it writes and attends.
+"""Kinds of attention, one file each: the pools of its cache, loading its weights, writing the cache, attending.
 
-`pools.py` is the paged cache that all kinds share; the operators that a kind is made of are each backend's
-(`runtime/ops/`).
+`pools.py` is the paged cache that all kinds share. The operators are those of each backend (`runtime/ops/`).
 """

@@ -1,4 +1,4 @@
-"""What the model, the engine and calibration ask of a kind of attention."""
+"""Protocol of a kind of attention, as the model, the engine and calibration call it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ class Parts(Protocol):
     """The stored weights of one attention block, by the parts of the family's table ("q_a", "kv_a_norm", …)."""
 
     def linear(self, part: str) -> LinearPart:
-        """A linear with whatever its scheme stores beside it."""
+        """The linear and the tensors that its scheme stores beside it."""
 
     def tensor(self, part: str) -> Tensor:
-        """A float tensor as it is stored."""
+        """The float tensor, in its stored dtype."""
 
 
 class AttentionKind(Protocol):
     """One kind of attention, with the widths and constants of one model."""
 
     def pools(self, layer: int) -> tuple[Pool, ...]:
-        """What a layer's cache holds of every token."""
+        """Pools of a layer's cache."""
 
     def load(self, parts: Parts, ops: Ops) -> AttentionWeights:
-        """The weights of one layer as a backend lays them out."""
+        """Weights of one layer, laid out by the backend."""
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
     ) -> tuple[Activation, Tensor]:
-        """The norm before attention of x + residual, float `[T, H]` each: (normed, x + residual).
+        """Normalise x + residual, float `[T, H]` each, before attention: (normed, x + residual).
 
-        x is None where the residual alone is the input. The rows may come quantized, as the weights take them.
+        x is None where the residual alone is the input. The normed rows may be quantized, if the weights take them so.
         """
 
     def write(
         self, hidden: Activation, weights: AttentionWeights, cache: LayerCache, step: Step, ops: Ops
     ) -> dict[str, Tensor]:
-        """Write the step's tokens into the cache and no more: by pool, rows `[T, channels]` as it gives them back."""
+        """Write the step's tokens into the cache without attending: rows `[T, channels]` by pool, as read back."""
 
     def attend(self, hidden: Activation, weights: AttentionWeights, cache: LayerCache, step: Step, ops: Ops) -> Tensor:
-        """The attention block of a step: hidden `[T, H]` → `[T, H]`. Writes the cache."""
+        """Run the attention block of a step and write the cache: hidden `[T, H]` → `[T, H]`."""

@@ -1,4 +1,4 @@
-"""The kind of attention that a config asks for."""
+"""Choice of the kind of attention by a config."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from .mla import MlaAttention
 
 
 def attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKind:
-    """A model's attention. softmax_scale: of its rope tables, YaRN's part included."""
+    """A model's attention. softmax_scale: that of its rope tables, YaRN's factor included."""
     widths = vars(config.attention)
     return MlaAttention(MlaConfig(**widths, rms_norm_eps=config.rms_norm_eps, softmax_scale=softmax_scale))

@@ -1,7 +1,7 @@
-"""Multi-head latent attention. Its cache holds, of every token, a latent and a rotated key that all heads share.
+"""Multi-head latent attention. Its cache holds a latent and a rotated key of every token, shared by all heads.
 
-Decoding tokens attend in absorbed form, on the latents as they lie in the cache. Prefill chunks attend over
-decompressed keys and values; a chunk that continues a sequence merges in attention over what is cached.
+Decoding tokens attend in absorbed form, to the cached latents themselves. Prefill chunks attend to decompressed keys
+and values. A chunk that continues a sequence also attends to its cached tokens, and merges the two results.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The paged cache of a layer: pools of one kind of row each, as blocks of tokens in one of two layouts.
+"""The paged cache of a layer: pools of one kind of row each, in blocks of tokens, in one of two layouts.
 
-ND keeps a token's channels together: a block is `[block_size, 1, D]`. NZ (FRACTAL_NZ) keeps tiles of 32 bytes together,
-then come the tokens: a block is `[D/16, block_size, 16]`, so that channel d of the token at slot s of a pool
-`[blocks, D/16, block_size, 16]` is `[s // block_size, d // 16, s % block_size, d % 16]`. An int8 pool has 32 channels
-where the others have 16. This is an arrangement of bytes in an ordinary tensor, not a tensor format that torch_npu
-knows of (operator documentation of `npu_fused_infer_attention_score`, 5-D key).
+ND keeps a token's channels together: a block is `[block_size, 1, D]`. NZ (FRACTAL_NZ) keeps tiles of 16 channels
+together: a block is `[D/16, block_size, 16]`. Channel d of slot s of a pool `[blocks, D/16, block_size, 16]` is
+`[s // block_size, d // 16, s % block_size, d % 16]`. Tiles of an int8 pool have 32 channels, which are the same 32
+bytes. To torch_npu this is an ordinary tensor: the format FRACTAL_NZ is not set on it (operator documentation of
+`npu_fused_infer_attention_score`, 5-D key).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ...formats.kv_cache import INT8_CHANNELS, cached_latent, latent_codes
 Layout = Literal["nz", "nd"]
 
 CHANNELS = 16
-"""Channels of a tile: 32 bytes of a 16-bit type. Every backend keeps 16 in the compute dtype, whatever that is."""
+"""Channels of a tile: 32 bytes of a 16-bit type. In any compute dtype, every backend keeps 16."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """One kind of row that a layer's cache holds of every token.
+    """One row of every token in a layer's cache.
 
-    dtype: None is the compute dtype. layout: None is the one that the backend prefers. int8: the pool may hold int8
-    codes instead, where there is a scale for each channel.
+    dtype: None is the compute dtype. layout: None is the backend's choice. int8: the pool may hold int8 codes instead,
+    given a scale for each channel.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class StoredPool:
-    """A pool as a backend keeps it."""
+    """A pool with its dtype and layout decided."""
 
     name: str
     channels: int
@@ -54,7 +54,7 @@ class StoredPool:
         return self.channels * self.dtype.itemsize
 
     def shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """The shape of its tensor. Raises BackendError for channels that NZ tiles do not divide."""
+        """Shape of the pool's tensor. Raises BackendError for channels that NZ tiles do not divide."""
         if self.layout == "nd":
             return num_blocks, block_size, 1, self.channels
         tile = INT8_CHANNELS if self.dtype is torch.int8 else CHANNELS
@@ -90,9 +90,9 @@ def stored_pools(
 class Pages:
     """The blocks of one pool of one layer, written in place.
 
-    tensor: of the pool's shape. scale: None, or float `[channels]` on its device: then the rows are int8 codes, those
-    of `formats.kv_cache.latent_codes`, and code · scale is the channel's value. It is float32, or the compute dtype,
-    which holds the same numbers.
+    tensor: of the pool's shape. scale: None, or float `[channels]` on the tensor's device: then rows are int8 codes
+    (`formats.kv_cache.latent_codes`), and a channel's value is code · scale. Scales are float32 or the compute dtype,
+    in which they are exact.
     """
 
     pool: StoredPool
@@ -100,15 +100,15 @@ class Pages:
     scale: Tensor | None = None
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Put rows `[T, channels]` at slots int64 `[T]`, as codes where the pool has them; skip negative slots."""
+        """Write rows `[T, channels]` at slots int64 `[T]`, as codes in an int8 pool; skip negative slots."""
         write_rows(self.tensor, self.pool.layout, slots, rows if self.scale is None else latent_codes(rows, self.scale))
 
     def rounded(self, rows: Tensor) -> Tensor:
-        """Rows as the pool gives them back: what their codes stand for, in the same dtype, where it has codes."""
+        """Round rows as an int8 pool does: code · scale, in the dtype of the rows. Other pools change nothing."""
         return rows if self.scale is None else cached_latent(rows, self.scale)
 
     def read(self, block_table: Tensor, length: int) -> Tensor:
-        """The first `length` rows of the blocks int `[blocks]`, codes where the pool has them: `[length, channels]`."""
+        """The first `length` rows of the blocks int `[blocks]`: `[length, channels]`, codes of an int8 pool."""
         return read_rows(self.tensor, self.pool.layout, block_table, length)
 
 

@@ -1,1 +1,1 @@
-"""What this machine has for the Ascend backend, and whether its operators compute what they should."""
+"""Diagnosis of this machine for the Ascend backend, and a test of its operators against the reference."""

@@ -1,6 +1,6 @@
-"""What this machine has for the Ascend backend: versions, CANN, driver, devices, operators; whether a model can run.
+"""Diagnosis of this machine: versions, CANN, driver, devices, operators, and a model's fit to an NPU.
 
-Nothing here raises for a machine without an NPU: that is an answer like any other.
+A machine without an NPU is a finding, not an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...formats.safetensors import TensorInfo
     from ...models.config import ModelConfig
 
-# Where CANN's toolkit and the driver leave their versions, on a default installation.
+# Version files of CANN's toolkit and of the driver in a default installation.
 CANN_VERSION_FILES = (
     "/usr/local/Ascend/ascend-toolkit/latest/version.cfg",
     "/usr/local/Ascend/ascend-toolkit/latest/compiler/version.info",
@@ -33,7 +33,7 @@ _MOST_VERSION_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Device:
-    """One NPU. Memory in bytes; `problem` says why npuq cannot run on it."""
+    """One NPU. Memory in bytes. problem: why npuq cannot run on it, or None."""
 
     index: int
     name: str
@@ -45,7 +45,7 @@ class Device:
 
 @dataclass(frozen=True)
 class ModelFit:
-    """Whether a model directory can run on an NPU of the supported families; `problems` are the reasons against it."""
+    """Fit of a model directory to the supported families of NPUs. problems: the reasons why it cannot run."""
 
     path: str
     runs: bool
@@ -53,9 +53,12 @@ class ModelFit:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The findings. kernels: what does the CPU's arithmetic. operators: name → schema, None where the installed
-    torch_npu lacks it; empty without torch_npu."""
+class Diagnosis:
+    """Findings about this machine.
+
+    kernels: description of the CPU's native library. ready: the ascend backend can be used; if not, `problem` says why.
+    operators: schemas by name, None for an operator that the installed torch_npu lacks; empty without torch_npu.
+    """
 
     npuq: str
     python: str
@@ -75,8 +78,8 @@ class Report:
         return asdict(self)
 
 
-def examine(model: Path | None = None) -> Report:
-    """Look at everything. `ready` says that the ascend backend can be used here; if not, `problem` says why."""
+def examine(model: Path | None = None) -> Diagnosis:
+    """Examine this machine, and with `model` the fit of that directory."""
     from ... import __version__
     from ...native.library import description
 
@@ -87,7 +90,7 @@ def examine(model: Path | None = None) -> Report:
     usable = [device for device in devices if device.problem is None]
     if problem is None and not usable:
         problem = devices[0].problem
-    return Report(
+    return Diagnosis(
         npuq=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -146,7 +149,7 @@ def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:
 
 
 def _message(check: Callable[..., object], *args: Any) -> str | None:
-    """What a check says against its arguments, or None."""
+    """Message of the BackendError that a check raises for its arguments, or None."""
     try:
         check(*args)
     except BackendError as error:
@@ -155,7 +158,7 @@ def _message(check: Callable[..., object], *args: Any) -> str | None:
 
 
 def _torch_npu() -> tuple[ModuleType | None, str | None]:
-    """(torch_npu, None), or (None, why it cannot be used)."""
+    """(torch_npu, None), or (None, the reason why it cannot be used)."""
     from ..ops.ascend.support import import_torch_npu
 
     try:
@@ -184,7 +187,7 @@ def _device(torch_npu: ModuleType, index: int) -> Device:
 
 
 def _operators() -> dict[str, str | None]:
-    """The schema of every operator the backend calls."""
+    """Schemas of all operators that the backend calls, by name."""
     import torch
 
     from ..ops.ascend.support import OPERATORS
@@ -204,7 +207,7 @@ def _version(package: str) -> str | None:
 
 
 def _first_version(files: Iterable[str]) -> str | None:
-    """The first version number stated in the first of the files that is there."""
+    """First version number in the first of the files that exists."""
     for path in map(Path, files):
         if path.is_file():
             try:

@@ -1,7 +1,7 @@
-"""Compares a backend with the reference, operator by operator, on small random data: what to run first on a new NPU.
+"""Comparison of a backend with the reference, operator by operator, on small random data: run it first on a new NPU.
 
-A case builds what it needs through the operators themselves (weight layouts included) and returns tensors. Values are
-compared relative to the largest one; int8 codes may differ by one where a quotient lies on a rounding tie.
+A case builds its inputs with the backend's own operators (weight layouts included) and returns tensors. Errors are
+relative to the largest value; int8 codes may differ by one, for quotients on a rounding tie.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Case = Callable[[Ops], tuple[Activation, ...]]
 
 @dataclass(frozen=True)
 class Result:
-    """One operator: `error` is relative to the largest reference value; `message` is set where it did not even run."""
+    """Result of one operator. error: relative to the largest reference value. message: set if the operator failed."""
 
     operator: str
     error: float | None
@@ -58,7 +58,7 @@ class Result:
 
 
 def selftest(ops: Ops) -> Iterator[Result]:
-    """Run every case that `ops` has operators for with it, and with the reference in the same compute dtype."""
+    """Run every case that `ops` supports, on `ops` and on the reference in the same compute dtype."""
     reference = ReferenceOps(ops.dtype)
     tolerance = TOLERANCE[ops.dtype]
     for name, case in cases_of(ops).items():
@@ -72,12 +72,12 @@ def selftest(ops: Ops) -> Iterator[Result]:
 
 
 def cases_of(ops: Ops) -> dict[str, Case]:
-    """The cases that concern a backend with its settings: not those of an int8 cache that it does not have."""
+    """Cases of a backend in its settings; those of an int8 cache only where the backend has one."""
     return {name: case for name, case in CASES.items() if ops.attention.has_int8_cache or name not in INT8_CACHE_CASES}
 
 
 def _error(ours: Activation, theirs: Activation) -> float:
-    """Greatest difference over the greatest magnitude; infinite for another shape or anything that is not finite."""
+    """Greatest difference over the greatest magnitude; infinite for unequal shapes and values not finite."""
     if isinstance(ours, Quantized) and isinstance(theirs, Quantized):
         off = (ours.codes.cpu().int() - theirs.codes.int()).abs()
         ties_only = bool(off.max() <= 1) and float(off.float().mean()) < 0.02
@@ -94,7 +94,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def _rows(ops: Ops, *shape: int, seed: int = 0) -> Tensor:
-    """Activations in the compute dtype, on the device."""
+    """Random activations in the compute dtype, on the device."""
     return _random(*shape, seed=seed).to(ops.dtype).to(ops.device)
 
 
@@ -128,7 +128,7 @@ def _cache(ops: Ops) -> LayerCache:
 
 
 def _written(ops: Ops, tokens: int, first_block: int) -> LayerCache:
-    """A cache with `tokens` tokens from the start of a block on."""
+    """Cache with `tokens` tokens, from the start of a block on."""
     cache = _cache(ops)
     slots = torch.arange(tokens, device=ops.device) + first_block * BLOCK
     kv = _rows(ops, tokens, LATENT + ROPE, seed=92)
@@ -251,7 +251,7 @@ def _attend(ops: Ops, cache: LayerCache) -> tuple[Activation, ...]:
 
 
 def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
-    """The whole of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
+    """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
 
     def case(ops: Ops) -> tuple[Activation, ...]:
         config = MlaConfig(HEADS, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)

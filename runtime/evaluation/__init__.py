@@ -1,1 +1,1 @@
-"""How far a model is from its float source: in perplexity and divergence, and at the output of every layer."""
+"""Evaluation beside the float source: perplexity, divergence, and the error at the output of every layer."""

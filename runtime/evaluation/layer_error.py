@@ -1,4 +1,4 @@
-"""How far quantization moves the output of each decoder layer. One layer of either model is in memory at a time."""
+"""Error of each decoder layer's output. One layer of either model is in memory at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..step import Chunk, RopeRows, StepBuilder
 from ..store import open_store
 from ..text.tokenizer import Tokenizer
 from ..weights import load_layer, load_rope_tables, load_weights
-from .perplexity import DEFAULT_CONTEXT, Window, cut_windows
+from .perplexity import DEFAULT_CONTEXT, Context, cut_contexts
 
 _STEP_TOKENS = 1024
 _BLOCK_SIZE = 128
@@ -36,11 +36,11 @@ _BLOCK_SIZE = 128
 
 @dataclass(frozen=True)
 class LayerError:
-    """The output of decoder layer `layer`, the hidden states [tokens, hidden_size] after it, against the source's.
+    """Error of a decoder layer's output, the hidden states `[tokens, hidden_size]`, against the source's.
 
     relative_error: ‖quantized − float‖ / ‖float‖ over all tokens. cosine: of the two outputs of a token, mean over
-    tokens. Both with each model's own layers before it, so that they show what has accumulated. `own_…`: the same with
-    the float model's hidden states going into both, so that they show what this layer alone adds.
+    tokens. In both, each model ran its own layers before this one: errors of all layers so far accumulate. `own_…`: the
+    same with the float model's hidden states as input of both: the error of this layer alone.
     """
 
     layer: int
@@ -58,24 +58,24 @@ def layer_errors(
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> list[LayerError]:
-    """The errors of every decoder layer of an artifact (MTP layers not) on a text cut into windows as by `evaluate`.
+    """Errors of an artifact's decoder layers (without MTP layers) on a text, cut into contexts as by `evaluate`.
 
-    Beside one layer of each model, memory holds the hidden states of all tokens twice, in the compute dtype.
-    `progress` counts layers. Raises GenerationError when the text is too short, when the two directories
-    do not hold the same model, and when a layer's output is not finite, naming it.
+    Memory holds one layer of each model, and the hidden states of all tokens twice, in the compute dtype.
+    `progress` counts layers. Raises GenerationError for a text that is too short, for directories of different models,
+    and for a layer with an output that is not finite, which it names.
     """
     with ExitStack() as stack:
         quantized, original = (
             _Side(stack.enter_context(Checkpoint.open(directory)), make_ops(backend)) for directory in (model, source)
         )
         quantized.refuse_unlike(original)
-        windows = cut_windows(text, Tokenizer(quantized.directory), context)
+        contexts = cut_contexts(text, Tokenizer(quantized.directory), context)
         turn = _turn(quantized, original)
-        return _walk(quantized, original, _batches(windows), turn, progress or Silent())
+        return _walk(quantized, original, _batches(contexts), turn, progress or Silent())
 
 
 def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
-    """The source's hidden states as the model has them: rotated where its residual stream is, and the source's not."""
+    """Map from the source's hidden states to the model's: the rotation of its residual stream, or the identity."""
     if is_rotated(quantized.directory) == is_rotated(original.directory):
         return lambda stream: stream
     if is_rotated(original.directory):
@@ -88,7 +88,7 @@ def _turn(quantized: _Side, original: _Side) -> Callable[[Tensor], Tensor]:
 def _walk(
     quantized: _Side,
     original: _Side,
-    batches: Sequence[Sequence[Window]],
+    batches: Sequence[Sequence[Context]],
     turn: Callable[[Tensor], Tensor],
     progress: Progress,
 ) -> list[LayerError]:
@@ -138,35 +138,36 @@ class _Side:
                     f"{self.directory} has {name} {ours} and {other.directory} has {theirs}: not the same model"
                 )
 
-    def step(self, batch: Sequence[Window]) -> Step:
-        longest = max(len(window.inputs) for window in batch)
+    def step(self, batch: Sequence[Context]) -> Step:
+        longest = max(len(each.inputs) for each in batch)
         if longest > self._rope.max_position:
             raise GenerationError(
-                f"windows of {longest} tokens exceed the {self._rope.max_position} of {self.directory}; lower --context"
+                f"a context of {longest} tokens exceeds the {self._rope.max_position} of {self.directory}; "
+                "lower --context"
             )
-        for window in batch:
-            check_token_ids(window.inputs, self.config.vocab_size)
+        for each in batch:
+            check_token_ids(each.inputs, self.config.vocab_size)
         builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
-        return builder.build([Chunk(window.inputs, 0, (), all_rows=True) for window in batch])[0]
+        return builder.build([Chunk(each.inputs, 0, (), all_rows=True) for each in batch])[0]
 
     def embed(self, step: Step) -> Tensor:
         return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
 
     def load(self, layer: int) -> _Layer:
         ops, attention = self._model.ops, self._model.attention
-        # Whole sequences in one step cache nothing, but operators that write take a cache.
+        # Whole sequences in one step cache nothing, but the writing operators take a cache.
         cache = ops.attention.new_cache(attention.pools(layer), 1, _BLOCK_SIZE)
         return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
 
     def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:
-        """The layer's output `[T, H]` for its input `[T, H]`."""
+        """Run a layer: its output `[T, H]` for its input `[T, H]`."""
         delta, residual = self._model.decoder_layer(layer.weights, None, stream.clone(), layer.cache, step)
         self._model.weights.files.check()
         return delta + residual
 
 
 class _Comparison:
-    """Sums over tokens, in float64."""
+    """Sums of squared errors, squared norms and cosines over tokens, in float64."""
 
     def __init__(self) -> None:
         self._error = self._norm = self._cosine = 0.0
@@ -188,10 +189,10 @@ class _Comparison:
         return relative, self._cosine / self._tokens
 
 
-def _batches(windows: Sequence[Window]) -> list[list[Window]]:
-    batches: list[list[Window]] = [[]]
-    for window in windows:
-        if batches[-1] and sum(len(some.inputs) for some in batches[-1]) + len(window.inputs) > _STEP_TOKENS:
+def _batches(contexts: Sequence[Context]) -> list[list[Context]]:
+    batches: list[list[Context]] = [[]]
+    for each in contexts:
+        if batches[-1] and sum(len(some.inputs) for some in batches[-1]) + len(each.inputs) > _STEP_TOKENS:
             batches.append([])
-        batches[-1].append(window)
+        batches[-1].append(each)
     return batches

@@ -1,4 +1,4 @@
-"""How good a model is on a text: perplexity, and how far its predictions are from those of its float source."""
+"""Perplexity of a model on a text, and divergence of its predictions from those of its float source."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..text.tokenizer_check import require_tokenizer
 DEFAULT_CONTEXT = 512
 
 _LOGITS_BYTES = 256 << 20
-"""Logits of one model that are held at once."""
+"""Bytes of one model's logits in memory at once."""
 
 
 @dataclass(frozen=True)
-class Window:
-    """Consecutive tokens of the text: `inputs` go in, and row i of the logits is judged by `targets[i]`."""
+class Context:
+    """Consecutive tokens of the text. inputs: fed to the model. targets: row i of the logits predicts token i."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
@@ -33,10 +33,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity: exp of the mean negative log-likelihood of `tokens` predicted tokens.
+    """Result of an evaluation. perplexity: exp of the mean negative log-likelihood of `tokens` predicted tokens.
 
-    Against a source, on the same tokens: its perplexity; the mean over tokens of KL(source ‖ model) in nats over the
-    whole vocabulary; and how often both find the same token the likeliest. None without a source.
+    With a source, on the same tokens, else None: source_perplexity; kl_divergence: mean over tokens of
+    KL(source ‖ model), in nats over the whole vocabulary; top1_agreement: share of the tokens for which both models
+    have the same likeliest token.
     """
 
     perplexity: float
@@ -55,23 +56,23 @@ def evaluate(
     progress: Progress | None = None,
     kv_cache_dtype: str = "auto",
 ) -> Evaluation:
-    """Evaluate a model (a directory to load, or one that is loaded) on a text, beside its float source if given.
+    """Evaluate a model (a directory to load, or a loaded one) on a text, beside its float source if given.
 
-    The text is tokenized once without special tokens and cut into windows of `context` tokens, the last one maybe
-    shorter; each is run from nothing, after BOS where the tokenizer has one, and every token of it is predicted (all
-    but a window's first where there is no BOS to predict it from). `progress` counts windows.
-    backend, kv_cache_dtype: as of `load`, where there is something to load; the source's cache stays as it is.
-    Raises GenerationError when the text or the context is too short or too long, and when the two models do not share
-    a vocabulary.
+    The text is tokenized once without special tokens and cut into contexts of `context` tokens; the last may be
+    shorter. Each context starts from an empty cache, with BOS before it where the tokenizer has one, and all its tokens
+    are predicted (without BOS, all but the first). `progress` counts contexts.
+    backend, kv_cache_dtype: as of `load`, for directories; the source's cache is in the compute dtype.
+    Raises GenerationError for a text or a context that is too short or too long, and for two models with different
+    vocabularies.
     """
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
     judged = model if isinstance(model, LanguageModel) else load(model, backend, kv_cache_dtype=kv_cache_dtype)
     reference = source if source is None or isinstance(source, LanguageModel) else load(source, backend)
-    windows = cut_windows(text, judged.tokenizer, context)
-    _check(judged, windows, context)
+    contexts = cut_contexts(text, judged.tokenizer, context)
+    _check(judged, contexts, context)
     if reference is not None:
-        _check(reference, windows, context)
+        _check(reference, contexts, context)
         sizes = [runner.engine.model.config.vocab_size for runner in (judged, reference)]
         if sizes[0] != sizes[1]:
             raise GenerationError(
@@ -79,57 +80,57 @@ def evaluate(
             )
     totals = torch.zeros(4, dtype=torch.float64)  # model loss, source loss, KL, agreements
     watch = progress or Silent()
-    watch.start(Task("evaluate", len(windows), "windows"))
-    for batch in _batches(windows, judged.engine.model.config.vocab_size):
-        inputs = [window.inputs for window in batch]
+    watch.start(Task("evaluate", len(contexts), "contexts"))
+    for batch in _batches(contexts, judged.engine.model.config.vocab_size):
+        inputs = [each.inputs for each in batch]
         model_logits = judged.logits(inputs)
         source_logits = reference.logits(inputs) if reference is not None else [None] * len(batch)
-        for window, ours, theirs in zip(batch, model_logits, source_logits, strict=True):
-            totals += _compare(window, ours, theirs)
+        for each, ours, theirs in zip(batch, model_logits, source_logits, strict=True):
+            totals += _compare(each, ours, theirs)
             watch.advance(1)
-    tokens = sum(len(window.targets) for window in windows)
+    tokens = sum(len(each.targets) for each in contexts)
     means = (totals / tokens).tolist()
     if reference is None:
         return Evaluation(_exp(means[0]), tokens)
     return Evaluation(_exp(means[0]), tokens, _exp(means[1]), means[2], means[3])
 
 
-def cut_windows(text: str, tokenizer: Tokenizer, context: int) -> list[Window]:
-    """The windows of a text; GenerationError when they predict nothing."""
+def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:
+    """Cut a text into contexts. Raises GenerationError where no token is left to predict."""
     if context < 1:
         raise GenerationError(f"context {context} must be at least 1")
     tokens = tokenizer.encode(text, special=False)
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    windows = []
+    contexts = []
     for start in range(0, len(tokens), context):
-        window = (*bos, *tokens[start : start + context])
-        if len(window) > 1:
-            windows.append(Window(window[:-1], window[1:]))
-    if not windows:
+        stretch = (*bos, *tokens[start : start + context])
+        if len(stretch) > 1:
+            contexts.append(Context(stretch[:-1], stretch[1:]))
+    if not contexts:
         raise GenerationError("the text has no token to predict; give a longer one")
-    return windows
+    return contexts
 
 
-def _check(model: LanguageModel, windows: Sequence[Window], context: int) -> None:
-    longest = max(len(window.inputs) for window in windows)
+def _check(model: LanguageModel, contexts: Sequence[Context], context: int) -> None:
+    longest = max(len(each.inputs) for each in contexts)
     if longest > model.context:
         raise GenerationError(f"context {context} exceeds the {model.context} tokens of {model.directory}; lower it")
 
 
-def _batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
+def _batches(contexts: Sequence[Context], vocabulary: int) -> Iterator[list[Context]]:
     limit = max(1, _LOGITS_BYTES // (4 * vocabulary))
-    batch: list[Window] = []
-    for window in windows:
-        if batch and sum(len(some.inputs) for some in batch) + len(window.inputs) > limit:
+    batch: list[Context] = []
+    for each in contexts:
+        if batch and sum(len(some.inputs) for some in batch) + len(each.inputs) > limit:
             yield batch
             batch = []
-        batch.append(window)
+        batch.append(each)
     yield batch
 
 
-def _compare(window: Window, logits: Tensor, source_logits: Tensor | None) -> Tensor:
-    """Sums over a window's tokens, float64 `[4]`: model loss, source loss, KL, agreements."""
-    targets = torch.tensor(window.targets)[:, None]
+def _compare(context: Context, logits: Tensor, source_logits: Tensor | None) -> Tensor:
+    """Sums over a context's tokens, float64 `[4]`: model loss, source loss, KL, agreements."""
+    targets = torch.tensor(context.targets)[:, None]
     ours = logits.to("cpu", torch.float32).log_softmax(-1)
     loss = -ours.gather(1, targets).double().sum()
     zero = torch.zeros((), dtype=torch.float64)
@@ -143,7 +144,7 @@ def _compare(window: Window, logits: Tensor, source_logits: Tensor | None) -> Te
 
 
 def _exp(mean_loss: float) -> float:
-    """Perplexity of a mean loss; GenerationError when it is no number, as with damaged weights."""
+    """Perplexity of a mean loss. Raises GenerationError for a loss that is not finite, a sign of damaged weights."""
     if not math.isfinite(mean_loss):
         raise not_finite()
     return math.exp(min(mean_loss, 700.0))

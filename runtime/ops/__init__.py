@@ -1,16 +1,15 @@
-"""The operators a backend provides, and the values that pass between them and the model.
+"""Operators of the backends, and the values that pass between operators and the model.
 
 The model (`runtime/model.py`) is written once against `Ops`, which has five parts: `weights` makes handles of stored
-weights, `norms`, `products`, `routing` and `attention` compute. Operators carry the names and the semantics of the
-NPU's own (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …) and come in two sizes:
+weights; `norms`, `products`, `routing` and `attention` compute. Operators have the names (less
+`npu_`) and the semantics of torch_npu's (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
 
-* **small operators** have no body in the parts' own files: every backend implements them. One method is one device
-  call;
-* **composites** (`mla_prolog`, `moe_experts`, `mlp`, …) have a body made of small operators, which is also their
-  specification. A backend that has one kernel for the whole of it overrides the composite.
+* **small operators** are abstract, and every backend implements them. One method is one device call;
+* **composites** (`mla_prolog`, `moe_experts`, `mlp`, …) have a body of small operators, which is also their
+  specification. A backend with one kernel for the whole overrides the composite.
 
 Backends: `reference` (plain torch, the specification), `cpu` (torch in bounded memory), `native` (kernels in C),
-`ascend` (torch_npu). Each builds its parts and gives each the others that it computes with.
+`ascend` (torch_npu). Each backend builds the five parts; a part gets the other parts that it calls.
 
 Shapes: T tokens of the step, N heads, H hidden size, K input features, E experts, k experts a token, R = T·k routed
 rows, L = kv_lora_rank, D = qk_rope_head_dim. "compute dtype" is `Ops.dtype`; scales are always float32.
@@ -79,7 +78,7 @@ __all__ = [
 
 
 class Ops:
-    """How one backend computes: its parts.
+    """The operators of one backend, in five parts.
 
     name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live.
     """
@@ -94,8 +93,8 @@ class Ops:
     attention: Attention
 
     def one_thread(self) -> AbstractContextManager[None]:
-        """Torch's own operators inside work on the calling thread alone, where this set has threads of its own.
+        """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.
 
-        Torch's threads stay awake for a while after each operator they shared, on the cores that the set's want next.
+        After each operator, torch's threads spin for a while on cores that the backend's threads need next.
         """
         return nullcontext()

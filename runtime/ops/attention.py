@@ -23,9 +23,9 @@ NO_SCALES: Mapping[str, Tensor] = {}
 
 
 class Attention(ABC):
-    """Attention operators, and the blocks made of them, of products and of norms.
+    """Attention operators, and composites of them with products and norms.
 
-    dtype: the compute dtype. kv_layout: of the paged cache, where the kind of attention leaves the choice.
+    dtype: the compute dtype. kv_layout: layout of pools for which the kind of attention names none.
     """
 
     kv_layout: Layout = "nz"
@@ -56,8 +56,8 @@ class Attention(ABC):
 
         kv `[T, L + D]` (a view with a row stride is fine), gamma `[L]`, slots int64 `[T]` (negative: not written).
         Norm and rope in float32 with one rounding each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`) as
-        the cache holds them: of an int8 cache what its codes stand for, so that a token is the same key and value to
-        those of its own chunk as to all later ones.
+        the cache holds them, code · scale of an int8 cache: tokens of the same chunk then see the same keys and values
+        as later tokens.
         """
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Attention(ABC):
 
     @abstractmethod
     def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
-        """The tensor of a pool."""
+        """Allocate the tensor of a pool, zeros of `pool.shape(num_blocks, block_size)`."""
 
     def new_cache(
         self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
@@ -117,12 +117,12 @@ class Attention(ABC):
         )
 
     def stored(self, pools: Sequence[Pool], scales: Mapping[str, Tensor] = NO_SCALES) -> tuple[StoredPool, ...]:
-        """The pools of a layer as `new_cache` makes them."""
+        """Pools of a layer as `new_cache` makes them."""
         return stored_pools(pools, self.dtype, self.kv_layout, scales)
 
     def gather_pa_kv_cache(self, cache: LayerCache, segment: PrefixSegment) -> dict[str, Tensor]:
-        """Copy a segment of cached tokens out of the pages: of each pool `[length, channels]`, float, codes decoded."""
-        # npu_gather_pa_kv_cache knows NZ pages by the tensor's format, which a cache must not have: hence plain copies.
+        """Copy a segment of cached tokens out of the pages: by pool, float `[length, channels]`, codes decoded."""
+        # npu_gather_pa_kv_cache recognises NZ pages by the tensor's format, which a cache must not have.
         gathered = {name: pages.read(segment.block_table[0], segment.length) for name, pages in cache.pages.items()}
         for name, pages in cache.pages.items():
             if pages.scale is not None:
@@ -131,22 +131,22 @@ class Attention(ABC):
 
     @property
     def has_int8_cache(self) -> bool:
-        """Whether `new_cache` takes scales."""
+        """True if `new_cache` takes scales."""
         return True
 
     def attention_norm(
         self, x: Tensor | None, residual: Tensor, gamma: Tensor, eps: float, mla: Mla
     ) -> tuple[Activation, Tensor]:
-        """The norm before attention, whose output only feeds `mla_project` or `mla_prolog`: (normed, new residual).
+        """Normalise x + residual before attention, for `mla_project` or `mla_prolog`: (normed, x + residual).
 
-        x is None before the first layer. A backend may return the rows already quantized, where `mla` takes them so.
+        x is None before the first layer. A backend may return quantized rows, where `mla` takes them.
         """
         if x is None:
             return self.norms.rms_norm(residual, gamma, eps), residual
         return self.norms.add_rms_norm(x, residual, gamma, eps)
 
     def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:
-        """The attention handle of one layer. Override to lay weights out for a fused prolog."""
+        """Make the attention handle of one layer. Override to lay weights out for a fused prolog."""
         first = parts.q if parts.q_a is None else parts.q_a
         if first is None:
             raise ArtifactError(f"{parts.kv_a.name}: the layer has neither q nor q_a")
@@ -166,7 +166,7 @@ class Attention(ABC):
         )
 
     def mla_project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden `[T, H]` → (q_nope `[T, N, nope]`, q_rope `[T, N, D]`, kv `[T, L + D]`), before norm and rope."""
+        """Project `[T, H]` → (q_nope `[T, N, nope]`, q_rope `[T, N, D]`, kv `[T, L + D]`), before norm and rope."""
         weights = own(mla, MlaWeights)
         config = weights.config
         q_width = config.heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
@@ -183,13 +183,13 @@ class Attention(ABC):
         return q_nope, q_rope, kv
 
     def mla_kv(self, hidden: Activation, mla: Mla) -> Tensor:
-        """The last of what `mla_project` gives, without the queries where they are not fused with it."""
+        """Compute `mla_project`'s kv `[T, L + D]` alone, without the queries where they are not fused with it."""
         weights = own(mla, MlaWeights)
         width = weights.config.kv_lora_rank + weights.config.qk_rope_head_dim
         return self.products.linear(hidden, weights.qkv_a[-1])[:, -width:]
 
     def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
-        """All that precedes absorbed attention when every token of the step decodes; writes the cache.
+        """Project, rotate, write the cache and absorb: the steps before absorbed attention if every token decodes.
 
         hidden `[T, H]` → (q_latent `[T, N, L]`, q_rope `[T, N, D]`).
         """
@@ -198,7 +198,7 @@ class Attention(ABC):
         return self.mla_absorb(q_nope, mla), self.interleave_rope(q_rope, step.cos, step.sin)
 
     def mla_decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
-        """The whole attention block when every token of the step decodes; writes the cache: `[T, H]` → `[T, H]`."""
+        """Run the attention block if every token of the step decodes, and write the cache: `[T, H]` → `[T, H]`."""
         assert step.decode is not None
         q_latent, q_rope = self.mla_prolog(hidden, mla, cache, step)
         scale = mla.config.softmax_scale
@@ -208,16 +208,16 @@ class Attention(ABC):
     def mla_write_cache(
         self, kv: Tensor, mla: Mla, cache: LayerCache, step: Step, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
-        """`kv_rmsnorm_rope_cache` with the layer's own norm."""
+        """Write the cache by `kv_rmsnorm_rope_cache`, with the layer's own norm."""
         eps = mla.config.rms_norm_eps
         return self.kv_rmsnorm_rope_cache(kv, mla.kv_a_norm, step.cos, step.sin, step.slots, cache, eps, output_kv)
 
     def mla_absorb(self, q_nope: Tensor, mla: Mla) -> Tensor:
-        """Queries into latent space: `[T, N, nope]` → `[T, N, L]`."""
+        """Bring queries into latent space: `[T, N, nope]` → `[T, N, L]`."""
         return self.products.batch_matmul(q_nope, mla.w_uk)
 
     def mla_decompress(self, latent: Tensor, mla: Mla) -> tuple[Tensor, Tensor]:
-        """Keys and values of normalised latents `[S, L]`: (k_nope `[S, N, nope]`, value `[S, N, v]`)."""
+        """Decompress keys and values of normalised latents `[S, L]`: (k_nope `[S, N, nope]`, value `[S, N, v]`)."""
         weights = own(mla, MlaWeights)
         config = weights.config
         kv = self.products.linear(latent, weights.kv_b).unflatten(-1, (config.heads, -1))
@@ -225,9 +225,9 @@ class Attention(ABC):
         return k_nope, value
 
     def mla_bring_out(self, attended: Tensor, mla: Mla) -> Tensor:
-        """Absorbed attention out of latent space: `[T, N, L]` → `[T, N, v]`."""
+        """Bring absorbed attention out of latent space: `[T, N, L]` → `[T, N, v]`."""
         return self.products.batch_matmul(attended, mla.w_uv)
 
     def mla_output(self, attended: Tensor, mla: Mla) -> Tensor:
-        """The output projection: `[T, N, v]` → `[T, H]`."""
+        """Apply the output projection: `[T, N, v]` → `[T, H]`."""
         return self.products.linear(attended.flatten(1), mla.o)

@@ -1,8 +1,8 @@
 """The CPU's operators: the reference's results in bounded memory, over memory-mapped weights.
 
 Integer matmuls run as float32 ones over slices of K short enough that every partial sum is a whole number below 2^24:
-the same integers as the reference. An int4 weight is unpacked one expert's matrix at a time, a float one is upcast a
-few rows at a time, and attention scores are made for a few queries at a time.
+the same integers as the reference. int4 weights are unpacked one expert's matrix at a time, float weights are upcast a
+few rows at a time, and attention scores are computed for a few queries at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCORE_BYTES = 64 << 20
 
 
 class CpuProducts(ReferenceProducts):
-    """Products without copies of what is mapped."""
+    """Products without copies of mapped weights."""
 
     def grouped_matmul(self, x: Activation, experts: Experts, group_list: Tensor) -> Tensor:
         groups = zip(rows_of_experts(x, group_list), own(experts, PartsExperts).linears, strict=True)
@@ -80,7 +80,7 @@ class CpuAttention(ReferenceAttention):
 
 
 class CpuOps(Ops):
-    """Plain torch on the CPU, without copies of what is mapped and without large temporaries."""
+    """Plain torch on the CPU, without copies of mapped weights and without large temporaries."""
 
     name = "cpu"
 
@@ -100,12 +100,12 @@ def _length(x: Activation) -> int:
 
 
 def _nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 `[N/2, K]` → the even and the odd rows, int8 `[N/2, K]` each, sign-extended."""
+    """Unpack int8 `[N/2, K]` → the even and the odd rows, int8 `[N/2, K]` each, sign-extended."""
     return (packed << 4) >> 4, packed >> 4
 
 
 def _integer_matmul(codes: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
-    """codes int8 `[M, K]` times weight int8 `[N, K]`, summed exactly: whole numbers `[M, N]`, float32 or int32."""
+    """Exact product of codes int8 `[M, K]` and weight int8 `[N, K]`: whole numbers `[M, N]`, float32 or int32."""
     step, size = _EXACT_K[scheme], codes.shape[1]
     if size <= step:
         return codes.float() @ weight.float().T

@@ -1,4 +1,4 @@
-"""Weights on their way to a backend: as they are stored, what describes them, and the handles that operators take."""
+"""Weights between store and backend: stored linears, widths and constants, and the handles that operators take."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ...models.mla import Mla as MlaWidths
 
 
 class Linear:
-    """One or several linears fused along their outputs, laid out as one backend likes: only that backend takes it."""
+    """Handle of one or several linears, fused along their outputs. Only the backend that made it takes it."""
 
 
 class Experts:
-    """The same linear (or fused gate|up) of every expert of a layer, for one grouped matmul."""
+    """Handle of one linear (or fused gate|up) of every expert of a layer, for one grouped matmul."""
 
 
 class Router:
-    """The router's weight, multiplied in float32."""
+    """Handle of a router's weight, multiplied in float32."""
 
 
 Handle = TypeVar("Handle")
 
 
 def own(handle: object, kind: type[Handle]) -> Handle:
-    """The handle as the kind that a backend makes. Raises BackendError for one that another backend made."""
+    """Narrow a handle to a backend's own kind. Raises BackendError for a handle of another backend."""
     if not isinstance(handle, kind):
         raise BackendError(f"{type(handle).__name__} is no {kind.__name__}: another backend made it")
     return handle
@@ -43,12 +43,12 @@ class Quantized(NamedTuple):
 
 
 Activation: TypeAlias = Tensor | Quantized
-"""What a linear takes: rows in the compute dtype, or rows already quantized."""
+"""Input of a linear: rows `[T, K]` in the compute dtype, or quantized rows."""
 
 
 @dataclass(frozen=True)
 class Static:
-    """What a W8A8 linear with a static input scale has: its activations become clamp(round(x / scale + offset)).
+    """Constants of a static W8A8 linear, whose activations become clamp(round(x / scale + offset)).
 
     deq_scale: float32 `[N]`, the product's scale; quant_bias: int32 `[N]`, added to the integer product before it.
     """
@@ -60,7 +60,7 @@ class Static:
 
 @dataclass(frozen=True)
 class LinearPart:
-    """One linear as it is stored; tensors are memory-mapped and must not be written to.
+    """One stored linear. Tensors are memory-mapped and must not be written to.
 
     weight: FLOAT: float `[N, K]` (bf16, fp16 or fp32); W8A8_DYNAMIC and W8A8: int8 `[N, K]`; W4A8_DYNAMIC: int8
     `[N/2, K]`, byte `[j, k]` holding row 2j in the low and row 2j+1 in the high nibble.
@@ -78,7 +78,7 @@ class LinearPart:
 
 
 class AttentionWeights:
-    """The attention weights of a layer, of one kind of attention and laid out as one backend likes."""
+    """Handle of a layer's attention weights, for one kind of attention and one backend."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class MlaParts:
 
 @dataclass(frozen=True)
 class Mla(AttentionWeights):
-    """Multi-head latent attention of a layer, as far as all backends have it alike.
+    """Handle of a layer's multi-head latent attention: the fields of all backends.
 
     w_uk: `[N, nope, L]`, absorbs a query into latent space; w_uv: `[N, L, v]`, brings attention out of it.
     """
@@ -123,7 +123,7 @@ class Mla(AttentionWeights):
 
 @dataclass(frozen=True)
 class MlaWeights(Mla):
-    """The default attention handle.
+    """Default handle of multi-head latent attention.
 
     qkv_a: one fused linear for (q_a or q | kv_a), or two where their schemes differ.
     """
@@ -136,10 +136,10 @@ class MlaWeights(Mla):
 
 @dataclass(frozen=True)
 class Gating:
-    """How a router's logits become k experts and their weights.
+    """Gating of a router: from its logits to k experts and their weights.
 
-    scoring: "sigmoid" or "softmax". group_count groups of E/group_count neighbours, of which the best `k_group` stay;
-    a group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
+    scoring: "sigmoid" or "softmax". group_count: groups of E/group_count neighbours; the best `k_group` groups stay.
+    A group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
     renormalize: divide the k weights by (their sum + 1e-20). scaling: then multiply by this.
     """
 
@@ -154,7 +154,7 @@ class Gating:
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """A dense or shared feed-forward block: `gate_up` gives `[T, 2·I]` with gate in the left half."""
+    """Weights of a dense or shared MLP: `gate_up` gives `[T, 2·I]` with gate in the left half."""
 
     gate_up: Linear
     down: Linear

@@ -14,27 +14,27 @@ class Norms(ABC):
 
     @abstractmethod
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of `table` `[vocab, H]` (stored dtype), in the compute dtype: `[T, H]`."""
+        """Look up rows of `table` `[vocab, H]` (stored dtype): `[T, H]` in the compute dtype."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
-        """x · rsqrt(mean(x²) + eps) · gamma over the last dimension, float32 inside, rounded once."""
+        """RMS norm: x · rsqrt(mean(x²) + eps) · gamma over the last dimension, float32 inside, rounded once."""
 
     @abstractmethod
     def add_rms_norm(self, x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, the sum), both `[T, H]`. bf16: normalised sum is rounded before it is times gamma."""
+        """Add, then norm: (norm of the sum, the sum), `[T, H]` each. bf16: rounded before the product with gamma."""
 
     @abstractmethod
     def swiglu(self, x: Tensor) -> Tensor:
-        """silu(left half) · right half: `[rows, 2·I]` → `[rows, I]`, float32 inside."""
+        """SwiGLU, silu(left half) · right half: `[rows, 2·I]` → `[rows, I]`, float32 inside."""
 
     @abstractmethod
     def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
-        """Per row: f = 127 / max|x|, codes = round-half-even(x · f), scale = 1 / f. A zero row gives zeros.
+        """Quantize per row: f = 127 / max|x|, codes = round-half-even(x · f), scale = 1 / f. A zero row gives zeros.
 
-        With `smooth`, float `[K]`, of x · smooth instead, in float32.
+        smooth: None, or float `[K]`; then x · smooth, in float32, is quantized.
         """
 
     @abstractmethod
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
-        """y = swiglu(x) in float32, then per row scale = max|y| / 127, codes = round-half-even(y / scale)."""
+        """SwiGLU, then quantize per row: scale = max|y| / 127, codes = round-half-even(y / scale), y in float32."""

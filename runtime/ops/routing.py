@@ -12,16 +12,17 @@ from .products import Products
 
 
 class Routing(ABC):
-    """Three operators that route tokens to experts and back, and the blocks made of them, of products and of norms."""
+    """Operators that route tokens to experts and back, and composites of them with products and norms."""
 
     def __init__(self, norms: Norms, products: Products):
         self.norms, self.products = norms, products
 
     @abstractmethod
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
-        """logits float32 `[T, E]`, bias float32 `[E]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`).
+        """Choose k experts a token: → (weights float32 `[T, k]`, expert ids int32 `[T, k]`).
 
-        In order of descending biased score, the lower index first among equals. All in float32.
+        logits float32 `[T, E]`, bias float32 `[E]` or None. Experts are in order of descending biased score,
+        the lower index first among equals. All in float32.
         """
 
     @abstractmethod
@@ -39,39 +40,40 @@ class Routing(ABC):
     def moe_finalize_routing(
         self, rows: Tensor, weights: Tensor, row_index: Tensor, expert_ids: Tensor, skip: Tensor | None
     ) -> Tensor:
-        """out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]] → `[T, H]`, float32 inside, rounded once.
+        """Combine rows: out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]] → `[T, H]`.
 
-        weights float32 `[T, k]` (rounded to the compute dtype first), skip `[T, H]` or None (the shared experts).
+        In float32, rounded once. weights: float32 `[T, k]`, rounded to the compute dtype first. skip: `[T, H]`, the
+        output of the shared experts, or None.
         """
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
-        """A dense or shared feed-forward block: `[T, H]` → `[T, H]`."""
+        """Run a dense or shared MLP: `[T, H]` → `[T, H]`."""
         return self.products.linear(self.mlp_inner(hidden, weights), weights.down)
 
     def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Activation:
-        """What the last linear of a feed-forward block is given: `[T, H]` → `[T, I]`."""
+        """Compute the input of an MLP's last linear: `[T, H]` → `[T, I]`."""
         gate_up = self.products.linear(hidden, weights.gate_up)
         return self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
 
     def moe_of(self, weights: MoeWeights) -> MoeWeights:
-        """The handle that `moe` takes. Override to lay weights out for a fused layer."""
+        """Make the handle that `moe` takes. Override to lay weights out for a fused layer."""
         return weights
 
     def moe(self, hidden: Tensor, weights: MoeWeights) -> Tensor:
-        """A mixture of experts and the shared ones beside it: `[T, H]` → `[T, H]`."""
+        """Run routed and shared experts: `[T, H]` → `[T, H]`."""
         dense = None if weights.shared is None else self.mlp(hidden, weights.shared)
         top_weights, expert_ids = self.moe_gate(hidden, weights)
         return self.moe_experts(hidden, top_weights, expert_ids, weights, dense)
 
     def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
-        """The router: hidden `[T, H]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`)."""
+        """Run the router: hidden `[T, H]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`)."""
         logits = self.products.router_logits(hidden, weights.router)
         return self.moe_gating_top_k(logits, weights.correction_bias, weights.gating)
 
     def moe_experts(
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
     ) -> Tensor:
-        """The chosen experts of every token, weighted, plus `shared` `[T, H]`: `[T, H]` → `[T, H]`."""
+        """Sum the chosen experts of every token, weighted, and `shared` `[T, H]`: `[T, H]` → `[T, H]`."""
         rows, row_index, group_list = self.moe_init_routing(
             hidden, expert_ids, weights.num_experts, quantize=weights.quantized
         )

@@ -1,4 +1,4 @@
-"""One pass through the model as operators see it: its tokens, which of them decode, and the blocks that they read."""
+"""One pass through the model: its tokens, decoding and prefill parts, and the cache blocks that they read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decode:
-    """The part of a step that attends in absorbed form: its tokens come first in the step.
+    """The part of a step that attends in absorbed form. Its tokens come first in the step.
 
-    q_lens: cumulative query lengths without a leading 0 (all ones summed, unless tokens are speculated).
-    kv_lens: tokens of each sequence, those of this step included (not cumulative).
-    block_table: int32 `[sequences, max_blocks]` on the device; entries past a sequence's blocks are 0, never read.
+    q_lens: cumulative query lengths without a leading 0: 1, 2, 3, … with one query a sequence.
+    kv_lens: number of tokens of each sequence, those of this step included (not cumulative).
+    block_table: int32 `[sequences, max_blocks]` on the device; entries behind a sequence's blocks are 0 and never read.
     """
 
     q_lens: tuple[int, ...]
@@ -39,7 +39,7 @@ class PrefixSegment:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a prefill chunk that is not its sequence's first attends to besides itself.
+    """Cached tokens before a prefill chunk, to which it attends besides its own.
 
     rows: first and past-the-last row of the chunk, counted from the first prefill row of the step.
     """
@@ -52,7 +52,7 @@ class Prefix:
 class Prefill:
     """The part of a step that attends over decompressed keys and values; its tokens follow those of `Decode`.
 
-    q_lens: cumulative lengths of the chunks, without a leading 0. Within the step keys have the same lengths.
+    q_lens: cumulative lengths of the chunks, without a leading 0; also the lengths of their own keys.
     """
 
     q_lens: tuple[int, ...]
@@ -67,9 +67,9 @@ class Prefill:
 class Step:
     """One pass through the model, built once and shared by all layers. Lengths are host values, tensors on the device.
 
-    token_ids, slots: int64 `[T]`; slot = block · block_size + offset, where the token goes in the cache.
+    token_ids, slots: int64 `[T]`. slots: places of the tokens in the cache, block · block_size + offset; −1 for none.
     cos, sin: compute dtype `[T, D]`, gathered rows of the rope tables with the halves duplicated.
-    output_rows: int64 `[S]`, the rows whose logits are wanted; None for all.
+    output_rows: int64 `[S]`, the rows to compute logits of; None for all.
     """
 
     token_ids: Tensor

@@ -1,4 +1,4 @@
-"""From stored weights to a backend's handles, at load."""
+"""Handles of stored weights, made when a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .handles import Experts, Linear, LinearPart, Router
 
 
 class Weights(ABC):
-    """Lays stored weights out as the backend's products take them."""
+    """Maker of handles: lays stored weights out for the backend's products."""
 
     def fusible(self, parts: Sequence[LinearPart]) -> list[list[LinearPart]]:
-        """Linears of one input, grouped into those that run as one: all of them if they share their scheme."""
+        """Group linears of one input into those that run as one: all if they share their scheme, else each alone."""
         return [list(parts)] if len({part.scheme for part in parts}) == 1 else [[part] for part in parts]
 
     def linear_of(self, parts: Sequence[LinearPart]) -> Linear:
-        """Fuse parts that share one scheme. Raises ArtifactError where they do not, or where it is not a dense one."""
+        """Fuse parts of one scheme. Raises ArtifactError for different schemes, and for a scheme of experts only."""
         schemes = {part.scheme for part in parts}
         if schemes == {Scheme.FLOAT}:
             return self.float_linear([part.weight for part in parts])
@@ -35,7 +35,7 @@ class Weights(ABC):
         return self.static_linear(parts)
 
     def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
-        """Stack experts that all have one scheme. Raises ArtifactError where they do not."""
+        """Stack experts of one scheme. Raises ArtifactError for different schemes, and for a static one."""
         schemes = {part.scheme for parts in experts for part in parts}
         if len(schemes) != 1:
             names = f"{experts[0][0].name} … {experts[-1][-1].name}"
@@ -65,20 +65,20 @@ class Weights(ABC):
 
     @abstractmethod
     def float_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
-        """For each expert the FLOAT parts to fuse along their outputs (gate, up) or (down,)."""
+        """Stack experts, for each its FLOAT parts to fuse along their outputs: (gate, up) or (down,)."""
 
     @abstractmethod
     def w8a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
-        """For each expert the W8A8 parts to fuse along their outputs."""
+        """Stack experts, for each its W8A8 parts to fuse along their outputs."""
 
     @abstractmethod
     def w4a8_experts(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
-        """For each expert the W4A8 parts to fuse along their outputs; the N_i are even."""
+        """Stack experts, for each its W4A8 parts to fuse along their outputs; the N_i are even."""
 
     @abstractmethod
     def router(self, weight: Tensor) -> Router:
-        """The router's float `[E, H]` weight."""
+        """Make the handle of a router's float weight `[E, H]`."""
 
     @abstractmethod
     def parameter(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A small tensor (norm gain, router bias, rope table) or the embedding, on the device; dtype None keeps it."""
+        """Put a norm gain, router bias, rope table or the embedding on the device; dtype None keeps its own."""

@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer files, chat templates, what is given out of a text that grows.
+"""Text to token ids and back: tokenizer files, chat templates, streaming of decoded text.
 
-Nothing here knows the model; files of a checkpoint are read with limits.
+Independent of the model. Files of a checkpoint are read with limits.
 """

@@ -1,4 +1,4 @@
-"""A conversation, as chat templates are given one by transformers (utils/chat_template_utils.py, 5.24)."""
+"""Rendering of conversations by chat templates, as transformers does it (utils/chat_template_utils.py, 5.24)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARK: Final = "NPUQ-CONTINUES-HERE "
 
 
 class ChatOptions(TypedDict, total=False):
-    """What `Tokenizer.chat` takes beside the messages."""
+    """Keyword arguments of `Tokenizer.chat` beside the messages."""
 
     system: str | None
     tools: Sequence[Mapping[str, Any]] | None
@@ -28,14 +28,14 @@ class ChatOptions(TypedDict, total=False):
 
 
 class TemplateLimitError(GenerationError):
-    """A chat template took more time, memory or text than templates may: trying again would too."""
+    """A chat template reached a limit of time, memory or text, and would again."""
 
 
 def as_messages(conversation: str | Sequence[Message], system: str | None = None) -> list[dict[str, Any]]:
-    """The messages of a conversation: a text is what a user says; `system` goes before all.
+    """Messages of a conversation. A text becomes one user message; `system` becomes a system message before the others.
 
-    GenerationError for anything but a text or a list of messages that begins otherwise than with a system message of
-    its own where `system` is given.
+    Raises GenerationError for anything but a text or a list of messages, and for a list with a system message of its
+    own beside `system`.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -61,10 +61,10 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
 def checked_options(
     options: Mapping[str, Any], variables: Mapping[str, Any] | None
 ) -> tuple[ChatOptions, dict[str, Any]]:
-    """Options and template variables of a request, of the right types.
+    """Check options and template variables of a request.
 
-    Variables under the names of `add_generation_prompt` and `continue_final_message` are those options. Raises
-    GenerationError for an unknown option, a value of a wrong type, and a variable that is an option of its own.
+    Variables named `add_generation_prompt` and `continue_final_message` become options. Raises GenerationError for an
+    unknown option, a value of a wrong type, and a variable named like any other option.
     """
     unknown = options.keys() - ChatOptions.__annotations__.keys()
     if unknown:
@@ -105,10 +105,10 @@ def render(
     source: str,
     template: Callable[[list[dict[str, Any]]], str],
 ) -> str:
-    """The text that `template`, of that source, makes of messages.
+    """Render messages with `template`, of that source.
 
-    Reasoning is found under each name that templates know. Fields that are None are left out, which most templates
-    want; where that fails they are given as they are, because some (DeepSeek's) ask whether content is none.
+    A message's reasoning is given under each name that templates read. Fields of None are left out, as most templates
+    expect. Where that fails they are given as None, since some templates (DeepSeek's) test whether content is none.
     """
     present = [
         _with_reasoning({name: value for name, value in message.items() if value is not None}) for message in messages
@@ -135,7 +135,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def _continued(
     messages: list[dict[str, Any]], field: bool | str, source: str, template: Callable[[list[dict[str, Any]]], str]
 ) -> str:
-    """The rendered text, cut where the last message's field ends if that is to be continued."""
+    """Cut the rendered text after the last message's field, if that is to be continued."""
     if not field:
         return template(messages)
     name = field if isinstance(field, str) else "content"
@@ -153,12 +153,12 @@ def _continued(
     if text.strip() not in rendered or mark not in rendered:
         raise GenerationError("continue_final_message: the chat template changes or leaves out the last message")
     place = rendered.rindex(mark)
-    # Without the space after it, the template strips its texts: so is this one.
+    # Without the space behind the mark, the template strips its texts: strip this one.
     return rendered[:place] if rendered.startswith(_MARK, place) else rendered[:place].rstrip()
 
 
 def _mark(content: Any, name: str) -> tuple[str, Any]:
-    """What is continued, and the content with a mark at its end: a text, or the last text among parts."""
+    """Text to continue, and the content with a mark at that text's end. It is the content, or its last text part."""
     if isinstance(content, str):
         return content, content + _MARK
     if isinstance(content, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The text of a sequence as it grows: what may be given out, and where a stop string ends it."""
+"""Decoding of a growing sequence: text that is final, and the end at a stop string."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MOST_TOKEN_CHARACTERS: Final = 1 << 16
 
 
 class Detokenizer:
-    """Turns tokens into text one at a time. What it has given out never changes later.
+    """Incremental decoder of tokens. Text once returned never changes.
 
     A token can end within a UTF-8 sequence: its text is held back until the sequence is complete. Text is decoded with
-    a few tokens of context before it, because decoders treat the first token of a text differently.
+    a few tokens before it, because decoders treat the first token of a text differently.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
@@ -33,7 +33,7 @@ class Detokenizer:
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
-        """The text that became certain with this token, often empty."""
+        """Add a token: the text that it makes final, often empty."""
         self._pending.append(token)
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < _MAX_HELD:
@@ -41,7 +41,7 @@ class Detokenizer:
         return self._give(text)
 
     def flush(self) -> str:
-        """What is held back at the end, unfinished sequences as U+FFFD."""
+        """End the text: the part held back, incomplete UTF-8 sequences as U+FFFD."""
         return self._give(self._text()) if self._pending else ""
 
     def _text(self) -> str:
@@ -54,7 +54,7 @@ class Detokenizer:
             raise GenerationError(
                 f"token {self._pending[-1]} is a text of {len(text)} characters; is the tokenizer damaged?"
             )
-        if text:  # tokens without any (special ones) must not push the context out
+        if text:  # special tokens, which have no text, must not use up the context
             self._context += self._pending
             if self._context_characters is not None:
                 self._context_characters += len(text)
@@ -66,9 +66,9 @@ class Detokenizer:
 
 
 class TextStream:
-    """Collects a sequence's text; `stopped` once a stop string was met, which is not part of it.
+    """Text of a sequence up to the first stop string, after which `stopped` is True.
 
-    The end of the text is held back for as long as it could be the beginning of a stop string.
+    An end of the text that could begin a stop string is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
@@ -80,15 +80,15 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All that was given out so far."""
+        """The text returned so far."""
         return "".join(self._given)
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """Add a token: the text that it makes final."""
         return self._advance(self._detokenizer.add(token))
 
     def flush(self) -> str:
-        """The rest, at the end: what was held back is no stop string after all."""
+        """End the text: the part held back, which begins no stop string."""
         if self.stopped:
             return ""
         return self._advance(self._detokenizer.flush()) + self._give(len(self._held))
@@ -110,6 +110,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop string begins with, short of the whole of it."""
+    """Length of the longest end of `text` that is a proper prefix of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""generation_config.json: which tokens end a sequence, and how its authors sample the model."""
+"""generation_config.json: the end-of-sequence tokens, and the authors' sampling parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MOST_BYTES: Final = 1 << 20
 
 
 def read_generation_config(directory: Path) -> Mapping[str, Any]:
-    """The file's object, empty where there is no such file. GenerationError for a file that is not one."""
+    """Read the file's object; empty without such a file. Raises GenerationError for a file that holds no object."""
     if not is_inside(directory, NAME):
         return {}
     return read_object(inside(directory, NAME, GenerationError), GenerationError, _MOST_BYTES)
 
 
 def eos_ids(directory: Path, generation: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
-    """The end-of-sequence ids of generation_config.json, else of config.json: one, several or none."""
+    """End-of-sequence ids of generation_config.json, else of config.json: one, several or none."""
     value, name = generation.get("eos_token_id"), NAME
     if value is None:
         value, name = config.get("eos_token_id"), "config.json"
@@ -35,11 +35,11 @@ def eos_ids(directory: Path, generation: Mapping[str, Any], config: Mapping[str,
 
 
 def default_sampling(directory: Path, generation: Mapping[str, Any]) -> SamplingParams:
-    """How the model is sampled where nobody says otherwise.
+    """Sampling parameters of the file, for requests without their own.
 
-    As the file says it: greedy where do_sample is false, or left out beside no temperature; a temperature without
-    do_sample counts, as in vLLM. What the file leaves out is off: transformers' own top_k of 50 is not the authors'.
-    Raises GenerationError for values that are none.
+    Greedy for do_sample false, and for a file with neither do_sample nor a temperature; a temperature without do_sample
+    samples, as in vLLM. Parameters that the file leaves out are off: transformers' top_k of 50 is not the authors'.
+    Raises GenerationError for values of a wrong type or out of range.
     """
     where = directory / NAME
     sampled = generation.get("do_sample")
@@ -51,7 +51,7 @@ def default_sampling(directory: Path, generation: Mapping[str, Any]) -> Sampling
     values = {name: generation[name] for name in names if generation.get(name) is not None}
     if sampled:
         values.setdefault("temperature", 1.0)
-    if values.get("top_k") == -1:  # another way of saying that it is off
+    if values.get("top_k") == -1:  # another way to turn it off
         del values["top_k"]
     try:
         return SamplingParams(**values)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, by `tokenizer.json` and the `tokenizers` library alone: no model code, no remote code."""
+"""Tokenizer of a checkpoint: `tokenizer.json` in the `tokenizers` library, without model code or remote code."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. GenerationError when there is none, or when it cannot be read.
+    """A checkpoint's tokenizer. Raises GenerationError for a checkpoint without one, or with one that cannot be read.
 
-    bos_id, eos_id: the special tokens that config.json's generation does not name, or None. May be used by several
-    threads.
+    bos_id, eos_id: ids of the tokenizer's own special tokens, or None. May be used by several threads.
     """
 
     def __init__(self, directory: Path):
@@ -41,19 +40,19 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> Mapping[str, int]:
-        """Token ids of special tokens, which are left out of decoded text, by their text."""
+        """Token ids of special tokens by their text. Decoded text leaves them out."""
         added = self._fast.get_added_tokens_decoder()
         return {token.content: id for id, token in added.items() if token.special and token.content}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a prompt (by its post-processor or its config)."""
+        """Token ids of a text; `special` adds the special tokens around a prompt (by post-processor or config)."""
         ids = self._encode(text, special)
         if special and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return guarded(
             lambda: str(self._fast.decode(list(ids), skip_special_tokens=True)), "the tokenizer fails to decode"
         )
@@ -65,17 +64,18 @@ class Tokenizer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[int]:
-        """The token ids of a conversation that the model is to continue, made by its chat template.
+        """Token ids of a conversation, rendered by the model's chat template for the model to continue.
 
-        messages: `[{"role": "user", "content": "…"}, …]`; a text is what a user says. system: goes before them. tools:
-        JSON schemas of functions. documents: objects with title and text. chat_template: the name of one of the
-        model's, or Jinja source; None takes "tool_use" where there are tools and such a one, else "default".
-        add_generation_prompt (True): the beginning of an answer follows. continue_final_message: the last message is
-        left open, for the model to go on with (a text names another field than content). chat_template_kwargs: what
-        else the template knows, such as `{"thinking": True}`.
+        messages: `[{"role": "user", "content": "…"}, …]`; a text is one user message. system: text of a system message
+        before them. tools: JSON schemas of functions. documents: objects with title and text. chat_template: the name
+        of one of the model's templates, or Jinja source; None is "tool_use" with tools, if the model has it, else
+        "default". add_generation_prompt (True): append the beginning of an answer. continue_final_message: leave the
+        last message open, for the model to continue (a text names another field than content). chat_template_kwargs:
+        other variables of the template, such as `{"thinking": True}`.
 
-        Templates run in Jinja's sandbox in a process of their own, and are given what transformers gives them.
-        GenerationError when there is none, when it fails or reaches a limit, and for values that are not JSON.
+        Templates run in Jinja's sandbox in a process of their own, with the variables that transformers gives them.
+        Raises GenerationError for a model without a template, a template that fails or reaches a limit, and values
+        that are not JSON.
         """
         text = self.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **options)
         return self._encode(text, special=False)
@@ -87,7 +87,7 @@ class Tokenizer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[ChatOptions],
     ) -> str:
-        """The text that `chat` makes token ids of."""
+        """Text of a conversation, before `chat` encodes it."""
         chosen, variables = conversation.checked_options(options, chat_template_kwargs)
         tools, continued = chosen.get("tools"), chosen.get("continue_final_message", False)
         template = self._template(chosen.get("chat_template"), with_tools=tools is not None)
@@ -106,10 +106,10 @@ class Tokenizer:
         )
 
     def split_stops(self, stops: Iterable[str]) -> tuple[tuple[str, ...], frozenset[int]]:
-        """Stop strings to be looked for in the text, and the token ids of those that are special tokens.
+        """Split stops into strings to search in the text, and ids of special tokens.
 
-        A special token's text is no part of decoded text. GenerationError for a stop string that holds one beside other
-        text: it could never be met.
+        Decoded text leaves special tokens out, so a stop string with a special token and other text could never match:
+        it raises GenerationError.
         """
         texts, ids = [], set()
         for stop in stops:
@@ -131,7 +131,7 @@ class Tokenizer:
         )
 
     def _template(self, name: str | None, *, with_tools: bool) -> ChatTemplate:
-        """The template of that name, or with that source; as transformers chooses where none is named."""
+        """The template of that name or source; without either, the one that transformers chooses."""
         templates = self._templates
         if name is not None:
             return templates.get(name) or ChatTemplate(name, "chat_template")

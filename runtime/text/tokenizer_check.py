@@ -1,4 +1,4 @@
-"""Whether a model's directory has a tokenizer that npuq reads, so that a command can say so before its work."""
+"""Check of a model's tokenizer by file names alone, before a command's work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ VOCABULARY_FILES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "voc
 
 
 def tokenizer_problem(names: Iterable[str]) -> str | None:
-    """What keeps the tokenizer among a model's files, by their `names`, from being read, and what helps; None: nothing
-    that their names say."""
+    """Reason why no tokenizer can be read from files of these `names`, with a remedy; None if the names show none."""
     names = sorted(names)
     if "tokenizer.json" in names:
         return None
@@ -38,7 +37,7 @@ def tokenizer_problem(names: Iterable[str]) -> str | None:
 
 
 def require_tokenizer(directory: Path) -> None:
-    """Raise GenerationError unless the directory's files may hold a tokenizer that can be read."""
+    """Raise GenerationError where the names of a directory's files show no tokenizer that can be read."""
     problem = tokenizer_problem(path.name for path in directory.iterdir()) if directory.is_dir() else None
     if problem is not None:
         raise GenerationError(f"{directory}: {problem}")

@@ -1,8 +1,8 @@
-"""A tokenizer in an older format, as transformers converts it to a `tokenizer.json`.
+"""Conversion of a tokenizer in an older format to `tokenizer.json`, by transformers.
 
-transformers opens whatever path a file of the checkpoint names, follows links, and makes up a vocabulary of a few
-tokens where it finds none. So it is given a directory of its own, with copies of the few files that it needs, and what
-it makes is compared with what the model says.
+transformers opens any path that a file of the checkpoint names, follows links, and makes up a vocabulary of a few
+tokens where it finds none. So it gets a directory of its own with copies of the few files that it needs, and its result
+is compared with config.json and the checkpoint's special tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SPECIAL_TOKENS: Final = (
 """The names under which a template finds special tokens."""
 
 _SPECIAL: Final = (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
-# What changes how text becomes tokens. Other keys may name files (`vocab_file`, `name_or_path`) or code (`auto_map`).
+# Keys that change tokenization. Other keys may name files (`vocab_file`, `name_or_path`) or code (`auto_map`).
 _OPTIONS: Final = (
     *_SPECIAL,
     "tokenizer_class",
@@ -59,11 +59,11 @@ _COPIED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def converted(directory: Path, call: Callable[[Callable[[], str], str], str]) -> bytes:
-    """The `tokenizer.json` that transformers makes of the files of a directory; code from it is never run.
+    """Convert the files of a directory to a `tokenizer.json` with transformers, without running code of the directory.
 
-    `call(function, doing)` runs a function whose failures are GenerationErrors that begin with `doing`. Raises
-    GenerationError where transformers is missing or fails, and where the vocabulary is not the model's: without the
-    files that hold it, far smaller than config.json says, without the special tokens that the checkpoint names.
+    `call(function, doing)` runs a function, whose failures become GenerationErrors that begin with `doing`. Raises
+    GenerationError where transformers is missing or fails, and for a vocabulary that is not the model's: its files are
+    missing, it is far smaller than config.json's, or it lacks special tokens that the checkpoint names.
     """
     require_tokenizer(directory)
     missing = f"{directory}: no tokenizer.json; copy the model's tokenizer files there"
@@ -101,7 +101,7 @@ def _copy_files(directory: Path, copy: Path) -> None:
 
 
 def _require_files(directory: Path, copy: Path, tokenizer: Any) -> None:
-    """GenerationError unless the files are there that hold the vocabulary of such a tokenizer."""
+    """Raise GenerationError where the files of such a tokenizer's vocabulary are missing."""
     names = [name for name in type(tokenizer).vocab_files_names.values() if name != _FAST_FILE] or ["tokenizer.model"]
     for name in names:
         if not (copy / name).is_file():
@@ -129,7 +129,7 @@ def _check_vocabulary(directory: Path, tokenizer: Any) -> None:
 
 
 def _vocab_size(directory: Path) -> int:
-    """What config.json says; 0 where it says nothing."""
+    """Vocabulary size of config.json; 0 if it has none."""
     if not is_inside(directory, "config.json"):
         return 0
     config = read_object(inside(directory, "config.json", GenerationError), GenerationError, _MOST_CONFIG_BYTES)

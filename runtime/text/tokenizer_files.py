@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer files, as they come: read with limits, or refused in one line."""
+"""Reading of a checkpoint's tokenizer files, with limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Jinja source, and the file it is from."""
+    """Jinja source of a chat template, and the file that holds it."""
 
     source: str
     where: str
@@ -32,9 +32,9 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a checkpoint says of its tokenizer.
+    """Contents of a checkpoint's tokenizer files.
 
-    special_tokens: text by name, of those it has. templates: by name; "default" is that of plain conversations.
+    special_tokens: texts by name, of the names that it has. templates: by name; "default" is for plain conversations.
     """
 
     fast: FastTokenizer
@@ -44,7 +44,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, directory: Path) -> TokenizerFiles:
-        """Read a directory's files. GenerationError when there is no tokenizer, or a file is not what it should be."""
+        """Read a directory's files. Raises GenerationError for a missing tokenizer and for a malformed file."""
         path = directory / "tokenizer_config.json"
         config: Mapping[str, Any] = {}
         if is_inside(directory, path.name):
@@ -58,10 +58,10 @@ class TokenizerFiles:
 
 
 def guarded(call: Callable[[], _T], doing: str) -> _T:
-    """The result of a call into the tokenizers library, whose failures become GenerationError.
+    """Call into the tokenizers library, with its failures as GenerationError.
 
-    It raises Exception itself for everything, and where its code panics a BaseException that no `except Exception`
-    sees.
+    The library raises plain Exception for all its errors. For a panic of its code it raises a BaseException, which
+    `except Exception` does not catch.
     """
     try:
         return call()
@@ -84,14 +84,14 @@ def _fast_tokenizer(directory: Path) -> FastTokenizer:
     check_parts(content, path)
     fast = guarded(lambda: FastTokenizer.from_buffer(content), f"{path}: cannot be read as a tokenizer")
     check_growth(fast, path)
-    # Settings that a training run leaves in the file: they would cut prompts short, or fill them up, without a word.
+    # Settings of training that stay in the file: they would truncate or pad prompts silently.
     fast.no_truncation()
     fast.no_padding()
     return fast
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: of tokenizer_config.json, and over it, in older checkpoints, special_tokens_map.json."""
+    """Special tokens by name, of tokenizer_config.json; special_tokens_map.json of older checkpoints overrides them."""
     where, given = directory / "tokenizer_config.json", dict(config)
     name = "special_tokens_map.json"
     if "added_tokens_decoder" not in config and is_inside(directory, name):
@@ -110,7 +110,7 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, ChatTemplate]:
-    """Templates by name. Files of their own come before those of tokenizer_config.json, as in transformers."""
+    """Templates by name. Template files replace those of tokenizer_config.json, as in transformers."""
     files = {"chat_template.jinja": "default"} if is_inside(directory, "chat_template.jinja") else {}
     folder = directory / "additional_chat_templates"
     if folder.is_dir():

@@ -1,10 +1,9 @@
-"""Parts of a tokenizer.json that are refused before or after it is loaded: what aborts the library, what fills memory.
+"""Check of a tokenizer.json for parts that abort the tokenizers library or fill memory.
 
-The tokenizers library checks little of what it reads. A crafted `Precompiled` normalizer, and a BPE whose
-`continuing_subword_prefix` cuts its merges within a character, end the whole process where it reads them; no byte-level
-BPE, which is what npuq's models have, holds either. And twenty lines that each replace a letter by ten would make a
-prompt of one letter larger than any memory; known tokenizers replace a space by one other character, and put a few
-tokens around the text.
+The library checks little. Two parts abort the whole process on reading: a crafted `Precompiled` normalizer, and a BPE
+whose `continuing_subword_prefix` cuts its merges within a character. The byte-level BPE of npuq's models has neither.
+Twenty lines that each replace a letter by ten would make a prompt of one letter larger than any memory. Known
+tokenizers replace a space by one other character, and put a few tokens around the text.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from ...inputs.json_text import parse_json
 
 MOST_GROWTH: Final = 4096
 
-# Also escapes of plain letters, behind which a name could hide: then the JSON is parsed to look for it.
+# Escapes of plain letters, too: they could hide a name, so the JSON is parsed to find it.
 _SUSPECT: Final = re.compile(rb'Precompiled|continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]')
 
 
 def check_parts(content: bytes, path: Path) -> None:
-    """GenerationError for a tokenizer.json with a part that can abort the library."""
+    """Raise GenerationError for a tokenizer.json with a part that can abort the library."""
     if _SUSPECT.search(content) is None:
         return
     found: list[str] = []
 
     def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # All pairs, since the library reads those too that a second one of the same name replaces.
+        # All pairs: of pairs with the same name, the library reads every one.
         for name, value in pairs:
             if name == "type" and value == "Precompiled":
                 found.append("a Precompiled normalizer")
@@ -46,10 +45,10 @@ def check_parts(content: bytes, path: Path) -> None:
 
 
 def check_growth(fast: FastTokenizer, path: Path) -> None:
-    """GenerationError when parts of the file could make a text, or its tokens, many times longer.
+    """Raise GenerationError for a tokenizer that could make a text, or its tokens, many times longer.
 
-    Normalizer and decoder: more than 4096 times. Post-processor: by a second copy of the text, or by more than 4096
-    tokens around it.
+    Limits: 4096 times for normalizer and decoder; for the post-processor one copy of the text, and 4096 tokens around
+    it.
     """
     for name in ("normalizer", "decoder"):
         growth = 1
@@ -68,7 +67,7 @@ def check_growth(fast: FastTokenizer, path: Path) -> None:
 
 
 def _steps(part: Any, path: Path) -> Iterator[Mapping[str, Any]]:
-    """The steps that a part of a tokenizer consists of."""
+    """Steps of a tokenizer's part, nested sequences flattened."""
     return iter(()) if part is None else _inner(parse_json(part.__getstate__(), str(path), GenerationError))
 
 
@@ -81,7 +80,7 @@ def _inner(step: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _around(step: Mapping[str, Any]) -> tuple[int, int]:
-    """How often a post-processor's step writes the text of a prompt, and how many tokens it writes beside it."""
+    """Copies of a prompt's text that a post-processor's step writes, and tokens that it adds."""
     if step.get("type") != "TemplateProcessing":
         return 1, 2  # BERT's and RoBERTa's put one on either side
     pieces = step["single"]
@@ -90,7 +89,7 @@ def _around(step: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _growth(step: Mapping[str, Any]) -> int:
-    """A bound of how many characters become of one."""
+    """Bound of the characters that a step makes of one."""
     if step.get("type") == "Prepend":
         return 1 + len(step["prepend"])
     if step.get("type") != "Replace":

@@ -76,10 +76,10 @@ def test_work_that_stands_still_takes_longer_and_longer() -> None:
 
 def test_counts_that_are_not_bytes() -> None:
     clock = Clock()
-    pace = Pace(Task("evaluate", 300, "windows"), clock)
+    pace = Pace(Task("evaluate", 300, "contexts"), clock)
     clock.now += 8
     pace.advance(12, None, None, False)
-    assert pace.told(layer_done=False) == "12 of 300 windows (4 %), 1.5 windows/s, 3 min left"
+    assert pace.told(layer_done=False) == "12 of 300 contexts (4 %), 1.5 contexts/s, 3 min left"
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The operator set on torch_npu (`operators.py`), and what it needs around it (`support.py`)."""
+"""Operators on torch_npu (`operators.py`), and checks of torch_npu, CANN and the chip (`support.py`)."""

@@ -1,4 +1,4 @@
-"""Latent attention on torch_npu: the paged cache in FRACTAL_NZ (or ND) pages, attention over it, and its prologue."""
+"""Latent attention on torch_npu: the paged cache in FRACTAL_NZ (or ND) pages, attention over it, the fused prolog."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROLOG_INT8 = 2  # weight_quant_mode: q_a, q_b and kv_a are int8
 
 
 class AscendAttention(Attention):
-    """Attention on pages in the compute dtype; `int8` serves those with an int8 latent."""
+    """Attention on torch_npu. Caches with an int8 latent are left to `int8`."""
 
     def __init__(self, npu: Npu, weights: AscendWeights, norms: Norms, products: Products, fused_prolog: bool):
         super().__init__(npu.dtype, weights, norms, products)
@@ -67,7 +67,7 @@ class AscendAttention(Attention):
             cache_mode="PA_NZ" if self.npu.kv_layout == "nz" else "PA",
             is_output_kv=output_kv,
         )
-        # Without output_kv the two outputs are memory that nothing was written to.
+        # Without output_kv the two outputs are uninitialised memory.
         return (k_rope.flatten(0, 2), latent.flatten(0, 2)) if output_kv else None
 
     def fused_infer_attention(
@@ -88,7 +88,7 @@ class AscendAttention(Attention):
             k_nope.contiguous(),
             value.contiguous(),
             query_rope=q_rope.contiguous(),
-            key_rope=k_rope.unsqueeze(1).expand(-1, heads, -1).contiguous(),  # every head wants its own copy
+            key_rope=k_rope.unsqueeze(1).expand(-1, heads, -1).contiguous(),  # every head takes its own copy
             atten_mask=self._causal_mask if causal else None,
             sparse_mode=RIGHT_DOWN_CAUSAL if causal else NO_MASK,
             actual_seq_lengths=list(q_lens),
@@ -134,11 +134,11 @@ class AscendAttention(Attention):
         return merged.view(outputs[0].shape)
 
     def _pages(self, pages: Pages, cache: LayerCache) -> Tensor:
-        """The shape that the writing operators want in either layout: `[blocks, block_size, 1, channels]`."""
+        """View the pages as the writing operators take both layouts: `[blocks, block_size, 1, channels]`."""
         return pages.tensor.view(pages.tensor.shape[0], cache.block_size, 1, -1)
 
     def _attention_pages(self, pages: Pages, cache: LayerCache) -> Tensor:
-        """The shape by which attention tells the layout: `[blocks, 1, D/16, block_size, 16]` is NZ, 3-D is ND."""
+        """View pages for attention: NZ `[blocks, 1, D/16, block_size, 16]` or ND `[blocks, block_size, D]`."""
         tensor = pages.tensor
         return tensor.unsqueeze(1) if pages.pool.layout == "nz" else tensor.view(tensor.shape[0], cache.block_size, -1)
 
@@ -154,7 +154,7 @@ class AscendAttention(Attention):
             return super().new_cache(pools, num_blocks, block_size)
         self.int8.check()
         on_device = {name: scale.to(self.npu.device, self.npu.dtype) for name, scale in scales.items()}
-        # One block more, which is nobody's: the slot −1 of tokens that are not cached lies in it.
+        # One block more, of no sequence, for slot −1 of tokens that are not cached.
         return super().new_cache(pools, num_blocks + 1, block_size, on_device)
 
     def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:

@@ -1,4 +1,4 @@
-"""One NPU as all parts of the Ascend set see it."""
+"""One NPU, shared by all parts of the Ascend operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_MASK = 0
 
 @dataclass
 class Npu:
-    """operators: `torch.ops.npu`, which has no types. kv_layout: of the paged cache."""
+    """Device, compute dtype and operators. kv_layout: of the paged cache. operators: `torch.ops.npu`, untyped."""
 
     device: torch.device
     dtype: torch.dtype
@@ -25,5 +25,5 @@ class Npu:
 
 
 def causal_mask(device: torch.device) -> torch.Tensor:
-    """The compressed mask that sparse modes 2 to 4 ask for, whatever the lengths: true is hidden."""
+    """Compressed mask of sparse modes 2 to 4, for sequences of any length: True is masked."""
     return torch.ones(CAUSAL_MASK_SIDE, CAUSAL_MASK_SIDE, dtype=torch.bool, device=device).triu_(1)

@@ -1,10 +1,9 @@
 """The int8 latent cache on torch_npu: written in plain steps, read by attention in full int8.
 
-`npu_fused_infer_attention_score_v2` wants queries, keys and values all int8, one scale a tensor for keys and for
-values, and rope in bfloat16. The channels' scales therefore go into the queries before it and into its result after
-it, and keys and values have the scale 1. No operator writes an int8 latent beside a bfloat16 rope with a scale a
-channel: `npu_kv_rmsnorm_rope_cache` quantizes both caches or none, and `npu_mla_prolog_v3` would be of use to decoding
-steps only.
+`npu_fused_infer_attention_score_v2` takes int8 queries, keys and values, one scale a tensor for keys and for values,
+and rope in bfloat16. So keys and values get the scale 1, the channels' scales multiply the queries before the operator,
+and its result after it. No operator writes an int8 latent with a scale a channel beside a bfloat16 rope:
+`npu_kv_rmsnorm_rope_cache` quantizes both pools or none, and `npu_mla_prolog_v3` serves decode steps only.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LEAST_SCALE = 1e-30
 
 
 class Int8Cache:
-    """Caches with an int8 latent: written and attended to."""
+    """Writing of, and attention over, caches with an int8 latent."""
 
     def __init__(
         self, npu: Npu, norms: Norms, interleave_rope: Callable[[Tensor, Tensor, Tensor], Tensor], causal_mask: Tensor
@@ -38,11 +37,11 @@ class Int8Cache:
 
     @property
     def fits(self) -> bool:
-        """Whether layout and dtype are those of attention in int8."""
+        """True for the layout and dtype that attention in int8 takes."""
         return self.npu.kv_layout == "nz" and self.npu.dtype != torch.float16
 
     def check(self) -> None:
-        """Raises BackendError where `fits` is false."""
+        """Raise BackendError unless `fits`."""
         if not self.fits:
             raise BackendError(
                 "the NPU's attention reads an int8 KV cache in NZ pages and computes in bfloat16 then: "
@@ -60,7 +59,7 @@ class Int8Cache:
         eps: float,
         output_kv: bool,
     ) -> tuple[Tensor, Tensor] | None:
-        """`Attention.kv_rmsnorm_rope_cache`."""
+        """Write tokens: see `Attention.kv_rmsnorm_rope_cache`."""
         scale = cache[LATENT].scale
         assert scale is not None
         latent, k_rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
@@ -74,7 +73,7 @@ class Int8Cache:
         return (k_rope, codes * scale) if output_kv else None
 
     def attend(self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float) -> Tensor:
-        """`Attention.fused_infer_attention_paged`."""
+        """Attend: see `Attention.fused_infer_attention_paged`."""
         channel_scale = cache[LATENT].scale
         assert channel_scale is not None
         tokens, heads, width = q_latent.shape

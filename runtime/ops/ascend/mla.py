@@ -1,4 +1,4 @@
-"""Attention weights of a layer, laid out for the NPU's attention operators: which linears run as one, which apart."""
+"""Attention weights of a layer, laid out for the NPU's attention operators: fused linears and split ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROLOG_Q_LORA = (1536, 2048)
 
 @dataclass(frozen=True)
 class PrologWeights:
-    """What `npu_mla_prolog_v3` takes: W8A8 linears of q_a, q_b (nope and rope of each head side by side) and kv_a."""
+    """Linears of `npu_mla_prolog_v3`: W8A8 q_a, q_b (nope and rope of each head side by side) and kv_a."""
 
     q_a: W8A8Linear
     q_b: W8A8Linear
@@ -32,8 +32,8 @@ class PrologWeights:
 
 @dataclass(frozen=True)
 class Projections:
-    """What layers without the prolog run: `down` makes q_a's and kv_a's outputs in one matmul, or in two where their
-    schemes differ; in models without q_lora it makes kv_a's alone. The queries come from two linears.
+    """Linears of a layer without the prolog. down: q_a and kv_a fused, or two where their schemes differ; kv_a alone in
+    models without q_lora. q_nope, q_rope: the two parts of the queries.
     """
 
     down: tuple[Linear, ...]
@@ -45,8 +45,8 @@ class Projections:
 class AscendMla(Mla):
     """Attention weights of one layer.
 
-    Keys and values are decompressed apart (`k_b`, `v_b`): each half then is contiguous, which the attention operator
-    asks for. takes_quantized: whether the projections of the hidden state take int8 rows.
+    Two linears decompress keys (`k_b`) and values (`v_b`), so that both are contiguous, as the attention operator
+    requires. takes_quantized: True if the projections of the hidden state take int8 rows.
     """
 
     projections: PrologWeights | Projections
@@ -57,7 +57,7 @@ class AscendMla(Mla):
 
 
 def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fused_prolog: bool) -> AscendMla:
-    """The attention weights of a layer on the device. Raises BackendError for sizes that the operators do not take."""
+    """Put a layer's attention weights on the device. Raises BackendError for sizes that the operators do not take."""
     check_mla(parts.kv_a.name, config)
     widths = [config.qk_nope_head_dim, config.v_head_dim]
     k_b, v_b = parts.kv_b.view(config.heads, sum(widths), config.kv_lora_rank).split(widths, dim=1)
@@ -78,7 +78,7 @@ def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fuse
 
 
 def prolog_weights(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> PrologWeights | None:
-    """The weights for `npu_mla_prolog_v3`, or None for a layer that it does not document."""
+    """Weights for `npu_mla_prolog_v3`, or None for a layer of undocumented shape or scheme."""
     if weights.dtype != torch.bfloat16 or parts.q_a is None or parts.q_b is None:
         return None
     linears = (parts.q_a, parts.q_b, parts.kv_a)
@@ -103,7 +103,7 @@ def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> P
 
 
 def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:
-    """A linear whose outputs are heads of `widths[0] + widths[1]`, as two: the first channels and the others."""
+    """Split a linear with heads of `widths[0] + widths[1]` outputs in two: the first of each head, and the others."""
 
     def pick(tensor: Tensor, side: int) -> Tensor:
         heads = tensor.view(num_heads, sum(widths), *tensor.shape[1:])
@@ -120,7 +120,7 @@ def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tupl
 
 
 def check_mla(name: str, config: MlaWidths) -> None:
-    """Raises BackendError for attention sizes that the NPU's operators do not take."""
+    """Raise BackendError for attention sizes that the NPU's operators do not take."""
     fixed = {
         "kv_lora_rank": (config.kv_lora_rank, LATENT_DIM),
         "qk_rope_head_dim": (config.qk_rope_head_dim, ROPE_DIM),

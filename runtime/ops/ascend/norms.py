@@ -11,7 +11,7 @@ from .device import Npu
 
 
 class AscendNorms(Norms):
-    """Operators on rows."""
+    """Operators on rows, by torch_npu."""
 
     def __init__(self, npu: Npu):
         self.npu = npu

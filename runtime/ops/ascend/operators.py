@@ -1,7 +1,7 @@
-"""The operator set on torch_npu: weights in FRACTAL_NZ, the latent cache in NZ pages, one device call an operator.
+"""The operators on torch_npu: weights in FRACTAL_NZ, the latent cache in NZ pages, one device call an operator.
 
-A decode step of a MoE layer is 27 launches, or 20 where `npu_mla_prolog_v3` takes the layer (docs/ascend.md has the
-table). No call here waits for the device: lengths come from the step as host integers, everything else stays a tensor.
+A MoE layer is 27 launches in a decode step, or 20 where `npu_mla_prolog_v3` takes the layer (table in docs/ascend.md).
+No call waits for the device: a step's lengths are integers on the host, all else stays in tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .weights import AscendWeights
 class AscendOps(Ops):
     """Operators on one NPU.
 
-    kv_layout: "nz" (pages in FRACTAL_NZ, what decode attention reads fastest) or "nd". fused_prolog: use
+    kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd". fused_prolog: use
     `npu_mla_prolog_v3` for layers whose shapes it documents. soc: the chip's name; None asks the driver.
     Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
     """

@@ -17,7 +17,7 @@ COUNTS = 1  # group_list_type: rows of each expert, not running sums
 
 
 class AscendProducts(Products):
-    """Matrix products."""
+    """Matrix products by torch_npu."""
 
     def __init__(self, npu: Npu, norms: Norms):
         self.npu, self.norms = npu, norms
@@ -75,8 +75,8 @@ class AscendProducts(Products):
         return product
 
     def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        # What comes out of decode attention is stored head by head: then x needs no transposition in the kernel, which
-        # limits heads · K to 65535 (128 heads of 512 exceed it).
+        # The output of decode attention is head-major: then x needs no transposition in the kernel, which limits
+        # heads · K to 65535 (128 heads of 512 exceed it).
         by_head = x.transpose(0, 1)
         stored, order = (by_head, (0, 1, 2)) if by_head.is_contiguous() else (x, (1, 0, 2))
         product: Tensor = self.npu.operators.npu_transpose_batchmatmul(stored, weight, perm_x1=order, perm_y=(1, 0, 2))

@@ -69,9 +69,9 @@ class AscendRouting(Routing):
 
 
 def check_gating(gating: Gating, biased: bool) -> None:
-    """Raises BackendError for a router that the NPU has no operator for.
+    """Raise BackendError for a router that the NPU has no operator for.
 
-    Its sigmoid router always normalises the weights; its softmax router does only without groups and correction bias.
+    The sigmoid operator always normalises the weights; the softmax one normalises only without groups and bias.
     """
     sigmoid = gating.scoring == "sigmoid"
     if sigmoid != gating.renormalize and (sigmoid or biased or gating.group_count > 1):

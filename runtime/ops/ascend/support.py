@@ -1,6 +1,6 @@
-"""What the Ascend backend needs around it: a torch_npu that fits torch, CANN, and a chip with the right operators.
+"""Requirements of the Ascend backend: a torch_npu that fits torch, CANN, and a chip with the right operators.
 
-Everything here answers in one line (`BackendError`) where torch_npu itself would end in a traceback.
+Failures are one line (`BackendError`), where torch_npu itself would end in a traceback.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ OPERATORS = (
 
 @dataclass(frozen=True)
 class Soc:
-    """A family of chips, recognised by the name that the driver reports, and what its operators can do.
+    """A family of chips, recognised by the driver's name for it, and the operators that it has.
 
     int4_experts: int8 × int4 grouped matmul. nz_mla: absorbed attention on a FRACTAL_NZ cache. mla: `interleave_rope`,
-    `kv_rmsnorm_rope_cache` and attention with separate rope tensors at all. Sources: product tables of the operator
+    `kv_rmsnorm_rope_cache` and attention with separate rope tensors. Sources: product tables of the operator
     documentation, and CANN's operator registrations.
     """
 
@@ -68,7 +68,7 @@ SOCS = (
 
 
 def soc_of(name: str) -> Soc:
-    """The family of a device name such as "Ascend910B2". Raises BackendError for one that is not known."""
+    """Family of a device name such as "Ascend910B2". Raises BackendError for an unknown name."""
     for soc in SOCS:
         if re.match(soc.pattern, name, re.IGNORECASE):
             return soc
@@ -76,12 +76,12 @@ def soc_of(name: str) -> Soc:
 
 
 def supported_families() -> str:
-    """The families that run every operator of the backend, for messages."""
+    """Names of the families that run every operator of the backend, for messages."""
     return " and ".join(soc.family for soc in SOCS if soc.mla and soc.int4_experts)
 
 
 def require_soc(name: str) -> Soc:
-    """`soc_of`, refusing chips that lack an operator the backend cannot do without."""
+    """Family of a device name. Raises BackendError for an unknown chip, and for one that lacks a required operator."""
     soc = soc_of(name)
     if not (soc.mla and soc.nz_mla and soc.int4_experts):
         raise BackendError(
@@ -92,13 +92,13 @@ def require_soc(name: str) -> Soc:
 
 
 def release(version: str) -> str:
-    """The part of a version that torch and torch_npu share: "2.13.0+cpu" and "2.13.0.post1" → "2.13.0"."""
+    """Release number, which torch and torch_npu share: "2.13.0+cpu" and "2.13.0.post1" → "2.13.0"."""
     match = re.match(r"\d+\.\d+\.\d+", version)
     return match.group() if match else version
 
 
 def torch_npu_version() -> str | None:
-    """The installed torch_npu's version, without importing it."""
+    """Version of the installed torch_npu, read without importing it."""
     try:
         return metadata.version("torch_npu")
     except metadata.PackageNotFoundError:
@@ -106,7 +106,7 @@ def torch_npu_version() -> str | None:
 
 
 def check_versions(torch_version: str, npu_version: str) -> None:
-    """Raises BackendError unless torch_npu was built for this torch: both share one release number."""
+    """Raise BackendError unless torch_npu was built for this torch, with the same release number."""
     if release(torch_version) != release(npu_version):
         raise BackendError(
             f"torch_npu {npu_version} is built for torch {release(npu_version)}, but torch {torch_version} is "
@@ -115,7 +115,7 @@ def check_versions(torch_version: str, npu_version: str) -> None:
 
 
 def import_torch_npu() -> ModuleType:
-    """torch_npu, imported. Raises BackendError when it is missing, does not fit torch, or finds no CANN."""
+    """Import torch_npu. Raises BackendError if it is missing, does not fit torch, or finds no CANN."""
     import torch
 
     version = torch_npu_version()
@@ -132,7 +132,7 @@ def import_torch_npu() -> ModuleType:
 
 
 def explain_import_error(version: str, error: ImportError) -> str:
-    """One line for a torch_npu that does not load: nearly always CANN that is missing or not on the library path."""
+    """Message for a torch_npu that does not load: nearly always CANN is missing or not on the library path."""
     library = re.search(r"lib\w+\.so[\w.]*", str(error))
     if library is None:
         return f"torch_npu {version} does not import: {error}"
@@ -143,7 +143,7 @@ def explain_import_error(version: str, error: ImportError) -> str:
 
 
 def npu_count() -> int:
-    """How many NPUs can be used here; 0 where torch_npu is not installed or cannot start."""
+    """Number of NPUs of this machine; 0 where torch_npu is not installed or cannot start."""
     if torch_npu_version() is None:
         return 0
     try:

@@ -1,9 +1,8 @@
-"""Stored weights laid out for the NPU: `[K, N]`, FRACTAL_NZ where it tiles, scales as the kernels read them.
+"""Stored weights laid out for the NPU: `[K, N]`, in FRACTAL_NZ if it tiles them, scales as the kernels read them.
 
-FRACTAL_NZ (ACL format 29) stores a matrix in tiles of 16 rows by 32 bytes; a matrix that does not fill its tiles stays
-ND, which every operator here takes as well, except `npu_mla_prolog_v3`. int4 weights are cast while they still are int8
-bytes of two nibbles, then viewed as int32 of eight: the tiles come out the same, and that is the form the grouped
-matmul takes.
+FRACTAL_NZ (ACL format 29) keeps a matrix in tiles of 16 rows by 32 bytes. A matrix that does not fill its tiles stays
+ND, which every operator except `npu_mla_prolog_v3` takes as well. int4 weights are cast as int8 bytes of two nibbles,
+then viewed as int32 of eight nibbles, the form of the grouped matmul: the tiles are the same.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ MAX_DIMENSION = 65535
 
 @dataclass(frozen=True)
 class FloatLinear(Linear):
-    """weight `[N, K]` in the compute dtype, as torch's own linear takes it."""
+    """Float linear. weight: `[N, K]` in the compute dtype, as torch's own linear takes it."""
 
     weight: Tensor
 
 
 @dataclass(frozen=True)
 class W8A8Linear(Linear):
-    """weight int8 `[K, N]`, NZ where it tiles; scale float32 `[N]`."""
+    """W8A8 linear. weight: int8 `[K, N]`, NZ if it tiles. scale: float32 `[N]`."""
 
     weight: Tensor
     scale: Tensor
@@ -45,8 +44,9 @@ class W8A8Linear(Linear):
 
 @dataclass(frozen=True)
 class StaticLinear(Linear):
-    """weight int8 `[K, N]`, NZ where it tiles; factor and offset in the compute dtype `[1]`, as `npu_quantize` takes
-    them; deq_scale float32 `[N]`, or for float16 output int64 with its bits in the low words; quant_bias int32 `[N]`.
+    """Static W8A8 linear. weight: int8 `[K, N]`, NZ if it tiles. factor, offset: compute dtype `[1]`, as `npu_quantize`
+    takes them. deq_scale: float32 `[N]`, or for float16 output int64 with those bits in the low words.
+    quant_bias: int32 `[N]`.
     """
 
     weight: Tensor
@@ -58,7 +58,7 @@ class StaticLinear(Linear):
 
 @dataclass(frozen=True)
 class FloatExperts(Experts):
-    """weight `[E, K, N]` in the compute dtype."""
+    """Float experts. weight: `[E, K, N]` in the compute dtype."""
 
     weight: Tensor
 
@@ -73,25 +73,27 @@ class QuantizedExperts(Experts):
 
 @dataclass(frozen=True)
 class W8A8Experts(QuantizedExperts):
-    """weight int8 `[E, K, N]`; scale `[E, N]`, bfloat16 for bfloat16 output (the kernel's pairing), else float32."""
+    """W8A8 experts. weight: int8 `[E, K, N]`. scale: `[E, N]`, bfloat16 for bfloat16 output (as the kernel pairs them),
+    else float32."""
 
 
 @dataclass(frozen=True)
 class W4A8Experts(QuantizedExperts):
-    """weight int32 `[E, K, N/8]`; scale int64 `[E, 1, N]`: float32 bits, high words 0; scale_bias float32 `[E, N]`."""
+    """W4A8 experts. weight: int32 `[E, K, N/8]`. scale: int64 `[E, 1, N]` of float32 bits, high words 0. scale_bias:
+    float32 `[E, N]`."""
 
     scale_bias: Tensor
 
 
 @dataclass(frozen=True)
 class DeviceRouter(Router):
-    """weight float32 `[E, H]`."""
+    """Router. weight: float32 `[E, H]`."""
 
     weight: Tensor
 
 
 class AscendWeights(Weights):
-    """Lays weights out on the NPU for compute in its dtype."""
+    """Layout of weights on the NPU, for products in its compute dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -151,7 +153,7 @@ class AscendWeights(Weights):
         return tensor.to(self.device, dtype or tensor.dtype).contiguous()
 
     def _stack(self, experts: Sequence[Sequence[LinearPart]], dtype: torch.dtype) -> Tensor:
-        """`[E, K, N]` on the device, filled expert by expert: host memory holds one expert at a time."""
+        """Stack experts on the device, `[E, K, N]`, one by one: host memory holds one expert at a time."""
         outputs = sum(part.weight.shape[0] for part in experts[0])
         shape = (len(experts), experts[0][0].weight.shape[1], outputs)
         stacked = torch.empty(shape, dtype=dtype, device=self.device)
@@ -168,7 +170,7 @@ class AscendWeights(Weights):
         return torch.cat(scales).to(self.device)
 
     def _scale_bias(self, parts: Sequence[LinearPart]) -> Tensor:
-        """8 · Σ_k q · s of every output: partial sums over slices of K add up to what one device needs."""
+        """Sum of the partial sums over slices of K: 8 · Σ_k q · s of every output, as one device needs it."""
         biases = []
         for part in parts:
             if part.scale_bias is None:
@@ -178,7 +180,7 @@ class AscendWeights(Weights):
 
 
 def check_w4a8_inputs(name: str, inputs: int) -> None:
-    """Raises BackendError for input features that the W4A8 matmul does not take."""
+    """Raise BackendError for input features that the W4A8 matmul does not take."""
     if inputs % W4A8_K_MULTIPLE or inputs > W4A8_MAX_K:
         raise BackendError(
             f"{name}: the NPU's W4A8 matmul needs input features that are a multiple of {W4A8_K_MULTIPLE} "
@@ -187,16 +189,16 @@ def check_w4a8_inputs(name: str, inputs: int) -> None:
 
 
 def fits_nz(matrix: Tensor) -> bool:
-    """Whether `[..., K, N]` fills the tiles of FRACTAL_NZ."""
+    """True if `[..., K, N]` fills the tiles of FRACTAL_NZ."""
     return matrix.shape[-2] % TILE_ROWS == 0 and matrix.shape[-1] % (TILE_BYTES // matrix.element_size()) == 0
 
 
 def cast_nz(matrix: Tensor) -> Tensor:
-    """`[..., K, N]` in FRACTAL_NZ, its logical shape unchanged; as it is (ND) where it does not fill the tiles."""
+    """Cast `[..., K, N]` to FRACTAL_NZ, of the same logical shape; one that does not fill the tiles stays ND."""
     cast: Tensor = torch.ops.npu.npu_format_cast(matrix, FRACTAL_NZ) if fits_nz(matrix) else matrix
     return cast
 
 
 def scale_words(scales: Tensor) -> Tensor:
-    """float32 bits in the low words of int64, zeros in the high ones."""
+    """Pack float32 bits into the low words of int64, zeros into the high words."""
     return scales.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF

@@ -1,7 +1,7 @@
-"""The CPU's operators on native kernels: memory-mapped weights are used as they are stored, by one pool of threads.
+"""The CPU's operators on native kernels, which read the memory-mapped weights in place, with one pool of threads.
 
-Integers equal the reference's; floats differ in the last bits (order of additions, exp). Operators that no step spends
-time in stay torch's.
+Integers equal the reference's; floats differ in the last bits (order of additions, exp). Operators that cost a step no
+time stay torch's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from .weights import NativeWeights
 
 
 class NativeOps(Ops):
-    """Inner loops in C, and beside them the parts of `CpuOps`. dtype is float32 or bfloat16; threads and level: those
-    of `Pool`.
+    """Native kernels, and the parts of `CpuOps` for the rest.
 
-    Raises BackendError for another dtype.
+    dtype: float32 or bfloat16. threads, level: of `Pool`. Raises BackendError for another dtype.
     """
 
     name = "cpu"

@@ -1,4 +1,4 @@
-"""Attention on native kernels: latent attention on NZ pages, its whole block in one call, decompressed keys."""
+"""Attention on native kernels: absorbed attention on NZ pages, a whole block in one call, decompressed attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .step import NativeStep, decode_arguments, lengths, native_step
 
 
 class NativeAttention(Attention):
-    """Attention in C, but for cached prefixes: `torch` copies them out of the pages and merges them in.
+    """Attention in C. For cached prefixes, `torch` copies them out of the pages and merges the results.
 
     Raises ValueError for tensors that do not have the dtypes and sizes of their call.
     """
@@ -164,7 +164,7 @@ class NativeAttention(Attention):
     def _layer_arguments(
         self, operator: str, hidden: Tensor, mla: NativeMla, cache: LayerCache, shared: NativeStep
     ) -> tuple[object, ...]:
-        """What both of the calls above begin with, of rows that the caller keeps."""
+        """First arguments of `mla_prolog` and `mla_decode`. The caller keeps `hidden` alive."""
         pages = self._pages(cache)
         if pages.rope_dim != shared.rope_dim:
             raise ValueError(f"{operator}: cos has {shared.rope_dim} channels, the cache {pages.rope_dim}")
@@ -178,7 +178,7 @@ class NativeAttention(Attention):
         )
 
     def _shared(self, operator: str, step: Step) -> NativeStep:
-        """The step's own arguments: layer after layer asks for those of one step."""
+        """Arguments of the step, checked once: all layers of a step share them."""
         shared = self._last_step
         if shared is None or shared.step is not step:
             shared = self._last_step = native_step(operator, step, self.dtype)

@@ -1,4 +1,4 @@
-"""Layers as one call of the native kernels takes them: attention weights, and experts with their router."""
+"""Structs for one native call a layer: attention weights, and experts with their router."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .weights import NativeLinear, matrices_address
 
 @dataclass(frozen=True)
 class NativeMla(MlaWeights):
-    """The default handle, and `block`: all of it as one call takes it. inputs and outputs count channels."""
+    """Default handle with `block`, its struct for native calls. inputs, outputs: numbers of channels."""
 
     block: MlaBlock = field(repr=False)
     inputs: int
@@ -25,7 +25,7 @@ class NativeMla(MlaWeights):
 
 @dataclass(frozen=True)
 class NativeMoe(MoeWeights):
-    """The default handle, and `block`: all of it as one call takes it. inputs and outputs count channels."""
+    """Default handle with `block`, its struct for native calls. inputs, outputs: numbers of channels."""
 
     block: MoeBlock = field(repr=False, kw_only=True)
     inputs: int = field(kw_only=True)
@@ -33,7 +33,7 @@ class NativeMoe(MoeWeights):
 
 
 def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
-    """The handle with its block; as it is where its linears are not all the kernels' own, or not fused.
+    """Add the struct to a handle. Unchanged if its linears are not all native, or not fused.
 
     `dtype` is the compute dtype. Raises ValueError for widths that are not those of the handle's config.
     """
@@ -68,7 +68,7 @@ def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
 
 
 def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None, o: NativeLinear) -> int:
-    """Compare the widths of a layer's linears with its config; the width of q_a."""
+    """Compare the widths of a layer's linears with its config: returns the width of q_a."""
     config = handle.config
     q_width = config.heads * config.qk_head_dim
     q_a_width = q_width if q_b is None else q_b.weights.cols
@@ -88,7 +88,7 @@ def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None
 
 
 def native_moe(weights: MoeWeights) -> MoeWeights:
-    """The handle with its block; as it is where its linears are not all the kernels' own."""
+    """Add the struct to a handle. Unchanged if its linears are not all native."""
     router, gate_up, down, shared = weights.router, weights.gate_up, weights.down, weights.shared
     if not (isinstance(router, NativeLinear) and isinstance(gate_up, NativeLinear) and isinstance(down, NativeLinear)):
         return weights
@@ -116,5 +116,5 @@ def native_moe(weights: MoeWeights) -> MoeWeights:
 
 
 def bias_address(bias: Tensor | None, operator: str, experts: int) -> int | None:
-    """Of a router's bias, float32 `[experts]`, if it has one."""
+    """Address of a router's bias, float32 `[experts]`, or None without one."""
     return None if bias is None else address(bias, operator, "bias", torch.float32, experts)

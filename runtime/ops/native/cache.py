@@ -1,4 +1,4 @@
-"""The paged cache and the heads of attention as the native kernels take them."""
+"""Structs of the paged cache and of attention heads for native calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..attention import LATENT, ROPE
 
 @dataclass(frozen=True)
 class NativeCache(LayerCache):
-    """A layer's cache of latents, and `struct`: the same as calls take it.
+    """A layer's latent cache with `struct`, its struct for native calls.
 
     dtype: of the rope pool, the compute dtype. latent_dim and rope_dim count channels.
     """
@@ -27,7 +27,7 @@ class NativeCache(LayerCache):
 
 
 def native_cache(cache: LayerCache) -> NativeCache:
-    """The cache with its struct. Raises ValueError for pools that are not one cache in NZ layout."""
+    """Add the struct to a cache. Raises ValueError for other pools than a latent and a rope in NZ layout."""
     if isinstance(cache, NativeCache):
         return cache
     blocks, dtype = cache[LATENT].tensor.shape[0], cache[ROPE].pool.dtype
@@ -52,7 +52,7 @@ def native_cache(cache: LayerCache) -> NativeCache:
 def native_heads(
     dtype: torch.dtype, q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor
 ) -> Heads:
-    """Tensors `[tokens, heads, channels]` whose channels lie together; k_rope has one head for all."""
+    """Struct of tensors `[tokens, heads, channels]` with contiguous channels; k_rope has one head for all."""
     (tokens, heads, nope), rope = q_nope.shape, q_rope.shape[-1]
     keys, width = k_nope.shape[0], value.shape[-1]
 

@@ -1,4 +1,4 @@
-"""What all parts of the native set share: the pool of threads and the compute dtype."""
+"""Pool of threads and compute dtype, shared by all parts of the native operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ....native.binding import DTYPES, Pool
 
 @dataclass(frozen=True)
 class Kernels:
-    """`pool` runs the kernels; `dtype_code` is their number of the compute dtype."""
+    """Native kernels. pool: of threads. dtype_code: the library's number of the compute dtype."""
 
     pool: Pool
     dtype: torch.dtype
@@ -29,10 +29,10 @@ class Kernels:
 
 def gain(gamma: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm's gain in the compute dtype, contiguous."""
-    # `to` takes a microsecond for what it leaves as it is.
+    # `to` takes a microsecond even if it changes nothing.
     return (gamma if gamma.dtype is dtype else gamma.to(dtype)).contiguous()
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """Rows that may lie apart, each of them contiguous."""
+    """Make each row contiguous; rows may be apart."""
     return x if x.stride(-1) == 1 else x.contiguous()

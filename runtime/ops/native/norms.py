@@ -13,7 +13,7 @@ from .kernels import Kernels, contiguous_rows, gain
 
 
 class NativeNorms(Norms):
-    """Operators on rows; `torch` does what the kernels do not.
+    """Operators on rows; those without a kernel are left to `torch`.
 
     Raises ValueError for tensors that do not have the dtypes and sizes of their call.
     """

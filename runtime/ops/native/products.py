@@ -1,4 +1,4 @@
-"""Products on native kernels: weights are used as they are stored."""
+"""Products on native kernels, which read stored weights in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .weights import NativeLinear, matrices_address
 
 
 class NativeProducts(Products):
-    """Matrix products; `torch` does those of static W8A8 linears, and of heads that lie as no kernel takes them.
+    """Matrix products. Left to `torch`: static W8A8 linears, and heads with strides that no kernel takes.
 
     Raises ValueError for tensors that do not have the dtypes and sizes of their call.
     """

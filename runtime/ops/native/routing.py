@@ -160,7 +160,7 @@ class NativeRouting(Routing):
 
 
 def _rule(gating: Gating) -> tuple[int | float, ...]:
-    """A router's rule in the order of the kernels' arguments."""
+    """Gating in the order of the kernels' arguments."""
     return (
         gating.k,
         gating.scoring == "sigmoid",

@@ -1,4 +1,4 @@
-"""A step as the native kernels take it: looked at once, for all layers."""
+"""Arguments of a step for native calls, checked once for all layers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from ..steps import Decode, Step
 
 @dataclass(frozen=True)
 class NativeStep:
-    """Arguments that every layer's call has: `rows` are those of each token (cos, sin, slots), `decode` says how the
-    queries and keys of the sequences lie. `kept` is the memory behind them."""
+    """Arguments of every layer's call.
+
+    rows: addresses of cos, sin and slots. decode: lengths and block table of the decoding sequences. kept: the tensors
+    behind the addresses.
+    """
 
     step: Step
     tokens: int
@@ -28,7 +31,7 @@ class NativeStep:
 
 
 def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
-    """The step's arguments. Raises ValueError for tensors that have not its sizes, or not the compute dtype."""
+    """Arguments of a step. Raises ValueError for tensors of another size or not in the compute dtype."""
     cos, sin, slots = step.cos.contiguous(), step.sin.contiguous(), step.slots.contiguous()
     tokens, rope_dim = slots.shape[0], cos.shape[-1]
     rows = (
@@ -44,7 +47,7 @@ def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
 
 
 def decode_arguments(operator: str, decode: Decode, table: Tensor, tokens: int) -> tuple[object, ...]:
-    """How the queries and keys of a step's sequences lie, `table` being the contiguous block table, which is kept."""
+    """Lengths and block table of a step's sequences. table: the contiguous block table; the caller keeps it alive."""
     sequences, width = len(decode.q_lens), table.shape[1]
     return (
         lengths(operator, "q_lens", decode.q_lens, sequences, tokens),
@@ -58,7 +61,7 @@ def decode_arguments(operator: str, decode: Decode, table: Tensor, tokens: int) 
 def lengths(
     operator: str, name: str, values: Sequence[int], sequences: int, total: int | None = None
 ) -> ctypes.Array[ctypes.c_int64]:
-    """A length for every sequence; cumulative ones end at `total`."""
+    """Array of a length for every sequence; cumulative ones end at `total`. Raises ValueError otherwise."""
     if len(values) != sequences or (total is not None and (values[-1] if values else 0) != total):
         rows = "" if total is None else f" and {total} rows"
         raise ValueError(f"{operator}: {name} {list(values)[:8]} do not fit {sequences} sequences{rows}")

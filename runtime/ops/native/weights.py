@@ -1,7 +1,7 @@
-"""Stored weights as the native kernels take them: by address, beside what keeps the memory behind it.
+"""Stored weights for native calls: their addresses, and the owners of the memory behind them.
 
-A handle is looked at when it is made: its tensors have the dtypes and the sizes that its struct says. An operator then
-has only to look at what changes from call to call.
+A handle is checked when it is made: its tensors have the dtypes and sizes of its struct. An operator then checks only
+the arguments of its call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class NativeLinear(Linear, Experts, Router):
-    """Stored weights by address: `weights` for the kernels, `owners` to keep the memory behind it."""
+    """Linear by address. weights: struct for the kernels. owners: the tensors that keep its memory."""
 
     weights: WeightsStruct
     quantized: bool
@@ -43,7 +43,7 @@ class NativeLinear(Linear, Experts, Router):
 
 
 class NativeWeights(Weights):
-    """Handles that point into the stored weights; those of static W8A8 linears are `torch`'s."""
+    """Handles that point into the stored weights. Static W8A8 linears are left to `torch`."""
 
     def __init__(self, torch: Weights):
         self.torch = torch
@@ -71,7 +71,7 @@ class NativeWeights(Weights):
 
 
 def native_linear(groups: Sequence[Sequence[LinearPart]]) -> NativeLinear:
-    """Groups of parts, the same count in each, fused along their outputs.
+    """Make a handle of groups of parts, the same count in each, fused along their outputs.
 
     Raises BackendError where their shapes, dtypes or schemes do not allow it.
     """
@@ -107,7 +107,7 @@ def native_linear(groups: Sequence[Sequence[LinearPart]]) -> NativeLinear:
 
 
 def matrices_address(x: Tensor, operator: str, name: str, heads: int, a: int, b: int) -> int:
-    """Of one float matrix a head, `[heads, a, b]`, whose rows or columns are contiguous."""
+    """Address of one float matrix a head, `[heads, a, b]`, with contiguous rows or columns."""
     if x.dtype not in _FLOATS:
         raise ValueError(f"{operator}: {name} is {x.dtype}; the native kernel takes {', '.join(map(str, _FLOATS))}")
     by_rows = x if x.stride(2) == 1 else x.transpose(1, 2)

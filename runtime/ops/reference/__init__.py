@@ -1,4 +1,4 @@
-"""The specification: every operator in plain torch, as the NPU computes it, integer for integer where it is integer."""
+"""The specification: every operator in plain torch, with the NPU's rounding, and its integers exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raises BackendError for a dtype that torch's operators on the CPU do not compute in."""
+    """Raise BackendError for a dtype that torch's operators on the CPU do not compute in."""
     if dtype not in COMPUTE_DTYPES:
         raise BackendError(f"compute dtype {dtype} is not one of float32, bfloat16 and float16")
 

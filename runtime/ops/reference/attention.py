@@ -85,15 +85,16 @@ class ReferenceAttention(Attention):
         return torch.cat(outputs)
 
     def _in_codes(self, q_latent: Tensor, scale: Tensor) -> Tensor:
-        """Queries `[T, N, L]` for keys that are int8 codes, as rounded to int8 per token and head: float32."""
+        """Scale queries `[T, N, L]` for int8 keys and round them to int8 per token and head: float32 values."""
         rows = self.norms.dynamic_quant(q_latent.flatten(0, 1), scale)
         return (rows.codes.float() * rows.scale[:, None]).view(q_latent.shape)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
     ) -> tuple[Tensor, Tensor]:
-        """query `[Q, N, A]`, key `[S, N or 1, A]`, value `[S, N or 1, V]`, float32 → (`[Q, N, V]`, lse `[Q, N, 1]`).
+        """Attend in float32: query `[Q, N, A]` → (output `[Q, N, V]`, log-sum-exp `[Q, N, 1]`).
 
+        key: `[S, N or 1, A]`. value: `[S, N or 1, V]`.
         past: query i sees keys up to past + i; None: all keys.
         """
         scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * scale  # [N, Q, S]

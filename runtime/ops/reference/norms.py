@@ -50,14 +50,16 @@ class ReferenceNorms(Norms):
 
 
 def row_maximum(values: Tensor) -> Tensor:
-    """max |value| of each row; NaN for a row with a NaN or an infinity, which no scale can carry: its codes are 0 and
-    its scale NaN, so that all that follows from it is NaN and not a plausible number."""
+    """Greatest |value| of each row; NaN for a row with a NaN or an infinity.
+
+    Such a row gets codes 0 and the scale NaN: results that depend on it are NaN and no plausible numbers.
+    """
     largest = values.abs().amax(-1)
     return largest.masked_fill(largest.isinf(), torch.nan)
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """The scale as a divisor `[rows, 1]`: 1 where it is 0, whose rows are all zeros."""
+    """The scale as a divisor `[rows, 1]`: 1 for a scale of 0, of a row of zeros."""
     return scale.masked_fill(scale == 0, 1.0)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Products in plain torch: short before fast, weights are unpacked and upcast at each use."""
+"""Products in plain torch, written to be short: every use unpacks and upcasts the weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ReferenceProducts(Products):
 
 
 def rows_of_experts(x: Activation, group_list: Tensor) -> Iterator[Activation]:
-    """Rows sorted by expert, expert by expert."""
+    """Split rows sorted by expert into one group an expert."""
     sizes = group_list.tolist()
     if isinstance(x, Quantized):
         yield from (Quantized(*pair) for pair in zip(x.codes.split(sizes), x.scale.split(sizes), strict=True))

@@ -60,7 +60,7 @@ class ReferenceRouting(Routing):
 
 
 def router_scores(logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
-    """What weighs experts and what chooses them, before groups are left out: float32 `[T, E]` each."""
+    """Scores that weigh experts, and biased scores that choose them, float32 `[T, E]` each; all groups are in."""
     scores = logits.sigmoid() if gating.scoring == "sigmoid" else logits.softmax(-1)
     return scores, scores if bias is None else scores + bias
 

@@ -1,4 +1,4 @@
-"""Handles that keep their parts as they are stored, memory-mapped."""
+"""Handles that keep stored parts, memory-mapped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..weights import Weights
 
 @dataclass(frozen=True)
 class PartsLinear(Linear):
-    """A handle that keeps its parts as they are stored, side by side along the outputs."""
+    """Linear of stored parts, side by side along the outputs."""
 
     parts: tuple[LinearPart, ...]
 
@@ -26,20 +26,20 @@ class PartsLinear(Linear):
 
 @dataclass(frozen=True)
 class PartsExperts(Experts):
-    """A linear for each expert."""
+    """Experts as a linear each."""
 
     linears: tuple[PartsLinear, ...]
 
 
 @dataclass(frozen=True)
 class StoredRouter(Router):
-    """weight `[E, H]` in its stored dtype."""
+    """Router. weight: `[E, H]` in its stored dtype."""
 
     weight: Tensor
 
 
 class ReferenceWeights(Weights):
-    """Keeps weights as they are stored."""
+    """Handles of stored weights, without a layout of their own."""
 
     def float_linear(self, weights: Sequence[Tensor]) -> Linear:
         return PartsLinear(tuple(LinearPart("", Scheme.FLOAT, weight) for weight in weights))

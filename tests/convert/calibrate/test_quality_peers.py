@@ -24,18 +24,18 @@ def script() -> ModuleType:
 
 
 def test_windows_are_of_the_text_apart_and_led_by_bos(script: ModuleType, example_fp8: Path, eval_text: Path) -> None:
-    windows = script.calibration_windows(example_fp8, eval_text, 10, 64)
+    samples = script.calibration_samples(example_fp8, eval_text, 10, 64)
     tokenizer = Tokenizer(example_fp8)
     whole = tokenizer.encode(eval_text.read_text(encoding="utf-8"), special=False)
-    assert [len(window) for window in windows] == [64] * 10 and {window[0] for window in windows} == {tokenizer.bos_id}
+    assert [len(window) for window in samples] == [64] * 10 and {window[0] for window in samples} == {tokenizer.bos_id}
     starts = [len(whole) // 63 * index // 10 * 63 for index in range(10)]
-    assert [window[1:] for window in windows] == [whole[start : start + 63] for start in starts]
+    assert [window[1:] for window in samples] == [whole[start : start + 63] for start in starts]
 
 
 def test_a_text_that_is_too_short_is_refused(script: ModuleType, example_fp8: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Call me Ishmael.")
-    with pytest.raises(SystemExit, match=r"short.txt: has 0 windows of 64 tokens, fewer than --samples 2"):
-        script.calibration_windows(example_fp8, tmp_path / "short.txt", 2, 64)
+    with pytest.raises(SystemExit, match=r"short.txt: has 0 samples of 64 tokens, fewer than --samples 2"):
+        script.calibration_samples(example_fp8, tmp_path / "short.txt", 2, 64)
 
 
 def test_a_row_holds_what_evaluation_and_the_system_say(

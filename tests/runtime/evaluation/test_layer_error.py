@@ -17,7 +17,7 @@ from torch import Tensor
 from npuq.errors import GenerationError
 from npuq.progress import Silent, Task
 from npuq.runtime import layer_errors
-from npuq.runtime.evaluation.perplexity import cut_windows
+from npuq.runtime.evaluation.perplexity import cut_contexts
 from npuq.runtime.text.tokenizer import Tokenizer
 
 CONTEXT = 24
@@ -46,8 +46,8 @@ def text(eval_text: Path) -> str:
     return eval_text.read_text(encoding="utf-8")[:600]
 
 
-def _outputs(model: Any, windows: list[tuple[int, ...]]) -> list[Tensor]:
-    """Output of every layer over all tokens of the windows, float64 [layers, tokens, hidden], from transformers."""
+def _outputs(model: Any, contexts: list[tuple[int, ...]]) -> list[Tensor]:
+    """Output of every layer over all tokens of the contexts, float64 [layers, tokens, hidden], from transformers."""
     caught: list[list[Tensor]] = [[] for _ in model.model.layers]
 
     def hook(index: int) -> Callable[..., None]:
@@ -59,8 +59,8 @@ def _outputs(model: Any, windows: list[tuple[int, ...]]) -> list[Tensor]:
 
     handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(model.model.layers)]
     with torch.no_grad():
-        for window in windows:
-            model(torch.tensor([window]), use_cache=False)
+        for each in contexts:
+            model(torch.tensor([each]), use_cache=False)
     for handle in handles:
         handle.remove()
     return [torch.cat(parts) for parts in caught]
@@ -68,13 +68,13 @@ def _outputs(model: Any, windows: list[tuple[int, ...]]) -> list[Tensor]:
 
 def test_transformers_own_layers_differ_by_the_same(pair: tuple[Path, Path, Any], text: str) -> None:
     original, changed, model = pair
-    windows = [window.inputs for window in cut_windows(text, Tokenizer(original), CONTEXT)]
-    assert len(windows) > 2
-    before = _outputs(model, windows)
+    contexts = [each.inputs for each in cut_contexts(text, Tokenizer(original), CONTEXT)]
+    assert len(contexts) > 2
+    before = _outputs(model, contexts)
     weight = model.get_parameter(CHANGED)
     with torch.no_grad():
         weight.mul_(1.25)
-        after = _outputs(model, windows)
+        after = _outputs(model, contexts)
         weight.div_(1.25)
     found = layer_errors(changed, text, original, CONTEXT)
     assert [error.layer for error in found] == [0, 1, 2]
