@@ -79,14 +79,14 @@ def english(archives: dict[str, bytes]) -> Iterator[Document]:
 def code() -> Iterator[Document]:
     for path, size in {
         "quant/optimal_scale.py": 12_000,
-        "convert/write/journal.py": 6_000,
-        "convert/write/shards.py": 6_000,
+        "convert/journal.py": 6_000,
+        "convert/shards.py": 6_000,
         "runtime/scheduler.py": 8_000,
         "runtime/block_manager.py": 5_000,
-        "runtime/text/tokenizer.py": 5_000,
+        "runtime/tokenizer.py": 5_000,
         "hub/window.py": 6_000,
         "cli/convert.py": 5_000,
-        "tests/formats/test_int4.py": 4_000,
+        "tests/quant/test_int4.py": 4_000,
         "native/npuq.h": 4_000,
         "tests/run.sh": 3_000,
         "tests/environment.sh": 3_000,
