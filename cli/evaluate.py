@@ -65,7 +65,7 @@ def command(
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
     from ..runtime.text.tokenizer_check import require_tokenizer
-    from ..verification.stored_evaluation import check_storable, store_evaluation
+    from ..verification.evaluations import check_can_save, save_evaluation
     from .transfer import local_model
 
     if layers and source is None:
@@ -74,14 +74,14 @@ def command(
     content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
     model = local_model(model, quiet=quiet, progress=progress, before_weights=require_tokenizer)
     if save:
-        check_storable(model)
+        check_can_save(model)
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)
     errors: list[LayerError] = []
     with TerminalProgress(progress, quiet) as display:
         result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display)
-    if save and not store_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
+    if save and not save_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
         # Also with --quiet: the user asked for something that was not done.
         say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
     values = asdict(result)

@@ -27,7 +27,7 @@ from .calibrate.states import remove_states
 from .calibrate.walk import CalibratedWalk
 from .finish.card import check_base_model
 from .finish.finish import finish, rehearse
-from .finish.report import totals_by_role
+from .finish.role_totals import totals_by_role
 from .finish.side_files import card_front_matter
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .plan.prepare import CalibrationText, Prepared, prepare

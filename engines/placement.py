@@ -55,7 +55,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Requirement:
     """`broken` says whether a placement breaks it; `why` and what to do are a line with the placement's numbers."""
 
     broken: Callable[[Placement], bool]
@@ -63,40 +63,40 @@ class Rule:
 
 
 _COMMON = (
-    Rule(
+    Requirement(
         lambda p: p.config.rope.rope_type not in ("default", "yarn"),
         "rope type {rope} is computed as YaRN, whatever config.json says: no deployment of it is right",
     ),
-    Rule(
+    Requirement(
         lambda p: p.config.rope.attention_factor is not None or not p.config.rope.truncate,
         "attention_factor and truncate of YaRN are not read: write mscale and mscale_all_dim instead",
     ),
-    Rule(
+    Requirement(
         lambda p: p.config.attention.heads % p.tp != 0,
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
     ),
-    Rule(
+    Requirement(
         lambda p: p.dense_width % p.tp != 0 or p.shared_width % p.tp != 0,
         "the {dense} channels of dense MLPs and the {shared} of shared experts cannot be shared by {tp} ranks: choose "
         "a --tp that divides both",
     ),
-    Rule(
+    Requirement(
         lambda p: p.ep and p.config.n_routed_experts % p.tp != 0,
         "{experts} routed experts cannot be spread over {tp} ranks: choose a --tp that divides {experts}",
     ),
-    Rule(
+    Requirement(
         lambda p: p.slices_w4a8 and p.expert_width % (p.tp * _W4A8_INPUTS) != 0,
         "each of {tp} ranks would get {width}/{tp} inputs of an expert's down projection, and the NPU's W4A8 matmul "
         "takes multiples of 64: use --ep, or fewer ranks",
     ),
 )
 
-ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
+ENGINES: Mapping[str, tuple[str, tuple[Requirement, ...]]] = {
     "vllm-ascend": (
         "0.23.0",
         (
             *_COMMON,
-            Rule(
+            Requirement(
                 lambda p: p.slices_w4a8 and BIAS_COLUMNS % p.tp != 0,
                 "W4A8 experts hold 16 partial sums of scale_bias, which {tp} ranks cannot share: use --ep, or a --tp "
                 "of 1, 2, 4, 8 or 16",
@@ -107,11 +107,11 @@ ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
         "0.5.23",
         (
             *_COMMON,
-            Rule(
+            Requirement(
                 lambda p: p.experts is Scheme.FLOAT,
                 "FLOAT routed experts are refused: convert with a recipe that quantizes them",
             ),
-            Rule(
+            Requirement(
                 lambda p: p.slices_w4a8,
                 "each of {tp} ranks adds the scale_bias of all of them to the down projection's output: the model "
                 "would load and compute garbage; use --ep (--ep-size {tp} of the server)",
@@ -157,7 +157,7 @@ def placement_problems(
     engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
 ) -> Iterator[str]:
     """A line for each rule of `engine` (a key of ENGINES) that `tp` ranks would break; `schemes` is the description."""
-    version, rules = ENGINES[engine]
+    version, requirements = ENGINES[engine]
     placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
     numbers = {
         "tp": tp,
@@ -168,9 +168,9 @@ def placement_problems(
         "experts": config.n_routed_experts,
         "width": placement.expert_width,
     }
-    for rule in rules:
-        if rule.broken(placement):
-            yield f"{engine} {version}: {rule.why.format(**numbers)}"
+    for requirement in requirements:
+        if requirement.broken(placement):
+            yield f"{engine} {version}: {requirement.why.format(**numbers)}"
 
 
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:

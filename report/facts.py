@@ -22,7 +22,7 @@ from ..inputs.files import inside, read_text
 from ..models.config import ModelConfig
 from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
-from ..verification.stored_evaluation import stored_evaluations
+from ..verification.evaluations import read_evaluations
 from .calibration import Coverage, read_coverage
 from .foreign import foreign_linears, foreign_roles, mtp_layers
 from .linears import LinearFacts, RoleFacts, linear_facts
@@ -111,7 +111,7 @@ def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
         linears=linears,
         scales=scale_histograms(checkpoint, linears, progress),
         coverage=read_coverage(manifest),
-        evaluations=tuple(stored_evaluations(manifest)),
+        evaluations=tuple(read_evaluations(manifest)),
     )
 
 

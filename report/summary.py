@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..units import format_bytes
-from ..verification.stored_evaluation import evaluated_on
+from ..verification.evaluations import evaluated_on
 from .calibration import FALLBACKS, Coverage
 from .linears import LinearFacts, RoleFacts, root_mean_square
 from .style import error, number, scheme_label

@@ -2,7 +2,7 @@
 is in one, and what `npuq evaluate` measured is kept with it."""
 
 from .inspection import Inspection, inspect
-from .verdict import VerifyReport, verify
+from .verdict import Verdict, verify
 from .weight_errors import LinearError, RoleError
 
-__all__ = ["Inspection", "LinearError", "RoleError", "VerifyReport", "inspect", "verify"]
+__all__ = ["Inspection", "LinearError", "RoleError", "Verdict", "inspect", "verify"]

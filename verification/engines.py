@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..engines.placement import ENGINES, loading_problems
-from ..engines.rules import violations
+from ..engines.requirements import violations
 from ..formats.artifact import DESCRIPTION_NAME
 from ..recipes.recipe import Target
 from .subject import Subject

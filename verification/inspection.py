@@ -16,7 +16,7 @@ from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
 from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
-from .stored_evaluation import stored_evaluations
+from .evaluations import read_evaluations
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def inspect(path: str | Path) -> Inspection:
         if is_own(directory):
             manifest = read_manifest(directory)
             kind, (recipe, source) = "artifact", _origin(directory, manifest)
-            lines, evaluations = _artifact_lines(directory), tuple(stored_evaluations(manifest))
+            lines, evaluations = _artifact_lines(directory), tuple(read_evaluations(manifest))
         else:
             shared = share_tied(checkpoint)
             weights, recipe, source = open_weights(checkpoint), None, None

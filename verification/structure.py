@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engines.rules import config_schemes
+from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
     DESCRIPTION_GLOBALS,
@@ -22,8 +22,8 @@ from ..inputs.files import inside
 from ..inputs.json_text import read_object
 from ..models.tensors import Spec
 from ..recipes.reading import stored_recipe
+from .evaluations import read_evaluations
 from .files import stray_problems
-from .stored_evaluation import stored_evaluations
 from .subject import Subject
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
@@ -152,7 +152,7 @@ def _marks(subject: Subject) -> Iterator[str]:
 def _manifest(subject: Subject, manifest: Mapping[str, Any]) -> Iterator[str]:
     """The manifest's linears against those that are there; the evaluations that it keeps have the card's form."""
     try:
-        stored_evaluations(manifest)
+        read_evaluations(manifest)
     except ArtifactError as damage:
         yield str(damage)
     linears = manifest.get("linears")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..engines.rules import fused_pairs
+from ..engines.requirements import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
 from ..formats.kv_cache import load_scales

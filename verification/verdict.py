@@ -35,7 +35,7 @@ from .weight_errors import LinearError, RoleError, linear_errors, role_errors
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class Verdict:
     """What `verify` found: `problems` name a file or tensor each; `errors` has the weight error of every linear when a
     source was given, but for those whose weights were smoothed, of which `notes` speak, and `roles` of every role."""
 
@@ -66,7 +66,7 @@ def verify(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> VerifyReport:
+) -> Verdict:
     """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
 
     An artifact that ModelSlim made has no manifest and no rotary tables: the rest is checked. Every byte is read twice,
@@ -79,7 +79,7 @@ def verify(
     try:
         manifest = _manifest(directory)
     except NpuqError as error:
-        return VerifyReport(str(path), (str(error),), 0, 0, 0, ())
+        return Verdict(str(path), (str(error),), 0, 0, 0, ())
     with ExitStack() as stack:
         weights = None if source is None else _source_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
@@ -92,7 +92,7 @@ def verify(
         try:
             subject = open_subject(directory, manifest)
         except NpuqError as error:
-            return VerifyReport(str(path), (*problems, str(error)), files, 0, 0, ())
+            return Verdict(str(path), (*problems, str(error)), files, 0, 0, ())
         stack.enter_context(subject.checkpoint)
         problems += structure_problems(subject)
         problems += table_problems(subject)
@@ -102,7 +102,7 @@ def verify(
     errors = tuple(linear_errors(subject.schemes, checks))
     problems += source_problems(subject, errors)
     problems += engine_problems(subject)
-    return VerifyReport(
+    return Verdict(
         path=str(path),
         problems=tuple(problems),
         files=files or len(subject.checkpoint.shards),

@@ -15,7 +15,7 @@ from ...recipes.recipe import Recipe, Target, Transform
 from ...units import format_bytes
 from ..calibrate.texts import Calibration
 from ..plan.prepare import Origin
-from .report import RoleTotals
+from .role_totals import RoleTotals
 
 # Kept from the source's card: the artifact stands under the source's terms.
 _INHERITED = ("license", "license_name", "license_link", "language")

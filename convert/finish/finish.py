@@ -16,7 +16,7 @@ from typing import Any
 
 from ... import __version__
 from ...engines.loader_config import loader_keys
-from ...engines.rules import config_schemes
+from ...engines.requirements import config_schemes
 from ...engines.serving import serving_ranks
 from ...errors import CheckpointError, ConversionError
 from ...formats.artifact import (
@@ -45,7 +45,7 @@ from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
 from ..write.journal import Record
 from .card import model_card
-from .report import totals_by_role
+from .role_totals import totals_by_role
 from .side_files import card_front_matter, copy_side_files
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...engines.rules import violations
+from ...engines.requirements import violations
 from ...errors import RecipeError
 from ...formats.schemes import Scheme
 from ...models.tensors import Spec

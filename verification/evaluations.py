@@ -54,7 +54,7 @@ _ENTRY = Keys(
 )
 
 
-def check_storable(artifact: Path) -> None:
+def check_can_save(artifact: Path) -> None:
     """ArtifactError unless a result can be stored here: a finished artifact whose stored results and card can be read,
     and not a snapshot in a hub's cache. To be asked before the hours that an evaluation takes.
     """
@@ -63,11 +63,11 @@ def check_storable(artifact: Path) -> None:
             f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
             "evaluate that one and push it"
         )
-    stored_evaluations(read_manifest(artifact))
+    read_evaluations(read_manifest(artifact))
     _card(artifact)
 
 
-def store_evaluation(
+def save_evaluation(
     artifact: Path,
     result: Evaluation,
     text: str,
@@ -84,7 +84,7 @@ def store_evaluation(
     ArtifactError for what is no finished artifact, and ConversionError when the disk refuses; what was stored before
     stays then.
     """
-    check_storable(artifact)
+    check_can_save(artifact)
     entry = {
         "text": printable(text),
         "text_sha256": text_sha256,
@@ -100,7 +100,7 @@ def store_evaluation(
     try:
         with locked_directory(artifact / OWN_FOLDER):
             manifest = read_manifest(artifact)
-            entries = [old for old in stored_evaluations(manifest) if _identity(old) != _identity(entry)]
+            entries = [old for old in read_evaluations(manifest) if _identity(old) != _identity(entry)]
             manifest[KEY] = [*entries, entry]
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
@@ -120,7 +120,7 @@ def _card(artifact: Path) -> str:
     return read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
 
 
-def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The results that a manifest holds, oldest first; ArtifactError when they are damaged."""
     entries: list[dict[str, Any]] = manifest.get(KEY, [])
     try:
