@@ -118,7 +118,7 @@ def _end(error: BaseException, settings: Settings) -> int:
 
     Nothing becomes a traceback, whatever it is, and whatever the streams do.
     """
-    message, code = _told(error, settings)
+    message, code = _described(error, settings)
     if isinstance(error, OutputError):
         take_no_more(sys.stdout)
         # Of `npuq inspect … | head` there is nothing to say.
@@ -141,7 +141,7 @@ def _end(error: BaseException, settings: Settings) -> int:
     return code
 
 
-def _told(error: BaseException, settings: Settings) -> tuple[str, int]:
+def _described(error: BaseException, settings: Settings) -> tuple[str, int]:
     """What ended the command, in words, and the exit code."""
     if isinstance(error, click.ClickException):
         return error.format_message(), error.exit_code

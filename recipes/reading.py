@@ -52,7 +52,7 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
     return parsed
 
 
-def stored_recipe(directory: Path) -> Recipe:
+def artifact_recipe(directory: Path) -> Recipe:
     """The recipe that an artifact was made by; RecipeError when its file is missing or damaged."""
     path = inside(directory, RECIPE_NAME, RecipeError)
     return _parse(read_text(path, RecipeError, _MOST_BYTES), str(path))

@@ -21,7 +21,7 @@ from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
 from ..models.tensors import Spec
-from ..recipes.reading import stored_recipe
+from ..recipes.reading import artifact_recipe
 from .evaluations import read_evaluations
 from .files import stray_problems
 from .subject import Subject
@@ -144,7 +144,7 @@ def _marks(subject: Subject) -> Iterator[str]:
         if config.get(key) != expected.get(key):
             yield f"{CONFIG_NAME}: {key!r} is {config.get(key)!r}, the description calls for {expected.get(key)!r}"
     try:
-        stored_recipe(subject.directory)
+        artifact_recipe(subject.directory)
     except NpuqError as error:
         yield str(error)
 

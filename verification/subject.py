@@ -22,7 +22,7 @@ from ..models.config import ModelConfig, model_dtype
 from ..models.inventory import take_inventory
 from ..models.roles import Role
 from ..models.tensors import Spec, expected_specs
-from ..recipes.reading import stored_recipe
+from ..recipes.reading import artifact_recipe
 from ..recipes.recipe import Target
 
 
@@ -138,7 +138,7 @@ def _own(
         if name not in claimed and name in described:
             specs[name] = Spec(name, Role.OTHER, info.shape, config.family.layer_of(name))
     try:
-        target = stored_recipe(checkpoint.directory).target
+        target = artifact_recipe(checkpoint.directory).target
     except NpuqError:  # the structure names it
         target = Target.ENGINES
     return Subject(checkpoint, config, specs, tuple(missing), described, described, target, manifest)

@@ -65,13 +65,13 @@ class Pace:
         grown = (self._past[0][0], self.done, self._effort)[column] - self._past[0][column]
         return grown / seconds if seconds > 0 and grown > 0 else None
 
-    def told(self, *, layer_done: bool) -> str:
+    def line(self, *, layer_done: bool) -> str:
         """`layer 3 done (4 of 62), 33.1 GB of 671 GB (5 %), 812 MB/s, 13 min left`."""
         parts = []
         if self.layer is not None:
             counted = f" done ({self.layers_done} of {self.task.layers})" if layer_done else ""
             parts.append(f"layer {self.layer}{counted}")
-        parts.append(f"{self.told_count()} ({100 * self.fraction:.0f} %)")
+        parts.append(f"{self.count_text()} ({100 * self.fraction:.0f} %)")
         if self.rate is not None:
             is_bytes = self.task.unit == "B"
             parts.append(f"{format_bytes(self.rate)}/s" if is_bytes else f"{self.rate:.3g} {self.task.unit}/s")
@@ -79,7 +79,7 @@ class Pace:
             parts.append(f"{format_duration(self.seconds_left)} left")
         return ", ".join(parts)
 
-    def told_count(self) -> str:
+    def count_text(self) -> str:
         """`33.1 GB of 671 GB`, or `12 of 300 windows`."""
         if self.task.unit == "B":
             return f"{format_bytes(self.done)} of {format_bytes(self.task.total)}"

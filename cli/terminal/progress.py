@@ -78,7 +78,7 @@ class TerminalProgress:
         self._end()
         self.total = task.total
         if task.done:
-            self.note(f"continuing: {Pace(task).told_count()} are done")
+            self.note(f"continuing: {Pace(task).count_text()} are done")
         if task.total == 0:
             return
         with self._lock:
@@ -151,7 +151,7 @@ class _Lines:
             self._write(pace, layer_done)
 
     def _write(self, pace: Pace, layer_done: bool) -> None:
-        say(f"{pace.task.name}: {pace.told(layer_done=layer_done)}")
+        say(f"{pace.task.name}: {pace.line(layer_done=layer_done)}")
 
     def note(self, text: str) -> None:
         say(text)
@@ -193,8 +193,8 @@ class _Bar:
     def _draw(self, pace: Pace) -> None:
         if self._bar is None:
             self._bar = _new_bar()
-        told = pace.told(layer_done=False).replace("{", "{{").replace("}", "}}")
-        self._bar.bar_format = f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {told}"
+        line = pace.line(layer_done=False).replace("{", "{{").replace("}", "}}")
+        self._bar.bar_format = f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {line}"
         self._bar.set_description_str(pace.task.name, refresh=False)
         self._bar.n = round(_BAR_STEPS * pace.fraction)
         self._bar.refresh()

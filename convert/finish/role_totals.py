@@ -1,4 +1,5 @@
-"""What a conversion did, in numbers: errors and bytes by role, for the report, the model card and the summary."""
+"""Role totals: errors and bytes of a conversion by role and scheme, for npuq/report.json, the model card and the
+summary."""
 
 from __future__ import annotations
 
