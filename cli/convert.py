@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ConversionInterruptedError(NpuqError):
-    """A signal ended the conversion; what is done is kept."""
+    """A signal ended the conversion; its finished work is kept."""
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}; run the same command to continue")
@@ -29,7 +29,7 @@ class ConversionInterruptedError(NpuqError):
 
 
 def _known_method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """A misspelt method is wrong usage."""
+    """Check the method; a misspelt one is wrong usage."""
     from ..recipes.reading import parse_chain
 
     if value is not None:
@@ -150,7 +150,7 @@ def command(
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM end the conversion cleanly; a second one, while it ends, acts as it would have before."""
+    """Let SIGINT and SIGTERM end the conversion cleanly; a second signal meanwhile has its usual effect."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:

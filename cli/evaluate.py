@@ -82,7 +82,7 @@ def command(
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display)
     if save and not save_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
-        # Also with --quiet: the user asked for something that was not done.
+        # Also with --quiet: a request of the user's was not fulfilled.
         say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
     values = asdict(result)
     if as_json:

@@ -78,7 +78,7 @@ def _print(summary: PushSummary, as_json: bool) -> None:
     if as_json:
         emit_json(summary.as_dict())
         return
-    # ModelScope's client does not tell.
+    # ModelScope's client does not report it.
     commit = f", commit {summary.commit[:12]}" if summary.commit else ""
     if summary.sent_files:
         sent = f"{summary.sent_files} of {summary.files} files, {format_bytes(summary.sent_bytes)}"
@@ -88,7 +88,7 @@ def _print(summary: PushSummary, as_json: bool) -> None:
 
 
 def verified(artifact: Path) -> None:
-    """Raise ArtifactError unless `npuq verify` finds nothing."""
+    """Raise ArtifactError unless `npuq verify` finds no problem."""
     from ..verification import verify
 
     problems = verify(artifact).problems

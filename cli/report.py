@@ -35,7 +35,7 @@ def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: b
         check_output(output)
     directory = local_model(artifact, quiet=quiet, progress=progress)
     with TerminalProgress(progress, quiet) as display:
-        # What the hub's cache calls a directory, a commit, means nothing to a reader.
+        # The name of a directory in the hub's cache, a commit, means nothing to a reader.
         facts = read_facts(directory, display, None if directory == artifact else str(artifact))
     if as_json:
         emit_json(facts.as_dict())

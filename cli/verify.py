@@ -1,4 +1,4 @@
-"""`npuq verify`: is an artifact all that its format promises?"""
+"""`npuq verify`: checks an artifact against its format and its engines."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def command(
     with TerminalProgress(progress, quiet) as display:
         verdict = verify(where, original, progress=display)
     if engine is not None:
-        # An artifact whose config or description cannot be read has been found out already.
+        # Verification has already reported an artifact whose config or description cannot be read.
         with suppress(NpuqError):
             found = check_placement(where, engine, tp, ep)
             notes = tuple(note for note in verdict.notes if note not in found)
@@ -83,7 +83,8 @@ def _print(verdict: Verdict) -> None:
 
 
 def _error_table(roles: Sequence[RoleError]) -> list[str]:
-    """A line a role: its weight error against the source, and the largest of one linear; `--json` has every linear."""
+    """A line for each role: its weight error against the source, and the largest of one linear; `--json` has every
+    linear."""
     header = f"{'role':<18} {'scheme':<13} {'linears':>8} {'weight error':>12} {'largest':>8}"
     lines = [
         f"{role.role:<18} {role.scheme:<13} {role.linears:>8} {role.relative_error:>12.2%} "

@@ -1,7 +1,8 @@
-"""Whether an engine can spread a model over some ranks, and computes rightly when it does: rules as data.
+"""Requirements of engines on the ranks that a model is spread over, as data: can it be spread, and does it compute
+rightly?
 
-Each rule holds for one release of an engine. They were learnt by running the engines' own loading code on artifacts,
-rank by rank, with emulated NPU operators (tests/engines), and change when the engines do.
+Each requirement holds for one release of an engine. They were found by running the engines' own loading code on
+artifacts, rank by rank, with emulated NPU operators (tests/engines), and change when the engines do.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from ..models.config import ModelConfig
 from ..models.family import Block
 from .parameters import parameter_problems, refused_names
 
-# The least multiple of input features that the NPU's W4A8 grouped matmul takes (CANN's tiling of aclnnGroupedMatmul).
+# The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
 _W4A8_INPUTS = 64
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A model on `tp` ranks. With `ep` each holds whole routed experts, else a slice of every one."""
+    """A model on `tp` ranks. With `ep` each rank has whole routed experts, else a slice of every one."""
 
     config: ModelConfig
     experts: Scheme | None  # W4A8 where any layer of the main model has W4A8 experts; None without experts
@@ -50,13 +51,14 @@ class Placement:
 
     @property
     def slices_w4a8(self) -> bool:
-        """Whether each rank holds a slice of every W4A8 expert."""
+        """True where each rank has a slice of every W4A8 expert."""
         return self.experts is Scheme.W4A8 and self.tp > 1 and not self.ep
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """`broken` says whether a placement breaks it; `why` and what to do are a line with the placement's numbers."""
+    """A requirement on placements: `broken` is True for one that breaks it; `why` is the reason and the remedy in a
+    line, with fields for the placement's numbers."""
 
     broken: Callable[[Placement], bool]
     why: str
@@ -122,10 +124,10 @@ ENGINES: Mapping[str, tuple[str, tuple[Requirement, ...]]] = {
 
 
 def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[str, ...]:
-    """What keeps `engine` (a key of ENGINES) from running the artifact on `tp` ranks, a line each: parameters without a
-    tensor, tensors without a parameter, and the rules of its ranks.
+    """The problems of running the artifact on `tp` ranks of `engine` (a key of ENGINES), a line each: parameters
+    without a tensor, tensors without a parameter, and broken requirements on ranks.
 
-    Reads config.json and the description alone; raises CheckpointError and ArtifactError when it cannot.
+    Reads config.json and the description alone. Raises CheckpointError and ArtifactError when it cannot.
     """
     raw = read_config(directory)
     config, schemes = ModelConfig.from_dict(raw), read_description(directory)
@@ -135,14 +137,14 @@ def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[st
 
 
 def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
-    """A line for each way in which `engine` would not load an artifact with this config.json and description, or read
-    it wrongly, on any number of ranks."""
+    """A line for each way in which `engine` would fail to load an artifact with this config.json and description, or
+    misread it, on any number of ranks."""
     for problem in parameter_problems(engine, raw, schemes):
         yield f"{engine} {ENGINES[engine][0]}: {problem}"
 
 
 def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str]) -> Iterator[str]:
-    """What an artifact with these weights will meet in an engine however it is placed; `unknown` tensors are copied."""
+    """A line for each problem of an artifact with these weights on any placement; `unknown` tensors are copied."""
     for engine, (version, _) in ENGINES.items():
         yield from placement_problems(engine, config, schemes, 1, False)
         refused = refused_names(engine, config.model_type, unknown)
@@ -156,7 +158,7 @@ def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Se
 def placement_problems(
     engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
 ) -> Iterator[str]:
-    """A line for each rule of `engine` (a key of ENGINES) that `tp` ranks would break; `schemes` is the description."""
+    """A line for each requirement of `engine` (a key of ENGINES) that `tp` ranks break; `schemes` is the description."""
     version, requirements = ENGINES[engine]
     placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
     numbers = {
@@ -179,5 +181,5 @@ def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme
         scheme = schemes.get(config.family.name(Block.EXPERT, "down", layer, expert=0))
         if scheme is not None:
             found.add(scheme)
-    # One W4A8 layer is enough for the rules of W4A8.
+    # One W4A8 layer is enough for the requirements on W4A8.
     return Scheme.W4A8 if Scheme.W4A8 in found else next(iter(found), None)

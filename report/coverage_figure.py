@@ -1,4 +1,4 @@
-"""How well calibration reached the experts, drawn."""
+"""A figure of the tokens with which calibration reached each expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKS = {"blended": "circle", "data-free": "x"}
 
 
 def coverage_figure(coverage: Coverage) -> Any:
-    """Tokens routed to each expert, on a logarithmic scale, and a mark on those that had too few."""
+    """Tokens routed to each expert, on a logarithmic scale, and a mark on experts with too few."""
     layers = [layer for layer in coverage.layers if layer.expert_tokens]
     rows = [str(layer.layer) for layer in layers]
     figure = heat_map(
@@ -49,7 +49,7 @@ def coverage_figure(coverage: Coverage) -> Any:
             )
     if not any(layer.fallbacks for layer in layers):
         return figure
-    # Below the axis: above it stands the colour bar.
+    # Below the axis: the colour bar is above it.
     legend = {"yref": "container", "y": 0.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"}
     return figure.update_layout(legend=legend, margin_b=64, height=figure.layout.height + 30)
 

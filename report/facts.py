@@ -33,11 +33,11 @@ _MOST_RECIPE_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a report shows. What only npuq's manifest tells is None or empty for an artifact of ModelSlim's;
-    `coverage` is also None for one that was made without calibration.
+    """All numbers and texts of a report. Facts from npuq's manifest are None or empty for an artifact of ModelSlim's;
+    `coverage` is also None without calibration.
 
-    provenance: what the artifact was made from and by, in the order in which it is shown. recipe: its name;
-    recipe_yaml: its text.
+    provenance: the sources and tools of the artifact, in the order of the page. recipe: its name; recipe_yaml: its
+    text.
     """
 
     name: str
@@ -66,20 +66,20 @@ class Facts:
 
     @property
     def has_mtp(self) -> bool:
-        """Whether there are quantized linears in multi-token-prediction layers."""
+        """True with quantized linears in multi-token-prediction layers."""
         return any(linear.layer >= self.layers for linear in self.linears)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as values for JSON."""
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
 
 
 def read_facts(directory: str | Path, progress: Progress | None = None, name: str | None = None) -> Facts:
-    """The facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales.
-    `name` is what to call it, the directory's name where it is None.
+    """Read the facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales. `name` is
+    its name on the page, the directory's name where it is None.
 
-    Raises ArtifactError when the directory holds no finished artifact, or its manifest, report or scales are damaged,
-    and CheckpointError when its config or shards are.
+    Raises ArtifactError when the directory holds no finished artifact, or its manifest, role totals or scales are
+    damaged, and CheckpointError when its config or shards are.
     """
     directory = Path(directory)
     name = directory.resolve().name if name is None else name
@@ -125,7 +125,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Fa
     config = ModelConfig.from_dict(checkpoint.config)
     specs = expected_specs(config, mtp_layers(checkpoint, config))
     linears = foreign_linears(checkpoint, types, specs)
-    # ModelSlim's static W8A8 may leave the weight's scale out: it is folded into another one.
+    # ModelSlim's static W8A8 may have no weight scale: it is folded into another scale.
     scaled = [linear for linear in linears if scale_name(linear) in checkpoint.tensors]
     return Facts(
         name=name,

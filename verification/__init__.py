@@ -1,5 +1,5 @@
-"""An artifact goes in, a verdict comes out: `verify` checks it against everything its loaders need, `inspect` says what
-is in one, and what `npuq evaluate` measured is kept with it."""
+"""An artifact goes in, a verdict comes out: `verify` checks it against everything its loaders need, `inspect` lists its
+tensors by role, and `evaluations` keeps the results of `npuq evaluate --save`."""
 
 from .inspection import Inspection, inspect
 from .verdict import Verdict, verify

@@ -1,7 +1,7 @@
-"""`verify`: is an artifact all that its format promises and its loaders need? Streamed, in bounded memory.
+"""`verify`: checks that an artifact is what its format promises and its loaders need. Streamed, in bounded memory.
 
 In stages: files, structure, values, source, engines. Each yields its problems, lines that name a file or tensor; npuq's
-own artifacts and those of other tools go through the same ones.
+own artifacts and those of other tools pass through the same stages.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .weight_errors import LinearError, RoleError, linear_errors, role_errors
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found: `problems` name a file or tensor each; `errors` has the weight error of every linear when a
-    source was given, but for those whose weights were smoothed, of which `notes` speak, and `roles` of every role."""
+    """The result of `verify`. `problems` name a file or tensor each. `errors` has the weight error of every linear when
+    a source was given, except for smoothed weights, which `notes` name; `roles` has the errors of roles."""
 
     path: str
     problems: tuple[str, ...]
@@ -50,11 +50,11 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True without problems."""
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as values for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields |= {key: [vars(error) for error in fields[key]] for key in ("errors", "roles")}
         return {"ok": self.ok, **fields}
@@ -67,11 +67,11 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
+    """Check an artifact; with `source`, also that it was made from that checkpoint, and the error of every linear.
 
-    An artifact that ModelSlim made has no manifest and no rotary tables: the rest is checked. Every byte is read twice,
-    once for its file's hash and once for its value; `progress` hears of both. Everything wrong with the artifact is a
-    problem in the report. Raises CheckpointError when there is no such directory, or the source cannot be read.
+    An artifact of ModelSlim's has no manifest and no rotary tables: everything else is checked. Every byte is read
+    twice, once for its file's hash and once for its value; `progress` counts both. Everything wrong with the artifact
+    is a problem in the verdict. Raises CheckpointError when there is no such directory, or the source cannot be read.
     """
     directory, watch = Path(path), progress or Silent()
     if not directory.is_dir():
@@ -117,7 +117,7 @@ def verify(
 def _manifest(directory: Path) -> Mapping[str, Any] | None:
     """The manifest of npuq's own artifact; None for one that another tool made.
 
-    A compressed-tensors checkpoint is called that, and not an unfinished artifact.
+    Raises ArtifactError for compressed-tensors weights by that name, and not as an unfinished artifact.
     """
     if not is_own(directory):
         if description_path(directory) is not None:
@@ -133,6 +133,6 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
 
 
 def _source_weights(checkpoint: Checkpoint) -> WeightSource:
-    """The weights of a source, of which the artifact has a tied head twice."""
+    """The weights of a source; a tied head has both names, as in the artifact."""
     share_tied(checkpoint)
     return open_weights(checkpoint)
