@@ -54,8 +54,8 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option(
     "--calibration", help="Text for gptq and smooth: a file (.txt, .jsonl), a directory, or builtin. [default: builtin]"
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Windows of the calibration text. [default: 128]")
-@click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a window. [default: 512]")
+@click.option("--samples", type=click.IntRange(min=1), help="Samples of the calibration text. [default: 128]")
+@click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a sample. [default: 512]")
 @click.option(
     "--time-budget",
     type=click.FloatRange(min=0),
@@ -103,13 +103,13 @@ def command(
 ) -> None:
     """Convert the checkpoint SOURCE into the artifact directory OUTPUT.
 
-    SOURCE is a directory, or user/name on the hub: its weights are then fetched, converted and dropped piece by piece,
-    and never more of them than --download-window are on the disk.
+    SOURCE is a directory, or user/name on the hub: its weights are then fetched, converted and removed piece by piece,
+    with at most --download-window of them on disk.
 
     SOURCE may be quantized already, by ModelSlim or by llm-compressor (compressed-tensors, one scale a channel): its
     codes and scales are kept, and get the names, tables and manifest of an artifact.
 
-    Interrupted at any moment, the same command continues: what is there is read again, and made again where it is not
+    Interrupted at any moment, the same command continues: existing output is read again, and made again where it is not
     as it was written, or where SOURCE is not as it was read. The artifact does not depend on workers, memory or
     interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> None:
     """Show versions, CANN, driver, devices and operators, and whether MODEL can run on an NPU.
 
-    A machine without an NPU is told so and is no failure (exit 0). Exit 1: MODEL cannot run on an NPU, or an operator
+    A machine without an NPU is reported and is no failure (exit 0). Exit 1: MODEL cannot run on an NPU, or an operator
     of the self-test disagrees with the reference.
     """
     # Without CANN, a torch that loads torch_npu automatically fails to import. Here torch_npu is imported later,
@@ -109,7 +109,7 @@ def _print(report: Report) -> None:
 def _print_selftest(report: Report, results: list[Result]) -> None:
     show(f"Self-test of the {_tested(report)} backend against the reference:")
     for result in results:
-        told = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
-        show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {told}")
+        line = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
+        show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {line}")
     failed = sum(not result.passed for result in results)
     show(f"{len(results) - failed} of {len(results)} agree.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float checkpoint that MODEL was converted from.")
-@click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a window.")
+@click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a context.")
 @click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
@@ -50,12 +50,12 @@ def command(
 ) -> None:
     """Measure MODEL, an artifact or an unquantized checkpoint (a directory, or user/repo), on a text.
 
-    The text is cut into windows of --context tokens, each preceded by the beginning-of-sequence token where the
-    tokenizer has one, and every token is predicted from those before it in its window. With --source also the mean KL
-    divergence (nats a token) of the source's predictions from the model's and how often their first choices agree.
+    The text is cut into contexts of --context tokens, each preceded by the beginning-of-sequence token where the
+    tokenizer has one. Every token is predicted from those before it in its context. With --source also the mean KL
+    divergence (nats a token) of the source's predictions from the model's, and how often their first choices agree.
     With --layers also ‖model − source‖ / ‖source‖ of the hidden states after every decoder layer, and their cosine:
-    as they have accumulated, and of the layer alone, both being given the source's hidden states. This reads one layer
-    of each at a time, and no cache.
+    accumulated over the layers, and of the layer alone, for the source's hidden states as inputs of both. This reads
+    one layer of each at a time, and no cache.
 
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """

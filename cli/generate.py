@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     help="A file that holds one prompt, its last line end left out; may be repeated; - reads standard input.",
 )
-@click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as what a user says.")
+@click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as a user's message.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system message of each conversation.")
 @click.option(
     "--chat-template-kwargs",
     metavar="JSON",
-    help="With --chat: what else the template knows, like '{\"thinking\": true}'.",
+    help="With --chat: other variables of the template, like '{\"thinking\": true}'.",
 )
 @sampling_options
 @click.option(
@@ -78,11 +78,11 @@ def command(
 ) -> None:
     """Generate text with MODEL, a quantized artifact or an unquantized checkpoint: a directory, or user/repo.
 
-    Where no option says otherwise, sampling is what the model's generation_config.json says, and greedy without one:
-    stderr tells. Greedy, or with a --seed, the same prompt gives the same text, whatever runs beside it; a prompt that
-    is long enough to be read in several steps may be cut elsewhere in other company, which changes logits in their last
-    digits. One prompt is streamed as it comes; several run together and are printed in their order. Prompts are
-    continued as they are; --chat makes a conversation of each.
+    Without options, sampling follows the model's generation_config.json, and is greedy without one: stderr shows it.
+    Greedy, or with a --seed, the same prompt gives the same text, whatever runs beside it; a prompt that is long enough
+    to be read in several steps may be cut elsewhere in other company, which changes logits in their last digits. One
+    prompt is streamed as it comes; several run together and are printed in their order. Prompts are continued as they
+    are; --chat makes a conversation of each.
     """
     texts = [*prompts, *_from_files(prompt_files)]
     if not texts:

@@ -1,4 +1,4 @@
-"""`npuq inspect`: what is in a checkpoint or an artifact, by role."""
+"""`npuq inspect`: the tensors of a checkpoint or an artifact, by role."""
 
 from __future__ import annotations
 

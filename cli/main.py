@@ -29,7 +29,7 @@ COMMANDS = {
     "generate": "Generate text with an artifact or a float checkpoint.",
     "evaluate": "Measure perplexity, and the divergence from the float source.",
     "report": "Write one HTML page about an artifact: sizes, errors, scales, calibration, provenance.",
-    "doctor": "Say what is here for the Ascend backend, and whether a model can run on an NPU.",
+    "doctor": "Show the parts of the Ascend backend found here, and whether a model can run on an NPU.",
 }
 
 

@@ -49,7 +49,7 @@ def command(
 ) -> None:
     """Push ARTIFACT to the repository USER/NAME of the Hugging Face hub, or of ModelScope.
 
-    Interrupted at any moment, the same command continues; only what is not on the hub yet is sent. Until the last
+    Interrupted at any moment, the same command continues; only content missing on the hub is sent. Until the last
     commit the repository says that it is unfinished.
     """
     from ..hub import push

@@ -72,7 +72,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
 
 
 def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPusher:
-    """Open a push of an artifact during its conversion. Raises HubError when it is impossible, before the work begins."""
+    """Open a push of an artifact during its conversion. Raises HubError, before the work begins."""
     from ..hub import ShardPusher
 
     silence_client()

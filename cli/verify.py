@@ -41,10 +41,10 @@ def command(
 
     ARTIFACT and --source are directories, or user/repo on the hub, which is fetched first.
 
-    Hashes, headers, completeness, shapes, the engines' rules, and every stored value. Exit status 1, with each problem
-    named, when anything is wrong. With --engine also when that engine has no parameter for a tensor, or no tensor for a
-    parameter, reads config.json otherwise than npuq, or cannot do with the model on --tp ranks; without, notes tell of
-    the first three.
+    Hashes, headers, completeness, shapes, the engines' requirements, and every stored value. Exit status 1, with each
+    problem named, when anything is wrong. With --engine also when that engine has no parameter for a tensor, or no
+    tensor for a parameter, reads config.json otherwise than npuq, or cannot run the model on --tp ranks; without
+    --engine, notes report the first three.
     """
     from ..engines import check_placement
     from ..verification import verify

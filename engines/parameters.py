@@ -43,7 +43,7 @@ _STOPS: Final = object()  # the engine would not start
 
 @dataclass(frozen=True)
 class EngineModel:
-    """The differences of an engine's classes from config.json or the family's table, in reading, building and loading."""
+    """The differences of an engine's classes from config.json and the family's table, in reading and loading."""
 
     architectures: tuple[str, ...]  # the first of config.json's `architectures` must be one of them
     absent: Mapping[str, object]  # defaults of missing or null keys that differ from transformers'

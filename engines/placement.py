@@ -158,7 +158,7 @@ def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Se
 def placement_problems(
     engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
 ) -> Iterator[str]:
-    """A line for each requirement of `engine` (a key of ENGINES) that `tp` ranks break; `schemes` is the description."""
+    """A line for each requirement of `engine` (a key of ENGINES) that `tp` ranks break; `schemes`: the description."""
     version, requirements = ENGINES[engine]
     placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
     numbers = {

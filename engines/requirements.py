@@ -104,7 +104,7 @@ def _split_groups(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Vi
 
 
 def _mixed_experts(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:
-    """Routed experts of a layer whose schemes differ: all projections of a layer's experts are one grouped matmul each."""
+    """Routed experts of a layer whose schemes differ: each of their projections is one grouped matmul."""
     first: dict[int | None, Spec] = {}
     for name, spec in specs.items():
         if spec.role not in ROUTED:

@@ -149,7 +149,7 @@ def _linear(spec: Spec, entry: Mapping[str, Any]) -> LinearFacts:
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     source, totals = manifest["source"], manifest["totals"]
-    told = {
+    known = {
         "source": source["name"],
         "source repository": source["repo"],
         "source commit": source["revision"],
@@ -164,7 +164,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "tensors": f"{totals['tensors']:,}",
         "files with size and sha256": f"{len(manifest['files']):,}",
     }
-    return {name: str(value) for name, value in told.items() if value is not None}
+    return {name: str(value) for name, value in known.items() if value is not None}
 
 
 def _role(entry: Mapping[str, Any]) -> RoleFacts:

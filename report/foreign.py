@@ -1,4 +1,4 @@
-"""Sizes and schemes of an artifact that another tool made, from its headers and its description; no errors are known."""
+"""Sizes and schemes of an artifact that another tool made, from headers and description; no errors are known."""
 
 from __future__ import annotations
 

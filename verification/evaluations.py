@@ -148,7 +148,7 @@ def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(entries: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "Windows of so many tokens, each from nothing. KL divergence of the source's predictions from this artifact's,",
+        "Text cut into contexts of so many tokens. KL divergence of the source's predictions from this artifact's,",
         "in nats a token; top-1: how often both find the same token the likeliest.",
         "",
         "| text | sha256 | context | tokens | perplexity | source's | KL | top-1 |",

@@ -102,7 +102,7 @@ def _config(subject: Subject) -> Iterator[str]:
 
 
 def _tensors(subject: Subject) -> Iterator[str]:
-    """Check dtype, shape and description entry of every tensor that the schemes call for, and that there are no others."""
+    """Check dtype, shape and description of every tensor that the schemes call for, and that there are no others."""
     wanted = set()
     for spec in subject.specs.values():
         try:

@@ -121,7 +121,7 @@ def _foreign(checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str
 def _own(
     checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str, Scheme], manifest: Mapping[str, Any]
 ) -> Subject:
-    """Open npuq's own artifact: as every problem is to be named, all weights present are examined, known and unknown."""
+    """Open npuq's own artifact: every problem must be named, so all weights present are examined, known or not."""
     layers = {layer for name in checkpoint.tensors if (layer := config.family.layer_of(name)) is not None}
     mtp = tuple(sorted(layer for layer in layers if layer >= config.num_hidden_layers))
     specs: dict[str, Spec] = {}

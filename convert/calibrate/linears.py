@@ -143,7 +143,7 @@ def _squared_error(weight: Tensor, found: Tensor) -> float:
 def measure(
     jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], mapper: Mapper
 ) -> tuple[Hessian | None, InputScale | None]:
-    """The Hessian and the static input scale that these jobs need for their common inputs; None where they need none."""
+    """The Hessian and the static input scale that these jobs need for their common inputs; None: not needed."""
     batches, scale = list(batches), None
     if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
         ranges = [torch.aminmax(x) for x in mapper.map(inputs, batches)]

@@ -80,8 +80,8 @@ def read_calibration(
     width = sequence_length - len(lead)
     if len(stream) < width:
         raise CalibrationError(
-            f"{name}: has {len(stream)} tokens, and one window of --sequence-length {sequence_length} needs {width}; "
-            "give a longer text or shorter windows"
+            f"{name}: has {len(stream)} tokens, and one sample of --sequence-length {sequence_length} needs {width}; "
+            "give a longer text or a shorter sequence length"
         )
     count = min(samples, len(stream) - width + 1)
     last = len(stream) - width

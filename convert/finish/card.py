@@ -21,7 +21,7 @@ from .role_totals import RoleTotals
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 _NPUQ_ONLY = """\
-This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this layout. Give them
+This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this form. Give them
 the source checkpoint, or convert it with the recipe `w4a8` or `w8a8`.
 """
 
@@ -108,7 +108,7 @@ def _how(recipe: Recipe, calibration: Calibration | None) -> str:
         parts.append("No calibration data.")
     else:
         parts.append(
-            f"Calibrated on {calibration.samples} windows of {calibration.sequence_length} tokens "
+            f"Calibrated on {calibration.samples} samples of {calibration.sequence_length} tokens "
             f"({calibration.name}, sha256 of the tokens {calibration.sha256[:16]}…), "
             "with scales for an int8 KV cache (`--kv-cache-dtype int8`, npuq's runtime alone)."
         )

@@ -86,9 +86,9 @@ class JobOutput:
 
 def read_back_error(path: Path, error: OSError) -> ConversionError:
     """The error for a shard that cannot be read after it was written, with a remedy."""
-    told = f"{path}: cannot be read back: {reason(error)}"
+    message = f"{path}: cannot be read back: {reason(error)}"
     return ConversionError(
-        told if error.errno in TOO_MANY_OPEN else f"{told}; remove it, and the same command makes it again"
+        message if error.errno in TOO_MANY_OPEN else f"{message}; remove it, and the same command makes it again"
     )
 
 
