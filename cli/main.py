@@ -93,8 +93,8 @@ def group() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; a
-    conversion that a signal ends, 128 and the signal's number.
+    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; 128
+    plus the signal's number for a conversion ended by a signal.
     """
     _set_up_streams()
     settings = Settings()

@@ -38,7 +38,7 @@ def sampling_options(function: _F) -> _F:
 
 
 def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of SamplingParams that the user gave."""
+    """The fields of SamplingParams for the options given by the user."""
     given = {name: value for name, value in sampling.items() if name != "greedy" and value is not None}
     if sampling["greedy"]:
         if given.get("temperature"):

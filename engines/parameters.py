@@ -51,7 +51,7 @@ class EngineModel:
     builds_empty_shared: bool  # shared experts of width 0 where n_shared_experts is 0, which want their tensors
     skips_uncounted: bool  # the main model skips all layers behind its own, counted in config.json or not
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
-    draft_always_routes: bool  # the draft's layer has experts, whatever moe_layer_freq says
+    draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 

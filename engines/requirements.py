@@ -33,7 +33,7 @@ class Violation:
 
 
 class ConfigSchemes(TypedDict):
-    """Arguments of `artifact_config`."""
+    """The scheme arguments of `artifact_config`."""
 
     linear: Scheme
     experts: Scheme
@@ -81,7 +81,7 @@ def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
 
 
 def fused_pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
-    """(first, other) for every two weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
+    """Pairs (first, other) of weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
 
     def place(spec: Spec, part: str) -> tuple[int | None, Block | None, int | None, str]:
         return spec.layer, spec.block, spec.expert, part

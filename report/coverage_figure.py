@@ -55,7 +55,7 @@ def coverage_figure(coverage: Coverage) -> Any:
 
 
 def _ticks(low: int, high: int) -> list[int]:
-    """Round counts, two at least, the first of them no more than `low` and the last no less than `high`."""
+    """Round counts, at least two; the first is at most `low` and the last at least `high`."""
     steps = (1,) if high >= 100 * low else (1, 2, 5)
     rounded = [step * 10**power for power in range(len(str(high)) + 1) for step in steps]
     first = max(index for index, tick in enumerate(rounded) if tick <= low)

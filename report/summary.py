@@ -80,7 +80,7 @@ def largest_errors(linears: Sequence[LinearFacts]) -> list[LinearFacts]:
 
 
 def unreached(coverage: Coverage) -> list[tuple[int, str, list[int]]]:
-    """(layer, fallback, experts) of the experts that calibration reached too little."""
+    """Groups (layer, fallback, experts) of experts that calibration reached too little."""
     return [
         (layer.layer, kind, experts)
         for layer in coverage.layers

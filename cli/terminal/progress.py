@@ -136,7 +136,7 @@ def _view(form: str) -> View | None:
 
 
 class _Lines:
-    """A line every 30 seconds, and at the end of each layer."""
+    """Lines, every 30 seconds and at the end of each layer."""
 
     seconds = _LINE_SECONDS
 

@@ -45,7 +45,7 @@ class Weights:
 
 
 class AttentionBlock:
-    """The runtime's attention of one layer, in float32 on batches of whole windows."""
+    """The runtime's attention of one layer, in float32 on batches of whole samples."""
 
     def __init__(self, layer: Layer):
         family = layer.tensors.family

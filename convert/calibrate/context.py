@@ -75,7 +75,7 @@ class Layer:
         return self.tensors.has(block, part, self.index)
 
     def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
-        """The tensor of a part."""
+        """The specification of a part's tensor."""
         return self.tensors.spec(block, part, self.index, expert)
 
     def job(self, block: Block, part: str, expert: int | None = None) -> Job:
@@ -83,7 +83,8 @@ class Layer:
         return self.walk.jobs[self.spec(block, part, expert).name]
 
     def weight(self, block: Block, part: str, expert: int | None = None) -> Tensor:
-        """A tensor float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        """A tensor as float32, rewritten where the conversion rewrites the model. Raises CheckpointError for an
+        infinity or NaN in it."""
         name = self.spec(block, part, expert).name
         weight = self.walk.source.weights[name]
         tensor = weight.rows().to_float32()

@@ -19,7 +19,10 @@ FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
 
 @dataclass(frozen=True)
 class LatentScale:
-    """scale: float32 `[L]`. error: ‖codes · scale − latent‖ / ‖latent‖ over all calibration tokens."""
+    """Scales of an int8 cache of the latent.
+
+    scale: float32 `[L]`, one a channel. error: ‖codes · scale − latent‖ / ‖latent‖ over all calibration tokens.
+    """
 
     scale: Tensor
     error: float

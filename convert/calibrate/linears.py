@@ -79,7 +79,7 @@ class Linears:
     ) -> tuple[Deployed, JobResult]:
         """Quantize a weight float32 [N, K] and write it.
 
-        GPTQ where the job asks for it and there is a factor; else the job's data-free method (mse for GPTQ).
+        GPTQ where the job asks for it and `factored` is given; else the job's data-free method (mse for GPTQ).
         """
         if job.scheme is Scheme.FLOAT:
             stored, written = self.float(job, weight)

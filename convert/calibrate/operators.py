@@ -40,7 +40,7 @@ class Deployed(LinearPart, Linear):
     error: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x float32 `[T, K]` → `[T, N]`."""
+        """Multiply x float32 `[T, K]` → `[T, N]`."""
         return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
 
 
@@ -62,7 +62,7 @@ class Recording(Deployed):
 
 @dataclass(frozen=True)
 class GateUp(Linear):
-    """gate and up of a feed-forward block, side by side and not fused."""
+    """The pair gate and up of a feed-forward block, not fused."""
 
     gate: Deployed
     up: Deployed
@@ -74,7 +74,7 @@ def mlp_weights(gate: Deployed, up: Deployed, down: Deployed) -> MlpWeights:
 
 
 def float_mlp(tensors: Sequence[Tensor]) -> MlpWeights:
-    """gate, up and down, float32, as a block."""
+    """A feed-forward block of gate, up and down, float32."""
     return mlp_weights(*(Deployed("", Scheme.FLOAT, weight) for weight in tensors))
 
 
@@ -94,14 +94,14 @@ class CalibrationWeights(ReferenceWeights):
 
 
 class CalibrationProducts(ReferenceProducts):
-    """Products with deployed linears."""
+    """Computes products with deployed linears."""
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
         return own(linear, Deployed)(own(x, Tensor))
 
 
 class CalibrationRouting(ReferenceRouting):
-    """Feed-forward blocks some rows at a time."""
+    """Computes feed-forward blocks some rows at a time."""
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         parts = [super(CalibrationRouting, self).mlp(hidden[part], weights) for part in row_chunks(hidden.shape[0])]

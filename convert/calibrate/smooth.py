@@ -30,7 +30,8 @@ Change = Callable[[Tensor], dict[str, Tensor]]
 
 
 def least(unchanged: Trial, trial: Callable[[float], Trial], error: Callable[[Trial], float]) -> tuple[float, Trial]:
-    """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where none gains."""
+    """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where no strength
+    gains."""
     best, strength, found = error(unchanged) * GAIN, 0.0, unchanged
     for candidate in STRENGTHS:
         changed = trial(candidate)

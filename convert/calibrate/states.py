@@ -36,12 +36,12 @@ class StreamPair:
         self.quantized = quantized
 
     def first(self, tokens: int) -> StreamPair:
-        """The first tokens of both."""
+        """The first `tokens` rows of both streams."""
         return StreamPair(self.floats[:tokens], self.quantized[:tokens])
 
 
 class Streams(StreamPair):
-    """Both streams of one file, memory-mapped."""
+    """Both streams in one file, memory-mapped."""
 
     def __init__(self, path: Path, tokens: int, hidden: int, *, create: bool):
         self.path = path
@@ -73,7 +73,7 @@ class State:
 
     @property
     def layer(self) -> int:
-        """The next layer."""
+        """The index of the next layer."""
         return len(self.reports)
 
 

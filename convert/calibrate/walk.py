@@ -135,7 +135,7 @@ class CalibratedWalk:
             raise write_error(self._folder, error) from error
 
     def _layers(self) -> dict[int, list[int]]:
-        """The jobs of each decoder layer."""
+        """The indices of the jobs of each decoder layer."""
         layers: dict[int, list[int]] = {layer: [] for layer in range(self._prepared.config.num_hidden_layers)}
         for job in self._prepared.plan.jobs:
             if job.layer in layers:
@@ -249,7 +249,7 @@ def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
 
 
 def _relative(streams: StreamPair) -> float:
-    """‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
+    """The relative error ‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
     lost = norm = 0.0
     for part in row_chunks(streams.floats.shape[0]):
         lost += float((streams.quantized[part] - streams.floats[part]).double().square().sum())

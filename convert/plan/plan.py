@@ -49,7 +49,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One source tensor → its output tensors, all in one shard."""
+    """The conversion of one source tensor to its output tensors, all in one shard."""
 
     index: int
     source: str
@@ -98,7 +98,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs in natural order of their source tensors, and the shards they fill one after another."""
+    """The jobs in natural order of their source tensors, and the shards that they fill one after another."""
 
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]

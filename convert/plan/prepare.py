@@ -69,7 +69,7 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion ready to run."""
+    """A conversion ready to run, with its open checkpoint."""
 
     checkpoint: Checkpoint
     source: WeightSource

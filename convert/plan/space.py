@@ -21,7 +21,7 @@ _JOURNAL_BYTES_PER_JOB = 160
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes of disk: `needed` by the whole conversion, `missing` of these now, and `free`."""
+    """Bytes of disk: `needed` by the whole conversion, `missing` of them now, and `free`."""
 
     needed: int
     missing: int

@@ -173,7 +173,7 @@ class _Stream:
             self._written.sort(key=lambda each: each.start)
 
     def passed(self, count: int) -> None:
-        """Move on, and give back the memory of jobs that lie behind."""
+        """Advance, and return the memory of jobs behind the position."""
         self._position += count
         self._read = self._read[count:]
         while self._written and self._written[0].end <= self._position:

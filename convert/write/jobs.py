@@ -66,7 +66,7 @@ class JobOutput:
         self._digests = {slot.name: Digest() for slot in job.outputs}
 
     def write(self, slot: Slot, start: int, data: Tensor) -> None:
-        """Write the rows of one tensor from row `start` of the job on. ConversionError when the disk refuses."""
+        """Write the rows of one tensor from row `start` of the job on. Raises ConversionError when the disk refuses."""
         self.write_bytes(slot, start, memory_of(data.contiguous()))
 
     def write_bytes(self, slot: Slot, start: int, data: memoryview) -> None:

@@ -68,7 +68,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Open and lock an existing journal, dropping its first damaged line and all that follows.
+        """Open and lock an existing journal; drop its first damaged line and all lines after it.
 
         Raises ConversionError when it is not a journal of this version, or another process holds it; OSError when it
         cannot be opened.
