@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ConversionInterruptedError(NpuqError):
-    """A signal ended the conversion; what is done is kept."""
+    """A signal ended the conversion; its finished work is kept."""
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}; run the same command to continue")
@@ -29,7 +29,7 @@ class ConversionInterruptedError(NpuqError):
 
 
 def _known_method(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """A misspelt method is wrong usage."""
+    """Check the method; a misspelt one is wrong usage."""
     from ..recipes.reading import parse_chain
 
     if value is not None:
@@ -54,8 +54,8 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option(
     "--calibration", help="Text for gptq and smooth: a file (.txt, .jsonl), a directory, or builtin. [default: builtin]"
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Windows of the calibration text. [default: 128]")
-@click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a window. [default: 512]")
+@click.option("--samples", type=click.IntRange(min=1), help="Samples of the calibration text. [default: 128]")
+@click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of a sample. [default: 512]")
 @click.option(
     "--time-budget",
     type=click.FloatRange(min=0),
@@ -103,13 +103,13 @@ def command(
 ) -> None:
     """Convert the checkpoint SOURCE into the artifact directory OUTPUT.
 
-    SOURCE is a directory, or user/name on the hub: its weights are then fetched, converted and dropped piece by piece,
-    and never more of them than --download-window are on the disk.
+    SOURCE is a directory, or user/name on the hub: its weights are then fetched, converted and removed piece by piece,
+    with at most --download-window of them on disk.
 
     SOURCE may be quantized already, by ModelSlim or by llm-compressor (compressed-tensors, one scale a channel): its
     codes and scales are kept, and get the names, tables and manifest of an artifact.
 
-    Interrupted at any moment, the same command continues: what is there is read again, and made again where it is not
+    Interrupted at any moment, the same command continues: existing output is read again, and made again where it is not
     as it was written, or where SOURCE is not as it was read. The artifact does not depend on workers, memory or
     interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
     """
@@ -150,7 +150,7 @@ def command(
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM end the conversion cleanly; a second one, while it ends, acts as it would have before."""
+    """Let SIGINT and SIGTERM end the conversion cleanly; a second signal meanwhile has its usual effect."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:

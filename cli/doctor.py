@@ -1,4 +1,4 @@
-"""`npuq doctor`: can this machine, and this model, run on an Ascend NPU, and if not, why."""
+"""`npuq doctor`: checks this machine, and a model, for Ascend NPUs, and gives the reason why they cannot run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> None:
     """Show versions, CANN, driver, devices and operators, and whether MODEL can run on an NPU.
 
-    A machine without an NPU is told so and is no failure (exit 0). Exit 1: MODEL cannot run on an NPU, or an operator
+    A machine without an NPU is reported and is no failure (exit 0). Exit 1: MODEL cannot run on an NPU, or an operator
     of the self-test disagrees with the reference.
     """
-    # Without CANN, a torch that loads torch_npu by itself does not even import. Here it is imported later, on purpose.
+    # Without CANN, a torch that loads torch_npu automatically fails to import. Here torch_npu is imported later,
+    # explicitly.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     from ..runtime.diagnostics.doctor import examine
 
@@ -61,7 +62,7 @@ def _as_json(report: Diagnosis, results: list[Result]) -> dict[str, Any]:
             {
                 "operator": result.operator,
                 "passed": result.passed,
-                # JSON has no infinity: an error that is none is told by `passed` and this message.
+                # JSON has no infinity: `passed` and this message stand for an error that is not finite.
                 "error": result.error if result.error is not None and result.error != float("inf") else None,
                 "tolerance": result.tolerance,
                 "message": result.message
@@ -108,7 +109,7 @@ def _print(report: Diagnosis) -> None:
 def _print_selftest(report: Diagnosis, results: list[Result]) -> None:
     show(f"Self-test of the {_tested(report)} backend against the reference:")
     for result in results:
-        told = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
-        show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {told}")
+        line = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
+        show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {line}")
     failed = sum(not result.passed for result in results)
     show(f"{len(results) - failed} of {len(results)} agree.")

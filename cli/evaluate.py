@@ -51,11 +51,11 @@ def command(
     """Measure MODEL, an artifact or an unquantized checkpoint (a directory, or user/repo), on a text.
 
     The text is cut into contexts of --context tokens, each preceded by the beginning-of-sequence token where the
-    tokenizer has one, and every token is predicted from those before it in its context. With --source also the mean KL
-    divergence (nats a token) of the source's predictions from the model's and how often their first choices agree.
+    tokenizer has one. Every token is predicted from those before it in its context. With --source also the mean KL
+    divergence (nats a token) of the source's predictions from the model's, and how often their first choices agree.
     With --layers also ‖model − source‖ / ‖source‖ of the hidden states after every decoder layer, and their cosine:
-    as they have accumulated, and of the layer alone, both being given the source's hidden states. This reads one layer
-    of each at a time, and no cache.
+    accumulated over the layers, and of the layer alone, for the source's hidden states as inputs of both. This reads
+    one layer of each at a time, and no cache.
 
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
@@ -65,7 +65,7 @@ def command(
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
     from ..runtime.text.tokenizer_check import require_tokenizer
-    from ..verification.stored_evaluation import check_storable, store_evaluation
+    from ..verification.evaluations import check_can_save, save_evaluation
     from .transfer import local_model
 
     if layers and source is None:
@@ -74,15 +74,15 @@ def command(
     content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
     model = local_model(model, quiet=quiet, progress=progress, before_weights=require_tokenizer)
     if save:
-        check_storable(model)
+        check_can_save(model)
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)
     errors: list[LayerError] = []
     with TerminalProgress(progress, quiet) as display:
         result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display)
-    if save and not store_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
-        # Also with --quiet: the user asked for something that was not done.
+    if save and not save_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
+        # Also with --quiet: a request of the user's was not fulfilled.
         say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
     values = asdict(result)
     if as_json:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     help="A file that holds one prompt, its last line end left out; may be repeated; - reads standard input.",
 )
-@click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as what a user says.")
+@click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as a user's message.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system message of each conversation.")
 @click.option(
     "--chat-template-kwargs",
     metavar="JSON",
-    help="With --chat: what else the template knows, like '{\"thinking\": true}'.",
+    help="With --chat: other variables of the template, like '{\"thinking\": true}'.",
 )
 @sampling_options
 @click.option(
@@ -78,11 +78,11 @@ def command(
 ) -> None:
     """Generate text with MODEL, a quantized artifact or an unquantized checkpoint: a directory, or user/repo.
 
-    Where no option says otherwise, sampling is what the model's generation_config.json says, and greedy without one:
-    stderr tells. Greedy, or with a --seed, the same prompt gives the same text, whatever runs beside it; a prompt that
-    is long enough to be read in several steps may be cut elsewhere in other company, which changes logits in their last
-    digits. One prompt is streamed as it comes; several run together and are printed in their order. Prompts are
-    continued as they are; --chat makes a conversation of each.
+    Without options, sampling follows the model's generation_config.json, and is greedy without one: stderr shows it.
+    Greedy, or with a --seed, the same prompt gives the same text, whatever runs beside it; a prompt that is long enough
+    to be read in several steps may be cut elsewhere in other company, which changes logits in their last digits. One
+    prompt is streamed as it comes; several run together and are printed in their order. Prompts are continued as they
+    are; --chat makes a conversation of each.
     """
     texts = [*prompts, *_from_files(prompt_files)]
     if not texts:
@@ -91,7 +91,7 @@ def command(
         for option, value in (("--system", system), ("--chat-template-kwargs", chat_template_kwargs)):
             if value is not None:
                 raise click.UsageError(f"{option} is for conversations: add --chat")
-    # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
+    # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     for option, values in (("--prompt", prompts), ("--stop", stops), ("--system", (system or "",))):
         if any("\ud800" <= character <= "\udfff" for value in values for character in value):
             raise click.UsageError(f"{option}: is not UTF-8 text")
@@ -107,7 +107,7 @@ def command(
     from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
-    # All that can be refused is, before the weights are opened: options, then the small files, then the prompts.
+    # All refusals come before the weights are opened: options, then the small files, then the prompts.
     try:
         SamplingParams.of(SamplingParams(), given)
     except GenerationError as error:
@@ -128,7 +128,7 @@ def command(
     )
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:
-        if not quiet:  # once it is known that there is nothing to refuse
+        if not quiet:  # after the last possible refusal
             for note in notes(params, defaults, given):
                 say(note)
         completions = _collect(pieces) if as_json else _print(pieces, texts)
@@ -152,7 +152,7 @@ def _from_file(path: Path) -> str:
             text = read_given_text(path, GenerationError)
     except GenerationError as error:
         raise click.UsageError(f"--prompt-file {error}") from error
-    # Editors and `echo` end a file with a line end that nobody means as part of the prompt.
+    # Editors and `echo` end a file with a newline that is not meant as part of the prompt.
     return text.removesuffix("\n")
 
 
@@ -175,7 +175,7 @@ def _collect(pieces: Stream) -> list[Completion]:
 
 
 def _print(pieces: Stream, texts: list[str]) -> list[Completion]:
-    """One prompt's text as it comes; of several, each whole text under its prompt, as soon as those before it are."""
+    """Print one prompt's text as it comes; of several, each whole text under its prompt, in their order."""
     done: dict[int, Completion] = {}
     printed = 0
     for piece in pieces:
@@ -193,7 +193,7 @@ def _print(pieces: Stream, texts: list[str]) -> list[Completion]:
 
 
 def _shown(text: str) -> str:
-    """Text as it is for a file or a pipe; for a terminal without what could command it."""
+    """The text itself for a file or a pipe; for a terminal without control sequences."""
     return printable(text, keep="\n\t") if sys.stdout.isatty() else text
 
 
@@ -203,7 +203,7 @@ def _one_line(text: str) -> str:
 
 
 def _speed(completions: list[Completion], seconds: float) -> str:
-    """Tokens a second: of one prompt by its own steps, of several by the time that all took together."""
+    """Tokens a second: of one prompt by its own steps, of several by their common time."""
     prompt_tokens = sum(completion.prompt_tokens for completion in completions)
     new_tokens = sum(completion.completion_tokens for completion in completions)
     if len(completions) > 1:

@@ -1,4 +1,4 @@
-"""`npuq inspect`: what is in a checkpoint or an artifact, by role."""
+"""`npuq inspect`: the tensors of a checkpoint or an artifact, by role."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(path: str, progress: str, quiet: bool, as_json: bool) -> None:
 
 
 def _table(inspection: Inspection) -> list[str]:
-    from ..verification.stored_evaluation import evaluated_on
+    from ..verification.evaluations import evaluated_on
 
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
     kind = inspection.kind.replace("_", " ")

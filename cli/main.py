@@ -16,10 +16,10 @@ from .. import __version__
 from ..errors import NpuqError
 from .terminal.console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
 
-# As sysexits.h has it: EX_SOFTWARE.
+# EX_SOFTWARE of sysexits.h.
 _INTERNAL: Final = 70
 
-# name → what the group's help says of it. Kept here, so that help does not import the commands.
+# name → summary in the group's help. Kept here, so that help does not import the commands.
 COMMANDS = {
     "convert": "Quantize a checkpoint directory to a W4A8 (or W8A8, or float) artifact.",
     "verify": "Check that an artifact is all that its format promises and both engines need.",
@@ -29,12 +29,12 @@ COMMANDS = {
     "generate": "Generate text with an artifact or a float checkpoint.",
     "evaluate": "Measure perplexity, and the divergence from the float source.",
     "report": "Write one HTML page about an artifact: sizes, errors, scales, calibration, provenance.",
-    "doctor": "Say what is here for the Ascend backend, and whether a model can run on an NPU.",
+    "doctor": "Show the parts of the Ascend backend found here, and whether a model can run on an NPU.",
 }
 
 
 class ClosedPipeError(NpuqError):
-    """The other side of a pipe or connection, not stdout's, went away."""
+    """The peer of a pipe or connection other than stdout closed it."""
 
 
 class LazyGroup(click.Group):
@@ -55,7 +55,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            # click would take any for stdout's, a connection's too, and end without a word.
+            # click would take any closed pipe for stdout's, a connection's too, and end silently.
             raise ClosedPipeError(str(error)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -93,8 +93,8 @@ def group() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; a
-    conversion that a signal ends, 128 and the signal's number.
+    Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; 128
+    plus the signal's number for a conversion ended by a signal.
     """
     _set_up_streams()
     settings = Settings()
@@ -114,14 +114,14 @@ def main() -> None:
 
 
 def _end(error: BaseException, settings: Settings) -> int:
-    """Say in a line what ended the command, under --json as a document too; the exit code.
+    """Report the end of the command in a line, under --json as a document too; return the exit code.
 
-    Nothing becomes a traceback, whatever it is, and whatever the streams do.
+    No error becomes a traceback, of whatever kind, and in whatever state the streams are.
     """
-    message, code = _told(error, settings)
+    message, code = _described(error, settings)
     if isinstance(error, OutputError):
         take_no_more(sys.stdout)
-        # Of `npuq inspect … | head` there is nothing to say.
+        # Silent for `npuq inspect … | head`.
         if not error.reader_is_gone:
             say(f"npuq: error: {message}")
         return code
@@ -132,7 +132,7 @@ def _end(error: BaseException, settings: Settings) -> int:
         complain(said.getvalue())
     else:
         say(f"npuq: error: {line}")
-    # Of a command line that cannot be parsed no option has been read.
+    # A command line that cannot be parsed has left its options unread.
     if (settings.json or (isinstance(error, click.UsageError) and "--json" in sys.argv)) and not settings.emitted:
         try:
             emit_error(type(error).__name__, line, code)
@@ -141,8 +141,8 @@ def _end(error: BaseException, settings: Settings) -> int:
     return code
 
 
-def _told(error: BaseException, settings: Settings) -> tuple[str, int]:
-    """What ended the command, in words, and the exit code."""
+def _described(error: BaseException, settings: Settings) -> tuple[str, int]:
+    """A message for the error, and the exit code."""
     if isinstance(error, click.ClickException):
         return error.format_message(), error.exit_code
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
@@ -150,7 +150,7 @@ def _told(error: BaseException, settings: Settings) -> tuple[str, int]:
     if isinstance(error, NpuqError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
-        # What the system refuses (a name that is too long, a directory that may not be read) names its file.
+        # An error of the operating system (a name that is too long, a directory without permission) names its file.
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror or error}", 1
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's
@@ -161,10 +161,10 @@ def _told(error: BaseException, settings: Settings) -> tuple[str, int]:
 
 
 def _set_up_streams() -> None:
-    """Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names that are no UTF-8 come out as
-    escapes: text that cannot be shown is no reason to fail. The place of a stream that is closed is taken, or the next
-    file to be written would get its number, and what a library tells of itself."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest number that is free
+    """Make the standard streams safe. Characters that the terminal's encoding lacks (GBK, Latin-1, ASCII) and names
+    that are not UTF-8 are printed as escapes and do not fail. The number of a closed stream is filled with /dev/null:
+    the next file opened would get it, and with it the output of libraries."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free number
         continue
     os.close(number)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -172,5 +172,5 @@ def _set_up_streams() -> None:
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  (stays open)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # anything under a test runner
+        if isinstance(stream, io.TextIOWrapper):  # another type under a test runner
             stream.reconfigure(errors="backslashreplace")

@@ -37,7 +37,7 @@ def command(
     """
     from ..hub import pull
 
-    # As where a model is named: user/name@revision.
+    # In the form of a MODEL argument: user/name@revision.
     repo, at, pinned = repo.partition("@")
     if at and (revision is not None or not pinned):
         raise click.UsageError(f"{repo}@{pinned}: give the revision once, behind @ or with --revision")

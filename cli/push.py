@@ -49,7 +49,7 @@ def command(
 ) -> None:
     """Push ARTIFACT to the repository USER/NAME of the Hugging Face hub, or of ModelScope.
 
-    Interrupted at any moment, the same command continues; only what is not on the hub yet is sent. Until the last
+    Interrupted at any moment, the same command continues; only content missing on the hub is sent. Until the last
     commit the repository says that it is unfinished.
     """
     from ..hub import push
@@ -78,7 +78,7 @@ def _print(summary: PushSummary, as_json: bool) -> None:
     if as_json:
         emit_json(summary.as_dict())
         return
-    # ModelScope's client does not tell.
+    # ModelScope's client does not report it.
     commit = f", commit {summary.commit[:12]}" if summary.commit else ""
     if summary.sent_files:
         sent = f"{summary.sent_files} of {summary.files} files, {format_bytes(summary.sent_bytes)}"
@@ -88,7 +88,7 @@ def _print(summary: PushSummary, as_json: bool) -> None:
 
 
 def verified(artifact: Path) -> None:
-    """Raise ArtifactError unless `npuq verify` finds nothing."""
+    """Raise ArtifactError unless `npuq verify` finds no problem."""
     from ..verification import verify
 
     problems = verify(artifact).problems

@@ -25,8 +25,9 @@ from .terminal.progress import TerminalProgress, progress_options
 def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: bool) -> None:
     """Write a page about ARTIFACT (a directory, or user/repo): sizes, errors, scales, calibration, provenance.
 
-    One HTML file that opens without a network. It shows what conversion, calibration and `npuq evaluate --save` left in
-    the artifact; of one that ModelSlim made, sizes and scales. Needs plotly: pip install 'npuq[report]'.
+    One HTML file that opens without a network. It shows the results of conversion, calibration and `npuq evaluate
+    --save` that the artifact holds; of one that ModelSlim made, sizes and scales. Needs plotly: pip install
+    'npuq[report]'.
     """
     from ..report import check_output, read_facts, write_report
     from .transfer import local_model
@@ -35,7 +36,7 @@ def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: b
         check_output(output)
     directory = local_model(artifact, quiet=quiet, progress=progress)
     with TerminalProgress(progress, quiet) as display:
-        # What the hub's cache calls a directory, a commit, means nothing to a reader.
+        # The name of a directory in the hub's cache, a commit, means nothing to a reader.
         facts = read_facts(directory, display, None if directory == artifact else str(artifact))
     if as_json:
         emit_json(facts.as_dict())

@@ -1,4 +1,4 @@
-"""The sampling options of a command, and what is said of those in force."""
+"""The sampling options of a command, and notes on those in effect."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Fields that change nothing where the likeliest token is taken.
+# Fields without effect in greedy sampling.
 _ONLY_SAMPLED = ("top_k", "top_p", "min_p", "seed")
 
 
 def sampling_options(function: _F) -> _F:
-    """The options of a command that samples: what the user does not say arrives as None."""
+    """Add the sampling options to a command; an option that the user does not give arrives as None."""
     options = [
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
         click.option("--greedy", is_flag=True, help="Take the likeliest token, as --temperature 0."),
@@ -38,7 +38,7 @@ def sampling_options(function: _F) -> _F:
 
 
 def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of SamplingParams that the user gave."""
+    """The fields of SamplingParams for the options given by the user."""
     given = {name: value for name, value in sampling.items() if name != "greedy" and value is not None}
     if sampling["greedy"]:
         if given.get("temperature"):
@@ -48,7 +48,7 @@ def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(params: SamplingParams, defaults: SamplingParams, given: Mapping[str, Any]) -> list[str]:
-    """Lines on the sampling in force: what it is, where it comes from, and which options change nothing."""
+    """Lines on the sampling in effect: its values, their origin, and options without effect."""
     off = type(params)()
     names = ["repetition_penalty"] if params.temperature == 0 else ["temperature", *_ONLY_SAMPLED, "repetition_penalty"]
     in_force = [name for name in names if getattr(params, name) != getattr(off, name)]

@@ -1,4 +1,4 @@
-"""What commands that talk to a hub share: models that may be repositories, and a client that is silent."""
+"""Common parts of commands that use a hub: models that may be repositories, and a silent client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def local_model(
 ) -> Path:
     """The directory of a MODEL argument; `user/repo` is fetched from the hub first, with progress of that form.
 
-    `before_weights` raises what speaks against the model: of a repository, before its weights are fetched.
+    `before_weights` raises an error for an unsuitable model; for a repository it is called before its weights are
+    fetched.
     """
     if Path(model).exists():
         before_weights(Path(model))
@@ -43,7 +44,7 @@ def local_model(
 
 
 def open_source(source: str, output: str, revision: str | None, window_bytes: int | None) -> Path | Checkpoint:
-    """What a SOURCE argument names: a directory, or a checkpoint on the hub, opened to be read from there."""
+    """The source of a SOURCE argument: a directory, or an open checkpoint on the hub, to be read from there."""
     named = None
     if not Path(source).exists():
         from ..hub.locate import repo_and_revision
@@ -61,7 +62,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
 
     silence_client()
     repo, pinned = named
-    # Beside the shards that it becomes: the same disk, and gone with the output directory.
+    # Beside the output shards: on the same disk, and removed with the output directory.
     folder = Path(output) / OWN_FOLDER / "download"
     try:
         window_bytes = window_bytes or DEFAULT_WINDOW
@@ -71,7 +72,7 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
 
 
 def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPusher:
-    """A push of an artifact that is being made; HubError when it cannot be, before the work begins."""
+    """Open a push of an artifact during its conversion. Raises HubError, before the work begins."""
     from ..hub import ShardPusher
 
     silence_client()
@@ -79,7 +80,7 @@ def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPus
 
 
 def silence_client() -> None:
-    """Only our own bar: huggingface_hub would draw one a file, and warn of each retry."""
+    """Silence huggingface_hub, which would draw a bar for each file, and warn of each retry."""
     import logging
 
     from huggingface_hub.utils import disable_progress_bars

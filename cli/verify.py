@@ -1,4 +1,4 @@
-"""`npuq verify`: is an artifact all that its format promises?"""
+"""`npuq verify`: checks an artifact against its format and its engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .terminal.console import emit_json, json_option, show
 from .terminal.progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
-    from ..verification import RoleError, VerifyReport
+    from ..verification import RoleError, Verdict
 
 
 @click.command()
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that --engine shall use.")
 @click.option("--ep", is_flag=True, help="Expert parallelism: whole routed experts are spread over the ranks.")
 @progress_options
-@json_option("Print the report as JSON.")
+@json_option("Print the verdict as JSON.")
 def command(
     artifact: str,
     source: str | None,
@@ -41,10 +41,10 @@ def command(
 
     ARTIFACT and --source are directories, or user/repo on the hub, which is fetched first.
 
-    Hashes, headers, completeness, shapes, the engines' rules, and every stored value. Exit status 1, with each problem
-    named, when anything is wrong. With --engine also when that engine has no parameter for a tensor, or no tensor for a
-    parameter, reads config.json otherwise than npuq, or cannot do with the model on --tp ranks; without, notes tell of
-    the first three.
+    Hashes, headers, completeness, shapes, the engines' requirements, and every stored value. Exit status 1, with each
+    problem named, when anything is wrong. With --engine also when that engine has no parameter for a tensor, or no
+    tensor for a parameter, reads config.json otherwise than npuq, or cannot run the model on --tp ranks; without
+    --engine, notes report the first three.
     """
     from ..engines import check_placement
     from ..verification import verify
@@ -55,35 +55,36 @@ def command(
     where = local_model(artifact, quiet=quiet, progress=progress)
     original = None if source is None else local_model(source, quiet=quiet, progress=progress)
     with TerminalProgress(progress, quiet) as display:
-        report = verify(where, original, progress=display)
+        verdict = verify(where, original, progress=display)
     if engine is not None:
-        # An artifact whose config or description cannot be read has been found out already.
+        # Verification has already reported an artifact whose config or description cannot be read.
         with suppress(NpuqError):
             found = check_placement(where, engine, tp, ep)
-            notes = tuple(note for note in report.notes if note not in found)
-            report = replace(report, problems=(*report.problems, *found), notes=notes)
+            notes = tuple(note for note in verdict.notes if note not in found)
+            verdict = replace(verdict, problems=(*verdict.problems, *found), notes=notes)
     if as_json:
-        emit_json(report.as_dict())
+        emit_json(verdict.as_dict())
     else:
-        _print(report)
-    if not report.ok:
+        _print(verdict)
+    if not verdict.ok:
         sys.exit(1)
 
 
-def _print(report: VerifyReport) -> None:
-    for problem in report.problems:
+def _print(verdict: Verdict) -> None:
+    for problem in verdict.problems:
         show(f"problem: {problem}")
-    for note in report.notes:
+    for note in verdict.notes:
         show(f"note: {note}")
-    if report.roles:
-        show(*_error_table(report.roles))
-    counts = f"{report.files} files, {report.tensors} tensors, {report.linears} quantized linears"
-    verdict = "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
-    show(f"{report.path}: {verdict} ({counts})")
+    if verdict.roles:
+        show(*_error_table(verdict.roles))
+    counts = f"{verdict.files} files, {verdict.tensors} tensors, {verdict.linears} quantized linears"
+    outcome = "ok" if verdict.ok else f"{len(verdict.problems)} problem{'s' if len(verdict.problems) > 1 else ''}"
+    show(f"{verdict.path}: {outcome} ({counts})")
 
 
 def _error_table(roles: Sequence[RoleError]) -> list[str]:
-    """A line a role: its weight error against the source, and the largest of one linear; `--json` has every linear."""
+    """A line for each role: its weight error against the source, and the largest of one linear; `--json` has every
+    linear."""
     header = f"{'role':<18} {'scheme':<13} {'linears':>8} {'weight error':>12} {'largest':>8}"
     lines = [
         f"{role.role:<18} {role.scheme:<13} {role.linears:>8} {role.relative_error:>12.2%} "

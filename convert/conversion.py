@@ -27,7 +27,7 @@ from .calibrate.states import remove_states
 from .calibrate.walk import CalibratedWalk
 from .finish.card import check_base_model
 from .finish.finish import finish, rehearse
-from .finish.report import totals_by_role
+from .finish.role_totals import totals_by_role
 from .finish.side_files import card_front_matter
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .plan.prepare import CalibrationText, Prepared, prepare
@@ -51,7 +51,7 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True)
 class Internals:
-    """What tests and benchmarks turn: how often to sync, and the call that writes."""
+    """Settings for tests and benchmarks: intervals between syncs, and the call that writes."""
 
     durability: Durability = field(default_factory=Durability)
     write: Write = os.pwrite
@@ -76,18 +76,17 @@ def convert_checkpoint(
 ) -> Summary:
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
 
-    `recipe` is a name (w4a8, w8a8, float) or a YAML file. Without one a float checkpoint becomes w4a8, and one that
-    ModelSlim or llm-compressor has quantized keeps its codes and scales. `method` replaces its method, and may be a
-    chain such as rotate+smooth+gptq; `calibration` is the text that gptq and smooth need (a built-in one by default).
-    `max_memory` bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes of each
-    output file.
-    `base_model` is the source's name on the hub (OWNER/NAME) for the artifact's card, where the source is a directory.
-    The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte. `dry_run` writes nothing, and
-    says in the summary's `refusal` why a run would refuse the output directory or the disk; `force` starts although the
-    disk has too little room.
+    `recipe` is a name (w4a8, w8a8, float) or a YAML file. Without one a float checkpoint becomes w4a8, and a checkpoint
+    quantized by ModelSlim or llm-compressor keeps its codes and scales. `method` replaces the recipe's method, and may
+    be a chain such as rotate+smooth+gptq; `calibration` is the text that gptq and smooth need (a built-in one by
+    default). `max_memory` bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes
+    of each output file. `base_model` is the source's name on the hub (OWNER/NAME) for the artifact's card, where the
+    source is a directory. The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte.
+    `dry_run` writes nothing; the summary's `refusal` gives the reason why a run would refuse the output directory or
+    the disk. `force` starts although the disk has too little room.
 
-    `source` may also be a checkpoint that is open (one on a hub, say), which is closed at the end. `on_shard` is called
-    with the name and sha256 of each output shard whose bytes are final, in the calling thread.
+    `source` may also be an open checkpoint (one on a hub, say), which is closed at the end. `on_shard` is called in the
+    calling thread with the name and sha256 of each output shard whose bytes are final.
 
     Raises CheckpointError and RecipeError for bad input, ConversionError when the output belongs to something else, the
     disk has too little room or refuses, or memory does not suffice.
@@ -123,7 +122,7 @@ def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> 
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A conversion that is decided."""
+    """A conversion after all decisions, before its work."""
 
     prepared: Prepared
     budget: Budget
@@ -133,7 +132,7 @@ class _Conversion:
     notes: tuple[str, ...]
 
     def planned(self, force: bool) -> Summary:
-        """What a run would do; nothing is written."""
+        """Summarize a run without writing anything."""
         roles = self._roles({})
         try:
             found = look(self.output, self.prepared.identity)
@@ -149,23 +148,25 @@ class _Conversion:
         return self._summary("planned", len(record.jobs), roles, space, state, refusal)
 
     def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
-        """Run."""
+        """Run the conversion, or recognize a finished artifact."""
         for note in self.notes:
             progress.note(note)
         found = look(self.output, self.prepared.identity)
         if isinstance(found, Finished):
-            # A kill after the manifest leaves what only an unfinished conversion needs.
+            # A kill after the manifest leaves the files of an unfinished conversion.
             _remove_remains(self.output, progress)
             notes = self._finished_notes()
             for note in notes[len(self.notes) :]:
                 progress.note(note)
             jobs = len(self.prepared.plan.jobs)
-            return self._summary("finished", jobs, found.report["roles"], self._space(None), "finished", notes=notes)
+            return self._summary(
+                "finished", jobs, found.role_totals["roles"], self._space(None), "finished", notes=notes
+            )
         space = self._space(found or Record())
         if not force and not space.suffices:
             raise ConversionError(_too_full(space, self.output))
         if not space.suffices:
-            progress.note(f"warning: {space.told(self.output)}; when the disk fills up, make room and run again")
+            progress.note(f"warning: {space.shortage(self.output)}; when the disk fills up, make room and run again")
         journal = claim(self.output, self.prepared.identity)
         try:
             return self._run(journal, space, internals, progress, on_shard)
@@ -207,7 +208,7 @@ class _Conversion:
             files.close()
         progress.note("shards are written; finishing")
         try:
-            # Waking torch's threads takes longer than the rope tables that they would share.
+            # Waking torch's threads would take longer than computing the small rope tables alone.
             with single_threaded_torch():
                 finish(prepared, self.output, record, reports)
         except OSError as error:
@@ -219,11 +220,11 @@ class _Conversion:
     def _refuse_moving_source(
         self, journal: Journal, before: Sequence[FileStamp], kept: Collection[int], progress: Progress
     ) -> None:
-        """Raise ConversionError where weights that were converted are no longer what the source holds."""
+        """Raise ConversionError where the source has changed since its weights were read."""
         now, record = stamps_now(self.prepared.checkpoint), journal.record
         if tuple(now) == tuple(before):
             return
-        # What has the names now is to be compared, and not what is open.
+        # Compare the files that have these names now, not the open ones.
         self.prepared.checkpoint.close()
         done = len(record.jobs)
         with Pool(self.budget.workers) as pool:
@@ -236,7 +237,7 @@ class _Conversion:
             )
 
     def _finished_notes(self) -> tuple[str, ...]:
-        """What a user should know of an artifact that is finished: its card stays as it is."""
+        """Notes for the user on a finished artifact: its card stays as it is."""
         wanted = self.prepared.base_model
         named = card_front_matter(self.output).get("base_model")
         if wanted is None or named == wanted:
@@ -249,7 +250,7 @@ class _Conversion:
         )
 
     def _space(self, record: Record | None) -> Space:
-        """With a record of what is done; None where all is."""
+        """The disk space beside a record of finished jobs; None: every job is finished."""
         return plan_space(self.prepared, self.output, record, self.small_bytes)
 
     def _roles(self, stats: Mapping[int, ErrorSums]) -> list[Mapping[str, Any]]:
@@ -293,9 +294,9 @@ class _Conversion:
 
 
 def _too_full(space: Space, output: Path) -> str:
-    """Why a conversion does not start, and what to do."""
+    """The reason why a conversion does not start, and the remedy."""
     return (
-        f"{space.told(output)}: make room, choose another disk, or start all the same with --force (when the disk "
+        f"{space.shortage(output)}: make room, choose another disk, or start all the same with --force (when the disk "
         "fills up, make room and run the same command: it continues)"
     )
 
@@ -308,7 +309,7 @@ def _settle(journal: Journal, found: Sequence[FileStamp]) -> None:
 
 
 def _remove_remains(output: Path, progress: Progress) -> None:
-    """What only an unfinished conversion needs. The artifact is whole without that, and with it."""
+    """Remove the files of an unfinished conversion. The artifact is complete with and without them."""
     try:
         (output / JOURNAL_NAME).unlink(missing_ok=True)
         remove_states(output / OWN_FOLDER)

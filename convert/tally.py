@@ -1,4 +1,4 @@
-"""How far the jobs of a plan have come: told to whoever watches, with what each costs and the layers they complete."""
+"""Progress of a plan's jobs: the cost of each, and the layers that they complete."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..progress import LayersLeft, Progress, Task
 from ..quant.scales import Method
 from .plan.plan import Job, Plan
 
-# Nanoseconds of one core for a byte that is read, copied and hashed, and for a weight whose scale is searched, measured
+# Nanoseconds of one core: for reading, copying and hashing a byte, and for searching the scale of a weight; measured
 # with the native kernels. Only their ratios matter.
 _BYTE = 0.4
 _WEIGHT = {Method.MINMAX: 0.3, Method.MSE: 1.4}
 
 
 def data_free_effort(job: Job) -> float:
-    """What a job costs that looks at its weight alone: nanoseconds of one core."""
+    """The cost of a job without calibration: nanoseconds of one core."""
     rounded = 0.0 if job.scheme is Scheme.FLOAT else _WEIGHT[job.method.scale_search] * job.rows * job.columns
     return _BYTE * job.source_bytes + rounded
 
@@ -31,7 +31,7 @@ class Tally:
         self._left = LayersLeft(job.layer for job in plan.jobs)
 
     def start(self, done: Collection[int]) -> None:
-        """Say what there is to do, `done` jobs (by index) having been done by an earlier run."""
+        """Start the task of all jobs; the jobs `done` (by index) were finished by an earlier run."""
         jobs = self._plan.jobs
         for index in done:
             self._left.part_done(jobs[index].layer)
@@ -48,6 +48,6 @@ class Tally:
         )
 
     def job_done(self, job: Job) -> None:
-        """Say that one more job is done."""
+        """Advance the task by one job."""
         last = self._left.part_done(job.layer)
         self._progress.advance(job.source_bytes, effort=self._effort(job), layer=job.layer, layer_done=last)

@@ -1,4 +1,4 @@
-"""What the engines that load an artifact (vLLM-Ascend, SGLang) demand of it."""
+"""The requirements of engines (vLLM-Ascend, SGLang) on an artifact that they load."""
 
 from .placement import check_placement
 

@@ -1,7 +1,7 @@
 """The keys of an artifact's config.json that loaders read differently from one another, written so that all agree.
 
-transformers, vLLM and SGLang have defaults of their own for what a config leaves out, and each takes another of two
-statements that contradict each other. An artifact says in plain words what npuq took.
+transformers, vLLM and SGLang have defaults of their own for missing keys, and choose differently between contradicting
+statements. An artifact states npuq's reading explicitly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ..models.config import ModelConfig
 
-# Where these are absent or null, loaders take one another's defaults for wrong, or fail.
+# Keys without which loaders fail, or take a wrong default of another loader's.
 _EXPLICIT: Final = (
     "n_routed_experts",
     "num_experts_per_tok",
@@ -24,14 +24,14 @@ _EXPLICIT: Final = (
     "n_group",
     "topk_group",
 )
-# What null means, in words that transformers takes.
+# The meaning of null, in values that transformers accepts.
 _NOT_NULL: Final[Mapping[str, Any]] = {"n_shared_experts": 0, "attention_bias": False, "hidden_act": "silu"}
 
 
 def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
-    """What an artifact's config.json must say beside or instead of what the source's (`raw`) says.
+    """The keys of an artifact's config.json to add to the source's (`raw`), or to replace there.
 
-    `mtp_layers` are those that the artifact has. Empty where every loader already reads the source's rightly, as those
+    `mtp_layers` are those of the artifact. Empty where every loader already reads the source's keys rightly, as those
     of the released models.
     """
     keys: dict[str, Any] = {}
@@ -39,11 +39,12 @@ def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequenc
         keys["architectures"] = [config.family.architecture]
     for key in _EXPLICIT if config.moe is not None else ():
         value = getattr(config.moe, key)
-        # Of another type, too: transformers refuses a whole number where it expects a fraction.
+        # Also a value of another type: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value
     keys |= {key: value for key, value in _NOT_NULL.items() if key in raw and raw[key] is None}
-    # The head is stored whatever the source had; SGLang would not read it, and compute with the embedding.
+    # The artifact always stores the head; with tied embeddings SGLang would not read it, and compute with the
+    # embedding.
     if raw.get("tie_word_embeddings", False) is not False:
         keys["tie_word_embeddings"] = False
     count = len(mtp_layers)

@@ -1,9 +1,9 @@
-"""The parameters that an engine creates for a model, against the tensors of an artifact: is each there, and has each
-tensor a place?
+"""The parameters that an engine creates for a model, against the tensors of an artifact: each parameter needs a tensor,
+and each tensor a parameter.
 
-A parameter without a tensor keeps what was in memory, and the engine computes with it; a tensor without a parameter
-ends loading in an error, or is read over. Each engine's list is the family's table (`models/families`) and where the
-engine's classes leave it, by model_type: read from their constructors and `load_weights`, and held to them by loading
+A parameter without a tensor keeps random memory, and the engine computes with it; a tensor without a parameter ends
+loading in an error, or is skipped. Each engine's list is the family's table (`models/families`) and the differences of
+the engine's classes, by model_type. They were read from constructors and `load_weights`, and are tested by loading
 artifacts with every tensor left out in turn (tests/engines).
 """
 
@@ -25,11 +25,11 @@ _PARTS: Final[Mapping[Scheme, tuple[str, ...]]] = {
     Scheme.W8A8: (WEIGHT, SCALE, OFFSET),
     Scheme.W8A8_STATIC: (WEIGHT, INPUT_SCALE, INPUT_OFFSET, DEQ_SCALE, QUANT_BIAS),
 }
-# Both engines have parameters for them and multiply by neither: ModelSlim leaves them out.
+# Both engines create these parameters and never multiply by them: ModelSlim leaves them out.
 _UNUSED: Final[Mapping[Scheme, tuple[str, ...]]] = {Scheme.W8A8_STATIC: (SCALE, OFFSET)}
 
 
-# What transformers' configuration classes, which both engines use, take no other type for.
+# The types of keys that transformers' configuration classes, which both engines use, insist on.
 _TYPES: Final[Mapping[str, type]] = {
     "n_shared_experts": int,
     "routed_scaling_factor": float,
@@ -38,21 +38,21 @@ _TYPES: Final[Mapping[str, type]] = {
     "attention_bias": bool,
     "hidden_act": str,
 }
-_STOPS: Final = object()  # it would not start
+_STOPS: Final = object()  # the engine would not start
 
 
 @dataclass(frozen=True)
 class EngineModel:
-    """How an engine's classes read, build and load a model, where they leave config.json or the family's table."""
+    """The differences of an engine's classes from config.json and the family's table, in reading and loading."""
 
     architectures: tuple[str, ...]  # the first of config.json's `architectures` must be one of them
-    absent: Mapping[str, object]  # what they take for a key that is missing or null, where that is not transformers'
-    ties_head: bool  # where config.json ties them, the embedding is the head, and no stored head is looked at
+    absent: Mapping[str, object]  # defaults of missing or null keys that differ from transformers'
+    ties_head: bool  # tied in config.json: the embedding is the head, and a stored head is ignored
     builds_empty_shared: bool  # shared experts of width 0 where n_shared_experts is 0, which want their tensors
-    skips_uncounted: bool  # the main model reads over all layers behind its own, not only those that config.json counts
+    skips_uncounted: bool  # the main model skips all layers behind its own, counted in config.json or not
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
-    draft_always_routes: bool  # the draft's layer has experts, whatever moe_layer_freq says
-    refuses: Callable[[str], bool]  # whether loading ends at such a tensor where it has no parameter
+    draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
+    refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -65,7 +65,7 @@ def _refused_by_vllm(name: str) -> bool:
 
 
 def _refused_by_sglang(name: str) -> bool:
-    """It only warns, but for what it stacks: there it takes the parameter for granted."""
+    """SGLang only warns, except for tensors that it stacks: their parameters are not looked for first."""
     stacked = any(projection in name for projection in ("gate_proj", "up_proj"))
     return stacked and "mlp.experts." not in name and not name.endswith(".bias")
 
@@ -91,7 +91,7 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
-# Read from the classes; not held to them by loading artifacts yet.
+# Read from the classes; not tested by loading artifacts yet.
 _VLLM_GLM = replace(
     _VLLM,
     architectures=("Glm4MoeLiteForCausalLM",),
@@ -115,14 +115,14 @@ MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors that one model of an engine reads: those it needs, and those it can do without."""
+    """The tensors that one model of an engine reads: needed and optional ones."""
 
     needed: frozenset[str]
     optional: frozenset[str]
 
 
 def main_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
-    """What the main model reads of an artifact with this config.json and description."""
+    """The tensors that the main model reads of an artifact with this config.json and description."""
     config = _as_read(model, raw)
     tied = model.ties_head and config.tie_word_embeddings
     names = (spec.name for spec in ModelTensors(config).unroll(()) if not (tied and spec.role is Role.HEAD))
@@ -130,7 +130,7 @@ def main_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[st
 
 
 def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
-    """What the MTP draft model reads beside the embedding and the head that it borrows from the main model."""
+    """The tensors that the MTP draft model reads beside the embedding and the head of the main model."""
     config = _as_read(model, raw)
     layers = model.drafts(config)
     if model.draft_always_routes:
@@ -142,7 +142,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
 
 
 def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
-    """A line for each way in which `engine` (a key of MODELS) would load or read the artifact wrongly.
+    """A line for each way in which `engine` (a key of MODELS) would fail to load the artifact, or misread it.
 
     `raw` is its config.json, `schemes` its description, which names every tensor. Raises CheckpointError for a config
     that cannot be read.
@@ -167,13 +167,13 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
 
 
 def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[str]:
-    """Which of these tensors, for which there is no parameter, `engine` would not load an artifact with."""
+    """The tensors among `names`, all without a parameter, at which `engine` would fail to load an artifact."""
     model = MODELS[engine].get(model_type)
     return [] if model is None else [name for name in names if model.refuses(name)]
 
 
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
-    """What the engine would not take as npuq does, and what to write instead."""
+    """A line for each key that the engine reads otherwise than npuq, and the value to write instead."""
     named = raw.get("architectures")
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
         yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
@@ -196,8 +196,7 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
 
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
-    """The config as the engine's classes read it: DeepSeek's have no correction bias where topk_method is not spelt
-    out."""
+    """The config as the engine's classes read it: DeepSeek's have no correction bias where topk_method is missing."""
     config = ModelConfig.from_dict(raw)
     if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
@@ -211,7 +210,7 @@ def _with_moe(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 
 def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:
-    """Whether the main model reads over a tensor because of its layer."""
+    """True where the main model skips a tensor because of its layer."""
     layer = config.family.layer_of(name)
     if layer is None or layer < config.num_hidden_layers:
         return False

@@ -1,7 +1,8 @@
-"""Whether an engine can spread a model over some ranks, and computes rightly when it does: rules as data.
+"""Requirements of engines on the ranks that a model is spread over, as data: can it be spread, and does it compute
+rightly?
 
-Each rule holds for one release of an engine. They were learnt by running the engines' own loading code on artifacts,
-rank by rank, with emulated NPU operators (tests/engines), and change when the engines do.
+Each requirement holds for one release of an engine. They were found by running the engines' own loading code on
+artifacts, rank by rank, with emulated NPU operators (tests/engines), and change when the engines do.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from ..models.config import ModelConfig
 from ..models.family import Block
 from .parameters import parameter_problems, refused_names
 
-# The least multiple of input features that the NPU's W4A8 grouped matmul takes (CANN's tiling of aclnnGroupedMatmul).
+# The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
 _W4A8_INPUTS = 64
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A model on `tp` ranks. With `ep` each holds whole routed experts, else a slice of every one."""
+    """A model on `tp` ranks. With `ep` each rank has whole routed experts, else a slice of every one."""
 
     config: ModelConfig
     experts: Scheme | None  # W4A8 where any layer of the main model has W4A8 experts; None without experts
@@ -50,53 +51,54 @@ class Placement:
 
     @property
     def slices_w4a8(self) -> bool:
-        """Whether each rank holds a slice of every W4A8 expert."""
+        """True where each rank has a slice of every W4A8 expert."""
         return self.experts is Scheme.W4A8 and self.tp > 1 and not self.ep
 
 
 @dataclass(frozen=True)
-class Rule:
-    """`broken` says whether a placement breaks it; `why` and what to do are a line with the placement's numbers."""
+class Requirement:
+    """A requirement on placements: `broken` is True for one that breaks it; `why` is the reason and the remedy in a
+    line, with fields for the placement's numbers."""
 
     broken: Callable[[Placement], bool]
     why: str
 
 
 _COMMON = (
-    Rule(
+    Requirement(
         lambda p: p.config.rope.rope_type not in ("default", "yarn"),
         "rope type {rope} is computed as YaRN, whatever config.json says: no deployment of it is right",
     ),
-    Rule(
+    Requirement(
         lambda p: p.config.rope.attention_factor is not None or not p.config.rope.truncate,
         "attention_factor and truncate of YaRN are not read: write mscale and mscale_all_dim instead",
     ),
-    Rule(
+    Requirement(
         lambda p: p.config.attention.heads % p.tp != 0,
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
     ),
-    Rule(
+    Requirement(
         lambda p: p.dense_width % p.tp != 0 or p.shared_width % p.tp != 0,
         "the {dense} channels of dense MLPs and the {shared} of shared experts cannot be shared by {tp} ranks: choose "
         "a --tp that divides both",
     ),
-    Rule(
+    Requirement(
         lambda p: p.ep and p.config.n_routed_experts % p.tp != 0,
         "{experts} routed experts cannot be spread over {tp} ranks: choose a --tp that divides {experts}",
     ),
-    Rule(
+    Requirement(
         lambda p: p.slices_w4a8 and p.expert_width % (p.tp * _W4A8_INPUTS) != 0,
         "each of {tp} ranks would get {width}/{tp} inputs of an expert's down projection, and the NPU's W4A8 matmul "
         "takes multiples of 64: use --ep, or fewer ranks",
     ),
 )
 
-ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
+ENGINES: Mapping[str, tuple[str, tuple[Requirement, ...]]] = {
     "vllm-ascend": (
         "0.23.0",
         (
             *_COMMON,
-            Rule(
+            Requirement(
                 lambda p: p.slices_w4a8 and BIAS_COLUMNS % p.tp != 0,
                 "W4A8 experts hold 16 partial sums of scale_bias, which {tp} ranks cannot share: use --ep, or a --tp "
                 "of 1, 2, 4, 8 or 16",
@@ -107,11 +109,11 @@ ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
         "0.5.23",
         (
             *_COMMON,
-            Rule(
+            Requirement(
                 lambda p: p.experts is Scheme.FLOAT,
                 "FLOAT routed experts are refused: convert with a recipe that quantizes them",
             ),
-            Rule(
+            Requirement(
                 lambda p: p.slices_w4a8,
                 "each of {tp} ranks adds the scale_bias of all of them to the down projection's output: the model "
                 "would load and compute garbage; use --ep (--ep-size {tp} of the server)",
@@ -122,10 +124,10 @@ ENGINES: Mapping[str, tuple[str, tuple[Rule, ...]]] = {
 
 
 def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[str, ...]:
-    """What keeps `engine` (a key of ENGINES) from running the artifact on `tp` ranks, a line each: parameters without a
-    tensor, tensors without a parameter, and the rules of its ranks.
+    """The problems of running the artifact on `tp` ranks of `engine` (a key of ENGINES), a line each: parameters
+    without a tensor, tensors without a parameter, and broken requirements on ranks.
 
-    Reads config.json and the description alone; raises CheckpointError and ArtifactError when it cannot.
+    Reads config.json and the description alone. Raises CheckpointError and ArtifactError when it cannot.
     """
     raw = read_config(directory)
     config, schemes = ModelConfig.from_dict(raw), read_description(directory)
@@ -135,14 +137,14 @@ def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[st
 
 
 def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
-    """A line for each way in which `engine` would not load an artifact with this config.json and description, or read
-    it wrongly, on any number of ranks."""
+    """A line for each way in which `engine` would fail to load an artifact with this config.json and description, or
+    misread it, on any number of ranks."""
     for problem in parameter_problems(engine, raw, schemes):
         yield f"{engine} {ENGINES[engine][0]}: {problem}"
 
 
 def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str]) -> Iterator[str]:
-    """What an artifact with these weights will meet in an engine however it is placed; `unknown` tensors are copied."""
+    """A line for each problem of an artifact with these weights on any placement; `unknown` tensors are copied."""
     for engine, (version, _) in ENGINES.items():
         yield from placement_problems(engine, config, schemes, 1, False)
         refused = refused_names(engine, config.model_type, unknown)
@@ -156,8 +158,8 @@ def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Se
 def placement_problems(
     engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
 ) -> Iterator[str]:
-    """A line for each rule of `engine` (a key of ENGINES) that `tp` ranks would break; `schemes` is the description."""
-    version, rules = ENGINES[engine]
+    """A line for each requirement of `engine` (a key of ENGINES) that `tp` ranks break; `schemes`: the description."""
+    version, requirements = ENGINES[engine]
     placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
     numbers = {
         "tp": tp,
@@ -168,9 +170,9 @@ def placement_problems(
         "experts": config.n_routed_experts,
         "width": placement.expert_width,
     }
-    for rule in rules:
-        if rule.broken(placement):
-            yield f"{engine} {version}: {rule.why.format(**numbers)}"
+    for requirement in requirements:
+        if requirement.broken(placement):
+            yield f"{engine} {version}: {requirement.why.format(**numbers)}"
 
 
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:
@@ -179,5 +181,5 @@ def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme
         scheme = schemes.get(config.family.name(Block.EXPERT, "down", layer, expert=0))
         if scheme is not None:
             found.add(scheme)
-    # One W4A8 layer is enough for the rules of W4A8.
+    # One W4A8 layer is enough for the requirements on W4A8.
     return Scheme.W4A8 if Scheme.W4A8 in found else next(iter(found), None)

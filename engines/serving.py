@@ -1,4 +1,4 @@
-"""How vLLM-Ascend and SGLang can serve an artifact: on how many NPUs, and by which commands."""
+"""Serving of an artifact by vLLM-Ascend and SGLang: the number of NPUs, and the commands."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..models.config import ModelConfig
 from .placement import ENGINES, placement_problems
 
 DEVICE_BYTES: Final = 64_000_000_000
-"""The memory of an Atlas A2's NPU, the smallest that these models are served on."""
+"""Bytes of device memory of an Atlas A2's NPU, the smallest that these models are served on."""
 
-# What weights may take of it: the rest is for the cache, activations and communication.
+# The share of it for weights: the rest is for the cache, activations and communication.
 _WEIGHTS_SHARE: Final = 0.75
 _RANKS: Final = (1, 2, 4, 8, 16, 32, 64)
 
@@ -21,7 +21,7 @@ _RANKS: Final = (1, 2, 4, 8, 16, 32, 64)
 def serving_ranks(config: ModelConfig, schemes: Mapping[str, Scheme], nbytes: int) -> int | None:
     """The fewest ranks with whole experts that hold `nbytes` of weights, and over which both engines can spread them.
 
-    `schemes` is the description. None where no number of ranks will do.
+    `schemes` is the description. None where no number of ranks suffices.
     """
     for ranks in _RANKS:
         fits = nbytes / ranks <= _WEIGHTS_SHARE * DEVICE_BYTES
@@ -33,7 +33,7 @@ def serving_ranks(config: ModelConfig, schemes: Mapping[str, Scheme], nbytes: in
 
 
 def serving_section(ranks: int | None, nbytes: int, *, mtp: bool) -> str:
-    """Markdown: the commands for this many ranks, or why there are none; `mtp` where MTP layers can draft."""
+    """Markdown: the commands for this many ranks, or the reason for none; `mtp` where MTP layers can draft."""
     if ranks is None:
         return (
             "### vLLM-Ascend, SGLang\n\n"

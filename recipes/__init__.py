@@ -1,1 +1,1 @@
-"""Recipes: which scheme and method each weight gets. The named ones lie here as YAML."""
+"""Recipes: the scheme and method of each weight. The named recipes are YAML files in this folder."""

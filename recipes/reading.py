@@ -1,5 +1,5 @@
-"""Recipes by name, from a YAML file, or from an artifact, read with every check; errors say what may have been
-meant."""
+"""Reading of recipes, by name, from a YAML file, or from an artifact, with every check; errors suggest the nearest
+valid word."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RULE_KEYS = ("roles", "layers", "names", "scheme", "method")
 
 
 def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
-    """A recipe by name (w4a8, w8a8, float) or from a YAML file; `method` replaces its method.
+    """Read a recipe by name (w4a8, w8a8, float) or from a YAML file; `method` replaces its method.
 
     Raises RecipeError for a missing or malformed file and for unknown keys and values, with the nearest valid one.
     """
@@ -52,8 +52,8 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
     return parsed
 
 
-def stored_recipe(directory: Path) -> Recipe:
-    """The recipe that an artifact was made by; RecipeError when its file is missing or damaged."""
+def artifact_recipe(directory: Path) -> Recipe:
+    """The recipe in an artifact. Raises RecipeError when its file is missing or damaged."""
     path = inside(directory, RECIPE_NAME, RecipeError)
     return _parse(read_text(path, RecipeError, _MOST_BYTES), str(path))
 
@@ -74,7 +74,7 @@ def _parse(text: str, where: str) -> Recipe:
     name = content.get("name", Path(where).stem)
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise RecipeError(f"{where}: 'name' must be a line of text")
-    # What is stored has its scales: nothing is searched for.
+    # Stored codes come with scales: no search is needed.
     method, transforms = parse_chain("minmax" if stored else content.get("method", "mse"), where)
     return Recipe(
         name=name,
@@ -132,8 +132,8 @@ def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
 
 
 def parse_chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
-    """`rotate+smooth+gptq`: transforms, each at most once, and at the end how codes are found (mse where that is left
-    out). `auto` is all of them, smoothing by trial. RecipeError for anything else, which `where` has."""
+    """Parse `rotate+smooth+gptq`: transforms, each at most once, then the method that finds codes (mse without one).
+    `auto` is all of them, smoothing by trial. Raises RecipeError for anything else; `where` names its place."""
     words = str(value).split("+")
     if words == [AUTO]:
         return Method.GPTQ, tuple(Transform)
@@ -155,7 +155,7 @@ def parse_chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:
 
 
 def _scheme(value: Any, where: str) -> Scheme:
-    """A scheme by its full name or without `_DYNAMIC`, in any case; static W8A8 is W8A8_STATIC."""
+    """Parse a scheme: its full name or the name without `_DYNAMIC`, in any case; static W8A8 is W8A8_STATIC."""
     # In artifacts the static scheme has the short name of the dynamic one.
     short: dict[str, Scheme] = {"W8A8_STATIC": Scheme.W8A8_STATIC}
     short |= {scheme.value.removesuffix("_DYNAMIC"): scheme for scheme in Scheme if scheme is not Scheme.W8A8_STATIC}

@@ -1,10 +1,10 @@
-"""A recipe: which scheme and method each weight gets, and who must be able to load the artifact.
+"""A recipe: the scheme and method of each weight, and the target that must be able to load the artifact.
 
 A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
 and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
-`method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the way codes are found, as in
-`rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; what no rule
-matches stays float.
+`method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the method that finds codes, as in
+`rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; a tensor
+without a matching rule stays float.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AUTO = "auto"
 
 
 class Transform(str, Enum):
-    """What is done to a model before it is quantized, leaving its function as it is."""
+    """A change to a model before quantization that keeps its function."""
 
     ROTATE = "rotate"
     SMOOTH = "smooth"
@@ -38,7 +38,7 @@ class Transform(str, Enum):
 
 
 class Target(str, Enum):
-    """Who must be able to load the artifact; `engines` includes npuq's own runtime."""
+    """The loaders that an artifact is for; `engines` includes npuq's own runtime."""
 
     ENGINES = "engines"
     NPUQ = "npuq"
@@ -48,7 +48,7 @@ class Target(str, Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """Conditions that all must hold (empty: no condition), and the settings given to the tensors that meet them."""
+    """Conditions that all must hold (empty: no condition), and the settings for the tensors that meet them."""
 
     roles: tuple[Role, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()  # inclusive ranges
@@ -57,10 +57,10 @@ class Rule:
     method: Method | None = None
 
     def matches(self, spec: Spec) -> bool:
-        """Whether the rule speaks of this tensor.
+        """True where the rule applies to this tensor.
 
-        A rule that names neither roles nor tensors speaks of the linears that can be quantized, so that "layers 0-3 in
-        W8A8" does not reach for their norms.
+        A rule that names neither roles nor tensors applies to quantizable linears only, so that "layers 0-3 in W8A8"
+        leaves their norms alone.
         """
         if self.roles or not self.names:
             allowed: Iterable[Role] = self.roles or QUANTIZABLE
@@ -77,9 +77,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read: `method` is what rules without a method of their own use.
+    """A recipe as read: `method` is the default of rules without their own.
 
-    With `stored` there are no rules: every weight keeps the scheme, codes and scales that it has in the source.
+    With `stored` there are no rules: every weight keeps the scheme, codes and scales of the source.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Recipe:
         return AUTO if self.auto else "+".join([*map(str, self.transforms), self.method.value])
 
     def to_yaml(self) -> str:
-        """The recipe in full, in a form `load_recipe` reads back; the same recipe always gives the same text."""
+        """The recipe in full, in a form that `load_recipe` reads back; the same recipe always gives the same text."""
         if self.stored:
             content: dict[str, Any] = {"name": self.name, "target": self.target.value, "schemes": STORED}
             return yaml.safe_dump(content, sort_keys=False, width=120)

@@ -1,4 +1,4 @@
-"""What a calibrated conversion left in the manifest: how many tokens each expert saw, and what became of the others."""
+"""The calibration in a manifest: the tokens that reached each expert, and the fallbacks of the others."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ FALLBACKS = ("blended", "data-free")
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One layer: tokens routed to each expert (empty in a dense one), what experts with too few got instead of their
-    own Hessian, the relative error of the layer's output and that of its latent in an int8 KV cache (None where they
-    were not measured), and the strength of smoothing by what was smoothed (empty without)."""
+    """The coverage and errors of one layer.
+
+    expert_tokens: tokens routed to each expert (empty in a dense layer). fallbacks: those of experts with too few
+    tokens for a Hessian of their own. The relative errors of the layer's output and of its latent in an int8 KV cache
+    are None where they were not measured. smoothing: strength by place (empty without).
+    """
 
     layer: int
     expert_tokens: tuple[int, ...]
@@ -30,7 +33,7 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The calibration set and what it reached."""
+    """The calibration set and its reach."""
 
     name: str
     sha256: str
@@ -41,7 +44,7 @@ class Coverage:
 
 
 def read_coverage(manifest: Mapping[str, Any]) -> Coverage | None:
-    """The manifest's `calibration`; None where there is none. ArtifactError when it is damaged."""
+    """The manifest's `calibration`; None without one. Raises ArtifactError when it is damaged."""
     stored = manifest.get(KEY)
     if stored is None:
         return None

@@ -1,4 +1,4 @@
-"""How well calibration reached the experts, drawn."""
+"""A figure of the tokens with which calibration reached each expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKS = {"blended": "circle", "data-free": "x"}
 
 
 def coverage_figure(coverage: Coverage) -> Any:
-    """Tokens routed to each expert, on a logarithmic scale, and a mark on those that had too few."""
+    """Tokens routed to each expert, on a logarithmic scale, and a mark on experts with too few."""
     layers = [layer for layer in coverage.layers if layer.expert_tokens]
     rows = [str(layer.layer) for layer in layers]
     figure = heat_map(
@@ -49,13 +49,13 @@ def coverage_figure(coverage: Coverage) -> Any:
             )
     if not any(layer.fallbacks for layer in layers):
         return figure
-    # Below the axis: above it stands the colour bar.
+    # Below the axis: the colour bar is above it.
     legend = {"yref": "container", "y": 0.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"}
     return figure.update_layout(legend=legend, margin_b=64, height=figure.layout.height + 30)
 
 
 def _ticks(low: int, high: int) -> list[int]:
-    """Round counts, two at least, the first of them no more than `low` and the last no less than `high`."""
+    """Round counts, at least two; the first is at most `low` and the last at least `high`."""
     steps = (1,) if high >= 100 * low else (1, 2, 5)
     rounded = [step * 10**power for power in range(len(str(high)) + 1) for step in steps]
     first = max(index for index, tick in enumerate(rounded) if tick <= low)

@@ -22,7 +22,7 @@ from ..inputs.files import inside, read_text
 from ..models.config import ModelConfig
 from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
-from ..verification.stored_evaluation import stored_evaluations
+from ..verification.evaluations import read_evaluations
 from .calibration import Coverage, read_coverage
 from .foreign import foreign_linears, foreign_roles, mtp_layers
 from .linears import LinearFacts, RoleFacts, linear_facts
@@ -33,11 +33,11 @@ _MOST_RECIPE_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a report shows. What only npuq's manifest tells is None or empty for an artifact of ModelSlim's;
-    `coverage` is also None for one that was made without calibration.
+    """All numbers and texts of a report. Facts from npuq's manifest are None or empty for an artifact of ModelSlim's;
+    `coverage` is also None without calibration.
 
-    provenance: what the artifact was made from and by, in the order in which it is shown. recipe: its name;
-    recipe_yaml: its text.
+    provenance: the sources and tools of the artifact, in the order of the page. recipe: its name; recipe_yaml: its
+    text.
     """
 
     name: str
@@ -66,20 +66,20 @@ class Facts:
 
     @property
     def has_mtp(self) -> bool:
-        """Whether there are quantized linears in multi-token-prediction layers."""
+        """True with quantized linears in multi-token-prediction layers."""
         return any(linear.layer >= self.layers for linear in self.linears)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as values for JSON."""
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
 
 
 def read_facts(directory: str | Path, progress: Progress | None = None, name: str | None = None) -> Facts:
-    """The facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales.
-    `name` is what to call it, the directory's name where it is None.
+    """Read the facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales. `name` is
+    its name on the page, the directory's name where it is None.
 
-    Raises ArtifactError when the directory holds no finished artifact, or its manifest, report or scales are damaged,
-    and CheckpointError when its config or shards are.
+    Raises ArtifactError when the directory holds no finished artifact, or its manifest, role totals or scales are
+    damaged, and CheckpointError when its config or shards are.
     """
     directory = Path(directory)
     name = directory.resolve().name if name is None else name
@@ -111,7 +111,7 @@ def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
         linears=linears,
         scales=scale_histograms(checkpoint, linears, progress),
         coverage=read_coverage(manifest),
-        evaluations=tuple(stored_evaluations(manifest)),
+        evaluations=tuple(read_evaluations(manifest)),
     )
 
 
@@ -125,7 +125,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Fa
     config = ModelConfig.from_dict(checkpoint.config)
     specs = expected_specs(config, mtp_layers(checkpoint, config))
     linears = foreign_linears(checkpoint, types, specs)
-    # ModelSlim's static W8A8 may leave the weight's scale out: it is folded into another one.
+    # ModelSlim's static W8A8 may have no weight scale: it is folded into another scale.
     scaled = [linear for linear in linears if scale_name(linear) in checkpoint.tensors]
     return Facts(
         name=name,
@@ -149,7 +149,7 @@ def _linear(spec: Spec, entry: Mapping[str, Any]) -> LinearFacts:
 
 def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     source, totals = manifest["source"], manifest["totals"]
-    told = {
+    known = {
         "source": source["name"],
         "source repository": source["repo"],
         "source commit": source["revision"],
@@ -164,7 +164,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "tensors": f"{totals['tensors']:,}",
         "files with size and sha256": f"{len(manifest['files']):,}",
     }
-    return {name: str(value) for name, value in told.items() if value is not None}
+    return {name: str(value) for name, value in known.items() if value is not None}
 
 
 def _role(entry: Mapping[str, Any]) -> RoleFacts:

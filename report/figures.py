@@ -17,8 +17,8 @@ from .style import AFTER, BEFORE, COLOURS, PERCENT, error, laid_out, plain, sche
 
 ErrorOf = Callable[[LinearFacts], "float | None"]
 
-_SMALL = 0.01  # of all bytes
-# What calibration minimizes first.
+_SMALL = 0.01  # of the total bytes
+# The measure that calibration minimizes comes first.
 _MEASURES: dict[str, ErrorOf] = {
     "output error": lambda linear: linear.output_error,
     "weight error": lambda linear: linear.relative_error,
@@ -26,9 +26,8 @@ _MEASURES: dict[str, ErrorOf] = {
 
 
 def figures(facts: Facts) -> dict[str, Any]:
-    """Every figure that these facts allow, by name: sizes, layers, scales, coverage, smoothing, cache; and
-    `experts …` and `linears …`, with scheme and measure.
-    """
+    """Every figure that these facts allow, by name: sizes, layers, scales, coverage, smoothing, cache; and `experts …`
+    and `linears …`, with scheme and measure."""
     made: dict[str, Any] = {}
     if facts.roles:
         made["sizes"] = size_figure(facts.roles)
@@ -47,7 +46,8 @@ def figures(facts: Facts) -> dict[str, Any]:
 
 
 def _error_figures(linears: Sequence[LinearFacts]) -> dict[str, Any]:
-    """A figure a scheme, the one with the largest errors first: beside int4's, int8's would all be one colour."""
+    """A figure for each scheme, the one with the largest errors first: beside int4's, int8's errors would all have one
+    colour."""
     made: dict[str, Any] = {}
     by_error = sorted(linears, key=lambda linear: -(linear.relative_error or 0.0))
     for scheme in dict.fromkeys(linear.scheme for linear in by_error):
@@ -62,7 +62,7 @@ def _error_figures(linears: Sequence[LinearFacts]) -> dict[str, Any]:
 
 
 def size_figure(roles: Sequence[RoleFacts]) -> Any:
-    """Bytes before (where they are known) and after, by role, the largest on top and the small ones together."""
+    """Bytes before (where known) and after, by role, the largest on top and the small ones together."""
     rows = list(reversed(_small_together(roles)))
     names = [f"{role.role} ({scheme_label(role.scheme)})" if role.scheme else role.role for role in rows]
     unit, divisor = _unit(max(max(role.source_bytes or 0, role.output_bytes) for role in rows))
@@ -119,7 +119,7 @@ def linear_figure(linears: Sequence[LinearFacts], error_of: ErrorOf) -> Any:
 
 
 def smoothing_figure(coverage: Coverage) -> Any:
-    """Strength of smoothing by layer and what was smoothed."""
+    """Strength of smoothing by layer and place."""
     layers = [layer for layer in coverage.layers if layer.smoothing]
     names = list(dict.fromkeys(name for layer in layers for name in layer.smoothing))
     figure = heat_map(
@@ -140,7 +140,7 @@ def output_errors(facts: Facts) -> list[tuple[str, list[int], list[float]]]:
         known = [(layer.layer, layer.output_error) for layer in facts.coverage.layers if layer.output_error is not None]
         lines.append(("on the calibration set", [layer for layer, _ in known], [error for _, error in known]))
     for entry in facts.evaluations:
-        # No layer's error comes from the KV cache: results that differ in it alone share their lines.
+        # The errors of layers do not depend on the KV cache: results that differ in it alone share their lines.
         stored, where = entry.get("layers", []), f"on {entry['text']}, context {entry['context']}"
         numbers = [layer["layer"] for layer in stored]
         for name, key in (("accumulated", "relative_error"), ("of the layer alone", "own_relative_error")):
@@ -179,7 +179,7 @@ def scale_figure(histograms: Sequence[ScaleHistogram]) -> Any:
     for index, histogram in enumerate(histograms):
         edges = [2 ** (histogram.first + step / BINS_PER_OCTAVE) for step in range(len(histogram.counts) + 1)]
         figure.add_scatter(
-            # Each count stands from its lower edge to the next; zeros at both ends close the outline.
+            # Each count is drawn from its lower edge to the next; zeros at both ends close the outline.
             x=[edges[0], *edges],
             y=[0.0, *(count / histogram.channels for count in histogram.counts), 0.0],
             customdata=[0, *histogram.counts, 0],

@@ -1,4 +1,4 @@
-"""What the headers and the description of an artifact tell that npuq did not make: sizes and schemes, but no errors."""
+"""Sizes and schemes of an artifact that another tool made, from headers and description; no errors are known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .linears import LinearFacts, RoleFacts, linear_facts
 
 
 def mtp_layers(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, ...]:
-    """The multi-token-prediction layers that are there: those after the decoder's."""
+    """The multi-token-prediction layers present: those after the decoder's."""
     layers = {config.family.layer_of(name) for name in checkpoint.tensors}
     return tuple(sorted(layer for layer in layers if layer is not None and layer >= config.num_hidden_layers))
 
@@ -33,7 +33,7 @@ def foreign_linears(
 def foreign_roles(
     checkpoint: Checkpoint, types: Mapping[str, Scheme], specs: Mapping[str, Spec]
 ) -> tuple[RoleFacts, ...]:
-    """Sizes by role and scheme, the largest first. What is stored beside a weight counts to it."""
+    """Sizes by role and scheme, the largest first. Tensors stored beside a weight (its scales) count with it."""
     sums: dict[tuple[str, str], list[int]] = {}
     for name, info in checkpoint.tensors.items():
         owner = name if name in specs else _owner(name, checkpoint)
@@ -50,6 +50,6 @@ def foreign_roles(
 
 
 def _owner(name: str, checkpoint: Checkpoint) -> str:
-    """The weight of the module that a tensor is part of; the tensor itself where there is none."""
+    """The weight of the module that a tensor belongs to; the tensor itself where there is none."""
     weight = f"{name.rpartition('.')[0]}.{WEIGHT}"
     return weight if weight in checkpoint.tensors else name

@@ -20,7 +20,7 @@ def heat_map(
     texts: Sequence[Sequence[str]],
     hover: str,
 ) -> Any:
-    """`values[row][column]`, grey where None; `texts` are what `hover` (plotly's hovertemplate) calls text."""
+    """Draw `values[row][column]`, grey where None; `hover` (plotly's hovertemplate) shows `texts` as text."""
     figure = go.Figure(
         go.Heatmap(
             x=list(columns),
@@ -44,11 +44,10 @@ def heat_map(
             ygap=1 if len(rows) <= _GAPS_UP_TO else 0,
         )
     )
-    # Layers are names, not numbers: those that are not there take no room.
-    # The ranges are those of the cells alone, the first layer on top: marks at the edges shall not widen them.
+    # Layers are names, not numbers: missing layers take no room.
     figure.update_yaxes(title="layer", type="category", range=[len(rows) - 0.5, -0.5], nticks=min(len(rows), 31))
     figure.update_xaxes(range=[-0.5, len(columns) - 0.5], showgrid=False).update_yaxes(showgrid=False)
-    # Names stand aslant below the map, and need room there.
+    # Slanted names below the map need room.
     names = 7 * max(len(str(column)) for column in columns) if isinstance(columns[0], str) else 0
     height = 130 + min(names, 150) + (24 if len(rows) <= 16 else 10) * len(rows)
     return laid_out(figure, height).update_layout(plot_bgcolor=_UNKNOWN)

@@ -1,4 +1,4 @@
-"""What a report knows of a quantized linear, and of all tensors of a role."""
+"""The facts of a quantized linear, and of all tensors of a role."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..models.tensors import Spec
 class LinearFacts:
     """A quantized linear; `projection` is its name within its layer or expert.
 
-    relative_error: √(Σ (w − ŵ)² / Σ w²) of its weight. output_error: √(Σ ‖x(w − ŵ)ᵀ‖² / Σ ‖xwᵀ‖²) over the inputs x
-    that calibration gave it. None where they are not known.
+    relative_error: √(Σ (w − ŵ)² / Σ w²) of its weight. output_error: √(Σ ‖x(w − ŵ)ᵀ‖² / Σ ‖xwᵀ‖²) over its calibration
+    inputs x. None where they are not known.
     """
 
     name: str
@@ -32,7 +32,7 @@ class LinearFacts:
 class RoleFacts:
     """Sums over all tensors of a role and scheme.
 
-    `source_bytes` and `relative_error` are None where they are not known, the error also for what stays float.
+    `source_bytes` and `relative_error` are None where they are not known, the error also for float.
     """
 
     role: str
@@ -47,7 +47,7 @@ class RoleFacts:
 def linear_facts(
     spec: Spec, scheme: str, relative_error: float | None = None, output_error: float | None = None
 ) -> LinearFacts:
-    """The facts of a linear that the architecture knows; ValueError for one outside the layers."""
+    """The facts of a linear that the architecture knows. Raises ValueError for one outside the layers."""
     if spec.layer is None:
         raise ValueError(f"{spec.name}: belongs to no layer")
     return LinearFacts(
@@ -63,6 +63,6 @@ def linear_facts(
 
 
 def root_mean_square(errors: Sequence[float | None]) -> float | None:
-    """Of these errors; None of none, or where one is not known."""
+    """The root mean square of these errors; None without any, and where one is not known."""
     known = [error for error in errors if error is not None]
     return sqrt(sum(error**2 for error in known) / len(known)) if known and len(known) == len(errors) else None

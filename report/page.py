@@ -1,4 +1,4 @@
-"""The page: one HTML file that loads nothing, written whole or not at all."""
+"""The page: one self-contained HTML file, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _SECTIONS = {
 def write_report(facts: Facts, output: str | Path) -> Path:
     """Write the page about an artifact; an earlier report of npuq's is replaced, by one rename.
 
-    Raises ReportError when plotly is not installed, when `output` is anything but a report, and when the disk refuses;
-    what was there before is still there then.
+    Raises ReportError when plotly is not installed, when `output` exists and is no report, and when the disk refuses;
+    an earlier file remains then.
     """
     output = Path(output)
     check_output(output)
@@ -61,7 +61,7 @@ def write_report(facts: Facts, output: str | Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """ReportError unless a report can be written here without the loss of anything but an older one."""
+    """Raise ReportError unless a report can be written here, replacing nothing but an older one."""
     if output.exists() and not output.is_file():
         raise ReportError(f"{output}: is a directory or a device; name a file with -o")
     if not output.parent.is_dir():
@@ -78,7 +78,7 @@ def check_output(output: Path) -> None:
 
 
 def render(facts: Facts) -> str:
-    """The page as text. ReportError without plotly."""
+    """Render the page as text. Raises ReportError without plotly."""
     try:
         from plotly.io import to_html
         from plotly.offline import get_plotlyjs

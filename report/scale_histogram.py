@@ -1,4 +1,4 @@
-"""How the scales of an artifact are distributed, role by role, in eighths of an octave."""
+"""The distribution of an artifact's scales, role by role, in eighths of an octave."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LOWEST, _HIGHEST = -149, 128
 
 @dataclass(frozen=True)
 class ScaleHistogram:
-    """Output channels of a role and scheme by their scale: `counts[i]` of them have
-    2^(first + i/8) <= scale < 2^(first + (i+1)/8)."""
+    """Output channels of a role and scheme by their scale: `counts[i]` of them have 2^(first + i/8) <= scale < 2^(first
+    + (i+1)/8)."""
 
     role: str
     scheme: str
@@ -34,7 +34,7 @@ class ScaleHistogram:
 
 
 def scale_name(linear: LinearFacts) -> str:
-    """The tensor with one scale an output channel."""
+    """The name of the tensor with one scale for each output channel."""
     return linear.name.removesuffix(WEIGHT) + SCALE
 
 

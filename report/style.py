@@ -1,4 +1,4 @@
-"""What page and figures of a report share: colours, margins, numbers and names as a reader likes them."""
+"""The common style of page and figures: colours, margins, forms of numbers and names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PERCENT = ".2~%"
 
 
 def laid_out(figure: Any, height: int) -> Any:
-    """The figure at a height in pixels, as wide as the page, its legend above it."""
+    """The figure with a height in pixels, as wide as the page, its legend above it."""
     return (
         figure.update_layout(
             template="plotly_white",
@@ -29,12 +29,12 @@ def laid_out(figure: Any, height: int) -> Any:
 
 
 def plain(text: str) -> str:
-    """Text that is not ours (a file's name) as plotly shows it unchanged: it reads some HTML in names."""
+    """Escape foreign text (a file's name) for plotly, which reads some HTML in names."""
     return html.escape(text, quote=False)
 
 
 def scheme_label(scheme: str) -> str:
-    """W4A8, W8A8, float: as the documentation says it."""
+    """The scheme as in the documentation: W4A8, W8A8, float."""
     return "float" if scheme == "FLOAT" else "static W8A8" if scheme == "W8A8" else scheme.removesuffix("_DYNAMIC")
 
 
@@ -46,5 +46,5 @@ def error(value: float | None) -> str:
 
 
 def number(value: int) -> str:
-    """With thousands separated."""
+    """The number with separated thousands."""
     return f"{value:,}"

@@ -1,4 +1,4 @@
-"""What a reader wants to know first: the few numbers on top of a report, and the lists of what stands out."""
+"""The summary of a report: its few most important numbers, and the lists of outliers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..units import format_bytes
-from ..verification.stored_evaluation import evaluated_on
+from ..verification.evaluations import evaluated_on
 from .calibration import FALLBACKS, Coverage
 from .linears import LinearFacts, RoleFacts, root_mean_square
 from .style import error, number, scheme_label
@@ -20,7 +20,7 @@ _LARGEST = 5
 
 @dataclass(frozen=True)
 class Tile:
-    """One number, what it is, and a remark."""
+    """One number, its label, and a remark."""
 
     title: str
     value: str
@@ -50,7 +50,7 @@ def _size_tile(facts: Facts) -> Tile:
 
 
 def _error_tile(facts: Facts, role: RoleFacts) -> Tile:
-    """The output error where calibration measured it, which is what counts; else the weight error."""
+    """The output error, which matters most, where calibration measured it; else the weight error."""
     of = f"{role.role}, {scheme_label(role.scheme)}"
     linears = [linear for linear in facts.linears if (linear.role, linear.scheme) == (role.role, role.scheme)]
     measured = [linear.output_error for linear in linears if linear.output_error is not None]
@@ -72,7 +72,7 @@ def _evaluation_tiles(entry: Mapping[str, Any]) -> list[Tile]:
 
 
 def largest_errors(linears: Sequence[LinearFacts]) -> list[LinearFacts]:
-    """Of every scheme the few linears with the largest weight errors, all of them largest first."""
+    """The few linears with the largest weight errors of every scheme, all of them largest first."""
     known = [linear for linear in linears if linear.relative_error is not None]
     ranked = sorted(known, key=lambda linear: (-(linear.relative_error or 0.0), linear.name))
     schemes = dict.fromkeys(linear.scheme for linear in ranked)
@@ -80,7 +80,7 @@ def largest_errors(linears: Sequence[LinearFacts]) -> list[LinearFacts]:
 
 
 def unreached(coverage: Coverage) -> list[tuple[int, str, list[int]]]:
-    """(layer, fallback, experts) of the experts that calibration reached too little."""
+    """Groups (layer, fallback, experts) of experts that calibration reached too little."""
     return [
         (layer.layer, kind, experts)
         for layer in coverage.layers

@@ -1,11 +1,11 @@
-"""Stage *engines*: the schemes that no engine loads, and what each engine would do with the rest."""
+"""Stage *engines*: schemes that no engine loads, and the problems of each engine with the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ..engines.placement import ENGINES, loading_problems
-from ..engines.rules import violations
+from ..engines.requirements import violations
 from ..formats.artifact import DESCRIPTION_NAME
 from ..recipes.recipe import Target
 from .subject import Subject
@@ -18,7 +18,7 @@ def engine_problems(subject: Subject) -> Iterator[str]:
 
 
 def engine_notes(subject: Subject) -> Iterator[str]:
-    """A line for each way in which an engine would not load an artifact that npuq made for engines."""
+    """A line for each way in which an engine would fail to load an artifact that npuq made for engines."""
     if subject.is_own and subject.target is Target.ENGINES:
         for engine in ENGINES:
             yield from loading_problems(engine, subject.checkpoint.config, subject.described)

@@ -1,4 +1,4 @@
-"""Stage *files*: those that the manifest vouches for, byte by byte, and those that do not belong there."""
+"""Stage *files*: the files of the manifest, byte by byte, and stray files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file_problems(directory: Path, files: Mapping[str, Any], pool: Pool, progres
 
 
 def stray_problems(directory: Path, known: Collection[str]) -> Iterator[str]:
-    """Files in the root that an engine would pick up although the artifact does not have them."""
+    """A line for each file in the root that an engine would load although the artifact does not have it."""
     for path in sorted(directory.iterdir()):
         if path.name in known or path.name == OWN_FOLDER:
             continue
@@ -40,7 +40,7 @@ def stray_problems(directory: Path, known: Collection[str]) -> Iterator[str]:
 
 
 def _check_file(directory: Path, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    """One file of the manifest: there, of its size, of its hash."""
+    """Check one file of the manifest: existence, size, hash."""
     path = directory / name
     if not path.exists():
         yield f"{name}: missing"

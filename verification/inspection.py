@@ -1,4 +1,4 @@
-"""`inspect`: what is in a checkpoint or an artifact, by role."""
+"""`inspect`: the tensors of a checkpoint or an artifact, by role."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
 from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
-from .stored_evaluation import stored_evaluations
+from .evaluations import read_evaluations
 
 
 @dataclass(frozen=True)
 class RoleLine:
-    """All tensors of one role and scheme; `bits` is stored bits a parameter, scales included; `output_bytes`
-    are those that lie in this directory.
+    """All tensors of one role and scheme; `bits` is stored bits a parameter, scales included; `output_bytes` are the
+    bytes in this directory.
 
-    In a source checkpoint `scheme` is the stored dtype, and what conversion would tell is None.
+    In a source checkpoint `scheme` is the stored dtype, and results of a conversion are None.
     """
 
     role: str
@@ -40,9 +40,8 @@ class RoleLine:
 @dataclass(frozen=True)
 class Inspection:
     """`kind` is artifact (npuq's own), quantized_checkpoint (ModelSlim's or llm-compressor's) or checkpoint; `recipe`
-    and `source` are None for all but the first. `evaluations` are the results that `npuq evaluate --save` stored,
-    oldest first.
-    """
+    and `source` are None for all but the first. `evaluations` are the results that `npuq evaluate --save` kept, oldest
+    first."""
 
     path: str
     kind: str
@@ -55,15 +54,16 @@ class Inspection:
     evaluations: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as values for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "lines"}
         return {**fields, "roles": [vars(line) for line in self.lines]}
 
 
 def inspect(path: str | Path) -> Inspection:
-    """What a directory holds, from headers and the artifact's report: no weight is read.
+    """List the tensors of a directory by role, from headers and the artifact's role totals; no weight is read.
 
-    Raises CheckpointError for a directory that is neither, ArtifactError for an unfinished or damaged artifact.
+    Raises CheckpointError for a directory that is neither checkpoint nor artifact, ArtifactError for an unfinished or
+    damaged artifact.
     """
     directory = Path(path)
     with Checkpoint.open(directory) as checkpoint:
@@ -71,7 +71,7 @@ def inspect(path: str | Path) -> Inspection:
         if is_own(directory):
             manifest = read_manifest(directory)
             kind, (recipe, source) = "artifact", _origin(directory, manifest)
-            lines, evaluations = _artifact_lines(directory), tuple(stored_evaluations(manifest))
+            lines, evaluations = _artifact_lines(directory), tuple(read_evaluations(manifest))
         else:
             shared = share_tied(checkpoint)
             weights, recipe, source = open_weights(checkpoint), None, None
@@ -82,7 +82,7 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _origin(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the recipe and the source that an artifact was made from."""
+    """The names of the recipe and the source of an artifact."""
     try:
         return manifest["recipe"]["name"], manifest["source"]["name"]
     except KeyError as error:
@@ -109,7 +109,7 @@ def _artifact_line(role: Mapping[str, Any]) -> RoleLine:
 
 
 def _checkpoint_lines(config: ModelConfig, source: WeightSource, shared: str | None) -> tuple[RoleLine, ...]:
-    """`shared` is the name under which a tied tensor is read a second time: it is stored once."""
+    """Count the tensors; `shared` is the name under which a tied tensor is read a second time: it is stored once."""
     inventory = take_inventory(config, source.weights)
     totals: dict[tuple[str, str], list[int]] = {}
     for name, spec in inventory.specs.items():

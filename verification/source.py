@@ -1,5 +1,5 @@
-"""Stage *source*: the checkpoint that an artifact was made from, as the conversion rewrote it, and the errors
-against it, which must be those of the manifest."""
+"""Stage *source*: the checkpoint that an artifact was made from, as the conversion rewrote it, and the errors against
+it, which must be those of the manifest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ERROR_TOLERANCE = 1e-3
 class Original:
     """The float weights behind an artifact.
 
-    A rotation is computed again. Smoothing depends on calibration: the decoder layers it touched have nothing to be
-    compared with, which `notes` say.
+    A rotation is computed again. Smoothing depends on calibration: smoothed decoder layers cannot be compared, and
+    `notes` name them.
     """
 
     def __init__(self, subject: Subject, source: WeightSource | None):
@@ -43,7 +43,7 @@ class Original:
             )
 
     def of(self, spec: Spec) -> WeightSource | None:
-        """The source to compare a weight with; None where there is none, or nothing to compare."""
+        """The source to compare a weight with; None without a source, and for a smoothed weight."""
         return None if self._is_smoothed(spec) else self._source
 
     def _is_smoothed(self, spec: Spec) -> bool:
@@ -51,12 +51,12 @@ class Original:
 
 
 def source_problems(subject: Subject, errors: Iterable[LinearError]) -> Iterator[str]:
-    """A line for each linear that was made from other weights: the manifest has another error."""
+    """A line for each linear that was made from other weights: its error differs from the manifest's."""
     linears = (subject.manifest or {}).get("linears")
     if not isinstance(linears, dict):
         return
     for error in errors:
-        # Made from codes: the float checkpoint behind them is as good a source, with an error of its own.
+        # Codes were copied: the float checkpoint behind them is as good a source, with an error of its own.
         if linears.get(error.name, {}).get("method") == STORED:
             continue
         promised = linears.get(error.name, {}).get("relative_error", error.relative_error)

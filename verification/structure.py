@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engines.rules import config_schemes
+from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
     DESCRIPTION_GLOBALS,
@@ -21,16 +21,16 @@ from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
 from ..models.tensors import Spec
-from ..recipes.reading import stored_recipe
+from ..recipes.reading import artifact_recipe
+from .evaluations import read_evaluations
 from .files import stray_problems
-from .stored_evaluation import stored_evaluations
 from .subject import Subject
 
 _FLOAT_CODES = ("BF16", "F16", "F32")
 
 
 def structure_problems(subject: Subject) -> Iterator[str]:
-    """A line for each part of an artifact that contradicts another, or that a loader would trip over."""
+    """A line for each part of an artifact that contradicts another, or that a loader would fail at."""
     yield from _index(subject)
     yield from _description(subject)
     yield from _config(subject)
@@ -54,7 +54,7 @@ def _index(subject: Subject) -> Iterator[str]:
 
 
 def _unlisted(checkpoint: Checkpoint) -> Iterator[str]:
-    """A line for each tensor of a shard that the index does not say to be there."""
+    """A line for each tensor of a shard that the index does not place there."""
     index, listed = index_path(checkpoint.directory), read_weight_map(checkpoint.directory)
     if index is None or listed is None:
         return
@@ -80,7 +80,7 @@ def _description(subject: Subject) -> Iterator[str]:
 
 
 def _own_description(subject: Subject) -> Iterator[str]:
-    """What npuq writes into every description, and what it never does."""
+    """Check the entries of npuq's descriptions: those that each has, and those that none has."""
     try:
         content = read_object(inside(subject.directory, DESCRIPTION_NAME, ArtifactError), ArtifactError)
     except ArtifactError as error:
@@ -102,7 +102,7 @@ def _config(subject: Subject) -> Iterator[str]:
 
 
 def _tensors(subject: Subject) -> Iterator[str]:
-    """Dtype, shape and description entry of every tensor that the schemes call for, and none besides."""
+    """Check dtype, shape and description of every tensor that the schemes call for, and that there are no others."""
     wanted = set()
     for spec in subject.specs.values():
         try:
@@ -137,22 +137,22 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
 
 
 def _marks(subject: Subject) -> Iterator[str]:
-    """What config.json says of the schemes, and the recipe, which says who is to load the artifact."""
+    """Check the schemes in config.json, and the recipe, which has the target."""
     config = subject.checkpoint.config
     expected = artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes))
     for key in ("quantize", "moe_quantize", "mtp_quantize"):
         if config.get(key) != expected.get(key):
             yield f"{CONFIG_NAME}: {key!r} is {config.get(key)!r}, the description calls for {expected.get(key)!r}"
     try:
-        stored_recipe(subject.directory)
+        artifact_recipe(subject.directory)
     except NpuqError as error:
         yield str(error)
 
 
 def _manifest(subject: Subject, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """The manifest's linears against those that are there; the evaluations that it keeps have the card's form."""
+    """Check the manifest's linears against the artifact's, and the form of its evaluations."""
     try:
-        stored_evaluations(manifest)
+        read_evaluations(manifest)
     except ArtifactError as damage:
         yield str(damage)
     linears = manifest.get("linears")

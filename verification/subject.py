@@ -1,4 +1,4 @@
-"""What is verified: an artifact that could be opened, npuq's own or ModelSlim's, with what its headers say."""
+"""The subject of a verification: an open artifact, npuq's own or ModelSlim's, with the contents of its headers."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..models.config import ModelConfig, model_dtype
 from ..models.inventory import take_inventory
 from ..models.roles import Role
 from ..models.tensors import Spec, expected_specs
-from ..recipes.reading import stored_recipe
+from ..recipes.reading import artifact_recipe
 from ..recipes.recipe import Target
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An artifact to look at.
+    """An artifact to verify.
 
-    specs: one of each weight that is there. missing: weights that config.json calls for and no shard has. described:
-    the scheme of every tensor that the description names. schemes: that of every weight. target: who is to load it.
-    manifest: None where another tool made the artifact; `weights` has those that could be opened then, and `tied` the
-    name under which a stored tensor is read a second time.
+    specs: one for each weight present. missing: weights that config.json calls for and no shard has. described: the
+    scheme of every tensor in the description. schemes: the scheme of every weight. target: the loaders it is for.
+    manifest: None where another tool made the artifact; `weights` has the readable ones then, and `tied` the name under
+    which a stored tensor is read a second time.
     """
 
     checkpoint: Checkpoint
@@ -53,11 +53,11 @@ class Subject:
 
     @property
     def is_own(self) -> bool:
-        """Whether npuq made it: then its form is known to the bit."""
+        """True where npuq made it: then its form is known to the bit."""
         return self.manifest is not None
 
     def outputs(self, spec: Spec) -> tuple[OutputTensor, ...]:
-        """The tensors of a weight in npuq's own form. ValueError for a scheme that cannot hold it."""
+        """The tensors of a weight in npuq's own form. Raises ValueError for a scheme that cannot hold it."""
         scheme = self.schemes[spec.name]
         if scheme is Scheme.FLOAT:
             code = spec.kept_dtype or self.checkpoint.tensors[spec.name].dtype
@@ -66,7 +66,7 @@ class Subject:
         return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)
 
     def weight(self, spec: Spec) -> Weight | None:
-        """A weight to read; None where its tensors are not what the structure needs, which is named there."""
+        """A weight to read; None where its tensors contradict the structure, whose stage names the problem."""
         if self.weights is not None:
             return self.weights[spec.name]
         tensors = self.checkpoint.tensors
@@ -92,9 +92,9 @@ class Subject:
 
 
 def open_subject(directory: Path, manifest: Mapping[str, Any] | None) -> Subject:
-    """Open an artifact; without a manifest, one that another tool made. Who calls closes its checkpoint.
+    """Open an artifact; without a manifest, one that another tool made. The caller closes its checkpoint.
 
-    Raises CheckpointError and ArtifactError for what cannot be looked at any further.
+    Raises CheckpointError and ArtifactError for an artifact that cannot be examined any further.
     """
     checkpoint = Checkpoint.open(directory)
     try:
@@ -111,7 +111,7 @@ def open_subject(directory: Path, manifest: Mapping[str, Any] | None) -> Subject
 
 
 def _foreign(checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str, Scheme]) -> Subject:
-    """What any reader of such checkpoints refuses is an error; tensors have many forms."""
+    """Open another tool's artifact: as its tensors have many forms, the errors of its reader are raised."""
     tied = share_tied(checkpoint)
     source = open_weights(checkpoint)
     specs = take_inventory(config, source.weights).specs
@@ -121,8 +121,7 @@ def _foreign(checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str
 def _own(
     checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str, Scheme], manifest: Mapping[str, Any]
 ) -> Subject:
-    """Everything that is wrong is to be named: the weights that can be looked at are those that are there, known ones
-    and unknown ones."""
+    """Open npuq's own artifact: every problem must be named, so all weights present are examined, known or not."""
     layers = {layer for name in checkpoint.tensors if (layer := config.family.layer_of(name)) is not None}
     mtp = tuple(sorted(layer for layer in layers if layer >= config.num_hidden_layers))
     specs: dict[str, Spec] = {}
@@ -138,7 +137,7 @@ def _own(
         if name not in claimed and name in described:
             specs[name] = Spec(name, Role.OTHER, info.shape, config.family.layer_of(name))
     try:
-        target = stored_recipe(checkpoint.directory).target
-    except NpuqError:  # the structure names it
+        target = artifact_recipe(checkpoint.directory).target
+    except NpuqError:  # named by the stage *structure*
         target = Target.ENGINES
     return Subject(checkpoint, config, specs, tuple(missing), described, described, target, manifest)

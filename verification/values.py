@@ -1,5 +1,5 @@
-"""Stage *values*: every number of an artifact. Codes, scales and biases are held against each other, float weights must
-be finite, rope tables are computed again; a source at hand is compared on the way."""
+"""Stage *values*: every number of an artifact. Codes, scales and biases are checked against each other, float weights
+must be finite, rope tables are computed again; weights are compared with a source where one is given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..engines.rules import fused_pairs
+from ..engines.requirements import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
 from ..formats.kv_cache import load_scales
@@ -70,10 +70,10 @@ def _check(subject: Subject, spec: Spec, source: WeightSource | None) -> WeightC
     try:
         weight = subject.weight(spec)
         if weight is None:
-            return WeightCheck(spec)  # the structure has named it
+            return WeightCheck(spec)  # named by the stage *structure*
         if weight.linear is not None:
             return _check_linear(weight.linear, spec, source, exact=subject.is_own)
-        # Another tool may have rewritten what it left float.
+        # Another tool may have rewritten the weights that it left float.
         return WeightCheck(spec, tuple(_float_problems(weight, spec, source if subject.is_own else None)))
     except CheckpointError as error:
         return WeightCheck(spec, (str(error),))
@@ -99,7 +99,8 @@ def _float_problems(weight: Weight, spec: Spec, source: WeightSource | None) -> 
 
 
 def _check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None, *, exact: bool) -> WeightCheck:
-    """`exact` as in `LinearRows.problems`. Raises CheckpointError for codes and scales that cannot be read at all."""
+    """Check the codes and scales of a linear; `exact` as in `LinearRows.problems`. Raises CheckpointError where they
+    cannot be read at all."""
     problems: dict[str, None] = {}  # each once, in order
     squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
     for start, stop in row_chunks(spec):
@@ -116,7 +117,7 @@ def _check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None,
 
 
 def _rope(subject: Subject) -> Iterator[str]:
-    """The stored rotary tables and their metadata against a recomputation."""
+    """Compare the stored rotary tables and their metadata with a recomputation."""
     try:
         stored = load_rope(inside(subject.directory, ROPE_NAME, ArtifactError), subject.config)
     except NpuqError as error:
@@ -135,7 +136,7 @@ def _rope(subject: Subject) -> Iterator[str]:
 
 
 def _kv_cache(subject: Subject) -> Iterator[str]:
-    """The scales of an int8 KV cache, which calibrated artifacts have: a positive number for every channel."""
+    """Check the scales of an int8 KV cache, which calibrated artifacts have: a positive number for every channel."""
     directory = subject.directory
     if not is_inside(directory, KV_CACHE_NAME):
         return
@@ -147,7 +148,7 @@ def _kv_cache(subject: Subject) -> Iterator[str]:
 
 
 def _shared_inputs(subject: Subject) -> Iterator[str]:
-    """Linears that loaders fuse quantize their activations once: in static W8A8 they need one input scale."""
+    """Check that fused linears have one input scale in static W8A8, since loaders quantize their activations once."""
     schemes, checkpoint = subject.schemes, subject.checkpoint
     for leader, member in fused_pairs(subject.specs):
         if {schemes[leader], schemes[member]} != {Scheme.W8A8_STATIC}:

@@ -1,7 +1,7 @@
-"""`verify`: is an artifact all that its format promises and its loaders need? Streamed, in bounded memory.
+"""`verify`: checks that an artifact is what its format promises and its loaders need. Streamed, in bounded memory.
 
 In stages: files, structure, values, source, engines. Each yields its problems, lines that name a file or tensor; npuq's
-own artifacts and those of other tools go through the same ones.
+own artifacts and those of other tools pass through the same stages.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .weight_errors import LinearError, RoleError, linear_errors, role_errors
 
 
 @dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found: `problems` name a file or tensor each; `errors` has the weight error of every linear when a
-    source was given, but for those whose weights were smoothed, of which `notes` speak, and `roles` of every role."""
+class Verdict:
+    """The result of `verify`. `problems` name a file or tensor each. `errors` has the weight error of every linear when
+    a source was given, except for smoothed weights, which `notes` name; `roles` has the errors of roles."""
 
     path: str
     problems: tuple[str, ...]
@@ -50,11 +50,11 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True without problems."""
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as values for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields |= {key: [vars(error) for error in fields[key]] for key in ("errors", "roles")}
         return {"ok": self.ok, **fields}
@@ -66,12 +66,12 @@ def verify(
     *,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> VerifyReport:
-    """Check an artifact; with `source`, also that it is that checkpoint's, and the error of every linear.
+) -> Verdict:
+    """Check an artifact; with `source`, also that it was made from that checkpoint, and the error of every linear.
 
-    An artifact that ModelSlim made has no manifest and no rotary tables: the rest is checked. Every byte is read twice,
-    once for its file's hash and once for its value; `progress` hears of both. Everything wrong with the artifact is a
-    problem in the report. Raises CheckpointError when there is no such directory, or the source cannot be read.
+    An artifact of ModelSlim's has no manifest and no rotary tables: everything else is checked. Every byte is read
+    twice, once for its file's hash and once for its value; `progress` counts both. Everything wrong with the artifact
+    is a problem in the verdict. Raises CheckpointError when there is no such directory, or the source cannot be read.
     """
     directory, watch = Path(path), progress or Silent()
     if not directory.is_dir():
@@ -79,7 +79,7 @@ def verify(
     try:
         manifest = _manifest(directory)
     except NpuqError as error:
-        return VerifyReport(str(path), (str(error),), 0, 0, 0, ())
+        return Verdict(str(path), (str(error),), 0, 0, 0, ())
     with ExitStack() as stack:
         weights = None if source is None else _source_weights(stack.enter_context(Checkpoint.open(source)))
         pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
@@ -92,7 +92,7 @@ def verify(
         try:
             subject = open_subject(directory, manifest)
         except NpuqError as error:
-            return VerifyReport(str(path), (*problems, str(error)), files, 0, 0, ())
+            return Verdict(str(path), (*problems, str(error)), files, 0, 0, ())
         stack.enter_context(subject.checkpoint)
         problems += _found(structure_problems, subject)
         problems += _found(table_problems, subject)
@@ -102,7 +102,7 @@ def verify(
     errors = tuple(linear_errors(subject.schemes, checks))
     problems += source_problems(subject, errors)
     problems += engine_problems(subject)
-    return VerifyReport(
+    return Verdict(
         path=str(path),
         problems=tuple(problems),
         files=files or len(subject.checkpoint.shards),
@@ -127,7 +127,7 @@ def _found(stage: Callable[[Subject], Iterable[str]], subject: Subject) -> list[
 def _manifest(directory: Path) -> Mapping[str, Any] | None:
     """The manifest of npuq's own artifact; None for one that another tool made.
 
-    A compressed-tensors checkpoint is called that, and not an unfinished artifact.
+    Raises ArtifactError for compressed-tensors weights by that name, and not as an unfinished artifact.
     """
     if not is_own(directory):
         if description_path(directory) is not None:
@@ -143,6 +143,6 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
 
 
 def _source_weights(checkpoint: Checkpoint) -> WeightSource:
-    """The weights of a source, of which the artifact has a tied head twice."""
+    """The weights of a source; a tied head has both names, as in the artifact."""
     share_tied(checkpoint)
     return open_weights(checkpoint)

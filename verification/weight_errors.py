@@ -1,4 +1,4 @@
-"""The weight error of linears against the source, and of whole roles: one measure, under one name wherever it is shown.
+"""The weight error of linears against the source, and of whole roles: one measure, with one name everywhere.
 
 It is √(Σ (w − ŵ)² / Σ w²), the error of the dequantized weights relative to those of the source. A role's sums run over
 all its weights together; a mean of its linears' errors would be another number.
@@ -29,7 +29,7 @@ class LinearError:
 
 @dataclass(frozen=True)
 class RoleError:
-    """The weight error of all linears of a role and scheme together, and the largest of one of them."""
+    """The weight error of all linears of a role and scheme together, and the largest error of a linear among them."""
 
     role: str
     scheme: str
@@ -49,7 +49,7 @@ def linear_errors(schemes: Mapping[str, Scheme], checks: Iterable[WeightCheck]) 
 
 
 def role_errors(schemes: Mapping[str, Scheme], checks: Iterable[WeightCheck]) -> Iterator[RoleError]:
-    """The error of every role and scheme that has such linears, in the order of their first."""
+    """The error of every role and scheme with compared linears, in the order of their first."""
     groups: dict[tuple[str, str], list[WeightCheck]] = {}
     for check in checks:
         if check.sums is not None:

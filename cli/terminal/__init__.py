@@ -1,1 +1,1 @@
-"""What commands say and ask at the terminal: sizes, lines, JSON documents, progress."""
+"""Input and output of commands at the terminal: sizes, lines, JSON documents, progress."""

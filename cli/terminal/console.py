@@ -1,4 +1,4 @@
-"""What commands share at the terminal: sizes in and out, JSON on stdout, lines on stderr."""
+"""The console of commands: sizes in and out, JSON on stdout, lines on stderr."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ __all__ = [
     "write",
 ]
 
-# The number of what --json prints: raised when a key changes its meaning or goes. docs/json.md lists them.
+# The schema number of --json documents: raised when a key changes its meaning or goes. docs/json.md lists them.
 JSON_SCHEMA: Final = 2
-# A message may quote a value of a file, and that may be a book.
+# A message may quote a long value of a file.
 _MOST_CHARACTERS: Final = 2000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `512MiB`, `1e9` or `4096`; ValueError otherwise."""
+    """Parse bytes from `5GB`, `512MiB`, `1e9` or `4096`. Raises ValueError otherwise."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS or not 1 <= float(match[1]) * _UNITS[match[2]] < 2**63:
         raise ValueError(f"{text!r} is not a size; write it like 5GB, 512MiB or 4096")
@@ -62,7 +62,7 @@ def size(text: str | int) -> int:
 
 @dataclass
 class Settings:
-    """What the options that all commands share say, for whoever ends the command."""
+    """The values of the options common to all commands, for the handler of errors."""
 
     command: str = ""
     traceback: bool = False
@@ -71,7 +71,7 @@ class Settings:
 
 
 class OutputError(NpuqError):
-    """stdout takes no more: its reader is gone, its disk is full."""
+    """stdout accepts no more: its reader is gone, or its disk is full."""
 
     def __init__(self, cause: OSError):
         super().__init__(f"stdout takes no more: {cause.strerror or cause}")
@@ -82,7 +82,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def json_option(help_text: str) -> Callable[[_Command], _Command]:
-    """The option --json of a command, whose parameter is `as_json`. With it an error is a JSON document too."""
+    """Add the option --json to a command, as its parameter `as_json`. With it an error is a JSON document too."""
 
     def note(context: click.Context, _: click.Parameter, asked: bool) -> bool:
         settings = context.find_object(Settings)
@@ -90,12 +90,12 @@ def json_option(help_text: str) -> Callable[[_Command], _Command]:
             settings.json = asked
         return asked
 
-    # Eager: read before the options that may be wrong.
+    # Eager: read before options that may be wrong.
     return click.option("--json", "as_json", is_flag=True, is_eager=True, callback=note, help=help_text)
 
 
 def emit_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """One JSON document on stdout, an object or a list of objects, each with the number of its schema.
+    """Print one JSON document on stdout, an object or a list of objects, each with the number of its schema.
 
     Nothing else may be printed there beside it.
     """
@@ -108,7 +108,7 @@ def emit_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
 
 
 def emit_error(kind: str, message: str, exit_code: int) -> None:
-    """What ended a command, as the JSON document that it was asked for."""
+    """Print the error that ended a command as a JSON document."""
     _emit({"schema": JSON_SCHEMA, "error": {"type": kind, "message": message, "exit_code": exit_code}})
 
 
@@ -117,18 +117,18 @@ def _emit(value: Any) -> None:
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        # What the stream cannot hold must be JSON's own escapes, not those of its error handler.
+        # Characters that the stream cannot encode must be JSON's own escapes, not those of its error handler.
         text = json.dumps(value, indent=2, allow_nan=False)
     write(f"{text}\n")
 
 
 def show(*lines: object) -> None:
-    """Lines on stdout. What they quote cannot command a terminal, and does not fill it."""
+    """Print lines on stdout; quoted text is shortened, and its control characters are escaped."""
     write("".join(f"{one_line(str(line))}\n" for line in lines))
 
 
 def write(text: str) -> None:
-    """Text on stdout, at once and as it is. OutputError when stdout refuses."""
+    """Print text on stdout, at once and unchanged. Raises OutputError when stdout refuses."""
     try:
         click.echo(text, nl=False)
     except OSError as cause:
@@ -136,7 +136,7 @@ def write(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Text as one printable line; of one that is a book the beginning and the end."""
+    """The text as one printable line; of a long one the beginning and the end."""
     line = printable(text)
     if len(line) > _MOST_CHARACTERS:
         line = f"{line[: _MOST_CHARACTERS // 2]} … {line[-_MOST_CHARACTERS // 2 :]}"
@@ -145,8 +145,8 @@ def one_line(text: str) -> str:
 
 @contextmanager
 def work_is_done() -> Iterator[None]:
-    """To print within what a command has done: a stdout that refuses (its reader is gone, its disk full) is said on
-    stderr, and does not turn success into a failure."""
+    """Guard prints within a command's finished work: a stdout that refuses (its reader is gone, its disk is full) is
+    reported on stderr, and does not turn success into a failure."""
     try:
         yield
     except OutputError as error:
@@ -155,18 +155,18 @@ def work_is_done() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One line on stderr, if that can be had."""
+    """Print one line on stderr, if possible."""
     complain(f"{one_line(text)}\n")
 
 
 def complain(text: str) -> None:
-    """Printable text on stderr, if that can be had."""
-    with suppress(OSError, ValueError):  # its reader is gone, its disk full; it was closed
+    """Print printable text on stderr, if possible."""
+    with suppress(OSError, ValueError):  # its reader is gone, its disk is full, or it is closed
         click.echo(printable(text, keep="\n"), err=True, nl=False)
 
 
 def flush(stream: TextIO) -> None:
-    """Write out what a stream has kept, if it takes that."""
+    """Write out the buffer of a stream, if possible."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -174,7 +174,7 @@ def flush(stream: TextIO) -> None:
 
 
 def take_no_more(stream: TextIO) -> None:
-    """Lead a stream that refuses to nowhere: what is left in its buffer would fail again when Python exits."""
+    """Redirect a refusing stream to /dev/null: the rest of its buffer would fail again when Python exits."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

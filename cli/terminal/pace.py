@@ -1,4 +1,4 @@
-"""How far a task has come, how fast it goes, and when it will be done."""
+"""The pace of a task: its progress, its rate, and the time left."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from ...progress import Task
 from ...units import format_bytes, format_duration
 
-# Of the time so far, the pace is that of the later half, so that it follows a disk or a neighbour that slows down.
+# The pace is measured over the later half of the time so far, so that it follows a disk or a neighbour that slows down.
 _RECENT = 0.5
-# How far apart the moments are that it is remembered at.
+# Seconds between two remembered moments.
 _STEP_SECONDS = 1.0
 
 
 class Pace:
-    """A task's counts as they grow. `clock` gives seconds."""
+    """The counts of a task as they grow. `clock` gives seconds."""
 
     def __init__(self, task: Task, clock: Callable[[], float] = time.monotonic):
         self.task = task
@@ -31,7 +31,7 @@ class Pace:
         self._past = deque([(self._began, self.done, self._effort)])  # seconds, done, effort
 
     def advance(self, count: int, effort: float | None, layer: int | None, layer_done: bool) -> None:
-        """So much more is done, at what effort (None: as much as it counts)."""
+        """Count more work, with its effort (None: equal to the count)."""
         self.layers_done += layer_done
         self.done += count
         self._effort += count if effort is None else effort
@@ -46,17 +46,17 @@ class Pace:
 
     @property
     def fraction(self) -> float:
-        """Of the whole effort, from 0 to 1."""
+        """The done part of the whole effort, from 0 to 1."""
         return min(1.0, self._effort / self._whole) if self._whole else 1.0
 
     @property
     def rate(self) -> float | None:
-        """Counts a second; None before anything is known of it."""
+        """Counts a second; None before any measurement."""
         return self._rate(1)
 
     @property
     def seconds_left(self) -> float | None:
-        """By effort; None before anything is known of it."""
+        """Seconds left, by effort; None before any measurement."""
         rate = self._rate(2)
         return None if not rate else max(0.0, self._whole - self._effort) / rate
 
@@ -65,13 +65,13 @@ class Pace:
         grown = (self._past[0][0], self.done, self._effort)[column] - self._past[0][column]
         return grown / seconds if seconds > 0 and grown > 0 else None
 
-    def told(self, *, layer_done: bool) -> str:
-        """`layer 3 done (4 of 62), 33.1 GB of 671 GB (5 %), 812 MB/s, 13 min left`."""
+    def line(self, *, layer_done: bool) -> str:
+        """A line such as `layer 3 done (4 of 62), 33.1 GB of 671 GB (5 %), 812 MB/s, 13 min left`."""
         parts = []
         if self.layer is not None:
             counted = f" done ({self.layers_done} of {self.task.layers})" if layer_done else ""
             parts.append(f"layer {self.layer}{counted}")
-        parts.append(f"{self.told_count()} ({100 * self.fraction:.0f} %)")
+        parts.append(f"{self.count_text()} ({100 * self.fraction:.0f} %)")
         if self.rate is not None:
             is_bytes = self.task.unit == "B"
             parts.append(f"{format_bytes(self.rate)}/s" if is_bytes else f"{self.rate:.3g} {self.task.unit}/s")
@@ -79,14 +79,14 @@ class Pace:
             parts.append(f"{format_duration(self.seconds_left)} left")
         return ", ".join(parts)
 
-    def told_count(self) -> str:
-        """`33.1 GB of 671 GB`, or `12 of 300 contexts`."""
+    def count_text(self) -> str:
+        """The count, such as `33.1 GB of 671 GB`, or `12 of 300 contexts`."""
         if self.task.unit == "B":
             return f"{format_bytes(self.done)} of {format_bytes(self.task.total)}"
         return f"{self.done} of {self.task.total} {self.task.unit}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: `done` and `total` of `unit`, the part done of the work, and times in seconds."""
+        """Values for JSON: `done` and `total` of `unit`, the done part of the work, and times in seconds."""
         return {
             "task": self.task.name,
             "done": self.done,

@@ -1,6 +1,6 @@
-"""Progress of long work at the terminal, or where there is none: a bar, lines, or JSON lines, always on stderr.
+"""Progress of long work: a bar at a terminal, lines elsewhere, or JSON lines, always on stderr.
 
-Nothing here ever ends the work: when stderr refuses (its reader has gone, its disk is full), there is no more to see.
+It never ends the work: when stderr refuses (its reader is gone, its disk is full), progress is no longer shown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .pace import Pace
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# How often a bar is drawn, how often at least, and how often a line is written at least.
+# Seconds: between two drawings of a bar, at most between two, and at most between two lines.
 _DRAWN_SECONDS, _REDRAWN_SECONDS, _LINE_SECONDS = 0.1, 1.0, 30.0
 _BAR_STEPS = 1000
 
@@ -32,7 +32,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def progress_options(command: Command) -> Command:
-    """A decorator: `--progress` and `--quiet`, which every command with long work has."""
+    """Add `--progress` and `--quiet` to a command with long work."""
     quiet = click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
     form = click.option(
         "--progress",
@@ -46,10 +46,10 @@ def progress_options(command: Command) -> Command:
 
 
 class View(Protocol):
-    """One way to show a task."""
+    """A way to show a task."""
 
     seconds: float
-    """How often it wants to show something, whether anything has happened or not."""
+    """Seconds between two calls of `show`, with progress or without."""
 
     def show(self, pace: Pace, *, layer_done: bool) -> None: ...
     def note(self, text: str) -> None: ...
@@ -57,7 +57,7 @@ class View(Protocol):
 
 
 class TerminalProgress:
-    """`npuq.progress.Progress` as the options have it; notes are lines on stderr. Thread-safe, a context manager."""
+    """`npuq.progress.Progress` by the options; notes are lines on stderr. Thread-safe, a context manager."""
 
     def __init__(self, form: str = "auto", quiet: bool = False):
         self._form = "none" if quiet else form
@@ -78,7 +78,7 @@ class TerminalProgress:
         self._end()
         self.total = task.total
         if task.done:
-            self.note(f"continuing: {Pace(task).told_count()} are done")
+            self.note(f"continuing: {Pace(task).count_text()} are done")
         if task.total == 0:
             return
         with self._lock:
@@ -88,7 +88,7 @@ class TerminalProgress:
             watcher = threading.Thread(target=self._watch, args=(self._ended, self._view), daemon=True)
             try:
                 watcher.start()
-            except RuntimeError:  # can't start new thread: shown whenever something happens, then
+            except RuntimeError:  # no new thread can start: shown at each advance only
                 self._ended = None
 
     def advance(
@@ -100,7 +100,7 @@ class TerminalProgress:
                 self._view.show(self._pace, layer_done=layer_done)
 
     def note(self, text: str, /) -> None:
-        """One line for the user, unless nothing is to be told."""
+        """Print one line for the user, unless --quiet."""
         if self._quiet:
             return
         with self._lock:
@@ -136,7 +136,7 @@ def _view(form: str) -> View | None:
 
 
 class _Lines:
-    """A line every 30 seconds, and at the end of each layer."""
+    """Lines, every 30 seconds and at the end of each layer."""
 
     seconds = _LINE_SECONDS
 
@@ -145,13 +145,13 @@ class _Lines:
 
     def show(self, pace: Pace, *, layer_done: bool) -> None:
         now = time.monotonic()
-        # A thread that waits as long comes a little early or late.
+        # A waiting thread wakes up a little early or late.
         if layer_done or now - self._last >= 0.9 * self.seconds:
             self._last = now
             self._write(pace, layer_done)
 
     def _write(self, pace: Pace, layer_done: bool) -> None:
-        say(f"{pace.task.name}: {pace.told(layer_done=layer_done)}")
+        say(f"{pace.task.name}: {pace.line(layer_done=layer_done)}")
 
     def note(self, text: str) -> None:
         say(text)
@@ -161,7 +161,7 @@ class _Lines:
 
 
 class _JsonLines(_Lines):
-    """The same as JSON objects: `event` is progress, layer or note."""
+    """Lines as JSON objects: `event` is progress, layer or note."""
 
     def _write(self, pace: Pace, layer_done: bool) -> None:
         _say_json({"event": "layer" if layer_done else "progress", **pace.as_dict()})
@@ -171,7 +171,7 @@ class _JsonLines(_Lines):
 
 
 class _Bar:
-    """A bar by tqdm, drawn again every second even where nothing happens."""
+    """A bar by tqdm, drawn again every second even without progress."""
 
     seconds = _REDRAWN_SECONDS
 
@@ -193,8 +193,8 @@ class _Bar:
     def _draw(self, pace: Pace) -> None:
         if self._bar is None:
             self._bar = _new_bar()
-        told = pace.told(layer_done=False).replace("{", "{{").replace("}", "}}")
-        self._bar.bar_format = f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {told}"
+        line = pace.line(layer_done=False).replace("{", "{{").replace("}", "}}")
+        self._bar.bar_format = f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {line}"
         self._bar.set_description_str(pace.task.name, refresh=False)
         self._bar.n = round(_BAR_STEPS * pace.fraction)
         self._bar.refresh()
@@ -210,7 +210,7 @@ class _Bar:
     def close(self) -> None:
         try:
             if self._pace is not None:
-                self._draw(self._pace)  # how it ended
+                self._draw(self._pace)  # the final state
             if self._bar is not None:
                 self._bar.close()
         except (OSError, ValueError):
@@ -220,7 +220,7 @@ class _Bar:
 def _new_bar() -> tqdm[Any]:
     from tqdm import tqdm
 
-    # Terminals of `script`, of containers and of CI often say that they have no size: tqdm would draw nothing there.
+    # Terminals of `script`, of containers and of CI often report a size of 0: tqdm would draw nothing there.
     sized = sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
     return tqdm(
         total=_BAR_STEPS,

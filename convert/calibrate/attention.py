@@ -1,7 +1,7 @@
-"""The attention of one layer: calibrated linear by linear, each on what the ones before it really give.
+"""The attention of one layer: calibrated linear by linear, each on the outputs of the quantized ones before it.
 
-The block is the runtime's. Which linears share their inputs, in which order they run, and what can be rescaled between
-them, the family's table says.
+The block is the runtime's. The family's table gives the linears that share inputs, their order, and the pairs whose
+channels can be rescaled.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .states import StreamPair
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the block by part, as the runtime loads them (`runtime.attention.kind.Parts`): float32 `tensors`, but
-    `linears` in the places of those that have been quantized or that record."""
+    """Weights of the block by part, as the runtime loads them (`runtime.attention.kind.Parts`): float32 `tensors`, and
+    `linears` in place of those that are quantized or recording."""
 
     tensors: Mapping[str, Tensor]
     linears: Mapping[str, Deployed] = field(default_factory=dict)
@@ -40,12 +40,12 @@ class Weights:
         return self.tensors[part]
 
     def having(self, linears: Mapping[str, Deployed]) -> Weights:
-        """The block with these linears in their places."""
+        """The block with these linears in place of its own."""
         return replace(self, linears={**self.linears, **linears})
 
 
 class AttentionBlock:
-    """The runtime's attention of one layer, in float32 on batches of whole windows."""
+    """The runtime's attention of one layer, in float32 on batches of whole samples."""
 
     def __init__(self, layer: Layer):
         family = layer.tensors.family
@@ -54,7 +54,7 @@ class AttentionBlock:
         self._steps = StepBuilder(walk.ops, walk.rope, 1, 1)
         self._cache = walk.ops.attention.new_cache(walk.attention.pools(layer.index), 1, 1)  # nothing is cached
         self.entries = [entry for entry in family.entries(Block.ATTENTION) if layer.has(Block.ATTENTION, entry.part)]
-        # Linears by what they read, in the order in which it is there.
+        # Linears by the activation that they read, in the order of computation.
         self.stages: dict[str, list[Entry]] = {}
         for entry in self.entries:
             if entry.kind == "linear" and entry.role in QUANTIZABLE:
@@ -64,7 +64,7 @@ class AttentionBlock:
         self.norm = norm[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of every entry, and of the norm before the block."""
+        """The tensors of every entry, and of the norm before the block."""
         return {entry.part: self._layer.weight(self.place(entry), entry.part) for entry in [self.norm, *self.entries]}
 
     def place(self, entry: Entry) -> Block:
@@ -76,7 +76,7 @@ class AttentionBlock:
         return kind.attend(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops)
 
     def inputs(self, weights: Weights, activation: str, x: Tensor) -> Tensor:
-        """What the linears that read an activation are given, of the residual stream x `[T, H]`: `[T, K]`."""
+        """The inputs `[T, K]` of the linears that read an activation, for the residual stream x `[T, H]`."""
         first = self.stages[activation][0].part
         try:
             self.output(weights.having({first: Recording(first, Scheme.FLOAT, weights.tensors[first])}), x)
@@ -85,12 +85,12 @@ class AttentionBlock:
         raise AssertionError(f"attention does not read {first}")
 
     def cached(self, weights: Weights, x: Tensor) -> dict[str, Tensor]:
-        """What the KV cache holds for the residual stream x `[T, H]`, by pool: `[T, channels]`."""
+        """The contents of the KV cache for the residual stream x `[T, H]`, by pool: `[T, channels]`."""
         kind, ops = self._walk.attention, self._walk.ops
         return kind.write(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops)
 
     def _start(self, weights: Weights, x: Tensor) -> tuple[Activation, AttentionWeights]:
-        """What the block begins with: normed rows and loaded weights."""
+        """The start of the block: normed rows and loaded weights."""
         kind, ops = self._walk.attention, self._walk.ops
         loaded = kind.load(weights, ops)
         hidden, _ = kind.norm(None, x, weights.tensor(self.norm.part), loaded, ops)
@@ -98,9 +98,9 @@ class AttentionBlock:
 
     def _step(self, tokens: int) -> Step:
         length = self._walk.sequence_length
-        # Which tokens they are matters to the embedding alone.
-        windows = [Chunk(range(length), 0, (), all_rows=True)] * (tokens // length)
-        return self._steps.build(windows)[0]
+        # Token ids matter to the embedding alone.
+        samples = [Chunk(range(length), 0, (), all_rows=True)] * (tokens // length)
+        return self._steps.build(samples)[0]
 
 
 def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[dict[str, float], LatentScale]:
@@ -149,10 +149,10 @@ def _quantize(layer: Layer, block: AttentionBlock, floats: Weights, streams: Str
 
 
 def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], streams: StreamPair) -> dict[str, float]:
-    """Rescale the channels of what linears read: between a norm and its readers, and between the values of attention
-    and the linear that reads them; `tensors` in place.
+    """Rescale input channels of linears, in `tensors`: between a norm and its readers, and between the values of
+    attention and the linear that reads them.
 
-    Strengths are those of least error at the block's output on the first batch, each step after the one before.
+    Each strength leaves the least error at the block's output on the first batch, given the steps before it.
     """
     family = layer.tensors.family
     x = streams.floats[layer.walk.batches[0]]
@@ -194,7 +194,7 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
 def _norm_change(
     layer: Layer, tensors: dict[str, Tensor], place: Block, norm: str, readers: tuple[str, ...]
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """From a scale `[K]` to a norm's gain divided by it and its readers multiplied to match."""
+    """A function of a scale `[K]`: the norm's gain divided by it, and its readers multiplied to match."""
 
     def change(scale: Tensor) -> dict[str, Tensor]:
         smaller, factor = norm_quotient(layer.walk.linears, layer.job(place, norm), tensors[norm], scale)
@@ -206,7 +206,8 @@ def _norm_change(
 def _value_change(
     layer: Layer, tensors: dict[str, Tensor], writer: Entry, readers: tuple[str, ...]
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """From a scale `[N · v]` to the rows of the values' linear divided by it and its readers' columns multiplied."""
+    """A function of a scale `[N · v]`: the rows of the values' linear divided by it, and its readers' columns
+    multiplied."""
     weight, sizes = tensors[writer.part], layer.tensors.sizes
     rows, first = (sizes[word] for word in writer.heads) if writer.heads else (weight.shape[0], 0)
 

@@ -1,8 +1,7 @@
-"""The chain of each layer, by trial: smoothed or not, whichever leaves the smaller error at the layer's output.
+"""Smoothing of each layer by trial: with or without, by the smaller error at the layer's output.
 
-Trials quantize the layer on some of the windows and write nothing. Rotation is the whole model's affair and not tried
-here; GPTQ with its refinement is never worse than plain rounding on what calibrates, row for row, so that rounding is
-not tried either.
+Trials quantize the layer on some of the samples and write nothing. Rotation concerns the whole model and is not tried
+here. Nor is plain rounding: GPTQ with its refinement is never worse on the calibration samples, row for row.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from .layer_report import Trials
 from .linears import Linears
 from .states import StreamPair
 
-# Trials take this share of the windows, and not less than the second number where there are so many.
+# The share of the samples that trials take, and the least number of them where there are so many.
 _SHARE, _LEAST = 0.25, 16
 
 
 @dataclass
 class TimeBudget:
-    """Seconds for a whole walk, of which trials may take what layers leave; None: trials are never left out."""
+    """Seconds for a whole walk; trials may use the time beyond that of the layers. None: no limit."""
 
     seconds: float | None = None
     _began: float = field(default_factory=time.monotonic)
@@ -30,7 +29,7 @@ class TimeBudget:
     _trial: float = 0.0
 
     def allows_trials(self, layers_left: int) -> bool:
-        """Whether the layers that are left, each as long as the longest so far, fit in beside another trial."""
+        """True where another trial fits beside the remaining layers, each taking as long as the longest so far."""
         if self.seconds is None:
             return True
         spent = time.monotonic() - self._began
@@ -50,10 +49,10 @@ def run_trials(
     out: StreamPair,
     run: Callable[[Walk, StreamPair, StreamPair, StreamPair], float],
 ) -> Trials:
-    """Quantize a layer on the first windows with smoothing and without: the error at its output of each.
+    """Quantize a layer on the first samples with smoothing and without; return the error at its output of each.
 
-    run: quantizes the layer from its input streams, through those between attention and experts, to those after it;
-    of `middle` and `out` it overwrites the first windows.
+    run: quantizes the layer from its input streams, through those between attention and experts, to those after it. It
+    overwrites the first samples of `middle` and `out`.
     """
     samples = min(walk.samples, max(_LEAST, round(walk.samples * _SHARE)))
     parts = [pair.first(samples * walk.sequence_length) for pair in (streams, middle, out)]

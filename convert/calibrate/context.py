@@ -1,4 +1,4 @@
-"""What all layers of a walk share."""
+"""The context of a walk: the state that all layers share, and the weights and results of one layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..write.journal import JobEntry
 from .linears import Inputs, JobResult, Linears, factored, measure
 from .operators import CalibrationOps, Deployed, row_chunks
 
-# Tokens that one step of the forward pass takes, in whole windows; fixed, so that results depend on nothing else.
+# Tokens that one step of the forward pass takes, in whole samples; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048
 
 
@@ -49,16 +49,16 @@ class Walk:
 
     @property
     def batches(self) -> list[slice]:
-        """Token ranges of whole windows."""
+        """Token ranges of whole samples."""
         size = max(1, BATCH_TOKENS // self.sequence_length) * self.sequence_length
         return [slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
 
 
 class Layer:
-    """One decoder layer of a walk: its weights as float32, and what is written of it.
+    """One decoder layer of a walk: its weights as float32, and the results of its jobs.
 
-    `read` has the digest of what each job of the layer reads, by index; None in a trial. `entries` collects what the
-    journal keeps of each job, `errors` the relative output error of each quantized linear.
+    `read` has the digest of the bytes that each job of the layer reads, by index; None in a trial. `entries` collects
+    the journal's entry of each job, `errors` the relative output error of each quantized linear.
     """
 
     def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
@@ -70,11 +70,12 @@ class Layer:
         self.errors: dict[str, float] = {}
 
     def has(self, block: Block, part: str) -> bool:
-        """Whether the layer has a part. The config decides, as it does in engines, not what else a checkpoint holds."""
+        """True where the layer has a part. The config decides, as it does in engines, and not the checkpoint's other
+        tensors."""
         return self.tensors.has(block, part, self.index)
 
     def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
-        """The tensor of a part."""
+        """The specification of a part's tensor."""
         return self.tensors.spec(block, part, self.index, expert)
 
     def job(self, block: Block, part: str, expert: int | None = None) -> Job:
@@ -82,7 +83,8 @@ class Layer:
         return self.walk.jobs[self.spec(block, part, expert).name]
 
     def weight(self, block: Block, part: str, expert: int | None = None) -> Tensor:
-        """A tensor float32, rewritten if the model is. CheckpointError for an infinity or NaN in it."""
+        """A tensor as float32, rewritten where the conversion rewrites the model. Raises CheckpointError for an
+        infinity or NaN in it."""
         name = self.spec(block, part, expert).name
         weight = self.walk.source.weights[name]
         tensor = weight.rows().to_float32()
@@ -90,7 +92,7 @@ class Layer:
         return tensor
 
     def keep(self, block: Block, part: str, tensor: Tensor) -> Tensor:
-        """Write a tensor that stays float; what engines will read, as float32."""
+        """Write a tensor that stays float; return the values that engines will read, as float32."""
         job = self.job(block, part)
         stored, written = self.walk.linears.float(job, tensor)
         self.finish(job, written)
@@ -105,7 +107,7 @@ class Layer:
     def quantize(self, jobs: Sequence[Job], weights: Sequence[Tensor], inputs: Inputs) -> list[Deployed]:
         """Quantize linears that share their inputs on all batches, in the order given."""
         walk, mapper = self.walk, self.walk.pool
-        # Inputs are rounded as the scheme asks: linears of one have one Hessian.
+        # Inputs are rounded by the scheme: linears of one scheme share one Hessian.
         groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
         measured = {}
         for scheme, members in groups.items():
@@ -125,12 +127,12 @@ class Layer:
 
 
 def rope_rows(tables: RopeTables, length: int, ops: Ops) -> RopeRows:
-    """The first `length` rows of the rope tables: windows have no more positions."""
+    """The first `length` rows of the rope tables: samples have no more positions."""
     return RopeRows.of(replace(tables, cos=tables.cos[:length], sin=tables.sin[:length]), ops)
 
 
 def check_finite(weight: Weight, tensor: Tensor) -> None:
-    """CheckpointError for an infinity or NaN in rows of a weight."""
-    # In chunks: the answers of all values at once would be a tensor that no budget has room for.
+    """Raise CheckpointError for an infinity or NaN in rows of a weight."""
+    # In chunks: a mask for all values at once would exceed any budget.
     if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
         raise not_finite(weight)

@@ -1,8 +1,8 @@
-"""What calibrated jobs cost, beside those that look at a weight alone, so that the time that is left can be told.
+"""The effort of calibrated jobs relative to data-free ones, for an estimate of the time left.
 
-A calibrated job costs a hundred to a thousand times what its bytes say, and attention another share than an expert:
-bytes tell nothing of time. Products are counted here, in nanoseconds of one core. Only ratios matter, since the time
-that is left follows from the pace so far.
+A calibrated job costs a hundred to a thousand times the share of its bytes, and the ratio differs between attention and
+experts: bytes do not measure time. Products are counted here, in nanoseconds of one core. Only ratios matter, since the
+estimate follows from the pace so far.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from .smooth import STRENGTHS
 
 # Nanoseconds for a product and its sum, of large matrices.
 _FLOAT32, _FLOAT64 = 0.03, 0.08
-# Products for each weight and input of its linear, K · (N · K) in all: GPTQ takes half of one, each sweep of the
-# refinement a gradient, the moves and a scale, and the errors before, after and at the output four more.
+# Products for each weight and input of its linear, K · (N · K) in all: GPTQ takes half of one; each sweep of the
+# refinement takes a gradient, the moves and a scale; the errors before, after and at the output take four more.
 _REFINED = 0.5 + 3 * SWEEPS + 4
 # Products for each cube of inputs: two Cholesky factors and an inverse.
 _FACTORED = 0.7
-# The first batch of windows and each expert's first rows judge every strength.
+# Every strength is judged on the first batch of samples and on each expert's first rows.
 _JUDGED = 2048
 
 
 def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
-    """The effort of each job of a conversion that calibrates: of those that are walked, and of all others."""
+    """A function of a job: its effort in a calibrated conversion, walked or not."""
     config, calibration, specs = prepared.config, prepared.calibration, prepared.inventory.specs
     assert calibration is not None
     tokens = calibration.tokens.numel()
     routed = 0 if config.moe is None else max(min(ENOUGH, tokens), config.moe.tokens_of_expert(tokens))
     trials = (2 if prepared.recipe.auto else 0) + 1
     smoothed = len(STRENGTHS) + 1 if prepared.recipe.smooth else 0
-    # Scores and values of one token against half of its window, for both models.
+    # Scores and values of one token against half of its sample, for both models.
     attended = 2 * tokens * calibration.sequence_length / 2 * config.attention.attended_products
 
     def effort(job: Job) -> float:

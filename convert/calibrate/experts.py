@@ -1,6 +1,6 @@
-"""One expert at a time: gate and up on the tokens routed to it, then down on what they give.
+"""One expert at a time: gate and up on the tokens routed to it, then down on their outputs.
 
-An expert that calibration hardly reaches is helped, by how many of its tokens there are:
+An expert that calibration hardly reaches is helped, depending on the number of its tokens:
   none              data-free: the scale search of `mse`, no Hessian ("data-free");
   fewer than ENOUGH the tokens for which the router would choose it next are added until there are ENOUGH ("blended");
   ENOUGH or more    its own tokens alone.
@@ -41,7 +41,8 @@ class Routed:
 
 @dataclass(frozen=True)
 class ExpertResult:
-    """What an expert gives: outputs float32 of its own tokens in both streams, and how it went."""
+    """The result of an expert: outputs float32 of its own tokens in both streams, and its fallback and smoothing
+    strength."""
 
     floats: Tensor
     quantized: Tensor
@@ -54,7 +55,7 @@ class ExpertResult:
 def choose_tokens(expert_ids: Tensor, order: Tensor, expert: int, count: int) -> Routed:
     """The tokens of an expert: expert_ids int [T, k]; order int [T, E], each token's experts by falling preference.
 
-    Tokens that come near are those that rank the expert highest beyond the k, the earlier token first among equals.
+    `near` tokens are those that rank the expert highest beyond the k, the earlier token first among equals.
     """
     own = (expert_ids == expert).any(1).nonzero()[:, 0]
     missing = min(ENOUGH, count) - own.shape[0]
@@ -112,7 +113,7 @@ def quantize_expert(
 
 
 def _inner(routing: CalibrationRouting, block: MlpWeights, x: Tensor) -> Tensor:
-    """What `down` is given, of inputs float32 [T, H]."""
+    """The inputs of `down` for inputs float32 [T, H] of the block."""
     return torch.cat([routing.mlp_inner(x[part], block) for part in row_chunks(x.shape[0])])
 
 

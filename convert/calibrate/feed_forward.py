@@ -20,7 +20,7 @@ from .states import StreamPair
 
 _PROJECTIONS = ("gate", "up", "down")
 _NORM = Block.LAYER, "mlp_norm"
-# Rows whose largest activations a dense block is smoothed by.
+# The number of rows whose largest activations decide the smoothing of a dense block.
 _JUDGED = 2048
 
 
@@ -42,16 +42,16 @@ class _Place:
 
 @dataclass
 class Coverage:
-    """How calibration reached the experts: routed tokens of each, and what was done about those it hardly did."""
+    """The reach of calibration: routed tokens of each expert, and the fallback of those with too few."""
 
     expert_tokens: list[int]
     fallbacks: dict[str, str]
 
 
 def run_feed_forward(layer: Layer, middle: StreamPair, out: StreamPair) -> tuple[dict[str, float], Coverage]:
-    """Quantize and write the part after attention, and compute both streams of the next layer from those between.
+    """Quantize and write the feed-forward part, and compute both streams of the next layer from those between.
 
-    Returns smoothing strengths by what they act on, and how calibration reached the experts.
+    Returns smoothing strengths by their place, and the calibration's coverage of the experts.
     """
     block = _FeedForward(layer, middle, out)
     return block.run()
@@ -64,7 +64,7 @@ class _FeedForward:
         self._middle = middle
         self._out = out
         self._moe = layer.walk.config.moe_at(layer.index)
-        # The config decides, as it does in engines, not what else a checkpoint may have.
+        # The config decides, as it does in engines, and not the checkpoint's other tensors.
         self._dense_blocks = [
             place for place in (_Place(Block.DENSE), _Place(Block.SHARED)) if layer.has(place.block, "down")
         ]
@@ -82,13 +82,12 @@ class _FeedForward:
             self._dense(place)
         return self._strengths, Coverage([], {}) if self._moe is None else self._experts()
 
-    # ---- what all blocks read --------------------------------------------------------------------------------------
-
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
         return self._walk.ops.norms.rms_norm(x, gain, self._walk.config.rms_norm_eps)
 
     def _block(self, place: _Place) -> list[Tensor]:
-        """gate, up and down of a block, float32; gate and up grown by what the norm's gain lost."""
+        """gate, up and down of a block, float32; gate and up multiplied by the factor that the norm's gain was divided
+        by."""
         gate, up, down = (self._layer.weight(place.block, part, place.expert) for part in _PROJECTIONS)
         return [gate, up, down] if self._factor is None else [gate * self._factor, up * self._factor, down]
 
@@ -102,7 +101,7 @@ class _FeedForward:
         ]
 
     def _strength_name(self, place: _Place) -> str:
-        """What the report calls smoothing within a block, or within all experts of the layer."""
+        """The report's name for smoothing within a block, or within all experts of the layer."""
         family = self._layer.tensors.family
         name = family.entry(place.block, "down").name.removesuffix(".weight")
         return name if place.expert is None else family.experts + name
@@ -115,8 +114,6 @@ class _FeedForward:
         if not self._layer.has(Block.ROUTER, "router_bias"):
             return None
         return self._layer.weight(Block.ROUTER, "router_bias")
-
-    # ---- the dense block or the shared experts ---------------------------------------------------------------------
 
     def _dense(self, place: _Place) -> None:
         layer, walk, routing = self._layer, self._walk, self._walk.ops.routing
@@ -142,8 +139,6 @@ class _FeedForward:
 
         for _ in walk.pool.map(step, range(len(batches))):
             pass
-
-    # ---- routed experts --------------------------------------------------------------------------------------------
 
     def _experts(self) -> Coverage:
         layer, walk = self._layer, self._walk
@@ -201,10 +196,8 @@ class _FeedForward:
         weights, ids, order = (torch.cat([part[index] for part in found]) for index in range(3))
         return Routing(weights, ids), order
 
-    # ---- smoothing of what they all read ---------------------------------------------------------------------------
-
     def _smooth_norm(self) -> None:
-        """Choose the strength between the norm and everything that reads it, by the error at the layer's output."""
+        """Choose the strength between the norm and all its readers, by the error at the layer's output."""
         walk, layer, mlp = self._walk, self._layer, self._walk.ops.routing.mlp
         maxima = walk.pool.map(
             lambda part: self._normed(self._middle.floats[part], self._gain).abs().amax(0), walk.batches

@@ -1,4 +1,5 @@
-"""Scales for an int8 KV cache: for each channel of the latent, that of least squared error on the calibration text."""
+"""Scales for an int8 KV cache: for each channel of the latent, the scale of least squared error on the calibration
+text."""
 
 from __future__ import annotations
 
@@ -12,20 +13,23 @@ from torch import Tensor
 from ...formats.kv_cache import latent_codes, storable_scale
 from ...parallel.pool import Pool
 
-# Of the largest value seen: what a scale may clip for the sake of all that it does not.
+# Fractions of the largest value: a scale may clip a few values for the precision of the others.
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
 
 
 @dataclass(frozen=True)
 class LatentScale:
-    """scale: float32 `[L]`. error: ‖codes · scale − latent‖ / ‖latent‖ over all calibration tokens."""
+    """Scales of an int8 cache of the latent.
+
+    scale: float32 `[L]`, one a channel. error: ‖codes · scale − latent‖ / ‖latent‖ over all calibration tokens.
+    """
 
     scale: Tensor
     error: float
 
 
 def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], pool: Pool) -> LatentScale:
-    """The scales for latents that `latents` gives batch by batch, float32 `[T, L]`; it is asked twice for each.
+    """Search the scales of the latents that `latents` returns batch by batch, float32 `[T, L]`, twice for each.
 
     A channel that is zero throughout gets the largest scale of the others.
     """

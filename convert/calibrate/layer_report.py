@@ -1,4 +1,5 @@
-"""What calibration measured in a decoder layer: for the manifest, and for the state that a later run continues from."""
+"""The measurements of calibration in a decoder layer: for the manifest, and for the state that a later run continues
+from."""
 
 from __future__ import annotations
 
@@ -30,20 +31,20 @@ _FORM = Keys(
 
 @dataclass(frozen=True)
 class Trials:
-    """Relative errors at a layer's output, with smoothing and without, on the first windows."""
+    """Relative errors at a layer's output, with smoothing and without, on the first samples."""
 
     smooth: float
     plain: float
 
     @property
     def prefer_smoothing(self) -> bool:
-        """Whether smoothing leaves no larger error."""
+        """True where smoothing leaves no larger error."""
         return self.smooth <= self.plain
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether `auto` smooths a layer, and the trials that decided; None where time allowed none."""
+    """The choice of `auto` for a layer: smoothing or not, and the trials that decided; None where time allowed none."""
 
     smooth: bool
     trials: Trials | None
@@ -53,10 +54,10 @@ class Choice:
 class LayerReport:
     """One layer, quantized on calibration text.
 
-    expert_tokens: tokens routed to each expert, none in a dense layer. fallbacks: expert index → what it got instead of
-    a Hessian of its own tokens. output_error: ‖quantized − float‖ / ‖float‖ of the hidden states after the layer.
+    expert_tokens: tokens routed to each expert, none in a dense layer. fallbacks: expert index → the fallback for a
+    Hessian of its own tokens. output_error: ‖quantized − float‖ / ‖float‖ of the hidden states after the layer.
     linear_errors: tensor name → relative error of a linear's output. kv_cache: the scales of an int8 cache of the
-    latent, and their error. smoothing: strength by what was smoothed; None where nothing was. choice: only of `auto`.
+    latent, and their error. smoothing: strength by place; None without smoothing. choice: only of `auto`.
     """
 
     expert_tokens: tuple[int, ...]
@@ -68,7 +69,7 @@ class LayerReport:
     choice: Choice | None = None
 
     def manifest_entry(self) -> dict[str, Any]:
-        """What the manifest says of the layer. Its KV scales and the errors of its linears stand elsewhere."""
+        """The layer's entry in the manifest. KV scales and errors of linears are kept elsewhere."""
         entry: dict[str, Any] = {}
         if self.choice is not None:
             entry["smooth"] = self.choice.smooth
@@ -83,13 +84,13 @@ class LayerReport:
         return entry
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as `from_json` reads it."""
+        """All fields, as `from_json` reads them."""
         scale = self.kv_cache.scale.tolist()
         return {**self.manifest_entry(), "linear_errors": dict(self.linear_errors), "kv_cache_scale": scale}
 
     @classmethod
     def from_json(cls, value: Any) -> LayerReport:
-        """A report that `as_json` wrote, to the bit. Raises ConversionError for anything else."""
+        """Restore a report from `as_json`, to the bit. Raises ConversionError for any other value."""
         check_form(value, _FORM, "the report of a calibrated layer", ConversionError)
         choice = None
         if "smooth" in value:

@@ -1,4 +1,4 @@
-"""Linears that share their inputs, calibrated together: the Hessian of what they will be given, then codes, written."""
+"""Linears that share their inputs, calibrated together: the Hessian of their inputs, then codes, then the file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ..write.jobs import JobOutput
 from ..write.shards import ShardFiles
 from .operators import Deployed, round_inputs
 
-# Rows that one call of GPTQ takes, and columns of a Hessian that one product fills. Fixed, so that results depend on
-# no number of threads.
+# Rows for one call of GPTQ, and columns of a Hessian for one product. Fixed, so that results do not depend on the
+# number of threads.
 _ROWS = 512
 _PANEL = 1024
 
@@ -35,7 +35,7 @@ Inputs = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job has left in its shard: its errors, and the digest of its bytes (none in a trial)."""
+    """The result of a written job: its error sums, and the digest of its bytes (none in a trial)."""
 
     stats: ErrorSums
     digest: bytes
@@ -48,7 +48,7 @@ class Linears:
         self._files = files
 
     def _write(self, job: Job, tensors: Mapping[str, Tensor]) -> bytes:
-        """Write all tensors of a job, by the suffixes of their names; the digest."""
+        """Write all tensors of a job, by the suffixes of their names; return the digest."""
         if self._files is None:
             return b""
         output = JobOutput(self._files, job)
@@ -57,15 +57,15 @@ class Linears:
         return output.digest()
 
     def float(self, job: Job, tensor: Tensor) -> tuple[Tensor, JobResult]:
-        """Write a tensor that stays float, in the dtype its slot has; float32 of what was written."""
+        """Write a tensor that stays float, in the dtype of its slot; return the written values as float32."""
         stored = self.rounded(job, tensor).reshape(job.shape)
         if not bool(torch.isfinite(stored).all()):
-            raise _outgrown(job, stored.dtype)
+            raise _overflow_error(job, stored.dtype)
         digest = self._write(job, {job.outputs[0].suffix: stored})
         return stored.to(torch.float32), JobResult(ErrorSums(0.0, float(tensor.double().square().sum())), digest)
 
     def rounded(self, job: Job, tensor: Tensor) -> Tensor:
-        """A tensor in the dtype that its job stores it in."""
+        """Round a tensor to the dtype that its job stores it in."""
         return tensor.to(DTYPES[job.outputs[0].dtype])
 
     def quantize(
@@ -79,7 +79,7 @@ class Linears:
     ) -> tuple[Deployed, JobResult]:
         """Quantize a weight float32 [N, K] and write it.
 
-        GPTQ where the job asks for it and there is a factor; else the job's data-free method (mse for GPTQ).
+        GPTQ where the job asks for it and `factored` is given; else the job's data-free method (mse for GPTQ).
         """
         if job.scheme is Scheme.FLOAT:
             stored, written = self.float(job, weight)
@@ -110,7 +110,7 @@ class Linears:
 
 
 def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> QuantizedRows:
-    """`quantize_stored`, of some rows at a time: what it holds beside them is many times their size."""
+    """`quantize_stored`, some rows at a time: its working memory is many times their size."""
 
     def some(part: Tensor) -> QuantizedRows:
         return quantize_stored(StoredRows(part), scheme, job.method.scale_search, row_parallel=job.row_parallel)
@@ -118,7 +118,7 @@ def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> Quantize
     try:
         parts = list(mapper.map(some, weight.split(_ROWS)))
     except NonFiniteError as error:
-        raise _outgrown(job, weight.dtype) from error
+        raise _overflow_error(job, weight.dtype) from error
     return QuantizedRows(
         {suffix: torch.cat([part.tensors[suffix] for part in parts]) for suffix in parts[0].tensors},
         torch.cat([part.squared_error for part in parts]),
@@ -126,8 +126,8 @@ def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> Quantize
     )
 
 
-def _outgrown(job: Job, dtype: torch.dtype) -> CheckpointError:
-    """The error of a weight that is not finite any more: `Layer.weight` has found it finite."""
+def _overflow_error(job: Job, dtype: torch.dtype) -> CheckpointError:
+    """The error for a weight that overflows its dtype: `Layer.weight` found it finite."""
     kind = str(dtype).removeprefix("torch.")
     return CheckpointError(
         f"tensor {job.source!r} outgrows {kind} once it is rotated or smoothed; leave that out of the method"
@@ -135,7 +135,7 @@ def _outgrown(job: Job, dtype: torch.dtype) -> CheckpointError:
 
 
 def _squared_error(weight: Tensor, found: Tensor) -> float:
-    """Σ (w − ŵ)² in float64, of which only some rows are held at a time."""
+    """Σ (w − ŵ)² in float64, with only some rows in memory at a time."""
     parts = zip(weight.split(_ROWS), found.split(_ROWS), strict=True)
     return sum(float((part.double() - other.double()).square().sum()) for part, other in parts)
 
@@ -143,7 +143,7 @@ def _squared_error(weight: Tensor, found: Tensor) -> float:
 def measure(
     jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], mapper: Mapper
 ) -> tuple[Hessian | None, InputScale | None]:
-    """The Hessian and the static input scale that these jobs, which share their inputs, need; None what they do not."""
+    """The Hessian and the static input scale that these jobs need for their common inputs; None: not needed."""
     batches, scale = list(batches), None
     if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
         ranges = [torch.aminmax(x) for x in mapper.map(inputs, batches)]
@@ -176,7 +176,7 @@ def add_rows(hessian: Hessian, x: Tensor, mapper: Mapper) -> None:
 
 
 def factored(hessian: Hessian | None) -> Factor | None:
-    """The factor of a Hessian; None where there is none, or where it cannot be factored."""
+    """The factor of a Hessian; None without a Hessian, and for one that cannot be factored."""
     if hessian is None or not hessian.rows:
         return None
     try:

@@ -1,5 +1,5 @@
-"""How much a walk holds in memory at once: a layer's attention, its dense or shared block, and for each worker some
-windows in attention, then one expert with its Hessian."""
+"""The memory budget of a walk: a layer's attention, its dense or shared block, and for each worker some samples in
+attention, then one expert with its Hessian."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...models.tensors import ModelTensors
 from ..plan.memory import Budget
 from .context import BATCH_TOKENS
 
-# Square matrices of float64 that factoring a Hessian holds at its peak: itself, damped, permuted, and a factor.
+# Square matrices of float64 held at the peak of factoring a Hessian: itself, damped, permuted, and a factor.
 _SQUARES = 4
 # Copies of a linear's rows in float64 that GPTQ and its refinement hold, for as many rows as one call takes.
 _COPIES, _ROWS = 6, 512
@@ -21,10 +21,10 @@ _COPIES, _ROWS = 6, 512
 def calibrated_budget(
     config: ModelConfig, tokens: int, sequence_length: int, budget: Budget, max_memory: int | None
 ) -> Budget:
-    """The budget with as many workers as `max_memory` bytes have room for experts, or windows in attention, beside the
-    hidden states' pages, which are a file's and count for nothing. ConversionError where there is room for none."""
+    """The budget with as many workers as `max_memory` bytes have room for experts, or samples in attention. The hidden
+    states are pages of a file and do not count. Raises ConversionError where there is no room for one worker."""
     shared = max(attention_bytes(config), dense_bytes(config))
-    expert = max(expert_bytes(config, tokens), window_bytes(config, sequence_length))
+    expert = max(expert_bytes(config, tokens), sample_bytes(config, sequence_length))
     workers = budget.workers
     if max_memory is not None:
         if max_memory < max(shared, expert):
@@ -37,31 +37,31 @@ def calibrated_budget(
 
 
 def expert_bytes(config: ModelConfig, tokens: int) -> int:
-    """One routed expert, 0 in a model without: its weights in float32 before and after, its Hessian, and its share of
-    the tokens."""
+    """Bytes of one routed expert, 0 in a model without: its weights in float32 before and after, its Hessian, and its
+    share of the tokens."""
     if config.moe is None:
         return 0
     return _block_bytes(config, Block.EXPERT) + 6 * 4 * config.moe.tokens_of_expert(tokens) * config.hidden_size
 
 
-def window_bytes(config: ModelConfig, sequence_length: int) -> int:
-    """One batch of whole windows in attention, in float32."""
+def sample_bytes(config: ModelConfig, sequence_length: int) -> int:
+    """Bytes of one batch of whole samples in attention, in float32."""
     return 4 * config.attention.numbers_held(max(BATCH_TOKENS, sequence_length), sequence_length)
 
 
 def attention_bytes(config: ModelConfig) -> int:
-    """A layer's attention in float32, as it was and as it will be, and the largest Hessian of its linears."""
+    """Bytes of a layer's attention in float32, before and after, and of the largest Hessian of its linears."""
     return _block_bytes(config, Block.ATTENTION)
 
 
 def dense_bytes(config: ModelConfig) -> int:
-    """The dense block of a layer, or the shared experts, in float32 twice, and the largest Hessian."""
+    """Bytes of a layer's dense block, or of its shared experts, in float32 twice, and of the largest Hessian."""
     return max(_block_bytes(config, Block.DENSE), _block_bytes(config, Block.SHARED))
 
 
 def _block_bytes(config: ModelConfig, block: Block) -> int:
-    """The linears of a block in float32 twice, and what calibrating the largest of them takes; 0 where no decoder layer
-    has the block."""
+    """Bytes of a block's linears in float32 twice, and of calibrating the largest of them; 0 where no decoder layer has
+    the block."""
     tensors = ModelTensors(config)
     shapes = {
         entry.part: tensors.spec(block, entry.part).shape

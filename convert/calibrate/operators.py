@@ -1,10 +1,10 @@
-"""The runtime's operators as calibration runs them: the reference's in float32, on linears that are as engines will
-have them, or that give out what they are given.
+"""The runtime's operators for calibration: the reference's in float32, on linears as engines will have them, or that
+record their inputs.
 
-Where they differ from the reference, results would differ in their last bits or memory would be held for nothing:
+They differ from the reference where it would change the last bits of results, or hold memory for nothing:
 - a linear multiplies float32 weights behind their codes with rounded float32 inputs, not integers;
 - linears of one input are not fused, nor gate and up of a feed-forward block: side by side, the vector loops of an
-  activation function end elsewhere, and what they leave over is rounded otherwise;
+  activation function end elsewhere, and round their remainder otherwise;
 - a feed-forward block takes some thousand rows at a time.
 """
 
@@ -31,7 +31,7 @@ from ...runtime.ops.reference.weights import ReferenceWeights
 
 @dataclass(frozen=True)
 class Deployed(LinearPart, Linear):
-    """A linear as engines will run it: `weight` float32 `[N, K]` behind its codes, and how its inputs are rounded.
+    """A linear as engines will run it: `weight` float32 `[N, K]` behind its codes, and the rounding of its inputs.
 
     error: √ of the squared relative output error on the calibration inputs; None: not measured.
     """
@@ -40,12 +40,12 @@ class Deployed(LinearPart, Linear):
     error: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x float32 `[T, K]` → `[T, N]`."""
+        """Multiply x float32 `[T, K]` → `[T, N]`."""
         return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
 
 
 class ReachedError(Exception):
-    """A pass has come to the linear that it was to reach. `inputs`: what that is given, float32 `[T, K]`."""
+    """Ends a pass at the linear that it was to reach. `inputs`: that linear's inputs, float32 `[T, K]`."""
 
     def __init__(self, inputs: Tensor):
         super().__init__()
@@ -54,7 +54,7 @@ class ReachedError(Exception):
 
 @dataclass(frozen=True)
 class Recording(Deployed):
-    """A linear that gives out its inputs and ends the pass."""
+    """A linear that raises ReachedError with its inputs."""
 
     def __call__(self, x: Tensor) -> NoReturn:
         raise ReachedError(x)
@@ -62,7 +62,7 @@ class Recording(Deployed):
 
 @dataclass(frozen=True)
 class GateUp(Linear):
-    """gate and up of a feed-forward block, side by side and not fused."""
+    """The pair gate and up of a feed-forward block, not fused."""
 
     gate: Deployed
     up: Deployed
@@ -74,12 +74,12 @@ def mlp_weights(gate: Deployed, up: Deployed, down: Deployed) -> MlpWeights:
 
 
 def float_mlp(tensors: Sequence[Tensor]) -> MlpWeights:
-    """gate, up and down, float32, as a block."""
+    """A feed-forward block of gate, up and down, float32."""
     return mlp_weights(*(Deployed("", Scheme.FLOAT, weight) for weight in tensors))
 
 
 class CalibrationWeights(ReferenceWeights):
-    """Leaves every linear to itself."""
+    """Keeps every linear apart."""
 
     def fusible(self, parts: Sequence[LinearPart]) -> list[list[LinearPart]]:
         return [[part] for part in parts]
@@ -94,21 +94,21 @@ class CalibrationWeights(ReferenceWeights):
 
 
 class CalibrationProducts(ReferenceProducts):
-    """Products with deployed linears."""
+    """Computes products with deployed linears."""
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
         return own(linear, Deployed)(own(x, Tensor))
 
 
 class CalibrationRouting(ReferenceRouting):
-    """Feed-forward blocks some rows at a time."""
+    """Computes feed-forward blocks some rows at a time."""
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         parts = [super(CalibrationRouting, self).mlp(hidden[part], weights) for part in row_chunks(hidden.shape[0])]
         return torch.cat(parts or [hidden])
 
     def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
-        """As `Routing.mlp_inner`, never quantized."""
+        """Compute as `Routing.mlp_inner`, never quantized."""
         both = own(weights.gate_up, GateUp)
         return F.silu(self.products.linear(hidden, both.gate)) * self.products.linear(hidden, both.up)
 
@@ -131,7 +131,8 @@ class CalibrationOps(Ops):
 
 
 def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:
-    """Activations float32 `[T, K]` as a linear of this scheme sees them: int8 per token, of a fixed grid, or as is."""
+    """Round activations float32 `[T, K]` as a linear of this scheme does: to int8 per token, to a fixed grid, or not at
+    all."""
     if scheme is Scheme.FLOAT:
         return x
     if inputs is not None:

@@ -1,4 +1,4 @@
-"""Smoothing strengths, each chosen by the error that it really leaves behind."""
+"""Smoothing strengths, each chosen by the measured error."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from .linears import Linears
 from .operators import Deployed, row_chunks
 
 STRENGTHS = (0.3, 0.5, 0.7)
-# A strength must lower the squared error by this much to be worth a change.
+# The least relative gain in squared error that makes a strength worth a change.
 GAIN = 0.98
-# Rows that are rounded at a time: what the search for their scales holds beside them is many times their size.
+# Rows rounded at a time: the working memory of the scale search is many times their size.
 _ROWS = 512
 
 Trial = TypeVar("Trial")
 
 Change = Callable[[Tensor], dict[str, Tensor]]
-"""From a scale [K] to the tensors that it changes, by name."""
+"""A function of a scale [K]: the tensors that it changes, by name."""
 
 
 def least(unchanged: Trial, trial: Callable[[float], Trial], error: Callable[[Trial], float]) -> tuple[float, Trial]:
-    """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where none gains."""
+    """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where no strength
+    gains."""
     best, strength, found = error(unchanged) * GAIN, 0.0, unchanged
     for candidate in STRENGTHS:
         changed = trial(candidate)
@@ -47,10 +48,10 @@ def choose(
     change: Change,
     error: Callable[[dict[str, Tensor], tuple[str, ...]], float],
 ) -> float:
-    """Find the best strength, make its change in `tensors`, and return it; 0 where none is better than nothing.
+    """Find the best strength, make its change in `tensors`, and return it; 0 where none improves the error.
 
-    activation: the largest magnitudes [K] of what the `readers` are given. error: the squared error with some tensors
-    changed and the readers rounded.
+    activation: the largest magnitudes [K] of the readers' inputs. error: the squared error with some tensors changed
+    and the readers rounded.
     """
     weight = torch.stack([tensors[name].abs().amax(0) for name in readers]).amax(0)
     strength, changed = least(
@@ -63,7 +64,7 @@ def choose(
 
 
 def rounded(job: Job, weight: Tensor) -> Tensor:
-    """A weight float32 [N, K] behind the codes of the job's scheme, data-free."""
+    """Round a weight float32 [N, K] to the job's scheme, data-free."""
     if job.scheme is Scheme.FLOAT:
         return weight
     base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
@@ -85,8 +86,8 @@ def deployed(job: Job, weight: Tensor) -> Deployed:
 
 
 def norm_quotient(linears: Linears, norm: Job, gain: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A norm's gain [K] divided by `scale`, as far as its stored dtype can hold the quotient, and the factor by which
-    the columns of its readers grow to match: both float32."""
+    """A norm's gain [K] divided by `scale`, as far as its stored dtype can hold the quotient, and the matching factor
+    for the columns of its readers: both float32."""
     smaller = linears.rounded(norm, gain.double() / scale).double()
     # A quotient that the dtype (float16, say) flushes to zero or cannot hold would silence its channel or spoil it.
     smaller = smaller.where((smaller != 0) & torch.isfinite(smaller), gain.double())

@@ -1,8 +1,8 @@
 """Hidden states between layers, on disk: whole or absent, so that a walk continues at the layer where it was killed.
 
-Two streams of float32 [tokens, hidden] lie in one file: what the float model computes, and what the quantized one does.
-`state.json` names the layer they go into, the file and its hash, and carries the reports of the layers before. It is
-renamed into place after the file is synced, and only then is the file of the layer before removed.
+One file has two streams of float32 [tokens, hidden]: the float model's and the quantized one's. `state.json` names the
+layer whose input they are, the file and its hash, and carries the reports of the layers before. It is renamed into
+place after the file is synced; only then is the file of the layer before removed.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ _SCRATCH = "scratch-{}.bin"
 
 
 class StreamPair:
-    """Hidden states float32 [tokens, hidden] twice: what the float model computes, and what the quantized one does."""
+    """Hidden states float32 [tokens, hidden] twice: of the float model, and of the quantized one."""
 
     def __init__(self, floats: Tensor, quantized: Tensor):
         self.floats = floats
         self.quantized = quantized
 
     def first(self, tokens: int) -> StreamPair:
-        """The first tokens of both."""
+        """The first `tokens` rows of both streams."""
         return StreamPair(self.floats[:tokens], self.quantized[:tokens])
 
 
 class Streams(StreamPair):
-    """Both streams of one file, memory-mapped."""
+    """Both streams in one file, memory-mapped."""
 
     def __init__(self, path: Path, tokens: int, hidden: int, *, create: bool):
         self.path = path
         shape = (2, tokens, hidden)
         if create:
             with new_file(path) as file:
-                # Blocks now, not when a page is touched: a full disk is then an error and not a signal.
+                # Allocate blocks now and not at the first write to a page: a full disk is then an error and not a
+                # signal.
                 os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * hidden)
         with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
             self._map = np.memmap(file, np.float32, "r+", shape=shape)
@@ -66,18 +67,18 @@ class Streams(StreamPair):
 
 @dataclass(frozen=True)
 class State:
-    """Where a walk stands: what was measured in the layers behind it, in their order."""
+    """The position of a walk: the reports of the layers behind it, in their order."""
 
     reports: tuple[LayerReport, ...] = ()
 
     @property
     def layer(self) -> int:
-        """The next layer."""
+        """The index of the next layer."""
         return len(self.reports)
 
 
 def state_bytes(tokens: int, hidden: int) -> int:
-    """Disk that hidden states take: those of two layers, and those between attention and experts."""
+    """Bytes of disk for hidden states: those of two layers, and those between attention and experts."""
     return 3 * 2 * 4 * tokens * hidden
 
 
@@ -89,7 +90,7 @@ class StateStore:
         self._shape = (tokens, hidden)
 
     def load(self) -> tuple[State, Streams] | None:
-        """The newest state that is whole, or None: start at the first layer."""
+        """The newest complete state; None: start at the first layer."""
         try:
             found = line_content(read_bytes(inside(self._folder, _STATE, ConversionError), ConversionError))
             if not isinstance(found["reports"], list):
@@ -106,17 +107,18 @@ class StateStore:
             return None  # torn or of another walk: everything is computed again
 
     def new(self, layer: int) -> Streams:
-        """Streams to be filled for the input of `layer`; they count only once `publish`ed."""
+        """New streams for the input of `layer`; they count only once `publish`ed."""
         make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format(layer), *self._shape, create=True)
 
     def scratch(self) -> Streams:
-        """Streams within a layer, which nothing resumes from."""
+        """Streams within a layer; no run resumes from them."""
         make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
 
     def publish(self, streams: Streams, state: State) -> Streams:
-        """Make `streams` the state's input, from which a later run starts; the same streams under their new name."""
+        """Make `streams` the input of the state's layer, for a later run to start from; return them under their new
+        name."""
         streams.sync()
         path = self._folder / _READY.format(state.layer)
         streams.path.replace(path)
@@ -134,7 +136,7 @@ class StateStore:
 
 
 def remove_states(output_folder: Path) -> None:
-    """Remove what a walk keeps for its continuation, and its folder, unless somebody put something else there."""
+    """Remove the files of a walk's continuation, and its folder unless it holds another file."""
     folder = output_folder / FOLDER
     if not folder.is_dir():
         return

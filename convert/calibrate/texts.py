@@ -1,4 +1,4 @@
-"""Calibration text: files become windows of token ids, always the same ones."""
+"""Calibration text: files become samples of token ids, always the same ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TURN = {"role", "content"}
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibrates: `tokens` int64 [samples, sequence_length], the text's name, and a hash of the tokens."""
+    """The calibration set: `tokens` int64 [samples, sequence_length], the text's name, and a hash of the tokens."""
 
     name: str
     tokens: Tensor
@@ -47,14 +47,15 @@ class Calibration:
 def read_calibration(
     path: str | Path, checkpoint: Path, vocab_size: int, max_position: int, samples: int, sequence_length: int
 ) -> Calibration:
-    """Windows of a text, by the tokenizer in the checkpoint's directory.
+    """Cut a text into samples, by the tokenizer in the checkpoint's directory.
 
     `path` is "builtin", a file of plain text or of JSON lines ({"text": …}, or {"messages": […]} for the chat
-    template), or a directory of such files. Documents are tokenized each for itself and joined, with the end-of-
-    sequence token between them where there is one; `samples` windows, spread evenly over the text and overlapping only
-    where it is too short, are each led by the beginning-of-sequence token, as a prompt would be. Raises
-    CalibrationError for a text that is missing, not UTF-8, malformed or shorter than one window, and for token ids that
-    the model does not have.
+    template), or a directory of such files. Documents are tokenized one by one and joined, with the end-of-sequence
+    token between them where there is one. `samples` samples are spread evenly over the text, overlapping only where it
+    is too short. Each is preceded by the beginning-of-sequence token, as a prompt would be.
+
+    Raises CalibrationError for a text that is missing, not UTF-8, malformed or shorter than one sample, and for token
+    ids that the model does not have.
     """
     if samples < 1 or sequence_length < 2:
         raise CalibrationError(f"--samples {samples} and --sequence-length {sequence_length} must be at least 1 and 2")
@@ -79,8 +80,8 @@ def read_calibration(
     width = sequence_length - len(lead)
     if len(stream) < width:
         raise CalibrationError(
-            f"{name}: has {len(stream)} tokens, and one window of --sequence-length {sequence_length} needs {width}; "
-            "give a longer text or shorter windows"
+            f"{name}: has {len(stream)} tokens, and one sample of --sequence-length {sequence_length} needs {width}; "
+            "give a longer text or a shorter sequence length"
         )
     count = min(samples, len(stream) - width + 1)
     last = len(stream) - width
@@ -92,7 +93,7 @@ def read_calibration(
 
 
 def read_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's directory. CalibrationError where none can be read."""
+    """The tokenizer of a checkpoint's directory. Raises CalibrationError where it cannot be read."""
     try:
         require_tokenizer(checkpoint)
         return Tokenizer(checkpoint)
@@ -112,7 +113,7 @@ def _documents(path: str | Path) -> tuple[str, Iterator[Any]]:
         found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES)
         if not found:
             raise CalibrationError(f"{path}: no {', '.join(_SUFFIXES)} files in it to calibrate on")
-        # What a directory holds is not what the user named: its pipes and devices are not read.
+        # The user did not name the files of a directory one by one: its pipes and devices are not read.
         texts = ((read_text(child, CalibrationError, MOST_GIVEN_BYTES), child) for child in found)
         return name_as_text(path.resolve()), (document for text, child in texts for document in _split(text, child))
     if not path.exists():

@@ -46,7 +46,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class CalibratedWalk:
-    """Converts every tensor of the decoder layers. A walk that was interrupted goes on after the last layer it kept."""
+    """Converts every tensor of the decoder layers. An interrupted walk continues after the last layer that it kept."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class CalibratedWalk:
         self._start = self._loaded()
 
     def _loaded(self) -> tuple[State, Streams] | None:
-        """Where the walk was interrupted, if that is a place in this one."""
+        """The state of an interrupted walk, if it belongs to this one."""
         found = self._store.load()
         if found is None:
             return None
@@ -83,13 +83,13 @@ class CalibratedWalk:
         return found if ours else None
 
     def forget_unvouched(self) -> None:
-        """Take out of the journal's record the layers that will be walked: those from the first one on that is not
-        whole, or that no hidden states were kept for."""
+        """Remove from the journal's record the layers that will be walked: all from the first one that is incomplete,
+        or without hidden states."""
         record, layers = self._journal.record, self._layers()
         missing = [layer for layer, jobs in layers.items() if any(job not in record.jobs for job in jobs)]
         first = min(missing, default=len(layers))
         if self._start is None or self._start[0].layer > first:
-            # Hidden states of a layer that must be done again are gone: the walk begins where they come from.
+            # A layer without hidden states: the walk begins at the layer that they come from.
             self._start, first = None, 0
         else:
             first = self._start[0].layer
@@ -101,16 +101,16 @@ class CalibratedWalk:
 
     @property
     def kept_jobs(self) -> set[int]:
-        """The jobs that what is left to do builds on: those of the layers walked already, and of the embedding."""
+        """The jobs that the remaining ones build on: those of the layers walked already, and of the embedding."""
         if self._start is None:
             return set()
         walked = range(self._start[0].layer)
         return {job.index for job in self._prepared.plan.jobs if job.layer in walked or job.role is Role.EMBEDDING}
 
     def run(self) -> tuple[LayerReport, ...]:
-        """Walk. Afterwards the journal has all jobs of the decoder layers. Returns the report of each layer.
+        """Walk all layers; return the report of each. Afterwards the journal has all jobs of the decoder layers.
 
-        Raises CalibrationError for activations that are no numbers, ConversionError when the disk refuses.
+        Raises CalibrationError for infinite or NaN activations, ConversionError when the disk refuses.
         """
         calibration, config, ops = self._calibration, self._prepared.config, CalibrationOps()
         tables = rope_tables(config)
@@ -135,7 +135,7 @@ class CalibratedWalk:
             raise write_error(self._folder, error) from error
 
     def _layers(self) -> dict[int, list[int]]:
-        """The jobs of each decoder layer."""
+        """The indices of the jobs of each decoder layer."""
         layers: dict[int, list[int]] = {layer: [] for layer in range(self._prepared.config.num_hidden_layers)}
         for job in self._prepared.plan.jobs:
             if job.layer in layers:
@@ -151,7 +151,7 @@ class CalibratedWalk:
         middle = self._store.scratch()
         while state.layer < walk.config.num_hidden_layers:
             out = self._store.new(state.layer + 1)
-            # Before anything else reads the layer: `source_digest` says why.
+            # Before any other reader of the layer: `source_digest` gives the reason.
             jobs = [job for job in self._prepared.plan.jobs if job.layer == state.layer]
             digests = walk.pool.map(lambda job: source_digest(walk.source, job.source), jobs)
             read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
@@ -171,7 +171,7 @@ class CalibratedWalk:
         return state.reports
 
     def _choose(self, walk: Walk, index: int, streams: tuple[Streams, Streams, Streams]) -> Choice:
-        """Whether a layer is smoothed, by trials, which use up the last two streams."""
+        """Choose whether a layer is smoothed, by trials, which overwrite the last two streams."""
         if not self._time.allows_trials(walk.config.num_hidden_layers - index):
             return Choice(walk.smooth, None)
         began = time.monotonic()
@@ -184,7 +184,7 @@ class CalibratedWalk:
         return Choice(trials.prefer_smoothing, trials)
 
     def _convert_embedding(self, walk: Walk) -> None:
-        """The embedding first, so that the journal knows from which one the hidden states came."""
+        """Convert the embedding first, so that the journal records the one that the hidden states came from."""
         job = walk.jobs[_embedding_of(walk)]
         if job.index not in self._journal.record.jobs:
             entry = self._convert(job)
@@ -192,20 +192,20 @@ class CalibratedWalk:
             self._journal.append({job.index: entry}, {})
 
     def _convert_rest(self, layer: Layer, jobs: Sequence[Job]) -> None:
-        """Tensors of the layer that a walk has no use for: those the architecture does not know."""
+        """Convert the layer's tensors that the walk does not use: those unknown to the architecture."""
         for job in jobs:
             if job.index not in layer.entries:
                 layer.entries[job.index] = self._convert(job)
 
     def _convert(self, job: Job) -> JobEntry:
-        """A job by itself."""
+        """Convert one job by itself."""
         entry = run_job(job, self._prepared.source, self._files, Workspace(_CHUNK_ELEMENTS), threading.Event()).entry
         self._tally.job_done(job)
         return entry
 
 
 def _run_layer(layer: Layer, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
-    """Quantize one layer; its report."""
+    """Quantize one layer; return its report."""
     strengths, kv_cache = run_attention(layer, streams, middle)
     _check_finite(middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
@@ -225,7 +225,7 @@ def _embedding_of(walk: Walk) -> str:
 
 
 def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
-    """The streams before the first layer: rows of the embedding, exact and as they are stored."""
+    """The streams before the first layer: rows of the embedding, exact and as stored."""
     streams = store.new(0)
     name = _embedding_of(walk)
     dtype = DTYPES[walk.jobs[name].outputs[0].dtype]
@@ -249,7 +249,7 @@ def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
 
 
 def _relative(streams: StreamPair) -> float:
-    """‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
+    """The relative error ‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
     lost = norm = 0.0
     for part in row_chunks(streams.floats.shape[0]):
         lost += float((streams.quantized[part] - streams.floats[part]).double().square().sum())

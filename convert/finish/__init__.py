@@ -1,1 +1,1 @@
-"""What a finished conversion leaves beside the shards: card, totals, description, manifest."""
+"""The files of a finished conversion beside its shards: card, totals, description, manifest."""

@@ -1,4 +1,4 @@
-"""The model card of an artifact: what it is, how it was made, what it lost, and how to load it."""
+"""The model card of an artifact: its contents, origin, errors, and how to load it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...recipes.recipe import Recipe, Target, Transform
 from ...units import format_bytes
 from ..calibrate.texts import Calibration
 from ..plan.prepare import Origin
-from .report import RoleTotals
+from .role_totals import RoleTotals
 
-# Kept from the source's card: the artifact stands under the source's terms.
+# Kept from the source's card: its terms hold for the artifact too.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 _NPUQ_ONLY = """\
-This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this layout. Give them
+This artifact is for npuq's own runtime: vLLM-Ascend and SGLang refuse float routed experts in this form. Give them
 the source checkpoint, or convert it with the recipe `w4a8` or `w8a8`.
 """
 
@@ -44,7 +44,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.
 
 
 def check_base_model(name: str) -> None:
-    """ConversionError for what is no name of a repository on the hub."""
+    """Raise ConversionError unless `name` can be a repository's on the hub."""
     if _REPOSITORY.fullmatch(name) is None:
         raise ConversionError(f"--base-model {name[:100]!r}: must be OWNER/NAME, as the source is called on the hub")
 
@@ -61,8 +61,8 @@ def model_card(
 ) -> str:
     """README.md of an artifact, front matter included. Depends on its arguments alone: no dates, hosts or paths.
 
-    `ranks` are those that the serve commands are for (`serving_ranks`); `base_model` is the hub's name of the source,
-    where it is not the repository that `origin` comes from.
+    `ranks` is the number of ranks in the serve commands (`serving_ranks`); `base_model` is the source's name on the
+    hub, where it is not the repository of `origin`.
     """
     front = {key: source_front_matter[key] for key in _INHERITED if key in source_front_matter}
     quantized = any(total.scheme != "FLOAT" for total in totals)
@@ -102,13 +102,13 @@ _METHODS = {
 
 
 def _how(recipe: Recipe, calibration: Calibration | None) -> str:
-    """How codes were found, in sentences."""
+    """The method of quantization, in sentences."""
     parts = [*(_TRANSFORMS[transform] for transform in recipe.transforms), _METHODS[recipe.method]]
     if calibration is None:
         parts.append("No calibration data.")
     else:
         parts.append(
-            f"Calibrated on {calibration.samples} windows of {calibration.sequence_length} tokens "
+            f"Calibrated on {calibration.samples} samples of {calibration.sequence_length} tokens "
             f"({calibration.name}, sha256 of the tokens {calibration.sha256[:16]}…), "
             "with scales for an int8 KV cache (`--kv-cache-dtype int8`, npuq's runtime alone)."
         )

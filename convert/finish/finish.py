@@ -1,8 +1,8 @@
-"""The last step: everything that is not a shard, and the manifest, which makes a directory an artifact, last.
+"""The last step: every file that is not a shard, and last the manifest, which makes a directory an artifact.
 
-Every file is written whole and synced before the manifest appears, and every step gives the same bytes when it is done
-again: a kill anywhere in here costs the time of these few files. `rehearse` makes all of them before the work begins,
-from all that is known by then, so that nothing that a source has in it can fail for the first time at its end.
+Every file is written whole and synced before the manifest appears, and every step gives the same bytes when repeated: a
+kill anywhere in here costs the time of these few files. `rehearse` makes all of them before the work begins, from
+everything known by then, so that no content of a source can make the first failure come at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from ... import __version__
 from ...engines.loader_config import loader_keys
-from ...engines.rules import config_schemes
+from ...engines.requirements import config_schemes
 from ...engines.serving import serving_ranks
 from ...errors import CheckpointError, ConversionError
 from ...formats.artifact import (
@@ -45,14 +45,15 @@ from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
 from ..write.journal import Record
 from .card import model_card
-from .report import totals_by_role
+from .role_totals import totals_by_role
 from .side_files import card_front_matter, copy_side_files
 
 
 def rehearse(prepared: Prepared) -> int:
-    """Make everything that `finish` will write, as far as it is known, and throw it away: how many bytes it has.
+    """Make every file that `finish` will write, as far as its content is known, and discard it; return their size in
+    bytes.
 
-    Raises CheckpointError, before the work, for what could not be written after it.
+    Raises CheckpointError, before the work, for content that could not be written after it.
     """
     source, nbytes = prepared.checkpoint.directory, prepared.rope_bytes
     for name in prepared.side_files:
@@ -78,10 +79,10 @@ def rehearse(prepared: Prepared) -> int:
 
 
 def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[LayerReport]) -> None:
-    """Write everything but the shards; `record` has the entry of every job and the hash of every shard, `reports` what
-    calibration measured in each decoder layer.
+    """Write every file but the shards.
 
-    OSError when the disk refuses; calling it again starts over.
+    `record` has the entry of every job and the hash of every shard, `reports` the measurements of calibration in each
+    decoder layer. Raises OSError when the disk refuses; calling it again starts over.
     """
     stats = {index: entry.stats for index, entry in record.jobs.items()}
     copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
@@ -105,7 +106,7 @@ def _measured(path: Path) -> dict[str, Any]:
 
 
 def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple[str, Iterable[str]]]:
-    """Name and content, piece by piece, of every file that is text, but for the manifest; each made when asked for."""
+    """The name and content, in pieces, of every text file but the manifest; each is made when asked for."""
     plan, recipe = prepared.plan, prepared.recipe
     totals = totals_by_role(plan.jobs, stats)
     report = {
@@ -135,7 +136,7 @@ def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple
     yield CARD_NAME, [card]
     yield INDEX_NAME, _json(_index(plan))
     yield DESCRIPTION_NAME, _json(description(_types(plan)))
-    # Late: without it no loader takes the directory for a model.
+    # Last of the texts: without config.json no loader takes the directory for a model.
     yield CONFIG_NAME, _json(_config(prepared))
 
 
@@ -212,14 +213,14 @@ def _manifest(
         },
         "files": dict(sorted(files.items())),
         "linears": linears,
-        # What was done to the weights before: they are not the source's any more, though the model's function is.
+        # Rotation and smoothing: the weights are no longer the source's, though the model's function is the same.
         "transforms": [str(transform) for transform in prepared.recipe.transforms],
         **_calibration(prepared, reports),
     }
 
 
 def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str, Any]:
-    """The calibration text, and what was measured on it in every layer; nothing where none was used."""
+    """The calibration text, and the measurements on it in every layer; empty without calibration."""
     calibration = prepared.calibration
     if calibration is None:
         return {}
@@ -247,6 +248,6 @@ def _linear(job: Job, stats: ErrorSums, stored: bool, output_error: float | None
 
 
 def _json(content: Mapping[str, Any]) -> Iterator[str]:
-    # Joined, the pieces of 180,000 names take several times what the text does.
+    # In pieces: joining those of 180,000 names takes several times the memory of the text.
     yield from json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(content)
     yield "\n"

@@ -13,15 +13,15 @@ from ...inputs.files import MOST_BYTES, inside, is_inside, open_file, read_text
 from ...inputs.names import FileName
 from ...inputs.yaml_text import parse_yaml
 
-# A source's model card is read for a few lines at its head.
+# Only a few lines at the head of a source's model card are read.
 _MOST_CARD_BYTES = 1 << 20
 
 
 def side_files(source: Path) -> list[str]:
     """Names of the side files of a checkpoint directory, sorted.
 
-    Raises CheckpointError for a link that leaves the checkpoint, as it does for shards, for a name that no manifest can
-    hold, and for a file that is larger than any of them is.
+    Raises CheckpointError for a link that leaves the checkpoint (as for shards), for a name that no manifest can hold,
+    and for a file above the size limit of side files.
     """
     found = sorted(path.name for path in source.iterdir() if not path.is_dir() and is_side_file(path.name))
     for name in found:
@@ -34,10 +34,10 @@ def side_files(source: Path) -> list[str]:
 
 
 def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
-    """Copy side files into the artifact, each whole or not at all, links as what they point to."""
+    """Copy side files into the artifact, each whole or not at all; a link is replaced by its target."""
     for name in names:
         partial = output / PARTIAL_NAME
-        # The content alone: modes and times of the source are no part of the artifact.
+        # The content alone: modes and times of the source do not belong to the artifact.
         found = os.fdopen(open_file(inside(source, name), CheckpointError), "rb")
         with found as whole, new_file(partial) as copy:
             shutil.copyfileobj(whole, copy)
@@ -45,7 +45,7 @@ def copy_side_files(source: Path, output: Path, names: list[str]) -> None:
 
 
 def card_front_matter(source: Path) -> dict[str, object]:
-    """The YAML front matter of a directory's README.md; empty when there is none to read."""
+    """The YAML front matter of a directory's README.md; empty where it is missing or cannot be read."""
     try:
         if not is_inside(source, "README.md"):
             return {}

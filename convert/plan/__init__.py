@@ -1,1 +1,1 @@
-"""Everything that is decided before work starts: recipe, memory, jobs, and the place of every output byte."""
+"""Decisions before the work: recipe, memory, jobs, and the place of every output byte."""

@@ -1,4 +1,4 @@
-"""What a recipe means for the tensors of one checkpoint: the scheme and method of each, refused where no loader could
+"""Assignments: the scheme and method that a recipe gives each tensor of a checkpoint. Refused where no loader could
 load the result."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...engines.rules import violations
+from ...engines.requirements import violations
 from ...errors import RecipeError
 from ...formats.schemes import Scheme
 from ...models.tensors import Spec
@@ -16,7 +16,7 @@ from ...recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a recipe decided for one tensor; `rule` is the 1-based number of the rule that gave the scheme, 0: none."""
+    """The scheme and method of one tensor; `rule` is the 1-based number of the rule that gave the scheme, 0: none."""
 
     scheme: Scheme
     method: Method
@@ -24,7 +24,7 @@ class Assignment:
 
 
 def check_source(recipe: Recipe, quantized: bool) -> None:
-    """Raise RecipeError for a recipe that a source cannot follow: what is quantized already only keeps its schemes."""
+    """Raise RecipeError for a recipe that the source cannot follow: quantized weights can only keep their schemes."""
     if quantized and not recipe.stored:
         raise RecipeError(
             f"recipe {recipe.name!r} is for a float checkpoint, and this one is quantized already: leave --recipe out "
@@ -37,7 +37,7 @@ def check_source(recipe: Recipe, quantized: bool) -> None:
 def resolve(
     recipe: Recipe, specs: Mapping[str, Spec], stored: Mapping[str, Scheme] | None = None
 ) -> dict[str, Assignment]:
-    """The scheme and method of every tensor, before any loader's rule is applied (`check_recipe`).
+    """The scheme and method of every tensor, before the engines' requirements are checked (`check_recipe`).
 
     `stored` has the schemes of a quantized source.
     """

@@ -1,4 +1,4 @@
-"""How much a conversion may hold in memory at once: workers × the working set of one chunk of rows."""
+"""The memory budget of a conversion: workers × the working set of one chunk of rows."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from ...native import binding as native
 from ...quant.scales import Method
 from .plan import Plan
 
-# A million values: large enough that the cost of a call vanishes, small enough that what is read is still in cache when
-# it is converted.
+# A million values: large enough that the cost of a call vanishes, small enough that a chunk is still in cache when it
+# is converted.
 CHUNK_ELEMENTS = 1 << 20
 # Below this, reads and writes become so small that the disk is slow: fewer workers are better.
 _PREFERRED_MINIMUM = 128 << 10
 
-# Upper bounds, measured on random weights: what reading, rounding and packing in torch take for each value of a chunk,
-# and what the scale search in torch holds besides, which grows with its rows up to a block of them.
+# Upper bounds in bytes a value of a chunk, measured on random weights: for reading, rounding and packing in torch, and
+# in addition for the scale search in torch, which grows with its rows up to a block of them.
 BYTES_PER_ELEMENT = 40
 SEARCH_BYTES_PER_ELEMENT = 1280
 SEARCH_BYTES = 160 << 20
-# What headers and plan take for each source weight, measured on DeepSeek-V3's 46183; `--max-memory` is not about it.
+# Bytes of headers and plan for each source weight, measured on DeepSeek-V3's 46183; `--max-memory` does not bound them.
 PLAN_BYTES_PER_JOB = 5 << 10
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Workers, how many values each may hold at a time, and an upper bound of what they all hold together."""
+    """The number of workers, the values that each may hold at a time, and an upper bound in bytes for all of them
+    together."""
 
     workers: int
     chunk_elements: int
@@ -39,10 +40,11 @@ class Budget:
 def plan_budget(plan: Plan, workers: int | None, max_memory: int | None, held: int = 0) -> Budget:
     """Choose workers (default: cores of this process) and chunk so that the working set fits `max_memory` bytes.
 
-    `held` bytes are what the source holds for each worker, whatever the chunk.
+    `held` is the number of bytes that the source holds for each worker, whatever the chunk.
 
-    The working set is what conversion adds to the interpreter and torch. First the chunk shrinks, then the number of
-    workers, then the chunk again down to two rows of the widest tensor. ConversionError when even that does not fit.
+    The working set is the memory that conversion adds to the interpreter and torch. First the chunk shrinks, then the
+    number of workers, then the chunk again down to two rows of the widest tensor. Raises ConversionError when even that
+    does not fit.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
@@ -73,7 +75,7 @@ def _working_set(elements: int, search: bool) -> int:
 
 
 def _affordable(nbytes: int, search: bool) -> int:
-    """The most values whose working set fits."""
+    """The largest number of values whose working set fits."""
     if not search:
         return nbytes // BYTES_PER_ELEMENT
     within = nbytes // (BYTES_PER_ELEMENT + SEARCH_BYTES_PER_ELEMENT)

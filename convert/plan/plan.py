@@ -22,8 +22,8 @@ from ...models.tensors import Spec
 from ...quant.scales import Method
 from .assignments import Assignment
 
-# What one tensor's entry takes in a JSON header besides its name, dtype and dimensions: punctuation, keys and two
-# offsets of up to 16 digits.
+# Bytes of one tensor's entry in a JSON header besides its name, dtype and dimensions: punctuation, keys and two offsets
+# of up to 16 digits.
 _ENTRY_BYTES = 80
 # `encode_header`: 8 bytes of length, padding to 64, braces and our metadata.
 _HEADER_BYTES = 160
@@ -43,13 +43,13 @@ class Slot:
 
     @property
     def suffix(self) -> str:
-        """The last part of the name (`weight_scale`), by which `quantize_rows` names its results."""
+        """The last part of the name (`weight_scale`), as `quantize_rows` names its results."""
         return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One source tensor → its output tensors, all in one shard."""
+    """The conversion of one source tensor to its output tensors, all in one shard."""
 
     index: int
     source: str
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Where its outputs lie in the shard: bytes [start, end)."""
+        """The bytes [start, end) of the job's outputs in the shard."""
         return min(slot.start for slot in self.outputs), max(slot.start + slot.nbytes for slot in self.outputs)
 
     @property
@@ -98,14 +98,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Jobs in natural order of their source tensors, and the shards they fill one after another."""
+    """The jobs in natural order of their source tensors, and the shards that they fill one after another."""
 
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
 
     @property
     def turns(self) -> list[Job]:
-        """All jobs in the order of work: two neighbouring shards fill at the same time, as far as each other.
+        """All jobs in the order of work: two neighbouring shards fill at the same time, at the same pace.
 
         Their digests then grow together, and two take hardly longer than one (`hashes.py`).
         """
@@ -116,7 +116,7 @@ class Plan:
         return turns
 
     def _filling(self, shard: Shard) -> Iterator[tuple[int, Job]]:
-        """A shard's jobs, each with the bytes that those before it write."""
+        """A shard's jobs, each with the bytes of the jobs before it."""
         filled = 0
         for index in shard.jobs:
             yield filled, self.jobs[index]
@@ -133,12 +133,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A job whose outputs have no place yet."""
+    """A job without places for its outputs."""
 
     spec: Spec
     weight: Weight
     assignment: Assignment
-    outputs: tuple[tuple[OutputTensor, int], ...]  # with their bytes
+    outputs: tuple[tuple[OutputTensor, int], ...]  # each with its size in bytes
 
 
 def build_plan(
@@ -149,7 +149,7 @@ def build_plan(
     *,
     float16: bool = False,
 ) -> Plan:
-    """Place every output tensor; `float16` says that the model computes in it.
+    """Place every output tensor; `float16`: the model computes in that dtype.
 
     No shard exceeds `max_shard_size` bytes, header included, unless a single job's outputs do. Raises RecipeError for a
     weight whose shape its scheme cannot hold.
@@ -161,7 +161,7 @@ def build_plan(
     jobs: list[Job] = []
     shards: list[Shard] = []
     for number, group in enumerate(groups):
-        header, size, slots = _lay_out(number, group)
+        header, size, slots = _header_and_slots(number, group)
         first = len(jobs)
         jobs.extend(_job(first + offset, draft, slots) for offset, draft in enumerate(group))
         shards.append(Shard(shard_name(number + 1, len(groups)), header, size, tuple(range(first, len(jobs)))))
@@ -197,15 +197,15 @@ def _fill_shards(drafts: Sequence[_Draft], max_shard_size: int) -> Iterable[list
 
 
 def _bound(output: OutputTensor, size: int) -> int:
-    """An upper bound of what a tensor adds to its shard: its data and its header entry."""
+    """An upper bound in bytes of a tensor's share of its shard: its data and its header entry."""
     # JSON escapes a quote in two bytes and a control character in six.
     name = len(output.name) * (2 if output.name.isascii() and output.name.isprintable() else 6)
     entry = name + len(output.dtype) + 21 * len(output.shape) + _ENTRY_BYTES
     return size + entry
 
 
-def _lay_out(number: int, group: Sequence[_Draft]) -> tuple[bytes, int, dict[str, Slot]]:
-    """Header, file size and slots of one shard: in job order, so that files fill from front to back.
+def _header_and_slots(number: int, group: Sequence[_Draft]) -> tuple[bytes, int, dict[str, Slot]]:
+    """The header, file size and slots of one shard: in job order, so that files fill from front to back.
 
     Every tensor is aligned to its item size, as memory-mapping readers need. Where an odd shape breaks that, all
     tensors of the shard are ordered by falling item size instead.
@@ -223,7 +223,7 @@ def _lay_out(number: int, group: Sequence[_Draft]) -> tuple[bytes, int, dict[str
 
 
 def _falling(outputs: Iterable[tuple[OutputTensor, int]]) -> list[tuple[OutputTensor, int]]:
-    """By falling item size, otherwise in the order they have."""
+    """Sort by falling item size, stably."""
     return sorted(outputs, key=lambda output: -ITEM_BYTES[output[0].dtype])
 
 

@@ -1,4 +1,4 @@
-"""Everything that is decided before work starts: open, classify, resolve the recipe, plan, and sign the result."""
+"""Preparation: open the source, classify its tensors, resolve the recipe, plan, and sign the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .statements import statements
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from: the hub repository whose cache it lies in, or only its directory's name."""
+    """The origin of a checkpoint: the hub repository whose cache holds it, or only its directory's name."""
 
     name: str
     repo: str | None
@@ -59,7 +59,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What the user asked to calibrate on: a file, a directory or "builtin", and how much of it."""
+    """The user's choice of calibration text: a file, a directory or "builtin", and its size in samples."""
 
     path: str | Path | None = None
     samples: int = DEFAULT_SAMPLES
@@ -69,7 +69,7 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversion ready to run."""
+    """A conversion ready to run, with its open checkpoint."""
 
     checkpoint: Checkpoint
     source: WeightSource
@@ -83,15 +83,15 @@ class Prepared:
     max_shard_size: int
     calibration: Calibration | None = None
     time_budget: float | None = None
-    statements: tuple[str, ...] = ()  # what the checkpoint says twice, and which counts
+    statements: tuple[str, ...] = ()  # contradictions in the checkpoint, and how each is decided
     base_model: str | None = None  # the source's name on the hub, for the card
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What decides every byte that the manifest vouches for, in words that a refusal can show.
+        """Every input that decides bytes of the manifest, as text that an error message can show.
 
-        An interrupted run and its continuation must share it. `base_model` is not in it: it goes into the card alone,
-        which belongs to people.
+        An interrupted run and its continuation must share it. `base_model` is not part of it: it goes into the card
+        alone, which belongs to people.
         """
         digest = hashlib.sha256(self.origin.config_sha256.encode())
         for info in self.checkpoint.tensors.values():
@@ -116,8 +116,8 @@ class Prepared:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: a plan is a million objects that all stay, and scanning them again and again
-    takes as long as making them."""
+    """Pause garbage collection: a plan is a million objects that all stay, and scanning them again and again takes as
+    long as making them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -137,8 +137,8 @@ def prepare(
 ) -> Prepared:
     """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input.
 
-    A checkpoint that is open already is taken over: whoever closes the result, or an error here, closes it. Without a
-    recipe a float checkpoint gets w4a8, and a quantized one keeps what it has.
+    An open checkpoint is taken over: closing the result, or an error here, closes it. Without a recipe a float
+    checkpoint gets w4a8, and a quantized one keeps its schemes.
     """
     checkpoint: Checkpoint | None = None
     try:
@@ -148,7 +148,7 @@ def prepare(
         checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
         config = ModelConfig.from_dict(checkpoint.config)
-        # Written at the end, and computed here to learn whether it can be, before memory has to hold the plan too.
+        # Written at the end, but computed here: a failure should come before memory has to hold the plan too.
         rope_bytes = _rope_bytes(config)
         shared = share_tied(checkpoint)
         source = open_weights(checkpoint)
@@ -163,7 +163,7 @@ def prepare(
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):
-                read_tokenizer(directory)  # or it would be missed after all has been fetched
+                read_tokenizer(directory)  # fail here and not after the download
             raise RecipeError(
                 f"method {resolved.chain} reads weights more than once, and a checkpoint on a hub passes by: fetch it "
                 "first (hf download), and convert the directory"
@@ -209,7 +209,7 @@ def _rope_bytes(config: ModelConfig) -> int:
 def _data_free_outside_walk(
     config: ModelConfig, inventory: Inventory, assignments: dict[str, Assignment], recipe: Recipe
 ) -> dict[str, Assignment]:
-    """Calibration walks the main model's layers: what lies outside of them gets GPTQ's data-free part."""
+    """Replace GPTQ by its data-free part outside the main model's layers, where calibration does not walk."""
     result = {}
     for name, spec in inventory.specs.items():
         assignment = assignments[name]
@@ -238,7 +238,7 @@ def _needs_calibration(recipe: Recipe, assignments: Mapping[str, Assignment]) ->
 def _calibration(
     recipe: Recipe, assignments: Mapping[str, Assignment], text: CalibrationText, directory: Path, config: ModelConfig
 ) -> Calibration | None:
-    """The calibration tokens, where some weight needs them."""
+    """The calibration tokens; None where no weight needs them."""
     if _needs_calibration(recipe, assignments):
         position = int(config.rope.max_position)
         path = text.path or BUILTIN

@@ -1,4 +1,4 @@
-"""Disk that a conversion needs, and what there is of it."""
+"""Disk space: the need of a conversion, and the free space."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..calibrate.states import state_bytes
 from ..write.journal import Record
 from .prepare import Prepared
 
-# What the journal has of a weight, 115 bytes, with room for some that are made again.
+# Bytes of the journal for a weight: 115, and room for weights that are converted again.
 _JOURNAL_BYTES_PER_JOB = 160
 
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes of disk: `needed` by the whole conversion, `missing` of these now, and `free`."""
+    """Bytes of disk: `needed` by the whole conversion, `missing` of them now, and `free`."""
 
     needed: int
     missing: int
@@ -31,15 +31,17 @@ class Space:
     def suffices(self) -> bool:
         return self.missing <= self.free
 
-    def told(self, output: Path) -> str:
-        """What a user should know when it does not suffice."""
+    def shortage(self, output: Path) -> str:
+        """The missing and the free bytes, as the beginning of a message."""
         more = "more " if self.missing < self.needed else ""
         return f"{output} needs about {format_bytes(self.missing)} {more}and {format_bytes(self.free)} are free"
 
 
 def plan_space(prepared: Prepared, output: Path, record: Record | None, small_bytes: int) -> Space:
-    """The space for an artifact in `output` with so many bytes beside its shards, of which a record's jobs are done, or
-    without a record all."""
+    """The disk space for an artifact in `output` with `small_bytes` beside its shards.
+
+    `record` has the finished jobs; None: every job is finished.
+    """
     plan, own = prepared.plan, output / OWN_FOLDER
     scratch = _window_bytes(prepared.checkpoint)
     if prepared.calibration is not None:
@@ -49,20 +51,20 @@ def plan_space(prepared: Prepared, output: Path, record: Record | None, small_by
     if record is None:
         return Space(needed, 0, free_bytes(output))
     done = sum([plan.jobs[index].output_bytes for index in record.jobs if index < len(plan.jobs)])
-    # What is written again takes no room again. Some file systems tell of no blocks.
+    # Overwritten blocks need no new room. Some file systems report no blocks.
     there = max(done, _allocated(output / shard.name for shard in plan.shards)) + min(scratch, _allocated(_files(own)))
     return Space(needed, max(0, needed - there), free_bytes(output))
 
 
 def _window_bytes(checkpoint: Checkpoint) -> int:
-    """What the window on a checkpoint that passes by takes at most."""
+    """The largest size in bytes of the window on a remote checkpoint; 0 for a local one."""
     if checkpoint.window is None:
         return 0
     return min(checkpoint.window.max_bytes, sum(info.nbytes for info in checkpoint.tensors.values()))
 
 
 def free_bytes(output: Path) -> int:
-    """Free space of the file system that `output` is or will be on."""
+    """Free bytes of the file system that `output` is or will be on."""
     existing = output.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -74,7 +76,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _allocated(paths: Iterable[Path]) -> int:
-    """The blocks of those that exist, in bytes."""
+    """The bytes of allocated blocks of those files that exist."""
     blocks = 0
     for path in paths:
         with suppress(OSError):

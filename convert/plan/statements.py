@@ -1,7 +1,7 @@
-"""Two statements of a checkpoint about one thing, that contradict each other: which counts, said in a line each.
+"""Contradictions between two statements of a checkpoint about one thing: a line each, with the statement that counts.
 
-They are decided as transformers and the engines decide them; what neither could read is refused where it is read
-(`models/inventory.py`, `models/config.py`, `formats/checkpoint.py`).
+They are decided as transformers and the engines decide them. Statements that neither could read are refused where they
+are read (`models/inventory.py`, `models/config.py`, `formats/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...runtime.text.generation_config import NAME as GENERATION_NAME
 def statements(
     checkpoint: Checkpoint, config: ModelConfig, inventory: Inventory, source: WeightSource, shared: str | None
 ) -> list[str]:
-    """A line for each contradiction; `shared` is the name that `share_tied` found missing."""
+    """A line for each contradiction; `shared` is the tied name that `share_tied` found missing."""
     raw, directory = checkpoint.config, checkpoint.directory
     return [
         *_head(raw, config, shared),
@@ -147,7 +147,7 @@ def _end_of_sequence(raw: Mapping[str, Any], directory: Path) -> Iterator[str]:
     try:
         generation = read_object(inside(directory, GENERATION_NAME), CheckpointError)
     except CheckpointError:
-        return  # whoever copies it or generates with it says so
+        return  # the readers of this file report it
     ours, theirs = _ids(raw.get("eos_token_id")), _ids(generation.get("eos_token_id"))
     if theirs and not ours <= theirs:
         yield (

@@ -1,4 +1,4 @@
-"""What a conversion did, or would do, and what a user should know before it."""
+"""The summary of a conversion, done or planned, and notes before it starts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .prepare import Prepared
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did, or with `status` "planned" would do. Bytes, seconds; `jobs_resumed` were done before.
+    """The result of a conversion, or of its plan where `status` is "planned". Sizes in bytes, times in seconds.
 
-    `memory_bytes` bounds what the workers hold at a time, `plan_bytes` is about what the plan takes beside it.
-    `needed_disk_bytes` is what all of it takes, `missing_disk_bytes` what is not written yet. `refusal` says why a run
-    would refuse to start; None where it would not.
+    `jobs_resumed` were done by an earlier run. `memory_bytes` bounds the working set of the workers, `plan_bytes`
+    estimates the plan beside it. `needed_disk_bytes` is the whole artifact's, `missing_disk_bytes` the part not written
+    yet. `refusal` is the reason why a run would not start; None where it would.
     """
 
-    status: str  # planned, converted, or finished (it was already)
+    status: str  # planned, converted, or finished (by an earlier run)
     output: str
     recipe: str
     jobs: int
@@ -45,12 +45,12 @@ class Summary:
     refusal: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as values for JSON."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def starting_notes(prepared: Prepared) -> tuple[str, ...]:
-    """What a user should know of the checkpoint, the recipe and the machine before hours are spent."""
+    """Notes for the user on checkpoint, recipe and machine, before hours are spent."""
     inventory, notes = prepared.inventory, []
     if prepared.recipe.target is Target.NPUQ:
         notes.append(f"recipe {prepared.recipe.name}: for npuq's own runtime; vLLM-Ascend and SGLang will not load it")

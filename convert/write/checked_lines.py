@@ -1,5 +1,5 @@
-"""JSON objects in a line each, with a checksum: a line that a crash tore or a disk damaged is told from one that is
-meant, whatever it says."""
+"""JSON objects, one a line, each with a checksum: a line that a crash tore or a disk damaged is recognized, whatever it
+contains."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CHECKSUM: Final = b',"crc32":"'
 
 
 class DamagedLineError(ConversionError):
-    """A line that nobody wrote like that."""
+    """A line whose checksum does not match."""
 
 
 def checked_line(content: Mapping[str, Any]) -> bytes:
-    """The line of an object that is not empty."""
+    """Encode a non-empty object as a line."""
     body = json.dumps(content, separators=(",", ":")).encode()[:-1]
     return body + _CHECKSUM + _checksum(body) + b'"}\n'
 
 
 def line_content(line: bytes) -> dict[str, Any]:
-    """The object in a line, which may have lost its end of line. Raises DamagedLineError."""
+    """Decode a line; its newline may be missing. Raises DamagedLineError."""
     body, _, end = line.rstrip(b"\n").rpartition(_CHECKSUM)
     if end != _checksum(body) + b'"}':
         raise DamagedLineError("the checksum of a line is another")

@@ -1,12 +1,13 @@
 """sha256 of shards while they are written: right behind the workers, when the bytes are still in memory.
 
-A shard's digest follows the longest prefix of the file that no unfinished job will touch. Shards are laid out in job
+A shard's digest follows the longest prefix of the file that no unfinished job will touch. Shards are filled in job
 order, so that this prefix grows with nearly every job, and the last bytes of the last shard do not wait for the rest.
-What a job wrote is hashed from the memory that it was written from. What that memory was needed for before the digest
-came to it, and what was never kept, is read back.
+The bytes of a job are hashed from the memory that they were written from. Bytes whose memory was needed again before,
+or was never kept, are read back from the file.
 
 Two digests take hardly longer than one (`native/sha256.py`). So two neighbouring shards, which fill at the same time
-(`Plan.turns`), go together as far as both have come: what one is ahead waits for the other, until it is complete.
+(`Plan.turns`), are hashed together as far as both have come: the bytes of one that are ahead wait for the other, until
+it is complete.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .journal import Record
 from .shards import ShardFiles
 from .workspace import Written
 
-# Fits a core's own cache beside what it works on.
+# Fits a core's own cache beside the data of its worker.
 _CHUNK = 256 << 10
 
 
 class ShardHashes:
-    """Digests of all shards of a plan that a journal does not have. Thread-safe: one thread at a time takes a pair of
-    shards on, the others go on working."""
+    """Digests of all shards of a plan that the journal does not have. Thread-safe: one thread at a time hashes a pair
+    of shards, the others continue their work."""
 
     def __init__(self, plan: Plan, files: ShardFiles, record: Record):
         streams = [
@@ -49,18 +50,18 @@ class ShardHashes:
         self._pairs = [pairs[number // together] for number in range(len(streams))]
 
     def job_done(self, job: Job, stop: threading.Event, written: Written | None = None) -> list[tuple[int, str]]:
-        """Say that every byte of a job is written, and hash as far as that allows.
+        """Mark every byte of a job as written, and hash as far as that allows.
 
-        `written` is all that the job wrote, where memory has it. Answers and raises as `advance`.
+        `written` has the job's bytes, where memory still holds them. Returns and raises as `advance`.
         """
         self._pairs[job.shard].job_done(self._streams[job.shard], job, written)
         return self.advance(job.shard, stop)
 
     def advance(self, shard: int, stop: threading.Event) -> list[tuple[int, str]]:
-        """Hash what can be hashed of a shard and its neighbour, unless another thread is at it or `stop` is set.
+        """Hash the available bytes of a shard and its neighbour, unless another thread does so or `stop` is set.
 
-        The numbers and hex digests of those whose end this call reached. Raises ConversionError when a file cannot be
-        read.
+        Returns the numbers and hex digests of the shards that this call completed. Raises ConversionError when a file
+        cannot be read.
         """
         return self._pairs[shard].advance(stop)
 
@@ -89,7 +90,7 @@ class _Pair:
         return complete
 
     def _take(self) -> list[_Stream]:
-        """The streams that the calling thread may take on now; none if somebody does, or there is nothing to do."""
+        """The streams that the calling thread may hash now; none where another thread does, or no byte is ready."""
         with self._lock:
             if self._busy:
                 return []
@@ -101,7 +102,7 @@ class _Pair:
             return streams
 
     def _hash(self, streams: Sequence[_Stream], stop: threading.Event) -> None:
-        """As many bytes of each as all have ready."""
+        """Hash as many bytes of each as all have ready."""
         with self._lock:
             left = min(stream.ready for stream in streams)
         try:
@@ -112,7 +113,7 @@ class _Pair:
                 stream.close()
 
     def _step(self, streams: Sequence[_Stream], most: int) -> int:
-        """The next bytes of each that lie together in memory, and how many that was."""
+        """Hash the next bytes of each that are contiguous in memory; return their number."""
         with ExitStack() as held:
             pieces = [stream.next(most, held, self._lock) for stream in streams]
             count = min([len(piece) for piece in pieces])
@@ -128,9 +129,9 @@ class _Pair:
 
 
 class _Stream:
-    """How far the digest of one shard has come, and how far it may go.
+    """The progress of one shard's digest, and its limit.
 
-    `next` and `close` are for the thread that has taken it on; everything else wants the pair's lock.
+    `next` and `close` are for the thread that took the stream; everything else needs the pair's lock.
     """
 
     def __init__(self, number: int, files: ShardFiles, shard: Shard, unfinished: Sequence[Job]):
@@ -147,7 +148,7 @@ class _Stream:
         self._opened = ExitStack()
         self._descriptor: int | None = None
         self._buffer = memoryview(b"")
-        self._read = memoryview(b"")  # what was read back from `position` on
+        self._read = memoryview(b"")  # bytes read back, from `position` on
 
     @property
     def complete(self) -> bool:
@@ -159,7 +160,7 @@ class _Stream:
 
     @property
     def ready(self) -> int:
-        """How many bytes from the position on nobody will touch any more."""
+        """The number of bytes from the position on that no job will change."""
         end = self._waiting[-1][0] if self._waiting else self._nbytes
         return max(0, end - self._position)
 
@@ -172,7 +173,7 @@ class _Stream:
             self._written.sort(key=lambda each: each.start)
 
     def passed(self, count: int) -> None:
-        """Move on, and give back the memory of jobs that lie behind."""
+        """Advance, and return the memory of jobs behind the position."""
         self._position += count
         self._read = self._read[count:]
         while self._written and self._written[0].end <= self._position:
@@ -181,7 +182,7 @@ class _Stream:
             self._buffer = memoryview(b"")
 
     def next(self, most: int, held: ExitStack, lock: threading.Lock) -> memoryview:
-        """At least one and at most `most` bytes from the position on, which stay until `held` is closed."""
+        """Between one and `most` bytes from the position on, which are valid until `held` is closed."""
         while not self._read:
             with lock:
                 written = self._written[0] if self._written else None

@@ -1,4 +1,4 @@
-"""One job in parts: its rows in chunks, its tensors on their way into a shard, and the digest of what lies there."""
+"""Parts of one job: chunks of rows, the writing of its tensors into a shard, and the digest of its bytes there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .workspace import Written
 
 @dataclass(frozen=True)
 class JobDone:
-    """A converted tensor: what the journal keeps of it, and what was written of it, if the thread's memory has that."""
+    """A converted tensor: its journal entry, and its written bytes where the thread's memory still holds them."""
 
     entry: JobEntry
     written: Written | None = None
@@ -34,7 +34,7 @@ class JobDone:
 def row_chunks(job: Job, chunk_elements: int, block_rows: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows of at most `chunk_elements` values (two rows at least), whole FP8 blocks where they fit.
 
-    Always an even number of rows but for the last: two output rows share a byte of int4.
+    Every range but the last has an even number of rows: two output rows share a byte of int4.
     """
     rows = max(2, chunk_elements // max(1, job.columns))
     granule = lcm(block_rows, 2)
@@ -44,7 +44,7 @@ def row_chunks(job: Job, chunk_elements: int, block_rows: int) -> Iterator[tuple
 
 
 def until(stop: threading.Event, chunks: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The chunks; StoppedError before the next one when `stop` is set."""
+    """Yield the chunks; raise StoppedError before the next one when `stop` is set."""
     for chunk in chunks:
         if stop.is_set():
             raise StoppedError
@@ -52,13 +52,13 @@ def until(stop: threading.Event, chunks: Iterator[tuple[int, int]]) -> Iterator[
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, where they are."""
+    """The bytes of a contiguous tensor, without a copy."""
     buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(buffer)
 
 
 class JobOutput:
-    """The tensors of one job on their way into its shard. Rows of a tensor come in their order."""
+    """Writes the tensors of one job into its shard. The rows of a tensor come in order."""
 
     def __init__(self, files: ShardFiles, job: Job):
         self._files = files
@@ -66,11 +66,11 @@ class JobOutput:
         self._digests = {slot.name: Digest() for slot in job.outputs}
 
     def write(self, slot: Slot, start: int, data: Tensor) -> None:
-        """Write the rows of one tensor from row `start` of the job on. ConversionError when the disk refuses."""
+        """Write the rows of one tensor from row `start` of the job on. Raises ConversionError when the disk refuses."""
         self.write_bytes(slot, start, memory_of(data.contiguous()))
 
     def write_bytes(self, slot: Slot, start: int, data: memoryview) -> None:
-        """`write` of the bytes that rows consist of."""
+        """Write rows as `write` does, given as bytes."""
         # Exact: `start` is even, and a row of the source is a whole number of half bytes in every output.
         offset = slot.start + slot.nbytes * start // max(1, self._job.rows)
         self._digests[slot.name].update(data)
@@ -80,20 +80,20 @@ class JobOutput:
             raise write_error(self._files.path(slot.shard), error) from error
 
     def digest(self) -> bytes:
-        """Of everything that was written."""
+        """The digest of every byte written."""
         return combined(self._digests[slot.name].result() for slot in self._job.outputs)
 
 
 def read_back_error(path: Path, error: OSError) -> ConversionError:
-    """The error for a shard that cannot be read after it was written, with what to do."""
-    told = f"{path}: cannot be read back: {reason(error)}"
+    """The error for a shard that cannot be read after it was written, with a remedy."""
+    message = f"{path}: cannot be read back: {reason(error)}"
     return ConversionError(
-        told if error.errno in TOO_MANY_OPEN else f"{told}; remove it, and the same command makes it again"
+        message if error.errno in TOO_MANY_OPEN else f"{message}; remove it, and the same command makes it again"
     )
 
 
 def stored_digest(files: ShardFiles, job: Job, buffer: memoryview) -> bytes:
-    """The digest of what a job's places in the shard hold now. OSError when they cannot be read.
+    """The digest of the bytes that a job's slots hold in the file now. Raises OSError when they cannot be read.
 
     buffer: memory to read into, of any size.
     """

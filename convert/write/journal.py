@@ -1,9 +1,9 @@
-"""The journal of a conversion: which jobs are truly on disk, so that a killed run continues where it was.
+"""The journal of a conversion: the jobs that are on disk, so that a killed run continues.
 
-A text file of JSON lines, each with a checksum of its own. The first says what is being converted, every later one has
-the files that are read, as they were found; jobs (their error statistics, and digests of what they read and wrote) or
-shard hashes that were synced to disk before the line was written; or those that were lost since. A line that a crash
-tore or a disk damaged ends the journal: what comes after it is done again.
+A text file of JSON lines, each with a checksum of its own. The first has the identity of the conversion. Every later
+one has the stamps of the source files; or jobs (their error statistics, and digests of the bytes that they read and
+wrote) or shard hashes that were synced to disk before the line was written; or jobs and hashes that were lost since. A
+line that a crash tore or a disk damaged ends the journal: everything after it is done again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .checked_lines import DamagedLineError, checked_line, line_content
 JOURNAL_VERSION = 2
 # DeepSeek-V3's 46183 jobs take 5.3 MB, 115 bytes each.
 _MOST_BYTES: Final = 1 << 30
-_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nothing of another name, and no wait for a pipe
+_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, and do not wait for a pipe
 
 
 @dataclass(frozen=True)
 class JobEntry:
-    """What the journal keeps of a finished job: its statistics, and digests of all that it read and wrote."""
+    """The journal's entry of a finished job: its statistics, and the digests of all bytes that it read and wrote."""
 
     stats: ErrorSums
     read: bytes
@@ -42,8 +42,8 @@ class JobEntry:
 
 @dataclass
 class Record:
-    """What a journal vouches for: finished jobs by index, sha256 of finished shards, and the files of the source in
-    their order, as they were when those jobs read them (empty: nobody noted)."""
+    """The content of a journal: finished jobs by index, sha256 of finished shards, and the stamps of the source files
+    in their order, as they were when those jobs read them (empty: not recorded)."""
 
     jobs: dict[int, JobEntry] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
@@ -58,17 +58,17 @@ class Journal:
         self.identity = dict(identity)
         self.record = record
         self._descriptor = descriptor
-        # What the lines say, which the record may have less of.
+        # The content of the lines; the record may have lost some of it.
         self._told_jobs, self._told_hashes = set(record.jobs), set(record.hashes)
 
     @staticmethod
     def first_line(identity: Mapping[str, str]) -> bytes:
-        """The content of a new journal."""
+        """The content of a new journal, its first line."""
         return checked_line({"npuq_conversion": JOURNAL_VERSION, "identity": dict(identity)})
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Open and lock an existing journal, dropping its first damaged line and all that follows.
+        """Open and lock an existing journal; drop its first damaged line and all lines after it.
 
         Raises ConversionError when it is not a journal of this version, or another process holds it; OSError when it
         cannot be opened.
@@ -85,7 +85,7 @@ class Journal:
 
     @staticmethod
     def look(path: Path) -> tuple[dict[str, str], Record]:
-        """Identity and record of a journal, which stays as it is. Raises as `open`."""
+        """Read identity and record of a journal without changing it. Raises as `open`."""
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
         try:
             _lock(descriptor, path, fcntl.LOCK_SH)
@@ -95,10 +95,10 @@ class Journal:
         return identity, record
 
     def append(self, jobs: Mapping[int, JobEntry], hashes: Mapping[int, str]) -> None:
-        """Add finished jobs and shard hashes; on stable storage when this returns. The shards must be synced before."""
+        """Add finished jobs and shard hashes; on stable storage on return. The shards must be synced before."""
         lines = b""
         if jobs:
-            # Python writes floats so that they read back exactly.
+            # Python's text of a float reads back exactly.
             entries = [
                 [index, entry.stats.squared_error, entry.stats.squared_norm, entry.read.hex(), entry.written.hex()]
                 for index, entry in jobs.items()
@@ -113,10 +113,10 @@ class Journal:
         self._told_hashes.update(hashes)
 
     def settle(self, sources: Sequence[FileStamp]) -> None:
-        """Write down what was taken out of the record, and the files of the source that all jobs left in it are known
-        to come from; on stable storage when this returns.
+        """Write down the jobs and hashes removed from the record, and the stamps of the files that all remaining jobs
+        were read from; on stable storage on return.
 
-        To be called before any of it is made again: a new file soon looks like the one that was lost.
+        Call it before any of them is made again: a new file soon looks like the lost one.
         """
         jobs = sorted(self._told_jobs - self.record.jobs.keys())
         hashes = sorted(self._told_hashes - self.record.hashes.keys())
@@ -135,7 +135,7 @@ class Journal:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close and unlock; the file stays."""
+        """Close and unlock; the file remains."""
         os.close(self._descriptor)
 
 
@@ -145,20 +145,17 @@ def _lock(descriptor: int, path: Path, kind: int) -> None:
     except BlockingIOError:
         raise ConversionError(f"{path.parent.parent}: another npuq is converting into it right now") from None
     except OSError:
-        # Some network file systems have no locks. Converting there is still possible, only not guarded.
+        # Some network file systems have no locks. Converting there is still possible, only unguarded.
         return
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------
-
-
 def _replay(path: Path, descriptor: int) -> tuple[dict[str, str], Record, int]:
-    """Identity, record, and the length of the intact part."""
+    """The identity, the record, and the length in bytes of the intact part."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
         raise ConversionError(f"{path}: not a conversion journal; choose another output directory")
     with open(descriptor, "rb", closefd=False) as file:
-        lines = file.read(_MOST_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn or empty
+        lines = file.read(_MOST_BYTES).split(b"\n")[:-1]  # the rest behind the last newline is torn or empty
     identity = _identity(path, lines[0] if lines else b"")
     record, intact = Record(), len(lines[0]) + 1
     for line in lines[1:]:
@@ -171,10 +168,10 @@ def _replay(path: Path, descriptor: int) -> tuple[dict[str, str], Record, int]:
 
 
 def _identity(path: Path, line: bytes) -> dict[str, str]:
-    """What the first line says. ConversionError where it is another version's, or nothing of the kind."""
+    """The identity in the first line. Raises ConversionError for another version's line, or one of another kind."""
     none = f"{path}: not a conversion journal, or a damaged one; choose another output directory, or remove this one"
     try:
-        # The checksum is checked later: versions that had none had this key.
+        # The checksum is checked later: versions without checksums had this key too.
         version = parse_object(line, str(path), DamagedLineError)["npuq_conversion"]
     except (DamagedLineError, KeyError):
         raise ConversionError(none) from None
@@ -192,7 +189,7 @@ def _identity(path: Path, line: bytes) -> dict[str, str]:
 
 
 def _apply(content: Mapping[str, Any], record: Record) -> None:
-    """Add what a line says. Raises KeyError, TypeError or ValueError for what no journal has."""
+    """Add the content of a line to a record. Raises KeyError, TypeError or ValueError for invalid content."""
     jobs = dict(map(_entry, content.get("jobs", ())))
     hashes = {_number(shard): Sha256(digest) for shard, digest in content.get("hashes", ())}
     lost = [list(map(_number, content.get(key, ()))) for key in ("lost_jobs", "lost_hashes")]

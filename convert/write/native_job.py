@@ -1,7 +1,7 @@
-"""One job on the native kernels: bytes are read, become codes and are written, and no tensor is made for a chunk.
+"""One job on the native kernels: bytes are read, quantized and written, without a tensor for each chunk.
 
-A chunk sweeps a core's caches, so that whatever Python does for the next costs several times what it costs in a loop of
-its own: with tensors 0.3 ms, where a chunk takes 0.6 to convert. Fresh memory would cost a page fault for each 4 KB.
+A chunk sweeps a core's caches, so that Python's work for the next one costs several times its cost in a tight loop:
+with tensors 0.3 ms, where a chunk takes 0.6 to convert. Fresh memory would cost a page fault for each 4 KB.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from .journal import JobEntry
 from .shards import ShardFiles
 from .workspace import Workspace, Written
 
-# A value takes its own bytes here and those of its code; `workspace.chunk_elements` allows for what torch would take.
-# With twice as many, Python has half as much to do.
+# A value needs its own bytes and those of its code here; `workspace.chunk_elements` allows for torch's larger need.
+# With chunks of twice the size, Python has half the work.
 _CHUNK = 2
 
 
 def runs_natively(job: Job) -> bool:
-    """Whether `run_native` can do a job whose rows the kernels can read."""
+    """True for a job that `run_native` can do, if the kernels can read its rows."""
     return job.scheme is not Scheme.FLOAT and job.rows > 0 and is_native(job.scheme, job.columns)
 
 
 def run_native(
     job: Job, weight: Weight, stored: RowBytes, files: ShardFiles, workspace: Workspace, stop: threading.Event
 ) -> JobDone:
-    """`worker.run_job` of such a job; `stored` are the weight's bytes."""
+    """Run a job as `worker.run_job` does; `stored` has the weight's bytes as they are in the file."""
     chunks = list(row_chunks(job, _CHUNK * workspace.chunk_elements, weight.block_rows))
     slots = {slot.suffix: slot for slot in job.outputs}
     code_slot, most = slots.pop(WEIGHT), chunks[0][1]
-    packed = job.rows // code_slot.shape[0]  # rows a row of codes
+    packed = job.rows // code_slot.shape[0]  # rows of the weight in a row of codes
     keep = code_slot.nbytes <= workspace.kept_bytes
-    # All rows of everything but codes, of which there may be too many. Offsets stay 0.
+    # Whole tensors for everything but the codes, which may be too large. Offsets stay 0.
     small = {suffix: torch.zeros(slot.shape, dtype=DTYPES[slot.dtype]) for suffix, slot in slots.items()}
     error, norm = torch.zeros(2, job.rows, dtype=torch.float64)
     codes = workspace.codes(code_slot.shape[0] if keep else most // packed, job.columns)
@@ -68,7 +68,7 @@ def run_native(
             raise not_finite(weight) from problem
         last = first + (end - start) // packed
         output.write_bytes(code_slot, start, code_memory[first * job.columns : last * job.columns])
-    # A few bytes a row: one write a tensor, not one a chunk.
+    # A few bytes a row: one write a tensor and not one a chunk.
     for suffix, tensor in small.items():
         output.write(slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
@@ -85,7 +85,7 @@ def run_native(
 
 
 def _written(tensors: list[tuple[Slot, Tensor]]) -> Written | None:
-    """A job's outputs as they lie in the file; None where something else lies between."""
+    """A job's outputs as contiguous bytes of the file; None where other bytes are between them."""
     tensors.sort(key=lambda pair: pair[0].start)
     if any(slot.start + slot.nbytes != after.start for (slot, _), (after, _) in pairwise(tensors)):
         return None

@@ -1,7 +1,7 @@
-"""The output directory: whose it is, and whether to start, continue, or stop because all is done.
+"""The output directory: its owner, and the choice to start, continue, or stop because the artifact is finished.
 
-npuq owns a directory that it created or found empty, and says so with its journal before anything else is written.
-It writes into no other and deletes nothing but its own journal.
+npuq owns a directory that it created or found empty, and marks it with its journal before any other file is written. It
+writes into no other and deletes nothing but its own journal.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ _REMEDY = "give the same arguments as before, or another output directory, or re
 
 @dataclass(frozen=True)
 class Finished:
-    """The directory already holds the artifact that was asked for; `report` is its npuq/report.json."""
+    """The directory already holds the requested artifact; `role_totals` is the content of its npuq/report.json."""
 
-    report: Mapping[str, Any]
+    role_totals: Mapping[str, Any]
 
 
 def check_separate(source: Path, output: Path) -> None:
-    """Refuse an output directory that is the source, or inside it: ConversionError."""
+    """Raise ConversionError for an output directory that is the source, or inside it."""
     if output.resolve().is_relative_to(source.resolve()):
         raise ConversionError(f"{output}: lies inside the source checkpoint; choose an output directory elsewhere")
 
 
 def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
-    """What a conversion into this directory finds: nothing, what an interrupted one did, or the finished artifact.
+    """Find the state of an output directory: empty (None), an interrupted conversion's record, or the finished
+    artifact.
 
     Changes nothing. Raises ConversionError, as `claim` would, when the directory holds anything else, or a conversion
     with other arguments, or cannot be written.
@@ -61,7 +62,9 @@ def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
             _refuse_difference(output, found, identity)
             _refuse_unwritable(output, output / OWN_FOLDER, journal)
             return record
-        if output.exists() and not _is_blank(output) and not journal.exists():  # another npuq may just have made it
+        if (
+            output.exists() and not _is_blank(output) and not journal.exists()
+        ):  # another npuq may have made it meanwhile
             raise ConversionError(
                 f"{output}: is not empty and holds no conversion of npuq's; choose an empty or new directory"
             )
@@ -72,9 +75,9 @@ def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
 
 
 def claim(output: Path, identity: Mapping[str, str]) -> Journal:
-    """Take the output directory for this conversion: its journal, new or continued.
+    """Take the output directory for this conversion; return its journal, new or continued.
 
-    Raises ConversionError when another has taken it since `look`, and when it cannot be read or written.
+    Raises ConversionError when another npuq has taken it since `look`, and when it cannot be read or written.
     """
     journal = output / JOURNAL_NAME
     try:
@@ -96,7 +99,7 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal:
 
 
 def _is_blank(output: Path) -> bool:
-    """Empty, but for what npuq leaves when it is killed before its journal exists."""
+    """True for a directory that is empty, but for files of a run killed before its journal existed."""
     for entry in output.iterdir():
         if entry.name != OWN_FOLDER or not entry.is_dir():
             return False
@@ -106,7 +109,7 @@ def _is_blank(output: Path) -> bool:
 
 
 def _existing(output: Path) -> Path:
-    """The directory that an output directory is, or will be made in. OSError where something else has the name."""
+    """The directory itself, or its nearest existing parent. Raises OSError where another kind of file has the name."""
     existing = output.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -116,7 +119,7 @@ def _existing(output: Path) -> Path:
 
 
 def _refuse_unwritable(*paths: Path) -> None:
-    """OSError for folders that cannot be filled and files that cannot be written."""
+    """Raise OSError for a directory or file that cannot be written."""
     for path in paths:
         if not os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -150,7 +153,7 @@ def _finished(output: Path, identity: Mapping[str, str]) -> Finished:
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """`recipe (w8a8 there, w4a8 now)` and so on; empty when nothing differs."""
+    """The differing arguments, such as `recipe (w8a8 there, w4a8 now)`; empty when nothing differs."""
     keys = dict.fromkeys([*before, *now])
     return ", ".join(
         f"{key} ({before.get(key, 'none')} there, {now.get(key, 'none')} now)"

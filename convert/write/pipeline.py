@@ -1,7 +1,7 @@
-"""The pipeline: worker threads take jobs by turns, the calling thread watches, a syncer keeps the journal true.
+"""The pipeline: worker threads take jobs in turn, the calling thread watches, a syncer journals finished jobs.
 
 Threads, not processes: torch and the file system release the GIL for all of the work, and nothing has to be copied
-between them. Each worker reads, computes and writes; with several of them the three overlap.
+between them. Each worker reads, computes and writes; with several workers the three overlap.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .workspace import Workspace
 
 @dataclass(frozen=True)
 class Durability:
-    """How often finished work is made stable: a sync costs the disk's time, a kill costs what was not synced.
+    """The intervals of syncs: a sync costs the disk's time, a kill costs the work since the last one.
 
-    A disk that has taken the bytes may still hold them in a cache of its own, which only a sync empties: what is not
-    synced while workers compute is waited for at the end.
+    A disk may hold accepted bytes in its own cache, which only a sync empties: bytes not synced while workers compute
+    are waited for at the end.
     """
 
     seconds: float = 10.0
     max_bytes: int = 128 << 20
 
 
-# Told the name and sha256 of every shard whose bytes are final, in the shards' order.
+# Called with the name and sha256 of every shard whose bytes are final, in the order of shards.
 OnShard = Callable[[str, str], object]
 
 
@@ -57,12 +57,12 @@ class _Ended:
 
 _Event = _Hashed | _Ended
 
-# How often finished jobs are looked for: to be woken by each would cost the workers time that they want for Python.
+# Seconds between looks for finished jobs: waking up for each would cost the workers time of the interpreter.
 _LOOK_SECONDS = 0.1
 
 
 class _Work:
-    """What is left to do, handed out to workers: finished shards that were never hashed, then jobs by turns."""
+    """The remaining work, handed out to workers: finished shards without a hash, then jobs in turn."""
 
     def __init__(self, plan: Plan, record: Record):
         self._lock = threading.Lock()
@@ -74,7 +74,7 @@ class _Work:
         ]
 
     def next(self) -> Job | int | None:
-        """A job, the index of a finished shard to hash, or None at the end."""
+        """The next job, the index of a finished shard to hash, or None at the end."""
         with self._lock:
             return self._to_hash.pop() if self._to_hash else next(self._jobs, None)
 
@@ -89,10 +89,10 @@ def run_plan(
     tally: Tally,
     on_shard: OnShard | None = None,
 ) -> None:
-    """Do every job that the journal does not vouch for, and hash every shard; afterwards the journal has them all.
+    """Do every job that the journal does not have, and hash every shard; afterwards the journal has them all.
 
-    Whatever ends it early (an error, a signal's exception in this thread), workers stop at their next chunk and the
-    finished jobs are journaled before the exception goes on.
+    On an early end (an error, a signal's exception in this thread), workers stop at their next chunk, and the finished
+    jobs are journaled before the exception is raised again.
     """
     work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
     done_jobs: deque[Job] = deque()
@@ -120,15 +120,15 @@ def run_plan(
             with suppress(StoppedError):
                 while not stop.is_set() and (task := work.next()) is not None:
                     do(task, workspace)
-        except BaseException as error:  # carried to the calling thread, which raises it
+        except BaseException as error:  # raised again by the calling thread
             failure = error
         events.put(_Ended(failure))
 
     finished: dict[int, str] = {}
     next_shard = 0
 
-    def told(shard: int, sha256: str) -> None:
-        """Pass on finished shards in their order, whatever the order in which workers finish two neighbours."""
+    def announce(shard: int, sha256: str) -> None:
+        """Announce finished shards in order, although workers may finish two neighbours in any order."""
         nonlocal next_shard
         finished[shard] = sha256
         while next_shard in finished:
@@ -141,10 +141,10 @@ def run_plan(
         try:
             syncer.start()
             for shard, sha256 in sorted(journal.record.hashes.items()):
-                told(shard, sha256)
+                announce(shard, sha256)
             start_all(threads)
-            _watch(events, done_jobs, len(threads), syncer, tally, told)
-            # They have nothing left to do, but a thread that frees its tensors while Python exits would end in abort().
+            _watch(events, done_jobs, len(threads), syncer, tally, announce)
+            # They have no work left, but a thread that frees its tensors while Python exits would end in abort().
             for thread in threads:
                 thread.join()
         except BaseException:
@@ -162,7 +162,7 @@ def _watch(
     workers: int,
     syncer: Syncer,
     tally: Tally,
-    told: Callable[[int, str], None],
+    announce: Callable[[int, str], None],
 ) -> None:
     """Report progress until every worker has ended; raise the first failure."""
     while workers:
@@ -173,7 +173,7 @@ def _watch(
         while done_jobs:
             tally.job_done(done_jobs.popleft())
         if isinstance(event, _Hashed):
-            told(event.shard, event.sha256)
+            announce(event.shard, event.sha256)
         elif isinstance(event, _Ended):
             if event.failure is not None:
                 raise event.failure
@@ -188,5 +188,5 @@ def _end(threads: list[threading.Thread], syncer: Syncer) -> None:
     try:
         syncer.finish()
     except ConversionError:
-        # The failure that brought us here is the one to report; what was not journaled is done again.
+        # The first failure is the one to report; unjournaled jobs are done again.
         return

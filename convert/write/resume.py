@@ -1,7 +1,7 @@
-"""What of an interrupted conversion can stay: its journal's word is taken for nothing that is still there to look at.
+"""Checks of an interrupted conversion: the journal is not trusted where the bytes can still be read.
 
-Output: all bytes that finished jobs wrote are read again. Source: files whose stamp (size, times, inode) is another are
-read as far as jobs did; the others are believed. What differs is made again.
+Output: all bytes of finished jobs are read again. Source: files with another stamp (size, times, inode) are read as far
+as jobs read them; the others are trusted. Jobs whose bytes differ are done again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _BUFFER = 4 << 20
 
 
 def stamps_now(checkpoint: Checkpoint) -> tuple[FileStamp, ...]:
-    """As `checkpoint.stamps`, of the files that have their names now. CheckpointError for one that is gone."""
+    """The stamps of the files that have the checkpoint's names now, in the order of `checkpoint.stamps`. Raises
+    CheckpointError for a missing one."""
     return tuple(map(_stamp, checkpoint.shards[: len(checkpoint.stamps)]))
 
 
@@ -38,7 +39,7 @@ def _stamp(path: Path) -> FileStamp:
 
 
 def forget_impossible(record: Record, plan: Plan) -> None:
-    """Take out of a record what this plan cannot have: other jobs, and hashes of shards that are not whole."""
+    """Remove from a record the jobs that this plan does not have, and the hashes of incomplete shards."""
     for index in [index for index in record.jobs if index >= len(plan.jobs)]:
         del record.jobs[index]
     for number in list(record.hashes):
@@ -47,9 +48,9 @@ def forget_impossible(record: Record, plan: Plan) -> None:
 
 
 def forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress: Progress) -> None:
-    """Take out of a record the jobs of shards that are gone, or have another size or header.
+    """Remove from a record the jobs of shards that are missing, or have another size or header.
 
-    ConversionError where too many files are open to say.
+    Raises ConversionError where too many open files prevent the check.
     """
     for number in sorted({plan.jobs[index].shard for index in record.jobs}):
         try:
@@ -62,9 +63,9 @@ def forget_lost_shards(record: Record, files: ShardFiles, plan: Plan, progress: 
 
 
 def forget_changed_output(record: Record, files: ShardFiles, plan: Plan, pool: Pool, progress: Progress) -> None:
-    """Take out of a record the jobs whose bytes in the shards are not those that were written.
+    """Remove from a record the jobs whose bytes in the shards differ from those written.
 
-    ConversionError for a shard that cannot be read.
+    Raises ConversionError for a shard that cannot be read.
     """
     jobs = sorted([plan.jobs[index] for index in record.jobs], key=lambda job: (job.shard, job.span))
     progress.start(Task("check", sum([job.output_bytes for job in jobs])))
@@ -102,14 +103,14 @@ def forget_changed_source(
     pool: Pool,
     progress: Progress,
 ) -> None:
-    """Take out of a record the jobs that were made of other bytes than the source's files hold now.
+    """Remove from a record the jobs that were made from other bytes than the source's files hold now.
 
-    Only files whose stamp has changed are read. `kept` are jobs that cannot be made again one by one, since later ones
-    were calibrated on their outputs: ConversionError where one of those would have to be.
+    Only files with another stamp are read. `kept` are jobs that cannot be repeated one by one, since later ones were
+    calibrated on their outputs: ConversionError where one of those would have to be.
     """
     checkpoint = source.checkpoint
     if checkpoint.window is not None:
-        return  # pinned by its commit, which is part of the conversion's identity
+        return  # pinned by its commit, a part of the conversion's identity
     changed_files = {
         path
         for path, before, now in zip(checkpoint.shards, _unless_other_files(record.sources, found), found, strict=True)
@@ -145,12 +146,12 @@ def forget_changed_source(
 
 
 def _unless_other_files(before: Sequence[FileStamp], found: Sequence[FileStamp]) -> Sequence[FileStamp | None]:
-    """The stamps of before, or as many of no file where they are not of as many."""
+    """The earlier stamps; where their number differs, None for every file found."""
     return before if len(before) == len(found) else [None] * len(found)
 
 
 def _files(source: WeightSource, name: str) -> set[Path]:
-    """The files that a weight is read from."""
+    """The files that hold a weight's tensors."""
     return {source.checkpoint.info(stored).file for stored in source.weights[name].stored_names}
 
 

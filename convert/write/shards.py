@@ -18,10 +18,10 @@ from ..plan.plan import Plan
 
 Write = Callable[[int, memoryview, int], int]
 
-# Nothing of another name, and no wait for whoever is at the other end of a pipe.
+# Follow no link, and do not wait for the other end of a pipe.
 _FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
-# Linux has it, and Python no name for it: (descriptor, offset, nbytes, flags).
+# A system call of Linux without a name in Python: (descriptor, offset, nbytes, flags).
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 _SYNC_FILE_RANGE_WRITE = 2
 if _SYNC_FILE_RANGE is not None:
@@ -31,8 +31,8 @@ if _SYNC_FILE_RANGE is not None:
 class ShardFiles:
     """The shards of one plan in one directory. Writing is thread-safe; slots of different jobs never overlap.
 
-    A shard is opened when its first slot is written and stays open until it has been synced for the last time: errors
-    that the kernel meets while it writes back are then reported here and to nobody else.
+    A shard is opened when its first slot is written and stays open until its last sync: the kernel reports errors of
+    its write-back to this descriptor alone.
     """
 
     def __init__(self, directory: Path, plan: Plan, write: Write = os.pwrite):
@@ -47,9 +47,9 @@ class ShardFiles:
         return self._directory / self._plan.shards[shard].name
 
     def is_intact(self, shard: int) -> bool:
-        """Whether the file is there with the plan's header and size, so that what was written before can stay.
+        """True where the file has the plan's header and size, so that its written slots can stay.
 
-        OSError where too many files are open to say.
+        Raises OSError where too many open files prevent the check.
         """
         planned = self._plan.shards[shard]
         try:
@@ -59,12 +59,12 @@ class ShardFiles:
         except OSError as error:
             if error.errno in TOO_MANY_OPEN:
                 raise
-            # Missing, or nothing that can be read: what is wrong with it will be said when it is written.
+            # Missing or unreadable: writing it reports the reason.
             return False
 
     @contextmanager
     def opened(self, shard: int) -> Iterator[int]:
-        """A descriptor to read a shard's file by. OSError where there is none, or a link or no file has its name."""
+        """Open a shard's file for reading. Raises OSError where it is missing, a link, or no regular file."""
         descriptor = os.open(self.path(shard), os.O_RDONLY | _FLAGS)
         try:
             _refuse_no_file(descriptor)
@@ -73,9 +73,9 @@ class ShardFiles:
             os.close(descriptor)
 
     def read(self, shard: int, start: int, nbytes: int, buffer: memoryview) -> Iterator[memoryview]:
-        """Bytes [start, start + nbytes) as the file has them now, fewer where it ends, in pieces of `buffer`.
+        """Read bytes [start, start + nbytes) of the file, fewer where it ends, in pieces of `buffer`.
 
-        OSError where they cannot be read.
+        Raises OSError where they cannot be read.
         """
         end = start + nbytes
         with self.opened(shard) as descriptor:
@@ -87,13 +87,13 @@ class ShardFiles:
                 start += count
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
-        """Write all of `data` at an absolute offset of the shard. OSError when the file system refuses."""
+        """Write all of `data` at an absolute offset of the shard. Raises OSError when the file system refuses."""
         _write_all(self._write, self._descriptor(shard), data, offset)
 
     def begin_writeback(self, shard: int, start: int, end: int) -> None:
-        """Have the kernel begin to write these bytes back, so that `sync` finds less to wait for.
+        """Ask the kernel to begin writing these bytes back, so that `sync` waits less.
 
-        A hint: nothing comes of it where the system has no such call, and what goes wrong is for `sync` to report.
+        A hint: it does nothing on a system without the call, and leaves errors to `sync`.
         """
         with self._lock:
             descriptor = self._descriptors.get(shard)  # closed: it has been synced
@@ -101,7 +101,7 @@ class ShardFiles:
             _SYNC_FILE_RANGE(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, shards: Iterable[int]) -> None:
-        """Return once everything written to these shards is on stable storage."""
+        """Return once every written byte of these shards is on stable storage."""
         for shard in shards:
             os.fdatasync(self._descriptor(shard))
         with self._lock:
@@ -125,7 +125,7 @@ class ShardFiles:
 
     def _open(self, shard: int) -> int:
         planned = self._plan.shards[shard]
-        # Never truncated on opening: an earlier run may have filled slots that the journal vouches for.
+        # Never truncated on opening: the journal may vouch for slots of an earlier run.
         descriptor = os.open(self.path(shard), os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
         try:
             _refuse_no_file(descriptor)

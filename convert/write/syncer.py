@@ -12,15 +12,15 @@ from ..plan.plan import Plan
 from .journal import JobEntry, Journal
 from .shards import ShardFiles
 
-# Written bytes of which the kernel is told together: it would otherwise leave them for the sync to wait for.
+# Bytes between two write-back requests to the kernel, which would otherwise leave the writing to the sync.
 _WRITEBACK_BYTES = 16 << 20
 
 
 class Syncer:
-    """Collects finished jobs and shard hashes; every `interval` seconds, or `max_bytes` written, journals them.
+    """Collects finished jobs and shard hashes; journals them every `interval` seconds, or `max_bytes` written.
 
     The order makes the journal true after a power loss: data first (fdatasync), then the line that vouches for it. The
-    disk is set to work much earlier, while workers go on computing; it rests from a sync for as long as that took.
+    disk starts writing much earlier, while workers compute; after a sync it rests for as long as the sync took.
     """
 
     def __init__(self, plan: Plan, files: ShardFiles, journal: Journal, interval: float, max_bytes: int):
@@ -35,7 +35,7 @@ class Syncer:
         self._pending_bytes = 0
         self._fresh: dict[
             int, tuple[int, int]
-        ] = {}  # what was written of a shard since the kernel was told: [start, end)
+        ] = {}  # bytes of a shard written since the last request to the kernel: [start, end)
         self._fresh_bytes = 0
         self._rested = time.monotonic()
         self._stop = False
@@ -59,17 +59,17 @@ class Syncer:
                 self._wake.notify()
 
     def shard_hashed(self, shard: int, digest: str) -> None:
-        """Queue the sha256 of a shard all of whose jobs have been queued before."""
+        """Queue the sha256 of a shard whose jobs have all been queued before."""
         with self._wake:
             self._hashes[shard] = digest
 
     def check(self) -> None:
-        """Raise what went wrong in the background, if anything did."""
+        """Raise the error of the background thread, if any."""
         if self._failure is not None:
             raise self._failure
 
     def finish(self) -> None:
-        """Stop the thread and journal what is left. Raises ConversionError when that cannot be made stable."""
+        """Stop the thread and journal the queued jobs. Raises ConversionError when they cannot be made stable."""
         with self._wake:
             self._stop = True
             self._wake.notify()
@@ -116,7 +116,7 @@ class Syncer:
             self._files.sync(sorted({self._plan.jobs[index].shard for index in jobs}))
             self._journal.append(jobs, hashes)
         except OSError as error:
-            # What failed to sync is in no journal: the next run does it again.
+            # Jobs that failed to sync are in no journal: the next run does them again.
             self._failure = write_error(self._journal.path.parent.parent, error)
             return
         self._files.close(hashes)

@@ -24,7 +24,7 @@ from .workspace import Workspace
 
 
 def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Workspace, stop: threading.Event) -> JobDone:
-    """Convert one tensor, as many values at a time as the workspace allows.
+    """Convert one tensor, in chunks of as many values as the workspace allows.
 
     Raises CheckpointError for infinities and NaN in the source, ConversionError when the disk refuses, StoppedError
     when `stop` is set between chunks.
@@ -33,7 +33,7 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     stored = weight.row_bytes() if runs_natively(job) else None
     if stored is not None:
         return run_native(job, weight, stored, files, workspace, stop)
-    workspace.release()  # torch may need all that the budget has
+    workspace.release()  # torch may need the whole budget
     read, output = source_digest(source, job.source), JobOutput(files, job)
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)
@@ -46,12 +46,12 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
         for slot in job.outputs:
             if slot.suffix == WEIGHT:
                 output.write(slot, start, quantized.tensors[WEIGHT])
-            # One value for the whole linear comes with its first rows.
+            # A value for the whole linear comes with its first rows.
             elif slot.suffix not in (INPUT_SCALE, INPUT_OFFSET) or start == 0:
                 small.setdefault(slot, []).append(quantized.tensors[slot.suffix])
         squared_error[start:end] = quantized.squared_error.numpy()
         squared_norm[start:end] = quantized.squared_norm.numpy()
-    # A few bytes a row: one write a tensor, not one a chunk.
+    # A few bytes a row: one write a tensor and not one a chunk.
     for slot, parts in small.items():
         output.write(slot, 0, torch.cat(parts))
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
@@ -71,7 +71,7 @@ def _quantized_rows(job: Job, weight: Weight, start: int, end: int) -> Quantized
 
 def _float_rows(job: Job, weight: Weight, start: int, end: int) -> Tensor:
     rows = weight.rows(start, end).to(DTYPES[job.outputs[0].dtype])
-    # Unknown tensors may hold anything; in a known one an infinity is damage.
+    # Unknown tensors may hold any value; in a known one an infinity is damage.
     if job.role is not Role.OTHER and not torch.isfinite(rows).all():
         raise not_finite(weight)
     return rows

@@ -1,6 +1,6 @@
-"""Memory that a thread uses again for every chunk: fresh memory costs a page fault and a zeroed page for each 4 KB.
+"""Memory that a thread reuses for every chunk: fresh memory costs a page fault and a zeroed page for each 4 KB.
 
-What a job wrote stays in it for the thread that hashes, for as long as its owner can spare that (`Written`).
+The bytes of a job stay in it for the hashing thread, until their owner needs the memory again (`Written`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Codes are kept for hashing, so many bytes for each value of a chunk, and of so many jobs: while one is made, one may
-# wait for the neighbour of its shard, and one be hashed. With two values as they are stored (4 bytes each at most) that
-# is 32 of the bytes that `memory.BYTES_PER_ELEMENT` allows.
+# Bytes of codes kept for hashing for each value of a chunk, and the number of jobs: while one is made, one may wait for
+# the neighbour of its shard, and one be hashed. With two values as stored (4 bytes each at most) that is 32 of the
+# bytes that `memory.BYTES_PER_ELEMENT` allows.
 _KEPT_BYTES_PER_ELEMENT = 8
 _KEPT_JOBS = 3
 
 
 class Written:
-    """Bytes [start, end) of a shard as pieces of memory, one after the other, until somebody takes the memory back.
+    """Bytes [start, end) of a shard as consecutive pieces of memory, until their owner takes the memory back.
 
-    Two threads share it: the one whose memory it is, and one that hashes it.
+    Two threads share it: the owner of the memory, and the one that hashes it.
     """
 
     def __init__(self, start: int, pieces: Sequence[memoryview]):
@@ -34,17 +34,17 @@ class Written:
 
     @property
     def taken_back(self) -> bool:
-        """Whether the memory is its owner's again."""
+        """True once the memory is its owner's again."""
         return not self._pieces
 
     def take_back(self) -> None:
-        """Give the memory to its owner, once nobody is within `held`."""
+        """Return the memory to its owner, once no thread is within `held`."""
         with self._lock:
             self._pieces = ()
 
     @contextmanager
     def held(self, position: int) -> Iterator[memoryview | None]:
-        """Bytes from `position` of the shard on to the end of a piece, which stay meanwhile; None if taken back."""
+        """Bytes from `position` of the shard on to the end of a piece, valid meanwhile; None if taken back."""
         with self._lock:
             yield self._from(position)
 
@@ -59,7 +59,7 @@ class Written:
 
 @dataclass
 class _Codes:
-    """Memory for the codes of one job, and who reads it now."""
+    """Memory for the codes of one job, and its present reader."""
 
     memory: Tensor
     lent: Written | None = None
@@ -71,35 +71,36 @@ class _Codes:
 
 @dataclass
 class Workspace:
-    """One thread's memory for what it reads and for the codes it makes, as large as was ever asked of each.
+    """One thread's memory for the bytes that it reads and the codes that it makes, as large as the largest request for
+    each.
 
-    `chunk_elements`: how many values of a weight a thread may hold at a time.
+    `chunk_elements`: the values of a weight that a thread may hold at a time.
     """
 
     chunk_elements: int
     _read: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    _codes: list[_Codes] = field(default_factory=list)  # the one given last at the end
+    _codes: list[_Codes] = field(default_factory=list)  # in the order of use, the latest last
 
     @property
     def kept_bytes(self) -> int:
-        """How many bytes of codes a thread may keep of a job."""
+        """The bytes of codes of a job that a thread may keep."""
         return _KEPT_BYTES_PER_ELEMENT * self.chunk_elements
 
     def release(self) -> None:
-        """Give the memory back, whoever it was lent to."""
+        """Free the memory, lent or not."""
         self._read = self._read.new_empty(0)
         for codes in self._codes:
             _take_back(codes)
         self._codes.clear()
 
     def read(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes], in the memory that was given before."""
+        """uint8 [nbytes], in the memory of the call before."""
         if self._read.numel() < nbytes:
             self._read = torch.empty(nbytes, dtype=torch.uint8)
         return self._read[:nbytes]
 
     def codes(self, rows: int, columns: int) -> Tensor:
-        """int8 [rows, columns], in memory that was given before and is not lent; what was lent first is taken back."""
+        """int8 [rows, columns], in reused memory that is not lent; without any, the earliest loan is taken back."""
         codes = next((codes for codes in self._codes if codes.free), None)
         if codes is None and len(self._codes) < _KEPT_JOBS:
             codes = _Codes(torch.empty(0, dtype=torch.int8))
@@ -112,7 +113,7 @@ class Workspace:
         return codes.memory[: rows * columns].view(rows, columns)
 
     def lend(self, written: Written) -> None:
-        """Say that the codes given last are part of `written`: they stay as they are until that is taken back."""
+        """Lend the latest codes to `written`: they stay unchanged until it is taken back."""
         self._codes[-1].lent = written
 
 

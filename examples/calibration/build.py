@@ -3,9 +3,9 @@
     python examples/calibration/build.py PACKAGES [-o convert/calibrate/builtin.jsonl]
 
 PACKAGES is a directory with the published archives of `ARCHIVES` (docs/calibration-data.md says where each comes from
-and why its text may be shipped). Our own code and documentation are read from this repository at a fixed commit, our
-own writing from written/, and the worked mathematics is generated. Documents of the categories take turns, so that
-every part of the file is as mixed as the whole of it.
+and why its text may be shipped). Our own code and documentation are read from this repository at a fixed commit (by the
+paths of that commit, some of which have moved since), our own writing from written/, and the worked mathematics is
+generated. Documents of the categories take turns, so that every part of the file is as mixed as the whole of it.
 """
 
 from __future__ import annotations
@@ -79,22 +79,24 @@ def english(archives: dict[str, bytes]) -> Iterator[Document]:
 def code() -> Iterator[Document]:
     for path, size in {
         "quant/optimal_scale.py": 12_000,
-        "convert/write/journal.py": 6_000,
-        "convert/write/shards.py": 6_000,
+        "convert/journal.py": 6_000,
+        "convert/shards.py": 6_000,
         "runtime/scheduler.py": 8_000,
         "runtime/block_manager.py": 5_000,
-        "runtime/text/tokenizer.py": 5_000,
+        "runtime/tokenizer.py": 5_000,
         "hub/window.py": 6_000,
         "cli/convert.py": 5_000,
-        "tests/formats/test_int4.py": 4_000,
+        "tests/quant/test_int4.py": 4_000,
         "native/npuq.h": 4_000,
         "tests/run.sh": 3_000,
         "tests/environment.sh": 3_000,
         "pyproject.toml": 4_000,
+        "native/attention.c": 6_000,
+        "native/convert.c": 6_000,
+        "native/level.c": 6_000,
+        "native/levels.c": 6_000,
     }.items():
         yield from _excerpt("code", "npuq, source code", _committed(path), size)
-    for path in _committed_names("native/", ".c")[:4]:
-        yield from _excerpt("code", "npuq, source code", _committed(path), 6_000)
     for text in _written("code.txt"):
         yield Document("code", "npuq, written for this set", text)
 
@@ -248,16 +250,10 @@ def _member(archive: bytes, ending: str) -> bytes:
     raise SystemExit(f"no {ending} in the archive")
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True).stdout.decode()
-
-
 def _committed(path: str) -> str:
-    return _git("show", f"{COMMIT}:{path}")
-
-
-def _committed_names(folder: str, ending: str) -> list[str]:
-    return [name for name in _git("ls-tree", "-r", "--name-only", COMMIT, folder).split() if name.endswith(ending)]
+    """A file of this repository as it was in COMMIT, by the path that it had then."""
+    command = ["git", "-C", str(ROOT), "show", f"{COMMIT}:{path}"]
+    return subprocess.run(command, capture_output=True, check=True).stdout.decode()
 
 
 if __name__ == "__main__":

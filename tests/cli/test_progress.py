@@ -42,7 +42,7 @@ def test_time_left_goes_by_effort_and_not_by_bytes() -> None:
     clock.now += 20
     pace.advance(500, 1.0, 0, True)
     assert (pace.fraction, pace.rate, pace.seconds_left) == (0.1, 25.0, 180.0)
-    assert pace.told(layer_done=True) == "layer 0 done (1 of 4), 500 B of 1 kB (10 %), 25 B/s, 3 min left"
+    assert pace.line(layer_done=True) == "layer 0 done (1 of 4), 500 B of 1 kB (10 %), 25 B/s, 3 min left"
 
 
 def test_what_an_earlier_run_did_counts_as_done_and_not_as_speed() -> None:
@@ -79,7 +79,7 @@ def test_counts_that_are_not_bytes() -> None:
     pace = Pace(Task("evaluate", 300, "contexts"), clock)
     clock.now += 8
     pace.advance(12, None, None, False)
-    assert pace.told(layer_done=False) == "12 of 300 contexts (4 %), 1.5 contexts/s, 3 min left"
+    assert pace.line(layer_done=False) == "12 of 300 contexts (4 %), 1.5 contexts/s, 3 min left"
 
 
 @pytest.mark.parametrize(

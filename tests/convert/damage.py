@@ -52,6 +52,6 @@ class Artifact:
         self.seal()
 
     def problems(self, source: Path | None = None) -> str:
-        report = verify(self.directory, source)
-        assert report.ok == (not report.problems)
-        return "\n".join(report.problems)
+        verdict = verify(self.directory, source)
+        assert verdict.ok == (not verdict.problems)
+        return "\n".join(verdict.problems)

@@ -89,9 +89,9 @@ def test_it_becomes_the_same_model(tmp_path, form):
     described = json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
     assert described["config_groups"]["group_0"]["format"] == (form or CompressionFormat.int_quantized).value
     npuq.convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
-    report = npuq.verify(tmp_path / "ours", EXAMPLE)
-    assert report.problems == () and report.linears == len(worth)
-    assert max(error.relative_error for error in report.errors) < 0.2
+    verdict = npuq.verify(tmp_path / "ours", EXAMPLE)
+    assert verdict.problems == () and verdict.linears == len(worth)
+    assert max(error.relative_error for error in verdict.errors) < 0.2
     with Checkpoint.open(tmp_path / "ours") as ours:
         for name, rows in worth.items():
             parts = {leaf: f"{name.removesuffix('weight')}{leaf}" for leaf in ("weight", "weight_scale", "scale_bias")}

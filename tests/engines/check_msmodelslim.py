@@ -183,10 +183,10 @@ def test_what_it_saves_is_read_verified_run_and_converted(tmp_path):
     names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
     assert "quant_model_weights.safetensors.index.json" in names and "quant_model_description.json" in names
     assert any(name.startswith("quant_model_weights-00002-of-") for name in names)
-    report = npuq.verify(tmp_path / "theirs", EXAMPLE)
-    assert report.problems == ()
-    assert {error.scheme for error in report.errors} == {"W4A8_DYNAMIC", "W8A8_DYNAMIC", "W8A8"}
-    assert max(error.relative_error for error in report.errors) < 0.2
+    verdict = npuq.verify(tmp_path / "theirs", EXAMPLE)
+    assert verdict.problems == ()
+    assert {error.scheme for error in verdict.errors} == {"W4A8_DYNAMIC", "W8A8_DYNAMIC", "W8A8"}
+    assert max(error.relative_error for error in verdict.errors) < 0.2
     npuq.convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     assert npuq.verify(tmp_path / "ours", EXAMPLE).problems == ()
     theirs, ours = Checkpoint.open(tmp_path / "theirs"), Checkpoint.open(tmp_path / "ours")

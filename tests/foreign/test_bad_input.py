@@ -84,9 +84,9 @@ def write(float_model: Path, directory: Path, name: str, change: Change) -> Path
 def test_damage_is_found_and_named(case, float_model, tmp_path):
     name, change, message = DAMAGED[case]
     directory = write(float_model, tmp_path / "in", name, change)
-    report = npuq.verify(directory)
-    assert any(message in problem for problem in report.problems), report.problems
-    assert not any("\n" in problem for problem in report.problems)
+    verdict = npuq.verify(directory)
+    assert any(message in problem for problem in verdict.problems), verdict.problems
+    assert not any("\n" in problem for problem in verdict.problems)
     if case not in SHARED_ONLY:
         with pytest.raises(NpuqError) as caught:
             npuq.convert_checkpoint(directory, tmp_path / "out")

@@ -39,11 +39,11 @@ def weights_of(directory: Path) -> dict[str, Tensor]:
 def test_it_becomes_an_artifact(directory, float_model, float_tensors, tmp_path):
     summary = npuq.convert_checkpoint(directory, tmp_path / "out", max_shard_size=4_000_000)
     assert (summary.status, summary.recipe) == ("converted", "stored")
-    report = npuq.verify(tmp_path / "out", float_model)
-    assert report.problems == ()
-    four = "int8" not in str(directory) and any(e.scheme == "W4A8_DYNAMIC" for e in report.errors)
+    verdict = npuq.verify(tmp_path / "out", float_model)
+    assert verdict.problems == ()
+    four = "int8" not in str(directory) and any(e.scheme == "W4A8_DYNAMIC" for e in verdict.errors)
     # Their scales are rounded to bfloat16: 8-bit errors stay below two percent, 4-bit ones below twenty.
-    assert all(0 < e.relative_error < (0.2 if e.scheme == "W4A8_DYNAMIC" else 0.02) for e in report.errors)
+    assert all(0 < e.relative_error < (0.2 if e.scheme == "W4A8_DYNAMIC" else 0.02) for e in verdict.errors)
     ours = weights_of(tmp_path / "out")
     codes, scale = foreign.codes_of(float_tensors[f"{EXPERT}.weight"], 4 if four else 8)
     stored = ours[f"{EXPERT}.weight"]

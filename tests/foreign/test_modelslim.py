@@ -106,18 +106,18 @@ def continuation(directory: Path) -> tuple[int, ...]:
 
 
 def test_it_runs_and_is_sound(directory, float_model):
-    report = npuq.verify(directory, float_model)
+    verdict = npuq.verify(directory, float_model)
     renamed = not (directory / "quant_model_description.json").exists()
-    assert [problem for problem in report.problems if "rename it, or run `npuq convert`" not in problem] == []
-    assert (len(report.problems) == 1) == renamed
-    assert report.linears == len(report.errors) > 200
-    assert all(0 < error.relative_error < (0.2 if error.scheme == "W4A8_DYNAMIC" else 0.02) for error in report.errors)
+    assert [problem for problem in verdict.problems if "rename it, or run `npuq convert`" not in problem] == []
+    assert (len(verdict.problems) == 1) == renamed
+    assert verdict.linears == len(verdict.errors) > 200
+    assert all(0 < error.relative_error < (0.2 if error.scheme == "W4A8_DYNAMIC" else 0.02) for error in verdict.errors)
     assert len(continuation(directory)) > 0
 
 
 def test_converted_it_is_the_same_model_in_our_form(directory, converted, float_model):
-    report = npuq.verify(converted, float_model)
-    assert report.problems == ()
+    verdict = npuq.verify(converted, float_model)
+    assert verdict.problems == ()
     assert npuq.verify(converted, directory).problems == ()
     assert continuation(converted) == continuation(directory)
     theirs, ours = weights_of(directory), weights_of(converted)

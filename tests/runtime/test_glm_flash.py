@@ -48,8 +48,8 @@ def test_an_artifact_is_sound_and_generates(source: tuple[Any, Path], recipe: st
     golden, directory = source
     out = tmp_path / "out"
     npuq.convert_checkpoint(directory, out, recipe=recipe, method="rotate+mse")
-    report = npuq.verify(out, directory)
-    assert report.problems == () and report.linears == 3 * 4 + 2 * 3 + 8 * 3 + 3
+    verdict = npuq.verify(out, directory)
+    assert verdict.problems == () and verdict.linears == 3 * 4 + 2 * 3 + 8 * 3 + 3
     for engine in ENGINES:
         assert check_placement(out, engine, 1, False) == ()
     config = json.loads((out / "config.json").read_text())

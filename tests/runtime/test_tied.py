@@ -62,8 +62,8 @@ def test_all_loaders_agree(
 
     said = npuq.convert_checkpoint(source, artifact, recipe="float").notes
     assert any(("stores both" if edit in (other_head, same_head) else "a second time") in note for note in said)
-    report = npuq.verify(artifact, source)
-    assert report.problems == ()
+    verdict = npuq.verify(artifact, source)
+    assert verdict.problems == ()
     assert json.loads((artifact / "config.json").read_text())["tie_word_embeddings"] is False
     # Float weights under plain names: transformers reads the artifact as it is.
     torch.testing.assert_close(transformers_logits(artifact), expected, rtol=1e-3, atol=1e-4)

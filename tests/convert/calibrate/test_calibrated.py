@@ -46,9 +46,9 @@ def test_every_family_and_chain_gives_a_sound_artifact(family, method, write, te
     directory = write(tmp_path / "source", family=family)
     add_tokenizer(directory)
     convert(directory, tmp_path / "out", texts, method=method)
-    report = verify(tmp_path / "out", directory)
-    assert report.problems == ()
-    assert bool(report.notes) is ("smooth" in method)
+    verdict = verify(tmp_path / "out", directory)
+    assert verdict.problems == ()
+    assert bool(verdict.notes) is ("smooth" in method)
     manifest = manifest_of(tmp_path / "out")
     layers = manifest["calibration"]["layers"]
     assert list(layers) == ["0", "1", "2"] and layers["0"]["expert_tokens"] == []

@@ -42,7 +42,7 @@ def test_short_texts_overlap_before_they_are_refused(checkpoint, tmp_path):
     found = read(file, checkpoint)
     assert found.samples == 4 and len({tuple(row) for row in found.tokens.tolist()}) == 4
     file.write_text(text(7))
-    with pytest.raises(CalibrationError, match=r"text\.txt: has 7 tokens, and one window .* needs 8"):
+    with pytest.raises(CalibrationError, match=r"text\.txt: has 7 tokens, and one sample .* needs 8"):
         read(file, checkpoint)
 
 

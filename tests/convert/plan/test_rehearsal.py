@@ -15,7 +15,7 @@ from npuq.convert.finish.finish import rehearse
 from npuq.convert.plan.prepare import prepare
 from npuq.errors import ArtifactError, CheckpointError
 from npuq.verification import verify
-from npuq.verification.stored_evaluation import check_storable
+from npuq.verification.evaluations import check_can_save
 
 # The first two bytes happen to be UTF-8, the others are not.
 MODEL_IN_GBK, SHOWN = b"\xc4\xa3\xd0\xcd", r"ģ\xd0\xcd"
@@ -152,7 +152,7 @@ def test_what_is_left_over_is_no_failure(v3_source, v3_artifact, tmp_path, tree,
 
 def test_a_card_that_cannot_be_read_is_said_before_an_evaluation(v3_artifact, tmp_path):
     artifact = Path(shutil.copytree(v3_artifact, tmp_path / "artifact"))
-    check_storable(artifact)
+    check_can_save(artifact)
     (artifact / "README.md").write_bytes(b"\xff")
     with pytest.raises(ArtifactError, match=r"README\.md: is not UTF-8"):
-        check_storable(artifact)
+        check_can_save(artifact)

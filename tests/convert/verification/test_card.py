@@ -116,8 +116,8 @@ def test_one_measure_everywhere(v3_source, v3_artifact, npuq):
     measured = npuq("verify", v3_artifact, "--source", v3_source).stdout
     assert "weight error |" in card and "weight error\n" in shown and "weight error  largest" in measured
     roles = [line for line in inspect(v3_artifact).lines if line.relative_error is not None]
-    report = verify(v3_artifact, v3_source)
-    assert len(roles) == len(report.roles) > 3
+    verdict = verify(v3_artifact, v3_source)
+    assert len(roles) == len(verdict.roles) > 3
     for line in roles:
         assert line.relative_error is not None
         printed = f"{line.relative_error:.2%}"
@@ -126,12 +126,12 @@ def test_one_measure_everywhere(v3_source, v3_artifact, npuq):
         for text in (shown, measured):
             (row,) = [row for row in text.splitlines() if row.split()[:2] == [line.role, line.scheme]]
             assert printed in row.split()
-        (role,) = [role for role in report.roles if (role.role, role.scheme) == (line.role, line.scheme)]
+        (role,) = [role for role in verdict.roles if (role.role, role.scheme) == (line.role, line.scheme)]
         assert role.relative_error == pytest.approx(line.relative_error, rel=1e-4)
-        members = [error for error in report.errors if (error.role, error.scheme) == (line.role, line.scheme)]
+        members = [error for error in verdict.errors if (error.role, error.scheme) == (line.role, line.scheme)]
         assert role.linears == len(members)
         assert role.largest_error == max(error.relative_error for error in members)
-    named = report.as_dict()["roles"][0]
+    named = verdict.as_dict()["roles"][0]
     assert set(named) == {
         "role",
         "scheme",

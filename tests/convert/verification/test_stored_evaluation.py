@@ -16,7 +16,7 @@ from npuq.errors import ArtifactError, ConversionError
 from npuq.runtime import LayerError
 from npuq.runtime.evaluation.perplexity import Evaluation
 from npuq.verification import inspect, verify
-from npuq.verification.stored_evaluation import check_storable, store_evaluation
+from npuq.verification.evaluations import check_can_save, save_evaluation
 
 MANIFEST, CARD = "npuq/manifest.json", "README.md"
 RESULT = Evaluation(66.5, 1000, 66.41, 0.00131, 0.977)
@@ -38,7 +38,7 @@ def text() -> tuple[str, str]:
 def test_manifest_and_card(artifact: Path, text: tuple[str, str]) -> None:
     before = (artifact / CARD).read_text()
     files = json.loads((artifact / MANIFEST).read_text())["files"]
-    store_evaluation(artifact, RESULT, *text, 256)
+    save_evaluation(artifact, RESULT, *text, 256)
     manifest, digest = json.loads((artifact / MANIFEST).read_text()), text[1]
     assert manifest["files"] == files
     assert manifest["evaluations"] == [
@@ -65,7 +65,7 @@ def test_manifest_and_card(artifact: Path, text: tuple[str, str]) -> None:
 
 def test_replaced_by_text_and_context(artifact: Path, text: tuple[str, str]) -> None:
     for context, perplexity in ((256, 70.0), (512, 60.0), (256, 71.0)):
-        store_evaluation(artifact, Evaluation(perplexity, 10), *text, context)
+        save_evaluation(artifact, Evaluation(perplexity, 10), *text, context)
     stored = inspect(artifact).evaluations
     assert [(entry["context"], entry["perplexity"]) for entry in stored] == [(512, 60.0), (256, 71.0)]
     card = (artifact / CARD).read_text()
@@ -75,9 +75,9 @@ def test_replaced_by_text_and_context(artifact: Path, text: tuple[str, str]) -> 
 
 
 def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: tuple[str, str]) -> None:
-    store_evaluation(artifact, Evaluation(70.0, 10), *text, 256)
-    store_evaluation(artifact, Evaluation(71.0, 10), *text, 256, kv_cache_dtype="int8")
-    store_evaluation(artifact, Evaluation(72.0, 10), *text, 256, kv_cache_dtype="int8")
+    save_evaluation(artifact, Evaluation(70.0, 10), *text, 256)
+    save_evaluation(artifact, Evaluation(71.0, 10), *text, 256, kv_cache_dtype="int8")
+    save_evaluation(artifact, Evaluation(72.0, 10), *text, 256, kv_cache_dtype="int8")
     stored = inspect(artifact).evaluations
     assert [(entry.get("kv_cache_dtype"), entry["perplexity"]) for entry in stored] == [(None, 70.0), ("int8", 72.0)]
     card = (artifact / CARD).read_text()
@@ -91,7 +91,7 @@ def test_an_int8_cache_is_told_and_kept_apart(artifact: Path, text: tuple[str, s
 def test_errors_of_layers(artifact: Path, text: tuple[str, str]) -> None:
     card = (artifact / CARD).read_text()
     layers = [LayerError(0, 0.01, 0.999, 0.01, 0.999), LayerError(1, 0.03, 0.99, 0.02, 0.995)]
-    store_evaluation(artifact, RESULT, *text, 256, layers)
+    save_evaluation(artifact, RESULT, *text, 256, layers)
     (stored,) = inspect(artifact).evaluations
     assert stored["layers"][1] == {
         "layer": 1,
@@ -102,7 +102,7 @@ def test_errors_of_layers(artifact: Path, text: tuple[str, str]) -> None:
     }
     assert verify(artifact).problems == ()
     with_layers = (artifact / CARD).read_text()
-    store_evaluation(artifact, RESULT, *text, 256)  # in place of the first, whose layers go with it
+    save_evaluation(artifact, RESULT, *text, 256)  # in place of the first, whose layers go with it
     assert "layers" not in inspect(artifact).evaluations[0]
     assert (artifact / CARD).read_text() == with_layers != card
 
@@ -111,21 +111,21 @@ def test_the_authors_text_stays(artifact: Path, text: tuple[str, str]) -> None:
     card = artifact / CARD
     card.write_text("Foreword\n## Evaluation\n\n## Loading\n" + card.read_text() + "Afterword\n")
     before = card.read_text()
-    assert store_evaluation(artifact, RESULT, *text, 256)
+    assert save_evaluation(artifact, RESULT, *text, 256)
     assert card.read_text().startswith("Foreword\n## Evaluation\n\n## Loading\n---")
     assert card.read_text().endswith("Afterword\n")
     assert len(card.read_text()) > len(before)
     card.write_text("mine alone\n")
-    assert not store_evaluation(artifact, RESULT, *text, 256)
+    assert not save_evaluation(artifact, RESULT, *text, 256)
     assert card.read_text() == "mine alone\n"
     card.unlink()
-    assert not store_evaluation(artifact, RESULT, *text, 256)
+    assert not save_evaluation(artifact, RESULT, *text, 256)
     assert not card.exists()
     assert len(inspect(artifact).evaluations) == 1
 
 
 def test_a_second_conversion_finds_it_finished(artifact: Path, text: tuple[str, str], example_fp8: Path) -> None:
-    store_evaluation(artifact, RESULT, *text, 256)
+    save_evaluation(artifact, RESULT, *text, 256)
     before = (artifact / MANIFEST).read_bytes()
     npuq.convert_checkpoint(example_fp8, artifact, method="minmax")
     assert (artifact / MANIFEST).read_bytes() == before
@@ -133,12 +133,12 @@ def test_a_second_conversion_finds_it_finished(artifact: Path, text: tuple[str, 
 
 def test_refusals(artifact: Path, text: tuple[str, str], example_fp8: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no finished npuq artifact"):
-        check_storable(example_fp8)
+        check_can_save(example_fp8)
     cached = tmp_path / "cached"
     (cached / "npuq").mkdir(parents=True)
     (cached / MANIFEST).symlink_to(artifact / MANIFEST)
     with pytest.raises(ArtifactError, match="npuq pull"):
-        check_storable(cached)
+        check_can_save(cached)
 
 
 def test_a_kill_before_the_rename_loses_nothing(
@@ -151,7 +151,7 @@ def test_a_kill_before_the_rename_loses_nothing(
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(ConversionError, match="space"):
-        store_evaluation(artifact, RESULT, *text, 256)
+        save_evaluation(artifact, RESULT, *text, 256)
     assert (artifact / MANIFEST).read_bytes() == before
 
 

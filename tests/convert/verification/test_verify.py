@@ -31,10 +31,10 @@ def artifact(v3_artifact: Path, tmp_path: Path) -> Artifact:
 def test_what_convert_makes_is_sound(recipe, family, make_checkpoint, tmp_path):
     source = make_checkpoint(family=family)
     convert_checkpoint(source, tmp_path / "out", recipe=recipe, method="minmax")
-    report = verify(tmp_path / "out", source)
-    assert report.problems == () and report.ok
-    assert report.linears == len(report.errors) and (report.linears > 40) == (recipe != "float")
-    assert all(0 < error.relative_error < (0.2 if error.scheme == "W4A8_DYNAMIC" else 0.01) for error in report.errors)
+    verdict = verify(tmp_path / "out", source)
+    assert verdict.problems == () and verdict.ok
+    assert verdict.linears == len(verdict.errors) and (verdict.linears > 40) == (recipe != "float")
+    assert all(0 < error.relative_error < (0.2 if error.scheme == "W4A8_DYNAMIC" else 0.01) for error in verdict.errors)
 
 
 def test_a_flipped_bit_in_any_file(artifact, v3_artifact):

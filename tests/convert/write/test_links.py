@@ -23,7 +23,7 @@ from npuq.errors import ConversionError, NpuqError
 from npuq.formats.output_files import new_file
 from npuq.formats.safetensors import read_header, write_tensors
 from npuq.runtime.evaluation.perplexity import Evaluation
-from npuq.verification.stored_evaluation import store_evaluation
+from npuq.verification.evaluations import save_evaluation
 
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 60_000}
 PRECIOUS = b"precious"
@@ -133,7 +133,7 @@ def test_the_results_of_an_evaluation(kind, v3_artifact, outside, tmp_path):
     artifact = tmp_path / "artifact"
     shutil.copytree(v3_artifact, artifact)
     put(kind, artifact / "npuq" / "partial", outside)
-    store_evaluation(artifact, Evaluation(10, 2.0, None, None, None), "text", "0" * 64, 16)
+    save_evaluation(artifact, Evaluation(10, 2.0, None, None, None), "text", "0" * 64, 16)
     assert outside.read_bytes() == PRECIOUS
     assert json.loads((artifact / "npuq" / "manifest.json").read_text())["evaluations"]
 

@@ -31,8 +31,8 @@ class TestFolder:
         there = npuq.pull(REPO, tmp_path / "there")
         assert contents(there) == contents(pushed)
         assert not list(there.rglob("*.npuq-part"))
-        report = npuq.verify(there)
-        assert report.ok, report.problems
+        verdict = npuq.verify(there)
+        assert verdict.ok, verdict.problems
 
     def test_what_is_there_stays_and_is_not_fetched(self, hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
         there = npuq.pull(REPO, tmp_path / "there")

@@ -1,8 +1,8 @@
-"""What the loaders of an artifact demand of its schemes, checked against the tensors of a real checkpoint.
+"""Requirements of the engines on an artifact's schemes, checked against the tensors of a real checkpoint.
 
-Read from the model loaders of vLLM-Ascend and SGLang (August 2026): what breaks one of these rules would convert for
-hours into something that no engine loads, or worse, loads wrongly. A recipe is refused for it before any work, and
-`npuq verify` looks for it in an artifact.
+Read from the model loaders of vLLM-Ascend and SGLang (August 2026). A conversion that breaks a requirement would run
+for hours, and its result would load nowhere, or load wrongly. So a recipe is refused before any work, and `npuq verify`
+checks an artifact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SchemeOf = Callable[[str], Scheme]
 
 @dataclass(frozen=True)
 class Violation:
-    """A tensor whose scheme breaks a rule."""
+    """A tensor whose scheme breaks a requirement."""
 
     spec: Spec
     scheme: Scheme
@@ -33,7 +33,7 @@ class Violation:
 
 
 class ConfigSchemes(TypedDict):
-    """Arguments of `artifact_config`."""
+    """The scheme arguments of `artifact_config`."""
 
     linear: Scheme
     experts: Scheme
@@ -52,7 +52,7 @@ def violations(specs: Mapping[str, Spec], scheme_of: SchemeOf, target: Target) -
 
 
 def config_schemes(specs: Iterable[Spec], schemes: Mapping[str, Scheme]) -> ConfigSchemes:
-    """What config.json says of the artifact: the scheme that all linears of each part share.
+    """The schemes that config.json states: for linears, experts and MTP experts, the one that all of them share.
 
     FLOAT (which config.json leaves out) where they differ, so that no engine takes a fast path meant for one scheme.
     """
@@ -81,7 +81,7 @@ def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
 
 
 def fused_pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
-    """(first, other) for every two weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
+    """Pairs (first, other) of weights that loaders fuse into one parameter: gate|up, q_a|kv_a."""
 
     def place(spec: Spec, part: str) -> tuple[int | None, Block | None, int | None, str]:
         return spec.layer, spec.block, spec.expert, part
@@ -95,7 +95,7 @@ def fused_pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:
 
 
 def _split_groups(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:
-    """Projections that loaders fuse into one parameter must share a scheme."""
+    """Projections that loaders fuse into one parameter, but whose schemes differ."""
     for leader, name in fused_pairs(specs):
         if scheme_of(name) is not scheme_of(leader):
             group = f"{specs[leader].module} and {specs[name].module}"
@@ -104,7 +104,7 @@ def _split_groups(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Vi
 
 
 def _mixed_experts(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:
-    """All projections of all routed experts of a layer are one grouped matmul each: one scheme a layer."""
+    """Routed experts of a layer whose schemes differ: each of their projections is one grouped matmul."""
     first: dict[int | None, Spec] = {}
     for name, spec in specs.items():
         if spec.role not in ROUTED:

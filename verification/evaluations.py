@@ -1,7 +1,7 @@
-"""What `npuq evaluate --save` measured, kept with the artifact: in its manifest and in its model card.
+"""The results of `npuq evaluate --save`, kept with the artifact: in its manifest and in its model card.
 
-The results are a key of npuq/manifest.json and no file of their own: one rename stores them, so that at no moment the
-manifest vouches for other bytes than those on the disk, and a push sends them in its last commit.
+The results are a key of npuq/manifest.json and no file of their own: one rename saves them, so that the manifest always
+vouches for the bytes on disk, and a push sends them in its last commit.
 """
 
 from __future__ import annotations
@@ -54,20 +54,19 @@ _ENTRY = Keys(
 )
 
 
-def check_storable(artifact: Path) -> None:
-    """ArtifactError unless a result can be stored here: a finished artifact whose stored results and card can be read,
-    and not a snapshot in a hub's cache. To be asked before the hours that an evaluation takes.
-    """
+def check_can_save(artifact: Path) -> None:
+    """Raise ArtifactError unless a result can be saved here: a finished artifact with a readable card and readable
+    earlier results, and not a snapshot in a hub's cache. Call it before the hours of an evaluation."""
     if (artifact / MANIFEST_NAME).is_symlink():
         raise ArtifactError(
             f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
             "evaluate that one and push it"
         )
-    stored_evaluations(read_manifest(artifact))
+    read_evaluations(read_manifest(artifact))
     _card(artifact)
 
 
-def store_evaluation(
+def save_evaluation(
     artifact: Path,
     result: Evaluation,
     text: str,
@@ -76,15 +75,14 @@ def store_evaluation(
     layers: Sequence[LayerError] = (),
     kv_cache_dtype: str = "auto",
 ) -> bool:
-    """Store a result in the manifest and the card, in place of an earlier one on the same text, context and KV cache.
-    `text` is the text's name, `text_sha256` that of its bytes.
+    """Save a result in the manifest and the card, in place of an earlier one on the same text, context and KV cache.
 
-    The errors of layers, where they were measured, go into the manifest alone, under the result's `layers`.
-    Returns whether the card shows it: one that is not there, or has lost npuq's section, stays as it is. Raises
-    ArtifactError for what is no finished artifact, and ConversionError when the disk refuses; what was stored before
-    stays then.
+    `text` is the text's name, `text_sha256` that of its bytes. The errors of layers, where measured, go into the
+    manifest alone, under the result's `layers`. Returns True where the card shows the result: a card that is missing,
+    or has lost npuq's section, stays as it is. Raises ArtifactError where there is no finished artifact, and
+    ConversionError when the disk refuses; the earlier results remain then.
     """
-    check_storable(artifact)
+    check_can_save(artifact)
     entry = {
         "text": printable(text),
         "text_sha256": text_sha256,
@@ -100,7 +98,7 @@ def store_evaluation(
     try:
         with locked_directory(artifact / OWN_FOLDER):
             manifest = read_manifest(artifact)
-            entries = [old for old in stored_evaluations(manifest) if _identity(old) != _identity(entry)]
+            entries = [old for old in read_evaluations(manifest) if _identity(old) != _identity(entry)]
             manifest[KEY] = [*entries, entry]
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
@@ -114,14 +112,14 @@ def store_evaluation(
 
 
 def _card(artifact: Path) -> str:
-    """The model card, empty where there is none. ArtifactError for one that cannot be read."""
+    """The model card, empty where it is missing. Raises ArtifactError for one that cannot be read."""
     if not is_inside(artifact, CARD_NAME):
         return ""
     return read_text(inside(artifact, CARD_NAME, ArtifactError), ArtifactError)
 
 
-def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The results that a manifest holds, oldest first; ArtifactError when they are damaged."""
+def read_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results in a manifest, oldest first. Raises ArtifactError when they are damaged."""
     entries: list[dict[str, Any]] = manifest.get(KEY, [])
     try:
         check_form(entries, Items(_ENTRY), MANIFEST_NAME, ArtifactError)
@@ -131,12 +129,12 @@ def stored_evaluations(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def evaluated_on(entry: Mapping[str, Any]) -> str:
-    """The text of a result, and its KV cache where that was not the usual one."""
+    """The text of a result, and its KV cache where that was not the default."""
     return f"{entry['text']} ({entry['kv_cache_dtype']} KV cache)" if "kv_cache_dtype" in entry else str(entry["text"])
 
 
 def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    """The card with the results in npuq's section, between errors and loading; all else stays as it is."""
+    """The card with the results in npuq's section, between errors and loading; everything else stays as it is."""
     before, begin, rest = card.partition(CARD_BEGIN)
     section, end, after = rest.partition(CARD_END)
     if not (begin and end):
@@ -150,7 +148,7 @@ def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
 
 def _table(entries: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "Windows of so many tokens, each from nothing. KL divergence of the source's predictions from this artifact's,",
+        "Text cut into contexts of so many tokens. KL divergence of the source's predictions from this artifact's,",
         "in nats a token; top-1: how often both find the same token the likeliest.",
         "",
         "| text | sha256 | context | tokens | perplexity | source's | KL | top-1 |",

@@ -1,4 +1,5 @@
-"""What a conversion did, in numbers: errors and bytes by role, for the report, the model card and the summary."""
+"""Role totals: errors and bytes of a conversion by role and scheme, for npuq/report.json, the model card and the
+summary."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class RoleTotals:
 
     @property
     def relative_error(self) -> float | None:
-        """√(Σ (w − ŵ)² / Σ w²) over the role; None for float, and before anything is converted."""
+        """√(Σ (w − ŵ)² / Σ w²) over the role; None for float, and before the conversion."""
         return relative_error(self.squared_error, self.squared_norm) if self.measured else None
 
     def as_dict(self) -> dict[str, object]:
@@ -46,7 +47,7 @@ class RoleTotals:
 
 
 def totals_by_role(jobs: Iterable[Job], stats: Mapping[int, ErrorSums]) -> list[RoleTotals]:
-    """Totals by role and scheme, largest first; error fields stay None where `stats` has nothing (a dry run)."""
+    """Totals by role and scheme, largest first; errors are None for jobs without `stats` (a dry run)."""
     totals: dict[tuple[str, Scheme], RoleTotals] = {}
     for job in jobs:
         total = totals.setdefault((job.role.value, job.scheme), RoleTotals(job.role.value, job.scheme.value))
