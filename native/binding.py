@@ -16,22 +16,7 @@ from torch import Tensor
 from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import BlockScale, StoredRows
 from .integers import checked
-from .library import (
-    Cache,
-    Heads,
-    MlaBlock,
-    MoeBlock,
-    Part,
-    Source,
-    Strided,
-    Weights,
-    call,
-    description,
-    level_index,
-    levels,
-    library,
-    new_pool,
-)
+from .library import Cache, Heads, MlaBlock, MoeBlock, Part, Source, Strided, Weights, call, description, level_index, levels, library, new_pool
 from .pointers import address
 
 __all__ = [

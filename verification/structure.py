@@ -8,13 +8,7 @@ from typing import Any
 
 from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
-from ..formats.artifact import (
-    DESCRIPTION_GLOBALS,
-    DESCRIPTION_NAME,
-    MANIFEST_NAME,
-    artifact_config,
-    description_path,
-)
+from ..formats.artifact import DESCRIPTION_GLOBALS, DESCRIPTION_NAME, MANIFEST_NAME, artifact_config, description_path
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..formats.safetensors import read_header
 from ..formats.schemes import OutputTensor, Scheme

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from .context import Walk
 from .layer_report import Trials
-from .linears import Linears
+from .layers.linears import Linears
 from .states import StreamPair
 
 # The share of the samples that trials take, and the least number of them where there are so many.

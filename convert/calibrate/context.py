@@ -19,8 +19,8 @@ from ...runtime.ops import Ops
 from ...runtime.step import RopeRows
 from ..plan.plan import Job
 from ..write.journal import JobEntry
-from .linears import Inputs, JobResult, Linears, factored, measure
-from .operators import CalibrationOps, Deployed, row_chunks
+from .layers.linears import Inputs, JobResult, Linears, factored, measure
+from .layers.operators import CalibrationOps, Deployed, row_chunks
 
 # Tokens that one step of the forward pass takes, in whole samples; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048

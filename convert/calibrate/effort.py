@@ -16,8 +16,8 @@ from ...quant.scales import Method
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
 from ..tally import data_free_effort
-from .experts import ENOUGH
-from .smooth import STRENGTHS
+from .layers.experts import ENOUGH
+from .layers.smooth import STRENGTHS
 
 # Nanoseconds for a product and its sum, of large matrices.
 _FLOAT32, _FLOAT64 = 0.03, 0.08

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import ConversionError
 from ...inputs.forms import Each, Form, Items, Keys, check_form, is_count, is_number, is_text
-from .kv_cache import LatentScale
+from .layers.kv_cache import LatentScale
 
 _REQUIRED: dict[str, Form] = {
     "expert_tokens": Items(is_count),

@@ -32,13 +32,13 @@ from ..write.journal import JobEntry, Journal
 from ..write.shards import ShardFiles
 from ..write.worker import run_job
 from ..write.workspace import Workspace
-from .attention import run_attention
+from .layers.attention import run_attention
 from .auto import TimeBudget, run_trials
 from .context import Layer, Walk, check_finite, rope_rows
-from .feed_forward import run_feed_forward
+from .layers.feed_forward import run_feed_forward
 from .layer_report import Choice, LayerReport
-from .linears import Linears
-from .operators import CalibrationOps, row_chunks
+from .layers.linears import Linears
+from .layers.operators import CalibrationOps, row_chunks
 from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 

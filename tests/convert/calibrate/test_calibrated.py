@@ -16,9 +16,9 @@ from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.calibrate.auto import TimeBudget
 from npuq.convert.calibrate.context import Layer
 from npuq.convert.calibrate.layer_report import Trials
-from npuq.convert.calibrate.linears import JobResult, Linears
+from npuq.convert.calibrate.layers.linears import JobResult, Linears
 from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
-from npuq.convert.calibrate.smooth import norm_quotient, rounded
+from npuq.convert.calibrate.layers.smooth import norm_quotient, rounded
 from npuq.convert.plan.memory import Budget
 from npuq.errors import CalibrationError, CheckpointError, ConversionError, RecipeError
 from npuq.formats.schemes import Scheme, dequantize, quantize_rows
@@ -161,7 +161,7 @@ def test_experts_that_nobody_chose_are_data_free_and_listed(write, texts, tmp_pa
 
 
 def test_rare_experts_are_blended(monkeypatch, source, texts, tmp_path):
-    monkeypatch.setattr("npuq.convert.calibrate.experts.ENOUGH", 70)
+    monkeypatch.setattr("npuq.convert.calibrate.layers.experts.ENOUGH", 70)
     convert(source, tmp_path / "out", texts, method="gptq")
     for layer in ("1", "2"):
         found = manifest_of(tmp_path / "out")["calibration"]["layers"][layer]

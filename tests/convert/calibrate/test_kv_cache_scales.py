@@ -12,7 +12,7 @@ import torch
 from damage import Artifact
 
 from npuq.convert import CalibrationText, convert_checkpoint
-from npuq.convert.calibrate.kv_cache import FRACTIONS, search_scale
+from npuq.convert.calibrate.layers.kv_cache import FRACTIONS, search_scale
 from npuq.convert.calibrate.texts import read_calibration
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.kv_cache import load_scales, scale_name

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...formats.kv_cache import latent_codes, storable_scale
-from ...parallel.pool import Pool
+from ....formats.kv_cache import latent_codes, storable_scale
+from ....parallel.pool import Pool
 
 # Fractions of the largest value: a scale may clip a few values for the precision of the others.
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ...formats.schemes import Scheme
-from ...models.family import Block, Entry
-from ...models.roles import QUANTIZABLE
-from ...quant.smoothing import power_of_two
-from ...runtime.ops import Activation, AttentionWeights, Step
-from ...runtime.step import Chunk, StepBuilder
-from .context import Layer
+from ....formats.schemes import Scheme
+from ....models.family import Block, Entry
+from ....models.roles import QUANTIZABLE
+from ....quant.smoothing import power_of_two
+from ....runtime.ops import Activation, AttentionWeights, Step
+from ....runtime.step import Chunk, StepBuilder
+from ..context import Layer
 from .kv_cache import LatentScale, search_scale
 from .operators import Deployed, ReachedError, Recording
 from .smooth import choose, deployed, norm_quotient
-from .states import StreamPair
+from ..states import StreamPair
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...formats.schemes import Scheme
-from ...formats.static_w8a8 import InputScale
-from ...runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
-from ...runtime.ops.handles import own
-from ...runtime.ops.reference.attention import ReferenceAttention
-from ...runtime.ops.reference.norms import ReferenceNorms
-from ...runtime.ops.reference.products import ReferenceProducts
-from ...runtime.ops.reference.routing import ReferenceRouting
-from ...runtime.ops.reference.weights import ReferenceWeights
+from ....formats.schemes import Scheme
+from ....formats.static_w8a8 import InputScale
+from ....runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
+from ....runtime.ops.handles import own
+from ....runtime.ops.reference.attention import ReferenceAttention
+from ....runtime.ops.reference.norms import ReferenceNorms
+from ....runtime.ops.reference.products import ReferenceProducts
+from ....runtime.ops.reference.routing import ReferenceRouting
+from ....runtime.ops.reference.weights import ReferenceWeights
 
 
 @dataclass(frozen=True)

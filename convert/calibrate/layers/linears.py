@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import CalibrationError, CheckpointError
-from ...formats.safetensors import DTYPES
-from ...formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
-from ...formats.static_w8a8 import InputScale, static_tensors
-from ...parallel.pool import Mapper
-from ...quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
-from ...quant.refine import calibrated_codes
-from ...quant.scales import Method, NonFiniteError
-from ...quant.stored_rows import StoredRows
-from ...quant.weight_error import ErrorSums
-from ..plan.plan import Job
-from ..write.jobs import JobOutput
-from ..write.shards import ShardFiles
+from ....errors import CalibrationError, CheckpointError
+from ....formats.safetensors import DTYPES
+from ....formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
+from ....formats.static_w8a8 import InputScale, static_tensors
+from ....parallel.pool import Mapper
+from ....quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
+from ....quant.refine import calibrated_codes
+from ....quant.scales import Method, NonFiniteError
+from ....quant.stored_rows import StoredRows
+from ....quant.weight_error import ErrorSums
+from ...plan.plan import Job
+from ...write.jobs import JobOutput
+from ...write.shards import ShardFiles
 from .operators import Deployed, round_inputs
 
 # Rows for one call of GPTQ, and columns of a Hessian for one product. Fixed, so that results do not depend on the

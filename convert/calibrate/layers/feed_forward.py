@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...models.family import Block
-from ...quant.smoothing import smoothing_scale
-from ...runtime.ops.reference.routing import router_scores
-from ...runtime.weights import gating_of
-from ..plan.plan import Job
-from .context import Layer
+from ....models.family import Block
+from ....quant.smoothing import smoothing_scale
+from ....runtime.ops.reference.routing import router_scores
+from ....runtime.weights import gating_of
+from ...plan.plan import Job
+from ..context import Layer
 from .experts import ExpertResult, Routed, choose_tokens, quantize_expert, smooth_inner
 from .operators import float_mlp, mlp_weights, row_chunks
 from .smooth import STRENGTHS, deployed, least, norm_quotient
-from .states import StreamPair
+from ..states import StreamPair
 
 _PROJECTIONS = ("gate", "up", "down")
 _NORM = Block.LAYER, "mlp_norm"

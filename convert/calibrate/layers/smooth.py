@@ -8,12 +8,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
-from ...formats.schemes import Scheme, dequantize, quantize_stored
-from ...quant.scales import NonFiniteError
-from ...quant.smoothing import smoothing_scale
-from ...quant.stored_rows import StoredRows
-from ..plan.plan import Job
+from ....errors import CheckpointError
+from ....formats.schemes import Scheme, dequantize, quantize_stored
+from ....quant.scales import NonFiniteError
+from ....quant.smoothing import smoothing_scale
+from ....quant.stored_rows import StoredRows
+from ...plan.plan import Job
 from .linears import Linears
 from .operators import Deployed, row_chunks
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...formats.schemes import Scheme
-from ...quant.gptq import Hessian
-from ...quant.scales import Method
-from ...quant.smoothing import smoothing_scale
-from ...runtime.ops import MlpWeights
-from ..plan.plan import Job
-from .context import Layer
+from ....formats.schemes import Scheme
+from ....quant.gptq import Hessian
+from ....quant.scales import Method
+from ....quant.smoothing import smoothing_scale
+from ....runtime.ops import MlpWeights
+from ...plan.plan import Job
+from ..context import Layer
 from .linears import JobResult, add_rows, factored
 from .operators import CalibrationRouting, Deployed, float_mlp, mlp_weights, round_inputs, row_chunks
 from .smooth import deployed, least

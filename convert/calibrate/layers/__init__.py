@@ -1,0 +1,1 @@
+"""One decoder layer, calibrated: its attention, its feed-forward block, its linears."""
