@@ -37,7 +37,13 @@ from .tally import Tally, data_free_effort
 from .write.journal import Journal, Record
 from .write.output import Finished, check_separate, claim, look
 from .write.pipeline import Durability, OnShard, run_plan
-from .write.resume import forget_changed_output, forget_changed_source, forget_impossible, forget_lost_shards, stamps_now
+from .write.resume import (
+    forget_changed_output,
+    forget_changed_source,
+    forget_impossible,
+    forget_lost_shards,
+    stamps_now,
+)
 from .write.shards import ShardFiles, Write
 
 DEFAULT_SHARD_SIZE = 5_000_000_000

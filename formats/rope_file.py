@@ -27,7 +27,7 @@ def load_rope(path: Path, config: ModelConfig) -> RopeTables:
     shape disagrees with the config, a value that is not finite, and a softmax scale that is not positive or far from
     the config's.
     """
-    form = ("F32", (config.rope.positions, config.attention.qk_rope_head_dim // 2))
+    form = ("F32", (config.rope.positions, config.rope.dim // 2))
     tensors, metadata = load_tensors(path, {"cos": form, "sin": form}, ArtifactError)
     for name, table in tensors.items():
         if not bool(table.isfinite().all()):

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from ..quant.scales import Method
-from .schemes import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, QuantizedRows, Scheme, quantize_rows
+from .schemes import (
+    DEQ_SCALE,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    OFFSET,
+    QUANT_BIAS,
+    SCALE,
+    WEIGHT,
+    QuantizedRows,
+    Scheme,
+    quantize_rows,
+)
 
 # ModelSlim's floor: a range of zeros still needs a scale whose inverse is finite.
 _LEAST_SCALE: Final = torch.finfo(torch.float32).eps

@@ -1,6 +1,6 @@
 """The native kernels on torch tensors: quantization of stored rows, and the runtime's pool of threads.
 
-torch computes the same integers (`schemes.quantize_rows`, `runtime/ops/reference.py`).
+torch computes the same integers (`schemes.quantize_rows`, `runtime/ops/reference/`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,22 @@ from torch import Tensor
 from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import BlockScale, StoredRows
 from .integers import checked
-from .library import Cache, Heads, MlaBlock, MoeBlock, Part, Source, Strided, Weights, call, description, level_index, levels, library, new_pool
+from .library import (
+    Cache,
+    Heads,
+    MlaBlock,
+    MoeBlock,
+    Part,
+    Source,
+    Strided,
+    Weights,
+    call,
+    description,
+    level_index,
+    levels,
+    library,
+    new_pool,
+)
 from .pointers import address
 
 __all__ = [

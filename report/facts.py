@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import ArtifactError
-from ..formats.artifact import DESCRIPTION_NAME, MANIFEST_NAME, RECIPE_NAME, is_own, read_description, read_manifest, read_report
+from ..formats.artifact import (
+    DESCRIPTION_NAME,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    is_own,
+    read_description,
+    read_manifest,
+    read_report,
+)
 from ..formats.checkpoint import Checkpoint
 from ..inputs.files import inside, read_text
 from ..models.config import ModelConfig

@@ -32,11 +32,11 @@ from ..write.journal import JobEntry, Journal
 from ..write.shards import ShardFiles
 from ..write.worker import run_job
 from ..write.workspace import Workspace
-from .layers.attention import run_attention
 from .auto import TimeBudget, run_trials
 from .context import Layer, Walk, check_finite, rope_rows
-from .layers.feed_forward import run_feed_forward
 from .layer_report import Choice, LayerReport
+from .layers.attention import run_attention
+from .layers.feed_forward import run_feed_forward
 from .layers.linears import Linears
 from .layers.operators import CalibrationOps, row_chunks
 from .states import FOLDER, State, StateStore, StreamPair, Streams

@@ -19,7 +19,18 @@ from ...engines.loader_config import loader_keys
 from ...engines.requirements import config_schemes
 from ...engines.serving import serving_ranks
 from ...errors import CheckpointError, ConversionError
-from ...formats.artifact import CARD_NAME, DESCRIPTION_NAME, FORMAT_VERSION, KV_CACHE_NAME, MANIFEST_NAME, RECIPE_NAME, REPORT_NAME, ROPE_NAME, artifact_config, description
+from ...formats.artifact import (
+    CARD_NAME,
+    DESCRIPTION_NAME,
+    FORMAT_VERSION,
+    KV_CACHE_NAME,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    ROPE_NAME,
+    artifact_config,
+    description,
+)
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
 from ...formats.kv_cache import save_scales
 from ...formats.output_files import PARTIAL_NAME, publish, write_file

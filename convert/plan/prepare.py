@@ -32,7 +32,14 @@ from ...parallel.torch_threads import single_threaded_torch
 from ...quant.scales import Method
 from ...recipes.reading import load_recipe
 from ...recipes.recipe import STORED, Recipe, Target
-from ..calibrate.texts import BUILTIN, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH, Calibration, read_calibration, read_tokenizer
+from ..calibrate.texts import (
+    BUILTIN,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQUENCE_LENGTH,
+    Calibration,
+    read_calibration,
+    read_tokenizer,
+)
 from ..finish.side_files import side_files
 from .assignments import Assignment, check_recipe, check_source, resolve
 from .plan import Plan, build_plan

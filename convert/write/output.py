@@ -16,7 +16,15 @@ from typing import Any
 from ...errors import ArtifactError, ConversionError
 from ...formats.artifact import MANIFEST_NAME, OWN_FOLDER, read_manifest, read_report
 from ...formats.checkpoint import JOURNAL_NAME
-from ...formats.output_files import PARTIAL_NAME, locked_directory, make_folder, refuse_link, sync_directory, write_error, write_file
+from ...formats.output_files import (
+    PARTIAL_NAME,
+    locked_directory,
+    make_folder,
+    refuse_link,
+    sync_directory,
+    write_error,
+    write_file,
+)
 from .journal import Journal, Record
 
 _REMEDY = "give the same arguments as before, or another output directory, or remove this one yourself"

@@ -18,8 +18,15 @@ def rotated(config: ModelConfig, inventory: Inventory) -> dict[str, Rewrite]:
     """The rewrites that rotate a model. The caller has untied the head, because the final norm is folded into it."""
     rewrites = {}
     table = _Table(config)
+    # A layer's experts share theirs.
+    known: dict[tuple[Block | None, str, int | None], Rewrite | None] = {}
     for spec in inventory.specs.values():
-        change = table.rewrite(spec)
+        if spec.entry is None:
+            continue
+        key = spec.block, spec.entry.part, spec.layer
+        if key not in known:
+            known[key] = table.rewrite(spec)
+        change = known[key]
         if change is not None:
             rewrites[spec.name] = change
     return rewrites

@@ -21,7 +21,20 @@ from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
 from ..int4 import pack_int4, unpack_int4
 from ..safetensors import CODES
-from ..schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, QuantizedRows, Scheme, scale_bias
+from ..schemes import (
+    BIAS,
+    BIAS_COLUMNS,
+    DEQ_SCALE,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    OFFSET,
+    QUANT_BIAS,
+    SCALE,
+    WEIGHT,
+    QuantizedRows,
+    Scheme,
+    scale_bias,
+)
 from ..static_w8a8 import InputScale, input_scale_of, load_deq_scale, quant_bias, store_deq_scale
 
 # input_scale · weight_scale, where weight_scale may itself be a rounded quotient.

@@ -34,7 +34,19 @@ from ..hub import Answer
 from ..names import CommitId, HubRepoId, Revision, parse_repo
 from ..transfer import limits
 from ..transfer.retry import Backoff, retried
-from ..transfer.wording import OfflineError, brief, connection_failed, disk_failed, not_understood, one_line, passwords_in, quoted, status_failed, without_secrets, without_userinfo
+from ..transfer.wording import (
+    OfflineError,
+    brief,
+    connection_failed,
+    disk_failed,
+    not_understood,
+    one_line,
+    passwords_in,
+    quoted,
+    status_failed,
+    without_secrets,
+    without_userinfo,
+)
 from . import faults
 
 T = TypeVar("T")

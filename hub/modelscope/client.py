@@ -17,7 +17,18 @@ from ..listing import Listing, parse_listing
 from ..names import Digest, RepoId, Revision, byte_count, parse_repo
 from ..transfer import limits
 from ..transfer.retry import Backoff, ClientError, client_code, retried
-from ..transfer.wording import connection_failed, disk_failed, is_insecure, not_understood, one_line, passwords_in, quoted, status_failed, without_secrets, without_userinfo
+from ..transfer.wording import (
+    connection_failed,
+    disk_failed,
+    is_insecure,
+    not_understood,
+    one_line,
+    passwords_in,
+    quoted,
+    status_failed,
+    without_secrets,
+    without_userinfo,
+)
 
 T = TypeVar("T")
 

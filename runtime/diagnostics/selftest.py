@@ -18,7 +18,19 @@ from ...formats.schemes import Scheme, quantize_rows
 from ...formats.static_w8a8 import input_scale_of, quantize_static
 from ...quant.scales import Method
 from ..attention.pools import LayerCache, Pool, write_rows
-from ..ops import Activation, Decode, Gating, LinearPart, MlaConfig, MlaParts, Ops, PrefixSegment, Quantized, Static, Step
+from ..ops import (
+    Activation,
+    Decode,
+    Gating,
+    LinearPart,
+    MlaConfig,
+    MlaParts,
+    Ops,
+    PrefixSegment,
+    Quantized,
+    Static,
+    Step,
+)
 from ..ops.reference import ReferenceOps
 
 TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128

@@ -23,7 +23,23 @@ import torch
 
 from ..attention.pools import LayerCache
 from .attention import Attention
-from .handles import Activation, AttentionWeights, Experts, Gating, Linear, LinearPart, Mla, MlaConfig, MlaParts, MlaWeights, MlpWeights, MoeWeights, Quantized, Router, Static
+from .handles import (
+    Activation,
+    AttentionWeights,
+    Experts,
+    Gating,
+    Linear,
+    LinearPart,
+    Mla,
+    MlaConfig,
+    MlaParts,
+    MlaWeights,
+    MlpWeights,
+    MoeWeights,
+    Quantized,
+    Router,
+    Static,
+)
 from .norms import Norms
 from .products import Products
 from .routing import Routing

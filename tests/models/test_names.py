@@ -29,6 +29,11 @@ def production_files() -> list[Path]:
     return sorted(path for path in found if not path.parts[0].startswith(".") and path.parts[0] not in ELSEWHERE)
 
 
+# Widths of multi-head latent attention: its attention code and its operators alone know them.
+WIDTHS = re.compile(r"kv_lora_rank|qk_(?:nope|rope)_head_dim|v_head_dim|q_lora_rank")
+KNOW_WIDTHS = ("runtime/attention/mla.py", "runtime/ops/")
+
+
 def test_there_are_files_to_look_at() -> None:
     assert len(production_files()) > 150
 
@@ -37,3 +42,9 @@ def test_there_are_files_to_look_at() -> None:
 def test_no_names_of_checkpoints_outside_models(path: Path) -> None:
     found = [line for line in (ROOT / path).read_text().splitlines() if NAMES.search(line)]
     assert bool(found) == (str(path) in ALLOWED), found
+
+
+@pytest.mark.parametrize("path", production_files(), ids=str)
+def test_no_widths_of_mla_outside_its_code(path: Path) -> None:
+    if not str(path).startswith(KNOW_WIDTHS):
+        assert [line for line in (ROOT / path).read_text().splitlines() if WIDTHS.search(line)] == []

@@ -19,10 +19,10 @@ from ....quant.smoothing import power_of_two
 from ....runtime.ops import Activation, AttentionWeights, Step
 from ....runtime.step import Chunk, StepBuilder
 from ..context import Layer
+from ..states import StreamPair
 from .kv_cache import LatentScale, search_scale
 from .operators import Deployed, ReachedError, Recording
 from .smooth import choose, deployed, norm_quotient
-from ..states import StreamPair
 
 
 @dataclass(frozen=True)

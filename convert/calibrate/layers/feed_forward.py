@@ -13,10 +13,10 @@ from ....runtime.ops.reference.routing import router_scores
 from ....runtime.weights import gating_of
 from ...plan.plan import Job
 from ..context import Layer
+from ..states import StreamPair
 from .experts import ExpertResult, Routed, choose_tokens, quantize_expert, smooth_inner
 from .operators import float_mlp, mlp_weights, row_chunks
 from .smooth import STRENGTHS, deployed, least, norm_quotient
-from ..states import StreamPair
 
 _PROJECTIONS = ("gate", "up", "down")
 _NORM = Block.LAYER, "mlp_norm"

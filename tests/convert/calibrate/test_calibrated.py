@@ -17,8 +17,8 @@ from npuq.convert.calibrate.auto import TimeBudget
 from npuq.convert.calibrate.context import Layer
 from npuq.convert.calibrate.layer_report import Trials
 from npuq.convert.calibrate.layers.linears import JobResult, Linears
-from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
 from npuq.convert.calibrate.layers.smooth import norm_quotient, rounded
+from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
 from npuq.convert.plan.memory import Budget
 from npuq.errors import CalibrationError, CheckpointError, ConversionError, RecipeError
 from npuq.formats.schemes import Scheme, dequantize, quantize_rows

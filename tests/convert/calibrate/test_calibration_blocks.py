@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npuq.convert.calibrate.layers.attention import AttentionBlock, Weights
 from npuq.convert.calibrate.context import Layer
+from npuq.convert.calibrate.layers.attention import AttentionBlock, Weights
 from npuq.convert.calibrate.layers.operators import CalibrationOps, Deployed, float_mlp
 from npuq.formats.schemes import Scheme
 from npuq.models.config import ModelConfig

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from npuq.convert.calibrate.layers.kv_cache import LatentScale
 from npuq.convert.calibrate.layer_report import Choice, LayerReport, Trials
+from npuq.convert.calibrate.layers.kv_cache import LatentScale
 from npuq.errors import ConversionError
 
 REPORT = LayerReport(
