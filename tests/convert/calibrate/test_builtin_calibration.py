@@ -45,9 +45,7 @@ def test_categories_have_their_share_everywhere_in_the_file(documents: list[dict
 
 def test_every_source_has_its_licence_in_the_documentation(documents: list[dict[str, str]]) -> None:
     text = (ROOT / "docs" / "calibration-data.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text.partition("## Sources")[2], re.MULTILINE
-    )
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text.partition("## Sources")[2], re.MULTILINE)
     licences = {source.strip(): licence.strip() for source, _, licence in rows}
     for source in {document["source"] for document in documents}:
         assert licences[source].startswith(("public domain", "Apache-2.0")), source
