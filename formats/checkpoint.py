@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +18,9 @@ from ..errors import CheckpointError
 from ..inputs.files import FileStamp, inside, is_inside
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
+from ..models.config import model_dtype
 from ..native.mapped import MappedFiles
-from .safetensors import TensorInfo
+from .safetensors import CODES, TensorInfo
 from .storage import LocalFiles, Storage, Window
 
 # In npuq's own folder (artifact.py), until a conversion is finished.
@@ -58,6 +60,11 @@ class Checkpoint:
         self.window = window
         self.files = MappedFiles()
         self._storage = storage
+
+    @cached_property
+    def model_code(self) -> str:
+        """The safetensors code of the model's dtype in config.json. CheckpointError for one that is not float."""
+        return CODES[model_dtype(self.config)]
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:

@@ -11,11 +11,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...models.config import model_dtype
 from ...models.config_reader import MAX_SIZE, shown
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import CONFIG_NAME, Checkpoint
-from ..safetensors import CODES, TensorInfo
+from ..safetensors import TensorInfo
 from .weights import RowBytes, Weight
 
 FLOAT_CODES = frozenset({"F32", "F16", "BF16"})
@@ -24,12 +23,11 @@ _DEFAULT_BLOCK = (128, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class PlainWeight:
-    """A weight of one tensor in a float dtype of torch."""
+class _OfTensor:
+    """The part of a float weight that the tensor of its rows says."""
 
     checkpoint: Checkpoint
     info: TensorInfo
-    block_rows: ClassVar[int] = 1
     held_bytes: ClassVar[int] = 0
     linear: ClassVar[None] = None
 
@@ -46,6 +44,17 @@ class PlainWeight:
         return self.info.dtype
 
     @property
+    def file(self) -> Path:
+        return self.info.file
+
+
+@dataclass(frozen=True, slots=True)
+class PlainWeight(_OfTensor):
+    """A weight of one tensor in a float dtype of torch."""
+
+    block_rows: ClassVar[int] = 1
+
+    @property
     def float_code(self) -> str:
         return self.info.dtype
 
@@ -56,10 +65,6 @@ class PlainWeight:
     @property
     def stored_names(self) -> tuple[str, ...]:
         return (self.info.name,)
-
-    @property
-    def file(self) -> Path:
-        return self.info.file
 
     def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
         if not self.shape:
@@ -74,31 +79,15 @@ class PlainWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
+class Fp8Weight(_OfTensor):
     """A matrix [N, K] of F8_E4M3, with a float32 scale for each `block` (rows, columns)."""
 
-    checkpoint: Checkpoint
-    info: TensorInfo
     scale: TensorInfo
     block: tuple[int, int]
-    held_bytes: ClassVar[int] = 0
-    linear: ClassVar[None] = None
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.info.dtype
 
     @property
     def float_code(self) -> str:
-        return CODES[model_dtype(self.checkpoint.config)]
+        return self.checkpoint.model_code
 
     @property
     def nbytes(self) -> int:
@@ -107,10 +96,6 @@ class Fp8Weight:
     @property
     def stored_names(self) -> tuple[str, ...]:
         return (self.info.name, self.scale.name)
-
-    @property
-    def file(self) -> Path:
-        return self.info.file
 
     @property
     def block_rows(self) -> int:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...models.config import model_dtype
 from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
 from ..int4 import pack_int4, unpack_int4
-from ..safetensors import CODES
 from ..schemes import (
     BIAS,
     BIAS_COLUMNS,
@@ -142,7 +140,7 @@ class StoredLinear:
 
     @property
     def float_code(self) -> str:
-        return CODES[model_dtype(self.checkpoint.config)]
+        return self.checkpoint.model_code
 
     @property
     def nbytes(self) -> int:
@@ -193,7 +191,7 @@ class StoredLinear:
             tensors[WEIGHT] = pack_int4(codes)
             tensors[BIAS] = scale_bias(codes, scale, BIAS_COLUMNS if row_parallel else 1)
         elif self.scheme is Scheme.W8A8_STATIC:
-            float16 = model_dtype(self.checkpoint.config) is torch.float16
+            float16 = self.checkpoint.model_code == "F16"
             tensors |= _static_tensors(codes, input_scale_of(rows.beside), rows.beside[DEQ_SCALE], float16)
         squares = codes.to(torch.int32).square().sum(1, dtype=torch.int64) * scale.to(torch.float64).flatten().square()
         return QuantizedRows(tensors, torch.zeros_like(squares), squares)
