@@ -234,19 +234,21 @@ def test_a_plain_checkpoint_contradicts_nothing(make_checkpoint):
         assert prepared.statements == ()
 
 
-def test_fp8_without_a_quantization_config(make_checkpoint, tmp_path):
-    source = make_checkpoint(fp8_block=128)
+@pytest.mark.parametrize("block", [128, 16])
+def test_fp8_without_a_quantization_config(block, make_checkpoint, tmp_path):
+    """The shapes of the scales tell the blocks."""
+    source = make_checkpoint(fp8_block=block)
+    convert_checkpoint(source, tmp_path / "expected", method="minmax")
     path = source / "config.json"
     config = json.loads(path.read_text())
     del config["quantization_config"]
     path.write_text(json.dumps(config))
-    notes = convert_checkpoint(source, tmp_path / "out", dry_run=True).notes
-    assert any("are FP8, and config.json has no weight_block_size" in note for note in notes)
-    other = make_checkpoint(tmp_path / "other", fp8_block=16)
-    path = other / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
-    with pytest.raises(CheckpointError, match="blocks of 128x128"):
-        convert_checkpoint(other, tmp_path / "out", dry_run=True)
+    notes = convert_checkpoint(source, tmp_path / "out", method="minmax").notes
+    assert any(f"{block}x{block}), and config.json has no quantization_config" in note for note in notes)
+    shards = sorted(path.name for path in (tmp_path / "expected").glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "expected" / shard).read_bytes()
 
 
 def shard_of(source: Path, name: str) -> Path:
