@@ -160,15 +160,12 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return None if expert is None else f"n_routed_experts {config.n_routed_experts}"
     if entry.when == "mtp":
         return f"num_hidden_layers {config.num_hidden_layers}"
-    moe, attention = config.moe, config.attention
-    if entry.when in attention.KEYS:
-        return _shown(attention, attention.KEYS[entry.when])
-    assert moe is not None  # without experts in the family, nothing else is decided
-    if config.moe_at(layer) is not None and entry.when in moe.KEYS:
-        return _shown(moe, moe.KEYS[entry.when])
-    return f"{_shown(moe, 'first_k_dense_replace')} and {_shown(moe, 'moe_layer_freq')}"
+    for part in (config.attention, config.moe_at(layer)):
+        if part is not None and entry.when in part.KEYS:
+            return _shown(part, part.KEYS[entry.when])
+    return "no experts" if config.moe is None else _shown(config.moe, *config.moe.LAYER_KEYS)
 
 
-def _shown(part: object, key: str) -> str:
-    value = getattr(part, key)
-    return f"{key} {'null' if value is None else value}"
+def _shown(part: object, *keys: str) -> str:
+    values = {key: getattr(part, key) for key in keys}
+    return " and ".join(f"{key} {'null' if value is None else value}" for key, value in values.items())

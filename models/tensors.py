@@ -105,7 +105,7 @@ def conditions(config: ModelConfig, layer: int | None) -> frozenset[str]:
         "mtp": layer >= config.num_hidden_layers,
         "dense": moe is None,
         "moe": moe is not None,
-        **config.attention.conditions(),
+        **config.attention.conditions(layer),
         **({} if moe is None else moe.conditions()),
     }
     return frozenset(word for word, holds in words.items() if holds)
