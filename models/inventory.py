@@ -162,13 +162,15 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return f"num_hidden_layers {config.num_hidden_layers}"
     moe, attention = config.moe, config.attention
     if entry.when in attention.KEYS:
-        return _shown(attention, attention.KEYS[entry.when])
+        return _shown(attention, attention.KEYS[entry.when], layer)
     assert moe is not None  # without experts in the family, nothing else is decided
     if config.moe_at(layer) is not None and entry.when in moe.KEYS:
-        return _shown(moe, moe.KEYS[entry.when])
-    return f"{_shown(moe, 'first_k_dense_replace')} and {_shown(moe, 'moe_layer_freq')}"
+        return _shown(moe, moe.KEYS[entry.when], layer)
+    return f"{_shown(moe, 'first_k_dense_replace', layer)} and {_shown(moe, 'moe_layer_freq', layer)}"
 
 
-def _shown(part: object, key: str) -> str:
+def _shown(part: object, key: str, layer: int) -> str:
     value = getattr(part, key)
+    if isinstance(value, tuple):
+        return f"{key} {value[layer]} for layer {layer}"
     return f"{key} {'null' if value is None else value}"

@@ -53,8 +53,8 @@ class Mla:
             "v_head": self.v_head_dim,
         }
 
-    def conditions(self) -> dict[str, bool]:
-        """The table's words of conditions; True for those that hold."""
+    def conditions(self, layer: int) -> dict[str, bool]:
+        """The table's words of conditions; True for those that hold in a decoder or MTP layer."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
     @property
