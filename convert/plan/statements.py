@@ -158,11 +158,19 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
-    if config.moe is not None and config.moe.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
-        yield (
-            f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
-            "artifact's config.json has one group, because engines would use them"
-        )
+    moe = config.moe
+    if moe is None:
+        return
+    if moe.topk_method == "greedy":
+        if (raw.get("n_group") or 1) != 1:
+            yield (
+                f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
+                "artifact's config.json has one group, because engines would use them"
+            )
+        return
+    for key in ("n_group", "topk_group"):
+        if key in raw and raw[key] is None:
+            yield f"config.json has {key} null: read as one group of all experts, which the artifact's config.json says"
 
 
 def _architectures(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
