@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -52,3 +54,16 @@ def dequantize_fp8(stored: Tensor, scale: Tensor, first_row: int, block_rows: in
     for column in range(scale.shape[1]):
         rows[:, column * block_columns : (column + 1) * block_columns].mul_(row_scale[:, column, None])
     return rows
+
+
+def row_ranges(rows: int, columns: int, elements: int, block_rows: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield ranges of the rows of a matrix, of at most `elements` values (two rows at least), in whole blocks where
+    they fit.
+
+    Every range but the last has an even number of rows: two output rows share a byte of int4.
+    """
+    size = max(2, elements // max(1, columns))
+    granule = lcm(block_rows, 2)
+    size -= size % (granule if size >= granule else 2)
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
-from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
+from ...formats.checkpoint import INDEX_NAME, Checkpoint
 from ...formats.safetensors import CODES, DTYPES, FLOAT_CODES
 from ...formats.sources.fp8 import FP8_CODE, claims_fp8, is_beside_fp8, stated_blocks
 from ...formats.sources.ties import tied_names
@@ -202,7 +202,7 @@ def _ids(value: Any) -> set[int]:
 
 
 def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
-    listed = read_weight_map(checkpoint.directory)
+    listed = checkpoint.weight_map
     missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (
