@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from ...errors import GenerationError
+from ...errors import CheckpointError, GenerationError
 from ...inputs.files import inside, is_inside, read_bytes
 from ...inputs.json_text import read_object
 from ...inputs.printable import printable, shown
+from ...models.config import text_config
 from .tokenizer_check import VOCABULARY_FILES, require_tokenizer
 
 _MOST_CONFIG_BYTES: Final = 16 << 20
@@ -133,5 +134,8 @@ def _vocab_size(directory: Path) -> int:
     if not is_inside(directory, "config.json"):
         return 0
     config = read_object(inside(directory, "config.json", GenerationError), GenerationError, _MOST_CONFIG_BYTES)
-    size = config.get("vocab_size")
+    try:
+        size = text_config(config).get("vocab_size")
+    except CheckpointError as error:
+        raise GenerationError(f"{directory}: {error}") from error
     return size if type(size) is int and size > 0 else 0
