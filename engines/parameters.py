@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
 from ..models.roles import Role
@@ -107,10 +107,16 @@ _SGLANG_GLM = replace(
     always_has_router_bias=True,
     refuses=lambda name: False,
 )
+# Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
+_VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
+_SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
     engine: {name: model for model in models for name in model.architectures}
-    for engine, models in {"vllm-ascend": (_VLLM, _VLLM_GLM), "sglang": (_SGLANG, _SGLANG_GLM)}.items()
+    for engine, models in {
+        "vllm-ascend": (_VLLM, _VLLM_KIMI_K25, _VLLM_GLM),
+        "sglang": (_SGLANG, _SGLANG_KIMI_K25, _SGLANG_GLM),
+    }.items()
 }
 
 
@@ -153,12 +159,15 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     if model is None:
         yield f"npuq does not know what it reads of a {config.model_type}: whether it would load is not checked"
         return
-    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, names))
+    named = raw.get("architectures")
+    if not isinstance(named, list) or not named or named[0] not in model.architectures:
+        yield f"config.json: architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
+    yield from (f"config.json: {problem}" for problem in _misread(model, text_config(raw), config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(main.needed - names), "")
     if any(config.family.layer_of(name) in model.drafts(config) for name in names):
         yield from _missing(sorted(draft.needed - names), " of the MTP draft")
-    surplus = names - main.needed - main.optional
+    surplus = {name for name in names - main.needed - main.optional if not config.family.passes_through(name)}
     refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
     if refused:
         yield (
@@ -174,10 +183,8 @@ def refused_names(engine: str, family: Family, names: Collection[str]) -> list[s
 
 
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
-    """A line for each key that the engine reads otherwise than npuq, and the value to write instead."""
-    named = raw.get("architectures")
-    if not isinstance(named, list) or not named or named[0] not in model.architectures:
-        yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
+    """A line for each of the text model's keys (`raw`) that the engine reads otherwise than npuq, and the value to
+    write instead."""
     routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
     for key, taken in model.absent.items() if routing else ():
         wanted = routing[key]
@@ -199,7 +206,7 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
     """The config as the engine's classes read it: DeepSeek's have no correction bias where topk_method is missing."""
-    config = ModelConfig.from_dict(raw)
+    config, raw = ModelConfig.from_dict(raw), text_config(raw)
     if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:

@@ -8,12 +8,20 @@ from typing import Any
 
 from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
-from ..formats.artifact import DESCRIPTION_GLOBALS, DESCRIPTION_NAME, MANIFEST_NAME, artifact_config, description_path
+from ..formats.artifact import (
+    DESCRIPTION_GLOBALS,
+    DESCRIPTION_NAME,
+    MANIFEST_NAME,
+    MARKS,
+    artifact_config,
+    description_path,
+)
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..formats.safetensors import read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
+from ..models.config import TEXT_CONFIG, text_config
 from ..models.tensors import Spec
 from ..recipes.reading import artifact_recipe
 from .evaluations import read_evaluations
@@ -90,7 +98,7 @@ def _own_description(subject: Subject) -> Iterator[str]:
 
 def _config(subject: Subject) -> Iterator[str]:
     config = subject.checkpoint.config
-    for where, part in (("", config), (" under text_config", config.get("text_config"))):
+    for where, part in (("", config), (f" under {TEXT_CONFIG}", config.get(TEXT_CONFIG))):
         if isinstance(part, Mapping) and "quantization_config" in part:
             yield f"{CONFIG_NAME}: quantization_config{where} is left: engines would ignore {DESCRIPTION_NAME}"
 
@@ -133,10 +141,11 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
 def _marks(subject: Subject) -> Iterator[str]:
     """Check the schemes in config.json, and the recipe, which has the target."""
     config = subject.checkpoint.config
-    expected = artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes))
-    for key in ("quantize", "moe_quantize", "mtp_quantize"):
-        if config.get(key) != expected.get(key):
-            yield f"{CONFIG_NAME}: {key!r} is {config.get(key)!r}, the description calls for {expected.get(key)!r}"
+    expected = text_config(artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes)))
+    for key in MARKS:
+        found = subject.checkpoint.text_config.get(key)
+        if found != expected.get(key):
+            yield f"{CONFIG_NAME}: {key!r} is {found!r}, the description calls for {expected.get(key)!r}"
     try:
         artifact_recipe(subject.directory)
     except NpuqError as error:

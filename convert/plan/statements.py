@@ -15,6 +15,7 @@ from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
 from ...formats.safetensors import CODES
 from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
 from ...formats.sources.ties import tied_names
 from ...formats.sources.weights import WeightSource
 from ...inputs.files import inside, is_inside
@@ -29,7 +30,7 @@ def statements(
     checkpoint: Checkpoint, config: ModelConfig, inventory: Inventory, source: WeightSource, shared: str | None
 ) -> list[str]:
     """A line for each contradiction; `shared` is the tied name that `share_tied` found missing."""
-    raw, directory = checkpoint.config, checkpoint.directory
+    raw, directory = checkpoint.text_config, checkpoint.directory
     return [
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
@@ -37,7 +38,7 @@ def statements(
         *_quantization(raw, directory, source),
         *_rope(raw),
         *_groups(raw, config),
-        *_architectures(raw, config),
+        *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
         *_index(checkpoint, shared),
     ]
@@ -100,6 +101,12 @@ def _quantization(raw: Mapping[str, Any], directory: Path, source: WeightSource)
             f"{len(stored_fp8)} weights are FP8, and config.json has no weight_block_size: they are read in blocks of "
             "128x128, which the shapes of their scales agree with"
         )
+    grouped = sum(weight.dtype == GroupedInt4.dtype for weight in source.weights.values())
+    if grouped:
+        otherwise = claimed_otherwise(quantization)
+        if otherwise is not None:
+            yield f"{grouped} weights are stored in int4 groups of {GROUP}, and config.json {otherwise}: storage counts"
+        return
     if not quantization:
         return
     method = shown(quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization)
