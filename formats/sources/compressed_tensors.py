@@ -57,7 +57,7 @@ class _Group:
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
-    """True where config.json declares compressed-tensors weights."""
+    """True where the text model's keys of config.json declare compressed-tensors weights."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
@@ -72,7 +72,7 @@ def compressed_linears(checkpoint: Checkpoint) -> tuple[dict[str, StoredLinear],
     linears, ignored = {}, set()
     # Float weights may have scales too: the config counts where there are codes.
     scales = [name for name in checkpoint.tensors if _is_of_codes(checkpoint, name)]
-    groups, ignore = _read_config(where, checkpoint.config["quantization_config"]) if scales else ([], _NOTHING)
+    groups, ignore = _read_config(where, checkpoint.text_config["quantization_config"]) if scales else ([], _NOTHING)
     for name in scales:
         info, module = checkpoint.tensors[name], name.rpartition(".")[0]
         group = _group_of(groups, module)

@@ -153,7 +153,7 @@ class Fp8Weights:
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         where = f"{checkpoint.directory / CONFIG_NAME}: "
-        self._stated = stated_blocks(checkpoint.config.get("quantization_config"), where)
+        self._stated = stated_blocks(checkpoint.text_config.get("quantization_config"), where)
         # By the shapes of weight and scale, of which a model has few.
         self._layouts: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Block, str]] = {}
         # The sizes of blocks that only shapes tell, and a scale of each: rows, then columns.
