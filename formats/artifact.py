@@ -13,6 +13,7 @@ from ..inputs.files import inside, is_inside
 from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, is_text, optional
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName, Sha256
+from ..models.families import is_known
 from .schemes import Scheme
 
 FORMAT_VERSION = 1
@@ -63,7 +64,7 @@ def _is_few_layers(value: Any) -> bool:
 _MANIFEST = Keys(
     {
         "source": Keys({"name": is_text, **dict.fromkeys(("repo", "revision", "index_sha256"), optional(is_text))}),
-        "architecture": Keys({"mtp_layers": _is_few_layers}),
+        "architecture": Keys({"model_type": is_text, "mtp_layers": _is_few_layers}),
         "recipe": Each(is_text),
         "conversion": Each(is_text),
         "totals": Each(is_count),
@@ -197,6 +198,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     check_form(manifest, _MANIFEST, str(path), ArtifactError)
     return manifest
+
+
+def converted_as(directory: Path, stated: object) -> str | None:
+    """The family as which an artifact's source was read, if that states this unknown model_type; None for any other
+    source."""
+    if is_known(stated) or not is_inside(directory, MANIFEST_NAME):
+        return None
+    manifest = read_manifest(directory)
+    source, architecture = manifest.get("source", {}), manifest.get("architecture", {})
+    if "model_type" not in source or source["model_type"] != stated:
+        return None
+    family: str | None = architecture.get("model_type")
+    return family
 
 
 def read_report(directory: Path) -> dict[str, Any]:

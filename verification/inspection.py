@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import ArtifactError
 from ..formats.artifact import MANIFEST_NAME, is_own, read_manifest, read_report
 from ..formats.checkpoint import Checkpoint
+from ..formats.sources.model_config import read_model_config
 from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
@@ -59,15 +60,18 @@ class Inspection:
         return {**fields, "roles": [vars(line) for line in self.lines]}
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, family: str | None = None) -> Inspection:
     """List the tensors of a directory by role, from headers and the artifact's role totals; no weight is read.
+
+    A checkpoint of unknown model_type is read as one of `family`.
 
     Raises CheckpointError for a directory that is neither checkpoint nor artifact, ArtifactError for an unfinished or
     damaged artifact.
     """
     directory = Path(path)
     with Checkpoint.open(directory) as checkpoint:
-        config = ModelConfig.from_dict(checkpoint.config)
+        checkpoint.read_as(family)
+        config = read_model_config(checkpoint)
         if is_own(directory):
             manifest = read_manifest(directory)
             kind, (recipe, source) = "artifact", _origin(directory, manifest)

@@ -194,6 +194,7 @@ def _manifest(
             "revision": origin.revision,
             "config_sha256": origin.config_sha256,
             "index_sha256": origin.index_sha256,
+            **_stated_type(prepared),
         },
         "architecture": {
             "model_type": config.model_type,
@@ -217,6 +218,12 @@ def _manifest(
         "transforms": [str(transform) for transform in prepared.recipe.transforms],
         **_calibration(prepared, reports),
     }
+
+
+def _stated_type(prepared: Prepared) -> dict[str, Any]:
+    """The source's own model_type, where the user told to read it as a family; loaders of the source look here."""
+    stated = prepared.checkpoint.stated
+    return {} if stated is None else {"model_type": stated.get("model_type")}
 
 
 def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str, Any]:
