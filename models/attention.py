@@ -1,24 +1,20 @@
-"""Protocol of a family's attention: the class that reads its widths from config.json, and what an instance tells."""
+"""Protocols of a family's attention: what reads its widths from config.json, and what the widths tell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol
 
 from .config_reader import ConfigReader
 
 
 class AttentionWidths(Protocol):
-    """The widths of one kind of attention. Its class is a column of the family, its instance a field of the config.
+    """The widths of one kind of attention: a field of the config.
 
     KEYS: the field, named as its key of config.json, that decides a word of `conditions`.
     """
 
     KEYS: ClassVar[Mapping[str, str]]
-
-    @classmethod
-    def read(cls, read: ConfigReader) -> Self:
-        """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
 
     @property
     def heads(self) -> int:
@@ -44,3 +40,10 @@ class AttentionWidths(Protocol):
 
     def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""
+
+
+class AttentionReader(Protocol):
+    """Reads the widths of a family's attention: a column of the family."""
+
+    def read(self, read: ConfigReader) -> AttentionWidths:
+        """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""

@@ -75,6 +75,13 @@ class ConfigReader:
                 f"config.json: {key} {str(not only).lower()} is not supported; no released model has it"
             )
 
+    def text(self, key: str) -> str | None:
+        """Read a text; None where there is none."""
+        value = self._config.get(key)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"config.json: {key} must be a text, not {shown(value)}")
+        return value
+
     def words(self, key: str) -> list[str] | None:
         """Read a list of texts; None where there is none."""
         value = self._config.get(key)

@@ -162,10 +162,15 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return f"num_hidden_layers {config.num_hidden_layers}"
     for part in (config.attention, config.moe_at(layer)):
         if part is not None and entry.when in part.KEYS:
-            return _shown(part, part.KEYS[entry.when])
-    return "no experts" if config.moe is None else _shown(config.moe, *config.moe.LAYER_KEYS)
+            return _shown(part, layer, part.KEYS[entry.when])
+    return "no experts" if config.moe is None else _shown(config.moe, layer, *config.moe.LAYER_KEYS)
 
 
-def _shown(part: object, *keys: str) -> str:
-    values = {key: getattr(part, key) for key in keys}
-    return " and ".join(f"{key} {'null' if value is None else value}" for key, value in values.items())
+def _shown(part: object, layer: int, *keys: str) -> str:
+    return " and ".join(_value(key, getattr(part, key), layer) for key in keys)
+
+
+def _value(key: str, value: object, layer: int) -> str:
+    if isinstance(value, tuple):
+        return f"{key} {value[layer]} for layer {layer}"
+    return f"{key} {'null' if value is None else value}"

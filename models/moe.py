@@ -15,8 +15,8 @@ class MoeDefaults:
     """Loaders' defaults of keys that config.json leaves out, and the values that all loaders compute alike.
 
     norm_topk_probs, topk_methods: the accepted values; the first is the default. reads_layer_types: transformers reads
-    `mlp_layer_types` instead of `first_k_dense_replace`, and without that list takes `first_k_dense_replace` of these
-    defaults.
+    `mlp_layer_types` instead of `first_k_dense_replace`, and no `moe_layer_freq`. reads_dense_number: without that list
+    it reads `first_k_dense_replace`; else it takes the one of these defaults.
     """
 
     first_k_dense_replace: int
@@ -28,6 +28,7 @@ class MoeDefaults:
     scoring_func: str
     topk_methods: tuple[str, ...]
     reads_layer_types: bool = False
+    reads_dense_number: bool = True
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def _dense_layers(read: ConfigReader, default: MoeDefaults) -> int:
                 "read no other order"
             )
     stated = read.count("first_k_dense_replace", dense, nullable=False)
+    if types is None and default.reads_dense_number:
+        dense = stated
     frequency = read.size("moe_layer_freq", 1)
     if default.reads_layer_types and (stated, frequency) != (dense, 1):
         raise CheckpointError(

@@ -24,6 +24,7 @@ FAMILY = Family(
         scoring_func="sigmoid",
         topk_methods=("noaux_tc",),
         reads_layer_types=True,
+        reads_dense_number=False,
     ),
     activations=DEEPSEEK_ACTIVATIONS,
     blocks=DEEPSEEK_BLOCKS,

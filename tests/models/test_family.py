@@ -20,6 +20,7 @@ from npuq.errors import CheckpointError
 from npuq.formats.schemes import Scheme
 from npuq.models import families
 from npuq.models.config import ModelConfig
+from npuq.models.config_reader import ConfigReader
 from npuq.models.family import Block, Entry, Family
 from npuq.models.inventory import take_inventory
 from npuq.models.roles import Role
@@ -61,8 +62,10 @@ def renamed(name: str) -> str:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=families.FAMILIES.keys())
-def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig) -> None:
-    model = replace(config, model_type=family.model_type)
+def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig, example_fp8: Path) -> None:
+    raw = json.loads((example_fp8 / "config.json").read_text())
+    attention = family.attention.read(ConfigReader(raw))
+    model = replace(config, model_type=family.model_type, attention=attention)
     sizes, known = ModelTensors(model).sizes, {activation.name for activation in family.activations}
     assert len(known) == len(family.activations)
     words = {
@@ -81,7 +84,7 @@ def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig) ->
         for entry in entries:
             assert {*entry.reads, *({entry.writes} if entry.writes else ())} <= known, (block, entry)
             assert {*entry.shape, *(entry.heads or ())} <= sizes.keys(), (block, entry)
-            assert entry.when in words, (block, entry)
+            assert {entry.when, entry.optional} <= {*words, "never"}, (block, entry)
             assert entry.fused is None or entry.fused in parts, (block, entry)
             assert (len(entry.shape) == 2) == (entry.kind in ("linear", "lookup")), (block, entry)
             # Who reads a basis that is turned reads nothing else: one rotation turns its inputs.
