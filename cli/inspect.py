@@ -36,8 +36,10 @@ def _table(inspection: Inspection) -> list[str]:
 
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
     kind = inspection.kind.replace("_", " ")
+    stated = inspection.stated_model_type
+    read = "" if stated is None else f", read as one: config.json says {stated!a}"
     lines = [
-        f"{kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}",
+        f"{kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}{read}",
         f"{'role':<18} {'scheme':<13} {'tensors':>8} {'bits':>6} {'before':>9} {'bytes':>9} {'weight error':>12}",
     ]
     for line in inspection.lines:

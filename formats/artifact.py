@@ -14,6 +14,7 @@ from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, i
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName, Sha256
 from ..models.families import is_known
+from ..models.recognition import type_as_text
 from .schemes import Scheme
 
 FORMAT_VERSION = 1
@@ -200,14 +201,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def converted_as(directory: Path, stated: object) -> str | None:
-    """The family as which an artifact's source was read, if that states this unknown model_type; None for any other
-    source."""
-    if is_known(stated) or not is_inside(directory, MANIFEST_NAME):
+def converted_as(directory: Path, source_config: Mapping[str, Any]) -> str | None:
+    """The family as which an artifact's source was read, where this is its config.json and the model_type unknown; None
+    for any other."""
+    if is_known(source_config.get("model_type")) or not is_inside(directory, MANIFEST_NAME):
         return None
     manifest = read_manifest(directory)
     source, architecture = manifest.get("source", {}), manifest.get("architecture", {})
-    if "model_type" not in source or source["model_type"] != stated:
+    if source.get("model_type") != type_as_text(source_config):
         return None
     family: str | None = architecture.get("model_type")
     return family

@@ -17,6 +17,7 @@ from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
 from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
+from ..models.recognition import type_as_text
 from .evaluations import read_evaluations
 
 
@@ -41,8 +42,9 @@ class RoleLine:
 @dataclass(frozen=True)
 class Inspection:
     """`kind` is artifact (npuq's own), quantized_checkpoint (ModelSlim's or llm-compressor's) or checkpoint; `recipe`
-    and `source` are None for all but the first. `evaluations` are the results that `npuq evaluate --save` kept, oldest
-    first."""
+    and `source` are None for all but the first. `stated_model_type` is that of config.json, where it is unknown and the
+    checkpoint was read as one of a family; else None. `evaluations` are the results that `npuq evaluate --save` kept,
+    oldest first."""
 
     path: str
     kind: str
@@ -53,6 +55,7 @@ class Inspection:
     source: str | None
     lines: tuple[RoleLine, ...]
     evaluations: tuple[Mapping[str, Any], ...] = ()
+    stated_model_type: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Fields as values for JSON."""
@@ -82,7 +85,8 @@ def inspect(path: str | Path, family: str | None = None) -> Inspection:
             kind = "quantized_checkpoint" if weights.is_quantized else "checkpoint"
             lines, evaluations = _checkpoint_lines(config, weights, shared), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
-    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)
+    stated = None if checkpoint.stated is None else type_as_text(checkpoint.stated)
+    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations, stated)
 
 
 def _origin(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:

@@ -146,6 +146,6 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
 
 def _source_weights(checkpoint: Checkpoint, artifact: Path) -> WeightSource:
     """The weights of an artifact's source; a tied head has both names, as in the artifact."""
-    checkpoint.read_as(converted_as(artifact, checkpoint.config.get("model_type")))
+    checkpoint.read_as(converted_as(artifact, checkpoint.config))
     share_tied(checkpoint)
     return open_weights(checkpoint)

@@ -37,6 +37,7 @@ from ...formats.output_files import PARTIAL_NAME, publish, write_file
 from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
 from ...inputs.files import file_sha256, inside, open_file
+from ...models.recognition import type_as_text
 from ...models.rope import rope_tables
 from ...quant.weight_error import ErrorSums
 from ...recipes.recipe import STORED
@@ -223,7 +224,7 @@ def _manifest(
 def _stated_type(prepared: Prepared) -> dict[str, Any]:
     """The source's own model_type, where the user told to read it as a family; loaders of the source look here."""
     stated = prepared.checkpoint.stated
-    return {} if stated is None else {"model_type": stated.get("model_type")}
+    return {} if stated is None else {"model_type": type_as_text(stated)}
 
 
 def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str, Any]:

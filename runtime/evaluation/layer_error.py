@@ -68,7 +68,7 @@ def layer_errors(
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(Checkpoint.open(directory)) for directory in (model, source))
         ours.read_as(family)
-        theirs.read_as(family or converted_as(ours.directory, theirs.config.get("model_type")))
+        theirs.read_as(family or converted_as(ours.directory, theirs.config))
         quantized, original = (_Side(checkpoint, make_ops(backend)) for checkpoint in (ours, theirs))
         quantized.refuse_unlike(original)
         contexts = cut_contexts(text, Tokenizer(quantized.directory), context)

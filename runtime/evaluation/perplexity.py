@@ -109,7 +109,7 @@ def _source(
     if source is None or isinstance(source, LanguageModel):
         return source
     directory = local_directory(source)
-    family = family or converted_as(artifact, read_config(directory).get("model_type"))
+    family = family or converted_as(artifact, read_config(directory))
     return load(directory, backend, family=family)
 
 
