@@ -39,6 +39,7 @@ def statements(
     `missing_heads`."""
     raw, directory = checkpoint.text_config, checkpoint.directory
     return [
+        *_read_as(checkpoint, config),
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
@@ -50,6 +51,23 @@ def statements(
         *_end_of_sequence(raw, directory),
         *_index(checkpoint, shared),
     ]
+
+
+def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    """The reading of an unknown model_type as a family: what engines find in its place, and which defaults count."""
+    stated, family = checkpoint.stated, config.family
+    if stated is None:
+        return
+    code = ", and no auto_map, which names code for the source" if "auto_map" in stated else ""
+    yield (
+        f"config.json has model_type {shown(stated.get('model_type'))} and architectures "
+        f"{shown(stated.get('architectures'))}, and is read as {family.model_type}: the artifact's has model_type "
+        f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
+    )
+    keys = () if config.moe is None else config.moe.STATED
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.config.get(key) is None]
+    if taken:
+        yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
 
 def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> Iterator[str]:
