@@ -123,7 +123,7 @@ def fit(directory: Path) -> ModelFit:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
-    from ..ops.ascend.mla import check_mla
+    from ..ops.ascend.attention_limits import check_mla
 
     return _message(check_mla, "config.json", config.attention)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..handles import Activation, Mla, MlaConfig, MlaParts, Quantized, own
 from ..norms import Norms
 from ..products import Products
 from ..steps import Decode, Step
+from .attention_limits import PrefillForm, absorbed_heads, pad_heads, prefill_form
 from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
 from .int8_cache import Int8Cache
 from .mla import AscendMla, PrologWeights, lay_out_mla
@@ -83,6 +85,10 @@ class AscendAttention(Attention):
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         heads = q_nope.shape[1]
+        if prefill_form(q_nope.shape[2], q_rope.shape[2], value.shape[2]) is PrefillForm.JOINED:
+            query = torch.cat([q_nope, q_rope], dim=-1)
+            key = torch.cat([k_nope, k_rope.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
+            return self._attend_by_sequence(query, key, value.contiguous(), q_lens, kv_lens, scale, causal)
         out, lse = self.npu.operators.npu_fused_infer_attention_score(
             q_nope.contiguous(),
             k_nope.contiguous(),
@@ -101,11 +107,50 @@ class AscendAttention(Attention):
         )
         return out, lse
 
+    def _attend_by_sequence(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        q_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """`fused_infer_attention` with joined heads, `[T, N, D]`, contiguous."""
+        heads = query.shape[1]
+        outs, lses = [], []
+        for queries, keys in zip(pairwise([0, *q_lens]), pairwise([0, *kv_lens]), strict=True):
+            masked = causal and queries[1] - queries[0] > 1  # a single query sees all keys
+            out, lse = self.npu.operators.npu_fused_infer_attention_score(
+                query[slice(*queries)].unsqueeze(0),
+                key[slice(*keys)].unsqueeze(0),
+                value[slice(*keys)].unsqueeze(0),
+                atten_mask=self._causal_mask if masked else None,
+                sparse_mode=RIGHT_DOWN_CAUSAL if masked else NO_MASK,
+                actual_seq_lengths=[queries[1] - queries[0]],
+                actual_seq_lengths_kv=[keys[1] - keys[0]],
+                num_heads=heads,
+                num_key_value_heads=heads,
+                input_layout="BSND",
+                scale=scale,
+                softmax_lse_flag=True,
+            )
+            outs.append(out.squeeze(0))
+            lses.append(lse.squeeze(0).transpose(0, 1))  # [N, S, 1] → [S, N, 1]
+        return torch.cat(outs), torch.cat(lses)
+
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        if cache[LATENT].scale is not None:
-            return self.int8.attend(q_latent, q_rope, cache, decode, scale)
+        attend = self._attend_pages if cache[LATENT].scale is None else self.int8.attend
+        heads = q_latent.shape[1]
+        padded = (pad_heads(query, absorbed_heads(heads)) for query in (q_latent, q_rope))
+        return attend(*padded, cache, decode, scale)[:, :heads]
+
+    def _attend_pages(
+        self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
+    ) -> Tensor:
         latent = self._attention_pages(cache[LATENT], cache)
         single = decode.num_tokens == len(decode.q_lens)  # one query each: nothing to mask
         out: Tensor = self.npu.operators.npu_fused_infer_attention_score(
