@@ -145,8 +145,8 @@ class AscendAttention(Attention):
     ) -> Tensor:
         attend = self._attend_pages if cache[LATENT].scale is None else self.int8.attend
         heads = q_latent.shape[1]
-        padded = (pad_heads(query, absorbed_heads(heads)) for query in (q_latent, q_rope))
-        return attend(*padded, cache, decode, scale)[:, :heads]
+        padded = absorbed_heads(heads)
+        return attend(pad_heads(q_latent, padded), pad_heads(q_rope, padded), cache, decode, scale)[:, :heads]
 
     def _attend_pages(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float

@@ -98,7 +98,6 @@ PROLOG = {
 GLM_FLASH = {
     **KIMI,
     "model_type": "glm4_moe_lite",
-    "hidden_size": 256,
     "num_attention_heads": 20,
     "q_lora_rank": 768,
     "qk_nope_head_dim": 192,
