@@ -200,19 +200,25 @@ def _rope_and_cache(ops: Ops) -> tuple[Activation, ...]:
     return rotated, *ops.caches.gather(_written(ops, TOKENS, first_block=2), segment).values()
 
 
-def _ragged_attention(ops: Ops) -> tuple[Activation, ...]:
-    tokens, lengths = 9, (4, 9)
-    q, k, v = (_rows(ops, tokens, HEADS, HEAD, seed=seed) for seed in (10, 11, 12))
-    queries = Queries(q, _rows(ops, tokens, HEADS, ROPE, seed=13))
-    keys = Keys(k, _rows(ops, tokens, ROPE, seed=14), v)
-    out, lse = ops.mla.fused_infer_attention(queries, keys, Lengths(lengths, lengths, causal=True), SCALE)
-    whole = Lengths((tokens,), (tokens,), causal=False)
-    past, past_lse = ops.mla.fused_infer_attention(queries, keys, whole, SCALE)
-    return out, lse, past, ops.mla.attention_update([out, past], [lse, past_lse])
+def _ragged_attention(nope: int, value: int) -> Case:
+    """Attention over decompressed keys of `nope` + ROPE channels and values of `value`, merged with another one."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        tokens, lengths = 9, (1, 4, 9)
+        q, k = (_rows(ops, tokens, HEADS, nope, seed=seed) for seed in (10, 11))
+        queries = Queries(q, _rows(ops, tokens, HEADS, ROPE, seed=13))
+        keys = Keys(k, _rows(ops, tokens, ROPE, seed=14), _rows(ops, tokens, HEADS, value, seed=12))
+        out, lse = ops.mla.fused_infer_attention(queries, keys, Lengths(lengths, lengths, causal=True), SCALE)
+        whole = Lengths((tokens,), (tokens,), causal=False)
+        past, past_lse = ops.mla.fused_infer_attention(queries, keys, whole, SCALE)
+        return out, lse, past, ops.mla.attention_update([out, past], [lse, past_lse])
+
+    return case
 
 
 def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
-    return _attend(ops, _written(ops, BLOCK + 9, first_block=1))
+    cache = _written(ops, BLOCK + 9, first_block=1)
+    return *_attend(ops, cache), *_attend(ops, cache, heads=5)
 
 
 def _int8_cache(ops: Ops) -> LayerCache:
@@ -243,11 +249,11 @@ def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
     return *_attend(ops, cache), *gathered.values()
 
 
-def _attend(ops: Ops, cache: LayerCache) -> tuple[Activation, ...]:
+def _attend(ops: Ops, cache: LayerCache, heads: int = HEADS) -> tuple[Activation, ...]:
     table = torch.tensor([[1, 2], [1, 0]], dtype=torch.int32).to(ops.device)
     decode = Decode(q_lens=(1, 2), kv_lens=(BLOCK + 9, 40), block_table=table)
     several = Decode(q_lens=(2, 5), kv_lens=decode.kv_lens, block_table=table)  # as when tokens are speculated
-    q, q_rope = _rows(ops, 5, HEADS, LATENT, seed=15), _rows(ops, 5, HEADS, ROPE, seed=16)
+    q, q_rope = _rows(ops, 5, heads, LATENT, seed=15), _rows(ops, 5, heads, ROPE, seed=16)
     return (
         ops.mla.fused_infer_attention_paged(q[:2], q_rope[:2], cache, decode, SCALE),
         ops.mla.fused_infer_attention_paged(q, q_rope, cache, several, SCALE),
@@ -312,7 +318,8 @@ CASES: dict[str, Case] = {
     "routing float": _routing(quantize=False),
     "routing int8": _routing(quantize=True),
     "rope, cache write and read": _rope_and_cache,
-    "attention, ragged": _ragged_attention,
+    "attention, ragged": _ragged_attention(HEAD, HEAD),
+    "attention, ragged, heads of 256": _ragged_attention(192, 256),
     "attention, paged": _paged_attention,
     "int8 cache write and read": _int8_cache_write,
     "attention, paged, int8": _int8_attention,

@@ -13,8 +13,8 @@ from ascend_rig.tape import Tape
 from npuq.errors import BackendError
 from npuq.runtime.step import Chunk
 
-MODELS = ("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static")
-INT8_CACHE = ("example-int8-cache", "v2-lite-int8-cache", "prolog-int8-cache")
+MODELS = ("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static", "glm-flash", "twenty-heads")
+INT8_CACHE = ("example-int8-cache", "v2-lite-int8-cache", "prolog-int8-cache", "glm-flash-int8-cache")
 
 
 @cache
@@ -97,7 +97,7 @@ def test_float32_semantics_agree_with_the_cpu_set(artifact, name):
 
 
 @pytest.mark.parametrize("half_cube", [False, True])
-@pytest.mark.parametrize("name", ["example", "v2-lite", "kimi", "prolog", "kimi-static"])
+@pytest.mark.parametrize("name", ["example", "v2-lite", "kimi", "prolog", "kimi-static", "glm-flash"])
 def test_bf16_stays_near_the_reference_in_bf16(artifact, name, half_cube):
     path = artifact(name)
     with emulate.use_rules(half_cube=half_cube):
@@ -123,9 +123,10 @@ def test_the_fused_prolog_agrees_with_the_unfused_chain(artifact, layout):
     assert harness.relative_error(*pair) < 0.05
 
 
-def test_the_prolog_is_for_documented_shapes_only(artifact):
+@pytest.mark.parametrize("name", ["kimi", "glm-flash", "prolog-but-heads"])
+def test_the_prolog_is_for_documented_shapes_only(artifact, name):
     with emulate.use_rules() as rules:
-        harness.generate(artifact("kimi"), harness.make("ascend", torch.bfloat16))
+        harness.generate(artifact(name), harness.make("ascend", torch.bfloat16))
         assert rules.calls["npu_mla_prolog_v3"] == 0
 
 

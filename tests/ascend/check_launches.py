@@ -41,8 +41,10 @@ CASES = {
     "decode, fused prolog": ("prolog", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, int8 cache": ("prolog-int8-cache", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, no q_lora": ("v2-lite", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
+    "decode, 20 heads of 256": ("glm-flash", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "first prefill chunk": ("kimi", [Chunk(range(3, 23), 0, [1, 2])], {"fused_prolog": False}),
     "later prefill chunk": ("kimi", [Chunk(range(3, 23), 16, [1, 2, 3])], {"fused_prolog": False}),
+    "first chunk, 20 heads of 256": ("glm-flash", [Chunk(range(3, 23), 0, [1, 2])], {}),
 }
 LIMITS = {"decode, unfused": 27, "decode, fused prolog": 20}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ...attention.pools import LayerCache, Pages
@@ -13,6 +15,7 @@ from ..norms import Norms
 from ..products import Products
 from ..rotary import Rotary
 from ..steps import Decode, Lengths, Positions, Step
+from .attention_limits import PrefillForm, absorbed_heads, pad_heads, prefill_form
 from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
 from .int8_cache import Int8Cache
 from .mla import AscendMla, PrologWeights, lay_out_mla
@@ -56,7 +59,9 @@ class AscendLatentAttention(LatentAttention):
     def fused_infer_attention(
         self, queries: Queries, keys: Keys, lengths: Lengths, scale: float
     ) -> tuple[Tensor, Tensor]:
-        heads = queries.nope.shape[1]
+        heads, widths = queries.nope.shape[1], (queries.nope.shape[2], queries.rope.shape[2], keys.value.shape[2])
+        if prefill_form(*widths) is PrefillForm.JOINED:
+            return self._attend_by_sequence(queries, keys, lengths, scale)
         out, lse = self.npu.operators.npu_fused_infer_attention_score(
             queries.nope.contiguous(),
             keys.nope.contiguous(),
@@ -75,11 +80,46 @@ class AscendLatentAttention(LatentAttention):
         )
         return out, lse
 
+    def _attend_by_sequence(
+        self, queries: Queries, keys: Keys, lengths: Lengths, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`fused_infer_attention` with the rotary channels joined to the others."""
+        heads = queries.nope.shape[1]
+        query = torch.cat(queries, dim=-1)
+        key = torch.cat([keys.nope, keys.rope.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
+        value = keys.value.contiguous()
+        outs, lses = [], []
+        for (q0, q1), (k0, k1) in zip(pairwise([0, *lengths.q_lens]), pairwise([0, *lengths.kv_lens]), strict=True):
+            masked = lengths.causal and q1 - q0 > 1  # a single query sees all keys
+            out, lse = self.npu.operators.npu_fused_infer_attention_score(
+                query[q0:q1].unsqueeze(0),
+                key[k0:k1].unsqueeze(0),
+                value[k0:k1].unsqueeze(0),
+                atten_mask=self._causal_mask if masked else None,
+                sparse_mode=RIGHT_DOWN_CAUSAL if masked else NO_MASK,
+                actual_seq_lengths=[q1 - q0],
+                actual_seq_lengths_kv=[k1 - k0],
+                num_heads=heads,
+                num_key_value_heads=heads,
+                input_layout="BSND",
+                scale=scale,
+                softmax_lse_flag=True,
+            )
+            outs.append(out.squeeze(0))
+            lses.append(lse.squeeze(0).transpose(0, 1))  # [N, S, 1] → [S, N, 1]
+        return torch.cat(outs), torch.cat(lses)
+
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        if cache[LATENT].scale is not None:
-            return self.int8.attend(q_latent, q_rope, cache, decode, scale)
+        attend = self._attend_pages if cache[LATENT].scale is None else self.int8.attend
+        heads = q_latent.shape[1]
+        padded = absorbed_heads(heads)
+        return attend(pad_heads(q_latent, padded), pad_heads(q_rope, padded), cache, decode, scale)[:, :heads]
+
+    def _attend_pages(
+        self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
+    ) -> Tensor:
         latent = self._attention_pages(cache[LATENT], cache)
         single = decode.num_tokens == len(decode.q_lens)  # one query each: nothing to mask
         out: Tensor = self.npu.operators.npu_fused_infer_attention_score(
