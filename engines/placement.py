@@ -171,7 +171,7 @@ def engine_notes(
     yield from slow_path_notes(specs, schemes)
     for engine, (version, _) in ENGINES.items():
         yield from placement_problems(engine, config, schemes, 1, False)
-        refused = refused_names(engine, config.model_type, unknown)
+        refused = refused_names(engine, config.family, unknown)
         if refused:
             yield (
                 f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "

@@ -8,15 +8,14 @@ rotation multiplies, the weights that smoothing changes together, the parameters
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal
 
-from .config_reader import ConfigReader
-from .mla import Mla
+from .attention import AttentionReader
 from .moe import MoeDefaults
 from .roles import Role
 
@@ -40,13 +39,6 @@ Kind = Literal["linear", "norm", "layer_norm", "lookup", "vector"]
 """linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. layer_norm: gain or bias of a layer norm,
 which subtracts a mean and so keeps no basis. lookup: one row a token id, `[rows, channels]`. vector: any other tensor
 of one dimension."""
-
-
-class AttentionReader(Protocol):
-    """Reads the widths of a family's attention."""
-
-    def read(self, read: ConfigReader) -> Mla:
-        """Read the widths from config.json. CheckpointError names a key that is missing or malformed."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,8 @@ class Family:
     architecture: the first of config.json's `architectures`, by which vLLM and SGLang choose a model's class;
     transformers chooses by model_type.
     attention: reads the widths of its attention. moe, rms_norm_eps: defaults of keys of config.json.
-    blocks: the entries of each block. layers, experts: the names' parts before a layer's number, and before an expert's
+    blocks: the entries of each block. fixed: keys of config.json with the one value that the blocks compute, which is
+    also the default. layers, experts: the names' parts before a layer's number, and before an expert's
     number within its layer. prefix: the common beginning of all names (`language_model.`).
     passthrough: globs of tensors outside the table that are copied unchanged, without a note. ignored: globs of buffers
     that every loader computes for itself; they are left out.
@@ -113,6 +106,7 @@ class Family:
     moe: MoeDefaults | None
     activations: tuple[Activation, ...]
     blocks: dict[Block, tuple[Entry, ...]]
+    fixed: Mapping[str, str | bool]
     layers: str = "model.layers."
     experts: str = "mlp.experts."
     rms_norm_eps: float = 1e-6

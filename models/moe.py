@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,7 +49,22 @@ class Moe:
     routed_scaling_factor: float
 
     # The key of config.json that decides a condition.
-    KEYS: ClassVar = {"router_bias": "topk_method", "shared_experts": "n_shared_experts"}
+    KEYS: ClassVar[Mapping[str, str]] = {"router_bias": "topk_method", "shared_experts": "n_shared_experts"}
+    # The keys that decide which layers have experts.
+    LAYER_KEYS: ClassVar[tuple[str, ...]] = ("first_k_dense_replace", "moe_layer_freq")
+    # Keys that an artifact's config.json states: without them loaders fail, or take another loader's default.
+    STATED: ClassVar[tuple[str, ...]] = (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "first_k_dense_replace",
+        "moe_layer_freq",
+        "scoring_func",
+        "topk_method",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+    )
 
     @classmethod
     def read(cls, read: ConfigReader, default: MoeDefaults) -> Moe:

@@ -7,6 +7,7 @@ to the selection of the nearest full layer below.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -46,7 +47,7 @@ class SparseMla(Mla):
 
     indexer: Indexer
 
-    KEYS: ClassVar = {**Mla.KEYS, "indexer": "indexer_types"}
+    KEYS: ClassVar[Mapping[str, str]] = {**Mla.KEYS, "indexer": "indexer_types"}
 
     @property
     def indexer_types(self) -> tuple[str, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from ..family import Activation, Block, Entry
 from ..roles import Role
 
@@ -112,6 +115,13 @@ MTP = (
           optional="always"),
 )  # fmt: skip
 
+# Queries and keys are stored with the pairs that rotate together side by side.
+DEEPSEEK_FIXED: Final[Mapping[str, str | bool]] = {
+    "hidden_act": "silu",
+    "rope_interleave": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 DEEPSEEK_ACTIVATIONS = (*STREAM, *MLA_ACTIVATIONS, *MTP_ACTIVATIONS)
 DEEPSEEK_BLOCKS = {
     Block.TOP: TOP,

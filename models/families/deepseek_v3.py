@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..family import Family
 from ..mla import Mla
 from ..moe import MoeDefaults
-from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS
+from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS, DEEPSEEK_FIXED
 
 MOE = MoeDefaults(
     first_k_dense_replace=3,
@@ -25,4 +25,5 @@ FAMILY = Family(
     moe=MOE,
     activations=DEEPSEEK_ACTIVATIONS,
     blocks=DEEPSEEK_BLOCKS,
+    fixed=DEEPSEEK_FIXED,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..family import Family
 from ..mla import Mla
 from ..moe import MoeDefaults
-from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS
+from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS, DEEPSEEK_FIXED
 
 FAMILY = Family(
     model_type="glm4_moe_lite",
@@ -28,5 +28,6 @@ FAMILY = Family(
     ),
     activations=DEEPSEEK_ACTIVATIONS,
     blocks=DEEPSEEK_BLOCKS,
+    fixed=DEEPSEEK_FIXED,
     rms_norm_eps=1e-5,
 )

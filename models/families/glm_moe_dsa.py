@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..family import Family
 from ..moe import MoeDefaults
 from ..sparse_mla import SparseMlaDefaults
-from .blocks import SPARSE_ACTIVATIONS, SPARSE_BLOCKS
+from .blocks import DEEPSEEK_FIXED, SPARSE_ACTIVATIONS, SPARSE_BLOCKS
 
 FAMILY = Family(
     model_type="glm_moe_dsa",
@@ -28,5 +28,6 @@ FAMILY = Family(
     ),
     activations=SPARSE_ACTIVATIONS,
     blocks=SPARSE_BLOCKS,
+    fixed=DEEPSEEK_FIXED,
     rms_norm_eps=1e-5,
 )
