@@ -26,6 +26,8 @@ def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequenc
         # Also a value of another type: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value
+    # Engines take an absent flag for false.
+    keys |= {key: value for key, value in config.attention.stated().items() if raw.get(key) is None and value}
     # transformers refuses null where the key has a type.
     meaning = {"n_shared_experts": 0, **config.family.fixed}
     keys |= {key: value for key, value in meaning.items() if key in raw and raw[key] is None}
