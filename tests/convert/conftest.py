@@ -55,11 +55,26 @@ BASE_CONFIG: dict[str, Any] = {
     "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0},
     "torch_dtype": "bfloat16",
 }
-ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "glm4_moe_lite": "Glm4MoeLiteForCausalLM"}
+ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
+_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 16}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "v3": {},
     "kimi": {"model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 6},
     "glm": {"model_type": "glm4_moe_lite", "n_group": 1, "num_attention_heads": 5, "v_head_dim": 24},
+    "v32": {"model_type": "deepseek_v32", **_INDEXER},
+    "glm5": {
+        "model_type": "glm_moe_dsa",
+        "n_group": 1,
+        "v_head_dim": 24,
+        "indexer_types": ["full", "full", "shared"],
+        "indexer_rope_interleave": True,
+        **_INDEXER,
+    },
     "v2lite": {
         "model_type": "deepseek_v2",
         "q_lora_rank": None,
@@ -102,6 +117,12 @@ def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[a + "kv_a_proj_with_mqa.weight"], shapes[a + "kv_a_layernorm.weight"] = (kv + rope, h), (kv,)
         shapes[a + "kv_b_proj.weight"] = (heads * (nope + v), kv)
         shapes[a + "o_proj.weight"] = (h, heads * v)
+        if "index_topk" in config and (layer >= main_layers or _has_indexer(config, layer)):
+            n, d = config["index_n_heads"], config["index_head_dim"]
+            shapes[a + "indexer.wq_b.weight"] = (n * d, config["q_lora_rank"])
+            shapes[a + "indexer.wk.weight"] = (d, h)
+            shapes[a + "indexer.k_norm.weight"] = shapes[a + "indexer.k_norm.bias"] = (d,)
+            shapes[a + "indexer.weights_proj.weight"] = (n, h)
         if layer < config["first_k_dense_replace"]:
             mlp(p + "mlp.", config["intermediate_size"])
         else:
@@ -114,13 +135,19 @@ def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if layer >= main_layers:
             shapes[p + "eh_proj.weight"] = (h, 2 * h)
             shapes[p + "enorm.weight"] = shapes[p + "hnorm.weight"] = shapes[p + "shared_head.norm.weight"] = (h,)
-            shapes[p + "embed_tokens.weight"] = shapes[p + "shared_head.head.weight"] = (vocab, h)
+            if config["model_type"] != "glm_moe_dsa":
+                shapes[p + "embed_tokens.weight"] = shapes[p + "shared_head.head.weight"] = (vocab, h)
     return shapes
+
+
+def _has_indexer(config: dict[str, Any], layer: int) -> bool:
+    return "indexer_types" not in config or config["indexer_types"][layer] == "full"
 
 
 def quantizes_to_fp8(name: str) -> bool:
     """Whether DeepSeek's FP8 releases store this weight in FP8."""
-    return "_proj" in name and "eh_proj" not in name
+    parts = ("_proj", "indexer.wq_b", "indexer.wk")
+    return any(part in name for part in parts) and "eh_proj" not in name and "weights_proj" not in name
 
 
 def to_fp8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +178,7 @@ def write_checkpoint(
     tensors: Tensors = {}
     for name, shape in model_tensors(full).items():
         values = torch.randn(shape, generator=generator) * 0.1
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith("e_score_correction_bias") or (full["model_type"] == "deepseek_v32" and "k_norm" in name):
             tensors[name] = values
         elif fp8_block and quantizes_to_fp8(name):
             tensors[name], tensors[name + "_scale_inv"] = to_fp8(values, fp8_block)
@@ -203,6 +230,12 @@ def write() -> MakeCheckpoint:
 def model_shapes() -> Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]:
     """`model_tensors`, for tests that write their own files."""
     return model_tensors
+
+
+@pytest.fixture(scope="session")
+def in_fp8() -> Callable[[str], bool]:
+    """`quantizes_to_fp8`, for tests that write their own files."""
+    return quantizes_to_fp8
 
 
 @pytest.fixture(scope="session")
