@@ -3,8 +3,8 @@ and each tensor a parameter.
 
 A parameter without a tensor keeps random memory, and the engine computes with it; a tensor without a parameter ends
 loading in an error, or is skipped. Each engine's list is the family's table (`models/families`) and the differences of
-the engine's classes, by model_type. They were read from constructors and `load_weights`, and are tested by loading
-artifacts with every tensor left out in turn (tests/engines).
+the engine's classes, which it chooses by `architectures` of config.json. They were read from constructors and
+`load_weights`, and are tested by loading artifacts with every tensor left out in turn (tests/engines).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..models.config import ModelConfig
 from ..models.config_reader import shown
-from ..models.family import Block
+from ..models.family import Block, Family
 from ..models.roles import Role
 from ..models.tensors import ModelTensors
 
@@ -45,7 +45,7 @@ _STOPS: Final = object()  # the engine would not start
 class EngineModel:
     """The differences of an engine's classes from config.json and the family's table, in reading and loading."""
 
-    architectures: tuple[str, ...]  # the first of config.json's `architectures` must be one of them
+    architectures: tuple[str, ...]  # the names of config.json's `architectures` that build it
     absent: Mapping[str, object]  # defaults of missing or null keys that differ from transformers'
     ties_head: bool  # tied in config.json: the embedding is the head, and a stored head is ignored
     builds_empty_shared: bool  # shared experts of width 0 where n_shared_experts is 0, which want their tensors
@@ -107,9 +107,10 @@ _SGLANG_GLM = replace(
     always_has_router_bias=True,
     refuses=lambda name: False,
 )
+# By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
-    "vllm-ascend": {"deepseek_v2": _VLLM, "deepseek_v3": _VLLM, "kimi_k2": _VLLM, "glm4_moe_lite": _VLLM_GLM},
-    "sglang": {"deepseek_v2": _SGLANG, "deepseek_v3": _SGLANG, "kimi_k2": _SGLANG, "glm4_moe_lite": _SGLANG_GLM},
+    engine: {name: model for model in models for name in model.architectures}
+    for engine, models in {"vllm-ascend": (_VLLM, _VLLM_GLM), "sglang": (_SGLANG, _SGLANG_GLM)}.items()
 }
 
 
@@ -148,7 +149,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     that cannot be read.
     """
     config = ModelConfig.from_dict(raw)
-    model, names = MODELS[engine].get(config.model_type), schemes.keys()
+    model, names = MODELS[engine].get(config.family.architecture), schemes.keys()
     if model is None:
         yield f"npuq does not know what it reads of a {config.model_type}: whether it would load is not checked"
         return
@@ -166,9 +167,9 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         )
 
 
-def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[str]:
+def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:
     """The tensors among `names`, all without a parameter, at which `engine` would fail to load an artifact."""
-    model = MODELS[engine].get(model_type)
+    model = MODELS[engine].get(family.architecture)
     return [] if model is None else [name for name in names if model.refuses(name)]
 
 
@@ -177,13 +178,14 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
     named = raw.get("architectures")
     if not isinstance(named, list) or not named or named[0] not in model.architectures:
         yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
-    for key, taken in model.absent.items():
-        wanted = getattr(config.moe, key)
+    routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
+    for key, taken in model.absent.items() if routing else ():
+        wanted = routing[key]
         if raw.get(key) is None and not (taken == wanted or (taken is None and wanted == "greedy")):
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
-    for key in ("n_group", "topk_group"):
-        if raw.get(key, getattr(config.moe, key)) != getattr(config.moe, key):
+    for key in [key for key in ("n_group", "topk_group") if key in routing]:
+        if raw.get(key, routing[key]) != routing[key]:
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:

@@ -147,7 +147,7 @@ def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Se
     """A line for each problem of an artifact with these weights on any placement; `unknown` tensors are copied."""
     for engine, (version, _) in ENGINES.items():
         yield from placement_problems(engine, config, schemes, 1, False)
-        refused = refused_names(engine, config.model_type, unknown)
+        refused = refused_names(engine, config.family, unknown)
         if refused:
             yield (
                 f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "
