@@ -23,7 +23,7 @@ from .tokenizer_check import SPECIAL_TOKENS, TIKTOKEN_NAME, check_vocabulary_siz
 _MOST_BYTES: Final = 32 << 20
 _MOST_RANKS: Final = 1 << 20
 _MOST_SPECIAL: Final = 1 << 14
-_MOST_SPECIAL_CHARACTERS: Final = 1 << 10
+_MOST_SPECIAL_CHARACTERS: Final = 128
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 
 
