@@ -7,6 +7,7 @@ does not know, and then encodes otherwise without a word.
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,16 +43,16 @@ class SentencePieceModel:
         self._path = path
         content = read_bytes(path, GenerationError, _MOST_BYTES)
         try:
-            import sentencepiece
-            from sentencepiece import sentencepiece_model_pb2
+            library = import_module("sentencepiece")
+            messages = import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
         except ImportError:
             raise GenerationError(
                 f"{path}: install sentencepiece and protobuf to read it, or put the model's tokenizer.json there"
             ) from None
         doing = f"{path}: is no SentencePiece model; fetch it again, or put the model's tokenizer.json there"
-        proto = guarded(lambda: sentencepiece_model_pb2.ModelProto.FromString(content), doing)
+        proto = guarded(lambda: messages.ModelProto.FromString(content), doing)
         self._check(proto, doing)
-        self._processor: Any = guarded(lambda: sentencepiece.SentencePieceProcessor(model_proto=content), doing)
+        self._processor: Any = guarded(lambda: library.SentencePieceProcessor(model_proto=content), doing)
 
     def _check(self, proto: Any, doing: str) -> None:
         if proto.normalizer_spec.precompiled_charsmap:

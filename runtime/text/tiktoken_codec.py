@@ -25,6 +25,7 @@ class TiktokenCodec:
 
     def __init__(self, files: TiktokenFiles):
         self._family = files.family
+        self.sorts_tools = files.family.sorts_tools
         self._encoding = guarded(
             lambda: Encoding(
                 "tiktoken.model", pat_str=files.family.pattern, mergeable_ranks=dict(files.ranks), special_tokens={}

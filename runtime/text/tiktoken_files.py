@@ -33,13 +33,14 @@ class Family:
 
     pattern: pieces of a text, in the regular expressions of tiktoken. reserved: ids after the ranks that are special
     tokens, those without a name too. most_run, most_characters: a longer run of white space or of other characters is
-    cut, and so is a longer text.
+    cut, and so is a longer text. sorts_tools: chat templates get the tools with their keys in order.
     """
 
     pattern: str
     reserved: int
     most_run: int
     most_characters: int
+    sorts_tools: bool
 
 
 def _kimi_pattern() -> str:
@@ -62,7 +63,7 @@ def _kimi_pattern() -> str:
 
 
 # Moonlight's code reserves 258 ids; the last two are beyond the model's vocabulary of 163,840.
-_KIMI: Final = Family(_kimi_pattern(), reserved=256, most_run=25_000, most_characters=400_000)
+_KIMI: Final = Family(_kimi_pattern(), reserved=256, most_run=25_000, most_characters=400_000, sorts_tools=True)
 FAMILIES: Final[Mapping[str, Family]] = {"TikTokenTokenizer": _KIMI}
 """By the tokenizer class of tokenizer_config.json."""
 
