@@ -96,9 +96,18 @@ def shard_name(number: int, count: int) -> str:
     )
 
 
+def is_described(name: str) -> bool:
+    """False for the bias of a norm: no description of npuq's lists it.
+
+    A key with `norm.bias` in it makes SGLang replace every RMS norm by a slower one with a bias, and vLLM-Ascend add a
+    bias of zeros to each. Engines look schemes up by `….weight` alone.
+    """
+    return "norm.bias" not in name
+
+
 def description(types: Mapping[str, Scheme]) -> dict[str, Any]:
-    """quant_model_description.json for every tensor of the shards, scales included."""
-    return {**DESCRIPTION_GLOBALS, **{name: scheme.value for name, scheme in types.items()}}
+    """quant_model_description.json for the tensors of the shards, scales included."""
+    return {**DESCRIPTION_GLOBALS, **{name: scheme.value for name, scheme in types.items() if is_described(name)}}
 
 
 def description_path(directory: Path) -> Path | None:

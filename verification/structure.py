@@ -15,6 +15,7 @@ from ..formats.artifact import (
     MARKS,
     artifact_config,
     description_path,
+    is_described,
 )
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..formats.safetensors import read_header
@@ -74,7 +75,7 @@ def _description(subject: Subject) -> Iterator[str]:
         yield from _own_description(subject)
     tensors, described = subject.checkpoint.tensors, subject.described
     for name in tensors:
-        if name not in described and name != subject.tied:
+        if name not in described and is_described(name) and name != subject.tied:
             yield f"{DESCRIPTION_NAME}: has no entry for tensor {name!r}"
     for name in described:
         if name not in tensors:
@@ -92,8 +93,8 @@ def _own_description(subject: Subject) -> Iterator[str]:
         if content.get(key) != value:
             yield f"{DESCRIPTION_NAME}: {key!r} is {content.get(key)!r} and must be {value!r}"
     for name in subject.described:
-        if name.endswith("norm.bias"):
-            yield f"{DESCRIPTION_NAME}: {name!r} would give every RMSNorm of the model a bias"
+        if not is_described(name):
+            yield f"{DESCRIPTION_NAME}: {name!r} makes engines give every RMS norm of the model a bias: remove that key"
 
 
 def _config(subject: Subject) -> Iterator[str]:
