@@ -45,13 +45,6 @@ class AttentionWidths(Protocol):
     def conditions(self, layer: int) -> Mapping[str, bool]:
         """The table's words of conditions; True for those that hold in a layer."""
 
-    def stated(self) -> Mapping[str, int | bool]:
-        """The keys of config.json that loaders have different defaults for."""
-
-    @property
-    def dense_tokens(self) -> int | None:
-        """The longest sequence in which every query attends to all earlier tokens; None: any."""
-
     def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""
 

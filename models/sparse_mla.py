@@ -26,8 +26,8 @@ class Indexer:
     n_heads, head_dim: heads of an index query, and channels of a head; an index key has one head. topk: tokens that a
     query selects. rope_interleave: rotary pairs are channels (2i, 2i + 1), and not (i, i + rope / 2); the rotary
     channels come first. types: FULL or SHARED for each decoder layer. types_listed: config.json lists them layer by
-    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. otherwise: a key of
-    lower precedence says another type of some layer.
+    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. otherwise: a key
+    of lower precedence says another type of some layer.
     """
 
     n_heads: int
