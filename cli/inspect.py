@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .reading import as_option
 from .terminal.console import emit_json, format_bytes, json_option, show
 from .terminal.progress import progress_options
 
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=click.Path())
+@as_option("PATH")
 @progress_options
 @json_option("Print it as JSON.")
-def command(path: str, progress: str, quiet: bool, as_json: bool) -> None:
+def command(path: str, family: str | None, progress: str, quiet: bool, as_json: bool) -> None:
     """Show the tensors of a checkpoint or artifact (a directory, or user/repo) by role: schemes, bits, bytes, error."""
     from ..verification import inspect
     from .transfer import local_model
 
-    inspection = inspect(local_model(path, quiet=quiet, progress=progress))
+    inspection = inspect(local_model(path, quiet=quiet, progress=progress), family)
     if as_json:
         emit_json(inspection.as_dict())
     else:
@@ -35,8 +37,10 @@ def _table(inspection: Inspection) -> list[str]:
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
     kind = inspection.kind.replace("_", " ")
     width = max([13, *(len(line.scheme) for line in inspection.lines)])
+    stated = inspection.stated_model_type
+    read = "" if stated is None else f", read as one: config.json says {stated!a}"
     lines = [
-        f"{kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}",
+        f"{kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}{read}",
         f"{'role':<18} {'scheme':<{width}} {'tensors':>8} {'bits':>6} {'before':>9} {'bytes':>9} {'weight error':>12}",
     ]
     for line in inspection.lines:

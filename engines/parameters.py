@@ -54,6 +54,7 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
+    loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -92,7 +93,6 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
-# Read from the classes; not tested by loading artifacts yet.
 _VLLM_GLM = replace(
     _VLLM,
     architectures=("Glm4MoeLiteForCausalLM",),
@@ -179,6 +179,16 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
             f"no parameter for tensor {refused[0]!r}{_more(refused)}: loading ends in an error; if no loader needs it, "
             "remove it from the source and convert again"
         )
+
+
+def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line where `engine` runs the model and cannot load its MTP draft."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or model.loads_draft:
+        return
+    layers = model.drafts(config)
+    if any(scheme is not Scheme.FLOAT and config.family.layer_of(name) in layers for name, scheme in schemes.items()):
+        yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
 
 
 def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:

@@ -18,8 +18,8 @@ from ..formats.artifact import (
     read_report,
 )
 from ..formats.checkpoint import Checkpoint
+from ..formats.sources.model_config import read_model_config
 from ..inputs.files import inside, read_text
-from ..models.config import ModelConfig
 from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
 from ..verification.evaluations import read_evaluations
@@ -91,7 +91,7 @@ def read_facts(directory: str | Path, progress: Progress | None = None, name: st
 
 def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     directory = checkpoint.directory
-    manifest, config = read_manifest(directory), ModelConfig.from_dict(checkpoint.config)
+    manifest, config = read_manifest(directory), read_model_config(checkpoint)
     try:
         specs = expected_specs(config, tuple(manifest["architecture"]["mtp_layers"]))
         linears = tuple(_linear(specs[linear], entry) for linear, entry in manifest["linears"].items())
@@ -122,7 +122,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Fa
         raise ArtifactError(
             f"{directory}: has no {DESCRIPTION_NAME}: no artifact of npuq's or ModelSlim's; npuq convert makes one"
         )
-    config = ModelConfig.from_dict(checkpoint.config)
+    config = read_model_config(checkpoint)
     specs = expected_specs(config, mtp_layers(checkpoint, config))
     linears = foreign_linears(checkpoint, types, specs)
     # ModelSlim's static W8A8 may have no weight scale: it is folded into another scale.

@@ -39,6 +39,7 @@ def statements(
     `missing_heads`."""
     raw, directory = checkpoint.text_config, checkpoint.directory
     return [
+        *_read_as(checkpoint, config),
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
@@ -50,6 +51,23 @@ def statements(
         *_end_of_sequence(raw, directory),
         *_index(checkpoint, shared),
     ]
+
+
+def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    """The reading of an unknown model_type as a family: what engines find in its place, and which defaults count."""
+    stated, family = checkpoint.stated, config.family
+    if stated is None:
+        return
+    code = ", and no auto_map, which names code for the source" if "auto_map" in stated else ""
+    yield (
+        f"config.json has model_type {shown(stated.get('model_type'))} and architectures "
+        f"{shown(stated.get('architectures'))}, and is read as {family.model_type}: the artifact's has model_type "
+        f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
+    )
+    keys = () if config.moe is None else config.moe.STATED
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.config.get(key) is None]
+    if taken:
+        yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
 
 def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> Iterator[str]:
@@ -115,14 +133,9 @@ def _quantization(checkpoint: Checkpoint, source: WeightSource) -> Iterator[str]
     """What quantization_config claims and the stored tensors deny; the tensors count."""
     claim, described = checkpoint.text_config.get("quantization_config"), description_path(checkpoint.directory)
     yield from _fp8(claim, source)
+    yield from _grouped_int4(claim, source)
     if any(name.endswith(".input_scale") and is_beside_fp8(checkpoint.tensors, name) for name in checkpoint.tensors):
         yield "scales of FP8 activations are left out: the artifact's operators quantize activations for each token"
-    grouped = sum(weight.dtype == GroupedInt4.dtype for weight in source.weights.values())
-    if grouped:
-        otherwise = claimed_otherwise(claim)
-        if otherwise is not None:
-            yield f"{grouped} weights are stored in int4 groups of {GROUP}, and config.json {otherwise}: storage counts"
-        return
     if not claim:
         return
     method = _method(claim)
@@ -133,6 +146,13 @@ def _quantization(checkpoint: Checkpoint, source: WeightSource) -> Iterator[str]
         )
     elif not source.is_quantized and all(weight.dtype in DTYPES for weight in source.weights.values()):
         yield f"config.json has a quantization_config ({method}), and no weight is quantized: they are read as stored"
+
+
+def _grouped_int4(claim: Any, source: WeightSource) -> Iterator[str]:
+    grouped = sum(weight.dtype == GroupedInt4.dtype for weight in source.weights.values())
+    otherwise = claimed_otherwise(claim) if grouped else None
+    if otherwise is not None:
+        yield f"{grouped} weights are stored in int4 groups of {GROUP}, and config.json {otherwise}: storage counts"
 
 
 def _fp8(claim: Any, source: WeightSource) -> Iterator[str]:

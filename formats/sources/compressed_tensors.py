@@ -72,7 +72,8 @@ def compressed_linears(checkpoint: Checkpoint) -> tuple[dict[str, StoredLinear],
     linears, ignored = {}, set()
     # Float weights may have scales too: the config counts where there are codes.
     scales = [name for name in checkpoint.tensors if _is_of_codes(checkpoint, name)]
-    groups, ignore = _read_config(where, checkpoint.text_config["quantization_config"]) if scales else ([], _NOTHING)
+    claim = checkpoint.text_config["quantization_config"]
+    groups, ignore = _read_config(where, claim) if scales else ([], _NOTHING)
     for name in scales:
         info, module = checkpoint.tensors[name], name.rpartition(".")[0]
         group = _group_of(groups, module)

@@ -134,7 +134,7 @@ def test_description_is_complete_both_ways(artifact):
     artifact.edit_json(DESCRIPTION, lambda content: content.update({name: "W4A8_DYNAMIC", "a.ghost": "FLOAT"}))
     assert "describes 'a.ghost', which no shard has" in artifact.problems()
     artifact.edit_json(DESCRIPTION, lambda content: content.update({"model.norm.bias": "FLOAT"}))
-    assert "would give every RMSNorm of the model a bias" in artifact.problems()
+    assert "makes engines give every RMS norm of the model a bias" in artifact.problems()
 
 
 @pytest.mark.parametrize(
