@@ -32,6 +32,13 @@ class AttentionWidths(Protocol):
     def attended_products(self) -> int:
         """Products that one query and one key take: a score of each head, and its value."""
 
+    @property
+    def dense_tokens(self) -> int | None:
+        """The longest sequence in which every query attends to all earlier tokens; None: any."""
+
+    def stated(self) -> Mapping[str, int | bool]:
+        """The keys of config.json that loaders have different defaults for."""
+
     def sizes(self) -> Mapping[str, int]:
         """The table's words of shapes, as numbers."""
 

@@ -58,6 +58,15 @@ class Mla:
         """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
+    def stated(self) -> dict[str, int | bool]:
+        """The keys of config.json that loaders have different defaults for."""
+        return {}
+
+    @property
+    def dense_tokens(self) -> int | None:
+        """The longest sequence in which every query attends to all earlier tokens; None: any."""
+        return None
+
     @property
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key: those without position, then the rotary ones."""

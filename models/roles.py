@@ -45,6 +45,7 @@ class Role(str, Enum):
         return self if self.value.startswith("mtp_") else Role("mtp_" + self.value)
 
 
+INDEXER = frozenset({Role.INDEXER, Role.MTP_INDEXER})
 ROUTED = frozenset({Role.ROUTED_EXPERT, Role.MTP_ROUTED_EXPERT})
 # Roles that a recipe may quantize. All other tensors stay float in every loader.
 QUANTIZABLE = ROUTED | {

@@ -54,6 +54,19 @@ class SparseMla(Mla):
         """FULL or SHARED for each decoder layer."""
         return self.indexer.types
 
+    def stated(self) -> dict[str, int | bool]:
+        indexer = self.indexer
+        return {
+            "index_n_heads": indexer.n_heads,
+            "index_head_dim": indexer.head_dim,
+            "index_topk": indexer.topk,
+            "indexer_rope_interleave": indexer.rope_interleave,
+        }
+
+    @property
+    def dense_tokens(self) -> int:
+        return self.indexer.topk
+
     def sizes(self) -> dict[str, int]:
         indexer = self.indexer
         return {

@@ -218,7 +218,7 @@ def load(
     with Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
-        ends = eos_ids(directory, generation, checkpoint.config)
+        ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         attention = attention_of(config, tables.softmax_scale)
         scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
