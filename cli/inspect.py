@@ -36,17 +36,18 @@ def _table(inspection: Inspection) -> list[str]:
 
     made = f", recipe {inspection.recipe}, from {inspection.source}" if inspection.recipe else ""
     kind = inspection.kind.replace("_", " ")
+    width = max([13, *(len(line.scheme) for line in inspection.lines)])
     stated = inspection.stated_model_type
     read = "" if stated is None else f", read as one: config.json says {stated!a}"
     lines = [
         f"{kind}: {inspection.model_type}, {inspection.layers} layers, {inspection.experts} experts{made}{read}",
-        f"{'role':<18} {'scheme':<13} {'tensors':>8} {'bits':>6} {'before':>9} {'bytes':>9} {'weight error':>12}",
+        f"{'role':<18} {'scheme':<{width}} {'tensors':>8} {'bits':>6} {'before':>9} {'bytes':>9} {'weight error':>12}",
     ]
     for line in inspection.lines:
         before = "" if line.source_bytes is None else format_bytes(line.source_bytes)
         error = "" if line.relative_error is None else f"{line.relative_error:.2%}"
         lines.append(
-            f"{line.role:<18} {line.scheme:<13} {line.tensors:>8} {line.bits:>6.2f} {before:>9} "
+            f"{line.role:<18} {line.scheme:<{width}} {line.tensors:>8} {line.bits:>6.2f} {before:>9} "
             f"{format_bytes(line.output_bytes):>9} {error:>12}"
         )
     total = format_bytes(sum(line.output_bytes for line in inspection.lines))

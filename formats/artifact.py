@@ -101,8 +101,8 @@ def shard_name(number: int, count: int) -> str:
 def is_described(name: str) -> bool:
     """False for the bias of a norm: no description of npuq's lists it.
 
-    A key with `norm.bias` in it makes SGLang (`modelslim.py`) replace every RMS norm by a slower one with a bias, and
-    vLLM-Ascend (`ops/layernorm.py`) add a bias of zeros to each. Engines look schemes up by `….weight` alone.
+    A key with `norm.bias` in it makes SGLang replace every RMS norm by a slower one with a bias, and vLLM-Ascend add a
+    bias of zeros to each. Engines look schemes up by `….weight` alone.
     """
     return "norm.bias" not in name
 

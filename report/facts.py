@@ -155,6 +155,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "source commit": source["revision"],
         "sha256 of its config.json": source["config_sha256"],
         "sha256 of its index": source["index_sha256"],
+        "weights of the source": _forms(source),
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
@@ -165,6 +166,12 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "files with size and sha256": f"{len(manifest['files']):,}",
     }
     return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def _forms(source: Mapping[str, Any]) -> str | None:
+    """The number of weights in each form of storage; None in a manifest without it."""
+    forms = source.get("forms")
+    return ", ".join(f"{count} {form}" for form, count in forms.items()) if isinstance(forms, Mapping) else None
 
 
 def _role(entry: Mapping[str, Any]) -> RoleFacts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -196,6 +197,9 @@ def _manifest(
             "config_sha256": origin.config_sha256,
             "index_sha256": origin.index_sha256,
             **_stated_type(prepared),
+            # The number of weights in each form of storage, and what was said about the source before the work.
+            "forms": dict(Counter(weight.dtype for weight in prepared.source.weights.values())),
+            "notes": list(prepared.statements),
         },
         "architecture": {
             "model_type": config.model_type,

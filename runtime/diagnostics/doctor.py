@@ -124,7 +124,7 @@ def fit(directory: Path) -> ModelFit:
 
 def _attention_problem(config: ModelConfig) -> str | None:
     from ...models.mla import Mla
-    from ..ops.ascend.mla import check_mla
+    from ..ops.ascend.attention_limits import check_mla
 
     if not isinstance(config.attention, Mla):
         return f"config.json: the Ascend backend does not run the attention of {config.model_type}"

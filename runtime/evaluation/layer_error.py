@@ -158,7 +158,7 @@ class _Side:
     def load(self, layer: int) -> _Layer:
         ops, attention = self._model.ops, self._model.attention
         # Whole sequences in one step cache nothing, but the writing operators take a cache.
-        cache = ops.attention.new_cache(attention.pools(layer), 1, _BLOCK_SIZE)
+        cache = ops.caches.new(attention.pools(layer), 1, _BLOCK_SIZE)
         return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
 
     def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:
