@@ -23,6 +23,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/checkpoints"))
+import kimi_k25_full
+
 from npuq.formats.safetensors import ITEM_BYTES, encode_header
 from npuq.models.config import ModelConfig
 from npuq.models.family import Block
@@ -141,6 +144,7 @@ RELEASES: dict[str, dict[str, Any]] = {
     "GLM-4.7-Flash": GLM_FLASH,
     "GLM-5.2-FP8": GLM_5 | FP8,
     "Kimi-K2": KIMI | FP8,
+    "Kimi-K2.5": kimi_k25_full.CONFIG,
 }
 Tensor = tuple[str, str, tuple[int, ...]]
 
@@ -191,9 +195,16 @@ def write_release(directory: Path, config: dict[str, Any]) -> list[Tensor]:
 
 
 def _tensors(config: dict[str, Any]) -> Iterator[Tensor]:
+    if config is kimi_k25_full.CONFIG:
+        yield from kimi_k25_full.headers()
+        return
     model = ModelConfig.from_dict(config)
+    # GLM-5's releases leave out what their MTP layer shares with the model.
+    shared = config["model_type"] == "glm_moe_dsa"
     mtp = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
     for name, spec in expected_specs(model, mtp).items():
+        if shared and spec.optional:
+            continue
         if "quantization_config" in config and _is_fp8(spec):
             yield name, "F8_E4M3", spec.shape
             yield f"{name}_scale_inv", "F32", (-(-spec.shape[0] // 128), -(-spec.shape[1] // 128))
