@@ -65,7 +65,7 @@ def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
         f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
     )
     keys = () if config.moe is None else config.moe.STATED
-    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.config.get(key) is None]
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.text_config.get(key) is None]
     if taken:
         yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
