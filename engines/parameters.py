@@ -209,7 +209,9 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
     for key in [key for key in ("n_group", "topk_group") if key in routing]:
-        if raw.get(key, routing[key]) != routing[key]:
+        if key in raw and raw[key] is None and config.moe is not None and config.moe.topk_method != "greedy":
+            yield f"{key} is null: the engine would not start; write {routing[key]}"
+        elif raw.get(key, routing[key]) != routing[key]:
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:

@@ -18,7 +18,7 @@ def engine_problems(subject: Subject) -> Iterator[str]:
 
 
 def engine_notes(subject: Subject) -> Iterator[str]:
-    """A line for each way in which an engine would fail to load an artifact that npuq made, or its draft."""
+    """A line for each way in which an engine would fail to load all of an artifact that npuq made for engines."""
     if subject.is_own and subject.target is Target.ENGINES:
         for engine in ENGINES:
             yield from loading_problems(engine, subject.checkpoint.config, subject.described)

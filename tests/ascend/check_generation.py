@@ -136,7 +136,7 @@ def test_the_generation_covers_what_it_is_meant_to(artifact):
     assert any(step.prefill and step.decode for step in run.steps), "no step with decodes beside a chunk"
     assert any(step.decode and len(step.decode.kv_lens) > 1 for step in run.steps), "no batched decode"
     assert max(len(prefix.segments) for step in run.steps if step.prefill for prefix in step.prefill.prefixes) > 1
-    used = [set((step.slots // harness.BLOCK).tolist()) for step in run.steps]
+    used = [set((step.positions.slots // harness.BLOCK).tolist()) for step in run.steps]
     assert used[0] & used[-1], "no block was used again by a later sequence"
 
 

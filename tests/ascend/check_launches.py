@@ -21,7 +21,7 @@ def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.
     ops = harness.make("ascend", torch.bfloat16, **options)
     engine = harness.load(path, ops).engine
     starts = []
-    norm = ops.attention.attention_norm
+    norm = ops.mla.norm
 
     def noting(*args):
         starts.append(len(watched.launches))
@@ -31,7 +31,7 @@ def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.
     if warm:
         engine._run(warm)
     step, _ = engine._builder.build(chunks)
-    with mock.patch.object(ops.attention, "attention_norm", noting), guard.watch() as watched:
+    with mock.patch.object(ops.mla, "norm", noting), guard.watch() as watched:
         engine.model.forward(step, engine._cache)
     return watched.launches[starts[MOE_LAYER] : starts[MOE_LAYER + 1]]
 

@@ -249,7 +249,7 @@ def test_rows_given_to_the_w4a8_matmul_cannot_be_used_again(artifact):
 
 def test_a_cache_in_the_tensor_format_is_refused(artifact):
     def change_ops(ops: Any) -> None:
-        make = ops.attention.new_cache
+        make = ops.caches.new
 
         def cast(*args: Any) -> LayerCache:
             cache = make(*args)
@@ -258,7 +258,7 @@ def test_a_cache_in_the_tensor_format_is_refused(artifact):
             }
             return replace(cache, pages=pages)
 
-        ops.attention.new_cache = cast
+        ops.caches.new = cast
 
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
 

@@ -71,7 +71,7 @@ def _hook(ops: Ops, exchange: Callable[[Quantized], Quantized]) -> Ops:
         (ops.norms, "dynamic_quant"),
         (ops.norms, "dequant_swiglu_quant"),
         (ops.routing, "moe_init_routing"),
-        (ops.attention, "attention_norm"),
+        (ops.mla, "norm"),
     ):
         original = getattr(part, name)
 
