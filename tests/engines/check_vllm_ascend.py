@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from engine_rig import shims
 
@@ -16,8 +18,13 @@ class TestAsTheOtherEngine(CommonChecks):
     name, detected, engine = "vllm-ascend", "ascend", engine
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "v3-static", "kimi"])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        *product(("v2-lite", "v3-mtp", "v3-static", "kimi"), (1, 2, 4, 8, 16)),
+        *product(("glm-flash",), (1, 2, 4)),
+    ],
+)
 def test_tensor_parallel(artifact, name, tp):
     assert compare(load(engine, artifact(name), tp)) == LINEARS[name]
 
@@ -28,14 +35,23 @@ def test_shipped_example(artifact, tp):
     assert compare(load(engine, artifact("example"), tp)) == LINEARS["example"]
 
 
-@pytest.mark.parametrize("ranks", [2, 16])
-@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "kimi"])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [*product(("v2-lite", "v3-mtp", "kimi"), (2, 16)), ("glm-flash", 2), ("glm-flash", 5)]
+)
 def test_expert_parallel(artifact, name, ranks):
     assert compare(load(engine, artifact(name), ranks, ep=ranks)) == LINEARS[name]
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "ep"), [("example", 1, 1), ("example", 2, 2), ("v3-mtp", 4, 1), ("v3-mtp", 4, 4)]
+    ("name", "tp", "ep"),
+    [
+        ("example", 1, 1),
+        ("example", 2, 2),
+        ("v3-mtp", 4, 1),
+        ("v3-mtp", 4, 4),
+        ("glm-flash", 1, 1),
+        ("glm-flash", 5, 5),
+    ],
 )
 def test_mtp_draft(artifact, name, tp, ep):
     assert compare(load(engine, artifact(name), tp, ep, mtp=True)) == 6

@@ -52,7 +52,8 @@ class CommonChecks:
             compare(load(self.engine, broken, 1))
 
     @pytest.mark.parametrize(
-        ("model", "mtp"), [("v2-lite", False), ("v3-mtp", False), ("v3-mtp", True), ("v3-static", False)]
+        ("model", "mtp"),
+        [("v2-lite", False), ("v3-mtp", False), ("v3-mtp", True), ("v3-static", False), ("glm-flash", False)],
     )
     def test_the_list_of_needed_tensors(self, artifact, model, mtp):
         parameter_lists.check_needed(self.name, self.engine, artifact(model), mtp)
