@@ -7,42 +7,39 @@ statements. An artifact states npuq's reading explicitly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
-from ..models.config import ModelConfig
-
-# Keys without which loaders fail, or take a wrong default of another loader's.
-_EXPLICIT: Final = (
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "first_k_dense_replace",
-    "moe_layer_freq",
-    "scoring_func",
-    "topk_method",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "n_group",
-    "topk_group",
-)
-# The meaning of null, in values that transformers accepts.
-_NOT_NULL: Final[Mapping[str, Any]] = {"n_shared_experts": 0, "attention_bias": False, "hidden_act": "silu"}
+from ..models.config import ModelConfig, text_config, with_text_keys
 
 
-def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
-    """The keys of an artifact's config.json to add to the source's (`raw`), or to replace there.
+def loader_config(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
+    """An artifact's config.json with its source's keys (`raw`), and with keys that are added or replaced there.
 
-    `mtp_layers` are those of the artifact. Empty where every loader already reads the source's keys rightly, as those
+    `mtp_layers` are those of the artifact. Equal to `raw` where every loader already reads its keys rightly, as those
     of the released models.
     """
-    keys: dict[str, Any] = {}
+    top = dict(raw)
     if not raw.get("architectures"):
-        keys["architectures"] = [config.family.architecture]
-    for key in _EXPLICIT if config.moe is not None else ():
+        top["architectures"] = [config.family.architecture]
+    # Of a nested config transformers ties the head by the key at the top, whose default is true.
+    if config.family.text_types and raw.get("tie_word_embeddings") is not False:
+        top["tie_word_embeddings"] = False
+    return with_text_keys(top, _text_keys(text_config(raw), config, mtp_layers))
+
+
+def _text_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
+    """The keys of the text model to add to the source's (`raw`), or to replace there."""
+    keys: dict[str, Any] = {}
+    for key in () if config.moe is None else config.moe.STATED:
         value = getattr(config.moe, key)
         # Also a value of another type: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value
-    keys |= {key: value for key, value in _NOT_NULL.items() if key in raw and raw[key] is None}
+    # Engines take an absent flag for false.
+    keys |= {key: value for key, value in config.attention.stated().items() if raw.get(key) is None and value}
+    # transformers refuses null where the key has a type.
+    meaning = {"n_shared_experts": 0, **config.family.fixed}
+    keys |= {key: value for key, value in meaning.items() if key in raw and raw[key] is None}
     # The artifact always stores the head; with tied embeddings SGLang would not read it, and compute with the
     # embedding.
     if raw.get("tie_word_embeddings", False) is not False:

@@ -13,6 +13,7 @@ from ..inputs.files import inside, is_inside
 from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, is_text, optional
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName, Sha256
+from ..models.config import TEXT_CONFIG, with_text_keys
 from .schemes import Scheme
 
 FORMAT_VERSION = 1
@@ -80,7 +81,10 @@ _ROLE = {
 }
 _REPORT = Keys({"roles": Items(Keys(_ROLE, frozenset(_ROLE)))}, frozenset({"roles"}))
 
-_CONFIG_QUANTIZE = {Scheme.W4A8: "w4a8_dynamic", Scheme.W8A8: "w8a8_dynamic"}
+MARKS = ("quantize", "moe_quantize", "mtp_quantize")
+"""Keys of config.json: the schemes of linears, of routed experts, and of routed experts in MTP layers."""
+
+_CONFIG_QUANTIZE: Mapping[Scheme | None, str] = {Scheme.W4A8: "w4a8_dynamic", Scheme.W8A8: "w8a8_dynamic"}
 
 
 def shard_name(number: int, count: int) -> str:
@@ -92,9 +96,18 @@ def shard_name(number: int, count: int) -> str:
     )
 
 
+def is_described(name: str) -> bool:
+    """False for the bias of a norm: no description of npuq's lists it.
+
+    A key with `norm.bias` in it makes SGLang (`modelslim.py`) replace every RMS norm by a slower one with a bias, and
+    vLLM-Ascend (`ops/layernorm.py`) add a bias of zeros to each. Engines look schemes up by `….weight` alone.
+    """
+    return "norm.bias" not in name
+
+
 def description(types: Mapping[str, Scheme]) -> dict[str, Any]:
-    """quant_model_description.json for every tensor of the shards, scales included."""
-    return {**DESCRIPTION_GLOBALS, **{name: scheme.value for name, scheme in types.items()}}
+    """quant_model_description.json for the tensors of the shards, scales included."""
+    return {**DESCRIPTION_GLOBALS, **{name: scheme.value for name, scheme in types.items() if is_described(name)}}
 
 
 def description_path(directory: Path) -> Path | None:
@@ -161,19 +174,17 @@ def artifact_config(
     """The artifact's config.json, from the source's.
 
     `quantization_config` is removed, under text_config too, because both engines would follow it and ignore the
-    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized:
-    vLLM-Ascend's fused paths read them.
+    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized,
+    among the text model's keys: vLLM-Ascend's fused paths read them there.
     """
     result = copy.deepcopy(dict(config))
-    result.pop("quantization_config", None)
-    if isinstance(result.get("text_config"), dict):
-        result["text_config"].pop("quantization_config", None)
-    marks = {"quantize": linear, "moe_quantize": experts, "mtp_quantize": mtp_experts}
-    for key, scheme in marks.items():
-        result.pop(key, None)
-        if scheme in _CONFIG_QUANTIZE:
-            result[key] = _CONFIG_QUANTIZE[scheme]
-    return result
+    schemes = (linear, experts, mtp_experts)
+    marks = {key: value for key, scheme in zip(MARKS, schemes, strict=True) if (value := _CONFIG_QUANTIZE.get(scheme))}
+    for part in (result, result.get(TEXT_CONFIG)):
+        if isinstance(part, dict):
+            for key in ("quantization_config", *MARKS):
+                part.pop(key, None)
+    return with_text_keys(result, marks)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..inputs.files import FileStamp, inside, is_inside
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
-from ..models.config import model_dtype
+from ..models.config import model_dtype, text_config
 from ..native.mapped import MappedFiles
 from .safetensors import CODES, TensorInfo
 from .storage import LocalFiles, Storage, Window
@@ -64,7 +64,12 @@ class Checkpoint:
     @cached_property
     def model_code(self) -> str:
         """The safetensors code of the model's dtype in config.json. CheckpointError for one that is not float."""
-        return CODES[model_dtype(self.config)]
+        return CODES[model_dtype(self.text_config)]
+
+    @cached_property
+    def text_config(self) -> Mapping[str, Any]:
+        """The text model's keys of config.json. CheckpointError where its family nests them, and they are missing."""
+        return text_config(self.config)
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:

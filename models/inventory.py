@@ -41,6 +41,7 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Invent
     checkpoint has a counted one whole or not at all.
     """
     family = config.family
+    _refuse_renamed(family, weights)
     check_unbiased(family, weights)
     present = {layer for name in weights if (layer := family.layer_of(name)) is not None}
     first_mtp = config.num_hidden_layers
@@ -73,6 +74,14 @@ def check_unbiased(family: Family, names: Iterable[str]) -> None:
     for name in filter(family.is_stray_bias, names):
         raise CheckpointError(
             f"tensor {name!r}: npuq and the engines compute without biases; smooth symmetrically and quantize again"
+        )
+
+
+def _refuse_renamed(family: Family, names: Iterable[str]) -> None:
+    found = next((name for name in names if name.startswith(family.renamed)), None) if family.renamed else None
+    if found is not None:
+        raise CheckpointError(
+            f"tensor {found!r}: a tool has renamed the tensors of this re-upload; convert the authors' own release"
         )
 
 
@@ -160,15 +169,17 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return None if expert is None else f"n_routed_experts {config.n_routed_experts}"
     if entry.when == "mtp":
         return f"num_hidden_layers {config.num_hidden_layers}"
-    moe, attention = config.moe, config.attention
-    if entry.when in attention.KEYS:
-        return _shown(attention, attention.KEYS[entry.when])
-    assert moe is not None  # without experts in the family, nothing else is decided
-    if config.moe_at(layer) is not None and entry.when in moe.KEYS:
-        return _shown(moe, moe.KEYS[entry.when])
-    return f"{_shown(moe, 'first_k_dense_replace')} and {_shown(moe, 'moe_layer_freq')}"
+    for part in (config.attention, config.moe_at(layer)):
+        if part is not None and entry.when in part.KEYS:
+            return _shown(part, layer, part.KEYS[entry.when])
+    return "no experts" if config.moe is None else _shown(config.moe, layer, *config.moe.LAYER_KEYS)
 
 
-def _shown(part: object, key: str) -> str:
-    value = getattr(part, key)
+def _shown(part: object, layer: int, *keys: str) -> str:
+    return " and ".join(_value(key, getattr(part, key), layer) for key in keys)
+
+
+def _value(key: str, value: object, layer: int) -> str:
+    if isinstance(value, tuple):
+        return f"{key} {value[layer]} for layer {layer}"
     return f"{key} {'null' if value is None else value}"

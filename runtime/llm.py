@@ -215,7 +215,7 @@ def load(
     ops = make_ops(backend, dtype, device, kv_layout)
     with Checkpoint.open(directory) as checkpoint:
         config = ModelConfig.from_dict(checkpoint.config)
-        ends = eos_ids(directory, generation, checkpoint.config)
+        ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         attention = attention_of(config, tables.softmax_scale)
         scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None

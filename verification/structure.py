@@ -8,12 +8,21 @@ from typing import Any
 
 from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
-from ..formats.artifact import DESCRIPTION_GLOBALS, DESCRIPTION_NAME, MANIFEST_NAME, artifact_config, description_path
+from ..formats.artifact import (
+    DESCRIPTION_GLOBALS,
+    DESCRIPTION_NAME,
+    MANIFEST_NAME,
+    MARKS,
+    artifact_config,
+    description_path,
+    is_described,
+)
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
 from ..formats.safetensors import read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
+from ..models.config import TEXT_CONFIG, text_config
 from ..models.tensors import Spec
 from ..recipes.reading import artifact_recipe
 from .evaluations import read_evaluations
@@ -66,7 +75,7 @@ def _description(subject: Subject) -> Iterator[str]:
         yield from _own_description(subject)
     tensors, described = subject.checkpoint.tensors, subject.described
     for name in tensors:
-        if name not in described and name != subject.tied:
+        if name not in described and is_described(name) and name != subject.tied:
             yield f"{DESCRIPTION_NAME}: has no entry for tensor {name!r}"
     for name in described:
         if name not in tensors:
@@ -84,13 +93,13 @@ def _own_description(subject: Subject) -> Iterator[str]:
         if content.get(key) != value:
             yield f"{DESCRIPTION_NAME}: {key!r} is {content.get(key)!r} and must be {value!r}"
     for name in subject.described:
-        if name.endswith("norm.bias"):
-            yield f"{DESCRIPTION_NAME}: {name!r} would give every RMSNorm of the model a bias"
+        if not is_described(name):
+            yield f"{DESCRIPTION_NAME}: {name!r} makes engines give every RMS norm of the model a bias: remove that key"
 
 
 def _config(subject: Subject) -> Iterator[str]:
     config = subject.checkpoint.config
-    for where, part in (("", config), (" under text_config", config.get("text_config"))):
+    for where, part in (("", config), (f" under {TEXT_CONFIG}", config.get(TEXT_CONFIG))):
         if isinstance(part, Mapping) and "quantization_config" in part:
             yield f"{CONFIG_NAME}: quantization_config{where} is left: engines would ignore {DESCRIPTION_NAME}"
 
@@ -133,10 +142,11 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
 def _marks(subject: Subject) -> Iterator[str]:
     """Check the schemes in config.json, and the recipe, which has the target."""
     config = subject.checkpoint.config
-    expected = artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes))
-    for key in ("quantize", "moe_quantize", "mtp_quantize"):
-        if config.get(key) != expected.get(key):
-            yield f"{CONFIG_NAME}: {key!r} is {config.get(key)!r}, the description calls for {expected.get(key)!r}"
+    expected = text_config(artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes)))
+    for key in MARKS:
+        found = subject.checkpoint.text_config.get(key)
+        if found != expected.get(key):
+            yield f"{CONFIG_NAME}: {key!r} is {found!r}, the description calls for {expected.get(key)!r}"
     try:
         artifact_recipe(subject.directory)
     except NpuqError as error:

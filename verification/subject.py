@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError, NpuqError
-from ..formats.artifact import DESCRIPTION_NAME, read_description
+from ..formats.artifact import DESCRIPTION_NAME, is_described, read_description
 from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from ..formats.sources.described import described_linear
@@ -18,7 +18,7 @@ from ..formats.sources.float_weights import PlainWeight
 from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import Weight
-from ..models.config import ModelConfig, model_dtype
+from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
 from ..models.roles import Role
 from ..models.tensors import Spec, expected_specs
@@ -62,7 +62,7 @@ class Subject:
         if scheme is Scheme.FLOAT:
             code = spec.kept_dtype or self.checkpoint.tensors[spec.name].dtype
             return (OutputTensor(spec.name, code, spec.shape),)
-        float16 = model_dtype(self.checkpoint.config) is torch.float16
+        float16 = self.config.dtype is torch.float16
         return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)
 
     def weight(self, spec: Spec) -> Weight | None:
@@ -122,22 +122,24 @@ def _own(
     checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str, Scheme], manifest: Mapping[str, Any]
 ) -> Subject:
     """Open npuq's own artifact: every problem must be named, so all weights present are examined, known or not."""
+    biases = (name for name in checkpoint.tensors if not is_described(name))
+    schemes = {**dict.fromkeys(biases, Scheme.FLOAT), **described}
     layers = {layer for name in checkpoint.tensors if (layer := config.family.layer_of(name)) is not None}
     mtp = tuple(sorted(layer for layer in layers if layer >= config.num_hidden_layers))
     specs: dict[str, Spec] = {}
     missing, claimed = [], set()
     for spec in expected_specs(config, mtp).values():
-        if spec.name in checkpoint.tensors and spec.name in described:
+        if spec.name in checkpoint.tensors and spec.name in schemes:
             specs[spec.name] = spec
         elif spec.name not in checkpoint.tensors and not spec.optional:
             missing.append(spec.name)
         prefix = spec.name.removesuffix("weight")
         claimed |= {spec.name, *(prefix + suffix for suffix in SUFFIXES)}
     for name, info in checkpoint.tensors.items():
-        if name not in claimed and name in described:
+        if name not in claimed and name in schemes:
             specs[name] = Spec(name, Role.OTHER, info.shape, config.family.layer_of(name))
     try:
         target = artifact_recipe(checkpoint.directory).target
     except NpuqError:  # named by the stage *structure*
         target = Target.ENGINES
-    return Subject(checkpoint, config, specs, tuple(missing), described, described, target, manifest)
+    return Subject(checkpoint, config, specs, tuple(missing), described, schemes, target, manifest)

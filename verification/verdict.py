@@ -22,6 +22,7 @@ from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
 from ..inputs.files import is_inside
+from ..models.config import text_config
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
@@ -132,7 +133,7 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
     if not is_own(directory):
         if description_path(directory) is not None:
             return None
-        if is_inside(directory, CONFIG_NAME) and is_compressed(read_config(directory)):
+        if is_inside(directory, CONFIG_NAME) and is_compressed(text_config(read_config(directory))):
             raise ArtifactError(
                 f"{directory}: compressed-tensors weights: run `npuq convert` on it, and verify the result"
             )

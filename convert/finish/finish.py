@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...engines.loader_config import loader_keys
+from ...engines.loader_config import loader_config
 from ...engines.requirements import config_schemes
 from ...engines.serving import serving_ranks
 from ...errors import CheckpointError, ConversionError
@@ -166,7 +166,7 @@ def _types(plan: Plan) -> dict[str, Scheme]:
 
 def _config(prepared: Prepared) -> dict[str, Any]:
     schemes, source = {job.source: job.scheme for job in prepared.plan.jobs}, prepared.checkpoint.config
-    config = source | loader_keys(source, prepared.config, prepared.inventory.mtp_layers)
+    config = loader_config(source, prepared.config, prepared.inventory.mtp_layers)
     return artifact_config(config, **config_schemes(prepared.inventory.specs.values(), schemes))
 
 

@@ -15,6 +15,7 @@ from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
 from ...formats.safetensors import CODES
 from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
 from ...formats.sources.ties import tied_names
 from ...formats.sources.weights import WeightSource
 from ...inputs.files import inside, is_inside
@@ -23,21 +24,29 @@ from ...models.config import ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
 from ...runtime.text.generation_config import NAME as GENERATION_NAME
+from ...units import format_bytes
 
 
 def statements(
-    checkpoint: Checkpoint, config: ModelConfig, inventory: Inventory, source: WeightSource, shared: str | None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    inventory: Inventory,
+    source: WeightSource,
+    shared: str | None,
+    heads: Sequence[str] = (),
 ) -> list[str]:
-    """A line for each contradiction; `shared` is the tied name that `share_tied` found missing."""
-    raw, directory = checkpoint.config, checkpoint.directory
+    """A line for each contradiction; `shared` is the tied name that `share_tied` found missing, `heads` those of
+    `missing_heads`."""
+    raw, directory = checkpoint.text_config, checkpoint.directory
     return [
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
+        *_draft_heads(source, heads),
         *_dtype(raw, config, inventory, source),
         *_quantization(raw, directory, source),
         *_rope(raw),
         *_groups(raw, config),
-        *_architectures(raw, config),
+        *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
         *_index(checkpoint, shared),
     ]
@@ -75,6 +84,16 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         )
 
 
+def _draft_heads(source: WeightSource, heads: Sequence[str]) -> Iterator[str]:
+    if heads:
+        size = source.weights[heads[0]].nbytes
+        yield (
+            f"the checkpoint ships no head for its MTP layer: rotation stores {heads[0]!r} ({format_bytes(size)}), the "
+            "main model's head with the MTP layer's own norm folded in. vLLM-Ascend drafts with it; SGLang drafts with "
+            "the main model's head in any case: it accepts fewer drafts, and generates the same text"
+        )
+
+
 def _dtype(raw: Mapping[str, Any], config: ModelConfig, inventory: Inventory, source: WeightSource) -> Iterator[str]:
     if raw.get("torch_dtype") is not None and raw.get("dtype") not in (None, raw["torch_dtype"]):
         yield f"config.json has dtype {_name(config)} and torch_dtype {shown(raw['torch_dtype'])}: dtype counts"
@@ -100,6 +119,12 @@ def _quantization(raw: Mapping[str, Any], directory: Path, source: WeightSource)
             f"{len(stored_fp8)} weights are FP8, and config.json has no weight_block_size: they are read in blocks of "
             "128x128, which the shapes of their scales agree with"
         )
+    grouped = sum(weight.dtype == GroupedInt4.dtype for weight in source.weights.values())
+    if grouped:
+        otherwise = claimed_otherwise(quantization)
+        if otherwise is not None:
+            yield f"{grouped} weights are stored in int4 groups of {GROUP}, and config.json {otherwise}: storage counts"
+        return
     if not quantization:
         return
     method = shown(quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization)

@@ -53,7 +53,7 @@ class _Group:
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
-    """True where config.json declares compressed-tensors weights."""
+    """True where the text model's keys of config.json declare compressed-tensors weights."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
@@ -65,7 +65,7 @@ def compressed_linears(checkpoint: Checkpoint) -> tuple[dict[str, StoredLinear],
     are not quantized per token, and for a tensor that its group does not have.
     """
     where = checkpoint.directory / CONFIG_NAME
-    groups, ignore = _read_config(where, checkpoint.config["quantization_config"])
+    groups, ignore = _read_config(where, checkpoint.text_config["quantization_config"])
     linears, ignored = {}, set()
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")

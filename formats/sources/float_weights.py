@@ -170,7 +170,7 @@ def _scale(checkpoint: Checkpoint, info: TensorInfo, block: tuple[int, int]) -> 
 
 
 def _block_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    quantization = checkpoint.config.get("quantization_config")
+    quantization = checkpoint.text_config.get("quantization_config")
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if block is None:
         return _DEFAULT_BLOCK

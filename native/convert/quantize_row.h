@@ -43,8 +43,41 @@ static float decode_fp8(const uint8_t *x, size_t n, const float *block_scale, si
     return nan || poison != 0 || isinf(largest) ? NAN : largest;
 }
 
+/* Up to 32 values of a block, an even number; raises `largest`. */
+INLINE vf decode_u4_step(const uint8_t *x, size_t count, float scale, float *out, vf largest) {
+    int8_t codes[32];
+    for (size_t i = 0; i < count / 2; i++) {
+        codes[2 * i] = (int8_t)((x[i] & 15) - 8);
+        codes[2 * i + 1] = (int8_t)((x[i] >> 4) - 8);
+    }
+    for (size_t i = count; i < 32; i++) codes[i] = 0;
+    for (size_t i = 0; i < count; i += VW) {
+        vf w = vf_load_i8(codes + i) * scale;
+        if (count - i >= VW) vf_store(out + i, w);
+        else vf_store_part(out + i, w, count - i);
+        largest = vf_max(vf_abs(w), largest);
+    }
+    return largest;
+}
+
+static float decode_u4(const uint8_t *x, size_t n, const float *block_scale, size_t block, float *out) {
+    vf most = vf_set(0);
+    float poison = 0;
+    for (size_t first = 0; first < n; first += block) {
+        const float scale = block_scale[first / block];
+        const size_t end = first + block < n ? first + block : n;
+        size_t i = first;
+        for (; i + 32 <= end; i += 32) most = decode_u4_step(x + i / 2, 32, scale, out + i, most);
+        if (i < end) most = decode_u4_step(x + i / 2, end - i, scale, out + i, most);
+        poison += scale * 0.0f;
+    }
+    float largest = vf_largest(most);
+    return poison != 0 || isinf(largest) ? NAN : largest;
+}
+
 static float decode_row(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out) {
     if (dtype == NPUQ_F8E4M3) return decode_fp8(x, n, block_scale, block, out);
+    if (dtype == NPUQ_U4) return decode_u4(x, n, block_scale, block, out);
     to_float(x, dtype, n, out);
     return largest_stored(x, dtype, n);
 }
@@ -94,6 +127,7 @@ static int convert_stored(const void *x, int dtype, size_t n, const float *block
         if (!mse) return convert_minmax_fp8(&row, bits, out);
         return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
     }
+    if (dtype == NPUQ_U4) return NOT_IN_TABLES;
     return bits == 4 && !mse ? convert_minmax_int4(x, dtype, n, out) : NOT_IN_TABLES;
 }
 

@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from ...errors import GenerationError
+from ...errors import CheckpointError, GenerationError
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
+from ...models.config import text_config
 
 MOST_CONFIG_BYTES: Final = 16 << 20
 TIKTOKEN_NAME: Final = "tiktoken.model"
@@ -71,6 +72,8 @@ def model_vocabulary_size(directory: Path) -> int:
     if not is_inside(directory, "config.json"):
         return 0
     config = read_object(inside(directory, "config.json", GenerationError), GenerationError, MOST_CONFIG_BYTES)
-    text = config.get("text_config")
-    size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    try:
+        size = text_config(config).get("vocab_size")
+    except CheckpointError as error:
+        raise GenerationError(f"{directory}: {error}") from error
     return size if type(size) is int and size > 0 else 0

@@ -95,6 +95,22 @@ def test_piece_by_piece_through_one_memory(scheme: Scheme, piece: int) -> None:
     _check(native.NativeRows(torch.cat(pieces), out.scale, out.bias, *sums), expected)
 
 
+@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("columns", [32, 96, 2048, 7168])
+def test_int4_in_groups_of_32(columns: int, method: Method) -> None:
+    """Every code under scales of two sizes and a zero one, of full rows and of a piece that begins in their middle."""
+    generator = torch.Generator().manual_seed(columns)
+    rows = torch.randint(0, 256, (6, columns // 2), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(6, columns // 32, generator=generator) ** 4).bfloat16().float()
+    scale[2, 0] = 0
+    for first in (0, 2):
+        stored = StoredRows(rows[first:], BlockScale(scale, first, 1, 32))
+        for scheme in (Scheme.W4A8, Scheme.W8A8):
+            expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=True)
+            for level in LEVELS:
+                _check(native.quantize(stored, scheme.weight_bits, method is Method.MSE, 16, level), expected)
+
+
 @pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 4097, 7168])
 def test_long_rows(columns: int) -> None:
     """Of whole vectors and parts of sums, a little more or less, and those of real models."""
