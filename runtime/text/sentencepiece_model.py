@@ -72,6 +72,8 @@ class SentencePieceModel:
         if len(proto.pieces) > _MOST_PIECES:
             raise GenerationError(f"{self._path}: has {len(proto.pieces)} pieces; npuq reads up to {_MOST_PIECES}")
         for number, piece in enumerate(proto.pieces):
+            if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as such
+                raise GenerationError(doing)
             if len(piece.piece.encode()) > _MOST_PIECE_BYTES:
                 raise GenerationError(
                     f"{self._path}: piece {number} is longer than the {_MOST_PIECE_BYTES} bytes that npuq reads"

@@ -118,7 +118,14 @@ def test_what_is_no_sentencepiece_model(tmp_path: Path, ranks: dict[bytes, int])
     content = write_ranks(tmp_path, ranks).read_bytes()
     (tmp_path / "tiktoken.model").unlink()
     refused(write(tmp_path, content), said)
-    for content in (b"", b"\x00", b"version https://git-lfs.github.com/spec/v1\n", train("llama", **LLAMA)[:-1000]):
+    garbled = train("llama", **LLAMA).replace("人".encode(), b"\xff\xfe\xfd")
+    for content in (
+        b"",
+        b"\x00",
+        garbled,
+        b"version https://git-lfs.github.com/spec/v1\n",
+        train("llama", **LLAMA)[:-1000],
+    ):
         refused(write(tmp_path, content), said)
 
 

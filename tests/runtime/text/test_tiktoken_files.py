@@ -275,8 +275,21 @@ def test_no_configuration(files: Path) -> None:
 
 
 def test_more_ranks_than_the_model_has_tokens(files: Path) -> None:
-    (files / "config.json").write_text(json.dumps({"text_config": {"vocab_size": RANKS - 1}}))
-    refused(files, f"{MODEL}: has {RANKS} ranks, and config.json's vocab_size is {RANKS - 1}")
+    sizes = {"vocab_size": RANKS - 1}
+    for config in (sizes, {"model_type": "kimi_k25", "text_config": sizes}):
+        (files / "config.json").write_text(json.dumps(config))
+        refused(files, f"{MODEL}: has {RANKS} ranks, and config.json's vocab_size is {RANKS - 1}")
+
+
+@pytest.mark.parametrize("kind", [None, 5, [], {}, "kimi_k25", "\x1b"])
+@pytest.mark.parametrize("text", [None, 5, [], {"vocab_size": []}, {"model_type": []}])
+def test_a_strange_config(files: Path, kind: Any, text: Any) -> None:
+    """Of config.json the tokenizer needs the vocabulary's size alone, and does without."""
+    (files / "config.json").write_text(json.dumps({"model_type": kind, "text_config": text, "vocab_size": "x"}))
+    try:
+        assert Tokenizer(files).vocab_size == RANKS + 256
+    except GenerationError as error:
+        assert "config.json" in str(error) and str(error).isprintable()
 
 
 def test_mutations_end_in_one_line(files: Path) -> None:
