@@ -43,18 +43,37 @@ static float decode_fp8(const uint8_t *x, size_t n, const float *block_scale, si
     return nan || poison != 0 || isinf(largest) ? NAN : largest;
 }
 
+/* 32 codes of 16 bytes. In 16 bits, b | b << 4 has a byte's nibbles in the low halves of both bytes. */
+INLINE void spread_u4(const uint8_t *x, int8_t *codes) {
+    typedef uint8_t vb16 __attribute__((vector_size(16)));
+    typedef uint16_t vh16 __attribute__((vector_size(32)));
+    typedef int8_t vc32 __attribute__((vector_size(32)));
+    vb16 byte;
+    memcpy(&byte, x, sizeof byte);
+    vh16 wide = __builtin_convertvector(byte, vh16);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    wide = (wide << 8 | wide >> 4) & 0x0F0F;
+#else
+    wide = (wide | wide << 4) & 0x0F0F;
+#endif
+    vc32 code = (vc32)wide - 8;
+    memcpy(codes, &code, sizeof code);
+}
+
 /* Up to 32 values of a block, an even number; raises `largest`. */
 INLINE vf decode_u4_step(const uint8_t *x, size_t count, float scale, float *out, vf largest) {
+    uint8_t rest[16] = {0};
     int8_t codes[32];
-    for (size_t i = 0; i < count / 2; i++) {
-        codes[2 * i] = (int8_t)((x[i] & 15) - 8);
-        codes[2 * i + 1] = (int8_t)((x[i] >> 4) - 8);
-    }
-    for (size_t i = count; i < 32; i++) codes[i] = 0;
+    if (count < 32) x = memcpy(rest, x, count / 2);
+    spread_u4(x, codes);
     for (size_t i = 0; i < count; i += VW) {
         vf w = vf_load_i8(codes + i) * scale;
-        if (count - i >= VW) vf_store(out + i, w);
-        else vf_store_part(out + i, w, count - i);
+        if (count - i >= VW) {
+            vf_store(out + i, w);
+        } else {
+            vf_store_part(out + i, w, count - i);
+            w = vf_load_part(out + i, count - i);
+        }
         largest = vf_max(vf_abs(w), largest);
     }
     return largest;

@@ -13,6 +13,7 @@ Message: TypeAlias = Mapping[str, Any]
 
 # The first is the name that templates read; `thinking` is read by those of gpt-oss.
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
+_MEDIA: Final = ("image", "video", "audio")
 _MARK: Final = "NPUQ-CONTINUES-HERE "
 # Kimi-K2.5's own code writes the tools as declarations of TypeScript. Its template takes JSON without them, which the
 # model was not trained on.
@@ -38,7 +39,7 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
     """Messages of a conversation. A text becomes one user message; `system` becomes a system message before the others.
 
     Raises GenerationError for anything but a text or a list of messages, and for a list with a system message of its
-    own beside `system`.
+    own beside `system`, and for a message with an image, a video or a sound: npuq runs a model's text part alone.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -51,6 +52,7 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
     for index, message in enumerate(conversation):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise GenerationError(f'messages[{index}] is no message; give {{"role": "user", "content": "…"}}')
+        _refuse_media(message.get("content"), index)
         messages.append(dict(message))
     if not messages:
         raise GenerationError("the conversation is empty; give at least one message")
@@ -59,6 +61,20 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
             raise GenerationError("the conversation begins with a system message already; give only one of the two")
         messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def _refuse_media(content: Any, index: int) -> None:
+    for part in content if isinstance(content, (list, tuple)) else ():
+        if not isinstance(part, Mapping):
+            continue
+        # `{"type": "image_url", "image_url": …}` and the like; templates also go by the key without a type.
+        kinds = [kind for kind in (part.get("type"), *part) if isinstance(kind, str)]
+        found = next((kind for kind in kinds if any(word in kind for word in _MEDIA)), None)
+        if found is not None:
+            raise GenerationError(
+                f"messages[{index}] has a part {shown(found)}: npuq reads text alone; leave images, videos and sounds "
+                "out"
+            )
 
 
 def checked_options(
