@@ -1,8 +1,9 @@
 """Tiny random checkpoints of Kimi-K2.5 and Kimi-K2-Thinking, as their authors publish them: routed experts in packed
 int4 with a scale for 32 inputs, everything else in the model's dtype, a vision tower beside the text model.
 
-`write_k25` and `write_k2_thinking` return transformers' model of the same values. The packing is written here by hand;
-`tests/foreign/test_grouped_int4.py` compares it with compressed-tensors' own.
+`write_k25` and `write_k2_thinking` return transformers' model of the same values. `write_trained` makes Kimi-K2.5 of
+the shipped DeepSeek-V3 checkpoint, whose weights are trained and which has a tokenizer. The packing is written here by
+hand; `tests/foreign/test_grouped_int4.py` compares it with compressed-tensors' own.
 """
 
 from __future__ import annotations
@@ -151,6 +152,61 @@ def write_k2_thinking(directory: Path, dtype: torch.dtype = torch.float32, **cha
     return _write(directory, model, publish)
 
 
+def write_trained(deepseek: Path, directory: Path) -> Path:
+    """Write a small checkpoint of DeepSeek-V3 in FP8 as Kimi-K2.5, without its MTP layer and in several shards."""
+    config = json.loads((deepseek / "config.json").read_text())
+    stored: dict[str, Tensor] = {}
+    for shard in sorted(deepseek.glob("*.safetensors")):
+        stored |= load_file(shard)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if name.endswith("_scale_inv") or name.startswith(f"model.layers.{config['num_hidden_layers']}."):
+            continue
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = stored[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+            tensor = (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
+        if ".mlp.experts." in name:
+            tensors |= _stored(f"language_model.{name}", *packed(tensor))
+        else:
+            tensors[f"language_model.{name}"] = tensor
+    generator = torch.Generator().manual_seed(SEED)
+    for name, shape in {
+        "vision_tower.patch_embed.pos_emb.weight": (4, 4, 32),
+        "vision_tower.encoder.final_layernorm.bias": (32,),
+        "vision_tower.encoder.blocks.0.mlp.fc0.weight": (48, 32),
+        "mm_projector.pre_norm.bias": (32,),
+        "mm_projector.proj.2.weight": (config["hidden_size"], 128),
+    }.items():
+        tensors[name] = torch.randn(shape, generator=generator).bfloat16()
+    del config["quantization_config"]
+    text = config | {"model_type": "kimi_k2", "num_nextn_predict_layers": 0, "quantization_config": QUANTIZATION}
+    nested = {
+        "model_type": "kimi_k25",
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": VISION,
+        "tie_word_embeddings": False,
+    }
+    directory.mkdir(parents=True)
+    for path in deepseek.glob("*.json"):
+        if not path.name.endswith("index.json"):
+            shutil.copy(path, directory)
+    (directory / "config.json").write_text(json.dumps(nested, indent=1))
+    placed, names = {}, list(tensors)
+    for number in range(3):
+        part = names[number * len(names) // 3 : (number + 1) * len(names) // 3]
+        shard = f"model-{number + 1:05d}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / shard, metadata={"format": "pt"})
+        placed |= dict.fromkeys(part, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    return directory
+
+
+def _stored(name: str, words: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    shape = torch.tensor([words.shape[0], 8 * words.shape[1]], dtype=torch.int32)
+    return {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": shape}
+
+
 def _random(model: Any, dtype: torch.dtype) -> Any:
     """Fill a model with random weights, wide enough that every part moves the logits, and norms away from one."""
     torch.manual_seed(SEED)
@@ -184,8 +240,7 @@ def _write(directory: Path, model: Any, publish: Any) -> Any:
             stored[name] = weight
             continue
         words, scale = packed(weight)
-        shape = torch.tensor(weight.shape, dtype=torch.int32)
-        stored |= {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": shape}
+        stored |= _stored(name, words, scale)
         tensors[name] = values(words, scale).to(weight.dtype)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     golden, report = type(model).from_pretrained(plain, dtype=model.dtype, output_loading_info=True)
