@@ -7,25 +7,9 @@ statements. An artifact states npuq's reading explicitly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from ..models.config import ModelConfig, text_config, with_text_keys
-
-# Keys without which loaders fail, or take a wrong default of another loader's.
-_EXPLICIT: Final = (
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "first_k_dense_replace",
-    "moe_layer_freq",
-    "scoring_func",
-    "topk_method",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "n_group",
-    "topk_group",
-)
-# The meaning of null, in values that transformers accepts.
-_NOT_NULL: Final[Mapping[str, Any]] = {"n_shared_experts": 0, "attention_bias": False, "hidden_act": "silu"}
 
 
 def loader_config(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
@@ -46,12 +30,16 @@ def loader_config(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Seque
 def _text_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
     """The keys of the text model to add to the source's (`raw`), or to replace there."""
     keys: dict[str, Any] = {}
-    for key in _EXPLICIT if config.moe is not None else ():
+    for key in () if config.moe is None else config.moe.STATED:
         value = getattr(config.moe, key)
         # Also a value of another type: transformers refuses a whole number where it expects a fraction.
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value
-    keys |= {key: value for key, value in _NOT_NULL.items() if key in raw and raw[key] is None}
+    # Engines take an absent flag for false.
+    keys |= {key: value for key, value in config.attention.stated().items() if raw.get(key) is None and value}
+    # transformers refuses null where the key has a type.
+    meaning = {"n_shared_experts": 0, **config.family.fixed}
+    keys |= {key: value for key, value in meaning.items() if key in raw and raw[key] is None}
     # The artifact always stores the head; with tied embeddings SGLang would not read it, and compute with the
     # embedding.
     if raw.get("tie_word_embeddings", False) is not False:

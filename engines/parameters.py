@@ -3,22 +3,23 @@ and each tensor a parameter.
 
 A parameter without a tensor keeps random memory, and the engine computes with it; a tensor without a parameter ends
 loading in an error, or is skipped. Each engine's list is the family's table (`models/families`) and the differences of
-the engine's classes, by model_type. They were read from constructors and `load_weights`, and are tested by loading
-artifacts with every tensor left out in turn (tests/engines).
+the engine's classes, which it chooses by `architectures` of config.json. They were read from constructors and
+`load_weights`, and are tested by loading artifacts with every tensor left out in turn (tests/engines).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from ..formats.artifact import is_described
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
-from ..models.family import Block
+from ..models.family import Block, Family
 from ..models.roles import Role
-from ..models.tensors import ModelTensors
+from ..models.tensors import ModelTensors, Spec
 
 _PARTS: Final[Mapping[Scheme, tuple[str, ...]]] = {
     Scheme.W4A8: (WEIGHT, SCALE, OFFSET, BIAS),
@@ -45,7 +46,7 @@ _STOPS: Final = object()  # the engine would not start
 class EngineModel:
     """The differences of an engine's classes from config.json and the family's table, in reading and loading."""
 
-    architectures: tuple[str, ...]  # the first of config.json's `architectures` must be one of them
+    architectures: tuple[str, ...]  # the names of config.json's `architectures` that build it
     absent: Mapping[str, object]  # defaults of missing or null keys that differ from transformers'
     ties_head: bool  # tied in config.json: the embedding is the head, and a stored head is ignored
     builds_empty_shared: bool  # shared experts of width 0 where n_shared_experts is 0, which want their tensors
@@ -110,21 +111,20 @@ _SGLANG_GLM = replace(
 # Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
 _SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
+# DeepSeek's classes with an indexer. SGLang takes a model without index_topk for a dense one.
+_SPARSE: Final[Mapping[str, object]] = {"index_topk": _STOPS, "indexer_rope_interleave": False}
+_VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
+    replace(model, architectures=(architecture,), absent={**model.absent, **_SPARSE})
+    for architecture in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+    for model in (_VLLM, _SGLANG)
+)
+# By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
-    "vllm-ascend": {
-        "deepseek_v2": _VLLM,
-        "deepseek_v3": _VLLM,
-        "kimi_k2": _VLLM,
-        "kimi_k25": _VLLM_KIMI_K25,
-        "glm4_moe_lite": _VLLM_GLM,
-    },
-    "sglang": {
-        "deepseek_v2": _SGLANG,
-        "deepseek_v3": _SGLANG,
-        "kimi_k2": _SGLANG,
-        "kimi_k25": _SGLANG_KIMI_K25,
-        "glm4_moe_lite": _SGLANG_GLM,
-    },
+    engine: {name: model for model in models for name in model.architectures}
+    for engine, models in {
+        "vllm-ascend": (_VLLM, _VLLM_KIMI_K25, _VLLM_GLM, _VLLM_V32, _VLLM_GLM5),
+        "sglang": (_SGLANG, _SGLANG_KIMI_K25, _SGLANG_GLM, _SGLANG_V32, _SGLANG_GLM5),
+    }.items()
 }
 
 
@@ -140,8 +140,8 @@ def main_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[st
     """The tensors that the main model reads of an artifact with this config.json and description."""
     config = _as_read(model, raw)
     tied = model.ties_head and config.tie_word_embeddings
-    names = (spec.name for spec in ModelTensors(config).unroll(()) if not (tied and spec.role is Role.HEAD))
-    return _tensors(names, (), schemes)
+    specs = [spec for spec in ModelTensors(config).unroll(()) if not (tied and spec.role is Role.HEAD)]
+    return _by_need(specs, schemes)
 
 
 def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Tensors:
@@ -150,10 +150,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     layers = model.drafts(config)
     if model.draft_always_routes:
         config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
-    specs = list(ModelTensors(config).unroll(layers, main=False))
-    return _tensors(
-        (spec.name for spec in specs if not spec.optional), (spec.name for spec in specs if spec.optional), schemes
-    )
+    return _by_need(list(ModelTensors(config).unroll(layers, main=False)), schemes)
 
 
 def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
@@ -163,7 +160,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     that cannot be read.
     """
     config = ModelConfig.from_dict(raw)
-    model, names = MODELS[engine].get(config.model_type), schemes.keys()
+    model, names = MODELS[engine].get(config.family.architecture), schemes.keys()
     if model is None:
         yield f"npuq does not know what it reads of a {config.model_type}: whether it would load is not checked"
         return
@@ -172,9 +169,9 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         yield f"config.json: architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
     yield from (f"config.json: {problem}" for problem in _misread(model, text_config(raw), config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
-    yield from _missing(sorted(main.needed - names), "")
+    yield from _missing(sorted(filter(is_described, main.needed - names)), "")
     if any(config.family.layer_of(name) in model.drafts(config) for name in names):
-        yield from _missing(sorted(draft.needed - names), " of the MTP draft")
+        yield from _missing(sorted(filter(is_described, draft.needed - names)), " of the MTP draft")
     surplus = {name for name in names - main.needed - main.optional if not config.family.passes_through(name)}
     refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
     if refused:
@@ -184,22 +181,24 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         )
 
 
-def refused_names(engine: str, model_type: str, names: Collection[str]) -> list[str]:
+def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:
     """The tensors among `names`, all without a parameter, at which `engine` would fail to load an artifact."""
-    model = MODELS[engine].get(model_type)
+    model = MODELS[engine].get(family.architecture)
     return [] if model is None else [name for name in names if model.refuses(name)]
 
 
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """A line for each of the text model's keys (`raw`) that the engine reads otherwise than npuq, and the value to
     write instead."""
-    for key, taken in model.absent.items():
-        wanted = getattr(config.moe, key)
+    routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
+    read = {**config.attention.stated(), **routing}
+    for key, taken in [(key, taken) for key, taken in model.absent.items() if key in read]:
+        wanted = read[key]
         if raw.get(key) is None and not (taken == wanted or (taken is None and wanted == "greedy")):
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
-    for key in ("n_group", "topk_group"):
-        if raw.get(key, getattr(config.moe, key)) != getattr(config.moe, key):
+    for key in [key for key in ("n_group", "topk_group") if key in routing]:
+        if raw.get(key, routing[key]) != routing[key]:
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:
@@ -233,12 +232,14 @@ def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:
     return model.skips_uncounted or layer in _counted(config)
 
 
-def _tensors(needed: Iterator[str], optional: Iterator[str] | tuple[()], schemes: Mapping[str, Scheme]) -> Tensors:
-    parts, spare = set(), set(optional)
-    for name in needed:
-        scheme = schemes.get(name, Scheme.FLOAT)
-        prefix = name.removesuffix(WEIGHT)
-        parts |= {prefix + suffix for suffix in _PARTS[scheme]} if scheme in _PARTS else {name}
+def _by_need(specs: Sequence[Spec], schemes: Mapping[str, Scheme]) -> Tensors:
+    parts: set[str] = set()
+    spare: set[str] = set()
+    for spec in specs:
+        scheme = schemes.get(spec.name, Scheme.FLOAT)
+        prefix = spec.name.removesuffix(WEIGHT)
+        stored = {prefix + suffix for suffix in _PARTS[scheme]} if scheme in _PARTS else {spec.name}
+        (spare if spec.optional else parts).update(stored)
         spare |= {prefix + suffix for suffix in _UNUSED.get(scheme, ())}
     return Tensors(frozenset(parts), frozenset(spare))
 

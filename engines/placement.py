@@ -18,7 +18,9 @@ from ..formats.checkpoint import read_config
 from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
+from ..models.tensors import Spec
 from .parameters import parameter_problems, refused_names
+from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
 _W4A8_INPUTS = 64
@@ -50,9 +52,23 @@ class Placement:
         return 0 if self.config.moe is None else self.config.moe.moe_intermediate_size
 
     @property
+    def selects(self) -> bool:
+        """True for sparse attention. Each rank then has the whole indexer, and a share of the attention's heads."""
+        return self.config.attention.dense_tokens is not None
+
+    @property
+    def rank_heads(self) -> int:
+        """Attention heads of a rank."""
+        return self.config.attention.heads // self.tp
+
+    @property
     def slices_w4a8(self) -> bool:
         """True where each rank has a slice of every W4A8 expert."""
         return self.experts is Scheme.W4A8 and self.tp > 1 and not self.ep
+
+
+def _is_power_of_two(heads: int) -> bool:
+    return 0 < heads <= 128 and heads & (heads - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ _COMMON = (
     Requirement(
         lambda p: p.config.attention.heads % p.tp != 0,
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
+    ),
+    Requirement(
+        lambda p: p.selects and p.config.attention.heads % p.tp == 0 and not _is_power_of_two(p.rank_heads),
+        "each of {tp} ranks would have {rank_heads} attention heads, and npu_sparse_flash_attention takes 1, 2, 4, … "
+        "or 128: choose another --tp",
     ),
     Requirement(
         lambda p: p.dense_width % p.tp != 0 or p.shared_width % p.tp != 0,
@@ -143,16 +164,35 @@ def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, 
         yield f"{engine} {ENGINES[engine][0]}: {problem}"
 
 
-def engine_notes(config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str]) -> Iterator[str]:
+def engine_notes(
+    config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str], specs: Mapping[str, Spec]
+) -> Iterator[str]:
     """A line for each problem of an artifact with these weights on any placement; `unknown` tensors are copied."""
+    yield from slow_path_notes(specs, schemes)
     for engine, (version, _) in ENGINES.items():
         yield from placement_problems(engine, config, schemes, 1, False)
-        refused = refused_names(engine, config.model_type, unknown)
+        refused = refused_names(engine, config.family, unknown)
         if refused:
             yield (
                 f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "
                 "loader needs it, remove it from the checkpoint"
             )
+
+
+def slow_path_notes(specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line where an engine computes rightly, but without its fused operators, in a model with these tensors."""
+    slow = [
+        parts["index_q"].name
+        for parts in sparse_layers(specs)
+        if "index_q" in parts
+        and schemes.get(parts["q_a"].name) is Scheme.W8A8
+        and schemes.get(parts["index_q"].name) is Scheme.FLOAT
+    ]
+    if slow:
+        yield (
+            f"vllm-ascend {ENGINES['vllm-ascend'][0]}: {slow[0]!r} is FLOAT in {len(slow)} layer(s), so that attention "
+            "there takes many small operators instead of a fused one; give the role indexer W8A8_DYNAMIC"
+        )
 
 
 def placement_problems(
@@ -167,6 +207,7 @@ def placement_problems(
         "dense": placement.dense_width,
         "shared": placement.shared_width,
         "heads": config.attention.heads,
+        "rank_heads": placement.rank_heads,
         "experts": config.n_routed_experts,
         "width": placement.expert_width,
     }

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from ..formats.schemes import Scheme
 from ..models.family import Block
-from ..models.roles import QUANTIZABLE, ROUTED, Role
+from ..models.roles import INDEXER, QUANTIZABLE, ROUTED, Role
 from ..models.tensors import Spec
 from ..recipes.recipe import Target
 
@@ -48,6 +48,7 @@ def violations(specs: Mapping[str, Spec], scheme_of: SchemeOf, target: Target) -
         if why is not None:
             yield Violation(spec, scheme, why)
     yield from _split_groups(specs, scheme_of)
+    yield from _split_preprocessing(specs, scheme_of)
     yield from _mixed_experts(specs, scheme_of)
 
 
@@ -75,6 +76,8 @@ def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
         return "W4A8_DYNAMIC exists only for the main model's routed experts; use W8A8_DYNAMIC here"
     if scheme is Scheme.W8A8_STATIC and spec.role in ROUTED:
         return "no loader has routed experts with a static input scale; use W4A8_DYNAMIC or W8A8_DYNAMIC here"
+    if scheme is Scheme.W8A8_STATIC and spec.role in INDEXER:
+        return "no loader has indexers with a static input scale; use W8A8_DYNAMIC or FLOAT here"
     if scheme is Scheme.FLOAT and spec.role in ROUTED and target is Target.ENGINES:
         return "engines refuse FLOAT routed experts; give them a scheme, or set 'target: npuq'"
     return None
@@ -101,6 +104,38 @@ def _split_groups(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Vi
             group = f"{specs[leader].module} and {specs[name].module}"
             why = f"{leader!r} is {scheme_of(leader).value}; engines fuse {group}: give them one scheme"
             yield Violation(specs[name], scheme_of(name), why)
+
+
+def _split_preprocessing(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:
+    """Projections of sparse MLA that vLLM-Ascend's fused preprocessing (`npu_mla_prolog_v3`) reads by one scheme.
+
+    It is taken where the layer's own `wq_b` is quantized, and in layers without one. It then reads q_b by the scheme of
+    q_a and kv_a, unchecked (`sfa_v1.py`, vLLM-Ascend 0.30.0rc2).
+    """
+    for parts in sparse_layers(specs):
+        index_q, first = parts.get("index_q"), parts["q_a"]
+        quantized = index_q is not None and scheme_of(index_q.name) is not Scheme.FLOAT
+        if index_q is not None and not index_q.optional and not quantized:
+            continue  # each projection by itself
+        for spec in (parts[part] for part in ("q_a", "kv_a", "q_b") if part in parts):
+            scheme = scheme_of(spec.name)
+            if index_q is not None and quantized and scheme is not Scheme.W8A8:
+                why = f"{index_q.name!r} is {scheme_of(index_q.name).value}; then {spec.module} must be W8A8_DYNAMIC"
+                yield Violation(spec, scheme, f"{why}, or both FLOAT")
+            elif scheme is not scheme_of(first.name):
+                why = f"{first.name!r} is {scheme_of(first.name).value}; engines read both by one scheme: give them one"
+                yield Violation(spec, scheme, why)
+
+
+def sparse_layers(specs: Mapping[str, Spec]) -> Iterator[dict[str, Spec]]:
+    """The attention's tensors by part, of each layer of a model with indexers; nothing of any other model."""
+    if not any(spec.role in INDEXER for spec in specs.values()):
+        return
+    layers: dict[int | None, dict[str, Spec]] = {}
+    for spec in specs.values():
+        if spec.block is Block.ATTENTION and spec.entry is not None:
+            layers.setdefault(spec.layer, {})[spec.entry.part] = spec
+    yield from (parts for parts in layers.values() if "q_a" in parts)
 
 
 def _mixed_experts(specs: Mapping[str, Spec], scheme_of: SchemeOf) -> Iterator[Violation]:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .attention import AttentionWidths
 from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .families import FAMILIES, family_of
 from .family import Family
-from .mla import Mla
 from .moe import Moe
 from .rope_config import RopeConfig, read_rope
 from .rope_frequencies import check_computable
@@ -48,7 +48,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: torch.dtype
-    attention: Mla
+    attention: AttentionWidths
     moe: Moe | None
     rope: RopeConfig
 
@@ -74,12 +74,8 @@ class ModelConfig:
             rope=read_rope(config),
         )
         # No backend computes another value: refuse it rather than run another model.
-        read.choice("hidden_act", ("silu",), "silu")
-        for key, needed in (("rope_interleave", True), ("attention_bias", False), ("mlp_bias", False)):
-            if read.flag(key, needed) is not needed:
-                raise CheckpointError(
-                    f"config.json: {key} {str(not needed).lower()} is not supported; no released model has it"
-                )
+        for key, value in family.fixed.items():
+            read.fixed(key, value)
         result._check()
         check_computable(result.rope)
         return result

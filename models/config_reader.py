@@ -66,6 +66,22 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} {shown(value)} is unknown; npuq knows {', '.join(choices)}")
         return str(value)
 
+    def fixed(self, key: str, only: str | bool) -> None:
+        """Check that the config has no other value than `only`."""
+        if isinstance(only, str):
+            self.choice(key, (only,), only)
+        elif self.flag(key, only) is not only:
+            raise CheckpointError(
+                f"config.json: {key} {str(not only).lower()} is not supported; no released model has it"
+            )
+
+    def text(self, key: str) -> str | None:
+        """Read a text; None where there is none."""
+        value = self._config.get(key)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"config.json: {key} must be a text, not {shown(value)}")
+        return value
+
     def words(self, key: str) -> list[str] | None:
         """Read a list of texts; None where there is none."""
         value = self._config.get(key)

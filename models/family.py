@@ -8,14 +8,14 @@ rotation multiplies, the weights that smoothing changes together, the parameters
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-from .mla import Mla
+from .attention import AttentionReader
 from .moe import MoeDefaults
 from .roles import Role
 
@@ -35,9 +35,10 @@ class Block(str, Enum):
     __str__ = str.__str__
 
 
-Kind = Literal["linear", "norm", "lookup", "vector"]
-"""linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. lookup: one row a token id, `[rows,
-channels]`. vector: any other tensor of one dimension."""
+Kind = Literal["linear", "norm", "layer_norm", "lookup", "vector"]
+"""linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. layer_norm: gain or bias of a layer norm,
+which subtracts a mean and so keeps no basis. lookup: one row a token id, `[rows, channels]`. vector: any other tensor
+of one dimension."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Entry:
     shape: words of `sizes`.
     reads, writes: names of activations. Several are concatenated to a linear's inputs.
     heads: (rows of a head, its first row that writes) where only the last rows of each head write `writes`.
-    when: a word of `conditions`, evaluated for each layer. optional: the tensor may be absent even so.
+    when: a word of `conditions`, evaluated for each layer. optional: a word of them where the tensor may be absent even
+    so; "never" holds nowhere.
     dtype: the safetensors code that the tensor keeps in every checkpoint and artifact; None: any.
     fused: the first part of the parameter into which engines fuse this one.
     row_parallel: tensor-parallel ranks split the inputs, so that W4A8 keeps one scale_bias a slice.
@@ -78,7 +80,7 @@ class Entry:
     writes: str | None = None
     heads: tuple[str, str] | None = None
     when: str = "always"
-    optional: bool = False
+    optional: str = "never"
     dtype: str | None = None
     fused: str | None = None
     row_parallel: bool = False
@@ -90,8 +92,9 @@ class Family:
 
     architecture: the first of config.json's `architectures`, by which vLLM and SGLang choose a model's class;
     transformers chooses by model_type.
-    attention: the class that reads the widths of its attention. moe, rms_norm_eps: defaults of keys of config.json.
-    blocks: the entries of each block. layers, experts: the names' parts before a layer's number, and before an expert's
+    attention: reads the widths of its attention. moe, rms_norm_eps: defaults of keys of config.json.
+    blocks: the entries of each block. fixed: keys of config.json with the one value that the blocks compute, which is
+    also the default. layers, experts: the names' parts before a layer's number, and before an expert's
     number within its layer. prefix: the common beginning of all names (`language_model.`).
     text_types: the model_types that `text_config` of config.json may name, where the keys of the text model stand in
     that object; empty where they stand at the top.
@@ -102,10 +105,11 @@ class Family:
 
     model_type: str
     architecture: str
-    attention: type[Mla]
+    attention: AttentionReader
     moe: MoeDefaults | None
     activations: tuple[Activation, ...]
     blocks: dict[Block, tuple[Entry, ...]]
+    fixed: Mapping[str, str | bool]
     layers: str = "model.layers."
     experts: str = "mlp.experts."
     rms_norm_eps: float = 1e-6

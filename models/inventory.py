@@ -169,15 +169,17 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return None if expert is None else f"n_routed_experts {config.n_routed_experts}"
     if entry.when == "mtp":
         return f"num_hidden_layers {config.num_hidden_layers}"
-    moe, attention = config.moe, config.attention
-    if entry.when in attention.KEYS:
-        return _shown(attention, attention.KEYS[entry.when])
-    assert moe is not None  # without experts in the family, nothing else is decided
-    if config.moe_at(layer) is not None and entry.when in moe.KEYS:
-        return _shown(moe, moe.KEYS[entry.when])
-    return f"{_shown(moe, 'first_k_dense_replace')} and {_shown(moe, 'moe_layer_freq')}"
+    for part in (config.attention, config.moe_at(layer)):
+        if part is not None and entry.when in part.KEYS:
+            return _shown(part, layer, part.KEYS[entry.when])
+    return "no experts" if config.moe is None else _shown(config.moe, layer, *config.moe.LAYER_KEYS)
 
 
-def _shown(part: object, key: str) -> str:
-    value = getattr(part, key)
+def _shown(part: object, layer: int, *keys: str) -> str:
+    return " and ".join(_value(key, getattr(part, key), layer) for key in keys)
+
+
+def _value(key: str, value: object, layer: int) -> str:
+    if isinstance(value, tuple):
+        return f"{key} {value[layer]} for layer {layer}"
     return f"{key} {'null' if value is None else value}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ class Mla:
     v_head_dim: int
 
     # The key of config.json that decides a condition.
-    KEYS: ClassVar = {"q_lora": "q_lora_rank", "full_q": "q_lora_rank"}
+    KEYS: ClassVar[Mapping[str, str]] = {"q_lora": "q_lora_rank", "full_q": "q_lora_rank"}
 
     @classmethod
     def read(cls, read: ConfigReader) -> Mla:
@@ -53,9 +54,18 @@ class Mla:
             "v_head": self.v_head_dim,
         }
 
-    def conditions(self) -> dict[str, bool]:
-        """The table's words of conditions; True for those that hold."""
+    def conditions(self, layer: int) -> dict[str, bool]:
+        """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
+
+    def stated(self) -> dict[str, int | bool]:
+        """The keys of config.json that loaders have different defaults for."""
+        return {}
+
+    @property
+    def dense_tokens(self) -> int | None:
+        """The longest sequence in which every query attends to all earlier tokens; None: any."""
+        return None
 
     @property
     def qk_head_dim(self) -> int:

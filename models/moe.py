@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,8 +15,8 @@ class MoeDefaults:
     """Loaders' defaults of keys that config.json leaves out, and the values that all loaders compute alike.
 
     norm_topk_probs, topk_methods: the accepted values; the first is the default. reads_layer_types: transformers reads
-    `mlp_layer_types` instead of `first_k_dense_replace`, and without that list takes `first_k_dense_replace` of these
-    defaults.
+    `mlp_layer_types` instead of `first_k_dense_replace`, and no `moe_layer_freq`. reads_dense_number: without that list
+    it reads `first_k_dense_replace`; else it takes the one of these defaults.
     """
 
     first_k_dense_replace: int
@@ -27,6 +28,7 @@ class MoeDefaults:
     scoring_func: str
     topk_methods: tuple[str, ...]
     reads_layer_types: bool = False
+    reads_dense_number: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,22 @@ class Moe:
     routed_scaling_factor: float
 
     # The key of config.json that decides a condition.
-    KEYS: ClassVar = {"router_bias": "topk_method", "shared_experts": "n_shared_experts"}
+    KEYS: ClassVar[Mapping[str, str]] = {"router_bias": "topk_method", "shared_experts": "n_shared_experts"}
+    # The keys that decide which layers have experts.
+    LAYER_KEYS: ClassVar[tuple[str, ...]] = ("first_k_dense_replace", "moe_layer_freq")
+    # Keys that an artifact's config.json states: without them loaders fail, or take another loader's default.
+    STATED: ClassVar[tuple[str, ...]] = (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "first_k_dense_replace",
+        "moe_layer_freq",
+        "scoring_func",
+        "topk_method",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+    )
 
     @classmethod
     def read(cls, read: ConfigReader, default: MoeDefaults) -> Moe:
@@ -142,6 +159,8 @@ def _dense_layers(read: ConfigReader, default: MoeDefaults) -> int:
                 "read no other order"
             )
     stated = read.count("first_k_dense_replace", dense, nullable=False)
+    if types is None and default.reads_dense_number:
+        dense = stated
     frequency = read.size("moe_layer_freq", 1)
     if default.reads_layer_types and (stated, frequency) != (dense, 1):
         raise CheckpointError(

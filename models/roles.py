@@ -15,6 +15,9 @@ class Role(str, Enum):
     ROUTER_BIAS = "router_bias"
     KV_B = "kv_b"
     ATTENTION = "attention"
+    INDEXER = "indexer"
+    INDEXER_FLOAT = "indexer_float"
+    INDEXER_NORM = "indexer_norm"
     DENSE_MLP = "dense_mlp"
     SHARED_EXPERT = "shared_expert"
     ROUTED_EXPERT = "routed_expert"
@@ -26,6 +29,9 @@ class Role(str, Enum):
     MTP_ROUTER_BIAS = "mtp_router_bias"
     MTP_KV_B = "mtp_kv_b"
     MTP_ATTENTION = "mtp_attention"
+    MTP_INDEXER = "mtp_indexer"
+    MTP_INDEXER_FLOAT = "mtp_indexer_float"
+    MTP_INDEXER_NORM = "mtp_indexer_norm"
     MTP_DENSE_MLP = "mtp_dense_mlp"
     MTP_SHARED_EXPERT = "mtp_shared_expert"
     MTP_ROUTED_EXPERT = "mtp_routed_expert"
@@ -39,13 +45,16 @@ class Role(str, Enum):
         return self if self.value.startswith("mtp_") else Role("mtp_" + self.value)
 
 
+INDEXER = frozenset({Role.INDEXER, Role.MTP_INDEXER})
 ROUTED = frozenset({Role.ROUTED_EXPERT, Role.MTP_ROUTED_EXPERT})
 # Roles that a recipe may quantize. All other tensors stay float in every loader.
 QUANTIZABLE = ROUTED | {
     Role.ATTENTION,
+    Role.INDEXER,
     Role.DENSE_MLP,
     Role.SHARED_EXPERT,
     Role.MTP_ATTENTION,
+    Role.MTP_INDEXER,
     Role.MTP_DENSE_MLP,
     Role.MTP_SHARED_EXPERT,
 }

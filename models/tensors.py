@@ -25,11 +25,7 @@ class Spec:
     expert: int | None = None
     block: Block | None = None
     entry: Entry | None = None
-
-    @property
-    def optional(self) -> bool:
-        """True for a tensor that a checkpoint may leave out."""
-        return self.entry is not None and self.entry.optional
+    optional: bool = False  # a checkpoint may leave it out
 
     @property
     def row_parallel(self) -> bool:
@@ -86,8 +82,9 @@ class ModelTensors:
     def _spec(self, block: Block, entry: Entry, layer: int | None, expert: int | None) -> Spec:
         mtp = layer is not None and layer >= self.config.num_hidden_layers
         shape = tuple([self.sizes[word] for word in entry.shape])
+        optional = entry.optional != "never" and entry.optional in conditions(self.config, layer)
         name = self.family.scope(layer, expert) + entry.name
-        return Spec(name, entry.role.in_mtp if mtp else entry.role, shape, layer, expert, block, entry)
+        return Spec(name, entry.role.in_mtp if mtp else entry.role, shape, layer, expert, block, entry, optional)
 
 
 def expected_specs(config: ModelConfig, mtp_layers: Iterable[int]) -> dict[str, Spec]:
@@ -105,7 +102,7 @@ def conditions(config: ModelConfig, layer: int | None) -> frozenset[str]:
         "mtp": layer >= config.num_hidden_layers,
         "dense": moe is None,
         "moe": moe is not None,
-        **config.attention.conditions(),
+        **config.attention.conditions(layer),
         **({} if moe is None else moe.conditions()),
     }
     return frozenset(word for word, holds in words.items() if holds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..engines.placement import ENGINES, loading_problems
+from ..engines.placement import ENGINES, loading_problems, slow_path_notes
 from ..engines.requirements import violations
 from ..formats.artifact import DESCRIPTION_NAME
 from ..recipes.recipe import Target
@@ -22,3 +22,4 @@ def engine_notes(subject: Subject) -> Iterator[str]:
     if subject.is_own and subject.target is Target.ENGINES:
         for engine in ENGINES:
             yield from loading_problems(engine, subject.checkpoint.config, subject.described)
+        yield from slow_path_notes(subject.specs, subject.schemes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from ..formats.sources.draft_heads import with_heads
 from ..formats.sources.rewritten import rewritten
 from ..formats.sources.rotated import rotated
 from ..formats.sources.weights import WeightSource
@@ -34,6 +35,7 @@ class Original:
         if source is None:
             return
         if Transform.ROTATE in transforms:
+            source = with_heads(source, subject.config)
             inventory = take_inventory(subject.config, source.weights)
             self._source = rewritten(source, rotated(subject.config, inventory))
         if skipped := sum(self._is_smoothed(spec) for spec in subject.specs.values()):

@@ -71,8 +71,9 @@ class Layer:
 
     def has(self, block: Block, part: str) -> bool:
         """True where the layer has a part. The config decides, as it does in engines, and not the checkpoint's other
-        tensors."""
-        return self.tensors.has(block, part, self.index)
+        tensors, except where the config leaves it open."""
+        spec = self.spec(block, part)
+        return self.tensors.has(block, part, self.index) and (not spec.optional or spec.name in self.walk.jobs)
 
     def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
         """The specification of a part's tensor."""

@@ -23,7 +23,7 @@ from ...models.roles import Role
 from ...models.rope import rope_tables
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
-from ...runtime.attention.kinds import attention_of
+from ...runtime.attention.kinds import dense_attention_of
 from ..plan.memory import Budget
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
@@ -118,7 +118,8 @@ class CalibratedWalk:
             with Pool(self._budget.workers) as pool, single_threaded_torch():
                 walk = Walk(
                     config=config,
-                    attention=attention_of(config, tables.softmax_scale),
+                    # No sample is so long that a sparse model would select tokens (`plan/prepare.py`).
+                    attention=dense_attention_of(config, tables.softmax_scale),
                     rope=rope_rows(tables, calibration.sequence_length, ops),
                     ops=ops,
                     source=self._prepared.source,

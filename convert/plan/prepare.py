@@ -14,10 +14,11 @@ import torch
 
 from ... import __version__
 from ...engines.placement import engine_notes
-from ...errors import CheckpointError, RecipeError
+from ...errors import CalibrationError, CheckpointError, RecipeError
 from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
+from ...formats.sources.draft_heads import missing_heads, with_heads
 from ...formats.sources.opening import open_weights
 from ...formats.sources.rewritten import rewritten
 from ...formats.sources.rotated import rotated
@@ -157,6 +158,10 @@ def prepare(
         if text is not None and text.time_budget is not None and not resolved.auto:
             raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
         check_source(resolved, stored is not None)
+        heads: list[str] = []
+        if resolved.rotate:
+            heads = missing_heads(source, config)
+            source = with_heads(source, config)
         inventory = take_inventory(config, source.weights)
         assignments = resolve(resolved, inventory.specs, stored)
         check_recipe(resolved, inventory.specs, assignments)
@@ -175,10 +180,10 @@ def prepare(
         plan = build_plan(source.weights, inventory, assignments, max_shard_size, float16=float16)
         names = tuple(side_files(directory))
         origin = _origin(directory)
-        said = statements(checkpoint, config, inventory, source, shared)
+        said = statements(checkpoint, config, inventory, source, shared, heads)
         if resolved.target is Target.ENGINES:
             schemes = {name: assignment.scheme for name, assignment in assignments.items()}
-            said += engine_notes(config, schemes, inventory.unknown)
+            said += engine_notes(config, schemes, inventory.unknown, inventory.specs)
     except BaseException:
         if checkpoint is not None:
             checkpoint.close()
@@ -242,6 +247,7 @@ def _calibration(
     if _needs_calibration(recipe, assignments):
         position = int(config.rope.max_position)
         path = text.path or BUILTIN
+        _check_window(text.sequence_length, config)
         return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)
     if (text.path, text.samples, text.sequence_length) != (None, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH):
         method = STORED if recipe.stored else recipe.chain
@@ -250,6 +256,16 @@ def _calibration(
             "smooth or a chain of them"
         )
     return None
+
+
+def _check_window(sequence_length: int, config: ModelConfig) -> None:
+    """Raise CalibrationError for samples in which a sparse model would select tokens: calibration attends to all."""
+    most = config.attention.dense_tokens
+    if most is not None and sequence_length > most:
+        raise CalibrationError(
+            f"--sequence-length {sequence_length} is longer than index_topk {most} of config.json, and calibration "
+            f"attends to all tokens of a sample, as the model does up to that length; give --sequence-length {most}"
+        )
 
 
 def _origin(directory: Path) -> Origin:

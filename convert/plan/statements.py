@@ -24,16 +24,24 @@ from ...models.config import ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
 from ...runtime.text.generation_config import NAME as GENERATION_NAME
+from ...units import format_bytes
 
 
 def statements(
-    checkpoint: Checkpoint, config: ModelConfig, inventory: Inventory, source: WeightSource, shared: str | None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    inventory: Inventory,
+    source: WeightSource,
+    shared: str | None,
+    heads: Sequence[str] = (),
 ) -> list[str]:
-    """A line for each contradiction; `shared` is the tied name that `share_tied` found missing."""
+    """A line for each contradiction; `shared` is the tied name that `share_tied` found missing, `heads` those of
+    `missing_heads`."""
     raw, directory = checkpoint.text_config, checkpoint.directory
     return [
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
+        *_draft_heads(source, heads),
         *_dtype(raw, config, inventory, source),
         *_quantization(raw, directory, source),
         *_rope(raw),
@@ -73,6 +81,16 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         yield (
             f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers behind a gap, or neither whole nor counted "
             "by config.json: left out, since no loader runs them"
+        )
+
+
+def _draft_heads(source: WeightSource, heads: Sequence[str]) -> Iterator[str]:
+    if heads:
+        size = source.weights[heads[0]].nbytes
+        yield (
+            f"the checkpoint ships no head for its MTP layer: rotation stores {heads[0]!r} ({format_bytes(size)}), the "
+            "main model's head with the MTP layer's own norm folded in. vLLM-Ascend drafts with it; SGLang drafts with "
+            "the main model's head in any case: it accepts fewer drafts, and generates the same text"
         )
 
 

@@ -166,7 +166,7 @@ def _weight(checkpoint: Checkpoint, module: str) -> GroupedInt4:
         )
     scale, shape = (_part(checkpoint, info, module + suffix) for suffix in (_SCALE, _SHAPE))
     rows, words = info.shape
-    if scale.dtype not in _FLOATS or scale.shape != (rows, 8 * words / GROUP):
+    if scale.dtype not in _FLOATS or 8 * words % GROUP or scale.shape != (rows, 8 * words // GROUP):
         raise CheckpointError(
             f"{scale.file}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)}; {rows} rows of {8 * words} "
             f"inputs in groups of {GROUP}, the only size that npuq reads, have BF16 [{rows}, {8 * words / GROUP:g}]"

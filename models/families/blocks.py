@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from ..family import Activation, Block, Entry
 from ..roles import Role
 
@@ -68,6 +71,23 @@ MLA = (
     Entry("o", "self_attn.o_proj.weight", Role.ATTENTION, ("hidden", "v"), reads=("values",), writes="stream"),
 )  # fmt: skip
 
+# The lightning indexer of sparse MLA (DeepSeek-V3.2). A score of two tokens is a sum over index heads, each weighted
+# by `index_weights`. Nothing that it writes has a basis: a layer norm and rotary pairs follow.
+INDEXER_ACTIVATIONS = (Activation("index_key"), Activation("index_key_normed"))
+
+INDEXER = (
+    Entry("index_q", "self_attn.indexer.wq_b.weight", Role.INDEXER, ("index_q", "q_lora"), reads=("q_latent_normed",),
+          when="indexer", optional="unused_indexer"),
+    Entry("index_k", "self_attn.indexer.wk.weight", Role.INDEXER_FLOAT, ("index_head", "hidden"),
+          reads=("attention_input",), writes="index_key", when="indexer", optional="unused_indexer"),
+    Entry("index_k_norm", "self_attn.indexer.k_norm.weight", Role.INDEXER_NORM, ("index_head",), "layer_norm",
+          ("index_key",), "index_key_normed", when="indexer", optional="unused_indexer"),
+    Entry("index_k_norm_bias", "self_attn.indexer.k_norm.bias", Role.INDEXER_NORM, ("index_head",), "layer_norm",
+          ("index_key",), "index_key_normed", when="indexer", optional="unused_indexer"),
+    Entry("index_weights", "self_attn.indexer.weights_proj.weight", Role.INDEXER_FLOAT, ("index_heads", "hidden"),
+          reads=("attention_input",), when="indexer", optional="unused_indexer"),
+)  # fmt: skip
+
 ROUTER = (
     Entry("router", "mlp.gate.weight", Role.ROUTER, ("experts", "hidden"), reads=("mlp_input",), when="moe"),
     # Loaders keep it in float32: rounded to bfloat16 it reroutes tokens.
@@ -89,12 +109,19 @@ MTP = (
     norm("hidden_norm", "hnorm.weight", "hidden", "final", "mtp_hidden", Role.MTP_NORM, when="mtp"),
     # Copies of the main model's tensors; some releases leave them out.
     Entry("embedding", "embed_tokens.weight", Role.MTP_EMBEDDING, ("vocab", "hidden"), "lookup", writes="stream",
-          when="mtp", optional=True),
+          when="mtp", optional="always"),
     norm("head_norm", "shared_head.norm.weight", "hidden", "stream", "mtp_final", Role.MTP_NORM, when="mtp"),
     Entry("head", "shared_head.head.weight", Role.MTP_HEAD, ("vocab", "hidden"), reads=("mtp_final",), when="mtp",
-          optional=True),
+          optional="always"),
 )  # fmt: skip
 
+# Queries and keys are stored with the pairs that rotate together side by side.
+DEEPSEEK_FIXED: Final[Mapping[str, str | bool]] = {
+    "hidden_act": "silu",
+    "rope_interleave": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 DEEPSEEK_ACTIVATIONS = (*STREAM, *MLA_ACTIVATIONS, *MTP_ACTIVATIONS)
 DEEPSEEK_BLOCKS = {
     Block.TOP: TOP,
@@ -106,3 +133,6 @@ DEEPSEEK_BLOCKS = {
     Block.SHARED: gated_mlp(Role.SHARED_EXPERT, "shared_intermediate", "mlp.shared_experts.", when="shared_experts"),
     Block.EXPERT: gated_mlp(Role.ROUTED_EXPERT, "moe_intermediate", "", when="moe"),
 }
+
+SPARSE_ACTIVATIONS = (*DEEPSEEK_ACTIVATIONS, *INDEXER_ACTIVATIONS)
+SPARSE_BLOCKS = {**DEEPSEEK_BLOCKS, Block.ATTENTION: (*MLA, *INDEXER)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..family import Family
 from ..mla import Mla
 from ..moe import MoeDefaults
-from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS
+from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS, DEEPSEEK_FIXED
 
 FAMILY = Family(
     model_type="deepseek_v2",
@@ -24,4 +24,5 @@ FAMILY = Family(
     ),
     activations=DEEPSEEK_ACTIVATIONS,
     blocks=DEEPSEEK_BLOCKS,
+    fixed=DEEPSEEK_FIXED,
 )

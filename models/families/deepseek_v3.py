@@ -5,22 +5,25 @@ from __future__ import annotations
 from ..family import Family
 from ..mla import Mla
 from ..moe import MoeDefaults
-from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS
+from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS, DEEPSEEK_FIXED
+
+MOE = MoeDefaults(
+    first_k_dense_replace=3,
+    n_shared_experts=1,
+    n_group=8,
+    topk_group=4,
+    norm_topk_probs=(True, False),
+    routed_scaling_factor=2.5,
+    scoring_func="sigmoid",
+    topk_methods=("noaux_tc",),
+)
 
 FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     attention=Mla,
-    moe=MoeDefaults(
-        first_k_dense_replace=3,
-        n_shared_experts=1,
-        n_group=8,
-        topk_group=4,
-        norm_topk_probs=(True, False),
-        routed_scaling_factor=2.5,
-        scoring_func="sigmoid",
-        topk_methods=("noaux_tc",),
-    ),
+    moe=MOE,
     activations=DEEPSEEK_ACTIVATIONS,
     blocks=DEEPSEEK_BLOCKS,
+    fixed=DEEPSEEK_FIXED,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..family import Family
 from ..mla import Mla
 from ..moe import MoeDefaults
-from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS
+from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS, DEEPSEEK_FIXED
 
 FAMILY = Family(
     model_type="glm4_moe_lite",
@@ -24,8 +24,10 @@ FAMILY = Family(
         scoring_func="sigmoid",
         topk_methods=("noaux_tc",),
         reads_layer_types=True,
+        reads_dense_number=False,
     ),
     activations=DEEPSEEK_ACTIVATIONS,
     blocks=DEEPSEEK_BLOCKS,
+    fixed=DEEPSEEK_FIXED,
     rms_norm_eps=1e-5,
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Final
 
+from ...errors import BackendError
 from ...models.config import ModelConfig
 from ...models.mla import Mla
 from ..ops import MlaConfig
@@ -14,11 +16,19 @@ from .mla import MlaAttention
 
 def attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKind:
     """A model's attention. softmax_scale: that of its rope tables, YaRN's factor included."""
-    return _KINDS[type(config.attention)](config, softmax_scale)
+    kind = _KINDS.get(type(config.attention))
+    if kind is None:
+        raise BackendError(f"npuq converts {config.model_type}, but its runtime has no kind of attention for it yet")
+    return kind(config, softmax_scale)
+
+
+def dense_attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKind:
+    """A model's attention without selection: exact for sequences whose every token a sparse model would select."""
+    return _mla(config, softmax_scale)
 
 
 def _mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
-    widths = vars(config.attention)
+    widths = {field.name: getattr(config.attention, field.name) for field in fields(Mla)}
     return MlaAttention(MlaConfig(**widths, rms_norm_eps=config.rms_norm_eps, softmax_scale=softmax_scale))
 
 

@@ -123,8 +123,11 @@ def fit(directory: Path) -> ModelFit:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
+    from ...models.mla import Mla
     from ..ops.ascend.mla import check_mla
 
+    if not isinstance(config.attention, Mla):
+        return f"config.json: the Ascend backend does not run the attention of {config.model_type}"
     return _message(check_mla, "config.json", config.attention)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from npuq.cli.main import main
 from npuq.convert import convert_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from killable import Rig, tree_bytes
 
 Tensors = dict[str, Tensor]
 MakeCheckpoint = Callable[..., Path]
@@ -54,11 +55,26 @@ BASE_CONFIG: dict[str, Any] = {
     "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0},
     "torch_dtype": "bfloat16",
 }
-ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "glm4_moe_lite": "Glm4MoeLiteForCausalLM"}
+ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
+_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 16}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "v3": {},
     "kimi": {"model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 6},
     "glm": {"model_type": "glm4_moe_lite", "n_group": 1, "num_attention_heads": 5, "v_head_dim": 24},
+    "v32": {"model_type": "deepseek_v32", **_INDEXER},
+    "glm5": {
+        "model_type": "glm_moe_dsa",
+        "n_group": 1,
+        "v_head_dim": 24,
+        "indexer_types": ["full", "full", "shared"],
+        "indexer_rope_interleave": True,
+        **_INDEXER,
+    },
     "v2lite": {
         "model_type": "deepseek_v2",
         "q_lora_rank": None,
@@ -101,6 +117,12 @@ def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[a + "kv_a_proj_with_mqa.weight"], shapes[a + "kv_a_layernorm.weight"] = (kv + rope, h), (kv,)
         shapes[a + "kv_b_proj.weight"] = (heads * (nope + v), kv)
         shapes[a + "o_proj.weight"] = (h, heads * v)
+        if "index_topk" in config and (layer >= main_layers or _has_indexer(config, layer)):
+            n, d = config["index_n_heads"], config["index_head_dim"]
+            shapes[a + "indexer.wq_b.weight"] = (n * d, config["q_lora_rank"])
+            shapes[a + "indexer.wk.weight"] = (d, h)
+            shapes[a + "indexer.k_norm.weight"] = shapes[a + "indexer.k_norm.bias"] = (d,)
+            shapes[a + "indexer.weights_proj.weight"] = (n, h)
         if layer < config["first_k_dense_replace"]:
             mlp(p + "mlp.", config["intermediate_size"])
         else:
@@ -113,13 +135,19 @@ def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if layer >= main_layers:
             shapes[p + "eh_proj.weight"] = (h, 2 * h)
             shapes[p + "enorm.weight"] = shapes[p + "hnorm.weight"] = shapes[p + "shared_head.norm.weight"] = (h,)
-            shapes[p + "embed_tokens.weight"] = shapes[p + "shared_head.head.weight"] = (vocab, h)
+            if config["model_type"] != "glm_moe_dsa":
+                shapes[p + "embed_tokens.weight"] = shapes[p + "shared_head.head.weight"] = (vocab, h)
     return shapes
+
+
+def _has_indexer(config: dict[str, Any], layer: int) -> bool:
+    return "indexer_types" not in config or config["indexer_types"][layer] == "full"
 
 
 def quantizes_to_fp8(name: str) -> bool:
     """Whether DeepSeek's FP8 releases store this weight in FP8."""
-    return "_proj" in name and "eh_proj" not in name
+    parts = ("_proj", "indexer.wq_b", "indexer.wk")
+    return any(part in name for part in parts) and "eh_proj" not in name and "weights_proj" not in name
 
 
 def to_fp8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -150,7 +178,7 @@ def write_checkpoint(
     tensors: Tensors = {}
     for name, shape in model_tensors(full).items():
         values = torch.randn(shape, generator=generator) * 0.1
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith("e_score_correction_bias") or (full["model_type"] == "deepseek_v32" and "k_norm" in name):
             tensors[name] = values
         elif fp8_block and quantizes_to_fp8(name):
             tensors[name], tensors[name + "_scale_inv"] = to_fp8(values, fp8_block)
@@ -205,6 +233,12 @@ def model_shapes() -> Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]:
 
 
 @pytest.fixture(scope="session")
+def in_fp8() -> Callable[[str], bool]:
+    """`quantizes_to_fp8`, for tests that write their own files."""
+    return quantizes_to_fp8
+
+
+@pytest.fixture(scope="session")
 def v3_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A V3-shaped FP8 checkpoint in blocks of 16. Read only."""
     return write_checkpoint(tmp_path_factory.mktemp("v3") / "source", fp8_block=16)
@@ -246,37 +280,9 @@ def npuq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     yield run
 
 
-def tree_bytes(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
     return tree_bytes
-
-
-class Rig:
-    """Conversions in child processes that can be killed (see rig.py)."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).parent / "rig.py"
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, source: Path, output: Path, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request |= {"source": str(source), "output": str(output)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return dict(json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @pytest.fixture(scope="session")

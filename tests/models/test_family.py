@@ -20,6 +20,7 @@ from npuq.errors import CheckpointError
 from npuq.formats.schemes import Scheme
 from npuq.models import families
 from npuq.models.config import ModelConfig
+from npuq.models.config_reader import ConfigReader
 from npuq.models.family import Block, Entry, Family
 from npuq.models.inventory import take_inventory
 from npuq.models.roles import Role
@@ -61,8 +62,10 @@ def renamed(name: str) -> str:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=families.FAMILIES.keys())
-def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig) -> None:
-    model = replace(config, model_type=family.model_type)
+def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig, example_fp8: Path) -> None:
+    raw = json.loads((example_fp8 / "config.json").read_text())
+    attention = family.attention.read(ConfigReader(raw))
+    model = replace(config, model_type=family.model_type, attention=attention)
     sizes, known = ModelTensors(model).sizes, {activation.name for activation in family.activations}
     assert len(known) == len(family.activations)
     words = {
@@ -70,7 +73,7 @@ def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig) ->
         "mtp",
         "dense",
         "moe",
-        *model.attention.conditions(),
+        *model.attention.conditions(0),
         *(model.moe.conditions() if model.moe else ()),
     }
     assert {activation.size for activation in family.activations} <= {None, *sizes}
@@ -81,7 +84,7 @@ def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig) ->
         for entry in entries:
             assert {*entry.reads, *({entry.writes} if entry.writes else ())} <= known, (block, entry)
             assert {*entry.shape, *(entry.heads or ())} <= sizes.keys(), (block, entry)
-            assert entry.when in words, (block, entry)
+            assert {entry.when, entry.optional} <= {*words, "never"}, (block, entry)
             assert entry.fused is None or entry.fused in parts, (block, entry)
             assert (len(entry.shape) == 2) == (entry.kind in ("linear", "lookup")), (block, entry)
             # Who reads a basis that is turned reads nothing else: one rotation turns its inputs.
@@ -99,7 +102,7 @@ def test_an_engine_that_is_not_known_to_read_a_family_says_so(
     for engine in MODELS:
         (line,) = parameter_problems(engine, raw, dict.fromkeys(shapes(config), Scheme.FLOAT))
         assert "does not know what it reads of a new" in line
-        assert refused_names(engine, "new", ["stray"]) == []
+        assert refused_names(engine, family, ["stray"]) == []
 
 
 def test_every_name_has_its_prefix_root_and_expert_path(config: ModelConfig, family: Callable[..., Family]) -> None:
@@ -184,3 +187,38 @@ def test_a_family_may_lack_blocks(config: ModelConfig, family: Callable[..., Fam
     stray = config.family.scope(config.num_hidden_layers) + config.family.entry(Block.LAYER, "input_norm").name
     with pytest.raises(CheckpointError, match="no multi-token-prediction layer \\(this family has none\\)"):
         take_inventory(config, weights | {stray: Shape((config.hidden_size,))})
+
+
+def test_a_family_may_have_no_experts(example_fp8: Path, config: ModelConfig, family: Callable[..., Family]) -> None:
+    """Its keys of routing are not read, a stray expert is refused, and the engines' requirements speak of the rest."""
+    family(
+        moe=None,
+        blocks={
+            block: V3.blocks[block] for block in (Block.TOP, Block.LAYER, Block.ATTENTION, Block.DENSE, Block.EXPERT)
+        },
+    )
+    raw = json.loads((example_fp8 / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
+    dense = ModelConfig.from_dict(raw | {"topk_method": "unheard of"})
+    assert (dense.moe, dense.n_routed_experts) == (None, 0)
+    weights = {name: Shape(spec.shape) for name, spec in expected_specs(dense, ()).items()}
+    assert not [name for name in weights if ".experts." in name]
+    assert set(take_inventory(dense, weights).specs) == set(weights)
+    with pytest.raises(
+        CheckpointError, match=r"experts\.0\.up_proj\.weight' is there, but config\.json has no experts"
+    ):
+        take_inventory(dense, weights | {"model.layers.1.mlp.experts.0.up_proj.weight": Shape((8, 8))})
+    for engine in MODELS:
+        assert list(parameter_problems(engine, raw, dict.fromkeys(weights, Scheme.FLOAT))) == []
+
+
+def test_a_family_says_what_its_blocks_compute(example_fp8: Path, family: Callable[..., Family]) -> None:
+    raw = json.loads((example_fp8 / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="attention_bias true is not supported"):
+        ModelConfig.from_dict(raw | {"attention_bias": True})
+    family(fixed={"hidden_act": "gelu", "attention_bias": True})
+    ModelConfig.from_dict(raw | {"hidden_act": "gelu", "attention_bias": True, "rope_interleave": False})
+    ModelConfig.from_dict(raw | {"hidden_act": None, "attention_bias": None})
+    with pytest.raises(CheckpointError, match="attention_bias false is not supported"):
+        ModelConfig.from_dict(raw | {"hidden_act": "gelu", "attention_bias": False})
+    with pytest.raises(CheckpointError, match="hidden_act 'silu' is unknown; npuq knows gelu"):
+        ModelConfig.from_dict(raw | {"hidden_act": "silu"})

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Glm4MoeLiteConfig
+from transformers import Glm4MoeLiteConfig, GlmMoeDsaConfig
 
 from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import read_config
@@ -162,3 +162,92 @@ def test_broken_configs_are_refused_by_key(change: dict[str, Any], message: str,
     with pytest.raises(CheckpointError, match=message) as caught:
         ModelConfig.from_dict({**config, **change})
     assert str(caught.value).startswith("config.json: ")
+
+
+INDEX = {"index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048}
+
+
+def sparse(config: dict[str, Any], model_type: str = "glm_moe_dsa", **changes: Any) -> dict[str, Any]:
+    """A sparse model's keys of four layers; a change to None leaves the key out."""
+    full = {**config, "model_type": model_type, **INDEX, "num_hidden_layers": 4, **changes}
+    return {key: value for key, value in full.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"index_topk_freq": 4},
+        {"index_topk_freq": 4, "index_skip_topk_offset": 3},
+        {"index_topk_freq": 2, "index_skip_topk_offset": 1},
+        {"index_topk_pattern": "FSFSSFFS", "index_topk_freq": 3},
+        {"indexer_types": ["full"] * 3 + ["shared"] * 5, "index_topk_pattern": "F" * 8, "index_topk_freq": 2},
+    ],
+    ids=str,
+)
+def test_which_layers_select_by_themselves_reads_like_transformers(config: dict[str, Any], keys: Any) -> None:
+    attention = ModelConfig.from_dict(sparse(config, num_hidden_layers=8, **keys)).attention
+    theirs = GlmMoeDsaConfig(num_hidden_layers=8, **keys)
+    assert list(attention.indexer.types) == theirs.indexer_types
+    assert attention.indexer.is_full(8)  # a multi-token-prediction layer
+    assert attention.indexer.types_listed == ("indexer_types" in keys)
+
+
+def test_glm_52_shares_57_of_78_layers(config: dict[str, Any]) -> None:
+    keys = {"index_topk_freq": 4, "index_skip_topk_offset": 3, "num_hidden_layers": 78}
+    types = ModelConfig.from_dict(sparse(config, **keys)).attention.indexer.types
+    assert [layer for layer, kind in enumerate(types) if kind == "full"] == [0, 1, *range(2, 78, 4)]
+
+
+@pytest.mark.parametrize(("model_type", "interleaved"), [("deepseek_v32", False), ("glm_moe_dsa", True)])
+def test_the_indexer_s_rope_is_the_family_s_where_no_key_says_it(
+    config: dict[str, Any], model_type: str, interleaved: bool
+) -> None:
+    attention = ModelConfig.from_dict(sparse(config, model_type)).attention
+    assert attention.indexer.rope_interleave is interleaved
+    stated = ModelConfig.from_dict(sparse(config, model_type, indexer_rope_interleave=True, head_dim=192)).attention
+    assert stated.indexer.rope_interleave and stated.qk_head_dim == 192
+
+
+@pytest.mark.parametrize(("listed", "stated", "dense"), [(None, 2, 2), (["dense"] + ["sparse"] * 3, None, 1)])
+def test_sparse_models_state_their_dense_layers_either_way(
+    config: dict[str, Any], listed: Any, stated: Any, dense: int
+) -> None:
+    keys = {"mlp_layer_types": listed, "first_k_dense_replace": stated}
+    assert ModelConfig.from_dict(sparse(config, **keys)).moe.first_k_dense_replace == dense
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"q_lora_rank": None}, "q_lora_rank is missing"),
+        ({"index_topk": 0}, "index_topk must be at least 1"),
+        ({"index_topk": 10**30}, "index_topk .* is more than any model has"),
+        ({"index_topk": "2048"}, "index_topk must be a whole number"),
+        ({"index_n_heads": -1}, "index_n_heads must be a whole number"),
+        ({"index_head_dim": 32}, "index_head_dim 32 cannot hold the qk_rope_head_dim 64"),
+        ({"indexer_rope_interleave": "yes"}, "indexer_rope_interleave must be true or false"),
+        ({"indexer_types": ["full"] * 3}, "indexer_types is for 3 layers, and num_hidden_layers is 4"),
+        ({"indexer_types": ["full"] * 5}, "indexer_types is for 5 layers"),
+        ({"indexer_types": []}, "indexer_types is for 0 layers"),
+        ({"indexer_types": ["full", "shared", "none", "full"]}, "indexer_types has 'none'"),
+        ({"indexer_types": [["full"]] * 4}, "indexer_types must be a list of texts"),
+        ({"indexer_types": "full"}, "indexer_types must be a list of texts"),
+        ({"indexer_types": ["shared"] + ["full"] * 3}, "layer 0 shares"),
+        ({"index_topk_pattern": "SFFF"}, "layer 0 shares"),
+        ({"index_topk_pattern": "FF"}, "index_topk_pattern is for 2 layers"),
+        ({"index_topk_pattern": "FFXF"}, "index_topk_pattern has 'X'"),
+        ({"index_topk_pattern": ["F"] * 4}, "index_topk_pattern must be a text"),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 0}, "layer 0 shares"),
+        ({"index_topk_freq": 0}, "index_topk_freq must be at least 1"),
+        ({"index_topk_freq": 1.5}, "index_topk_freq must be a whole number"),
+        ({"index_skip_topk_offset": -3}, "index_skip_topk_offset must be a whole number"),
+        ({"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2}, "keep one of both"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers .* more than any model"),
+    ],
+    ids=str,
+)
+def test_hostile_keys_of_the_index(config: dict[str, Any], changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(CheckpointError, match=why) as caught:
+        ModelConfig.from_dict(sparse(config, **changes))
+    assert "\n" not in str(caught.value)

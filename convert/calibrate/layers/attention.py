@@ -194,9 +194,15 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
 def _norm_change(
     layer: Layer, tensors: dict[str, Tensor], place: Block, norm: str, readers: tuple[str, ...]
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A function of a scale `[K]`: the norm's gain divided by it, and its readers multiplied to match."""
+    """A function of a scale `[K]`: the norm's gain divided by it, and its readers multiplied to match.
+
+    Readers that stay float keep their precision times a power of two alone.
+    """
+    family = layer.tensors.family
+    rounds = any(family.entry(Block.ATTENTION, part).role not in QUANTIZABLE for part in readers)
 
     def change(scale: Tensor) -> dict[str, Tensor]:
+        scale = power_of_two(scale) if rounds else scale
         smaller, factor = norm_quotient(layer.walk.linears, layer.job(place, norm), tensors[norm], scale)
         return {norm: smaller, **{part: tensors[part] * factor for part in readers}}
 

@@ -1,10 +1,11 @@
-"""A dry run of a checkpoint of DeepSeek-V3's size, from headers alone: its data are holes."""
+"""Dry runs of checkpoints of published sizes, from headers alone: their data are holes."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import shutil
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,77 @@ V3: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
+V32 = V3 | {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+GLM_52: dict[str, Any] = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "head_dim": 192,
+    "qk_head_dim": 256,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "index_topk_pattern": None,
+    "index_share_for_mtp_iteration": True,
+    "indexer_rope_interleave": True,
+    "indexer_types": ["full" if layer < 3 or layer % 4 == 2 else "shared" for layer in range(78)],
+    "rope_interleave": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 154880,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1048576,
+    "eos_token_id": [154820, 154827, 154829],
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
 @pytest.fixture(scope="module")
-def full_size(tmp_path_factory, model_shapes) -> Path:
+def full_size(tmp_path_factory, model_shapes, in_fp8) -> Path:
     """671 billion parameters in 163 shards whose data are holes: a few MB on disk."""
     directory = tmp_path_factory.mktemp("full") / "source"
+    assert write_holes(directory, V3, model_shapes(V3), in_fp8) > 91_000
+    return directory
+
+
+def write_holes(
+    directory: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], in_fp8: Callable[[str], bool]
+) -> int:
+    """A checkpoint without data, as the FP8 releases are stored; the number of its tensors."""
     directory.mkdir()
     tensors = []
-    for name, shape in model_shapes(V3).items():
-        if "_proj" in name and "eh_proj" not in name:
+    for name, shape in shapes.items():
+        if in_fp8(name):
             blocks = (-(-shape[0] // 128), -(-shape[1] // 128))
             tensors += [(name, "F8_E4M3", shape), (name + "_scale_inv", "F32", blocks)]
         else:
-            tensors.append((name, "F32" if name.endswith("bias") else "BF16", shape))
-    assert len(tensors) > 91_000
+            tensors.append((name, "F32" if name.endswith("correction_bias") else "BF16", shape))
     placed, per_shard = {}, -(-len(tensors) // 163)
     for number in range(163):
         part = tensors[number * per_shard : (number + 1) * per_shard]
@@ -72,9 +128,9 @@ def full_size(tmp_path_factory, model_shapes) -> Path:
             file.write(header)
             file.truncate(len(header) + sum(prod(shape) * BYTES[dtype] for _, dtype, shape in part))
         placed |= {name: shard for name, _, _ in part}
-    (directory / "config.json").write_text(json.dumps(V3))
+    (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    return directory
+    return len(tensors)
 
 
 def test_what_91000_tensors_become(full_size, tmp_path):
@@ -86,6 +142,20 @@ def test_what_91000_tensors_become(full_size, tmp_path):
     columns = 2 * 2048 * 3 + 7168 * 18
     assert experts["output_bytes"] == 58 * 256 * (3 * 7168 * 2048 // 2 + 4 * columns)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "indexers"), [(V32, 92_000, 62), (GLM_52, 118_629, 22)], ids=["v3.2", "glm-5.2"]
+)
+def test_sparse_models_of_published_sizes(config, names, indexers, model_shapes, in_fp8, tmp_path):
+    """GLM-5.2's release has 118,629 names, and 1,048,576 positions."""
+    written = write_holes(tmp_path / "source", config, model_shapes(config), in_fp8)
+    assert written >= names if config is V32 else written == names
+    summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", method="rotate+mse", dry_run=True)
+    roles = {role["role"]: role["tensors"] for role in summary.roles}
+    assert roles["indexer"] + roles["mtp_indexer"] == indexers
+    assert roles["indexer_float"] == roles["indexer_norm"] == 2 * (indexers - 1)
+    assert roles["mtp_head"] == 1
 
 
 def test_the_memory_that_is_told(full_size, rig, tmp_path):

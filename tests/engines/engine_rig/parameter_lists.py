@@ -20,6 +20,7 @@ from npuq.errors import ArtifactError, CheckpointError
 from npuq.formats.artifact import read_description
 from npuq.formats.checkpoint import Checkpoint, read_config
 from npuq.formats.schemes import Scheme
+from npuq.models.config import ModelConfig
 
 from .corruption import Corruption, Tags, Tensors, corrupt
 
@@ -74,7 +75,7 @@ def loads(
 def model_of(name: str, directory: Path) -> tuple[EngineModel, dict[str, Any], dict[str, Scheme]]:
     raw, schemes = read_config(directory), read_description(directory)
     assert schemes is not None
-    return MODELS[name][raw["model_type"]], raw, schemes
+    return MODELS[name][ModelConfig.from_dict(raw).family.architecture], raw, schemes
 
 
 def check_needed(name: str, engine: ModuleType, directory: Path, mtp: bool) -> None:

@@ -1,0 +1,108 @@
+"""Heads of multi-token-prediction layers that ship none of their own, and draft with the main model's.
+
+Rotation needs them. It folds the gain of the norm before a head into the head's columns, because a gain does not
+commute with a rotation. The shared head takes the main model's final gain; the draft's gain would have no place to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+from torch import Tensor
+
+from ...models.config import ModelConfig
+from ...models.family import Block
+from ...quant.stored_rows import StoredRows
+from .stored_linear import StoredLinear
+from .weights import RowBytes, Weight, WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeight:
+    """A `Weight` read a second time under another name."""
+
+    inner: Weight
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.inner.dtype
+
+    @property
+    def float_code(self) -> str:
+        return self.inner.float_code
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        return self.inner.stored_names
+
+    @property
+    def file(self) -> Path:
+        return self.inner.file
+
+    @property
+    def block_rows(self) -> int:
+        return self.inner.block_rows
+
+    @property
+    def held_bytes(self) -> int:
+        return self.inner.held_bytes
+
+    @property
+    def linear(self) -> StoredLinear | None:
+        return self.inner.linear
+
+    def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
+        return self.inner.rows(start, stop)
+
+    def view(self) -> Tensor | None:
+        return self.inner.view()
+
+    def row_bytes(self) -> RowBytes | None:
+        return self.inner.row_bytes()
+
+
+def missing_heads(source: WeightSource, config: ModelConfig) -> list[str]:
+    """The names of the heads that multi-token-prediction layers of a checkpoint do without."""
+    weights, family = source.weights, config.family
+    if family.name(Block.TOP, "head") not in weights:
+        return []
+    heads = (family.name(Block.MTP, "head", layer) for layer in _draft_layers(source, config))
+    return [head for head in heads if head not in weights]
+
+
+def with_heads(source: WeightSource, config: ModelConfig) -> WeightSource:
+    """The source with the main model's head in place of every missing one, each behind its layer's last tensor."""
+    heads = {config.family.layer_of(name): name for name in missing_heads(source, config)}
+    if not heads:
+        return source
+    main = source.weights[config.family.name(Block.TOP, "head")]
+    last = {config.family.layer_of(name): name for name in source.weights}
+    weights: dict[str, Weight] = {}
+    for name, weight in source.weights.items():
+        weights[name] = weight
+        layer = config.family.layer_of(name)
+        if layer in heads and last[layer] == name:
+            weights[heads[layer]] = SharedWeight(main, heads[layer])
+    return replace(source, weights=weights)
+
+
+def _draft_layers(source: WeightSource, config: ModelConfig) -> Iterator[int]:
+    """The multi-token-prediction layers, which have no gap between them."""
+    if not config.family.entries(Block.MTP):
+        return
+    for layer in count(config.num_hidden_layers):
+        if config.family.name(Block.MTP, "eh_proj", layer) not in source.weights:
+            return
+        yield layer

@@ -1,0 +1,56 @@
+"""Protocols of a family's attention: what reads its widths from config.json, and what the widths tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from .config_reader import ConfigReader
+
+
+class AttentionWidths(Protocol):
+    """The widths of one kind of attention: a field of the config.
+
+    KEYS: the field, named as its key of config.json, that decides a word of `conditions`.
+    """
+
+    KEYS: ClassVar[Mapping[str, str]]
+
+    @property
+    def heads(self) -> int:
+        """Query heads, which tensor-parallel ranks split."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of one head's query and key."""
+
+    @property
+    def cache_scales(self) -> int:
+        """Scales of a layer's int8 KV cache."""
+
+    @property
+    def attended_products(self) -> int:
+        """Products that one query and one key take: a score of each head, and its value."""
+
+    @property
+    def dense_tokens(self) -> int | None:
+        """The longest sequence in which every query attends to all earlier tokens; None: any."""
+
+    def stated(self) -> Mapping[str, int | bool]:
+        """The keys of config.json that loaders have different defaults for."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """The table's words of shapes, as numbers."""
+
+    def conditions(self, layer: int) -> Mapping[str, bool]:
+        """The table's words of conditions; True for those that hold in a layer."""
+
+    def numbers_held(self, tokens: int, length: int) -> int:
+        """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""
+
+
+class AttentionReader(Protocol):
+    """Reads the widths of a family's attention: a column of the family."""
+
+    def read(self, read: ConfigReader) -> AttentionWidths:
+        """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
