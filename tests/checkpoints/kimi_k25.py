@@ -114,8 +114,8 @@ def values(words: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale.float().repeat_interleave(GROUP, dim=1)
 
 
-def write_k25(directory: Path, dtype: torch.dtype = torch.float32, **text: Any) -> Any:
-    """Write Kimi-K2.5 with changes to its text_config."""
+def write_k25(directory: Path, dtype: torch.dtype = torch.float32, *, outliers: bool = False, **text: Any) -> Any:
+    """Write Kimi-K2.5 with changes to its text_config; `outliers`: some channels of the norms' gains are large."""
     import transformers
 
     config = transformers.Kimi_K25Config(
@@ -124,7 +124,7 @@ def write_k25(directory: Path, dtype: torch.dtype = torch.float32, **text: Any) 
         projection_hidden_size=VISION["hidden_size"],
         tie_word_embeddings=False,
     )
-    model = _random(transformers.Kimi_K25ForConditionalGeneration(config), dtype)
+    model = _random(transformers.Kimi_K25ForConditionalGeneration(config), dtype, outliers)
 
     def publish(saved: dict[str, Any]) -> None:
         saved["architectures"] = ["KimiK25ForConditionalGeneration"]
@@ -136,20 +136,22 @@ def write_k25(directory: Path, dtype: torch.dtype = torch.float32, **text: Any) 
             "quantization_config": QUANTIZATION,
         }
 
-    return _write(directory, model, publish)
+    return _write(directory, model, dtype, publish)
 
 
-def write_k2_thinking(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def write_k2_thinking(
+    directory: Path, dtype: torch.dtype = torch.float32, *, outliers: bool = False, **changes: Any
+) -> Any:
     """Write Kimi-K2-Thinking: the same text model, flat."""
     import transformers
 
     config = transformers.DeepseekV3Config(**(TEXT | changes))
-    model = _random(transformers.DeepseekV3ForCausalLM(config), dtype)
+    model = _random(transformers.DeepseekV3ForCausalLM(config), dtype, outliers)
 
     def publish(saved: dict[str, Any]) -> None:
         saved |= {"model_type": "kimi_k2", "topk_method": "noaux_tc", "quantization_config": QUANTIZATION}
 
-    return _write(directory, model, publish)
+    return _write(directory, model, dtype, publish)
 
 
 def write_trained(deepseek: Path, directory: Path) -> Path:
@@ -207,8 +209,9 @@ def _stored(name: str, words: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": shape}
 
 
-def _random(model: Any, dtype: torch.dtype) -> Any:
-    """Fill a model with random weights, wide enough that every part moves the logits, and norms away from one."""
+def _random(model: Any, dtype: torch.dtype, outliers: bool) -> Any:
+    """Fill a model with random weights of a dtype, kept in float32: wide enough that every part moves the logits, and
+    norms away from one."""
     torch.manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -216,10 +219,13 @@ def _random(model: Any, dtype: torch.dtype) -> Any:
                 parameter.normal_(1.0, 0.2)
             else:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+            if outliers and name.endswith("layernorm.weight"):
+                parameter[::16] *= 8.0
+            parameter.copy_(parameter.to(dtype))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.2)
-    return model.to(dtype).eval()
+    return model.float().eval()
 
 
 def _published(name: str) -> str:
@@ -229,25 +235,26 @@ def _published(name: str) -> str:
     )
 
 
-def _write(directory: Path, model: Any, publish: Any) -> Any:
-    """Save a model with its experts packed; returns it with the values that the packed experts have."""
+def _write(directory: Path, model: Any, dtype: torch.dtype, publish: Any) -> Any:
+    """Save a model with its experts packed; returns it in float32 with the values that the packed experts have."""
     plain = directory.parent / f"{directory.name}-values"
     model.save_pretrained(plain)
     tensors = {_published(name): weight for name, weight in load_file(plain / "model.safetensors").items()}
     stored = {}
     for name, weight in tensors.items():
         if ".mlp.experts." not in name:
-            stored[name] = weight
+            stored[name] = weight if name.endswith("e_score_correction_bias") else weight.to(dtype)
             continue
         words, scale = packed(weight)
         stored |= _stored(name, words, scale)
-        tensors[name] = values(words, scale).to(weight.dtype)
+        tensors[name] = values(words, scale)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    golden, report = type(model).from_pretrained(plain, dtype=model.dtype, output_loading_info=True)
+    golden, report = type(model).from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     directory.mkdir(parents=True)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     saved = json.loads((plain / "config.json").read_text())
+    saved["dtype"] = str(dtype).removeprefix("torch.")
     publish(saved)
     (directory / "config.json").write_text(json.dumps(saved, indent=1))
     shutil.rmtree(plain)
