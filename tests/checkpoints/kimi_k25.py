@@ -1,9 +1,9 @@
 """Tiny random checkpoints of Kimi-K2.5 and Kimi-K2-Thinking, as their authors publish them: routed experts in packed
 int4 with a scale for 32 inputs, everything else in the model's dtype, a vision tower beside the text model.
 
-`write_k25` and `write_k2_thinking` return transformers' model of the same values. `write_trained` makes Kimi-K2.5 of
-the shipped DeepSeek-V3 checkpoint, whose weights are trained and which has a tokenizer. The packing is written here by
-hand; `tests/foreign/test_grouped_int4.py` compares it with compressed-tensors' own.
+`write_k25` and `write_k2_thinking` return transformers' model of the same values. `as_k25` makes Kimi-K2.5 of any
+checkpoint of DeepSeek-V3's shape, such as the shipped one, whose weights are trained and which has a tokenizer. The
+packing is written here by hand; `tests/foreign/test_grouped_int4.py` compares it with compressed-tensors' own.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def write_k2_thinking(
     return _write(directory, model, dtype, publish)
 
 
-def write_trained(deepseek: Path, directory: Path) -> Path:
-    """Write a small checkpoint of DeepSeek-V3 in FP8 as Kimi-K2.5, without its MTP layer and in several shards."""
+def as_k25(deepseek: Path, directory: Path) -> Path:
+    """Write a small checkpoint of DeepSeek-V3, in FP8 or not, as Kimi-K2.5: without MTP layers, in several shards."""
     config = json.loads((deepseek / "config.json").read_text())
     stored: dict[str, Tensor] = {}
     for shard in sorted(deepseek.glob("*.safetensors")):
@@ -180,7 +180,7 @@ def write_trained(deepseek: Path, directory: Path) -> Path:
         "mm_projector.proj.2.weight": (config["hidden_size"], 128),
     }.items():
         tensors[name] = torch.randn(shape, generator=generator).bfloat16()
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     text = config | {"model_type": "kimi_k2", "num_nextn_predict_layers": 0, "quantization_config": QUANTIZATION}
     nested = {
         "model_type": "kimi_k25",

@@ -23,7 +23,7 @@ from npuq.runtime.evaluation.perplexity import evaluate
 
 @pytest.fixture(scope="module")
 def trained(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kimi_k25.write_trained(example_fp8, tmp_path_factory.mktemp("trained") / "kimi")
+    return kimi_k25.as_k25(example_fp8, tmp_path_factory.mktemp("trained") / "kimi")
 
 
 @pytest.fixture(scope="module")
