@@ -54,6 +54,7 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
+    loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -92,7 +93,6 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
-# Read from the classes; not tested by loading artifacts yet.
 _VLLM_GLM = replace(
     _VLLM,
     architectures=("Glm4MoeLiteForCausalLM",),
@@ -181,6 +181,16 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         )
 
 
+def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line where `engine` runs the model and cannot load its MTP draft."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or model.loads_draft:
+        return
+    layers = model.drafts(config)
+    if any(scheme is not Scheme.FLOAT and config.family.layer_of(name) in layers for name, scheme in schemes.items()):
+        yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
+
+
 def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:
     """The tensors among `names`, all without a parameter, at which `engine` would fail to load an artifact."""
     model = MODELS[engine].get(family.architecture)
@@ -198,7 +208,9 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
     for key in [key for key in ("n_group", "topk_group") if key in routing]:
-        if raw.get(key, routing[key]) != routing[key]:
+        if key in raw and raw[key] is None and config.moe is not None and config.moe.topk_method != "greedy":
+            yield f"{key} is null: the engine would not start; write {routing[key]}"
+        elif raw.get(key, routing[key]) != routing[key]:
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:

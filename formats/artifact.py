@@ -14,6 +14,8 @@ from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, i
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName, Sha256
 from ..models.config import TEXT_CONFIG, with_text_keys
+from ..models.families import is_known
+from ..models.recognition import type_as_text
 from .schemes import Scheme
 
 FORMAT_VERSION = 1
@@ -64,7 +66,7 @@ def _is_few_layers(value: Any) -> bool:
 _MANIFEST = Keys(
     {
         "source": Keys({"name": is_text, **dict.fromkeys(("repo", "revision", "index_sha256"), optional(is_text))}),
-        "architecture": Keys({"mtp_layers": _is_few_layers}),
+        "architecture": Keys({"model_type": is_text, "mtp_layers": _is_few_layers}),
         "recipe": Each(is_text),
         "conversion": Each(is_text),
         "totals": Each(is_count),
@@ -208,6 +210,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     check_form(manifest, _MANIFEST, str(path), ArtifactError)
     return manifest
+
+
+def converted_as(directory: Path, source_config: Mapping[str, Any]) -> str | None:
+    """The family as which an artifact's source was read, where this is its config.json and the model_type unknown; None
+    for any other."""
+    if is_known(source_config.get("model_type")) or not is_inside(directory, MANIFEST_NAME):
+        return None
+    manifest = read_manifest(directory)
+    source, architecture = manifest.get("source", {}), manifest.get("architecture", {})
+    if source.get("model_type") != type_as_text(source_config):
+        return None
+    family: str | None = architecture.get("model_type")
+    return family
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import StoredRows
 from .integers import checked
 from .library import (
-    Cache,
     Heads,
+    LatentCache,
     MlaBlock,
     MoeBlock,
+    Pages,
     Part,
     Source,
     Strided,
@@ -39,11 +40,12 @@ __all__ = [
     "INT4",
     "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
-    "Cache",
     "Heads",
+    "LatentCache",
     "MlaBlock",
     "MoeBlock",
     "NativeRows",
+    "Pages",
     "Part",
     "Pool",
     "Quantizer",

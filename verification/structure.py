@@ -18,7 +18,7 @@ from ..formats.artifact import (
     is_described,
 )
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
-from ..formats.safetensors import read_header
+from ..formats.safetensors import FLOAT_CODES, read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
@@ -28,8 +28,6 @@ from ..recipes.reading import artifact_recipe
 from .evaluations import read_evaluations
 from .files import stray_problems
 from .subject import Subject
-
-_FLOAT_CODES = ("BF16", "F16", "F32")
 
 
 def structure_problems(subject: Subject) -> Iterator[str]:
@@ -131,7 +129,7 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
             f"tensor {output.name!r} in {info.file.name} is {info.dtype} {list(info.shape)} "
             f"and must be {output.dtype} {list(output.shape)}"
         )
-    if scheme is Scheme.FLOAT and info.dtype not in _FLOAT_CODES:
+    if scheme is Scheme.FLOAT and info.dtype not in FLOAT_CODES:
         yield f"tensor {output.name!r} is described as FLOAT and stored as {info.dtype}"
     if subject.described.get(output.name, scheme) is not scheme:
         yield (

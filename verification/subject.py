@@ -15,6 +15,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from ..formats.sources.described import described_linear
 from ..formats.sources.float_weights import PlainWeight
+from ..formats.sources.model_config import read_model_config
 from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import Weight
@@ -98,7 +99,7 @@ def open_subject(directory: Path, manifest: Mapping[str, Any] | None) -> Subject
     """
     checkpoint = Checkpoint.open(directory)
     try:
-        config = ModelConfig.from_dict(checkpoint.config)
+        config = read_model_config(checkpoint)
         described = read_description(directory)
         if described is None:
             raise ArtifactError(f"{DESCRIPTION_NAME}: missing")

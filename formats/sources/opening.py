@@ -11,6 +11,7 @@ from ..schemes import SUFFIXES
 from .compressed_tensors import compressed_linears, is_compressed
 from .described import described_linears
 from .float_weights import float_weights
+from .fp8 import is_beside_fp8
 from .grouped_int4 import grouped_int4_weights
 from .weights import Weight, WeightSource
 
@@ -42,7 +43,8 @@ def _with_floats(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored:
     claimed = {name for linear in linears.values() for name in linear.stored_names}
     left = [name for name in checkpoint.tensors if name not in claimed and name not in ignored]
     for name in left:
-        _refuse_orphan(checkpoint, name)
+        if not is_beside_fp8(checkpoint.tensors, name):
+            _refuse_orphan(checkpoint, name)
     floats = float_weights(checkpoint, left)
     # In the checkpoint's order; a linear takes its codes' place.
     by_tensor = floats | {linear.stored_names[0]: linear for linear in linears.values()}

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import Checkpoint
-from ..safetensors import DTYPES
+from ..safetensors import DTYPES, TensorInfo
 from ..schemes import Scheme
 
 if TYPE_CHECKING:
@@ -88,6 +88,28 @@ class Weight(Protocol):
 
     def row_bytes(self) -> RowBytes | None:
         """The rows' bytes, for the native kernels; None for a form that those do not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfTensor:
+    """The part of a float `Weight` that the tensor of its rows says."""
+
+    checkpoint: Checkpoint
+    info: TensorInfo
+    held_bytes: ClassVar[int] = 0
+    linear: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def file(self) -> Path:
+        return self.info.file
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,11 @@ _T = TypeVar("_T")
 class Codec(Protocol):
     """A vocabulary with its rules. May be used by several threads.
 
-    special_ids: token ids of special tokens by their text. Decoded text leaves them out.
+    special_ids: token ids of special tokens by their text. Decoded text leaves them out. sorts_tools: chat templates
+    get the tools of a request with their keys in order, as by the model's own code.
     """
+
+    sorts_tools: bool
 
     @property
     def vocab_size(self) -> int:
@@ -43,6 +46,8 @@ class Codec(Protocol):
 
 class FastCodec:
     """A `tokenizer.json` in the `tokenizers` library. Raises GenerationError for content that cannot be read safely."""
+
+    sorts_tools = False
 
     def __init__(self, content: bytes, path: Path):
         check_parts(content, path)

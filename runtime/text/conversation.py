@@ -15,6 +15,9 @@ Message: TypeAlias = Mapping[str, Any]
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 _MEDIA: Final = ("image", "video", "audio")
 _MARK: Final = "NPUQ-CONTINUES-HERE "
+# Kimi-K2.5's own code writes the tools as declarations of TypeScript. Its template takes JSON without them, which the
+# model was not trained on.
+_COMPUTED: Final = "tools_ts_str"
 
 
 class ChatOptions(TypedDict, total=False):
@@ -99,6 +102,22 @@ def checked_options(
     for name, value in chosen.items():
         _check_option(name, value)
     return ChatOptions(**chosen), others  # type: ignore[typeddict-item]
+
+
+def in_key_order(value: Any) -> Any:
+    """Copy a JSON value with the keys of all its objects in order."""
+    if isinstance(value, Mapping):
+        return {key: in_key_order(value[key]) for key in sorted(value, key=str)}
+    return [in_key_order(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_computed(source: str, variables: Mapping[str, Any], where: str) -> None:
+    """Raise GenerationError for a template that reads a text which only the model's own code makes of the tools."""
+    if _COMPUTED in source and _COMPUTED not in variables:
+        raise GenerationError(
+            f"{where}: reads {_COMPUTED}, which the model's own code makes of the tools; give it in "
+            "chat_template_kwargs"
+        )
 
 
 def _check_option(name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ than by the model's own code, which calls tiktoken.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from tiktoken import Encoding
@@ -25,6 +25,7 @@ class TiktokenCodec:
 
     def __init__(self, files: TiktokenFiles):
         self._family = files.family
+        self.sorts_tools = files.family.sorts_tools
         self._encoding = guarded(
             lambda: Encoding(
                 "tiktoken.model", pat_str=files.family.pattern, mergeable_ranks=dict(files.ranks), special_tokens={}
@@ -32,9 +33,7 @@ class TiktokenCodec:
             "tiktoken.model: cannot be read as a tokenizer",
         )
         self._ids = {token.text: token.id for token in files.special}
-        # Of two tokens of which one begins the other, the longer is meant.
-        texts = sorted(self._ids, key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
+        self._special = _SpecialTokens(self._ids)
         self._bytes = {rank: token for token, rank in files.ranks.items()}
         self._bytes |= {token.id: token.text.encode() for token in files.special if not token.hidden}
         self.special_ids = {token.text: token.id for token in files.special if token.hidden}
@@ -46,12 +45,11 @@ class TiktokenCodec:
     def encode(self, text: str, special: bool) -> list[int]:
         def ids() -> Iterator[int]:
             text.encode()  # tiktoken would replace a lone surrogate
-            for index, part in enumerate(self._special.split(text)):
-                if index % 2:
-                    yield self._ids[part]
-                else:
-                    for piece in self._pieces(part):
-                        yield from self._encoding.encode_ordinary(piece)
+            for ordinary, special_id in self._special.split(text):
+                for piece in self._pieces(ordinary):
+                    yield from self._encoding.encode_ordinary(piece)
+                if special_id is not None:
+                    yield special_id
 
         return guarded(lambda: list(ids()), "the tokenizer fails to encode")
 
@@ -68,3 +66,33 @@ class TiktokenCodec:
                     yield chunk[begin:cut]
                     begin = cut
             yield chunk[begin:]
+
+
+class _SpecialTokens:
+    """Finds special tokens in a text, from left to right; of several at one place the longest.
+
+    One regular expression of all tokens would try hundreds of them at every `<`.
+    """
+
+    def __init__(self, ids: Mapping[str, int]):
+        self._ids = ids
+        self._lengths = sorted({len(text) for text in ids}, reverse=True)
+        self._shortest = self._lengths[-1] if ids else 0
+        self._prefixes = {text[: self._shortest] for text in ids}
+        first = "".join(sorted({text[0] for text in ids}))
+        self._first = re.compile(f"[{re.escape(first)}]" if ids else "(?!)")
+
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Ordinary text, and the id of the special token after it; None after the last text."""
+        begin = 0
+        for found in self._first.finditer(text):
+            place = found.start()
+            if place < begin or text[place : place + self._shortest] not in self._prefixes:
+                continue
+            for length in self._lengths:
+                special_id = self._ids.get(text[place : place + length])
+                if special_id is not None:
+                    yield text[begin:place], special_id
+                    begin = place + length
+                    break
+        yield text[begin:], None

@@ -23,7 +23,7 @@ from .tokenizer_check import SPECIAL_TOKENS, TIKTOKEN_NAME, check_vocabulary_siz
 _MOST_BYTES: Final = 32 << 20
 _MOST_RANKS: Final = 1 << 20
 _MOST_SPECIAL: Final = 1 << 14
-_MOST_SPECIAL_CHARACTERS: Final = 1 << 10
+_MOST_SPECIAL_CHARACTERS: Final = 128
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -33,13 +33,14 @@ class Family:
 
     pattern: pieces of a text, in the regular expressions of tiktoken. reserved: ids after the ranks that are special
     tokens, those without a name too. most_run, most_characters: a longer run of white space or of other characters is
-    cut, and so is a longer text.
+    cut, and so is a longer text. sorts_tools: chat templates get the tools with their keys in order.
     """
 
     pattern: str
     reserved: int
     most_run: int
     most_characters: int
+    sorts_tools: bool
 
 
 def _kimi_pattern() -> str:
@@ -62,7 +63,7 @@ def _kimi_pattern() -> str:
 
 
 # Moonlight's code reserves 258 ids; the last two are beyond the model's vocabulary of 163,840.
-_KIMI: Final = Family(_kimi_pattern(), reserved=256, most_run=25_000, most_characters=400_000)
+_KIMI: Final = Family(_kimi_pattern(), reserved=256, most_run=25_000, most_characters=400_000, sorts_tools=True)
 FAMILIES: Final[Mapping[str, Family]] = {"TikTokenTokenizer": _KIMI}
 """By the tokenizer class of tokenizer_config.json."""
 

@@ -87,6 +87,9 @@ class Tokenizer:
         chosen, variables = conversation.checked_options(options, chat_template_kwargs)
         tools, continued = chosen.get("tools"), chosen.get("continue_final_message", False)
         template = self._template(chosen.get("chat_template"), with_tools=tools is not None)
+        if tools and self._codec.sorts_tools:
+            tools = conversation.in_key_order(tools)
+            conversation.check_computed(template.source, variables, template.where)
         values = {
             **self._special,
             **variables,

@@ -17,7 +17,8 @@ from ...errors import GenerationError
 from ...inputs.files import inside, is_inside, read_bytes
 from ...inputs.json_text import read_object
 from ...inputs.printable import printable, shown
-from .codec import guarded
+from .codec import FastCodec, guarded
+from .sentencepiece_model import NAMES, SentencePieceModel
 from .tokenizer_check import (
     MOST_CONFIG_BYTES,
     SPECIAL_TOKENS,
@@ -28,6 +29,9 @@ from .tokenizer_check import (
 )
 
 _FAST_FILE: Final = "tokenizer.json"
+# It follows a SentencePiece model's own settings. Those of the named classes assume the settings of one model:
+# LlamaTokenizer drops the prefix before a text that begins with a space.
+_ANY_CLASS: Final = "PreTrainedTokenizerFast"
 
 _SPECIAL: Final = (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
 # Keys that change tokenization. Other keys may name files (`vocab_file`, `name_or_path`) or code (`auto_map`).
@@ -54,11 +58,12 @@ _COPIED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def converted(directory: Path) -> bytes:
+def converted(directory: Path) -> FastCodec:
     """Convert the files of a directory to a `tokenizer.json` with transformers, without running code of the directory.
 
     Raises GenerationError where transformers is missing or fails, and for a vocabulary that is not the model's: its
-    files are missing, it is far smaller than config.json's, or it lacks special tokens that the checkpoint names.
+    files are missing, it is far smaller than config.json's, it lacks special tokens that the checkpoint names, or it
+    does not encode as the SentencePiece model that it was made of.
     """
     require_tokenizer(directory)
     missing = f"{directory}: no tokenizer.json; copy the model's tokenizer files there"
@@ -67,9 +72,12 @@ def converted(directory: Path) -> bytes:
     except ImportError:
         raise GenerationError(f"{missing}, or install transformers to convert an older format") from None
 
+    models = [
+        SentencePieceModel(inside(directory, file, GenerationError)) for file in NAMES if is_inside(directory, file)
+    ]
     with TemporaryDirectory(prefix="npuq-tokenizer-") as name:
         copy = Path(name)
-        _copy_files(directory, copy)
+        _copy_files(directory, copy, _ANY_CLASS if models else None)
 
         def convert() -> str:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
@@ -78,13 +86,20 @@ def converted(directory: Path) -> bytes:
             text: str = tokenizer.backend_tokenizer.to_str()
             return text
 
-        return guarded(convert, f"{missing}; transformers cannot convert what is there").encode()
+        content = guarded(convert, f"{missing}; transformers cannot convert what is there").encode()
+    codec = FastCodec(content, directory)
+    for model in models:
+        model.check_conversion(codec)
+    return codec
 
 
-def _copy_files(directory: Path, copy: Path) -> None:
+def _copy_files(directory: Path, copy: Path, kind: str | None) -> None:
+    """Copy what transformers reads; `kind` replaces the tokenizer class."""
     for name, keys in _COPIED_KEYS.items():
         if is_inside(directory, name):
             content = read_object(inside(directory, name, GenerationError), GenerationError, MOST_CONFIG_BYTES)
+            if kind is not None:
+                content["tokenizer_class"] = kind
             (copy / name).write_text(json.dumps({key: content[key] for key in keys if key in content}), "utf-8")
     name = "added_tokens.json"
     if is_inside(directory, name):

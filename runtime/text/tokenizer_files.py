@@ -64,7 +64,7 @@ def _codec(directory: Path, config: Mapping[str, Any]) -> Codec:
         from .tiktoken_codec import TiktokenCodec  # only few models need the library
 
         return TiktokenCodec(TiktokenFiles.read(directory, config))
-    return FastCodec(converted(directory), directory)
+    return converted(directory)
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

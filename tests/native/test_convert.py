@@ -200,7 +200,7 @@ def test_no_scale_is_better(columns: int, seed: int, power: float) -> None:
 @given(
     rows=st.integers(1, 8).map(lambda half: 2 * half),
     columns=st.integers(1, 300),
-    block=st.tuples(st.integers(1, 6), st.sampled_from([1, 7, 16, 100, 128])),
+    block=st.tuples(st.integers(1, 6), st.sampled_from([1, 7, 16, 100, 128, 200, 400])),
     first=st.integers(0, 5),
     seed=st.integers(0, 2**31),
 )
@@ -217,6 +217,19 @@ def test_fp8_blocks(rows: int, columns: int, block: tuple[int, int], first: int,
         expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=False)
         for level in LEVELS:
             _check(native.quantize(stored, bits, method is Method.MSE, 1, level), expected)
+
+
+@pytest.mark.parametrize("columns", [100, 200, 1100, 10944])
+@pytest.mark.parametrize("level", LEVELS)
+def test_fp8_rows_of_one_scale_each(level: str, columns: int) -> None:
+    """Gaussian rows, of which a block ends where no segment does."""
+    weight = torch.randn(4, columns, generator=torch.Generator().manual_seed(columns))
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    stored = StoredRows((weight / scale).to(torch.float8_e4m3fn), BlockScale(scale, 0, 1, columns))
+    for method, bits in product(DATA_FREE, (4, 8)):
+        scheme = Scheme.W4A8 if bits == 4 else Scheme.W8A8
+        expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=False)
+        _check(native.quantize(stored, bits, method is Method.MSE, 1, level), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

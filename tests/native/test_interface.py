@@ -20,7 +20,8 @@ CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
 STRUCTS = {
     "npuq_part": library.Part,
     "npuq_weights": library.Weights,
-    "npuq_cache": library.Cache,
+    "npuq_pages": library.Pages,
+    "npuq_latent_cache": library.LatentCache,
     "npuq_strided": library.Strided,
     "npuq_heads": library.Heads,
     "npuq_mla": library.MlaBlock,

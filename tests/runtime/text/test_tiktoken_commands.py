@@ -12,6 +12,7 @@ import npuq
 from npuq.cli.main import main
 from npuq.convert import CalibrationText
 from npuq.convert.calibrate.texts import read_calibration
+from npuq.errors import GenerationError
 from npuq.runtime.text.tokenizer import Tokenizer
 
 from .tiktoken_models import kimi_checkpoint, reference
@@ -116,3 +117,29 @@ def test_evaluate(
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     out, _ = run(monkeypatch, capsys, "evaluate", artifact, "--source", kimi, "--text", tmp_path / "text.txt", "--json")
     assert json.loads(out)["tokens"] == len(reference(kimi).encode(TEXT))
+
+
+TOOLS = [{"type": "function", "function": {"name": "sail", "parameters": {"b": [{"z": 1, "a": None}], "a": "鯨"}}}]
+
+
+def test_tools_come_with_their_keys_in_order(kimi: Path) -> None:
+    """As `deep_sort_dict` of tokenization_kimi.py has them."""
+    tokenizer = Tokenizer(kimi)
+    rendered = tokenizer.render_chat("x", tools=TOOLS, chat_template="{{ tools|tojson(separators=(',', ':')) }}")
+    assert rendered == json.dumps(TOOLS, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    assert list(TOOLS[0]) == ["type", "function"]
+
+
+def test_a_text_that_only_the_models_code_makes_of_tools(kimi: Path) -> None:
+    """Kimi-K2.5's template has the tools as declarations of TypeScript."""
+    tokenizer = Tokenizer(kimi)
+    template = (
+        "{% if tools %}{% if tools_ts_str %}{{ tools_ts_str }}{% else %}{{ tools|tojson }}{% endif %}{% endif %}x"
+    )
+    assert tokenizer.render_chat("x", chat_template=template) == "x"
+    with pytest.raises(GenerationError, match=r"reads tools_ts_str.*give it in chat_template_kwargs"):
+        tokenizer.render_chat("x", tools=TOOLS, chat_template=template)
+    given = {"tools_ts_str": "type sail = () => any;"}
+    assert tokenizer.render_chat("x", tools=TOOLS, chat_template=template, chat_template_kwargs=given) == (
+        "type sail = () => any;x"
+    )

@@ -104,6 +104,12 @@ def texts() -> list[str]:
     return [*SCRIPTS.values(), CODE, *ODD.values()]
 
 
+def documents() -> list[str]:
+    """The project's own."""
+    paths = sorted((Path(__file__).resolve().parents[3] / "docs").glob("*.md"))
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
 def train_ranks() -> dict[bytes, int]:
     """Byte strings by rank: the 256 bytes, then merges of the texts of this file and of the project's documents."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -111,8 +117,7 @@ def train_ranks() -> dict[bytes, int]:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
-    documents = sorted((Path(__file__).resolve().parents[3] / "docs").glob("*.md"))
-    corpus = [*texts() * 20, *(path.read_text(encoding="utf-8") for path in documents)]
+    corpus = [*texts() * 20, *documents()]
     trainer = trainers.BpeTrainer(vocab_size=RANKS, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     byte_of = {character: byte for byte, character in _gpt2_characters().items()}
