@@ -45,6 +45,10 @@ class AttentionWidths(Protocol):
     def dense_tokens(self) -> int | None:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
 
+    @property
+    def disputed(self) -> str | None:
+        """What the keys of config.json say in two ways; None where they agree."""
+
     def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""
 
