@@ -164,10 +164,10 @@ def measure_attention(level: str, threads: int, repeat: int, limits: Limits) -> 
     decode, operations, found = Decode((1,), (KEYS,), table), KEYS * heads * (2 * latent + rope), []
     for name, scales in (("bf16", {}), ("int8", {"latent": torch.full((latent,), 0.03)})):
         pools = Pool("latent", latent, int8=True), Pool("rope", rope)
-        cache = ops.attention.new_cache(pools, KEYS // block, block, scales)
+        cache = ops.caches.new(pools, KEYS // block, block, scales)
         cache["latent"].tensor.random_(-100, 100)
         cache["rope"].tensor.normal_()
-        attend = partial(ops.attention.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
+        attend = partial(ops.mla.fused_infer_attention_paged, q_latent, q_rope, cache, decode, 0.01)
         rate = operations / best(attend, max(3, repeat // 5))
         what = f"absorbed attention, {KEYS} keys, {name} cache"
         found.append(Row(level, what, rate / 1e9, "GMAC/s", rate / limits.floats, "torch float32"))

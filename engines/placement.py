@@ -19,7 +19,7 @@ from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.tensors import Spec
-from .parameters import parameter_problems, refused_names
+from .parameters import draft_notes, parameter_problems, refused_names
 from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
@@ -171,12 +171,19 @@ def engine_notes(
     yield from slow_path_notes(specs, schemes)
     for engine, (version, _) in ENGINES.items():
         yield from placement_problems(engine, config, schemes, 1, False)
+        yield from loading_notes(engine, config, schemes)
         refused = refused_names(engine, config.family, unknown)
         if refused:
             yield (
                 f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "
                 "loader needs it, remove it from the checkpoint"
             )
+
+
+def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line for each part that `engine` cannot load of an artifact that it runs."""
+    for note in draft_notes(engine, config, schemes):
+        yield f"{engine} {ENGINES[engine][0]}: {note}"
 
 
 def slow_path_notes(specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]) -> Iterator[str]:

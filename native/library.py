@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 
 
 class Part(Structure):
@@ -36,19 +36,21 @@ class Weights(Structure):
     )
 
 
-class Cache(Structure):
-    """`npuq_cache`: one layer's paged cache in NZ layout."""
+class Pages(Structure):
+    """`npuq_pages`: one pool of a layer's paged cache."""
 
     _fields_ = (
-        ("latent", c_void_p),
-        ("rope", c_void_p),
-        ("blocks", c_int64),
-        ("block_size", c_int64),
-        ("latent_dim", c_int64),
-        ("rope_dim", c_int64),
-        ("latent_scale", c_void_p),
+        ("rows", c_void_p),
+        ("scale", c_void_p),
+        *((name, c_int64) for name in ("blocks", "block_size", "channels")),
         ("dtype", c_int32),
     )
+
+
+class LatentCache(Structure):
+    """`npuq_latent_cache`: the paged cache of one layer of multi-head latent attention."""
+
+    _fields_ = (("latent", Pages), ("rope", Pages))
 
 
 class Strided(Structure):

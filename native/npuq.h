@@ -17,7 +17,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 5
+#define NPUQ_ABI_VERSION 6
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -26,7 +26,9 @@ enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2, NPUQ_BAD_SIZE = 3, 
 /* The widest row of npuq_quantize_rows, up to which its sums are exact, and its most columns of bias. */
 enum { NPUQ_MOST_COLUMNS = 1 << 17, NPUQ_MOST_BIAS_COLUMNS = 16 };
 
-enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
+/* I4 pairs rows in a byte (`npuq_part`). U4 pairs columns, as checkpoints store int4: byte [row, k] holds column 2k in its
+ * low nibble and column 2k + 1 in its high one, 8 added to each. */
+enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5, NPUQ_U4 = 6 };
 
 NPUQ_API int npuq_abi_version(void);
 
@@ -50,7 +52,7 @@ NPUQ_API int npuq_watch(const void *start, int64_t bytes);
 NPUQ_API void npuq_unwatch(const void *start);
 NPUQ_API int npuq_is_lost(const void *start);
 
-/* Stored rows: F32, BF16, F16, or F8E4M3 in blocks of block_rows × block_cols with one float32 scale each. block_scale
+/* Stored rows: F32, BF16, F16, or F8E4M3 or U4 in blocks of block_rows × block_cols with one float32 scale each. block_scale
  * (NULL for the others) has scale_stride scales a row of blocks; `first_row` is the index of row 0 in the first block. */
 typedef struct {
     const void *data;
@@ -150,28 +152,29 @@ NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dt
 NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride,
                                   int64_t head_stride, int64_t tokens, int64_t heads, int64_t dim, const void *cos,
                                   const void *sin, void *out);
-/* One layer's paged cache in NZ layout: [blocks, channels / 16, block_size, 16] of `dtype`. With latent_scale (one float
- * a channel, else NULL) the latent is stored as int8 codes round-half-even(latent / scale) [blocks, channels / 32,
- * block_size, 32], and queries are quantized per token and head, as by npuq_dynamic_quant. */
+/* One pool of a layer's paged cache in NZ layout: rows [blocks, channels / 16, block_size, 16] of `dtype`. With scale
+ * (one float a channel, else NULL) they are int8 codes round-half-even(value / scale) [blocks, channels / 32,
+ * block_size, 32]. */
 typedef struct {
-    void *latent;
-    void *rope;
-    int64_t blocks;
-    int64_t block_size;
-    int64_t latent_dim;
-    int64_t rope_dim;
-    const float *latent_scale;
+    void *rows;
+    const float *scale;
+    int64_t blocks, block_size, channels;
     int32_t dtype;
-} npuq_cache;
+} npuq_pages;
+/* The cache of multi-head latent attention: latent_dim and rope_dim channels, the rope in the compute dtype. Over a
+ * latent of codes queries are quantized per token and head, as by npuq_dynamic_quant. */
+typedef struct {
+    npuq_pages latent, rope;
+} npuq_latent_cache;
 /* kv [tokens, latent_dim + rope_dim]; a negative slot is not written. latent_out and rope_out may be NULL. */
-NPUQ_API int npuq_kv_cache_write(npuq_pool *pool, const npuq_cache *cache, const void *kv, int64_t stride,
+NPUQ_API int npuq_kv_cache_write(npuq_pool *pool, const npuq_latent_cache *cache, const void *kv, int64_t stride,
                                  const void *gamma, const void *cos, const void *sin, const int64_t *slots,
                                  int64_t tokens, float eps, void *rope_out, void *latent_out);
 /* Absorbed attention of q_latent [tokens, heads, latent_dim], q_rope [tokens, heads, rope_dim] on the cache.
  * q_ends: cumulative query lengths of the sequences; kv_lens: keys of each; table int32 [sequences, table_stride].
  * Query i of a sequence with n queries sees its first kv_len − n + i + 1 keys. */
-NPUQ_API int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q_latent, const void *q_rope,
-                                  int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
+NPUQ_API int npuq_attention_paged(npuq_pool *pool, const npuq_latent_cache *cache, const void *q_latent,
+                                  const void *q_rope, int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                                   const int32_t *table, int64_t table_stride, float softmax_scale, void *out);
 
 /* [tokens, heads, channels]; head_stride 0 where heads share their channels. */
@@ -231,11 +234,11 @@ typedef struct {
     float eps;
 } npuq_mla;
 /* x [tokens, hidden] → q_latent [tokens, heads, latent_dim] and q_rope [tokens, heads, rope_dim]; writes the cache. */
-NPUQ_API int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x,
+NPUQ_API int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x,
                              int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
                              void *q_latent, void *q_rope);
 /* npuq_mla_prolog, npuq_attention_paged, w_uv, o: x [tokens, hidden] → out [tokens, o's outputs]. */
-NPUQ_API int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x,
+NPUQ_API int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x,
                              int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
                              const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
                              int64_t table_stride, float softmax_scale, void *out);

@@ -87,14 +87,13 @@ class Engine:
         layers = range(model.config.num_hidden_layers)
         scales = cache_scales or [{} for _ in layers]
         pools = [model.attention.pools(layer) for layer in layers]
-        attention = model.ops.attention
-        stored = [attention.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
+        caches = model.ops.caches
+        stored = [caches.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
         num_blocks = _num_blocks(chain.from_iterable(stored), rope.max_position, config)
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size)
         self._cache = tuple(
-            attention.new_cache(own, num_blocks, config.block_size, scale)
-            for own, scale in zip(pools, scales, strict=True)
+            caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )
         self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)

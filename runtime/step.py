@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.rope import RopeTables
-from .ops import Decode, Ops, Prefill, Prefix, PrefixSegment, Step
+from .ops import Decode, Ops, Positions, Prefill, Prefix, PrefixSegment, Step
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,11 @@ class StepBuilder:
         positions = self._tensor([p for chunk in ordered for p in range(chunk.start, chunk.end)])
         step = Step(
             token_ids=self._tensor([token for chunk in ordered for token in chunk.token_ids]),
-            slots=self._tensor([slot for chunk in ordered for slot in self._slots(chunk)]),
-            cos=self._rope.cos[positions],
-            sin=self._rope.sin[positions],
+            positions=Positions(
+                slots=self._tensor([slot for chunk in ordered for slot in self._slots(chunk)]),
+                cos=self._rope.cos[positions],
+                sin=self._rope.sin[positions],
+            ),
             decode=self._decode(decodes) if decodes else None,
             prefill=self._prefill(ordered[len(decodes) :]) if len(decodes) < len(ordered) else None,
             output_rows=self._output_rows(ordered),

@@ -49,10 +49,10 @@ def run_native(
     small = {suffix: torch.zeros(slot.shape, dtype=DTYPES[slot.dtype]) for suffix, slot in slots.items()}
     error, norm = torch.zeros(2, job.rows, dtype=torch.float64)
     codes = workspace.codes(code_slot.shape[0] if keep else most // packed, job.columns)
-    row_bytes = job.columns * stored.dtype.itemsize
+    row_bytes = stored.nbytes // job.rows
     rows = workspace.read(most * row_bytes)
     read, output = Digest(), JobOutput(files, job)
-    piece_rows = StoredRows(rows.view(stored.dtype).view(most, job.columns), stored.blocks)
+    piece_rows = StoredRows(rows.view(stored.dtype).view(most, -1), stored.blocks)
     out = NativeRows(codes, small[SCALE], small.get(BIAS), error, norm)
     mse = job.method.scale_search is Method.MSE
     quantizer = Quantizer(piece_rows, job.scheme.weight_bits, mse, out)
@@ -73,8 +73,8 @@ def run_native(
         output.write(slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     stats = ErrorSums(float(error.numpy().sum()), float(norm.numpy().sum()))
-    if stored.scale is not None:
-        read.update(memory_of(stored.scale))  # in the order of `weight.stored_names`
+    for tensor in ([] if stored.scale is None else [stored.scale]) + list(stored.beside):
+        read.update(memory_of(tensor))  # in the order of `weight.stored_names`
     entry = JobEntry(stats, read.result(), output.digest())
     if not keep:
         return JobDone(entry)

@@ -9,11 +9,18 @@
 #include "common/dtypes.h"
 #include "npuq.h"
 
-/* Dtypes that have kernels, and channels that fill whole NZ tiles. */
-static inline bool cache_fits(const npuq_cache *cache) {
-    int64_t tile = (int64_t)nz_channels(cache->latent_scale != NULL ? NPUQ_I8 : cache->dtype);
-    return computes(cache->dtype) && cache->blocks >= 0 && cache->block_size > 0 && cache->latent_dim > 0 &&
-           cache->latent_dim % tile == 0 && cache->rope_dim > 0 && cache->rope_dim % (int64_t)nz_channels(cache->dtype) == 0;
+/* Channels that fill whole NZ tiles, of a dtype that has kernels; codes come with their scales. */
+static inline bool pages_fit(const npuq_pages *pages) {
+    return (pages->scale != NULL ? pages->dtype == NPUQ_I8 : computes(pages->dtype)) && pages->blocks >= 0 &&
+           pages->block_size > 0 && pages->channels > 0 && pages->channels % (int64_t)nz_channels(pages->dtype) == 0;
+}
+
+/* Two pools of as many tokens; the rope's rows are no codes. */
+static inline bool latent_cache_fits(const npuq_latent_cache *cache) {
+    const npuq_pages *latent = &cache->latent, *rope = &cache->rope;
+    return pages_fit(latent) && pages_fit(rope) && rope->scale == NULL &&
+           (latent->scale != NULL || latent->dtype == rope->dtype) && latent->blocks == rope->blocks &&
+           latent->block_size == rope->block_size;
 }
 
 static inline bool all_below(const int32_t *index, int64_t count, int64_t limit) {
@@ -39,21 +46,21 @@ static inline bool is_cumulative(const int64_t *ends, int64_t count) {
     return good;
 }
 
-/* Slots of a cache; negative ones are not written. */
-static inline bool slots_fit(const npuq_cache *cache, const int64_t *slots, int64_t count) {
-    int64_t all = cache->blocks * cache->block_size;
+/* Slots of a pool; negative ones are not written. */
+static inline bool slots_fit(const npuq_pages *pages, const int64_t *slots, int64_t count) {
+    int64_t all = pages->blocks * pages->block_size;
     bool good = true;
     for (int64_t i = 0; i < count; i++) good &= slots[i] < all;
     return good;
 }
 
-/* Every key of a sequence is in a block of the table's row, and that block in the cache. */
-static inline bool tables_fit(const npuq_cache *cache, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
+/* Every key of a sequence is in a block of the table's row, and that block in the pool. */
+static inline bool tables_fit(const npuq_pages *pages, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
                               int64_t table_stride) {
     bool good = true;
     for (int64_t s = 0; s < sequences && good; s++) {
-        int64_t blocks = kv_lens[s] / cache->block_size + (kv_lens[s] % cache->block_size != 0);
-        good = kv_lens[s] >= 0 && blocks <= table_stride && all_below(table + s * table_stride, blocks, cache->blocks);
+        int64_t blocks = kv_lens[s] / pages->block_size + (kv_lens[s] % pages->block_size != 0);
+        good = kv_lens[s] >= 0 && blocks <= table_stride && all_below(table + s * table_stride, blocks, pages->blocks);
     }
     return good;
 }

@@ -304,20 +304,21 @@ static int project(npuq_pool *pool, const npuq_mla *mla, const struct prolog *pr
 }
 
 /* True if the widths of a layer and of its cache agree. */
-static bool mla_fits(const npuq_mla *mla, const npuq_cache *cache, int dtype) {
-    int64_t q_width = mla->heads * (mla->nope_dim + cache->rope_dim), kv_width = cache->latent_dim + cache->rope_dim;
+static bool mla_fits(const npuq_mla *mla, const npuq_latent_cache *cache, int dtype) {
+    int64_t q_width = mla->heads * (mla->nope_dim + cache->rope.channels);
+    int64_t kv_width = cache->latent.channels + cache->rope.channels;
     int64_t q_a_width = mla->q_b != NULL ? mla->q_b->cols : q_width;
-    return cache_fits(cache) && cache->dtype == dtype && mla->heads > 0 && mla->nope_dim > 0 && mla->value_dim > 0 &&
-           mla->qkv_a->outputs == q_a_width + kv_width && (mla->q_b == NULL || mla->q_b->outputs == q_width) &&
+    return latent_cache_fits(cache) && cache->rope.dtype == dtype && mla->heads > 0 && mla->nope_dim > 0 &&
+           mla->value_dim > 0 && mla->qkv_a->outputs == q_a_width + kv_width && (mla->q_b == NULL || mla->q_b->outputs == q_width) &&
            mla->o->cols == mla->heads * mla->value_dim;
 }
 
-int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x, int32_t dtype,
+int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x, int32_t dtype,
                     int64_t tokens, const void *cos, const void *sin, const int64_t *slots, void *q_latent,
                     void *q_rope) {
     if (!mla_fits(mla, cache, dtype) || tokens < 0) return NPUQ_BAD_SIZE;
-    int64_t width = mla->qkv_a->outputs, kv_width = cache->latent_dim + cache->rope_dim, q_stride = 0;
-    int64_t head = mla->nope_dim + cache->rope_dim;
+    int64_t width = mla->qkv_a->outputs, kv_width = cache->latent.channels + cache->rope.channels, q_stride = 0;
+    int64_t head = mla->nope_dim + cache->rope.channels;
     const void *q = NULL;
     struct space space = {0};
     pool_begin(pool);
@@ -336,13 +337,13 @@ int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cach
     }
     if (status == NPUQ_OK) {
         status = npuq_batch_matmul(pool, q, dtype, q_stride, head, tokens, mla->heads, mla->nope_dim,
-                                   cache->latent_dim, mla->w_uk, mla->kv_b_dtype, mla->w_uk_strides[0],
+                                   cache->latent.channels, mla->w_uk, mla->kv_b_dtype, mla->w_uk_strides[0],
                                    mla->w_uk_strides[1], mla->w_uk_strides[2], q_latent);
     }
     if (status == NPUQ_OK) {
         const char *rope = (const char *)q + (size_t)mla->nope_dim * size_of(dtype);
-        status = npuq_interleave_rope(pool, rope, dtype, q_stride, head, tokens, mla->heads, cache->rope_dim, cos, sin,
-                                      q_rope);
+        status = npuq_interleave_rope(pool, rope, dtype, q_stride, head, tokens, mla->heads, cache->rope.channels, cos,
+                                      sin, q_rope);
     }
     pool_end(pool);
     return status;
@@ -353,22 +354,23 @@ struct attended {
     void *q_latent, *q_rope, *latent, *value;
 };
 
-static struct attended take_attended(struct space *space, const npuq_mla *mla, const npuq_cache *cache, size_t tokens) {
-    size_t size = size_of(cache->dtype) * tokens * (size_t)mla->heads;
-    struct attended attended = {.q_latent = take(space, size * (size_t)cache->latent_dim)};
-    attended.q_rope = take(space, size * (size_t)cache->rope_dim);
-    attended.latent = take(space, size * (size_t)cache->latent_dim);
+static struct attended take_attended(struct space *space, const npuq_mla *mla, const npuq_latent_cache *cache,
+                                     size_t tokens) {
+    size_t size = size_of(cache->rope.dtype) * tokens * (size_t)mla->heads;
+    struct attended attended = {.q_latent = take(space, size * (size_t)cache->latent.channels)};
+    attended.q_rope = take(space, size * (size_t)cache->rope.channels);
+    attended.latent = take(space, size * (size_t)cache->latent.channels);
     attended.value = take(space, size * (size_t)mla->value_dim);
     return attended;
 }
 
-int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_cache *cache, const void *x, int32_t dtype,
+int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x, int32_t dtype,
                     int64_t tokens, const void *cos, const void *sin, const int64_t *slots, const int64_t *q_ends,
                     const int64_t *kv_lens, int64_t sequences, const int32_t *table, int64_t table_stride,
                     float softmax_scale, void *out) {
     if (!mla_fits(mla, cache, dtype) || tokens < 0) return NPUQ_BAD_SIZE;
     if (sequences < 1 || q_ends[sequences - 1] != tokens) return NPUQ_BAD_INDEX;
-    int64_t heads = mla->heads, latent = cache->latent_dim;
+    int64_t heads = mla->heads, latent = cache->latent.channels;
     struct space space = {0};
     pool_begin(pool);
     take_attended(&space, mla, cache, (size_t)tokens);

@@ -5,9 +5,6 @@
 #include "common/checks.h"
 #include "common/pool.h"
 
-/* Contiguous channels of one token. */
-static int latent_dtype(const npuq_cache *cache) { return cache->latent_scale != NULL ? NPUQ_I8 : cache->dtype; }
-
 struct rope {
     npuq_pool *pool;
     const struct kernels *kernels;
@@ -47,7 +44,7 @@ int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t 
 struct cache_write {
     npuq_pool *pool;
     const struct kernels *kernels;
-    const npuq_cache *cache;
+    const npuq_latent_cache *cache;
     const char *kv, *gamma, *cos, *sin;
     size_t stride;
     const int64_t *slots;
@@ -65,24 +62,25 @@ static void scatter(void *pool, int dtype, size_t block_size, size_t channels, i
     }
 }
 
-/* The latent as it is stored: `row` in the cache's dtype, or codes of it. `x` is float scratch. */
+/* The latent as it is stored: `row` as it is, or codes of it. `x` is float scratch. */
 static void scatter_latent(const struct cache_write *write, int64_t slot, const char *row, float *x, int8_t *codes) {
-    const npuq_cache *cache = write->cache;
-    size_t l = (size_t)cache->latent_dim;
-    if (cache->latent_scale != NULL) {
-        write->kernels->to_float(row, cache->dtype, l, x);
-        write->kernels->code_row(x, cache->latent_scale, l, codes);
+    const npuq_latent_cache *cache = write->cache;
+    size_t l = (size_t)cache->latent.channels;
+    if (cache->latent.scale != NULL) {
+        write->kernels->to_float(row, cache->rope.dtype, l, x);
+        write->kernels->code_row(x, cache->latent.scale, l, codes);
     }
-    const void *stored = cache->latent_scale != NULL ? (const void *)codes : row;
-    scatter(cache->latent, latent_dtype(cache), (size_t)cache->block_size, l, slot, stored);
+    const void *stored = cache->latent.scale != NULL ? (const void *)codes : row;
+    scatter(cache->latent.rows, cache->latent.dtype, (size_t)cache->latent.block_size, l, slot, stored);
 }
 
 static void cache_write_task(const void *context, size_t token, int thread) {
     const struct cache_write *write = context;
     const struct kernels *kernels = write->kernels;
-    const npuq_cache *cache = write->cache;
-    int dtype = cache->dtype;
-    size_t size = size_of(dtype), l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, widest = l > d ? l : d;
+    const npuq_latent_cache *cache = write->cache;
+    int dtype = cache->rope.dtype;
+    size_t size = size_of(dtype), l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
+    size_t widest = l > d ? l : d;
     float *x = pool_thread_scratch(write->pool, thread), *y = x + widest, *first = y + widest, *second = first + widest;
     char *stored = (char *)(second + widest);
     const char *row = write->kv + token * write->stride * size;
@@ -100,20 +98,20 @@ static void cache_write_task(const void *context, size_t token, int thread) {
     kernels->to_float(write->sin + token * d * size, dtype, d, second);
     kernels->rope_row(x, first, second, d, y);
     kernels->from_float(y, d, stored, dtype);
-    if (slot >= 0) scatter(cache->rope, dtype, (size_t)cache->block_size, d, slot, stored);
+    if (slot >= 0) scatter(cache->rope.rows, dtype, (size_t)cache->latent.block_size, d, slot, stored);
     if (write->rope_out != NULL) memcpy(write->rope_out + token * d * size, stored, d * size);
 }
 
-int npuq_kv_cache_write(npuq_pool *pool, const npuq_cache *cache, const void *kv, int64_t stride, const void *gamma,
-                        const void *cos, const void *sin, const int64_t *slots, int64_t tokens, float eps,
+int npuq_kv_cache_write(npuq_pool *pool, const npuq_latent_cache *cache, const void *kv, int64_t stride,
+                        const void *gamma, const void *cos, const void *sin, const int64_t *slots, int64_t tokens, float eps,
                         void *rope_out, void *latent_out) {
-    if (!cache_fits(cache) || tokens < 0) return NPUQ_BAD_SIZE;
-    if (!slots_fit(cache, slots, tokens)) return NPUQ_BAD_INDEX;
+    if (!latent_cache_fits(cache) || tokens < 0) return NPUQ_BAD_SIZE;
+    if (!slots_fit(&cache->latent, slots, tokens)) return NPUQ_BAD_INDEX;
     struct cache_write write = {pool, pool_kernels(pool), cache, kv, gamma, cos, sin, (size_t)stride, slots, eps,
                                 rope_out, latent_out};
-    size_t widest = (size_t)(cache->latent_dim > cache->rope_dim ? cache->latent_dim : cache->rope_dim);
+    int64_t l = cache->latent.channels, d = cache->rope.channels;
     pool_begin(pool);
-    int status = pool_scratch(pool, 5 * widest * sizeof(float), 0);
+    int status = pool_scratch(pool, 5 * (size_t)(l > d ? l : d) * sizeof(float), 0);
     if (status == NPUQ_OK) pool_run(pool, cache_write_task, &write, (size_t)tokens);
     pool_end(pool);
     return status;
@@ -126,7 +124,7 @@ enum { TASK_HEADS = 32 };
 struct attention {
     npuq_pool *pool;
     const struct kernels *kernels;
-    const npuq_cache *cache;
+    const npuq_latent_cache *cache;
     const char *q_latent, *q_rope;
     size_t heads, heads_per_task, tasks_per_token;
     const int64_t *q_ends, *kv_lens;
@@ -138,20 +136,20 @@ struct attention {
 
 /* A query as int8 keys see it: times their channels' scales, and rounded to int8 itself. `codes` is scratch. */
 static void round_query(const struct attention *attention, float *q, int8_t *codes) {
-    const npuq_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent_dim;
+    const npuq_latent_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent.channels;
     float scale;
-    for (size_t i = 0; i < l; i++) q[i] *= cache->latent_scale[i];
+    for (size_t i = 0; i < l; i++) q[i] *= cache->latent.scale[i];
     attention->kernels->quant_row(q, l, codes, &scale);
     for (size_t i = 0; i < l; i++) q[i] = (float)codes[i] * scale;
 }
 
 static void load_query(const struct attention *attention, size_t row, float *q, int8_t *codes) {
-    const npuq_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, size = size_of(cache->dtype);
-    attention->kernels->to_float(attention->q_latent + row * l * size, cache->dtype, l, q);
-    if (cache->latent_scale != NULL) round_query(attention, q, codes);
-    attention->kernels->to_float(attention->q_rope + row * d * size, cache->dtype, d, q + l);
+    const npuq_latent_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels, size = size_of(cache->rope.dtype);
+    attention->kernels->to_float(attention->q_latent + row * l * size, cache->rope.dtype, l, q);
+    if (cache->latent.scale != NULL) round_query(attention, q, codes);
+    attention->kernels->to_float(attention->q_rope + row * d * size, cache->rope.dtype, d, q + l);
     for (size_t i = 0; i < l + d; i++) q[i] *= attention->scale;
 }
 
@@ -163,16 +161,17 @@ struct place {
 
 /* The sequence's keys from `key` on, of `keys` in all: as many as a tile takes of one block. */
 static struct place find_keys(const struct attention *attention, size_t sequence, size_t key, size_t keys) {
-    const npuq_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim, block_size = (size_t)cache->block_size;
+    const npuq_latent_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
+    size_t block_size = (size_t)cache->latent.block_size;
     if (key >= keys) return (struct place){0};
     size_t block = (size_t)attention->table[sequence * attention->table_stride + key / block_size];
     size_t first = key % block_size, some = block_size - first;
     some = some < ATTENTION_KEYS ? some : ATTENTION_KEYS;
     some = some < keys - key ? some : keys - key;
     return (struct place){
-        .latent = (const char *)cache->latent + block * l * block_size * size_of(latent_dtype(cache)),
-        .rope = (const char *)cache->rope + block * d * block_size * size_of(cache->dtype),
+        .latent = (const char *)cache->latent.rows + block * l * block_size * size_of(cache->latent.dtype),
+        .rope = (const char *)cache->rope.rows + block * d * block_size * size_of(cache->rope.dtype),
         .first = first,
         .keys = some,
     };
@@ -191,16 +190,16 @@ struct gathered {
 /* Merges a tile's keys into all heads of a task: the first of them fetch the keys that follow. */
 static void attend_heads(const struct attention *attention, const struct place *now, const struct place *next,
                          size_t heads, struct gathered *in) {
-    const npuq_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim;
+    const npuq_latent_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
     for (size_t head = 0; head < heads; head += ATTENTION_HEADS) {
         struct attention_tile tile = {
-            .latent = now->latent, .rope = now->rope, .dtype = cache->dtype, .latent_dtype = latent_dtype(cache),
-            .block_size = (size_t)cache->block_size, .first = now->first, .keys = now->keys, .latent_dim = l,
+            .latent = now->latent, .rope = now->rope, .dtype = cache->rope.dtype, .latent_dtype = cache->latent.dtype,
+            .block_size = (size_t)cache->latent.block_size, .first = now->first, .keys = now->keys, .latent_dim = l,
             .rope_dim = d, .heads = heads - head < ATTENTION_HEADS ? heads - head : ATTENTION_HEADS,
             .q = in->q + head * (l + d),
-            .next_latent = head > 0 ? NULL : first_row(next->latent, latent_dtype(cache), next->first),
-            .next_rope = head > 0 ? NULL : first_row(next->rope, cache->dtype, next->first),
+            .next_latent = head > 0 ? NULL : first_row(next->latent, cache->latent.dtype, next->first),
+            .next_rope = head > 0 ? NULL : first_row(next->rope, cache->rope.dtype, next->first),
             .largest = in->largest + head, .total = in->total + head, .out = in->out + head * l,
         };
         attention->kernels->attend(&tile);
@@ -210,8 +209,8 @@ static void attend_heads(const struct attention *attention, const struct place *
 /* Some heads of one query token, over all the keys it sees. */
 static void attention_task(const void *context, size_t index, int thread) {
     const struct attention *attention = context;
-    const npuq_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent_dim, d = (size_t)cache->rope_dim;
+    const npuq_latent_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
     size_t token = index / attention->tasks_per_token, sequence = 0;
     size_t head = index % attention->tasks_per_token * attention->heads_per_task, left = attention->heads - head;
     size_t heads = left < attention->heads_per_task ? left : attention->heads_per_task;
@@ -238,11 +237,12 @@ static void attention_task(const void *context, size_t index, int thread) {
         float total = in.total[h], *out = in.out + h * l;
         float share = total > 0 || total != total ? 1 / total : 0; /* no key seen: zeros */
         for (size_t c = 0; c < l; c++) out[c] *= share;
-        if (cache->latent_scale != NULL) {
-            for (size_t c = 0; c < l; c++) out[c] *= cache->latent_scale[c];
+        if (cache->latent.scale != NULL) {
+            for (size_t c = 0; c < l; c++) out[c] *= cache->latent.scale[c];
         }
         size_t row = token * attention->heads + head + h;
-        attention->kernels->from_float(out, l, attention->out + row * l * size_of(cache->dtype), cache->dtype);
+        char *to = attention->out + row * l * size_of(cache->rope.dtype);
+        attention->kernels->from_float(out, l, to, cache->rope.dtype);
     }
 }
 
@@ -254,11 +254,11 @@ static size_t heads_per_task(size_t tokens, size_t heads, size_t threads) {
     return most;
 }
 
-int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q_latent, const void *q_rope,
+int npuq_attention_paged(npuq_pool *pool, const npuq_latent_cache *cache, const void *q_latent, const void *q_rope,
                          int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                          const int32_t *table, int64_t table_stride, float softmax_scale, void *out) {
-    if (!cache_fits(cache) || heads < 1) return NPUQ_BAD_SIZE;
-    if (!is_cumulative(q_ends, sequences) || !tables_fit(cache, kv_lens, sequences, table, table_stride)) {
+    if (!latent_cache_fits(cache) || heads < 1) return NPUQ_BAD_SIZE;
+    if (!is_cumulative(q_ends, sequences) || !tables_fit(&cache->latent, kv_lens, sequences, table, table_stride)) {
         return NPUQ_BAD_INDEX;
     }
     if (sequences == 0) return NPUQ_OK;
@@ -270,7 +270,7 @@ int npuq_attention_paged(npuq_pool *pool, const npuq_cache *cache, const void *q
         .q_ends = q_ends, .kv_lens = kv_lens, .table = table, .sequences = (size_t)sequences,
         .table_stride = (size_t)table_stride, .scale = softmax_scale, .out = out,
     };
-    size_t floats = per_task * (size_t)(2 * cache->latent_dim + cache->rope_dim);
+    size_t floats = per_task * (size_t)(2 * cache->latent.channels + cache->rope.channels);
     pool_begin(pool);
     int status = pool_scratch(pool, floats * sizeof(float), 0);
     if (status == NPUQ_OK) pool_run(pool, attention_task, &attention, tokens * attention.tasks_per_token);

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import Activation, AttentionWeights, Mla, MlaConfig, MlaParts, Ops, Prefill, Step
-from ..ops.attention import LATENT, ROPE
+from ..ops import Activation, AttentionWeights, Lengths, Mla, MlaConfig, MlaParts, Ops, Prefill, Queries, Step
 from ..ops.handles import own
+from ..ops.latent_attention import LATENT, ROPE
 from .kind import Parts
 from .pools import LayerCache, Pool
 
@@ -29,7 +29,7 @@ class MlaAttention:
 
     def load(self, parts: Parts, ops: Ops) -> Mla:
         latent_queries = self.config.q_lora_rank is not None
-        return ops.attention.mla(
+        return ops.mla.load(
             MlaParts(
                 q=None if latent_queries else parts.linear("q"),
                 q_a=parts.linear("q_a") if latent_queries else None,
@@ -46,42 +46,40 @@ class MlaAttention:
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
     ) -> tuple[Activation, Tensor]:
-        return ops.attention.attention_norm(x, residual, gain, self.config.rms_norm_eps, own(weights, Mla))
+        return ops.mla.norm(x, residual, gain, self.config.rms_norm_eps, own(weights, Mla))
 
     def write(
         self, hidden: Activation, weights: AttentionWeights, cache: LayerCache, step: Step, ops: Ops
     ) -> dict[str, Tensor]:
         mla = own(weights, Mla)
-        k_rope, latent = _written(ops.attention.mla_kv(hidden, mla), mla, cache, step, ops)
+        k_rope, latent = _written(ops.mla.project_kv(hidden, mla), mla, cache, step, ops)
         return {LATENT: latent, ROPE: k_rope}
 
     def attend(self, hidden: Activation, weights: AttentionWeights, cache: LayerCache, step: Step, ops: Ops) -> Tensor:
-        attention, mla = ops.attention, own(weights, Mla)
+        mla = own(weights, Mla)
         if step.prefill is None:
-            return attention.mla_decode(hidden, mla, cache, step)
+            return ops.mla.decode(hidden, mla, cache, step)
 
-        q_nope, q_rope, kv = attention.mla_project(hidden, mla)
+        q_nope, q_rope, kv = ops.mla.project(hidden, mla)
         k_rope, latent = _written(kv, mla, cache, step, ops)  # [T, D], [T, L]
-        q_rope = attention.interleave_rope(q_rope, step.cos, step.sin)
+        q_rope = ops.rotary.interleave_rope(q_rope, step.positions.cos, step.positions.sin)
         first = step.num_decode_tokens
-        attended = self._prefill(
-            q_nope[first:], q_rope[first:], latent[first:], k_rope[first:], mla, cache, step.prefill, ops
-        )
+        queries = Queries(q_nope[first:], q_rope[first:])
+        attended = self._prefill(queries, latent[first:], k_rope[first:], mla, cache, step.prefill, ops)
         if first:
-            q_latent = attention.mla_absorb(q_nope[:first], mla)
+            q_latent = ops.mla.absorb(q_nope[:first], mla)
             attended = torch.cat([self._decode(q_latent, q_rope[:first], mla, cache, step, ops), attended])
-        return attention.mla_output(attended, mla)
+        return ops.mla.output(attended, mla)
 
     def _decode(self, q_latent: Tensor, q_rope: Tensor, mla: Mla, cache: LayerCache, step: Step, ops: Ops) -> Tensor:
         assert step.decode is not None
         scale = self.config.softmax_scale
-        attended = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, step.decode, scale)
-        return ops.attention.mla_bring_out(attended, mla)  # [T, N, v]
+        attended = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, step.decode, scale)
+        return ops.mla.bring_out(attended, mla)  # [T, N, v]
 
     def _prefill(
         self,
-        q_nope: Tensor,
-        q_rope: Tensor,
+        queries: Queries,
         latent: Tensor,
         k_rope: Tensor,
         mla: Mla,
@@ -89,36 +87,29 @@ class MlaAttention:
         prefill: Prefill,
         ops: Ops,
     ) -> Tensor:
-        attention, scale = ops.attention, self.config.softmax_scale
-        k_nope, value = attention.mla_decompress(latent, mla)
-        attended, lse = attention.fused_infer_attention(
-            q_nope, q_rope, k_nope, k_rope, value, prefill.q_lens, prefill.q_lens, scale, causal=True
-        )
+        scale = self.config.softmax_scale
+        own_lengths = Lengths(prefill.q_lens, prefill.q_lens, causal=True)
+        keys = ops.mla.decompress(latent, k_rope, mla)
+        attended, lse = ops.mla.fused_infer_attention(queries, keys, own_lengths, scale)
         for prefix in prefill.prefixes:
             rows = slice(*prefix.rows)
-            queries = prefix.rows[1] - prefix.rows[0]
+            count = prefix.rows[1] - prefix.rows[0]
             outputs, lses = [attended[rows]], [lse[rows]]
             for segment in prefix.segments:
-                cached = attention.gather_pa_kv_cache(cache, segment)
-                k_nope, value = attention.mla_decompress(cached[LATENT], mla)
-                out, out_lse = attention.fused_infer_attention(
-                    q_nope[rows],
-                    q_rope[rows],
-                    k_nope,
-                    cached[ROPE],
-                    value,
-                    (queries,),
-                    (segment.length,),
+                cached = ops.caches.gather(cache, segment)
+                out, out_lse = ops.mla.fused_infer_attention(
+                    Queries(queries.nope[rows], queries.rope[rows]),
+                    ops.mla.decompress(cached[LATENT], cached[ROPE], mla),
+                    Lengths((count,), (segment.length,), causal=False),
                     scale,
-                    causal=False,
                 )
                 outputs.append(out)
                 lses.append(out_lse)
-            attended[rows] = attention.attention_update(outputs, lses)
+            attended[rows] = ops.mla.attention_update(outputs, lses)
         return attended
 
 
 def _written(kv: Tensor, mla: Mla, cache: LayerCache, step: Step, ops: Ops) -> tuple[Tensor, Tensor]:
-    written = ops.attention.mla_write_cache(kv, mla, cache, step, output_kv=True)
+    written = ops.mla.write_cache(kv, mla, cache, step.positions, output_kv=True)
     assert written is not None
     return written

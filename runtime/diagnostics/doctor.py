@@ -110,11 +110,11 @@ def examine(model: Path | None = None) -> Diagnosis:
 def fit(directory: Path) -> ModelFit:
     """Check a model's shapes and schemes against the NPU's operators, from its headers alone."""
     from ...formats.checkpoint import Checkpoint
-    from ...models.config import ModelConfig
+    from ...formats.sources.model_config import read_model_config
 
     try:
         with Checkpoint.open(directory) as checkpoint:
-            config = ModelConfig.from_dict(checkpoint.config)
+            config = read_model_config(checkpoint)
             checks = [_attention_problem(config), _router_problem(config), *_expert_problems(checkpoint.tensors)]
     except NpuqError as error:
         return ModelFit(str(directory), False, (str(error),))
@@ -124,7 +124,7 @@ def fit(directory: Path) -> ModelFit:
 
 def _attention_problem(config: ModelConfig) -> str | None:
     from ...models.mla import Mla
-    from ..ops.ascend.mla import check_mla
+    from ..ops.ascend.attention_limits import check_mla
 
     if not isinstance(config.attention, Mla):
         return f"config.json: the Ascend backend does not run the attention of {config.model_type}"

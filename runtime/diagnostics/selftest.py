@@ -22,12 +22,16 @@ from ..ops import (
     Activation,
     Decode,
     Gating,
+    Keys,
+    Lengths,
     LinearPart,
     MlaConfig,
     MlaParts,
     Ops,
+    Positions,
     PrefixSegment,
     Quantized,
+    Queries,
     Static,
     Step,
 )
@@ -73,7 +77,7 @@ def selftest(ops: Ops) -> Iterator[Result]:
 
 def cases_of(ops: Ops) -> dict[str, Case]:
     """Cases of a backend in its settings; those of an int8 cache only where the backend has one."""
-    return {name: case for name, case in CASES.items() if ops.attention.has_int8_cache or name not in INT8_CACHE_CASES}
+    return {name: case for name, case in CASES.items() if ops.caches.takes_int8 or name not in INT8_CACHE_CASES}
 
 
 def _error(ours: Activation, theirs: Activation) -> float:
@@ -124,7 +128,7 @@ def _gamma(ops: Ops, width: int) -> Tensor:
 
 
 def _cache(ops: Ops) -> LayerCache:
-    return ops.attention.new_cache(POOLS, 4, BLOCK)
+    return ops.caches.new(POOLS, 4, BLOCK)
 
 
 def _written(ops: Ops, tokens: int, first_block: int) -> LayerCache:
@@ -132,9 +136,8 @@ def _written(ops: Ops, tokens: int, first_block: int) -> LayerCache:
     cache = _cache(ops)
     slots = torch.arange(tokens, device=ops.device) + first_block * BLOCK
     kv = _rows(ops, tokens, LATENT + ROPE, seed=92)
-    ops.attention.kv_rmsnorm_rope_cache(
-        kv, _gamma(ops, LATENT), *_tables(ops, tokens), slots, cache, EPS, output_kv=False
-    )
+    positions = Positions(slots, *_tables(ops, tokens))
+    ops.mla.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), EPS, positions, cache, output_kv=False)
     return cache
 
 
@@ -192,39 +195,46 @@ def _routing(quantize: bool) -> Case:
 
 def _rope_and_cache(ops: Ops) -> tuple[Activation, ...]:
     cos, sin = _tables(ops, TOKENS)
-    rotated = ops.attention.interleave_rope(_rows(ops, TOKENS, HEADS, ROPE, seed=9), cos, sin)
+    rotated = ops.rotary.interleave_rope(_rows(ops, TOKENS, HEADS, ROPE, seed=9), cos, sin)
     segment = PrefixSegment(0, TOKENS, _table(ops, 2))
-    return rotated, *ops.attention.gather_pa_kv_cache(_written(ops, TOKENS, first_block=2), segment).values()
+    return rotated, *ops.caches.gather(_written(ops, TOKENS, first_block=2), segment).values()
 
 
-def _ragged_attention(ops: Ops) -> tuple[Activation, ...]:
-    tokens, lengths = 9, (4, 9)
-    q, k, v = (_rows(ops, tokens, HEADS, HEAD, seed=seed) for seed in (10, 11, 12))
-    q_rope, k_rope = _rows(ops, tokens, HEADS, ROPE, seed=13), _rows(ops, tokens, ROPE, seed=14)
-    out, lse = ops.attention.fused_infer_attention(q, q_rope, k, k_rope, v, lengths, lengths, SCALE, causal=True)
-    past, past_lse = ops.attention.fused_infer_attention(
-        q, q_rope, k, k_rope, v, (tokens,), (tokens,), SCALE, causal=False
-    )
-    return out, lse, past, ops.attention.attention_update([out, past], [lse, past_lse])
+def _ragged_attention(nope: int, value: int) -> Case:
+    """Attention over decompressed keys of `nope` + ROPE channels and values of `value`, merged with another one."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        tokens, lengths = 9, (1, 4, 9)
+        q, k = (_rows(ops, tokens, HEADS, nope, seed=seed) for seed in (10, 11))
+        queries = Queries(q, _rows(ops, tokens, HEADS, ROPE, seed=13))
+        keys = Keys(k, _rows(ops, tokens, ROPE, seed=14), _rows(ops, tokens, HEADS, value, seed=12))
+        out, lse = ops.mla.fused_infer_attention(queries, keys, Lengths(lengths, lengths, causal=True), SCALE)
+        whole = Lengths((tokens,), (tokens,), causal=False)
+        past, past_lse = ops.mla.fused_infer_attention(queries, keys, whole, SCALE)
+        return out, lse, past, ops.mla.attention_update([out, past], [lse, past_lse])
+
+    return case
 
 
 def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
-    return _attend(ops, _written(ops, BLOCK + 9, first_block=1))
+    cache = _written(ops, BLOCK + 9, first_block=1)
+    return *_attend(ops, cache), *_attend(ops, cache, heads=5)
 
 
 def _int8_cache(ops: Ops) -> LayerCache:
     scale = storable_scale((3 + _random(LATENT, seed=93).abs()) / 127)
-    return ops.attention.new_cache(POOLS, 4, BLOCK, {"latent": scale})
+    return ops.caches.new(POOLS, 4, BLOCK, {"latent": scale})
 
 
 def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
-    cache, cos, sin = _int8_cache(ops), *_tables(ops, TOKENS)
+    cache = _int8_cache(ops)
     slots = torch.tensor([2 * BLOCK, 2 * BLOCK + 1, -1, 2 * BLOCK + 3, 5, -1]).to(ops.device)
     kv = _rows(ops, TOKENS, LATENT + ROPE, seed=92)
-    written = ops.attention.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), cos, sin, slots, cache, EPS, output_kv=True)
+    positions = Positions(slots, *_tables(ops, TOKENS))
+    written = ops.mla.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), EPS, positions, cache, output_kv=True)
     assert written is not None
     codes = cache["latent"].read(torch.arange(4, device=ops.device), 4 * BLOCK)
-    read = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 4, _table(ops, 2)))
+    read = ops.caches.gather(cache, PrefixSegment(0, 4, _table(ops, 2)))
     return *written, Quantized(codes, torch.ones(1)), read["rope"]
 
 
@@ -235,18 +245,18 @@ def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
     for name, rows in (("latent", codes.to(ops.device)), ("rope", _rows(ops, BLOCK + 9, ROPE, seed=95))):
         pages = cache[name]
         write_rows(pages.tensor, pages.pool.layout, slots, rows)
-    gathered = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(0, 40, _table(ops, 1)))
+    gathered = ops.caches.gather(cache, PrefixSegment(0, 40, _table(ops, 1)))
     return *_attend(ops, cache), *gathered.values()
 
 
-def _attend(ops: Ops, cache: LayerCache) -> tuple[Activation, ...]:
+def _attend(ops: Ops, cache: LayerCache, heads: int = HEADS) -> tuple[Activation, ...]:
     table = torch.tensor([[1, 2], [1, 0]], dtype=torch.int32).to(ops.device)
     decode = Decode(q_lens=(1, 2), kv_lens=(BLOCK + 9, 40), block_table=table)
     several = Decode(q_lens=(2, 5), kv_lens=decode.kv_lens, block_table=table)  # as when tokens are speculated
-    q, q_rope = _rows(ops, 5, HEADS, LATENT, seed=15), _rows(ops, 5, HEADS, ROPE, seed=16)
+    q, q_rope = _rows(ops, 5, heads, LATENT, seed=15), _rows(ops, 5, heads, ROPE, seed=16)
     return (
-        ops.attention.fused_infer_attention_paged(q[:2], q_rope[:2], cache, decode, SCALE),
-        ops.attention.fused_infer_attention_paged(q, q_rope, cache, several, SCALE),
+        ops.mla.fused_infer_attention_paged(q[:2], q_rope[:2], cache, decode, SCALE),
+        ops.mla.fused_infer_attention_paged(q, q_rope, cache, several, SCALE),
     )
 
 
@@ -267,17 +277,17 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
             kv_b=_weight(HEADS * 2 * HEAD, LATENT, seed=23),
             o=_part(scheme, hidden, HEADS * HEAD, seed=24, name="o"),
         )
-        mla = ops.attention.mla(parts, config)
+        mla = ops.mla.load(parts, config)
         cache = _written(ops, 20, first_block=1)
         slots = torch.tensor([BLOCK + 20, 2 * BLOCK]).to(ops.device)
         table = torch.tensor([[1], [2]], dtype=torch.int32).to(ops.device)
         decode = Decode(q_lens=(1, 2), kv_lens=(21, 1), block_table=table)
-        step = Step(slots, slots, *_tables(ops, 2), decode=decode, prefill=None, output_rows=None)
+        step = Step(slots, Positions(slots, *_tables(ops, 2)), decode=decode, prefill=None, output_rows=None)
         x, residual = _rows(ops, 2, hidden, seed=25), _rows(ops, 2, hidden, seed=26)
-        rows, total = ops.attention.attention_norm(x, residual, _gamma(ops, hidden), EPS, mla)
-        q_latent, q_rope = ops.attention.mla_prolog(rows, mla, cache, step)
-        attended = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE)
-        return total, q_latent, q_rope, ops.attention.mla_output(ops.attention.mla_bring_out(attended, mla), mla)
+        rows, total = ops.mla.norm(x, residual, _gamma(ops, hidden), EPS, mla)
+        q_latent, q_rope = ops.mla.prolog(rows, mla, cache, step)
+        attended = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE)
+        return total, q_latent, q_rope, ops.mla.output(ops.mla.bring_out(attended, mla), mla)
 
     return case
 
@@ -308,7 +318,8 @@ CASES: dict[str, Case] = {
     "routing float": _routing(quantize=False),
     "routing int8": _routing(quantize=True),
     "rope, cache write and read": _rope_and_cache,
-    "attention, ragged": _ragged_attention,
+    "attention, ragged": _ragged_attention(HEAD, HEAD),
+    "attention, ragged, heads of 256": _ragged_attention(192, 256),
     "attention, paged": _paged_attention,
     "int8 cache write and read": _int8_cache_write,
     "attention, paged, int8": _int8_attention,

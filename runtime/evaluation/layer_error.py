@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import GenerationError
-from ...formats.artifact import is_rotated
+from ...formats.artifact import converted_as, is_rotated
 from ...formats.checkpoint import Checkpoint
-from ...models.config import ModelConfig
+from ...formats.sources.model_config import read_model_config
 from ...progress import Progress, Silent, Task
 from ...quant.rotation import rotation
 from ..attention.kinds import attention_of
@@ -57,17 +57,19 @@ def layer_errors(
     context: int = DEFAULT_CONTEXT,
     backend: str = "auto",
     progress: Progress | None = None,
+    family: str | None = None,
 ) -> list[LayerError]:
     """Errors of an artifact's decoder layers (without MTP layers) on a text, cut into contexts as by `evaluate`.
 
     Memory holds one layer of each model, and the hidden states of all tokens twice, in the compute dtype.
-    `progress` counts layers. Raises GenerationError for a text that is too short, for directories of different models,
-    and for a layer with an output that is not finite, which it names.
+    `progress` counts layers. `family`: as of `load`, for both. Raises GenerationError for a text that is too short, for
+    directories of different models, and for a layer with an output that is not finite, which it names.
     """
     with ExitStack() as stack:
-        quantized, original = (
-            _Side(stack.enter_context(Checkpoint.open(directory)), make_ops(backend)) for directory in (model, source)
-        )
+        ours, theirs = (stack.enter_context(Checkpoint.open(directory)) for directory in (model, source))
+        ours.read_as(family)
+        theirs.read_as(family or converted_as(ours.directory, theirs.config))
+        quantized, original = (_Side(checkpoint, make_ops(backend)) for checkpoint in (ours, theirs))
         quantized.refuse_unlike(original)
         contexts = cut_contexts(text, Tokenizer(quantized.directory), context)
         turn = _turn(quantized, original)
@@ -122,7 +124,7 @@ class _Side:
 
     def __init__(self, checkpoint: Checkpoint, ops: Ops):
         self.directory = checkpoint.directory
-        self.config = ModelConfig.from_dict(checkpoint.config)
+        self.config = read_model_config(checkpoint)
         tables = load_rope_tables(checkpoint, self.config)
         self._store = open_store(checkpoint, ops.dtype)
         attention = attention_of(self.config, tables.softmax_scale)
@@ -156,7 +158,7 @@ class _Side:
     def load(self, layer: int) -> _Layer:
         ops, attention = self._model.ops, self._model.attention
         # Whole sequences in one step cache nothing, but the writing operators take a cache.
-        cache = ops.attention.new_cache(attention.pools(layer), 1, _BLOCK_SIZE)
+        cache = ops.caches.new(attention.pools(layer), 1, _BLOCK_SIZE)
         return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
 
     def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:

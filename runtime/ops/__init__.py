@@ -1,15 +1,16 @@
 """Operators of the backends, and the values that pass between operators and the model.
 
-The model (`runtime/model.py`) is written once against `Ops`, which has five parts: `weights` makes handles of stored
-weights; `norms`, `products`, `routing` and `attention` compute. Operators have the names (less
-`npu_`) and the semantics of torch_npu's (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
+The model (`runtime/model.py`) is written once against `Ops`, which has several parts: `weights` makes handles of stored
+weights and `caches` makes paged caches; `norms`, `products`, `routing` and `rotary` compute, and so does one part for
+each kind of attention (`mla`). Operators have the names (less `npu_`) and the semantics of torch_npu's (`npu_rms_norm`,
+`npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
 
 * **small operators** are abstract, and every backend implements them. One method is one device call;
-* **composites** (`mla_prolog`, `moe_experts`, `mlp`, …) have a body of small operators, which is also their
+* **composites** (`mla.prolog`, `routing.moe_experts`, …) have a body of small operators, which is also their
   specification. A backend with one kernel for the whole overrides the composite.
 
 Backends: `reference` (plain torch, the specification), `cpu` (torch in bounded memory), `native` (kernels in C),
-`ascend` (torch_npu). Each backend builds the five parts; a part gets the other parts that it calls.
+`ascend` (torch_npu). Each backend builds the parts; a part gets the other parts that it calls.
 
 Shapes: T tokens of the step, N heads, H hidden size, K input features, E experts, k experts a token, R = T·k routed
 rows, L = kv_lora_rank, D = qk_rope_head_dim. "compute dtype" is `Ops.dtype`; scales are always float32.
@@ -22,12 +23,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from ..attention.pools import LayerCache
-from .attention import Attention
+from .cache import Caches
 from .handles import (
     Activation,
     AttentionWeights,
     Experts,
     Gating,
+    Keys,
     Linear,
     LinearPart,
     Mla,
@@ -37,23 +39,29 @@ from .handles import (
     MlpWeights,
     MoeWeights,
     Quantized,
+    Queries,
     Router,
     Static,
 )
+from .latent_attention import LatentAttention
 from .norms import Norms
 from .products import Products
+from .rotary import Rotary
 from .routing import Routing
-from .steps import Decode, Prefill, Prefix, PrefixSegment, Step
+from .steps import Decode, Lengths, Positions, Prefill, Prefix, PrefixSegment, Step
 from .weights import Weights
 
 __all__ = [
     "Activation",
-    "Attention",
     "AttentionWeights",
+    "Caches",
     "Decode",
     "Experts",
     "Gating",
+    "Keys",
+    "LatentAttention",
     "LayerCache",
+    "Lengths",
     "Linear",
     "LinearPart",
     "Mla",
@@ -64,11 +72,14 @@ __all__ = [
     "MoeWeights",
     "Norms",
     "Ops",
+    "Positions",
     "Prefill",
     "Prefix",
     "PrefixSegment",
     "Products",
     "Quantized",
+    "Queries",
+    "Rotary",
     "Router",
     "Routing",
     "Static",
@@ -78,7 +89,7 @@ __all__ = [
 
 
 class Ops:
-    """The operators of one backend, in five parts.
+    """The operators of one backend, in parts.
 
     name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live.
     """
@@ -90,7 +101,9 @@ class Ops:
     norms: Norms
     products: Products
     routing: Routing
-    attention: Attention
+    caches: Caches
+    rotary: Rotary
+    mla: LatentAttention
 
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.

@@ -15,9 +15,11 @@ from ...formats.schemes import Scheme
 from . import Ops
 from .handles import Activation, Experts, LinearPart, Quantized, own
 from .reference import check_dtype
-from .reference.attention import ReferenceAttention
+from .reference.cache import ReferenceCaches
+from .reference.latent_attention import ReferenceLatentAttention
 from .reference.norms import ReferenceNorms
 from .reference.products import ReferenceProducts, rows_of_experts
+from .reference.rotary import ReferenceRotary
 from .reference.routing import ReferenceRouting
 from .reference.weights import PartsExperts, ReferenceWeights
 
@@ -61,7 +63,7 @@ class CpuProducts(ReferenceProducts):
         return accumulator.float().mul_(part.static.deq_scale).to(self.dtype)
 
 
-class CpuAttention(ReferenceAttention):
+class CpuLatentAttention(ReferenceLatentAttention):
     """Attention over a few queries at a time."""
 
     def _attention(
@@ -92,7 +94,9 @@ class CpuOps(Ops):
         self.norms = ReferenceNorms(dtype)
         self.products = CpuProducts(dtype, self.norms)
         self.routing = ReferenceRouting(dtype, self.norms, self.products)
-        self.attention = CpuAttention(dtype, self.weights, self.norms, self.products)
+        self.caches = ReferenceCaches(dtype)
+        self.rotary = ReferenceRotary(dtype)
+        self.mla = CpuLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)
 
 
 def _length(x: Activation) -> int:

@@ -91,7 +91,7 @@ class MlaConfig(MlaWidths):
 
 @dataclass(frozen=True)
 class MlaParts:
-    """The stored attention weights of one layer, from which `Attention.mla` makes its handle.
+    """The stored attention weights of one layer, from which `LatentAttention.load` makes its handle.
 
     q_a, q_b and q_a_norm (float `[q_lora]`) are None, and q set, in models without q_lora; otherwise q is None.
     kv_b is float `[N·(nope+v), L]`; kv_a_norm is float `[L]`.
@@ -132,6 +132,21 @@ class MlaWeights(Mla):
     q_a_norm: Tensor | None
     q_b: Linear | None
     kv_b: Linear
+
+
+class Queries(NamedTuple):
+    """Queries in two parts: nope `[T, N, nope]`, and rope `[T, N, D]`, rotated."""
+
+    nope: Tensor
+    rope: Tensor
+
+
+class Keys(NamedTuple):
+    """Decompressed keys and values: nope `[S, N, nope]`, rope `[S, D]` (shared by the heads), value `[S, N, v]`."""
+
+    nope: Tensor
+    rope: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True)

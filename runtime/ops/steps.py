@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where tokens stand, in the cache and in their sequences.
+
+    slots: int64 `[T]`, block · block_size + offset; negative ones are not written (−1 for none).
+    cos, sin: compute dtype `[T, D]`, gathered rows of the rope tables with the halves duplicated.
+    """
+
+    slots: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of ragged sequences.
+
+    q_lens, kv_lens: cumulative without a leading 0, of queries and of keys.
+    causal: query i of a sequence sees keys j ≤ i + (kv length − query length); otherwise all.
+    """
+
+    q_lens: Sequence[int]
+    kv_lens: Sequence[int]
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -67,15 +94,12 @@ class Prefill:
 class Step:
     """One pass through the model, built once and shared by all layers. Lengths are host values, tensors on the device.
 
-    token_ids, slots: int64 `[T]`. slots: places of the tokens in the cache, block · block_size + offset; −1 for none.
-    cos, sin: compute dtype `[T, D]`, gathered rows of the rope tables with the halves duplicated.
+    token_ids: int64 `[T]`. positions: the tokens' positions.
     output_rows: int64 `[S]`, the rows to compute logits of; None for all.
     """
 
     token_ids: Tensor
-    slots: Tensor
-    cos: Tensor
-    sin: Tensor
+    positions: Positions
     decode: Decode | None
     prefill: Prefill | None
     output_rows: Tensor | None

@@ -13,8 +13,8 @@ from ascend_rig.tape import Tape
 from npuq.errors import BackendError
 from npuq.runtime.step import Chunk
 
-MODELS = ("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static")
-INT8_CACHE = ("example-int8-cache", "v2-lite-int8-cache", "prolog-int8-cache")
+MODELS = ("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static", "glm-flash", "twenty-heads")
+INT8_CACHE = ("example-int8-cache", "v2-lite-int8-cache", "prolog-int8-cache", "glm-flash-int8-cache")
 
 
 @cache
@@ -97,7 +97,7 @@ def test_float32_semantics_agree_with_the_cpu_set(artifact, name):
 
 
 @pytest.mark.parametrize("half_cube", [False, True])
-@pytest.mark.parametrize("name", ["example", "v2-lite", "kimi", "prolog", "kimi-static"])
+@pytest.mark.parametrize("name", ["example", "v2-lite", "kimi", "prolog", "kimi-static", "glm-flash"])
 def test_bf16_stays_near_the_reference_in_bf16(artifact, name, half_cube):
     path = artifact(name)
     with emulate.use_rules(half_cube=half_cube):
@@ -123,9 +123,10 @@ def test_the_fused_prolog_agrees_with_the_unfused_chain(artifact, layout):
     assert harness.relative_error(*pair) < 0.05
 
 
-def test_the_prolog_is_for_documented_shapes_only(artifact):
+@pytest.mark.parametrize("name", ["kimi", "glm-flash", "prolog-but-heads"])
+def test_the_prolog_is_for_documented_shapes_only(artifact, name):
     with emulate.use_rules() as rules:
-        harness.generate(artifact("kimi"), harness.make("ascend", torch.bfloat16))
+        harness.generate(artifact(name), harness.make("ascend", torch.bfloat16))
         assert rules.calls["npu_mla_prolog_v3"] == 0
 
 
@@ -135,7 +136,7 @@ def test_the_generation_covers_what_it_is_meant_to(artifact):
     assert any(step.prefill and step.decode for step in run.steps), "no step with decodes beside a chunk"
     assert any(step.decode and len(step.decode.kv_lens) > 1 for step in run.steps), "no batched decode"
     assert max(len(prefix.segments) for step in run.steps if step.prefill for prefix in step.prefill.prefixes) > 1
-    used = [set((step.slots // harness.BLOCK).tolist()) for step in run.steps]
+    used = [set((step.positions.slots // harness.BLOCK).tolist()) for step in run.steps]
     assert used[0] & used[-1], "no block was used again by a later sequence"
 
 

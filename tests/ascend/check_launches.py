@@ -21,7 +21,7 @@ def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.
     ops = harness.make("ascend", torch.bfloat16, **options)
     engine = harness.load(path, ops).engine
     starts = []
-    norm = ops.attention.attention_norm
+    norm = ops.mla.norm
 
     def noting(*args):
         starts.append(len(watched.launches))
@@ -31,7 +31,7 @@ def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.
     if warm:
         engine._run(warm)
     step, _ = engine._builder.build(chunks)
-    with mock.patch.object(ops.attention, "attention_norm", noting), guard.watch() as watched:
+    with mock.patch.object(ops.mla, "norm", noting), guard.watch() as watched:
         engine.model.forward(step, engine._cache)
     return watched.launches[starts[MOE_LAYER] : starts[MOE_LAYER + 1]]
 
@@ -41,8 +41,10 @@ CASES = {
     "decode, fused prolog": ("prolog", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, int8 cache": ("prolog-int8-cache", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, no q_lora": ("v2-lite", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
+    "decode, 20 heads of 256": ("glm-flash", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "first prefill chunk": ("kimi", [Chunk(range(3, 23), 0, [1, 2])], {"fused_prolog": False}),
     "later prefill chunk": ("kimi", [Chunk(range(3, 23), 16, [1, 2, 3])], {"fused_prolog": False}),
+    "first chunk, 20 heads of 256": ("glm-flash", [Chunk(range(3, 23), 0, [1, 2])], {}),
 }
 LIMITS = {"decode, unfused": 27, "decode, fused prolog": 20}
 

@@ -15,7 +15,10 @@ from ascend_rig import emulate, formats, guard, harness
 
 from npuq.errors import GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
+from npuq.runtime.ops.ascend import attention as attention_module
+from npuq.runtime.ops.ascend import mla as mla_module
 from npuq.runtime.ops.ascend import weights as weights_module
+from npuq.runtime.ops.ascend.attention_limits import PrefillForm
 
 Arguments = tuple[list[Any], dict[str, Any]]
 Change = Callable[[list[Any], dict[str, Any]], Arguments]
@@ -85,6 +88,12 @@ def paged_only(name: str, function: Callable[[Any], Any]) -> Change:
         return (args, {**kwargs, name: function(kwargs[name])} if "block_table" in kwargs else kwargs)
 
     return change
+
+
+def joined_only(where: int | str, function: Callable[[Any], Any]) -> Change:
+    """One argument of attention over joined heads changed; other attention left alone."""
+    change = mapped(where, function)
+    return lambda args, kwargs: change(args, kwargs) if kwargs["input_layout"] == "BSND" else (args, kwargs)
 
 
 def running(lengths: list[int]) -> list[int]:
@@ -240,7 +249,7 @@ def test_rows_given_to_the_w4a8_matmul_cannot_be_used_again(artifact):
 
 def test_a_cache_in_the_tensor_format_is_refused(artifact):
     def change_ops(ops: Any) -> None:
-        make = ops.attention.new_cache
+        make = ops.caches.new
 
         def cast(*args: Any) -> LayerCache:
             cache = make(*args)
@@ -249,7 +258,7 @@ def test_a_cache_in_the_tensor_format_is_refused(artifact):
             }
             return replace(cache, pages=pages)
 
-        ops.attention.new_cache = cast
+        ops.caches.new = cast
 
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
 
@@ -331,3 +340,44 @@ def test_a_wrong_call_of_the_prolog_does_not_pass(artifact, name):
             print(f"{name}: {str(error).splitlines()[0]}")
             return
     assert harness.relative_error(wrong.logits, expected.logits) > 1e-2
+
+
+# In a model of 20 heads of 192 + 64 and 256 channels.
+HEADS_MUTATIONS: dict[str, tuple[str, Change]] = {
+    "joined heads in the other order": (FIA, joined_only(0, lambda query: query.roll(64, -1))),
+    "values cut to V3's width": (FIA, joined_only(2, lambda value: value[..., :128].contiguous())),
+    "joined heads as ragged sequences": (FIA, joined_only("input_layout", lambda layout: "TND")),
+    "all keys of the step": (FIA, joined_only("actual_seq_lengths_kv", lambda lengths: [lengths[0] + 1])),
+    "padding counted as the model's heads": (FIA, paged_only("num_heads", lambda heads: 20)),
+    "padding in front": (FIA, lambda args, kwargs: ([args[0].roll(12, 1), *args[1:]], kwargs)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_MUTATIONS)
+def test_a_wrong_call_with_other_heads_does_not_pass(artifact, name):
+    mutants = []
+
+    def change_ops(ops: Any) -> None:
+        mutants.append(Mutant(*HEADS_MUTATIONS[name]))
+        ops.npu.operators = mutants[0]
+
+    result = outcome(artifact("glm-flash"), change_ops)
+    print(f"{name}: {result}")
+    assert mutants[0].changed and result != "unnoticed"
+
+
+@pytest.mark.parametrize("name", ["glm-flash", "twenty-heads", "glm-flash-int8-cache"])
+def test_heads_that_are_not_padded_are_refused(artifact, name, monkeypatch):
+    monkeypatch.setattr(attention_module, "absorbed_heads", lambda heads: heads)
+    assert "20 query" in outcome(artifact(name), lambda ops: None)
+
+
+def test_rotary_channels_beside_other_widths_are_refused(artifact, monkeypatch):
+    monkeypatch.setattr(attention_module, "prefill_form", lambda *widths: PrefillForm.ROPE_BESIDE)
+    assert "query D 192" in outcome(artifact("glm-flash"), lambda ops: None)
+
+
+def test_a_prolog_of_other_heads_is_refused(artifact, monkeypatch):
+    monkeypatch.setattr(mla_module, "takes_prolog", lambda hidden, config: True)
+    with emulate.use_rules(wide=False), pytest.raises(emulate.RefusedError, match="npu_mla_prolog_v3: weight_uk"):
+        harness.generate(artifact("prolog-but-heads"), harness.make("ascend", torch.bfloat16), **RUN)

@@ -30,7 +30,7 @@ def test_the_ascend_set_passes(dtype, layout):
     [
         ("norms", "swiglu", "swiglu"),
         ("norms", "dynamic_quant", "linear W8A8"),
-        ("attention", "interleave_rope", "rope, cache write and read"),
+        ("rotary", "interleave_rope", "rope, cache write and read"),
     ],
 )
 def test_a_wrong_operator_fails(part, method, case):

@@ -296,6 +296,29 @@ def test_ragged_attention():
             np.testing.assert_allclose(lse[rows, head], expected[1], rtol=1e-4, atol=1e-5)
 
 
+def test_batched_attention_without_rotary_arguments():
+    heads, mask = 3, torch.ones(2048, 2048).triu(1).bool()
+    q, k, v = normal(2, 3, heads, 256), normal(2, 5, heads, 256, seed=1), normal(2, 5, heads, 256, seed=2)
+    out, lse = npu.npu_fused_infer_attention_score(
+        q, k, v, atten_mask=mask, sparse_mode=3, num_heads=heads, num_key_value_heads=heads, scale=0.1,
+        actual_seq_lengths=[3, 3], actual_seq_lengths_kv=[5, 5], input_layout="BSND", softmax_lse_flag=True,
+    )  # fmt: skip
+    for row, head in np.ndindex(2, heads):
+        one = (tensor[row, :, head].double().numpy() for tensor in (q, k, v))
+        expected = attention(*one, 0.1, causal=True)
+        np.testing.assert_allclose(out[row, :, head], expected[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(lse[row, head], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"v": 128}, {"k": 128}, {"q": 528, "k": 528, "v": 528}, {"q": 24, "k": 24, "v": 24}]
+)
+def test_batched_attention_refuses_widths_that_are_not_documented(change):
+    q, k, v = (normal(1, 4, 2, change.get(name, 256)) for name in "qkv")
+    with pytest.raises((emulate.RefusedError, RuntimeError)):
+        npu.npu_fused_infer_attention_score(q, k, v, num_heads=2, input_layout="BSND", scale=0.1)
+
+
 @pytest.mark.parametrize("layout", ["nz", "nd"])
 def test_paged_attention_reads_pages_through_the_table(layout):
     heads, size, lengths = 2, SLOTS_PER_PAGE, [20, 5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from npuq.errors import BackendError
 from npuq.formats.schemes import Scheme
 from npuq.models.mla import Mla
 from npuq.runtime.ops import LinearPart
-from npuq.runtime.ops.ascend.mla import check_mla
+from npuq.runtime.ops.ascend.attention_limits import (
+    PrefillForm,
+    absorbed_heads,
+    check_mla,
+    pad_heads,
+    prefill_form,
+    takes_prolog,
+)
 from npuq.runtime.ops.ascend.support import check_versions, explain_import_error, require_soc, soc_of
 from npuq.runtime.ops.ascend.weights import AscendWeights, scale_words
 
@@ -68,10 +76,11 @@ CONFIG = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "k
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"heads": 24}, "24 attention heads"),
         ({"heads": 256}, "256 attention heads"),
         ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
-        ({"v_head_dim": 192}, "v_head_dim 192"),
+        ({"v_head_dim": 160}, "qk_nope_head_dim 128 with v_head_dim 160"),
+        ({"qk_nope_head_dim": 192}, "qk_nope_head_dim 192 with v_head_dim 128"),
+        ({"qk_nope_head_dim": 456, "v_head_dim": 520}, "multiple of 16 up to 512"),
         ({"qk_rope_head_dim": 32}, "qk_rope_head_dim 32"),
     ],
 )
@@ -80,6 +89,38 @@ def test_attention_that_the_operators_do_not_take_is_refused(change, said):
     check_mla("layer", Mla(**values))
     with pytest.raises(BackendError, match=said):
         check_mla("layer", Mla(**{**values, **change}))
+
+
+@pytest.mark.parametrize(
+    "widths,form",
+    [
+        ((128, 64, 128), PrefillForm.ROPE_BESIDE),
+        ((192, 64, 256), PrefillForm.JOINED),  # GLM-4.7-Flash, GLM-5
+        ((192, 64, 128), None),
+        ((64, 64, 128), PrefillForm.JOINED),
+        ((448, 64, 512), PrefillForm.JOINED),
+        ((450, 64, 514), None),
+        ((16, 8, 24), None),
+    ],
+)
+def test_the_form_of_prefill_attention_follows_the_widths_of_heads(widths, form):
+    assert prefill_form(*widths) is form
+
+
+def test_absorbed_attention_takes_the_next_power_of_two():
+    assert [absorbed_heads(heads) for heads in (1, 2, 3, 5, 20, 64, 100, 128)] == [1, 2, 4, 8, 32, 64, 128, 128]
+    query = torch.ones(2, 20, 3)
+    padded = pad_heads(query, 32)
+    assert padded.shape == (2, 32, 3) and torch.equal(padded[:, :20], query) and not padded[:, 20:].any()
+    assert pad_heads(query, 20) is query
+
+
+def test_the_prolog_is_for_its_documented_sizes():
+    widths = Mla(128, 1536, 512, 128, 64, 128)
+    assert takes_prolog(7168, widths) and takes_prolog(6144, replace(widths, heads=64, q_lora_rank=2048))
+    for change in ({"q_lora_rank": 768}, {"heads": 20}, {"qk_nope_head_dim": 256}, {"q_lora_rank": None}):
+        assert not takes_prolog(7168, replace(widths, **change))
+    assert not takes_prolog(4097, widths)
 
 
 def test_experts_whose_inputs_the_w4a8_matmul_does_not_take_are_refused():

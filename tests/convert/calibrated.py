@@ -47,6 +47,6 @@ def add_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def text(words: int, seed: int = 0) -> str:
+def text(words: int, seed: int = 0, vocabulary: int = VOCABULARY) -> str:
     draw = random.Random(seed)
-    return " ".join(f"w{draw.randrange(VOCABULARY - 2)}" for _ in range(words))
+    return " ".join(f"w{draw.randrange(vocabulary - 2)}" for _ in range(words))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from npuq.cli.main import main
 from npuq.convert import convert_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from killable import Rig, tree_bytes
 
 Tensors = dict[str, Tensor]
 MakeCheckpoint = Callable[..., Path]
@@ -279,37 +280,9 @@ def npuq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     yield run
 
 
-def tree_bytes(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
     return tree_bytes
-
-
-class Rig:
-    """Conversions in child processes that can be killed (see rig.py)."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).parent / "rig.py"
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, source: Path, output: Path, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request |= {"source": str(source), "output": str(output)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return dict(json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -129,8 +129,7 @@ static void check_paged_attention(void) {
         float *pages = floats((size_t)(2 * 16 * latent)), *ropes = floats((size_t)(2 * 16 * rope));
         float *q = floats((size_t)(heads * latent)), *q_rope = floats((size_t)(heads * rope));
         int32_t table[2] = {1, 0};
-        npuq_cache cache = {.latent = pages, .rope = ropes, .blocks = 2, .block_size = 16, .latent_dim = latent,
-                            .rope_dim = rope, .dtype = NPUQ_F32};
+        npuq_latent_cache cache = {{pages, NULL, 2, 16, latent, NPUQ_F32}, {ropes, NULL, 2, 16, rope, NPUQ_F32}};
         float *expected = malloc((size_t)(heads * latent) * 4), *out = malloc((size_t)(heads * latent) * 4);
         for (int level = 0; level < npuq_level_count(); level++) {
             if (pools[level] == NULL) continue;
@@ -152,8 +151,7 @@ static void expect(const char *what, int status, int expected) {
 static void check_refusals(void) {
     npuq_pool *pool = pools[0];
     float *pages = floats(2 * 16 * 16), *ropes = floats(2 * 16 * 16), *x = floats(64), *gamma = floats(16), out[64];
-    npuq_cache cache = {.latent = pages, .rope = ropes, .blocks = 2, .block_size = 16, .latent_dim = 16, .rope_dim = 16,
-                        .dtype = NPUQ_F32};
+    npuq_latent_cache cache = {{pages, NULL, 2, 16, 16, NPUQ_F32}, {ropes, NULL, 2, 16, 16, NPUQ_F32}};
     int64_t slots[2] = {-1, 31}, ends[2] = {1, 2}, lens[2] = {32, 17}, shrinking[2] = {2, 1}, rows[2] = {1, 1};
     int32_t table[4] = {0, 1, 1, 0}, ids[2] = {0, 1}, index[2];
 #define WRITE(tokens) npuq_kv_cache_write(pool, &cache, x, 32, gamma, x, x, slots, tokens, 1e-6f, NULL, NULL)
@@ -171,10 +169,16 @@ static void check_refusals(void) {
     expect("a block after the last", ATTEND(ends), NPUQ_BAD_INDEX);
     table[1] = -1;
     expect("a block before the first", ATTEND(ends), NPUQ_BAD_INDEX);
-    table[1] = 1, cache.latent_dim = 24;
+    table[1] = 1, cache.latent.channels = 24;
     expect("half a tile", ATTEND(ends), NPUQ_BAD_SIZE);
-    cache.latent_dim = 16, cache.dtype = NPUQ_F16;
+    cache.latent.channels = 16, cache.rope.blocks = 1;
+    expect("a rope pool of fewer blocks", ATTEND(ends), NPUQ_BAD_SIZE);
+    cache.rope.blocks = 2, cache.rope.dtype = NPUQ_BF16;
+    expect("two dtypes", ATTEND(ends), NPUQ_BAD_SIZE);
+    cache.rope.dtype = cache.latent.dtype = NPUQ_F16;
     expect("a dtype that is not computed in", ATTEND(ends), NPUQ_BAD_SIZE);
+    cache.rope.dtype = cache.latent.dtype = NPUQ_I8;
+    expect("codes without scales", ATTEND(ends), NPUQ_BAD_SIZE);
 
     npuq_part parts[2] = {{x, NULL, 4}, {x, NULL, 4}};
     npuq_weights experts = {parts, 2, 1, 8, 4, NPUQ_F32}, other = {parts, 2, 1, 4, 4, NPUQ_F32};

@@ -23,13 +23,17 @@ from npuq.runtime.attention.pools import Pages, Pool
 from npuq.runtime.ops import (
     Decode,
     Gating,
+    Keys,
     LayerCache,
+    Lengths,
     LinearPart,
     MlaConfig,
     MlaParts,
     MlpWeights,
     MoeWeights,
+    Positions,
     Quantized,
+    Queries,
     Step,
 )
 from npuq.runtime.ops.native import NativeOps
@@ -56,7 +60,7 @@ def _float(rows: int, columns: int) -> LinearPart:
 
 
 def _cache(ops: NativeOps, latent: int = LATENT) -> LayerCache:
-    return ops.attention.new_cache((Pool("latent", latent), Pool("rope", ROPE)), BLOCKS, BLOCK)
+    return ops.caches.new((Pool("latent", latent), Pool("rope", ROPE)), BLOCKS, BLOCK)
 
 
 def _decode(**changes: Any) -> Decode:
@@ -66,8 +70,8 @@ def _decode(**changes: Any) -> Decode:
 
 def _step(**changes: Any) -> Step:
     slots = torch.tensor([16, 36, 63])
-    step = Step(slots, slots, _x(T, ROPE), _x(T, ROPE), _decode(), None, None)
-    return dataclasses.replace(step, **changes)
+    positions = dataclasses.replace(Positions(slots, _x(T, ROPE), _x(T, ROPE)), **changes)
+    return Step(slots, positions, _decode(), None, None)
 
 
 def _mla_parts(**changes: Any) -> MlaParts:
@@ -88,7 +92,7 @@ CONFIG = MlaConfig(N, Q_LORA, LATENT, NOPE, ROPE, V, 1e-6, 0.2)
 
 
 def _mla(ops: NativeOps, **changes: Any) -> Any:
-    return ops.attention.mla(_mla_parts(**changes), CONFIG)
+    return ops.mla.load(_mla_parts(**changes), CONFIG)
 
 
 def _moe(ops: NativeOps, shared: MlpWeights | None = None, **changes: Any) -> MoeWeights:
@@ -126,13 +130,13 @@ def _attention(ops: NativeOps, **changes: Any) -> Any:
         "q_lens": (1, 3),
         "kv_lens": (2, 5),
     }
-    return ops.attention.fused_infer_attention(**{**arguments, **changes}, scale=0.2, causal=True)
+    q_nope, q_rope, k_nope, k_rope, value, *lens = {**arguments, **changes}.values()
+    lengths = Lengths(*lens, causal=True)
+    return ops.mla.fused_infer_attention(Queries(q_nope, q_rope), Keys(k_nope, k_rope, value), lengths, 0.2)
 
 
 def _paged(ops: NativeOps, latent: int = LATENT, rope: int = ROPE, **changes: Any) -> Any:
-    return ops.attention.fused_infer_attention_paged(
-        _x(T, N, latent), _x(T, N, rope), _cache(ops), _decode(**changes), 0.2
-    )
+    return ops.mla.fused_infer_attention_paged(_x(T, N, latent), _x(T, N, rope), _cache(ops), _decode(**changes), 0.2)
 
 
 def _write(ops: NativeOps, **changes: Any) -> Any:
@@ -143,16 +147,17 @@ def _write(ops: NativeOps, **changes: Any) -> Any:
         "sin": _x(T, ROPE),
         "slots": torch.tensor([0, -1, 63]),
     }
-    return ops.attention.kv_rmsnorm_rope_cache(**{**arguments, **changes}, cache=_cache(ops), eps=1e-6, output_kv=True)
+    kv, gamma, cos, sin, slots = {**arguments, **changes}.values()
+    return ops.mla.kv_rmsnorm_rope_cache(kv, gamma, 1e-6, Positions(slots, cos, sin), _cache(ops), output_kv=True)
 
 
 def _mla_decode(ops: NativeOps, hidden: Tensor | None = None, cache: LayerCache | None = None, **changes: Any) -> Any:
     x = _x(T, H) if hidden is None else hidden
-    return ops.attention.mla_decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes))
+    return ops.mla.decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes))
 
 
 def _mla_prolog(ops: NativeOps, **changes: Any) -> Any:
-    return ops.attention.mla_prolog(_x(T, H), _mla(ops), _cache(ops), _step(**changes))
+    return ops.mla.prolog(_x(T, H), _mla(ops), _cache(ops), _step(**changes))
 
 
 def _experts(
@@ -278,15 +283,15 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "skip": (lambda ops: _finalize(ops, INDEX, skip=_x(T, H - 1)), r"finalize_routing: skip"),
     "weights in half": (lambda ops: _finalize(ops, INDEX, weights=_x(T, 2).half()), r"finalize_routing: weights"),
     "angles": (
-        lambda ops: ops.attention.interleave_rope(_x(T, N, ROPE), _x(T, ROPE), _x(T, 2)),
+        lambda ops: ops.rotary.interleave_rope(_x(T, N, ROPE), _x(T, ROPE), _x(T, 2)),
         r"interleave_rope: sin",
     ),
     "angles of fewer": (
-        lambda ops: ops.attention.interleave_rope(_x(T, N, ROPE), _x(2, ROPE), _x(T, ROPE)),
+        lambda ops: ops.rotary.interleave_rope(_x(T, N, ROPE), _x(2, ROPE), _x(T, ROPE)),
         r"interleave_rope: cos",
     ),
     "odd rope": (
-        lambda ops: ops.attention.interleave_rope(_x(T, N, 5), _x(T, 5), _x(T, 5)),
+        lambda ops: ops.rotary.interleave_rope(_x(T, N, 5), _x(T, 5), _x(T, 5)),
         r"interleave_rope: .* sizes",
     ),
     "write, kv": (lambda ops: _write(ops, kv=_x(T, LATENT)), r"kv_cache_write: kv"),
@@ -461,6 +466,7 @@ def _quantizer(rows: Tensor, blocks: BlockScale | None, bits: int, **changes: An
 
 
 FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
+INT4 = torch.ones(4, 20, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +498,9 @@ FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
         (FP8, BlockScale(_x(2, 2), 1 << 64, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 3), 0, 2, 10), 8, {}),
         (FP8, BlockScale(_x(20), 0, 1, 20), 8, {}),
+        (INT4, None, 8, {}),
+        (INT4, BlockScale(_x(4, 2), 0, 1, 10), 8, {}),  # of 40 inputs
+        (INT4, BlockScale(_x(4, 8), 0, 1, 5), 8, {"codes": torch.empty(4, 40, dtype=torch.int8)}),
     ],
 )
 def test_quantization_of_what_does_not_fit(
@@ -503,6 +512,7 @@ def test_quantization_of_what_does_not_fit(
 
 def test_quantization_of_what_fits() -> None:
     _quantizer(FP8, BlockScale(_x(2, 2), 0, 2, 10), 4)
+    _quantizer(INT4, BlockScale(_x(4, 4), 0, 1, 10), 4, codes=torch.empty(2, 40, dtype=torch.int8))
 
 
 def test_addresses_come_from_one_place() -> None:

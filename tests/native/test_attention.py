@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from npuq.runtime.ops import Keys, Lengths, Queries
 from npuq.runtime.ops.native import NativeOps
 
 from .cases import LEVELS
@@ -58,7 +59,8 @@ def test_ragged_sequences(
     q_nope, q_rope = torch.randn(tokens, heads, nope + rope).split([nope, rope], dim=-1)
     k_nope, values = torch.randn(keys, heads, nope + value).split([nope, value], dim=-1)
     k_rope = torch.randn(keys, rope)
-    out, lse = ops.attention.fused_infer_attention(q_nope, q_rope, k_nope, k_rope, values, q_ends, kv_ends, 0.3, causal)
+    queries, keys_and_values = Queries(q_nope, q_rope), Keys(k_nope, k_rope, values)
+    out, lse = ops.mla.fused_infer_attention(queries, keys_and_values, Lengths(q_ends, kv_ends, causal), 0.3)
     query = torch.cat([q_nope, q_rope], -1)
     key = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], -1)
     for (q0, q1), (k0, k1) in zip(pairwise([0, *q_ends]), pairwise([0, *kv_ends]), strict=True):
@@ -71,10 +73,8 @@ def test_bfloat16(ops: NativeOps) -> None:
     ops = NativeOps(torch.bfloat16, threads=2, level=ops.pool.level)
     torch.manual_seed(0)
     q, k, v = (torch.randn(200, 3, width).bfloat16() for width in (48, 48, 32))
-    ends = [200]
-    out, _ = ops.attention.fused_infer_attention(
-        q[..., :32], q[..., 32:], k[..., :32], k[:, 0, 32:], v, ends, ends, 0.2, causal=True
-    )
+    queries, keys = Queries(q[..., :32], q[..., 32:]), Keys(k[..., :32], k[:, 0, 32:], v)
+    out, _ = ops.mla.fused_infer_attention(queries, keys, Lengths([200], [200], causal=True), 0.2)
     key = torch.cat([k[..., :32], k[:, :1, 32:].expand(-1, 3, -1)], -1)
     expected, _ = _attend(q, key, v, 0.2, causal=True)
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-3)
@@ -89,9 +89,8 @@ def test_nan_reaches_those_who_see_it_and_no_others(ops: NativeOps, place: str, 
 
     def run() -> Tensor:
         q, k, v = tensors.values()
-        out, _ = ops.attention.fused_infer_attention(
-            q[..., :16], q[..., 16:], k[..., :16], k[:, 0, 16:], v, [90], [90], 0.3, causal=True
-        )
+        queries, keys = Queries(q[..., :16], q[..., 16:]), Keys(k[..., :16], k[:, 0, 16:], v)
+        out, _ = ops.mla.fused_infer_attention(queries, keys, Lengths([90], [90], causal=True), 0.3)
         return out
 
     out = run()

@@ -96,7 +96,7 @@ def test_operators() -> None:
     ):
         with pytest.raises(ValueError, match=r"gating_top_k: .* does not fit"):
             ops.routing.moe_gating_top_k(x, None, gating)
-    cache = ops.attention.new_cache((Pool("latent", 32), Pool("rope", 16)), 4, 16)
+    cache = ops.caches.new((Pool("latent", 32), Pool("rope", 16)), 4, 16)
     decode = Decode((1,), (WRAPPING,), torch.zeros(1, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"attention_paged: kv_lens .* does not fit"):
-        ops.attention.fused_infer_attention_paged(torch.ones(1, 2, 32), torch.ones(1, 2, 16), cache, decode, 0.2)
+        ops.mla.fused_infer_attention_paged(torch.ones(1, 2, 32), torch.ones(1, 2, 16), cache, decode, 0.2)

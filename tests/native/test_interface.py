@@ -20,7 +20,8 @@ CODE = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
 STRUCTS = {
     "npuq_part": library.Part,
     "npuq_weights": library.Weights,
-    "npuq_cache": library.Cache,
+    "npuq_pages": library.Pages,
+    "npuq_latent_cache": library.LatentCache,
     "npuq_strided": library.Strided,
     "npuq_heads": library.Heads,
     "npuq_mla": library.MlaBlock,
@@ -43,6 +44,7 @@ CONSTANTS = {
     "NPUQ_F8E4M3": binding.DTYPES[torch.float8_e4m3fn],
     "NPUQ_I8": binding.DTYPES[torch.int8],
     "NPUQ_I4": binding.INT4,
+    "NPUQ_U4": binding.DTYPES[torch.uint8],
 }
 
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from npuq.formats.schemes import Scheme
 from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import (
-    Attention,
     Decode,
     Gating,
+    LatentAttention,
     LinearPart,
     MlaConfig,
     MlaParts,
     MlpWeights,
     MoeWeights,
+    Positions,
     Routing,
     Step,
 )
@@ -186,24 +187,26 @@ def test_mla_before_attention_and_all_of_it(
         kv_b=_rows(generator, torch.bfloat16, heads * (nope + 20), latent),
         o=_part(generator, scheme, hidden, heads * 20),
     )
-    mla = ops.attention.mla(parts, config)
+    mla = ops.mla.load(parts, config)
     assert isinstance(mla, NativeMla)
     step = Step(
         token_ids=torch.zeros(tokens, dtype=torch.int64),
-        slots=torch.tensor([17, 3, -1, 0, 31][:tokens]),
-        cos=_rows(generator, dtype, tokens, rope),
-        sin=_rows(generator, dtype, tokens, rope),
+        positions=Positions(
+            slots=torch.tensor([17, 3, -1, 0, 31][:tokens]),
+            cos=_rows(generator, dtype, tokens, rope),
+            sin=_rows(generator, dtype, tokens, rope),
+        ),
         decode=Decode((tokens,), (20,), torch.tensor([[1, 0]], dtype=torch.int32)),
         prefill=None,
         output_rows=None,
     )
     scales = {"latent": torch.linspace(0.01, 0.05, latent)} if int8_cache else {}
     pools = Pool("latent", latent, int8=True), Pool("rope", rope)
-    caches = [ops.attention.new_cache(pools, 2, 16, scales) for _ in range(2)]
+    caches = [ops.caches.new(pools, 2, 16, scales) for _ in range(2)]
     x = _rows(generator, dtype, tokens, hidden)
     got, expected = (
-        ops.attention.mla_prolog(x, mla, caches[0], step),
-        Attention.mla_prolog(ops.attention, x, mla, caches[1], step),
+        ops.mla.prolog(x, mla, caches[0], step),
+        LatentAttention.prolog(ops.mla, x, mla, caches[1], step),
     )
     for left, right in zip(got, expected, strict=True):
         _same(left, right)
@@ -213,6 +216,6 @@ def test_mla_before_attention_and_all_of_it(
     for cache in caches:
         # Keys that the step has not written.
         cache["latent"].tensor[0], cache["rope"].tensor[0] = 50 if int8_cache else 0.5, -0.5
-    out = ops.attention.mla_decode(x, mla, caches[0], step)
-    _same(out, Attention.mla_decode(ops.attention, x, mla, caches[1], step))
+    out = ops.mla.decode(x, mla, caches[0], step)
+    _same(out, LatentAttention.decode(ops.mla, x, mla, caches[1], step))
     assert out.any()

@@ -108,10 +108,10 @@ def test_paged_attention_reads_the_cache_in_place(dtype: torch.dtype, heads: int
         expected[token] = (query @ key.T * 0.1).softmax(-1) @ value
     for level in LEVELS:
         ops = NativeOps(dtype, threads=2, level=level)
-        cache = ops.attention.new_cache((Pool("latent", latent_dim), Pool("rope", rope_dim)), 6, block_size)
+        cache = ops.caches.new((Pool("latent", latent_dim), Pool("rope", rope_dim)), 6, block_size)
         for pool, rows in ((cache["latent"].tensor, latent), (cache["rope"].tensor, rope)):
             # Token-major [slots, D] to NZ [blocks, D / 16, block_size, 16].
             pool.copy_(rows.view(6, block_size, -1, 16).transpose(1, 2))
-        out = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.1)
+        out = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.1)
         tolerance = 1e-5 if dtype is torch.float32 else 1e-2
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)

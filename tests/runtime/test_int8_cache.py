@@ -17,7 +17,13 @@ from npuq.formats.kv_cache import latent_codes, load_scales, save_scales, storab
 from npuq.native.library import levels
 from npuq.runtime import EngineConfig, evaluate, load
 from npuq.runtime.attention.pools import Pool
-from npuq.runtime.ops import Decode, LayerCache, Ops, PrefixSegment
+from npuq.runtime.ops import (
+    Decode,
+    LayerCache,
+    Ops,
+    Positions,
+    PrefixSegment,
+)
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.native import NativeOps
 from npuq.runtime.ops.reference import ReferenceOps
@@ -44,7 +50,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 def _cache(ops: Ops, scale: np.ndarray, blocks: int = 8) -> LayerCache:
-    return ops.attention.new_cache(
+    return ops.caches.new(
         (Pool("latent", len(scale), int8=True), Pool("rope", ROPE)), blocks, BLOCK, {"latent": torch.from_numpy(scale)}
     )
 
@@ -64,9 +70,9 @@ def test_codes_lie_in_tiles_of_32_and_outputs_are_what_they_stand_for(ops: Ops) 
     kv = torch.from_numpy(rng.standard_normal((5, LATENT + ROPE)).astype(np.float32))
     gamma = torch.from_numpy(rng.uniform(0.5, 2, LATENT).astype(np.float32))
     kv[:, 7], gamma[7] = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0]), 40.0  # saturates
-    cos, sin = torch.ones(5, ROPE), torch.zeros(5, ROPE)
     slots = [40, 3, -1, 15, 16]
-    written = ops.attention.kv_rmsnorm_rope_cache(kv, gamma, cos, sin, torch.tensor(slots), cache, 1e-6, True)
+    positions = Positions(torch.tensor(slots), torch.ones(5, ROPE), torch.zeros(5, ROPE))
+    written = ops.mla.kv_rmsnorm_rope_cache(kv, gamma, 1e-6, positions, cache, output_kv=True)
     assert written is not None
     _, latent = written
     exact = kv[:, :LATENT].double()
@@ -107,9 +113,7 @@ def test_attention_over_codes(ops: Ops) -> None:
     largest = np.abs(scaled).max(-1, keepdims=True)
     rounded = np.rint(scaled * (np.float32(127) / largest)) * (largest.astype(np.float64) / 127)
     decode = Decode((1, 4), tuple(lengths), torch.tensor([[6, 2, 0], [5, 0, 3]], dtype=torch.int32))
-    out = ops.attention.fused_infer_attention_paged(
-        torch.from_numpy(q_latent), torch.from_numpy(q_rope), cache, decode, 0.2
-    )
+    out = ops.mla.fused_infer_attention_paged(torch.from_numpy(q_latent), torch.from_numpy(q_rope), cache, decode, 0.2)
     first = 0
     for (codes, rope), count in zip(sequences, queries, strict=True):
         rows = slice(first, first + count)
@@ -121,7 +125,7 @@ def test_attention_over_codes(ops: Ops) -> None:
         golden = np.einsum("nqs,sl->qnl", weights, codes * scale.astype(np.float64))
         np.testing.assert_allclose(out[rows].numpy(), golden, atol=2e-5)
         first += count
-    gathered = ops.attention.gather_pa_kv_cache(cache, PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32)))
+    gathered = ops.caches.gather(cache, PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32)))
     latent, rope_rows = gathered["latent"], gathered["rope"]
     assert np.array_equal(latent.numpy(), (sequences[1][0] * scale)[16:33])
     assert np.array_equal(rope_rows.numpy(), sequences[1][1][16:33])
@@ -133,7 +137,7 @@ def test_a_query_that_is_no_number_does_not_become_one(ops: Ops) -> None:
     q_latent, q_rope = torch.ones(2, HEADS, LATENT), torch.ones(2, HEADS, ROPE)
     q_latent[0, 1, 5] = torch.nan
     decode = Decode((1, 2), (9, 9), torch.tensor([[1], [2]], dtype=torch.int32))
-    out = ops.attention.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.2)
+    out = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, 0.2)
     assert out[0, 1].isnan().all()
     out[0, 1] = 0
     assert out.isfinite().all()

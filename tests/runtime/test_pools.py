@@ -80,15 +80,15 @@ def test_scales_of_a_pool_without_codes_are_refused(name: str) -> None:
 
 def test_a_layer_with_a_third_pool_in_nd_layout() -> None:
     """Sparse attention's: index keys beside latent and rope, all in ND. Allocation, writing and gathering loop."""
-    attention = make_ops("reference", torch.bfloat16).attention
+    caches = make_ops("reference", torch.bfloat16).caches
     pools = [Pool(name, width, layout="nd") for name, width in (("latent", 24), ("rope", 8), ("index_key", 40))]
-    assert [pool.token_bytes for pool in attention.stored(pools)] == [48, 16, 80]
-    cache = attention.new_cache(pools, 3, 16)
+    assert [pool.token_bytes for pool in caches.stored(pools)] == [48, 16, 80]
+    cache = caches.new(pools, 3, 16)
     rows = {pool.name: torch.randn(20, pool.channels).bfloat16() for pool in pools}
     slots = torch.cat([torch.arange(32, 48), torch.arange(4)])
     for name, pages in cache.pages.items():
         assert pages.tensor.shape == (3, 16, 1, rows[name].shape[1])
         pages.write(slots, rows[name])
-    gathered = attention.gather_pa_kv_cache(cache, PrefixSegment(0, 20, torch.tensor([[2, 0]], dtype=torch.int32)))
+    gathered = caches.gather(cache, PrefixSegment(0, 20, torch.tensor([[2, 0]], dtype=torch.int32)))
     assert list(gathered) == ["latent", "rope", "index_key"]
     assert all(torch.equal(gathered[name], rows[name]) for name in rows)

@@ -52,7 +52,7 @@ class AttentionBlock:
         self._walk = walk = layer.walk
         self._layer = layer
         self._steps = StepBuilder(walk.ops, walk.rope, 1, 1)
-        self._cache = walk.ops.attention.new_cache(walk.attention.pools(layer.index), 1, 1)  # nothing is cached
+        self._cache = walk.ops.caches.new(walk.attention.pools(layer.index), 1, 1)  # nothing is cached
         self.entries = [entry for entry in family.entries(Block.ATTENTION) if layer.has(Block.ATTENTION, entry.part)]
         # Linears by the activation that they read, in the order of computation.
         self.stages: dict[str, list[Entry]] = {}

@@ -22,9 +22,11 @@ from ....formats.schemes import Scheme
 from ....formats.static_w8a8 import InputScale
 from ....runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
 from ....runtime.ops.handles import own
-from ....runtime.ops.reference.attention import ReferenceAttention
+from ....runtime.ops.reference.cache import ReferenceCaches
+from ....runtime.ops.reference.latent_attention import ReferenceLatentAttention
 from ....runtime.ops.reference.norms import ReferenceNorms
 from ....runtime.ops.reference.products import ReferenceProducts
+from ....runtime.ops.reference.rotary import ReferenceRotary
 from ....runtime.ops.reference.routing import ReferenceRouting
 from ....runtime.ops.reference.weights import ReferenceWeights
 
@@ -125,9 +127,10 @@ class CalibrationOps(Ops):
         self.norms = ReferenceNorms(self.dtype)
         self.products = CalibrationProducts(self.dtype, self.norms)
         self.routing = CalibrationRouting(self.dtype, self.norms, self.products)
-        self.attention = ReferenceAttention(self.dtype, weights, self.norms, self.products)
         # Nothing is cached, and ND takes any number of channels.
-        self.attention.kv_layout = "nd"
+        self.caches = ReferenceCaches(self.dtype, "nd")
+        self.rotary = ReferenceRotary(self.dtype)
+        self.mla = ReferenceLatentAttention(self.dtype, weights, self.norms, self.products, self.rotary)
 
 
 def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:

@@ -8,16 +8,14 @@ and its result after it. No operator writes an int8 latent with a scale a channe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
 from ...attention.pools import LayerCache
-from ..attention import LATENT, ROPE
+from ..latent_attention import LATENT, ROPE
 from ..norms import Norms
-from ..steps import Decode
+from ..rotary import Rotary
+from ..steps import Decode, Positions
 from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu
 
 PER_TOKEN_HEAD, PER_TENSOR = 3, 0  # quant modes of queries, and of keys and values
@@ -28,52 +26,29 @@ _LEAST_SCALE = 1e-30
 class Int8Cache:
     """Writing of, and attention over, caches with an int8 latent."""
 
-    def __init__(
-        self, npu: Npu, norms: Norms, interleave_rope: Callable[[Tensor, Tensor, Tensor], Tensor], causal_mask: Tensor
-    ):
-        self.npu, self.norms, self._interleave_rope = npu, norms, interleave_rope
+    def __init__(self, npu: Npu, norms: Norms, rotary: Rotary, causal_mask: Tensor):
+        self.npu, self.norms, self.rotary = npu, norms, rotary
         self._causal_mask = causal_mask
         self._one = torch.ones(1, dtype=torch.float32, device=npu.device)
 
-    @property
-    def fits(self) -> bool:
-        """True for the layout and dtype that attention in int8 takes."""
-        return self.npu.kv_layout == "nz" and self.npu.dtype != torch.float16
-
-    def check(self) -> None:
-        """Raise BackendError unless `fits`."""
-        if not self.fits:
-            raise BackendError(
-                "the NPU's attention reads an int8 KV cache in NZ pages and computes in bfloat16 then: "
-                "leave kv_layout and dtype as they are, or the KV cache in the compute dtype"
-            )
-
     def write(
-        self,
-        kv: Tensor,
-        gamma: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slots: Tensor,
-        cache: LayerCache,
-        eps: float,
-        output_kv: bool,
+        self, kv: Tensor, gamma: Tensor, eps: float, positions: Positions, cache: LayerCache, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
-        """Write tokens: see `Attention.kv_rmsnorm_rope_cache`."""
+        """Write tokens: see `LatentAttention.kv_rmsnorm_rope_cache`."""
         scale = cache[LATENT].scale
         assert scale is not None
-        latent, k_rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
+        latent, k_rope = kv.split([gamma.shape[0], positions.cos.shape[-1]], dim=-1)
         latent = self.norms.rms_norm(latent, gamma, eps)
-        k_rope = self._interleave_rope(k_rope.unsqueeze(1), cos, sin).squeeze(1)
+        k_rope = self.rotary.interleave_rope(k_rope.unsqueeze(1), positions.cos, positions.sin).squeeze(1)
         codes = self.npu.operators.npu_quantize(latent, scale, None, torch.qint8, -1)
-        block, offset = slots // cache.block_size, slots % cache.block_size
+        block, offset = positions.slots // cache.block_size, positions.slots % cache.block_size
         for name, rows in ((LATENT, codes), (ROPE, k_rope)):
             tensor = cache[name].tensor
             tensor[block, :, offset] = rows.unflatten(-1, (-1, tensor.shape[-1]))
         return (k_rope, codes * scale) if output_kv else None
 
     def attend(self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float) -> Tensor:
-        """Attend: see `Attention.fused_infer_attention_paged`."""
+        """Attend: see `LatentAttention.fused_infer_attention_paged`."""
         channel_scale = cache[LATENT].scale
         assert channel_scale is not None
         tokens, heads, width = q_latent.shape

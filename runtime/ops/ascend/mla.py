@@ -9,16 +9,9 @@ from torch import Tensor
 
 from ....errors import BackendError
 from ....formats.schemes import Scheme
-from ....models.mla import Mla as MlaWidths
 from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
+from .attention_limits import check_mla, takes_prolog
 from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
-
-# Sizes that the attention operators fix: absorbed attention has 512 + 64 channels, decompressed attention 128 + 64.
-LATENT_DIM, ROPE_DIM, HEAD_DIM = 512, 64, 128
-MAX_HEADS = 128
-# Documented shapes of npu_mla_prolog_v3.
-PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
-PROLOG_Q_LORA = (1536, 2048)
 
 
 @dataclass(frozen=True)
@@ -82,9 +75,9 @@ def prolog_weights(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -
     if weights.dtype != torch.bfloat16 or parts.q_a is None or parts.q_b is None:
         return None
     linears = (parts.q_a, parts.q_b, parts.kv_a)
-    hidden = parts.kv_a.weight.shape[1]
-    documented = hidden in PROLOG_HIDDEN and config.q_lora_rank in PROLOG_Q_LORA
-    if not documented or any(part.scheme is not Scheme.W8A8 or not fits_nz(part.weight.t()) for part in linears):
+    if not takes_prolog(parts.kv_a.weight.shape[1], config) or any(
+        part.scheme is not Scheme.W8A8 or not fits_nz(part.weight.t()) for part in linears
+    ):
         return None
     return PrologWeights(*(weights.w8a8_linear([part]) for part in linears))
 
@@ -117,19 +110,3 @@ def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tupl
         return LinearPart(part.name, part.scheme, pick(part.weight, side), scale, static=static)
 
     return half(0), half(1)
-
-
-def check_mla(name: str, config: MlaWidths) -> None:
-    """Raise BackendError for attention sizes that the NPU's operators do not take."""
-    fixed = {
-        "kv_lora_rank": (config.kv_lora_rank, LATENT_DIM),
-        "qk_rope_head_dim": (config.qk_rope_head_dim, ROPE_DIM),
-        "qk_nope_head_dim": (config.qk_nope_head_dim, HEAD_DIM),
-        "v_head_dim": (config.v_head_dim, HEAD_DIM),
-    }
-    wrong = [f"{key} {value} (must be {wanted})" for key, (value, wanted) in fixed.items() if value != wanted]
-    heads = config.heads
-    if heads & (heads - 1) or heads > MAX_HEADS:
-        wrong.append(f"{heads} attention heads (must be a power of two up to {MAX_HEADS})")
-    if wrong:
-        raise BackendError(f"{name}: the NPU's attention operators do not take {', '.join(wrong)}")

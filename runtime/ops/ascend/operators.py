@@ -10,10 +10,12 @@ import torch
 
 from ....errors import BackendError
 from .. import Ops
-from .attention import AscendAttention
+from .cache import AscendCaches
 from .device import Npu
+from .latent_attention import AscendLatentAttention
 from .norms import AscendNorms
 from .products import AscendProducts
+from .rotary import AscendRotary
 from .routing import AscendRouting
 from .support import import_torch_npu, require_soc
 from .weights import AscendWeights
@@ -60,4 +62,6 @@ class AscendOps(Ops):
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms)
         self.routing = AscendRouting(self.npu, self.norms, self.products)
-        self.attention = AscendAttention(self.npu, weights, self.norms, self.products, fused_prolog)
+        self.caches = AscendCaches(self.npu)
+        self.rotary = AscendRotary(self.npu)
+        self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)

@@ -13,10 +13,12 @@ import torch
 from ....parallel.torch_threads import single_threaded_torch
 from .. import Ops
 from ..cpu import CpuOps
-from .attention import NativeAttention
+from .cache import NativeCaches
 from .kernels import Kernels
+from .latent_attention import NativeLatentAttention
 from .norms import NativeNorms
 from .products import NativeProducts
+from .rotary import NativeRotary
 from .routing import NativeRouting
 from .weights import NativeWeights
 
@@ -36,7 +38,9 @@ class NativeOps(Ops):
         self.norms = NativeNorms(kernels, beside.norms)
         self.products = NativeProducts(kernels, self.norms, beside.products)
         self.routing = NativeRouting(kernels, self.norms, self.products)
-        self.attention = NativeAttention(kernels, self.weights, self.norms, self.products, beside.attention)
+        self.caches = NativeCaches(dtype)
+        self.rotary = NativeRotary(kernels)
+        self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)
 
     def one_thread(self) -> AbstractContextManager[None]:
         return single_threaded_torch()

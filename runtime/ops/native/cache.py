@@ -1,74 +1,69 @@
-"""Structs of the paged cache and of attention heads for native calls."""
+"""Structs of the paged cache for native calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ....native.binding import DTYPES, Cache, Heads, Strided
-from ....native.pointers import address, rows_address
-from ...attention.pools import LayerCache
-from ..attention import LATENT, ROPE
+from ....native.binding import DTYPES
+from ....native.binding import Pages as PagesStruct
+from ....native.pointers import address
+from ...attention.pools import LayerCache, Pages, Pool
+from ..cache import NO_SCALES
+from ..reference.cache import ReferenceCaches
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class NativeCache(LayerCache):
-    """A layer's latent cache with `struct`, its struct for native calls.
+    """A layer's cache with `structs`, the struct of each pool by name."""
 
-    dtype: of the rope pool, the compute dtype. latent_dim and rope_dim count channels.
-    """
+    structs: Mapping[str, PagesStruct] = field(repr=False)
+    _made: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    struct: Cache = field(repr=False)
-    dtype: torch.dtype
-    latent_dim: int
-    rope_dim: int
+    def once(self, make: Callable[[NativeCache], Made]) -> Made:
+        """Arguments that `make` makes of this cache, made once."""
+        found: Made | None = self._made.get(make)
+        if found is None:
+            found = self._made[make] = make(self)
+        return found
 
 
 def native_cache(cache: LayerCache) -> NativeCache:
-    """Add the struct to a cache. Raises ValueError for other pools than a latent and a rope in NZ layout."""
+    """Add the structs to a cache. Raises ValueError for pools not in NZ layout, and for codes without scales."""
     if isinstance(cache, NativeCache):
         return cache
-    blocks, dtype = cache[LATENT].tensor.shape[0], cache[ROPE].pool.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"kv cache: rope is {dtype}; the native kernels take float32 and bfloat16")
-    addresses, scales = {}, {}
-    for name, pages in cache.pages.items():
-        pool, scale = pages.pool, pages.scale
-        if pool.layout != "nz" or pool.dtype is not (dtype if scale is None else torch.int8):
-            raise ValueError(f"kv cache: {name} is {pool.dtype} in {pool.layout} layout; the native kernels take NZ")
-        shape = pool.shape(blocks, cache.block_size)
-        addresses[name] = address(pages.tensor, "kv cache", name, pool.dtype, *shape)
-        if scale is not None:
-            scales[name] = address(scale, "kv cache", f"scale of {name}", torch.float32, pool.channels)
-    channels = cache[LATENT].pool.channels, cache[ROPE].pool.channels
-    struct = Cache(
-        addresses[LATENT], addresses[ROPE], blocks, cache.block_size, *channels, scales.get(LATENT), DTYPES[dtype]
+    structs = {name: _struct(name, pages, cache.block_size) for name, pages in cache.pages.items()}
+    return NativeCache(cache.pages, cache.block_size, structs)
+
+
+def _struct(name: str, pages: Pages, block_size: int) -> PagesStruct:
+    pool, scale, blocks = pages.pool, pages.scale, pages.tensor.shape[0]
+    if pool.layout != "nz" or (pool.dtype is torch.int8) != (scale is not None):
+        scales = "without scales" if scale is None else "with scales"
+        raise ValueError(
+            f"kv cache: {name} is {pool.dtype} in {pool.layout} layout {scales}; the native kernels take NZ, and int8 "
+            "with scales alone"
+        )
+    return PagesStruct(
+        address(pages.tensor, "kv cache", name, pool.dtype, *pool.shape(blocks, block_size)),
+        scale if scale is None else address(scale, "kv cache", f"scale of {name}", torch.float32, pool.channels),
+        blocks,
+        block_size,
+        pool.channels,
+        DTYPES[pool.dtype],
     )
-    return NativeCache(cache.pages, cache.block_size, struct, dtype, *channels)
 
 
-def native_heads(
-    dtype: torch.dtype, q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor
-) -> Heads:
-    """Struct of tensors `[tokens, heads, channels]` with contiguous channels; k_rope has one head for all."""
-    (tokens, heads, nope), rope = q_nope.shape, q_rope.shape[-1]
-    keys, width = k_nope.shape[0], value.shape[-1]
+class NativeCaches(ReferenceCaches):
+    """Caches with structs for native calls."""
 
-    def strided(name: str, x: Tensor, *shape: int) -> Strided:
-        start = rows_address(x, "attention", name, dtype, *shape)
-        return Strided(start, x.stride(0), x.stride(1) if shape[1] > 1 else 0)
-
-    return Heads(
-        strided("q_nope", q_nope, tokens, heads, nope),
-        strided("q_rope", q_rope, tokens, heads, rope),
-        strided("k_nope", k_nope, keys, heads, nope),
-        strided("k_rope", k_rope, keys, 1, rope),
-        strided("value", value, keys, heads, width),
-        heads,
-        nope,
-        rope,
-        width,
-        DTYPES[dtype],
-    )
+    def new(
+        self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
+    ) -> LayerCache:
+        return native_cache(super().new(pools, num_blocks, block_size, scales))

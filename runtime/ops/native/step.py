@@ -32,7 +32,8 @@ class NativeStep:
 
 def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
     """Arguments of a step. Raises ValueError for tensors of another size or not in the compute dtype."""
-    cos, sin, slots = step.cos.contiguous(), step.sin.contiguous(), step.slots.contiguous()
+    positions = step.positions
+    cos, sin, slots = positions.cos.contiguous(), positions.sin.contiguous(), positions.slots.contiguous()
     tokens, rope_dim = slots.shape[0], cos.shape[-1]
     rows = (
         address(cos, operator, "cos", dtype, tokens, rope_dim),

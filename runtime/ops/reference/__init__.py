@@ -6,9 +6,11 @@ import torch
 
 from ....errors import BackendError
 from .. import Ops
-from .attention import ReferenceAttention
+from .cache import ReferenceCaches
+from .latent_attention import ReferenceLatentAttention
 from .norms import ReferenceNorms
 from .products import ReferenceProducts
+from .rotary import ReferenceRotary
 from .routing import ReferenceRouting
 from .weights import ReferenceWeights
 
@@ -34,4 +36,6 @@ class ReferenceOps(Ops):
         self.norms = ReferenceNorms(dtype)
         self.products = ReferenceProducts(dtype, self.norms)
         self.routing = ReferenceRouting(dtype, self.norms, self.products)
-        self.attention = ReferenceAttention(dtype, self.weights, self.norms, self.products)
+        self.caches = ReferenceCaches(dtype)
+        self.rotary = ReferenceRotary(dtype)
+        self.mla = ReferenceLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)

@@ -28,12 +28,19 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name ("example", "v2-lite", "kimi", "prolog") in W4A8; with "-w8a8" or "-float" appended, in that;
+    """A model by name ("example", or one of `configs`) in W4A8; with "-w8a8" or "-float" appended, in that;
     with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has scales
     for an int8 KV cache."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
-    configs = {"v2-lite": models.V2_LITE, "kimi": models.KIMI, "prolog": models.PROLOG}
+    configs = {
+        "v2-lite": models.V2_LITE,
+        "kimi": models.KIMI,
+        "prolog": models.PROLOG,
+        "glm-flash": models.GLM_FLASH,
+        "twenty-heads": models.TWENTY_HEADS,
+        "prolog-but-heads": models.PROLOG_BUT_HEADS,
+    }
 
     def make(name: str) -> Path:
         if name not in made:

@@ -94,6 +94,24 @@ PROLOG = {
     "routed_scaling_factor": 2.5,
 }
 
+# GLM-4.7-Flash: its own widths of heads, as many of them as no operator takes, and a q_lora that no prolog takes.
+GLM_FLASH = {
+    **KIMI,
+    "model_type": "glm4_moe_lite",
+    "num_attention_heads": 20,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "routed_scaling_factor": 1.8,
+    "rope_theta": 1000000,
+}
+
+# As many heads of V3's widths; with the second, all sizes but their number are those that the prolog takes.
+TWENTY_HEADS = {**KIMI, "num_attention_heads": 20}
+PROLOG_BUT_HEADS = {**PROLOG, "num_attention_heads": 20}
+
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A bf16 checkpoint of random weights, scaled so that activations keep their size."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .emulate import poison, require, rules, semantics
 from .formats import FRACTAL_NZ, ND, format_of, to_nd
+from .ops_attention_batch import batch_attention
 from .ops_matmul import integer_matmul
 from .ops_norm import quantize_rows, rms
 
@@ -120,6 +121,13 @@ def npu_fused_infer_attention_score(
     softmax_lse_flag: bool = False,
 ) -> tuple[Tensor, Tensor]:
     name = "npu_fused_infer_attention_score"
+    if input_layout == "BSND" and query_rope is None and key_rope is None and block_table is None:
+        lengths, kv_lengths = (
+            None if each is None else list(each) for each in (actual_seq_lengths, actual_seq_lengths_kv)
+        )
+        heads = (num_heads, num_key_value_heads)
+        out, lse = batch_attention(name, query, key, value, atten_mask, lengths, kv_lengths, *heads, scale, sparse_mode)
+        return out, lse if softmax_lse_flag else torch.empty(0)
     require(input_layout in ("TND", "TND_NTD"), f"{name}: layout {input_layout!r} is not emulated")
     require(query_rope is not None and key_rope is not None, f"{name}: query_rope and key_rope come together")
     require(actual_seq_lengths is not None and actual_seq_lengths_kv is not None, f"{name}: TND needs both lengths")

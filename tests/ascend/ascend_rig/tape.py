@@ -20,7 +20,7 @@ SCALE_TOLERANCE = 1e-4
 
 
 class Tape:
-    """Quantized activations in the order in which a run makes them."""
+    """Quantized activations in the order in which a run makes them. Rows of zeros (padded heads) do not count."""
 
     def __init__(self) -> None:
         self._recorded: list[Quantized] = []
@@ -32,7 +32,7 @@ class Tape:
         """Make `ops` record."""
 
         def keep(ours: Quantized) -> Quantized:
-            self._recorded.append(Quantized(ours.codes.clone(), ours.scale.clone()))
+            self._recorded.append(_without_zeros(ours))
             return ours
 
         return _hook(ops, keep)
@@ -40,8 +40,8 @@ class Tape:
     def replay(self, ops: Ops) -> Ops:
         """Make `ops` check against what was recorded, and go on with that."""
 
-        def exchange(ours: Quantized) -> Quantized:
-            theirs = self._recorded[self._next]
+        def exchange(whole: Quantized) -> Quantized:
+            theirs, ours = self._recorded[self._next], _without_zeros(whole)
             self._next += 1
             assert ours.codes.shape == theirs.codes.shape, f"quantization {self._next}: {tuple(ours.codes.shape)}"
             torch.testing.assert_close(ours.scale, theirs.scale, rtol=SCALE_TOLERANCE, atol=0)
@@ -49,7 +49,9 @@ class Tape:
             assert off.max() <= 1, f"quantization {self._next}: codes differ by {off.max()}"
             self.ties += int(off.sum())
             self.codes += off.numel()
-            return Quantized(theirs.codes.clone(), theirs.scale.clone())
+            codes, scale = whole.codes.clone(), whole.scale.clone()
+            codes[whole.scale > 0], scale[whole.scale > 0] = theirs.codes, theirs.scale
+            return Quantized(codes, scale)
 
         return _hook(ops, exchange)
 
@@ -59,13 +61,17 @@ class Tape:
         assert self.ties <= MOST_TIES * self.codes, f"{self.ties} of {self.codes} codes differ"
 
 
+def _without_zeros(rows: Quantized) -> Quantized:
+    return Quantized(rows.codes[rows.scale > 0], rows.scale[rows.scale > 0])
+
+
 def _hook(ops: Ops, exchange: Callable[[Quantized], Quantized]) -> Ops:
     """Pass everything that `ops` quantizes through `exchange`."""
     for part, name in (
         (ops.norms, "dynamic_quant"),
         (ops.norms, "dequant_swiglu_quant"),
         (ops.routing, "moe_init_routing"),
-        (ops.attention, "attention_norm"),
+        (ops.mla, "norm"),
     ):
         original = getattr(part, name)
 

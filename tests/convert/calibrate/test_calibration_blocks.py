@@ -81,7 +81,7 @@ def test_the_block_is_the_runtimes(q_lora_rank: int | None) -> None:
     # The reference on blocks of its own cache, window by window.
     loaded = kind.load(_Stored(tensors), ops)
     steps = StepBuilder(ops, layer.walk.rope, 16, 16)
-    cache = ops.attention.new_cache(kind.pools(0), WINDOWS, 16)
+    cache = ops.caches.new(kind.pools(0), WINDOWS, 16)
     expected, latents = [], []
     for window, rows in enumerate(x.split(LENGTH)):
         step, _ = steps.build([Chunk([0] * LENGTH, 0, [window], all_rows=True)])

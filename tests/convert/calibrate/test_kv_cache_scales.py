@@ -91,14 +91,14 @@ def test_they_fit_what_the_runtime_puts_into_the_cache(calibrated: Path, texts: 
     windows = read_calibration(texts, calibrated, config.vocab_size, 4096, SAMPLES, LENGTH).tokens
     model = load(calibrated, "reference", engine=EngineConfig(max_num_batched_tokens=SAMPLES * LENGTH))
     ops, latents = model.engine.model.ops, []
-    write = ops.attention.kv_rmsnorm_rope_cache
+    write = ops.mla.kv_rmsnorm_rope_cache
 
     def recording(*args):
         written = write(*args)
         latents.append(written[1])
         return written
 
-    ops.attention.kv_rmsnorm_rope_cache = recording
+    ops.mla.kv_rmsnorm_rope_cache = recording
     assert len(list(model.logits(windows.tolist()))) == SAMPLES
     stored = load_scales(calibrated / SCALES, config.num_hidden_layers, config.attention.kv_lora_rank)
     layers = json.loads((calibrated / "npuq" / "manifest.json").read_text())["calibration"]["layers"]

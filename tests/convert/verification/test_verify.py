@@ -282,7 +282,7 @@ def test_inspect(npuq, v3_artifact, v3_source):
     assert experts.relative_error is not None and 0.05 < experts.relative_error < 0.2
     assert lines["kv_b"].relative_error is None and lines["kv_b"].bits == 16
     source = {line.role: line for line in inspect(v3_source).lines}
-    assert source["routed_expert"].scheme == "F8_E4M3" and source["routed_expert"].source_bytes is None
+    assert source["routed_expert"].scheme == "F8_E4M3 16x16" and source["routed_expert"].source_bytes is None
     outcome = npuq("inspect", v3_artifact)
     assert outcome.status == 0 and "recipe w4a8, from source" in outcome.stdout and "W4A8_DYNAMIC" in outcome.stdout
     content = json.loads(npuq("inspect", v3_source, "--json").stdout)

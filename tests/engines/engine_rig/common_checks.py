@@ -15,7 +15,7 @@ from .corruption import corrupt, corruptions, mtp_corruptions, static_corruption
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
 # Quantized linears of each model: attention and MLP of each layer, a layer's experts counted once.
-LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "v3-static": 11, "kimi": 11}
+LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "v3-static": 11, "kimi": 11, "glm-flash": 11}
 
 
 def _name(value: Any) -> str:

@@ -59,7 +59,8 @@ def load(engine: ModuleType, directory: Path, tp: int, ep: int = 1, mtp: bool = 
         models = [engine.build(directory, weights(), tp, ep, rank, mtp) for rank in range(tp)]
 
     def rename(name: str) -> str:
-        return name.replace("model.decoder.", f"model.layers.{last}.").replace(".mtp_block.", ".")
+        name = name.replace("model.decoder.", f"model.layers.{last}.").replace(".mtp_block.", ".")
+        return name.replace(".experts.routed_experts", ".experts")
 
     return Loaded(
         directory,

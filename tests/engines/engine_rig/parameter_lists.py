@@ -146,9 +146,8 @@ VARIATIONS = {
     "shared experts null": Variation({"n_shared_experts": None}, drop("shared_experts")),
     "a whole factor": Variation({"routed_scaling_factor": 2}),
     "experts by another name": Variation({"n_routed_experts": ..., "num_local_experts": 16}),
-    # vLLM's class is chosen before the rig begins.
-    "architectures unsaid": Variation({"architectures": ...}, silent=("vllm-ascend",)),
-    "another architecture": Variation({"architectures": ["LlamaForCausalLM"]}, silent=("vllm-ascend",)),
+    "architectures unsaid": Variation({"architectures": ...}),
+    "another architecture": Variation({"architectures": ["LlamaForCausalLM"]}),
 }
 
 

@@ -172,7 +172,7 @@ def test_unknown_backend_is_refused() -> None:
 
 
 def test_cache_pools_are_zero_and_typed() -> None:
-    cache = make_ops("cpu", torch.bfloat16).attention.new_cache((Pool("latent", 64), Pool("rope", 32)), 3, 16)
+    cache = make_ops("cpu", torch.bfloat16).caches.new((Pool("latent", 64), Pool("rope", 32)), 3, 16)
     assert isinstance(cache, LayerCache)
     assert cache["latent"].tensor.shape == (3, 4, 16, 16)
     assert cache["rope"].tensor.shape == (3, 2, 16, 16)

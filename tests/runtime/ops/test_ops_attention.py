@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from npuq.runtime.attention.pools import Pool
-from npuq.runtime.ops import Decode, Ops, PrefixSegment
+from npuq.runtime.ops import Decode, Keys, Lengths, Ops, Positions, PrefixSegment, Queries
 
 
 def complex_rope(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def tables(angles: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def test_interleave_rope_turns_pairs(ops: Ops) -> None:
     rng = np.random.default_rng(2)
     x, angles = rng.standard_normal((6, 3, 16)).astype(np.float32), rng.uniform(0, 6, (6, 8))
-    out = ops.attention.interleave_rope(torch.from_numpy(x), *tables(angles))
+    out = ops.rotary.interleave_rope(torch.from_numpy(x), *tables(angles))
     np.testing.assert_allclose(out.numpy(), complex_rope(x, angles[:, None]), atol=1e-5)
 
 
@@ -35,16 +35,11 @@ def test_cache_bytes_and_outputs(ops: Ops) -> None:
     latent_size, rope_size, block_size = 32, 16, 16
     kv = rng.standard_normal((5, latent_size + rope_size)).astype(np.float32)
     gamma, angles = rng.uniform(0.5, 2, latent_size).astype(np.float32), rng.uniform(0, 6, (5, 8))
-    cache = ops.attention.new_cache((Pool("latent", latent_size), Pool("rope", rope_size)), 3, block_size)
+    cache = ops.caches.new((Pool("latent", latent_size), Pool("rope", rope_size)), 3, block_size)
     slots = [40, 3, -1, 15, 16]
-    written = ops.attention.kv_rmsnorm_rope_cache(
-        torch.from_numpy(kv),
-        torch.from_numpy(gamma),
-        *tables(angles),
-        torch.tensor(slots),
-        cache,
-        1e-6,
-        True,
+    positions = Positions(torch.tensor(slots), *tables(angles))
+    written = ops.mla.kv_rmsnorm_rope_cache(
+        torch.from_numpy(kv), torch.from_numpy(gamma), 1e-6, positions, cache, output_kv=True
     )
     latent = kv[:, :latent_size].astype(np.float64)
     latent = latent / np.sqrt((latent**2).mean(1, keepdims=True) + 1e-6) * gamma
@@ -87,8 +82,9 @@ def test_ragged_attention(ops: Ops, causal: bool) -> None:
 
     q_nope, q_rope = draw(9, heads, nope), draw(9, heads, rope)
     k_nope, k_rope, value = draw(11, heads, nope), draw(11, rope), draw(11, heads, width)
-    tensors = [torch.from_numpy(array) for array in (q_nope, q_rope, k_nope, k_rope, value)]
-    out, lse = ops.attention.fused_infer_attention(*tensors, q_lens, kv_lens, 0.3, causal)
+    queries = Queries(*map(torch.from_numpy, (q_nope, q_rope)))
+    keys = Keys(*map(torch.from_numpy, (k_nope, k_rope, value)))
+    out, lse = ops.mla.fused_infer_attention(queries, keys, Lengths(q_lens, kv_lens, causal), 0.3)
     query = np.concatenate([q_nope, q_rope], -1)
     key = np.concatenate([k_nope, np.broadcast_to(k_rope[:, None], (11, heads, rope))], -1)
     for q0, q1, k0, k1 in ((0, 4, 0, 4), (4, 5, 4, 9), (5, 9, 9, 11)):
@@ -101,7 +97,7 @@ def test_merged_attention_equals_the_whole(ops: Ops) -> None:
     rng = np.random.default_rng(9)
     query, key, value = (rng.standard_normal((size, 2, 8)).astype(np.float32) for size in (5, 12, 12))
     parts = [golden_attention(query, key[part], value[part], 1.0, False) for part in (slice(0, 4), slice(4, 12))]
-    merged = ops.attention.attention_update(*([torch.from_numpy(part[i]).float() for part in parts] for i in range(2)))
+    merged = ops.mla.attention_update(*([torch.from_numpy(part[i]).float() for part in parts] for i in range(2)))
     np.testing.assert_allclose(merged.numpy(), golden_attention(query, key, value, 1.0, False)[0], atol=1e-5)
 
 
@@ -109,7 +105,7 @@ def test_paged_attention_reads_only_its_blocks(ops: Ops) -> None:
     """Latents scattered over blocks, everything else NaN; several queries of a sequence are causal."""
     rng = np.random.default_rng(10)
     heads, latent_size, rope_size, block_size = 2, 32, 16, 16
-    cache = ops.attention.new_cache((Pool("latent", latent_size), Pool("rope", rope_size)), 8, block_size)
+    cache = ops.caches.new((Pool("latent", latent_size), Pool("rope", rope_size)), 8, block_size)
     cache["latent"].tensor.fill_(float("nan"))
     cache["rope"].tensor.fill_(float("nan"))
     blocks, lengths, queries = [[6, 2], [5, 0, 3]], [20, 33], [1, 3]
@@ -124,9 +120,7 @@ def test_paged_attention_reads_only_its_blocks(ops: Ops) -> None:
     q_latent = rng.standard_normal((4, heads, latent_size)).astype(np.float32)
     q_rope = rng.standard_normal((4, heads, rope_size)).astype(np.float32)
     decode = Decode((1, 4), tuple(lengths), torch.tensor([[6, 2, 0], [5, 0, 3]], dtype=torch.int32))
-    out = ops.attention.fused_infer_attention_paged(
-        torch.from_numpy(q_latent), torch.from_numpy(q_rope), cache, decode, 0.2
-    )
+    out = ops.mla.fused_infer_attention_paged(torch.from_numpy(q_latent), torch.from_numpy(q_rope), cache, decode, 0.2)
     first = 0
     for (latent, rope), count in zip(sequences, queries, strict=True):
         rows = slice(first, first + count)
@@ -136,6 +130,6 @@ def test_paged_attention_reads_only_its_blocks(ops: Ops) -> None:
         np.testing.assert_allclose(out[rows].numpy(), golden, atol=1e-5)
         first += count
     segment = PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32))
-    gathered = ops.attention.gather_pa_kv_cache(cache, segment)
+    gathered = ops.caches.gather(cache, segment)
     for tensor, whole in zip(gathered.values(), sequences[1], strict=True):
         assert np.array_equal(tensor.numpy(), whole[16:33])

@@ -1,68 +1,42 @@
-"""Attention in plain torch."""
+"""Multi-head latent attention in plain torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...attention.pools import LayerCache, StoredPool
-from ..attention import LATENT, ROPE, Attention
-from ..steps import Decode
+from ...attention.pools import LayerCache
+from ..handles import Keys, Queries
+from ..latent_attention import LATENT, ROPE, LatentAttention
+from ..steps import Decode, Lengths, Positions
 
 
-class ReferenceAttention(Attention):
+class ReferenceLatentAttention(LatentAttention):
     """Attention on the CPU."""
 
-    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
-        shape = pool.shape(num_blocks, block_size)
-        # numpy's zeros come from calloc: the pages of blocks that are never used are never touched.
-        memory = np.zeros(math.prod(shape) * pool.dtype.itemsize, np.uint8)
-        return torch.from_numpy(memory).view(pool.dtype).view(shape)
-
-    def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return _rope(x.float(), cos[:, None].float(), sin[:, None].float()).to(self.dtype)
-
     def kv_rmsnorm_rope_cache(
-        self,
-        kv: Tensor,
-        gamma: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slots: Tensor,
-        cache: LayerCache,
-        eps: float,
-        output_kv: bool,
+        self, kv: Tensor, gamma: Tensor, eps: float, positions: Positions, cache: LayerCache, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
-        latent, rope = kv.split([gamma.shape[0], cos.shape[-1]], dim=-1)
+        latent, rope = kv.split([gamma.shape[0], positions.cos.shape[-1]], dim=-1)
         latent = self.norms.rms_norm(latent, gamma, eps)
-        rope = _rope(rope.float(), cos.float(), sin.float()).to(self.dtype)
-        cache[LATENT].write(slots, latent)
-        cache[ROPE].write(slots, rope)
+        rope = self.rotary.interleave_rope(rope[:, None], positions.cos, positions.sin)[:, 0]
+        cache[LATENT].write(positions.slots, latent)
+        cache[ROPE].write(positions.slots, rope)
         return (rope, cache[LATENT].rounded(latent)) if output_kv else None
 
     def fused_infer_attention(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        k_nope: Tensor,
-        k_rope: Tensor,
-        value: Tensor,
-        q_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        scale: float,
-        causal: bool,
+        self, queries: Queries, keys: Keys, lengths: Lengths, scale: float
     ) -> tuple[Tensor, Tensor]:
-        query = torch.cat([q_nope, q_rope], dim=-1).float()
-        key = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1).float()
+        query = torch.cat(queries, dim=-1).float()
+        key = torch.cat([keys.nope, keys.rope[:, None].expand(-1, keys.nope.shape[1], -1)], dim=-1).float()
+        ends = pairwise([0, *lengths.q_lens]), pairwise([0, *lengths.kv_lens])
         outputs, lses = [], []
-        for (q0, q1), (k0, k1) in zip(pairwise([0, *q_lens]), pairwise([0, *kv_lens]), strict=True):
-            past = (k1 - k0) - (q1 - q0) if causal else None
-            out, lse = self._attention(query[q0:q1], key[k0:k1], value[k0:k1].float(), scale, past)
+        for (q0, q1), (k0, k1) in zip(*ends, strict=True):
+            past = (k1 - k0) - (q1 - q0) if lengths.causal else None
+            out, lse = self._attention(query[q0:q1], key[k0:k1], keys.value[k0:k1].float(), scale, past)
             outputs.append(out.to(self.dtype))
             lses.append(lse)
         return torch.cat(outputs), torch.cat(lses)
@@ -109,8 +83,3 @@ class ReferenceAttention(Attention):
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
         weights = torch.stack(list(lses)).softmax(dim=0)  # [parts, T, N, 1]
         return (weights * torch.stack(list(outputs)).float()).sum(0).to(self.dtype)
-
-
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat([even, odd], dim=-1) * cos + torch.cat([-odd, even], dim=-1) * sin

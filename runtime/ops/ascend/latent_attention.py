@@ -1,19 +1,21 @@
-"""Latent attention on torch_npu: the paged cache in FRACTAL_NZ (or ND) pages, attention over it, the fused prolog."""
+"""Latent attention on torch_npu: writing and reading NZ or ND pages, attention over keys, the fused prolog."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ...attention.pools import LayerCache, Pages, Pool, StoredPool
-from ..attention import LATENT, NO_SCALES, ROPE, Attention
-from ..handles import Activation, Mla, MlaConfig, MlaParts, Quantized, own
+from ...attention.pools import LayerCache, Pages
+from ..handles import Activation, Keys, Mla, MlaConfig, MlaParts, Quantized, Queries, own
+from ..latent_attention import LATENT, ROPE, LatentAttention
 from ..norms import Norms
 from ..products import Products
-from ..steps import Decode, Step
+from ..rotary import Rotary
+from ..steps import Decode, Lengths, Positions, Step
+from .attention_limits import PrefillForm, absorbed_heads, pad_heads, prefill_form
 from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
 from .int8_cache import Int8Cache
 from .mla import AscendMla, PrologWeights, lay_out_mla
@@ -22,77 +24,54 @@ from .weights import AscendWeights, W8A8Linear
 PROLOG_INT8 = 2  # weight_quant_mode: q_a, q_b and kv_a are int8
 
 
-class AscendAttention(Attention):
+class AscendLatentAttention(LatentAttention):
     """Attention on torch_npu. Caches with an int8 latent are left to `int8`."""
 
-    def __init__(self, npu: Npu, weights: AscendWeights, norms: Norms, products: Products, fused_prolog: bool):
-        super().__init__(npu.dtype, weights, norms, products)
+    def __init__(
+        self, npu: Npu, weights: AscendWeights, norms: Norms, products: Products, rotary: Rotary, fused_prolog: bool
+    ):
+        super().__init__(npu.dtype, weights, norms, products, rotary)
         self.npu, self.layout, self.fused_prolog = npu, weights, fused_prolog
-        self.kv_layout = npu.kv_layout
         self._causal_mask = causal_mask(npu.device)
-        self.int8 = Int8Cache(npu, norms, self.interleave_rope, self._causal_mask)
-
-    @property
-    def has_int8_cache(self) -> bool:
-        return self.int8.fits
-
-    def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        tables = (table[:, None, None] for table in (cos, sin))  # [T, 1, 1, D]: every token is a batch of its own
-        rotated: Tensor = self.npu.operators.npu_interleave_rope(x.contiguous().unsqueeze(2), *tables)
-        return rotated.squeeze(2)
+        self.int8 = Int8Cache(npu, norms, rotary, self._causal_mask)
 
     def kv_rmsnorm_rope_cache(
-        self,
-        kv: Tensor,
-        gamma: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        slots: Tensor,
-        cache: LayerCache,
-        eps: float,
-        output_kv: bool,
+        self, kv: Tensor, gamma: Tensor, eps: float, positions: Positions, cache: LayerCache, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
         if cache[LATENT].scale is not None:
-            return self.int8.write(kv, gamma, cos, sin, slots, cache, eps, output_kv)
+            return self.int8.write(kv, gamma, eps, positions, cache, output_kv)
         # The rope cache comes first, in arguments and in results.
         _, _, k_rope, latent = self.npu.operators.npu_kv_rmsnorm_rope_cache(
             kv[:, None, None],
             gamma,
-            cos[:, None, None],
-            sin[:, None, None],
-            slots,
+            positions.cos[:, None, None],
+            positions.sin[:, None, None],
+            positions.slots,
             self._pages(cache[ROPE], cache),
             self._pages(cache[LATENT], cache),
             epsilon=eps,
-            cache_mode="PA_NZ" if self.npu.kv_layout == "nz" else "PA",
+            cache_mode="PA_NZ" if cache[LATENT].pool.layout == "nz" else "PA",
             is_output_kv=output_kv,
         )
         # Without output_kv the two outputs are uninitialised memory.
         return (k_rope.flatten(0, 2), latent.flatten(0, 2)) if output_kv else None
 
     def fused_infer_attention(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        k_nope: Tensor,
-        k_rope: Tensor,
-        value: Tensor,
-        q_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        scale: float,
-        causal: bool,
+        self, queries: Queries, keys: Keys, lengths: Lengths, scale: float
     ) -> tuple[Tensor, Tensor]:
-        heads = q_nope.shape[1]
+        heads, widths = queries.nope.shape[1], (queries.nope.shape[2], queries.rope.shape[2], keys.value.shape[2])
+        if prefill_form(*widths) is PrefillForm.JOINED:
+            return self._attend_by_sequence(queries, keys, lengths, scale)
         out, lse = self.npu.operators.npu_fused_infer_attention_score(
-            q_nope.contiguous(),
-            k_nope.contiguous(),
-            value.contiguous(),
-            query_rope=q_rope.contiguous(),
-            key_rope=k_rope.unsqueeze(1).expand(-1, heads, -1).contiguous(),  # every head takes its own copy
-            atten_mask=self._causal_mask if causal else None,
-            sparse_mode=RIGHT_DOWN_CAUSAL if causal else NO_MASK,
-            actual_seq_lengths=list(q_lens),
-            actual_seq_lengths_kv=list(kv_lens),
+            queries.nope.contiguous(),
+            keys.nope.contiguous(),
+            keys.value.contiguous(),
+            query_rope=queries.rope.contiguous(),
+            key_rope=keys.rope.unsqueeze(1).expand(-1, heads, -1).contiguous(),  # every head takes its own copy
+            atten_mask=self._causal_mask if lengths.causal else None,
+            sparse_mode=RIGHT_DOWN_CAUSAL if lengths.causal else NO_MASK,
+            actual_seq_lengths=list(lengths.q_lens),
+            actual_seq_lengths_kv=list(lengths.kv_lens),
             num_heads=heads,
             num_key_value_heads=heads,
             input_layout="TND",
@@ -101,11 +80,46 @@ class AscendAttention(Attention):
         )
         return out, lse
 
+    def _attend_by_sequence(
+        self, queries: Queries, keys: Keys, lengths: Lengths, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`fused_infer_attention` with the rotary channels joined to the others."""
+        heads = queries.nope.shape[1]
+        query = torch.cat(queries, dim=-1)
+        key = torch.cat([keys.nope, keys.rope.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
+        value = keys.value.contiguous()
+        outs, lses = [], []
+        for (q0, q1), (k0, k1) in zip(pairwise([0, *lengths.q_lens]), pairwise([0, *lengths.kv_lens]), strict=True):
+            masked = lengths.causal and q1 - q0 > 1  # a single query sees all keys
+            out, lse = self.npu.operators.npu_fused_infer_attention_score(
+                query[q0:q1].unsqueeze(0),
+                key[k0:k1].unsqueeze(0),
+                value[k0:k1].unsqueeze(0),
+                atten_mask=self._causal_mask if masked else None,
+                sparse_mode=RIGHT_DOWN_CAUSAL if masked else NO_MASK,
+                actual_seq_lengths=[q1 - q0],
+                actual_seq_lengths_kv=[k1 - k0],
+                num_heads=heads,
+                num_key_value_heads=heads,
+                input_layout="BSND",
+                scale=scale,
+                softmax_lse_flag=True,
+            )
+            outs.append(out.squeeze(0))
+            lses.append(lse.squeeze(0).transpose(0, 1))  # [N, S, 1] → [S, N, 1]
+        return torch.cat(outs), torch.cat(lses)
+
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        if cache[LATENT].scale is not None:
-            return self.int8.attend(q_latent, q_rope, cache, decode, scale)
+        attend = self._attend_pages if cache[LATENT].scale is None else self.int8.attend
+        heads = q_latent.shape[1]
+        padded = absorbed_heads(heads)
+        return attend(pad_heads(q_latent, padded), pad_heads(q_rope, padded), cache, decode, scale)[:, :heads]
+
+    def _attend_pages(
+        self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
+    ) -> Tensor:
         latent = self._attention_pages(cache[LATENT], cache)
         single = decode.num_tokens == len(decode.q_lens)  # one query each: nothing to mask
         out: Tensor = self.npu.operators.npu_fused_infer_attention_score(
@@ -142,33 +156,18 @@ class AscendAttention(Attention):
         tensor = pages.tensor
         return tensor.unsqueeze(1) if pages.pool.layout == "nz" else tensor.view(tensor.shape[0], cache.block_size, -1)
 
-    def zeros(self, pool: StoredPool, num_blocks: int, block_size: int) -> Tensor:
-        return torch.zeros(pool.shape(num_blocks, block_size), dtype=pool.dtype, device=self.npu.device)
-
-    def new_cache(
-        self, pools: Sequence[Pool], num_blocks: int, block_size: int, scales: Mapping[str, Tensor] = NO_SCALES
-    ) -> LayerCache:
-        if block_size % 16 or not 0 < block_size <= 1024:
-            raise BackendError(f"block_size {block_size}: the NPU's paged attention takes multiples of 16 up to 1024")
-        if not scales:
-            return super().new_cache(pools, num_blocks, block_size)
-        self.int8.check()
-        on_device = {name: scale.to(self.npu.device, self.npu.dtype) for name, scale in scales.items()}
-        # One block more, of no sequence, for slot −1 of tokens that are not cached.
-        return super().new_cache(pools, num_blocks + 1, block_size, on_device)
-
-    def mla(self, parts: MlaParts, config: MlaConfig) -> Mla:
+    def load(self, parts: MlaParts, config: MlaConfig) -> Mla:
         return lay_out_mla(parts, config, self.layout, self.fused_prolog)
 
-    def attention_norm(
+    def norm(
         self, x: Tensor | None, residual: Tensor, gamma: Tensor, eps: float, mla: Mla
     ) -> tuple[Activation, Tensor]:
         if x is None or not own(mla, AscendMla).takes_quantized:
-            return super().attention_norm(x, residual, gamma, eps, mla)
+            return super().norm(x, residual, gamma, eps, mla)
         codes, _, total, scale, _ = self.npu.operators.npu_add_rms_norm_dynamic_quant(x, residual, gamma, epsilon=eps)
         return Quantized(codes, scale), total
 
-    def mla_project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor, Tensor]:
         weights = own(mla, AscendMla)
         config = weights.config
         rows: Activation = hidden
@@ -196,11 +195,11 @@ class AscendAttention(Attention):
         q_nope, q_rope = (self.products.linear(queries, linear) for linear in (projections.q_nope, projections.q_rope))
         return q_nope.unflatten(-1, heads), q_rope.unflatten(-1, heads), kv
 
-    def mla_prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+    def prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         weights = own(mla, AscendMla)
         prolog = weights.projections
         if not isinstance(prolog, PrologWeights) or cache[LATENT].scale is not None:
-            return super().mla_prolog(hidden, mla, cache, step)
+            return super().prolog(hidden, mla, cache, step)
         rows = hidden if isinstance(hidden, Quantized) else self.norms.dynamic_quant(hidden)
         q_latent, q_rope, *_ = self.npu.operators.npu_mla_prolog_v3(
             rows.codes,
@@ -210,26 +209,26 @@ class AscendAttention(Attention):
             prolog.kv_a.weight,
             weights.q_a_norm,
             weights.kv_a_norm,
-            step.sin,  # sine first
-            step.cos,
+            step.positions.sin,  # sine first
+            step.positions.cos,
             self._pages(cache[LATENT], cache),
             self._pages(cache[ROPE], cache),
-            cache_index=step.slots,
+            cache_index=step.positions.slots,
             dequant_scale_x=rows.scale.unsqueeze(1),
             dequant_scale_w_dq=prolog.q_a.scale.unsqueeze(0),
             dequant_scale_w_uq_qr=prolog.q_b.scale.unsqueeze(0),
             dequant_scale_w_dkv_kr=prolog.kv_a.scale.unsqueeze(0),
             rmsnorm_epsilon_cq=weights.config.rms_norm_eps,
             rmsnorm_epsilon_ckv=weights.config.rms_norm_eps,
-            cache_mode="PA_NZ" if self.npu.kv_layout == "nz" else "PA_BSND",
+            cache_mode="PA_NZ" if cache[LATENT].pool.layout == "nz" else "PA_BSND",
             weight_quant_mode=PROLOG_INT8,
         )
         return q_latent, q_rope
 
-    def mla_decompress(self, latent: Tensor, mla: Mla) -> tuple[Tensor, Tensor]:
+    def decompress(self, latent: Tensor, k_rope: Tensor, mla: Mla) -> Keys:
         weights = own(mla, AscendMla)
-        heads = (weights.config.heads, -1)
-        return (
-            self.products.linear(latent, weights.k_b).unflatten(-1, heads),
-            self.products.linear(latent, weights.v_b).unflatten(-1, heads),
+        k_nope, value = (
+            self.products.linear(latent, linear).unflatten(-1, (weights.config.heads, -1))
+            for linear in (weights.k_b, weights.v_b)
         )
+        return Keys(k_nope, k_rope, value)

@@ -1,0 +1,132 @@
+"""What every family has to show, on a tiny random model: its artifact is near transformers' logits, sound, whole, and
+the same to the byte after any interruption and with any number of workers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from calibrated import CHAIN
+from killable import Rig
+from safetensors import safe_open
+from torch import Tensor
+
+import npuq
+import npuq.runtime
+from npuq.convert import CalibrationText
+from npuq.engines.placement import ENGINES, check_placement
+
+PROMPT = torch.randint(2, 320, (60,), generator=torch.Generator().manual_seed(6)).tolist()
+WINDOWS, LENGTH = 24, 32
+SHARD = 400_000  # bytes: several shards
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The W4A8 artifact of the whole chain of methods. calls: how often making it changed the disk."""
+
+    golden: Any
+    source: Path
+    directory: Path
+    calls: int
+
+
+def options(texts: Path, **more: Any) -> dict[str, Any]:
+    calibration = [str(texts), WINDOWS, LENGTH]
+    return {"method": CHAIN, "calibration": calibration, "max_shard_size": SHARD, "workers": 1, **more}
+
+
+@pytest.fixture(scope="module")
+def converted(
+    family_pair: tuple[Any, Path], texts: Path, rig: Rig, tmp_path_factory: pytest.TempPathFactory
+) -> Converted:
+    golden, source = family_pair
+    directory = tmp_path_factory.mktemp("artifact") / "w4a8"
+    answer = rig(source, directory, options=options(texts))
+    assert answer["summary"]["status"] == "converted"
+    return Converted(golden, source, directory, answer["calls"])
+
+
+def error(directory: Path, golden: Any) -> float:
+    """The median of all tokens' relative errors: rounding may route one of them to another expert."""
+    ours: Tensor = next(npuq.runtime.load(directory, "cpu").logits([PROMPT]))
+    with torch.inference_mode():
+        expected: Tensor = golden(torch.tensor([PROMPT])).logits[0]
+    return float(((ours.float() - expected).norm(dim=1) / expected.norm(dim=1)).median())
+
+
+def stored(directory: Path) -> dict[str, str]:
+    """The dtype of every tensor, by the safetensors library."""
+    found = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def test_rotated_floats_compute_what_transformers_does(family: str, tmp_path: Path) -> None:
+    golden = tiny.make_checkpoint(tmp_path / "source", family)
+    npuq.convert_checkpoint(tmp_path / "source", tmp_path / "out", recipe="float", method="rotate")
+    assert error(tmp_path / "out", golden) < 1e-4
+
+
+def test_calibration_beats_least_squares(converted: Converted, tmp_path: Path) -> None:
+    npuq.convert_checkpoint(converted.source, tmp_path / "mse", method="mse")
+    chain, mse = error(converted.directory, converted.golden), error(tmp_path / "mse", converted.golden)
+    print(f"chain {chain:.3f}, mse {mse:.3f}")
+    assert chain < 0.9 * mse and chain < 0.35
+
+
+def test_the_artifact_is_sound_with_and_without_its_source(converted: Converted) -> None:
+    integers = [name for name, dtype in stored(converted.directory).items() if dtype == "I8"]
+    for source in (None, converted.source):
+        verdict = npuq.verify(converted.directory, source)
+        assert verdict.problems == ()
+        assert verdict.linears == len(integers)
+
+
+def test_no_tensor_of_the_source_is_lost(converted: Converted) -> None:
+    """MTP layers included, each described with its name."""
+    description = json.loads((converted.directory / "quant_model_description.json").read_text())
+    assert stored(converted.source).keys() <= stored(converted.directory).keys()
+    assert stored(converted.source).keys() <= description.keys()
+
+
+def test_both_engines_have_a_parameter_for_every_tensor(converted: Converted) -> None:
+    for engine in ENGINES:
+        assert check_placement(converted.directory, engine, 1, False) == ()
+
+
+def test_it_generates_what_its_logits_say(converted: Converted) -> None:
+    model = npuq.runtime.load(converted.directory, "cpu")
+    answer = model.generate(PROMPT, max_new_tokens=8, temperature=0, ignore_eos=True)
+    tokens = [*PROMPT, *answer.token_ids]
+    rows = next(model.logits([tokens]))[len(PROMPT) - 1 : -1]
+    assert rows.argmax(-1).tolist() == list(answer.token_ids)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_anywhere_it_continues_to_the_same_bytes(
+    seed: int, converted: Converted, texts: Path, rig: Rig, tree: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    kill_at = random.Random(seed).randint(1, converted.calls)
+    assert rig(converted.source, tmp_path / "out", options=options(texts), kill_at=kill_at)["killed"]
+    answer = rig(converted.source, tmp_path / "out", options=options(texts, workers=2))
+    assert answer["summary"]["status"] in ("converted", "finished")
+    assert tree(tmp_path / "out") == tree(converted.directory)
+
+
+def test_workers_and_memory_do_not_change_a_byte(
+    converted: Converted, texts: Path, tree: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    calibration = CalibrationText(texts, WINDOWS, LENGTH)
+    more = options(texts, calibration=calibration, workers=3, max_memory=500_000_000)
+    npuq.convert_checkpoint(converted.source, tmp_path / "out", **more)
+    assert tree(tmp_path / "out") == tree(converted.directory)
