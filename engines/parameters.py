@@ -91,7 +91,6 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
-# Read from the classes; not tested by loading artifacts yet.
 _VLLM_GLM = replace(
     _VLLM,
     architectures=("Glm4MoeLiteForCausalLM",),
@@ -106,6 +105,8 @@ _SGLANG_GLM = replace(
     builds_empty_shared=True,
     always_has_router_bias=True,
     refuses=lambda name: False,
+    # Its draft looks for the layer as model.decoder in the description, and does not start.
+    drafts=lambda config: (),
 )
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
