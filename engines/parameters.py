@@ -108,6 +108,8 @@ _SGLANG_GLM = replace(
     always_has_router_bias=True,
     refuses=lambda name: False,
     loads_draft=False,
+    # Its draft looks for the layer as model.decoder in the description, and does not start.
+    drafts=lambda config: (),
 )
 # Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
@@ -187,8 +189,9 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
     model = MODELS[engine].get(config.family.architecture)
     if model is None or model.loads_draft:
         return
-    layers = model.drafts(config)
-    if any(scheme is not Scheme.FLOAT and config.family.layer_of(name) in layers for name, scheme in schemes.items()):
+    main = config.num_hidden_layers
+    quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
+    if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
 
 
