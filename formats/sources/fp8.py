@@ -165,15 +165,15 @@ class Fp8Weights:
         Raises CheckpointError for a missing scale, two scales, and a scale of the wrong shape or dtype.
         """
         tensors, name = self._checkpoint.tensors, info.name
-        named = [(form, scale) for form in SCALE_NAMES if (scale := form.scale_of(name)) is not None]
-        found = [(form, tensors[scale]) for form, scale in named if scale in tensors]
+        named = [(form, end) for form in SCALE_NAMES if (end := form.scale_of(name)) is not None]
+        found = [(form, tensors[end]) for form, end in named if end in tensors]
         if not found:
-            wanted = " or ".join(repr(scale) for _, scale in named)
+            wanted = " or ".join(repr(end) for _, end in named)
             raise CheckpointError(
                 f"{info.file}: FP8 tensor {name!r} has no scale {wanted} in any shard; fetch all shards"
             )
         if len(found) > 1:
-            first, second = (scale.name for _, scale in found[:2])
+            first, second = (beside.name for _, beside in found[:2])
             raise CheckpointError(
                 f"{info.file}: FP8 tensor {name!r} has two scales, {first!r} and {second!r}; remove the wrong one"
             )
