@@ -53,6 +53,8 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
+    # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
+    turns_draft_input: tuple[str, ...] = ()
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -80,6 +82,7 @@ _VLLM = EngineModel(
     drafts=_counted,
     draft_always_routes=False,
     refuses=_refused_by_vllm,
+    turns_draft_input=("0.30.0rc2",),
 )
 _SGLANG = EngineModel(
     architectures=_DEEPSEEK,
@@ -165,6 +168,26 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         yield (
             f"no parameter for tensor {refused[0]!r}{_more(refused)}: loading ends in an error; if no loader needs it, "
             "remove it from the source and convert again"
+        )
+
+
+def key_problems(
+    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line for each key of the description that makes releases of `engine` compute something else, and the releases.
+
+    `keys`: the description's keys that name no tensor.
+    """
+    config = ModelConfig.from_dict(raw)
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.turns_draft_input:
+        return
+    drafts = model.drafts(config)
+    if keys.get("is_rot_used") and any(config.family.layer_of(name) in drafts for name in schemes):
+        yield (
+            model.turns_draft_input,
+            "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
+            "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
         )
 
 
