@@ -54,7 +54,12 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
+<<<<<<< HEAD
     loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
+=======
+    # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
+    turns_draft_input: tuple[str, ...] = ()
+>>>>>>> refs/heads/eng
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -82,6 +87,7 @@ _VLLM = EngineModel(
     drafts=_counted,
     draft_always_routes=False,
     refuses=_refused_by_vllm,
+    turns_draft_input=("0.30.0rc2",),
 )
 _SGLANG = EngineModel(
     architectures=_DEEPSEEK,
@@ -184,6 +190,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         )
 
 
+<<<<<<< HEAD
 def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """A line where `engine` runs the model and cannot load its MTP draft."""
     model = MODELS[engine].get(config.family.architecture)
@@ -193,6 +200,26 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
     quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
     if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
+=======
+def key_problems(
+    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line for each key of the description that makes releases of `engine` compute something else, and the releases.
+
+    `keys`: the description's keys that name no tensor.
+    """
+    config = ModelConfig.from_dict(raw)
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.turns_draft_input:
+        return
+    drafts = model.drafts(config)
+    if keys.get("is_rot_used") and any(config.family.layer_of(name) in drafts for name in schemes):
+        yield (
+            model.turns_draft_input,
+            "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
+            "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
+        )
+>>>>>>> refs/heads/eng
 
 
 def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:
