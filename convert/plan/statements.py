@@ -43,6 +43,7 @@ def statements(
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
+        *_shared_selections(config),
         *_dtype(raw, config, inventory, source),
         *_quantization(checkpoint, source),
         *_rope(raw),
@@ -65,7 +66,7 @@ def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
         f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
     )
     keys = () if config.moe is None else config.moe.STATED
-    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.config.get(key) is None]
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.text_config.get(key) is None]
     if taken:
         yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
@@ -99,6 +100,14 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         yield (
             f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers behind a gap, or neither whole nor counted "
             "by config.json: left out, since no loader runs them"
+        )
+
+
+def _shared_selections(config: ModelConfig) -> Iterator[str]:
+    if config.attention.disputed:
+        yield (
+            f"config.json states twice {config.attention.disputed}: the list counts, then the pattern, as in "
+            "transformers; vLLM-Ascend goes by pattern and frequency, and computes another model: keep one statement"
         )
 
 
