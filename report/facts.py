@@ -156,6 +156,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "sha256 of its config.json": source["config_sha256"],
         "sha256 of its index": source["index_sha256"],
         "weights of the source": _forms(source),
+        "notes on the source": _notes(source),
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
@@ -172,6 +173,12 @@ def _forms(source: Mapping[str, Any]) -> str | None:
     """The number of weights in each form of storage; None in a manifest without it."""
     forms = source.get("forms")
     return ", ".join(f"{count} {form}" for form, count in forms.items()) if isinstance(forms, Mapping) else None
+
+
+def _notes(source: Mapping[str, Any]) -> str | None:
+    """The notes of the conversion, such as what config.json claims and the tensors deny; None without any."""
+    notes = source.get("notes")
+    return "; ".join(map(str, notes)) or None if isinstance(notes, list) else None
 
 
 def _role(entry: Mapping[str, Any]) -> RoleFacts:
