@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class NpuqError(Exception):
-    """The base of every error that a user can cause; the command line prints the message and exits with `exit_code`."""
+    """The base of every error that a user can cause; the command line prints the message and exits with `exit_code`.
+
+    details: what a program needs beside the message; under --json it is printed.
+    """
 
     exit_code = 1
+    details: Mapping[str, Any] = {}
 
 
 class CheckpointError(NpuqError):
     """An unreadable source checkpoint (or any directory of safetensors)."""
+
+
+class UnknownModelError(CheckpointError):
+    """A config.json with a model_type that npuq does not know. `looks_like` names the families that its tensors fit
+    exactly, the likeliest first."""
+
+    def __init__(self, message: str, looks_like: tuple[str, ...]):
+        super().__init__(message)
+        self.details = {"looks_like": list(looks_like)}
 
 
 class RecipeError(NpuqError):

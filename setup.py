@@ -3,14 +3,20 @@
 The library is plain C behind a plain C interface, loaded with ctypes: it links neither Python nor torch, so one build
 serves every version of both. `native/common/level.c` is compiled once for each instruction set. Without a compiler the
 install succeeds and torch does the work; `npuq --version` says which.
+
+With NPUQ_TARGET (`aarch64-linux-gnu.2.17`) the library is built for that processor and glibc by the `ziglang` package,
+and must succeed; `release/wheels.sh` makes the released wheels so.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import shlex
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,8 +51,26 @@ LEVELS = {
     },
 }
 
+# A released wheel's processor and glibc; empty: this machine's.
+TARGET = os.environ.get("NPUQ_TARGET", "")
+
 # Beside the levels: instructions for one purpose, detected at run time too.
 UNITS = {"sha256": {"x86_64": ["-msse4.1", "-msha"], "aarch64": ["-march=armv8-a+crypto"]}}
+
+
+def zig_compiler(target: str) -> list[str]:
+    """The compiler of the `ziglang` package for a target such as `aarch64-linux-gnu.2.17`. CompileError without it."""
+    if not re.fullmatch(r"(x86_64|aarch64)-linux-gnu\.2\.[0-9]+", target):
+        raise CompileError(f"NPUQ_TARGET {target!r}: give x86_64 or aarch64, as in aarch64-linux-gnu.2.17")
+    if importlib.util.find_spec("ziglang") is None:
+        raise CompileError("NPUQ_TARGET needs the package ziglang; npuq[release] brings it")
+    return [sys.executable, "-m", "ziglang", "cc", "-target", target]
+
+
+def spelled_for_zig(flags: list[str]) -> list[str]:
+    """The same flags for zig, whose `-mcpu` takes the place of gcc's `-march` on Arm."""
+    march = re.compile(r"-march=armv8(\.2)?-a((?:\+[a-z0-9]+)*)")
+    return [march.sub(lambda it: f"-mcpu=generic+v8{'_2' if it[1] else ''}a{it[2]}", flag) for flag in flags]
 
 
 def build(target: Path, objects: Path, compiler: list[str], machine: str, extra: list[str]) -> None:
@@ -64,6 +88,8 @@ def build(target: Path, objects: Path, compiler: list[str], machine: str, extra:
     def compile_unit(unit: tuple[Path, str, list[str]]) -> str:
         path, name, flags = unit
         output = str(objects / f"{name}.o")
+        if "ziglang" in compiler:
+            flags = spelled_for_zig(flags)
         run([*compiler, *FLAGS, *flags, *extra, "-I", str(source), "-c", str(path), "-o", output])
         return output
 
@@ -86,14 +112,16 @@ class BuildNative(build_ext):
     """Builds an `Extension` as a plain shared library: its own name, its own flags for each unit."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        extra = shlex.split(os.environ.get("CFLAGS", ""))
+        compiler, extra = shlex.split(os.environ.get("CC", "cc")), shlex.split(os.environ.get("CFLAGS", ""))
         target = Path(self.get_ext_fullpath(ext.name))
         # If the build fails, the install continues without a library: not with an earlier build of other sources.
         target.unlink(missing_ok=True)
         if self.editable_mode:
             (ROOT / "native" / LIBRARY).unlink(missing_ok=True)
-        build(target, Path(self.build_temp), compiler, platform.machine(), extra)
+        machine = platform.machine()
+        if TARGET:
+            compiler, machine = zig_compiler(TARGET), TARGET.partition("-")[0]
+        build(target, Path(self.build_temp), compiler, machine, extra)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
@@ -110,7 +138,10 @@ class PlatformWheel(bdist_wheel):
     """Tags the wheel for a platform and any Python, as the library is."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        if not TARGET:
+            return "py3", "none", super().get_tag()[2]
+        machine, glibc = TARGET.partition("-")[0], TARGET.rpartition("gnu.")[2]
+        return "py3", "none", f"manylinux_{glibc.replace('.', '_')}_{machine}"
 
 
 if __name__ == "__main__":
@@ -119,7 +150,7 @@ if __name__ == "__main__":
         "npuq.native.libnpuq",
         sources=[file for file in files if file.endswith(".c")],
         depends=[file for file in files if file.endswith(".h")],
-        optional=True,
+        optional=not TARGET,
     )
     commands = {"build_ext": BuildNative, "build_py": BuildPackage, "bdist_wheel": PlatformWheel}
     setup(ext_modules=[extension], cmdclass=commands)

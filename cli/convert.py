@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
+from .reading import as_option
 from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
@@ -66,6 +67,7 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch and the plan, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--base-model", metavar="OWNER/NAME", help="Name of SOURCE on the hub, for the model card.")
+@as_option("SOURCE")
 @click.option("--revision", help="Branch, tag or commit, of a SOURCE on the hub. [default: main]")
 @click.option("--download-window", type=size, help="Disk for weights of a SOURCE on the hub. [default: 20GB]")
 @click.option(
@@ -92,6 +94,7 @@ def command(
     max_memory: int | None,
     max_shard_size: int,
     base_model: str | None,
+    family: str | None,
     revision: str | None,
     download_window: int | None,
     repo: str | None,
@@ -136,6 +139,7 @@ def command(
             max_memory=max_memory,
             max_shard_size=max_shard_size,
             base_model=base_model,
+            family=family,
             dry_run=dry_run,
             force=force,
             progress=display,

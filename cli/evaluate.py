@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..choices import BACKENDS, KV_CACHE_DTYPES
+from .reading import as_option
 from .terminal.console import emit_json, json_option, say, show
 from .terminal.progress import TerminalProgress, progress_options
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float checkpoint that MODEL was converted from.")
+@as_option("MODEL (and --source)")
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a context.")
 @click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
@@ -39,6 +41,7 @@ def command(
     model: Path,
     text: Path,
     source: Path | None,
+    family: str | None,
     context: int,
     layers: bool,
     backend: str,
@@ -78,9 +81,9 @@ def command(
     source = None if source is None else local_model(source, quiet=quiet, progress=progress)
     errors: list[LayerError] = []
     with TerminalProgress(progress, quiet) as display:
-        result = evaluate(model, content, source, context, backend, display, kv_cache_dtype)
+        result = evaluate(model, content, source, context, backend, display, kv_cache_dtype, family)
         if layers and source is not None:
-            errors = layer_errors(model, content, source, context, backend, display)
+            errors = layer_errors(model, content, source, context, backend, display, family)
     if save and not save_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
         # Also with --quiet: a request of the user's was not fulfilled.
         say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")

@@ -14,6 +14,7 @@ from ..errors import GenerationError
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
+from .reading import as_option
 from .sampling import given_options, notes, sampling_options
 from .terminal.console import emit_json, json_option, say, size, write
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help="End before this text, or at this special token; may be repeated.",
 )
+@as_option("MODEL")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
 @click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; default: the backend's own.")
@@ -67,6 +69,7 @@ def command(
     system: str | None,
     chat_template_kwargs: str | None,
     stops: tuple[str, ...],
+    family: str | None,
     backend: str,
     device: str | None,
     dtype: str | None,
@@ -124,7 +127,14 @@ def command(
     compute = None if dtype is None else getattr(torch, dtype)
     engine = EngineConfig(cache_size)
     runner = load(
-        directory, backend, compute, device, engine=engine, kv_cache_dtype=kv_cache_dtype, tokenizer=tokenizer
+        directory,
+        backend,
+        compute,
+        device,
+        engine=engine,
+        kv_cache_dtype=kv_cache_dtype,
+        tokenizer=tokenizer,
+        family=family,
     )
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:

@@ -135,7 +135,7 @@ def _end(error: BaseException, settings: Settings) -> int:
     # A command line that cannot be parsed has left its options unread.
     if (settings.json or (isinstance(error, click.UsageError) and "--json" in sys.argv)) and not settings.emitted:
         try:
-            emit_error(type(error).__name__, line, code)
+            emit_error(type(error).__name__, line, code, error.details if isinstance(error, NpuqError) else {})
         except OutputError:
             take_no_more(sys.stdout)
     return code

@@ -68,6 +68,7 @@ def convert_checkpoint(
     max_memory: int | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     base_model: str | None = None,
+    family: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -81,9 +82,10 @@ def convert_checkpoint(
     be a chain such as rotate+smooth+gptq; `calibration` is the text that gptq and smooth need (a built-in one by
     default). `max_memory` bounds the working set in bytes beside the interpreter and torch; `max_shard_size` the bytes
     of each output file. `base_model` is the source's name on the hub (OWNER/NAME) for the artifact's card, where the
-    source is a directory. The artifact does not depend on `workers`, `max_memory` or interruptions, to the byte.
-    `dry_run` writes nothing; the summary's `refusal` gives the reason why a run would refuse the output directory or
-    the disk. `force` starts although the disk has too little room.
+    source is a directory. `family` names a family of models (deepseek_v3, say): a source whose config.json has an
+    unknown model_type is read as one of it. The artifact does not depend on `workers`, `max_memory` or interruptions,
+    to the byte. `dry_run` writes nothing; the summary's `refusal` gives the reason why a run would refuse the output
+    directory or the disk. `force` starts although the disk has too little room.
 
     `source` may also be an open checkpoint (one on a hub, say), which is closed at the end. `on_shard` is called in the
     calling thread with the name and sha256 of each output shard whose bytes are final.
@@ -99,7 +101,7 @@ def convert_checkpoint(
     if base_model is not None:
         check_base_model(base_model)
     started = time.monotonic()
-    prepared = replace(prepare(opened, recipe, method, max_shard_size, calibration), base_model=base_model)
+    prepared = replace(prepare(opened, recipe, method, max_shard_size, calibration, family), base_model=base_model)
     try:
         small_bytes = rehearse(prepared)
         run = _Conversion(

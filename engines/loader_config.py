@@ -9,18 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, text_config, with_text_keys
 
 
-def loader_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
-    """The keys of an artifact's config.json to add to the source's (`raw`), or to replace there.
+def loader_config(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
+    """An artifact's config.json with its source's keys (`raw`), and with keys that are added or replaced there.
 
-    `mtp_layers` are those of the artifact. Empty where every loader already reads the source's keys rightly, as those
+    `mtp_layers` are those of the artifact. Equal to `raw` where every loader already reads its keys rightly, as those
     of the released models.
     """
-    keys: dict[str, Any] = {}
+    top = dict(raw)
     if not raw.get("architectures"):
-        keys["architectures"] = [config.family.architecture]
+        top["architectures"] = [config.family.architecture]
+    # Of a nested config transformers ties the head by the key at the top, whose default is true.
+    if config.family.text_types and raw.get("tie_word_embeddings") is not False:
+        top["tie_word_embeddings"] = False
+    return with_text_keys(top, _text_keys(text_config(raw), config, mtp_layers))
+
+
+def _text_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
+    """The keys of the text model to add to the source's (`raw`), or to replace there."""
+    keys: dict[str, Any] = {}
     for key in () if config.moe is None else config.moe.STATED:
         value = getattr(config.moe, key)
         # Also a value of another type: transformers refuses a whole number where it expects a fraction.

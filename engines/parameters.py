@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ..formats.artifact import is_described
 from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
 from ..models.roles import Role
@@ -54,6 +54,9 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
+    loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
+    # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
+    turns_draft_input: tuple[str, ...] = ()
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -81,6 +84,7 @@ _VLLM = EngineModel(
     drafts=_counted,
     draft_always_routes=False,
     refuses=_refused_by_vllm,
+    turns_draft_input=("0.30.0rc2",),
 )
 _SGLANG = EngineModel(
     architectures=_DEEPSEEK,
@@ -92,7 +96,6 @@ _SGLANG = EngineModel(
     draft_always_routes=True,
     refuses=_refused_by_sglang,
 )
-# Read from the classes; not tested by loading artifacts yet.
 _VLLM_GLM = replace(
     _VLLM,
     architectures=("Glm4MoeLiteForCausalLM",),
@@ -107,7 +110,13 @@ _SGLANG_GLM = replace(
     builds_empty_shared=True,
     always_has_router_bias=True,
     refuses=lambda name: False,
+    loads_draft=False,
+    # Its draft looks for the layer as model.decoder in the description, and does not start.
+    drafts=lambda config: (),
 )
+# Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
+_VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
+_SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
 # DeepSeek's classes with an indexer. SGLang takes a model without index_topk for a dense one.
 _SPARSE: Final[Mapping[str, object]] = {"index_topk": _STOPS, "indexer_rope_interleave": False}
 _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
@@ -119,8 +128,8 @@ _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
     engine: {name: model for model in models for name in model.architectures}
     for engine, models in {
-        "vllm-ascend": (_VLLM, _VLLM_GLM, _VLLM_V32, _VLLM_GLM5),
-        "sglang": (_SGLANG, _SGLANG_GLM, _SGLANG_V32, _SGLANG_GLM5),
+        "vllm-ascend": (_VLLM, _VLLM_KIMI_K25, _VLLM_GLM, _VLLM_V32, _VLLM_GLM5),
+        "sglang": (_SGLANG, _SGLANG_KIMI_K25, _SGLANG_GLM, _SGLANG_V32, _SGLANG_GLM5),
     }.items()
 }
 
@@ -161,17 +170,51 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     if model is None:
         yield f"npuq does not know what it reads of a {config.model_type}: whether it would load is not checked"
         return
-    yield from (f"config.json: {problem}" for problem in _misread(model, raw, config, names))
+    named = raw.get("architectures")
+    if not isinstance(named, list) or not named or named[0] not in model.architectures:
+        yield f"config.json: architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
+    yield from (f"config.json: {problem}" for problem in _misread(model, text_config(raw), config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(filter(is_described, main.needed - names)), "")
     if any(config.family.layer_of(name) in model.drafts(config) for name in names):
         yield from _missing(sorted(filter(is_described, draft.needed - names)), " of the MTP draft")
-    surplus = names - main.needed - main.optional
+    surplus = {name for name in names - main.needed - main.optional if not config.family.passes_through(name)}
     refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
     if refused:
         yield (
             f"no parameter for tensor {refused[0]!r}{_more(refused)}: loading ends in an error; if no loader needs it, "
             "remove it from the source and convert again"
+        )
+
+
+def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """A line where `engine` runs the model and cannot load its MTP draft."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or model.loads_draft:
+        return
+    main = config.num_hidden_layers
+    quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
+    if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
+        yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
+
+
+def key_problems(
+    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line for each key of the description that makes releases of `engine` compute something else, and the releases.
+
+    `keys`: the description's keys that name no tensor.
+    """
+    config = ModelConfig.from_dict(raw)
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.turns_draft_input:
+        return
+    drafts = model.drafts(config)
+    if keys.get("is_rot_used") and any(config.family.layer_of(name) in drafts for name in schemes):
+        yield (
+            model.turns_draft_input,
+            "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
+            "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
         )
 
 
@@ -182,21 +225,19 @@ def refused_names(engine: str, family: Family, names: Collection[str]) -> list[s
 
 
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
-    """A line for each key that the engine reads otherwise than npuq, and the value to write instead."""
-    named = raw.get("architectures")
-    if not isinstance(named, list) or not named or named[0] not in model.architectures:
-        yield f"architectures is {shown(named)}: the first must be {' or '.join(model.architectures)}"
+    """A line for each of the text model's keys (`raw`) that the engine reads otherwise than npuq, and the value to
+    write instead."""
     routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
-    wanted_by_key = {**config.attention.stated(), **routing}
-    for key, taken in model.absent.items():
-        if key not in wanted_by_key:
-            continue
-        wanted = wanted_by_key[key]
+    read = {**config.attention.stated(), **routing}
+    for key, taken in [(key, taken) for key, taken in model.absent.items() if key in read]:
+        wanted = read[key]
         if raw.get(key) is None and not (taken == wanted or (taken is None and wanted == "greedy")):
             does = "not start" if taken is _STOPS else "take none" if taken is None else f"take {taken!r}"
             yield f"{key} is missing: the engine would {does}; write {wanted!r}"
     for key in [key for key in ("n_group", "topk_group") if key in routing]:
-        if raw.get(key, routing[key]) != routing[key]:
+        if key in raw and raw[key] is None and config.moe is not None and config.moe.topk_method != "greedy":
+            yield f"{key} is null: the engine would not start; write {routing[key]}"
+        elif raw.get(key, routing[key]) != routing[key]:
             yield f"{key} is {shown(raw[key])}, and the engine goes by groups under greedy too; write 1"
     for key, kind in _TYPES.items():
         if key in raw and type(raw[key]) is not kind:
@@ -210,7 +251,7 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
 
 def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
     """The config as the engine's classes read it: DeepSeek's have no correction bias where topk_method is missing."""
-    config = ModelConfig.from_dict(raw)
+    config, raw = ModelConfig.from_dict(raw), text_config(raw)
     if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:

@@ -13,6 +13,9 @@ from ..inputs.files import inside, is_inside
 from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, is_text, optional
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName, Sha256
+from ..models.config import TEXT_CONFIG, with_text_keys
+from ..models.families import is_known
+from ..models.recognition import type_as_text
 from .schemes import Scheme
 
 FORMAT_VERSION = 1
@@ -63,7 +66,7 @@ def _is_few_layers(value: Any) -> bool:
 _MANIFEST = Keys(
     {
         "source": Keys({"name": is_text, **dict.fromkeys(("repo", "revision", "index_sha256"), optional(is_text))}),
-        "architecture": Keys({"mtp_layers": _is_few_layers}),
+        "architecture": Keys({"model_type": is_text, "mtp_layers": _is_few_layers}),
         "recipe": Each(is_text),
         "conversion": Each(is_text),
         "totals": Each(is_count),
@@ -80,7 +83,10 @@ _ROLE = {
 }
 _REPORT = Keys({"roles": Items(Keys(_ROLE, frozenset(_ROLE)))}, frozenset({"roles"}))
 
-_CONFIG_QUANTIZE = {Scheme.W4A8: "w4a8_dynamic", Scheme.W8A8: "w8a8_dynamic"}
+MARKS = ("quantize", "moe_quantize", "mtp_quantize")
+"""Keys of config.json: the schemes of linears, of routed experts, and of routed experts in MTP layers."""
+
+_CONFIG_QUANTIZE: Mapping[Scheme | None, str] = {Scheme.W4A8: "w4a8_dynamic", Scheme.W8A8: "w8a8_dynamic"}
 
 
 def shard_name(number: int, count: int) -> str:
@@ -164,25 +170,33 @@ def read_description(directory: Path) -> dict[str, Scheme] | None:
     return result
 
 
+def read_description_keys(directory: Path) -> dict[str, Any]:
+    """The keys of an artifact's description that name no tensor; none without a description.
+
+    Raises ArtifactError for a malformed description.
+    """
+    path = description_path(directory)
+    entries = {} if path is None else read_object(inside(directory, path.name, ArtifactError), ArtifactError)
+    return {name: value for name, value in entries.items() if "." not in name}
+
+
 def artifact_config(
     config: Mapping[str, Any], *, linear: Scheme, experts: Scheme, mtp_experts: Scheme | None
 ) -> dict[str, Any]:
     """The artifact's config.json, from the source's.
 
     `quantization_config` is removed, under text_config too, because both engines would follow it and ignore the
-    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized:
-    vLLM-Ascend's fused paths read them.
+    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized,
+    among the text model's keys: vLLM-Ascend's fused paths read them there.
     """
     result = copy.deepcopy(dict(config))
-    result.pop("quantization_config", None)
-    if isinstance(result.get("text_config"), dict):
-        result["text_config"].pop("quantization_config", None)
-    marks = {"quantize": linear, "moe_quantize": experts, "mtp_quantize": mtp_experts}
-    for key, scheme in marks.items():
-        result.pop(key, None)
-        if scheme in _CONFIG_QUANTIZE:
-            result[key] = _CONFIG_QUANTIZE[scheme]
-    return result
+    schemes = (linear, experts, mtp_experts)
+    marks = {key: value for key, scheme in zip(MARKS, schemes, strict=True) if (value := _CONFIG_QUANTIZE.get(scheme))}
+    for part in (result, result.get(TEXT_CONFIG)):
+        if isinstance(part, dict):
+            for key in ("quantization_config", *MARKS):
+                part.pop(key, None)
+    return with_text_keys(result, marks)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -206,6 +220,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     check_form(manifest, _MANIFEST, str(path), ArtifactError)
     return manifest
+
+
+def converted_as(directory: Path, source_config: Mapping[str, Any]) -> str | None:
+    """The family as which an artifact's source was read, where this is its config.json and the model_type unknown; None
+    for any other."""
+    if is_known(source_config.get("model_type")) or not is_inside(directory, MANIFEST_NAME):
+        return None
+    manifest = read_manifest(directory)
+    source, architecture = manifest.get("source", {}), manifest.get("architecture", {})
+    if source.get("model_type") != type_as_text(source_config):
+        return None
+    family: str | None = architecture.get("model_type")
+    return family
 
 
 def read_report(directory: Path) -> dict[str, Any]:

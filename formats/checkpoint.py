@@ -18,7 +18,10 @@ from ..errors import CheckpointError
 from ..inputs.files import FileStamp, inside, is_inside
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
-from ..models.config import model_dtype
+from ..models.config import model_dtype, text_config
+from ..models.config_reader import shown
+from ..models.families import FAMILIES, is_known
+from ..models.recognition import read_as
 from ..native.mapped import MappedFiles
 from .safetensors import CODES, TensorInfo
 from .storage import LocalFiles, Storage, Window
@@ -38,8 +41,9 @@ class Checkpoint:
 
     tensors: in natural name order (layer 2 before layer 10), in any order of shards. files: the maps behind views; call
     `files.check()` before results computed with views are used. stamps: one a shard, taken when its header was read;
-    none on a hub, where a commit pins the files. window: set for a remote checkpoint, whose tensors can be read after
-    their announcement and until their release.
+    none on a hub, where a commit pins the files. stated: config.json as it is stored, where `read_as` replaced
+    `config`. window: set for a remote checkpoint, whose tensors can be read after their announcement and until their
+    release. weight_map: the shard of each tensor that the index lists; None without an index.
     """
 
     def __init__(
@@ -51,20 +55,51 @@ class Checkpoint:
         storage: Storage,
         window: Window | None = None,
         stamps: Sequence[FileStamp] = (),
+        weight_map: Mapping[str, FileName] | None = None,
     ):
         self.directory = directory
         self.config = config
+        self.stated: Mapping[str, Any] | None = None
         self.tensors = tensors
         self.shards = tuple(shards)
         self.stamps = tuple(stamps)
         self.window = window
+        self.weight_map = weight_map
         self.files = MappedFiles()
         self._storage = storage
+
+    def read_as(self, family: str | None) -> None:
+        """Read config.json as that of a family, where it states a model_type that npuq does not know; None leaves it
+        as it is. To be called before anything else reads `config`.
+
+        Raises CheckpointError for an unknown family, and for a config that is of another known one.
+        """
+        if family is None:
+            return
+        if not is_known(family):
+            raise CheckpointError(
+                f"{self.directory}: cannot read it as {shown(family)}; npuq knows {', '.join(sorted(FAMILIES))}"
+            )
+        stated = self.config.get("model_type")
+        if stated == family:
+            return
+        if is_known(stated):
+            raise CheckpointError(
+                f"{self.directory / CONFIG_NAME}: model_type is {stated}, which npuq reads as it is: leave "
+                f"--as {family} out"
+            )
+        self.stated = self.config
+        self.config = read_as(self.config, FAMILIES[family])
 
     @cached_property
     def model_code(self) -> str:
         """The safetensors code of the model's dtype in config.json. CheckpointError for one that is not float."""
-        return CODES[model_dtype(self.config)]
+        return CODES[model_dtype(self.text_config)]
+
+    @cached_property
+    def text_config(self) -> Mapping[str, Any]:
+        """The text model's keys of config.json. CheckpointError where its family nests them, and they are missing."""
+        return text_config(self.config)
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -91,7 +126,7 @@ class Checkpoint:
         headers = {shard: storage.read_header(path) for shard, path in paths.items()}
         tensors = collect_tensors(directory, weight_map, headers)
         stamps = [storage.stamps[path] for path in paths.values()]
-        return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps)
+        return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps, weight_map=weight_map)
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's dtype, shape, file and byte range. CheckpointError when the checkpoint has none of that name."""

@@ -28,6 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -38,6 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
+# The dtypes of float weights.
+FLOAT_CODES: Final = ("BF16", "F16", "F32")
 
 # The limit of the safetensors library itself: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000

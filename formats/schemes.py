@@ -126,7 +126,7 @@ def linear_tensors(codes: Tensor, scale: Tensor, scheme: Scheme, *, row_parallel
 
 def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_parallel: bool) -> QuantizedRows:
     """Quantize stored rows, by the native kernels where they are built: the tensors of `quantize_rows`, bit for bit."""
-    if not is_native(scheme, stored.rows.shape[1]):
+    if not is_native(scheme, stored.columns):
         return quantize_rows(stored.to_float32(), scheme, method, row_parallel=row_parallel)
     columns = BIAS_COLUMNS if row_parallel else 1
     done = native.quantize(stored, scheme.weight_bits, method is Method.MSE, columns)

@@ -32,18 +32,22 @@ class AttentionWidths(Protocol):
     def attended_products(self) -> int:
         """Products that one query and one key take: a score of each head, and its value."""
 
-    def sizes(self) -> Mapping[str, int]:
-        """The table's words of shapes, as numbers."""
-
-    def conditions(self, layer: int) -> Mapping[str, bool]:
-        """The table's words of conditions; True for those that hold in a layer."""
+    @property
+    def dense_tokens(self) -> int | None:
+        """The longest sequence in which every query attends to all earlier tokens; None: any."""
 
     def stated(self) -> Mapping[str, int | bool]:
         """The keys of config.json that loaders have different defaults for."""
 
     @property
-    def dense_tokens(self) -> int | None:
-        """The longest sequence in which every query attends to all earlier tokens; None: any."""
+    def disputed(self) -> str | None:
+        """What the keys of config.json say in two ways; None where they agree."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """The table's words of shapes, as numbers."""
+
+    def conditions(self, layer: int) -> Mapping[str, bool]:
+        """The table's words of conditions; True for those that hold in a layer."""
 
     def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""

@@ -15,13 +15,17 @@ import torch
 from ..errors import CheckpointError
 from .attention import AttentionWidths
 from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
-from .families import family_of
+from .families import FAMILIES, family_of
 from .family import Family
 from .moe import Moe
 from .rope_config import RopeConfig, read_rope
 from .rope_frequencies import check_computable
 
+TEXT_CONFIG = "text_config"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Keys of the text model that may also stand at the top, where a nested config leaves them out.
+_INHERITED = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
 
 # Other names of keys, as transformers reads them.
 _ALIASES = {
@@ -52,6 +56,7 @@ class ModelConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read and check a config; CheckpointError names the key that is missing, malformed or unknown."""
         family = family_of(config.get("model_type"))
+        config = text_config(config)
         read = ConfigReader(_without_aliases(config))
         result = cls(
             model_type=family.model_type,
@@ -96,6 +101,43 @@ class ModelConfig:
                 f"config.json: {layers} layers of {self.n_routed_experts} experts are more than any model has; npuq "
                 f"reads up to {MAX_EXPERTS} together"
             )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of the text model: those of `text_config` where the family nests them, else the config itself.
+
+    A nested config that leaves out a dtype, the end-of-sequence ids or its quantization has those of the top; nothing
+    else is inherited. CheckpointError for a nested config that is missing, or of another family's text model.
+    """
+    family = _known(config)
+    if family is None or not family.text_types:
+        return config
+    text = config.get(TEXT_CONFIG)
+    if not isinstance(text, Mapping):
+        raise CheckpointError(
+            f"config.json: model_type {family.model_type!r} needs an object {TEXT_CONFIG}, not {shown(text)}"
+        )
+    text_type = text.get("model_type", family.text_types[0])
+    if text_type not in family.text_types:
+        raise CheckpointError(
+            f"config.json: the text model of a {family.model_type} is {' or '.join(family.text_types)}, not "
+            f"{shown(text_type)}"
+        )
+    inherited = {key: config[key] for key in _INHERITED if text.get(key) is None and config.get(key) is not None}
+    return {**text, **inherited}
+
+
+def with_text_keys(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with `changes` among the text model's keys, where its family has them."""
+    family = _known(config)
+    if family is None or not family.text_types:
+        return {**config, **changes}
+    return {**config, TEXT_CONFIG: {**config[TEXT_CONFIG], **changes}}
+
+
+def _known(config: Mapping[str, Any]) -> Family | None:
+    model_type = config.get("model_type")
+    return FAMILIES.get(model_type) if isinstance(model_type, str) else None
 
 
 def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:

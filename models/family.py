@@ -96,8 +96,11 @@ class Family:
     blocks: the entries of each block. fixed: keys of config.json with the one value that the blocks compute, which is
     also the default. layers, experts: the names' parts before a layer's number, and before an expert's
     number within its layer. prefix: the common beginning of all names (`language_model.`).
+    text_types: the model_types that `text_config` of config.json may name, where the keys of the text model stand in
+    that object; empty where they stand at the top.
     passthrough: globs of tensors outside the table that are copied unchanged, without a note. ignored: globs of buffers
-    that every loader computes for itself; they are left out.
+    that every loader computes for itself; they are left out. renamed: beginnings of names that re-uploads by
+    other tools give to its tensors; they are refused by name.
     """
 
     model_type: str
@@ -111,8 +114,10 @@ class Family:
     experts: str = "mlp.experts."
     rms_norm_eps: float = 1e-6
     prefix: str = ""
+    text_types: tuple[str, ...] = ()
     passthrough: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    renamed: tuple[str, ...] = ()
 
     def entries(self, block: Block) -> tuple[Entry, ...]:
         """The entries of a block; none of one that the family does not have."""

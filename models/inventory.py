@@ -41,6 +41,7 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Invent
     checkpoint has a counted one whole or not at all.
     """
     family = config.family
+    _refuse_renamed(family, weights)
     check_unbiased(family, weights)
     present = {layer for name in weights if (layer := family.layer_of(name)) is not None}
     first_mtp = config.num_hidden_layers
@@ -73,6 +74,14 @@ def check_unbiased(family: Family, names: Iterable[str]) -> None:
     for name in filter(family.is_stray_bias, names):
         raise CheckpointError(
             f"tensor {name!r}: npuq and the engines compute without biases; smooth symmetrically and quantize again"
+        )
+
+
+def _refuse_renamed(family: Family, names: Iterable[str]) -> None:
+    found = next((name for name in names if name.startswith(family.renamed)), None) if family.renamed else None
+    if found is not None:
+        raise CheckpointError(
+            f"tensor {found!r}: a tool has renamed the tensors of this re-upload; convert the authors' own release"
         )
 
 

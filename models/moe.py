@@ -70,7 +70,7 @@ class Moe:
     def read(cls, read: ConfigReader, default: MoeDefaults) -> Moe:
         """Read and check the experts' part of a config; CheckpointError names the key that is wrong."""
         topk_method = read.choice("topk_method", default.topk_methods, default.topk_methods[0])
-        greedy = topk_method == "greedy"
+        n_group, topk_group = _groups(read, default) if topk_method != "greedy" else (1, 1)  # greedy ignores groups
         # null is DeepSeek's and the engines' way to say no shared experts.
         shared = 0 if read.has_key("n_shared_experts") else default.n_shared_experts
         moe = cls(
@@ -80,9 +80,8 @@ class Moe:
             moe_intermediate_size=read.size("moe_intermediate_size"),
             first_k_dense_replace=_dense_layers(read, default),
             moe_layer_freq=read.size("moe_layer_freq", 1),
-            # greedy ignores groups. Elsewhere no loader has a default for null.
-            n_group=1 if greedy else read.size("n_group", default.n_group, nullable=False),
-            topk_group=1 if greedy else read.size("topk_group", default.topk_group, nullable=False),
+            n_group=n_group,
+            topk_group=topk_group,
             scoring_func=read.choice("scoring_func", (default.scoring_func,), default.scoring_func),
             topk_method=topk_method,
             norm_topk_prob=read.flag("norm_topk_prob", default.norm_topk_probs[0], nullable=False),
@@ -141,6 +140,16 @@ class Moe:
                 f"config.json: norm_topk_prob {str(self.norm_topk_prob).lower()} is not supported: transformers, the "
                 "models' own code and the engines each compute something else, and no released model has it"
             )
+
+
+def _groups(read: ConfigReader, default: MoeDefaults) -> tuple[int, int]:
+    """n_group and topk_group. A null n_group says that there are no groups; no loader has a default for it."""
+    if read.has_key("n_group") and not read.has_value("n_group"):
+        return 1, 1
+    n_group = read.size("n_group", default.n_group)
+    if n_group == 1 and not read.has_value("topk_group"):
+        return 1, 1
+    return n_group, read.size("topk_group", default.topk_group, nullable=False)
 
 
 def _dense_layers(read: ConfigReader, default: MoeDefaults) -> int:

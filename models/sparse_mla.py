@@ -7,7 +7,7 @@ to the selection of the nearest full layer below.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -26,7 +26,8 @@ class Indexer:
     n_heads, head_dim: heads of an index query, and channels of a head; an index key has one head. topk: tokens that a
     query selects. rope_interleave: rotary pairs are channels (2i, 2i + 1), and not (i, i + rope / 2); the rotary
     channels come first. types: FULL or SHARED for each decoder layer. types_listed: config.json lists them layer by
-    layer, so that shared layers have no indexer tensors; without the list they may have unused ones.
+    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. types_disputed: a
+    key of lower precedence says another type of some layer.
     """
 
     n_heads: int
@@ -35,6 +36,7 @@ class Indexer:
     rope_interleave: bool
     types: tuple[str, ...]
     types_listed: bool
+    types_disputed: bool = False
 
     def is_full(self, layer: int) -> bool:
         """True for a layer that selects by itself, as every multi-token-prediction layer does."""
@@ -62,6 +64,12 @@ class SparseMla(Mla):
             "index_topk": indexer.topk,
             "indexer_rope_interleave": indexer.rope_interleave,
         }
+
+    @property
+    def disputed(self) -> str | None:
+        if not self.indexer.types_disputed:
+            return None
+        return "which layers share a selection (indexer_types, index_topk_pattern, index_topk_freq)"
 
     @property
     def dense_tokens(self) -> int:
@@ -103,13 +111,15 @@ class SparseMlaDefaults:
             )
         layers = read.size("num_hidden_layers", most=MAX_LAYERS)
         listed = read.has_value("indexer_types")
+        stated = list(_stated_types(read, layers))
         indexer = Indexer(
             n_heads=read.size("index_n_heads", self.index_n_heads),
             head_dim=read.size("index_head_dim", self.index_head_dim),
             topk=read.size("index_topk", self.index_topk, most=MAX_POSITIONS),
             rope_interleave=read.flag("indexer_rope_interleave", self.indexer_rope_interleave),
-            types=tuple(_types(read, layers)),
+            types=stated[0],
             types_listed=listed,
+            types_disputed=len(set(stated)) > 1,
         )
         if indexer.types[0] != FULL:
             raise CheckpointError(
@@ -124,22 +134,23 @@ class SparseMlaDefaults:
         return SparseMla(**vars(mla), indexer=indexer)
 
 
-def _types(read: ConfigReader, layers: int) -> list[str]:
-    """FULL or SHARED for each decoder layer: by `indexer_types`, else `index_topk_pattern`, else frequency and offset.
+def _stated_types(read: ConfigReader, layers: int) -> Iterator[tuple[str, ...]]:
+    """FULL or SHARED for each decoder layer, by each key that states it: `indexer_types`, then `index_topk_pattern`,
+    then frequency and offset.
 
     The precedence and the defaults are those of transformers' `GlmMoeDsaConfig`.
     """
-    types = read.words("indexer_types")
+    types, pattern = read.words("indexer_types"), read.text("index_topk_pattern")
     if types is not None:
         _check_words("indexer_types", types, layers, (FULL, SHARED))
-        return types
-    pattern = read.text("index_topk_pattern")
+        yield tuple(types)
     if pattern is not None:
         _check_words("index_topk_pattern", pattern, layers, tuple(_LETTERS))
-        return [_LETTERS[letter] for letter in pattern]
-    frequency = read.size("index_topk_freq", 1)
-    offset = read.count("index_skip_topk_offset", 2)
-    return [SHARED if max(layer - offset + 1, 0) % frequency else FULL for layer in range(layers)]
+        yield tuple(_LETTERS[letter] for letter in pattern)
+    elif types is None or read.has_value("index_topk_freq"):
+        frequency = read.size("index_topk_freq", 1)
+        offset = read.count("index_skip_topk_offset", 2)
+        yield tuple(SHARED if max(layer - offset + 1, 0) % frequency else FULL for layer in range(layers))
 
 
 def _check_words(key: str, words: list[str] | str, layers: int, known: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..quant.scales import NonFiniteError
-from ..quant.stored_rows import BlockScale, StoredRows
+from ..quant.stored_rows import StoredRows
 from .integers import checked
 from .library import (
     Heads,
@@ -64,6 +64,7 @@ DTYPES: Final = {
     torch.float16: 2,
     torch.float8_e4m3fn: 3,
     torch.int8: 4,
+    torch.uint8: 6,  # int4, two inputs a byte (`StoredRows`)
 }
 INT4: Final = 5
 LAYOUTS: Final = {"nz": 0, "nd": 1}
@@ -99,7 +100,7 @@ def quantize(
     R is even for 4 bits; K at most 2**17. The results equal those of `schemes.quantize_rows` on the decoded rows, bit
     for bit. Raises NonFiniteError, and RuntimeError without the native library.
     """
-    (count, columns), packed = stored.rows.shape, bits == 4
+    count, columns, packed = stored.rows.shape[0], stored.columns, bits == 4
     out = NativeRows(
         torch.empty(count // 2 if packed else count, columns, dtype=torch.int8),
         torch.empty(count, 1),
@@ -124,9 +125,9 @@ class Quantizer:
             raise RuntimeError(description())
         self._library = found
         self._level = -1 if level is None else level_index(found, level)
-        self._source = _source(stored.rows, stored.blocks)
+        self._source = _source(stored)
         self._first_row = self._source.first_row
-        self._memory_rows, self._columns = stored.rows.shape
+        self._memory_rows, self._columns = stored.rows.shape[0], stored.columns
         self._bits, self._mse, self._packed = bits, mse, 2 if bits == 4 else 1
         self._rows, self._code_rows = _rows_with_scales(stored, out), out.codes.shape[0]
         self._codes = _address(out.codes, "codes", torch.int8, self._code_rows, self._columns)
@@ -183,8 +184,8 @@ def _address(x: Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
     return address(x, "quantize_rows", name, dtype, *shape)
 
 
-def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
-    dtype = rows.dtype
+def _source(stored: StoredRows) -> Source:
+    rows, blocks, dtype = stored.rows, stored.blocks, stored.rows.dtype
     if dtype not in DTYPES:
         raise ValueError(f"quantize_rows: rows of {dtype}; the native kernel takes {', '.join(map(str, DTYPES))}")
     data = _address(rows, "rows", dtype, *rows.shape)
@@ -195,7 +196,7 @@ def _source(rows: Tensor, blocks: BlockScale | None) -> Source:
     )
     if block_rows < 1 or block_columns < 1:
         raise ValueError(f"quantize_rows: blocks of {block_rows}x{block_columns}")
-    column_blocks = -(-rows.shape[1] // block_columns)
+    column_blocks = -(-stored.columns // block_columns)
     scale = _address(blocks.scale, "block scale", torch.float32, blocks.scale.shape[0], column_blocks)
     return Source(data, scale, column_blocks, blocks.first_row, block_rows, block_columns, DTYPES[dtype])
 

@@ -26,7 +26,9 @@ enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2, NPUQ_BAD_SIZE = 3, 
 /* The widest row of npuq_quantize_rows, up to which its sums are exact, and its most columns of bias. */
 enum { NPUQ_MOST_COLUMNS = 1 << 17, NPUQ_MOST_BIAS_COLUMNS = 16 };
 
-enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5 };
+/* I4 pairs rows in a byte (`npuq_part`). U4 pairs columns, as checkpoints store int4: byte [row, k] holds column 2k in its
+ * low nibble and column 2k + 1 in its high one, 8 added to each. */
+enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5, NPUQ_U4 = 6 };
 
 NPUQ_API int npuq_abi_version(void);
 
@@ -50,7 +52,7 @@ NPUQ_API int npuq_watch(const void *start, int64_t bytes);
 NPUQ_API void npuq_unwatch(const void *start);
 NPUQ_API int npuq_is_lost(const void *start);
 
-/* Stored rows: F32, BF16, F16, or F8E4M3 in blocks of block_rows × block_cols with one float32 scale each. block_scale
+/* Stored rows: F32, BF16, F16, or F8E4M3 or U4 in blocks of block_rows × block_cols with one float32 scale each. block_scale
  * (NULL for the others) has scale_stride scales a row of blocks; `first_row` is the index of row 0 in the first block. */
 typedef struct {
     const void *data;

@@ -18,8 +18,8 @@ from ..formats.artifact import (
     read_report,
 )
 from ..formats.checkpoint import Checkpoint
+from ..formats.sources.model_config import read_model_config
 from ..inputs.files import inside, read_text
-from ..models.config import ModelConfig
 from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
 from ..verification.evaluations import read_evaluations
@@ -91,7 +91,7 @@ def read_facts(directory: str | Path, progress: Progress | None = None, name: st
 
 def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
     directory = checkpoint.directory
-    manifest, config = read_manifest(directory), ModelConfig.from_dict(checkpoint.config)
+    manifest, config = read_manifest(directory), read_model_config(checkpoint)
     try:
         specs = expected_specs(config, tuple(manifest["architecture"]["mtp_layers"]))
         linears = tuple(_linear(specs[linear], entry) for linear, entry in manifest["linears"].items())
@@ -122,7 +122,7 @@ def _foreign(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Fa
         raise ArtifactError(
             f"{directory}: has no {DESCRIPTION_NAME}: no artifact of npuq's or ModelSlim's; npuq convert makes one"
         )
-    config = ModelConfig.from_dict(checkpoint.config)
+    config = read_model_config(checkpoint)
     specs = expected_specs(config, mtp_layers(checkpoint, config))
     linears = foreign_linears(checkpoint, types, specs)
     # ModelSlim's static W8A8 may have no weight scale: it is folded into another scale.
@@ -155,6 +155,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "source commit": source["revision"],
         "sha256 of its config.json": source["config_sha256"],
         "sha256 of its index": source["index_sha256"],
+        "weights of the source": _forms(source),
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
@@ -165,6 +166,12 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "files with size and sha256": f"{len(manifest['files']):,}",
     }
     return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def _forms(source: Mapping[str, Any]) -> str | None:
+    """The number of weights in each form of storage; None in a manifest without it."""
+    forms = source.get("forms")
+    return ", ".join(f"{count} {form}" for form, count in forms.items()) if isinstance(forms, Mapping) else None
 
 
 def _role(entry: Mapping[str, Any]) -> RoleFacts:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..choices import KV_CACHE_DTYPES
 from ..errors import GenerationError
 from ..formats.checkpoint import Checkpoint
+from ..formats.sources.model_config import read_model_config
 from ..inputs.printable import shown
-from ..models.config import ModelConfig
 from .attention.kinds import attention_of
 from .backend import make_ops
 from .engine import Engine, EngineConfig
@@ -196,26 +196,29 @@ def load(
     engine: EngineConfig | None = None,
     kv_cache_dtype: str = "auto",
     tokenizer: Tokenizer | None = None,
+    family: str | None = None,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
     backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
     compute dtype; "int8" nearly halves a 16-bit cache and needs scales, which calibrated conversion writes into an
-    artifact. tokenizer: the directory's, where the caller has read it already. On the CPU, weights stay mapped from
-    their files. Raises CheckpointError or ArtifactError for a directory that is incomplete, damaged or not supported,
-    BackendError for a backend that cannot run here.
+    artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
+    model_type as one of this family. On the CPU, weights stay mapped from their files. Raises CheckpointError or
+    ArtifactError for a directory that is incomplete, damaged or not supported, BackendError for a backend that cannot
+    run here.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
     if not isinstance(engine, (EngineConfig, type(None))):
         raise GenerationError(f"engine must be an EngineConfig, not a {type(engine).__name__}")
-    directory = _local(path)
+    directory = local_directory(path)
     generation = read_generation_config(directory)
     ops = make_ops(backend, dtype, device, kv_layout)
     with Checkpoint.open(directory) as checkpoint:
-        config = ModelConfig.from_dict(checkpoint.config)
-        ends = eos_ids(directory, generation, checkpoint.config)
+        checkpoint.read_as(family)
+        config = read_model_config(checkpoint)
+        ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         attention = attention_of(config, tables.softmax_scale)
         scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
@@ -226,7 +229,8 @@ def load(
     return LanguageModel(directory, generation, runner, tokenizer)
 
 
-def _local(path: str | Path) -> Path:
+def local_directory(path: str | Path) -> Path:
+    """The directory of a model; `user/repo` is fetched from the hub."""
     if Path(path).exists():
         return Path(path)
     # The client is slow to import, and most models are directories.

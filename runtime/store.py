@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import ArtifactError, CheckpointError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_description, read_manifest
 from ..formats.checkpoint import Checkpoint
+from ..formats.safetensors import FLOAT_CODES
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..formats.sources.described import described_linear
-from ..formats.sources.float_weights import FLOAT_CODES
 from ..formats.sources.opening import open_weights
 from ..formats.sources.stored_linear import StoredLinear
 from ..formats.sources.ties import share_tied
@@ -88,7 +88,7 @@ class ArtifactStore:
         if info.shape != shape or info.dtype not in FLOAT_CODES:
             raise ArtifactError(
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; config.json and its scheme say "
-                f"{' or '.join(sorted(FLOAT_CODES))} {list(shape)}"
+                f"{' or '.join(FLOAT_CODES)} {list(shape)}"
             )
         return self._checkpoint.view(name)
 

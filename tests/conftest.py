@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,9 @@ for _name in (
     *("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_XET_CACHE"),
 ):
     os.environ.pop(_name, None)
+
+# Builders of small checkpoints in several rooms' tests.
+sys.path.insert(0, str(Path(__file__).parent / "checkpoints"))
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -11,11 +11,13 @@ from typing import Any
 from ..errors import ArtifactError
 from ..formats.artifact import MANIFEST_NAME, is_own, read_manifest, read_report
 from ..formats.checkpoint import Checkpoint
+from ..formats.sources.model_config import read_model_config
 from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
 from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
+from ..models.recognition import type_as_text
 from .evaluations import read_evaluations
 
 
@@ -40,8 +42,9 @@ class RoleLine:
 @dataclass(frozen=True)
 class Inspection:
     """`kind` is artifact (npuq's own), quantized_checkpoint (ModelSlim's or llm-compressor's) or checkpoint; `recipe`
-    and `source` are None for all but the first. `evaluations` are the results that `npuq evaluate --save` kept, oldest
-    first."""
+    and `source` are None for all but the first. `stated_model_type` is that of config.json, where it is unknown and the
+    checkpoint was read as one of a family; else None. `evaluations` are the results that `npuq evaluate --save` kept,
+    oldest first."""
 
     path: str
     kind: str
@@ -52,6 +55,7 @@ class Inspection:
     source: str | None
     lines: tuple[RoleLine, ...]
     evaluations: tuple[Mapping[str, Any], ...] = ()
+    stated_model_type: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Fields as values for JSON."""
@@ -59,15 +63,18 @@ class Inspection:
         return {**fields, "roles": [vars(line) for line in self.lines]}
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, family: str | None = None) -> Inspection:
     """List the tensors of a directory by role, from headers and the artifact's role totals; no weight is read.
+
+    A checkpoint of unknown model_type is read as one of `family`.
 
     Raises CheckpointError for a directory that is neither checkpoint nor artifact, ArtifactError for an unfinished or
     damaged artifact.
     """
     directory = Path(path)
     with Checkpoint.open(directory) as checkpoint:
-        config = ModelConfig.from_dict(checkpoint.config)
+        checkpoint.read_as(family)
+        config = read_model_config(checkpoint)
         if is_own(directory):
             manifest = read_manifest(directory)
             kind, (recipe, source) = "artifact", _origin(directory, manifest)
@@ -78,7 +85,8 @@ def inspect(path: str | Path) -> Inspection:
             kind = "quantized_checkpoint" if weights.is_quantized else "checkpoint"
             lines, evaluations = _checkpoint_lines(config, weights, shared), ()
     layers, experts = config.num_hidden_layers, config.n_routed_experts
-    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations)
+    stated = None if checkpoint.stated is None else type_as_text(checkpoint.stated)
+    return Inspection(str(path), kind, config.model_type, layers, experts, recipe, source, lines, evaluations, stated)
 
 
 def _origin(directory: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:

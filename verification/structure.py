@@ -12,22 +12,22 @@ from ..formats.artifact import (
     DESCRIPTION_GLOBALS,
     DESCRIPTION_NAME,
     MANIFEST_NAME,
+    MARKS,
     artifact_config,
     description_path,
     is_described,
 )
-from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
-from ..formats.safetensors import read_header
+from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path
+from ..formats.safetensors import FLOAT_CODES, read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
+from ..models.config import TEXT_CONFIG, text_config
 from ..models.tensors import Spec
 from ..recipes.reading import artifact_recipe
 from .evaluations import read_evaluations
 from .files import stray_problems
 from .subject import Subject
-
-_FLOAT_CODES = ("BF16", "F16", "F32")
 
 
 def structure_problems(subject: Subject) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _index(subject: Subject) -> Iterator[str]:
 
 def _unlisted(checkpoint: Checkpoint) -> Iterator[str]:
     """A line for each tensor of a shard that the index does not place there."""
-    index, listed = index_path(checkpoint.directory), read_weight_map(checkpoint.directory)
+    index, listed = index_path(checkpoint.directory), checkpoint.weight_map
     if index is None or listed is None:
         return
     for shard in checkpoint.shards:
@@ -97,7 +97,7 @@ def _own_description(subject: Subject) -> Iterator[str]:
 
 def _config(subject: Subject) -> Iterator[str]:
     config = subject.checkpoint.config
-    for where, part in (("", config), (" under text_config", config.get("text_config"))):
+    for where, part in (("", config), (f" under {TEXT_CONFIG}", config.get(TEXT_CONFIG))):
         if isinstance(part, Mapping) and "quantization_config" in part:
             yield f"{CONFIG_NAME}: quantization_config{where} is left: engines would ignore {DESCRIPTION_NAME}"
 
@@ -129,7 +129,7 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
             f"tensor {output.name!r} in {info.file.name} is {info.dtype} {list(info.shape)} "
             f"and must be {output.dtype} {list(output.shape)}"
         )
-    if scheme is Scheme.FLOAT and info.dtype not in _FLOAT_CODES:
+    if scheme is Scheme.FLOAT and info.dtype not in FLOAT_CODES:
         yield f"tensor {output.name!r} is described as FLOAT and stored as {info.dtype}"
     if subject.described.get(output.name, scheme) is not scheme:
         yield (
@@ -140,10 +140,11 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
 def _marks(subject: Subject) -> Iterator[str]:
     """Check the schemes in config.json, and the recipe, which has the target."""
     config = subject.checkpoint.config
-    expected = artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes))
-    for key in ("quantize", "moe_quantize", "mtp_quantize"):
-        if config.get(key) != expected.get(key):
-            yield f"{CONFIG_NAME}: {key!r} is {config.get(key)!r}, the description calls for {expected.get(key)!r}"
+    expected = text_config(artifact_config(config, **config_schemes(subject.specs.values(), subject.schemes)))
+    for key in MARKS:
+        found = subject.checkpoint.text_config.get(key)
+        if found != expected.get(key):
+            yield f"{CONFIG_NAME}: {key!r} is {found!r}, the description calls for {expected.get(key)!r}"
     try:
         artifact_recipe(subject.directory)
     except NpuqError as error:

@@ -15,10 +15,11 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from ..formats.sources.described import described_linear
 from ..formats.sources.float_weights import PlainWeight
+from ..formats.sources.model_config import read_model_config
 from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import Weight
-from ..models.config import ModelConfig, model_dtype
+from ..models.config import ModelConfig
 from ..models.inventory import take_inventory
 from ..models.roles import Role
 from ..models.tensors import Spec, expected_specs
@@ -62,7 +63,7 @@ class Subject:
         if scheme is Scheme.FLOAT:
             code = spec.kept_dtype or self.checkpoint.tensors[spec.name].dtype
             return (OutputTensor(spec.name, code, spec.shape),)
-        float16 = model_dtype(self.checkpoint.config) is torch.float16
+        float16 = self.config.dtype is torch.float16
         return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)
 
     def weight(self, spec: Spec) -> Weight | None:
@@ -98,7 +99,7 @@ def open_subject(directory: Path, manifest: Mapping[str, Any] | None) -> Subject
     """
     checkpoint = Checkpoint.open(directory)
     try:
-        config = ModelConfig.from_dict(checkpoint.config)
+        config = read_model_config(checkpoint)
         described = read_description(directory)
         if described is None:
             raise ArtifactError(f"{DESCRIPTION_NAME}: missing")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, CheckpointError, NpuqError
-from ..formats.artifact import MANIFEST_NAME, description_path, is_own, read_manifest
+from ..formats.artifact import MANIFEST_NAME, converted_as, description_path, is_own, read_manifest
 from ..formats.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from ..formats.schemes import Scheme
 from ..formats.sources.compressed_tensors import is_compressed
@@ -22,6 +22,7 @@ from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
 from ..formats.sources.weights import WeightSource
 from ..inputs.files import is_inside
+from ..models.config import text_config
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
@@ -81,7 +82,9 @@ def verify(
     except NpuqError as error:
         return Verdict(str(path), (str(error),), 0, 0, 0, ())
     with ExitStack() as stack:
-        weights = None if source is None else _source_weights(stack.enter_context(Checkpoint.open(source)))
+        weights = None
+        if source is not None:
+            weights = _source_weights(stack.enter_context(Checkpoint.open(source)), directory)
         pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
         problems: list[str] = []
@@ -132,7 +135,7 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
     if not is_own(directory):
         if description_path(directory) is not None:
             return None
-        if is_inside(directory, CONFIG_NAME) and is_compressed(read_config(directory)):
+        if is_inside(directory, CONFIG_NAME) and is_compressed(text_config(read_config(directory))):
             raise ArtifactError(
                 f"{directory}: compressed-tensors weights: run `npuq convert` on it, and verify the result"
             )
@@ -142,7 +145,8 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
     return manifest
 
 
-def _source_weights(checkpoint: Checkpoint) -> WeightSource:
-    """The weights of a source; a tied head has both names, as in the artifact."""
+def _source_weights(checkpoint: Checkpoint, artifact: Path) -> WeightSource:
+    """The weights of an artifact's source; a tied head has both names, as in the artifact."""
+    checkpoint.read_as(converted_as(artifact, checkpoint.config))
     share_tied(checkpoint)
     return open_weights(checkpoint)

@@ -107,9 +107,10 @@ def emit_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         settings.emitted = True
 
 
-def emit_error(kind: str, message: str, exit_code: int) -> None:
-    """Print the error that ended a command as a JSON document."""
-    _emit({"schema": JSON_SCHEMA, "error": {"type": kind, "message": message, "exit_code": exit_code}})
+def emit_error(kind: str, message: str, exit_code: int, details: Mapping[str, Any]) -> None:
+    """Print the error that ended a command as a JSON document, with what its class adds to it."""
+    error = {"type": kind, "message": message, "exit_code": exit_code, **details}
+    _emit({"schema": JSON_SCHEMA, "error": error})
 
 
 def _emit(value: Any) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...engines.loader_config import loader_keys
+from ...engines.loader_config import loader_config
 from ...engines.requirements import config_schemes
 from ...engines.serving import serving_ranks
 from ...errors import CheckpointError, ConversionError
@@ -37,6 +38,7 @@ from ...formats.output_files import PARTIAL_NAME, publish, write_file
 from ...formats.rope_file import save_rope
 from ...formats.schemes import Scheme
 from ...inputs.files import file_sha256, inside, open_file
+from ...models.recognition import type_as_text
 from ...models.rope import rope_tables
 from ...quant.weight_error import ErrorSums
 from ...recipes.recipe import STORED
@@ -166,7 +168,7 @@ def _types(plan: Plan) -> dict[str, Scheme]:
 
 def _config(prepared: Prepared) -> dict[str, Any]:
     schemes, source = {job.source: job.scheme for job in prepared.plan.jobs}, prepared.checkpoint.config
-    config = source | loader_keys(source, prepared.config, prepared.inventory.mtp_layers)
+    config = loader_config(source, prepared.config, prepared.inventory.mtp_layers)
     return artifact_config(config, **config_schemes(prepared.inventory.specs.values(), schemes))
 
 
@@ -194,6 +196,10 @@ def _manifest(
             "revision": origin.revision,
             "config_sha256": origin.config_sha256,
             "index_sha256": origin.index_sha256,
+            **_stated_type(prepared),
+            # The number of weights in each form of storage, and what was said about the source before the work.
+            "forms": dict(Counter(weight.dtype for weight in prepared.source.weights.values())),
+            "notes": list(prepared.statements),
         },
         "architecture": {
             "model_type": config.model_type,
@@ -217,6 +223,12 @@ def _manifest(
         "transforms": [str(transform) for transform in prepared.recipe.transforms],
         **_calibration(prepared, reports),
     }
+
+
+def _stated_type(prepared: Prepared) -> dict[str, Any]:
+    """The source's own model_type, where the user told to read it as a family; loaders of the source look here."""
+    stated = prepared.checkpoint.stated
+    return {} if stated is None else {"model_type": type_as_text(stated)}
 
 
 def _calibration(prepared: Prepared, reports: Sequence[LayerReport]) -> dict[str, Any]:

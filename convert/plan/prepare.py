@@ -19,6 +19,7 @@ from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
 from ...formats.sources.draft_heads import missing_heads, with_heads
+from ...formats.sources.model_config import read_model_config
 from ...formats.sources.opening import open_weights
 from ...formats.sources.rewritten import rewritten
 from ...formats.sources.rotated import rotated
@@ -109,6 +110,7 @@ class Prepared:
             "recipe": f"{self.recipe.name} {recipe_digest[:16]}",
             "method": STORED if self.recipe.stored else self.recipe.chain,
             **calibrated,
+            **({} if self.checkpoint.stated is None else {"family": self.config.model_type}),
             "maximum shard size": str(self.max_shard_size),
             "npuq version": __version__,
             "artifact format": str(FORMAT_VERSION),
@@ -135,11 +137,13 @@ def prepare(
     method: str | None,
     max_shard_size: int,
     text: CalibrationText | None = None,
+    family: str | None = None,
 ) -> Prepared:
     """Plan a conversion without reading a weight. Raises CheckpointError and RecipeError for all bad input.
 
     An open checkpoint is taken over: closing the result, or an error here, closes it. Without a recipe a float
-    checkpoint gets w4a8, and a quantized one keeps its schemes.
+    checkpoint gets w4a8, and a quantized one keeps its schemes. A checkpoint of unknown model_type is read as one of
+    `family`.
     """
     checkpoint: Checkpoint | None = None
     try:
@@ -148,7 +152,8 @@ def prepare(
         resolved = None if recipe is None else load_recipe(recipe, method)
         checkpoint = opened if isinstance(opened, Checkpoint) else Checkpoint.open(opened)
         directory = checkpoint.directory
-        config = ModelConfig.from_dict(checkpoint.config)
+        checkpoint.read_as(family)
+        config = read_model_config(checkpoint)
         # Written at the end, but computed here: a failure should come before memory has to hold the plan too.
         rope_bytes = _rope_bytes(config)
         shared = share_tied(checkpoint)

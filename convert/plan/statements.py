@@ -12,9 +12,10 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
-from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
-from ...formats.safetensors import CODES
-from ...formats.sources.compressed_tensors import is_compressed
+from ...formats.checkpoint import INDEX_NAME, Checkpoint
+from ...formats.safetensors import CODES, DTYPES, FLOAT_CODES
+from ...formats.sources.fp8 import FP8_CODE, claims_fp8, is_beside_fp8, stated_blocks
+from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
 from ...formats.sources.ties import tied_names
 from ...formats.sources.weights import WeightSource
 from ...inputs.files import inside, is_inside
@@ -36,19 +37,38 @@ def statements(
 ) -> list[str]:
     """A line for each contradiction; `shared` is the tied name that `share_tied` found missing, `heads` those of
     `missing_heads`."""
-    raw, directory = checkpoint.config, checkpoint.directory
+    raw, directory = checkpoint.text_config, checkpoint.directory
     return [
+        *_read_as(checkpoint, config),
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
+        *_shared_selections(config),
         *_dtype(raw, config, inventory, source),
-        *_quantization(raw, directory, source),
+        *_quantization(checkpoint, source),
         *_rope(raw),
         *_groups(raw, config),
-        *_architectures(raw, config),
+        *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
         *_index(checkpoint, shared),
     ]
+
+
+def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    """The reading of an unknown model_type as a family: what engines find in its place, and which defaults count."""
+    stated, family = checkpoint.stated, config.family
+    if stated is None:
+        return
+    code = ", and no auto_map, which names code for the source" if "auto_map" in stated else ""
+    yield (
+        f"config.json has model_type {shown(stated.get('model_type'))} and architectures "
+        f"{shown(stated.get('architectures'))}, and is read as {family.model_type}: the artifact's has model_type "
+        f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
+    )
+    keys = () if config.moe is None else config.moe.STATED
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.text_config.get(key) is None]
+    if taken:
+        yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
 
 def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> Iterator[str]:
@@ -83,6 +103,14 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         )
 
 
+def _shared_selections(config: ModelConfig) -> Iterator[str]:
+    if config.attention.disputed:
+        yield (
+            f"config.json states twice {config.attention.disputed}: the list counts, then the pattern, as in "
+            "transformers; vLLM-Ascend goes by pattern and frequency, and computes another model: keep one statement"
+        )
+
+
 def _draft_heads(source: WeightSource, heads: Sequence[str]) -> Iterator[str]:
     if heads:
         size = source.weights[heads[0]].nbytes
@@ -100,7 +128,7 @@ def _dtype(raw: Mapping[str, Any], config: ModelConfig, inventory: Inventory, so
     others = [
         name
         for name, spec in inventory.specs.items()
-        if spec.kept_dtype is None and source.weights[name].dtype in {"BF16", "F16", "F32"} - {code}
+        if spec.kept_dtype is None and source.weights[name].dtype in FLOAT_CODES and source.weights[name].dtype != code
     ]
     if others:
         yield (
@@ -110,25 +138,65 @@ def _dtype(raw: Mapping[str, Any], config: ModelConfig, inventory: Inventory, so
         )
 
 
-def _quantization(raw: Mapping[str, Any], directory: Path, source: WeightSource) -> Iterator[str]:
-    quantization = raw.get("quantization_config")
-    stored_fp8 = [name for name, weight in source.weights.items() if weight.dtype == "F8_E4M3"]
-    if stored_fp8 and not (isinstance(quantization, Mapping) and quantization.get("weight_block_size")):
-        yield (
-            f"{len(stored_fp8)} weights are FP8, and config.json has no weight_block_size: they are read in blocks of "
-            "128x128, which the shapes of their scales agree with"
-        )
-    if not quantization:
+def _quantization(checkpoint: Checkpoint, source: WeightSource) -> Iterator[str]:
+    """What quantization_config claims and the stored tensors deny; the tensors count."""
+    claim, described = checkpoint.text_config.get("quantization_config"), description_path(checkpoint.directory)
+    yield from _fp8(claim, source)
+    yield from _grouped_int4(claim, source)
+    if any(name.endswith(".input_scale") and is_beside_fp8(checkpoint.tensors, name) for name in checkpoint.tensors):
+        yield "scales of FP8 activations are left out: the artifact's operators quantize activations for each token"
+    if not claim:
         return
-    method = shown(quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization)
-    described = description_path(directory)
+    method = _method(claim)
     if described is not None:
         yield (
             f"config.json has a quantization_config ({method}) beside {described.name}: the description counts; the "
             "engines would take the other"
         )
-    elif not stored_fp8 and not is_compressed(raw):
-        yield (f"config.json has a quantization_config ({method}), and no weight is quantized: they are read as stored")
+    elif not source.is_quantized and all(weight.dtype in DTYPES for weight in source.weights.values()):
+        yield f"config.json has a quantization_config ({method}), and no weight is quantized: they are read as stored"
+
+
+def _grouped_int4(claim: Any, source: WeightSource) -> Iterator[str]:
+    grouped = sum(weight.dtype == GroupedInt4.dtype for weight in source.weights.values())
+    otherwise = claimed_otherwise(claim) if grouped else None
+    if otherwise is not None:
+        yield f"{grouped} weights are stored in int4 groups of {GROUP}, and config.json {otherwise}: storage counts"
+
+
+def _fp8(claim: Any, source: WeightSource) -> Iterator[str]:
+    stored: dict[str, list[str]] = {}
+    for name, weight in source.weights.items():
+        if weight.dtype.startswith(FP8_CODE):
+            stored.setdefault(weight.dtype.removeprefix(FP8_CODE).strip(), []).append(name)
+    if not stored:
+        return
+    counts = ", ".join(f"{len(names)} {form}" for form, names in stored.items())
+    if not claim:
+        yield f"weights are FP8 ({counts}), and config.json has no quantization_config: they are read as stored"
+        return
+    if not claims_fp8(claim):
+        yield (
+            f"weights are FP8 ({counts}), and config.json's quantization_config ({_method(claim)}) says otherwise: "
+            "they are read as stored"
+        )
+        return
+    blocks = stated_blocks(claim)
+    if not blocks and any("x" in form for form in stored):
+        yield (
+            f"weights are FP8 ({counts}), and config.json has no weight_block_size: the shapes of their scales tell "
+            "the blocks"
+        )
+    for form, names in stored.items():
+        if blocks and "x" not in form:
+            yield (
+                f"config.json has FP8 blocks of {' or '.join(f'{block[0]}x{block[1]}' for block in blocks)}, and "
+                f"{len(names)} weights have scales {form}, first {names[0]!r}: they are read as stored"
+            )
+
+
+def _method(claim: Any) -> str:
+    return shown(claim.get("quant_method") if isinstance(claim, Mapping) else claim)
 
 
 def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -143,11 +211,19 @@ def _rope(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _groups(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
-    if config.moe is not None and config.moe.topk_method == "greedy" and (raw.get("n_group") or 1) != 1:
-        yield (
-            f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
-            "artifact's config.json has one group, because engines would use them"
-        )
+    moe = config.moe
+    if moe is None:
+        return
+    if moe.topk_method == "greedy":
+        if (raw.get("n_group") or 1) != 1:
+            yield (
+                f"config.json has n_group {shown(raw['n_group'])}, and topk_method greedy, which has no groups: the "
+                "artifact's config.json has one group, because engines would use them"
+            )
+        return
+    for key in ("n_group", "topk_group"):
+        if key in raw and raw[key] is None:
+            yield f"config.json has {key} null: read as one group of all experts, which the artifact's config.json says"
 
 
 def _architectures(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
@@ -179,7 +255,7 @@ def _ids(value: Any) -> set[int]:
 
 
 def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
-    listed = read_weight_map(checkpoint.directory)
+    listed = checkpoint.weight_map
     missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (

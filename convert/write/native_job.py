@@ -18,10 +18,10 @@ from ...formats.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
 from ...formats.sources.weights import RowBytes, Weight, not_finite
 from ...native.binding import NativeRows, Quantizer
 from ...quant.scales import Method, NonFiniteError
-from ...quant.stored_rows import StoredRows
+from ...quant.stored_rows import StoredRows, row_ranges
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .jobs import JobDone, JobOutput, memory_of, row_chunks, until
+from .jobs import JobDone, JobOutput, memory_of, until
 from .journal import JobEntry
 from .shards import ShardFiles
 from .workspace import Workspace, Written
@@ -40,7 +40,7 @@ def run_native(
     job: Job, weight: Weight, stored: RowBytes, files: ShardFiles, workspace: Workspace, stop: threading.Event
 ) -> JobDone:
     """Run a job as `worker.run_job` does; `stored` has the weight's bytes as they are in the file."""
-    chunks = list(row_chunks(job, _CHUNK * workspace.chunk_elements, weight.block_rows))
+    chunks = list(row_ranges(job.rows, job.columns, _CHUNK * workspace.chunk_elements, weight.block_rows))
     slots = {slot.suffix: slot for slot in job.outputs}
     code_slot, most = slots.pop(WEIGHT), chunks[0][1]
     packed = job.rows // code_slot.shape[0]  # rows of the weight in a row of codes
@@ -49,10 +49,10 @@ def run_native(
     small = {suffix: torch.zeros(slot.shape, dtype=DTYPES[slot.dtype]) for suffix, slot in slots.items()}
     error, norm = torch.zeros(2, job.rows, dtype=torch.float64)
     codes = workspace.codes(code_slot.shape[0] if keep else most // packed, job.columns)
-    row_bytes = job.columns * stored.dtype.itemsize
+    row_bytes = stored.nbytes // job.rows
     rows = workspace.read(most * row_bytes)
     read, output = Digest(), JobOutput(files, job)
-    piece_rows = StoredRows(rows.view(stored.dtype).view(most, job.columns), stored.blocks)
+    piece_rows = StoredRows(rows.view(stored.dtype).view(most, -1), stored.blocks)
     out = NativeRows(codes, small[SCALE], small.get(BIAS), error, norm)
     mse = job.method.scale_search is Method.MSE
     quantizer = Quantizer(piece_rows, job.scheme.weight_bits, mse, out)
@@ -73,8 +73,8 @@ def run_native(
         output.write(slots[suffix], 0, tensor)
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     stats = ErrorSums(float(error.numpy().sum()), float(norm.numpy().sum()))
-    if stored.scale is not None:
-        read.update(memory_of(stored.scale))  # in the order of `weight.stored_names`
+    for tensor in ([] if stored.scale is None else [stored.scale]) + list(stored.beside):
+        read.update(memory_of(tensor))  # in the order of `weight.stored_names`
     entry = JobEntry(stats, read.result(), output.digest())
     if not keep:
         return JobDone(entry)

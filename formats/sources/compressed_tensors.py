@@ -12,14 +12,15 @@ from typing import Any
 from ...errors import CheckpointError
 from ...inputs.patterns import Budget, Pattern
 from ..checkpoint import CONFIG_NAME, Checkpoint
+from ..safetensors import FLOAT_CODES
 from ..schemes import SCALE, WEIGHT, Scheme
+from .fp8 import is_beside_fp8
 from .stored_linear import Codes, StoredLinear
 
 METHOD = "compressed-tensors"
 _PACKED, _SHAPE, _ZERO_POINT = "weight_packed", "weight_shape", "weight_zero_point"
 _FORMATS = {"int-quantized", "naive-quantized", "pack-quantized"}
 _MOST_GROUPS = 1000
-_FLOATS = ("F32", "BF16", "F16")
 # GPTQ's activation orders that do not permute stored channels; "static" is llm-compressor's default.
 _STORED_IN_PLACE = ("weight", "static")
 
@@ -43,6 +44,9 @@ class _Targets:
         return any(pattern.matches(module) for pattern in self.patterns)
 
 
+_NOTHING = _Targets(frozenset(), ())
+
+
 @dataclass(frozen=True)
 class _Group:
     """One of config_groups: its targets and their quantization."""
@@ -53,7 +57,7 @@ class _Group:
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
-    """True where config.json declares compressed-tensors weights."""
+    """True where the text model's keys of config.json declare compressed-tensors weights."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
 
@@ -65,18 +69,24 @@ def compressed_linears(checkpoint: Checkpoint) -> tuple[dict[str, StoredLinear],
     are not quantized per token, and for a tensor that its group does not have.
     """
     where = checkpoint.directory / CONFIG_NAME
-    groups, ignore = _read_config(where, checkpoint.config["quantization_config"])
     linears, ignored = {}, set()
-    for name, info in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix != SCALE:
-            continue
+    # Float weights may have scales too: the config counts where there are codes.
+    scales = [name for name in checkpoint.tensors if _is_of_codes(checkpoint, name)]
+    claim = checkpoint.text_config["quantization_config"]
+    groups, ignore = _read_config(where, claim) if scales else ([], _NOTHING)
+    for name in scales:
+        info, module = checkpoint.tensors[name], name.rpartition(".")[0]
         group = _group_of(groups, module)
         if group is None or module in ignore.names or ignore.match(module):
             raise CheckpointError(f"{info.file}: tensor {name!r} is a scale, but {where} does not quantize {module!r}")
         linears[f"{module}.{WEIGHT}"] = _linear(checkpoint, module, group)
         ignored |= {f"{module}.{_SHAPE}", f"{module}.{_ZERO_POINT}"} & checkpoint.tensors.keys()
     return linears, frozenset(ignored)
+
+
+def _is_of_codes(checkpoint: Checkpoint, name: str) -> bool:
+    """True for the scale of a linear that compressed-tensors quantized to integers."""
+    return name.endswith(f".{SCALE}") and not is_beside_fp8(checkpoint.tensors, name)
 
 
 def _linear(checkpoint: Checkpoint, module: str, group: _Group) -> StoredLinear:
@@ -91,7 +101,7 @@ def _linear(checkpoint: Checkpoint, module: str, group: _Group) -> StoredLinear:
             f"{info.file}: tensor {weight!r} is {info.dtype} {list(info.shape)}, not {dtype} rows of codes"
         )
     outputs, words = info.shape
-    if scale.dtype not in _FLOATS or scale.shape not in ((outputs, 1), (outputs,)):
+    if scale.dtype not in FLOAT_CODES or scale.shape not in ((outputs, 1), (outputs,)):
         raise CheckpointError(
             f"{scale.file}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)}; npuq reads one scale for each "
             f"of {outputs} channels: quantize with strategy 'channel'"

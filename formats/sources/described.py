@@ -6,20 +6,20 @@ from collections.abc import Mapping
 
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
+from ..safetensors import FLOAT_CODES
 from ..schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from .stored_linear import Codes, StoredLinear
 
-_FLOATS = ("F32", "BF16", "F16")
 # The tensors of each scheme beside `P.weight`: the accepted dtypes, and True where the tensor may be missing, because
 # ModelSlim leaves it out or it follows from the others.
 _BESIDE: Mapping[Scheme, Mapping[str, tuple[tuple[str, ...], bool]]] = {
-    Scheme.W4A8: {SCALE: (_FLOATS, False), OFFSET: (_FLOATS, True), BIAS: (_FLOATS, True)},
-    Scheme.W8A8: {SCALE: (_FLOATS, False), OFFSET: (_FLOATS, True)},
+    Scheme.W4A8: {SCALE: (FLOAT_CODES, False), OFFSET: (FLOAT_CODES, True), BIAS: (FLOAT_CODES, True)},
+    Scheme.W8A8: {SCALE: (FLOAT_CODES, False), OFFSET: (FLOAT_CODES, True)},
     Scheme.W8A8_STATIC: {
-        SCALE: (_FLOATS, True),
-        OFFSET: (_FLOATS, True),
-        INPUT_SCALE: (_FLOATS, False),
-        INPUT_OFFSET: (_FLOATS, False),
+        SCALE: (FLOAT_CODES, True),
+        OFFSET: (FLOAT_CODES, True),
+        INPUT_SCALE: (FLOAT_CODES, False),
+        INPUT_OFFSET: (FLOAT_CODES, False),
         DEQ_SCALE: (("F32", "I64"), False),
         QUANT_BIAS: (("I32",), False),
     },

@@ -103,6 +103,6 @@ def _draft_layers(source: WeightSource, config: ModelConfig) -> Iterator[int]:
     if not config.family.entries(Block.MTP):
         return
     for layer in count(config.num_hidden_layers):
-        if config.family.name(Block.MTP, "eh_proj", layer) not in source.weights:
+        if config.family.name(Block.MTP, "hidden_norm", layer) not in source.weights:
             return
         yield layer

@@ -1,4 +1,4 @@
-"""Detection of a checkpoint's stored forms, from its description and config.json."""
+"""Detection of a checkpoint's stored forms, from its description, its tensors' names and config.json."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from ..schemes import SUFFIXES
 from .compressed_tensors import compressed_linears, is_compressed
 from .described import described_linears
 from .float_weights import float_weights
+from .fp8 import is_beside_fp8
+from .grouped_int4 import grouped_int4_weights
 from .weights import Weight, WeightSource
 
 
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
-    """Find a checkpoint's weights: by its description, by compressed-tensors' config, or as float weights.
+    """Find a checkpoint's weights: by its description, as packed int4 by their names, by compressed-tensors' config, or
+    as float weights.
 
     Reads headers alone. Raises CheckpointError and ArtifactError, with the reason, for weights that npuq cannot read.
     """
@@ -23,21 +26,25 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
     if types is not None:
         if is_own(checkpoint.directory):
             read_manifest(checkpoint.directory)  # an unfinished conversion is no source
-        return _quantized(checkpoint, described_linears(checkpoint, types), frozenset())
-    if is_compressed(checkpoint.config):
-        return _quantized(checkpoint, *compressed_linears(checkpoint))
+        return _with_floats(checkpoint, described_linears(checkpoint, types), frozenset())
+    grouped = grouped_int4_weights(checkpoint)
+    if grouped:
+        return _with_floats(checkpoint, grouped, frozenset())
+    if is_compressed(checkpoint.text_config):
+        return _with_floats(checkpoint, *compressed_linears(checkpoint))
     return WeightSource(checkpoint, float_weights(checkpoint, checkpoint.tensors))
 
 
-def _quantized(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: Container[str]) -> WeightSource:
-    """The source of quantized linears and of float weights in all other tensors but `ignored` ones.
+def _with_floats(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: Container[str]) -> WeightSource:
+    """The source of these linears, and of float weights in all other tensors but `ignored` ones.
 
     Raises CheckpointError for a tensor that is neither.
     """
     claimed = {name for linear in linears.values() for name in linear.stored_names}
     left = [name for name in checkpoint.tensors if name not in claimed and name not in ignored]
     for name in left:
-        _refuse_orphan(checkpoint, name)
+        if not is_beside_fp8(checkpoint.tensors, name):
+            _refuse_orphan(checkpoint, name)
     floats = float_weights(checkpoint, left)
     # In the checkpoint's order; a linear takes its codes' place.
     by_tensor = floats | {linear.stored_names[0]: linear for linear in linears.values()}

@@ -21,7 +21,7 @@ def share_tied(checkpoint: Checkpoint) -> str | None:
     Later readers find both names. Where both tensors of a tied pair are stored, each keeps its own values: transformers
     also unties a pair that differs.
     """
-    if checkpoint.config.get("tie_word_embeddings") is not True:
+    if checkpoint.text_config.get("tie_word_embeddings") is not True:
         return None
     tensors = checkpoint.tensors
     embedding, head = tied_names(family_of(checkpoint.config.get("model_type")))

@@ -8,14 +8,14 @@ another: a `Checkpoint` gives bytes, from local files or through a window; a for
 
 1. a frozen dataclass (with slots: a large model has 100,000 weights) that is a `Weight`: it keeps the checkpoint and
    the names of its tensors, and reads rows [start, stop) when asked. A form that npuq requantizes from float values
-   (FP4, int4 in groups, FP8 with other scales) returns float32 rows, has `linear = None`, and `row_bytes()` only where
-   its bytes are rows of a dtype that the native kernels take. Codes and scales that go into the artifact as they are
-   make a `StoredLinear` instead.
+   (FP4, int4 in groups, FP8 with other scales) has `linear = None`, and `row_bytes()` only where its bytes are rows of
+   a dtype that the native kernels take; else it returns float32 rows. Codes and scales that go into the artifact as
+   they are make a `StoredLinear` instead.
 2. a function that finds these weights in the headers and in config.json, reads no tensor, and raises CheckpointError,
    naming file and tensor, for tensors that are missing, do not fit, or belong to no weight.
 
 and call that function in `opening.py`. No other code changes: planning, conversion, calibration, rotation, streaming
-from a hub, verification and the runtime's loader use the protocol. `tests/foreign/test_another_form.py` adds a form.
+from a hub, verification and the runtime's loader use the protocol. `grouped_int4.py` is such a form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import Checkpoint
-from ..safetensors import DTYPES
+from ..safetensors import DTYPES, TensorInfo
 from ..schemes import Scheme
 
 if TYPE_CHECKING:
@@ -90,11 +90,34 @@ class Weight(Protocol):
         """The rows' bytes, for the native kernels; None for a form that those do not read."""
 
 
+@dataclass(frozen=True, slots=True)
+class OfTensor:
+    """The part of a float `Weight` that the tensor of its rows says."""
+
+    checkpoint: Checkpoint
+    info: TensorInfo
+    held_bytes: ClassVar[int] = 0
+    linear: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def file(self) -> Path:
+        return self.info.file
+
+
 @dataclass(frozen=True)
 class RowBytes:
     """The bytes of a weight whose rows [N, K] are contiguous in a tensor, in a dtype of the native kernels.
 
-    scale: the stored scales, one for each `block` (rows, columns) of FP8; None for float rows.
+    scale: the stored scales, one for each `block` (rows, columns) of FP8 or int4; None for float rows. beside: the
+    other tensors behind the rows, read and checked already, in the order of `Weight.stored_names`.
     """
 
     checkpoint: Checkpoint
@@ -102,6 +125,12 @@ class RowBytes:
     dtype: torch.dtype
     scale: Tensor | None = None
     block: tuple[int, int] = (1, 1)
+    beside: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.checkpoint.info(self.tensor).nbytes
 
     @property
     def blocks(self) -> BlockScale | None:

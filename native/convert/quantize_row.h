@@ -43,8 +43,60 @@ static float decode_fp8(const uint8_t *x, size_t n, const float *block_scale, si
     return nan || poison != 0 || isinf(largest) ? NAN : largest;
 }
 
+/* 32 codes of 16 bytes. In 16 bits, b | b << 4 has a byte's nibbles in the low halves of both bytes. */
+INLINE void spread_u4(const uint8_t *x, int8_t *codes) {
+    typedef uint8_t vb16 __attribute__((vector_size(16)));
+    typedef uint16_t vh16 __attribute__((vector_size(32)));
+    typedef int8_t vc32 __attribute__((vector_size(32)));
+    vb16 byte;
+    memcpy(&byte, x, sizeof byte);
+    vh16 wide = __builtin_convertvector(byte, vh16);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    wide = (wide << 8 | wide >> 4) & 0x0F0F;
+#else
+    wide = (wide | wide << 4) & 0x0F0F;
+#endif
+    vc32 code = (vc32)wide - 8;
+    memcpy(codes, &code, sizeof code);
+}
+
+/* Up to 32 values of a block, an even number; raises `largest`. */
+INLINE vf decode_u4_step(const uint8_t *x, size_t count, float scale, float *out, vf largest) {
+    uint8_t rest[16] = {0};
+    int8_t codes[32];
+    if (count < 32) x = memcpy(rest, x, count / 2);
+    spread_u4(x, codes);
+    for (size_t i = 0; i < count; i += VW) {
+        vf w = vf_load_i8(codes + i) * scale;
+        if (count - i >= VW) {
+            vf_store(out + i, w);
+        } else {
+            vf_store_part(out + i, w, count - i);
+            w = vf_load_part(out + i, count - i);
+        }
+        largest = vf_max(vf_abs(w), largest);
+    }
+    return largest;
+}
+
+static float decode_u4(const uint8_t *x, size_t n, const float *block_scale, size_t block, float *out) {
+    vf most = vf_set(0);
+    float poison = 0;
+    for (size_t first = 0; first < n; first += block) {
+        const float scale = block_scale[first / block];
+        const size_t end = first + block < n ? first + block : n;
+        size_t i = first;
+        for (; i + 32 <= end; i += 32) most = decode_u4_step(x + i / 2, 32, scale, out + i, most);
+        if (i < end) most = decode_u4_step(x + i / 2, end - i, scale, out + i, most);
+        poison += scale * 0.0f;
+    }
+    float largest = vf_largest(most);
+    return poison != 0 || isinf(largest) ? NAN : largest;
+}
+
 static float decode_row(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out) {
     if (dtype == NPUQ_F8E4M3) return decode_fp8(x, n, block_scale, block, out);
+    if (dtype == NPUQ_U4) return decode_u4(x, n, block_scale, block, out);
     to_float(x, dtype, n, out);
     return largest_stored(x, dtype, n);
 }
@@ -94,6 +146,7 @@ static int convert_stored(const void *x, int dtype, size_t n, const float *block
         if (!mse) return convert_minmax_fp8(&row, bits, out);
         return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
     }
+    if (dtype == NPUQ_U4) return NOT_IN_TABLES;
     return bits == 4 && !mse ? convert_minmax_int4(x, dtype, n, out) : NOT_IN_TABLES;
 }
 

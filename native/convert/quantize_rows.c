@@ -32,7 +32,8 @@ static void put_back(float_mode mode) { (void)mode; }
 #endif
 
 static const void *row_at(const npuq_source *source, int64_t row, int64_t cols) {
-    return (const char *)source->data + (size_t)row * (size_t)cols * size_of(source->dtype);
+    const size_t values = (size_t)row * (size_t)cols;
+    return (const char *)source->data + (source->dtype == NPUQ_U4 ? values / 2 : values * size_of(source->dtype));
 }
 
 static const float *scales_at(const npuq_source *source, int64_t row) {
@@ -49,15 +50,17 @@ static int convert_one(const struct kernels *kernels, const npuq_source *source,
     if (status >= 0) return status;
     float largest = kernels->decode_row(x, source->dtype, n, scales, block, w);
     if (largest != largest) return NPUQ_NOT_FINITE;
+    if (bits == 4 && !mse) return kernels->convert_stored(w, NPUQ_F32, n, NULL, 0, bits, mse, memory, out);
     return kernels->convert_row(w, n, largest, bits, mse, memory, out);
 }
 
 static bool quantizes(int level, const npuq_source *source, int64_t rows, int64_t cols, int bits, int64_t bias_columns) {
-    const bool fp8 = source->dtype == NPUQ_F8E4M3;
+    const bool u4 = source->dtype == NPUQ_U4, scaled = u4 || source->dtype == NPUQ_F8E4M3;
     if (level >= npuq_level_count() || (level >= 0 && !npuq_level_usable(level))) return false;
-    if (!(fp8 || is_float(source->dtype)) || fp8 != (source->block_scale != NULL)) return false;
+    if (!(scaled || is_float(source->dtype)) || scaled != (source->block_scale != NULL)) return false;
     if (source->first_row < 0 || source->block_rows < 1 || source->block_cols < 1) return false;
-    if (fp8 && source->scale_stride < (cols + source->block_cols - 1) / source->block_cols) return false;
+    if (u4 && (cols % 2 != 0 || source->block_cols % 2 != 0)) return false;
+    if (scaled && source->scale_stride < (cols + source->block_cols - 1) / source->block_cols) return false;
     if (rows < 0 || cols < 1 || cols > NPUQ_MOST_COLUMNS) return false;
     if (bits == 8) return true;
     return bits == 4 && rows % 2 == 0 && bias_columns >= 1 && bias_columns <= NPUQ_MOST_BIAS_COLUMNS && cols % bias_columns == 0;

@@ -110,11 +110,11 @@ def examine(model: Path | None = None) -> Diagnosis:
 def fit(directory: Path) -> ModelFit:
     """Check a model's shapes and schemes against the NPU's operators, from its headers alone."""
     from ...formats.checkpoint import Checkpoint
-    from ...models.config import ModelConfig
+    from ...formats.sources.model_config import read_model_config
 
     try:
         with Checkpoint.open(directory) as checkpoint:
-            config = ModelConfig.from_dict(checkpoint.config)
+            config = read_model_config(checkpoint)
             checks = [_attention_problem(config), _router_problem(config), *_expert_problems(checkpoint.tensors)]
     except NpuqError as error:
         return ModelFit(str(directory), False, (str(error),))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...errors import GenerationError
-from ...formats.artifact import is_rotated
+from ...formats.artifact import converted_as, is_rotated
 from ...formats.checkpoint import Checkpoint
-from ...models.config import ModelConfig
+from ...formats.sources.model_config import read_model_config
 from ...progress import Progress, Silent, Task
 from ...quant.rotation import rotation
 from ..attention.kinds import attention_of
@@ -58,17 +58,19 @@ def layer_errors(
     context: int = DEFAULT_CONTEXT,
     backend: str = "auto",
     progress: Progress | None = None,
+    family: str | None = None,
 ) -> list[LayerError]:
     """Errors of an artifact's decoder layers (without MTP layers) on a text, cut into contexts as by `evaluate`.
 
     Memory holds one layer of each model, and the hidden states of all tokens twice, in the compute dtype.
-    `progress` counts layers. Raises GenerationError for a text that is too short, for directories of different models,
-    and for a layer with an output that is not finite, which it names.
+    `progress` counts layers. `family`: as of `load`, for both. Raises GenerationError for a text that is too short, for
+    directories of different models, and for a layer with an output that is not finite, which it names.
     """
     with ExitStack() as stack:
-        quantized, original = (
-            _Side(stack.enter_context(Checkpoint.open(directory)), make_ops(backend)) for directory in (model, source)
-        )
+        ours, theirs = (stack.enter_context(Checkpoint.open(directory)) for directory in (model, source))
+        ours.read_as(family)
+        theirs.read_as(family or converted_as(ours.directory, theirs.config))
+        quantized, original = (_Side(checkpoint, make_ops(backend)) for checkpoint in (ours, theirs))
         quantized.refuse_unlike(original)
         contexts = cut_contexts(text, Tokenizer(quantized.directory), context)
         turn = _turn(quantized, original)
@@ -131,7 +133,7 @@ class _Side:
 
     def __init__(self, checkpoint: Checkpoint, ops: Ops):
         self.directory = checkpoint.directory
-        self.config = ModelConfig.from_dict(checkpoint.config)
+        self.config = read_model_config(checkpoint)
         tables = load_rope_tables(checkpoint, self.config)
         self._store = open_store(checkpoint, ops.dtype)
         attention = attention_of(self.config, tables.softmax_scale)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import GenerationError
+from ...formats.artifact import converted_as
+from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
-from ..llm import LanguageModel, load
+from ..llm import LanguageModel, load, local_directory
 from ..sampler import not_finite
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_check import require_tokenizer
@@ -55,20 +57,25 @@ def evaluate(
     backend: str = "auto",
     progress: Progress | None = None,
     kv_cache_dtype: str = "auto",
+    family: str | None = None,
 ) -> Evaluation:
     """Evaluate a model (a directory to load, or a loaded one) on a text, beside its float source if given.
 
     The text is tokenized once without special tokens and cut into contexts of `context` tokens; the last may be
     shorter. Each context starts from an empty cache, with BOS before it where the tokenizer has one, and all its tokens
     are predicted (without BOS, all but the first). `progress` counts contexts.
-    backend, kv_cache_dtype: as of `load`, for directories; the source's cache is in the compute dtype.
+    backend, kv_cache_dtype, family: as of `load`, for directories; the source's cache is in the compute dtype.
     Raises GenerationError for a text or a context that is too short or too long, and for two models with different
     vocabularies.
     """
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
-    judged = model if isinstance(model, LanguageModel) else load(model, backend, kv_cache_dtype=kv_cache_dtype)
-    reference = source if source is None or isinstance(source, LanguageModel) else load(source, backend)
+    judged = (
+        model
+        if isinstance(model, LanguageModel)
+        else load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family)
+    )
+    reference = _source(source, judged.directory, backend, family)
     contexts = cut_contexts(text, judged.tokenizer, context)
     _check(judged, contexts, context)
     if reference is not None:
@@ -93,6 +100,17 @@ def evaluate(
     if reference is None:
         return Evaluation(_exp(means[0]), tokens)
     return Evaluation(_exp(means[0]), tokens, _exp(means[1]), means[2], means[3])
+
+
+def _source(
+    source: str | Path | LanguageModel | None, artifact: Path, backend: str, family: str | None
+) -> LanguageModel | None:
+    """The source of an artifact, loaded as the family that it was converted as."""
+    if source is None or isinstance(source, LanguageModel):
+        return source
+    directory = local_directory(source)
+    family = family or converted_as(artifact, read_config(directory))
+    return load(directory, backend, family=family)
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:

@@ -13,7 +13,11 @@ Message: TypeAlias = Mapping[str, Any]
 
 # The first is the name that templates read; `thinking` is read by those of gpt-oss.
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
+_MEDIA: Final = ("image", "video", "audio")
 _MARK: Final = "NPUQ-CONTINUES-HERE "
+# Kimi-K2.5's own code writes the tools as declarations of TypeScript. Its template takes JSON without them, which the
+# model was not trained on.
+_COMPUTED: Final = "tools_ts_str"
 
 
 class ChatOptions(TypedDict, total=False):
@@ -35,7 +39,7 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
     """Messages of a conversation. A text becomes one user message; `system` becomes a system message before the others.
 
     Raises GenerationError for anything but a text or a list of messages, and for a list with a system message of its
-    own beside `system`.
+    own beside `system`, and for a message with an image, a video or a sound: npuq runs a model's text part alone.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -48,6 +52,7 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
     for index, message in enumerate(conversation):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise GenerationError(f'messages[{index}] is no message; give {{"role": "user", "content": "…"}}')
+        _refuse_media(message.get("content"), index)
         messages.append(dict(message))
     if not messages:
         raise GenerationError("the conversation is empty; give at least one message")
@@ -56,6 +61,20 @@ def as_messages(conversation: str | Sequence[Message], system: str | None = None
             raise GenerationError("the conversation begins with a system message already; give only one of the two")
         messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def _refuse_media(content: Any, index: int) -> None:
+    for part in content if isinstance(content, (list, tuple)) else ():
+        if not isinstance(part, Mapping):
+            continue
+        # `{"type": "image_url", "image_url": …}` and the like; templates also go by the key without a type.
+        kinds = [kind for kind in (part.get("type"), *part) if isinstance(kind, str)]
+        found = next((kind for kind in kinds if any(word in kind for word in _MEDIA)), None)
+        if found is not None:
+            raise GenerationError(
+                f"messages[{index}] has a part {shown(found)}: npuq reads text alone; leave images, videos and sounds "
+                "out"
+            )
 
 
 def checked_options(
@@ -83,6 +102,22 @@ def checked_options(
     for name, value in chosen.items():
         _check_option(name, value)
     return ChatOptions(**chosen), others  # type: ignore[typeddict-item]
+
+
+def in_key_order(value: Any) -> Any:
+    """Copy a JSON value with the keys of all its objects in order."""
+    if isinstance(value, Mapping):
+        return {key: in_key_order(value[key]) for key in sorted(value, key=str)}
+    return [in_key_order(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_computed(source: str, variables: Mapping[str, Any], where: str) -> None:
+    """Raise GenerationError for a template that reads a text which only the model's own code makes of the tools."""
+    if _COMPUTED in source and _COMPUTED not in variables:
+        raise GenerationError(
+            f"{where}: reads {_COMPUTED}, which the model's own code makes of the tools; give it in "
+            "chat_template_kwargs"
+        )
 
 
 def _check_option(name: str, value: Any) -> None:

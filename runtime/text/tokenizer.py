@@ -1,9 +1,8 @@
-"""Tokenizer of a checkpoint: `tokenizer.json` in the `tokenizers` library, without model code or remote code."""
+"""Tokenizer of a checkpoint, without model code or remote code: its files' codec, chat templates and stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from ...inputs.printable import printable
 from ...inputs.template import TemplateRenderer
 from . import conversation
 from .conversation import ChatOptions, Message, TemplateLimitError
-from .tokenizer_files import ChatTemplate, TokenizerFiles, guarded
+from .tokenizer_files import ChatTemplate, TokenizerFiles
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +25,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path):
         files = TokenizerFiles.read(directory)
-        self._fast = files.fast
+        self._codec = files.codec
         self._special = files.special_tokens
         self._templates = files.templates
         self._renderer = TemplateRenderer(GenerationError, TemplateLimitError)
@@ -36,26 +35,23 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._fast.get_vocab_size()
+        return self._codec.vocab_size
 
-    @cached_property
+    @property
     def special_ids(self) -> Mapping[str, int]:
         """Token ids of special tokens by their text. Decoded text leaves them out."""
-        added = self._fast.get_added_tokens_decoder()
-        return {token.content: id for id, token in added.items() if token.special and token.content}
+        return self._codec.special_ids
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds the special tokens around a prompt (by post-processor or config)."""
-        ids = self._encode(text, special)
+        ids = self._codec.encode(text, special)
         if special and self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return guarded(
-            lambda: str(self._fast.decode(list(ids), skip_special_tokens=True)), "the tokenizer fails to decode"
-        )
+        return self._codec.decode(ids)
 
     def chat(
         self,
@@ -78,7 +74,7 @@ class Tokenizer:
         that are not JSON.
         """
         text = self.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **options)
-        return self._encode(text, special=False)
+        return self._codec.encode(text, special=False)
 
     def render_chat(
         self,
@@ -91,6 +87,9 @@ class Tokenizer:
         chosen, variables = conversation.checked_options(options, chat_template_kwargs)
         tools, continued = chosen.get("tools"), chosen.get("continue_final_message", False)
         template = self._template(chosen.get("chat_template"), with_tools=tools is not None)
+        if tools and self._codec.sorts_tools:
+            tools = conversation.in_key_order(tools)
+            conversation.check_computed(template.source, variables, template.where)
         values = {
             **self._special,
             **variables,
@@ -125,11 +124,6 @@ class Tokenizer:
             texts.append(stop)
         return tuple(texts), frozenset(ids)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        return guarded(
-            lambda: list(self._fast.encode(text, add_special_tokens=special).ids), "the tokenizer fails to encode"
-        )
-
     def _template(self, name: str | None, *, with_tools: bool) -> ChatTemplate:
         """The template of that name or source; without either, the one that transformers chooses."""
         templates = self._templates
@@ -146,4 +140,4 @@ class Tokenizer:
 
     def _id_of(self, name: str) -> int | None:
         token = self._special.get(name)
-        return None if token is None else self._fast.token_to_id(token)
+        return None if token is None else self._codec.token_id(token)

@@ -8,7 +8,7 @@ is compared with config.json and the checkpoint's special tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -17,21 +17,21 @@ from ...errors import GenerationError
 from ...inputs.files import inside, is_inside, read_bytes
 from ...inputs.json_text import read_object
 from ...inputs.printable import printable, shown
-from .tokenizer_check import VOCABULARY_FILES, require_tokenizer
-
-_MOST_CONFIG_BYTES: Final = 16 << 20
-_FAST_FILE: Final = "tokenizer.json"
-
-SPECIAL_TOKENS: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+from .codec import FastCodec, guarded
+from .sentencepiece_model import NAMES, SentencePieceModel
+from .tokenizer_check import (
+    MOST_CONFIG_BYTES,
+    SPECIAL_TOKENS,
+    VOCABULARY_FILES,
+    check_vocabulary_size,
+    model_vocabulary_size,
+    require_tokenizer,
 )
-"""The names under which a template finds special tokens."""
+
+_FAST_FILE: Final = "tokenizer.json"
+# It follows a SentencePiece model's own settings. Those of the named classes assume the settings of one model:
+# LlamaTokenizer drops the prefix before a text that begins with a space.
+_ANY_CLASS: Final = "PreTrainedTokenizerFast"
 
 _SPECIAL: Final = (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
 # Keys that change tokenization. Other keys may name files (`vocab_file`, `name_or_path`) or code (`auto_map`).
@@ -58,12 +58,12 @@ _COPIED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def converted(directory: Path, call: Callable[[Callable[[], str], str], str]) -> bytes:
+def converted(directory: Path) -> FastCodec:
     """Convert the files of a directory to a `tokenizer.json` with transformers, without running code of the directory.
 
-    `call(function, doing)` runs a function, whose failures become GenerationErrors that begin with `doing`. Raises
-    GenerationError where transformers is missing or fails, and for a vocabulary that is not the model's: its files are
-    missing, it is far smaller than config.json's, or it lacks special tokens that the checkpoint names.
+    Raises GenerationError where transformers is missing or fails, and for a vocabulary that is not the model's: its
+    files are missing, it is far smaller than config.json's, it lacks special tokens that the checkpoint names, or it
+    does not encode as the SentencePiece model that it was made of.
     """
     require_tokenizer(directory)
     missing = f"{directory}: no tokenizer.json; copy the model's tokenizer files there"
@@ -72,9 +72,12 @@ def converted(directory: Path, call: Callable[[Callable[[], str], str], str]) ->
     except ImportError:
         raise GenerationError(f"{missing}, or install transformers to convert an older format") from None
 
+    models = [
+        SentencePieceModel(inside(directory, file, GenerationError)) for file in NAMES if is_inside(directory, file)
+    ]
     with TemporaryDirectory(prefix="npuq-tokenizer-") as name:
         copy = Path(name)
-        _copy_files(directory, copy)
+        _copy_files(directory, copy, _ANY_CLASS if models else None)
 
         def convert() -> str:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
@@ -83,17 +86,24 @@ def converted(directory: Path, call: Callable[[Callable[[], str], str], str]) ->
             text: str = tokenizer.backend_tokenizer.to_str()
             return text
 
-        return call(convert, f"{missing}; transformers cannot convert what is there").encode()
+        content = guarded(convert, f"{missing}; transformers cannot convert what is there").encode()
+    codec = FastCodec(content, directory)
+    for model in models:
+        model.check_conversion(codec)
+    return codec
 
 
-def _copy_files(directory: Path, copy: Path) -> None:
+def _copy_files(directory: Path, copy: Path, kind: str | None) -> None:
+    """Copy what transformers reads; `kind` replaces the tokenizer class."""
     for name, keys in _COPIED_KEYS.items():
         if is_inside(directory, name):
-            content = read_object(inside(directory, name, GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+            content = read_object(inside(directory, name, GenerationError), GenerationError, MOST_CONFIG_BYTES)
+            if kind is not None:
+                content["tokenizer_class"] = kind
             (copy / name).write_text(json.dumps({key: content[key] for key in keys if key in content}), "utf-8")
     name = "added_tokens.json"
     if is_inside(directory, name):
-        content = read_object(inside(directory, name, GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+        content = read_object(inside(directory, name, GenerationError), GenerationError, MOST_CONFIG_BYTES)
         (copy / name).write_text(json.dumps(content), "utf-8")
     for name in (*VOCABULARY_FILES, "merges.txt"):
         if is_inside(directory, name):
@@ -111,12 +121,8 @@ def _require_files(directory: Path, copy: Path, tokenizer: Any) -> None:
 
 def _check_vocabulary(directory: Path, tokenizer: Any) -> None:
     fast = tokenizer.backend_tokenizer
-    found = fast.get_vocab_size()
-    expected = _vocab_size(directory)
-    if found < expected // 2:
-        raise GenerationError(
-            f"{directory}: its tokenizer has {found} tokens, and config.json's vocab_size is {expected}"
-        )
+    check_vocabulary_size(directory, fast.get_vocab_size())
+    expected = model_vocabulary_size(directory)
     for name in SPECIAL_TOKENS:
         text = getattr(tokenizer, name, None)
         if text is None:
@@ -126,12 +132,3 @@ def _check_vocabulary(directory: Path, tokenizer: Any) -> None:
             raise GenerationError(
                 f"{directory}: {name} {shown(str(text))} is no token of its vocabulary; fetch it again"
             )
-
-
-def _vocab_size(directory: Path) -> int:
-    """Vocabulary size of config.json; 0 if it has none."""
-    if not is_inside(directory, "config.json"):
-        return 0
-    config = read_object(inside(directory, "config.json", GenerationError), GenerationError, _MOST_CONFIG_BYTES)
-    size = config.get("vocab_size")
-    return size if type(size) is int and size > 0 else 0

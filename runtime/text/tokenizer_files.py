@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
-
-from tokenizers import Tokenizer as FastTokenizer
+from typing import Any, Final
 
 from ...errors import GenerationError
 from ...inputs.files import inside, is_inside, read_bytes, read_text
 from ...inputs.json_text import read_object
 from ...inputs.printable import printable, shown
-from .tokenizer_conversion import SPECIAL_TOKENS, converted
-from .tokenizer_parts import check_growth, check_parts
+from .codec import Codec, FastCodec
+from .tiktoken_files import TiktokenFiles
+from .tokenizer_check import MOST_CONFIG_BYTES, SPECIAL_TOKENS, TIKTOKEN_NAME, require_tokenizer
+from .tokenizer_conversion import converted
 
 _MOST_TEMPLATE_BYTES: Final = 1 << 20
-_MOST_CONFIG_BYTES: Final = 16 << 20
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class TokenizerFiles:
     special_tokens: texts by name, of the names that it has. templates: by name; "default" is for plain conversations.
     """
 
-    fast: FastTokenizer
+    codec: Codec
     special_tokens: Mapping[str, str]
     templates: Mapping[str, ChatTemplate]
     adds_bos: bool
@@ -48,46 +45,26 @@ class TokenizerFiles:
         path = directory / "tokenizer_config.json"
         config: Mapping[str, Any] = {}
         if is_inside(directory, path.name):
-            config = read_object(inside(directory, path.name, GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+            config = read_object(inside(directory, path.name, GenerationError), GenerationError, MOST_CONFIG_BYTES)
         return cls(
-            fast=_fast_tokenizer(directory),
+            codec=_codec(directory, config),
             special_tokens=_special_tokens(directory, config),
             templates=_templates(directory, config),
             adds_bos=config.get("add_bos_token") is True,
         )
 
 
-def guarded(call: Callable[[], _T], doing: str) -> _T:
-    """Call into the tokenizers library, with its failures as GenerationError.
-
-    The library raises plain Exception for all its errors. For a panic of its code it raises a BaseException, which
-    `except Exception` does not catch.
-    """
-    try:
-        return call()
-    except (KeyboardInterrupt, SystemExit, MemoryError, GenerationError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
-        raise GenerationError(f"{doing}: {reason}") from error
-
-
-def _fast_tokenizer(directory: Path) -> FastTokenizer:
+def _codec(directory: Path, config: Mapping[str, Any]) -> Codec:
+    """The tokenizer of a directory's files, of the first kind that it has."""
     if is_inside(directory, "tokenizer.json"):
         path = inside(directory, "tokenizer.json", GenerationError)
-        content = read_bytes(path, GenerationError)
-    else:
-        path = directory
-        content = converted(directory, guarded)
-    check_parts(content, path)
-    fast = guarded(lambda: FastTokenizer.from_buffer(content), f"{path}: cannot be read as a tokenizer")
-    check_growth(fast, path)
-    # Settings of training that stay in the file: they would truncate or pad prompts silently.
-    fast.no_truncation()
-    fast.no_padding()
-    return fast
+        return FastCodec(read_bytes(path, GenerationError), path)
+    require_tokenizer(directory)
+    if is_inside(directory, TIKTOKEN_NAME):
+        from .tiktoken_codec import TiktokenCodec  # only few models need the library
+
+        return TiktokenCodec(TiktokenFiles.read(directory, config))
+    return converted(directory)
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -96,7 +73,7 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     name = "special_tokens_map.json"
     if "added_tokens_decoder" not in config and is_inside(directory, name):
         where = directory / name
-        given |= read_object(inside(directory, name, GenerationError), GenerationError, _MOST_CONFIG_BYTES)
+        given |= read_object(inside(directory, name, GenerationError), GenerationError, MOST_CONFIG_BYTES)
     tokens = {}
     for name in SPECIAL_TOKENS:
         value = given.get(name)

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_rig.install import TORCH_NPU
-from engine_rig.install import run_checks
-from engine_rig.models import CONFIGS, STATIC, write_artifact
-
-HERE = Path(__file__).parent
+from engine_rig.install import RELEASES, run_checks
+from engine_rig.models import ARTIFACTS, write_artifact
 
 pytestmark = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11)
@@ -26,12 +24,12 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    for name in ("example", *CONFIGS, STATIC):
+    for name in ARTIFACTS:
         write_artifact(name, folder)
     return folder
 
 
-@pytest.mark.parametrize("engine", ["vllm-ascend", "sglang", "msmodelslim", "compressed-tensors"])
-def test_checks_inside_the_engine(engine, artifacts):
-    done = run_checks(engine, HERE / f"check_{engine.replace('-', '_')}.py", artifacts)
+@pytest.mark.parametrize("release", RELEASES)
+def test_checks_inside_the_engine(release, artifacts):
+    done = run_checks(release, artifacts)
     assert done.returncode == 0, done.stdout + done.stderr

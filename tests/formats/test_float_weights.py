@@ -90,7 +90,7 @@ WEIGHT = torch.ones(4, 4).to(torch.float8_e4m3fn)
     ("tensors", "message"),
     [
         ({"a": WEIGHT}, "no scale 'a_scale_inv'"),
-        ({"a": WEIGHT, "a_scale_inv": torch.ones(2, 1)}, r"need F32 \[1, 1\]"),
+        ({"a": WEIGHT, "a_scale_inv": torch.ones(2, 1)}, r"need F32/BF16/F8_E8M0 \[1, 1\]"),
         ({"a": WEIGHT, "a_scale_inv": SCALE.half()}, "need F32"),
         ({"a": WEIGHT[0].clone(), "a_scale_inv": SCALE}, "not a matrix"),
         ({"a": torch.ones(4, 4), "a_scale_inv": SCALE}, "belongs to no FP8 weight"),

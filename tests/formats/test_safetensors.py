@@ -97,7 +97,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header_bytes({"__metadata__": {"a": 1}}), "__metadata__"),
         (header_bytes({"a": GOOD}, b"\0" * 7), "truncated"),
         (header_bytes({"a": GOOD}, b"\0" * 9), "follow the last tensor"),
-        (header_bytes({"a": {**GOOD, "dtype": "F8_E8M0"}}, b"\0" * 8), "dtype F8_E8M0"),
+        (header_bytes({"a": {**GOOD, "dtype": "F6_E2M3"}}, b"\0" * 8), "dtype F6_E2M3"),
         (header_bytes({"a": {**GOOD, "shape": [3]}}, b"\0" * 8), "needs 12 bytes"),
         (header_bytes({"a": {**GOOD, "shape": [-2]}}, b"\0" * 8), "entry of tensor 'a'"),
         (header_bytes({"a": {**GOOD, "shape": "2"}}, b"\0" * 8), "entry of tensor 'a'"),

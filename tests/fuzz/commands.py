@@ -56,6 +56,7 @@ MADE = [
 CASES: dict[str, list[list[str]]] = {
     "source": [*ANY, *LOADED, [*CONVERT, *CALIBRATE, "gptq"], [*CONVERT, *CALIBRATE, "rotate+smooth+gptq"]],
     "plain": [*ANY, *LOADED, [*CONVERT, "--method", "rotate+mse"], [*EVALUATE, "--source", "{source}", "--layers"]],
+    "ranks": [CONVERT, *LOADED, *LOADED, [*CONVERT, *CALIBRATE, "gptq"]],
     "fp8": [*ANY, [*CONVERT, "--method", "minmax"]],
     "compressed": [*ANY, ["verify", "{d}"], GENERATE],
     "packed": [*ANY, ["verify", "{d}"]],

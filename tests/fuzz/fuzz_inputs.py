@@ -3,6 +3,7 @@ recipe and texts; 0.1 to 0.4 MB each."""
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import sys
@@ -48,6 +49,7 @@ def make_inputs(folder: Path) -> None:
     (source / "model.safetensors").unlink()
     write_shards(load_file(plain / "model.safetensors"), source, "model", 3)
     _write_fp8(plain, folder / "fp8")
+    _write_ranks(write_checkpoint(folder / "ranks", {**V3, "vocab_size": 320, "eos_token_id": 1}))
     _add_words(folder / "words")
     for written in (
         write_compressed(plain, folder / "compressed"),
@@ -70,13 +72,17 @@ def make_inputs(folder: Path) -> None:
 
 
 def _write_fp8(plain: Path, directory: Path) -> None:
-    """The same checkpoint as DeepSeek stores its own: FP8 codes in blocks, each with one scale."""
+    """The same checkpoint in FP8: in blocks, with scales in float32 and as powers of two, and by channel."""
     shutil.copytree(plain, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(plain / "model.safetensors")
-    for name in [name for name in tensors if ".layers." in name and "proj" in name]:
+    for number, name in enumerate([name for name in tensors if ".layers." in name and "proj" in name]):
         rows, columns = tensors[name].shape
         tensors[name] = (tensors[name] * 64).to(torch.float8_e4m3fn)
-        tensors[name + "_scale_inv"] = torch.full((-(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])), 1 / 64)
+        if number % 3 == 2:
+            tensors[name + "_scale"] = torch.full((rows, 1), 1 / 64).bfloat16()
+            continue
+        scale = torch.full((-(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])), 1 / 64)
+        tensors[name + "_scale_inv"] = scale if number % 3 else scale.to(torch.float8_e8m0fnu)
     write_shards(tensors, directory, "model", 2)
     config = json.loads((plain / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(FP8_BLOCK)}
@@ -103,6 +109,39 @@ def _add_side_files(directory: Path) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.6}))
     (directory / "README.md").write_text(CARD)
     (directory / "LICENSE").write_text("MIT\n")
+
+
+def _write_ranks(directory: Path) -> None:
+    """Add a tokenizer as Kimi has it: a rank for each byte and for some words, and special tokens."""
+    tokens = [
+        *(bytes([byte]) for byte in range(256)),
+        b"ab",
+        b"th",
+        b"the",
+        b" the",
+        b"fo",
+        b"fox",
+        "é".encode(),
+        b"  ",
+    ]
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    (directory / "tiktoken.model").write_bytes(b"".join(lines))
+    names = {"[BOS]": True, "[EOS]": True, "<|im_end|>": True, "<think>": False}
+    added = {
+        str(number): {"content": text, "special": special}
+        for number, (text, special) in enumerate(names.items(), len(tokens))
+    }
+    settings = {
+        "added_tokens_decoder": added,
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+        "bos_token": "[BOS]",
+        "eos_token": {"content": "[EOS]"},
+        "model_max_length": 10**30,
+        "tokenizer_class": "TikTokenTokenizer",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "tokenization_kimi.py").write_text("raise SystemExit('remote code')\n")
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def _add_words(directory: Path) -> None:

@@ -515,6 +515,7 @@ def _quantizer(rows: Tensor, blocks: BlockScale | None, bits: int, **changes: An
 
 
 FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
+INT4 = torch.ones(4, 20, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -546,6 +547,9 @@ FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
         (FP8, BlockScale(_x(2, 2), 1 << 64, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 3), 0, 2, 10), 8, {}),
         (FP8, BlockScale(_x(20), 0, 1, 20), 8, {}),
+        (INT4, None, 8, {}),
+        (INT4, BlockScale(_x(4, 2), 0, 1, 10), 8, {}),  # of 40 inputs
+        (INT4, BlockScale(_x(4, 8), 0, 1, 5), 8, {"codes": torch.empty(4, 40, dtype=torch.int8)}),
     ],
 )
 def test_quantization_of_what_does_not_fit(
@@ -557,6 +561,7 @@ def test_quantization_of_what_does_not_fit(
 
 def test_quantization_of_what_fits() -> None:
     _quantizer(FP8, BlockScale(_x(2, 2), 0, 2, 10), 4)
+    _quantizer(INT4, BlockScale(_x(4, 4), 0, 1, 10), 4, codes=torch.empty(2, 40, dtype=torch.int8))
 
 
 def test_addresses_come_from_one_place() -> None:

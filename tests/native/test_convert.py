@@ -95,6 +95,22 @@ def test_piece_by_piece_through_one_memory(scheme: Scheme, piece: int) -> None:
     _check(native.NativeRows(torch.cat(pieces), out.scale, out.bias, *sums), expected)
 
 
+@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("columns", [32, 96, 2048, 7168])
+def test_int4_in_groups_of_32(columns: int, method: Method) -> None:
+    """Every code under scales of two sizes and a zero one, of full rows and of a piece that begins in their middle."""
+    generator = torch.Generator().manual_seed(columns)
+    rows = torch.randint(0, 256, (6, columns // 2), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(6, columns // 32, generator=generator) ** 4).bfloat16().float()
+    scale[2, 0] = 0
+    for first in (0, 2):
+        stored = StoredRows(rows[first:], BlockScale(scale, first, 1, 32))
+        for scheme in (Scheme.W4A8, Scheme.W8A8):
+            expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=True)
+            for level in LEVELS:
+                _check(native.quantize(stored, scheme.weight_bits, method is Method.MSE, 16, level), expected)
+
+
 @pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 4097, 7168])
 def test_long_rows(columns: int) -> None:
     """Of whole vectors and parts of sums, a little more or less, and those of real models."""
@@ -184,7 +200,7 @@ def test_no_scale_is_better(columns: int, seed: int, power: float) -> None:
 @given(
     rows=st.integers(1, 8).map(lambda half: 2 * half),
     columns=st.integers(1, 300),
-    block=st.tuples(st.integers(1, 6), st.sampled_from([1, 7, 16, 100, 128])),
+    block=st.tuples(st.integers(1, 6), st.sampled_from([1, 7, 16, 100, 128, 200, 400])),
     first=st.integers(0, 5),
     seed=st.integers(0, 2**31),
 )
@@ -201,6 +217,19 @@ def test_fp8_blocks(rows: int, columns: int, block: tuple[int, int], first: int,
         expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=False)
         for level in LEVELS:
             _check(native.quantize(stored, bits, method is Method.MSE, 1, level), expected)
+
+
+@pytest.mark.parametrize("columns", [100, 200, 1100, 10944])
+@pytest.mark.parametrize("level", LEVELS)
+def test_fp8_rows_of_one_scale_each(level: str, columns: int) -> None:
+    """Gaussian rows, of which a block ends where no segment does."""
+    weight = torch.randn(4, columns, generator=torch.Generator().manual_seed(columns))
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    stored = StoredRows((weight / scale).to(torch.float8_e4m3fn), BlockScale(scale, 0, 1, columns))
+    for method, bits in product(DATA_FREE, (4, 8)):
+        scheme = Scheme.W4A8 if bits == 4 else Scheme.W8A8
+        expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=False)
+        _check(native.quantize(stored, bits, method is Method.MSE, 1, level), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

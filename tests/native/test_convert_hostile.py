@@ -18,7 +18,7 @@ from .cases import LEVELS
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
 
-DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.float8_e4m3fn, torch.uint8, torch.bfloat16, torch.float16, torch.float32]
 
 
 def _bits(generator: np.random.Generator, dtype: torch.dtype, kind: str, *shape: int) -> Tensor:
@@ -55,8 +55,11 @@ def test_any_bits(
     first: int,
 ) -> None:
     generator = np.random.default_rng(seed)
-    rows, blocks = _bits(generator, dtype, kinds[0], 2 * pairs, columns), None
-    if dtype is torch.float8_e4m3fn:
+    stored_columns = columns
+    if dtype is torch.uint8:  # int4, two inputs a byte
+        columns, block = 2 * columns, (block[0], 2 * block[1])
+    rows, blocks = _bits(generator, dtype, kinds[0], 2 * pairs, stored_columns), None
+    if dtype in (torch.float8_e4m3fn, torch.uint8):
         first %= block[0]
         shape = -(-(first + 2 * pairs) // block[0]), -(-columns // block[1])
         blocks = BlockScale(_bits(generator, torch.float32, kinds[1], *shape), first, *block)

@@ -44,6 +44,7 @@ CONSTANTS = {
     "NPUQ_F8E4M3": binding.DTYPES[torch.float8_e4m3fn],
     "NPUQ_I8": binding.DTYPES[torch.int8],
     "NPUQ_I4": binding.INT4,
+    "NPUQ_U4": binding.DTYPES[torch.uint8],
     "NPUQ_NZ": binding.LAYOUTS["nz"],
     "NPUQ_ND": binding.LAYOUTS["nd"],
 }

@@ -141,7 +141,8 @@ static void map_codes(const uint8_t *x, size_t n, uint8_t first, const int8_t *t
  * wrong with the row is then for those to say who look at the weights. */
 static int convert_distinct(const struct fp8_row *row, void *scratch, struct converted *out) {
     const size_t n = row->n, length = segment_of(row);
-    if (length < LEAST_SEGMENT || row->block % length != 0) return NOT_IN_TABLES;
+    const int splits = row->block < n && row->block % length != 0; /* a segment would have two scales */
+    if (length < LEAST_SEGMENT || splits) return NOT_IN_TABLES;
     struct convert_memory memory = table_layout(scratch, n, (n + length - 1) / length);
     struct tables *tables = &memory.tables;
     const float largest = survey_row(row, tables);

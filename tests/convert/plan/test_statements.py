@@ -72,10 +72,33 @@ def grow(name: str) -> Callable[[Tensors], None]:
     return edit
 
 
+def by_channel(tensors: Tensors) -> None:
+    """FP8 by channel, as compressed-tensors stores it."""
+    for name in [name for name in tensors if "_proj" in name]:
+        scale = tensors[name].float().abs().amax(1, keepdim=True) / 448
+        tensors[name + "_scale"] = scale
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+
+
+def static(tensors: Tensors) -> None:
+    by_channel(tensors)
+    scales = [name for name in tensors if name.endswith(".weight_scale")]
+    tensors.update({name.replace("weight_scale", "input_scale"): torch.ones(1) for name in scales})
+
+
+def share_head(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0}
+INT8 = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 CASES = {
     # The head: see tests/runtime/test_tied.py for what is computed.
     "tied, and a head stored": Case(TIED, note="and the checkpoint stores both", artifact=UNTIED),
+    "tied, and the same head stored": Case(
+        TIED, share_head, note="and the checkpoint stores both", artifact=UNTIED
+    ),
     "tied, and no head": Case(TIED, without("lm_head"), note="a second time as 'lm_head.weight'", artifact=UNTIED),
     "tied, and no embedding": Case(
         TIED, without("model.embed"), note="a second time as 'model.embed_tokens.weight'", artifact=UNTIED
@@ -168,6 +191,20 @@ CASES = {
         note="n_group 2, and topk_method greedy, which has no groups",
         artifact={"n_group": 1},
     ),
+    "groups of null": Case(
+        {"n_group": None, "topk_group": None},
+        note="n_group null: read as one group of all experts",
+        artifact={"n_group": 1, "topk_group": 1},
+    ),
+    "no groups, of which some count": Case(
+        {"n_group": None}, note="n_group null", artifact={"n_group": 1, "topk_group": 1}
+    ),
+    "one group, and null of it": Case(
+        {"n_group": 1, "topk_group": None}, note="topk_group null: read as one group", artifact={"topk_group": 1}
+    ),
+    "two groups, and null of them": Case({"topk_group": None}, refused="topk_group is null"),
+    "two groups of one": Case({"n_group": 1, "topk_group": 2}, refused="groups must divide the experts and hold"),
+    "q without a latent": Case({}, options={"config": {"q_lora_rank": None}}),
     # Dtypes and quantization.
     "another dtype than is stored": Case({}, as_float32, note=r"stored in another dtype than config.json's bfloat16"),
     "two dtypes": Case(
@@ -179,6 +216,41 @@ CASES = {
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
         note=r"quantization_config \('fp8'\), and no weight is quantized",
     ),
+    "compressed-tensors named, and nothing quantized": Case(
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}},
+        note=r"quantization_config \('compressed-tensors'\), and no weight is quantized",
+    ),
+    "FP8, and another method named": Case(
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        options={"fp8_block": 128},
+        note=r"FP8 \(68 128x128\), and config.json's quantization_config \('awq'\) says otherwise",
+    ),
+    "FP8, and integers named": Case(
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": INT8}}},
+        options={"fp8_block": 128},
+        note=r"FP8 \(68 128x128\), and config.json's quantization_config \('compressed-tensors'\) says otherwise",
+    ),
+    "FP8, and no size of blocks": Case(
+        {"quantization_config": {"quant_method": "fp8"}},
+        options={"fp8_block": 16},
+        note="has no weight_block_size: the shapes of their scales tell the blocks",
+    ),
+    "FP8 in blocks of another size": Case(
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        options={"fp8_block": 16},
+        refused="blocks of 128x128 over",
+    ),
+    "FP8 by channel, and blocks named": Case(
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        by_channel,
+        note="has FP8 blocks of 128x128, and 69 weights have scales by channel, first",
+    ),
+    "FP8 with scales of its inputs": Case(
+        {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
+        static,
+        note="scales of FP8 activations are left out",
+        dropped="input_scale",
+    ),
     "another method named, and nothing quantized": Case(
         {"quantization_config": {"quant_method": "awq"}}, note=r"quantization_config \('awq'\), and no weight is"
     ),
@@ -186,6 +258,10 @@ CASES = {
     "two objects of rope parameters": Case(
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, note="rope_scaling counts, as in transformers"
     ),
+    "rope parameters under their new name": Case(
+        {"rope_scaling": None, "rope_parameters": {**YARN, "rope_theta": 10000}}
+    ),
+    "rope parameters under both names": Case({"rope_parameters": YARN}),
     "two rope types": Case(
         {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
         refused="rope_type is 'yarn' and type 'linear'",
@@ -218,6 +294,8 @@ def test_contradictions(name, make_checkpoint, tmp_path):
     if case.note is not None:
         with pytest.raises(AssertionError, match=case.note):
             raise AssertionError("\n".join(notes))
+    else:
+        assert not any("config.json" in note for note in notes)
     assert verify(tmp_path / "out", source).problems == ()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written | case.artifact == written
@@ -234,19 +312,21 @@ def test_a_plain_checkpoint_contradicts_nothing(make_checkpoint):
         assert prepared.statements == ()
 
 
-def test_fp8_without_a_quantization_config(make_checkpoint, tmp_path):
-    source = make_checkpoint(fp8_block=128)
+@pytest.mark.parametrize("block", [128, 16])
+def test_fp8_without_a_quantization_config(block, make_checkpoint, tmp_path):
+    """The shapes of the scales tell the blocks."""
+    source = make_checkpoint(fp8_block=block)
+    convert_checkpoint(source, tmp_path / "expected", method="minmax")
     path = source / "config.json"
     config = json.loads(path.read_text())
     del config["quantization_config"]
     path.write_text(json.dumps(config))
-    notes = convert_checkpoint(source, tmp_path / "out", dry_run=True).notes
-    assert any("are FP8, and config.json has no weight_block_size" in note for note in notes)
-    other = make_checkpoint(tmp_path / "other", fp8_block=16)
-    path = other / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
-    with pytest.raises(CheckpointError, match="blocks of 128x128"):
-        convert_checkpoint(other, tmp_path / "out", dry_run=True)
+    notes = convert_checkpoint(source, tmp_path / "out", method="minmax").notes
+    assert any(f"{block}x{block}), and config.json has no quantization_config" in note for note in notes)
+    shards = sorted(path.name for path in (tmp_path / "expected").glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "expected" / shard).read_bytes()
 
 
 def shard_of(source: Path, name: str) -> Path:

@@ -134,7 +134,7 @@ def test_description_is_complete_both_ways(artifact):
     artifact.edit_json(DESCRIPTION, lambda content: content.update({name: "W4A8_DYNAMIC", "a.ghost": "FLOAT"}))
     assert "describes 'a.ghost', which no shard has" in artifact.problems()
     artifact.edit_json(DESCRIPTION, lambda content: content.update({"model.norm.bias": "FLOAT"}))
-    assert "would give every RMSNorm of the model a bias" in artifact.problems()
+    assert "makes engines give every RMS norm of the model a bias" in artifact.problems()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_inspect(npuq, v3_artifact, v3_source):
     assert experts.relative_error is not None and 0.05 < experts.relative_error < 0.2
     assert lines["kv_b"].relative_error is None and lines["kv_b"].bits == 16
     source = {line.role: line for line in inspect(v3_source).lines}
-    assert source["routed_expert"].scheme == "F8_E4M3" and source["routed_expert"].source_bytes is None
+    assert source["routed_expert"].scheme == "F8_E4M3 16x16" and source["routed_expert"].source_bytes is None
     outcome = npuq("inspect", v3_artifact)
     assert outcome.status == 0 and "recipe w4a8, from source" in outcome.stdout and "W4A8_DYNAMIC" in outcome.stdout
     content = json.loads(npuq("inspect", v3_source, "--json").stdout)

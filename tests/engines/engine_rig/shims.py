@@ -23,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 # module → why a hollow one will do. Only these are replaced; any other missing module is an error.
 MODULES: dict[str, dict[str, str]] = {
     "vllm-ascend": {
+        "fla_npu": "kernels of linear attention",
         "openai_harmony": "the chat format of GPT-OSS",
+        "vllm.v1.structured_output": "grammars for structured output",
     },
     "sglang": {
         "IPython": "display in notebooks",
@@ -84,7 +86,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.names = names
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
-        if name.partition(".")[0] in self.names:
+        if any(name == hollow or name.startswith(f"{hollow}.") for hollow in self.names):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 

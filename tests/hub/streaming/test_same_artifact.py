@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from kimi_k25 import as_k25
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from streaming import OPTIONS, SOURCE, WINDOW, remote, without_manifest
@@ -94,6 +96,18 @@ def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Pa
     assert npuq.verify(tmp_path / "out").ok
 
 
+def test_int4_experts_of_three_tensors_each(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    directory = as_k25(example_fp8, tmp_path / "source")
+    hub.state.put(SOURCE, files_of(directory))
+    convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+        assert checkpoint.window.most_resident <= WINDOW
+    local, streamed = without_manifest(tmp_path / "local"), without_manifest(tmp_path / "out")
+    assert local.keys() == streamed.keys()
+    assert all(content == streamed[name] for name, content in local.items() if name != "README.md")
+
+
 def test_both_ways_leave_the_same_files(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
     """From a directory, streamed, and fetched first: whatever lies beside the weights."""
     beside = (
@@ -167,3 +181,31 @@ def test_a_tied_head_passes_by_with_the_embedding(hub: LoopbackHub, example_fp8:
     expected = {name: content for name, content in contents(tmp_path / "disk").items() if name.endswith("safetensors")}
     assert {name: content for name, content in contents(tmp_path / "out").items() if name in expected} == expected
     assert npuq.verify(tmp_path / "out", directory).ok
+
+
+def test_fp8_in_other_forms(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """Powers of two as scales, some in other shards; by channel, with a scale of inputs that is not read."""
+    directory = Path(shutil.copytree(example_fp8, tmp_path / "forms"))
+    names = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            weight = name.removesuffix("_scale_inv")
+            if "o_proj" in name and weight in tensors:
+                prefix = weight.removesuffix("weight")
+                tensors[f"{prefix}weight_scale"] = torch.full((tensors[weight].shape[0], 1), 1e-3).bfloat16()
+                tensors[f"{prefix}input_scale"] = torch.ones(1)
+                del tensors[name]
+            else:
+                tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+        save_file(tensors, shard, metadata={"format": "pt"})
+        names |= dict.fromkeys(tensors, shard.name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    hub.state.put(SOURCE, files_of(directory))
+    convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+        assert checkpoint.window.most_resident <= WINDOW
+    assert without_manifest(tmp_path / "out") == without_manifest(tmp_path / "local")
+    forms = json.loads((tmp_path / "out" / MANIFEST).read_text())["source"]["forms"]
+    assert {"F8_E4M3 128x128 E8M0", "F8_E4M3 by channel"} <= forms.keys()

@@ -53,7 +53,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "content": "It is grey.", "tool_calls": None},
         {"role": "user", "content": "Thanks"},
     ],
-    "parts": [{"role": "user", "content": [{"type": "text", "text": "Look: "}, {"type": "image"}]}],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "Look: "}, {"type": "text", "text": "here"}]}],
 }
 
 DOCUMENTS = [{"title": "One", "text": "1 < 2"}, {"title": "Zwei", "text": "größer"}]

@@ -17,15 +17,15 @@ from npuq.runtime.text.tokenizer_check import tokenizer_problem
 
 
 @pytest.fixture
-def kimi(example_fp8: Path, tmp_path: Path) -> Path:
-    """A checkpoint with the tokenizer files that Kimi-K2 and Moonlight have."""
-    directory = Path(shutil.copytree(example_fp8, tmp_path / "kimi"))
+def qwen(example_fp8: Path, tmp_path: Path) -> Path:
+    """A checkpoint with tokenizer files as those of the first Qwen."""
+    directory = Path(shutil.copytree(example_fp8, tmp_path / "qwen"))
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    (directory / "tiktoken.model").write_text("IQ== 0\nIg== 1\n")
-    (directory / "tokenization_kimi.py").write_text("raise SystemExit('remote code')\n")
-    auto_map = {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}
-    config = {"auto_map": auto_map, "tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]"}
+    (directory / "qwen.tiktoken").write_text("IQ== 0\nIg== 1\n")
+    (directory / "tokenization_qwen.py").write_text("raise SystemExit('remote code')\n")
+    auto_map = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
+    config = {"auto_map": auto_map, "tokenizer_class": "QWenTokenizer"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
@@ -37,11 +37,9 @@ def kimi(example_fp8: Path, tmp_path: Path) -> Path:
         (["tokenizer.model", "tokenizer_config.json"], None),  # transformers converts it
         (["vocab.json", "merges.txt", "tokenizer_config.json"], None),
         (["vocab.json", "merges.txt"], "vocab.json without the tokenizer_config.json"),
-        (
-            ["tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json"],
-            "tiktoken.model, which npuq does not read",
-        ),
-        (["qwen.tiktoken"], "qwen.tiktoken, which"),
+        (["tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json"], None),
+        (["tiktoken.model", "tokenization_kimi.py"], "tiktoken.model without the tokenizer_config.json"),
+        (["qwen.tiktoken"], "qwen.tiktoken, which npuq does not read"),
         (["tokenizer_config.json", "config.json"], "no tokenizer.json; put the model's tokenizer.json"),
         ([], "no tokenizer.json"),
     ],
@@ -74,43 +72,43 @@ COMMANDS = [
 def test_every_command_that_needs_one_says_so_first(
     command: tuple[str, ...],
     missing: bool,
-    kimi: Path,
+    qwen: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if missing:
-        for name in ("tiktoken.model", "tokenizer_config.json"):
-            (kimi / name).unlink()
+        for name in ("qwen.tiktoken", "tokenizer_config.json"):
+            (qwen / name).unlink()
     (tmp_path / "text.txt").write_text("Call me Ishmael.")
-    places = {"MODEL": kimi, "OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt"}
+    places = {"MODEL": qwen, "OUT": tmp_path / "out", "TEXT": tmp_path / "text.txt"}
     for name in ("read", "read_rows", "read_bytes", "view"):
         monkeypatch.setattr(
             f"npuq.formats.checkpoint.Checkpoint.{name}", lambda *arguments: pytest.fail("a weight is read")
         )
     status, err = run(monkeypatch, capsys, *(places.get(word, word) for word in command))
     assert status == 1 and err.startswith("npuq: error: ") and err.count("\n") == 1
-    assert ("has no tokenizer" if missing else "tiktoken.model, which npuq does not read") in err
+    assert ("has no tokenizer" if missing else "qwen.tiktoken, which npuq does not read") in err
     assert "tokenizer.json" in err and ("--method mse" in err) == (command[0] == "convert")
     assert not (tmp_path / "out").exists()
 
 
-def test_so_does_the_library(kimi: Path, tmp_path: Path) -> None:
-    with pytest.raises(GenerationError, match=r"tiktoken\.model, which npuq does not read"):
-        npuq.evaluate(kimi, "Call me Ishmael.")
-    with pytest.raises(CalibrationError, match=r"tiktoken\.model, which npuq does not read"):
-        npuq.convert_checkpoint(kimi, tmp_path / "out", method="smooth+gptq")
+def test_so_does_the_library(qwen: Path, tmp_path: Path) -> None:
+    with pytest.raises(GenerationError, match=r"qwen\.tiktoken, which npuq does not read"):
+        npuq.evaluate(qwen, "Call me Ishmael.")
+    with pytest.raises(CalibrationError, match=r"qwen\.tiktoken, which npuq does not read"):
+        npuq.convert_checkpoint(qwen, tmp_path / "out", method="smooth+gptq")
 
 
 def test_the_advice_works(
-    kimi: Path, example_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    qwen: Path, example_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What needs no text converts; with a tokenizer.json put there, the rest goes on."""
     for method in ("mse", "rotate+mse"):
-        status, err = run(monkeypatch, capsys, "convert", kimi, tmp_path / method, "--method", method)
+        status, err = run(monkeypatch, capsys, "convert", qwen, tmp_path / method, "--method", method)
         assert status == 0 and "npuq generate and evaluate will not run the artifact" in err
-    shutil.copyfile(example_fp8 / "tokenizer.json", kimi / "tokenizer.json")
+    shutil.copyfile(example_fp8 / "tokenizer.json", qwen / "tokenizer.json")
     shutil.copyfile(example_fp8 / "tokenizer.json", tmp_path / "mse" / "tokenizer.json")
-    assert run(monkeypatch, capsys, "convert", kimi, tmp_path / "gptq", "--method", "gptq", "--dry-run") == (0, "")
+    assert run(monkeypatch, capsys, "convert", qwen, tmp_path / "gptq", "--method", "gptq", "--dry-run") == (0, "")
     status, _ = run(monkeypatch, capsys, "generate", tmp_path / "mse", "--prompt", "x", "--max-new-tokens", "1")
     assert status == 0

@@ -177,7 +177,7 @@ def test_escaped_letters_are_fine(files: Path) -> None:
 
 
 def test_an_interruption_is_not_the_librarys(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from npuq.runtime.text.tokenizer_files import guarded
+    from npuq.runtime.text.codec import guarded
 
     for error in (KeyboardInterrupt, MemoryError, SystemExit, GeneratorExit):
 

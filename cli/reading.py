@@ -1,0 +1,30 @@
+"""The option of commands that read checkpoints: --as, for a model_type that npuq does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def as_option(what: str) -> Callable[[Command], Command]:
+    """Option of a command: --as FAMILY, which arrives as `family`; `what` is the argument that it is about."""
+    return click.option(
+        "--as",
+        "family",
+        metavar="FAMILY",
+        callback=_known,
+        help=f"Read {what} as a model of this family, where config.json has an unknown model_type.",
+    )
+
+
+def _known(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Check the name; another is wrong usage."""
+    from ..models.families import FAMILIES, is_known
+
+    if value is not None and not is_known(value):
+        raise click.BadParameter(f"{value!r} is no family; npuq knows {', '.join(sorted(FAMILIES))}")
+    return value
