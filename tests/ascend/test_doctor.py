@@ -112,7 +112,7 @@ def test_the_shipped_model_fits(bare, example_fp8):
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"num_attention_heads": 24}, "24 attention heads"),
+        ({"num_attention_heads": 200}, "200 attention heads"),
         ({"norm_topk_prob": False}, "no router that scores by sigmoid"),
         ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
         ({"model_type": "llama"}, "model_type"),
