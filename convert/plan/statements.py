@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
-from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
+from ...formats.checkpoint import INDEX_NAME, Checkpoint
 from ...formats.safetensors import CODES, DTYPES, FLOAT_CODES
 from ...formats.sources.fp8 import FP8_CODE, claims_fp8, is_beside_fp8, stated_blocks
 from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
@@ -49,7 +49,7 @@ def statements(
         *_groups(raw, config),
         *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
-        *_index(checkpoint, shared),
+        *_index(checkpoint.unlisted),
     ]
 
 
@@ -245,9 +245,7 @@ def _ids(value: Any) -> set[int]:
     return {item for item in (value if isinstance(value, list) else [value]) if type(item) is int}
 
 
-def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
-    listed = read_weight_map(checkpoint.directory)
-    missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
+def _index(missing: Sequence[str]) -> Iterator[str]:
     if missing:
         yield (
             f"{INDEX_NAME} does not list {len(missing)} tensors that the shards have, first {missing[0]!r}: they "
