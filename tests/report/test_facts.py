@@ -45,7 +45,7 @@ def test_what_the_manifest_says(artifact: Path) -> None:
     assert facts.provenance["sha256 of its config.json"] == manifest["source"]["config_sha256"]
     assert facts.recipe == "w4a8"
     assert facts.recipe_yaml == (artifact / "npuq/recipe.yaml").read_text()
-    assert facts.has_mtp
+    assert max(linear.layer for linear in facts.linears) == facts.layers
     assert facts.coverage is None
     assert facts.evaluations == ()
 
