@@ -50,7 +50,7 @@ def statements(
         *_groups(raw, config),
         *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
-        *_index(checkpoint, shared),
+        *_index(checkpoint.unlisted),
     ]
 
 
@@ -254,9 +254,7 @@ def _ids(value: Any) -> set[int]:
     return {item for item in (value if isinstance(value, list) else [value]) if type(item) is int}
 
 
-def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
-    listed = checkpoint.weight_map
-    missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
+def _index(missing: Sequence[str]) -> Iterator[str]:
     if missing:
         yield (
             f"{INDEX_NAME} does not list {len(missing)} tensors that the shards have, first {missing[0]!r}: they "
