@@ -28,9 +28,9 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name ("example", "kimi-k2.5", or one of `configs`) in W4A8; with "-w8a8" or "-float"
-    appended, in that; with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has scales
-    for an int8 KV cache."""
+    """A model by name ("example", "kimi-k2.5", or one of `configs`) in W4A8; with "-w8a8" or "-float" appended, in
+    that; with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has
+    scales for an int8 KV cache."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {
