@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
-from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
+from ...formats.checkpoint import INDEX_NAME, Checkpoint
 from ...formats.safetensors import CODES, DTYPES, FLOAT_CODES
 from ...formats.sources.fp8 import FP8_CODE, claims_fp8, is_beside_fp8, stated_blocks
 from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
@@ -43,6 +43,7 @@ def statements(
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
+        *_shared_selections(config),
         *_dtype(raw, config, inventory, source),
         *_quantization(checkpoint, source),
         *_rope(raw),
@@ -65,7 +66,7 @@ def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
         f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
     )
     keys = () if config.moe is None else config.moe.STATED
-    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.config.get(key) is None]
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.text_config.get(key) is None]
     if taken:
         yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
@@ -99,6 +100,14 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         yield (
             f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers behind a gap, or neither whole nor counted "
             "by config.json: left out, since no loader runs them"
+        )
+
+
+def _shared_selections(config: ModelConfig) -> Iterator[str]:
+    if config.attention.disputed:
+        yield (
+            f"config.json states twice {config.attention.disputed}: the list counts, then the pattern, as in "
+            "transformers; vLLM-Ascend goes by pattern and frequency, and computes another model: keep one statement"
         )
 
 
@@ -246,7 +255,7 @@ def _ids(value: Any) -> set[int]:
 
 
 def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
-    listed = read_weight_map(checkpoint.directory)
+    listed = checkpoint.weight_map
     missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (
