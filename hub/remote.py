@@ -67,7 +67,7 @@ def open_remote(
 
     paths = {directory / shard.name: shard for shard in shards}
     window = Window(Path(folder), window_bytes, tensors, paths, fetch)
-    return Checkpoint(directory, config, tensors, list(paths), WindowFiles(window), window)
+    return Checkpoint(directory, config, tensors, list(paths), WindowFiles(window), window, weight_map=weight_map)
 
 
 class WindowFiles:

@@ -7,17 +7,21 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnknownModelError
-from .config import ModelConfig
+from .config import TEXT_CONFIG, ModelConfig, text_config
 from .config_reader import shown
-from .families import FAMILIES, unknown_type
+from .families import FAMILIES, is_known, unknown_type
 from .family import Block, Family
 from .inventory import Shaped, take_inventory
 
 
 def read_as(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """A config.json with the family's model_type and architecture, by which transformers and the engines choose the
-    model's class, and without `auto_map`, which names code for the model_type that it had."""
+    model's class, and without `auto_map`, which names code for the model_type that it had. A text model in it gets a
+    type that the family has for it."""
     kept = {key: value for key, value in raw.items() if key != "auto_map"}
+    text = kept.get(TEXT_CONFIG)
+    if family.text_types and isinstance(text, Mapping) and not is_known(text.get("model_type")):
+        kept[TEXT_CONFIG] = {**text, "model_type": family.text_types[0]}
     return {**kept, "model_type": family.model_type, "architectures": [family.architecture]}
 
 
@@ -115,7 +119,7 @@ def _with_tied(raw: Mapping[str, Any], family: Family, weights: Mapping[str, Sha
     """The weights with both names of a tied embedding, of which one is stored."""
     pair = {family.name(Block.TOP, part) for part in ("embedding", "head")}
     stored = pair & weights.keys()
-    if raw.get("tie_word_embeddings") is not True or len(stored) != 1:
+    if text_config(read_as(raw, family)).get("tie_word_embeddings") is not True or len(stored) != 1:
         return weights
     return {**weights, **dict.fromkeys(pair, weights[stored.pop()])}
 
@@ -128,6 +132,8 @@ def _agreement(raw: Mapping[str, Any], family: Family) -> tuple[bool, int]:
         {} if family.moe is None else {field.name: getattr(family.moe, field.name) for field in fields(family.moe)}
     )
     defaults["rms_norm_eps"] = family.rms_norm_eps
-    agreeing = sum(key in raw and raw[key] == value for key, value in defaults.items())
+    nested = raw.get(TEXT_CONFIG)
+    keys = nested if family.text_types and isinstance(nested, Mapping) else raw
+    agreeing = sum(key in keys and keys[key] == value for key, value in defaults.items())
     reads_types = family.moe is not None and family.moe.reads_layer_types
-    return not named, -agreeing - (reads_types and "mlp_layer_types" in raw)
+    return not named, -agreeing - (reads_types and "mlp_layer_types" in keys)

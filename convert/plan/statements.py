@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
-from ...formats.checkpoint import INDEX_NAME, Checkpoint, read_weight_map
+from ...formats.checkpoint import INDEX_NAME, Checkpoint
 from ...formats.safetensors import CODES, DTYPES, FLOAT_CODES
 from ...formats.sources.fp8 import FP8_CODE, claims_fp8, is_beside_fp8, stated_blocks
 from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
@@ -66,7 +66,7 @@ def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
         f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
     )
     keys = () if config.moe is None else config.moe.STATED
-    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.config.get(key) is None]
+    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.text_config.get(key) is None]
     if taken:
         yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 
@@ -257,7 +257,7 @@ def _ids(value: Any) -> set[int]:
 
 
 def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
-    listed = read_weight_map(checkpoint.directory)
+    listed = checkpoint.weight_map
     missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from . import parameter_lists, rotary
 from .conformance import ConformanceError, compare, load
 from .corruption import corrupt, corruptions, mtp_corruptions, static_corruptions
 from .models import ARTIFACTS, CONFIGS, STATIC, WITH_MTP
+from .rules import LOADS, RULES, break_rule, ending
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
 
@@ -27,6 +29,13 @@ class CommonChecks:
     name: str
     detected: str
     engine: ModuleType
+
+    @pytest.mark.parametrize("key", RULES)
+    def test_broken_rule(self, artifact, tmp_path, release, key):
+        rule = RULES[key]
+        if release in rule.ends:
+            end = ending(self.engine, break_rule(rule, artifact("v3-mtp"), tmp_path / "broken"), rule.mtp)
+            assert re.search(rule.ends[release], end) if rule.ends[release] else end == LOADS, end
 
     @pytest.mark.parametrize("model", ARTIFACTS)
     def test_detection(self, artifact, model):

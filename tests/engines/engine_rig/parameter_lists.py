@@ -34,6 +34,7 @@ ENDS = (
     TypeError,
     AttributeError,
     StrictDataclassError,
+    ZeroDivisionError,
 )
 # Of a layer's experts these: all are loaded alike.
 EXPERTS = ("experts.0.", "experts.15.")
