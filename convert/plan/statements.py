@@ -44,7 +44,7 @@ def statements(
         *_tied_at_the_top(checkpoint.config, config),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
-        *_shared_selections(config),
+        *_shared_selections(raw, config),
         *_dtype(raw, config, inventory, source),
         *_quantization(checkpoint, source),
         *_rope(raw),
@@ -112,11 +112,13 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         )
 
 
-def _shared_selections(config: ModelConfig) -> Iterator[str]:
-    if config.attention.disputed:
+def _shared_selections(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
+    others = [key for key in ("index_topk_pattern", "index_topk_freq") if raw.get(key) is not None]
+    if others and config.attention.stated().get("index_topk_pattern"):
         yield (
-            f"config.json states twice {config.attention.disputed}: the list counts, then the pattern, as in "
-            "transformers; vLLM-Ascend goes by pattern and frequency, and computes another model: keep one statement"
+            f"config.json has indexer_types and {others[0]}, which name different layers that share a selection: the "
+            "list counts, as in transformers; the artifact's index_topk_pattern says the same to vLLM, which reads no "
+            "list"
         )
 
 
