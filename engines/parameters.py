@@ -54,12 +54,9 @@ class EngineModel:
     drafts: Callable[[ModelConfig], Collection[int]]  # the MTP layers that its draft model has
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
-<<<<<<< HEAD
     loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
-=======
     # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
     turns_draft_input: tuple[str, ...] = ()
->>>>>>> refs/heads/eng
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -113,9 +110,7 @@ _SGLANG_GLM = replace(
     builds_empty_shared=True,
     always_has_router_bias=True,
     refuses=lambda name: False,
-    loads_draft=False,
-    # Its draft looks for the layer as model.decoder in the description, and does not start.
-    drafts=lambda config: (),
+    loads_draft=False,  # it looks for the layer as model.decoder in the description
 )
 # Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
@@ -190,7 +185,6 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
         )
 
 
-<<<<<<< HEAD
 def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """A line where `engine` runs the model and cannot load its MTP draft."""
     model = MODELS[engine].get(config.family.architecture)
@@ -200,7 +194,8 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
     quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
     if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
-=======
+
+
 def key_problems(
     engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -219,7 +214,6 @@ def key_problems(
             "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
             "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
         )
->>>>>>> refs/heads/eng
 
 
 def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:

@@ -19,13 +19,9 @@ from ..formats.checkpoint import read_config
 from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
-<<<<<<< HEAD
 from ..models.tensors import Spec
-from .parameters import draft_notes, parameter_problems, refused_names
+from .parameters import draft_notes, key_problems, parameter_problems, refused_names
 from .requirements import sparse_layers
-=======
-from .parameters import key_problems, parameter_problems, refused_names
->>>>>>> refs/heads/eng
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
 _W4A8_INPUTS = 64
@@ -191,12 +187,8 @@ def engine_notes(
     config: ModelConfig, schemes: Mapping[str, Scheme], unknown: Sequence[str], specs: Mapping[str, Spec]
 ) -> Iterator[str]:
     """A line for each problem of an artifact with these weights on any placement; `unknown` tensors are copied."""
-<<<<<<< HEAD
     yield from slow_path_notes(specs, schemes)
-    for engine, (version, _) in ENGINES.items():
-=======
     for engine in ENGINES:
->>>>>>> refs/heads/eng
         yield from placement_problems(engine, config, schemes, 1, False)
         yield from loading_notes(engine, config, schemes)
         refused = refused_names(engine, config.family, unknown)
@@ -210,7 +202,7 @@ def engine_notes(
 def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """A line for each part that `engine` cannot load of an artifact that it runs."""
     for note in draft_notes(engine, config, schemes):
-        yield f"{engine} {ENGINES[engine][0]}: {note}"
+        yield f"{tested_releases(engine)}: {note}"
 
 
 def slow_path_notes(specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]) -> Iterator[str]:
@@ -224,7 +216,7 @@ def slow_path_notes(specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]) ->
     ]
     if slow:
         yield (
-            f"vllm-ascend {ENGINES['vllm-ascend'][0]}: {slow[0]!r} is FLOAT in {len(slow)} layer(s), so that attention "
+            f"{tested_releases('vllm-ascend')}: {slow[0]!r} is FLOAT in {len(slow)} layer(s), so that attention "
             "there takes many small operators instead of a fused one; give the role indexer W8A8_DYNAMIC"
         )
 

@@ -22,10 +22,6 @@ def engine_notes(subject: Subject) -> Iterator[str]:
     if subject.is_own and subject.target is Target.ENGINES:
         keys = read_description_keys(subject.directory)
         for engine in ENGINES:
-<<<<<<< HEAD
-            yield from loading_problems(engine, subject.checkpoint.config, subject.described)
+            yield from loading_problems(engine, subject.checkpoint.config, subject.described, keys)
             yield from loading_notes(engine, subject.config, subject.described)
         yield from slow_path_notes(subject.specs, subject.schemes)
-=======
-            yield from loading_problems(engine, subject.checkpoint.config, subject.described, keys)
->>>>>>> refs/heads/eng
