@@ -51,7 +51,7 @@ def statements(
         *_groups(raw, config),
         *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
-        *_index(checkpoint.unlisted),
+        *_index([name for name in checkpoint.unlisted if name != shared]),
     ]
 
 
