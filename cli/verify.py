@@ -44,9 +44,9 @@ def command(
     Hashes, headers, completeness, shapes, the engines' requirements, and every stored value. Exit status 1, with each
     problem named, when anything is wrong. With --engine also when that engine has no parameter for a tensor, or no
     tensor for a parameter, reads config.json otherwise than npuq, or cannot run the model on --tp ranks; without
-    --engine, notes report the first three.
+    --engine, notes report the first three. A note names the releases of the engine that were tested.
     """
-    from ..engines import check_placement
+    from ..engines import check_placement, tested_releases
     from ..verification import verify
     from .transfer import local_model
 
@@ -60,8 +60,9 @@ def command(
         # Verification has already reported an artifact whose config or description cannot be read.
         with suppress(NpuqError):
             found = check_placement(where, engine, tp, ep)
-            notes = tuple(note for note in verdict.notes if note not in found)
-            verdict = replace(verdict, problems=(*verdict.problems, *found), notes=notes)
+            notes = (note for note in verdict.notes if note not in found)
+            tested = f"--engine: the requirements are those of {tested_releases(engine)}"
+            verdict = replace(verdict, problems=(*verdict.problems, *found), notes=(*notes, tested))
     if as_json:
         emit_json(verdict.as_dict())
     else:

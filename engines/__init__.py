@@ -1,5 +1,5 @@
 """The requirements of engines (vLLM-Ascend, SGLang) on an artifact that they load."""
 
-from .placement import check_placement
+from .placement import check_placement, tested_releases
 
-__all__ = ["check_placement"]
+__all__ = ["check_placement", "tested_releases"]

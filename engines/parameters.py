@@ -55,6 +55,8 @@ class EngineModel:
     draft_always_routes: bool  # the draft's layer has experts for any moe_layer_freq
     refuses: Callable[[str], bool]  # True where loading fails at a tensor of that name without a parameter
     loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
+    # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
+    turns_draft_input: tuple[str, ...] = ()
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -82,6 +84,7 @@ _VLLM = EngineModel(
     drafts=_counted,
     draft_always_routes=False,
     refuses=_refused_by_vllm,
+    turns_draft_input=("0.30.0rc2",),
 )
 _SGLANG = EngineModel(
     architectures=_DEEPSEEK,
@@ -107,6 +110,9 @@ _SGLANG_GLM = replace(
     builds_empty_shared=True,
     always_has_router_bias=True,
     refuses=lambda name: False,
+    loads_draft=False,
+    # Its draft looks for the layer as model.decoder in the description, and does not start.
+    drafts=lambda config: (),
 )
 # Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
@@ -186,9 +192,30 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
     model = MODELS[engine].get(config.family.architecture)
     if model is None or model.loads_draft:
         return
-    layers = model.drafts(config)
-    if any(scheme is not Scheme.FLOAT and config.family.layer_of(name) in layers for name, scheme in schemes.items()):
+    main = config.num_hidden_layers
+    quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
+    if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
+
+
+def key_problems(
+    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line for each key of the description that makes releases of `engine` compute something else, and the releases.
+
+    `keys`: the description's keys that name no tensor.
+    """
+    config = ModelConfig.from_dict(raw)
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.turns_draft_input:
+        return
+    drafts = model.drafts(config)
+    if keys.get("is_rot_used") and any(config.family.layer_of(name) in drafts for name in schemes):
+        yield (
+            model.turns_draft_input,
+            "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
+            "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
+        )
 
 
 def refused_names(engine: str, family: Family, names: Collection[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Requirements of engines on the ranks that a model is spread over, as data: can it be spread, and does it compute
 rightly?
 
-Each requirement holds for one release of an engine. They were found by running the engines' own loading code on
-artifacts, rank by rank, with emulated NPU operators (tests/engines), and change when the engines do.
+The requirements of an engine are those of the releases that ENGINES names with it. They were found by running the
+engines' own loading code on artifacts, rank by rank, with emulated NPU operators (tests/engines), and change when the
+engines do.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..formats.artifact import DESCRIPTION_NAME, read_description
+from ..formats.artifact import DESCRIPTION_NAME, read_description, read_description_keys
 from ..formats.checkpoint import read_config
 from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.tensors import Spec
-from .parameters import draft_notes, parameter_problems, refused_names
+from .parameters import draft_notes, key_problems, parameter_problems, refused_names
 from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
@@ -80,6 +81,14 @@ class Requirement:
     why: str
 
 
+@dataclass(frozen=True)
+class Engine:
+    """The releases of an engine that were tested, oldest first, and what all of them require of a placement."""
+
+    releases: tuple[str, ...]
+    requirements: tuple[Requirement, ...]
+
+
 _COMMON = (
     Requirement(
         lambda p: p.config.rope.rope_type not in ("default", "yarn"),
@@ -114,9 +123,9 @@ _COMMON = (
     ),
 )
 
-ENGINES: Mapping[str, tuple[str, tuple[Requirement, ...]]] = {
-    "vllm-ascend": (
-        "0.23.0",
+ENGINES: Mapping[str, Engine] = {
+    "vllm-ascend": Engine(
+        ("0.23.0", "0.30.0rc2"),
         (
             *_COMMON,
             Requirement(
@@ -126,8 +135,8 @@ ENGINES: Mapping[str, tuple[str, tuple[Requirement, ...]]] = {
             ),
         ),
     ),
-    "sglang": (
-        "0.5.23",
+    "sglang": Engine(
+        ("0.5.23",),
         (
             *_COMMON,
             Requirement(
@@ -154,14 +163,24 @@ def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[st
     config, schemes = ModelConfig.from_dict(raw), read_description(directory)
     if schemes is None:
         raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")
-    return (*loading_problems(engine, raw, schemes), *placement_problems(engine, config, schemes, tp, ep))
+    keys = read_description_keys(directory)
+    return (*loading_problems(engine, raw, schemes, keys), *placement_problems(engine, config, schemes, tp, ep))
 
 
-def loading_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def tested_releases(engine: str) -> str:
+    """An engine (a key of ENGINES) with the releases that were tested: "vllm-ascend 0.23.0 and 0.30.0rc2"."""
+    return f"{engine} {' and '.join(ENGINES[engine].releases)}"
+
+
+def loading_problems(
+    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
+) -> Iterator[str]:
     """A line for each way in which `engine` would fail to load an artifact with this config.json and description, or
-    misread it, on any number of ranks."""
+    misread it, on any number of ranks. `keys`: the description's keys that name no tensor."""
     for problem in parameter_problems(engine, raw, schemes):
-        yield f"{engine} {ENGINES[engine][0]}: {problem}"
+        yield f"{tested_releases(engine)}: {problem}"
+    for releases, problem in key_problems(engine, raw, schemes, keys):
+        yield f"{engine} {' and '.join(releases)}: {problem}"
 
 
 def engine_notes(
@@ -169,13 +188,13 @@ def engine_notes(
 ) -> Iterator[str]:
     """A line for each problem of an artifact with these weights on any placement; `unknown` tensors are copied."""
     yield from slow_path_notes(specs, schemes)
-    for engine, (version, _) in ENGINES.items():
+    for engine in ENGINES:
         yield from placement_problems(engine, config, schemes, 1, False)
         yield from loading_notes(engine, config, schemes)
         refused = refused_names(engine, config.family, unknown)
         if refused:
             yield (
-                f"{engine} {version} has no parameter for tensor {refused[0]!r} and will not load the artifact: if no "
+                f"{tested_releases(engine)}: no parameter for tensor {refused[0]!r}: the artifact will not load; if no "
                 "loader needs it, remove it from the checkpoint"
             )
 
@@ -183,7 +202,7 @@ def engine_notes(
 def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """A line for each part that `engine` cannot load of an artifact that it runs."""
     for note in draft_notes(engine, config, schemes):
-        yield f"{engine} {ENGINES[engine][0]}: {note}"
+        yield f"{tested_releases(engine)}: {note}"
 
 
 def slow_path_notes(specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]) -> Iterator[str]:
@@ -197,7 +216,7 @@ def slow_path_notes(specs: Mapping[str, Spec], schemes: Mapping[str, Scheme]) ->
     ]
     if slow:
         yield (
-            f"vllm-ascend {ENGINES['vllm-ascend'][0]}: {slow[0]!r} is FLOAT in {len(slow)} layer(s), so that attention "
+            f"{tested_releases('vllm-ascend')}: {slow[0]!r} is FLOAT in {len(slow)} layer(s), so that attention "
             "there takes many small operators instead of a fused one; give the role indexer W8A8_DYNAMIC"
         )
 
@@ -206,7 +225,6 @@ def placement_problems(
     engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
 ) -> Iterator[str]:
     """A line for each requirement of `engine` (a key of ENGINES) that `tp` ranks break; `schemes`: the description."""
-    version, requirements = ENGINES[engine]
     placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
     numbers = {
         "tp": tp,
@@ -218,9 +236,9 @@ def placement_problems(
         "experts": config.n_routed_experts,
         "width": placement.expert_width,
     }
-    for requirement in requirements:
+    for requirement in ENGINES[engine].requirements:
         if requirement.broken(placement):
-            yield f"{engine} {version}: {requirement.why.format(**numbers)}"
+            yield f"{tested_releases(engine)}: {requirement.why.format(**numbers)}"
 
 
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:

@@ -170,6 +170,16 @@ def read_description(directory: Path) -> dict[str, Scheme] | None:
     return result
 
 
+def read_description_keys(directory: Path) -> dict[str, Any]:
+    """The keys of an artifact's description that name no tensor; none without a description.
+
+    Raises ArtifactError for a malformed description.
+    """
+    path = description_path(directory)
+    entries = {} if path is None else read_object(inside(directory, path.name, ArtifactError), ArtifactError)
+    return {name: value for name, value in entries.items() if "." not in name}
+
+
 def artifact_config(
     config: Mapping[str, Any], *, linear: Scheme, experts: Scheme, mtp_experts: Scheme | None
 ) -> dict[str, Any]:

@@ -41,9 +41,9 @@ class Checkpoint:
 
     tensors: in natural name order (layer 2 before layer 10), in any order of shards. files: the maps behind views; call
     `files.check()` before results computed with views are used. stamps: one a shard, taken when its header was read;
-    none on a hub, where a commit pins the files. unlisted: the tensors that an index leaves out. stated: config.json as
-    it is stored, where `read_as` replaced `config`. window: set for a remote checkpoint, whose tensors can be read from
-    their announcement to their release.
+    none on a hub, where a commit pins the files. stated: config.json as it is stored, where `read_as` replaced
+    `config`. window: set for a remote checkpoint, whose tensors can be read after their announcement and until their
+    release. weight_map: the shard of each tensor that the index lists; None without an index.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Checkpoint:
         storage: Storage,
         window: Window | None = None,
         stamps: Sequence[FileStamp] = (),
-        unlisted: Sequence[str] = (),
+        weight_map: Mapping[str, FileName] | None = None,
     ):
         self.directory = directory
         self.config = config
@@ -63,8 +63,8 @@ class Checkpoint:
         self.tensors = tensors
         self.shards = tuple(shards)
         self.stamps = tuple(stamps)
-        self.unlisted = tuple(unlisted)
         self.window = window
+        self.weight_map = weight_map
         self.files = MappedFiles()
         self._storage = storage
 
@@ -126,8 +126,7 @@ class Checkpoint:
         headers = {shard: storage.read_header(path) for shard, path in paths.items()}
         tensors = collect_tensors(directory, weight_map, headers)
         stamps = [storage.stamps[path] for path in paths.values()]
-        unlisted = not_listed(weight_map, tensors)
-        return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps, unlisted=unlisted)
+        return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps, weight_map=weight_map)
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's dtype, shape, file and byte range. CheckpointError when the checkpoint has none of that name."""
@@ -222,11 +221,6 @@ def collect_tensors(
             if name not in listed:
                 tensors[name] = info
     return {name: tensors[name] for name in sorted(tensors, key=natural_key)}
-
-
-def not_listed(weight_map: Mapping[str, str] | None, names: Iterable[str]) -> list[str]:
-    """The tensors that an index leaves out; none without an index."""
-    return [] if weight_map is None else [name for name in names if name not in weight_map]
 
 
 def index_path(directory: Path) -> Path | None:

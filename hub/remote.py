@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from ..errors import CheckpointError, HubError
-from ..formats.checkpoint import Checkpoint, collect_tensors, not_listed, read_config, read_weight_map
+from ..formats.checkpoint import Checkpoint, collect_tensors, read_config, read_weight_map
 from ..formats.safetensors import TensorInfo, parse_header
 from ..inputs.names import FileName
 from ..progress import Silent
@@ -67,8 +67,7 @@ def open_remote(
 
     paths = {directory / shard.name: shard for shard in shards}
     window = Window(Path(folder), window_bytes, tensors, paths, fetch)
-    unlisted = not_listed(weight_map, tensors)
-    return Checkpoint(directory, config, tensors, list(paths), WindowFiles(window), window, unlisted=unlisted)
+    return Checkpoint(directory, config, tensors, list(paths), WindowFiles(window), window, weight_map=weight_map)
 
 
 class WindowFiles:

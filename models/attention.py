@@ -39,6 +39,10 @@ class AttentionWidths(Protocol):
     def stated(self) -> Mapping[str, int | bool]:
         """The keys of config.json that loaders have different defaults for."""
 
+    @property
+    def disputed(self) -> str | None:
+        """What the keys of config.json say in two ways; None where they agree."""
+
     def sizes(self) -> Mapping[str, int]:
         """The table's words of shapes, as numbers."""
 

@@ -68,6 +68,11 @@ class Mla:
         return None
 
     @property
+    def disputed(self) -> str | None:
+        """What the keys of config.json say in two ways; None where they agree."""
+        return None
+
+    @property
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key: those without position, then the rotary ones."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim

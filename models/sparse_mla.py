@@ -26,8 +26,8 @@ class Indexer:
     n_heads, head_dim: heads of an index query, and channels of a head; an index key has one head. topk: tokens that a
     query selects. rope_interleave: rotary pairs are channels (2i, 2i + 1), and not (i, i + rope / 2); the rotary
     channels come first. types: FULL or SHARED for each decoder layer. types_listed: config.json lists them layer by
-    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. otherwise: a key
-    of lower precedence says another type of some layer.
+    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. types_disputed: a
+    key of lower precedence says another type of some layer.
     """
 
     n_heads: int
@@ -36,7 +36,7 @@ class Indexer:
     rope_interleave: bool
     types: tuple[str, ...]
     types_listed: bool
-    otherwise: bool = False
+    types_disputed: bool = False
 
     def is_full(self, layer: int) -> bool:
         """True for a layer that selects by itself, as every multi-token-prediction layer does."""
@@ -64,6 +64,12 @@ class SparseMla(Mla):
             "index_topk": indexer.topk,
             "indexer_rope_interleave": indexer.rope_interleave,
         }
+
+    @property
+    def disputed(self) -> str | None:
+        if not self.indexer.types_disputed:
+            return None
+        return "which layers share a selection (indexer_types, index_topk_pattern, index_topk_freq)"
 
     @property
     def dense_tokens(self) -> int:
@@ -113,7 +119,7 @@ class SparseMlaDefaults:
             rope_interleave=read.flag("indexer_rope_interleave", self.indexer_rope_interleave),
             types=stated[0],
             types_listed=listed,
-            otherwise=len(set(stated)) > 1,
+            types_disputed=len(set(stated)) > 1,
         )
         if indexer.types[0] != FULL:
             raise CheckpointError(

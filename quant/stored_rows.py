@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -64,8 +66,21 @@ def _scaled(codes: Tensor, blocks: BlockScale) -> Tensor:
     else:
         scale = scale[blocks.first_row : blocks.first_row + rows.shape[0]]
     if rows.shape[1] % width == 0:
-        rows.view(rows.shape[0], -1, width).mul_(scale[:, :, None])
+        rows.view(rows.shape[0], scale.shape[1], width).mul_(scale[:, :, None])
         return rows
     for column in range(scale.shape[1]):
         rows[:, column * width : (column + 1) * width].mul_(scale[:, column, None])
     return rows
+
+
+def row_ranges(rows: int, columns: int, elements: int, block_rows: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield ranges of the rows of a matrix, of at most `elements` values (two rows at least), in whole blocks where
+    they fit.
+
+    Every range but the last has an even number of rows: two output rows share a byte of int4.
+    """
+    size = max(2, elements // max(1, columns))
+    granule = lcm(block_rows, 2)
+    size -= size % (granule if size >= granule else 2)
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)

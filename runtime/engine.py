@@ -95,7 +95,10 @@ class Engine:
         self._cache = tuple(
             caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )
-        self._builder = StepBuilder(model.ops, rope, config.block_size, config.prefix_segment_tokens)
+        self._dense_tokens = model.attention.dense_tokens
+        self._builder = StepBuilder(
+            model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
+        )
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
     def add(
@@ -180,13 +183,19 @@ class Engine:
             yield from self._logits_of_batch(batch)
 
     def _fits_a_step(self, batch: abc.Sequence[abc.Sequence[int]]) -> bool:
-        if self._int8_cache and sum(self.blocks.blocks_for(len(tokens)) for tokens in batch) > self.blocks.num_free:
+        blocks = sum(self.blocks.blocks_for(len(tokens)) for tokens in batch)
+        if self._reads_cache(batch) and blocks > self.blocks.num_free:
             return False
         return sum(map(len, batch)) <= self.config.max_num_batched_tokens
 
+    def _reads_cache(self, batch: abc.Sequence[abc.Sequence[int]]) -> bool:
+        """True if whole sequences in one step need a cache: to judge an int8 one, or to select tokens in it."""
+        longest = max(len(tokens) for tokens in batch)
+        return self._int8_cache or (self._dense_tokens is not None and longest > self._dense_tokens)
+
     def _logits_of_batch(self, batch: abc.Sequence[abc.Sequence[int]]) -> abc.Iterator[Tensor]:
-        # Whole sequences in one step need no cache, except to judge an int8 cache.
-        blocks = self._take_blocks([len(tokens) if self._int8_cache else 0 for tokens in batch])
+        cached = self._reads_cache(batch)
+        blocks = self._take_blocks([len(tokens) if cached else 0 for tokens in batch])
         try:
             logits, order = self._run(
                 [

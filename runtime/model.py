@@ -66,8 +66,9 @@ class Model:
         ops, eps = self.ops, self.config.rms_norm_eps
         residual = ops.norms.embedding(step.token_ids, self.weights.embedding)
         delta: Tensor | None = None
+        selected: Tensor | None = None
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
-            delta, residual = self.decoder_layer(layer, delta, residual, layer_cache, step)
+            delta, residual, selected = self.decoder_layer(layer, delta, residual, layer_cache, step, selected)
         if step.output_rows is not None:
             if step.output_rows.shape[0] == 0:
                 return residual.new_empty(0, self.config.vocab_size)
@@ -79,18 +80,26 @@ class Model:
         return ops.products.linear(final, self.weights.lm_head)
 
     def decoder_layer(
-        self, layer: LayerWeights, delta: Tensor | None, residual: Tensor, cache: LayerCache, step: Step
-    ) -> tuple[Tensor, Tensor]:
-        """Run one decoder layer: (delta, residual) → (delta, residual), compute dtype `[T, H]` each.
+        self,
+        layer: LayerWeights,
+        delta: Tensor | None,
+        residual: Tensor,
+        cache: LayerCache,
+        step: Step,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run one decoder layer: (delta, residual, selected) → (delta, residual, selected).
+
+        delta, residual: compute dtype `[T, H]`. selected: what attention hands on from layer to layer (`Attended`).
 
         A layer's input and output are delta + residual; the next layer's norm adds them, in one operator. An input
         delta of None is zero.
         """
         ops, attention = self.ops, self.attention
         hidden, residual = attention.norm(delta, residual, layer.input_norm, layer.attention, ops)
-        attended = attention.attend(hidden, layer.attention, cache, step, ops)
+        attended, selected = attention.attend(hidden, layer.attention, cache, step, ops, selected)
         normed, residual = ops.norms.add_rms_norm(attended, residual, layer.mlp_norm, self.config.rms_norm_eps)
-        return self._feed_forward(normed, layer), residual
+        return self._feed_forward(normed, layer), residual, selected
 
     def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         if layer.moe is not None:

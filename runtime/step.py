@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -57,19 +57,26 @@ class RopeRows:
 
 
 class StepBuilder:
-    """Builder of steps for one engine. segment_tokens: tokens of a cached prefix to decompress at a time."""
+    """Builder of steps for one engine.
 
-    def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int):
+    segment_tokens: tokens of a cached prefix to decompress at a time. dense_tokens: a step with a longer sequence is
+    absorbed as a whole; None: none is (`AttentionKind.dense_tokens`).
+    """
+
+    def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int, dense_tokens: int | None = None):
         self._ops = ops
         self._rope = rope
         self._block_size = block_size
         self._segment_blocks = max(1, segment_tokens // block_size)
+        self._dense_tokens = dense_tokens
 
     def build(self, chunks: Sequence[Chunk]) -> tuple[Step, list[int]]:
         """Build the step of some chunks: the step, and the chunks' order in its rows (decodes first, else as given).
 
         Raises ValueError for a chunk without tokens, beyond the rope tables, or with too few blocks.
         """
+        if self._dense_tokens is not None and max((chunk.end for chunk in chunks), default=0) > self._dense_tokens:
+            chunks = [replace(chunk, absorbed=True) for chunk in chunks]
         for chunk in chunks:
             self._check(chunk)
         order = sorted(range(len(chunks)), key=lambda index: not chunks[index].decodes)

@@ -45,6 +45,11 @@ def load_kv_cache_scales(
     channels do not fill whole tiles.
     """
     pools = [pool for pool in attention.pools(0) if pool.int8]
+    if not pools:
+        raise ArtifactError(
+            f"{checkpoint.directory}: {config.model_type} has no int8 KV cache: sparse attention reads the "
+            "cache in the compute dtype; leave out kv_cache_dtype"
+        )
     for pool in pools:
         if pool.channels % INT8_CHANNELS:
             raise ArtifactError(
@@ -107,7 +112,7 @@ def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: Attention
     parts, moe = _Parts(store, config, layer), config.moe_at(layer)
     return LayerWeights(
         input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
-        attention=attention.load(_BlockParts(parts, Block.ATTENTION), ops),
+        attention=attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops),
         mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
         moe=None if moe is None else _moe(parts, moe, ops),

@@ -17,7 +17,7 @@ from ..formats.artifact import (
     description_path,
     is_described,
 )
-from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path, read_weight_map
+from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path
 from ..formats.safetensors import FLOAT_CODES, read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
@@ -56,7 +56,7 @@ def _index(subject: Subject) -> Iterator[str]:
 
 def _unlisted(checkpoint: Checkpoint) -> Iterator[str]:
     """A line for each tensor of a shard that the index does not place there."""
-    index, listed = index_path(checkpoint.directory), read_weight_map(checkpoint.directory)
+    index, listed = index_path(checkpoint.directory), checkpoint.weight_map
     if index is None or listed is None:
         return
     for shard in checkpoint.shards:

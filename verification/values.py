@@ -24,6 +24,7 @@ from ..models.rope import rope_tables
 from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..progress import LayersLeft, Progress, Task
+from ..quant.stored_rows import row_ranges
 from ..quant.weight_error import ErrorSums
 from .source import Original
 from .subject import Subject
@@ -83,7 +84,7 @@ def _float_problems(weight: Weight, spec: Spec, source: WeightSource | None) -> 
     known = spec.role is not Role.OTHER
     if not spec.shape or not (known or source is not None):
         return
-    for start, stop in row_chunks(spec):
+    for start, stop in _ranges(spec):
         rows = weight.rows(start, stop).to(DTYPES[weight.float_code])
         if known and not torch.isfinite(rows).all():
             yield f"tensor {spec.name!r} holds infinities or NaN"
@@ -103,7 +104,7 @@ def _check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None,
     cannot be read at all."""
     problems: dict[str, None] = {}  # each once, in order
     squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
-    for start, stop in row_chunks(spec):
+    for start, stop in _ranges(spec):
         rows = linear.read(start, stop)
         for problem in rows.problems(exact=exact):
             problems[f"tensor {linear.tensors[problem.suffix]!r} {problem.what}"] = None
@@ -114,6 +115,11 @@ def _check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None,
             squared_norm[start:stop] = expected.square().sum(1).numpy()
     sums = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return WeightCheck(spec, tuple(problems), sums)
+
+
+def _ranges(spec: Spec) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about a million values."""
+    return row_ranges(spec.shape[0], spec.shape[1] if len(spec.shape) > 1 else 1, _CHUNK_ELEMENTS)
 
 
 def _rope(subject: Subject) -> Iterator[str]:
@@ -159,11 +165,3 @@ def _shared_inputs(subject: Subject) -> Iterator[str]:
                 first, second = map(checkpoint.read, stored)
                 if not torch.equal(first, second):
                     yield f"tensor {stored[1]!r} differs from {stored[0]!r}: engines fuse them: calibrate both as one"
-
-
-def row_chunks(spec: Spec) -> Iterator[tuple[int, int]]:
-    """Row ranges of about a million values, of an even number of rows for packed int4."""
-    columns = max(1, spec.shape[1] if len(spec.shape) > 1 else 1)
-    rows = max(2, _CHUNK_ELEMENTS // columns // 2 * 2)
-    for start in range(0, spec.shape[0], rows):
-        yield start, min(start + rows, spec.shape[0])

@@ -43,13 +43,14 @@ def statements(
         *_head(raw, config, shared),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
+        *_shared_selections(config),
         *_dtype(raw, config, inventory, source),
         *_quantization(checkpoint, source),
         *_rope(raw),
         *_groups(raw, config),
         *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
-        *_index(checkpoint.unlisted),
+        *_index(checkpoint, shared),
     ]
 
 
@@ -99,6 +100,14 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         yield (
             f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers behind a gap, or neither whole nor counted "
             "by config.json: left out, since no loader runs them"
+        )
+
+
+def _shared_selections(config: ModelConfig) -> Iterator[str]:
+    if config.attention.disputed:
+        yield (
+            f"config.json states twice {config.attention.disputed}: the list counts, then the pattern, as in "
+            "transformers; vLLM-Ascend goes by pattern and frequency, and computes another model: keep one statement"
         )
 
 
@@ -245,7 +254,9 @@ def _ids(value: Any) -> set[int]:
     return {item for item in (value if isinstance(value, list) else [value]) if type(item) is int}
 
 
-def _index(missing: Sequence[str]) -> Iterator[str]:
+def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
+    listed = checkpoint.weight_map
+    missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (
             f"{INDEX_NAME} does not list {len(missing)} tensors that the shards have, first {missing[0]!r}: they "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,6 @@ class JobDone:
 
     entry: JobEntry
     written: Written | None = None
-
-
-def row_chunks(job: Job, chunk_elements: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most `chunk_elements` values (two rows at least), whole FP8 blocks where they fit.
-
-    Every range but the last has an even number of rows: two output rows share a byte of int4.
-    """
-    rows = max(2, chunk_elements // max(1, job.columns))
-    granule = lcm(block_rows, 2)
-    rows -= rows % (granule if rows >= granule else 2)
-    for start in range(0, job.rows, rows):
-        yield start, min(start + rows, job.rows)
 
 
 def until(stop: threading.Event, chunks: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

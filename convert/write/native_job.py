@@ -18,10 +18,10 @@ from ...formats.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
 from ...formats.sources.weights import RowBytes, Weight, not_finite
 from ...native.binding import NativeRows, Quantizer
 from ...quant.scales import Method, NonFiniteError
-from ...quant.stored_rows import StoredRows
+from ...quant.stored_rows import StoredRows, row_ranges
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .jobs import JobDone, JobOutput, memory_of, row_chunks, until
+from .jobs import JobDone, JobOutput, memory_of, until
 from .journal import JobEntry
 from .shards import ShardFiles
 from .workspace import Workspace, Written
@@ -40,7 +40,7 @@ def run_native(
     job: Job, weight: Weight, stored: RowBytes, files: ShardFiles, workspace: Workspace, stop: threading.Event
 ) -> JobDone:
     """Run a job as `worker.run_job` does; `stored` has the weight's bytes as they are in the file."""
-    chunks = list(row_chunks(job, _CHUNK * workspace.chunk_elements, weight.block_rows))
+    chunks = list(row_ranges(job.rows, job.columns, _CHUNK * workspace.chunk_elements, weight.block_rows))
     slots = {slot.suffix: slot for slot in job.outputs}
     code_slot, most = slots.pop(WEIGHT), chunks[0][1]
     packed = job.rows // code_slot.shape[0]  # rows of the weight in a row of codes

@@ -14,9 +14,10 @@ from ...formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows,
 from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.roles import Role
 from ...quant.scales import NonFiniteError
+from ...quant.stored_rows import row_ranges
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .jobs import JobDone, JobOutput, row_chunks, until
+from .jobs import JobDone, JobOutput, until
 from .journal import JobEntry
 from .native_job import run_native, runs_natively
 from .shards import ShardFiles
@@ -38,7 +39,7 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     squared_error = np.zeros(job.rows)
     squared_norm = np.zeros(job.rows)
     small: dict[Slot, list[Tensor]] = {}
-    for start, end in until(stop, row_chunks(job, workspace.chunk_elements, weight.block_rows)):
+    for start, end in until(stop, row_ranges(job.rows, job.columns, workspace.chunk_elements, weight.block_rows)):
         if job.scheme is Scheme.FLOAT:
             output.write(job.outputs[0], start, _float_rows(job, weight, start, end))
             continue

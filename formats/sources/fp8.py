@@ -154,6 +154,8 @@ class Fp8Weights:
         self._checkpoint = checkpoint
         where = f"{checkpoint.directory / CONFIG_NAME}: "
         self._stated = stated_blocks(checkpoint.text_config.get("quantization_config"), where)
+        # By the shapes of weight and scale, of which a model has few.
+        self._layouts: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Block, str]] = {}
         # The sizes of blocks that only shapes tell, and a scale of each: rows, then columns.
         self._inferred: list[tuple[int, str] | None] = [None, None]
 
@@ -163,30 +165,32 @@ class Fp8Weights:
         Raises CheckpointError for a missing scale, two scales, and a scale of the wrong shape or dtype.
         """
         tensors, name = self._checkpoint.tensors, info.name
-        names = {form: form.scale_of(name) for form in SCALE_NAMES}
-        found = [(form, tensors[scale]) for form, scale in names.items() if scale in tensors]
+        named = [(form, end) for form in SCALE_NAMES if (end := form.scale_of(name)) is not None]
+        found = [(form, tensors[end]) for form, end in named if end in tensors]
         if not found:
-            wanted = " or ".join(repr(scale) for scale in names.values() if scale)
+            wanted = " or ".join(repr(end) for _, end in named)
             raise CheckpointError(
                 f"{info.file}: FP8 tensor {name!r} has no scale {wanted} in any shard; fetch all shards"
             )
         if len(found) > 1:
-            first, second = (scale.name for _, scale in found[:2])
+            first, second = (beside.name for _, beside in found[:2])
             raise CheckpointError(
                 f"{info.file}: FP8 tensor {name!r} has two scales, {first!r} and {second!r}; remove the wrong one"
             )
         if len(info.shape) != 2:
             raise CheckpointError(f"{info.file}: FP8 tensor {name!r} {list(info.shape)} is not a matrix")
         ((form, scale),) = found
-        layout = self._layout(info, scale) if scale.dtype in form.codes else None
-        if layout is None:
+        shapes = info.shape, scale.shape
+        layout = self._layouts.get(shapes) or self._layout(info, scale)
+        if layout is None or scale.dtype not in form.codes:
             blocks = self._stated or (_DEFAULT_BLOCK,)
             sizes = " or ".join(f"{block[0]}x{block[1]}" for block in blocks)
-            shapes = " or ".join(str(list(_blocks(info, block))) for block in blocks)
+            wanted = " or ".join(str(list(_blocks(info, block))) for block in blocks)
             raise CheckpointError(
                 f"{scale.file}: scale {scale.name!r} is {scale.dtype} {list(scale.shape)}; blocks of {sizes} over "
-                f"{list(info.shape)} need {'/'.join(form.codes)} {shapes}, channels {[info.shape[0], 1]}"
+                f"{list(info.shape)} need {'/'.join(form.codes)} {wanted}, channels {[info.shape[0], 1]}"
             )
+        self._layouts[shapes] = layout
         return Fp8Weight(self._checkpoint, info, scale, *layout)
 
     def _layout(self, info: TensorInfo, scale: TensorInfo) -> tuple[Block, str] | None:
@@ -228,8 +232,11 @@ class Fp8Weights:
 
 def is_beside_fp8(tensors: Mapping[str, TensorInfo], name: str) -> bool:
     """True for the scale of an FP8 weight or of its inputs. Raises nothing."""
-    weights = (tensors.get(form.weight_of(name) or "") for form in SCALE_NAMES)
-    return any(weight is not None and weight.dtype == FP8_CODE for weight in weights)
+    for form in SCALE_NAMES:
+        weight = form.weight_of(name)
+        if weight is not None and weight in tensors:
+            return tensors[weight].dtype == FP8_CODE
+    return False
 
 
 def is_scale(name: str) -> bool:

@@ -21,12 +21,11 @@ from ...errors import CheckpointError
 from ...models.config_reader import shown
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import CONFIG_NAME, Checkpoint
-from ..safetensors import TensorInfo
+from ..safetensors import FLOAT_CODES, TensorInfo
 from .weights import RowBytes, Weight
 
 GROUP: Final = 32
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
-_FLOATS = ("BF16", "F16", "F32")
 # Tensors beside the packed one that give its codes another meaning.
 _REFUSED: Final = {
     ".weight_zero_point": "zero points (asymmetric codes) are not read; the scheme must be symmetric",
@@ -166,7 +165,7 @@ def _weight(checkpoint: Checkpoint, module: str) -> GroupedInt4:
         )
     scale, shape = (_part(checkpoint, info, module + suffix) for suffix in (_SCALE, _SHAPE))
     rows, words = info.shape
-    if scale.dtype not in _FLOATS or 8 * words % GROUP or scale.shape != (rows, 8 * words // GROUP):
+    if scale.dtype not in FLOAT_CODES or 8 * words % GROUP or scale.shape != (rows, 8 * words // GROUP):
         raise CheckpointError(
             f"{scale.file}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)}; {rows} rows of {8 * words} "
             f"inputs in groups of {GROUP}, the only size that npuq reads, have BF16 [{rows}, {8 * words / GROUP:g}]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,14 +20,32 @@ class Parts(Protocol):
         """The float tensor, in its stored dtype."""
 
 
+class Attended(NamedTuple):
+    """The output of an attention block `[T, H]`.
+
+    selected: what the layer hands on to the next one in the same step, the tokens that each query attends to, int32
+    `[T, 1, k]`; None where queries attend to all that they see.
+    """
+
+    output: Tensor
+    selected: Tensor | None = None
+
+
 class AttentionKind(Protocol):
     """One kind of attention, with the widths and constants of one model."""
+
+    @property
+    def dense_tokens(self) -> int | None:
+        """The longest sequence in which every query attends to all earlier tokens; None: any.
+
+        A step with a longer one attends to the cache alone, in absorbed form (`Step.decode`).
+        """
 
     def pools(self, layer: int) -> tuple[Pool, ...]:
         """Pools of a layer's cache."""
 
-    def load(self, parts: Parts, ops: Ops) -> AttentionWeights:
-        """Weights of one layer, laid out by the backend."""
+    def load(self, layer: int, parts: Parts, ops: Ops) -> AttentionWeights:
+        """Weights of a layer, laid out by the backend."""
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
@@ -42,5 +60,16 @@ class AttentionKind(Protocol):
     ) -> dict[str, Tensor]:
         """Write the step's tokens into the cache without attending: rows `[T, channels]` by pool, as read back."""
 
-    def attend(self, hidden: Activation, weights: AttentionWeights, cache: LayerCache, step: Step, ops: Ops) -> Tensor:
-        """Run the attention block of a step and write the cache: hidden `[T, H]` → `[T, H]`."""
+    def attend(
+        self,
+        hidden: Activation,
+        weights: AttentionWeights,
+        cache: LayerCache,
+        step: Step,
+        ops: Ops,
+        selected: Tensor | None = None,
+    ) -> Attended:
+        """Run the attention block of a step on hidden rows `[T, H]`, and write the cache.
+
+        selected: what the layer below handed on.
+        """

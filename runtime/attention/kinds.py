@@ -9,9 +9,11 @@ from typing import Final
 from ...errors import BackendError
 from ...models.config import ModelConfig
 from ...models.mla import Mla
-from ..ops import MlaConfig
+from ...models.sparse_mla import SparseMla
+from ..ops import IndexerConfig, MlaConfig
 from .kind import AttentionKind
 from .mla import MlaAttention
+from .sparse_mla import SparseMlaAttention
 
 
 def attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKind:
@@ -28,9 +30,27 @@ def dense_attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKi
 
 
 def _mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
+    return MlaAttention(_mla_config(config, softmax_scale))
+
+
+def _sparse_mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
+    widths = config.attention
+    assert isinstance(widths, SparseMla)
+    indexer = IndexerConfig(
+        n_heads=widths.indexer.n_heads,
+        head_dim=widths.indexer.head_dim,
+        rope_dim=widths.qk_rope_head_dim,
+        topk=widths.indexer.topk,
+        rope_interleave=widths.indexer.rope_interleave,
+    )
+    full = tuple(widths.indexer.is_full(layer) for layer in range(config.num_hidden_layers))
+    return SparseMlaAttention(_mla_config(config, softmax_scale), indexer, full)
+
+
+def _mla_config(config: ModelConfig, softmax_scale: float) -> MlaConfig:
     widths = {field.name: getattr(config.attention, field.name) for field in fields(Mla)}
-    return MlaAttention(MlaConfig(**widths, rms_norm_eps=config.rms_norm_eps, softmax_scale=softmax_scale))
+    return MlaConfig(**widths, rms_norm_eps=config.rms_norm_eps, softmax_scale=softmax_scale)
 
 
 # By the class of a config's widths.
-_KINDS: Final[dict[type, Callable[[ModelConfig, float], AttentionKind]]] = {Mla: _mla}
+_KINDS: Final[dict[type, Callable[[ModelConfig, float], AttentionKind]]] = {Mla: _mla, SparseMla: _sparse_mla}

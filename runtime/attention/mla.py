@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import Activation, AttentionWeights, Lengths, Mla, MlaConfig, MlaParts, Ops, Prefill, Queries, Step
 from ..ops.handles import own
 from ..ops.latent_attention import LATENT, ROPE
-from .kind import Parts
+from .kind import Attended, Parts
 from .pools import LayerCache, Pool
 
 
@@ -24,10 +24,14 @@ class MlaAttention:
 
     config: MlaConfig
 
+    @property
+    def dense_tokens(self) -> int | None:
+        return None
+
     def pools(self, layer: int) -> tuple[Pool, ...]:
         return Pool(LATENT, self.config.kv_lora_rank, int8=True), Pool(ROPE, self.config.qk_rope_head_dim)
 
-    def load(self, parts: Parts, ops: Ops) -> Mla:
+    def load(self, layer: int, parts: Parts, ops: Ops) -> Mla:
         latent_queries = self.config.q_lora_rank is not None
         return ops.mla.load(
             MlaParts(
@@ -55,12 +59,20 @@ class MlaAttention:
         k_rope, latent = _written(ops.mla.project_kv(hidden, mla), mla, cache, step, ops)
         return {LATENT: latent, ROPE: k_rope}
 
-    def attend(self, hidden: Activation, weights: AttentionWeights, cache: LayerCache, step: Step, ops: Ops) -> Tensor:
+    def attend(
+        self,
+        hidden: Activation,
+        weights: AttentionWeights,
+        cache: LayerCache,
+        step: Step,
+        ops: Ops,
+        selected: Tensor | None = None,
+    ) -> Attended:
         mla = own(weights, Mla)
         if step.prefill is None:
-            return ops.mla.decode(hidden, mla, cache, step)
+            return Attended(ops.mla.decode(hidden, mla, cache, step))
 
-        q_nope, q_rope, kv = ops.mla.project(hidden, mla)
+        q_nope, q_rope, kv, _ = ops.mla.project(hidden, mla)
         k_rope, latent = _written(kv, mla, cache, step, ops)  # [T, D], [T, L]
         q_rope = ops.rotary.interleave_rope(q_rope, step.positions.cos, step.positions.sin)
         first = step.num_decode_tokens
@@ -69,7 +81,7 @@ class MlaAttention:
         if first:
             q_latent = ops.mla.absorb(q_nope[:first], mla)
             attended = torch.cat([self._decode(q_latent, q_rope[:first], mla, cache, step, ops), attended])
-        return ops.mla.output(attended, mla)
+        return Attended(ops.mla.output(attended, mla))
 
     def _decode(self, q_latent: Tensor, q_rope: Tensor, mla: Mla, cache: LayerCache, step: Step, ops: Ops) -> Tensor:
         assert step.decode is not None

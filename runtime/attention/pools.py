@@ -107,6 +107,10 @@ class Pages:
         """Round rows as an int8 pool does: code · scale, in the dtype of the rows. Other pools change nothing."""
         return rows if self.scale is None else cached_latent(rows, self.scale)
 
+    def at(self, slots: Tensor) -> Tensor:
+        """Rows at slots int64 of any shape: `[…, channels]`, codes of an int8 pool."""
+        return rows_at(self.tensor, self.pool.layout, slots)
+
     def read(self, block_table: Tensor, length: int) -> Tensor:
         """The first `length` rows of the blocks int `[blocks]`: `[length, channels]`, codes of an int8 pool."""
         return read_rows(self.tensor, self.pool.layout, block_table, length)
@@ -133,6 +137,14 @@ def write_rows(tensor: Tensor, layout: Layout, slots: Tensor, rows: Tensor) -> N
         return
     block_size, tile = tensor.shape[2:]
     tensor[slots // block_size, :, slots % block_size] = rows.unflatten(-1, (-1, tile))
+
+
+def rows_at(tensor: Tensor, layout: Layout, slots: Tensor) -> Tensor:
+    """Rows at slots int64 of any shape of a pool's tensor: `[…, D]` (a copy)."""
+    if layout == "nd":
+        return tensor.flatten(0, 2)[slots]
+    block_size = tensor.shape[2]
+    return tensor[slots // block_size, :, slots % block_size].flatten(-2)
 
 
 def read_rows(tensor: Tensor, layout: Layout, block_table: Tensor, length: int) -> Tensor:

@@ -126,7 +126,7 @@ def _attention_problem(config: ModelConfig) -> str | None:
     from ...models.mla import Mla
     from ..ops.ascend.attention_limits import check_mla
 
-    if not isinstance(config.attention, Mla):
+    if type(config.attention) is not Mla:
         return f"config.json: the Ascend backend does not run the attention of {config.model_type}"
     return _message(check_mla, "config.json", config.attention)
 

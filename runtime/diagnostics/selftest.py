@@ -150,6 +150,11 @@ def _norms(ops: Ops) -> tuple[Activation, ...]:
     return ops.norms.rms_norm(x, gamma, EPS), *ops.norms.add_rms_norm(x, residual, gamma, EPS)
 
 
+def _layer_norm(ops: Ops) -> tuple[Activation, ...]:
+    gamma, bias = (ops.weights.parameter(_random(HIDDEN, seed=seed), torch.float32) for seed in (31, 32))
+    return (ops.norms.layer_norm(_rows(ops, TOKENS, HIDDEN), gamma, bias, EPS),)
+
+
 def _linear(scheme: Scheme) -> Case:
     def case(ops: Ops) -> tuple[Activation, ...]:
         fused = [_part(scheme, outputs, HIDDEN, seed=outputs) for outputs in (INNER, 2 * INNER)]
@@ -294,6 +299,7 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
 
 CASES: dict[str, Case] = {
     "rms_norm, add_rms_norm": _norms,
+    "layer_norm": _layer_norm,
     "swiglu": lambda ops: (ops.norms.swiglu(_rows(ops, TOKENS, HIDDEN)),),
     "dynamic_quant": lambda ops: (ops.norms.dynamic_quant(_rows(ops, TOKENS, HIDDEN)),),
     "dequant_swiglu_quant": lambda ops: (ops.norms.dequant_swiglu_quant(_rows(ops, TOKENS, HIDDEN)),),
@@ -318,6 +324,9 @@ CASES: dict[str, Case] = {
     "routing float": _routing(quantize=False),
     "routing int8": _routing(quantize=True),
     "rope, cache write and read": _rope_and_cache,
+    "rope of halves": lambda ops: (
+        ops.rotary.rotary_mul(_rows(ops, TOKENS, HEADS, ROPE, seed=9), *_tables(ops, TOKENS)),
+    ),
     "attention, ragged": _ragged_attention(HEAD, HEAD),
     "attention, ragged, heads of 256": _ragged_attention(192, 256),
     "attention, paged": _paged_attention,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def _walk(
     progress: Progress,
 ) -> list[LayerError]:
     steps = [(quantized.step(batch), original.step(batch)) for batch in batches]
-    streams = [(quantized.embed(ours), original.embed(theirs)) for ours, theirs in steps]
+    streams = [(_Stream(quantized.embed(ours)), _Stream(original.embed(theirs))) for ours, theirs in steps]
     layers = original.config.num_hidden_layers
     errors = []
     progress.start(Task("evaluate", layers, "layers", layers=layers))
@@ -106,8 +107,9 @@ def _walk(
             our_stream, their_stream = streams[index]
             output = original.run(theirs, their_stream, their_step)
             moved = quantized.run(ours, our_stream, our_step)
-            accumulated.add(moved, turn(output))
-            own.add(quantized.run(ours, turn(their_stream), our_step), turn(output))
+            alone = quantized.run(ours, _Stream(turn(their_stream.hidden), their_stream.selected), our_step)
+            accumulated.add(moved.hidden, turn(output.hidden))
+            own.add(alone.hidden, turn(output.hidden))
             streams[index] = moved, output
         errors.append(LayerError(number, *accumulated.result(number), *own.result(number)))
         progress.advance(1, layer=number, layer_done=True)
@@ -117,6 +119,13 @@ def _walk(
 class _Layer(NamedTuple):
     weights: LayerWeights
     cache: LayerCache
+
+
+class _Stream(NamedTuple):
+    """Hidden states between two layers, and what attention hands on."""
+
+    hidden: Tensor
+    selected: Tensor | None = None
 
 
 class _Side:
@@ -131,6 +140,7 @@ class _Side:
         weights = load_weights(self._store, self.config, ops, attention, layers=())
         self._model = Model(self.config, ops, weights, attention)
         self._rope = RopeRows.of(tables, ops)
+        self._blocks = 1  # of the longest step
 
     def refuse_unlike(self, other: _Side) -> None:
         for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
@@ -149,23 +159,35 @@ class _Side:
             )
         for each in batch:
             check_token_ids(each.inputs, self.config.vocab_size)
-        builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS)
-        return builder.build([Chunk(each.inputs, 0, (), all_rows=True) for each in batch])[0]
+        attention = self._model.attention
+        builder = StepBuilder(self._model.ops, self._rope, _BLOCK_SIZE, _STEP_TOKENS, attention.dense_tokens)
+        # Whole sequences in one step read no cache, unless attention selects tokens in it.
+        cached = attention.dense_tokens is not None and longest > attention.dense_tokens
+        counts = [-(-len(each.inputs) // _BLOCK_SIZE) if cached else 0 for each in batch]
+        self._blocks = max(self._blocks, sum(counts))
+        firsts = [0, *accumulate(counts)]
+        chunks = [
+            Chunk(each.inputs, 0, range(first, first + count), all_rows=True)
+            for each, first, count in zip(batch, firsts, counts, strict=False)
+        ]
+        return builder.build(chunks)[0]
 
     def embed(self, step: Step) -> Tensor:
         return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
 
     def load(self, layer: int) -> _Layer:
         ops, attention = self._model.ops, self._model.attention
-        # Whole sequences in one step cache nothing, but the writing operators take a cache.
-        cache = ops.caches.new(attention.pools(layer), 1, _BLOCK_SIZE)
+        # The writing operators take a cache also where nothing is cached.
+        cache = ops.caches.new(attention.pools(layer), self._blocks, _BLOCK_SIZE)
         return _Layer(load_layer(self._store, self.config, ops, attention, layer), cache)
 
-    def run(self, layer: _Layer, stream: Tensor, step: Step) -> Tensor:
-        """Run a layer: its output `[T, H]` for its input `[T, H]`."""
-        delta, residual = self._model.decoder_layer(layer.weights, None, stream.clone(), layer.cache, step)
+    def run(self, layer: _Layer, stream: _Stream, step: Step) -> _Stream:
+        """Run a layer: its output for its input."""
+        delta, residual, selected = self._model.decoder_layer(
+            layer.weights, None, stream.hidden.clone(), layer.cache, step, stream.selected
+        )
         self._model.weights.files.check()
-        return delta + residual
+        return _Stream(delta + residual, selected)
 
 
 class _Comparison:

@@ -2,8 +2,8 @@
 
 The model (`runtime/model.py`) is written once against `Ops`, which has several parts: `weights` makes handles of stored
 weights and `caches` makes paged caches; `norms`, `products`, `routing` and `rotary` compute, and so does one part for
-each kind of attention (`mla`). Operators have the names (less `npu_`) and the semantics of torch_npu's (`npu_rms_norm`,
-`npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
+each kind of attention (`mla`, and `sparse` beside it, which a backend may lack). Operators have the names (less `npu_`)
+and the semantics of torch_npu's (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
 
 * **small operators** are abstract, and every backend implements them. One method is one device call;
 * **composites** (`mla.prolog`, `routing.moe_experts`, …) have a body of small operators, which is also their
@@ -29,6 +29,9 @@ from .handles import (
     AttentionWeights,
     Experts,
     Gating,
+    IndexerConfig,
+    IndexerParts,
+    IndexerWeights,
     Keys,
     Linear,
     LinearPart,
@@ -38,9 +41,11 @@ from .handles import (
     MlaWeights,
     MlpWeights,
     MoeWeights,
+    Projection,
     Quantized,
     Queries,
     Router,
+    SparseMla,
     Static,
 )
 from .latent_attention import LatentAttention
@@ -48,6 +53,7 @@ from .norms import Norms
 from .products import Products
 from .rotary import Rotary
 from .routing import Routing
+from .sparse_attention import SparseAttention
 from .steps import Decode, Lengths, Positions, Prefill, Prefix, PrefixSegment, Step
 from .weights import Weights
 
@@ -58,6 +64,9 @@ __all__ = [
     "Decode",
     "Experts",
     "Gating",
+    "IndexerConfig",
+    "IndexerParts",
+    "IndexerWeights",
     "Keys",
     "LatentAttention",
     "LayerCache",
@@ -77,11 +86,14 @@ __all__ = [
     "Prefix",
     "PrefixSegment",
     "Products",
+    "Projection",
     "Quantized",
     "Queries",
     "Rotary",
     "Router",
     "Routing",
+    "SparseAttention",
+    "SparseMla",
     "Static",
     "Step",
     "Weights",
@@ -104,6 +116,7 @@ class Ops:
     caches: Caches
     rotary: Rotary
     mla: LatentAttention
+    sparse: SparseAttention | None = None
 
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...formats.schemes import Scheme
+from ..attention.pools import LayerCache
 from . import Ops
 from .handles import Activation, Experts, LinearPart, Quantized, own
 from .reference import check_dtype
@@ -21,6 +22,7 @@ from .reference.norms import ReferenceNorms
 from .reference.products import ReferenceProducts, rows_of_experts
 from .reference.rotary import ReferenceRotary
 from .reference.routing import ReferenceRouting
+from .reference.sparse_attention import ReferenceSparseAttention
 from .reference.weights import PartsExperts, ReferenceWeights
 
 # The largest |activation · weight|: activations quantized per token reach ±127, those with an offset −128.
@@ -81,6 +83,24 @@ class CpuLatentAttention(ReferenceLatentAttention):
         return torch.cat(outputs), torch.cat(lses)
 
 
+class CpuSparseAttention(ReferenceSparseAttention):
+    """Selection and attention for a few queries at a time."""
+
+    def _select(self, query: Tensor, weights: Tensor, key: Tensor, past: int, count: int) -> Tensor:
+        step = max(1, _SCORE_BYTES // (4 * query.shape[1] * key.shape[0]))
+        starts = range(0, query.shape[0], step)
+        select = super()._select
+        return torch.cat([select(query[i : i + step], weights[i : i + step], key, past + i, count) for i in starts])
+
+    def _attention_to(self, query: Tensor, cache: LayerCache, slots: Tensor, none: Tensor, scale: float) -> Tensor:
+        held = slots.shape[1] * (query.shape[1] + 2 * query.shape[2])  # numbers for a query: scores, latents and keys
+        parts = (each.split(max(1, _SCORE_BYTES // (4 * held))) for each in (query, slots, none))
+        attend = super()._attention_to
+        return torch.cat(
+            [attend(some, cache, where, unused, scale) for some, where, unused in zip(*parts, strict=True)]
+        )
+
+
 class CpuOps(Ops):
     """Plain torch on the CPU, without copies of mapped weights and without large temporaries."""
 
@@ -97,6 +117,7 @@ class CpuOps(Ops):
         self.caches = ReferenceCaches(dtype)
         self.rotary = ReferenceRotary(dtype)
         self.mla = CpuLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)
+        self.sparse = CpuSparseAttention(dtype, self.weights, self.norms, self.products, self.rotary)
 
 
 def _length(x: Activation) -> int:

@@ -134,6 +134,66 @@ class MlaWeights(Mla):
     kv_b: Linear
 
 
+@dataclass(frozen=True)
+class IndexerConfig:
+    """Widths and constants of a lightning indexer.
+
+    topk: tokens that a query selects. rope_dim: the first channels of a head, which are rotary. rope_interleave: pairs
+    are channels (2i, 2i + 1), and not (i, i + rope_dim / 2).
+    """
+
+    n_heads: int
+    head_dim: int
+    rope_dim: int
+    topk: int
+    rope_interleave: bool
+
+
+@dataclass(frozen=True)
+class IndexerParts:
+    """The stored indexer weights of one layer: q `[n·d, q_lora]`, k `[d, H]`, k_norm and its bias float `[d]`, weights
+    `[n, H]`."""
+
+    q: LinearPart
+    k: LinearPart
+    k_norm: Tensor
+    k_norm_bias: Tensor
+    weights: LinearPart
+
+
+@dataclass(frozen=True)
+class IndexerWeights:
+    """Handle of a layer's lightning indexer. k_norm, k_norm_bias: float32."""
+
+    config: IndexerConfig
+    q: Linear
+    k: Linear
+    k_norm: Tensor
+    k_norm_bias: Tensor
+    weights: Linear
+
+
+@dataclass(frozen=True)
+class SparseMla(AttentionWeights):
+    """Handle of a layer's sparse latent attention. indexer: None in a layer that attends to another's selection."""
+
+    mla: Mla
+    indexer: IndexerWeights | None
+
+
+class Projection(NamedTuple):
+    """Projections of hidden rows, before norm and rope of keys and rope of queries.
+
+    q_nope `[T, N, nope]`, q_rope `[T, N, D]`, kv `[T, L + D]`. q_latent: the input of q_b `[T, q_lora]`, normed; None
+    in models whose queries have no latent.
+    """
+
+    q_nope: Tensor
+    q_rope: Tensor
+    kv: Tensor
+    q_latent: Activation | None
+
+
 class Queries(NamedTuple):
     """Queries in two parts: nope `[T, N, nope]`, and rope `[T, N, D]`, rotated."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ArtifactError
 from ..attention.pools import LayerCache
-from .handles import Activation, Keys, Mla, MlaConfig, MlaParts, MlaWeights, Queries, own
+from .handles import Activation, Keys, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
 from .norms import Norms
 from .products import Products
 from .rotary import Rotary
@@ -98,8 +98,8 @@ class LatentAttention(ABC):
             o=self.weights.linear_of([parts.o]),
         )
 
-    def project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor, Tensor]:
-        """Project `[T, H]` → (q_nope `[T, N, nope]`, q_rope `[T, N, D]`, kv `[T, L + D]`), before norm and rope."""
+    def project(self, hidden: Activation, mla: Mla) -> Projection:
+        """Project `[T, H]` to queries and keys."""
         weights = own(mla, MlaWeights)
         config = weights.config
         q_width = config.heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
@@ -109,11 +109,13 @@ class LatentAttention(ABC):
             )
         else:
             q, kv = (self.products.linear(hidden, linear) for linear in weights.qkv_a)
+        q_latent = None
         if weights.q_b is not None and weights.q_a_norm is not None:
-            q = self.products.linear(self.norms.rms_norm(q, weights.q_a_norm, config.rms_norm_eps), weights.q_b)
+            q_latent = self.norms.rms_norm(q, weights.q_a_norm, config.rms_norm_eps)
+            q = self.products.linear(q_latent, weights.q_b)
         heads = q.unflatten(-1, (config.heads, config.qk_head_dim))
         q_nope, q_rope = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        return q_nope, q_rope, kv
+        return Projection(q_nope, q_rope, kv, q_latent)
 
     def project_kv(self, hidden: Activation, mla: Mla) -> Tensor:
         """Compute `project`'s kv `[T, L + D]` alone, without the queries where they are not fused with it."""
@@ -126,7 +128,7 @@ class LatentAttention(ABC):
 
         hidden `[T, H]` → (q_latent `[T, N, L]`, q_rope `[T, N, D]`).
         """
-        q_nope, q_rope, kv = self.project(hidden, mla)
+        q_nope, q_rope, kv, _ = self.project(hidden, mla)
         self.write_cache(kv, mla, cache, step.positions, output_kv=False)
         return self.absorb(q_nope, mla), self.rotary.interleave_rope(q_rope, step.positions.cos, step.positions.sin)
 

@@ -25,6 +25,13 @@ class Norms(ABC):
         """Add, then norm: (norm of the sum, the sum), `[T, H]` each. bf16: rounded before the product with gamma."""
 
     @abstractmethod
+    def layer_norm(self, x: Tensor, gamma: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Layer norm: (x − mean) · rsqrt(variance + eps) · gamma + bias over the last dimension.
+
+        gamma and bias are float32, and so is all inside.
+        """
+
+    @abstractmethod
     def swiglu(self, x: Tensor) -> Tensor:
         """SwiGLU, silu(left half) · right half: `[rows, 2·I]` → `[rows, I]`, float32 inside."""
 

@@ -16,3 +16,10 @@ class Rotary(ABC):
 
         u = the even channels then the odd ones; out = u · cos + (−second half, first half of u) · sin.
         """
+
+    @abstractmethod
+    def rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate half-split pairs: x `[T, N, D]`, cos/sin `[T, D]` → `[T, N, D]`.
+
+        out = x · cos + (−second half, first half of x) · sin.
+        """

@@ -51,6 +51,11 @@ class Decode:
     def num_tokens(self) -> int:
         return self.q_lens[-1]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.kv_lens)
+
 
 @dataclass(frozen=True)
 class PrefixSegment:

@@ -1,7 +1,7 @@
 """SentencePiece models: what is safe to convert, and whether a conversion encodes as SentencePiece itself does.
 
-transformers converts byte-pair and unigram models without a table of replacements exactly. Of others it drops what it
-does not know, and then encodes otherwise without a word.
+transformers converts byte-pair models without a table of replacements exactly. Of others it drops what it does not
+know, and then encodes otherwise without a word.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ...inputs.printable import shown
 from .codec import FastCodec, guarded
 
 NAMES: Final = ("tokenizer.model", "spiece.model")
+_BYTE_PAIR: Final = 2  # TrainerSpec.ModelType.BPE
 _MOST_BYTES: Final = 32 << 20
 _MOST_PIECES: Final = 1 << 20
 # The longest of known models are runs of spaces. A conversion takes time with the square of it.
@@ -62,9 +63,17 @@ class SentencePieceModel:
             )
         if not proto.pieces:
             raise GenerationError(doing)
+        if proto.trainer_spec.model_type != _BYTE_PAIR:
+            # Of a unigram model's segmentations that are equally likely, the two libraries may take different ones.
+            raise GenerationError(
+                f"{self._path}: npuq reads byte-pair models, and this is another kind; put the model's tokenizer.json "
+                "there"
+            )
         if len(proto.pieces) > _MOST_PIECES:
             raise GenerationError(f"{self._path}: has {len(proto.pieces)} pieces; npuq reads up to {_MOST_PIECES}")
         for number, piece in enumerate(proto.pieces):
+            if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as such
+                raise GenerationError(doing)
             if len(piece.piece.encode()) > _MOST_PIECE_BYTES:
                 raise GenerationError(
                     f"{self._path}: piece {number} is longer than the {_MOST_PIECE_BYTES} bytes that npuq reads"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import GenerationError
-from ...inputs.files import inside, read_bytes
+from ...inputs.files import inside, read_bytes, read_text
 from ...inputs.printable import printable, shown
 from .tokenizer_check import SPECIAL_TOKENS, TIKTOKEN_NAME, check_vocabulary_size, model_vocabulary_size
 
@@ -24,6 +24,9 @@ _MOST_BYTES: Final = 32 << 20
 _MOST_RANKS: Final = 1 << 20
 _MOST_SPECIAL: Final = 1 << 14
 _MOST_SPECIAL_CHARACTERS: Final = 128
+_MOST_CODE_BYTES: Final = 1 << 20
+# `pat_str = "|".join([r"""…""", …])`, as the models' own code writes it.
+_CODE_PATTERN: Final = re.compile(r'\bpat_str\s*=\s*"\|"\.join\(\s*\[((?:\s*r"""[^"]*""",?)+)\s*\]')
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -89,11 +92,13 @@ class TiktokenFiles:
     def read(cls, directory: Path, config: Mapping[str, Any]) -> TiktokenFiles:
         """Read a directory's tiktoken.model; `config` is the content of its tokenizer_config.json.
 
-        Raises GenerationError for a tokenizer class that npuq does not know, for a file that is damaged or too large,
-        for special tokens that share an id or a text, and for a vocabulary that does not fit config.json's vocab_size.
+        Raises GenerationError for a tokenizer class or pattern that npuq does not know, for a file that is damaged or
+        too large, for special tokens that share an id or a text, and for a vocabulary that does not fit config.json's
+        vocab_size.
         """
         where = directory / "tokenizer_config.json"
         family = _family(config, where)
+        _check_code(directory, family)
         path = inside(directory, TIKTOKEN_NAME, GenerationError)
         ranks = _ranks(read_bytes(path, GenerationError, _MOST_BYTES), path)
         size = model_vocabulary_size(directory)
@@ -117,6 +122,18 @@ def _family(config: Mapping[str, Any], where: Path) -> Family:
             f"{', '.join(FAMILIES)}; put the model's vocabulary there as tokenizer.json"
         )
     return family
+
+
+def _check_code(directory: Path, family: Family) -> None:
+    """Raise GenerationError where the checkpoint's own code, read as text, has another pattern than the family's."""
+    for path in sorted(directory.glob("tokenization_*.py")):
+        text = read_text(inside(directory, path.name, GenerationError), GenerationError, _MOST_CODE_BYTES)
+        found = _CODE_PATTERN.search(text)
+        if found and "|".join(re.findall(r'r"""([^"]*)"""', found[1])) != family.pattern:
+            raise GenerationError(
+                f"{path}: its pat_str is not the pattern by which npuq splits a text for {TIKTOKEN_NAME}; put the "
+                "model's vocabulary there as tokenizer.json"
+            )
 
 
 def _ranks(content: bytes, path: Path) -> dict[bytes, int]:

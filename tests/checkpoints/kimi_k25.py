@@ -1,8 +1,9 @@
 """Tiny random checkpoints of Kimi-K2.5 and Kimi-K2-Thinking, as their authors publish them: routed experts in packed
 int4 with a scale for 32 inputs, everything else in the model's dtype, a vision tower beside the text model.
 
-`write_k25` and `write_k2_thinking` return transformers' model of the same values. The packing is written here by hand;
-`tests/foreign/test_grouped_int4.py` compares it with compressed-tensors' own.
+`write_k25` and `write_k2_thinking` return transformers' model of the same values. `as_k25` makes Kimi-K2.5 of any
+checkpoint of DeepSeek-V3's shape, such as the shipped one, whose weights are trained and which has a tokenizer. The
+packing is written here by hand; `tests/foreign/test_grouped_int4.py` compares it with compressed-tensors' own.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def values(words: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale.float().repeat_interleave(GROUP, dim=1)
 
 
-def write_k25(directory: Path, dtype: torch.dtype = torch.float32, **text: Any) -> Any:
-    """Write Kimi-K2.5 with changes to its text_config."""
+def write_k25(directory: Path, dtype: torch.dtype = torch.float32, *, outliers: bool = False, **text: Any) -> Any:
+    """Write Kimi-K2.5 with changes to its text_config; `outliers`: some channels of the norms' gains are large."""
     import transformers
 
     config = transformers.Kimi_K25Config(
@@ -123,7 +124,7 @@ def write_k25(directory: Path, dtype: torch.dtype = torch.float32, **text: Any) 
         projection_hidden_size=VISION["hidden_size"],
         tie_word_embeddings=False,
     )
-    model = _random(transformers.Kimi_K25ForConditionalGeneration(config), dtype)
+    model = _random(transformers.Kimi_K25ForConditionalGeneration(config), dtype, outliers)
 
     def publish(saved: dict[str, Any]) -> None:
         saved["architectures"] = ["KimiK25ForConditionalGeneration"]
@@ -135,24 +136,82 @@ def write_k25(directory: Path, dtype: torch.dtype = torch.float32, **text: Any) 
             "quantization_config": QUANTIZATION,
         }
 
-    return _write(directory, model, publish)
+    return _write(directory, model, dtype, publish)
 
 
-def write_k2_thinking(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def write_k2_thinking(
+    directory: Path, dtype: torch.dtype = torch.float32, *, outliers: bool = False, **changes: Any
+) -> Any:
     """Write Kimi-K2-Thinking: the same text model, flat."""
     import transformers
 
     config = transformers.DeepseekV3Config(**(TEXT | changes))
-    model = _random(transformers.DeepseekV3ForCausalLM(config), dtype)
+    model = _random(transformers.DeepseekV3ForCausalLM(config), dtype, outliers)
 
     def publish(saved: dict[str, Any]) -> None:
         saved |= {"model_type": "kimi_k2", "topk_method": "noaux_tc", "quantization_config": QUANTIZATION}
 
-    return _write(directory, model, publish)
+    return _write(directory, model, dtype, publish)
 
 
-def _random(model: Any, dtype: torch.dtype) -> Any:
-    """Fill a model with random weights, wide enough that every part moves the logits, and norms away from one."""
+def as_k25(deepseek: Path, directory: Path) -> Path:
+    """Write a small checkpoint of DeepSeek-V3, in FP8 or not, as Kimi-K2.5: without MTP layers, in several shards."""
+    config = json.loads((deepseek / "config.json").read_text())
+    stored: dict[str, Tensor] = {}
+    for shard in sorted(deepseek.glob("*.safetensors")):
+        stored |= load_file(shard)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if name.endswith("_scale_inv") or name.startswith(f"model.layers.{config['num_hidden_layers']}."):
+            continue
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = stored[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+            tensor = (tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]).bfloat16()
+        if ".mlp.experts." in name:
+            tensors |= _stored(f"language_model.{name}", *packed(tensor))
+        else:
+            tensors[f"language_model.{name}"] = tensor
+    generator = torch.Generator().manual_seed(SEED)
+    for name, shape in {
+        "vision_tower.patch_embed.pos_emb.weight": (4, 4, 32),
+        "vision_tower.encoder.final_layernorm.bias": (32,),
+        "vision_tower.encoder.blocks.0.mlp.fc0.weight": (48, 32),
+        "mm_projector.pre_norm.bias": (32,),
+        "mm_projector.proj.2.weight": (config["hidden_size"], 128),
+    }.items():
+        tensors[name] = torch.randn(shape, generator=generator).bfloat16()
+    config.pop("quantization_config", None)
+    text = config | {"model_type": "kimi_k2", "num_nextn_predict_layers": 0, "quantization_config": QUANTIZATION}
+    nested = {
+        "model_type": "kimi_k25",
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": VISION,
+        "tie_word_embeddings": False,
+    }
+    directory.mkdir(parents=True)
+    for path in deepseek.glob("*.json"):
+        if not path.name.endswith("index.json"):
+            shutil.copy(path, directory)
+    (directory / "config.json").write_text(json.dumps(nested, indent=1))
+    placed, names = {}, list(tensors)
+    for number in range(3):
+        part = names[number * len(names) // 3 : (number + 1) * len(names) // 3]
+        shard = f"model-{number + 1:05d}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / shard, metadata={"format": "pt"})
+        placed |= dict.fromkeys(part, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    return directory
+
+
+def _stored(name: str, words: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    shape = torch.tensor([words.shape[0], 8 * words.shape[1]], dtype=torch.int32)
+    return {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": shape}
+
+
+def _random(model: Any, dtype: torch.dtype, outliers: bool) -> Any:
+    """Fill a model with random weights of a dtype, kept in float32: wide enough that every part moves the logits, and
+    norms away from one."""
     torch.manual_seed(SEED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -160,10 +219,13 @@ def _random(model: Any, dtype: torch.dtype) -> Any:
                 parameter.normal_(1.0, 0.2)
             else:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+            if outliers and name.endswith("layernorm.weight"):
+                parameter[::16] *= 8.0
+            parameter.copy_(parameter.to(dtype))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.2)
-    return model.to(dtype).eval()
+    return model.float().eval()
 
 
 def _published(name: str) -> str:
@@ -173,26 +235,26 @@ def _published(name: str) -> str:
     )
 
 
-def _write(directory: Path, model: Any, publish: Any) -> Any:
-    """Save a model with its experts packed; returns it with the values that the packed experts have."""
+def _write(directory: Path, model: Any, dtype: torch.dtype, publish: Any) -> Any:
+    """Save a model with its experts packed; returns it in float32 with the values that the packed experts have."""
     plain = directory.parent / f"{directory.name}-values"
     model.save_pretrained(plain)
     tensors = {_published(name): weight for name, weight in load_file(plain / "model.safetensors").items()}
     stored = {}
     for name, weight in tensors.items():
         if ".mlp.experts." not in name:
-            stored[name] = weight
+            stored[name] = weight if name.endswith("e_score_correction_bias") else weight.to(dtype)
             continue
         words, scale = packed(weight)
-        shape = torch.tensor(weight.shape, dtype=torch.int32)
-        stored |= {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": shape}
-        tensors[name] = values(words, scale).to(weight.dtype)
+        stored |= _stored(name, words, scale)
+        tensors[name] = values(words, scale)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    golden, report = type(model).from_pretrained(plain, dtype=model.dtype, output_loading_info=True)
+    golden, report = type(model).from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     directory.mkdir(parents=True)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     saved = json.loads((plain / "config.json").read_text())
+    saved["dtype"] = str(dtype).removeprefix("torch.")
     publish(saved)
     (directory / "config.json").write_text(json.dumps(saved, indent=1))
     shutil.rmtree(plain)

@@ -1,4 +1,4 @@
-"""vLLM 0.23.0 with vLLM-Ascend 0.23.0 loads our artifacts; see engine_rig/conformance.py for what is compared."""
+"""vLLM with a release of vLLM-Ascend loads our artifacts; see engine_rig/conformance.py for what is compared."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from engine_rig import shims
 shims.install("vllm-ascend")
 
 from engine_rig import vllm_ascend_engine as engine  # noqa: E402
-from engine_rig.common_checks import LINEARS, CommonChecks  # noqa: E402
-from engine_rig.conformance import compare, load  # noqa: E402
+from engine_rig.common_checks import CommonChecks  # noqa: E402
+from engine_rig.conformance import compare, load, quantized_linears  # noqa: E402
+from engine_rig.models import CONFIGS, STATIC, WITH_MTP, placements  # noqa: E402
 
 
 class TestAsTheOtherEngine(CommonChecks):
     name, detected, engine = "vllm-ascend", "ascend", engine
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "v3-static", "kimi"])
+@pytest.mark.parametrize(("name", "tp"), placements(*CONFIGS, STATIC))
 def test_tensor_parallel(artifact, name, tp):
-    assert compare(load(engine, artifact(name), tp)) == LINEARS[name]
+    assert compare(load(engine, artifact(name), tp)) == quantized_linears(artifact(name))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_shipped_example(artifact, tp):
     """Its experts are 128 wide: two ranks are the most that the NPU's W4A8 matmul can share them between."""
-    assert compare(load(engine, artifact("example"), tp)) == LINEARS["example"]
+    assert compare(load(engine, artifact("example"), tp)) == quantized_linears(artifact("example"))
 
 
-@pytest.mark.parametrize("ranks", [2, 16])
-@pytest.mark.parametrize("name", ["v2-lite", "v3-mtp", "kimi"])
+@pytest.mark.parametrize(("name", "ranks"), placements(*CONFIGS, ranks=(2, 4, 16)))
 def test_expert_parallel(artifact, name, ranks):
-    assert compare(load(engine, artifact(name), ranks, ep=ranks)) == LINEARS[name]
+    assert compare(load(engine, artifact(name), ranks, ep=ranks)) == quantized_linears(artifact(name))
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "ep"), [("example", 1, 1), ("example", 2, 2), ("v3-mtp", 4, 1), ("v3-mtp", 4, 4)]
+    ("name", "tp", "ep"),
+    [("example", 1, 1), ("example", 2, 2), *((name, 4, ep) for name in WITH_MTP[1:] for ep in (1, 4))],
 )
 def test_mtp_draft(artifact, name, tp, ep):
-    assert compare(load(engine, artifact(name), tp, ep, mtp=True)) == 6
+    assert compare(load(engine, artifact(name), tp, ep, mtp=True)) == quantized_linears(artifact(name), mtp=True)
 
 
 def test_more_than_16_ranks_are_refused(artifact):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ascend_rig.install import TORCH_NPU
 from engine_rig.install import RELEASES, run_checks
-from engine_rig.models import CONFIGS, STATIC, write_artifact
+from engine_rig.models import ARTIFACTS, write_artifact
 
 pytestmark = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11)
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    for name in ("example", *CONFIGS, STATIC):
+    for name in ARTIFACTS:
         write_artifact(name, folder)
     return folder
 

@@ -61,7 +61,56 @@ def edited(artifact: Path, folder: Path, **changes: int) -> Path:
 def test_each_rule(artifact, tmp_path, changes, tp, ep, words):
     problems = check_placement(edited(artifact, tmp_path / "edited", **changes), "vllm-ascend", tp, ep)
     assert any(words in problem for problem in problems), problems
-    assert all(problem.startswith("vllm-ascend 0.23.0: ") for problem in problems)
+    assert all(problem.startswith("vllm-ascend 0.23.0 and 0.30.0rc2: ") for problem in problems)
+
+
+@pytest.fixture(scope="module")
+def glm_flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 heads, 20 experts of 1280 channels, an MTP layer."""
+    return write_artifact("glm-flash", tmp_path_factory.mktemp("glm-flash"))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 5])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_twenty_heads(glm_flash, engine, tp):
+    assert check_placement(glm_flash, engine, tp, True) == ()
+
+
+@pytest.mark.parametrize("tp", [3, 8, 16, 32])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_that_cannot_share_twenty_heads(glm_flash, engine, tp):
+    problems = check_placement(glm_flash, engine, tp, True)
+    assert any("20 attention heads" in problem and "divides 20" in problem for problem in problems), problems
+
+
+def test_five_ranks_cannot_share_the_shared_experts_of_glm_flash(glm_flash, tmp_path):
+    """As published: 64 experts of 1536 channels. Five ranks divide the heads alone."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    config = json.loads((glm_flash / "config.json").read_text())
+    sizes = {"n_routed_experts": 64, "moe_intermediate_size": 1536, "intermediate_size": 10240}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    description = json.loads((glm_flash / "quant_model_description.json").read_text())
+    experts = {name: kind for name, kind in description.items() if ".mlp.experts.0." in name}
+    description |= {
+        name.replace(".experts.0.", f".experts.{number}."): kind
+        for name, kind in experts.items()
+        for number in range(20, 64)
+    }
+    (folder / "quant_model_description.json").write_text(json.dumps(description))
+    for engine in ENGINES:
+        assert [check_placement(folder, engine, tp, True) for tp in (1, 2, 4)] == [(), (), ()]
+        problems = check_placement(folder, engine, 5, True)
+        assert any("1536 of shared experts" in problem for problem in problems)
+        assert any("64 routed experts" in problem for problem in problems)
+
+
+def test_an_engine_without_a_draft_is_a_note(glm_flash):
+    """The model itself runs: verification succeeds."""
+    done = command(glm_flash, "--engine", "sglang")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if "MTP draft" in line]
+    assert note.startswith("note: sglang 0.5.23: ") and "without speculation" in note
 
 
 def test_float_experts(artifact, tmp_path):
@@ -96,6 +145,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_command(artifact):
     fine = command(artifact, "--engine", "sglang", "--tp", "8", "--ep")
     assert fine.returncode == 0, fine.stdout + fine.stderr
+    assert "note: --engine: the requirements are those of sglang 0.5.23" in fine.stdout
     wrong = command(artifact, "--engine", "sglang", "--tp", "8", "--json")
     assert wrong.returncode == 1
     assert "sglang 0.5.23" in json.loads(wrong.stdout)["problems"][0]

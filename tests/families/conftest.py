@@ -16,7 +16,7 @@ from calibrated import text  # noqa: E402
 from killable import Rig, tree_bytes  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=sorted(tiny.FAMILIES))
+@pytest.fixture(scope="session", params=sorted({*tiny.FAMILIES, *tiny.PACKED}))
 def family(request: pytest.FixtureRequest) -> str:
     """The name of each tiny model."""
     name: str = request.param

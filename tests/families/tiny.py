@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from calibrated import add_tokenizer
+from kimi_k25 import write_k2_thinking, write_k25
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -133,12 +134,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Stored in int4, by builders of their own.
+PACKED = {"kimi-k2-thinking": write_k2_thinking, "kimi-k2.5": write_k25}
+
 # Of a model_type other than DeepSeek-V3's.
 _CLASSES = {"deepseek_v2": "DeepseekV2", "glm4_moe_lite": "Glm4MoeLite"}
 
 
 def make_checkpoint(directory: Path, family: str, **changes: Any) -> Any:
     """Save a random float32 checkpoint of a family; the transformers model that holds the same weights."""
+    if family in PACKED:
+        return PACKED[family](directory, **changes)
     model = _random_model(family, changes)
     _save(model, directory, family, changes)
     return model
@@ -150,6 +156,10 @@ def make_source(directory: Path, family: str) -> Any:
     Some channels of the norms' gains are large, as they are in trained models. Returns the transformers model that
     holds the same weights, in float32. MTP layers are random: transformers has none.
     """
+    if family in PACKED:
+        model = PACKED[family](directory, torch.bfloat16, outliers=True)
+        add_tokenizer(directory, VOCABULARY)
+        return model
     model = _random_model(family, {})
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -72,13 +72,17 @@ def make_inputs(folder: Path) -> None:
 
 
 def _write_fp8(plain: Path, directory: Path) -> None:
-    """The same checkpoint as DeepSeek stores its own: FP8 codes in blocks, each with one scale."""
+    """The same checkpoint in FP8: in blocks, with scales in float32 and as powers of two, and by channel."""
     shutil.copytree(plain, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(plain / "model.safetensors")
-    for name in [name for name in tensors if ".layers." in name and "proj" in name]:
+    for number, name in enumerate([name for name in tensors if ".layers." in name and "proj" in name]):
         rows, columns = tensors[name].shape
         tensors[name] = (tensors[name] * 64).to(torch.float8_e4m3fn)
-        tensors[name + "_scale_inv"] = torch.full((-(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])), 1 / 64)
+        if number % 3 == 2:
+            tensors[name + "_scale"] = torch.full((rows, 1), 1 / 64).bfloat16()
+            continue
+        scale = torch.full((-(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])), 1 / 64)
+        tensors[name + "_scale_inv"] = scale if number % 3 else scale.to(torch.float8_e8m0fnu)
     write_shards(tensors, directory, "model", 2)
     config = json.loads((plain / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(FP8_BLOCK)}

@@ -69,6 +69,20 @@ def test_ragged_sequences(
         torch.testing.assert_close(lse[q0:q1, :, 0].double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_the_heads_of_glm_flash(ops: NativeOps) -> None:
+    """20 heads of 192 + 64 channels and values of 256: a chunk of 33 tokens behind 40 others."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(33, 20, 256), torch.randn(73, 20, 192), torch.randn(73, 20, 256)
+    k_rope = torch.randn(73, 64)
+    out, lse = ops.attention.fused_infer_attention(
+        q[..., :192], q[..., 192:], k, k_rope, v, [33], [73], 256**-0.5, causal=True
+    )
+    key = torch.cat([k, k_rope.unsqueeze(1).expand(-1, 20, -1)], -1)
+    expected, expected_lse = _attend(q, key, v, 256**-0.5, causal=True)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[..., 0].double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16(ops: NativeOps) -> None:
     ops = NativeOps(torch.bfloat16, threads=2, level=ops.pool.level)
     torch.manual_seed(0)

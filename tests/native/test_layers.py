@@ -174,9 +174,25 @@ def test_mla_before_attention_and_all_of_it(
     tokens: int,
     int8_cache: bool,
 ) -> None:
-    ops, generator = all_ops[dtype], np.random.default_rng(tokens)
-    hidden, heads, nope, rope, latent = 50, 3, 24, 16, 32
-    config = MlaConfig(heads, q_lora, latent, nope, rope, 20, 1e-6, 0.1)
+    config = MlaConfig(3, q_lora, 32, 24, 16, 20, 1e-6, 0.1)
+    _check_mla(all_ops[dtype], 50, config, scheme, tokens, int8_cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_the_attention_of_glm_flash(
+    all_ops: dict[torch.dtype, NativeOps], dtype: torch.dtype, int8_cache: bool
+) -> None:
+    """20 heads of 192 + 64 channels with values of 256, in the widths that are published."""
+    config = MlaConfig(20, 768, 512, 192, 64, 256, 1e-5, 256**-0.5)
+    _check_mla(all_ops[dtype], 2048, config, Scheme.W8A8, 3, int8_cache)
+
+
+def _check_mla(ops: NativeOps, hidden: int, config: MlaConfig, scheme: Scheme, tokens: int, int8_cache: bool) -> None:
+    """Compare the fused steps with the same steps one by one, in torch."""
+    generator, dtype = np.random.default_rng(tokens), ops.attention.dtype
+    heads, q_lora, latent = config.heads, config.q_lora_rank, config.kv_lora_rank
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     parts = MlaParts(
         q=None if q_lora else _part(generator, scheme, heads * (nope + rope), hidden),
         q_a=_part(generator, scheme, q_lora, hidden) if q_lora else None,
@@ -184,8 +200,8 @@ def test_mla_before_attention_and_all_of_it(
         q_b=_part(generator, scheme, heads * (nope + rope), q_lora) if q_lora else None,
         kv_a=_part(generator, scheme, latent + rope, hidden),
         kv_a_norm=_rows(generator, torch.bfloat16, latent),
-        kv_b=_rows(generator, torch.bfloat16, heads * (nope + 20), latent),
-        o=_part(generator, scheme, hidden, heads * 20),
+        kv_b=_rows(generator, torch.bfloat16, heads * (nope + value), latent),
+        o=_part(generator, scheme, hidden, heads * value),
     )
     mla = ops.mla.load(parts, config)
     assert isinstance(mla, NativeMla)

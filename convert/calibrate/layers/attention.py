@@ -73,7 +73,7 @@ class AttentionBlock:
     def output(self, weights: Weights, x: Tensor) -> Tensor:
         """The block's output, to be added to the residual stream x `[T, H]`."""
         kind, ops = self._walk.attention, self._walk.ops
-        return kind.attend(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops)
+        return kind.attend(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops).output
 
     def inputs(self, weights: Weights, activation: str, x: Tensor) -> Tensor:
         """The inputs `[T, K]` of the linears that read an activation, for the residual stream x `[T, H]`."""
@@ -92,7 +92,7 @@ class AttentionBlock:
     def _start(self, weights: Weights, x: Tensor) -> tuple[Activation, AttentionWeights]:
         """The start of the block: normed rows and loaded weights."""
         kind, ops = self._walk.attention, self._walk.ops
-        loaded = kind.load(weights, ops)
+        loaded = kind.load(self._layer.index, weights, ops)
         hidden, _ = kind.norm(None, x, weights.tensor(self.norm.part), loaded, ops)
         return hidden, loaded
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention.pools import LayerCache, Pages
-from ..handles import Activation, Keys, Mla, MlaConfig, MlaParts, Quantized, Queries, own
+from ..handles import Activation, Keys, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
 from ..latent_attention import LATENT, ROPE, LatentAttention
 from ..norms import Norms
 from ..products import Products
@@ -167,7 +167,7 @@ class AscendLatentAttention(LatentAttention):
         codes, _, total, scale, _ = self.npu.operators.npu_add_rms_norm_dynamic_quant(x, residual, gamma, epsilon=eps)
         return Quantized(codes, scale), total
 
-    def project(self, hidden: Activation, mla: Mla) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Activation, mla: Mla) -> Projection:
         weights = own(mla, AscendMla)
         config = weights.config
         rows: Activation = hidden
@@ -181,8 +181,9 @@ class AscendLatentAttention(LatentAttention):
             q_a = self.norms.rms_norm(q_a, weights.q_a_norm, config.rms_norm_eps)
             q = self.products.linear(q_a, projections.q_b).unflatten(-1, heads)
             q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-            return q_nope, q_rope, kv
+            return Projection(q_nope, q_rope, kv, q_a)
         projected = [self.products.linear(rows, linear) for linear in projections.down]
+        queries: Activation
         if config.q_lora_rank is None:
             kv, queries = projected[0], rows
         else:
@@ -193,7 +194,8 @@ class AscendLatentAttention(LatentAttention):
             if isinstance(projections.q_nope, W8A8Linear):
                 queries = self.norms.dynamic_quant(queries)
         q_nope, q_rope = (self.products.linear(queries, linear) for linear in (projections.q_nope, projections.q_rope))
-        return q_nope.unflatten(-1, heads), q_rope.unflatten(-1, heads), kv
+        q_latent = None if config.q_lora_rank is None else queries
+        return Projection(q_nope.unflatten(-1, heads), q_rope.unflatten(-1, heads), kv, q_latent)
 
     def prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         weights = own(mla, AscendMla)

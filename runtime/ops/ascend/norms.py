@@ -27,6 +27,9 @@ class AscendNorms(Norms):
         normed, _, total = self.npu.operators.npu_add_rms_norm(x, residual, gamma, epsilon=eps)
         return normed, total
 
+    def layer_norm(self, x: Tensor, gamma: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x.float(), gamma.shape, gamma, bias, eps).to(self.npu.dtype)
+
     def swiglu(self, x: Tensor) -> Tensor:
         activated: Tensor = self.npu.operators.npu_swiglu(x, dim=-1)
         return activated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..rotary import Rotary
@@ -18,3 +19,9 @@ class AscendRotary(Rotary):
         tables = (table[:, None, None] for table in (cos, sin))  # [T, 1, 1, D]: every token is a batch of its own
         rotated: Tensor = self.npu.operators.npu_interleave_rope(x.contiguous().unsqueeze(2), *tables)
         return rotated.squeeze(2)
+
+    def rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.float()
+        first, second = x.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+        return (x * cos[:, None].float() + across * sin[:, None].float()).to(self.npu.dtype)

@@ -39,7 +39,7 @@ class NativeOps(Ops):
         self.products = NativeProducts(kernels, self.norms, beside.products)
         self.routing = NativeRouting(kernels, self.norms, self.products)
         self.caches = NativeCaches(dtype)
-        self.rotary = NativeRotary(kernels)
+        self.rotary = NativeRotary(kernels, beside.rotary)
         self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)
 
     def one_thread(self) -> AbstractContextManager[None]:

@@ -43,6 +43,10 @@ class NativeNorms(Norms):
         )
         return out
 
+    def layer_norm(self, x: Tensor, gamma: Tensor, bias: Tensor, eps: float) -> Tensor:
+        with single_threaded_torch():
+            return self.torch.layer_norm(x, gamma, bias, eps)
+
     def add_rms_norm(self, x: Tensor, residual: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, residual, gamma = x.contiguous(), residual.contiguous(), gain(gamma, self.dtype)
         rows, cols = x.shape

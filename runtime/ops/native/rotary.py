@@ -5,15 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....native.pointers import address, output, rows_address
+from ....parallel.torch_threads import single_threaded_torch
 from ..rotary import Rotary
 from .kernels import Kernels
 
 
 class NativeRotary(Rotary):
-    """Rotations in C. Raises ValueError for tensors that do not have the dtypes and sizes of their call."""
+    """Rotations of interleaved pairs in C, and those of halves by `torch`.
 
-    def __init__(self, kernels: Kernels):
+    Raises ValueError for tensors that do not have the dtypes and sizes of their call.
+    """
+
+    def __init__(self, kernels: Kernels, torch: Rotary):
         self.dtype, self._call, self._code = kernels.dtype, kernels.pool.call, kernels.dtype_code
+        self.torch = torch
 
     def interleave_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, dim = x.shape
@@ -34,3 +39,7 @@ class NativeRotary(Rotary):
             to,
         )
         return out
+
+    def rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        with single_threaded_torch():
+            return self.torch.rotary_mul(x, cos, sin)

@@ -12,6 +12,7 @@ from .norms import ReferenceNorms
 from .products import ReferenceProducts
 from .rotary import ReferenceRotary
 from .routing import ReferenceRouting
+from .sparse_attention import ReferenceSparseAttention
 from .weights import ReferenceWeights
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,3 +40,4 @@ class ReferenceOps(Ops):
         self.caches = ReferenceCaches(dtype)
         self.rotary = ReferenceRotary(dtype)
         self.mla = ReferenceLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)
+        self.sparse = ReferenceSparseAttention(dtype, self.weights, self.norms, self.products, self.rotary)

@@ -31,6 +31,9 @@ class ReferenceNorms(Norms):
         rounded = _normalise(total, eps).to(self.dtype).float()
         return (rounded * gamma.float()).to(self.dtype), total.to(self.dtype)
 
+    def layer_norm(self, x: Tensor, gamma: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x.float(), gamma.shape, gamma, bias, eps).to(self.dtype)
+
     def swiglu(self, x: Tensor) -> Tensor:
         return _swiglu(x.float()).to(self.dtype)
 

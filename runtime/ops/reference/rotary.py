@@ -19,3 +19,9 @@ class ReferenceRotary(Rotary):
         even, odd = x[..., 0::2], x[..., 1::2]
         straight, across = torch.cat([even, odd], dim=-1), torch.cat([-odd, even], dim=-1)
         return (straight * cos[:, None].float() + across * sin[:, None].float()).to(self.dtype)
+
+    def rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.float()
+        first, second = x.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+        return (x * cos[:, None].float() + across * sin[:, None].float()).to(self.dtype)

@@ -28,9 +28,9 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name ("example", or one of `configs`) in W4A8; with "-w8a8" or "-float" appended, in that;
-    with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has scales
-    for an int8 KV cache."""
+    """A model by name ("example", "kimi-k2.5", or one of `configs`) in W4A8; with "-w8a8" or "-float" appended, in
+    that; with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has
+    scales for an int8 KV cache."""
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {
@@ -49,6 +49,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
                 made[name] = models.add_cache_scales(make(name.removesuffix("-int8-cache")), folder / name)
             elif name.endswith("-static"):
                 made[name] = models.make_static(make(name.removesuffix("-static")), folder / name)
+            elif name == "kimi-k2.5-float":
+                made[name] = models.write_k25(folder / name)
             elif name.endswith("-float"):
                 made[name] = EXAMPLE if base == "example" else models.write_checkpoint(folder / name, configs[base])
             else:

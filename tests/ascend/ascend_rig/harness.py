@@ -66,6 +66,7 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
     Its latent is int8 where the artifact has scales for that.
     """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
     int8, size = (path / KV_CACHE_NAME).exists(), ops.dtype.itemsize
     channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
     cache_bytes = CACHE_BLOCKS * BLOCK * config["num_hidden_layers"] * channels

@@ -39,7 +39,7 @@ def prepare(version: str = TORCH_NPU) -> dict[str, str]:
         # torch must not try to load the backend by itself: it would do so in processes without the stand-ins too.
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(cann), os.environ.get("LD_LIBRARY_PATH", "")])),
-        "PYTHONPATH": os.pathsep.join([str(packages), str(RIG_FOLDER)]),
+        "PYTHONPATH": os.pathsep.join([str(packages), str(RIG_FOLDER), str(RIG_FOLDER.parent / "checkpoints")]),
         "OMP_NUM_THREADS": "1",
     }
 

@@ -154,6 +154,14 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> 
     return directory
 
 
+def write_k25(directory: Path) -> Path:
+    """Kimi-K2.5: the checkpoint of KIMI as the text model of a vision model, its experts in packed int4."""
+    from kimi_k25 import as_k25
+
+    plain = write_checkpoint(directory.with_name(f"{directory.name}-plain"), KIMI)
+    return as_k25(plain, directory)
+
+
 def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """name → (outputs, inputs); inputs 0 for a norm."""
     hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]

@@ -79,14 +79,14 @@ def test_the_block_is_the_runtimes(q_lora_rank: int | None) -> None:
     tensors = _tensors(layer, block)
     x = torch.randn(LENGTH * WINDOWS, 40, generator=torch.Generator().manual_seed(3))
     # The reference on blocks of its own cache, window by window.
-    loaded = kind.load(_Stored(tensors), ops)
+    loaded = kind.load(0, _Stored(tensors), ops)
     steps = StepBuilder(ops, layer.walk.rope, 16, 16)
     cache = ops.caches.new(kind.pools(0), WINDOWS, 16)
     expected, latents = [], []
     for window, rows in enumerate(x.split(LENGTH)):
         step, _ = steps.build([Chunk([0] * LENGTH, 0, [window], all_rows=True)])
         hidden, _ = kind.norm(None, rows, tensors["input_norm"], loaded, ops)
-        expected.append(kind.attend(hidden, loaded, cache, step, ops))
+        expected.append(kind.attend(hidden, loaded, cache, step, ops).output)
         latents.append(cache["latent"].read(torch.tensor([window]), LENGTH))
     torch.testing.assert_close(block.output(Weights(tensors), x), torch.cat(expected), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(block.cached(Weights(tensors), x)["latent"], torch.cat(latents), rtol=1e-5, atol=1e-6)

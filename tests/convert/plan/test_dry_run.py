@@ -96,6 +96,73 @@ GLM_52: dict[str, Any] = {
     "dtype": "bfloat16",
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
+# As published: without scoring_func, and theta among rope's parameters.
+GLM_47_FLASH: dict[str, Any] = {
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "model_type": "glm4_moe_lite",
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 47,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "vocab_size": 154880,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 202752,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+MOONLIGHT: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_nextn_predict_layers": 0,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_theta": 50000,
+    "rope_scaling": None,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.446,
+    "vocab_size": 163840,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
@@ -156,6 +223,21 @@ def test_sparse_models_of_published_sizes(config, names, indexers, model_shapes,
     assert roles["indexer"] + roles["mtp_indexer"] == indexers
     assert roles["indexer_float"] == roles["indexer_norm"] == 2 * (indexers - 1)
     assert roles["mtp_head"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "experts", "mtp_experts", "attention"),
+    [(GLM_47_FLASH, 46 * 64 * 3, 64 * 3, 47 * 4), (MOONLIGHT, 26 * 64 * 3, 0, 27 * 3)],
+    ids=["glm-4.7-flash", "moonlight"],
+)
+def test_small_models_of_published_sizes(config, experts, mtp_experts, attention, model_shapes, tmp_path):
+    """In bfloat16, as they are published."""
+    write_holes(tmp_path / "source", config, model_shapes(config), lambda name: False)
+    summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", method="rotate+mse", dry_run=True)
+    roles = {role["role"]: role["tensors"] for role in summary.roles}
+    assert roles["routed_expert"] == experts and roles.get("mtp_routed_expert", 0) == mtp_experts
+    assert roles["attention"] == attention
+    assert [note for note in summary.notes if note.startswith("config.json")] == []
 
 
 def test_the_memory_that_is_told(full_size, rig, tmp_path):

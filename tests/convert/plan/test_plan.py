@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from math import prod
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plans import plan_of, tensors
 
-from npuq.convert.write.jobs import row_chunks
 from npuq.errors import RecipeError
 from npuq.formats.schemes import Scheme
+from npuq.quant.stored_rows import row_ranges
 
 ITEM = {"I32": 4, "F32": 4, "BF16": 2, "I8": 1}
 
@@ -79,8 +78,7 @@ def test_neighbouring_shards_fill_by_turns(given_tensors, max_shard_size):
 
 @given(st.integers(0, 500), st.integers(1, 64), st.integers(1, 5000), st.sampled_from([1, 2, 16, 128]))
 def test_chunks_cover_all_rows_in_even_steps(rows, columns, elements, block_rows):
-    job = SimpleNamespace(rows=rows, columns=columns)
-    chunks = list(row_chunks(job, elements, block_rows))
+    chunks = list(row_ranges(rows, columns, elements, block_rows))
     position = 0
     for start, stop in chunks:
         assert start == position and start % 2 == 0 and stop > start

@@ -98,6 +98,17 @@ def test_an_indexer_s_rope_that_engines_would_take_for_halves_is_stated(write: A
         assert (config.get("indexer_rope_interleave") or False) == key.get("indexer_rope_interleave", False)
 
 
+def test_two_statements_of_the_shared_layers_are_told(write: Any, tmp_path: Path) -> None:
+    """GLM-5.2 states its layers as a list and as a frequency, which agree."""
+    keys = {"indexer_types": ["full", "full", "shared"], "index_topk_freq": 2, "index_skip_topk_offset": 2}
+    source = write(tmp_path / "one", family="glm5", config=keys)
+    notes = convert_checkpoint(source, tmp_path / "out1", method="minmax").notes
+    assert not any("which layers share a selection" in note for note in notes)
+    source = write(tmp_path / "two", family="glm5", config=keys | {"index_topk_freq": 1})
+    notes = convert_checkpoint(source, tmp_path / "out2", method="minmax").notes
+    assert any("which layers share a selection" in note and "the list counts" in note for note in notes)
+
+
 def test_a_shared_layer_may_keep_an_unused_indexer(write: Any, texts: Path, tmp_path: Path) -> None:
     """Without a list: a release whose layers all have one, and a frequency that a user set. It is scaled as all are."""
     made = write(tmp_path / "all", family="v32", config={"index_topk_freq": 2, "index_skip_topk_offset": 1})

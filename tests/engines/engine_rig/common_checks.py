@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -12,10 +13,10 @@ from npuq.errors import ArtifactError
 from . import parameter_lists, rotary
 from .conformance import ConformanceError, compare, load
 from .corruption import corrupt, corruptions, mtp_corruptions, static_corruptions
+from .models import ARTIFACTS, CONFIGS, STATIC, WITH_MTP
+from .rules import LOADS, RULES, break_rule, ending
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
-# Quantized linears of each model: attention and MLP of each layer, a layer's experts counted once.
-LINEARS = {"example": 23, "v2-lite": 11, "v3-mtp": 11, "v3-static": 11, "kimi": 11, "glm-flash": 11}
 
 
 def _name(value: Any) -> str:
@@ -29,7 +30,14 @@ class CommonChecks:
     detected: str
     engine: ModuleType
 
-    @pytest.mark.parametrize("model", LINEARS)
+    @pytest.mark.parametrize("key", RULES)
+    def test_broken_rule(self, artifact, tmp_path, release, key):
+        rule = RULES[key]
+        if release in rule.ends:
+            end = ending(self.engine, break_rule(rule, artifact("v3-mtp"), tmp_path / "broken"), rule.mtp)
+            assert re.search(rule.ends[release], end) if rule.ends[release] else end == LOADS, end
+
+    @pytest.mark.parametrize("model", ARTIFACTS)
     def test_detection(self, artifact, model):
         assert self.engine.detect(artifact(model)) == self.detected
 
@@ -52,7 +60,9 @@ class CommonChecks:
             compare(load(self.engine, broken, 1))
 
     @pytest.mark.parametrize(
-        ("model", "mtp"), [("v2-lite", False), ("v3-mtp", False), ("v3-mtp", True), ("v3-static", False)]
+        ("model", "mtp"),
+        # Kimi-K2 is of DeepSeek-V3's classes.
+        [(name, False) for name in (*CONFIGS, STATIC) if name != "kimi"] + [(name, True) for name in WITH_MTP[1:]],
     )
     def test_the_list_of_needed_tensors(self, artifact, model, mtp):
         parameter_lists.check_needed(self.name, self.engine, artifact(model), mtp)

@@ -71,6 +71,21 @@ def load(engine: ModuleType, directory: Path, tp: int, ep: int = 1, mtp: bool = 
     )
 
 
+def quantized_linears(directory: Path, mtp: bool = False) -> int:
+    """The quantized linears of the model or its first MTP layer: fused ones, and experts of a layer, count as one."""
+    fused = {part: leaf for leaf, parts in FUSED.items() for part in parts}
+    found = set()
+    with Checkpoint.open(directory) as checkpoint:
+        last = checkpoint.config["num_hidden_layers"]
+        for name in (name for name, info in checkpoint.tensors.items() if info.dtype == "I8"):
+            module, leaf = name.removesuffix(".weight").rsplit(".", 1)
+            layer = int(module.split(".layers.")[1].split(".")[0])
+            if layer == last if mtp else layer < last:
+                experts, _, expert = module.rpartition(".experts.")
+                found.add((experts, "experts") if expert.isdigit() else (module, fused.get(leaf, leaf)))
+    return len(found)
+
+
 def compare(loaded: Loaded) -> int:
     """Compare every linear, and count the quantized ones, a layer's experts as one.
 

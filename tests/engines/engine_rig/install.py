@@ -200,6 +200,8 @@ def run_checks(name: str, artifacts: Path, timeout: float = 1800) -> subprocess.
         str(HERE.parent / RELEASES[name].checks),
         "--artifacts",
         str(artifacts),
+        "--release",
+        name,
     ]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False

@@ -1,8 +1,12 @@
-"""Artifacts to load: the shipped example, and random ones that all the numbers of ranks divide."""
+"""Artifacts to load: the shipped example, and a random one for each family, wide enough for many ranks.
+
+Another family is another entry of CONFIGS: every check takes its models from there.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +40,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v2-lite": models.V2_LITE | _WIDE | {"architectures": ["DeepseekV2ForCausalLM"]},
     "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
     "kimi": models.KIMI | _WIDE,
-    # 20 heads, which 1, 2, 4 and 5 ranks share, and so do the other widths.
-    "glm-flash": models.GLM_FLASH
+    # As many heads as published, which 8 ranks cannot share; 192 and 256 wide heads over 8.
+    "glm-flash": models.KIMI
     | _WIDE
     | {
+        "model_type": "glm4_moe_lite",
+        "architectures": ["Glm4MoeLiteForCausalLM"],
         "num_attention_heads": 20,
         "num_key_value_heads": 20,
-        "qk_nope_head_dim": 48,
-        "v_head_dim": 64,
-        "intermediate_size": 1280,
-        "moe_intermediate_size": 1280,
-        "n_routed_experts": 20,
-        "vocab_size": 640,
+        "qk_nope_head_dim": 24,
+        "v_head_dim": 32,
+        "routed_scaling_factor": 1.8,
         "num_nextn_predict_layers": 1,
-        "architectures": ["Glm4MoeLiteForCausalLM"],
     },
 }
+# Every artifact, and those that have an MTP layer.
+STATIC = "v3-static"
+ARTIFACTS = ("example", *CONFIGS, STATIC)
+WITH_MTP = ("example", *(name for name, config in CONFIGS.items() if config["num_nextn_predict_layers"]))
 # Stored in FP8 blocks, as DeepSeek and Moonshot publish; the others in bfloat16.
 _FP8 = {"kimi"}
 _BLOCK = 32
 
-
-STATIC = "v3-static"
 # What ModelSlim's own recipes quantize statically, for the engines' fused preprocessing of attention; and an MLP.
 _STATIC_LINEARS = (
     "q_a_proj",
@@ -68,6 +72,12 @@ _STATIC_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+
+
+def placements(*names: str, ranks: Iterable[int] = (1, 2, 4, 8, 16)) -> list[tuple[str, int]]:
+    """Each artifact with each of these numbers of ranks that can share its heads."""
+    heads = {name: CONFIGS["v3-mtp" if name == STATIC else name]["num_attention_heads"] for name in names}
+    return [(name, count) for name in names for count in ranks if heads[name] % count == 0]
 
 
 def write_artifact(name: str, folder: Path) -> Path:

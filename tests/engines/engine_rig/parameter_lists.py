@@ -34,6 +34,7 @@ ENDS = (
     TypeError,
     AttributeError,
     StrictDataclassError,
+    ZeroDivisionError,
 )
 # Of a layer's experts these: all are loaded alike.
 EXPERTS = ("experts.0.", "experts.15.")
@@ -79,8 +80,14 @@ def model_of(name: str, directory: Path) -> tuple[EngineModel, dict[str, Any], d
 
 
 def check_needed(name: str, engine: ModuleType, directory: Path, mtp: bool) -> None:
-    """The engine misses exactly the tensors that the list has, of all that the artifact has."""
+    """The engine misses exactly the tensors that the list has, of all that the artifact has.
+
+    A draft that the list does not have is one that the engine cannot build.
+    """
     model, raw, schemes = model_of(name, directory)
+    if mtp and not model.drafts(ModelConfig.from_dict(raw)):
+        assert not loads(engine, directory, mtp)
+        return
     tensors = (draft_tensors if mtp else main_tensors)(model, raw, schemes)
     needed = tensors.needed
     assert needed <= schemes.keys()
@@ -148,6 +155,13 @@ VARIATIONS = {
     "experts by another name": Variation({"n_routed_experts": ..., "num_local_experts": 16}),
     "architectures unsaid": Variation({"architectures": ...}),
     "another architecture": Variation({"architectures": ["LlamaForCausalLM"]}),
+    "GLM as it is": Variation({}, of="glm-flash"),
+    "GLM, MTP layer not counted": Variation({"num_nextn_predict_layers": 0}, of="glm-flash"),
+    "GLM, tied, with a head": Variation({"tie_word_embeddings": True}, of="glm-flash"),
+    "GLM, first_k_dense_replace unsaid": Variation({"first_k_dense_replace": ...}, of="glm-flash"),
+    "GLM, topk_method and scoring_func unsaid": Variation({"topk_method": ..., "scoring_func": ...}, of="glm-flash"),
+    "GLM, moe_layer_freq unsaid": Variation({"moe_layer_freq": ...}, of="glm-flash"),
+    "GLM, no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts"), of="glm-flash"),
 }
 
 

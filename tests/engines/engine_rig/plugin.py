@@ -23,6 +23,13 @@ def emulation() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--artifacts", type=Path, required=True, help="A folder that has the artifacts, each by its name.")
+    parser.addoption("--release", required=True, help="The engine or tool on the path, as install.RELEASES has it.")
+
+
+@pytest.fixture(scope="session")
+def release(request: pytest.FixtureRequest) -> str:
+    """The engine or tool on the path, a key of install.RELEASES."""
+    return request.config.getoption("--release")
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def build(directory: Path, weights: Iterable[tuple[str, Tensor]], tp: int, ep: i
     fields: dict[str, object] = {"tp_size": tp, "ep_size": ep, "device": "npu", "dtype": "bfloat16"}
     fields |= {"model_path": str(directory), "disable_shared_experts_fusion": True}
     if mtp:
-        fields["speculative_draft_model_path"] = str(directory)
+        fields |= {"speculative_draft_model_path": str(directory), "speculative_draft_model_quantization": "modelslim"}
     override = get_context().override_server_args(**fields)
     override.install()
     one, whole, moe_tp = Group(1, 0), Group(tp, rank), tp // ep

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
+import torch
 import vllm_ascend.ascend_config
 import vllm_ascend.distributed.parallel_state as ascend_state
 import vllm_ascend.utils
@@ -60,7 +63,17 @@ def build(directory: Path, weights: Iterable[tuple[str, Tensor]], tp: int, ep: i
         method = getattr(module, "quant_method", None)
         if method is not None and hasattr(method, "process_weights_after_loading"):
             method.process_weights_after_loading(module)
+        if hasattr(module, "kv_b_proj"):
+            _absorb(module.kv_b_proj)
     return model
+
+
+def _absorb(kv_b_proj: nn.Module) -> None:
+    """Attention takes this linear apart, and first asserts that it is not quantized."""
+    from vllm_ascend.attention.mla_v1 import AscendMLAImpl  # not earlier: a circle of imports in 0.23
+
+    with suppress(AttributeError):  # behind the assertion: no other part of attention is here
+        AscendMLAImpl.process_weights_after_loading(Namespace(kv_b_proj=kv_b_proj), torch.bfloat16)
 
 
 def _construct(config: Any, hf_config: PretrainedConfig) -> nn.Module:

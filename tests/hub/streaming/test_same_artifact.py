@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kimi_k25 import as_k25
 from loopback import LoopbackHub
 from safetensors.torch import load_file, save_file
 from streaming import OPTIONS, SOURCE, WINDOW, remote, without_manifest
@@ -93,6 +94,18 @@ def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Pa
     assert local.keys() == streamed.keys()
     assert all(content == streamed[name] for name, content in local.items() if name != "README.md")
     assert npuq.verify(tmp_path / "out").ok
+
+
+def test_int4_experts_of_three_tensors_each(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    directory = as_k25(example_fp8, tmp_path / "source")
+    hub.state.put(SOURCE, files_of(directory))
+    convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", **OPTIONS)  # type: ignore[arg-type]
+        assert checkpoint.window.most_resident <= WINDOW
+    local, streamed = without_manifest(tmp_path / "local"), without_manifest(tmp_path / "out")
+    assert local.keys() == streamed.keys()
+    assert all(content == streamed[name] for name, content in local.items() if name != "README.md")
 
 
 def test_both_ways_leave_the_same_files(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:

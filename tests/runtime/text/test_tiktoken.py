@@ -161,7 +161,7 @@ def test_ids_beyond_the_models_vocabulary_are_none(ranks: dict[bytes, int], tmp_
     config |= {"pad_token": None, "unk_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     size = len(ranks) + 100
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": size}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": {"vocab_size": size}}))
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.vocab_size == size
     assert tokenizer.encode(f"<|reserved_token_{size - 1}|>") == [size - 1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,10 @@ from npuq.convert.calibrate.texts import read_calibration
 from npuq.errors import GenerationError
 from npuq.runtime.text.tokenizer import Tokenizer
 
+from .conversations import CONVERSATIONS, SETTINGS
+from .test_chat_templates import split
 from .tiktoken_models import kimi_checkpoint, reference
+from .tool_styles import TOOL_STYLES
 
 TEXT = "Call me Ishmael. 中文English混合 it's 1234567 🐋 naïve\n\n" * 8
 FILES = ("tiktoken.model", "tokenizer_config.json", "tokenization_kimi.py")
@@ -117,6 +122,36 @@ def test_evaluate(
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     out, _ = run(monkeypatch, capsys, "evaluate", artifact, "--source", kimi, "--text", tmp_path / "text.txt", "--json")
     assert json.loads(out)["tokens"] == len(reference(kimi).encode(TEXT))
+
+
+def sorted_deeply(value: Any) -> Any:
+    """As `deep_sort_dict` of tokenization_kimi.py."""
+    if isinstance(value, dict):
+        return {key: sorted_deeply(item) for key, item in sorted(value.items())}
+    return [sorted_deeply(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_kimis_template_in_a_file(name: str, kimi_files: Path, tmp_path: Path) -> None:
+    """A chat_template.jinja beside the tokenizer: transformers' text, and tiktoken's ids of it."""
+    utilities = pytest.importorskip("transformers.utils.chat_template_utils")
+    directory = Path(shutil.copytree(kimi_files, tmp_path / "kimi"))
+    (directory / "chat_template.jinja").write_text(TOOL_STYLES["kimi-k2"], encoding="utf-8")
+    tokenizer, models_own = Tokenizer(directory), reference(directory)
+    for values in SETTINGS.values():
+        options = {"add_generation_prompt": True, **values}
+        theirs = {key: sorted_deeply(value) if key == "tools" else value for key, value in options.items()}
+        names = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+        arguments = {"conversations": [CONVERSATIONS[name]], "chat_template": TOOL_STYLES["kimi-k2"]}
+        try:
+            ((expected,), _) = utilities.render_jinja_template(**arguments, **{**names, **theirs})
+        except Exception:
+            with pytest.raises(GenerationError):
+                tokenizer.render_chat(CONVERSATIONS[name], **split(options))
+            continue
+        assert tokenizer.render_chat(CONVERSATIONS[name], **split(options)) == expected
+        ids = tokenizer.chat(CONVERSATIONS[name], **split(options))
+        assert ids == models_own.encode(expected, allowed_special="all")
 
 
 TOOLS = [{"type": "function", "function": {"name": "sail", "parameters": {"b": [{"z": 1, "a": None}], "a": "鯨"}}}]

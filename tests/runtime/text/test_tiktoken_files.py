@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import time
 from base64 import b64encode
@@ -17,7 +18,7 @@ import pytest
 from npuq.errors import GenerationError
 from npuq.runtime.text.tokenizer import Tokenizer
 
-from .tiktoken_models import RANKS
+from .tiktoken_models import PATTERN, RANKS
 
 CONFIG = r"tokenizer_config\.json: "
 MODEL = r"tiktoken\.model"
@@ -229,14 +230,66 @@ def test_a_class_whose_pattern_is_unknown(files: Path, name: Any) -> None:
     refused(files, rf"{CONFIG}tokenizer_class .* does not say how tiktoken.model is read; npuq knows TikTokenTokenizer")
 
 
+CODE = """class TikTokenTokenizer(PreTrainedTokenizer):
+    pat_str = "|".join([
+{}
+    ])
+
+    def __init__(self): raise SystemExit('remote code')
+"""
+
+
+@pytest.mark.parametrize("indent", ["        ", ""])
+def test_the_pattern_of_the_models_own_code(files: Path, indent: str) -> None:
+    """It is read as text. One that differs would mean other tokens without a word."""
+    parts = [part for part in re.split(r"\|(?=\[|\\|\s)", PATTERN) if part]
+    assert "|".join(parts) == PATTERN and len(parts) == 8
+    code = files / "tokenization_kimi.py"
+    code.write_text(CODE.format("\n".join(f'{indent}r"""{part}""",' for part in parts)))
+    assert Tokenizer(files).encode("naïve")
+    parts[3] = r"\p{N}"
+    code.write_text(CODE.format("\n".join(f'{indent}r"""{part}""",' for part in parts)))
+    refused(
+        files, r"tokenization_kimi\.py: its pat_str is not the pattern by which npuq splits a text.*tokenizer\.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'pat_str = "|".join([' + 'r"""a""",' * 100_000,
+        'pat_str = "|".join([' + " " * 900_000,
+        'pat_str = "|".join(' * 40_000,
+    ],
+)
+def test_code_takes_no_time(files: Path, code: str) -> None:
+    begin = time.process_time()
+    (files / "tokenization_kimi.py").write_text(code)
+    assert Tokenizer(files).encode("naïve")
+    assert time.process_time() - begin < 5
+
+
 def test_no_configuration(files: Path) -> None:
     (files / "tokenizer_config.json").unlink()
     refused(files, r"tiktoken\.model without the tokenizer_config\.json")
 
 
 def test_more_ranks_than_the_model_has_tokens(files: Path) -> None:
-    (files / "config.json").write_text(json.dumps({"text_config": {"vocab_size": RANKS - 1}}))
-    refused(files, f"{MODEL}: has {RANKS} ranks, and config.json's vocab_size is {RANKS - 1}")
+    sizes = {"vocab_size": RANKS - 1}
+    for config in (sizes, {"model_type": "kimi_k25", "text_config": sizes}):
+        (files / "config.json").write_text(json.dumps(config))
+        refused(files, f"{MODEL}: has {RANKS} ranks, and config.json's vocab_size is {RANKS - 1}")
+
+
+@pytest.mark.parametrize("kind", [None, 5, [], {}, "kimi_k25", "\x1b"])
+@pytest.mark.parametrize("text", [None, 5, [], {"vocab_size": []}, {"model_type": []}])
+def test_a_strange_config(files: Path, kind: Any, text: Any) -> None:
+    """Of config.json the tokenizer needs the vocabulary's size alone, and does without."""
+    (files / "config.json").write_text(json.dumps({"model_type": kind, "text_config": text, "vocab_size": "x"}))
+    try:
+        assert Tokenizer(files).vocab_size == RANKS + 256
+    except GenerationError as error:
+        assert "config.json" in str(error) and str(error).isprintable()
 
 
 def test_mutations_end_in_one_line(files: Path) -> None:
