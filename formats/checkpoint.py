@@ -41,9 +41,9 @@ class Checkpoint:
 
     tensors: in natural name order (layer 2 before layer 10), in any order of shards. files: the maps behind views; call
     `files.check()` before results computed with views are used. stamps: one a shard, taken when its header was read;
-    none on a hub, where a commit pins the files. weight_map: the shard of each tensor that the index lists; None
-    without an index. stated: config.json as it is stored, where `read_as` replaced `config`. window: set for a remote
-    checkpoint, whose tensors can be read from their announcement to their release.
+    none on a hub, where a commit pins the files. stated: config.json as it is stored, where `read_as` replaced
+    `config`. window: set for a remote checkpoint, whose tensors can be read after their announcement and until their
+    release. weight_map: the shard of each tensor that the index lists; None without an index.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Checkpoint:
         self.tensors = tensors
         self.shards = tuple(shards)
         self.stamps = tuple(stamps)
-        self.weight_map = weight_map
         self.window = window
+        self.weight_map = weight_map
         self.files = MappedFiles()
         self._storage = storage
 
@@ -127,12 +127,6 @@ class Checkpoint:
         tensors = collect_tensors(directory, weight_map, headers)
         stamps = [storage.stamps[path] for path in paths.values()]
         return cls(directory, config, tensors, list(paths.values()), storage, stamps=stamps, weight_map=weight_map)
-
-    @property
-    def unlisted(self) -> list[str]:
-        """The tensors that an index leaves out."""
-        listed = self.weight_map
-        return [] if listed is None else [name for name in self.tensors if name not in listed]
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's dtype, shape, file and byte range. CheckpointError when the checkpoint has none of that name."""

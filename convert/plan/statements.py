@@ -51,7 +51,7 @@ def statements(
         *_groups(raw, config),
         *_architectures(checkpoint.config, config),
         *_end_of_sequence(raw, directory),
-        *_index([name for name in checkpoint.unlisted if name != shared]),
+        *_index(checkpoint, shared),
     ]
 
 
@@ -265,7 +265,9 @@ def _ids(value: Any) -> set[int]:
     return {item for item in (value if isinstance(value, list) else [value]) if type(item) is int}
 
 
-def _index(missing: Sequence[str]) -> Iterator[str]:
+def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
+    listed = checkpoint.weight_map
+    missing = [name for name in checkpoint.tensors if listed is not None and name not in listed and name != shared]
     if missing:
         yield (
             f"{INDEX_NAME} does not list {len(missing)} tensors that the shards have, first {missing[0]!r}: they "
