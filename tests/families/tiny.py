@@ -44,6 +44,10 @@ _YARN = {
     "beta_slow": 1.0,
 }
 
+# As many selected tokens as calibration's samples have, and fewer than the logits' sequences. With fewer heads some keys
+# score the same zero, and which of them is selected is not defined.
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 48, "index_topk": 32}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "v2-lite": {
         "model_type": "deepseek_v2",
@@ -131,6 +135,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "dense", "sparse"],
         "num_nextn_predict_layers": 1,
     },
+    "v32": {
+        "model_type": "deepseek_v32",
+        "q_lora_rank": 48,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        **_INDEXER,
+    },
+    # The last layer has an indexer, as every MTP layer must.
+    "glm-5": {
+        "model_type": "glm_moe_dsa",
+        "q_lora_rank": 48,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "indexer_types": ["full", "shared", "full"],
+        **_INDEXER,
+    },
 }
 
 
@@ -138,7 +172,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 PACKED = {"kimi-k2-thinking": write_k2_thinking, "kimi-k2.5": write_k25}
 
 # Of a model_type other than DeepSeek-V3's.
-_CLASSES = {"deepseek_v2": "DeepseekV2", "glm4_moe_lite": "Glm4MoeLite"}
+_CLASSES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v32": "DeepseekV32",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "glm_moe_dsa": "GlmMoeDsa",
+}
 
 
 def make_checkpoint(directory: Path, family: str, **changes: Any) -> Any:
