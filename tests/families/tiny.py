@@ -44,8 +44,8 @@ _YARN = {
     "beta_slow": 1.0,
 }
 
-# As many selected tokens as calibration's samples have, and fewer than the logits' sequences. With fewer heads some keys
-# score the same zero, and which of them is selected is not defined.
+# As many selected tokens as calibration's samples have, and fewer than the logits' sequences. With fewer heads some
+# keys score the same zero, and which of them is selected is not defined.
 _INDEXER = {"index_n_heads": 16, "index_head_dim": 48, "index_topk": 32}
 
 FAMILIES: dict[str, dict[str, Any]] = {
