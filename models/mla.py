@@ -58,18 +58,13 @@ class Mla:
         """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
-    def stated(self) -> dict[str, int | bool]:
-        """The keys of config.json that loaders have different defaults for."""
+    def stated(self) -> dict[str, int | bool | str | None]:
+        """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
         return {}
 
     @property
     def dense_tokens(self) -> int | None:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
-        return None
-
-    @property
-    def disputed(self) -> str | None:
-        """What the keys of config.json say in two ways; None where they agree."""
         return None
 
     @property

@@ -124,7 +124,7 @@ class Comparison:
     def tags(self) -> None:
         """The description's other entries. Engines read those of weights that can be quantized and trust the rest."""
         types, stored = read_description(self.loaded.directory) or {}, self.checkpoint.tensors
-        # One entry of a norm's bias, and both engines give every norm of the model one.
+        # With the bias of a norm in the description, both engines would give every RMS norm one.
         listed = {name for name in stored if "norm.bias" not in name}
         if types.keys() != listed:
             raise ConformanceError(f"the description lacks or adds {sorted(types.keys() ^ listed)[0]}")
