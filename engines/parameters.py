@@ -110,9 +110,7 @@ _SGLANG_GLM = replace(
     builds_empty_shared=True,
     always_has_router_bias=True,
     refuses=lambda name: False,
-    loads_draft=False,
-    # Its draft looks for the layer as model.decoder in the description, and does not start.
-    drafts=lambda config: (),
+    loads_draft=False,  # it looks for the layer as model.decoder in the description
 )
 # Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))

@@ -38,6 +38,7 @@ from .pointers import address
 __all__ = [
     "DTYPES",
     "INT4",
+    "LAYOUTS",
     "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
     "Heads",
@@ -66,6 +67,7 @@ DTYPES: Final = {
     torch.uint8: 6,  # int4, two inputs a byte (`StoredRows`)
 }
 INT4: Final = 5
+LAYOUTS: Final = {"nz": 0, "nd": 1}
 # The widest row that `quantize` takes: its sums are exact up to here.
 MOST_COLUMNS: Final = 1 << 17
 MOST_BIAS_COLUMNS: Final = 16

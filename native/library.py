@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 
 
 class Part(Structure):
@@ -44,6 +44,7 @@ class Pages(Structure):
         ("scale", c_void_p),
         *((name, c_int64) for name in ("blocks", "block_size", "channels")),
         ("dtype", c_int32),
+        ("layout", c_int32),
     )
 
 
@@ -140,6 +141,9 @@ _SIGNATURES: Final = {
     "npuq_moe_experts": (_P, _P, _P, _P, _I, _P, _P, _L, _L, _P, _P),
     "npuq_moe_layer": (_P, _P, _P, _I, _L, _P),
     "npuq_mla_prolog": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P),
+    "npuq_attention_selected": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _P, _L, _F, _P),
+    "npuq_lightning_indexer": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _L, _P),
+    "npuq_top_k": (_P, _P, _L, _L, _P, _L, _P),
     "npuq_mla_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
 }
 

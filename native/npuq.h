@@ -17,7 +17,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 6
+#define NPUQ_ABI_VERSION 7
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -152,14 +152,15 @@ NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dt
 NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride,
                                   int64_t head_stride, int64_t tokens, int64_t heads, int64_t dim, const void *cos,
                                   const void *sin, void *out);
-/* One pool of a layer's paged cache in NZ layout: rows [blocks, channels / 16, block_size, 16] of `dtype`. With scale
- * (one float a channel, else NULL) they are int8 codes round-half-even(value / scale) [blocks, channels / 32,
- * block_size, 32]. */
+/* One pool of a layer's paged cache: rows of `dtype`, NZ [blocks, channels / 16, block_size, 16] or ND [blocks,
+ * block_size, channels]. With scale (one float a channel, else NULL) they are int8 codes round-half-even(value / scale),
+ * NZ [blocks, channels / 32, block_size, 32]. */
+enum npuq_layout { NPUQ_NZ = 0, NPUQ_ND = 1 };
 typedef struct {
     void *rows;
     const float *scale;
     int64_t blocks, block_size, channels;
-    int32_t dtype;
+    int32_t dtype, layout;
 } npuq_pages;
 /* The cache of multi-head latent attention: latent_dim and rope_dim channels, the rope in the compute dtype. Over a
  * latent of codes queries are quantized per token and head, as by npuq_dynamic_quant. */
@@ -176,6 +177,23 @@ NPUQ_API int npuq_kv_cache_write(npuq_pool *pool, const npuq_latent_cache *cache
 NPUQ_API int npuq_attention_paged(npuq_pool *pool, const npuq_latent_cache *cache, const void *q_latent,
                                   const void *q_rope, int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                                   const int32_t *table, int64_t table_stride, float softmax_scale, void *out);
+
+/* The same attention of each query to the keys at positions selected [tokens, count] of its sequence, in the row's order
+ * up to the first negative one. Not over codes. */
+NPUQ_API int npuq_attention_selected(npuq_pool *pool, const npuq_latent_cache *cache, const void *q_latent,
+                                     const void *q_rope, int64_t heads, const int64_t *q_ends, const int64_t *kv_lens,
+                                     int64_t sequences, const int32_t *table, int64_t table_stride,
+                                     const int32_t *selected, int64_t count, float softmax_scale, void *out);
+/* For each query the positions of the `count` largest scores among the keys that it sees, ascending, then −1: selected
+ * [tokens, count]. score = Σ_h weights[h] · max(0, query[h] · key) in float32, of query [tokens, heads, channels] and
+ * weights [tokens, heads] in the dtype of the keys, which are ND. Of equal scores the first key wins; a NaN is the
+ * largest. */
+NPUQ_API int npuq_lightning_indexer(npuq_pool *pool, const npuq_pages *keys, const void *query, const void *weights,
+                                    int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
+                                    const int32_t *table, int64_t table_stride, int64_t count, int32_t *selected);
+/* The selection alone: of scores [rows, cols] the first seen[row] ones. */
+NPUQ_API int npuq_top_k(npuq_pool *pool, const float *scores, int64_t rows, int64_t cols, const int64_t *seen,
+                        int64_t count, int32_t *selected);
 
 /* [tokens, heads, channels]; head_stride 0 where heads share their channels. */
 typedef struct {

@@ -64,11 +64,6 @@ class Facts:
         known = [role.source_bytes for role in self.roles if role.source_bytes is not None]
         return sum(known) if len(known) == len(self.roles) else None
 
-    @property
-    def has_mtp(self) -> bool:
-        """True with quantized linears in multi-token-prediction layers."""
-        return any(linear.layer >= self.layers for linear in self.linears)
-
     def as_dict(self) -> dict[str, Any]:
         """Fields as values for JSON."""
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
@@ -156,6 +151,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "sha256 of its config.json": source["config_sha256"],
         "sha256 of its index": source["index_sha256"],
         "weights of the source": _forms(source),
+        "notes on the source": _notes(source),
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
@@ -172,6 +168,12 @@ def _forms(source: Mapping[str, Any]) -> str | None:
     """The number of weights in each form of storage; None in a manifest without it."""
     forms = source.get("forms")
     return ", ".join(f"{count} {form}" for form, count in forms.items()) if isinstance(forms, Mapping) else None
+
+
+def _notes(source: Mapping[str, Any]) -> str | None:
+    """The notes of the conversion, such as what config.json claims and the tensors deny; None without any."""
+    notes = source.get("notes")
+    return "; ".join(map(str, notes)) or None if isinstance(notes, list) else None
 
 
 def _role(entry: Mapping[str, Any]) -> RoleFacts:

@@ -20,7 +20,7 @@ from ...formats.sources.ties import tied_names
 from ...formats.sources.weights import WeightSource
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
-from ...models.config import ModelConfig
+from ...models.config import TEXT_CONFIG, ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
 from ...runtime.text.generation_config import NAME as GENERATION_NAME
@@ -41,6 +41,7 @@ def statements(
     return [
         *_read_as(checkpoint, config),
         *_head(raw, config, shared),
+        *_tied_at_the_top(checkpoint.config, config),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
         *_shared_selections(raw, config),
@@ -86,6 +87,14 @@ def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> It
         f"embedding and head are tied: the artifact stores {stored!r} a second time as {shared!r}, because vLLM never "
         "ties them, and its config.json unties them"
     )
+
+
+def _tied_at_the_top(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
+    if config.family.text_types and raw.get("tie_word_embeddings") is True and not config.tie_word_embeddings:
+        yield (
+            f"config.json ties embedding and head at the top, and {TEXT_CONFIG} does not: {TEXT_CONFIG} counts, and "
+            "the artifact's config.json unties them at both places"
+        )
 
 
 def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:

@@ -9,16 +9,18 @@
 #include "common/dtypes.h"
 #include "npuq.h"
 
-/* Channels that fill whole NZ tiles, of a dtype that has kernels; codes come with their scales. */
+/* A dtype that has kernels; codes, which lie in NZ, come with their scales. Channels of NZ fill whole tiles. */
 static inline bool pages_fit(const npuq_pages *pages) {
-    return (pages->scale != NULL ? pages->dtype == NPUQ_I8 : computes(pages->dtype)) && pages->blocks >= 0 &&
-           pages->block_size > 0 && pages->channels > 0 && pages->channels % (int64_t)nz_channels(pages->dtype) == 0;
+    bool nz = pages->layout == NPUQ_NZ, codes = pages->scale != NULL;
+    return (nz || (pages->layout == NPUQ_ND && !codes)) && (codes ? pages->dtype == NPUQ_I8 : computes(pages->dtype)) &&
+           pages->blocks >= 0 && pages->block_size > 0 && pages->channels > 0 &&
+           (!nz || pages->channels % (int64_t)nz_channels(pages->dtype) == 0);
 }
 
 /* Two pools of as many tokens; the rope's rows are no codes. */
 static inline bool latent_cache_fits(const npuq_latent_cache *cache) {
     const npuq_pages *latent = &cache->latent, *rope = &cache->rope;
-    return pages_fit(latent) && pages_fit(rope) && rope->scale == NULL &&
+    return pages_fit(latent) && pages_fit(rope) && rope->scale == NULL && latent->layout == rope->layout &&
            (latent->scale != NULL || latent->dtype == rope->dtype) && latent->blocks == rope->blocks &&
            latent->block_size == rope->block_size;
 }

@@ -154,6 +154,15 @@ static void multiply_row(float factor, size_t n, float *x) {
     for (size_t i = 0; i < n; i++) x[i] *= factor;
 }
 
+/* A comparison with a NaN is false: it is kept, where a maximum could drop it. */
+static void weigh_relu(const float *x, size_t ldx, const float *weight, size_t heads, size_t n, float *out) {
+    memset(out, 0, n * sizeof *out);
+    for (size_t h = 0; h < heads; h++) {
+        const float *row = x + h * ldx;
+        for (size_t c = 0; c < n; c++) out[c] += weight[h] * (row[c] < 0 ? 0 : row[c]);
+    }
+}
+
 /* Interleaved pairs (even, odd) in, halves out: first = even · cos − odd · sin, second = odd · cos + even · sin. */
 static void rope_row(const float *x, const float *cos, const float *sin, size_t dim, float *out) {
     size_t half = dim / 2;

@@ -42,6 +42,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .attend = attend,
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,
+    .weigh_relu = weigh_relu,
     .convert_scratch = convert_scratch,
     .convert_release = convert_release,
     .decode_row = decode_row,

@@ -83,6 +83,8 @@ struct kernels {
      * query's running maximum and sum; returns the factor for its output so far. */
     float (*online_softmax)(float *score, size_t seen, size_t keys, float *largest, float *total);
     void (*multiply_row)(float factor, size_t n, float *x);
+    /* out[c] = Σ_h weight[h] · max(0, x[h · ldx + c]); a NaN stays one. */
+    void (*weigh_relu)(const float *x, size_t ldx, const float *weight, size_t heads, size_t n, float *out);
 
     /* Conversion; see quantize_row.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
     size_t (*convert_scratch)(size_t n);

@@ -1,121 +1,9 @@
-/* Rope, the paged cache in NZ layout, and absorbed attention on it. */
+/* Absorbed attention on the paged latent cache: to all keys that a query sees, or to selected ones. */
 #include <math.h>
 #include <string.h>
 
 #include "common/checks.h"
 #include "common/pool.h"
-
-struct rope {
-    npuq_pool *pool;
-    const struct kernels *kernels;
-    const char *x, *cos, *sin;
-    int dtype;
-    size_t token_stride, head_stride, heads, dim;
-    char *out;
-};
-
-/* One token, all heads: they share its angles. */
-static void rope_task(const void *context, size_t token, int thread) {
-    const struct rope *rope = context;
-    const struct kernels *kernels = rope->kernels;
-    size_t n = rope->dim, size = size_of(rope->dtype);
-    float *cos = pool_thread_scratch(rope->pool, thread), *sin = cos + n, *x = sin + n, *y = x + n;
-    kernels->to_float(rope->cos + token * n * size, rope->dtype, n, cos);
-    kernels->to_float(rope->sin + token * n * size, rope->dtype, n, sin);
-    for (size_t h = 0; h < rope->heads; h++) {
-        kernels->to_float(rope->x + (token * rope->token_stride + h * rope->head_stride) * size, rope->dtype, n, x);
-        kernels->rope_row(x, cos, sin, n, y);
-        kernels->from_float(y, n, rope->out + (token * rope->heads + h) * n * size, rope->dtype);
-    }
-}
-
-int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride, int64_t head_stride,
-                         int64_t tokens, int64_t heads, int64_t dim, const void *cos, const void *sin, void *out) {
-    if (!computes(dtype) || tokens < 0 || heads < 0 || dim < 0 || dim % 2) return NPUQ_BAD_SIZE;
-    struct rope rope = {pool, pool_kernels(pool), x, cos, sin, dtype, (size_t)token_stride, (size_t)head_stride,
-                        (size_t)heads, (size_t)dim, out};
-    pool_begin(pool);
-    int status = pool_scratch(pool, 4 * rope.dim * sizeof(float), 0);
-    if (status == NPUQ_OK) pool_run(pool, rope_task, &rope, (size_t)tokens);
-    pool_end(pool);
-    return status;
-}
-
-struct cache_write {
-    npuq_pool *pool;
-    const struct kernels *kernels;
-    const npuq_latent_cache *cache;
-    const char *kv, *gamma, *cos, *sin;
-    size_t stride;
-    const int64_t *slots;
-    float eps;
-    char *rope_out, *latent_out;
-};
-
-/* Channels of one token into its slot: [block, channel / group, offset, channel % group]. */
-static void scatter(void *pool, int dtype, size_t block_size, size_t channels, int64_t slot, const void *row) {
-    size_t bytes = nz_channels(dtype) * size_of(dtype), groups = channels / nz_channels(dtype);
-    size_t block = (size_t)slot / block_size, offset = (size_t)slot % block_size;
-    for (size_t g = 0; g < groups; g++) {
-        size_t at = (block * groups + g) * block_size + offset;
-        memcpy((char *)pool + at * bytes, (const char *)row + g * bytes, bytes);
-    }
-}
-
-/* The latent as it is stored: `row` as it is, or codes of it. `x` is float scratch. */
-static void scatter_latent(const struct cache_write *write, int64_t slot, const char *row, float *x, int8_t *codes) {
-    const npuq_latent_cache *cache = write->cache;
-    size_t l = (size_t)cache->latent.channels;
-    if (cache->latent.scale != NULL) {
-        write->kernels->to_float(row, cache->rope.dtype, l, x);
-        write->kernels->code_row(x, cache->latent.scale, l, codes);
-    }
-    const void *stored = cache->latent.scale != NULL ? (const void *)codes : row;
-    scatter(cache->latent.rows, cache->latent.dtype, (size_t)cache->latent.block_size, l, slot, stored);
-}
-
-static void cache_write_task(const void *context, size_t token, int thread) {
-    const struct cache_write *write = context;
-    const struct kernels *kernels = write->kernels;
-    const npuq_latent_cache *cache = write->cache;
-    int dtype = cache->rope.dtype;
-    size_t size = size_of(dtype), l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
-    size_t widest = l > d ? l : d;
-    float *x = pool_thread_scratch(write->pool, thread), *y = x + widest, *first = y + widest, *second = first + widest;
-    char *stored = (char *)(second + widest);
-    const char *row = write->kv + token * write->stride * size;
-    int64_t slot = write->slots[token];
-
-    kernels->to_float(row, dtype, l, x);
-    kernels->to_float(write->gamma, dtype, l, first);
-    kernels->norm_row(x, first, l, write->eps, 0, y);
-    kernels->from_float(y, l, stored, dtype);
-    if (slot >= 0) scatter_latent(write, slot, stored, x, (int8_t *)y);
-    if (write->latent_out != NULL) memcpy(write->latent_out + token * l * size, stored, l * size);
-
-    kernels->to_float(row + l * size, dtype, d, x);
-    kernels->to_float(write->cos + token * d * size, dtype, d, first);
-    kernels->to_float(write->sin + token * d * size, dtype, d, second);
-    kernels->rope_row(x, first, second, d, y);
-    kernels->from_float(y, d, stored, dtype);
-    if (slot >= 0) scatter(cache->rope.rows, dtype, (size_t)cache->latent.block_size, d, slot, stored);
-    if (write->rope_out != NULL) memcpy(write->rope_out + token * d * size, stored, d * size);
-}
-
-int npuq_kv_cache_write(npuq_pool *pool, const npuq_latent_cache *cache, const void *kv, int64_t stride,
-                        const void *gamma, const void *cos, const void *sin, const int64_t *slots, int64_t tokens, float eps,
-                        void *rope_out, void *latent_out) {
-    if (!latent_cache_fits(cache) || tokens < 0) return NPUQ_BAD_SIZE;
-    if (!slots_fit(&cache->latent, slots, tokens)) return NPUQ_BAD_INDEX;
-    struct cache_write write = {pool, pool_kernels(pool), cache, kv, gamma, cos, sin, (size_t)stride, slots, eps,
-                                rope_out, latent_out};
-    int64_t l = cache->latent.channels, d = cache->rope.channels;
-    pool_begin(pool);
-    int status = pool_scratch(pool, 5 * (size_t)(l > d ? l : d) * sizeof(float), 0);
-    if (status == NPUQ_OK) pool_run(pool, cache_write_task, &write, (size_t)tokens);
-    pool_end(pool);
-    return status;
-}
 
 /* Heads that share a task: its keys come from memory once for all of them, and from L2 for all but the first. Their
  * floats stay in L2 too. */
@@ -130,7 +18,10 @@ struct attention {
     const int64_t *q_ends, *kv_lens;
     const int32_t *table;
     size_t sequences, table_stride;
+    const int32_t *selected; /* [tokens, selected_stride], −1 after the last; NULL: all keys that a query sees */
+    size_t selected_stride;
     float scale;
+    size_t latent_width, rope_width; /* channels in whole groups: those of q, and of a tile of copied keys */
     char *out;
 };
 
@@ -144,19 +35,26 @@ static void round_query(const struct attention *attention, float *q, int8_t *cod
     for (size_t i = 0; i < l; i++) q[i] = (float)codes[i] * scale;
 }
 
+/* Floats of `n` channels, zeros after them up to `width`. */
+static void load_channels(const struct attention *attention, const void *x, int dtype, size_t n, size_t width, float *q) {
+    attention->kernels->to_float(x, dtype, n, q);
+    for (size_t i = n; i < width; i++) q[i] = 0;
+}
+
 static void load_query(const struct attention *attention, size_t row, float *q, int8_t *codes) {
     const npuq_latent_cache *cache = attention->cache;
     size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels, size = size_of(cache->rope.dtype);
-    attention->kernels->to_float(attention->q_latent + row * l * size, cache->rope.dtype, l, q);
+    size_t wide = attention->latent_width, all = wide + attention->rope_width;
+    load_channels(attention, attention->q_latent + row * l * size, cache->rope.dtype, l, wide, q);
     if (cache->latent.scale != NULL) round_query(attention, q, codes);
-    attention->kernels->to_float(attention->q_rope + row * d * size, cache->rope.dtype, d, q + l);
-    for (size_t i = 0; i < l + d; i++) q[i] *= attention->scale;
+    load_channels(attention, attention->q_rope + row * d * size, cache->rope.dtype, d, attention->rope_width, q + wide);
+    for (size_t i = 0; i < all; i++) q[i] *= attention->scale;
 }
 
-/* Some keys of one cache block, and their place in it. */
+/* Some keys of one block in NZ layout, and their place in it. */
 struct place {
     const char *latent, *rope; /* the block */
-    size_t first, keys;
+    size_t block_size, first, keys;
 };
 
 /* The sequence's keys from `key` on, of `keys` in all: as many as a tile takes of one block. */
@@ -172,9 +70,51 @@ static struct place find_keys(const struct attention *attention, size_t sequence
     return (struct place){
         .latent = (const char *)cache->latent.rows + block * l * block_size * size_of(cache->latent.dtype),
         .rope = (const char *)cache->rope.rows + block * d * block_size * size_of(cache->rope.dtype),
+        .block_size = block_size,
         .first = first,
         .keys = some,
     };
+}
+
+/* Copies a token's channels into place `at` of a tile: NZ groups of 16, zeros in the last one where it is not full. */
+static void copy_row(const npuq_pages *pages, size_t slot, size_t at, char *tile) {
+    const size_t size = size_of(pages->dtype), group = nz_channels(pages->dtype) * size;
+    const size_t bytes = (size_t)pages->channels * size, block_size = (size_t)pages->block_size;
+    const char *from = (const char *)pages->rows;
+    size_t step = group; /* from group to group */
+    if (pages->layout == NPUQ_ND) {
+        from += slot * bytes;
+    } else {
+        from += slot / block_size * block_size * bytes + slot % block_size * group;
+        step = block_size * group;
+    }
+    char *to = tile + at * group;
+    size_t whole = bytes / group, rest = bytes % group;
+    if (group == 32) { /* a constant size is no call */
+        for (size_t g = 0; g < whole; g++) memcpy(to + g * ATTENTION_KEYS * 32, from + g * step, 32);
+    } else {
+        for (size_t g = 0; g < whole; g++) memcpy(to + g * ATTENTION_KEYS * 64, from + g * step, 64);
+    }
+    if (rest > 0) {
+        memset(to + whole * ATTENTION_KEYS * group, 0, group);
+        memcpy(to + whole * ATTENTION_KEYS * group, from + whole * step, rest);
+    }
+}
+
+/* The keys from number `key` on, of `keys` in all, copied into a tile: selected ones, or those of ND pages. */
+static struct place copy_keys(const struct attention *attention, size_t sequence, const int32_t *selected, size_t key,
+                              size_t keys, char *tile) {
+    const npuq_latent_cache *cache = attention->cache;
+    const int32_t *table = attention->table + sequence * attention->table_stride;
+    size_t some = keys - key < ATTENTION_KEYS ? keys - key : ATTENTION_KEYS, block_size = (size_t)cache->latent.block_size;
+    char *rope = tile + ATTENTION_KEYS * attention->latent_width * size_of(cache->latent.dtype);
+    for (size_t j = 0; j < some; j++) {
+        size_t position = selected != NULL ? (size_t)selected[key + j] : key + j;
+        size_t slot = (size_t)table[position / block_size] * block_size + position % block_size;
+        copy_row(&cache->latent, slot, j, tile);
+        copy_row(&cache->rope, slot, j, rope);
+    }
+    return (struct place){.latent = tile, .rope = rope, .block_size = ATTENTION_KEYS, .keys = some};
 }
 
 static const char *first_row(const char *block, int dtype, size_t first) {
@@ -191,11 +131,11 @@ struct gathered {
 static void attend_heads(const struct attention *attention, const struct place *now, const struct place *next,
                          size_t heads, struct gathered *in) {
     const npuq_latent_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
+    size_t l = attention->latent_width, d = attention->rope_width;
     for (size_t head = 0; head < heads; head += ATTENTION_HEADS) {
         struct attention_tile tile = {
             .latent = now->latent, .rope = now->rope, .dtype = cache->rope.dtype, .latent_dtype = cache->latent.dtype,
-            .block_size = (size_t)cache->latent.block_size, .first = now->first, .keys = now->keys, .latent_dim = l,
+            .block_size = now->block_size, .first = now->first, .keys = now->keys, .latent_dim = l,
             .rope_dim = d, .heads = heads - head < ATTENTION_HEADS ? heads - head : ATTENTION_HEADS,
             .q = in->q + head * (l + d),
             .next_latent = head > 0 ? NULL : first_row(next->latent, cache->latent.dtype, next->first),
@@ -206,35 +146,69 @@ static void attend_heads(const struct attention *attention, const struct place *
     }
 }
 
-/* Some heads of one query token, over all the keys it sees. */
-static void attention_task(const void *context, size_t index, int thread) {
-    const struct attention *attention = context;
-    const npuq_latent_cache *cache = attention->cache;
-    size_t l = (size_t)cache->latent.channels, d = (size_t)cache->rope.channels;
-    size_t token = index / attention->tasks_per_token, sequence = 0;
-    size_t head = index % attention->tasks_per_token * attention->heads_per_task, left = attention->heads - head;
-    size_t heads = left < attention->heads_per_task ? left : attention->heads_per_task;
-    while ((size_t)attention->q_ends[sequence] <= token) sequence++;
+/* The number of a query's keys: of those that it sees, or of those selected among them. */
+static size_t count_keys(const struct attention *attention, size_t sequence, size_t token, const int32_t *selected) {
+    if (selected != NULL) {
+        size_t keys = 0;
+        while (keys < attention->selected_stride && selected[keys] >= 0) keys++;
+        return keys;
+    }
     /* The sequence's last query sees all of its keys, the one before all but one, … */
     int64_t seen = attention->kv_lens[sequence] - (attention->q_ends[sequence] - 1 - (int64_t)token);
-    size_t keys = seen > 0 ? (size_t)seen : 0;
+    return seen > 0 ? (size_t)seen : 0;
+}
 
-    struct gathered in = {.q = pool_thread_scratch(attention->pool, thread)};
-    in.out = in.q + heads * (l + d);
-    for (size_t h = 0; h < heads; h++) {
-        load_query(attention, token * attention->heads + head + h, in.q + h * (l + d), (int8_t *)in.out);
-        in.largest[h] = -INFINITY;
-    }
-    memset(in.out, 0, heads * l * sizeof *in.out);
+static void attend_pages(const struct attention *attention, size_t sequence, size_t keys, size_t heads,
+                         struct gathered *in) {
     struct place now = find_keys(attention, sequence, 0, keys);
     for (size_t key = 0; key < keys;) {
         key += now.keys;
         struct place next = find_keys(attention, sequence, key, keys);
-        attend_heads(attention, &now, &next, heads, &in);
+        attend_heads(attention, &now, &next, heads, in);
         now = next;
     }
+}
+
+static void attend_copies(const struct attention *attention, size_t sequence, const int32_t *selected, size_t keys,
+                          size_t heads, char *tile, struct gathered *in) {
+    const struct place none = {0};
+    for (size_t key = 0; key < keys; key += ATTENTION_KEYS) {
+        struct place now = copy_keys(attention, sequence, selected, key, keys, tile);
+        attend_heads(attention, &now, &none, heads, in);
+    }
+}
+
+static bool copies_keys(const struct attention *attention) {
+    return attention->selected != NULL || attention->cache->latent.layout == NPUQ_ND;
+}
+
+/* Some heads of one query token, over all its keys. */
+static void attention_task(const void *context, size_t index, int thread) {
+    const struct attention *attention = context;
+    const npuq_latent_cache *cache = attention->cache;
+    size_t l = (size_t)cache->latent.channels, wide = attention->latent_width, all = wide + attention->rope_width;
+    size_t token = index / attention->tasks_per_token, sequence = 0;
+    size_t head = index % attention->tasks_per_token * attention->heads_per_task, left = attention->heads - head;
+    size_t heads = left < attention->heads_per_task ? left : attention->heads_per_task;
+    while ((size_t)attention->q_ends[sequence] <= token) sequence++;
+    const int32_t *selected = NULL;
+    if (attention->selected != NULL) selected = attention->selected + token * attention->selected_stride;
+    size_t keys = count_keys(attention, sequence, token, selected);
+
+    struct gathered in = {.q = pool_thread_scratch(attention->pool, thread)};
+    in.out = in.q + heads * all;
     for (size_t h = 0; h < heads; h++) {
-        float total = in.total[h], *out = in.out + h * l;
+        load_query(attention, token * attention->heads + head + h, in.q + h * all, (int8_t *)in.out);
+        in.largest[h] = -INFINITY;
+    }
+    memset(in.out, 0, heads * wide * sizeof *in.out);
+    if (copies_keys(attention)) {
+        attend_copies(attention, sequence, selected, keys, heads, (char *)(in.out + heads * wide), &in);
+    } else {
+        attend_pages(attention, sequence, keys, heads, &in);
+    }
+    for (size_t h = 0; h < heads; h++) {
+        float total = in.total[h], *out = in.out + h * wide;
         float share = total > 0 || total != total ? 1 / total : 0; /* no key seen: zeros */
         for (size_t c = 0; c < l; c++) out[c] *= share;
         if (cache->latent.scale != NULL) {
@@ -254,6 +228,32 @@ static size_t heads_per_task(size_t tokens, size_t heads, size_t threads) {
     return most;
 }
 
+static size_t whole_groups(const npuq_pages *pages) {
+    size_t group = nz_channels(pages->dtype);
+    return ((size_t)pages->channels + group - 1) / group * group;
+}
+
+static int attend(npuq_pool *pool, struct attention *attention) {
+    if (attention->sequences == 0) return NPUQ_OK;
+    const npuq_latent_cache *cache = attention->cache;
+    size_t tokens = (size_t)attention->q_ends[attention->sequences - 1];
+    size_t per_task = heads_per_task(tokens, attention->heads, (size_t)pool_threads(pool));
+    attention->pool = pool;
+    attention->kernels = pool_kernels(pool);
+    attention->heads_per_task = per_task;
+    attention->tasks_per_token = (attention->heads + per_task - 1) / per_task;
+    attention->latent_width = whole_groups(&cache->latent);
+    attention->rope_width = whole_groups(&cache->rope);
+    size_t width = attention->latent_width + attention->rope_width;
+    size_t bytes = per_task * (width + attention->latent_width) * sizeof(float);
+    if (copies_keys(attention)) bytes += ATTENTION_KEYS * width * size_of(cache->rope.dtype);
+    pool_begin(pool);
+    int status = pool_scratch(pool, bytes, 0);
+    if (status == NPUQ_OK) pool_run(pool, attention_task, attention, tokens * attention->tasks_per_token);
+    pool_end(pool);
+    return status;
+}
+
 int npuq_attention_paged(npuq_pool *pool, const npuq_latent_cache *cache, const void *q_latent, const void *q_rope,
                          int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
                          const int32_t *table, int64_t table_stride, float softmax_scale, void *out) {
@@ -261,19 +261,37 @@ int npuq_attention_paged(npuq_pool *pool, const npuq_latent_cache *cache, const 
     if (!is_cumulative(q_ends, sequences) || !tables_fit(&cache->latent, kv_lens, sequences, table, table_stride)) {
         return NPUQ_BAD_INDEX;
     }
-    if (sequences == 0) return NPUQ_OK;
-    size_t tokens = (size_t)q_ends[sequences - 1];
-    size_t per_task = heads_per_task(tokens, (size_t)heads, (size_t)pool_threads(pool));
     struct attention attention = {
-        .pool = pool, .kernels = pool_kernels(pool), .cache = cache, .q_latent = q_latent, .q_rope = q_rope,
-        .heads = (size_t)heads, .heads_per_task = per_task, .tasks_per_token = ((size_t)heads + per_task - 1) / per_task,
-        .q_ends = q_ends, .kv_lens = kv_lens, .table = table, .sequences = (size_t)sequences,
-        .table_stride = (size_t)table_stride, .scale = softmax_scale, .out = out,
+        .cache = cache, .q_latent = q_latent, .q_rope = q_rope, .heads = (size_t)heads, .q_ends = q_ends,
+        .kv_lens = kv_lens, .table = table, .sequences = (size_t)sequences, .table_stride = (size_t)table_stride,
+        .scale = softmax_scale, .out = out,
     };
-    size_t floats = per_task * (size_t)(2 * cache->latent.channels + cache->rope.channels);
-    pool_begin(pool);
-    int status = pool_scratch(pool, floats * sizeof(float), 0);
-    if (status == NPUQ_OK) pool_run(pool, attention_task, &attention, tokens * attention.tasks_per_token);
-    pool_end(pool);
-    return status;
+    return attend(pool, &attention);
+}
+
+/* Every selected position is in its query's sequence. */
+static bool selected_fit(const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *selected,
+                         int64_t count) {
+    bool good = true;
+    for (int64_t s = 0; s < sequences && good; s++) {
+        for (int64_t i = (s > 0 ? q_ends[s - 1] : 0) * count; i < q_ends[s] * count; i++) good &= selected[i] < kv_lens[s];
+    }
+    return good;
+}
+
+int npuq_attention_selected(npuq_pool *pool, const npuq_latent_cache *cache, const void *q_latent, const void *q_rope,
+                            int64_t heads, const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences,
+                            const int32_t *table, int64_t table_stride, const int32_t *selected, int64_t count,
+                            float softmax_scale, void *out) {
+    if (!latent_cache_fits(cache) || cache->latent.scale != NULL || heads < 1 || count < 0) return NPUQ_BAD_SIZE;
+    if (!is_cumulative(q_ends, sequences) || !tables_fit(&cache->latent, kv_lens, sequences, table, table_stride) ||
+        !selected_fit(q_ends, kv_lens, sequences, selected, count)) {
+        return NPUQ_BAD_INDEX;
+    }
+    struct attention attention = {
+        .cache = cache, .q_latent = q_latent, .q_rope = q_rope, .heads = (size_t)heads, .q_ends = q_ends,
+        .kv_lens = kv_lens, .table = table, .sequences = (size_t)sequences, .table_stride = (size_t)table_stride,
+        .selected = selected, .selected_stride = (size_t)count, .scale = softmax_scale, .out = out,
+    };
+    return attend(pool, &attention);
 }

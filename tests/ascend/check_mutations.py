@@ -15,7 +15,7 @@ from ascend_rig import emulate, formats, guard, harness
 
 from npuq.errors import GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
-from npuq.runtime.ops.ascend import attention as attention_module
+from npuq.runtime.ops.ascend import latent_attention as attention_module
 from npuq.runtime.ops.ascend import mla as mla_module
 from npuq.runtime.ops.ascend import weights as weights_module
 from npuq.runtime.ops.ascend.attention_limits import PrefillForm

@@ -129,7 +129,7 @@ static void check_paged_attention(void) {
         float *pages = floats((size_t)(2 * 16 * latent)), *ropes = floats((size_t)(2 * 16 * rope));
         float *q = floats((size_t)(heads * latent)), *q_rope = floats((size_t)(heads * rope));
         int32_t table[2] = {1, 0};
-        npuq_latent_cache cache = {{pages, NULL, 2, 16, latent, NPUQ_F32}, {ropes, NULL, 2, 16, rope, NPUQ_F32}};
+        npuq_latent_cache cache = {{pages, NULL, 2, 16, latent, NPUQ_F32, NPUQ_NZ}, {ropes, NULL, 2, 16, rope, NPUQ_F32, NPUQ_NZ}};
         float *expected = malloc((size_t)(heads * latent) * 4), *out = malloc((size_t)(heads * latent) * 4);
         for (int level = 0; level < npuq_level_count(); level++) {
             if (pools[level] == NULL) continue;
@@ -138,6 +138,34 @@ static void check_paged_attention(void) {
             if (level) near("paged attention", level, out, expected, heads * latent);
         }
         free(pages), free(ropes), free(q), free(q_rope), free(expected), free(out);
+    }
+}
+
+/* Index scores, selection and attention to the selected of 40 keys in ND pages, channels that fill no group. */
+static void check_sparse_attention(void) {
+    for (int round = 0; round < 20; round++) {
+        int64_t heads = 1 + draw() % 9, width = 1 + draw() % 40, latent = 1 + draw() % 50, rope = 1 + draw() % 9;
+        int64_t q_end = 2, kv_len = 40, count = 1 + draw() % 50, n = 2 * heads * latent;
+        float *index = floats((size_t)(48 * width)), *pages = floats((size_t)(48 * latent)), *ropes = floats((size_t)(48 * rope));
+        float *query = floats((size_t)(2 * heads * width)), *weights = floats((size_t)(2 * heads));
+        float *q = floats((size_t)n), *q_rope = floats((size_t)(2 * heads * rope));
+        int32_t table[3] = {2, 0, 1}, *selected[2] = {malloc((size_t)(2 * count) * 4), malloc((size_t)(2 * count) * 4)};
+        float *expected = malloc((size_t)n * 4), *out = malloc((size_t)n * 4);
+        npuq_pages keys = {index, NULL, 3, 16, width, NPUQ_F32, NPUQ_ND};
+        npuq_latent_cache cache = {{pages, NULL, 3, 16, latent, NPUQ_F32, NPUQ_ND}, {ropes, NULL, 3, 16, rope, NPUQ_F32, NPUQ_ND}};
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            if (npuq_lightning_indexer(pools[level], &keys, query, weights, heads, &q_end, &kv_len, 1, table, 3, count,
+                                       selected[level != 0])) exit(2);
+            if (npuq_attention_selected(pools[level], &cache, q, q_rope, heads, &q_end, &kv_len, 1, table, 3,
+                                        selected[0], count, 0.1f, level ? out : expected)) exit(2);
+            int64_t seen = 0;
+            while (seen < count && selected[level != 0][seen] >= 0) seen++;
+            if (seen != (count < 39 ? count : 39)) fail("number of selected keys", level);
+            if (level) near("attention to selected keys", level, out, expected, n);
+        }
+        free(index), free(pages), free(ropes), free(query), free(weights), free(q), free(q_rope);
+        free(selected[0]), free(selected[1]), free(expected), free(out);
     }
 }
 
@@ -151,7 +179,7 @@ static void expect(const char *what, int status, int expected) {
 static void check_refusals(void) {
     npuq_pool *pool = pools[0];
     float *pages = floats(2 * 16 * 16), *ropes = floats(2 * 16 * 16), *x = floats(64), *gamma = floats(16), out[64];
-    npuq_latent_cache cache = {{pages, NULL, 2, 16, 16, NPUQ_F32}, {ropes, NULL, 2, 16, 16, NPUQ_F32}};
+    npuq_latent_cache cache = {{pages, NULL, 2, 16, 16, NPUQ_F32, NPUQ_NZ}, {ropes, NULL, 2, 16, 16, NPUQ_F32, NPUQ_NZ}};
     int64_t slots[2] = {-1, 31}, ends[2] = {1, 2}, lens[2] = {32, 17}, shrinking[2] = {2, 1}, rows[2] = {1, 1};
     int32_t table[4] = {0, 1, 1, 0}, ids[2] = {0, 1}, index[2];
 #define WRITE(tokens) npuq_kv_cache_write(pool, &cache, x, 32, gamma, x, x, slots, tokens, 1e-6f, NULL, NULL)
@@ -179,6 +207,18 @@ static void check_refusals(void) {
     expect("a dtype that is not computed in", ATTEND(ends), NPUQ_BAD_SIZE);
     cache.rope.dtype = cache.latent.dtype = NPUQ_I8;
     expect("codes without scales", ATTEND(ends), NPUQ_BAD_SIZE);
+
+    cache.rope.dtype = cache.latent.dtype = NPUQ_F32, cache.rope.layout = NPUQ_ND;
+    expect("two layouts", ATTEND(ends), NPUQ_BAD_SIZE);
+    cache.latent.layout = NPUQ_ND, table[0] = 0, table[1] = 1;
+    int32_t selected[2] = {31, 16};
+#define SELECT npuq_attention_selected(pool, &cache, x, x, 1, ends, lens, 2, table, 2, selected, 1, 0.1f, out)
+    expect("the last key", SELECT, NPUQ_OK);
+    selected[1] = 17;
+    expect("a key after the last", SELECT, NPUQ_BAD_INDEX);
+    int64_t seen = 8;
+    expect("all columns", npuq_top_k(pool, x, 1, 8, &seen, 2, index), NPUQ_OK);
+    expect("more than all", npuq_top_k(pool, x, 1, 7, &seen, 2, index), NPUQ_BAD_INDEX);
 
     npuq_part parts[2] = {{x, NULL, 4}, {x, NULL, 4}};
     npuq_weights experts = {parts, 2, 1, 8, 4, NPUQ_F32}, other = {parts, 2, 1, 4, 4, NPUQ_F32};
@@ -302,6 +342,7 @@ int main(void) {
     check_quantizers();
     check_attention();
     check_paged_attention();
+    check_sparse_attention();
     check_refusals();
     check_fp8_conversion();
     check_float_conversion();

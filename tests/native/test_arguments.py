@@ -156,6 +156,29 @@ def _mla_decode(ops: NativeOps, hidden: Tensor | None = None, cache: LayerCache 
     return ops.mla.decode(x, _mla(ops), _cache(ops) if cache is None else cache, _step(**changes))
 
 
+def _index_keys(ops: NativeOps, layout: str = "nd") -> Pages:
+    return ops.caches.new([Pool("index_key", ROPE, layout=layout)], BLOCKS, BLOCK)["index_key"]
+
+
+def _index(ops: NativeOps, keys: Pages | None = None, decode: Decode | None = None, **changes: Any) -> Any:
+    arguments = {"query": _x(T, 4, ROPE), "weights": _x(T, 4), **changes}
+    keys = _index_keys(ops) if keys is None else keys
+    return ops.sparse.lightning_indexer(**arguments, keys=keys, decode=decode or _decode(), count=3)
+
+
+SELECTED = torch.tensor([[[3, 16, -1]], [[0, 4, -1]], [[15, 2, 7]]], dtype=torch.int32)
+
+
+def _selected(ops: NativeOps, selected: Tensor = SELECTED, cache: LayerCache | None = None) -> Any:
+    cache = _cache(ops) if cache is None else cache
+    return ops.sparse.sparse_flash_attention(_x(T, N, LATENT), _x(T, N, ROPE), cache, _decode(), selected, 0.2)
+
+
+def _int8_cache(ops: NativeOps) -> LayerCache:
+    pools = Pool("latent", LATENT, int8=True), Pool("rope", ROPE)
+    return ops.caches.new(pools, BLOCKS, BLOCK, {"latent": _x(LATENT)})
+
+
 def _mla_prolog(ops: NativeOps, **changes: Any) -> Any:
     return ops.mla.prolog(_x(T, H), _mla(ops), _cache(ops), _step(**changes))
 
@@ -192,6 +215,8 @@ GOOD: dict[str, Callable[[NativeOps], Any]] = {
     "attention_paged": _paged,
     "kv_cache_write": _write,
     "mla_decode": _mla_decode,
+    "indexer": _index,
+    "selected": _selected,
     "mla_prolog": _mla_prolog,
     "moe_experts": _experts,
     "moe_layer": lambda ops: ops.routing.moe(_x(T, H), _moe(ops, _mlp(ops))),
@@ -342,6 +367,30 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
         lambda ops: _mla_decode(ops, cache=_cache(NativeOps(BF16))),
         r"kv cache: rope is torch.bfloat16",
     ),
+    "indexer, query": (lambda ops: _index(ops, query=_x(T, 4, 8)), r"lightning_indexer: query"),
+    "indexer, weights": (lambda ops: _index(ops, weights=_x(T, 5)), r"lightning_indexer: weights"),
+    "indexer, dtype": (lambda ops: _index(ops, weights=_x(T, 4).to(BF16)), r"lightning_indexer: weights is bfloat16"),
+    "indexer, nz keys": (lambda ops: _index(ops, keys=_index_keys(ops, "nz")), r"lightning_indexer: .* sizes"),
+    "indexer, keys": (
+        lambda ops: _index(ops, decode=_decode(kv_lens=(33, 5, 16))),
+        r"lightning_indexer: .* an index or a length",
+    ),
+    "indexer, block": (
+        lambda ops: _index(ops, decode=_decode(block_table=torch.tensor([[0, 4], [2, 0], [3, 0]]).int())),
+        r"lightning_indexer: .* an index or a length",
+    ),
+    "selected, rows": (lambda ops: _selected(ops, SELECTED[:2]), r"attention_selected: selected"),
+    "selected, int64": (lambda ops: _selected(ops, SELECTED.long()), r"attention_selected: selected is int64"),
+    "selected, position": (
+        lambda ops: _selected(ops, torch.tensor([[[3]], [[5]], [[0]]]).int()),
+        r"attention_selected: .* an index or a length",
+    ),
+    "selected, codes": (
+        lambda ops: _selected(ops, SELECTED, _int8_cache(ops)),
+        r"attention_selected: .* sizes",
+    ),
+    "top_k, seen": (lambda ops: ops.sparse.top_k(_x(2, 4), [4, 5], 2), r"top_k: .* an index or a length"),
+    "top_k, rows": (lambda ops: ops.sparse.top_k(_x(2, 4), [4], 2), r"top_k: 1 numbers of columns"),
     "prolog, rope": (lambda ops: _mla_prolog(ops, sin=_x(T, ROPE + 2)), r"mla_prolog: sin"),
     "experts, hidden": (lambda ops: _experts(ops, _x(T, H + 1)), r"moe_experts: x"),
     "experts, expert": (lambda ops: _experts(ops, ids=_ids((0, 1), (3, 2), (1, 4))), r"moe_experts: .* an index"),

@@ -74,9 +74,8 @@ def test_the_heads_of_glm_flash(ops: NativeOps) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(33, 20, 256), torch.randn(73, 20, 192), torch.randn(73, 20, 256)
     k_rope = torch.randn(73, 64)
-    out, lse = ops.attention.fused_infer_attention(
-        q[..., :192], q[..., 192:], k, k_rope, v, [33], [73], 256**-0.5, causal=True
-    )
+    queries, keys = Queries(q[..., :192], q[..., 192:]), Keys(k, k_rope, v)
+    out, lse = ops.mla.fused_infer_attention(queries, keys, Lengths([33], [73], causal=True), 256**-0.5)
     key = torch.cat([k, k_rope.unsqueeze(1).expand(-1, 20, -1)], -1)
     expected, expected_lse = _attend(q, key, v, 256**-0.5, causal=True)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

@@ -190,7 +190,7 @@ def test_the_attention_of_glm_flash(
 
 def _check_mla(ops: NativeOps, hidden: int, config: MlaConfig, scheme: Scheme, tokens: int, int8_cache: bool) -> None:
     """Compare the fused steps with the same steps one by one, in torch."""
-    generator, dtype = np.random.default_rng(tokens), ops.attention.dtype
+    generator, dtype = np.random.default_rng(tokens), ops.mla.dtype
     heads, q_lora, latent = config.heads, config.q_lora_rank, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     parts = MlaParts(

@@ -43,9 +43,10 @@ def test_what_the_manifest_says(artifact: Path) -> None:
     (shared,) = (x for x in facts.linears if x.name == "model.layers.2.mlp.shared_experts.up_proj.weight")
     assert (shared.layer, shared.expert, shared.projection) == (2, None, "shared up_proj")
     assert facts.provenance["sha256 of its config.json"] == manifest["source"]["config_sha256"]
+    assert "F8_E4M3 128x128" in facts.provenance["weights of the source"]
     assert facts.recipe == "w4a8"
     assert facts.recipe_yaml == (artifact / "npuq/recipe.yaml").read_text()
-    assert facts.has_mtp
+    assert max(linear.layer for linear in facts.linears) == facts.layers
     assert facts.coverage is None
     assert facts.evaluations == ()
 

@@ -29,7 +29,7 @@ from calibrated import VOCABULARY  # noqa: E402
 from sparse_models import MODELS, Sparse, make_sparse  # noqa: E402
 
 TOLERANCE = 1e-4
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpu"]
 TOPK = 8
 TOKENS = torch.randint(2, VOCABULARY, (75,), generator=torch.Generator().manual_seed(3)).tolist()
 OTHERS = [TOKENS[40:70], TOKENS[:5], TOKENS[20:29]]

@@ -20,6 +20,7 @@ from .norms import NativeNorms
 from .products import NativeProducts
 from .rotary import NativeRotary
 from .routing import NativeRouting
+from .sparse_attention import NativeSparseAttention
 from .weights import NativeWeights
 
 
@@ -41,6 +42,7 @@ class NativeOps(Ops):
         self.caches = NativeCaches(dtype)
         self.rotary = NativeRotary(kernels, beside.rotary)
         self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)
+        self.sparse = NativeSparseAttention(kernels, self.weights, self.norms, self.products, self.rotary)
 
     def one_thread(self) -> AbstractContextManager[None]:
         return single_threaded_torch()

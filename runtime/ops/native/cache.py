@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ....native.binding import DTYPES
+from ....native.binding import DTYPES, LAYOUTS
 from ....native.binding import Pages as PagesStruct
 from ....native.pointers import address
 from ...attention.pools import LayerCache, Pages, Pool
@@ -35,28 +35,35 @@ class NativeCache(LayerCache):
 
 
 def native_cache(cache: LayerCache) -> NativeCache:
-    """Add the structs to a cache. Raises ValueError for pools not in NZ layout, and for codes without scales."""
+    """Add the structs to a cache. Raises ValueError for pools of other sizes than theirs, and codes without scales."""
     if isinstance(cache, NativeCache):
         return cache
-    structs = {name: _struct(name, pages, cache.block_size) for name, pages in cache.pages.items()}
-    return NativeCache(cache.pages, cache.block_size, structs)
+    return NativeCache(
+        cache.pages, cache.block_size, {name: _struct(pages, cache.block_size) for name, pages in cache.pages.items()}
+    )
 
 
-def _struct(name: str, pages: Pages, block_size: int) -> PagesStruct:
+def native_pages(pages: Pages) -> PagesStruct:
+    """The struct of one pool; errors as of `native_cache`."""
+    return _struct(pages, pages.tensor.shape[2 if pages.pool.layout == "nz" else 1])
+
+
+def _struct(pages: Pages, block_size: int) -> PagesStruct:
     pool, scale, blocks = pages.pool, pages.scale, pages.tensor.shape[0]
-    if pool.layout != "nz" or (pool.dtype is torch.int8) != (scale is not None):
+    if (pool.dtype is torch.int8) != (scale is not None) or (scale is not None and pool.layout != "nz"):
         scales = "without scales" if scale is None else "with scales"
         raise ValueError(
-            f"kv cache: {name} is {pool.dtype} in {pool.layout} layout {scales}; the native kernels take NZ, and int8 "
-            "with scales alone"
+            f"kv cache: {pool.name} is {pool.dtype} in {pool.layout} layout {scales}; the native kernels take int8 in "
+            "NZ with scales, and other dtypes without"
         )
     return PagesStruct(
-        address(pages.tensor, "kv cache", name, pool.dtype, *pool.shape(blocks, block_size)),
-        scale if scale is None else address(scale, "kv cache", f"scale of {name}", torch.float32, pool.channels),
+        address(pages.tensor, "kv cache", pool.name, pool.dtype, *pool.shape(blocks, block_size)),
+        scale if scale is None else address(scale, "kv cache", f"scale of {pool.name}", torch.float32, pool.channels),
         blocks,
         block_size,
         pool.channels,
         DTYPES[pool.dtype],
+        LAYOUTS[pool.layout],
     )
 
 

@@ -1,4 +1,4 @@
-"""Latent attention on native kernels: absorbed on NZ pages, a whole block in one call, over decompressed keys."""
+"""Latent attention on native kernels: absorbed on pages, a whole block in one call, over decompressed keys."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class NativeLatentAttention(LatentAttention):
     def kv_rmsnorm_rope_cache(
         self, kv: Tensor, gamma: Tensor, eps: float, positions: Positions, cache: LayerCache, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
-        kv, gamma, native = contiguous_rows(kv), gain(gamma, self.dtype), self._native(cache)
+        kv, gamma, native = contiguous_rows(kv), gain(gamma, self.dtype), latent_cache(cache, self.dtype)
         cos, sin, slots = positions.cos.contiguous(), positions.sin.contiguous(), positions.slots.contiguous()
         tokens, latent_dim, rope_dim = kv.shape[0], native.latent_dim, native.rope_dim
         rope, rope_to = output(self.dtype, tokens, rope_dim) if output_kv else (None, None)
@@ -86,7 +86,7 @@ class NativeLatentAttention(LatentAttention):
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        q_latent, q_rope, native = q_latent.contiguous(), q_rope.contiguous(), self._native(cache)
+        q_latent, q_rope, native = q_latent.contiguous(), q_rope.contiguous(), latent_cache(cache, self.dtype)
         table, (tokens, heads) = decode.block_table.contiguous(), q_latent.shape[:2]
         out, to = output(self.dtype, tokens, heads, native.latent_dim)
         self._call(
@@ -130,7 +130,7 @@ class NativeLatentAttention(LatentAttention):
         self, operator: str, hidden: Tensor, mla: NativeMla, cache: LayerCache, shared: NativeStep
     ) -> tuple[object, ...]:
         """First arguments of `mla_prolog` and `mla_decode`. The caller keeps `hidden` alive."""
-        native = self._native(cache)
+        native = latent_cache(cache, self.dtype)
         if native.rope_dim != shared.rope_dim:
             raise ValueError(f"{operator}: cos has {shared.rope_dim} channels, the cache {native.rope_dim}")
         return (
@@ -149,12 +149,6 @@ class NativeLatentAttention(LatentAttention):
             shared = self._last_step = native_step(operator, step, self.dtype)
         return shared
 
-    def _native(self, cache: LayerCache) -> NativeLatentCache:
-        native = native_cache(cache).once(_latent_cache)
-        if native.dtype is not self.dtype:
-            raise ValueError(f"kv cache: rope is {native.dtype}; these operators compute in {self.dtype}")
-        return native
-
 
 @dataclass(frozen=True)
 class NativeLatentCache:
@@ -164,6 +158,14 @@ class NativeLatentCache:
     dtype: torch.dtype
     latent_dim: int
     rope_dim: int
+
+
+def latent_cache(cache: LayerCache, dtype: torch.dtype) -> NativeLatentCache:
+    """The struct of a cache's latent and rope. Raises ValueError for a rope in another compute dtype than `dtype`."""
+    native = native_cache(cache).once(_latent_cache)
+    if native.dtype is not dtype:
+        raise ValueError(f"kv cache: rope is {native.dtype}; these operators compute in {dtype}")
+    return native
 
 
 def _latent_cache(cache: NativeCache) -> NativeLatentCache:
@@ -176,6 +178,8 @@ def _latent_cache(cache: NativeCache) -> NativeLatentCache:
     struct = LatentCache(cache.structs[LATENT], cache.structs[ROPE])
     if struct.rope.blocks != struct.latent.blocks:
         raise ValueError(f"kv cache: rope has {struct.rope.blocks} blocks, latent {struct.latent.blocks}")
+    if rope.layout != latent.layout:
+        raise ValueError(f"kv cache: rope has {rope.layout} layout, latent {latent.layout}")
     return NativeLatentCache(struct, rope.dtype, latent.channels, rope.channels)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from npuq.convert import convert_checkpoint
 from npuq.errors import CheckpointError
+from npuq.report.facts import read_facts
 from npuq.verification import inspect, verify
 
 Tensors = dict[str, Tensor]
@@ -121,6 +122,9 @@ def test_it_converts_to_what_its_values_convert_to(form: tuple[str, Path, Path],
     assert verify(tmp_path / "out", source).problems == ()
     stored = json.loads((tmp_path / "out" / "npuq" / "manifest.json").read_text())["source"]
     assert stored["forms"][name] == 68 and set(stored["notes"]) <= set(notes)
+    provenance = read_facts(tmp_path / "out").provenance
+    assert f"68 {name}" in provenance["weights of the source"]
+    assert provenance.get("notes on the source", "") == "; ".join(stored["notes"])
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert {line.scheme for line in inspect(source).lines if line.role == "routed_expert"} == {name}
 

@@ -41,18 +41,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v2-lite": models.V2_LITE | _WIDE | {"architectures": ["DeepseekV2ForCausalLM"]},
     "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
     "kimi": models.KIMI | _WIDE,
-    # As many heads as published, which 8 ranks cannot share; 192 and 256 wide heads over 8.
-    "glm-flash": models.KIMI
+    # 20 heads, which 1, 2, 4 and 5 ranks share, and so do the other widths.
+    "glm-flash": models.GLM_FLASH
     | _WIDE
     | {
-        "model_type": "glm4_moe_lite",
-        "architectures": ["Glm4MoeLiteForCausalLM"],
         "num_attention_heads": 20,
         "num_key_value_heads": 20,
-        "qk_nope_head_dim": 24,
-        "v_head_dim": 32,
-        "routed_scaling_factor": 1.8,
+        "qk_nope_head_dim": 48,
+        "v_head_dim": 64,
+        "intermediate_size": 1280,
+        "moe_intermediate_size": 1280,
+        "n_routed_experts": 20,
+        "vocab_size": 640,
         "num_nextn_predict_layers": 1,
+        "architectures": ["Glm4MoeLiteForCausalLM"],
     },
     "v32": models.KIMI
     | _WIDE

@@ -82,6 +82,25 @@ def test_a_dry_run_says_nothing_against_it(
     assert "tokenizer" not in out + err
 
 
+@pytest.mark.parametrize("missing", ["tokenizer_config.json", "tiktoken.model"])
+def test_a_conversion_says_what_is_missing(
+    missing: str,
+    kimi: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = Path(shutil.copytree(kimi, tmp_path / "kimi"))
+    (directory / missing).unlink()
+    out, err = run(monkeypatch, capsys, "convert", directory, tmp_path / "out", "--method", "mse", "--dry-run")
+    expected = {
+        "tokenizer_config.json": "it has tiktoken.model without the tokenizer_config.json that says how it is read",
+        "tiktoken.model": "it has no tokenizer.json; put the model's tokenizer.json and tokenizer_config.json there",
+    }
+    said = f"npuq generate and evaluate will not run the artifact as it will be: {expected[missing]}"
+    assert said in " ".join((out + err).split())
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_generate(
     quantized: bool, kimi: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 RANKS = 3840  # and 256 special tokens: the 4096 of examples/tiny-deepseek-v3-fp8
@@ -186,7 +185,9 @@ def kimi_checkpoint(example: Path, directory: Path, ranks: dict[bytes, int]) -> 
 
 def reference(directory: Path) -> tiktoken.Encoding:
     """The encoding that tokenization_kimi.py builds of a directory's files."""
-    ranks = load_tiktoken_bpe(str(directory / "tiktoken.model"))
+    # Not by load_tiktoken_bpe, which keeps what it once read from a path.
+    lines = (line.split() for line in (directory / "tiktoken.model").read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     config = json.loads((directory / "tokenizer_config.json").read_text())
     names = {int(number): token["content"] for number, token in config["added_tokens_decoder"].items()}
     special = {
