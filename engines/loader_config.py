@@ -36,7 +36,7 @@ def _text_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence
         if type(raw.get(key)) is not type(value) or raw[key] != value:
             keys[key] = value
     # Engines take an absent flag for false.
-    keys |= {key: value for key, value in config.attention.stated().items() if raw.get(key) is None and value}
+    keys |= {key: value for key, value in config.attention.stated().items() if value and raw.get(key) != value}
     # transformers refuses null where the key has a type.
     meaning = {"n_shared_experts": 0, **config.family.fixed}
     keys |= {key: value for key, value in meaning.items() if key in raw and raw[key] is None}

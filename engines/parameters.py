@@ -110,19 +110,21 @@ _SGLANG_GLM = replace(
     builds_empty_shared=True,
     always_has_router_bias=True,
     refuses=lambda name: False,
-    loads_draft=False,
-    # Its draft looks for the layer as model.decoder in the description, and does not start.
-    drafts=lambda config: (),
+    loads_draft=False,  # it looks for the layer as model.decoder in the description
 )
 # Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
 _SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
-# DeepSeek's classes with an indexer. SGLang takes a model without index_topk for a dense one.
-_SPARSE: Final[Mapping[str, object]] = {"index_topk": _STOPS, "indexer_rope_interleave": False}
+# DeepSeek's classes with an indexer. Without index_topk they are dense; vLLM reads no list of indexer_types.
+_SPARSE: Final[Mapping[str, object]] = {"index_topk": None, "indexer_rope_interleave": False}
+_SPARSE_VLLM, _SPARSE_SGLANG = (
+    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}),
+    replace(_SGLANG, absent={**_SGLANG.absent, **_SPARSE}),
+)
 _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
-    replace(model, architectures=(architecture,), absent={**model.absent, **_SPARSE})
+    replace(model, architectures=(architecture,))
     for architecture in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
-    for model in (_VLLM, _SGLANG)
+    for model in (_SPARSE_VLLM, _SPARSE_SGLANG)
 )
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {

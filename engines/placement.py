@@ -194,8 +194,8 @@ def engine_notes(
         refused = refused_names(engine, config.family, unknown)
         if refused:
             yield (
-                f"{tested_releases(engine)}: no parameter for tensor {refused[0]!r}: the artifact will not load; if no "
-                "loader needs it, remove it from the checkpoint"
+                f"{tested_releases(engine)} has no parameter for tensor {refused[0]!r} and will not load the artifact: "
+                "if no loader needs it, remove it from the checkpoint"
             )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from ..errors import HubError
-from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
+from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_NAME, CARD_PATH
+from ..inputs.names import FileName
 from ..inputs.yaml_text import parse_yaml
 
+CARD: Final = FileName(CARD_NAME)
 # Facts about the artifact that replace an older card's; all other front matter stays.
 _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
 

@@ -10,22 +10,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from ..errors import HubError
 from ..inputs.names import CheckedText, FileName, Sha256
+from ..inputs.names import RepoId as RepoId  # beside the other types of names
 
-_REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHA1: Final = re.compile(r"[0-9a-f]{40}")
-_MOST_REPO_CHARACTERS: Final = 193
 _MOST_SIZE: Final = 2**63
-
-
-class RepoId(CheckedText):
-    """`user/name`."""
-
-    __slots__ = ()
-    described = "a repository: write it as user/name"
-
-    @classmethod
-    def holds(cls, value: str) -> bool:
-        return len(value) <= _MOST_REPO_CHARACTERS and _REPO.fullmatch(value) is not None and ".." not in value
 
 
 class HubRepoId(RepoId):

@@ -9,9 +9,9 @@ from typing import Final
 
 from ..choices import HUBS
 from ..errors import HubError, NpuqError
-from ..formats.artifact import CARD_NAME, DESCRIPTION_NAME, MANIFEST_NAME
-from ..inputs.names import FileName
+from ..formats.artifact import DESCRIPTION_NAME, MANIFEST_NAME
 from ..progress import Progress, Silent, Task
+from .card import CARD
 from .hub import Located, Place, Repository, open_hub
 from .listing import Listing, Wanted, as_listed
 from .manifest import MANIFEST, manifest_files
@@ -23,7 +23,6 @@ from .transfer.parallel import in_order
 from .transfer.retry import Backoff
 
 _WORKERS: Final = 8
-_CARD: Final = FileName(CARD_NAME)
 _WEIGHTS: Final = ".safetensors"
 
 # Called with the directory before the weights are fetched; may raise an error against fetching them.
@@ -89,8 +88,8 @@ def fetch_artifact(
             raise located.unanswered
         listing = listing or repository.listing()
         files = _matched(repository, missing, listing)
-        if _CARD in listing.files and listing.files[_CARD].digest is not None:
-            files.append(as_listed(repository.repo, _CARD, listing))
+        if CARD in listing.files and listing.files[CARD].digest is not None:
+            files.append(as_listed(repository.repo, CARD, listing))
         weights = [wanted for wanted in files if wanted.name.endswith(_WEIGHTS)]
         progress.start(Task("pull", total_bytes(files)))
         fetch_all(repository, place, [wanted for wanted in files if not wanted.name.endswith(_WEIGHTS)], progress)

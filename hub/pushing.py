@@ -13,11 +13,10 @@ from typing import Any, Final
 
 from ..choices import HUBS
 from ..errors import ArtifactError, HubError
-from ..formats.artifact import CARD_NAME
 from ..inputs.files import inside, is_inside, read_text
 from ..inputs.names import FileName
 from ..progress import Progress, Silent, Task
-from .card import merge_card
+from .card import CARD, merge_card
 from .hub import Repository, Upload, open_hub
 from .listing import Listing
 from .local_files import LocalFile, local_files, not_sent
@@ -27,7 +26,6 @@ from .remote_state import UNFINISHED, previous_files, refuse_strays, unfinished_
 from .transfer.download import read_whole
 from .transfer.retry import Backoff
 
-CARD: Final = FileName(CARD_NAME)
 _MOST_CARD_BYTES: Final = 8 << 20
 # Smaller files are part of the last commit: a README or an index is useless without the weights.
 _SMALL_BYTES: Final = 1 << 20

@@ -10,6 +10,8 @@ from .printable import printable
 
 _MOST_NAME_BYTES: Final = 255
 _MOST_PATH_BYTES: Final = 1024
+_MOST_REPO_CHARACTERS: Final = 193
+_REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 _Text = TypeVar("_Text", bound="CheckedText")
@@ -63,6 +65,17 @@ class FileName(CheckedText):
             and all(part not in (b"", b".", b"..") and len(part) <= _MOST_NAME_BYTES for part in parts)
             and sum(map(len, parts)) + len(parts) <= _MOST_PATH_BYTES
         )
+
+
+class RepoId(CheckedText):
+    """The name of a repository on a hub, `user/name`."""
+
+    __slots__ = ()
+    described = "a repository: write it as user/name"
+
+    @classmethod
+    def holds(cls, value: str) -> bool:
+        return len(value) <= _MOST_REPO_CHARACTERS and _REPO.fullmatch(value) is not None and ".." not in value
 
 
 class Sha256(CheckedText):

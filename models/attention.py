@@ -36,18 +36,17 @@ class AttentionWidths(Protocol):
     def dense_tokens(self) -> int | None:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
 
-    def stated(self) -> Mapping[str, int | bool]:
-        """The keys of config.json that loaders have different defaults for."""
-
-    @property
-    def disputed(self) -> str | None:
-        """What the keys of config.json say in two ways; None where they agree."""
+    def stated(self) -> Mapping[str, int | bool | str | None]:
+        """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
 
     def sizes(self) -> Mapping[str, int]:
         """The table's words of shapes, as numbers."""
 
     def conditions(self, layer: int) -> Mapping[str, bool]:
         """The table's words of conditions; True for those that hold in a layer."""
+
+    def takes_selection(self, layer: int) -> bool:
+        """True for a layer that attends to the tokens that a layer below selected."""
 
     def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""

@@ -58,8 +58,8 @@ class Mla:
         """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
-    def stated(self) -> dict[str, int | bool]:
-        """The keys of config.json that loaders have different defaults for."""
+    def stated(self) -> dict[str, int | bool | str | None]:
+        """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
         return {}
 
     @property
@@ -67,10 +67,9 @@ class Mla:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
         return None
 
-    @property
-    def disputed(self) -> str | None:
-        """What the keys of config.json say in two ways; None where they agree."""
-        return None
+    def takes_selection(self, layer: int) -> bool:
+        """True for a layer that attends to the tokens that a layer below selected."""
+        return False
 
     @property
     def qk_head_dim(self) -> int:

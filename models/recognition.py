@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnknownModelError
-from .config import TEXT_CONFIG, ModelConfig, text_config
+from .config import TEXT_CONFIG, ModelConfig
 from .config_reader import shown
 from .families import FAMILIES, is_known, unknown_type
 from .family import Block, Family
@@ -102,7 +102,7 @@ class _Comparison:
 
     def _inventory(self, config: ModelConfig) -> str | None:
         try:
-            inventory = take_inventory(config, _with_tied(self._raw, config.family, self._weights))
+            inventory = take_inventory(config, _with_tied(config, self._weights))
         except CheckpointError as error:
             return str(error)
         if inventory.partial_mtp_layers:
@@ -115,11 +115,11 @@ def _table(family: Family) -> object:
     return family.blocks, family.prefix, family.layers, family.experts, family.passthrough, family.ignored
 
 
-def _with_tied(raw: Mapping[str, Any], family: Family, weights: Mapping[str, Shaped]) -> Mapping[str, Shaped]:
+def _with_tied(config: ModelConfig, weights: Mapping[str, Shaped]) -> Mapping[str, Shaped]:
     """The weights with both names of a tied embedding, of which one is stored."""
-    pair = {family.name(Block.TOP, part) for part in ("embedding", "head")}
+    pair = {config.family.name(Block.TOP, part) for part in ("embedding", "head")}
     stored = pair & weights.keys()
-    if text_config(read_as(raw, family)).get("tie_word_embeddings") is not True or len(stored) != 1:
+    if not config.tie_word_embeddings or len(stored) != 1:
         return weights
     return {**weights, **dict.fromkeys(pair, weights[stored.pop()])}
 

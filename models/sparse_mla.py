@@ -7,7 +7,7 @@ to the selection of the nearest full layer below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -16,6 +16,8 @@ from .config_reader import MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .mla import Mla
 
 FULL, SHARED = "full", "shared"
+GATHERED_NUMBERS: Final = 1 << 25
+"""Numbers that attention to selected tokens gathers at a time."""
 _LETTERS: Final = {"F": FULL, "S": SHARED}
 
 
@@ -26,8 +28,8 @@ class Indexer:
     n_heads, head_dim: heads of an index query, and channels of a head; an index key has one head. topk: tokens that a
     query selects. rope_interleave: rotary pairs are channels (2i, 2i + 1), and not (i, i + rope / 2); the rotary
     channels come first. types: FULL or SHARED for each decoder layer. types_listed: config.json lists them layer by
-    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. types_disputed: a
-    key of lower precedence says another type of some layer.
+    layer, so that shared layers have no indexer tensors; without the list they may have unused ones. scheduled: the
+    types by all other keys; vLLM reads no list.
     """
 
     n_heads: int
@@ -36,7 +38,7 @@ class Indexer:
     rope_interleave: bool
     types: tuple[str, ...]
     types_listed: bool
-    types_disputed: bool = False
+    scheduled: tuple[str, ...]
 
     def is_full(self, layer: int) -> bool:
         """True for a layer that selects by itself, as every multi-token-prediction layer does."""
@@ -56,9 +58,11 @@ class SparseMla(Mla):
         """FULL or SHARED for each decoder layer."""
         return self.indexer.types
 
-    def stated(self) -> dict[str, int | bool]:
+    def stated(self) -> dict[str, int | bool | str | None]:
         indexer = self.indexer
+        pattern = "".join(word[0].upper() for word in indexer.types)
         return {
+            "index_topk_pattern": pattern if indexer.scheduled != indexer.types else None,
             "index_n_heads": indexer.n_heads,
             "index_head_dim": indexer.head_dim,
             "index_topk": indexer.topk,
@@ -66,14 +70,17 @@ class SparseMla(Mla):
         }
 
     @property
-    def disputed(self) -> str | None:
-        if not self.indexer.types_disputed:
-            return None
-        return "which layers share a selection (indexer_types, index_topk_pattern, index_topk_freq)"
-
-    @property
     def dense_tokens(self) -> int:
         return self.indexer.topk
+
+    def takes_selection(self, layer: int) -> bool:
+        return not self.indexer.is_full(layer)
+
+    def numbers_held(self, tokens: int, length: int) -> int:
+        """As `Mla.numbers_held`; samples longer than a selection attend in absorbed form to gathered tokens."""
+        if length <= self.indexer.topk:
+            return super().numbers_held(tokens, length)
+        return tokens * (self.heads * (4 * self.qk_head_dim + 4 * self.kv_lora_rank) + 4 * length) + GATHERED_NUMBERS
 
     def sizes(self) -> dict[str, int]:
         indexer = self.indexer
@@ -110,16 +117,15 @@ class SparseMlaDefaults:
                 "config.json: q_lora_rank is missing, and the indexer reads the latent of the queries"
             )
         layers = read.size("num_hidden_layers", most=MAX_LAYERS)
-        listed = read.has_value("indexer_types")
-        stated = list(_stated_types(read, layers))
+        listed, scheduled = _listed_types(read, layers), _scheduled_types(read, layers)
         indexer = Indexer(
             n_heads=read.size("index_n_heads", self.index_n_heads),
             head_dim=read.size("index_head_dim", self.index_head_dim),
             topk=read.size("index_topk", self.index_topk, most=MAX_POSITIONS),
             rope_interleave=read.flag("indexer_rope_interleave", self.indexer_rope_interleave),
-            types=stated[0],
-            types_listed=listed,
-            types_disputed=len(set(stated)) > 1,
+            types=listed or scheduled,
+            types_listed=listed is not None,
+            scheduled=scheduled,
         )
         if indexer.types[0] != FULL:
             raise CheckpointError(
@@ -134,23 +140,26 @@ class SparseMlaDefaults:
         return SparseMla(**vars(mla), indexer=indexer)
 
 
-def _stated_types(read: ConfigReader, layers: int) -> Iterator[tuple[str, ...]]:
-    """FULL or SHARED for each decoder layer, by each key that states it: `indexer_types`, then `index_topk_pattern`,
-    then frequency and offset.
+def _listed_types(read: ConfigReader, layers: int) -> tuple[str, ...] | None:
+    """FULL or SHARED for each decoder layer, by `indexer_types`; None without it."""
+    types = read.words("indexer_types")
+    if types is None:
+        return None
+    _check_words("indexer_types", types, layers, (FULL, SHARED))
+    return tuple(types)
 
-    The precedence and the defaults are those of transformers' `GlmMoeDsaConfig`.
+
+def _scheduled_types(read: ConfigReader, layers: int) -> tuple[str, ...]:
+    """FULL or SHARED for each decoder layer, by `index_topk_pattern`, else by frequency and offset.
+
+    Precedence and defaults are those of transformers' `GlmMoeDsaConfig`, which takes `indexer_types` first.
     """
-    types, pattern = read.words("indexer_types"), read.text("index_topk_pattern")
-    if types is not None:
-        _check_words("indexer_types", types, layers, (FULL, SHARED))
-        yield tuple(types)
+    pattern = read.text("index_topk_pattern")
     if pattern is not None:
         _check_words("index_topk_pattern", pattern, layers, tuple(_LETTERS))
-        yield tuple(_LETTERS[letter] for letter in pattern)
-    elif types is None or read.has_value("index_topk_freq"):
-        frequency = read.size("index_topk_freq", 1)
-        offset = read.count("index_skip_topk_offset", 2)
-        yield tuple(SHARED if max(layer - offset + 1, 0) % frequency else FULL for layer in range(layers))
+        return tuple(_LETTERS[letter] for letter in pattern)
+    frequency, offset = read.size("index_topk_freq", 1), read.count("index_skip_topk_offset", 2)
+    return tuple(SHARED if max(layer - offset + 1, 0) % frequency else FULL for layer in range(layers))
 
 
 def _check_words(key: str, words: list[str] | str, layers: int, known: tuple[str, ...]) -> None:

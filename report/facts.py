@@ -66,7 +66,7 @@ class Facts:
 
     @property
     def has_mtp(self) -> bool:
-        """True with quantized linears in multi-token-prediction layers."""
+        """True with quantized linears in multi-token-prediction layers; report/page.html reads it."""
         return any(linear.layer >= self.layers for linear in self.linears)
 
     def as_dict(self) -> dict[str, Any]:

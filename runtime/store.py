@@ -1,7 +1,8 @@
 """Stored tensors, looked up by name and checked against the shape that config.json gives.
 
-Tensors are memory-mapped views. Of the data, loading reads only FP8 weights, which are dequantized here, and scales,
-which must be positive numbers. Backends then keep the views, upcast them, or lay them out for a device.
+Tensors are memory-mapped views. Of the data, loading reads only FP8 and int4 weights of a float source, which are
+dequantized here, and scales, which must be positive numbers. Backends then keep the views, upcast them, or lay them
+out for a device.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Store(Protocol):
 
 
 class FloatStore:
-    """Store of an unquantized checkpoint. FP8 weights are dequantized into `dtype`, all other tensors are views."""
+    """Store of an unquantized checkpoint. FP8 and int4 weights are dequantized into `dtype`, all other tensors
+    are views."""
 
     def __init__(self, source: WeightSource, dtype: torch.dtype):
         self.files = source.checkpoint.files
@@ -132,7 +134,7 @@ def is_artifact(directory: Path) -> bool:
 
 
 def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
-    """Open the store for a directory. dtype: of dequantized FP8 weights."""
+    """Open the store for a directory. dtype: of dequantized weights of a float source."""
     check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)
     if is_artifact(checkpoint.directory):

@@ -7,4 +7,5 @@ environment .venv test
 # Tests are many and small: one process a core, each with one thread.
 workers=$(nproc) # before the next line, which nproc heeds
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@"
+# -rs: what was skipped, a rig above all, stands in the last lines.
+exec .venv/bin/python -m pytest -n "$workers" --dist worksteal -rs "$@"

@@ -17,7 +17,7 @@ from ..plan.plan import Job
 from ..plan.prepare import Prepared
 from ..tally import data_free_effort
 from .layers.experts import ENOUGH
-from .layers.smooth import STRENGTHS
+from .layers.smooth import JUDGED_ROWS, STRENGTHS
 
 # Nanoseconds for a product and its sum, of large matrices.
 _FLOAT32, _FLOAT64 = 0.03, 0.08
@@ -26,8 +26,6 @@ _FLOAT32, _FLOAT64 = 0.03, 0.08
 _REFINED = 0.5 + 3 * SWEEPS + 4
 # Products for each cube of inputs: two Cholesky factors and an inverse.
 _FACTORED = 0.7
-# Every strength is judged on the first batch of samples and on each expert's first rows.
-_JUDGED = 2048
 
 
 def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
@@ -55,7 +53,7 @@ def calibrated_effort(prepared: Prepared) -> Callable[[Job], float]:
             shared = 0.5 if entry is not None and entry.fused is not None else 1.0
             products += shared * (used * columns**2 * _FLOAT32 + _FACTORED * columns**3 * _FLOAT64)
             products += _REFINED * rows * columns**2 * _FLOAT64
-        judged = min(used, _JUDGED) * rows * columns * _FLOAT32
+        judged = min(used, JUDGED_ROWS) * rows * columns * _FLOAT32
         return trials * (products + data_free_effort(job) + smoothed * (data_free_effort(job) + judged))
 
     return effort

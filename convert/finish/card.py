@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import yaml
@@ -10,6 +9,7 @@ import yaml
 from ...engines.serving import serving_section
 from ...errors import ConversionError
 from ...formats.artifact import CARD_BEGIN, CARD_END, CARD_PATH
+from ...inputs.names import RepoId
 from ...quant.scales import Method
 from ...recipes.recipe import Recipe, Target, Transform
 from ...units import format_bytes
@@ -40,12 +40,9 @@ npuq generate {CARD_PATH} --prompt "Once upon a time"
 """
 
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-
-
 def check_base_model(name: str) -> None:
     """Raise ConversionError unless `name` can be a repository's on the hub."""
-    if _REPOSITORY.fullmatch(name) is None:
+    if not RepoId.fits(name):
         raise ConversionError(f"--base-model {name[:100]!r}: must be OWNER/NAME, as the source is called on the hub")
 
 

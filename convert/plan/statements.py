@@ -20,7 +20,7 @@ from ...formats.sources.ties import tied_names
 from ...formats.sources.weights import WeightSource
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
-from ...models.config import ModelConfig
+from ...models.config import TEXT_CONFIG, ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
 from ...runtime.text.generation_config import NAME as GENERATION_NAME
@@ -41,9 +41,10 @@ def statements(
     return [
         *_read_as(checkpoint, config),
         *_head(raw, config, shared),
+        *_tied_at_the_top(checkpoint.config, config),
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
-        *_shared_selections(config),
+        *_shared_selections(raw, config),
         *_dtype(raw, config, inventory, source),
         *_quantization(checkpoint, source),
         *_rope(raw),
@@ -88,6 +89,14 @@ def _head(raw: Mapping[str, Any], config: ModelConfig, shared: str | None) -> It
     )
 
 
+def _tied_at_the_top(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
+    if config.family.text_types and raw.get("tie_word_embeddings") is True and not config.tie_word_embeddings:
+        yield (
+            f"config.json ties embedding and head at the top, and {TEXT_CONFIG} does not: {TEXT_CONFIG} counts, and "
+            "the artifact's config.json unties them at both places"
+        )
+
+
 def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
     first = config.num_hidden_layers
     uncounted = [layer for layer in inventory.mtp_layers if layer >= first + config.num_nextn_predict_layers]
@@ -103,11 +112,13 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
         )
 
 
-def _shared_selections(config: ModelConfig) -> Iterator[str]:
-    if config.attention.disputed:
+def _shared_selections(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
+    others = [key for key in ("index_topk_pattern", "index_topk_freq") if raw.get(key) is not None]
+    if others and config.attention.stated().get("index_topk_pattern"):
         yield (
-            f"config.json states twice {config.attention.disputed}: the list counts, then the pattern, as in "
-            "transformers; vLLM-Ascend goes by pattern and frequency, and computes another model: keep one statement"
+            f"config.json has indexer_types and {others[0]}, which name different layers that share a selection: the "
+            "list counts, as in transformers; the artifact's index_topk_pattern says the same to vLLM, which reads no "
+            "list"
         )
 
 

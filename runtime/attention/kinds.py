@@ -10,7 +10,7 @@ from ...errors import BackendError
 from ...models.config import ModelConfig
 from ...models.mla import Mla
 from ...models.sparse_mla import SparseMla
-from ..ops import IndexerConfig, MlaConfig
+from ..ops import MlaConfig
 from .kind import AttentionKind
 from .mla import MlaAttention
 from .sparse_mla import SparseMlaAttention
@@ -36,15 +36,7 @@ def _mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
 def _sparse_mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
     widths = config.attention
     assert isinstance(widths, SparseMla)
-    indexer = IndexerConfig(
-        n_heads=widths.indexer.n_heads,
-        head_dim=widths.indexer.head_dim,
-        rope_dim=widths.qk_rope_head_dim,
-        topk=widths.indexer.topk,
-        rope_interleave=widths.indexer.rope_interleave,
-    )
-    full = tuple(widths.indexer.is_full(layer) for layer in range(config.num_hidden_layers))
-    return SparseMlaAttention(_mla_config(config, softmax_scale), indexer, full)
+    return SparseMlaAttention.of(_mla_config(config, softmax_scale), widths.indexer, config.num_hidden_layers)
 
 
 def _mla_config(config: ModelConfig, softmax_scale: float) -> MlaConfig:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ...errors import BackendError
+from ...models.sparse_mla import Indexer
 from ..ops import (
     Activation,
     AttentionWeights,
@@ -38,6 +39,18 @@ class SparseMlaAttention:
     config: MlaConfig
     indexer: IndexerConfig
     full: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, config: MlaConfig, indexer: Indexer, layers: int) -> SparseMlaAttention:
+        """The attention of a model with `layers` decoder layers."""
+        widths = IndexerConfig(
+            n_heads=indexer.n_heads,
+            head_dim=indexer.head_dim,
+            rope_dim=config.qk_rope_head_dim,
+            topk=indexer.topk,
+            rope_interleave=indexer.rope_interleave,
+        )
+        return cls(config, widths, tuple(indexer.is_full(layer) for layer in range(layers)))
 
     @property
     def dense(self) -> MlaAttention:

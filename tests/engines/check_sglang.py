@@ -23,7 +23,7 @@ def test_one_rank(artifact, name):
     assert compare(load(engine, artifact(name), 1)) == quantized_linears(artifact(name))
 
 
-@pytest.mark.parametrize(("name", "ranks"), placements(*CONFIGS, STATIC, ranks=(2, 4, 8, 16)))
+@pytest.mark.parametrize(("name", "ranks"), placements(*CONFIGS, STATIC, ranks=(2, 4, 5, 8, 16)))
 def test_expert_parallel(artifact, name, ranks):
     """Tensor-parallel attention and shared experts, whole routed experts spread over the ranks."""
     assert compare(load(engine, artifact(name), ranks, ep=ranks)) == quantized_linears(artifact(name))

@@ -28,7 +28,7 @@ def test_shipped_example(artifact, tp):
     assert compare(load(engine, artifact("example"), tp)) == quantized_linears(artifact("example"))
 
 
-@pytest.mark.parametrize(("name", "ranks"), placements(*CONFIGS, ranks=(2, 4, 16)))
+@pytest.mark.parametrize(("name", "ranks"), placements(*CONFIGS, ranks=(2, 4, 5, 16)))
 def test_expert_parallel(artifact, name, ranks):
     assert compare(load(engine, artifact(name), ranks, ep=ranks)) == quantized_linears(artifact(name))
 

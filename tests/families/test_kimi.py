@@ -154,6 +154,7 @@ def test_nested_configs_that_are_refused(case: str, trained: Path, tmp_path: Pat
 def test_the_head_is_tied_by_the_text_model_alone(trained: Path, tmp_path: Path) -> None:
     """transformers' own default at the top is true; the checkpoint has a head."""
     source = edited(trained, tmp_path / "source", lambda c: c.update(tie_word_embeddings=True))
-    npuq.convert_checkpoint(source, tmp_path / "out", method="minmax")
+    summary = npuq.convert_checkpoint(source, tmp_path / "out", method="minmax")
+    assert any("ties embedding and head at the top, and text_config does not" in note for note in summary.notes)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]) == (False, False)

@@ -31,7 +31,7 @@ def production_files() -> list[Path]:
 
 # Widths of multi-head latent attention: its attention code and its operators alone know them.
 WIDTHS = re.compile(r"kv_lora_rank|qk_(?:nope|rope)_head_dim|v_head_dim|q_lora_rank")
-KNOW_WIDTHS = ("runtime/attention/mla.py", "runtime/ops/")
+KNOW_WIDTHS = ("runtime/attention/mla.py", "runtime/attention/sparse_mla.py", "runtime/ops/")
 
 
 def test_there_are_files_to_look_at() -> None:

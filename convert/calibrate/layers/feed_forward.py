@@ -16,12 +16,10 @@ from ..context import Layer
 from ..states import StreamPair
 from .experts import ExpertResult, Routed, choose_tokens, quantize_expert, smooth_inner
 from .operators import float_mlp, mlp_weights, row_chunks
-from .smooth import STRENGTHS, deployed, least, norm_quotient
+from .smooth import JUDGED_ROWS, STRENGTHS, deployed, least, norm_quotient
 
 _PROJECTIONS = ("gate", "up", "down")
 _NORM = Block.LAYER, "mlp_norm"
-# The number of rows whose largest activations decide the smoothing of a dense block.
-_JUDGED = 2048
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class _FeedForward:
         layer, walk, routing = self._layer, self._walk, self._walk.ops.routing
         weights, jobs = self._block(place), self._jobs(place)
         if walk.smooth:
-            sample = self._normed(self._middle.floats[:_JUDGED], self._gain)
+            sample = self._normed(self._middle.floats[:JUDGED_ROWS], self._gain)
             self._strengths[self._strength_name(place)] = smooth_inner(routing, jobs, weights, sample)
         floats = float_mlp(weights)
         batches, stream = walk.batches, self._middle.quantized

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ...plan.plan import Job
 from .linears import Linears
 from .operators import Deployed, row_chunks
 
+# Rows by whose largest activations the strength of a norm's or a dense block's smoothing is judged.
+JUDGED_ROWS: Final = 2048
 STRENGTHS = (0.3, 0.5, 0.7)
 # The least relative gain in squared error that makes a strength worth a change.
 GAIN = 0.98

@@ -36,22 +36,46 @@ _WIDE = {
     "num_nextn_predict_layers": 0,
     "architectures": ["DeepseekV3ForCausalLM"],
 }
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 128, "index_topk": 2048}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v2-lite": models.V2_LITE | _WIDE | {"architectures": ["DeepseekV2ForCausalLM"]},
     "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
     "kimi": models.KIMI | _WIDE,
-    # As many heads as published, which 8 ranks cannot share; 192 and 256 wide heads over 8.
-    "glm-flash": models.KIMI
+    # 20 heads, which 1, 2, 4 and 5 ranks share, and so do the other widths.
+    "glm-flash": models.GLM_FLASH
     | _WIDE
     | {
-        "model_type": "glm4_moe_lite",
-        "architectures": ["Glm4MoeLiteForCausalLM"],
         "num_attention_heads": 20,
         "num_key_value_heads": 20,
-        "qk_nope_head_dim": 24,
-        "v_head_dim": 32,
-        "routed_scaling_factor": 1.8,
+        "qk_nope_head_dim": 48,
+        "v_head_dim": 64,
+        "intermediate_size": 1280,
+        "moe_intermediate_size": 1280,
+        "n_routed_experts": 20,
+        "vocab_size": 640,
         "num_nextn_predict_layers": 1,
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+    },
+    "v32": models.KIMI
+    | _WIDE
+    | _INDEXER
+    | {
+        "model_type": "deepseek_v32",
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "num_nextn_predict_layers": 1,
+    },
+    "glm-5": models.KIMI
+    | _WIDE
+    | _INDEXER
+    | {
+        "model_type": "glm_moe_dsa",
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "num_hidden_layers": 3,
+        "num_nextn_predict_layers": 1,
+        "indexer_types": ["full", "full", "shared"],
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 2,
+        "indexer_rope_interleave": True,
     },
 }
 # Every artifact, and those that have an MTP layer.
@@ -59,7 +83,7 @@ STATIC = "v3-static"
 ARTIFACTS = ("example", *CONFIGS, STATIC)
 WITH_MTP = ("example", *(name for name, config in CONFIGS.items() if config["num_nextn_predict_layers"]))
 # Stored in FP8 blocks, as DeepSeek and Moonshot publish; the others in bfloat16.
-_FP8 = {"kimi"}
+_FP8 = {"kimi", "v32"}
 _BLOCK = 32
 
 # What ModelSlim's own recipes quantize statically, for the engines' fused preprocessing of attention; and an MLP.
@@ -123,16 +147,38 @@ def _write_source(name: str, directory: Path) -> Path:
                 f"{prefix}.eh_proj.weight": torch.rand(hidden, 2 * hidden).bfloat16(),
             }
         save_file(tensors, file, metadata={"format": "pt"})
+    if "index_topk" in config:
+        _add_indexers(directory / "model.safetensors", config)
     if name in _FP8:
         _store_in_fp8(directory)
     return directory
+
+
+def _add_indexers(file: Path, config: dict[str, Any]) -> None:
+    """The indexer of every layer that selects tokens by itself. V3.2 keeps its layer norm in float32."""
+    layers = range(config["num_hidden_layers"] + config["num_nextn_predict_layers"])
+    types = dict(enumerate(config.get("indexer_types", ())))
+    heads, width, tensors = config["index_n_heads"], config["index_head_dim"], load_file(file)
+    kept = torch.float32 if config["model_type"] == "deepseek_v32" else torch.bfloat16
+    for layer in (layer for layer in layers if types.get(layer) != "shared"):
+        prefix = f"model.layers.{layer}.self_attn.indexer"
+        tensors |= {
+            f"{prefix}.wq_b.weight": torch.randn(heads * width, config["q_lora_rank"]).bfloat16(),
+            f"{prefix}.wk.weight": torch.randn(width, config["hidden_size"]).bfloat16(),
+            f"{prefix}.weights_proj.weight": torch.randn(heads, config["hidden_size"]).bfloat16(),
+            f"{prefix}.k_norm.weight": torch.rand(width).to(kept),
+            f"{prefix}.k_norm.bias": torch.rand(width).to(kept),
+        }
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _store_in_fp8(directory: Path) -> None:
     """Every projection of a bf16 checkpoint in float8_e4m3fn, with a float32 scale for each block of it."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
-    for name in [name for name in tensors if "_proj" in name]:
+    for name in [name for name in tensors if any(part in name for part in ("_proj", "wq_b", "indexer.wk"))]:
+        if "weights_proj" in name:
+            continue
         rows, columns = tensors[name].shape
         padded = nn.functional.pad(tensors[name].float(), (0, -columns % _BLOCK, 0, -rows % _BLOCK))
         blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))

@@ -106,7 +106,8 @@ class OnCpu(TorchFunctionMode):
 
 
 def _cpu(value: Any) -> Any:
-    named = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] == "npu"
+    # vLLM's platform has no name of a device here.
+    named = isinstance(value, (str, torch.device)) and str(value).partition(":")[0] in ("npu", "")
     return torch.device("cpu") if named else value
 
 

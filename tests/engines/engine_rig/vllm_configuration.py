@@ -50,7 +50,9 @@ def vllm_configuration(directory: Path, tp: int, ep: int, mtp: bool) -> Any:
     )
     # The draft is built under the target's configuration; only the draft's own part says that it is an MTP model.
     draft = SpeculativeConfig.hf_config_override(get_config(str(directory), trust_remote_code=False)) if mtp else None
-    speculative = Namespace(draft_model_config=Namespace(hf_config=draft), num_speculative_tokens=1, method="mtp")
+    speculative = Namespace(
+        draft_model_config=Namespace(hf_config=draft), num_speculative_tokens=1, method="mtp", parallel_drafting=False
+    )
     native = {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}
     return Namespace(
         model_config=model,

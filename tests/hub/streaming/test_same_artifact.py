@@ -209,3 +209,22 @@ def test_fp8_in_other_forms(hub: LoopbackHub, example_fp8: Path, tmp_path: Path)
     assert without_manifest(tmp_path / "out") == without_manifest(tmp_path / "local")
     forms = json.loads((tmp_path / "out" / MANIFEST).read_text())["source"]["forms"]
     assert {"F8_E4M3 128x128 E8M0", "F8_E4M3 by channel"} <= forms.keys()
+
+
+def test_an_unknown_model_is_recognized_by_its_headers(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
+    """And converted with --as to the bytes of the known one."""
+    files = files_of(example_fp8)
+    raw = json.loads((example_fp8 / "config.json").read_text())
+    files["config.json"] = json.dumps(raw | {"model_type": "new_moe"}).encode()
+    hub.state.put(SOURCE, files)
+    done = npuq_run("convert", SOURCE, tmp_path / "out", "--dry-run", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["looks_like"][0] == "deepseek_v3"
+    assert not hub.requests(r"^GET .*\.safetensors$")[3:], "more than the headers was fetched"
+    convert_checkpoint(example_fp8, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
+    with remote(tmp_path / "out") as checkpoint:
+        convert_checkpoint(checkpoint, tmp_path / "out", family="deepseek_v3", **OPTIONS)  # type: ignore[arg-type]
+    local, streamed = without_manifest(tmp_path / "local"), without_manifest(tmp_path / "out")
+    differing = {name for name in local | streamed if local.get(name) != streamed.get(name)}
+    assert differing <= {"README.md", "config.json"}
+    assert json.loads(streamed["config.json"]) == json.loads(local["config.json"])
