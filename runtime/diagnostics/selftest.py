@@ -342,8 +342,11 @@ def _sparse_attention(heads: int) -> Case:
     return case
 
 
-def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
-    """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
+def _attention_layer(scheme: Scheme, hidden: int, q_lora: int, indexer: Scheme | None = None) -> Case:
+    """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output.
+
+    indexer: scheme of an indexer's linear that reads the latent of the queries too.
+    """
 
     def case(ops: Ops) -> tuple[Activation, ...]:
         config = MlaConfig(HEADS, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)
@@ -367,9 +370,13 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
         step = Step(slots, Positions(slots, *_tables(ops, 2)), decode=decode, prefill=None, output_rows=None)
         x, residual = _rows(ops, 2, hidden, seed=25), _rows(ops, 2, hidden, seed=26)
         rows, total = ops.mla.norm(x, residual, _gamma(ops, hidden), EPS, mla)
-        q_latent, q_rope = ops.mla.prolog(rows, mla, cache, step)
-        attended = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE)
-        return total, q_latent, q_rope, ops.mla.output(ops.mla.bring_out(attended, mla), mla)
+        reader = None if indexer is None else ops.weights.linear_of([_part(indexer, HEAD, q_lora, seed=27)])
+        absorbed, q_rope, q_latent = ops.mla.prolog_with_latent(rows, mla, cache, step, reader)
+        attended = ops.mla.fused_infer_attention_paged(absorbed, q_rope, cache, decode, SCALE)
+        outputs = (total, absorbed, q_rope, ops.mla.output(ops.mla.bring_out(attended, mla), mla))
+        if reader is None or q_latent is None:
+            return outputs
+        return *outputs, ops.products.linear(q_latent, reader)
 
     return case
 
@@ -417,6 +424,8 @@ CASES: dict[str, Case] = {
     "decode attention W8A8": _attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
     "decode attention W8A8, static": _attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),
     "decode attention W8A8, prolog shapes": _attention_layer(Scheme.W8A8, 1024, q_lora=1536),
+    "decode attention W8A8, indexer W8A8": _attention_layer(Scheme.W8A8, 1024, 1536, indexer=Scheme.W8A8),
+    "decode attention W8A8, indexer FLOAT": _attention_layer(Scheme.W8A8, 1024, 1536, indexer=Scheme.FLOAT),
 }
 
 INT8_CACHE_CASES = ("int8 cache write and read", "attention, paged, int8")
