@@ -20,7 +20,13 @@ from npuq.runtime.step import Chunk
 FAMILIES = ("v32", "glm-dsa")
 # The hidden sizes, q_lora ranks and index heads that the published models have, or the fused prolog takes.
 TRUE_WIDTHS = ("v32-prolog", "glm-dsa-prolog")
-MODELS = (*(f"{name}{scheme}" for name in FAMILIES for scheme in ("", "-float", "-w8a8")), *TRUE_WIDTHS)
+MIXED = ("v32-float-index-q", "v32-float-latents", "glm-dsa-float-index-q")
+MODELS = (
+    *(f"{name}{scheme}" for name in FAMILIES for scheme in ("", "-float", "-w8a8")),
+    *MIXED,
+    "glm-dsa-six-heads-float",
+    *TRUE_WIDTHS,
+)
 # Two prompts below the limit, whose tokens reach it; then chunks of 40, and decodes beside them.
 LENGTHS = (3, 4, 70, 33, 6)
 TOPK = 8
@@ -158,6 +164,16 @@ def test_the_fused_prolog_gives_the_latent_of_queries_to_the_indexer(artifact, n
         selections.append(kept[0][TOPK:, 0].tolist())
     same = [len({*ours} & {*theirs}) for ours, theirs in zip(*selections, strict=True)]
     assert sum(same) > 0.95 * TOPK * len(same)
+
+
+def test_a_float_linear_does_not_get_the_prologs_codes(artifact):
+    """Layers without an indexer take the prolog then, and the others its steps."""
+    with emulate.use_rules() as used:
+        engine = harness.load(artifact("glm-dsa-prolog-float-index-q"), harness.make("ascend", torch.bfloat16)).engine
+        engine._run([Chunk(range(3, 23), 0, [0, 1])])
+        assert used.calls[PROLOG] == used.calls[INDEXER] == 2
+        engine._run([Chunk([5], 4, [0])])  # below the limit the indexer has no queries
+        assert used.calls[PROLOG] == 6
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *TRUE_WIDTHS])

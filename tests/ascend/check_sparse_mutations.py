@@ -329,6 +329,11 @@ def test_lengths_made_in_a_step_are_refused(artifact, monkeypatch):
     assert "inside a step" in outcome(artifact("v32-float"), lambda ops: None, LENGTHS)
 
 
+def test_heads_that_are_not_padded_are_refused(artifact, monkeypatch):
+    monkeypatch.setattr(sparse_module, "absorbed_heads", lambda heads: heads)
+    assert f"{SFA}: 6 query heads" in outcome(artifact("glm-dsa-six-heads-float"), lambda ops: None, LENGTHS)
+
+
 PROLOG_MUTATIONS: dict[str, Change] = {
     "latent of queries not asked for": without("query_norm_flag"),
     "cache_mode of NZ pages": setting(cache_mode="PA_NZ"),

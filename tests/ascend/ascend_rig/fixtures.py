@@ -29,9 +29,12 @@ def emulation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A model by name ("example", "kimi-k2.5", or one of `configs`) in W4A8; with "-w8a8" or "-float" appended, in
-    that; with "-static" appended, its 8-bit linears have a static input scale; with "-int8-cache" appended, it has
-    scales for an int8 KV cache."""
+    """A model by name: "example", "kimi-k2.5", or one of `configs`.
+
+    It is in W4A8; with "-w8a8" or "-float" appended, in that; with "-float-index-q" or "-float-latents" appended, by
+    that recipe of `models.FLOAT_RECIPES`; with "-static" appended, its 8-bit linears have a static input scale; with
+    "-int8-cache" appended, it has scales for an int8 KV cache.
+    """
     made: dict[str, Path] = {}
     folder = tmp_path_factory.mktemp("models")
     configs = {
@@ -45,22 +48,27 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
         "v32-prolog": models.V32_PROLOG,
         "glm-dsa": models.GLM_DSA,
         "glm-dsa-prolog": models.GLM_DSA_PROLOG,
+        "glm-dsa-six-heads": models.GLM_DSA_SIX_HEADS,
     }
 
     def make(name: str) -> Path:
         if name not in made:
             base = name.removesuffix("-float").removesuffix("-w8a8")
+            mixed = next((recipe for recipe in models.FLOAT_RECIPES if name.endswith(f"-{recipe}")), None)
             if name.endswith("-int8-cache"):
                 made[name] = models.add_cache_scales(make(name.removesuffix("-int8-cache")), folder / name)
             elif name.endswith("-static"):
                 made[name] = models.make_static(make(name.removesuffix("-static")), folder / name)
+            elif mixed is not None:
+                recipe = models.write_recipe(folder / f"{name}.yaml", models.FLOAT_RECIPES[mixed])
+                made[name] = models.quantize(make(f"{name.removesuffix(mixed)}float"), folder / name, recipe)
             elif name == "kimi-k2.5-float":
                 made[name] = models.write_k25(folder / name)
             elif name.endswith("-float"):
                 made[name] = EXAMPLE if base == "example" else models.write_checkpoint(folder / name, configs[base])
             else:
-                recipe = "w8a8" if name.endswith("-w8a8") else "w4a8"
-                made[name] = models.quantize(make(f"{base}-float"), folder / name, recipe)
+                scheme = "w8a8" if name.endswith("-w8a8") else "w4a8"
+                made[name] = models.quantize(make(f"{base}-float"), folder / name, scheme)
         return made[name]
 
     return make

@@ -141,6 +141,9 @@ _PROLOG_SIZES = {"hidden_size": 1024, "index_n_heads": 64}
 V32_PROLOG = {**V32, **_PROLOG_SIZES, "q_lora_rank": 1536}
 GLM_DSA_PROLOG = {**GLM_DSA, **_PROLOG_SIZES, "q_lora_rank": 2048, "index_n_heads": 32}
 
+# As many heads as no operator takes.
+GLM_DSA_SIX_HEADS = {**GLM_DSA, "num_attention_heads": 6}
+
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A bf16 checkpoint of random weights, scaled so that activations keep their size."""
@@ -226,7 +229,26 @@ def indexer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, i
     }
 
 
-def quantize(source: Path, output: Path, recipe: str) -> Path:
+# W4A8 with parts of attention in float. The second is the mix of Huawei's DeepSeek-V3.2-Exp: of what reads the hidden
+# state or the latent of the queries, q_b alone is W8A8.
+FLOAT_RECIPES = {
+    "float-index-q": ["*.indexer.wq_b.weight"],
+    "float-latents": ["*.indexer.wq_b.weight", "*.q_a_proj.weight", "*.kv_a_proj_with_mqa.weight"],
+}
+
+
+def write_recipe(path: Path, names: list[str]) -> Path:
+    """A recipe file: the tensors of these names in float, the others as in W4A8."""
+    rules: list[dict[str, object]] = [
+        {"names": names, "scheme": "FLOAT"},
+        {"roles": ["routed_expert"], "scheme": "W4A8_DYNAMIC"},
+        {"roles": ["attention", "indexer", "dense_mlp", "shared_expert"], "scheme": "W8A8_DYNAMIC"},
+    ]
+    path.write_text(json.dumps({"name": "mixed", "target": "engines", "method": "minmax", "rules": rules}))
+    return path
+
+
+def quantize(source: Path, output: Path, recipe: str | Path) -> Path:
     """The artifact of a checkpoint, by the quickest method."""
     convert_checkpoint(source, output, recipe=recipe, method="minmax", workers=1)
     return output
