@@ -57,6 +57,8 @@ class EngineModel:
     loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
     # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
     turns_draft_input: tuple[str, ...] = ()
+    # Releases that build an indexer in layers that share a selection, too.
+    indexer_in_every_layer: tuple[str, ...] = ()
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -118,7 +120,7 @@ _SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGenerat
 # DeepSeek's classes with an indexer. Without index_topk they are dense; vLLM reads no list of indexer_types.
 _SPARSE: Final[Mapping[str, object]] = {"index_topk": None, "indexer_rope_interleave": False}
 _SPARSE_VLLM, _SPARSE_SGLANG = (
-    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}),
+    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}, indexer_in_every_layer=("0.23.0",)),
     replace(_SGLANG, absent={**_SGLANG.absent, **_SPARSE}),
 )
 _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
@@ -217,6 +219,24 @@ def key_problems(
             model.turns_draft_input,
             "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
             "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
+        )
+
+
+def indexer_problems(
+    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line, and releases of `engine` that build an indexer in every layer, for an artifact without some of them."""
+    config = ModelConfig.from_dict(raw)
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.indexer_in_every_layer:
+        return
+    family, layers = config.family, filter(config.attention.takes_selection, range(config.num_hidden_layers))
+    without = [layer for layer in layers if family.name(Block.ATTENTION, "index_q", layer) not in schemes]
+    if without:
+        yield (
+            model.indexer_in_every_layer,
+            f"layer {without[0]} and others have no indexer, because they share a selection, and this release builds "
+            "one in every layer: it does not load the artifact; use a newer one",
         )
 
 

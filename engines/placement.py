@@ -20,7 +20,7 @@ from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.tensors import Spec
-from .parameters import draft_notes, key_problems, parameter_problems, refused_names
+from .parameters import draft_notes, indexer_problems, key_problems, parameter_problems, refused_names
 from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
@@ -179,7 +179,8 @@ def loading_problems(
     misread it, on any number of ranks. `keys`: the description's keys that name no tensor."""
     for problem in parameter_problems(engine, raw, schemes):
         yield f"{tested_releases(engine)}: {problem}"
-    for releases, problem in key_problems(engine, raw, schemes, keys):
+    of_releases = (*key_problems(engine, raw, schemes, keys), *indexer_problems(engine, raw, schemes))
+    for releases, problem in of_releases:
         yield f"{engine} {' and '.join(releases)}: {problem}"
 
 
