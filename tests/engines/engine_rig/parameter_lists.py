@@ -191,7 +191,8 @@ def check_variation(name: str, engine: ModuleType, artifacts: Callable[[str], Pa
     raw = json.loads(path.read_text()) | variation.config
     path.write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
     try:
-        told = list(check_placement(folder, name, 1, False))
+        # What is said of the older release alone: its checks skip the artifacts of which it is said.
+        told = [line for line in check_placement(folder, name, 1, False) if not line.startswith("vllm-ascend 0.23.0: ")]
     except CheckpointError as error:
         told = [str(error)]
     silent = name in variation.silent
