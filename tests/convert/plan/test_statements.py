@@ -140,7 +140,7 @@ CASES = {
         {}, without(MTP + "self_attn"), refused=r"layers\.3\.self_attn.* missing"
     ),
     "a counted MTP layer that is not there": Case(
-        {}, without(MTP), note=r"counts MTP layers \(3\) that the checkpoint does not have",
+        {}, without(MTP), note=r"counts MTP layers that the checkpoint does not have \(layer 3\)",
         artifact={"num_nextn_predict_layers": 0},
     ),
     "an MTP layer behind a gap": Case(
