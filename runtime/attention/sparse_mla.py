@@ -83,6 +83,8 @@ class SparseMlaAttention:
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
     ) -> tuple[Activation, Tensor]:
+        if own(weights, SparseMla).indexer is None:
+            return self.dense.norm(x, residual, gain, own(weights, SparseMla).mla, ops)
         # The indexer's float linears read the same rows: they are not quantized.
         if x is None:
             return ops.norms.rms_norm(residual, gain, self.config.rms_norm_eps), residual
@@ -111,15 +113,13 @@ class SparseMlaAttention:
             return self.dense.attend(hidden, sparse.mla, cache, step, ops)
 
         mla, positions = sparse.mla, step.positions
-        q_nope, q_rope, kv, q_latent = ops.mla.project(hidden, mla)
-        ops.mla.write_cache(kv, mla, cache, positions, output_kv=False)
+        reader = None if sparse.indexer is None else sparse.indexer.q
+        absorbed, q_rope, q_latent = ops.mla.prolog_with_latent(hidden, mla, cache, step, reader)
         if sparse.indexer is not None:
             assert q_latent is not None
             rows = own(hidden, Tensor)
             selected = _sparse(ops).select(rows, q_latent, sparse.indexer, cache, positions, step.decode)
         assert selected is not None  # the first layer has an indexer
-        absorbed = ops.mla.absorb(q_nope, mla)
-        q_rope = ops.rotary.interleave_rope(q_rope, positions.cos, positions.sin)
         scale = self.config.softmax_scale
         attended = _sparse(ops).sparse_flash_attention(absorbed, q_rope, cache, step.decode, selected, scale)
         return Attended(ops.mla.output(ops.mla.bring_out(attended, mla), mla), selected)

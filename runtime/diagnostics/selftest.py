@@ -36,11 +36,13 @@ from ..ops import (
     Step,
 )
 from ..ops.reference import ReferenceOps
+from ..ops.sparse_attention import INDEX_KEY
 
 TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128
 LATENT, ROPE, HEAD = 512, 64, 128
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 EPS = 1e-6
+INDEX_HEADS, INDEX_HEAD = 16, 128
 POOLS = (Pool("latent", LATENT, int8=True), Pool("rope", ROPE))
 SCALE = (HEAD + ROPE) ** -0.5
 
@@ -76,8 +78,9 @@ def selftest(ops: Ops) -> Iterator[Result]:
 
 
 def cases_of(ops: Ops) -> dict[str, Case]:
-    """Cases of a backend in its settings; those of an int8 cache only where the backend has one."""
-    return {name: case for name, case in CASES.items() if ops.caches.takes_int8 or name not in INT8_CACHE_CASES}
+    """Cases of a backend in its settings, without those of an int8 cache or sparse attention that it does not have."""
+    left_out = (() if ops.caches.takes_int8 else INT8_CACHE_CASES) + (() if ops.sparse is not None else SPARSE_CASES)
+    return {name: case for name, case in CASES.items() if name not in left_out}
 
 
 def _error(ours: Activation, theirs: Activation) -> float:
@@ -265,6 +268,35 @@ def _attend(ops: Ops, cache: LayerCache, heads: int = HEADS) -> tuple[Activation
     )
 
 
+def _sparse_cache(ops: Ops) -> tuple[LayerCache, Decode]:
+    """Latents, rope keys and index keys of two sequences in ND pages, and two queries of each."""
+    pools = [Pool(pool.name, pool.channels, layout="nd") for pool in (*POOLS, Pool(INDEX_KEY, INDEX_HEAD))]
+    cache, slots = ops.caches.new(pools, 4, BLOCK), torch.arange(4 * BLOCK, device=ops.device)
+    for seed, (name, pages) in enumerate(cache.pages.items()):
+        cache[name].write(slots, _rows(ops, 4 * BLOCK, pages.pool.channels, seed=96 + seed))
+    table = torch.tensor([[1, 3], [2, 0]], dtype=torch.int32).to(ops.device)
+    return cache, Decode(q_lens=(2, 4), kv_lens=(BLOCK + 9, 40), block_table=table)
+
+
+def _select(ops: Ops, cache: LayerCache, decode: Decode) -> Tensor:
+    assert ops.sparse is not None
+    query, weights = _rows(ops, 4, INDEX_HEADS, INDEX_HEAD, seed=17), _rows(ops, 4, INDEX_HEADS, seed=18)
+    return ops.sparse.lightning_indexer(query, weights, cache[INDEX_KEY], decode, 48)
+
+
+def _lightning_indexer(ops: Ops) -> tuple[Activation, ...]:
+    selected = _select(ops, *_sparse_cache(ops))
+    return ((1 + selected).sort(dim=-1).values.float(),)  # in no defined order
+
+
+def _sparse_attention(ops: Ops) -> tuple[Activation, ...]:
+    assert ops.sparse is not None
+    cache, decode = _sparse_cache(ops)
+    selected = _select(ops, cache, decode)
+    q, q_rope = _rows(ops, 4, HEADS, LATENT, seed=15), _rows(ops, 4, HEADS, ROPE, seed=16)
+    return (ops.sparse.sparse_flash_attention(q, q_rope, cache, decode, selected, SCALE),)
+
+
 def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
     """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
 
@@ -332,10 +364,13 @@ CASES: dict[str, Case] = {
     "attention, paged": _paged_attention,
     "int8 cache write and read": _int8_cache_write,
     "attention, paged, int8": _int8_attention,
+    "lightning indexer": _lightning_indexer,
+    "attention to selected tokens": _sparse_attention,
     "decode attention FLOAT": _attention_layer(Scheme.FLOAT, HIDDEN, q_lora=192),
     "decode attention W8A8": _attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
     "decode attention W8A8, static": _attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),
     "decode attention W8A8, prolog shapes": _attention_layer(Scheme.W8A8, 1024, q_lora=1536),
 }
 
+SPARSE_CASES = ("lightning indexer", "attention to selected tokens")
 INT8_CACHE_CASES = ("int8 cache write and read", "attention, paged, int8")

@@ -112,10 +112,11 @@ def test_the_shipped_model_fits(bare, example_fp8):
 @pytest.mark.parametrize(
     "change,said",
     [
-        ({"num_attention_heads": 24}, "24 attention heads"),
+        ({"num_attention_heads": 256}, "256 attention heads"),
         ({"norm_topk_prob": False}, "no router that scores by sigmoid"),
         ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
         ({"model_type": "llama"}, "model_type"),
+        ({"model_type": "deepseek_v32"}, "does not run the attention of deepseek_v32"),
     ],
 )
 def test_a_model_that_does_not_fit_is_told_why_and_exits_1(bare, example_fp8, tmp_path, change, said):
