@@ -38,6 +38,17 @@ _WIDE = {
     "architectures": ["DeepseekV3ForCausalLM"],
 }
 _INDEXER = {"index_n_heads": 16, "index_head_dim": 128, "index_topk": 2048}
+_GLM_5 = (
+    models.KIMI
+    | _WIDE
+    | _INDEXER
+    | {
+        "model_type": "glm_moe_dsa",
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "num_nextn_predict_layers": 1,
+        "indexer_rope_interleave": True,
+    }
+)
 CONFIGS: dict[str, dict[str, Any]] = {
     "v2-lite": models.V2_LITE | _WIDE | {"architectures": ["DeepseekV2ForCausalLM"]},
     "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
@@ -66,18 +77,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["DeepseekV32ForCausalLM"],
         "num_nextn_predict_layers": 1,
     },
-    "glm-5": models.KIMI
-    | _WIDE
-    | _INDEXER
+    # An indexer in every layer, as GLM-5 and 5.1 have; in 5.2 layers share selections.
+    "glm-5": _GLM_5,
+    "glm-5.2": _GLM_5
     | {
-        "model_type": "glm_moe_dsa",
-        "architectures": ["GlmMoeDsaForCausalLM"],
         "num_hidden_layers": 3,
-        "num_nextn_predict_layers": 1,
         "indexer_types": ["full", "full", "shared"],
         "index_topk_freq": 4,
         "index_skip_topk_offset": 2,
-        "indexer_rope_interleave": True,
     },
 }
 # Every artifact, and those that have an MTP layer.
