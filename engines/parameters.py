@@ -57,8 +57,8 @@ class EngineModel:
     loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
     # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
     turns_draft_input: tuple[str, ...] = ()
-    # Releases that build an indexer in layers that share a selection, too.
-    indexer_in_every_layer: tuple[str, ...] = ()
+    # Releases whose main model has an indexer in layers that share another layer's selection, too.
+    indexes_everywhere: tuple[str, ...] = ()
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -114,13 +114,13 @@ _SGLANG_GLM = replace(
     refuses=lambda name: False,
     loads_draft=False,  # it looks for the layer as model.decoder in the description
 )
-# Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
+# DeepSeek's classes under a prefix, beside a vision tower.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
 _SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
 # DeepSeek's classes with an indexer. Without index_topk they are dense; vLLM reads no list of indexer_types.
 _SPARSE: Final[Mapping[str, object]] = {"index_topk": None, "indexer_rope_interleave": False}
 _SPARSE_VLLM, _SPARSE_SGLANG = (
-    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}, indexer_in_every_layer=("0.23.0",)),
+    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}, indexes_everywhere=("0.23.0",)),
     replace(_SGLANG, absent={**_SGLANG.absent, **_SPARSE}),
 )
 _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
@@ -202,6 +202,23 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
 
 
+def indexer_notes(
+    engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line where releases of `engine` look for indexers that layers of the artifact do not have, and the releases."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.indexes_everywhere or config.attention.dense_tokens is None:
+        return
+    own = (config.family.name(Block.ATTENTION, "index_q", layer) for layer in range(config.num_hidden_layers))
+    lacking = [name for name in own if name not in schemes]
+    if lacking:
+        yield (
+            model.indexes_everywhere,
+            f"{len(lacking)} layer(s) share another layer's selection and have no indexer, and the engine ends in a "
+            f"KeyError at {lacking[0]!r}: serve with a later release",
+        )
+
+
 def key_problems(
     engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -219,24 +236,6 @@ def key_problems(
             model.turns_draft_input,
             "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
             "artifact of npuq needs no such product, its eh_proj is already rotated: remove the key",
-        )
-
-
-def indexer_problems(
-    engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme]
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """A line, and releases of `engine` that build an indexer in every layer, for an artifact without some of them."""
-    config = ModelConfig.from_dict(raw)
-    model = MODELS[engine].get(config.family.architecture)
-    if model is None or not model.indexer_in_every_layer:
-        return
-    family, layers = config.family, filter(config.attention.takes_selection, range(config.num_hidden_layers))
-    without = [layer for layer in layers if family.name(Block.ATTENTION, "index_q", layer) not in schemes]
-    if without:
-        yield (
-            model.indexer_in_every_layer,
-            f"layer {without[0]} and others have no indexer, because they share a selection, and this release builds "
-            "one in every layer: it does not load the artifact; use a newer one",
         )
 
 
