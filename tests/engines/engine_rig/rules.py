@@ -25,8 +25,8 @@ LOADS = ""  # the rule is there for another engine or release
 @dataclass(frozen=True)
 class Rule:
     """told: words of `npuq verify --engine` for the engines in `by`. ends: words of the error that ends loading in each
-    release, of the model or, with `mtp`, its draft. of: the artifact that breaks it. alone: an engine changes its classes
-    for the rest of the process."""
+    release, of the model or, with `mtp`, its draft. of: the artifact that breaks it. alone: an engine changes its
+    classes for the rest of the process."""
 
     told: str
     ends: Mapping[str, str]
