@@ -1,8 +1,8 @@
 """The operators on torch_npu: weights in FRACTAL_NZ, the latent cache in NZ pages, one device call an operator.
 
-A MoE layer is 27 launches in a decode step, or 20 where `npu_mla_prolog_v3` takes the layer; a lightning indexer adds 15
-(table in docs/ascend.md).
-No call waits for the device: a step's lengths are integers on the host, all else stays in tensors.
+A MoE layer is 27 launches in a decode step, or 20 where `npu_mla_prolog_v3` takes the layer; a lightning indexer adds
+15 (table in docs/ascend.md). No call waits for the device: a step's lengths are integers on the host, all
+else stays in tensors.
 """
 
 from __future__ import annotations
