@@ -154,7 +154,9 @@ class _Side:
                 raise GenerationError(
                     f"{self.directory} has {name} {ours} and {other.directory} has {theirs}: not the same model"
                 )
-        if self.config.attention != other.config.attention:
+        ours, theirs = self._model.attention, other._model.attention
+        layers = range(self.config.num_hidden_layers)
+        if ours.dense_tokens != theirs.dense_tokens or any(ours.pools(i) != theirs.pools(i) for i in layers):
             raise GenerationError(f"{self.directory} and {other.directory} differ in attention: not the same model")
 
     def step(self, batch: Sequence[Context]) -> Step:
