@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import HubError
+from ..errors import CheckpointError, HubError
 from .terminal.console import format_bytes
 from .terminal.progress import TerminalProgress
 
@@ -37,6 +37,8 @@ def local_model(
     silence_client()
     with TerminalProgress(progress, quiet) as display:
         path = resolve(model, before_weights=before_weights, progress=display)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
     before_weights(path)
     if display.total:
         display.note(f"{model}: {format_bytes(display.total)} fetched to {path}")

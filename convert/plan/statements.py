@@ -102,7 +102,7 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
     uncounted = [layer for layer in inventory.mtp_layers if layer >= first + config.num_nextn_predict_layers]
     if uncounted:
         yield (
-            f"the checkpoint has MTP layers ({_listed(uncounted)}) that config.json does not count "
+            f"the checkpoint has MTP layers (layer {_listed(uncounted)}) that config.json does not count "
             f"(num_nextn_predict_layers {config.num_nextn_predict_layers}): the artifact's counts them"
         )
     if inventory.absent_mtp_layers:

@@ -38,7 +38,7 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
 def _with_floats(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored: Container[str]) -> WeightSource:
     """The source of these linears, and of float weights in all other tensors but `ignored` ones.
 
-    Raises CheckpointError for a tensor that is neither.
+    Raises CheckpointError for a tensor that is neither, and for a weight that is stored as both.
     """
     claimed = {name for linear in linears.values() for name in linear.stored_names}
     left = [name for name in checkpoint.tensors if name not in claimed and name not in ignored]
@@ -46,6 +46,12 @@ def _with_floats(checkpoint: Checkpoint, linears: Mapping[str, Weight], ignored:
         if not is_beside_fp8(checkpoint.tensors, name):
             _refuse_orphan(checkpoint, name)
     floats = float_weights(checkpoint, left)
+    for name in linears.keys() & floats.keys():
+        stored = linears[name].stored_names[0]
+        raise CheckpointError(
+            f"{checkpoint.tensors[stored].file}: tensors {name!r} and {stored!r} are one weight stored twice; keep "
+            "the right one"
+        )
     # In the checkpoint's order; a linear takes its codes' place.
     by_tensor = floats | {linear.stored_names[0]: linear for linear in linears.values()}
     ordered = [by_tensor[name] for name in checkpoint.tensors if name in by_tensor]

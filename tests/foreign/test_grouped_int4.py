@@ -241,6 +241,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "one row of words": (changed("weight_packed", lambda t: t.flatten()), "not I32 rows of eight codes a word"),
     "a row less": (changed("weight_packed", lambda t: t[:-1]), f"'{EXPERT}.weight_scale' is BF16"),
     "whole scales": (changed("weight_scale", lambda t: t.int()), "is I32"),
+    "floats too": (lambda t: t.update({f"{EXPERT}.weight": torch.zeros(2, 2)}), "are one weight stored twice"),
     "no scale": (lambda tensors: tensors.pop(f"{EXPERT}.weight_scale"), f"has no '{EXPERT}.weight_scale'"),
     "no shape": (lambda tensors: tensors.pop(f"{EXPERT}.weight_shape"), f"has no '{EXPERT}.weight_shape'"),
     "no codes": (lambda tensors: tensors.pop(f"{EXPERT}.weight_packed"), "belongs to no linear"),

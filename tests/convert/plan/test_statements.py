@@ -118,12 +118,12 @@ CASES = {
     ),
     "an MTP layer that is not counted": Case(
         {"num_nextn_predict_layers": 0},
-        note=r"MTP layers \(3\) that config.json does not count",
+        note=r"MTP layers \(layer 3\) that config.json does not count",
         artifact={"num_nextn_predict_layers": 1},
     ),
     "an MTP layer and a count of null": Case(
         {"num_nextn_predict_layers": None},
-        note=r"MTP layers \(3\) that config.json does not count",
+        note=r"MTP layers \(layer 3\) that config.json does not count",
         artifact={"num_nextn_predict_layers": 1},
     ),
     "a count of null alone": Case(

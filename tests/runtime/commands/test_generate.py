@@ -28,6 +28,11 @@ def test_generate_prints_the_text(run: Run, artifact: Path) -> None:
         assert quiet == (0, expected + "\n", "")
 
 
+def test_a_directory_that_is_not_there_is_called_that(run: Run, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing"
+    assert run("generate", missing, "--prompt", "Call me") == (1, "", f"npuq: error: {missing}: no such directory\n")
+
+
 def test_generate_samples_as_the_model_says(run: Run, artifact: Path, tmp_path: Path) -> None:
     """What generation_config.json says is in force where the user says nothing; stderr says what and why."""
     common = ("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12)
