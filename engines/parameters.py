@@ -118,7 +118,7 @@ _SGLANG_GLM = replace(
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
 _SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
 # DeepSeek's classes with an indexer. Without index_topk they are dense; vLLM reads no list of indexer_types.
-_SPARSE: Final[Mapping[str, object]] = {"index_topk": _STOPS, "indexer_rope_interleave": False}
+_SPARSE: Final[Mapping[str, object]] = {"index_topk": None, "indexer_rope_interleave": False}
 _SPARSE_VLLM, _SPARSE_SGLANG = (
     replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}, indexes_everywhere=("0.23.0",)),
     replace(_SGLANG, absent={**_SGLANG.absent, **_SPARSE}),

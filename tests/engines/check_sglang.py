@@ -13,7 +13,6 @@ from engine_rig.conformance import ConformanceError, compare, load, quantized_li
 from engine_rig.corruption import corrupt  # noqa: E402
 from engine_rig.models import ARTIFACTS, CONFIGS, STATIC, placements  # noqa: E402
 
-
 DRAFTS = ("v3-mtp", "v32", "glm-5", "glm-5.2")
 
 

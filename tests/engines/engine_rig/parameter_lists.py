@@ -141,8 +141,8 @@ def drop(*parts: str) -> Corruption:
 
 @dataclass(frozen=True)
 class Variation:
-    """An artifact with another config.json (... removes a key) or fewer tensors. `silent`: engines that load it without
-    a word, and compute something else."""
+    """An artifact with another config.json (... removes a key) or fewer tensors. `silent`: engines, or releases, that
+    load it without a word, and compute something else."""
 
     config: dict[str, Any]
     how: Corruption | None = None
@@ -182,7 +182,8 @@ VARIATIONS = {
     "GLM, no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts"), of="glm-flash"),
     "Kimi-K2.5 as it is": Variation({}, of="kimi-k2.5"),
     "V3.2 as it is": Variation({}, of="v32"),
-    "V3.2, index_topk unsaid": Variation({"index_topk": ...}, of="v32"),
+    # vLLM 0.30.0 then skips the tensors of indexers.
+    "V3.2, index_topk unsaid": Variation({"index_topk": ...}, silent=("vllm-ascend 0.30.0rc2",), of="v32"),
     "GLM-5 as it is": Variation({}, of="glm-5"),
     "GLM-5.2 as it is": Variation({}, of="glm-5.2"),
     "GLM-5.2, the indexer's rope unsaid": Variation(
@@ -212,6 +213,6 @@ def check_variation(release: str, engine: ModuleType, artifacts: Callable[[str],
         told = [*check_placement(folder, name, 1, False), *refused_by(release, folder)]
     except CheckpointError as error:
         told = [str(error)]
-    silent = name in variation.silent
+    silent = name in variation.silent or release in variation.silent
     assert loads(engine, folder, False) == (not told or silent), told
     assert told or not silent
