@@ -57,8 +57,9 @@ def command(
     tokenizer has one. Every token is predicted from those before it in its context. With --source also the mean KL
     divergence (nats a token) of the source's predictions from the model's, and how often their first choices agree.
     With --layers also ‖model − source‖ / ‖source‖ of the hidden states after every decoder layer, and their cosine:
-    accumulated over the layers, and of the layer alone, for the source's hidden states as inputs of both. This reads
-    one layer of each at a time, and no cache.
+    accumulated over the layers, and of the layer alone, for the source's hidden states as inputs of both; with sparse
+    attention also the share of the source's selected tokens that the model selects. This reads one layer of each at a
+    time.
 
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
@@ -103,10 +104,13 @@ def command(
 
 
 def _layer_table(errors: Sequence[LayerError]) -> list[str]:
-    lines = ["", "layer     error   cosine   its own   cosine"]
-    lines += [
-        f"{error.layer:>5}  {error.relative_error:>8.3%}  {error.cosine:.5f}  {error.own_relative_error:>8.3%}  "
-        f"{error.own_cosine:.5f}"
-        for error in errors
-    ]
+    sparse = any(error.own_selection_agreement is not None for error in errors)
+    lines = ["", "layer     error   cosine   its own   cosine" + "  selection" * sparse]
+    for error in errors:
+        line = (
+            f"{error.layer:>5}  {error.relative_error:>8.3%}  {error.cosine:.5f}  {error.own_relative_error:>8.3%}  "
+            f"{error.own_cosine:.5f}"
+        )
+        agreement = error.own_selection_agreement
+        lines.append(line if agreement is None else f"{line}  {agreement:>9.2%}")
     return lines

@@ -45,6 +45,9 @@ class AttentionWidths(Protocol):
     def conditions(self, layer: int) -> Mapping[str, bool]:
         """The table's words of conditions; True for those that hold in a layer."""
 
+    def takes_selection(self, layer: int) -> bool:
+        """True for a layer that attends to the tokens that a layer below selected."""
+
     def numbers_held(self, tokens: int, length: int) -> int:
         """Numbers that attention holds at once for `tokens` tokens, in slices of `length`."""
 

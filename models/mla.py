@@ -67,6 +67,10 @@ class Mla:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
         return None
 
+    def takes_selection(self, layer: int) -> bool:
+        """True for a layer that attends to the tokens that a layer below selected."""
+        return False
+
     @property
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key: those without position, then the rotary ones."""

@@ -16,6 +16,8 @@ from .config_reader import MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .mla import Mla
 
 FULL, SHARED = "full", "shared"
+GATHERED_NUMBERS: Final = 1 << 25
+"""Numbers that attention to selected tokens gathers at a time."""
 _LETTERS: Final = {"F": FULL, "S": SHARED}
 
 
@@ -70,6 +72,15 @@ class SparseMla(Mla):
     @property
     def dense_tokens(self) -> int:
         return self.indexer.topk
+
+    def takes_selection(self, layer: int) -> bool:
+        return not self.indexer.is_full(layer)
+
+    def numbers_held(self, tokens: int, length: int) -> int:
+        """As `Mla.numbers_held`; samples longer than a selection attend in absorbed form to gathered tokens."""
+        if length <= self.indexer.topk:
+            return super().numbers_held(tokens, length)
+        return tokens * (self.heads * (4 * self.qk_head_dim + 4 * self.kv_lora_rank) + 4 * length) + GATHERED_NUMBERS
 
     def sizes(self) -> dict[str, int]:
         indexer = self.indexer

@@ -64,6 +64,11 @@ class Facts:
         known = [role.source_bytes for role in self.roles if role.source_bytes is not None]
         return sum(known) if len(known) == len(self.roles) else None
 
+    @property
+    def has_mtp(self) -> bool:
+        """True with quantized linears in multi-token-prediction layers; report/page.html reads it."""
+        return any(linear.layer >= self.layers for linear in self.linears)
+
     def as_dict(self) -> dict[str, Any]:
         """Fields as values for JSON."""
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}

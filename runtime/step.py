@@ -75,7 +75,9 @@ class StepBuilder:
 
         Raises ValueError for a chunk without tokens, beyond the rope tables, or with too few blocks.
         """
-        if self._dense_tokens is not None and max((chunk.end for chunk in chunks), default=0) > self._dense_tokens:
+        longest = max((chunk.end for chunk in chunks), default=0)
+        selects = self._dense_tokens is not None and longest > self._dense_tokens
+        if selects:
             chunks = [replace(chunk, absorbed=True) for chunk in chunks]
         for chunk in chunks:
             self._check(chunk)
@@ -90,7 +92,7 @@ class StepBuilder:
                 cos=self._rope.cos[positions],
                 sin=self._rope.sin[positions],
             ),
-            decode=self._decode(decodes) if decodes else None,
+            decode=self._decode(decodes, selects) if decodes else None,
             prefill=self._prefill(ordered[len(decodes) :]) if len(decodes) < len(ordered) else None,
             output_rows=self._output_rows(ordered),
         )
@@ -111,8 +113,9 @@ class StepBuilder:
         size = self._block_size
         return [chunk.blocks[p // size] * size + p % size for p in range(chunk.start, chunk.end)]
 
-    def _decode(self, chunks: Sequence[Chunk]) -> Decode:
-        return Decode(
+    def _decode(self, chunks: Sequence[Chunk], selects: bool) -> Decode:
+        make = Decode.selecting if selects else Decode
+        return make(
             q_lens=tuple(accumulate(len(chunk.token_ids) for chunk in chunks)),
             kv_lens=tuple(chunk.end for chunk in chunks),
             block_table=self._block_table([self._used_blocks(chunk.blocks, 0, chunk.end) for chunk in chunks]),

@@ -35,7 +35,8 @@ def _is_finite(number: object) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
 
 
-_LAYER = {"layer": is_count, **dict.fromkeys(_OF_A_LAYER, _is_finite)}
+_LAYER: dict[str, Form] = {"layer": is_count, **dict.fromkeys(_OF_A_LAYER, _is_finite)}
+_OF_A_SPARSE_LAYER: dict[str, Form] = {"own_selection_agreement": optional(_is_finite)}
 _RESULT: dict[str, Form] = {
     "text": is_text,
     "text_sha256": is_text,
@@ -48,7 +49,7 @@ _ENTRY = Keys(
         **_RESULT,
         "kv_cache_dtype": is_text,
         **dict.fromkeys(_OPTIONAL, optional(_is_finite)),
-        "layers": Items(Keys(_LAYER, frozenset(_LAYER))),
+        "layers": Items(Keys({**_LAYER, **_OF_A_SPARSE_LAYER}, frozenset(_LAYER))),
     },
     frozenset(_RESULT),
 )

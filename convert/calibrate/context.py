@@ -21,6 +21,7 @@ from ..plan.plan import Job
 from ..write.journal import JobEntry
 from .layers.linears import Inputs, JobResult, Linears, factored, measure
 from .layers.operators import CalibrationOps, Deployed, row_chunks
+from .states import Selections
 
 # Tokens that one step of the forward pass takes, in whole samples; fixed, so that results depend on nothing else.
 BATCH_TOKENS = 2048
@@ -28,10 +29,16 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Walk:
-    """The model, its calibration tokens and the means to work on it."""
+    """The model, its calibration tokens and the means to work on it.
+
+    attention: as samples of this length run it. dense: without selection of tokens; its cache holds latents in int8.
+    selections: what layers hand on, where attention selects tokens.
+    """
 
     config: ModelConfig
     attention: AttentionKind
+    dense: AttentionKind
+    selections: Selections | None
     rope: RopeRows
     ops: CalibrationOps
     source: WeightSource

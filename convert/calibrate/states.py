@@ -26,6 +26,7 @@ FOLDER = "calibration"
 _STATE, _PARTIAL = "state.json", "partial.json"
 _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"
+_SELECTIONS = "selections.bin"
 
 
 class StreamPair:
@@ -65,6 +66,18 @@ class Streams(StreamPair):
             os.close(descriptor)
 
 
+class Selections:
+    """The tokens that queries of the nearest full layer selected, int32 [2, tokens, topk]: in the float model, and in
+    the quantized one. A memory-mapped file: it exceeds memory as hidden states do."""
+
+    def __init__(self, path: Path, tokens: int, topk: int):
+        with new_file(path) as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * 2 * tokens * topk)
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
+            self._map = np.memmap(file, np.int32, "r+", shape=(2, tokens, 1, topk))
+        self.floats, self.quantized = torch.from_numpy(self._map).unbind(0)
+
+
 @dataclass(frozen=True)
 class State:
     """The position of a walk: the reports of the layers behind it, in their order."""
@@ -77,9 +90,13 @@ class State:
         return len(self.reports)
 
 
-def state_bytes(tokens: int, hidden: int) -> int:
-    """Bytes of disk for hidden states: those of two layers, and those between attention and experts."""
-    return 3 * 2 * 4 * tokens * hidden
+def state_bytes(tokens: int, hidden: int, topk: int) -> int:
+    """Bytes of disk for hidden states: those of two layers, and those between attention and experts.
+
+    topk: tokens that a query selects, 0 where none does. With it, also selections, and the states of the layer that an
+    interrupted walk continues from.
+    """
+    return (4 if topk else 3) * 2 * 4 * tokens * hidden + 2 * 4 * tokens * topk
 
 
 class StateStore:
@@ -116,9 +133,23 @@ class StateStore:
         make_folder(self._folder)
         return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
 
-    def publish(self, streams: Streams, state: State) -> Streams:
+    def selections(self, topk: int) -> Selections:
+        """New selections of `topk` tokens; no run resumes from them."""
+        make_folder(self._folder)
+        return Selections(self._folder / _SELECTIONS, self._shape[0], topk)
+
+    def carry(self, streams: Streams, used: Streams) -> Streams:
+        """Go on with `streams` instead of `used` without a state: a later run starts at the last published one."""
+        self._discard(used)
+        return streams
+
+    def _discard(self, used: Streams) -> None:
+        if not used.path.match(_READY.format("*")):
+            used.path.unlink(missing_ok=True)
+
+    def publish(self, streams: Streams, state: State, used: Streams) -> Streams:
         """Make `streams` the input of the state's layer, for a later run to start from; return them under their new
-        name."""
+        name. The `used` ones are done with."""
         streams.sync()
         path = self._folder / _READY.format(state.layer)
         streams.path.replace(path)
@@ -129,6 +160,7 @@ class StateStore:
         with new_file(partial) as file:
             file.write(checked_line(content))
         publish(partial, self._folder / _STATE)
+        self._discard(used)
         for old in self._folder.glob(_READY.format("*")):
             if old != path:
                 old.unlink()

@@ -17,6 +17,7 @@ from ...errors import CalibrationError, GenerationError
 from ...inputs.files import MOST_GIVEN_BYTES, read_given_text, read_text
 from ...inputs.json_text import parse_json
 from ...inputs.printable import name_as_text
+from ...models.config import ModelConfig
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.text.tokenizer_check import require_tokenizer
 
@@ -42,6 +43,11 @@ class Calibration:
     @property
     def sequence_length(self) -> int:
         return self.tokens.shape[1]
+
+    def selected(self, config: ModelConfig) -> int:
+        """Tokens that a query selects in samples of this length; 0 where every query attends to all earlier tokens."""
+        most = config.attention.dense_tokens
+        return most if most is not None and self.sequence_length > most else 0
 
 
 def read_calibration(

@@ -23,7 +23,7 @@ from ...models.roles import Role
 from ...models.rope import rope_tables
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
-from ...runtime.attention.kinds import dense_attention_of
+from ...runtime.attention.kinds import attention_of, dense_attention_of
 from ..plan.memory import Budget
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
@@ -113,13 +113,14 @@ class CalibratedWalk:
         Raises CalibrationError for infinite or NaN activations, ConversionError when the disk refuses.
         """
         calibration, config, ops = self._calibration, self._prepared.config, CalibrationOps()
-        tables = rope_tables(config)
+        tables, topk = rope_tables(config), calibration.selected(config)
         try:
             with Pool(self._budget.workers) as pool, single_threaded_torch():
                 walk = Walk(
                     config=config,
-                    # No sample is so long that a sparse model would select tokens (`plan/prepare.py`).
-                    attention=dense_attention_of(config, tables.softmax_scale),
+                    attention=(attention_of if topk else dense_attention_of)(config, tables.softmax_scale),
+                    dense=dense_attention_of(config, tables.softmax_scale),
+                    selections=self._store.selections(topk) if topk else None,
                     rope=rope_rows(tables, calibration.sequence_length, ops),
                     ops=ops,
                     source=self._prepared.source,
@@ -168,7 +169,11 @@ class CalibratedWalk:
             self._files.sync(sorted({job.shard for job in jobs}))
             self._journal.append(layer.entries, {})
             state = State((*state.reports, report))
-            streams = self._store.publish(out, state)
+            if walk.selections is not None and walk.config.attention.takes_selection(state.layer):
+                # Selections are not kept: a later run starts at the layer that makes them.
+                streams = self._store.carry(out, streams)
+            else:
+                streams = self._store.publish(out, state, streams)
         return state.reports
 
     def _choose(self, walk: Walk, index: int, streams: tuple[Streams, Streams, Streams]) -> Choice:

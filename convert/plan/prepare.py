@@ -14,7 +14,7 @@ import torch
 
 from ... import __version__
 from ...engines.placement import engine_notes
-from ...errors import CalibrationError, CheckpointError, RecipeError
+from ...errors import CheckpointError, RecipeError
 from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
@@ -252,7 +252,6 @@ def _calibration(
     if _needs_calibration(recipe, assignments):
         position = int(config.rope.max_position)
         path = text.path or BUILTIN
-        _check_window(text.sequence_length, config)
         return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)
     if (text.path, text.samples, text.sequence_length) != (None, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH):
         method = STORED if recipe.stored else recipe.chain
@@ -261,16 +260,6 @@ def _calibration(
             "smooth or a chain of them"
         )
     return None
-
-
-def _check_window(sequence_length: int, config: ModelConfig) -> None:
-    """Raise CalibrationError for samples in which a sparse model would select tokens: calibration attends to all."""
-    most = config.attention.dense_tokens
-    if most is not None and sequence_length > most:
-        raise CalibrationError(
-            f"--sequence-length {sequence_length} is longer than index_topk {most} of config.json, and calibration "
-            f"attends to all tokens of a sample, as the model does up to that length; give --sequence-length {most}"
-        )
 
 
 def _origin(directory: Path) -> Origin:

@@ -45,7 +45,8 @@ def plan_space(prepared: Prepared, output: Path, record: Record | None, small_by
     plan, own = prepared.plan, output / OWN_FOLDER
     scratch = _window_bytes(prepared.checkpoint)
     if prepared.calibration is not None:
-        scratch += state_bytes(prepared.calibration.tokens.numel(), prepared.config.hidden_size)
+        calibration, config = prepared.calibration, prepared.config
+        scratch += state_bytes(calibration.tokens.numel(), config.hidden_size, calibration.selected(config))
     scratch += len(plan.jobs) * _JOURNAL_BYTES_PER_JOB
     needed = plan.output_bytes + small_bytes + scratch
     if record is None:

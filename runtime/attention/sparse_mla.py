@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...errors import BackendError
 from ...models.sparse_mla import Indexer
 from ..ops import (
     Activation,
@@ -21,7 +20,6 @@ from ..ops import (
     IndexerWeights,
     MlaConfig,
     Ops,
-    SparseAttention,
     SparseMla,
     Step,
 )
@@ -78,11 +76,13 @@ class SparseMlaAttention:
             k_norm_bias=parts.tensor("index_k_norm_bias"),
             weights=parts.linear("index_weights"),
         )
-        return _sparse(ops).load(stored, self.indexer)
+        return ops.sparse.load(stored, self.indexer)
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
     ) -> tuple[Activation, Tensor]:
+        if own(weights, SparseMla).indexer is None:
+            return self.dense.norm(x, residual, gain, own(weights, SparseMla).mla, ops)
         # The indexer's float linears read the same rows: they are not quantized.
         if x is None:
             return ops.norms.rms_norm(residual, gain, self.config.rms_norm_eps), residual
@@ -111,26 +111,17 @@ class SparseMlaAttention:
             return self.dense.attend(hidden, sparse.mla, cache, step, ops)
 
         mla, positions = sparse.mla, step.positions
-        q_nope, q_rope, kv, q_latent = ops.mla.project(hidden, mla)
-        ops.mla.write_cache(kv, mla, cache, positions, output_kv=False)
+        reader = None if sparse.indexer is None else sparse.indexer.q
+        absorbed, q_rope, q_latent = ops.mla.prolog_with_latent(hidden, mla, cache, step, reader)
         if sparse.indexer is not None:
             assert q_latent is not None
             rows = own(hidden, Tensor)
-            selected = _sparse(ops).select(rows, q_latent, sparse.indexer, cache, positions, step.decode)
+            selected = ops.sparse.select(rows, q_latent, sparse.indexer, cache, positions, step.decode)
         assert selected is not None  # the first layer has an indexer
-        absorbed = ops.mla.absorb(q_nope, mla)
-        q_rope = ops.rotary.interleave_rope(q_rope, positions.cos, positions.sin)
         scale = self.config.softmax_scale
-        attended = _sparse(ops).sparse_flash_attention(absorbed, q_rope, cache, step.decode, selected, scale)
+        attended = ops.sparse.sparse_flash_attention(absorbed, q_rope, cache, step.decode, selected, scale)
         return Attended(ops.mla.output(ops.mla.bring_out(attended, mla), mla), selected)
 
     def _write_keys(self, hidden: Activation, sparse: SparseMla, cache: LayerCache, step: Step, ops: Ops) -> None:
         if sparse.indexer is not None:
-            _sparse(ops).write_keys(own(hidden, Tensor), sparse.indexer, step.positions, cache)
-
-
-def _sparse(ops: Ops) -> SparseAttention:
-    """The backend's operators. Raises BackendError where it has none."""
-    if ops.sparse is None:
-        raise BackendError(f"the {ops.name} backend has no operators for sparse attention; use --backend cpu")
-    return ops.sparse
+            ops.sparse.write_keys(own(hidden, Tensor), sparse.indexer, step.positions, cache)

@@ -124,11 +124,17 @@ def fit(directory: Path) -> ModelFit:
 
 def _attention_problem(config: ModelConfig) -> str | None:
     from ...models.mla import Mla
-    from ..ops.ascend.attention_limits import check_mla
+    from ...models.sparse_mla import SparseMla
+    from ..ops.ascend.attention_limits import check_indexer, check_mla
 
-    if type(config.attention) is not Mla:
+    widths = config.attention
+    if type(widths) not in (Mla, SparseMla):
         return f"config.json: the Ascend backend does not run the attention of {config.model_type}"
-    return _message(check_mla, "config.json", config.attention)
+    problem = _message(check_mla, "config.json", widths)
+    if problem is None and isinstance(widths, SparseMla):
+        sizes = (widths.indexer.n_heads, widths.indexer.head_dim, widths.indexer.topk)
+        problem = _message(check_indexer, "config.json", *sizes)
+    return problem
 
 
 def _router_problem(config: ModelConfig) -> str | None:

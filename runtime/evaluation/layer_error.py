@@ -42,6 +42,8 @@ class LayerError:
     relative_error: ‖quantized − float‖ / ‖float‖ over all tokens. cosine: of the two outputs of a token, mean over
     tokens. In both, each model ran its own layers before this one: errors of all layers so far accumulate. `own_…`: the
     same with the float model's hidden states as input of both: the error of this layer alone.
+    own_selection_agreement: of the tokens that the float model's indexer selects, the share that the quantized one
+    selects too, over queries that see more than they select; None without such queries, and without an indexer.
     """
 
     layer: int
@@ -49,6 +51,7 @@ class LayerError:
     cosine: float
     own_relative_error: float
     own_cosine: float
+    own_selection_agreement: float | None = None
 
 
 def layer_errors(
@@ -102,7 +105,7 @@ def _walk(
     progress.start(Task("evaluate", layers, "layers", layers=layers))
     for number in range(layers):
         ours, theirs = quantized.load(number), original.load(number)
-        accumulated, own = _Comparison(), _Comparison()
+        accumulated, own, selections = _Comparison(), _Comparison(), _Agreement()
         for index, (our_step, their_step) in enumerate(steps):
             our_stream, their_stream = streams[index]
             output = original.run(theirs, their_stream, their_step)
@@ -110,8 +113,10 @@ def _walk(
             alone = quantized.run(ours, _Stream(turn(their_stream.hidden), their_stream.selected), our_step)
             accumulated.add(moved.hidden, turn(output.hidden))
             own.add(alone.hidden, turn(output.hidden))
+            if output.selected is not None and output.selected is not their_stream.selected:
+                selections.add(alone.selected, output.selected, their_step)
             streams[index] = moved, output
-        errors.append(LayerError(number, *accumulated.result(number), *own.result(number)))
+        errors.append(LayerError(number, *accumulated.result(number), *own.result(number), selections.result()))
         progress.advance(1, layer=number, layer_done=True)
     return errors
 
@@ -149,6 +154,10 @@ class _Side:
                 raise GenerationError(
                     f"{self.directory} has {name} {ours} and {other.directory} has {theirs}: not the same model"
                 )
+        ours, theirs = self._model.attention, other._model.attention
+        layers = range(self.config.num_hidden_layers)
+        if ours.dense_tokens != theirs.dense_tokens or any(ours.pools(i) != theirs.pools(i) for i in layers):
+            raise GenerationError(f"{self.directory} and {other.directory} differ in attention: not the same model")
 
     def step(self, batch: Sequence[Context]) -> Step:
         longest = max(len(each.inputs) for each in batch)
@@ -211,6 +220,25 @@ class _Comparison:
             )
         relative = math.sqrt(self._error / self._norm) if self._norm else float(self._error > 0)
         return relative, self._cosine / self._tokens
+
+
+class _Agreement:
+    """Tokens that both models select, of those that one does."""
+
+    def __init__(self) -> None:
+        self._both = self._all = 0
+
+    def add(self, selected: Tensor | None, reference: Tensor, step: Step) -> None:
+        """Add the selections of a step, int32 `[T, 1, k]` each, of whole sequences."""
+        assert selected is not None and step.decode is not None
+        count = reference.shape[-1]
+        choosing = torch.cat([torch.arange(length) >= count for length in step.decode.kv_lens])
+        pairs = torch.cat([selected, reference], dim=-1)[:, 0].to("cpu")[choosing].sort(dim=-1).values
+        self._both += int((pairs[:, 1:] == pairs[:, :-1]).sum())  # a selection has no token twice
+        self._all += count * int(choosing.sum())
+
+    def result(self) -> float | None:
+        return self._both / self._all if self._all else None
 
 
 def _batches(contexts: Sequence[Context]) -> list[list[Context]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ArtifactError
 from ..attention.pools import LayerCache
-from .handles import Activation, Keys, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
+from .handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
 from .norms import Norms
 from .products import Products
 from .rotary import Rotary
@@ -98,8 +98,11 @@ class LatentAttention(ABC):
             o=self.weights.linear_of([parts.o]),
         )
 
-    def project(self, hidden: Activation, mla: Mla) -> Projection:
-        """Project `[T, H]` to queries and keys."""
+    def project(self, hidden: Activation, mla: Mla, reader: Linear | None = None) -> Projection:
+        """Project `[T, H]` to queries and keys.
+
+        reader: a linear besides q_b that reads the latent of the queries; q_latent is in a form that it takes.
+        """
         weights = own(mla, MlaWeights)
         config = weights.config
         q_width = config.heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
@@ -128,9 +131,16 @@ class LatentAttention(ABC):
 
         hidden `[T, H]` → (q_latent `[T, N, L]`, q_rope `[T, N, D]`).
         """
-        q_nope, q_rope, kv, _ = self.project(hidden, mla)
+        return self.prolog_with_latent(hidden, mla, cache, step, None)[:2]
+
+    def prolog_with_latent(
+        self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, reader: Linear | None
+    ) -> tuple[Tensor, Tensor, Activation | None]:
+        """As `prolog`, and the latent of the queries for `reader`, as in `project`."""
+        q_nope, q_rope, kv, q_latent = self.project(hidden, mla, reader)
         self.write_cache(kv, mla, cache, step.positions, output_kv=False)
-        return self.absorb(q_nope, mla), self.rotary.interleave_rope(q_rope, step.positions.cos, step.positions.sin)
+        rotated = self.rotary.interleave_rope(q_rope, step.positions.cos, step.positions.sin)
+        return self.absorb(q_nope, mla), rotated, q_latent
 
     def decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         """Run the attention block if every token of the step decodes, and write the cache: `[T, H]` → `[T, H]`."""

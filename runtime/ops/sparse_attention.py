@@ -70,7 +70,12 @@ class SparseAttention(ABC):
         keys = self.norms.layer_norm(
             self.products.linear(hidden, weights.k), weights.k_norm, weights.k_norm_bias, LAYER_NORM_EPS
         )
-        cache[INDEX_KEY].write(positions.slots, self._rotate(keys[:, None], weights.config, positions)[:, 0])
+        rotated = self._rotate(keys[:, None], weights.config, positions)[:, 0]
+        self.write_rows(cache[INDEX_KEY], positions.slots, rotated)
+
+    def write_rows(self, pages: Pages, slots: Tensor, rows: Tensor) -> None:
+        """Write index keys `[T, d]` at slots int64 `[T]`; skip negative slots."""
+        pages.write(slots, rows)
 
     def select(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -41,11 +42,19 @@ class Decode:
     q_lens: cumulative query lengths without a leading 0: 1, 2, 3, … with one query a sequence.
     kv_lens: number of tokens of each sequence, those of this step included (not cumulative).
     block_table: int32 `[sequences, max_blocks]` on the device; entries behind a sequence's blocks are 0 and never read.
+    device_lens: int32 `[2, sequences]`, q_lens and kv_lens on the device; only where queries select tokens.
     """
 
     q_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
     block_table: Tensor
+    device_lens: Tensor | None = None
+
+    @classmethod
+    def selecting(cls, q_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_table: Tensor) -> Decode:
+        """Make a part whose queries select tokens: with its lengths on the block table's device as well."""
+        lens = torch.tensor([q_lens, kv_lens], dtype=torch.int32)
+        return cls(q_lens, kv_lens, block_table, lens.to(block_table.device, non_blocking=True))
 
     @property
     def num_tokens(self) -> int:

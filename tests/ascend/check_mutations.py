@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ascend_rig import emulate, formats, guard, harness
+from ascend_rig import emulate, formats, harness
+from ascend_rig.mutants import (
+    LENGTHS,
+    NEW_TOKENS,
+    Arguments,
+    Change,
+    Mutant,
+    differences,
+    mapped,
+    outcome,
+    renamed,
+    running,
+    setting,
+    swapped,
+    without,
+)
 
 from npuq.errors import GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
@@ -19,62 +31,6 @@ from npuq.runtime.ops.ascend import latent_attention as attention_module
 from npuq.runtime.ops.ascend import mla as mla_module
 from npuq.runtime.ops.ascend import weights as weights_module
 from npuq.runtime.ops.ascend.attention_limits import PrefillForm
-
-Arguments = tuple[list[Any], dict[str, Any]]
-Change = Callable[[list[Any], dict[str, Any]], Arguments]
-
-
-class Mutant:
-    """`torch.ops.npu` with one operator called otherwise."""
-
-    def __init__(self, operator: str, change: Change):
-        self._operator, self._change = operator, change
-        self.changed = 0
-
-    def __getattr__(self, name: str) -> Any:
-        original = getattr(torch.ops.npu, name)
-        if name != self._operator:
-            return original
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.changed += 1
-            changed_args, changed_kwargs = self._change(list(args), dict(kwargs))
-            return original(*changed_args, **changed_kwargs)
-
-        return call
-
-
-def setting(**changes: Any) -> Change:
-    """Keyword arguments set to other values."""
-    return lambda args, kwargs: (args, {**kwargs, **changes})
-
-
-def without(*names: str) -> Change:
-    """Keyword arguments left to their defaults."""
-    return lambda args, kwargs: (args, {name: value for name, value in kwargs.items() if name not in names})
-
-
-def renamed(old: str, new: str) -> Change:
-    return lambda args, kwargs: (args, {new if name == old else name: value for name, value in kwargs.items()})
-
-
-def swapped(first: int, second: int) -> Change:
-    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
-        args[first], args[second] = args[second], args[first]
-        return args, kwargs
-
-    return change
-
-
-def mapped(where: int | str, function: Callable[[Any], Any]) -> Change:
-    """One argument passed through a function."""
-
-    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
-        target: Any = args if isinstance(where, int) else kwargs
-        target[where] = function(target[where])
-        return args, kwargs
-
-    return change
 
 
 def next_expert(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -94,14 +50,6 @@ def joined_only(where: int | str, function: Callable[[Any], Any]) -> Change:
     """One argument of attention over joined heads changed; other attention left alone."""
     change = mapped(where, function)
     return lambda args, kwargs: change(args, kwargs) if kwargs["input_layout"] == "BSND" else (args, kwargs)
-
-
-def running(lengths: list[int]) -> list[int]:
-    return list(accumulate(lengths))
-
-
-def differences(lengths: list[int]) -> list[int]:
-    return [end - start for start, end in zip([0, *lengths], lengths, strict=False)]
 
 
 FIA, CACHE, GMM = "npu_fused_infer_attention_score", "npu_kv_rmsnorm_rope_cache", "npu_grouped_matmul"
@@ -179,29 +127,6 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "gamma left in float64": ("npu_add_rms_norm", mapped(2, lambda gamma: gamma.double())),
     "residual dropped": ("npu_add_rms_norm_dynamic_quant", mapped(1, torch.zeros_like)),
 }
-
-
-# Two prompts, the second in two chunks; then decodes of both.
-RUN: dict[str, Any] = {"lengths": (4, 45), "new_tokens": 3}
-
-
-@cache
-def right(path: Path) -> harness.Run:
-    return harness.generate(path, harness.make("ascend"), **RUN)
-
-
-def outcome(path: Path, change_ops: Callable[[Any], None]) -> str:
-    """ "refused: …", "shows: …" or "unnoticed"."""
-    ops = harness.make("ascend")
-    try:
-        change_ops(ops)
-        run = harness.generate(path, ops, guard.guarded, **RUN)
-    except (emulate.RefusedError, guard.HostSynchronisationError, RuntimeError, TypeError) as error:
-        return f"refused: {str(error).splitlines()[0]}"
-    except GenerationError as error:  # the sampler met NaN
-        return f"shows: {error}"
-    error = harness.relative_error(run.logits, right(path).logits)
-    return f"shows: {error:.2g}" if error > 1e-3 else "unnoticed"
 
 
 @pytest.fixture(autouse=True)
@@ -328,7 +253,7 @@ def test_a_wrong_call_of_the_prolog_does_not_pass(artifact, name):
     def run(change: Change) -> harness.Run:
         ops = harness.make("ascend", torch.bfloat16)
         ops.npu.operators = Mutant(PROLOG, change)
-        done = harness.generate(path, ops, **RUN)
+        done = harness.generate(path, ops, lengths=LENGTHS, new_tokens=NEW_TOKENS)
         assert ops.npu.operators.changed
         return done
 
@@ -380,4 +305,6 @@ def test_rotary_channels_beside_other_widths_are_refused(artifact, monkeypatch):
 def test_a_prolog_of_other_heads_is_refused(artifact, monkeypatch):
     monkeypatch.setattr(mla_module, "takes_prolog", lambda hidden, config: True)
     with emulate.use_rules(wide=False), pytest.raises(emulate.RefusedError, match="npu_mla_prolog_v3: weight_uk"):
-        harness.generate(artifact("prolog-but-heads"), harness.make("ascend", torch.bfloat16), **RUN)
+        harness.generate(
+            artifact("prolog-but-heads"), harness.make("ascend", torch.bfloat16), lengths=LENGTHS, new_tokens=NEW_TOKENS
+        )

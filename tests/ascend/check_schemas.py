@@ -30,10 +30,13 @@ class Recorder:
         order = [argument.name for argument in operator.default._schema.arguments]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            noted = self.calls.setdefault(name, {"positional": 0, "arguments": []})
+            noted = self.calls.setdefault(name, {"positional": 0, "arguments": [], "none": []})
             noted["positional"] = max(noted["positional"], len(args))
             given = {*noted["arguments"], *order[: len(args)], *kwargs}
             noted["arguments"] = [argument for argument in order if argument in given]
+            values = dict(zip(order, args, strict=False)) | kwargs
+            none = {*noted["none"], *(argument for argument, value in values.items() if value is None)}
+            noted["none"] = [argument for argument in order if argument in none]
             return operator(*args, **kwargs)
 
         return call
@@ -48,6 +51,8 @@ def recorded(artifact) -> dict[str, dict[str, Any]]:
         ("v2-lite", {}),
         ("prolog", {}),
         ("prolog-int8-cache", {}),
+        ("v32", {}),
+        ("glm-dsa-prolog", {}),
     ]
     for name, options in runs:
         ops = harness.make("ascend", torch.bfloat16, **options)
@@ -81,11 +86,14 @@ def test_the_table_of_versions_follows_from_the_schemas():
 
 def test_a_schema_that_does_not_fit_is_told():
     ours = "op(Tensor x, int k, *, Tensor? bias=None, str mode='a') -> (Tensor, Tensor)"
-    call = {"positional": 2, "arguments": ["x", "k", "bias", "mode"]}
+    call = {"positional": 2, "arguments": ["x", "k", "bias", "mode"], "none": []}
     assert misfits(call, ours, ours) == []
     assert misfits(call, ours, None) == ["is missing"]
     without_bias = "op(Tensor x, int k, *, str mode='a') -> (Tensor, Tensor)"
     assert misfits(call, ours, without_bias) == ["has no argument bias"]
+    tensor_only = "op(Tensor x, int k, *, Tensor bias, str mode='a') -> (Tensor, Tensor)"
+    assert misfits(call, ours, tensor_only) == []
+    assert misfits({**call, "none": ["bias"]}, ours, tensor_only) == ["bias is Tensor, not Optional[Tensor]"]
     other_type = "op(Tensor x, int k, *, Tensor? bias=None, int mode=0) -> (Tensor, Tensor)"
     assert misfits(call, ours, other_type) == ["mode is int, not str"]
     other_order = "op(int k, Tensor x, *, Tensor? bias=None, str mode='a') -> (Tensor, Tensor)"

@@ -131,6 +131,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "dense", "sparse"],
         "num_nextn_predict_layers": 1,
     },
+    # Sparse attention, half of a prompt's tokens selected; 16 index heads, so that no two tokens score the same.
+    "v32": {
+        "model_type": "deepseek_v32",
+        "q_lora_rank": 48,
+        "index_n_heads": 16,
+        "index_head_dim": 48,
+        "index_topk": 32,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm-5": {
+        "model_type": "glm_moe_dsa",
+        "q_lora_rank": 48,
+        "index_n_heads": 16,
+        "index_head_dim": 48,
+        "index_topk": 32,
+        "indexer_types": ["full", "full", "shared"],
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
 }
 
 
@@ -138,7 +172,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 PACKED = {"kimi-k2-thinking": write_k2_thinking, "kimi-k2.5": write_k25}
 
 # Of a model_type other than DeepSeek-V3's.
-_CLASSES = {"deepseek_v2": "DeepseekV2", "glm4_moe_lite": "Glm4MoeLite"}
+_CLASSES = {
+    "deepseek_v2": "DeepseekV2",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "deepseek_v32": "DeepseekV32",
+    "glm_moe_dsa": "GlmMoeDsa",
+}
 
 
 def make_checkpoint(directory: Path, family: str, **changes: Any) -> Any:
@@ -219,6 +258,9 @@ def _add_mtp(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         prefix = f"model.layers.{layer}."
         for name in [name for name in tensors if name.startswith(f"model.layers.{last}.")]:
             tensors[prefix + name.removeprefix(f"model.layers.{last}.")] = tensors[name].flip(0).contiguous()
+        # The last layer may attend to another's selection; an MTP layer selects by itself.
+        for name in [name for name in tensors if name.startswith("model.layers.0.self_attn.indexer.")]:
+            tensors[prefix + name.removeprefix("model.layers.0.")] = tensors[name].flip(0).contiguous()
         tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
         tensors[f"{prefix}eh_proj.weight"] = torch.randn(hidden, 2 * hidden) / hidden**0.5

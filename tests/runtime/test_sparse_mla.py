@@ -5,6 +5,7 @@ Sequences are several times as long as a selection. With 16 index heads no two k
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 import npuq.runtime
+from npuq import convert_checkpoint
 from npuq.errors import ArtifactError
-from npuq.runtime import EngineConfig, LanguageModel
+from npuq.runtime import EngineConfig, LanguageModel, layer_errors
 from npuq.runtime.attention.sparse_mla import SparseMlaAttention
 from npuq.runtime.sampler import SamplingParams
 from npuq.runtime.step import Chunk
@@ -214,3 +216,34 @@ def test_keys_are_written_in_dense_steps_too(models: Callable[..., Sparse]) -> N
 def test_an_int8_cache_is_refused(models: Callable[..., Sparse]) -> None:
     with pytest.raises(ArtifactError, match="deepseek_v32 has no int8 KV cache"):
         npuq.runtime.load(models("v32").directory, "reference", kv_cache_dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def artifact(models: Callable[..., Sparse], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """W4A8 experts, W8A8 attention and index queries."""
+    output = tmp_path_factory.mktemp("artifact") / "out"
+    convert_checkpoint(models("glm").directory, output, method="minmax")
+    return output
+
+
+def test_quantized_linears(artifact: Path) -> None:
+    described = json.loads((artifact / "quant_model_description.json").read_text())
+    assert described["model.layers.1.self_attn.indexer.wq_b.weight"] == "W8A8_DYNAMIC"
+    reference, native = (npuq.runtime.load(artifact, backend, engine=SMALL) for backend in BACKENDS)
+    ours = next(reference.logits([TOKENS]))
+    # The same integers; a score that rounds differently may select another token for one query.
+    rows = (next(native.logits([TOKENS])) - ours).norm(dim=-1) / ours.norm(dim=-1)
+    assert float((rows < TOLERANCE).float().mean()) > 0.9
+    starts = [0, 24, 48, *range(60, 75)]
+    assert relative_error(by_chunks(native, TOKENS, starts), ours) < 0.1
+
+
+def test_the_agreement_of_selections(models: Callable[..., Sparse], artifact: Path) -> None:
+    text = " ".join(f"w{token}" for token in TOKENS * 3)
+    source = models("glm").directory
+    agreement = [error.own_selection_agreement for error in layer_errors(artifact, text, source, 40)]
+    assert agreement[2:] == [None, None]  # another layer's selection
+    assert all(each is not None and 0.5 < each < 1 for each in agreement[:2])
+    same = layer_errors(source, text, source, 40)
+    assert [error.own_selection_agreement for error in same] == [1.0, 1.0, None, None]
+    assert [error.own_selection_agreement for error in layer_errors(artifact, text, source, TOPK)] == [None] * 4

@@ -6,7 +6,7 @@ channels can be rescaled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,9 +16,10 @@ from ....formats.schemes import Scheme
 from ....models.family import Block, Entry
 from ....models.roles import QUANTIZABLE
 from ....quant.smoothing import power_of_two
-from ....runtime.ops import Activation, AttentionWeights, Step
+from ....runtime.attention.kind import Attended, AttentionKind
+from ....runtime.ops import Activation, AttentionWeights
 from ....runtime.step import Chunk, StepBuilder
-from ..context import Layer
+from ..context import Layer, Walk
 from ..states import StreamPair
 from .kv_cache import LatentScale, search_scale
 from .operators import Deployed, ReachedError, Recording
@@ -51,8 +52,12 @@ class AttentionBlock:
         family = layer.tensors.family
         self._walk = walk = layer.walk
         self._layer = layer
-        self._steps = StepBuilder(walk.ops, walk.rope, 1, 1)
-        self._cache = walk.ops.caches.new(walk.attention.pools(layer.index), 1, 1)  # nothing is cached
+        # Attention that selects tokens finds them in a cache, one block a sample; else nothing is cached.
+        self._selects = walk.selections is not None
+        self._block_size = walk.sequence_length if self._selects else 1
+        self._steps = StepBuilder(walk.ops, walk.rope, self._block_size, 1, walk.attention.dense_tokens)
+        self._dense_steps = StepBuilder(walk.ops, walk.rope, 1, 1)
+        self._dense_cache = walk.ops.caches.new(walk.dense.pools(layer.index), 1, 1)
         self.entries = [entry for entry in family.entries(Block.ATTENTION) if layer.has(Block.ATTENTION, entry.part)]
         # Linears by the activation that they read, in the order of computation.
         self.stages: dict[str, list[Entry]] = {}
@@ -70,37 +75,52 @@ class AttentionBlock:
     def place(self, entry: Entry) -> Block:
         return Block.LAYER if entry is self.norm else Block.ATTENTION
 
-    def output(self, weights: Weights, x: Tensor) -> Tensor:
-        """The block's output, to be added to the residual stream x `[T, H]`."""
-        kind, ops = self._walk.attention, self._walk.ops
-        return kind.attend(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops).output
+    def attend(self, weights: Weights, x: Tensor, selected: Tensor | None) -> Attended:
+        """The block's output, to be added to the residual stream x `[T, H]`, and what it hands on. selected: what the
+        layer below handed on."""
+        kind, ops, count = self._walk.attention, self._walk.ops, x.shape[0] // self._walk.sequence_length
+        hidden, loaded = self._start(kind, weights, x)
+        # Threads share the block: where tokens are cached, each call has a cache of its own.
+        cache = self._dense_cache
+        if self._selects:
+            cache = ops.caches.new(kind.pools(self._layer.index), count, self._block_size)
+        step, _ = self._steps.build([self._sample((index,) if self._selects else ()) for index in range(count)])
+        return kind.attend(hidden, loaded, cache, step, ops, selected)
 
-    def inputs(self, weights: Weights, activation: str, x: Tensor) -> Tensor:
-        """The inputs `[T, K]` of the linears that read an activation, for the residual stream x `[T, H]`."""
+    def output(self, weights: Weights, x: Tensor, selected: Tensor | None) -> Tensor:
+        """The output of `attend`."""
+        return self.attend(weights, x, selected).output
+
+    def inputs(self, weights: Weights, activation: str, x: Tensor, selected: Tensor | None) -> Tensor:
+        """The inputs `[T, K]` of the linears that read an activation, for the arguments of `attend`."""
         first = self.stages[activation][0].part
         try:
-            self.output(weights.having({first: Recording(first, Scheme.FLOAT, weights.tensors[first])}), x)
+            self.attend(weights.having({first: Recording(first, Scheme.FLOAT, weights.tensors[first])}), x, selected)
         except ReachedError as reached:
             return reached.inputs
         raise AssertionError(f"attention does not read {first}")
 
     def cached(self, weights: Weights, x: Tensor) -> dict[str, Tensor]:
         """The contents of the KV cache for the residual stream x `[T, H]`, by pool: `[T, channels]`."""
-        kind, ops = self._walk.attention, self._walk.ops
-        return kind.write(*self._start(weights, x), self._cache, self._step(x.shape[0]), ops)
+        kind, ops, count = self._walk.dense, self._walk.ops, x.shape[0] // self._walk.sequence_length
+        step, _ = self._dense_steps.build([self._sample(())] * count)
+        return kind.write(*self._start(kind, weights, x), self._dense_cache, step, ops)
 
-    def _start(self, weights: Weights, x: Tensor) -> tuple[Activation, AttentionWeights]:
+    def handed(self, selected: Tensor | None, batch: slice) -> Tensor | None:
+        """What the layer below handed on to a batch; None for a layer that selects by itself, or attends to all."""
+        takes = self._walk.config.attention.takes_selection(self._layer.index)
+        return selected[batch] if selected is not None and takes else None
+
+    def _start(self, kind: AttentionKind, weights: Weights, x: Tensor) -> tuple[Activation, AttentionWeights]:
         """The start of the block: normed rows and loaded weights."""
-        kind, ops = self._walk.attention, self._walk.ops
+        ops = self._walk.ops
         loaded = kind.load(self._layer.index, weights, ops)
         hidden, _ = kind.norm(None, x, weights.tensor(self.norm.part), loaded, ops)
         return hidden, loaded
 
-    def _step(self, tokens: int) -> Step:
-        length = self._walk.sequence_length
+    def _sample(self, blocks: Sequence[int]) -> Chunk:
         # Token ids matter to the embedding alone.
-        samples = [Chunk(range(length), 0, (), all_rows=True)] * (tokens // length)
-        return self._steps.build(samples)[0]
+        return Chunk(range(self._walk.sequence_length), 0, blocks, all_rows=True)
 
 
 def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[dict[str, float], LatentScale]:
@@ -109,27 +129,37 @@ def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[d
     Returns smoothing strengths, if any, and the scales for an int8 KV cache.
     """
     walk, block = layer.walk, AttentionBlock(layer)
+    float_selected, quantized_selected = _selections(walk)
     tensors = block.tensors()
     strengths = _smooth(layer, block, tensors, streams) if walk.smooth else {}
     floats = Weights(tensors)
     quantized = _quantize(layer, block, floats, streams)
 
     def step(batch: slice) -> None:
-        for stream, result, weights in (
-            (streams.floats, out.floats, floats),
-            (streams.quantized, out.quantized, quantized),
+        for stream, result, weights, selected in (
+            (streams.floats, out.floats, floats, float_selected),
+            (streams.quantized, out.quantized, quantized, quantized_selected),
         ):
-            result[batch] = stream[batch] + block.output(weights, stream[batch])
+            attended = block.attend(weights, stream[batch], block.handed(selected, batch))
+            result[batch] = stream[batch] + attended.output
+            if selected is not None and attended.selected is not None:
+                selected[batch] = attended.selected
 
     for _ in walk.pool.map(step, walk.batches):
         pass
-    (pool,) = [pool.name for pool in walk.attention.pools(layer.index) if pool.int8]
+    (pool,) = [pool.name for pool in walk.dense.pools(layer.index) if pool.int8]
     scale = search_scale(lambda batch: block.cached(quantized, streams.quantized[batch])[pool], walk.batches, walk.pool)
     return strengths, scale
 
 
+def _selections(walk: Walk) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What layers hand on in the float model and in the quantized one; None where attention selects nothing."""
+    return (None, None) if walk.selections is None else (walk.selections.floats, walk.selections.quantized)
+
+
 def _quantize(layer: Layer, block: AttentionBlock, floats: Weights, streams: StreamPair) -> Weights:
     batches, stream = layer.walk.batches, streams.quantized
+    _, selected = _selections(layer.walk)
     quantized = {entry.part for stage in block.stages.values() for entry in stage}
     kept = {
         entry.part: layer.keep(block.place(entry), entry.part, floats.tensors[entry.part])
@@ -140,7 +170,7 @@ def _quantize(layer: Layer, block: AttentionBlock, floats: Weights, streams: Str
     for activation, stage in block.stages.items():
 
         def inputs(index: int, weights: Weights = found, activation: str = activation) -> Tensor:
-            return block.inputs(weights, activation, stream[batches[index]])
+            return block.inputs(weights, activation, stream[batches[index]], block.handed(selected, batches[index]))
 
         jobs = [layer.job(Block.ATTENTION, entry.part) for entry in stage]
         linears = layer.quantize(jobs, [floats.tensors[entry.part] for entry in stage], inputs)
@@ -155,19 +185,23 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
     Each strength leaves the least error at the block's output on the first batch, given the steps before it.
     """
     family = layer.tensors.family
-    x = streams.floats[layer.walk.batches[0]]
-    truth = block.output(Weights(tensors), x)
+    selections, _ = _selections(layer.walk)
+    x, selected = streams.floats[layer.walk.batches[0]], block.handed(selections, layer.walk.batches[0])
+    truth = block.output(Weights(tensors), x, selected)
     strengths = {}
 
     def error(changed: dict[str, Tensor], readers: tuple[str, ...]) -> float:
         trial = tensors | changed
         linears = {part: deployed(layer.job(Block.ATTENTION, part), trial[part]) for part in readers}
-        return float((block.output(Weights(trial, linears), x) - truth).double().square().sum())
+        return float((block.output(Weights(trial, linears), x, selected) - truth).double().square().sum())
 
     def largest(activation: str) -> Tensor:
         weights, most = Weights(tensors), None
         for found in layer.walk.pool.map(
-            lambda batch: block.inputs(weights, activation, streams.floats[batch]).abs().amax(0), layer.walk.batches
+            lambda batch: (
+                block.inputs(weights, activation, streams.floats[batch], block.handed(selections, batch)).abs().amax(0)
+            ),
+            layer.walk.batches,
         ):
             most = found if most is None else torch.maximum(most, found)
         assert most is not None

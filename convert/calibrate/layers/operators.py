@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ....formats.schemes import Scheme
 from ....formats.static_w8a8 import InputScale
+from ....models.sparse_mla import GATHERED_NUMBERS
+from ....runtime.attention.pools import LayerCache
 from ....runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
 from ....runtime.ops.handles import own
 from ....runtime.ops.reference.cache import ReferenceCaches
@@ -28,6 +30,7 @@ from ....runtime.ops.reference.norms import ReferenceNorms
 from ....runtime.ops.reference.products import ReferenceProducts
 from ....runtime.ops.reference.rotary import ReferenceRotary
 from ....runtime.ops.reference.routing import ReferenceRouting
+from ....runtime.ops.reference.sparse_attention import ReferenceSparseAttention
 from ....runtime.ops.reference.weights import ReferenceWeights
 
 
@@ -115,6 +118,30 @@ class CalibrationRouting(ReferenceRouting):
         return F.silu(self.products.linear(hidden, both.gate)) * self.products.linear(hidden, both.up)
 
 
+class CalibrationSparseAttention(ReferenceSparseAttention):
+    """Selects tokens and gathers them for some queries at a time. Samples are longer than a step of the runtime."""
+
+    def _select(self, query: Tensor, weights: Tensor, key: Tensor, past: int, count: int) -> Tensor:
+        size = max(1, GATHERED_NUMBERS // (query.shape[1] * key.shape[0]))
+        parts = row_chunks(query.shape[0], size)
+        return torch.cat(
+            [
+                super(CalibrationSparseAttention, self)._select(query[p], weights[p], key, past + p.start, count)
+                for p in parts
+            ]
+        )
+
+    def _attention_to(self, query: Tensor, cache: LayerCache, slots: Tensor, none: Tensor, scale: float) -> Tensor:
+        size = max(1, GATHERED_NUMBERS // (slots.shape[1] * (2 * query.shape[2] + query.shape[1])))
+        parts = row_chunks(query.shape[0], size)
+        return torch.cat(
+            [
+                super(CalibrationSparseAttention, self)._attention_to(query[p], cache, slots[p], none[p], scale)
+                for p in parts
+            ]
+        )
+
+
 class CalibrationOps(Ops):
     """The operators of a walk. Stateless: threads share them."""
 
@@ -127,10 +154,11 @@ class CalibrationOps(Ops):
         self.norms = ReferenceNorms(self.dtype)
         self.products = CalibrationProducts(self.dtype, self.norms)
         self.routing = CalibrationRouting(self.dtype, self.norms, self.products)
-        # Nothing is cached, and ND takes any number of channels.
+        # ND takes any number of channels.
         self.caches = ReferenceCaches(self.dtype, "nd")
         self.rotary = ReferenceRotary(self.dtype)
         self.mla = ReferenceLatentAttention(self.dtype, weights, self.norms, self.products, self.rotary)
+        self.sparse = CalibrationSparseAttention(self.dtype, weights, self.norms, self.products, self.rotary)
 
 
 def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Sizes that torch_npu's documentation of its attention operators allows, and the form of a call that fits a model's.
 
-Sources: op-plugin's pages of npu_fused_infer_attention_score (Atlas A2 and A3) and npu_mla_prolog_v3.
+Sources: op-plugin's pages of npu_fused_infer_attention_score (Atlas A2 and A3), npu_mla_prolog_v3,
+npu_lightning_indexer and npu_sparse_flash_attention.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ MAX_JOINED_DIM, JOINED_DIM_STEP = 512, 16
 PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
 PROLOG_Q_LORA = (1536, 2048)
 PROLOG_NOPE = (128, 192)
+INDEX_DIM, MAX_INDEX_HEADS = 128, 64
+MOST_SELECTED = 2048
+MORE_SELECTED = tuple(range(3072, 8193, 1024))  # counts above MOST_SELECTED
 
 
 class PrefillForm(Enum):
@@ -83,3 +87,17 @@ def check_mla(name: str, config: MlaWidths) -> None:
         wrong.append(f"{config.heads} attention heads (at most {MAX_ABSORBED_HEADS})")
     if wrong:
         raise BackendError(f"{name}: the NPU's attention operators do not take {', '.join(wrong)}")
+
+
+def check_indexer(name: str, heads: int, head_dim: int, topk: int) -> None:
+    """Raise BackendError for sizes that the NPU's lightning indexer does not take."""
+    wrong = []
+    if head_dim != INDEX_DIM:
+        wrong.append(f"index_head_dim {head_dim} (must be {INDEX_DIM})")
+    if heads > MAX_INDEX_HEADS:
+        wrong.append(f"index_n_heads {heads} (at most {MAX_INDEX_HEADS})")
+    if topk > MOST_SELECTED and topk not in MORE_SELECTED:
+        counts = ", ".join(map(str, MORE_SELECTED))
+        wrong.append(f"index_topk {topk} (must be at most {MOST_SELECTED}, or one of {counts})")
+    if wrong:
+        raise BackendError(f"{name}: the NPU's lightning indexer does not take {', '.join(wrong)}")

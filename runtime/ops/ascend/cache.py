@@ -10,6 +10,7 @@ from torch import Tensor
 from ....errors import BackendError
 from ...attention.pools import LayerCache, Pool, StoredPool
 from ..cache import NO_SCALES, Caches
+from ..sparse_attention import INDEX_KEY
 from .device import Npu
 
 
@@ -32,13 +33,15 @@ class AscendCaches(Caches):
     ) -> LayerCache:
         if block_size % 16 or not 0 < block_size <= 1024:
             raise BackendError(f"block_size {block_size}: the NPU's paged attention takes multiples of 16 up to 1024")
+        # One block more, of no sequence, for slot −1 of tokens that are not cached, where rows are written by index.
+        indexed = bool(scales) or any(pool.name == INDEX_KEY for pool in pools)
+        blocks = num_blocks + 1 if indexed else num_blocks
         if not scales:
-            return super().new(pools, num_blocks, block_size)
+            return super().new(pools, blocks, block_size)
         if not self.takes_int8:
             raise BackendError(
                 "the NPU's attention reads an int8 KV cache in NZ pages and computes in bfloat16 then: "
                 "leave kv_layout and dtype as they are, or the KV cache in the compute dtype"
             )
         on_device = {name: scale.to(self.npu.device, self.npu.dtype) for name, scale in scales.items()}
-        # One block more, of no sequence, for slot −1 of tokens that are not cached.
-        return super().new(pools, num_blocks + 1, block_size, on_device)
+        return super().new(pools, blocks, block_size, on_device)

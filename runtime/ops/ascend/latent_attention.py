@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention.pools import LayerCache, Pages
-from ..handles import Activation, Keys, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
+from ..handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
 from ..latent_attention import LATENT, ROPE, LatentAttention
 from ..norms import Norms
 from ..products import Products
@@ -167,7 +167,7 @@ class AscendLatentAttention(LatentAttention):
         codes, _, total, scale, _ = self.npu.operators.npu_add_rms_norm_dynamic_quant(x, residual, gamma, epsilon=eps)
         return Quantized(codes, scale), total
 
-    def project(self, hidden: Activation, mla: Mla) -> Projection:
+    def project(self, hidden: Activation, mla: Mla, reader: Linear | None = None) -> Projection:
         weights = own(mla, AscendMla)
         config = weights.config
         rows: Activation = hidden
@@ -179,31 +179,38 @@ class AscendLatentAttention(LatentAttention):
             kv = self.products.linear(rows, projections.kv_a)
             q_a = self.products.linear(rows, projections.q_a)
             q_a = self.norms.rms_norm(q_a, weights.q_a_norm, config.rms_norm_eps)
-            q = self.products.linear(q_a, projections.q_b).unflatten(-1, heads)
+            codes = self.norms.dynamic_quant(q_a)
+            q = self.products.linear(codes, projections.q_b).unflatten(-1, heads)
             q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-            return Projection(q_nope, q_rope, kv, q_a)
+            return Projection(q_nope, q_rope, kv, codes if isinstance(reader, W8A8Linear) else q_a)
         projected = [self.products.linear(rows, linear) for linear in projections.down]
         queries: Activation
+        q_latent: Activation | None = None
         if config.q_lora_rank is None:
             kv, queries = projected[0], rows
         else:
             assert weights.q_a_norm is not None
             widths = [config.q_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim]
             q_a, kv = projected[0].split(widths, dim=-1) if len(projected) == 1 else projected
-            queries = self.norms.rms_norm(q_a, weights.q_a_norm, config.rms_norm_eps)
+            queries = q_latent = self.norms.rms_norm(q_a, weights.q_a_norm, config.rms_norm_eps)
             if isinstance(projections.q_nope, W8A8Linear):
-                queries = self.norms.dynamic_quant(queries)
+                queries = self.norms.dynamic_quant(q_latent)
+            if isinstance(reader, W8A8Linear):
+                q_latent = queries
         q_nope, q_rope = (self.products.linear(queries, linear) for linear in (projections.q_nope, projections.q_rope))
-        q_latent = None if config.q_lora_rank is None else queries
         return Projection(q_nope.unflatten(-1, heads), q_rope.unflatten(-1, heads), kv, q_latent)
 
-    def prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+    def prolog_with_latent(
+        self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, reader: Linear | None
+    ) -> tuple[Tensor, Tensor, Activation | None]:
         weights = own(mla, AscendMla)
         prolog = weights.projections
-        if not isinstance(prolog, PrologWeights) or cache[LATENT].scale is not None:
-            return super().prolog(hidden, mla, cache, step)
+        # The operator gives the latent of the queries as int8 codes only.
+        float_reader = reader is not None and not isinstance(reader, W8A8Linear)
+        if not isinstance(prolog, PrologWeights) or cache[LATENT].scale is not None or float_reader:
+            return super().prolog_with_latent(hidden, mla, cache, step, reader)
         rows = hidden if isinstance(hidden, Quantized) else self.norms.dynamic_quant(hidden)
-        q_latent, q_rope, *_ = self.npu.operators.npu_mla_prolog_v3(
+        absorbed, q_rope, _, codes, scale = self.npu.operators.npu_mla_prolog_v3(
             rows.codes,
             prolog.q_a.weight,
             prolog.q_b.weight,
@@ -223,9 +230,10 @@ class AscendLatentAttention(LatentAttention):
             rmsnorm_epsilon_cq=weights.config.rms_norm_eps,
             rmsnorm_epsilon_ckv=weights.config.rms_norm_eps,
             cache_mode="PA_NZ" if cache[LATENT].pool.layout == "nz" else "PA_BSND",
+            query_norm_flag=reader is not None,
             weight_quant_mode=PROLOG_INT8,
         )
-        return q_latent, q_rope
+        return absorbed, q_rope, None if reader is None else Quantized(codes, scale.squeeze(1))
 
     def decompress(self, latent: Tensor, k_rope: Tensor, mla: Mla) -> Keys:
         weights = own(mla, AscendMla)

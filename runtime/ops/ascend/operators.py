@@ -17,6 +17,7 @@ from .norms import AscendNorms
 from .products import AscendProducts
 from .rotary import AscendRotary
 from .routing import AscendRouting
+from .sparse_attention import AscendSparseAttention
 from .support import import_torch_npu, require_soc
 from .weights import AscendWeights
 
@@ -24,8 +25,9 @@ from .weights import AscendWeights
 class AscendOps(Ops):
     """Operators on one NPU.
 
-    kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd". fused_prolog: use
-    `npu_mla_prolog_v3` for layers whose shapes it documents. soc: the chip's name; None asks the driver.
+    kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd"; caches of sparse attention are "nd" in
+    any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents. soc: the chip's name; None
+    asks the driver.
     Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
     """
 
@@ -65,3 +67,4 @@ class AscendOps(Ops):
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
+        self.sparse = AscendSparseAttention(self.npu, weights, self.norms, self.products, self.rotary)

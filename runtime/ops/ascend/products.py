@@ -11,7 +11,16 @@ from ..handles import Activation, Experts, Linear, Quantized, Router, own
 from ..norms import Norms
 from ..products import Products
 from .device import Npu
-from .weights import DeviceRouter, FloatExperts, FloatLinear, QuantizedExperts, StaticLinear, W4A8Experts, W8A8Linear
+from .weights import (
+    MAX_DIMENSION,
+    DeviceRouter,
+    FloatExperts,
+    FloatLinear,
+    QuantizedExperts,
+    StaticLinear,
+    W4A8Experts,
+    W8A8Linear,
+)
 
 COUNTS = 1  # group_list_type: rows of each expert, not running sums
 
@@ -75,9 +84,11 @@ class AscendProducts(Products):
         return product
 
     def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        # The output of decode attention is head-major: then x needs no transposition in the kernel, which limits
-        # heads · K to 65535 (128 heads of 512 exceed it).
+        # The output of dense decode attention is head-major: then x needs no transposition in the kernel, which limits
+        # heads · K to 65535. 128 heads of 512 exceed it: they are copied where attention was sparse.
         by_head = x.transpose(0, 1)
+        if x.shape[1] * x.shape[2] > MAX_DIMENSION:
+            by_head = by_head.contiguous()
         stored, order = (by_head, (0, 1, 2)) if by_head.is_contiguous() else (x, (1, 0, 2))
         product: Tensor = self.npu.operators.npu_transpose_batchmatmul(stored, weight, perm_x1=order, perm_y=(1, 0, 2))
         return product

@@ -29,6 +29,7 @@ OPERATORS = (
     "npu_grouped_matmul",
     "npu_interleave_rope",
     "npu_kv_rmsnorm_rope_cache",
+    "npu_lightning_indexer",
     "npu_mla_prolog_v3",
     "npu_moe_finalize_routing",
     "npu_moe_gating_top_k",
@@ -37,6 +38,8 @@ OPERATORS = (
     "npu_quant_matmul",
     "npu_quantize",
     "npu_rms_norm",
+    "npu_rotary_mul",
+    "npu_sparse_flash_attention",
     "npu_swiglu",
     "npu_transpose_batchmatmul",
 )

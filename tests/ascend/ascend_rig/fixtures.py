@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch_npu  # noqa: F401
 
-from . import emulate, models, ops_attention, ops_attention_int8, ops_matmul, ops_norm, ops_routing
+from . import emulate, models, ops_attention, ops_attention_int8, ops_matmul, ops_norm, ops_routing, ops_sparse
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
-SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8)  # importing them fills the register
+# Importing them fills the register.
+SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8, ops_sparse)
 
 Artifacts = Callable[[str], Path]
 
@@ -40,6 +41,10 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
         "glm-flash": models.GLM_FLASH,
         "twenty-heads": models.TWENTY_HEADS,
         "prolog-but-heads": models.PROLOG_BUT_HEADS,
+        "v32": models.V32,
+        "v32-prolog": models.V32_PROLOG,
+        "glm-dsa": models.GLM_DSA,
+        "glm-dsa-prolog": models.GLM_DSA_PROLOG,
     }
 
     def make(name: str) -> Path:

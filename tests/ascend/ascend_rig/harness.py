@@ -48,11 +48,13 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Ops:
 
 @dataclass
 class Run:
-    """What one set of operators made of the prompts: the tokens, each step, and the logits of each step."""
+    """What one set of operators made of the prompts: the tokens, each step, the logits of each step, and how often a
+    sequence lost its blocks."""
 
     tokens: list[tuple[int, ...]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    preempted: int = 0
 
 
 def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
@@ -69,7 +71,11 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
     config = config.get("text_config", config)
     int8, size = (path / KV_CACHE_NAME).exists(), ops.dtype.itemsize
     channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
-    cache_bytes = CACHE_BLOCKS * BLOCK * config["num_hidden_layers"] * channels
+    layers = config["num_hidden_layers"]
+    token_bytes = layers * channels
+    if "index_topk" in config:
+        token_bytes += config.get("indexer_types", ["full"] * layers).count("full") * config["index_head_dim"] * size
+    cache_bytes = CACHE_BLOCKS * BLOCK * token_bytes
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
         sizes = EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE)
         model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto")
@@ -107,6 +113,7 @@ def generate(
         sequences = [runner.add(text, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)) for text in texts]
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
+    run.preempted = runner.scheduler.num_preempted
     run.tokens = [tuple(sequence.tokens[sequence.num_prompt_tokens :]) for sequence in sequences]
     return run
 

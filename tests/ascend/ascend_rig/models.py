@@ -113,6 +113,35 @@ TWENTY_HEADS = {**KIMI, "num_attention_heads": 20}
 PROLOG_BUT_HEADS = {**PROLOG, "num_attention_heads": 20}
 
 
+# DeepSeek-V3.2 and GLM-5: a query attends to 8 tokens. The indexer has the width that its operator takes.
+_SPARSE = {"index_n_heads": 16, "index_head_dim": 128, "index_topk": 8}
+V32 = {
+    **KIMI,
+    **_SPARSE,
+    "model_type": "deepseek_v32",
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "rope_scaling": {**V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+GLM_DSA = {
+    **GLM_FLASH,
+    **_SPARSE,
+    "model_type": "glm_moe_dsa",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "q_lora_rank": 96,
+    "indexer_types": ["full", "full", "shared", "shared"],
+    "rope_interleave": True,
+    "indexer_rope_interleave": True,
+}
+
+# The same with sizes that npu_mla_prolog_v3 documents, and as many index heads as the two models have.
+_PROLOG_SIZES = {"hidden_size": 1024, "index_n_heads": 64}
+V32_PROLOG = {**V32, **_PROLOG_SIZES, "q_lora_rank": 1536}
+GLM_DSA_PROLOG = {**GLM_DSA, **_PROLOG_SIZES, "q_lora_rank": 2048, "index_n_heads": 32}
+
+
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A bf16 checkpoint of random weights, scaled so that activations keep their size."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,6 +164,11 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> 
         tensors[f"{prefix}.post_attention_layernorm.weight"] = gain(hidden)
         for name, (outputs, inputs) in attention_shapes(config).items():
             tensors[f"{prefix}.self_attn.{name}.weight"] = matrix(outputs, inputs) if inputs else gain(outputs)
+        for name, (outputs, inputs) in indexer_shapes(config, layer).items():
+            tensors[f"{prefix}.self_attn.indexer.{name}.weight"] = matrix(outputs, inputs) if inputs else gain(outputs)
+            if not inputs:
+                bias = 0.1 * torch.randn(outputs, generator=generator)
+                tensors[f"{prefix}.self_attn.indexer.{name}.bias"] = bias.bfloat16()
         mlps = {"mlp": config["intermediate_size"]}
         if layer >= config["first_k_dense_replace"]:
             experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
@@ -177,6 +211,19 @@ def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
         return shapes | {"q_proj": (queries, hidden)}
     lora = config["q_lora_rank"]
     return shapes | {"q_a_proj": (lora, hidden), "q_a_layernorm": (lora, 0), "q_b_proj": (queries, lora)}
+
+
+def indexer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, int]]:
+    """As `attention_shapes`, of a layer's lightning indexer; empty for a layer without one."""
+    if "index_topk" not in config or config.get("indexer_types", ["full"] * (layer + 1))[layer] == "shared":
+        return {}
+    hidden, heads, width = config["hidden_size"], config["index_n_heads"], config["index_head_dim"]
+    return {
+        "wq_b": (heads * width, config["q_lora_rank"]),
+        "wk": (width, hidden),
+        "k_norm": (width, 0),
+        "weights_proj": (heads, hidden),
+    }
 
 
 def quantize(source: Path, output: Path, recipe: str) -> Path:

@@ -42,6 +42,29 @@ def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @semantics
+def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half") -> Tensor:
+    name = "npu_rotary_mul"
+    require(rotary_mode in ("half", "interleave"), f"{name}: rotary_mode {rotary_mode!r}")
+    require(input.dim() == r1.dim() == r2.dim() == 4, f"{name}: four dimensions each")
+    batch, length, heads, width = input.shape  # BSND
+    require(batch < 1000 and heads < 1000, f"{name}: {batch} batches of {heads} heads, not fewer than 1000")
+    require(width < 896 and width % 2 == 0, f"{name}: D {width}")
+    expected = {(1, length, 1, width), (batch, length, 1, width), tuple(input.shape)}
+    require(r1.shape == r2.shape and tuple(r1.shape) in expected, f"{name}: r1 {tuple(r1.shape)}, r2 {tuple(r2.shape)}")
+    for tensor in (input, r1, r2):
+        require(tensor.dtype in (*rules.floats, torch.float32), f"{name}: {tensor.dtype}")
+        require(tensor.dtype == input.dtype, f"{name}: {tensor.dtype} tables for {input.dtype}")
+    if rotary_mode == "half":
+        first, second = input.float().chunk(2, -1)
+        across = torch.cat((-second, first), -1)
+    else:  # pairs stay where they are
+        require(batch * heads < 1000, f"{name}: {batch} · {heads} is not below 1000")
+        even, odd = input.float()[..., 0::2], input.float()[..., 1::2]
+        across = torch.stack((-odd, even), -1).flatten(-2)
+    return (input.float() * r1.float() + across * r2.float()).to(input.dtype)
+
+
+@semantics
 def npu_kv_rmsnorm_rope_cache(
     kv: Tensor,
     gamma: Tensor,
@@ -295,6 +318,7 @@ def npu_mla_prolog_v3(
     rmsnorm_epsilon_cq: float = 1e-5,
     rmsnorm_epsilon_ckv: float = 1e-5,
     cache_mode: str = "PA_BSND",
+    query_norm_flag: bool = False,
     weight_quant_mode: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     name = "npu_mla_prolog_v3"
@@ -352,5 +376,7 @@ def npu_mla_prolog_v3(
     compressed = (kv[:, :LATENT] * rms(kv[:, :LATENT], rmsnorm_epsilon_ckv) * rmsnorm_gamma_ckv.float()).to(half)
     write_pages(kv_cache, compressed, cache_index, cache_mode == "PA_NZ")
     write_pages(kr_cache, rotate(kv[:, LATENT:], rope_cos, rope_sin).to(half), cache_index, cache_mode == "PA_NZ")
+    if query_norm_flag:
+        return query, query_rope, torch.zeros(1), codes, scale.unsqueeze(1)
     # Outputs that this mode leaves out; their sizes follow torch_npu's rule for CANN before 8.5.
     return query, query_rope, torch.zeros(1), torch.zeros(1, dtype=torch.int8), torch.zeros(1)

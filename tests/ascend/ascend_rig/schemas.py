@@ -14,10 +14,12 @@ LIBRARY = "torch_npu/lib/libtorch_npu.so"
 
 
 class Call(TypedDict):
-    """How the runtime calls an operator: how many arguments by position, and the names of all it gives."""
+    """How the runtime calls an operator: how many arguments by position, the names of all that it gives, and of those
+    that may be None."""
 
     positional: int
     arguments: list[str]
+    none: list[str]
 
 
 def wheel_version(wheel: Path) -> str:
@@ -58,7 +60,9 @@ def misfits(call: Call, ours: str, theirs: str | None) -> list[str]:
     for name in call["arguments"]:
         if name not in offered:
             problems.append(f"has no argument {name}")
-        elif str(offered[name].type) != str(known[name].type):
+        elif str(offered[name].type) != str(known[name].type) and (
+            name in call["none"] or str(known[name].type) != f"Optional[{offered[name].type}]"
+        ):
             problems.append(f"{name} is {offered[name].type}, not {known[name].type}")
     order, offered_order = [list(names)[: call["positional"]] for names in (known, offered)]
     if order != offered_order:

@@ -47,7 +47,15 @@ def _layer(q_lora_rank: int | None) -> Any:
     rope = RopeRows(angles.cos(), angles.sin())
     attention = attention_of(config, 0.2)
     return Layer(
-        SimpleNamespace(config=config, ops=CalibrationOps(), attention=attention, rope=rope, sequence_length=LENGTH),  # type: ignore[arg-type]
+        SimpleNamespace(
+            config=config,
+            ops=CalibrationOps(),
+            attention=attention,
+            dense=attention,
+            selections=None,
+            rope=rope,
+            sequence_length=LENGTH,
+        ),  # type: ignore[arg-type]
         0,
     )
 
@@ -88,7 +96,7 @@ def test_the_block_is_the_runtimes(q_lora_rank: int | None) -> None:
         hidden, _ = kind.norm(None, rows, tensors["input_norm"], loaded, ops)
         expected.append(kind.attend(hidden, loaded, cache, step, ops).output)
         latents.append(cache["latent"].read(torch.tensor([window]), LENGTH))
-    torch.testing.assert_close(block.output(Weights(tensors), x), torch.cat(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(block.output(Weights(tensors), x, None), torch.cat(expected), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(block.cached(Weights(tensors), x)["latent"], torch.cat(latents), rtol=1e-5, atol=1e-6)
 
 
@@ -105,9 +113,9 @@ def test_linears_record_what_they_are_given(q_lora_rank: int | None) -> None:
         expected["q_latent_normed"] = norms.rms_norm(normed @ tensors["q_a"].T, tensors["q_a_norm"], EPS)
     assert list(block.stages) == [*expected, "values"]
     for activation, inputs in expected.items():
-        assert torch.equal(block.inputs(weights, activation, x), inputs)
-    values = block.inputs(weights, "values", x)
-    assert torch.equal(values @ tensors["o"].T, block.output(weights, x))
+        assert torch.equal(block.inputs(weights, activation, x, None), inputs)
+    values = block.inputs(weights, "values", x, None)
+    assert torch.equal(values @ tensors["o"].T, block.output(weights, x, None))
 
 
 def test_a_pass_ends_at_the_linear_that_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +124,7 @@ def test_a_pass_ends_at_the_linear_that_records(monkeypatch: pytest.MonkeyPatch)
     weights, x = Weights(_tensors(layer, block)), torch.ones(LENGTH, 40)
     ran: list[str] = []
     monkeypatch.setattr(Deployed, "__call__", lambda self, x: ran.append(self.name) or x @ self.weight.T)
-    block.inputs(weights, "q_latent_normed", x)
+    block.inputs(weights, "q_latent_normed", x, None)
     assert ran == ["q_a", "kv_a"]
 
 

@@ -145,7 +145,7 @@ def _mtp_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return mtp
 
 
-def to_fp8_checkpoint(made: Sparse, dequantized: Path, block: int = 16) -> None:
+def to_fp8_checkpoint(made: Sparse, dequantized: Path, block: int = 8) -> None:
     """Store a checkpoint's linears as its FP8 release does, and beside it the values that those codes stand for."""
     shutil.copytree(made.directory, dequantized)
     stored, plain = {}, {}

@@ -99,6 +99,7 @@ def test_errors_of_layers(artifact: Path, text: tuple[str, str]) -> None:
         "cosine": 0.99,
         "own_relative_error": 0.02,
         "own_cosine": 0.995,
+        "own_selection_agreement": None,
     }
     assert verify(artifact).problems == ()
     with_layers = (artifact / CARD).read_text()

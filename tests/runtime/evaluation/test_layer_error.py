@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def test_an_artifact(artifact: Path, example_fp8: Path, text: str) -> None:
     assert found[3].relative_error > found[3].own_relative_error
     again = layer_errors(artifact, text, example_fp8, 64, backend="reference")
     for one, other in zip(found, again, strict=True):
-        assert asdict(one) == pytest.approx(asdict(other), rel=0.05)
+        assert astuple(one)[:5] == pytest.approx(astuple(other)[:5], rel=0.05)
+        assert one.own_selection_agreement is None
 
 
 def test_not_the_same_model(pair: tuple[Path, Path, Any], artifact: Path, text: str) -> None:

@@ -1,0 +1,102 @@
+"""Calls of operators made otherwise than they should be, and what a generation with them comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npuq.errors import GenerationError
+
+from . import emulate, guard, harness
+
+Arguments = tuple[list[Any], dict[str, Any]]
+Change = Callable[[list[Any], dict[str, Any]], Arguments]
+
+
+class Mutant:
+    """`torch.ops.npu` with one operator called otherwise."""
+
+    def __init__(self, operator: str, change: Change):
+        self._operator, self._change = operator, change
+        self.changed = 0
+
+    def __getattr__(self, name: str) -> Any:
+        original = getattr(torch.ops.npu, name)
+        if name != self._operator:
+            return original
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.changed += 1
+            changed_args, changed_kwargs = self._change(list(args), dict(kwargs))
+            return original(*changed_args, **changed_kwargs)
+
+        return call
+
+
+def setting(**changes: Any) -> Change:
+    """Keyword arguments set to other values."""
+    return lambda args, kwargs: (args, {**kwargs, **changes})
+
+
+def without(*names: str) -> Change:
+    """Keyword arguments left to their defaults."""
+    return lambda args, kwargs: (args, {name: value for name, value in kwargs.items() if name not in names})
+
+
+def renamed(old: str, new: str) -> Change:
+    return lambda args, kwargs: (args, {new if name == old else name: value for name, value in kwargs.items()})
+
+
+def swapped(first: int, second: int) -> Change:
+    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
+        args[first], args[second] = args[second], args[first]
+        return args, kwargs
+
+    return change
+
+
+def mapped(where: int | str, function: Callable[[Any], Any]) -> Change:
+    """One argument passed through a function."""
+
+    def change(args: list[Any], kwargs: dict[str, Any]) -> Arguments:
+        target: Any = args if isinstance(where, int) else kwargs
+        target[where] = function(target[where])
+        return args, kwargs
+
+    return change
+
+
+def running(lengths: list[int]) -> list[int]:
+    return list(accumulate(lengths))
+
+
+def differences(lengths: list[int]) -> list[int]:
+    return [end - start for start, end in zip([0, *lengths], lengths, strict=False)]
+
+
+# Two prompts, the second in two chunks; then decodes of both.
+LENGTHS, NEW_TOKENS = (4, 45), 3
+
+
+@cache
+def right(path: Path, lengths: tuple[int, ...]) -> harness.Run:
+    return harness.generate(path, harness.make("ascend"), lengths=lengths, new_tokens=NEW_TOKENS)
+
+
+def outcome(path: Path, change_ops: Callable[[Any], None], lengths: tuple[int, ...] = LENGTHS) -> str:
+    """ "refused: …", "shows: …" or "unnoticed"."""
+    ops = harness.make("ascend")
+    try:
+        change_ops(ops)
+        run = harness.generate(path, ops, guard.guarded, lengths, NEW_TOKENS)
+    except (emulate.RefusedError, guard.HostSynchronisationError, RuntimeError, TypeError) as error:
+        return f"refused: {str(error).splitlines()[0]}"
+    except GenerationError as error:  # the sampler met NaN
+        return f"shows: {error}"
+    error = harness.relative_error(run.logits, right(path, lengths).logits)
+    return f"shows: {error:.2g}" if error > 1e-3 else "unnoticed"
