@@ -182,12 +182,12 @@ VARIATIONS = {
     "GLM, no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts"), of="glm-flash"),
     "Kimi-K2.5 as it is": Variation({}, of="kimi-k2.5"),
     "V3.2 as it is": Variation({}, of="v32"),
-    # vLLM 0.30.0 then skips the tensors of indexers.
-    "V3.2, index_topk unsaid": Variation({"index_topk": ...}, silent=("vllm-ascend 0.30.0rc2",), of="v32"),
+    # Attention is then dense, and the tensors of indexers are skipped.
+    "V3.2, index_topk unsaid": Variation({"index_topk": ...}, silent=("vllm-ascend 0.30.0rc2", "sglang"), of="v32"),
     "GLM-5 as it is": Variation({}, of="glm-5"),
     "GLM-5.2 as it is": Variation({}, of="glm-5.2"),
-    "GLM-5.2, the indexer's rope unsaid": Variation(
-        {"indexer_rope_interleave": ...}, silent=("vllm-ascend", "sglang"), of="glm-5.2"
+    "GLM-5, the indexer's rope unsaid": Variation(
+        {"indexer_rope_interleave": ...}, silent=("vllm-ascend", "sglang"), of="glm-5"
     ),
     "GLM-5.2, shared layers as a list alone": Variation(
         {"index_topk_freq": ..., "index_skip_topk_offset": ...}, of="glm-5.2"
