@@ -113,6 +113,18 @@ def test_an_engine_without_a_draft_is_a_note(glm_flash):
     assert note.startswith("note: sglang 0.5.23: ") and "without speculation" in note
 
 
+def test_a_release_that_looks_for_indexers_everywhere_is_a_note(tmp_path):
+    """Of GLM-5, whose layers all have one, nothing is said."""
+    notes = {}
+    for name in ("glm-5", "glm-5.2"):
+        done = command(write_artifact(name, tmp_path), "--engine", "vllm-ascend")
+        assert done.returncode == 0, done.stdout + done.stderr
+        notes[name] = [line for line in done.stdout.splitlines() if "vllm-ascend 0.23.0: " in line]
+    assert notes["glm-5"] == []
+    (note,) = notes["glm-5.2"]
+    assert "1 layer(s)" in note and "model.layers.2.self_attn.indexer.wq_b.weight" in note
+
+
 def test_float_experts(artifact, tmp_path):
     folder = edited(artifact, tmp_path / "float")
     path = folder / "quant_model_description.json"

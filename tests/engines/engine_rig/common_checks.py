@@ -14,7 +14,7 @@ from . import parameter_lists, rotary
 from .conformance import ConformanceError, compare, load
 from .corruption import corrupt, corruptions, mtp_corruptions, static_corruptions
 from .models import ARTIFACTS, CONFIGS, STATIC, WITH_MTP
-from .rules import LOADS, RULES, break_rule, ending, ending_alone
+from .rules import LOADS, RULES, break_rule, ending
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
 
@@ -34,7 +34,7 @@ class CommonChecks:
     def test_broken_rule(self, artifact, tmp_path, release, key):
         rule = RULES[key]
         broken = break_rule(rule, artifact(rule.of), tmp_path / "broken")
-        end = (ending_alone if rule.alone else ending)(self.engine, broken, rule.mtp)
+        end = ending(self.engine, broken, rule.mtp)
         assert re.search(rule.ends[release], end) if rule.ends[release] else end == LOADS, end
 
     @pytest.mark.parametrize("model", ARTIFACTS)

@@ -25,8 +25,7 @@ LOADS = ""  # the rule is there for another engine or release
 @dataclass(frozen=True)
 class Rule:
     """told: words of `npuq verify --engine` for the engines in `by`. ends: words of the error that ends loading in each
-    release, of the model or, with `mtp`, its draft. of: the artifact that breaks it. alone: an engine changes its
-    classes for the rest of the process."""
+    release, of the model or, with `mtp`, its draft. of: the artifact that breaks it."""
 
     told: str
     ends: Mapping[str, str]
@@ -36,7 +35,6 @@ class Rule:
     mtp: bool = False
     by: tuple[str, ...] = ENGINES
     of: str = "v3-mtp"
-    alone: bool = False
 
 
 def _as(scheme: Scheme, *modules: str) -> Corruption:
@@ -162,7 +160,6 @@ RULES = {
         dict.fromkeys((_OLD, _NEW, _SGLANG), r"norm\.bias'.*not loaded"),
         _listed(f"{LAYER}.self_attn.indexer.k_norm.bias"),
         of="v32",
-        alone=True,
     ),
 }
 
@@ -176,11 +173,14 @@ def break_rule(rule: Rule, artifact: Path, folder: Path) -> Path:
     return folder
 
 
-def ending_alone(engine: ModuleType, directory: Path, mtp: bool) -> str:
-    """`ending` in a process of its own."""
+def ending(engine: ModuleType, directory: Path, mtp: bool) -> str:
+    """The error with which one rank's loading ends; LOADS without.
+
+    In a process of its own: some descriptions make an engine change its classes for the rest of a process.
+    """
     fork = get_context("fork")
     here, there = fork.Pipe(duplex=False)
-    process = fork.Process(target=lambda: there.send(ending(engine, directory, mtp)))
+    process = fork.Process(target=lambda: there.send(_ending(engine, directory, mtp)))
     process.start()
     there.close()
     try:
@@ -189,8 +189,7 @@ def ending_alone(engine: ModuleType, directory: Path, mtp: bool) -> str:
         process.join()
 
 
-def ending(engine: ModuleType, directory: Path, mtp: bool) -> str:
-    """The error with which one rank's loading ends; LOADS without."""
+def _ending(engine: ModuleType, directory: Path, mtp: bool) -> str:
     with Checkpoint.open(directory) as checkpoint:
         weights = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
         try:

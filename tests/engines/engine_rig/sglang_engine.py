@@ -22,6 +22,7 @@ from sglang.srt.hardware_backend.npu import utils as npu_utils  # noqa: E402
 from sglang.srt.hardware_backend.npu.quantization import linear_method_npu, moe_methods  # noqa: E402
 from sglang.srt.model_loader import loader  # noqa: E402
 from sglang.srt.model_loader.utils import get_model_architecture  # noqa: E402
+from sglang.srt.models import registry  # noqa: E402, F401  (imports every model: before processes are forked)
 from sglang.srt.runtime_context import get_context, get_parallel  # noqa: E402
 
 from .nz import cast_where_it_fits  # noqa: E402

@@ -40,7 +40,7 @@ release.moe.setup_moe_comm_method = lambda config: None
 
 # Classes look among their arguments for a VllmConfig, to tell the quantization of their names and fused modules.
 SupportsQuant._find_quant_config = staticmethod(lambda *args, **kwargs: kwargs["vllm_config"].quant_config)
-# vLLM finds no platform here. vLLM-Ascend's is one out of vLLM's tree: its layers choose no kernels of vLLM's, and
+# vLLM finds no platform here. vLLM-Ascend's is out of vLLM's tree, so that layers choose none of vLLM's kernels, and
 # vision towers are moved to its device.
 type(current_platform).is_out_of_tree = lambda self: True
 type(current_platform).current_device = staticmethod(lambda: "cpu")
