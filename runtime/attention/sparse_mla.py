@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...errors import BackendError
 from ...models.sparse_mla import Indexer
 from ..ops import (
     Activation,
@@ -21,7 +20,6 @@ from ..ops import (
     IndexerWeights,
     MlaConfig,
     Ops,
-    SparseAttention,
     SparseMla,
     Step,
 )
@@ -78,7 +76,7 @@ class SparseMlaAttention:
             k_norm_bias=parts.tensor("index_k_norm_bias"),
             weights=parts.linear("index_weights"),
         )
-        return _sparse(ops).load(stored, self.indexer)
+        return ops.sparse.load(stored, self.indexer)
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
@@ -118,19 +116,12 @@ class SparseMlaAttention:
         if sparse.indexer is not None:
             assert q_latent is not None
             rows = own(hidden, Tensor)
-            selected = _sparse(ops).select(rows, q_latent, sparse.indexer, cache, positions, step.decode)
+            selected = ops.sparse.select(rows, q_latent, sparse.indexer, cache, positions, step.decode)
         assert selected is not None  # the first layer has an indexer
         scale = self.config.softmax_scale
-        attended = _sparse(ops).sparse_flash_attention(absorbed, q_rope, cache, step.decode, selected, scale)
+        attended = ops.sparse.sparse_flash_attention(absorbed, q_rope, cache, step.decode, selected, scale)
         return Attended(ops.mla.output(ops.mla.bring_out(attended, mla), mla), selected)
 
     def _write_keys(self, hidden: Activation, sparse: SparseMla, cache: LayerCache, step: Step, ops: Ops) -> None:
         if sparse.indexer is not None:
-            _sparse(ops).write_keys(own(hidden, Tensor), sparse.indexer, step.positions, cache)
-
-
-def _sparse(ops: Ops) -> SparseAttention:
-    """The backend's operators. Raises BackendError where it has none."""
-    if ops.sparse is None:
-        raise BackendError(f"the {ops.name} backend has no operators for sparse attention; use --backend cpu")
-    return ops.sparse
+            ops.sparse.write_keys(own(hidden, Tensor), sparse.indexer, step.positions, cache)

@@ -2,7 +2,7 @@
 
 The model (`runtime/model.py`) is written once against `Ops`, which has several parts: `weights` makes handles of stored
 weights and `caches` makes paged caches; `norms`, `products`, `routing` and `rotary` compute, and so does one part for
-each kind of attention (`mla`, and `sparse` beside it, which a backend may lack). Operators have the names (less `npu_`)
+each kind of attention (`mla`, and `sparse` beside it). Operators have the names (less `npu_`)
 and the semantics of torch_npu's (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
 
 * **small operators** are abstract, and every backend implements them. One method is one device call;
@@ -116,7 +116,7 @@ class Ops:
     caches: Caches
     rotary: Rotary
     mla: LatentAttention
-    sparse: SparseAttention | None = None
+    sparse: SparseAttention
 
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.

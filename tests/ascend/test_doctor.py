@@ -116,7 +116,7 @@ def test_the_shipped_model_fits(bare, example_fp8):
         ({"norm_topk_prob": False}, "no router that scores by sigmoid"),
         ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
         ({"model_type": "llama"}, "model_type"),
-        ({"model_type": "deepseek_v32"}, "does not run the attention of deepseek_v32"),
+        ({"model_type": "deepseek_v32", "index_head_dim": 64}, "index_head_dim 64"),
     ],
 )
 def test_a_model_that_does_not_fit_is_told_why_and_exits_1(bare, example_fp8, tmp_path, change, said):
