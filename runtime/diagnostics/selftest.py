@@ -274,7 +274,9 @@ def _sparse_cache(ops: Ops) -> tuple[LayerCache, Decode]:
     for seed, (name, pages) in enumerate(cache.pages.items()):
         cache[name].write(slots, _rows(ops, 4 * BLOCK, pages.pool.channels, seed=96 + seed))
     table = torch.tensor([[1, 3], [2, 0]], dtype=torch.int32).to(ops.device)
-    return cache, Decode(q_lens=(2, 4), kv_lens=(BLOCK + 9, 40), block_table=table)
+    q_lens, kv_lens = (2, 4), (BLOCK + 9, 40)
+    lens = (torch.tensor(q_lens, dtype=torch.int32), torch.tensor(kv_lens, dtype=torch.int32))
+    return cache, Decode(q_lens, kv_lens, table, device_lens=(lens[0].to(ops.device), lens[1].to(ops.device)))
 
 
 def _select(ops: Ops, cache: LayerCache, decode: Decode) -> Tensor:
