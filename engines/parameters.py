@@ -57,6 +57,8 @@ class EngineModel:
     loads_draft: bool = True  # False: its draft model finds no scheme of a quantized linear
     # Releases whose draft multiplies hidden states by `rot.weight` where the description says is_rot_used.
     turns_draft_input: tuple[str, ...] = ()
+    # Releases whose main model has an indexer in layers that share another layer's selection, too.
+    indexes_everywhere: tuple[str, ...] = ()
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -112,13 +114,13 @@ _SGLANG_GLM = replace(
     refuses=lambda name: False,
     loads_draft=False,  # it looks for the layer as model.decoder in the description
 )
-# Read from the classes, which wrap DeepSeek's; not tested by loading artifacts yet.
+# DeepSeek's classes under a prefix, beside a vision tower.
 _VLLM_KIMI_K25 = replace(_VLLM, architectures=("KimiK25ForConditionalGeneration",))
 _SGLANG_KIMI_K25 = replace(_SGLANG, architectures=("KimiK25ForConditionalGeneration",))
 # DeepSeek's classes with an indexer. Without index_topk they are dense; vLLM reads no list of indexer_types.
 _SPARSE: Final[Mapping[str, object]] = {"index_topk": None, "indexer_rope_interleave": False}
 _SPARSE_VLLM, _SPARSE_SGLANG = (
-    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}),
+    replace(_VLLM, absent={**_VLLM.absent, **_SPARSE, "index_topk_pattern": None}, indexes_everywhere=("0.23.0",)),
     replace(_SGLANG, absent={**_SGLANG.absent, **_SPARSE}),
 )
 _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
@@ -198,6 +200,23 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
     quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
     if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
+
+
+def indexer_notes(
+    engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line where releases of `engine` look for indexers that layers of the artifact do not have, and the releases."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.indexes_everywhere or config.attention.dense_tokens is None:
+        return
+    own = (config.family.name(Block.ATTENTION, "index_q", layer) for layer in range(config.num_hidden_layers))
+    lacking = [name for name in own if name not in schemes]
+    if lacking:
+        yield (
+            model.indexes_everywhere,
+            f"{len(lacking)} layer(s) share another layer's selection and have no indexer, and the engine ends in a "
+            f"KeyError at {lacking[0]!r}: serve with a later release",
+        )
 
 
 def key_problems(

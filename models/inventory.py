@@ -127,10 +127,11 @@ def _expected(config: ModelConfig, mtp_layers: tuple[int, ...], weights: Mapping
     else:
         _refuse_contradictions(config, expected, weights)
     if missing:
-        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        several = len(missing) > 1
+        more = f" and {len(missing) - 1} more are" if several else " is"
         raise CheckpointError(
-            f"tensor {missing[0]!r}{more} missing, but config.json calls for it; "
-            "the checkpoint is incomplete or its config is another model's: fetch it again"
+            f"tensor {missing[0]!r}{more} missing, but config.json calls for {'them' if several else 'it'} in a "
+            f"{config.model_type}; the checkpoint is incomplete, or of another model: fetch it again"
         )
     _check_shapes(expected, weights)
     return expected

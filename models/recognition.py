@@ -43,7 +43,7 @@ def unknown_model(raw: Mapping[str, Any], weights: Mapping[str, Shaped]) -> Unkn
         first, *others = fitting
         what = f"config.json: model_type {shown(raw.get('model_type'))} is unknown"
         alike = f" ({' and '.join(others)} would fit too; its keys agree most with {first})" if others else ""
-        return UnknownModelError(f"{what}; it looks like {first}{alike}: convert with --as {first}", tuple(fitting))
+        return UnknownModelError(f"{what}; it looks like {first}{alike}: name it with --as {first}", tuple(fitting))
     known = {name: comparison.names(family).known for name, family in FAMILIES.items()}
     # The first of equals is that whose keys agree most.
     nearest = max(ranked, key=known.__getitem__)

@@ -105,6 +105,11 @@ def _mtp_layers(config: ModelConfig, inventory: Inventory) -> Iterator[str]:
             f"the checkpoint has MTP layers ({_listed(uncounted)}) that config.json does not count "
             f"(num_nextn_predict_layers {config.num_nextn_predict_layers}): the artifact's counts them"
         )
+    if inventory.absent_mtp_layers:
+        yield (
+            f"config.json counts MTP layers that the checkpoint does not have (layer "
+            f"{_listed(inventory.absent_mtp_layers)}): the artifact's does not count them"
+        )
     if inventory.partial_mtp_layers:
         yield (
             f"layers {_listed(inventory.partial_mtp_layers)} are MTP layers behind a gap, or neither whole nor counted "

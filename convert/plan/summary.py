@@ -66,9 +66,6 @@ def starting_notes(prepared: Prepared) -> tuple[str, ...]:
         notes.append(f"{len(inventory.unknown)} unknown tensors copied as they are, first {inventory.unknown[0]!r}")
     if inventory.dropped:
         notes.append(f"{len(inventory.dropped)} recomputable buffer(s) left out, first {inventory.dropped[0]!r}")
-    if inventory.absent_mtp_layers:
-        layers = ", ".join(map(str, inventory.absent_mtp_layers))
-        notes.append(f"config.json counts MTP layers ({layers}) that the checkpoint does not have")
     searching = not prepared.recipe.stored and any(job.scheme is not Scheme.FLOAT for job in prepared.plan.jobs)
     if searching and library() is None:
         notes.append(f"quantizing takes about 40 times as long as it could: it is done by {description()}")

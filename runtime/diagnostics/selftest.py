@@ -22,6 +22,8 @@ from ..ops import (
     Activation,
     Decode,
     Gating,
+    IndexerConfig,
+    IndexerParts,
     Keys,
     Lengths,
     LinearPart,
@@ -44,6 +46,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 EPS = 1e-6
 INDEX_HEADS, INDEX_HEAD = 16, 128
 POOLS = (Pool("latent", LATENT, int8=True), Pool("rope", ROPE))
+SPARSE_POOLS = tuple(
+    Pool(name, channels, layout="nd")
+    for name, channels in (("latent", LATENT), ("rope", ROPE), (INDEX_KEY, INDEX_HEAD))
+)
 SCALE = (HEAD + ROPE) ** -0.5
 
 Case = Callable[[Ops], tuple[Activation, ...]]
@@ -267,37 +273,80 @@ def _attend(ops: Ops, cache: LayerCache, heads: int = HEADS) -> tuple[Activation
     )
 
 
+def _index_keys(ops: Ops) -> tuple[Activation, ...]:
+    """Index keys of both rope conventions, as the cache has them; slots −1 are not written."""
+    written = []
+    for interleave in (False, True):
+        config = IndexerConfig(INDEX_HEADS, INDEX_HEAD, ROPE, topk=48, rope_interleave=interleave)
+        parts = IndexerParts(
+            q=_part(Scheme.W8A8, INDEX_HEADS * INDEX_HEAD, HIDDEN, seed=33),
+            k=_part(Scheme.FLOAT, INDEX_HEAD, HIDDEN, seed=34),
+            k_norm=1 + 0.1 * _random(INDEX_HEAD, seed=35),
+            k_norm_bias=0.1 * _random(INDEX_HEAD, seed=36),
+            weights=_part(Scheme.FLOAT, INDEX_HEADS, HIDDEN, seed=37),
+        )
+        cache = ops.caches.new(SPARSE_POOLS, 4, BLOCK)
+        slots = torch.tensor([2 * BLOCK, 2 * BLOCK + 1, -1, 2 * BLOCK + 3, 5, -1]).to(ops.device)
+        positions = Positions(slots, *_tables(ops, TOKENS))
+        ops.sparse.write_keys(_rows(ops, TOKENS, HIDDEN), ops.sparse.load(parts, config), positions, cache)
+        written.append(cache[INDEX_KEY].read(torch.arange(4, device=ops.device), 4 * BLOCK))
+    return tuple(written)
+
+
 def _sparse_cache(ops: Ops) -> tuple[LayerCache, Decode]:
     """Latents, rope keys and index keys of two sequences in ND pages, and two queries of each."""
-    pools = [Pool(pool.name, pool.channels, layout="nd") for pool in (*POOLS, Pool(INDEX_KEY, INDEX_HEAD))]
-    cache, slots = ops.caches.new(pools, 4, BLOCK), torch.arange(4 * BLOCK, device=ops.device)
+    cache, slots = ops.caches.new(SPARSE_POOLS, 4, BLOCK), torch.arange(4 * BLOCK, device=ops.device)
     for seed, (name, pages) in enumerate(cache.pages.items()):
         cache[name].write(slots, _rows(ops, 4 * BLOCK, pages.pool.channels, seed=96 + seed))
     table = torch.tensor([[1, 3], [2, 0]], dtype=torch.int32).to(ops.device)
-    q_lens, kv_lens = (2, 4), (BLOCK + 9, 40)
-    lens = (torch.tensor(q_lens, dtype=torch.int32), torch.tensor(kv_lens, dtype=torch.int32))
-    return cache, Decode(q_lens, kv_lens, table, device_lens=(lens[0].to(ops.device), lens[1].to(ops.device)))
+    return cache, Decode.selecting(q_lens=(2, 4), kv_lens=(BLOCK + 9, 40), block_table=table)
+
+
+def _index_queries(ops: Ops) -> tuple[Tensor, Tensor]:
+    return _rows(ops, 4, INDEX_HEADS, INDEX_HEAD, seed=17), _rows(ops, 4, INDEX_HEADS, seed=18)
 
 
 def _select(ops: Ops, cache: LayerCache, decode: Decode) -> Tensor:
-    query, weights = _rows(ops, 4, INDEX_HEADS, INDEX_HEAD, seed=17), _rows(ops, 4, INDEX_HEADS, seed=18)
-    return ops.sparse.lightning_indexer(query, weights, cache[INDEX_KEY], decode, 48)
+    return ops.sparse.lightning_indexer(*_index_queries(ops), cache[INDEX_KEY], decode, 48)
 
 
 def _lightning_indexer(ops: Ops) -> tuple[Activation, ...]:
-    selected = _select(ops, *_sparse_cache(ops))
-    return ((1 + selected).sort(dim=-1).values.float(),)  # in no defined order
-
-
-def _sparse_attention(ops: Ops) -> tuple[Activation, ...]:
+    """The scores of the selected tokens, and which of the places are empty: two tokens of one score may stand for each
+    other, in any order."""
     cache, decode = _sparse_cache(ops)
-    selected = _select(ops, cache, decode)
-    q, q_rope = _rows(ops, 4, HEADS, LATENT, seed=15), _rows(ops, 4, HEADS, ROPE, seed=16)
-    return (ops.sparse.sparse_flash_attention(q, q_rope, cache, decode, selected, SCALE),)
+    selected = _select(ops, cache, decode)[:, 0].cpu().long()
+    query, weights = (each.cpu().double() for each in _index_queries(ops))
+    rows = []
+    for sequence, blocks in enumerate(decode.block_table):
+        keys = cache[INDEX_KEY].read(blocks, decode.kv_lens[sequence]).cpu().double()
+        two = slice(2 * sequence, 2 * sequence + 2)
+        scores = ((query[two] @ keys.T).relu() * weights[two].unsqueeze(-1)).sum(1)
+        found = scores.gather(1, selected[two].clamp(0, len(keys) - 1)).masked_fill(selected[two] < 0, 0)
+        rows.append(found.sort(dim=-1).values)
+    return torch.cat(rows), (selected < 0).double()
 
 
-def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
-    """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output."""
+def _sparse_attention(heads: int) -> Case:
+    """Attention to the reference's selection, so that a score on a tie does not matter, and its way out of the latent
+    space."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        cache, decode = _sparse_cache(ops)
+        reference = ReferenceOps(ops.dtype)
+        selected = _select(reference, *_sparse_cache(reference)).to(ops.device)
+        q, q_rope = _rows(ops, 4, heads, LATENT, seed=15), _rows(ops, 4, heads, ROPE, seed=16)
+        attended = ops.sparse.sparse_flash_attention(q, q_rope, cache, decode, selected, SCALE)
+        w_uv = ops.weights.parameter(_rows(ops, heads, LATENT, HEAD, seed=38))
+        return attended, ops.products.batch_matmul(attended, w_uv)
+
+    return case
+
+
+def _attention_layer(scheme: Scheme, hidden: int, q_lora: int, indexer: Scheme | None = None) -> Case:
+    """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output.
+
+    indexer: scheme of an indexer's linear that reads the latent of the queries too.
+    """
 
     def case(ops: Ops) -> tuple[Activation, ...]:
         config = MlaConfig(HEADS, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)
@@ -321,9 +370,13 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int) -> Case:
         step = Step(slots, Positions(slots, *_tables(ops, 2)), decode=decode, prefill=None, output_rows=None)
         x, residual = _rows(ops, 2, hidden, seed=25), _rows(ops, 2, hidden, seed=26)
         rows, total = ops.mla.norm(x, residual, _gamma(ops, hidden), EPS, mla)
-        q_latent, q_rope = ops.mla.prolog(rows, mla, cache, step)
-        attended = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE)
-        return total, q_latent, q_rope, ops.mla.output(ops.mla.bring_out(attended, mla), mla)
+        reader = None if indexer is None else ops.weights.linear_of([_part(indexer, HEAD, q_lora, seed=27)])
+        absorbed, q_rope, q_latent = ops.mla.prolog_with_latent(rows, mla, cache, step, reader)
+        attended = ops.mla.fused_infer_attention_paged(absorbed, q_rope, cache, decode, SCALE)
+        outputs = (total, absorbed, q_rope, ops.mla.output(ops.mla.bring_out(attended, mla), mla))
+        if reader is None or q_latent is None:
+            return outputs
+        return *outputs, ops.products.linear(q_latent, reader)
 
     return case
 
@@ -363,12 +416,16 @@ CASES: dict[str, Case] = {
     "attention, paged": _paged_attention,
     "int8 cache write and read": _int8_cache_write,
     "attention, paged, int8": _int8_attention,
+    "index keys": _index_keys,
     "lightning indexer": _lightning_indexer,
-    "attention to selected tokens": _sparse_attention,
+    "attention to selected tokens": _sparse_attention(HEADS),
+    "attention to selected tokens, 128 heads": _sparse_attention(128),
     "decode attention FLOAT": _attention_layer(Scheme.FLOAT, HIDDEN, q_lora=192),
     "decode attention W8A8": _attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
     "decode attention W8A8, static": _attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),
     "decode attention W8A8, prolog shapes": _attention_layer(Scheme.W8A8, 1024, q_lora=1536),
+    "decode attention W8A8, indexer W8A8": _attention_layer(Scheme.W8A8, 1024, 1536, indexer=Scheme.W8A8),
+    "decode attention W8A8, indexer FLOAT": _attention_layer(Scheme.W8A8, 1024, 1536, indexer=Scheme.FLOAT),
 }
 
 INT8_CACHE_CASES = ("int8 cache write and read", "attention, paged, int8")

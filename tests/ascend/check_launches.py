@@ -14,14 +14,15 @@ from npuq.runtime.step import Chunk
 
 TABLE = Path(__file__).parent / "launches.json"
 MOE_LAYER = 1  # between a dense layer and another MoE layer, so that both ends are as in a deep model
+SHARED_LAYER = 2  # in GLM-5, likewise
 
 
-def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.Launch]:
+def launches_of_layer(path: Path, chunks: list[Chunk], layer: int = MOE_LAYER, **options) -> list[guard.Launch]:
     """What one MoE layer launches in the step of `chunks`, from its attention norm to the next layer's."""
     ops = harness.make("ascend", torch.bfloat16, **options)
     engine = harness.load(path, ops).engine
     starts = []
-    norm = ops.mla.norm
+    norm = engine.model.attention.norm
 
     def noting(*args):
         starts.append(len(watched.launches))
@@ -31,11 +32,13 @@ def launches_of_layer(path: Path, chunks: list[Chunk], **options) -> list[guard.
     if warm:
         engine._run(warm)
     step, _ = engine._builder.build(chunks)
-    with mock.patch.object(ops.mla, "norm", noting), guard.watch() as watched:
+    attention = mock.Mock(wraps=engine.model.attention, norm=noting)
+    with mock.patch.object(engine.model, "attention", attention), guard.watch() as watched:
         engine.model.forward(step, engine._cache)
-    return watched.launches[starts[MOE_LAYER] : starts[MOE_LAYER + 1]]
+    return watched.launches[starts[layer] : starts[layer + 1]]
 
 
+SPARSE = [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])]  # a query attends to 8 tokens
 CASES = {
     "decode, unfused": ("kimi", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {"fused_prolog": False}),
     "decode, fused prolog": ("prolog", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
@@ -45,6 +48,10 @@ CASES = {
     "first prefill chunk": ("kimi", [Chunk(range(3, 23), 0, [1, 2])], {"fused_prolog": False}),
     "later prefill chunk": ("kimi", [Chunk(range(3, 23), 16, [1, 2, 3])], {"fused_prolog": False}),
     "first chunk, 20 heads of 256": ("glm-flash", [Chunk(range(3, 23), 0, [1, 2])], {}),
+    "sparse, unfused": ("v32", SPARSE, {"fused_prolog": False}),
+    "sparse, fused prolog": ("v32-prolog", SPARSE, {}),
+    "sparse, shared selection": ("glm-dsa-prolog", SPARSE, {"layer": SHARED_LAYER}),
+    "below the limit": ("v32-prolog", [Chunk([5], 7, [1]), Chunk([6], 5, [2])], {}),
 }
 LIMITS = {"decode, unfused": 27, "decode, fused prolog": 20}
 

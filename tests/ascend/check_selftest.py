@@ -31,6 +31,9 @@ def test_the_ascend_set_passes(dtype, layout):
         ("norms", "swiglu", "swiglu"),
         ("norms", "dynamic_quant", "linear W8A8"),
         ("rotary", "interleave_rope", "rope, cache write and read"),
+        ("rotary", "rotary_mul", "index keys"),
+        ("sparse", "lightning_indexer", "lightning indexer"),
+        ("sparse", "sparse_flash_attention", "attention to selected tokens"),
     ],
 )
 def test_a_wrong_operator_fails(part, method, case):

@@ -109,6 +109,14 @@ def test_the_shipped_model_fits(bare, example_fp8):
     assert result.exit_code == 0 and "would run on an NPU" in result.output
 
 
+def test_sparse_attention_fits(bare, example_fp8, tmp_path):
+    shutil.copytree(example_fp8, tmp_path, dirs_exist_ok=True)
+    config = json.loads((example_fp8 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v32", "index_topk": 4096}))
+    result = CliRunner().invoke(command, [str(tmp_path)])
+    assert result.exit_code == 0 and "would run on an NPU" in result.output
+
+
 @pytest.mark.parametrize(
     "change,said",
     [
@@ -116,7 +124,10 @@ def test_the_shipped_model_fits(bare, example_fp8):
         ({"norm_topk_prob": False}, "no router that scores by sigmoid"),
         ({"kv_lora_rank": 256}, "kv_lora_rank 256"),
         ({"model_type": "llama"}, "model_type"),
-        ({"model_type": "deepseek_v32", "index_head_dim": 64}, "index_head_dim 64"),
+        ({"model_type": "deepseek_v32", "index_head_dim": 64}, "index_head_dim 64 (must be 128)"),
+        ({"model_type": "deepseek_v32", "index_n_heads": 65}, "index_n_heads 65 (at most 64)"),
+        ({"model_type": "deepseek_v32", "index_topk": 2500}, "index_topk 2500 (must be at most 2048, or one of 3072"),
+        ({"model_type": "deepseek_v32", "kv_lora_rank": 256}, "kv_lora_rank 256"),
     ],
 )
 def test_a_model_that_does_not_fit_is_told_why_and_exits_1(bare, example_fp8, tmp_path, change, said):

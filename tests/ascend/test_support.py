@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from npuq.runtime.ops import LinearPart
 from npuq.runtime.ops.ascend.attention_limits import (
     PrefillForm,
     absorbed_heads,
+    check_indexer,
     check_mla,
     pad_heads,
     prefill_form,
@@ -121,6 +123,27 @@ def test_the_prolog_is_for_its_documented_sizes():
     for change in ({"q_lora_rank": 768}, {"heads": 20}, {"qk_nope_head_dim": 256}, {"q_lora_rank": None}):
         assert not takes_prolog(7168, replace(widths, **change))
     assert not takes_prolog(4097, widths)
+
+
+@pytest.mark.parametrize(
+    "heads,head_dim,topk,said",
+    [
+        (64, 128, 2048, None),
+        (32, 128, 2048, None),  # GLM-5
+        (1, 128, 1, None),
+        (64, 128, 8192, None),
+        (65, 128, 2048, "index_n_heads 65 (at most 64)"),
+        (64, 64, 2048, "index_head_dim 64 (must be 128)"),
+        (64, 128, 2049, "index_topk 2049 (must be at most 2048, or one of 3072, 4096, 5120, 6144, 7168, 8192)"),
+        (64, 128, 9216, "index_topk 9216"),
+    ],
+)
+def test_an_indexer_of_other_sizes_is_refused(heads, head_dim, topk, said):
+    if said is None:
+        check_indexer("wq_b", heads, head_dim, topk)
+        return
+    with pytest.raises(BackendError, match=re.escape(f"wq_b: the NPU's lightning indexer does not take {said}")):
+        check_indexer("wq_b", heads, head_dim, topk)
 
 
 def test_experts_whose_inputs_the_w4a8_matmul_does_not_take_are_refused():

@@ -154,8 +154,11 @@ def write_k2_thinking(
     return _write(directory, model, dtype, publish)
 
 
-def as_k25(deepseek: Path, directory: Path) -> Path:
-    """Write a small checkpoint of DeepSeek-V3, in FP8 or not, as Kimi-K2.5: without MTP layers, in several shards."""
+def as_k25(deepseek: Path, directory: Path, **vision: int) -> Path:
+    """Write a small checkpoint of DeepSeek-V3, in FP8 or not, as Kimi-K2.5: without MTP layers, in several shards.
+
+    `vision`: changes to the vision tower's sizes.
+    """
     config = json.loads((deepseek / "config.json").read_text())
     stored: dict[str, Tensor] = {}
     for shard in sorted(deepseek.glob("*.safetensors")):
@@ -171,14 +174,9 @@ def as_k25(deepseek: Path, directory: Path) -> Path:
             tensors |= _stored(f"language_model.{name}", *packed(tensor))
         else:
             tensors[f"language_model.{name}"] = tensor
+    sizes = VISION | vision
     generator = torch.Generator().manual_seed(SEED)
-    for name, shape in {
-        "vision_tower.patch_embed.pos_emb.weight": (4, 4, 32),
-        "vision_tower.encoder.final_layernorm.bias": (32,),
-        "vision_tower.encoder.blocks.0.mlp.fc0.weight": (48, 32),
-        "mm_projector.pre_norm.bias": (32,),
-        "mm_projector.proj.2.weight": (config["hidden_size"], 128),
-    }.items():
+    for name, shape in _vision_shapes(sizes, config["hidden_size"]).items():
         tensors[name] = torch.randn(shape, generator=generator).bfloat16()
     config.pop("quantization_config", None)
     text = config | {"model_type": "kimi_k2", "num_nextn_predict_layers": 0, "quantization_config": QUANTIZATION}
@@ -186,7 +184,7 @@ def as_k25(deepseek: Path, directory: Path) -> Path:
         "model_type": "kimi_k25",
         "architectures": ["KimiK25ForConditionalGeneration"],
         "text_config": text,
-        "vision_config": VISION,
+        "vision_config": sizes | _published_sizes(sizes, config["hidden_size"]),
         "tie_word_embeddings": False,
     }
     directory.mkdir(parents=True)
@@ -202,6 +200,47 @@ def as_k25(deepseek: Path, directory: Path) -> Path:
         placed |= dict.fromkeys(part, shard)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     return directory
+
+
+def _vision_shapes(sizes: dict[str, int], text: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the vision tower and of the projector to `text` channels, by their published names."""
+    hidden, mlp, patch, merged = sizes["hidden_size"], sizes["intermediate_size"], sizes["patch_size"], 4
+    biased: dict[str, tuple[int, ...]] = {
+        "vision_tower.patch_embed.proj": (hidden, 3, patch, patch),
+        "vision_tower.encoder.final_layernorm": (hidden,),
+        "mm_projector.pre_norm": (hidden,),
+        "mm_projector.proj.0": (merged * hidden, merged * hidden),
+        "mm_projector.proj.2": (text, merged * hidden),
+    }
+    for layer in range(sizes["num_hidden_layers"]):
+        biased |= {
+            f"vision_tower.encoder.blocks.{layer}.{name}": shape
+            for name, shape in {
+                "norm0": (hidden,),
+                "norm1": (hidden,),
+                "wqkv": (3 * hidden, hidden),
+                "wo": (hidden, hidden),
+                "mlp.fc0": (mlp, hidden),
+                "mlp.fc1": (hidden, mlp),
+            }.items()
+        }
+    shapes = {f"{name}.weight": shape for name, shape in biased.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in biased.items()}
+    return shapes | {
+        "vision_tower.patch_embed.pos_emb.weight": (sizes["pos_emb_height"], sizes["pos_emb_width"], hidden)
+    }
+
+
+def _published_sizes(sizes: dict[str, int], text: int) -> dict[str, Any]:
+    """The keys of the published vision_config, which engines read; those of VISION are transformers'."""
+    return {
+        "init_pos_emb_height": sizes["pos_emb_height"],
+        "init_pos_emb_width": sizes["pos_emb_width"],
+        "mm_hidden_size": sizes["hidden_size"],
+        "text_hidden_size": text,
+        **{f"vt_{key}": sizes[key] for key in ("hidden_size", "intermediate_size")},
+        **{f"vt_{key}": sizes[key] for key in ("num_attention_heads", "num_hidden_layers")},
+    }
 
 
 def _stored(name: str, words: Tensor, scale: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from engine_rig.conformance import ConformanceError, compare, load, quantized_li
 from engine_rig.corruption import corrupt  # noqa: E402
 from engine_rig.models import ARTIFACTS, CONFIGS, STATIC, placements  # noqa: E402
 
+DRAFTS = ("v3-mtp", "v32", "glm-5", "glm-5.2")
+
 
 class TestAsTheOtherEngine(CommonChecks):
     name, detected, engine = "sglang", "modelslim", engine
@@ -36,7 +38,7 @@ def test_tensor_parallel_experts_add_the_bias_of_all_ranks_on_each(artifact, tp)
         compare(load(engine, artifact("v3-mtp"), tp))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("example", 1), ("example", 2), ("v3-mtp", 4)])
+@pytest.mark.parametrize(("name", "ranks"), [("example", 1), ("example", 2), *((name, 4) for name in DRAFTS)])
 def test_mtp_draft(artifact, name, ranks):
     loaded = load(engine, artifact(name), ranks, ep=ranks, mtp=True)
     assert compare(loaded) == quantized_linears(artifact(name), mtp=True)

@@ -15,8 +15,9 @@ from npuq.errors import NpuqError
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_artifact("v3-mtp", tmp_path_factory.mktemp("rules"))
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("rules")
+    return {name: write_artifact(name, folder) for name in {rule.of for rule in RULES.values()}}
 
 
 def told(engine: str, directory: Path) -> str:
@@ -29,13 +30,14 @@ def told(engine: str, directory: Path) -> str:
 
 
 @pytest.mark.parametrize("key", RULES)
-def test_broken_rule_is_told(artifact, tmp_path, key):
+def test_broken_rule_is_told(artifacts, tmp_path, key):
     rule = RULES[key]
-    broken = break_rule(rule, artifact, tmp_path / "broken")
+    broken = break_rule(rule, artifacts[rule.of], tmp_path / "broken")
     for engine in ENGINES:
         assert (rule.told in told(engine, broken)) == (engine in rule.by), told(engine, broken)
 
 
-def test_no_rule_is_told_of_an_artifact_as_it_is(artifact):
+def test_no_rule_is_told_of_an_artifact_as_it_is(artifacts):
     for engine in ENGINES:
-        assert told(engine, artifact) == ""
+        for artifact in artifacts.values():
+            assert told(engine, artifact) == ""

@@ -46,6 +46,7 @@ def test_what_the_manifest_says(artifact: Path) -> None:
     assert "F8_E4M3 128x128" in facts.provenance["weights of the source"]
     assert facts.recipe == "w4a8"
     assert facts.recipe_yaml == (artifact / "npuq/recipe.yaml").read_text()
+    assert facts.has_mtp
     assert max(linear.layer for linear in facts.linears) == facts.layers
     assert facts.coverage is None
     assert facts.evaluations == ()

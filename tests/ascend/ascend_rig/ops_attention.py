@@ -44,7 +44,7 @@ def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @semantics
 def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half") -> Tensor:
     name = "npu_rotary_mul"
-    require(rotary_mode == "half", f"{name}: rotary_mode {rotary_mode!r} is not emulated")
+    require(rotary_mode in ("half", "interleave"), f"{name}: rotary_mode {rotary_mode!r}")
     require(input.dim() == r1.dim() == r2.dim() == 4, f"{name}: four dimensions each")
     batch, length, heads, width = input.shape  # BSND
     require(batch < 1000 and heads < 1000, f"{name}: {batch} batches of {heads} heads, not fewer than 1000")
@@ -54,8 +54,14 @@ def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "ha
     for tensor in (input, r1, r2):
         require(tensor.dtype in (*rules.floats, torch.float32), f"{name}: {tensor.dtype}")
         require(tensor.dtype == input.dtype, f"{name}: {tensor.dtype} tables for {input.dtype}")
-    first, second = input.float().chunk(2, -1)
-    return (input.float() * r1.float() + torch.cat((-second, first), -1) * r2.float()).to(input.dtype)
+    if rotary_mode == "half":
+        first, second = input.float().chunk(2, -1)
+        across = torch.cat((-second, first), -1)
+    else:  # pairs stay where they are
+        require(batch * heads < 1000, f"{name}: {batch} · {heads} is not below 1000")
+        even, odd = input.float()[..., 0::2], input.float()[..., 1::2]
+        across = torch.stack((-odd, even), -1).flatten(-2)
+    return (input.float() * r1.float() + across * r2.float()).to(input.dtype)
 
 
 @semantics

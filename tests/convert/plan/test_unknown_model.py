@@ -47,7 +47,7 @@ def test_every_family_with_these_tensors_is_named_the_likeliest_first(
     error = refused(make_checkpoint(family=family, config={**NEW, **changes}))
     assert error.details["looks_like"] == expected
     assert f"'new_moe' is unknown; it looks like {expected[0]}" in str(error)
-    assert str(error).endswith(f"convert with --as {expected[0]}")
+    assert str(error).endswith(f"name it with --as {expected[0]}")
     assert all(name in str(error) for name in expected)
 
 

@@ -59,9 +59,11 @@ def test_the_indexer_of_an_artifact(family: str, fp8_block: int | None, write: A
     if family == "glm5":
         assert not any(".2.self_attn.indexer" in name for name in (*tensors, *types))
     verdict = npuq.verify(tmp_path / "out", source)
-    assert verdict.problems == verdict.notes == ()
-    for engine in ("vllm-ascend", "sglang"):
-        assert check_placement(tmp_path / "out", engine, 1, False) == ()
+    assert verdict.problems == ()
+    # The older release builds an indexer in every layer.
+    assert all(note.startswith("vllm-ascend 0.23.0: 1 layer(s) share another") for note in verdict.notes)
+    assert len(verdict.notes) == (1 if family == "glm5" else 0)
+    assert all(check_placement(tmp_path / "out", engine, 1, False) == () for engine in ("vllm-ascend", "sglang"))
 
 
 def test_a_description_with_a_norm_s_bias_is_a_problem(write: Any, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_heads_of_sparse_attention_are_shared_in_powers_of_two(write: Any, tmp_p
     source = write(tmp_path / "source", family="glm5", config={"num_attention_heads": 12, "n_routed_experts": 12})
     convert_checkpoint(source, tmp_path / "out", method="minmax")
     for engine in ("vllm-ascend", "sglang"):
-        (problem,) = check_placement(tmp_path / "out", engine, 2, True)
+        (problem,) = (line for line in check_placement(tmp_path / "out", engine, 2, True) if "heads" in line)
         assert "6 attention heads" in problem
         assert check_placement(tmp_path / "out", engine, 3, True) != check_placement(tmp_path / "out", engine, 2, True)
         assert not any("attention heads" in line for line in check_placement(tmp_path / "out", engine, 3, True))

@@ -18,6 +18,7 @@ from npuq.formats.artifact import read_description
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.schemes import Scheme
 from npuq.formats.static_w8a8 import static_tensors
+from npuq.models.config import text_config
 from npuq.runtime.ops import LinearPart, Quantized, Static
 from npuq.runtime.ops.reference import ReferenceOps
 from npuq.runtime.store import ArtifactStore
@@ -26,6 +27,14 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+# Parts of modules' names in an engine, and of tensors' names in the artifact.
+RENAMED = {
+    ".experts.routed_experts": ".experts",
+    "mm_projector.linear_1": "mm_projector.proj.0",
+    "mm_projector.linear_2": "mm_projector.proj.2",
+    ".attn.qkv_proj": ".wqkv",
+    ".attn.proj": ".wo",
 }
 TOLERANCE = 1e-5
 ROWS = 3
@@ -50,7 +59,7 @@ class Loaded:
 def load(engine: ModuleType, directory: Path, tp: int, ep: int = 1, mtp: bool = False) -> Loaded:
     """Every rank of the model, or of its MTP draft."""
     with Checkpoint.open(directory) as checkpoint:
-        last = checkpoint.config["num_hidden_layers"]
+        last = text_config(checkpoint.config)["num_hidden_layers"]
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             for name in checkpoint.tensors:
@@ -60,7 +69,9 @@ def load(engine: ModuleType, directory: Path, tp: int, ep: int = 1, mtp: bool = 
 
     def rename(name: str) -> str:
         name = name.replace("model.decoder.", f"model.layers.{last}.").replace(".mtp_block.", ".")
-        return name.replace(".experts.routed_experts", ".experts")
+        for theirs, stored in RENAMED.items():
+            name = name.replace(theirs, stored)
+        return name
 
     return Loaded(
         directory,
@@ -76,7 +87,7 @@ def quantized_linears(directory: Path, mtp: bool = False) -> int:
     fused = {part: leaf for leaf, parts in FUSED.items() for part in parts}
     found = set()
     with Checkpoint.open(directory) as checkpoint:
-        last = checkpoint.config["num_hidden_layers"]
+        last = text_config(checkpoint.config)["num_hidden_layers"]
         for name in (name for name, info in checkpoint.tensors.items() if info.dtype == "I8"):
             module, leaf = name.removesuffix(".weight").rsplit(".", 1)
             layer = int(module.split(".layers.")[1].split(".")[0])
@@ -107,6 +118,8 @@ def compare(loaded: Loaded) -> int:
                 count += 1
             elif isinstance(weight, Tensor) and f"{loaded.rename(name)}.weight" in checkpoint.tensors:
                 comparison.same(f"{name}.weight")
+                if f"{loaded.rename(name)}.bias" in checkpoint.tensors:
+                    comparison.same(f"{name}.bias")
             if isinstance(getattr(module, "e_score_correction_bias", None), Tensor) and name.endswith(".gate"):
                 comparison.same(f"{name}.e_score_correction_bias")
     return count
@@ -135,12 +148,12 @@ class Comparison:
                 raise ConformanceError(f"{name}: described as {scheme.value}, which its weight is not")
 
     def same(self, name: str) -> None:
-        """A float tensor: the same on every rank, or in rows over the ranks, padded at the end."""
+        """A float tensor: the same on every rank, or in rows or columns over the ranks, padded at the end."""
         stored = self.checkpoint.read(self.loaded.rename(name))
         module, _, leaf = name.rpartition(".")
         held = [getattr(modules[module], leaf).data for modules in self.loaded.ranks]
         whole = [tensor for tensor in held if tensor.shape == stored.shape]
-        for tensor in whole or [torch.cat(held)[: stored.shape[0]]]:
+        for tensor in whole or [_together(held, len(stored), 3 if "qkv" in module else 1)]:
             # A router may be held in float32; nothing may be held in less than it is stored in.
             if tensor.dtype not in (stored.dtype, torch.float32) or not torch.equal(tensor.to(stored.dtype), stored):
                 raise ConformanceError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what the artifact has")
@@ -272,6 +285,14 @@ class Comparison:
             output_dtype=torch.float32,
             **extra,
         )[0]
+
+
+def _together(held: Sequence[Tensor], rows: int, fused: int) -> Tensor:
+    """The whole of which each rank has a share of the columns, or of the rows of each of `fused` matrices."""
+    if len(held[0]) == rows:
+        return torch.cat(list(held), dim=1)
+    pieces = zip(*(tensor.chunk(fused) for tensor in held), strict=True)
+    return torch.cat([torch.cat(piece) for piece in pieces])[:rows]
 
 
 def _rounded(part: LinearPart) -> LinearPart:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from ascend_rig import models
+from kimi_k25 import as_k25
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,10 +38,22 @@ _WIDE = {
     "architectures": ["DeepseekV3ForCausalLM"],
 }
 _INDEXER = {"index_n_heads": 16, "index_head_dim": 128, "index_topk": 2048}
+_GLM_5 = (
+    models.KIMI
+    | _WIDE
+    | _INDEXER
+    | {
+        "model_type": "glm_moe_dsa",
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "num_nextn_predict_layers": 1,
+        "indexer_rope_interleave": True,
+    }
+)
 CONFIGS: dict[str, dict[str, Any]] = {
     "v2-lite": models.V2_LITE | _WIDE | {"architectures": ["DeepseekV2ForCausalLM"]},
     "v3-mtp": models.KIMI | _WIDE | {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1},
     "kimi": models.KIMI | _WIDE,
+    "kimi-k2.5": models.KIMI | _WIDE,  # its text model
     # 20 heads, which 1, 2, 4 and 5 ranks share, and so do the other widths.
     "glm-flash": models.GLM_FLASH
     | _WIDE
@@ -64,24 +77,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["DeepseekV32ForCausalLM"],
         "num_nextn_predict_layers": 1,
     },
-    "glm-5": models.KIMI
-    | _WIDE
-    | _INDEXER
+    # An indexer in every layer, as GLM-5 and 5.1 have; in 5.2 layers share selections.
+    "glm-5": _GLM_5,
+    "glm-5.2": _GLM_5
     | {
-        "model_type": "glm_moe_dsa",
-        "architectures": ["GlmMoeDsaForCausalLM"],
         "num_hidden_layers": 3,
-        "num_nextn_predict_layers": 1,
         "indexer_types": ["full", "full", "shared"],
         "index_topk_freq": 4,
         "index_skip_topk_offset": 2,
-        "indexer_rope_interleave": True,
     },
 }
 # Every artifact, and those that have an MTP layer.
 STATIC = "v3-static"
 ARTIFACTS = ("example", *CONFIGS, STATIC)
 WITH_MTP = ("example", *(name for name, config in CONFIGS.items() if config["num_nextn_predict_layers"]))
+# Published with a vision tower, a nested config and experts in int4; of the tower's heads 16 ranks get one each.
+_VISION = {"kimi-k2.5": {"hidden_size": 128, "num_attention_heads": 16, "intermediate_size": 64}}
 # Stored in FP8 blocks, as DeepSeek and Moonshot publish; the others in bfloat16.
 _FP8 = {"kimi", "v32"}
 _BLOCK = 32
@@ -109,6 +120,8 @@ def write_artifact(name: str, folder: Path) -> Path:
     if name == STATIC:
         return corrupt(folder / "v3-mtp", folder / name, _make_static)
     source = EXAMPLE if name == "example" else _write_source(name, folder / f"{name}-source")
+    if name in _VISION:
+        source = as_k25(source, folder / f"{name}-published", **_VISION[name])
     convert_checkpoint(source, folder / name, method="minmax", workers=1)
     return folder / name
 

@@ -14,7 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from npuq.engines.parameters import MODELS, EngineModel, draft_tensors, main_tensors, parameter_problems
+from npuq.engines.parameters import (
+    MODELS,
+    EngineModel,
+    draft_tensors,
+    indexer_notes,
+    main_tensors,
+    parameter_problems,
+)
 from npuq.engines.placement import check_placement
 from npuq.errors import ArtifactError, CheckpointError
 from npuq.formats.artifact import read_description
@@ -79,20 +86,28 @@ def model_of(name: str, directory: Path) -> tuple[EngineModel, dict[str, Any], d
     return MODELS[name][ModelConfig.from_dict(raw).family.architecture], raw, schemes
 
 
-def check_needed(name: str, engine: ModuleType, directory: Path, mtp: bool) -> None:
+def refused_by(release: str, directory: Path) -> list[str]:
+    """What npuq says of an artifact that this release does not load, and others of the engine do."""
+    name, _, version = release.partition(" ")
+    _, raw, schemes = model_of(name, directory)
+    return [why for releases, why in indexer_notes(name, ModelConfig.from_dict(raw), schemes) if version in releases]
+
+
+def check_needed(release: str, engine: ModuleType, directory: Path, mtp: bool) -> None:
     """The engine misses exactly the tensors that the list has, of all that the artifact has.
 
-    A draft that the list says is not loaded is not.
+    A draft that the list says is not loaded is not, nor an artifact that npuq says this release refuses.
     """
-    model, raw, schemes = model_of(name, directory)
-    if mtp and not model.loads_draft:
+    model, raw, schemes = model_of(release.partition(" ")[0], directory)
+    if (mtp and not model.loads_draft) or refused_by(release, directory):
         assert not loads(engine, directory, mtp)
         return
     tensors = (draft_tensors if mtp else main_tensors)(model, raw, schemes)
     needed = tensors.needed
-    # The description leaves the biases of norms out.
+    family = ModelConfig.from_dict(raw).family
+    # The description leaves the biases of norms out; of a vision tower npuq has no table.
     with Checkpoint.open(directory) as checkpoint:
-        stored = list(checkpoint.tensors)
+        stored = [name for name in checkpoint.tensors if not family.passes_through(name)]
     assert needed <= set(stored)
     assert loads(engine, directory, mtp)
     for tensor in stored:
@@ -165,25 +180,25 @@ VARIATIONS = {
     "GLM, topk_method and scoring_func unsaid": Variation({"topk_method": ..., "scoring_func": ...}, of="glm-flash"),
     "GLM, moe_layer_freq unsaid": Variation({"moe_layer_freq": ...}, of="glm-flash"),
     "GLM, no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts"), of="glm-flash"),
+    "Kimi-K2.5 as it is": Variation({}, of="kimi-k2.5"),
     "V3.2 as it is": Variation({}, of="v32"),
-    # Without the key the engines build no indexers, and drop their tensors.
-    "V3.2, index_topk unsaid": Variation({"index_topk": ...}, silent=("vllm-ascend", "sglang"), of="v32"),
     "GLM-5 as it is": Variation({}, of="glm-5"),
-    "GLM-5, the indexer's rope unsaid": Variation(
-        {"indexer_rope_interleave": ...}, silent=("vllm-ascend", "sglang"), of="glm-5"
+    "GLM-5.2 as it is": Variation({}, of="glm-5.2"),
+    "GLM-5.2, the indexer's rope unsaid": Variation(
+        {"indexer_rope_interleave": ...}, silent=("vllm-ascend", "sglang"), of="glm-5.2"
     ),
-    "GLM-5, shared layers as a list alone": Variation(
-        {"index_topk_freq": ..., "index_skip_topk_offset": ...}, of="glm-5"
+    "GLM-5.2, shared layers as a list alone": Variation(
+        {"index_topk_freq": ..., "index_skip_topk_offset": ...}, of="glm-5.2"
     ),
-    "GLM-5, shared layers as a pattern": Variation(
-        {"index_topk_freq": ..., "index_skip_topk_offset": ..., "index_topk_pattern": "FFS"}, of="glm-5"
+    "GLM-5.2, shared layers as a pattern": Variation(
+        {"index_topk_freq": ..., "index_skip_topk_offset": ..., "index_topk_pattern": "FFS"}, of="glm-5.2"
     ),
 }
 
 
-def check_variation(name: str, engine: ModuleType, artifacts: Callable[[str], Path], folder: Path, key: str) -> None:
+def check_variation(release: str, engine: ModuleType, artifacts: Callable[[str], Path], folder: Path, key: str) -> None:
     """npuq says of an artifact what the engine does with it."""
-    variation = VARIATIONS[key]
+    name, variation = release.partition(" ")[0], VARIATIONS[key]
     source = artifacts(variation.of)
     if variation.how is None:
         shutil.copytree(source, folder)
@@ -193,7 +208,7 @@ def check_variation(name: str, engine: ModuleType, artifacts: Callable[[str], Pa
     raw = json.loads(path.read_text()) | variation.config
     path.write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
     try:
-        told = list(check_placement(folder, name, 1, False))
+        told = [*check_placement(folder, name, 1, False), *refused_by(release, folder)]
     except CheckpointError as error:
         told = [str(error)]
     silent = name in variation.silent

@@ -36,4 +36,11 @@ def release(request: pytest.FixtureRequest) -> str:
 def artifact(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """An artifact by the name of its model. Read only."""
     folder: Path = request.config.getoption("--artifacts")
-    return lambda name: folder / name
+    release: str = request.config.getoption("--release")
+
+    def named(name: str) -> Path:
+        if name == "glm-5" and release == "vllm-ascend 0.23.0":
+            pytest.skip("this release builds an indexer in layers that share a selection")
+        return folder / name
+
+    return named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,8 @@ LOADS = ""  # the rule is there for another engine or release
 @dataclass(frozen=True)
 class Rule:
     """told: words of `npuq verify --engine` for the engines in `by`. ends: words of the error that ends loading in each
-    release that was tried, of the model or, with `mtp`, its draft."""
+    release, of the model or, with `mtp`, its draft. of: the artifact that breaks it. alone: an engine changes its
+    classes for the rest of the process."""
 
     told: str
     ends: Mapping[str, str]
@@ -33,6 +35,8 @@ class Rule:
     config: Mapping[str, Any] = field(default_factory=dict)
     mtp: bool = False
     by: tuple[str, ...] = ENGINES
+    of: str = "v3-mtp"
+    alone: bool = False
 
 
 def _as(scheme: Scheme, *modules: str) -> Corruption:
@@ -60,6 +64,13 @@ def _as(scheme: Scheme, *modules: str) -> Corruption:
 def _unlisted(name: str) -> Corruption:
     def how(tensors: Tensors, tags: Tags) -> None:
         del tags[name]
+
+    return how
+
+
+def _listed(name: str) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        tags[name] = Scheme.FLOAT.value
 
     return how
 
@@ -98,10 +109,9 @@ RULES = {
         {_OLD: "ZeroDivisionError", _NEW: "doesn't support quant_type=W4A8_DYNAMIC", _SGLANG: "RuntimeError"},
         _as(Scheme.W4A8, f"{LAYER}.self_attn.q_b_proj"),
     ),
-    # vLLM-Ascend 0.30 would choose among kernels of the device here.
     "FLOAT experts": Rule(
         "engines refuse FLOAT routed experts",
-        {_OLD: LOADS, _SGLANG: "Unsupported ModelSlim MoE"},
+        {_OLD: LOADS, _NEW: LOADS, _SGLANG: "Unsupported ModelSlim MoE"},
         _as(Scheme.FLOAT, *_experts("gate_proj", "up_proj", "down_proj")),
     ),
     "experts of two schemes": Rule(
@@ -140,11 +150,19 @@ RULES = {
         {_OLD: "KeyError", _NEW: "KeyError", _SGLANG: "Missing ModelSlim MoE"},
         _unlisted(f"{LAYER}.mlp.experts.0.down_proj.weight"),
     ),
-    # vLLM's own part, which compares it with --quantization, is not run here.
+    # As a server with `--quantization ascend` starts.
     "the source's quantization_config": Rule(
         "engines would ignore quant_model_description.json",
-        {_SGLANG: "Missing ModelSlim MoE"},
+        {**dict.fromkeys((_OLD, _NEW), "does not match the quantization"), _SGLANG: "Missing ModelSlim MoE"},
         config={"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    ),
+    # On a device the bias would be zero, and cost time.
+    "a norm's bias in the description": Rule(
+        "k_norm.bias",
+        dict.fromkeys((_OLD, _NEW, _SGLANG), r"norm\.bias'.*not loaded"),
+        _listed(f"{LAYER}.self_attn.indexer.k_norm.bias"),
+        of="v32",
+        alone=True,
     ),
 }
 
@@ -156,6 +174,19 @@ def break_rule(rule: Rule, artifact: Path, folder: Path) -> Path:
         path = folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
+
+
+def ending_alone(engine: ModuleType, directory: Path, mtp: bool) -> str:
+    """`ending` in a process of its own."""
+    fork = get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: there.send(ending(engine, directory, mtp)))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    finally:
+        process.join()
 
 
 def ending(engine: ModuleType, directory: Path, mtp: bool) -> str:

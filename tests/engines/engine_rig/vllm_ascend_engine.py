@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
@@ -17,7 +18,10 @@ from transformers import PretrainedConfig
 from vllm.config import vllm as vllm_config_module
 from vllm.distributed import parallel_state
 from vllm.model_executor.model_loader.utils import configure_quant_config
+from vllm.model_executor.models import kimi_k25
+from vllm.model_executor.models.interfaces import SupportsQuant
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 from vllm_ascend.models import register_model
 from vllm_ascend.ops.mla import AscendMultiHeadLatentAttention
 from vllm_ascend.quantization.utils import detect_quantization_method
@@ -33,6 +37,15 @@ register_model()
 # Attention has no weights of its own but the linears that it is given; communication is not part of loading.
 AscendMultiHeadLatentAttention.__init__ = lambda self, *args, **kwargs: nn.Module.__init__(self)
 release.moe.setup_moe_comm_method = lambda config: None
+
+# Classes look among their arguments for a VllmConfig, to tell the quantization of their names and fused modules.
+SupportsQuant._find_quant_config = staticmethod(lambda *args, **kwargs: kwargs["vllm_config"].quant_config)
+# vLLM finds no platform here. vLLM-Ascend's is one out of vLLM's tree: its layers choose no kernels of vLLM's, and
+# vision towers are moved to its device.
+type(current_platform).is_out_of_tree = lambda self: True
+type(current_platform).current_device = staticmethod(lambda: "cpu")
+
+kimi_k25.init_vllm_registered_model = lambda *args, **kwargs: _construct_inner(*args, **kwargs)
 
 # vLLM gives its draft the embedding and the head of the model that it drafts for, whatever was loaded.
 BORROWED_BY_DRAFT = ("embed_tokens", "shared_head.head")
@@ -76,14 +89,27 @@ def _absorb(kv_b_proj: nn.Module) -> None:
         AscendMLAImpl.process_weights_after_loading(Namespace(kv_b_proj=kv_b_proj), torch.bfloat16)
 
 
-def _construct(config: Any, hf_config: PretrainedConfig) -> nn.Module:
+def _construct(config: Any, hf_config: PretrainedConfig, prefix: str = "") -> nn.Module:
     """An empty model of the class that the registry has for the architecture."""
     registered = ModelRegistry.models.get((hf_config.architectures or [""])[0])
     if registered is None:
         raise ValueError(f"no model class for the architectures {hf_config.architectures}")
     model_class = registered.load_model_cls()
     configure_quant_config(config.quant_config, model_class)
-    return model_class(vllm_config=config)
+    return model_class(vllm_config=config, prefix=prefix)
+
+
+def _construct_inner(vllm_config: Any, hf_config: PretrainedConfig, prefix: str, architectures: list[str]) -> nn.Module:
+    """The text model in a vision model, whose configuration is the whole model's with the text model's hf_config."""
+    hf_config = deepcopy(hf_config)
+    hf_config.architectures = architectures
+    model = Namespace(**{**vars(vllm_config.model_config), "hf_config": hf_config})
+    inner = Namespace(**{**vars(vllm_config), "model_config": model})
+    vllm_config_module._current_vllm_config = inner
+    try:
+        return _construct(inner, hf_config, prefix)
+    finally:
+        vllm_config_module._current_vllm_config = vllm_config
 
 
 def moe_scheme(directory: Path, tp: int) -> object:

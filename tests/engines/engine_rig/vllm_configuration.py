@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import vllm.config
-from vllm.config import CompilationConfig
+from vllm.config import CompilationConfig, ModelConfig, MultiModalConfig
 from vllm.config.compilation import CompilationMode
 from vllm.config.kernel import KernelConfig
 from vllm.config.speculative import SpeculativeConfig
@@ -37,7 +37,14 @@ def vllm_configuration(directory: Path, tp: int, ep: int, mtp: bool) -> Any:
         is_encoder_decoder=False,
         enable_return_routed_experts=False,
         head_dtype=torch.bfloat16,
+        multimodal_config=MultiModalConfig(),
     )
+    model.get_multimodal_config = lambda: model.multimodal_config
+    # As `--quantization ascend` says it, against what config.json says.
+    stated = getattr(hf_config, "quantization_config", None)
+    model.model_arch_config = Namespace(quantization_config=stated)
+    model._parse_quant_hf_config = lambda hf_config: stated
+    ModelConfig._verify_quantization(model)
     parallel = _defaults(
         "ParallelConfig",
         tensor_parallel_size=tp,
