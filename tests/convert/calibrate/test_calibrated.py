@@ -48,7 +48,9 @@ def test_every_family_and_chain_gives_a_sound_artifact(family, method, write, te
     convert(directory, tmp_path / "out", texts, method=method)
     verdict = verify(tmp_path / "out", directory)
     assert verdict.problems == ()
-    assert bool(verdict.notes) is ("smooth" in method)
+    # Smoothing folds factors into norms, which verify notes; SGLang's draft of a GLM is a note of its own.
+    notes = [note for note in verdict.notes if "MTP draft" not in note]
+    assert bool(notes) is ("smooth" in method)
     manifest = manifest_of(tmp_path / "out")
     layers = manifest["calibration"]["layers"]
     assert list(layers) == ["0", "1", "2"] and layers["0"]["expert_tokens"] == []
