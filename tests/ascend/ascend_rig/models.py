@@ -218,7 +218,8 @@ def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def indexer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, int]]:
     """As `attention_shapes`, of a layer's lightning indexer; empty for a layer without one."""
-    if "index_topk" not in config or config.get("indexer_types", ["full"] * (layer + 1))[layer] == "shared":
+    # An MTP layer, behind the listed ones, always has its own.
+    if "index_topk" not in config or config.get("indexer_types", [])[layer : layer + 1] == ["shared"]:
         return {}
     hidden, heads, width = config["hidden_size"], config["index_n_heads"], config["index_head_dim"]
     return {

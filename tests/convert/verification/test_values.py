@@ -249,7 +249,7 @@ def test_absent_mtp_layers_are_fine_and_reported(make_checkpoint: Callable[..., 
             del tensors[name]
 
     summary = convert_checkpoint(make_checkpoint(edit=drop), tmp_path / "out", method="minmax")
-    assert any("MTP layers (3)" in note for note in summary.notes)
+    assert any("does not have (layer 3)" in note for note in summary.notes)
     assert "mtp_quantize" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -260,7 +260,6 @@ def test_a_tokenizer_that_is_tiktokens(make_checkpoint, tmp_path):
     (source / "tokenization_kimi.py").write_text("# code\n")
     assert any("no tokenizer" in note for note in convert_checkpoint(source, tmp_path / "a", dry_run=True).notes)
     (source / "tiktoken.model").write_text("aGVsbG8= 0\n")
-    (note,) = [note for note in convert_checkpoint(source, tmp_path / "a", dry_run=True).notes if "tokenizer" in note]
-    assert "tiktoken.model, which npuq does not read (vLLM-Ascend and SGLang do)" in note
+    assert not any("tokenizer" in note for note in convert_checkpoint(source, tmp_path / "a", dry_run=True).notes)
     convert_checkpoint(source, tmp_path / "out", method="minmax")
     assert (tmp_path / "out" / "tiktoken.model").read_text() == "aGVsbG8= 0\n"
