@@ -27,6 +27,40 @@ static const struct kernels *const levels[] = {
 
 enum { LEVELS = sizeof levels / sizeof *levels };
 
+#if defined(__x86_64__) && !defined(NPUQ_EVERY_LEVEL)
+/* CPUID and XGETBV (Intel SDM, volume 1, 13.3 and volume 2, CPUID): not every compiler's run-time library fills the
+ * tables behind __builtin_cpu_supports. */
+struct cpu {
+    unsigned ecx1, ebx7, ecx7; /* of leaves 1 and 7 */
+    unsigned saved;            /* registers that the operating system saves: bits of XCR0 */
+};
+
+static struct cpu read_cpu(void) {
+    struct cpu cpu = {0};
+    unsigned a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) cpu.ecx1 = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) cpu.ebx7 = b, cpu.ecx7 = c;
+    if (cpu.ecx1 >> 27 & 1) { /* OSXSAVE */
+        __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+        cpu.saved = a;
+    }
+    return cpu;
+}
+
+static int has(unsigned word, unsigned bits) { return (word & bits) == bits; }
+
+static int has_avx2(struct cpu cpu) {
+    enum { FMA = 1u << 12, AVX = 1u << 28, F16C = 1u << 29, AVX2 = 1u << 5, XMM_YMM = 0x6 };
+    return has(cpu.saved, XMM_YMM) && has(cpu.ecx1, FMA | AVX | F16C) && has(cpu.ebx7, AVX2);
+}
+
+static int has_avx512vnni(struct cpu cpu) {
+    enum { VNNI = 1u << 11, MASKS_AND_ZMM = 0xe0 };
+    const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    return has_avx2(cpu) && has(cpu.saved, MASKS_AND_ZMM) && has(cpu.ebx7, f_dq_bw_vl) && has(cpu.ecx7, VNNI);
+}
+#endif
+
 int npuq_abi_version(void) { return NPUQ_ABI_VERSION; }
 
 int npuq_level_count(void) { return LEVELS; }
@@ -34,18 +68,11 @@ int npuq_level_count(void) { return LEVELS; }
 const char *npuq_level_name(int level) { return level >= 0 && level < LEVELS ? levels[level]->name : NULL; }
 
 int npuq_level_usable(int level) {
-#if defined(__x86_64__)
-    /* The compiler's run-time check also asks the operating system (XGETBV) whether it saves the wide registers. */
-    __builtin_cpu_init();
-    if (level == 1) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    }
-    if (level == 2) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&
-               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    }
+#if defined(NPUQ_EVERY_LEVEL) /* tests, with the instructions of a level emulated */
+    return level >= 0 && level < LEVELS;
+#elif defined(__x86_64__)
+    if (level == 1) return has_avx2(read_cpu());
+    if (level == 2) return has_avx512vnni(read_cpu());
 #elif defined(__aarch64__)
     enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* of the Linux ABI's HWCAP and HWCAP2; older headers lack the names */
     int dotprod = (getauxval(AT_HWCAP) & ASIMDDP) != 0;
@@ -56,11 +83,12 @@ int npuq_level_usable(int level) {
 }
 
 int npuq_sha256_usable(void) {
-#if defined(__x86_64__)
-    /* Older compilers lack its name in their run-time check: leaf 7, bit 29 of EBX. */
-    unsigned a, b, c, d;
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("sse4.1") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && b >> 29 & 1;
+#if defined(NPUQ_EVERY_LEVEL)
+    return 1;
+#elif defined(__x86_64__)
+    enum { SSE41 = 1u << 19, SHA = 1u << 29 };
+    struct cpu cpu = read_cpu();
+    return has(cpu.ecx1, SSE41) && has(cpu.ebx7, SHA);
 #elif defined(__aarch64__)
     enum { SHA2 = 1 << 6 };
     return (getauxval(AT_HWCAP) & SHA2) != 0;
