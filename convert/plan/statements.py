@@ -155,7 +155,7 @@ def _dtype(raw: Mapping[str, Any], config: ModelConfig, inventory: Inventory, so
 
 
 def _quantization(checkpoint: Checkpoint, source: WeightSource) -> Iterator[str]:
-    """What quantization_config claims and the stored tensors deny; the tensors count."""
+    """A line for each claim of quantization_config that the stored tensors deny; the tensors count."""
     claim, described = checkpoint.text_config.get("quantization_config"), description_path(checkpoint.directory)
     yield from _fp8(claim, source)
     yield from _grouped_int4(claim, source)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 
 from torch import Tensor
 
@@ -17,39 +16,18 @@ from ...models.config import ModelConfig
 from ...models.family import Block
 from ...quant.stored_rows import StoredRows
 from .stored_linear import StoredLinear
-from .weights import RowBytes, Weight, WeightSource
+from .weights import DerivedWeight, RowBytes, Weight, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
-class SharedWeight:
+class SharedWeight(DerivedWeight):
     """A `Weight` read a second time under another name."""
 
-    inner: Weight
     name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.inner.dtype
-
-    @property
-    def float_code(self) -> str:
-        return self.inner.float_code
-
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
 
     @property
     def stored_names(self) -> tuple[str, ...]:
         return self.inner.stored_names
-
-    @property
-    def file(self) -> Path:
-        return self.inner.file
 
     @property
     def block_rows(self) -> int:

@@ -128,7 +128,7 @@ def claimed_otherwise(quantization: Any) -> str | None:
 
 
 def _claims(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What the groups of config.json say of weights."""
+    """The weights' settings in each group of config.json."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping):
         return []

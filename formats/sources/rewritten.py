@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ...quant.rotation import Rotation
 from ...quant.stored_rows import StoredRows
-from .weights import Weight, WeightSource, not_finite
+from .weights import DerivedWeight, Weight, WeightSource, not_finite
 
 # Rows, and then columns, that are rotated at a time.
 _PANEL = 256
@@ -77,10 +76,9 @@ class _Gains:
 
 
 @dataclass(frozen=True, slots=True)
-class RewrittenWeight:
+class RewrittenWeight(DerivedWeight):
     """A `Weight` computed from another: float32 rows."""
 
-    inner: Weight
     change: Rewrite
     gains: _Gains
     # Per thread: name and rows of the last weight with rotated outputs, for its next chunk.
@@ -93,31 +91,11 @@ class RewrittenWeight:
         return self.inner.name
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.inner.dtype
-
-    @property
-    def float_code(self) -> str:
-        return self.inner.float_code
-
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    @property
     def stored_names(self) -> tuple[str, ...]:
         """The weight's tensors, then those of the folded norms."""
         if self.change.ones:
             return ()
         return self.inner.stored_names + self.gains.stored_names(tuple(chain.from_iterable(self.change.gain)))
-
-    @property
-    def file(self) -> Path:
-        return self.inner.file
 
     @property
     def held_bytes(self) -> int:

@@ -112,6 +112,33 @@ class OfTensor:
         return self.info.file
 
 
+@dataclass(frozen=True, slots=True)
+class DerivedWeight:
+    """The part of a `Weight` made of another, `inner`, that it takes over unchanged."""
+
+    inner: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.inner.dtype
+
+    @property
+    def float_code(self) -> str:
+        return self.inner.float_code
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def file(self) -> Path:
+        return self.inner.file
+
+
 @dataclass(frozen=True)
 class RowBytes:
     """The bytes of a weight whose rows [N, K] are contiguous in a tensor, in a dtype of the native kernels.

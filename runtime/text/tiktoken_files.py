@@ -32,7 +32,7 @@ _BASE64: Final = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 
 @dataclass(frozen=True)
 class Family:
-    """What the code of a tokenizer class adds to `tiktoken.model`.
+    """The parts that the code of a tokenizer class adds to `tiktoken.model`.
 
     pattern: pieces of a text, in the regular expressions of tiktoken. reserved: ids after the ranks that are special
     tokens, those without a name too. most_run, most_characters: a longer run of white space or of other characters is

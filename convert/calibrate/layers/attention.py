@@ -107,7 +107,7 @@ class AttentionBlock:
         return kind.write(*self._start(kind, weights, x), self._dense_cache, step, ops)
 
     def handed(self, selected: Tensor | None, batch: slice) -> Tensor | None:
-        """What the layer below handed on to a batch; None for a layer that selects by itself, or attends to all."""
+        """The selection handed on from below to a batch; None for a layer that selects by itself, or attends to all."""
         takes = self._walk.config.attention.takes_selection(self._layer.index)
         return selected[batch] if selected is not None and takes else None
 
@@ -153,7 +153,7 @@ def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[d
 
 
 def _selections(walk: Walk) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """What layers hand on in the float model and in the quantized one; None where attention selects nothing."""
+    """Selections handed on in the float model and in the quantized one; None where attention selects nothing."""
     return (None, None) if walk.selections is None else (walk.selections.floats, walk.selections.quantized)
 
 
