@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from ..ranks.group import ALONE, Group
 from .handles import Activation, Gating, MlpWeights, MoeWeights
 from .norms import Norms
 from .products import Products
@@ -14,8 +15,8 @@ from .products import Products
 class Routing(ABC):
     """Operators that route tokens to experts and back, and composites of them with products and norms."""
 
-    def __init__(self, norms: Norms, products: Products):
-        self.norms, self.products = norms, products
+    def __init__(self, norms: Norms, products: Products, group: Group = ALONE):
+        self.norms, self.products, self.group = norms, products, group
 
     @abstractmethod
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ....errors import BackendError
+from ...ranks.group import ALONE, Group
 from .. import Ops
 from .cache import AscendCaches
 from .device import Npu
@@ -42,6 +43,7 @@ class AscendOps(Ops):
         kv_layout: str = "nz",
         fused_prolog: bool = True,
         soc: str | None = None,
+        group: Group = ALONE,
     ):
         if kv_layout not in ("nz", "nd"):
             raise BackendError(f"kv_layout {kv_layout!r} is neither 'nz' nor 'nd'")
@@ -59,12 +61,12 @@ class AscendOps(Ops):
         if soc is None:
             raise BackendError(f"{self.device} is not an NPU")
         self.soc = require_soc(soc)
-        self.dtype = dtype
+        self.dtype, self.group = dtype, group
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms)
-        self.routing = AscendRouting(self.npu, self.norms, self.products)
+        self.routing = AscendRouting(self.npu, self.norms, self.products, group)
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)

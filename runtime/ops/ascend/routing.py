@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....errors import BackendError
+from ...ranks.group import Group
 from ..handles import Activation, Gating, Quantized
 from ..norms import Norms
 from ..products import Products
@@ -19,8 +20,8 @@ DYNAMIC_INT8, NOT_QUANTIZED = 1, -1  # quant_mode of init_routing_v2
 class AscendRouting(Routing):
     """Routing; the blocks around it are the default ones."""
 
-    def __init__(self, npu: Npu, norms: Norms, products: Products):
-        super().__init__(norms, products)
+    def __init__(self, npu: Npu, norms: Norms, products: Products, group: Group):
+        super().__init__(norms, products, group)
         self.npu = npu
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
