@@ -1,1 +1,1 @@
-"""One model over several processes: ranks, which exchange rows, and the steps that rank 0 tells the others."""
+"""The runtime over several processes, one a device: who owns what, and how they talk."""
