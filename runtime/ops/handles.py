@@ -119,8 +119,9 @@ class MlaParts:
     """The stored attention weights of one layer, from which `LatentAttention.load` makes its handle.
 
     q_a, q_b and q_a_norm (float `[q_lora]`) are None, and q set, in models without q_lora; otherwise q is None.
-    kv_b is float `[N·(nope+v), L]`; kv_a_norm is float `[L]`. heads: the division of kv_b's rows, of which kv_b is this
-    rank's part; None where it is whole.
+    kv_b is float `[N·(nope+v), L]`; kv_a_norm is float `[L]`.
+
+    Where ranks divide the heads, q or q_b, kv_b and o have those of this rank alone, and `MlaConfig.heads` counts them.
     """
 
     q: LinearPart | None
@@ -131,7 +132,6 @@ class MlaParts:
     kv_a_norm: Tensor
     kv_b: Tensor
     o: LinearPart
-    heads: Division | None = None
 
 
 @dataclass(frozen=True)
