@@ -135,6 +135,8 @@ class NativeRouting(Routing):
     def moe_experts(
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
     ) -> Tensor:
+        if weights.ranks > 1:
+            return super().moe_experts(hidden, top_weights, expert_ids, weights, shared)
         hidden, top_weights, expert_ids = hidden.contiguous(), top_weights.contiguous(), expert_ids.contiguous()
         shared = None if shared is None else shared.contiguous()
         gate_up, down, (tokens, k) = (
