@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....ranks.group import Group
 from ...handles import Activation, MoeWeights, Quantized
-from ...norms import Norms
-from ...products import Products
 from ...routing import Routing
 from ..device import Npu
 from .communicator import Communicator
@@ -41,11 +38,8 @@ class Sent(NamedTuple):
 class DividedExperts:
     """Experts of a layer of which this rank has those of one range. communicator: None where no step dispatches."""
 
-    def __init__(
-        self, npu: Npu, norms: Norms, products: Products, routing: Routing, group: Group, communicator: Communicator | None
-    ):
-        self.npu, self.norms, self.products, self.routing = npu, norms, products, routing
-        self.group, self.communicator = group, communicator
+    def __init__(self, npu: Npu, routing: Routing, communicator: Communicator | None):
+        self.npu, self.routing, self.group, self.communicator = npu, routing, routing.group, communicator
         # All layers of a step take the same.
         self._sent = lru_cache(maxsize=4)(self._make_sent)
         self._order = lru_cache(maxsize=4)(self._make_order)
@@ -88,11 +82,6 @@ class DividedExperts:
     def _make_order(self, rows: int) -> Tensor:
         return torch.arange(rows, dtype=torch.int32, device=self.npu.device)
 
-    def _experts(self, rows: Activation, weights: MoeWeights, group_list: Tensor) -> Tensor:
-        gate_up = self.products.grouped_matmul(rows, weights.gate_up, group_list)
-        inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
-        return self.products.grouped_matmul(inner, weights.down, group_list)
-
     def _own_rows(self, hidden: Tensor, expert_ids: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """The rows of this rank's experts: → (`[T·k, H]` in the order of tokens and choices, row index `[T·k]`).
 
@@ -110,7 +99,7 @@ class DividedExperts:
             active_expert_range=[first, first + each],
             quant_mode=DYNAMIC_INT8 if weights.quantized else NOT_QUANTIZED,
         )
-        out = self._experts(Quantized(rows, scale) if weights.quantized else rows, weights, group_list)
+        out = self.routing.run_experts(Quantized(rows, scale) if weights.quantized else rows, group_list, weights)
         return out.index_select(0, row_index.clamp(min=0)), row_index
 
     def _summed(self, own: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,7 +152,7 @@ class DividedExperts:
         )
         rows: Activation = self._quantized(received) if weights.quantized else received
         combined: Tensor = self.npu.operators.npu_moe_distribute_combine_v2(
-            self._experts(rows, weights, group_list),
+            self.routing.run_experts(rows, group_list, weights),
             ids,
             assist,
             counts,
