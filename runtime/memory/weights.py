@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 from ...formats.schemes import Scheme
 from ...models.family import Block
 from ..ranks.layout import Owned
-from .stored import Part, Stored, StoredModel
+from .stored import Part, StoredModel
 
 
 class Bytes(NamedTuple):
@@ -84,8 +84,8 @@ class NpuMemory:
             return (part.stored.itemsize or self.itemsize) * values
         if part.entry.part == "kv_b":  # decompression, and the two halves that absorb
             return 2 * self.itemsize * values
-        # A static linear has its scale and quant_bias; with float16 the scale takes eight bytes.
-        columns = {Scheme.FLOAT: 0, Scheme.W8A8: 4, Scheme.W8A8_STATIC: 12, Scheme.W4A8: 4}[scheme]
+        # A static linear has a quant_bias beside its scale.
+        columns = {Scheme.W8A8: _FLOAT32, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(scheme, 0)
         return _code_bytes(scheme, values, self.itemsize) + columns * outputs
 
 
@@ -104,7 +104,8 @@ class CpuMemory:
         if not stored.mapped:
             return Bytes(copied=self.itemsize * values)
         codes = _code_bytes(stored.scheme, values, stored.itemsize)
-        scales = (0 if stored.scheme is Scheme.FLOAT else _FLOAT32) * outputs
+        columns = {Scheme.FLOAT: 0, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(stored.scheme, _FLOAT32)
+        scales = columns * outputs
         return Bytes(scales, codes) if by_columns else Bytes(codes + scales)
 
 
