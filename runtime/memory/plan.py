@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
+
 from ...errors import BackendError
 from ...units import format_bytes
 from ..attention.kinds import attention_of
@@ -163,9 +165,7 @@ def _remedy(model: StoredModel, ranks: int, backend: Backend, memory: int, sizes
 
 
 def cache_bytes(model: StoredModel, itemsize: int, *, int8: bool = False, layout: CacheLayout = "nz") -> int:
-    """Bytes of a token in the caches of all layers. Every rank has the whole cache. int8: where pools can hold codes."""
-    import torch
-
+    """Bytes of a token in the caches of all layers, which every rank has. int8: pools that can hold codes do."""
     config = model.config
     kind = attention_of(config, 1.0)
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]

@@ -60,7 +60,7 @@ def stored_model(config: ModelConfig, weights: Mapping[str, Weight]) -> StoredMo
 
 
 def model_of_schemes(config: ModelConfig, scheme_of: Callable[[Spec], Scheme]) -> StoredModel:
-    """Find the parts of a model that has no files yet: each tensor has the scheme of `scheme_of`, or the model's dtype."""
+    """Find the parts of a model without files: quantized tensors have the scheme of `scheme_of`, others its dtype."""
 
     def stored(spec: Spec) -> Stored:
         kept = spec.kept_dtype
