@@ -71,6 +71,10 @@ class ReferenceLatentAttention(LatentAttention):
         key: `[S, N or 1, A]`. value: `[S, N or 1, V]`.
         past: query i sees keys up to past + i; None: all keys.
         """
+        if query.shape[1] == 1:
+            # Torch multiplies one matrix by another routine than several, with other last bits.
+            out, lse = self._attention(query.expand(-1, 2, -1), key, value, scale, past)
+            return out[:, :1], lse[:, :1]
         scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * scale  # [N, Q, S]
         if past is not None:
             hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(past + 1)
