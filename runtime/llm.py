@@ -251,11 +251,12 @@ def load(
         config = read_model_config(checkpoint)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
-        attention = attention_of(config, tables.softmax_scale)
-        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         layout = chosen_layout(parallel, config, ops.group.size)
+        owned = layout.owned(config, ops.group.rank)
+        attention = attention_of(config, tables.softmax_scale, len(owned.heads))
+        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, attention, owned=layout.owned(config, ops.group.rank))
+        weights = load_weights(store, config, ops, attention, owned=owned)
     model = Model(config, ops, weights, attention)
     runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales, world)
     return LanguageModel(directory, generation, runner, tokenizer, world)

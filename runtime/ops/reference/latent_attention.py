@@ -85,5 +85,8 @@ class ReferenceLatentAttention(LatentAttention):
         return (probabilities @ value.transpose(0, 1)).transpose(0, 1), lse.transpose(0, 1)
 
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
-        weights = torch.stack(list(lses)).softmax(dim=0)  # [parts, T, N, 1]
-        return (weights * torch.stack(list(outputs)).float()).sum(0).to(self.dtype)
+        largest = torch.stack(list(lses)).amax(0)  # [T, N, 1]
+        weights = [(lse - largest).exp() for lse in lses]
+        # One after the other: the last bits of torch's softmax and sum depend on the number of heads.
+        merged = sum(weight * out.float() for weight, out in zip(weights, outputs, strict=True))
+        return torch.div(merged, sum(weights)).to(self.dtype)
