@@ -267,7 +267,7 @@ def chosen_layout(parallel: str | None, config: ModelConfig, ranks: int) -> Layo
 
     Raises BackendError for one that does not divide the model.
     """
-    if parallel is None or ranks == 1:
+    if parallel is None or (ranks == 1 and parallel == "auto"):
         return Layout()
     layout = Layout(ranks, ep=ranks) if parallel == "auto" else Layout.parse(parallel, ranks)
     layout.check(config)

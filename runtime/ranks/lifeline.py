@@ -33,12 +33,13 @@ _MOST_BYTES: Final = 8192  # of a line
 class Loss:
     """The end of another rank before its time.
 
-    text: one line on it. code: an exit code for this process. speaks: true on the one rank that tells the user: rank 0,
-    or rank 1 where rank 0 is lost.
+    text: one line on it. code: an exit code for this process. told: the rank said so itself. speaks: true on the one
+    rank that tells the user: rank 0, or rank 1 where rank 0 is lost.
     """
 
     text: str
     code: int
+    told: bool
     speaks: bool
 
 
@@ -48,7 +49,7 @@ class Ending(Protocol):
     def report(self, loss: Loss) -> None:
         """Tell the user, if the loss says so. Only then do other ranks end, and torchrun ends all."""
 
-    def end(self, loss: Loss) -> None:
+    def end_after(self, loss: Loss) -> None:
         """End this process, now or soon."""
 
 
@@ -108,7 +109,7 @@ class Lifeline:
             losses = [loss for key, _ in ready for loss in self._read(key.data)] or list(self._silent(now))
             if losses:
                 # What a rank says of its own end explains more than a closed connection.
-                self._end(max(losses, key=lambda loss: loss.code))
+                self._end(max(losses, key=lambda loss: loss.told))
                 return
             if now - beat >= _BEAT_SECONDS:
                 self._tell(b"beat\n")
@@ -146,13 +147,13 @@ class Lifeline:
             elif line.startswith(b"fail "):
                 peer.left = True
                 _, code, text = line.decode(errors="replace").split(" ", 2)
-                yield Loss(text, int(code), speaks=self._rank == 0)
+                yield Loss(text, int(code), told=True, speaks=self._rank == 0)
 
     def _lost_one(self, peer: Peer, what: str) -> Loss:
-        return Loss(f"rank {peer.rank} {what}", 0, speaks=self._rank == 0 or (self._rank == 1 and peer.rank == 0))
+        speaks = self._rank == 0 or (self._rank == 1 and peer.rank == 0)
+        return Loss(f"rank {peer.rank} {what}", 1, told=False, speaks=speaks)
 
     def _end(self, loss: Loss) -> None:
-        loss = Loss(loss.text, loss.code or 1, loss.speaks)
         self._loss = loss
         if self._over:
             self._lost.set()
@@ -161,7 +162,7 @@ class Lifeline:
         if self._rank == 0:
             self._tell(_failure(loss.text, loss.code))
         self._lost.set()
-        self._ending.end(loss)
+        self._ending.end_after(loss)
 
 
 def _failure(text: str, code: int) -> bytes:

@@ -143,12 +143,12 @@ class World:
 
 
 class EndSoon:
-    """Ending for a program of a user's own: its collectives raise RankError, and it has some seconds to end by itself."""
+    """Ending for a user's own program: its collectives raise RankError, and it has some seconds to end by itself."""
 
     def report(self, loss: Loss) -> None:
         """Say nothing yet: the error will be raised in the program's own thread."""
 
-    def end(self, loss: Loss) -> None:
+    def end_after(self, loss: Loss) -> None:
         time.sleep(_GRACE_SECONDS)
         if loss.speaks:
             print(f"npuq: error: {loss.text}", file=sys.stderr, flush=True)
