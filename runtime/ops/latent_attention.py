@@ -11,7 +11,19 @@ from torch import Tensor
 from ...errors import ArtifactError
 from ..attention.pools import LayerCache
 from ..ranks.division import Division
-from .handles import Activation, Keys, Linear, LinearPart, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
+from .handles import (
+    Activation,
+    Keys,
+    Linear,
+    LinearPart,
+    Mla,
+    MlaConfig,
+    MlaParts,
+    MlaWeights,
+    Projection,
+    Queries,
+    own,
+)
 from .norms import Norms
 from .products import Products
 from .rotary import Rotary

@@ -94,18 +94,19 @@ class Routing(ABC):
             hidden, expert_ids, weights.num_experts, quantize=weights.quantized
         )
         if weights.ranks == 1:
-            return self._run_experts(rows, group_list, weights), row_index
+            return self.run_experts(rows, group_list, weights), row_index
         by_rank = group_list.view(weights.ranks, -1)
         counts: list[int] = by_rank.sum(1).tolist()
         rank = self.group.rank
         first, count = sum(counts[:rank]), counts[rank]
         if count:
-            own = self._run_experts(row_range(rows, first, count), by_rank[rank], weights)
+            own = self.run_experts(row_range(rows, first, count), by_rank[rank], weights)
         else:
             own = hidden.new_empty(0, hidden.shape[1])
         return self.group.all_gather_rows(own, counts), row_index
 
-    def _run_experts(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Tensor:
+    def run_experts(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Tensor:
+        """Run this rank's experts on rows sorted by expert: `[R, H]` → `[R, H]`. group_list: rows of each."""
         gate_up = self.products.grouped_matmul(rows, weights.gate_up, group_list)
         inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
         return self.products.grouped_matmul(inner, weights.down, group_list)

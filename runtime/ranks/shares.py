@@ -49,7 +49,6 @@ class Shares:
             return None
         ranks = layout.tp_group(self.owned.rank)
         parts = [
-            layout.owned(self.owned.config, rank).ranges(block, entry, exact_sum=exact_sum)[dimension]
-            for rank in ranks
+            layout.owned(self.owned.config, rank).ranges(block, entry, exact_sum=exact_sum)[dimension] for rank in ranks
         ]
         return None if parts[0] == parts[-1] else Division(self.group, tuple(map(len, parts)))

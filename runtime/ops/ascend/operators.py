@@ -17,6 +17,7 @@ from .device import Npu
 from .latent_attention import AscendLatentAttention
 from .norms import AscendNorms
 from .products import AscendProducts
+from .ranks.communicator import communicator_of
 from .rotary import AscendRotary
 from .routing import AscendRouting
 from .sparse_attention import AscendSparseAttention
@@ -66,7 +67,8 @@ class AscendOps(Ops):
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms)
-        self.routing = AscendRouting(self.npu, self.norms, self.products, group)
+        communicator = communicator_of(self.soc.family, group)
+        self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator)
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
