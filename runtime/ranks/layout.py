@@ -181,8 +181,13 @@ def even(count: int, place: int, parts: int) -> range:
 
 
 def tiles(size: int, place: int, parts: int) -> range:
-    """Part `place` of `size` channels, divided as evenly as whole tiles allow: the first parts may be a tile longer."""
+    """Part `place` of `size` channels, divided as evenly as whole tiles allow: the first parts may be a tile longer.
+
+    A size of fewer tiles than parts is divided in channels.
+    """
     unit = gcd(size, TILE)
+    if size // unit < parts:
+        unit = 1
     each, more = divmod(size // unit, parts)
     start = place * each + min(place, more)
     return range(start * unit, (start + each + (place < more)) * unit)
