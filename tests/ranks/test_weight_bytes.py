@@ -56,7 +56,9 @@ def loaded(directory: Path, ops: Ops, layout: Layout = ALONE) -> tuple[StoredMod
         model = stored_model(config, open_weights(checkpoint).weights)
         tables = load_rope_tables(checkpoint, config)
         owned = layout.owned(config, ops.group.rank)
-        weights = load_weights(open_store(checkpoint, ops.dtype), config, ops, attention_of(config, 1.0, len(owned.heads)), owned=owned)
+        weights = load_weights(
+            open_store(checkpoint, ops.dtype), config, ops, attention_of(config, 1.0, len(owned.heads)), owned=owned
+        )
         files = checkpoint.files
     # On the CPU nothing reads scale_bias.
     return model, held_bytes((weights, RopeRows.of(tables, ops)), files, unread=("scale_bias",))
@@ -67,7 +69,7 @@ def loaded(directory: Path, ops: Ops, layout: Layout = ALONE) -> tuple[StoredMod
 @pytest.mark.parametrize("make", [NativeOps, CpuOps], ids=["native", "torch"])
 def test_the_cpu_holds_what_is_planned(name: str, dtype: torch.dtype, make: type[Ops], models: dict[str, Path]) -> None:
     model, held = loaded(models[name], make(dtype))
-    planned = weight_bytes(model, ALONE.owned(model.config, 0), CpuMemory(dtype.itemsize))
+    planned = weight_bytes(model, ALONE.owned(model.config, 0), CpuMemory(dtype))
     assert set(planned) == set(KINDS)
     assert total(planned) == held
 
