@@ -1,8 +1,6 @@
-"""Tiny models of every family, as tests of other rooms make them."""
-
-from __future__ import annotations
+"""Where the helpers of these tests are found."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("families", "convert")]
+sys.path.insert(0, str(Path(__file__).parent))
