@@ -147,9 +147,7 @@ def test_tiles_are_as_even_as_they_can_be(size: int, parts: int) -> None:
 
 def test_a_layout_needs_a_tile_for_every_rank() -> None:
     config: dict[str, Any] = RELEASES["DeepSeek-V2-Lite"] | {"intermediate_size": 4}
-    with pytest.raises(
-        BackendError, match=r"intermediate 4 has fewer tiles of 1 than 8 ranks; .* one of tp=1, 2, 4"
-    ):
+    with pytest.raises(BackendError, match=r"intermediate 4 has fewer tiles of 1 than 8 ranks; .* one of tp=1, 2, 4"):
         Layout(8, 8, 8).check(ModelConfig.from_dict(config))
 
 

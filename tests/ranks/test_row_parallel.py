@@ -86,7 +86,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def divided_output(
-    make: MakeOps, dtype: torch.dtype, part: LinearPart, x: Tensor, sizes: tuple[int, ...], change: Callable[[Ops], None]
+    make: MakeOps,
+    dtype: torch.dtype,
+    part: LinearPart,
+    x: Tensor,
+    sizes: tuple[int, ...],
+    change: Callable[[Ops], None],
 ) -> list[Tensor]:
     """The output of a row-parallel linear on every rank. change: what a mutation does to the operators of a rank."""
 

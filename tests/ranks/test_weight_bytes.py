@@ -56,7 +56,9 @@ def loaded(directory: Path, ops: Ops, layout: Layout = ALONE) -> tuple[StoredMod
         model = stored_model(config, open_weights(checkpoint).weights)
         tables = load_rope_tables(checkpoint, config)
         owned = layout.owned(config, ops.group.rank)
-        weights = load_weights(open_store(checkpoint, ops.dtype), config, ops, attention_of(config, 1.0, len(owned.heads)), owned=owned)
+        weights = load_weights(
+            open_store(checkpoint, ops.dtype), config, ops, attention_of(config, 1.0, len(owned.heads)), owned=owned
+        )
         files = checkpoint.files
     # On the CPU nothing reads scale_bias.
     return model, held_bytes((weights, RopeRows.of(tables, ops)), files, unread=("scale_bias",))
