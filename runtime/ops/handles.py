@@ -68,8 +68,8 @@ class LinearPart:
     scale: float32 `[N, 1]`, None for FLOAT and W8A8.
     scale_bias: float32 `[N, 1]` or `[N, 16]` (partial sums over K, to be added), only for W4A8_DYNAMIC.
     static: only for W8A8.
-    output_division, input_division: the ranks' division of the linear's outputs and inputs, of which the tensors are this
-    rank's part; None for a whole one. A float linear with divided inputs has whole columns, and some of the rows
+    output_division, input_division: how ranks divide the linear's outputs and inputs, where the tensors are one rank's
+    part; None for a whole one. A float linear with divided inputs has whole columns, and some of the rows
     (`RowParallel`). Never of W4A8_DYNAMIC.
     """
 
