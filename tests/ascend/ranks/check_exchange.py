@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,14 +12,7 @@ from ascend_rig.ranks.jobs import Layer, Outcome, run_layer
 from npuq.formats.schemes import Scheme
 
 DISPATCH, SCATTER, SUM = "dispatch and combine", "all-to-all", "all-reduce"
-RANKS = 3
 ALONG = Chips("A3", dispatches=False)  # rows go along by collectives
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[pool.Pool]:
-    with pool.started(RANKS) as processes:
-        yield processes
 
 
 def outcomes(ranks: pool.Pool, layer: Layer, size: int = 2) -> list[Outcome]:

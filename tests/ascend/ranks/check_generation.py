@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from ascend_rig import emulate, harness
-from ascend_rig.ranks import pool
 from ascend_rig.ranks.chips import Chips
 from ascend_rig.ranks.generation_jobs import generate
 
 A2, A3 = Chips("A2", dispatches=False), Chips("A3")
 DISPATCH = "npu_moe_distribute_dispatch_v2"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[pool.Pool]:
-    with pool.started(4) as processes:
-        yield processes
 
 
 @cache

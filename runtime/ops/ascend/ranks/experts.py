@@ -109,9 +109,7 @@ class DividedExperts:
         words = torch.where((row_index >= 0).unsqueeze(1), rows, zeros).view(torch.int32)
         return self.group.all_reduce_sum(words).view(rows.dtype)
 
-    def _scattered(
-        self, own: tuple[Tensor, Tensor], expert_ids: Tensor, slices: Slices, weights: MoeWeights
-    ) -> Tensor:
+    def _scattered(self, own: tuple[Tensor, Tensor], expert_ids: Tensor, slices: Slices, weights: MoeWeights) -> Tensor:
         """The rows of this rank's tokens.
 
         Every rank sends a place for every row, so that no rank needs to know how many rows another has: that would be a

@@ -22,12 +22,16 @@ from ..mutants import Mutant
 from . import mutations
 from .chips import Chips, as_on_npus
 
+
+A3 = Chips("A3")
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of experts. mutation: of `mutations`. experts_of: those that tokens choose; all where it is empty."""
 
     scheme: Scheme = Scheme.W4A8
-    chips: Chips = Chips("A3")
+    chips: Chips = A3
     tokens: int = 13
     hidden: int = 1024
     experts: int = 16
@@ -81,7 +85,9 @@ def _ops(layer: Layer, group: Group) -> AscendOps:
 def _inputs(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     chosen = torch.tensor(layer.experts_of or range(layer.experts), dtype=torch.int32)
-    ids = torch.stack([chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)])
+    ids = torch.stack(
+        [chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)]
+    )
     hidden, shared = (torch.randn(layer.tokens, layer.hidden, generator=generator).bfloat16() for _ in range(2))
     return hidden, torch.rand(layer.tokens, layer.k, generator=generator), ids, shared
 
