@@ -17,7 +17,7 @@ def rank_device(local_rank: int, npus: int, asked: str | None = None) -> str:
     if 0 < npus <= local_rank:
         seen = f"{npus} NPU{'' if npus == 1 else 's'}"
         raise RankError(
-            f"rank {local_rank} of this machine needs {device}, and this process sees {seen}: start at most {npus} ranks "
-            "a machine (--nproc-per-node), and let every rank see all NPUs (ASCEND_RT_VISIBLE_DEVICES)"
+            f"rank {local_rank} of this machine needs {device}, and this process sees {seen}: start at most {npus} "
+            "ranks a machine (--nproc-per-node), and let every rank see all NPUs (ASCEND_RT_VISIBLE_DEVICES)"
         )
     return device
