@@ -15,7 +15,10 @@ from ..inputs.printable import shown
 from .attention.pools import StoredPool
 from .block_manager import BlockManager
 from .model import Model
-from .sampler import SamplingParams
+from .sampling.grammar import Grammar
+from .sampling.logprobs import TokenLogprobs
+from .sampling.params import SamplingParams
+from .sampling.rows import LogitRow
 from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
 from .step import Chunk, RopeRows, StepBuilder
@@ -63,6 +66,7 @@ class StepOutput:
     sequence: Sequence
     token: int | None
     error: GenerationError | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Engine:
@@ -101,31 +105,49 @@ class Engine:
         )
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
-    def add(
-        self, prompt: abc.Sequence[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+    def sequence(
+        self,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int] = frozenset(),
+        choice: int = 0,
+        grammar: Grammar | None = None,
     ) -> Sequence:
-        """Queue a prompt. Tokens of `stop_ids` end it, beside the model's own end-of-sequence tokens.
+        """Make a sequence of a prompt; `add` queues it. It changes nothing, and may be called while a step runs.
 
-        Raises GenerationError for a prompt that is empty, holds no token ids, or leaves no room to generate.
+        Tokens of `stop_ids` end it, beside those of `params` and the model's end-of-sequence tokens.
+
+        choice: number of the sequence among those of its prompt, which draw different random numbers. grammar: of its
+        completion. Raises GenerationError for a prompt that is empty, holds no token ids, or leaves no room to
+        generate, and for parameters with ids outside the vocabulary.
         """
         check_token_ids(prompt, self.model.config.vocab_size)
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if ids and max(ids) >= self.model.config.vocab_size:
+                raise GenerationError(
+                    f"{name} {shown(max(ids))} is outside the model's vocabulary of {self.model.config.vocab_size}"
+                )
         if len(prompt) >= self.context:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
-        stop_ids = stop_ids if params.ignore_eos else stop_ids | self._eos_ids
-        sequence = Sequence.start(prompt, params, self.context, stop_ids)
+        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self._eos_ids)
+        return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
         self.scheduler.add(sequence)
-        return sequence
 
     def step(self) -> list[StepOutput]:
-        """Run one step: results of the sequences whose next token was due.
+        """Run one step: results of the sequences whose next token was due. Without any sequence nothing runs.
 
         A sequence without a token to choose ends with an error; the others go on.
         """
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
         chunks = [
             Chunk(
                 work.sequence.tokens[work.sequence.num_cached : work.sequence.num_cached + work.count],
@@ -139,7 +161,7 @@ class Engine:
         ordered = [scheduled[index] for index in order]
         sampling = [work.sequence for work in ordered if work.samples]
         with self.model.ops.one_thread():
-            rows = logits.to("cpu", torch.float32)
+            rows = self.model.ops.logit_rows(logits)
             outputs = [_sample(sequence, row) for sequence, row in zip(sampling, rows, strict=True)]
         self._advance(ordered, time.perf_counter() - started)
         for output in outputs:
@@ -267,11 +289,12 @@ def check_token_ids(tokens: abc.Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
+def _sample(sequence: Sequence, logits: LogitRow) -> StepOutput:
     try:
-        return StepOutput(sequence, sequence.sampler.next_token(logits, sequence.tokens))
+        sampled = sequence.sampler.next_token(logits, sequence.tokens)
     except GenerationError as error:
         return StepOutput(sequence, None, error)
+    return StepOutput(sequence, sampled.token, logprobs=sampled.logprobs)
 
 
 def _num_blocks(pools: abc.Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:
