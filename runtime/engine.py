@@ -22,16 +22,18 @@ from .sampling.rows import LogitRow
 from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
 from .step import Chunk, RopeRows, StepBuilder
+from .step_budget import StepBudget
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine, whole numbers.
+    """Sizes of the engine: whole numbers, except for step_seconds.
 
     kv_cache_bytes: memory for the paged cache, which is touched only as the cache fills. It bounds the context, as the
     model's own limit does. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached tokens
-    that a chunk decompresses at a time. Raises GenerationError for sizes out of range.
+    that a chunk decompresses at a time. step_seconds: time that a step may take by its prefill, as measured on steps
+    before; None: any. Raises GenerationError for sizes out of range.
     """
 
     kv_cache_bytes: int = 2 << 30
@@ -39,12 +41,16 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 1024
     prefix_segment_tokens: int = 4096
+    step_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for size in fields(self):
             value = getattr(self, size.name)
-            if type(value) is not int:
+            if type(value) is not int and size.name != "step_seconds":
                 raise GenerationError(f"{size.name} must be a whole number, not {shown(value)}")
+        seconds = self.step_seconds
+        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
+            raise GenerationError(f"step_seconds must be None or a number above 0, not {shown(seconds)}")
         if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
             raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -103,7 +109,8 @@ class Engine:
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
 
     def sequence(
         self,
@@ -257,6 +264,9 @@ class Engine:
         return self.model.forward(step, self._cache), order
 
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
+        decodes = sum(work.sequence.is_decoding for work in scheduled)
+        prefill = sum(work.count for work in scheduled if not work.sequence.is_decoding)
+        self._budget.measured(prefill, decodes, seconds)
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds
