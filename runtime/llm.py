@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -30,7 +30,9 @@ from .ops import Ops
 from .ranks.group import ALONE
 from .ranks.layout import Layout
 from .ranks.world import World
-from .sampler import SamplingOptions, SamplingParams
+from .request import Request
+from .sampling.grammar import Grammar
+from .sampling.params import SamplingOptions, SamplingParams
 from .step import RopeRows
 from .store import open_store
 from .stream import Completion, Stream
@@ -120,10 +122,13 @@ class LanguageModel:
         """Continue a prompt (a text or token ids), or a list of prompts together.
 
         `options` are fields of `SamplingParams` (`max_new_tokens=64, temperature=0.7, stop="\\n"`, …). They override
-        `params`, or `default_params` without those: `temperature=0` is greedy for every model.
+        `params`, or `default_params` without those: `temperature=0` is greedy for every model. With `n`, give a list of
+        prompts: the result has n completions of the first, then those of the second, and so on.
         Raises GenerationError for a bad option and for a prompt that does not fit.
         """
         done: dict[int, Completion] = {}
+        if _is_one(prompts) and self._params(params, options).n > 1:
+            raise GenerationError("n above 1 gives several completions: give the prompt in a list, as [prompt]")
         with self.stream(prompts, params, **options) as pieces:
             for piece in pieces:
                 if piece.completion is not None:
@@ -136,13 +141,17 @@ class LanguageModel:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
+        *,
+        grammar: Callable[[], Grammar] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
-        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation."""
-        chosen = SamplingParams.of(self.default_params if params is None else params, options)
+        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation.
+
+        grammar: makes the grammar of one completion (`Grammar`).
+        """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, ids, chosen)
+        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar))
 
     def chat(
         self,
@@ -170,6 +179,9 @@ class LanguageModel:
         if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
             raise _no_prompt(sequences)
         return self._loop.logits([_token_ids(sequence) for sequence in sequences])
+
+    def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams.of(self.default_params if params is None else params, options)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)

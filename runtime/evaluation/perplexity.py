@@ -15,7 +15,7 @@ from ...formats.artifact import converted_as
 from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
 from ..llm import LanguageModel, load, local_directory
-from ..sampler import not_finite
+from ..sampling.sampler import not_finite
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_check import require_tokenizer
 
