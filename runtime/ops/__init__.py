@@ -54,7 +54,7 @@ from .products import Products
 from .rotary import Rotary
 from .routing import Routing
 from .sparse_attention import SparseAttention
-from .steps import Decode, Lengths, Positions, Prefill, Prefix, PrefixSegment, Step
+from .steps import Decode, Lengths, Merge, Positions, Prefill, PrefixSegment, Step
 from .weights import Weights
 
 __all__ = [
@@ -73,6 +73,7 @@ __all__ = [
     "Lengths",
     "Linear",
     "LinearPart",
+    "Merge",
     "Mla",
     "MlaConfig",
     "MlaParts",
@@ -83,7 +84,6 @@ __all__ = [
     "Ops",
     "Positions",
     "Prefill",
-    "Prefix",
     "PrefixSegment",
     "Products",
     "Projection",
@@ -103,12 +103,14 @@ __all__ = [
 class Ops:
     """The operators of one backend, in parts.
 
-    name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live.
+    name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live. pinned: their
+    copies to it come from page-locked memory.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
+    pinned = False
     weights: Weights
     norms: Norms
     products: Products

@@ -50,6 +50,7 @@ class AscendOps(Ops):
             raise BackendError(f"the ascend backend computes in {known}, not {str(dtype).removeprefix('torch.')}")
         torch_npu = import_torch_npu()
         self.device = torch.device(device)
+        self.pinned = self.device.type == "npu"
         if self.device.type == "npu":
             if not torch_npu.npu.is_available():
                 raise BackendError("torch_npu finds no NPU: check `npu-smi info` and the driver, or run `npuq doctor`")
