@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import GenerationError
 from ..inputs.printable import shown
-from .attention.pools import StoredPool
+from .attention.pools import LayerCache, StoredPool
 from .block_manager import BlockManager
+from .graph.decode import DecodeGraphs
 from .model import Model
 from .sampler import SamplingParams
 from .scheduler import Scheduled, Scheduler
@@ -69,7 +70,8 @@ class Engine:
     """Continuous batching over one model and one paged cache.
 
     context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
-    `[channels]` by pool; those pools of the cache are int8.
+    `[channels]` by pool; those pools of the cache are int8. use_graphs: run decode steps as captured graphs, where the
+    backend has them; `graphs` then is set.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         eos_ids: frozenset[int],
         config: EngineConfig,
         cache_scales: abc.Sequence[abc.Mapping[str, Tensor]] | None = None,
+        use_graphs: bool = True,
     ):
         self.model = model
         self.config = config
@@ -99,6 +102,7 @@ class Engine:
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
+        self.graphs = self._capture() if use_graphs else None
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
     def add(
@@ -118,6 +122,16 @@ class Engine:
         sequence = Sequence.start(prompt, params, self.context, stop_ids)
         self.scheduler.add(sequence)
         return sequence
+
+    @property
+    def builder(self) -> StepBuilder:
+        """The builder of its steps."""
+        return self._builder
+
+    @property
+    def cache(self) -> tuple[LayerCache, ...]:
+        """The paged cache, by layer."""
+        return self._cache
 
     def step(self) -> list[StepOutput]:
         """Run one step: results of the sequences whose next token was due.
@@ -231,8 +245,28 @@ class Engine:
         return [list(islice(taken, count)) for count in counts]
 
     def _run(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        if self.graphs is not None and (logits := self.graphs.run(chunks)) is not None:
+            return logits, list(range(len(chunks)))
+        return self.run_eagerly(chunks)
+
+    def run_eagerly(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        """Run a step's operators one by one: logits of its output rows, and the chunks' order in them."""
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
+
+    def _capture(self) -> DecodeGraphs | None:
+        ops = self.model.ops
+        if ops.graphs is None or ops.group.size > 1:  # no exchange between ranks is captured
+            return None
+        return DecodeGraphs(
+            self.model,
+            ops.graphs,
+            self._cache,
+            self._builder,
+            self.config.max_num_seqs,
+            table_width=-(-self.context // self.config.block_size),
+            spare_block=self.blocks.num_blocks,
+        )
 
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         for work in scheduled:
