@@ -26,6 +26,7 @@ from ..models.tensors import ModelTensors
 from .attention.kind import AttentionKind
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlpWeights, MoeWeights, Ops
+from .ranks.layout import Layout, Owned
 from .store import Store, is_artifact
 
 
@@ -68,18 +69,26 @@ def load_kv_cache_scales(
 
 
 def load_weights(
-    store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layers: Sequence[int] | None = None
+    store: Store,
+    config: ModelConfig,
+    ops: Ops,
+    attention: AttentionKind,
+    layers: Sequence[int] | None = None,
+    owned: Owned | None = None,
 ) -> ModelWeights:
     """Load all weights that generation needs into the backend; of the decoder layers only `layers`, if given.
+
+    owned: the part of the model that this rank owns; None for all of it.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
     """
     chosen = range(config.num_hidden_layers) if layers is None else layers
+    owned = owned or Layout().owned(config, 0)
     top = _Parts(store, config, None)
     weights = ModelWeights(
         embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
-        layers=tuple(load_layer(store, config, ops, attention, layer) for layer in chosen),
+        layers=tuple(load_layer(store, config, ops, attention, layer, owned) for layer in chosen),
         norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
         lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")]),
         files=store.files,
@@ -107,15 +116,23 @@ def gating_of(moe: Moe) -> Gating:
     )
 
 
-def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
-    """Load the weights of one decoder layer, for layer-by-layer work. Raises as `load_weights` does."""
+def load_layer(
+    store: Store,
+    config: ModelConfig,
+    ops: Ops,
+    attention: AttentionKind,
+    layer: int,
+    owned: Owned | None = None,
+) -> LayerWeights:
+    """Load the weights of one decoder layer, for layer-by-layer work. Arguments and errors as of `load_weights`."""
+    owned = owned or Layout().owned(config, 0)
     parts, moe = _Parts(store, config, layer), config.moe_at(layer)
     return LayerWeights(
         input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
         attention=attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops),
         mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
-        moe=None if moe is None else _moe(parts, moe, ops),
+        moe=None if moe is None else _moe(parts, moe, ops, owned),
     )
 
 
@@ -159,15 +176,13 @@ def _mlp(parts: _Parts, ops: Ops, block: Block) -> MlpWeights:
     )
 
 
-def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
+def _moe(parts: _Parts, moe: Moe, ops: Ops, owned: Owned) -> MoeWeights:
     bias: Tensor | None = None
     if parts.has(Block.ROUTER, "router_bias"):
         bias = ops.weights.parameter(parts.tensor(Block.ROUTER, "router_bias"), torch.float32)
 
     def stacked(*names: str) -> tuple[Experts, LinearPart]:
-        experts = [
-            [parts.linear(Block.EXPERT, name, expert) for name in names] for expert in range(moe.n_routed_experts)
-        ]
+        experts = [[parts.linear(Block.EXPERT, name, expert) for name in names] for expert in owned.experts]
         return ops.weights.experts_of(experts), experts[0][0]
 
     gate_up, gate = stacked("gate", "up")
@@ -187,5 +202,6 @@ def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
         num_experts=moe.n_routed_experts,
         quantized=quantized,
         shared=_mlp(parts, ops, Block.SHARED) if moe.n_shared_experts else None,
+        ranks=owned.layout.ep,
     )
     return ops.routing.moe_of(weights)

@@ -23,7 +23,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from ..attention.pools import LayerCache
+from ..ranks.group import ALONE, Group
 from .cache import Caches
+from .graphs import Graphs
 from .handles import (
     Activation,
     AttentionWeights,
@@ -105,12 +107,16 @@ class Ops:
 
     name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live. pinned: their
     copies to it come from page-locked memory.
+    group: the ranks that share the model. Parts that exchange rows are made with it.
+    graphs: capture of steps; None for a backend without.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
     pinned = False
+    group: Group = ALONE
+    graphs: Graphs | None = None
     weights: Weights
     norms: Norms
     products: Products

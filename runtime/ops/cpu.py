@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...formats.schemes import Scheme
 from ..attention.pools import LayerCache
+from ..ranks.group import ALONE, Group
 from . import Ops
 from .handles import Activation, Experts, LinearPart, Quantized, own
 from .reference import check_dtype
@@ -106,14 +107,15 @@ class CpuOps(Ops):
 
     name = "cpu"
 
-    def __init__(self, dtype: torch.dtype = torch.float32):
+    def __init__(self, dtype: torch.dtype = torch.float32, group: Group = ALONE):
         check_dtype(dtype)
+        self.group = group
         self.dtype = dtype
         self.device = torch.device("cpu")
         self.weights = ReferenceWeights()
         self.norms = ReferenceNorms(dtype)
         self.products = CpuProducts(dtype, self.norms)
-        self.routing = ReferenceRouting(dtype, self.norms, self.products)
+        self.routing = ReferenceRouting(dtype, self.norms, self.products, group)
         self.caches = ReferenceCaches(dtype)
         self.rotary = ReferenceRotary(dtype)
         self.mla = CpuLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)

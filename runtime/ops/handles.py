@@ -238,7 +238,11 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`."""
+    """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`.
+
+    num_experts: of the layer. ranks: that many ranks divide them evenly and in order; `gate_up` and `down` have those
+    of this rank.
+    """
 
     router: Router
     correction_bias: Tensor | None  # float32 [E]; only for selection, never in the weights
@@ -248,3 +252,4 @@ class MoeWeights:
     num_experts: int
     quantized: bool  # both linears take int8 activations
     shared: MlpWeights | None = None  # the experts that every token takes
+    ranks: int = 1

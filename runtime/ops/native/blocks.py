@@ -88,8 +88,10 @@ def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None
 
 
 def native_moe(weights: MoeWeights) -> MoeWeights:
-    """Add the struct to a handle. Unchanged if its linears are not all native."""
+    """Add the struct to a handle. Unchanged if its linears are not all native, or ranks divide the experts."""
     router, gate_up, down, shared = weights.router, weights.gate_up, weights.down, weights.shared
+    if weights.ranks > 1:
+        return weights
     if not (isinstance(router, NativeLinear) and isinstance(gate_up, NativeLinear) and isinstance(down, NativeLinear)):
         return weights
     shared_gate_up, shared_down = (None, None) if shared is None else (shared.gate_up, shared.down)
