@@ -197,6 +197,7 @@ def load(
     kv_cache_dtype: str = "auto",
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
+    graphs: bool = True,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
@@ -204,7 +205,8 @@ def load(
     backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
     compute dtype; "int8" nearly halves a 16-bit cache and needs scales, which calibrated conversion writes into an
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
-    model_type as one of this family. On the CPU, weights stay mapped from their files. Raises CheckpointError or
+    model_type as one of this family. graphs: on an NPU, capture decode steps and replay them; False launches every
+    operator from the host. On the CPU, weights stay mapped from their files. Raises CheckpointError or
     ArtifactError for a directory that is incomplete, damaged or not supported, BackendError for a backend that cannot
     run here.
     """
@@ -225,7 +227,7 @@ def load(
         store = open_store(checkpoint, ops.dtype)
         weights = load_weights(store, config, ops, attention)
     model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales, graphs)
     return LanguageModel(directory, generation, runner, tokenizer)
 
 
