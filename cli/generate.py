@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
-from ..errors import GenerationError
+from ..errors import GenerationError, NpuqWarning
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="int8: a smaller cache, for artifacts that were calibrated.",
 )
+@click.option("--eager", is_flag=True, help="On an NPU: launch every operator, replay no captured decode steps.")
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @click.option("--quiet", is_flag=True, help="No notes on stderr.")
 @json_option("A JSON list, an object a prompt, when all are done.")
@@ -74,6 +76,7 @@ def command(
     device: str | None,
     dtype: str | None,
     kv_cache_dtype: str,
+    eager: bool,
     cache_size: int,
     quiet: bool,
     as_json: bool,
@@ -102,6 +105,9 @@ def command(
     given = given_options(sampling)
     if stops:
         given["stop"] = stops
+
+    if quiet:
+        warnings.simplefilter("ignore", NpuqWarning)
 
     import torch
 
@@ -135,6 +141,7 @@ def command(
         kv_cache_dtype=kv_cache_dtype,
         tokenizer=tokenizer,
         family=family,
+        graphs=not eager,
     )
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:

@@ -73,7 +73,7 @@ def evaluate(
     judged = (
         model
         if isinstance(model, LanguageModel)
-        else load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family)
+        else load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, graphs=False)
     )
     reference = _source(source, judged.directory, backend, family)
     contexts = cut_contexts(text, judged.tokenizer, context)
@@ -110,7 +110,7 @@ def _source(
         return source
     directory = local_directory(source)
     family = family or converted_as(artifact, read_config(directory))
-    return load(directory, backend, family=family)
+    return load(directory, backend, family=family, graphs=False)
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:

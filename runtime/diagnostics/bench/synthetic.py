@@ -8,8 +8,8 @@ from torch import Tensor
 from ....formats.schemes import Scheme
 from ....models.config import ModelConfig
 from ....models.family import Block
-from ....models.rope import RopeTables, rope_tables
 from ....models.roles import Role
+from ....models.rope import RopeTables, rope_tables
 from ....models.tensors import expected_specs
 from ....native.mapped import MappedFiles
 from ...attention.kinds import attention_of

@@ -30,7 +30,7 @@ class NpuGraph:
     def replay(self, kv_lens: Sequence[int]) -> None:
         self._graph.replay()
         try:
-            self._graph.update(cpu_update_input=[dict.fromkeys(KV_LENGTHS, list(kv_lens))])
+            self._graph.update(cpu_update_input=[{name: list(kv_lens) for name in KV_LENGTHS}])
         except BaseException:
             self._release()
             raise
@@ -58,8 +58,6 @@ class NpuGraphs:
             self._pool = self._npu.graph_pool_handle()
         graph = self._npu.NPUGraph()
         # Other threads of the process, a server's for instance, may use the device meanwhile.
-        with self._npu.graph(
-            graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
-        ):
+        with self._npu.graph(graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"):
             output = run()
         return NpuGraph(graph, output, self._npu)

@@ -21,7 +21,7 @@ from torch_npu.npu._npugraph_handlers import npugraph_handler
 
 from .. import guard
 from .operators import register
-from .recording import Call, GraphError, Recorder, tensors_of
+from .recording import Call, GraphError, Recorder, unowned
 
 Entry = Call | Callable[["Graph"], bool]
 
@@ -67,7 +67,7 @@ class Graph:
         self.recorder = Recorder(self.entries.append)
         self.graph_dispatch_mode = _UnderneathRecorded(graphs._GraphDispatchMode(), self.recorder)
         self.auto_dispatch_capture = False
-        self.next: int | None = None  # the entry that a running replay comes to
+        self.next = 0  # the entry that a running replay comes to
         self.replays = 0
         self._watching = ExitStack()
         self._done = False
@@ -98,24 +98,24 @@ class Graph:
         device.go_on()
 
     def go_on(self) -> None:
-        """Run until the end, or until an event that is not recorded."""
-        with torch.inference_mode():
-            while self.next is not None and self.next < len(self.entries):
-                entry = self.entries[self.next]
-                if isinstance(entry, Call):
-                    entry.run(self.recorder.memory)
-                elif not entry(self):
-                    return
-                self.next += 1
-        self.next = None
-        device.running = None
+        """Run until the end, until an event that is not recorded, or until an error, which ends the replay."""
+        waits = False
+        try:
+            with torch.inference_mode():
+                while not waits and self.next < len(self.entries):
+                    entry = self.entries[self.next]
+                    if isinstance(entry, Call):
+                        entry.run(self.recorder.memory)
+                    else:
+                        waits = not entry(self)
+                    self.next += not waits
+        finally:
+            if not waits:
+                device.running = None
 
     def check_nothing_left(self, *allowed: Tensor) -> None:
         """Raise GraphError if anything but the graph holds tensors that the capture has made, apart from `allowed`."""
-        # torch_npu holds the arguments of task groups, on a device without owning their memory.
-        records = [(record.args, record.kwargs) for record in self.graph_dispatch_mode.graph_dispatch_records]
-        known = [*allowed, *tensors_of(records)]
-        held = [tensor for tensor in self.recorder.left() if not any(tensor is each for each in known)]
+        held = [tensor for tensor in self.recorder.left() if not any(tensor is each for each in allowed)]
         if held:
             raise GraphError(f"{len(held)} tensors of the graph's memory outlive the capture: {held[0].shape}")
 
@@ -249,5 +249,6 @@ def emulated() -> Iterator[Device]:
 
 
 def _copy(value: Any) -> Any:
-    """torch_npu keeps the tensors of an NPU by reference, and copies all else. Here all tensors are the NPU's."""
-    return value if isinstance(value, Tensor) else deepcopy(value)
+    """What torch_npu keeps of an argument to call the operator again: the tensors of an NPU without owning their memory
+    (`TensorWeakRef`), and copies of all else. Here all tensors are the NPU's."""
+    return unowned(value) if isinstance(value, Tensor) else deepcopy(value)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 GARBAGE = 0xFF  # four such bytes are NaN, two are NaN in bfloat16 and float16, and −1 as integers
 
@@ -152,6 +152,17 @@ class Recorder(TorchDispatchMode):
     def left(self) -> list[Tensor]:
         """Tensors in the graph's memory that somebody holds on to."""
         return [tensor for made in self._made if (tensor := made()) is not None]
+
+
+def unowned(tensor: Tensor) -> Tensor:
+    """The same memory, which does not live longer for it."""
+    storage = tensor.untyped_storage()
+    if not storage.nbytes():
+        return tensor
+    place = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    with _disable_current_modes():
+        borrowed = torch.frombuffer(place, dtype=torch.uint8).untyped_storage()
+        return torch.empty(0, dtype=tensor.dtype).set_(borrowed, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def tensors_of(values: Any, kind: type = Tensor) -> Iterator[Any]:
