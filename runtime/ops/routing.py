@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from ..ranks.group import ALONE, Group
-from .handles import Activation, Gating, MlpWeights, MoeWeights, Quantized
+from .handles import Activation, Gating, MlpWeights, MoeWeights, Quantized, RowParallel
 from .norms import Norms
 from .products import Products
 
@@ -48,13 +48,19 @@ class Routing(ABC):
         """
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
-        """Run a dense or shared MLP: `[T, H]` → `[T, H]`."""
-        return self.products.linear(self.mlp_inner(hidden, weights), weights.down)
+        """Run a dense or shared MLP: `[T, H]` → `[T, H]`. Ranks may divide its inner channels."""
+        return self.products.row_parallel(self.mlp_inner(hidden, weights), weights.down)
 
     def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Activation:
-        """Compute the input of an MLP's last linear: `[T, H]` → `[T, I]`."""
+        """Compute the input of an MLP's last linear: `[T, H]` → `[T, I]`, of this rank's channels."""
         gate_up = self.products.linear(hidden, weights.gate_up)
-        return self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
+        if not weights.quantized:
+            return self.norms.swiglu(gate_up)
+        if not isinstance(weights.down, RowParallel):
+            return self.norms.dequant_swiglu_quant(gate_up)
+        activated = self.norms.swiglu_float32(gate_up)
+        largest = weights.down.inputs.group.all_reduce_max(self.norms.row_maximum(activated))
+        return self.norms.swiglu_quant_by(activated, largest)
 
     def moe_of(self, weights: MoeWeights) -> MoeWeights:
         """Make the handle that `moe` takes. Override to lay weights out for a fused layer."""

@@ -6,7 +6,7 @@ on the order of the ranks. All ranks must call the same collectives in the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Final, Protocol
 
@@ -84,13 +84,14 @@ ALONE: Final[Group] = Alone()
 class Distributed:
     """A process group of torch.distributed: gloo for tensors on the CPU, hccl for those on NPUs.
 
-    process_group: of `torch.distributed`; None is the default group, which must have been initialized.
+    process_group: of `torch.distributed`; None is the default group, which must have been initialized. why: says, when
+    a collective has failed, which rank is gone; None where it does not know.
     """
 
-    def __init__(self, process_group: Any = None):
+    def __init__(self, process_group: Any = None, why: Callable[[], str | None] = lambda: None):
         import torch.distributed as dist
 
-        self._dist, self._group = dist, process_group
+        self._dist, self._group, self._why = dist, process_group, why
         self.rank: int = dist.get_rank(process_group)
         self.size: int = dist.get_world_size(process_group)
 
@@ -129,7 +130,8 @@ class Distributed:
         try:
             getattr(self._dist, name)(*arguments, group=self._group, **options)
         except RuntimeError as error:
-            raise RankError(f"rank {self.rank} of {self.size}: {name} has failed; another rank is gone") from error
+            message = f"rank {self.rank} of {self.size}: {name} has failed; another rank is gone"
+            raise RankError(self._why() or message) from error
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class NativeRouting(Routing):
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         gate_up, down = weights.gate_up, weights.down
         if not isinstance(gate_up, NativeLinear) or not isinstance(down, NativeLinear):
-            return super().mlp(hidden, weights)
+            return super().mlp(hidden, weights)  # ranks divide it, or it is static
         hidden, tokens = hidden.contiguous(), hidden.shape[0]
         out, to = output(self.dtype, tokens, down.weights.outputs)
         start = address(hidden, "mlp", "x", self.dtype, tokens, gate_up.weights.cols)
