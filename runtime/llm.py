@@ -239,6 +239,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
     parallel: str | None = None,
+    graphs: bool = True,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
@@ -248,10 +249,11 @@ def load(
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
     model_type as one of this family. parallel: in processes that torchrun started, how they divide the model: "auto",
     or a `Layout` like "ep=8,tp=8"; rank 0 then generates, and all others call `LanguageModel.follow`. None keeps this
-    process alone. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a
-    directory that is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a
-    layout that does not divide the model, and for a model that does not fit into memory, with the numbers, RankError
-    where ranks do not come together.
+    process alone. graphs: on one NPU, capture decode steps and replay them; False launches every operator from the
+    host. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a directory that
+    is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a layout that does not
+    divide the model, and for a model that does not fit into memory, with the numbers, RankError where ranks do not come
+    together.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
@@ -278,7 +280,7 @@ def load(
         planner.check(planner.rank(layout), engine_cache(planner, sizes))
         weights = load_weights(store, config, ops, attention, owned=owned)
     model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
     return LanguageModel(directory, generation, runner, tokenizer, world)
 
 
