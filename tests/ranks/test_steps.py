@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import NEW_TOKENS, Case
 from calibrated import add_tokenizer
+from measuring import NEW_TOKENS, Case
 from tiny import make_checkpoint
 
 HERE = Path(__file__).parent

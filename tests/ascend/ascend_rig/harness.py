@@ -19,7 +19,7 @@ from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
-from npuq.runtime.sampler import SamplingParams
+from npuq.runtime.sampling.params import SamplingParams
 
 from .standins import SOC_NAME
 
