@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated import add_tokenizer
 from measuring import NEW_TOKENS, Case
+from tiny import make_checkpoint
 
 HERE = Path(__file__).parent
 MEASURING = HERE / "measuring.py"
@@ -34,10 +36,11 @@ def cases(example_fp8: Path, artifact: Path, int8_artifact: Path, twelve: Path) 
 
 
 @pytest.fixture(scope="module")
-def twelve(make_checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with 12 float experts, which three ranks divide."""
     directory = tmp_path_factory.mktemp("twelve") / "model"
     make_checkpoint(directory, "v2-lite", n_routed_experts=12)
+    add_tokenizer(directory)
     return directory
 
 

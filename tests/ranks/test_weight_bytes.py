@@ -69,7 +69,7 @@ def loaded(directory: Path, ops: Ops, layout: Layout = ALONE) -> tuple[StoredMod
 @pytest.mark.parametrize("make", [NativeOps, CpuOps], ids=["native", "torch"])
 def test_the_cpu_holds_what_is_planned(name: str, dtype: torch.dtype, make: type[Ops], models: dict[str, Path]) -> None:
     model, held = loaded(models[name], make(dtype))
-    planned = weight_bytes(model, ALONE.owned(model.config, 0), CpuMemory(dtype.itemsize))
+    planned = weight_bytes(model, ALONE.owned(model.config, 0), CpuMemory(dtype))
     assert set(planned) == set(KINDS)
     assert total(planned) == held
 

@@ -140,9 +140,7 @@ def run_mlp(scheme: Scheme, wrong: str = "") -> bool:
 def _both() -> tuple[AscendOps, AscendOps, Division]:
     vars(emulate.rules).update(family="A2", wide=False)
     group = Distributed()
-    alone, ops = (
-        AscendOps(device="cpu", dtype=torch.bfloat16, soc=SOC_NAME, group=each) for each in (ALONE, group)
-    )
+    alone, ops = (AscendOps(device="cpu", dtype=torch.bfloat16, soc=SOC_NAME, group=each) for each in (ALONE, group))
     return alone, ops, Division(group, SIZES[group.size])
 
 
