@@ -249,7 +249,8 @@ def load(
     directory = local_directory(path)
     generation = read_generation_config(directory)
     world = None if parallel is None else World.join(Launch.of(os.environ))
-    ops = make_ops(backend, dtype, device, kv_layout, ALONE if world is None else world.group)
+    group, local_rank = (ALONE, 0) if world is None else (world.group, world.launch.local_rank)
+    ops = make_ops(backend, dtype, device, kv_layout, group, local_rank)
     with Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
