@@ -32,7 +32,14 @@ def cases(example_fp8: Path, artifact: Path, int8_artifact: Path, twelve: Path) 
         Case(str(example_fp8)),
     ]
     of_twelve = [Case(str(twelve)), Case(str(twelve), dtype="bfloat16"), Case(str(twelve), backend="reference")]
-    return {2: [*of_example, *of_twelve], 3: of_twelve, 4: [*of_example, *of_twelve]}
+    of_two = [Case(str(artifact), parallel="ep=2,tp=2"), Case(str(twelve), backend="reference", parallel="tp=2")]
+    of_four = [
+        Case(str(artifact), dtype="bfloat16", parallel="ep=4,tp=4"),
+        Case(str(int8_artifact), kv_cache_dtype="int8", parallel="ep=4,tp=2"),
+        Case(str(example_fp8), parallel="tp=4"),
+    ]
+    both = [*of_example, *of_twelve]
+    return {1: both, 2: [*both, *of_two], 3: of_twelve, 4: [*both, *of_four]}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +59,7 @@ def measured(cases: dict[int, list[Case]], tmp_path_factory: pytest.TempPathFact
     def of(ranks: int) -> Any:
         if ranks not in done:
             list_of_cases, out = folder / f"cases-{ranks}", folder / f"results-{ranks}"
-            chosen = cases[2] if ranks == 1 else cases[ranks]
-            list_of_cases.write_text(json.dumps([asdict(case) for case in chosen]), encoding="utf-8")
+            list_of_cases.write_text(json.dumps([asdict(case) for case in cases[ranks]]), encoding="utf-8")
             launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             ended = subprocess.run(
                 [sys.executable, *launcher, str(MEASURING), str(list_of_cases), str(out)],
@@ -69,13 +75,18 @@ def measured(cases: dict[int, list[Case]], tmp_path_factory: pytest.TempPathFact
     return of
 
 
+def model_of(case: dict[str, Any]) -> str:
+    """A case without its layout: in one process all layouts are one."""
+    return json.dumps({**case, "parallel": None})
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_logits_and_tokens_are_those_of_one_process(measured: Callable[[int], Any], ranks: int) -> None:
     alone, several = measured(1), measured(ranks)
-    expected = {json.dumps(case): result for case, result in zip(alone["cases"], alone["results"], strict=True)}
+    expected = {model_of(case): result for case, result in zip(alone["cases"], alone["results"], strict=True)}
     assert several["cases"]
     for case, found in zip(several["cases"], several["results"], strict=True):
-        wanted = expected[json.dumps(case)]
+        wanted = expected[model_of(case)]
         assert found["greedy"] == wanted["greedy"], case
         assert found["seeded"] == wanted["seeded"], case
         for name in ("steps", "texts"):
