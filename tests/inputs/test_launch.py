@@ -14,6 +14,8 @@ def test_a_rank_is_read() -> None:
     launch = Launch.of(GIVEN)
     assert (launch.rank, launch.size, launch.local_rank) == (1, 4, 1)
     assert (launch.address, launch.port) == ("node7", 29500)
+    assert launch.local_size == 4
+    assert Launch.of({**GIVEN, "LOCAL_WORLD_SIZE": "2"}).local_size == 2
 
 
 @pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "8"}, {"RANK": "3"}, {**GIVEN, "RANK": "0", "WORLD_SIZE": "1"}])
@@ -34,6 +36,7 @@ def test_a_process_alone(given: dict[str, str]) -> None:
         ("WORLD_SIZE", "99999"),
         ("LOCAL_RANK", "x\n\x1b[2J"),
         ("LOCAL_RANK", None),
+        ("LOCAL_WORLD_SIZE", "5"),
         ("MASTER_ADDR", ""),
         ("MASTER_ADDR", "a b"),
         ("MASTER_ADDR", "a\x1b[2J"),

@@ -135,7 +135,7 @@ class Store:
 
 def test_strangers_are_sent_away() -> None:
     store = Store()
-    launch = Launch(0, 3, 0, "127.0.0.1", 1)
+    launch = Launch(size=3, address="127.0.0.1", port=1)
     found: list[Peer] = []
     leader = threading.Thread(target=lambda: found.extend(connect(launch, store)))
     leader.start()
@@ -158,4 +158,4 @@ def test_strangers_are_sent_away() -> None:
 def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "START_SECONDS", 0.2)
     with pytest.raises(RankError, match=r"ranks \[1, 2\] did not connect"):
-        connect(Launch(0, 3, 0, "127.0.0.1", 1), Store())
+        connect(Launch(size=3, address="127.0.0.1", port=1), Store())

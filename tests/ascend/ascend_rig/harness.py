@@ -19,7 +19,7 @@ from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
-from npuq.runtime.sampler import SamplingParams
+from npuq.runtime.sampling.params import SamplingParams
 
 from .standins import SOC_NAME
 
@@ -62,10 +62,10 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops, parallel: str | None = None) -> llm.LanguageModel:
+def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
 
-    Its latent is int8 where the artifact has scales for that. parallel: the layout of the ranks.
+    Its latent is int8 where the artifact has scales for that. options: others of `npuq.load`.
     """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
@@ -78,7 +78,7 @@ def load(path: Path, ops: Ops, parallel: str | None = None) -> llm.LanguageModel
     cache_bytes = CACHE_BLOCKS * BLOCK * token_bytes
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
         sizes = EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE)
-        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto", parallel=parallel)
+        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto", **options)
     poison_cache(model.engine._cache)
     return model
 

@@ -22,7 +22,6 @@ from ..mutants import Mutant
 from . import mutations
 from .chips import Chips, as_on_npus
 
-
 A3 = Chips("A3")
 
 
