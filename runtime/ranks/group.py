@@ -159,7 +159,8 @@ class Distributed:
 
 def _as_bytes(rows: Tensor) -> Tensor:
     """View contiguous rows as bytes `[rows, bytes of a row]`: a collective knows few dtypes, and moves all the same."""
-    return rows.view(rows.shape[0], prod(rows.shape[1:])).view(torch.uint8)
+    # Flat first: of a tensor with one column torch calls any stride contiguous.
+    return rows.flatten().view(torch.uint8).view(rows.shape[0], prod(rows.shape[1:]) * rows.element_size())
 
 
 def _check_counts(rows: Tensor, count: int) -> None:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from ascend_rig.ranks import pool, row_jobs
 
 from npuq.formats.schemes import Scheme
 
 W8A8, STATIC, FLOAT = Scheme.W8A8, Scheme.W8A8_STATIC, Scheme.FLOAT
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[pool.Pool]:
-    with pool.started(3) as processes:
-        yield processes
 
 
 @pytest.mark.parametrize("size", [2, 3])
