@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import ArtifactError, CheckpointError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_description, read_manifest
 from ..formats.checkpoint import Checkpoint
-from ..formats.safetensors import FLOAT_CODES
+from ..formats.safetensors import FLOAT_CODES, ITEM_BYTES
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..formats.sources.described import described_linear
 from ..formats.sources.opening import open_weights
@@ -28,6 +28,7 @@ from ..formats.sources.weights import WeightSource
 from ..models.families import family_of
 from ..models.inventory import check_unbiased
 from ..native.mapped import MappedFiles
+from .memory.stored import NOTHING, Stored, form_of
 from .ops import LinearPart, Static
 from .ranks.shares import WHOLE, Share
 
@@ -47,6 +48,9 @@ class Store(Protocol):
 
     def scheme(self, prefix: str) -> Scheme:
         """The scheme of the linear `{prefix}.weight`."""
+
+    def form(self, name: str) -> Stored:
+        """How a tensor is stored, unchecked; of one that is missing, which loading will refuse, any form."""
 
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         """The linear `{prefix}.weight` `[outputs, inputs]` and the tensors that its scheme stores beside it.
@@ -80,6 +84,10 @@ class FloatStore:
 
     def scheme(self, prefix: str) -> Scheme:
         return Scheme.FLOAT
+
+    def form(self, name: str) -> Stored:
+        weight = self._source.weights.get(name)
+        return NOTHING if weight is None else form_of(weight)
 
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         return _float_part(self, prefix, outputs, inputs, share)
@@ -116,6 +124,10 @@ class ArtifactStore:
         if name not in self._types:
             raise ArtifactError(f"{self._path}: no entry for {name!r}; convert the checkpoint again")
         return self._types[name]
+
+    def form(self, name: str) -> Stored:
+        info = self._checkpoint.tensors.get(name)
+        return NOTHING if info is None else Stored(self._types.get(name, Scheme.FLOAT), ITEM_BYTES[info.dtype], True)
 
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         if self.scheme(prefix) is Scheme.FLOAT:

@@ -11,7 +11,19 @@ from torch import Tensor
 from ...errors import ArtifactError
 from ..attention.pools import LayerCache
 from ..ranks.division import Division
-from .handles import Activation, Keys, Linear, LinearPart, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
+from .handles import (
+    Activation,
+    Keys,
+    Linear,
+    LinearPart,
+    Mla,
+    MlaConfig,
+    MlaParts,
+    MlaWeights,
+    Projection,
+    Queries,
+    own,
+)
 from .norms import Norms
 from .products import Products
 from .rotary import Rotary
@@ -93,7 +105,7 @@ class LatentAttention(ABC):
             q_a_norm=None if parts.q_a_norm is None else self.weights.parameter(parts.q_a_norm, self.dtype),
             q_b=None if parts.q_b is None else self.weights.linear_of([parts.q_b]),
             kv_a_norm=self.weights.parameter(parts.kv_a_norm, self.dtype),
-            kv_b=self.weights.float_linear([parts.kv_b], _kv_b_rows(parts.o, config)),
+            kv_b=self.weights.float_linear([parts.kv_b], [_kv_b_rows(parts.o, config)]),
             w_uk=self.weights.parameter(w_uk),
             w_uv=self.weights.parameter(w_uv.transpose(1, 2)),
             o=self.weights.row_parallel_of(parts.o),
