@@ -9,6 +9,7 @@ A rank asks for its part of a tensor. Rows are a view like the whole; columns ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -142,7 +143,7 @@ class ArtifactStore:
 def _float_part(store: Store, prefix: str, outputs: int, inputs: int, share: Share) -> LinearPart:
     rows = None if share.rows is None else share.rows.own
     weight = store.tensor(f"{prefix}.{WEIGHT}", outputs, inputs, rows=rows)
-    return LinearPart(prefix, Scheme.FLOAT, weight, outputs=share.rows, inputs=share.inputs)
+    return LinearPart(prefix, Scheme.FLOAT, weight, output_division=share.rows, input_division=share.inputs)
 
 
 def _part(prefix: str, linear: StoredLinear, share: Share) -> LinearPart:
@@ -150,16 +151,14 @@ def _part(prefix: str, linear: StoredLinear, share: Share) -> LinearPart:
     if scheme is Scheme.W4A8:
         # Whole: only experts may be W4A8, and they are not divided. Others are refused where they would run.
         return LinearPart(prefix, scheme, linear.mapped(WEIGHT), linear.mapped_scale(SCALE), _scale_bias(linear))
-    if share.columns is None:
-        codes = _own_rows(linear.mapped(WEIGHT), share)
-    else:
-        codes = _columns(linear, share.columns.own)
-    divided = {"outputs": share.rows, "inputs": share.inputs}
+    columns = share.columns
+    codes = _own_rows(linear.mapped(WEIGHT), share) if columns is None else _columns(linear, columns.own)
+    part = LinearPart(prefix, scheme, codes, output_division=share.rows, input_division=share.inputs)
     if scheme is Scheme.W8A8_STATIC:
         deq_scale, quant_bias = linear.mapped_scale(DEQ_SCALE).flatten(), linear.mapped(QUANT_BIAS).flatten()
         static = Static(linear.input_scale(), _own_rows(deq_scale, share), _own_rows(quant_bias, share))
-        return LinearPart(prefix, scheme, codes, static=static, **divided)
-    return LinearPart(prefix, scheme, codes, _own_rows(linear.mapped_scale(SCALE), share), **divided)
+        return replace(part, static=static)
+    return replace(part, scale=_own_rows(linear.mapped_scale(SCALE), share))
 
 
 def _own_rows(tensor: Tensor, share: Share) -> Tensor:

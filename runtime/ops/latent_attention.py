@@ -192,7 +192,7 @@ class LatentAttention(ABC):
 
 def _kv_b_rows(o: LinearPart, config: MlaConfig) -> Division | None:
     """The division of kv_b's rows: of as many heads a rank as that of o's inputs."""
-    if o.inputs is None:
+    if o.input_division is None:
         return None
     width = config.qk_nope_head_dim + config.v_head_dim
-    return Division(o.inputs.group, tuple(size // config.v_head_dim * width for size in o.inputs.sizes))
+    return Division(o.input_division.group, tuple(size // config.v_head_dim * width for size in o.input_division.sizes))

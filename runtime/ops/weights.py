@@ -25,7 +25,7 @@ class Weights(ABC):
         """Fuse parts of one scheme. Raises ArtifactError for different schemes, and for a scheme of experts only."""
         schemes = {part.scheme for part in parts}
         if schemes == {Scheme.FLOAT}:
-            return self.float_linear([part.weight for part in parts], [part.outputs for part in parts])
+            return self.float_linear([part.weight for part in parts], [part.output_division for part in parts])
         if schemes == {Scheme.W8A8}:
             return self.w8a8_linear(parts)
         names = ", ".join(f"{part.name} ({part.scheme.value})" for part in parts)
@@ -38,7 +38,9 @@ class Weights(ABC):
     def row_parallel_of(self, part: LinearPart) -> Linear:
         """Make the handle that `Products.row_parallel` takes. Raises ArtifactError as `linear_of` does."""
         linear = self.linear_of([part])
-        return linear if part.inputs is None else RowParallel(linear, part.scheme, part.inputs, part.outputs)
+        if part.input_division is None:
+            return linear
+        return RowParallel(linear, part.scheme, part.input_division, part.output_division)
 
     def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         """Stack experts of one scheme. Raises ArtifactError for different schemes, and for a static one."""

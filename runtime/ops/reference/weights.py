@@ -46,7 +46,7 @@ class ReferenceWeights(Weights):
         divisions = outputs or [None] * len(weights)
         return PartsLinear(
             tuple(
-                LinearPart("", Scheme.FLOAT, weight, outputs=division)
+                LinearPart("", Scheme.FLOAT, weight, output_division=division)
                 for weight, division in zip(weights, divisions, strict=True)
             )
         )
