@@ -271,7 +271,7 @@ def load(
 
 
 def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:
-    """The layout that `parallel` asks for; of "auto", the one that leaves most memory for the cache.
+    """The layout that `parallel` asks for; of "auto", the one that memory recommends.
 
     Raises BackendError for one that does not divide the model, and where none fits.
     """
