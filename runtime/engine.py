@@ -15,6 +15,7 @@ from ..inputs.printable import shown
 from .attention.pools import StoredPool
 from .block_manager import BlockManager
 from .model import Model
+from .ranks.world import World
 from .sampler import SamplingParams
 from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
@@ -69,7 +70,8 @@ class Engine:
     """Continuous batching over one model and one paged cache.
 
     context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
-    `[channels]` by pool; those pools of the cache are int8.
+    `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
+    alone. All ranks make the same engine, and that of rank 0 leads the steps.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         eos_ids: frozenset[int],
         config: EngineConfig,
         cache_scales: abc.Sequence[abc.Mapping[str, Tensor]] | None = None,
+        world: World | None = None,
     ):
         self.model = model
         self.config = config
@@ -90,6 +93,8 @@ class Engine:
         caches = model.ops.caches
         stored = [caches.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
         num_blocks = _num_blocks(chain.from_iterable(stored), rope.max_position, config)
+        if world is not None:
+            num_blocks = world.least(num_blocks)
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size)
         self._cache = tuple(
@@ -99,6 +104,7 @@ class Engine:
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
+        self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
 
     def add(
@@ -231,6 +237,10 @@ class Engine:
         return [list(islice(taken, count)) for count in counts]
 
     def _run(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        return self._run_alone(chunks) if self._world is None else self._world.lead(self._number, chunks)
+
+    def _run_alone(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        """Run a step's chunks on this rank: (logits, order of the chunks in them)."""
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
 
