@@ -1,29 +1,65 @@
-"""Sets the rig up and runs the checks in it; each file of checks is one test here."""
+"""Sets the rig up and runs the checks in it: all of them with one torch_npu, and with the oldest and the newest the
+checks of schemas and of every operator."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from ascend_rig.install import TORCH_NPU, prepare, run_python
+from ascend_rig.install import ENDS, TORCH_NPU, prepare, run_python
 
 HERE = Path(__file__).parent
-CHECKS = sorted(str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py"))
+CHECKS = {str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py")}
+# Long ones, each in a process beside others'. The rest shares one: torch and torch_npu take seconds to start.
+ALONE = [
+    ("check_generation.py",),
+    ("check_sparse.py",),
+    ("check_mutations.py", "check_sparse_mutations.py"),
+    *((name,) for name in sorted(CHECKS) if name.startswith("ranks/")),
+]
+TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE for name in group}))
+# Every call of the runtime, and every operator's self-test in all dtypes and layouts.
+AT_THE_ENDS = ("check_schemas.py", "check_doctor.py", "check_selftest.py::test_the_ascend_set_passes")
 
+TOOLS = ("gcc", "nm", "readelf")
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or not torch.__version__.startswith(TORCH_NPU),
-    reason=f"the rig needs Linux on x86-64 and torch {TORCH_NPU}, for which torch_npu {TORCH_NPU} is built",
+    sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or not (3, 10) <= sys.version_info[:2] <= (3, 13)
+    or not all(map(shutil.which, TOOLS)),
+    reason=f"the Ascend rig needs Linux on x86-64, Python 3.10 to 3.13 and {', '.join(TOOLS)}",
 )
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_checks_inside_the_rig(name):
-    options = ["-p", "ascend_rig.fixtures", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
-    done = run_python("-m", "pytest", *options, str(HERE / name))
+def run_checks(names: tuple[str, ...], version: str = TORCH_NPU) -> None:
+    options = [
+        "-p",
+        "ascend_rig.fixtures",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:warnings",
+        "-o",
+        "python_files=check_*.py",
+    ]
+    files = [str(HERE / name) for name in names]
+    done = run_python("-m", "pytest", *options, *files, environment=prepare(version))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("names", [*ALONE, TOGETHER], ids=[*(group[0] for group in ALONE), "the others"])
+def test_checks_inside_the_rig(names):
+    run_checks(names)
+
+
+@pytest.mark.parametrize("version", ENDS)
+def test_the_oldest_and_the_newest_torch_npu(version):
+    run_checks(AT_THE_ENDS, version)
 
 
 PROBE = """

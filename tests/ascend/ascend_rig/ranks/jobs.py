@@ -106,7 +106,9 @@ def _ops(layer: Layer, group: Group) -> AscendOps:
 def _inputs(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     chosen = torch.tensor(layer.experts_of or range(layer.experts), dtype=torch.int32)
-    ids = torch.stack([chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)])
+    ids = torch.stack(
+        [chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)]
+    )
     hidden, shared = (torch.randn(layer.tokens, layer.hidden, generator=generator).bfloat16() for _ in range(2))
     return hidden, torch.rand(layer.tokens, layer.k, generator=generator), ids, shared
 
