@@ -13,14 +13,17 @@ from ascend_rig.install import ENDS, TORCH_NPU, prepare, run_python
 
 HERE = Path(__file__).parent
 CHECKS = {str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py")}
-# Long ones, each in a process beside others'. The rest shares one: torch and torch_npu take seconds to start.
-ALONE = [
-    ("check_generation.py",),
-    ("check_sparse.py",),
-    ("check_mutations.py", "check_sparse_mutations.py"),
-    *((name,) for name in sorted(CHECKS) if name.startswith("ranks/")),
-]
-TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE for name in group}))
+FOLDERS = {name.split("/")[0] for name in CHECKS if "/" in name}
+# Long ones and those that share ranks, each in a process beside others'. The rest is one more process: torch and
+# torch_npu take seconds to start.
+ALONE = {
+    "generation": ("check_generation.py",),
+    "sparse": ("check_sparse.py",),
+    "mutations": ("check_mutations.py", "check_sparse_mutations.py"),
+    **{folder: tuple(sorted(name for name in CHECKS if name.startswith(f"{folder}/"))) for folder in sorted(FOLDERS)},
+}
+TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE.values() for name in group}))
+GROUPS = {**ALONE, "operators": TOGETHER}
 # Every call of the runtime, and every operator's self-test in all dtypes and layouts.
 AT_THE_ENDS = ("check_schemas.py", "check_doctor.py", "check_selftest.py::test_the_ascend_set_passes")
 
@@ -35,26 +38,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def run_checks(names: tuple[str, ...], version: str = TORCH_NPU) -> None:
-    options = [
-        "-p",
-        "ascend_rig.fixtures",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:warnings",
-        "-o",
-        "python_files=check_*.py",
-    ]
+    off = [option for plugin in ("xdist", "cacheprovider", "warnings") for option in ("-p", f"no:{plugin}")]
+    options = [*off, "-p", "ascend_rig.fixtures", "-o", "python_files=check_*.py"]
     files = [str(HERE / name) for name in names]
     done = run_python("-m", "pytest", *options, *files, environment=prepare(version))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("names", [*ALONE, TOGETHER], ids=[*(group[0] for group in ALONE), "the others"])
-def test_checks_inside_the_rig(names):
-    run_checks(names)
+@pytest.mark.parametrize("group", GROUPS)
+def test_checks_inside_the_rig(group):
+    run_checks(GROUPS[group])
 
 
 @pytest.mark.parametrize("version", ENDS)
