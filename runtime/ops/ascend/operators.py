@@ -23,6 +23,8 @@ from .rotary import AscendRotary
 from .routing import AscendRouting
 from .sparse_attention import AscendSparseAttention
 from .support import import_torch_npu, require_soc
+from .tuning.file import read_tuning, tuned_device, tuning_path
+from .tuning.grouped_matmul import Tuning
 from .weights import AscendWeights
 
 
@@ -46,6 +48,7 @@ class AscendOps(Ops):
         fused_prolog: bool = True,
         soc: str | None = None,
         group: Group = ALONE,
+        tuning: Tuning | None = None,
     ):
         if kv_layout not in ("nz", "nd"):
             raise BackendError(f"kv_layout {kv_layout!r} is neither 'nz' nor 'nd'")
@@ -67,10 +70,11 @@ class AscendOps(Ops):
         self.dtype, self.group = dtype, group
         if self.device.type == "npu":
             self.graphs = NpuGraphs(torch_npu.npu)
+            tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
-        self.products = AscendProducts(self.npu, self.norms)
+        self.products = AscendProducts(self.npu, self.norms, tuning or Tuning())
         communicator = communicator_of(self.soc.family, group)
         self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator)
         self.caches = AscendCaches(self.npu)
