@@ -11,14 +11,14 @@ import torch
 
 from ....errors import BackendError
 from .. import Ops
-from .cache import AscendCaches
+from .attention.cache import AscendCaches
+from .attention.latent import AscendLatentAttention
+from .attention.rotary import AscendRotary
+from .attention.sparse import AscendSparseAttention
 from .device import Npu
-from .latent_attention import AscendLatentAttention
 from .norms import AscendNorms
 from .products import AscendProducts
-from .rotary import AscendRotary
 from .routing import AscendRouting
-from .sparse_attention import AscendSparseAttention
 from .support import import_torch_npu, require_soc
 from .weights import AscendWeights
 
