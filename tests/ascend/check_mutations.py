@@ -27,10 +27,10 @@ from ascend_rig.mutants import (
 
 from npuq.errors import GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
-from npuq.runtime.ops.ascend import latent_attention as attention_module
-from npuq.runtime.ops.ascend import mla as mla_module
 from npuq.runtime.ops.ascend import weights as weights_module
-from npuq.runtime.ops.ascend.attention_limits import PrefillForm
+from npuq.runtime.ops.ascend.attention import latent as attention_module
+from npuq.runtime.ops.ascend.attention import mla as mla_module
+from npuq.runtime.ops.ascend.attention.limits import PrefillForm
 
 
 def next_expert(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -12,16 +12,16 @@ import torch
 from ....errors import BackendError
 from ...ranks.group import ALONE, Group
 from .. import Ops
-from .cache import AscendCaches
+from .attention.cache import AscendCaches
+from .attention.latent import AscendLatentAttention
+from .attention.rotary import AscendRotary
+from .attention.sparse import AscendSparseAttention
 from .device import Npu
 from .graph.capture import NpuGraphs
-from .latent_attention import AscendLatentAttention
 from .norms import AscendNorms
 from .products import AscendProducts
 from .ranks.communicator import communicator_of
-from .rotary import AscendRotary
 from .routing import AscendRouting
-from .sparse_attention import AscendSparseAttention
 from .support import import_torch_npu, require_soc
 from .tuning.file import read_tuning, tuned_device, tuning_path
 from .tuning.grouped_matmul import Tuning

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ...attention.pools import LayerCache, Pool, StoredPool
-from ..cache import NO_SCALES, Caches
-from .device import Npu
+from .....errors import BackendError
+from ....attention.pools import LayerCache, Pool, StoredPool
+from ...cache import NO_SCALES, Caches
+from ..device import Npu
 
 
 class AscendCaches(Caches):

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...attention.pools import LayerCache
-from ..latent_attention import LATENT, ROPE
-from ..norms import Norms
-from ..rotary import Rotary
-from ..steps import Decode, Positions
-from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu
+from ....attention.pools import LayerCache
+from ...latent_attention import LATENT, ROPE
+from ...norms import Norms
+from ...rotary import Rotary
+from ...steps import Decode, Positions
+from ..device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu
 
 PER_TOKEN_HEAD, PER_TENSOR = 3, 0  # quant modes of queries, and of keys and values
 # A query of zeros has the scale 0, and its rope part is divided by the scale.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ....formats.schemes import Scheme
-from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
-from .attention_limits import check_mla, takes_prolog
-from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+from .....errors import BackendError
+from .....formats.schemes import Scheme
+from ...handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
+from ..weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+from .limits import check_mla, takes_prolog
 
 
 @dataclass(frozen=True)

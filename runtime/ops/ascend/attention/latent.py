@@ -8,18 +8,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...attention.pools import LayerCache, Pages
-from ..handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
-from ..latent_attention import LATENT, ROPE, LatentAttention
-from ..norms import Norms
-from ..products import Products
-from ..rotary import Rotary
-from ..steps import Decode, Lengths, Positions, Step
-from .attention_limits import PrefillForm, absorbed_heads, pad_heads, prefill_form
-from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
+from ....attention.pools import LayerCache, Pages
+from ...handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
+from ...latent_attention import LATENT, ROPE, LatentAttention
+from ...norms import Norms
+from ...products import Products
+from ...rotary import Rotary
+from ...steps import Decode, Lengths, Positions, Step
+from ..device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
+from ..weights import AscendWeights, W8A8Linear
 from .int8_cache import Int8Cache
+from .limits import PrefillForm, absorbed_heads, pad_heads, prefill_form
 from .mla import AscendMla, PrologWeights, lay_out_mla
-from .weights import AscendWeights, W8A8Linear
 
 PROLOG_INT8 = 2  # weight_quant_mode: q_a, q_b and kv_a are int8
 

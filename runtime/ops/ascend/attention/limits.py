@@ -11,8 +11,8 @@ from enum import Enum
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....errors import BackendError
-from ....models.mla import Mla as MlaWidths
+from .....errors import BackendError
+from .....models.mla import Mla as MlaWidths
 
 LATENT_DIM, ROPE_DIM = 512, 64  # of absorbed attention
 MAX_ABSORBED_HEADS = 128
