@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +56,6 @@ def command(
     A machine without an NPU is reported and is no failure (exit 0); --selftest and --bench then run on the CPU. Exit 1:
     MODEL cannot run on an NPU, or an operator of the self-test disagrees with the reference.
     """
-    # Without CANN, a torch that loads torch_npu automatically fails to import. Here torch_npu is imported later,
-    # explicitly.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     if tune and model is None:
         raise click.UsageError("--tune measures in the shapes of a model: give MODEL")
     from ..runtime.diagnostics.doctor import examine

@@ -104,6 +104,9 @@ def main() -> None:
     plus the signal's number for a conversion ended by a signal, and for ranks ended by one.
     """
     _set_up_streams()
+    # torch would import torch_npu by itself, and no command could run where that fails, aborts or hangs. The Ascend
+    # backend imports torch_npu when it is chosen.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     _set_up_warnings()
     settings = Settings()
     code: int | str | None = 0

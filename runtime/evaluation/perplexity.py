@@ -15,7 +15,7 @@ from ...formats.artifact import converted_as
 from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
 from ..llm import LanguageModel, load, local_directory
-from ..sampler import not_finite
+from ..sampling.sampler import not_finite
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_check import require_tokenizer
 
@@ -106,9 +106,7 @@ def load_models(
     """Load a model and its float source, where they are directories. Other arguments and errors as of `load`."""
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
-        model = load(
-            model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel, graphs=False
-        )
+        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel, graphs=False)
     return model, _source(source, model.directory, backend, family, parallel)
 
 

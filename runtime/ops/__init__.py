@@ -18,12 +18,15 @@ rows, L = kv_lora_rank, D = qk_rope_head_dim. "compute dtype" is `Ops.dtype`; sc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from ..attention.pools import LayerCache
 from ..ranks.group import ALONE, Group
+from ..sampling.rows import LogitRow, host_rows
 from .cache import Caches
 from .graphs import Graphs
 from .handles import (
@@ -125,6 +128,10 @@ class Ops:
     rotary: Rotary
     mla: LatentAttention
     sparse: SparseAttention
+
+    def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
+        """Rows of logits, compute dtype `[S, vocab]`, for the sampler."""
+        return host_rows(logits)
 
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.

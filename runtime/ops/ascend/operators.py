@@ -69,7 +69,7 @@ class AscendOps(Ops):
         self.soc = require_soc(soc)
         self.dtype, self.group = dtype, group
         if self.device.type == "npu":
-            self.graphs = NpuGraphs(torch_npu.npu)
+            self.graphs = NpuGraphs(torch_npu.npu, self.device)
             tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)

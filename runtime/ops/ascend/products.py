@@ -14,6 +14,7 @@ from ..handles import Activation, Experts, Linear, Quantized, Router, own
 from ..norms import Norms
 from ..products import Products
 from .device import Npu
+from .ranks.rows import integer_sums
 from .tuning.grouped_matmul import Tuning
 from .weights import (
     MAX_DIMENSION,
@@ -121,9 +122,7 @@ class AscendProducts(Products):
 
     def integer_sums(self, codes: Tensor, linear: Linear) -> Tensor:
         handle = linear if isinstance(linear, StaticLinear) else own(linear, W8A8Linear)
-        scale = handle.deq_scale if isinstance(handle, StaticLinear) else handle.scale
-        sums: Tensor = self.npu.operators.npu_quant_matmul(codes, handle.weight, scale, output_dtype=torch.int32)
-        return sums
+        return integer_sums(codes, handle.weight, self.npu)
 
     def scale_sums(self, sums: Tensor, scale: Tensor | None, linear: Linear) -> Tensor:
         if scale is None:

@@ -101,7 +101,7 @@ class AscendWeights(Weights):
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
 
-    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> FloatLinear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Sequence[Division | None] = ()) -> FloatLinear:
         return FloatLinear(torch.cat([weight.to(self.dtype) for weight in weights]).to(self.device))
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> W8A8Linear:

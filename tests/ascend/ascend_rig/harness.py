@@ -19,7 +19,7 @@ from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
-from npuq.runtime.sampler import SamplingParams
+from npuq.runtime.sampling.params import SamplingParams
 
 from .standins import SOC_NAME
 
@@ -42,7 +42,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Ops:
     """A set of operators by name; `ascend` runs on CPU tensors, through the emulation."""
     if kind == "ascend":
         cls = WideAscendOps if dtype == torch.float32 else AscendOps
-        return cls(device="cpu", dtype=dtype, soc=SOC_NAME, **options)
+        return cls(device="cpu", dtype=dtype, **{"soc": SOC_NAME, **options})
     return {"reference": ReferenceOps, "cpu": CpuOps}[kind](dtype)
 
 
@@ -95,9 +95,13 @@ def generate(
     around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None,
     lengths: Sequence[int] = PROMPT_LENGTHS,
     new_tokens: int = NEW_TOKENS,
+    parallel: str | None = None,
 ) -> Run:
-    """Generate from prompts of some lengths; `around_step` may wrap each pass through the model."""
-    model = load(path, ops)
+    """Generate from prompts of some lengths; `around_step` may wrap each pass through the model.
+
+    With `parallel` on rank 0, as the others follow; they end when this ends.
+    """
+    model = load(path, ops, parallel)
     run = Run()
     forward = model.engine.model.forward
 
@@ -115,6 +119,7 @@ def generate(
             runner.step()
     run.preempted = runner.scheduler.num_preempted
     run.tokens = [tuple(sequence.tokens[sequence.num_prompt_tokens :]) for sequence in sequences]
+    model.close()
     return run
 
 

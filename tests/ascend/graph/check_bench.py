@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch_npu
 from ascend_rig import emulate, harness, models
-from ascend_rig.graph.device import emulated
+from ascend_rig.graph.device import emulated, npu_graphs
 
 from npuq.cli.measurements import bench_lines
 from npuq.runtime.diagnostics.bench import decode
-from npuq.runtime.ops.ascend.graph.capture import NpuGraphs
 
 
 @pytest.fixture
@@ -19,7 +17,7 @@ def on_npu(monkeypatch):
 
     def make_ops(*_, **__):
         ops = harness.make("ascend", torch.bfloat16)
-        ops.graphs = NpuGraphs(torch_npu.npu)
+        ops.graphs = npu_graphs()
         return ops
 
     monkeypatch.setattr(decode, "make_ops", make_ops)

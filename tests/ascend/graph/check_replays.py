@@ -8,13 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch_npu
 from ascend_rig import emulate, harness
-from ascend_rig.graph.device import Device, emulated
+from ascend_rig.graph.device import Device, emulated, npu_graphs
 from torch import Tensor
 
 from npuq.runtime.engine import Engine
-from npuq.runtime.ops.ascend.graph.capture import NpuGraphs
 from npuq.runtime.step import Chunk
 
 SEQUENCES = 8
@@ -37,7 +35,7 @@ def engine_of(path: Path, dtype: torch.dtype, graphs: bool, **options) -> Engine
     """An engine for eight sequences, its cache full of NaN."""
     ops = harness.make("ascend", dtype, **options)
     if graphs:
-        ops.graphs = NpuGraphs(torch_npu.npu)
+        ops.graphs = npu_graphs()
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(harness.ENGINE, "max_num_seqs", SEQUENCES)
         patched.setattr(harness, "CACHE_BLOCKS", 4 * SEQUENCES)
@@ -137,7 +135,7 @@ def test_a_generation_is_the_same_with_graphs(artifact, device):
     with emulate.use_rules(wide=True):
         eager = harness.generate(path, harness.make("ascend"))
         ops = harness.make("ascend")
-        ops.graphs = NpuGraphs(torch_npu.npu)
+        ops.graphs = npu_graphs()
         assert harness.generate(path, ops).tokens == eager.tokens
     assert sum(graph.replays for graph in device.graphs) >= 4
 
@@ -145,7 +143,7 @@ def test_a_generation_is_the_same_with_graphs(artifact, device):
 @pytest.mark.parametrize("several_ranks", [False, True])
 def test_ranks_capture_nothing_and_eager_is_a_choice(artifact, device, several_ranks):
     ops = harness.make("ascend")
-    ops.graphs = NpuGraphs(torch_npu.npu)
+    ops.graphs = npu_graphs()
     with emulate.use_rules(wide=True):
         engine = harness.load(artifact("example"), ops, graphs=False).engine
     assert engine.graphs is None and device.graphs == []
