@@ -142,7 +142,12 @@ def test_lengths_under_another_name_show(artifact, device, right, monkeypatch, n
 
 
 def test_a_replay_without_an_update_hangs(artifact, device, monkeypatch):
-    monkeypatch.setattr(NpuGraph, "replay", lambda self, kv_lens: self._graph.replay())
+
+    def replay(self: NpuGraph, kv_lens: list[int]) -> None:
+        with self._npu.device(self._device):
+            self._graph.replay()
+
+    monkeypatch.setattr(NpuGraph, "replay", replay)
     engine = engine_of(artifact("example"), graphs=True)
     engine._run(DECODES[0])
     with pytest.raises(GraphError, match="waits for an event"):
