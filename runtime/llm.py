@@ -223,7 +223,7 @@ def load(
         attention = attention_of(config, tables.softmax_scale)
         scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, attention)
+        weights = load_weights(store, config, ops, attention, cache_scales=scales)
     model = Model(config, ops, weights, attention)
     runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
     return LanguageModel(directory, generation, runner, tokenizer)

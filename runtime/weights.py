@@ -6,7 +6,7 @@ generation does not need them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,9 +68,16 @@ def load_kv_cache_scales(
 
 
 def load_weights(
-    store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layers: Sequence[int] | None = None
+    store: Store,
+    config: ModelConfig,
+    ops: Ops,
+    attention: AttentionKind,
+    layers: Sequence[int] | None = None,
+    cache_scales: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> ModelWeights:
     """Load all weights that generation needs into the backend; of the decoder layers only `layers`, if given.
+
+    cache_scales: of an int8 KV cache, as `load_kv_cache_scales` gives them.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
@@ -79,7 +86,10 @@ def load_weights(
     top = _Parts(store, config, None)
     weights = ModelWeights(
         embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
-        layers=tuple(load_layer(store, config, ops, attention, layer) for layer in chosen),
+        layers=tuple(
+            load_layer(store, config, ops, attention, layer, cache_scales[layer] if cache_scales else None)
+            for layer in chosen
+        ),
         norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
         lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")]),
         files=store.files,
@@ -107,12 +117,20 @@ def gating_of(moe: Moe) -> Gating:
     )
 
 
-def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
+def load_layer(
+    store: Store,
+    config: ModelConfig,
+    ops: Ops,
+    attention: AttentionKind,
+    layer: int,
+    cache_scales: Mapping[str, Tensor] | None = None,
+) -> LayerWeights:
     """Load the weights of one decoder layer, for layer-by-layer work. Raises as `load_weights` does."""
     parts, moe = _Parts(store, config, layer), config.moe_at(layer)
+    weights = attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops)
     return LayerWeights(
         input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
-        attention=attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops),
+        attention=attention.with_cache_scales(weights, cache_scales, ops) if cache_scales else weights,
         mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
         moe=None if moe is None else _moe(parts, moe, ops),

@@ -120,6 +120,10 @@ class Ops:
     mla: LatentAttention
     sparse: SparseAttention
 
+    def findings(self) -> list[str]:
+        """What trials on the device have shown so far, a sentence each."""
+        return []
+
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.
 

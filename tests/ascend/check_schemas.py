@@ -60,7 +60,7 @@ def recorded(artifact) -> dict[str, dict[str, Any]]:
         harness.generate(artifact(name), ops, lengths=(4, 45), new_tokens=2)
     ops.routing.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
     CASES["linear W8A8, static"](ops)
-    CASES["attention, paged, int8"](ops)
+    CASES["decode attention, int8 cache"](ops)
     recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend/weights.py, not through ops
     return dict(sorted(recorder.calls.items()))
 
