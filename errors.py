@@ -16,6 +16,10 @@ class NpuqError(Exception):
     details: Mapping[str, Any] = {}
 
 
+class NpuqWarning(UserWarning):
+    """Something that goes on in another, slower way than asked; the command line prints the message on stderr."""
+
+
 class CheckpointError(NpuqError):
     """An unreadable source checkpoint (or any directory of safetensors)."""
 
@@ -51,6 +55,10 @@ class GenerationError(NpuqError):
 
 class BackendError(NpuqError):
     """A backend that is not available on this machine, or cannot run this model."""
+
+
+class RankError(NpuqError):
+    """A launch over several ranks that does not fit the model or the machine, or a rank that is gone."""
 
 
 class HubError(NpuqError):

@@ -7,13 +7,16 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from .. import __version__
-from ..errors import NpuqError
+from ..errors import NpuqError, NpuqWarning
+from ..inputs.launch import Launch
+from .ranks import CommandRanks
 from .terminal.console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
 
 # EX_SOFTWARE of sysexits.h.
@@ -86,45 +89,54 @@ def _want_traceback(ctx: click.Context, _: click.Parameter, asked: bool) -> None
     callback=_want_traceback,
     help="Before an error also print where in the code it comes from.",
 )
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """Convert DeepSeek-style mixture-of-experts checkpoints to W4A8 for Ascend NPUs, check the result, and run it."""
+    ranks = context.ensure_object(Settings).ranks
+    if ranks is not None:
+        ranks.check(context.invoked_subcommand)
 
 
 def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; 128
-    plus the signal's number for a conversion ended by a signal.
+    plus the signal's number for a conversion ended by a signal, and for ranks ended by one.
     """
     _set_up_streams()
+    # torch would import torch_npu by itself, and no command could run where that fails, aborts or hangs. The Ascend
+    # backend imports torch_npu when it is chosen.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    _set_up_warnings()
     settings = Settings()
     code: int | str | None = 0
     try:
+        settings.ranks = CommandRanks(Launch.of(os.environ), lambda error: _end(error, settings))
         group.main(prog_name="npuq", standalone_mode=False, obj=settings)
     except SystemExit as end:
         code = end.code
     except BaseException as error:
-        if settings.traceback:
-            complain("".join(traceback.format_exception(error)))
-        code = _end(error, settings)
+        code = _end(error, settings)[1] if settings.ranks is None else settings.ranks.end(error)
     flush(sys.stdout)
     flush(sys.stderr)
     if code:
         sys.exit(code)
 
 
-def _end(error: BaseException, settings: Settings) -> int:
-    """Report the end of the command in a line, under --json as a document too; return the exit code.
+def _end(error: BaseException, settings: Settings) -> tuple[str, int]:
+    """Report the end of the command in a line, under --json as a document too; return the line and the exit code.
 
     No error becomes a traceback, of whatever kind, and in whatever state the streams are.
     """
     message, code = _described(error, settings)
+    if settings.traceback:
+        complain("".join(traceback.format_exception(error)))
     if isinstance(error, OutputError):
         take_no_more(sys.stdout)
         # Silent for `npuq inspect … | head`.
         if not error.reader_is_gone:
             say(f"npuq: error: {message}")
-        return code
+        return message, code
     line = one_line(" ".join(message.split()))
     if isinstance(error, click.ClickException):  # wrong usage, with a line on how to use it
         said = io.StringIO()
@@ -138,7 +150,7 @@ def _end(error: BaseException, settings: Settings) -> int:
             emit_error(type(error).__name__, line, code, error.details if isinstance(error, NpuqError) else {})
         except OutputError:
             take_no_more(sys.stdout)
-    return code
+    return line, code
 
 
 def _described(error: BaseException, settings: Settings) -> tuple[str, int]:
@@ -158,6 +170,19 @@ def _described(error: BaseException, settings: Settings) -> tuple[str, int]:
     # BaseException too: a panic within a library written in Rust is one.
     text = f"internal error: {type(error).__name__}: {error}"
     return f"{text}; please report it, with what `npuq --traceback …` prints", _INTERNAL
+
+
+def _set_up_warnings() -> None:
+    """Print npuq's warnings as a line on stderr, without the place in the code; all others as Python does."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, NpuqWarning):
+            say(f"npuq: {one_line(' '.join(str(message).split()))}")
+        else:
+            show(message, category, *place, **more)
+
+    warnings.showwarning = showwarning
 
 
 def _set_up_streams() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -16,13 +17,22 @@ from ..choices import KV_CACHE_DTYPES
 from ..errors import GenerationError
 from ..formats.checkpoint import Checkpoint
 from ..formats.sources.model_config import read_model_config
+from ..inputs.launch import Launch
 from ..inputs.printable import shown
 from .attention.kinds import attention_of
 from .backend import make_ops
 from .engine import Engine, EngineConfig
 from .loop import Loop
+from .memory.machine import engine_cache, planner_of, rank_memory
+from .memory.plan import Planner
 from .model import Model
-from .sampler import SamplingOptions, SamplingParams
+from .ops import Ops
+from .ranks.group import ALONE
+from .ranks.layout import Layout
+from .ranks.world import World
+from .request import Request
+from .sampling.grammar import Grammar
+from .sampling.params import SamplingOptions, SamplingParams
 from .step import RopeRows
 from .store import open_store
 from .stream import Completion, Stream
@@ -42,7 +52,12 @@ class LanguageModel:
     """A loaded model. Several threads may use it, and several streams may be open: they share its steps."""
 
     def __init__(
-        self, directory: Path, generation: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer | None = None
+        self,
+        directory: Path,
+        generation: Mapping[str, Any],
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        world: World | None = None,
     ):
         self.directory = directory
         self.engine = engine
@@ -50,6 +65,22 @@ class LanguageModel:
         self._loop = Loop(engine)
         self._reading = Lock()
         self._tokenizer = tokenizer
+        self._world = world
+
+    @property
+    def leads(self) -> bool:
+        """True where this process takes prompts: alone, or rank 0 of several."""
+        return self._world is None or self._world.leads
+
+    def follow(self) -> None:
+        """On a rank other than 0: run the steps of rank 0, of all loaded models, until it calls `close`."""
+        if self._world is not None:
+            self._world.follow()
+
+    def close(self) -> None:
+        """On rank 0 of several: let the others return from `follow`. No model can be run over ranks afterwards."""
+        if self._world is not None:
+            self._world.close()
 
     @property
     def backend(self) -> str:
@@ -91,10 +122,13 @@ class LanguageModel:
         """Continue a prompt (a text or token ids), or a list of prompts together.
 
         `options` are fields of `SamplingParams` (`max_new_tokens=64, temperature=0.7, stop="\\n"`, …). They override
-        `params`, or `default_params` without those: `temperature=0` is greedy for every model.
+        `params`, or `default_params` without those: `temperature=0` is greedy for every model. With `n`, give a list of
+        prompts: the result has n completions of the first, then those of the second, and so on.
         Raises GenerationError for a bad option and for a prompt that does not fit.
         """
         done: dict[int, Completion] = {}
+        if _is_one(prompts) and self._params(params, options).n > 1:
+            raise GenerationError("n above 1 gives several completions: give the prompt in a list, as [prompt]")
         with self.stream(prompts, params, **options) as pieces:
             for piece in pieces:
                 if piece.completion is not None:
@@ -107,13 +141,17 @@ class LanguageModel:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
+        *,
+        grammar: Callable[[], Grammar] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
-        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation."""
-        chosen = SamplingParams.of(self.default_params if params is None else params, options)
+        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation.
+
+        grammar: makes the grammar of one completion (`Grammar`).
+        """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, ids, chosen)
+        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar))
 
     def chat(
         self,
@@ -141,6 +179,9 @@ class LanguageModel:
         if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
             raise _no_prompt(sequences)
         return self._loop.logits([_token_ids(sequence) for sequence in sequences])
+
+    def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams.of(self.default_params if params is None else params, options)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
@@ -197,6 +238,8 @@ def load(
     kv_cache_dtype: str = "auto",
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
+    parallel: str | None = None,
+    graphs: bool = True,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
@@ -204,29 +247,62 @@ def load(
     backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
     compute dtype; "int8" nearly halves a 16-bit cache and needs scales, which calibrated conversion writes into an
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
-    model_type as one of this family. On the CPU, weights stay mapped from their files. Raises CheckpointError or
-    ArtifactError for a directory that is incomplete, damaged or not supported, BackendError for a backend that cannot
-    run here.
+    model_type as one of this family. parallel: in processes that torchrun started, how they divide the model: "auto",
+    or a `Layout` like "ep=8,tp=8"; rank 0 then generates, and all others call `LanguageModel.follow`. None keeps this
+    process alone. graphs: on one NPU, capture decode steps and replay them; False launches every operator from the
+    host. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a directory that
+    is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a layout that does not
+    divide the model, and for a model that does not fit into memory, with the numbers, RankError where ranks do not come
+    together.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
     if not isinstance(engine, (EngineConfig, type(None))):
         raise GenerationError(f"engine must be an EngineConfig, not a {type(engine).__name__}")
+    sizes = engine or EngineConfig()
     directory = local_directory(path)
     generation = read_generation_config(directory)
-    ops = make_ops(backend, dtype, device, kv_layout)
+    world = None if parallel is None else World.join(Launch.of(os.environ))
+    group, local_rank = (ALONE, 0) if world is None else (world.group, world.launch.local_rank)
+    ops = make_ops(backend, dtype, device, kv_layout, group, local_rank)
     with Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
-        attention = attention_of(config, tables.softmax_scale)
-        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
+        int8_cache = kv_cache_dtype == "int8"
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, attention, cache_scales=scales)
+        planner = planner_of(store, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
+        layout = chosen_layout(parallel, planner, ops.group.size)
+        owned = layout.owned(config, ops.group.rank)
+        attention = attention_of(config, tables.softmax_scale, len(owned.heads))
+        scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
+        planner.check(planner.rank(layout), engine_cache(planner, sizes))
+        weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
-    return LanguageModel(directory, generation, runner, tokenizer)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
+    return LanguageModel(directory, generation, runner, tokenizer, world)
+
+
+def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:
+    """The layout that `parallel` asks for; of "auto", the one that leaves most memory for the cache.
+
+    Raises BackendError for one that does not divide the model, and where none fits.
+    """
+    if parallel is None or (ranks == 1 and parallel == "auto"):
+        return Layout()
+    if parallel == "auto":
+        return planner.choose(ranks).layout
+    layout = Layout.parse(parallel, ranks)
+    layout.check(planner.model.config)
+    return layout
+
+
+def _memory(ops: Ops, world: World | None) -> int:
+    """Bytes of memory of the rank that has least: all ranks choose the same layout."""
+    if world is None:
+        return rank_memory(ops, 1)
+    return world.least(rank_memory(ops, world.launch.local_size))
 
 
 def local_directory(path: str | Path) -> Path:

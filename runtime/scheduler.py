@@ -1,4 +1,6 @@
-"""Scheduling of the next step: every decoding sequence, then as much prefill as the token budget leaves.
+"""Scheduling of the next step: every decoding sequence, then as much prefill as the budget leaves, in order of arrival.
+
+So at most one sequence stands between two chunks of its prompt.
 
 A sequence that enters gets blocks for all its tokens, and later one block more for each that it fills. When no block is
 free, the sequence that entered last is preempted: it gives up its blocks and waits, to be recomputed.
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 from .block_manager import BlockManager
 from .sequence import Sequence
+from .step_budget import StepBudget
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Scheduled:
 class Scheduler:
     """Waiting and running sequences, first come, first served."""
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, budget: StepBudget):
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
-        self._budget = max_num_batched_tokens
+        self._budget = budget
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.num_preempted = 0
@@ -47,7 +50,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's tokens: never none while a sequence waits or runs."""
         chosen = [Scheduled(sequence, 1) for sequence in self._grow_decoding()]
-        budget = self._budget - len(chosen)
+        budget = self._budget.prefill_tokens(len(chosen))
         for sequence in self._running:
             if not sequence.is_decoding and budget > 0:
                 chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))

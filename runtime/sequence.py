@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass, field
 
-from .sampler import Sampler, SamplingParams
+from .sampling.grammar import Grammar
+from .sampling.params import SamplingParams
+from .sampling.sampler import Sampler
 
 
 @dataclass(eq=False)
@@ -30,11 +32,18 @@ class Sequence:
 
     @classmethod
     def start(
-        cls, prompt: abc.Sequence[int], params: SamplingParams, context: int, stop_ids: frozenset[int]
+        cls,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        context: int,
+        stop_ids: frozenset[int],
+        choice: int = 0,
+        grammar: Grammar | None = None,
     ) -> Sequence:
-        """Start a sequence; `context` limits prompt and completion together."""
+        """Start a sequence; `context` limits prompt and completion together. choice: its number among its prompt's."""
         max_tokens = min(context, len(prompt) + params.max_new_tokens)
-        return cls(list(prompt), len(prompt), params, max_tokens, Sampler(params), stop_ids)
+        sampler = Sampler(params, len(prompt), stop_ids, choice, grammar)
+        return cls(list(prompt), len(prompt), params, max_tokens, sampler, stop_ids)
 
     @property
     def num_completion_tokens(self) -> int:

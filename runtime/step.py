@@ -63,6 +63,18 @@ class RopeRows:
         return self.cos.shape[0]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the device needs to know of a step, on the host and then on the device."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    decode: Decode | None
+    prefill: Prefill | None
+    output_rows: Tensor | None
+
+
 class StepBuilder:
     """Builder of steps for one engine.
 
@@ -73,7 +85,7 @@ class StepBuilder:
     def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int, dense_tokens: int | None = None):
         self._ops = ops
         self._rope = rope
-        self._block_size = block_size
+        self.block_size = block_size
         self._segment_blocks = max(1, segment_tokens // block_size)
         self._dense_tokens = dense_tokens
 
@@ -81,6 +93,14 @@ class StepBuilder:
         """Build the step of some chunks: the step, and the chunks' order in its rows (by rank, else as given).
 
         Raises ValueError for a chunk without tokens, beyond the rope tables, or with too few blocks.
+        """
+        on_host, order = self.inputs(chunks)
+        return self.step(self.to_device(on_host)), order
+
+    def inputs(self, chunks: Sequence[Chunk], table_width: int = 1) -> tuple[Inputs, list[int]]:
+        """Make a step's inputs on the host, and the chunks' order. Raises as `build` does.
+
+        table_width: the least number of columns of the decodes' block table.
         """
         longest = max((chunk.end for chunk in chunks), default=0)
         selects = self._dense_tokens is not None and longest > self._dense_tokens
@@ -91,17 +111,23 @@ class StepBuilder:
         order = sorted(range(len(chunks)), key=lambda index: chunks[index].rank)
         ordered = [chunks[index] for index in order]
         decodes = [chunk for chunk in ordered if chunk.decodes]
-        # On the host first: one copy brings them all to the device.
-        on_host = _Inputs(
+        made = Inputs(
             token_ids=_int64([token for chunk in ordered for token in chunk.token_ids]),
             positions=_int64([p for chunk in ordered for p in range(chunk.start, chunk.end)]),
             slots=_int64([slot for chunk in ordered for slot in self._slots(chunk)]),
-            decode=self._decode(decodes, selects) if decodes else None,
+            decode=self._decode(decodes, selects, table_width) if decodes else None,
             prefill=self._prefill(ordered[len(decodes) :]) if len(decodes) < len(ordered) else None,
             output_rows=_output_rows(ordered),
         )
-        inputs = to_device(on_host, self._ops.device, self._ops.pinned)
-        step = Step(
+        return made, order
+
+    def to_device(self, on_host: Inputs, into: Tensor | None = None) -> Inputs:
+        """Bring inputs to the device, all in one copy. into: the buffer to overwrite, as in `transfer.to_device`."""
+        return to_device(on_host, self._ops.device, self._ops.pinned, into)
+
+    def step(self, inputs: Inputs) -> Step:
+        """Make the step of inputs on the device: gathers the rows of the rope tables."""
+        return Step(
             token_ids=inputs.token_ids,
             positions=Positions(
                 slots=inputs.slots,
@@ -112,7 +138,6 @@ class StepBuilder:
             prefill=inputs.prefill,
             output_rows=inputs.output_rows,
         )
-        return step, order
 
     def _check(self, chunk: Chunk) -> None:
         if not 0 <= chunk.start < chunk.end <= self._rope.max_position:
@@ -120,22 +145,22 @@ class StepBuilder:
                 f"a chunk of positions {chunk.start} to {chunk.end}; the rope tables have {self._rope.max_position}"
             )
         cached = bool(chunk.blocks) or chunk.start > 0 or chunk.absorbed
-        if cached and len(chunk.blocks) * self._block_size < chunk.end:
-            raise ValueError(f"{len(chunk.blocks)} blocks of {self._block_size} tokens for a chunk up to {chunk.end}")
+        if cached and len(chunk.blocks) * self.block_size < chunk.end:
+            raise ValueError(f"{len(chunk.blocks)} blocks of {self.block_size} tokens for a chunk up to {chunk.end}")
 
     def _slots(self, chunk: Chunk) -> list[int]:
         if not chunk.blocks:
             return [-1] * len(chunk.token_ids)
-        size = self._block_size
+        size = self.block_size
         return [chunk.blocks[p // size] * size + p % size for p in range(chunk.start, chunk.end)]
 
-    def _decode(self, chunks: Sequence[Chunk], selects: bool) -> Decode:
+    def _decode(self, chunks: Sequence[Chunk], selects: bool, table_width: int) -> Decode:
         make = Decode.selecting if selects else Decode
         entries = [entry for chunk in chunks for entry in self._entries(chunk, selects)]
         return make(
             q_lens=tuple(accumulate(count for _, count, _ in entries)),
             kv_lens=tuple(end for _, _, end in entries),
-            block_table=_block_table([self._used_blocks(blocks, 0, end) for blocks, _, end in entries]),
+            block_table=_block_table([self._used_blocks(blocks, 0, end) for blocks, _, end in entries], table_width),
         )
 
     def _entries(self, chunk: Chunk, selects: bool) -> list[tuple[Sequence[int], int, int]]:
@@ -157,7 +182,7 @@ class StepBuilder:
 
         A sequence is cut at multiples of a segment, whatever other sequences there are.
         """
-        stride = self._segment_blocks * self._block_size
+        stride = self._segment_blocks * self.block_size
         packed: list[list[_Run]] = []
         held = stride
         for index, chunk in enumerate(chunks):
@@ -172,7 +197,7 @@ class StepBuilder:
 
     def _segment(self, chunks: Sequence[Chunk], bounds: Sequence[int], runs: Sequence[_Run]) -> PrefixSegment:
         blocks = [self._used_blocks(chunks[run.chunk].blocks, run.start, run.end) for run in runs]
-        firsts = accumulate((len(used) * self._block_size for used in blocks), initial=0)
+        firsts = accumulate((len(used) * self.block_size for used in blocks), initial=0)
         kept = [row for first, run in zip(firsts, runs, strict=False) for row in range(first, first + run.length)]
         first, past = bounds[runs[0].chunk], bounds[runs[-1].chunk + 1]
         return PrefixSegment(
@@ -187,19 +212,7 @@ class StepBuilder:
         )
 
     def _used_blocks(self, blocks: Sequence[int], start: int, end: int) -> list[int]:
-        return list(blocks[start // self._block_size : -(-end // self._block_size)])
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What the device needs to know of a step, on the host and then on the device."""
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    decode: Decode | None
-    prefill: Prefill | None
-    output_rows: Tensor | None
+        return list(blocks[start // self.block_size : -(-end // self.block_size)])
 
 
 class _Run(NamedTuple):
@@ -240,9 +253,11 @@ def _output_rows(chunks: Sequence[Chunk]) -> Tensor | None:
     return None if len(rows) == first else _int64(rows)
 
 
-def _block_table(rows: Sequence[Sequence[int]]) -> Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
+def _block_table(rows: Sequence[Sequence[int]], least_width: int) -> Tensor:
+    table = torch.zeros(len(rows), max(least_width, *map(len, rows)), dtype=torch.int32)
+    for place, row in zip(table, rows, strict=True):  # a list of all entries, mostly zeros, would take longer
+        place[: len(row)] = torch.tensor(row, dtype=torch.int32)
+    return table
 
 
 def _int32(values: Sequence[int]) -> Tensor:

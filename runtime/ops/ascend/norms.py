@@ -8,6 +8,7 @@ from torch import Tensor
 from ..handles import Quantized
 from ..norms import Norms
 from .device import Npu
+from .ranks import rows
 
 MAX_SWIGLU_WIDTH = 8192
 """Outputs of `npu_dequant_swiglu_quant`. Dense layers have up to 18,432."""
@@ -47,3 +48,15 @@ class AscendNorms(Norms):
             return self.dynamic_quant(self.swiglu(x))  # rounds to the compute dtype on the way
         # Both defaults are wrong here: they activate the right half and quantize statically.
         return Quantized(*self.npu.operators.npu_dequant_swiglu_quant(x, activate_left=True, quant_mode=1))
+
+    def row_maximum(self, x: Tensor) -> Tensor:
+        return rows.maximum(x)
+
+    def dynamic_quant_by(self, x: Tensor, largest: Tensor) -> Quantized:
+        return rows.dynamic_quant_by(x, largest, self.npu)
+
+    def swiglu_float32(self, x: Tensor) -> Tensor:
+        return self.swiglu(x.float())
+
+    def swiglu_quant_by(self, activated: Tensor, largest: Tensor) -> Quantized:
+        return rows.swiglu_quant_by(activated, largest, self.npu)

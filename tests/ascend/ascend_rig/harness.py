@@ -19,7 +19,7 @@ from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
-from npuq.runtime.sampler import SamplingParams
+from npuq.runtime.sampling.params import SamplingParams
 
 from .standins import SOC_NAME
 
@@ -46,7 +46,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Ops:
     """A set of operators by name; `ascend` runs on CPU tensors, through the emulation."""
     if kind == "ascend":
         cls = WideAscendOps if dtype == torch.float32 else AscendOps
-        return cls(device="cpu", dtype=dtype, soc=SOC_NAME, **options)
+        return cls(device="cpu", dtype=dtype, **{"soc": SOC_NAME, **options})
     return {"reference": ReferenceOps, "cpu": CpuOps}[kind](dtype)
 
 
@@ -66,10 +66,10 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops) -> llm.LanguageModel:
+def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
 
-    Its latent is int8 where the artifact has scales for that.
+    Its latent is int8 where the artifact has scales for that. options: others of `npuq.load`.
     """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
@@ -83,7 +83,7 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
     cache_bytes = (INT8_BLOCKS if int8 else CACHE_BLOCKS) * settings["block_size"] * token_bytes
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
         sizes = EngineConfig(kv_cache_bytes=cache_bytes, **settings)
-        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto")
+        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto", **options)
     poison_cache(model.engine._cache)
     return model
 
@@ -100,9 +100,13 @@ def generate(
     around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None,
     lengths: Sequence[int] | None = None,
     new_tokens: int = NEW_TOKENS,
+    parallel: str | None = None,
 ) -> Run:
-    """Generate from prompts of some lengths (default: those above); `around_step` may wrap each pass of the model."""
-    model = load(path, ops)
+    """Generate from prompts of some lengths (default: those above); `around_step` may wrap each pass of the model.
+
+    With `parallel` on rank 0, as the others follow; they end when this ends.
+    """
+    model = load(path, ops, parallel=parallel)
     run = Run()
     forward = model.engine.model.forward
 
@@ -117,11 +121,15 @@ def generate(
     texts = prompts(model.engine.model.config.vocab_size, lengths)
     runner = model.engine
     with mock.patch.object(runner.model, "forward", recording):
-        sequences = [runner.add(text, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)) for text in texts]
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        sequences = [runner.sequence(text, params) for text in texts]
+        for sequence in sequences:
+            runner.add(sequence)
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
     run.preempted = runner.scheduler.num_preempted
     run.tokens = [tuple(sequence.tokens[sequence.num_prompt_tokens :]) for sequence in sequences]
+    model.close()
     return run
 
 

@@ -1,0 +1,182 @@
+"""Memory plans: what each rank of a layout holds, the cache tokens that are left, and the choice of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ...errors import BackendError
+from ...units import format_bytes
+from ..attention.kinds import attention_of
+from ..attention.pools import stored_pools
+from ..ranks.layout import Layout, layouts
+from .stored import StoredModel
+from .weights import Backend, Bytes, weight_bytes
+from .workspace import StepSizes, Workspace, workspace
+
+BLOCK_TOKENS: Final = 128
+"""The least cache of a model that fits: a block."""
+USEFUL_TOKENS: Final = 32_768
+"""The cache of a layout that is recommended to somebody whose layout does not fit."""
+_RANKS: Final = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The memory of the rank of a layout that needs most of it.
+
+    weights: bytes by kind. usable: bytes that weights, workspace and cache may take. cache_token: bytes of the cache
+    for a token. context: the longest sequence. Every rank has the same tokens in its cache.
+    """
+
+    layout: Layout
+    weights: Mapping[str, Bytes]
+    workspace: Workspace
+    usable: int
+    cache_token: int
+    context: int
+
+    @property
+    def total_weights(self) -> Bytes:
+        return Bytes(*map(sum, zip(*self.weights.values(), strict=True)))
+
+    @property
+    def left(self) -> int:
+        """Bytes for the cache, and for what grows with the context; negative where the rest is too much already."""
+        return self.usable - self.total_weights.copied - self.workspace.fixed
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of the cache that fit beside the rest."""
+        if self.left <= 0:
+            return 0
+        within = self.left // (self.cache_token + self.workspace.context_token)
+        if within <= self.context:
+            return within
+        return (self.left - self.context * self.workspace.context_token) // self.cache_token
+
+    @property
+    def fits(self) -> bool:
+        """True if the cache has room for a block."""
+        return self.cache_tokens >= BLOCK_TOKENS
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as values for JSON, in bytes."""
+        return {
+            "ranks": self.layout.ranks,
+            "ep": self.layout.ep,
+            "tp": self.layout.tp,
+            "weights": {kind: {"mapped": held.mapped, "copied": held.copied} for kind, held in self.weights.items()},
+            "weight_bytes": self.total_weights.total,
+            "workspace_bytes": self.workspace.fixed,
+            "usable_bytes": self.usable,
+            "cache_bytes_per_token": self.cache_token,
+            "cache_tokens": self.cache_tokens,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans of one model on ranks of one kind. memory: bytes of a rank, its device's or its share of the RAM."""
+
+    model: StoredModel
+    backend: Backend
+    memory: int
+    sizes: StepSizes = field(default_factory=StepSizes)
+    int8_cache: bool = False
+
+    def rank(self, layout: Layout) -> RankPlan:
+        """Plan one layout. Raises BackendError where it does not divide the model, or no backend has its attention."""
+        config = self.model.config
+        # The first ranks may own a tile more than the others.
+        owned = layout.owned(config, 0)
+        return RankPlan(
+            layout,
+            weight_bytes(self.model, owned, self.backend),
+            workspace(config, owned, self.backend.dtype.itemsize, self.sizes),
+            int(self.memory * self.backend.usable),
+            self.cache_token,
+            config.rope.positions,
+        )
+
+    @property
+    def cache_token(self) -> int:
+        """Bytes of a token in the caches of all layers."""
+        config = self.model.config
+        kind = attention_of(config, 1.0)
+        total = 0
+        for layer in range(config.num_hidden_layers):
+            pools = kind.pools(layer)
+            codes = [pool.name for pool in pools if self.int8_cache and pool.int8]
+            total += sum(pool.token_bytes for pool in stored_pools(pools, self.backend.dtype, "nz", codes))
+        return total
+
+    def layouts(self, ranks: int) -> tuple[RankPlan, ...]:
+        """Plan every layout of so many ranks that divides the model."""
+        return tuple(self.rank(layout) for layout in layouts(self.model.config, ranks))
+
+    def choose(self, ranks: int) -> RankPlan:
+        """Choose the layout of so many ranks that leaves most tokens for the cache.
+
+        Raises BackendError, with the numbers, where none fits, and where none divides the model.
+        """
+        plans, config = self.layouts(ranks), self.model.config
+        if not plans:
+            raise BackendError(
+                f"{ranks} ranks divide neither the {config.n_routed_experts} routed experts nor the "
+                f"{config.attention.heads} attention heads of this {config.model_type}; take a number that divides both"
+            )
+        best = recommended(plans)
+        if not best.fits:
+            raise self.refusal(best)
+        return best
+
+    def fewest(self, tokens: int = USEFUL_TOKENS) -> RankPlan | None:
+        """The plan of the fewest devices, a power of two, that hold a cache of `tokens`; None where no number does."""
+        for ranks in _RANKS:
+            plans = self.layouts(ranks)
+            if plans and (best := recommended(plans)).cache_tokens >= tokens:
+                return best
+        return None
+
+    def check(self, plan: RankPlan, cache_bytes: int) -> None:
+        """Raise BackendError, with the numbers and a remedy, where a rank cannot hold weights, a step and its cache.
+
+        Mapped weights do not count: of pages that memory has no room for, the file keeps the content.
+        """
+        if plan.left < plan.cache_token * BLOCK_TOKENS:
+            raise self.refusal(plan)
+        if cache_bytes > plan.left:
+            raise BackendError(
+                f"a KV cache of {format_bytes(cache_bytes)} does not fit beside "
+                f"{format_bytes(plan.total_weights.copied)} of weights and {format_bytes(plan.workspace.fixed)} for a "
+                f"step: {format_bytes(plan.usable)} are usable; {format_bytes(plan.left)} are left for the cache, "
+                f"{plan.cache_tokens} tokens (--cache-size, kv_cache_bytes)"
+            )
+
+    def refusal(self, plan: RankPlan) -> BackendError:
+        """The error for a plan that does not fit: its numbers, and what would fit."""
+        alone = plan.layout.ranks == 1
+        needs = f"with {plan.layout} each rank needs" if not alone else "the model needs"
+        line = (
+            f"{needs} {format_bytes(plan.total_weights.copied)} for weights and {format_bytes(plan.workspace.fixed)} "
+            f"for a step, and {format_bytes(plan.usable)} of {format_bytes(self.memory)} are usable"
+        )
+        return BackendError(f"{line}; {self._remedy(plan)}")
+
+    def _remedy(self, plan: RankPlan) -> str:
+        if not self.backend.on_device:
+            return "convert it (npuq convert): the weights of an artifact stay in their files"
+        enough = self.fewest()
+        if enough is None:
+            return "no number of such devices holds it"
+        if enough.layout.ranks <= plan.layout.ranks:
+            return f"--parallel {enough.layout} on {enough.layout.ranks} such devices fits"
+        return f"{enough.layout.ranks} such devices hold it: torchrun --nproc-per-node {enough.layout.ranks} -m npuq …"
+
+
+def recommended(plans: Iterable[RankPlan]) -> RankPlan:
+    """The plan with most cache tokens, else with most bytes left; of equals, the one that divides least."""
+    return max(plans, key=lambda plan: (plan.cache_tokens, plan.left, -plan.layout.tp, -plan.layout.ep))
