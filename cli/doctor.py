@@ -127,6 +127,7 @@ def _as_json(report: Diagnosis, results: list[Result]) -> dict[str, Any]:
                 # JSON has no infinity: `passed` and this message stand for an error that is not finite.
                 "error": result.error if result.error is not None and result.error != float("inf") else None,
                 "tolerance": result.tolerance,
+                "findings": list(result.findings),
                 "message": result.message
                 or ("not finite, or of another shape" if result.error == float("inf") else ""),
             }
@@ -173,5 +174,7 @@ def _print_selftest(report: Diagnosis, results: list[Result]) -> None:
     for result in results:
         line = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
         show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {line}")
+        for finding in result.findings:
+            show(f"{'':7}{finding}")
     failed = sum(not result.passed for result in results)
     show(f"{len(results) - failed} of {len(results)} agree.")

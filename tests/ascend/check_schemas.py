@@ -63,7 +63,7 @@ def recorded(artifact) -> dict[str, dict[str, Any]]:
     CASES["linear W8A8, static"](ops)
     ops.products.tuning = Tuning({MatmulShape(4, 8, 256, 256, 16): Expectation.MEAN})
     CASES["grouped_matmul W4A8"](ops)
-    CASES["attention, paged, int8"](ops)
+    CASES["decode attention, int8 cache"](ops)
     recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend/weights.py, not through ops
     return dict(sorted(recorder.calls.items()))
 

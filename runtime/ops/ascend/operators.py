@@ -38,6 +38,7 @@ class AscendOps(Ops):
     """
 
     name = "ascend"
+    mla: AscendLatentAttention
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def __init__(
@@ -81,3 +82,6 @@ class AscendOps(Ops):
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
         self.sparse = AscendSparseAttention(self.npu, weights, self.norms, self.products, self.rotary)
+
+    def findings(self) -> list[str]:
+        return self.mla.findings()
