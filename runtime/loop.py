@@ -58,14 +58,17 @@ class Loop:
 
         Raises GenerationError as `Engine.sequence` does; then nothing is queued.
         """
-        sequences = tuple(
-            self.engine.sequence(
-                prompt, request.params, stop_ids, choice, request.grammar() if request.grammar else None
-            )
-            for prompt in request.prompts
-            for choice in range(request.params.n)
-        )
-        client.expect(sequences)
+        sequences: list[Sequence] = []
+        for prompt in request.prompts:
+            leader = None
+            for choice in range(request.params.n):
+                grammar = request.grammar() if request.grammar else None
+                sequence = self.engine.sequence(
+                    prompt, request.params, stop_ids, choice, grammar, request.salt, leader
+                )
+                leader = leader or sequence
+                sequences.append(sequence)
+        client.expect(tuple(sequences))
         self._arrived.append(client)
         self._settle()
 
