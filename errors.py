@@ -53,6 +53,10 @@ class BackendError(NpuqError):
     """A backend that is not available on this machine, or cannot run this model."""
 
 
+class RankError(NpuqError):
+    """A launch over several ranks that does not fit the model or the machine, or a rank that is gone."""
+
+
 class HubError(NpuqError):
     """A hub's refusal, or content that differs from its hash."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..choices import BACKENDS, KV_CACHE_DTYPES
+from .ranks import parallel_option, ranks_of_command
 from .reading import as_option
 from .terminal.console import emit_json, json_option, say, show
 from .terminal.progress import TerminalProgress, progress_options
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="int8: MODEL attends to an int8 cache, throughout.",
 )
+@parallel_option
 @click.option("--save", is_flag=True, help="Store the result in MODEL's manifest and model card.")
 @progress_options
 @json_option("Print the result as JSON.")
@@ -46,6 +48,7 @@ def command(
     layers: bool,
     backend: str,
     kv_cache_dtype: str,
+    parallel: str | None,
     save: bool,
     progress: str,
     quiet: bool,
@@ -61,6 +64,8 @@ def command(
     attention also the share of the source's selected tokens that the model selects. This reads one layer of each at a
     time.
 
+    Over several devices or processes: torchrun --nproc-per-node N -m npuq evaluate MODEL …
+
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
     """
     from ..errors import GenerationError
@@ -68,21 +73,34 @@ def command(
     from ..inputs.files import decoded, read_given_bytes
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
+    from ..runtime.evaluation.perplexity import load_models
     from ..runtime.text.tokenizer_check import require_tokenizer
     from ..verification.evaluations import check_can_save, save_evaluation
     from .transfer import local_model
 
     if layers and source is None:
         raise click.UsageError("--layers compares with the float checkpoint: name it with --source")
+    ranks = ranks_of_command()
+    if layers and ranks.launch.size > 1:
+        raise click.UsageError("--layers reads a layer at a time, in one process: start it without torchrun")
     stored = read_given_bytes(text, GenerationError)
     content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
-    model = local_model(model, quiet=quiet, progress=progress, before_weights=require_tokenizer)
-    if save:
+    ranks.join()
+    model = ranks.fetch(
+        lambda silent: local_model(model, quiet=quiet or silent, progress=progress, before_weights=require_tokenizer)
+    )
+    if save and ranks.leads:
         check_can_save(model)
-    source = None if source is None else local_model(source, quiet=quiet, progress=progress)
+    if source is not None:
+        source = ranks.fetch(lambda silent: local_model(source, quiet=quiet or silent, progress=progress))
     errors: list[LayerError] = []
+    models = load_models(model, source, backend, kv_cache_dtype, family, ranks.layout(parallel))
+    if not models[0].leads:
+        models[0].follow()
+        return
     with TerminalProgress(progress, quiet) as display:
-        result = evaluate(model, content, source, context, backend, display, kv_cache_dtype, family)
+        result = evaluate(models[0], content, models[1], context, progress=display)
+        models[0].close()
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display, family)
     if save and not save_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):

@@ -14,6 +14,7 @@ from ..errors import GenerationError
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
+from .ranks import parallel_option, ranks_of_command
 from .reading import as_option
 from .sampling import given_options, notes, sampling_options
 from .terminal.console import emit_json, json_option, say, size, write
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     help="int8: a smaller cache, for artifacts that were calibrated.",
 )
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
+@parallel_option
 @click.option("--quiet", is_flag=True, help="No notes on stderr.")
 @json_option("A JSON list, an object a prompt, when all are done.")
 def command(
@@ -75,6 +77,7 @@ def command(
     dtype: str | None,
     kv_cache_dtype: str,
     cache_size: int,
+    parallel: str | None,
     quiet: bool,
     as_json: bool,
     **sampling: Any,
@@ -86,9 +89,13 @@ def command(
     to be read in several steps may be cut elsewhere in other company, which changes logits in their last digits. One
     prompt is streamed as it comes; several run together and are printed in their order. Prompts are continued as they
     are; --chat makes a conversation of each.
+
+    Over several devices or processes: torchrun --nproc-per-node N -m npuq generate MODEL …
     """
-    texts = [*prompts, *_from_files(prompt_files)]
-    if not texts:
+    ranks = ranks_of_command()
+    # Standard input is that of all ranks, and only rank 0 reads it.
+    texts = [*prompts, *_from_files(prompt_files)] if ranks.leads else list(prompts)
+    if not texts and not prompt_files:
         raise click.UsageError("give a prompt with --prompt or --prompt-file")
     if not chat:
         for option, value in (("--system", system), ("--chat-template-kwargs", chat_template_kwargs)):
@@ -110,12 +117,13 @@ def command(
     from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
+    ranks.join()
     # All refusals come before the weights are opened: options, then the small files, then the prompts.
     try:
         SamplingParams.of(SamplingParams(), given)
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
-    directory = local_model(model, quiet=quiet, before_weights=require_tokenizer)
+    directory = ranks.fetch(lambda silent: local_model(model, quiet=quiet or silent, before_weights=require_tokenizer))
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, given)
     tokenizer = Tokenizer(directory)
@@ -135,13 +143,18 @@ def command(
         kv_cache_dtype=kv_cache_dtype,
         tokenizer=tokenizer,
         family=family,
+        parallel=ranks.layout(parallel),
     )
+    if not runner.leads:
+        runner.follow()
+        return
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:
         if not quiet:  # after the last possible refusal
             for note in notes(params, defaults, given):
                 say(note)
         completions = _collect(pieces) if as_json else _print(pieces, texts)
+    runner.close()
     if as_json:
         emit_json([_as_dict(completion) for completion in completions])
     if not quiet:

@@ -14,6 +14,8 @@ import click
 
 from .. import __version__
 from ..errors import NpuqError
+from ..inputs.launch import Launch
+from .ranks import CommandRanks
 from .terminal.console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
 
 # EX_SOFTWARE of sysexits.h.
@@ -86,45 +88,50 @@ def _want_traceback(ctx: click.Context, _: click.Parameter, asked: bool) -> None
     callback=_want_traceback,
     help="Before an error also print where in the code it comes from.",
 )
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """Convert DeepSeek-style mixture-of-experts checkpoints to W4A8 for Ascend NPUs, check the result, and run it."""
+    ranks = context.ensure_object(Settings).ranks
+    if ranks is not None:
+        ranks.check(context.invoked_subcommand)
 
 
 def main() -> None:
     """Run the command line.
 
     Exit codes: 0 done, 1 bad input or a failed check, 2 wrong usage, 70 a fault of npuq's own, 130 interrupted; 128
-    plus the signal's number for a conversion ended by a signal.
+    plus the signal's number for a conversion ended by a signal, and for ranks ended by one.
     """
     _set_up_streams()
     settings = Settings()
     code: int | str | None = 0
     try:
+        settings.ranks = CommandRanks(Launch.of(os.environ), lambda error: _end(error, settings))
         group.main(prog_name="npuq", standalone_mode=False, obj=settings)
     except SystemExit as end:
         code = end.code
     except BaseException as error:
-        if settings.traceback:
-            complain("".join(traceback.format_exception(error)))
-        code = _end(error, settings)
+        code = _end(error, settings)[1] if settings.ranks is None else settings.ranks.end(error)
     flush(sys.stdout)
     flush(sys.stderr)
     if code:
         sys.exit(code)
 
 
-def _end(error: BaseException, settings: Settings) -> int:
-    """Report the end of the command in a line, under --json as a document too; return the exit code.
+def _end(error: BaseException, settings: Settings) -> tuple[str, int]:
+    """Report the end of the command in a line, under --json as a document too; return the line and the exit code.
 
     No error becomes a traceback, of whatever kind, and in whatever state the streams are.
     """
     message, code = _described(error, settings)
+    if settings.traceback:
+        complain("".join(traceback.format_exception(error)))
     if isinstance(error, OutputError):
         take_no_more(sys.stdout)
         # Silent for `npuq inspect … | head`.
         if not error.reader_is_gone:
             say(f"npuq: error: {message}")
-        return code
+        return message, code
     line = one_line(" ".join(message.split()))
     if isinstance(error, click.ClickException):  # wrong usage, with a line on how to use it
         said = io.StringIO()
@@ -138,7 +145,7 @@ def _end(error: BaseException, settings: Settings) -> int:
             emit_error(type(error).__name__, line, code, error.details if isinstance(error, NpuqError) else {})
         except OutputError:
             take_no_more(sys.stdout)
-    return code
+    return line, code
 
 
 def _described(error: BaseException, settings: Settings) -> tuple[str, int]:

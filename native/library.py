@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 
 
 class Part(Structure):
@@ -122,10 +122,14 @@ _SIGNATURES: Final = {
     "npuq_is_lost": (_P,),
     "npuq_quantize_rows": (_I, _P, _L, _L, _I, _I, _L, _P, _P, _P, _P, _P, _P),
     "npuq_matmul": (_P, _P, _P, _I, _P, _P, _L, _P, _I),
+    "npuq_integer_sums": (_P, _P, _P, _L, _P),
+    "npuq_scale_sums": (_P, _P, _P, _P, _L, _P, _I),
     "npuq_batch_matmul": (_P, _P, _I, _L, _L, _L, _L, _L, _L, _P, _I, _L, _L, _L, _P),
     "npuq_dynamic_quant": (_P, _P, _I, _L, _L, _L, _P, _P),
-    "npuq_swiglu": (_P, _P, _I, _L, _L, _P),
+    "npuq_swiglu": (_P, _P, _I, _L, _L, _P, _I),
     "npuq_swiglu_quant": (_P, _P, _I, _L, _L, _P, _P),
+    "npuq_row_maximum": (_P, _P, _I, _L, _L, _L, _P),
+    "npuq_quant_parts": (_P, _P, _I, _L, _L, _L, _P, _I, _P, _P),
     "npuq_rms_norm": (_P, _P, _I, _L, _P, _L, _L, _F, _P),
     "npuq_add_rms_norm": (_P, _P, _P, _I, _P, _L, _L, _F, _P, _P),
     "npuq_gating_top_k": (_P, _P, _P, _L, _L, _L, _I, _L, _L, _I, _I, _F, _P, _P),

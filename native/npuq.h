@@ -17,7 +17,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 7
+#define NPUQ_ABI_VERSION 8
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -111,6 +111,12 @@ typedef struct {
 NPUQ_API int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype,
                          const float *x_scale, const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype);
 
+/* The two halves of a product of codes, between which sums of several parts of `cols` are added: sums int32 [m, outputs] of
+ * x int8 [m, cols], which wrap; and out = float(sum) · scale[n] · x_scale[m]. One group of I8 weights. */
+NPUQ_API int npuq_integer_sums(npuq_pool *pool, const npuq_weights *weights, const int8_t *x, int64_t m, int32_t *sums);
+NPUQ_API int npuq_scale_sums(npuq_pool *pool, const npuq_weights *weights, const int32_t *sums, const float *x_scale,
+                             int64_t m, void *out, int32_t out_dtype);
+
 /* out [tokens, heads, b] = x [tokens, heads, a] · weight [heads, a, b], the weight a float array of any dtype whose
  * strides are (head_stride, a_stride, b_stride), one of the last two being 1. out is contiguous. */
 NPUQ_API int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_token_stride,
@@ -124,8 +130,15 @@ NPUQ_API int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, in
  * products with it are NaN. */
 NPUQ_API int npuq_dynamic_quant(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t rows,
                                 int64_t cols, int8_t *codes, float *scale);
-/* x [rows, 2 · half]: silu(left) · right. */
-NPUQ_API int npuq_swiglu(npuq_pool *pool, const void *x, int32_t dtype, int64_t rows, int64_t half, void *out);
+/* Parts of rows: largest [rows] is the greatest |x|, infinite for a row with an infinity or a NaN. With that of the whole
+ * rows, npuq_quant_parts gives a part the codes and scales of npuq_dynamic_quant; with `divide`, of npuq_swiglu_quant. */
+NPUQ_API int npuq_row_maximum(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t rows, int64_t cols,
+                              float *largest);
+NPUQ_API int npuq_quant_parts(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t rows, int64_t cols,
+                              const float *largest, int32_t divide, int8_t *codes, float *scale);
+/* x [rows, 2 · half]: silu(left) · right, in out_dtype. */
+NPUQ_API int npuq_swiglu(npuq_pool *pool, const void *x, int32_t dtype, int64_t rows, int64_t half, void *out,
+                         int32_t out_dtype);
 NPUQ_API int npuq_swiglu_quant(npuq_pool *pool, const void *x, int32_t dtype, int64_t rows, int64_t half,
                                int8_t *codes, float *scale);
 NPUQ_API int npuq_rms_norm(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, const void *gamma,
@@ -241,7 +254,7 @@ typedef struct {
 NPUQ_API int npuq_moe_layer(npuq_pool *pool, const npuq_moe *moe, const void *x, int32_t dtype, int64_t tokens,
                             void *out);
 
-/* One layer's attention weights. qkv_a: (q_a, or q where q_b is NULL) | kv_a; norms in the compute dtype; w_uk
+/* One layer's attention weights. qkv_a: (q_a, or q where q_b is NULL) | kv_a; o may be NULL; norms in the compute dtype; w_uk
  * [heads, nope_dim, latent_dim] and w_uv [heads, latent_dim, value_dim] of one dtype, as in npuq_batch_matmul. */
 typedef struct {
     const npuq_weights *qkv_a, *q_b, *o;
@@ -255,7 +268,8 @@ typedef struct {
 NPUQ_API int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x,
                              int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
                              void *q_latent, void *q_rope);
-/* npuq_mla_prolog, npuq_attention_paged, w_uv, o: x [tokens, hidden] → out [tokens, o's outputs]. */
+/* npuq_mla_prolog, npuq_attention_paged, w_uv, o: x [tokens, hidden] → out [tokens, o's outputs]; where o is NULL, its
+ * inputs [tokens, heads, value_dim]. */
 NPUQ_API int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x,
                              int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
                              const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,

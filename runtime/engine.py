@@ -15,6 +15,7 @@ from ..inputs.printable import shown
 from .attention.pools import StoredPool
 from .block_manager import BlockManager
 from .model import Model
+from .ranks.world import World
 from .sampling.grammar import Grammar
 from .sampling.logprobs import TokenLogprobs
 from .sampling.params import SamplingParams
@@ -84,7 +85,8 @@ class Engine:
     """Continuous batching over one model and one paged cache.
 
     context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
-    `[channels]` by pool; those pools of the cache are int8.
+    `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
+    alone. All ranks make the same engine, and that of rank 0 leads the steps.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Engine:
         eos_ids: frozenset[int],
         config: EngineConfig,
         cache_scales: abc.Sequence[abc.Mapping[str, Tensor]] | None = None,
+        world: World | None = None,
     ):
         self.model = model
         self.config = config
@@ -105,6 +108,8 @@ class Engine:
         caches = model.ops.caches
         stored = [caches.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
         num_blocks = _num_blocks(chain.from_iterable(stored), rope.max_position, config)
+        if world is not None:
+            num_blocks = world.least(num_blocks)
         self.context = min(rope.max_position, num_blocks * config.block_size)
         self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache)
         self._cache = tuple(
@@ -115,6 +120,7 @@ class Engine:
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
         self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
 
     def sequence(
@@ -127,14 +133,13 @@ class Engine:
         salt: bytes = b"",
         leader: Sequence | None = None,
     ) -> Sequence:
-        """Make a sequence of a prompt; `add` queues it. It changes nothing, and may be called while a step runs.
+        """Make a sequence of a prompt, for `queue`. It changes nothing, and may be called while a step runs.
 
-        Tokens of `stop_ids` end it, beside those of `params` and the model's end-of-sequence tokens.
-
-        choice: number of the sequence among those of its prompt, which draw different random numbers. grammar: of its
-        completion. salt: it shares cache blocks with sequences of the same salt alone. leader: the first choice of its
-        prompt, behind which it enters, to take its blocks. Raises GenerationError for a prompt that is empty, holds no
-        token ids, or leaves no room to generate, and for parameters with ids outside the vocabulary.
+        stop_ids: tokens that end it, beside those of `params` and the model's end-of-sequence tokens. choice: its
+        number among the sequences of its prompt, which draw different random numbers. grammar: of its completion. salt:
+        it shares cache blocks with sequences of the same salt alone. leader: the first choice of its prompt, behind
+        which it enters, to take its blocks. Raises GenerationError for a prompt that is empty, holds no token ids, or
+        leaves no room to generate, and for parameters with ids outside the vocabulary.
         """
         check_token_ids(prompt, self.model.config.vocab_size)
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
@@ -152,9 +157,15 @@ class Engine:
             leader = None  # it has no block to give
         return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
+    def queue(self, sequence: Sequence) -> None:
+        """Take a sequence into the next steps."""
         self.scheduler.add(sequence)
+
+    def add(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
+        """Make a sequence and queue it."""
+        sequence = self.sequence(prompt, params)
+        self.queue(sequence)
+        return sequence
 
     def step(self) -> list[StepOutput]:
         """Run one step: results of the sequences whose next token was due. Without any sequence nothing runs.
@@ -272,6 +283,10 @@ class Engine:
         return [list(islice(taken, count)) for count in counts]
 
     def _run(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        return self._run_alone(chunks) if self._world is None else self._world.lead(self._number, chunks)
+
+    def _run_alone(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        """Run a step's chunks on this rank: (logits, order of the chunks in them)."""
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
@@ -16,12 +17,17 @@ from ..choices import KV_CACHE_DTYPES
 from ..errors import GenerationError
 from ..formats.checkpoint import Checkpoint
 from ..formats.sources.model_config import read_model_config
+from ..inputs.launch import Launch
 from ..inputs.printable import shown
+from ..models.config import ModelConfig
 from .attention.kinds import attention_of
 from .backend import make_ops
 from .engine import Engine, EngineConfig
 from .loop import Loop
 from .model import Model
+from .ranks.group import ALONE
+from .ranks.layout import Layout
+from .ranks.world import World
 from .request import Request
 from .sampling.grammar import Grammar
 from .sampling.params import SamplingOptions, SamplingParams
@@ -44,7 +50,12 @@ class LanguageModel:
     """A loaded model. Several threads may use it, and several streams may be open: they share its steps."""
 
     def __init__(
-        self, directory: Path, generation: Mapping[str, Any], engine: Engine, tokenizer: Tokenizer | None = None
+        self,
+        directory: Path,
+        generation: Mapping[str, Any],
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        world: World | None = None,
     ):
         self.directory = directory
         self.engine = engine
@@ -52,6 +63,22 @@ class LanguageModel:
         self._loop = Loop(engine)
         self._reading = Lock()
         self._tokenizer = tokenizer
+        self._world = world
+
+    @property
+    def leads(self) -> bool:
+        """True where this process takes prompts: alone, or rank 0 of several."""
+        return self._world is None or self._world.leads
+
+    def follow(self) -> None:
+        """On a rank other than 0: run the steps of rank 0, of all loaded models, until it calls `close`."""
+        if self._world is not None:
+            self._world.follow()
+
+    def close(self) -> None:
+        """On rank 0 of several: let the others return from `follow`. No model can be run over ranks afterwards."""
+        if self._world is not None:
+            self._world.close()
 
     @property
     def backend(self) -> str:
@@ -211,6 +238,7 @@ def load(
     kv_cache_dtype: str = "auto",
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
+    parallel: str | None = None,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
@@ -218,9 +246,11 @@ def load(
     backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
     compute dtype; "int8" nearly halves a 16-bit cache and needs scales, which calibrated conversion writes into an
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
-    model_type as one of this family. On the CPU, weights stay mapped from their files. Raises CheckpointError or
-    ArtifactError for a directory that is incomplete, damaged or not supported, BackendError for a backend that cannot
-    run here.
+    model_type as one of this family. parallel: in processes that torchrun started, how they divide the model: "auto",
+    or a `Layout` like "ep=8,tp=8"; rank 0 then generates, and all others call `LanguageModel.follow`. None keeps this
+    process alone. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a
+    directory that is incomplete, damaged or not supported, BackendError for a backend that cannot run here and for a
+    layout that does not divide the model, RankError where ranks do not come together.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
@@ -228,19 +258,34 @@ def load(
         raise GenerationError(f"engine must be an EngineConfig, not a {type(engine).__name__}")
     directory = local_directory(path)
     generation = read_generation_config(directory)
-    ops = make_ops(backend, dtype, device, kv_layout)
+    world = None if parallel is None else World.join(Launch.of(os.environ))
+    ops = make_ops(backend, dtype, device, kv_layout, ALONE if world is None else world.group)
     with Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
-        attention = attention_of(config, tables.softmax_scale)
+        layout = chosen_layout(parallel, config, ops.group.size)
+        owned = layout.owned(config, ops.group.rank)
+        attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
         store = open_store(checkpoint, ops.dtype)
-        weights = load_weights(store, config, ops, attention)
+        weights = load_weights(store, config, ops, attention, owned=owned)
     model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales)
-    return LanguageModel(directory, generation, runner, tokenizer)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales, world)
+    return LanguageModel(directory, generation, runner, tokenizer, world)
+
+
+def chosen_layout(parallel: str | None, config: ModelConfig, ranks: int) -> Layout:
+    """The layout that `parallel` asks for; of "auto", experts divided and all else on every rank.
+
+    Raises BackendError for one that does not divide the model.
+    """
+    if parallel is None or (ranks == 1 and parallel == "auto"):
+        return Layout()
+    layout = Layout(ranks, ep=ranks) if parallel == "auto" else Layout.parse(parallel, ranks)
+    layout.check(config)
+    return layout
 
 
 def local_directory(path: str | Path) -> Path:

@@ -63,9 +63,7 @@ class Loop:
             leader = None
             for choice in range(request.params.n):
                 grammar = request.grammar() if request.grammar else None
-                sequence = self.engine.sequence(
-                    prompt, request.params, stop_ids, choice, grammar, request.salt, leader
-                )
+                sequence = self.engine.sequence(prompt, request.params, stop_ids, choice, grammar, request.salt, leader)
                 leader = leader or sequence
                 sequences.append(sequence)
         client.expect(tuple(sequences))
@@ -190,7 +188,7 @@ class Loop:
             client = self._arrived[0]
             for sequence in client.sequences:
                 if sequence not in self._clients:  # unless an interrupted call came so far
-                    self.engine.add(sequence)
+                    self.engine.queue(sequence)
                     self._clients[sequence] = client
             self._arrived.popleft()
         while self._abandoned:

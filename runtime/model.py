@@ -16,6 +16,7 @@ from ..native.mapped import MappedFiles
 from .attention.kind import AttentionKind
 from .attention.pools import LayerCache
 from .ops import AttentionWeights, Linear, MlpWeights, MoeWeights, Ops, Step
+from .ranks.division import Division, add_bits
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All weights. files: mapped files behind them, if any."""
+    """All weights of one rank. files: mapped files behind them, if any.
+
+    vocabulary: the division of the rows of embedding and lm_head, where ranks divide them; None where they are whole.
+    """
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     lm_head: Linear
+    vocabulary: Division | None = None
     files: MappedFiles = field(default_factory=MappedFiles)
 
 
@@ -53,6 +58,8 @@ class Model:
     def forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
         """Logits of the step's output rows, compute dtype `[S, vocab]`; the cache is written in place.
 
+        Where ranks divide the vocabulary, rank 0 of their group gets all logits, and the others get none, `[0, vocab]`.
+
         Raises CheckpointError for a mapped file that became shorter or cannot be read any more.
         """
         files = self.weights.files
@@ -64,7 +71,7 @@ class Model:
 
     def _forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
         ops, eps = self.ops, self.config.rms_norm_eps
-        residual = ops.norms.embedding(step.token_ids, self.weights.embedding)
+        residual = self._embed(step.token_ids)
         delta: Tensor | None = None
         selected: Tensor | None = None
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
@@ -75,9 +82,21 @@ class Model:
             residual = residual[step.output_rows]
             delta = None if delta is None else delta[step.output_rows]
         if delta is None:
-            return ops.products.linear(ops.norms.rms_norm(residual, self.weights.norm, eps), self.weights.lm_head)
-        final, _ = ops.norms.add_rms_norm(delta, residual, self.weights.norm, eps)
-        return ops.products.linear(final, self.weights.lm_head)
+            return self._logits(ops.norms.rms_norm(residual, self.weights.norm, eps))
+        return self._logits(ops.norms.add_rms_norm(delta, residual, self.weights.norm, eps)[0])
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        vocabulary, table = self.weights.vocabulary, self.weights.embedding
+        if vocabulary is None:
+            return self.ops.norms.embedding(token_ids, table)
+        places = token_ids - vocabulary.own.start
+        foreign = (places < 0) | (places >= table.shape[0])
+        rows = self.ops.norms.embedding(places.masked_fill(foreign, 0), table)
+        return add_bits(rows.masked_fill(foreign.unsqueeze(1), 0), vocabulary.group)
+
+    def _logits(self, final: Tensor) -> Tensor:
+        logits, vocabulary = self.ops.products.linear(final, self.weights.lm_head), self.weights.vocabulary
+        return logits if vocabulary is None else vocabulary.join_at_first(logits)
 
     def decoder_layer(
         self,

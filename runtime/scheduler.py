@@ -3,8 +3,8 @@
 So at most one sequence stands between two chunks of its prompt.
 
 A sequence that enters takes the known blocks that hold its first tokens, and gets blocks for the others; later it gets
-one block more for each that it fills. When no block is free, the sequence that entered last is preempted: it gives up its
-blocks and waits, to be recomputed as far as they are gone by then.
+one block more for each that it fills. When no block is free, the sequence that entered last is preempted: it gives up
+its blocks and waits, to be recomputed as far as they are gone by then.
 """
 
 from __future__ import annotations

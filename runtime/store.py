@@ -3,6 +3,8 @@
 Tensors are memory-mapped views. Of the data, loading reads only FP8 and int4 weights of a float source, which are
 dequantized here, and scales, which must be positive numbers. Backends then keep the views, upcast them, or lay them
 out for a device.
+
+A rank asks for its part of a tensor. Rows are a view like the whole; columns are copied, and nothing else is read.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from ..models.families import family_of
 from ..models.inventory import check_unbiased
 from ..native.mapped import MappedFiles
 from .ops import LinearPart, Static
+from .ranks.shares import WHOLE, Share
+
+_READ_BYTES = 16 << 20
 
 
 class Store(Protocol):
@@ -37,11 +42,17 @@ class Store(Protocol):
 
     files: MappedFiles
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
-        """The float tensor of that shape, in its stored dtype, memory-mapped."""
+    def tensor(self, name: str, *shape: int, rows: range | None = None) -> Tensor:
+        """The float tensor of that shape, in its stored dtype, memory-mapped. rows: only these of its rows."""
 
-    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
-        """The linear `{prefix}.weight` `[outputs, inputs]` and the tensors that its scheme stores beside it."""
+    def scheme(self, prefix: str) -> Scheme:
+        """The scheme of the linear `{prefix}.weight`."""
+
+    def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
+        """The linear `{prefix}.weight` `[outputs, inputs]` and the tensors that its scheme stores beside it.
+
+        share: the part of it that this rank loads, as of the linear's scheme.
+        """
 
 
 class FloatStore:
@@ -53,7 +64,7 @@ class FloatStore:
         self._source = source
         self._dtype = dtype
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
+    def tensor(self, name: str, *shape: int, rows: range | None = None) -> Tensor:
         weight = self._source.weights.get(name)
         if weight is None:
             directory = self._source.checkpoint.directory
@@ -63,10 +74,15 @@ class FloatStore:
                 f"{weight.file}: tensor {name!r} is {list(weight.shape)}; config.json says {list(shape)}"
             )
         view = weight.view()
-        return weight.rows().to(self._dtype) if view is None else view
+        if rows is None:
+            return weight.rows().to(self._dtype) if view is None else view
+        return weight.rows(rows.start, rows.stop).to(self._dtype) if view is None else view[rows.start : rows.stop]
 
-    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
-        return LinearPart(prefix, Scheme.FLOAT, self.tensor(f"{prefix}.weight", outputs, inputs))
+    def scheme(self, prefix: str) -> Scheme:
+        return Scheme.FLOAT
+
+    def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
+        return _float_part(self, prefix, outputs, inputs, share)
 
 
 class ArtifactStore:
@@ -83,7 +99,7 @@ class ArtifactStore:
         self._path = description_path(checkpoint.directory) or checkpoint.directory / DESCRIPTION_NAME
         self._types = read_description(checkpoint.directory) or {}
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
+    def tensor(self, name: str, *shape: int, rows: range | None = None) -> Tensor:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise ArtifactError(f"{self._checkpoint.directory}: no tensor {name!r}, which its config.json asks for")
@@ -92,27 +108,61 @@ class ArtifactStore:
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; config.json and its scheme say "
                 f"{' or '.join(FLOAT_CODES)} {list(shape)}"
             )
-        return self._checkpoint.view(name)
+        view = self._checkpoint.view(name)
+        return view if rows is None else view[rows.start : rows.stop]
 
-    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
+    def scheme(self, prefix: str) -> Scheme:
         name = f"{prefix}.{WEIGHT}"
         if name not in self._types:
             raise ArtifactError(f"{self._path}: no entry for {name!r}; convert the checkpoint again")
-        if self._types[name] is Scheme.FLOAT:
-            return LinearPart(prefix, Scheme.FLOAT, self.tensor(name, outputs, inputs))
+        return self._types[name]
+
+    def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
+        if self.scheme(prefix) is Scheme.FLOAT:
+            return _float_part(self, prefix, outputs, inputs, share)
+        name = f"{prefix}.{WEIGHT}"
         try:
-            return _part(prefix, described_linear(self._checkpoint, self._types, name, (outputs, inputs)))
+            return _part(prefix, described_linear(self._checkpoint, self._types, name, (outputs, inputs)), share)
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
 
 
-def _part(prefix: str, linear: StoredLinear) -> LinearPart:
-    scheme, codes = linear.scheme, linear.mapped(WEIGHT)
+def _float_part(store: Store, prefix: str, outputs: int, inputs: int, share: Share) -> LinearPart:
+    rows = None if share.rows is None else share.rows.own
+    weight = store.tensor(f"{prefix}.{WEIGHT}", outputs, inputs, rows=rows)
+    return LinearPart(prefix, Scheme.FLOAT, weight, outputs=share.rows, inputs=share.inputs)
+
+
+def _part(prefix: str, linear: StoredLinear, share: Share) -> LinearPart:
+    scheme = linear.scheme
+    if scheme is Scheme.W4A8:
+        # Whole: only experts may be W4A8, and they are not divided. Others are refused where they would run.
+        return LinearPart(prefix, scheme, linear.mapped(WEIGHT), linear.mapped_scale(SCALE), _scale_bias(linear))
+    if share.columns is None:
+        codes = _own_rows(linear.mapped(WEIGHT), share)
+    else:
+        codes = _columns(linear, share.columns.own)
+    divided = {"outputs": share.rows, "inputs": share.inputs}
     if scheme is Scheme.W8A8_STATIC:
         deq_scale, quant_bias = linear.mapped_scale(DEQ_SCALE).flatten(), linear.mapped(QUANT_BIAS).flatten()
-        return LinearPart(prefix, scheme, codes, static=Static(linear.input_scale(), deq_scale, quant_bias))
-    scale = linear.mapped_scale(SCALE)
-    return LinearPart(prefix, scheme, codes, scale, _scale_bias(linear) if scheme is Scheme.W4A8 else None)
+        static = Static(linear.input_scale(), _own_rows(deq_scale, share), _own_rows(quant_bias, share))
+        return LinearPart(prefix, scheme, codes, static=static, **divided)
+    return LinearPart(prefix, scheme, codes, _own_rows(linear.mapped_scale(SCALE), share), **divided)
+
+
+def _own_rows(tensor: Tensor, share: Share) -> Tensor:
+    return tensor if share.rows is None else tensor[share.rows.own.start : share.rows.own.stop]
+
+
+def _columns(linear: StoredLinear, columns: range) -> Tensor:
+    """Copy columns of the codes, some rows at a time and not through the map, whose pages hold whole rows."""
+    outputs, inputs = linear.shape
+    copy = torch.empty(outputs, len(columns), dtype=torch.int8)
+    for some in torch.arange(outputs).split(max(1, _READ_BYTES // inputs)):
+        first, last = int(some[0]), int(some[-1]) + 1
+        rows = linear.checkpoint.read_rows(linear.tensors[WEIGHT], first, last)
+        copy[first:last] = rows[:, columns.start : columns.stop]
+    return copy
 
 
 def _scale_bias(linear: StoredLinear) -> Tensor:

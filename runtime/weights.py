@@ -26,6 +26,9 @@ from ..models.tensors import ModelTensors
 from .attention.kind import AttentionKind
 from .model import LayerWeights, ModelWeights
 from .ops import Experts, Gating, LinearPart, MlpWeights, MoeWeights, Ops
+from .ranks.division import Division
+from .ranks.layout import Layout, Owned
+from .ranks.shares import Shares
 from .store import Store, is_artifact
 
 
@@ -68,20 +71,30 @@ def load_kv_cache_scales(
 
 
 def load_weights(
-    store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layers: Sequence[int] | None = None
+    store: Store,
+    config: ModelConfig,
+    ops: Ops,
+    attention: AttentionKind,
+    layers: Sequence[int] | None = None,
+    owned: Owned | None = None,
 ) -> ModelWeights:
     """Load all weights that generation needs into the backend; of the decoder layers only `layers`, if given.
+
+    owned: the part of the model that this rank owns; None for all of it.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
     """
     chosen = range(config.num_hidden_layers) if layers is None else layers
-    top = _Parts(store, config, None)
+    owned = owned or Layout().owned(config, 0)
+    top = _Parts(store, config, None, Shares(owned, ops.group))
+    vocabulary = top.rows(Block.TOP, "embedding")
     weights = ModelWeights(
         embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
-        layers=tuple(load_layer(store, config, ops, attention, layer) for layer in chosen),
+        layers=tuple(load_layer(store, config, ops, attention, layer, owned) for layer in chosen),
         norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
-        lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")]),
+        lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")], vocabulary),
+        vocabulary=vocabulary,
         files=store.files,
     )
     store.files.check()
@@ -107,35 +120,50 @@ def gating_of(moe: Moe) -> Gating:
     )
 
 
-def load_layer(store: Store, config: ModelConfig, ops: Ops, attention: AttentionKind, layer: int) -> LayerWeights:
-    """Load the weights of one decoder layer, for layer-by-layer work. Raises as `load_weights` does."""
-    parts, moe = _Parts(store, config, layer), config.moe_at(layer)
+def load_layer(
+    store: Store,
+    config: ModelConfig,
+    ops: Ops,
+    attention: AttentionKind,
+    layer: int,
+    owned: Owned | None = None,
+) -> LayerWeights:
+    """Load the weights of one decoder layer, for layer-by-layer work. Arguments and errors as of `load_weights`."""
+    owned = owned or Layout().owned(config, 0)
+    parts, moe = _Parts(store, config, layer, Shares(owned, ops.group)), config.moe_at(layer)
     return LayerWeights(
         input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
         attention=attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops),
         mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
-        moe=None if moe is None else _moe(parts, moe, ops),
+        moe=None if moe is None else _moe(parts, moe, ops, owned),
     )
 
 
 class _Parts:
-    """Stored tensors of one layer; of layer None, those outside the layers."""
+    """Stored tensors of one layer, of which a rank takes its shares; of layer None, those outside the layers."""
 
-    def __init__(self, store: Store, config: ModelConfig, layer: int | None):
-        self._store, self._tensors, self._layer = store, ModelTensors(config), layer
+    def __init__(self, store: Store, config: ModelConfig, layer: int | None, shares: Shares):
+        self._store, self._tensors, self._layer, self._shares = store, ModelTensors(config), layer, shares
 
     def has(self, block: Block, part: str) -> bool:
         return self._tensors.has(block, part, self._layer)
 
+    def rows(self, block: Block, part: str) -> Division | None:
+        return self._shares.of_rows(block, self._tensors.family.entry(block, part))
+
     def tensor(self, block: Block, part: str) -> Tensor:
-        spec = self._tensors.spec(block, part, self._layer)
-        return self._store.tensor(spec.name, *spec.shape)
+        spec, rows = self._tensors.spec(block, part, self._layer), self.rows(block, part)
+        return self._store.tensor(spec.name, *spec.shape, rows=None if rows is None else rows.own)
 
     def linear(self, block: Block, part: str, expert: int | None = None) -> LinearPart:
         spec = self._tensors.spec(block, part, self._layer, expert)
-        outputs, inputs = spec.shape
-        return self._store.linear(spec.name.removesuffix(".weight"), outputs, inputs)
+        (outputs, inputs), prefix = spec.shape, spec.name.removesuffix(".weight")
+        if expert is not None:
+            return self._store.linear(prefix, outputs, inputs)
+        exact_sum = self._store.scheme(prefix) is not Scheme.FLOAT
+        share = self._shares.of_linear(block, self._tensors.family.entry(block, part), exact_sum=exact_sum)
+        return self._store.linear(prefix, outputs, inputs, share)
 
 
 class _BlockParts:
@@ -155,19 +183,17 @@ def _mlp(parts: _Parts, ops: Ops, block: Block) -> MlpWeights:
     gate_up = [parts.linear(block, part) for part in ("gate", "up")]
     down = parts.linear(block, "down")
     return MlpWeights(
-        ops.weights.linear_of(gate_up), ops.weights.linear_of([down]), quantized=down.scheme is Scheme.W8A8
+        ops.weights.linear_of(gate_up), ops.weights.row_parallel_of(down), quantized=down.scheme is Scheme.W8A8
     )
 
 
-def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
+def _moe(parts: _Parts, moe: Moe, ops: Ops, owned: Owned) -> MoeWeights:
     bias: Tensor | None = None
     if parts.has(Block.ROUTER, "router_bias"):
         bias = ops.weights.parameter(parts.tensor(Block.ROUTER, "router_bias"), torch.float32)
 
     def stacked(*names: str) -> tuple[Experts, LinearPart]:
-        experts = [
-            [parts.linear(Block.EXPERT, name, expert) for name in names] for expert in range(moe.n_routed_experts)
-        ]
+        experts = [[parts.linear(Block.EXPERT, name, expert) for name in names] for expert in owned.experts]
         return ops.weights.experts_of(experts), experts[0][0]
 
     gate_up, gate = stacked("gate", "up")
@@ -187,5 +213,6 @@ def _moe(parts: _Parts, moe: Moe, ops: Ops) -> MoeWeights:
         num_experts=moe.n_routed_experts,
         quantized=quantized,
         shared=_mlp(parts, ops, Block.SHARED) if moe.n_shared_experts else None,
+        ranks=owned.layout.ep,
     )
     return ops.routing.moe_of(weights)

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 import click
 
 from ...errors import NpuqError
 from ...inputs.printable import printable, printable_json
 from ...units import format_bytes
+
+if TYPE_CHECKING:
+    from ..ranks import CommandRanks
 
 __all__ = [
     "JSON_SCHEMA",
@@ -68,6 +71,7 @@ class Settings:
     traceback: bool = False
     json: bool = False
     emitted: bool = False  # a JSON document is on stdout
+    ranks: CommandRanks | None = None  # set before the command line is parsed
 
 
 class OutputError(NpuqError):

@@ -82,8 +82,14 @@ INLINE void quant_codes(const float *x, size_t n, float factor, const enum quant
     }
 }
 
-static void quant_row(const float *x, size_t n, int8_t *codes, float *scale) {
-    float largest = largest_finite(x, n), factor = 127.0f / largest;
+/* An infinity instead of a NaN: it stays the greatest of several parts' values. */
+static float largest_row(const float *x, size_t n) {
+    float largest = largest_finite(x, n);
+    return largest != largest ? INFINITY : largest;
+}
+
+static void quant_within(const float *x, size_t n, float largest, int8_t *codes, float *scale) {
+    float factor = 127.0f / largest;
     /* Below 4e-37 the factor overflows: such a row is zero. */
     if (!(factor <= 3.402823466e38f)) {
         memset(codes, 0, n);
@@ -92,6 +98,10 @@ static void quant_row(const float *x, size_t n, int8_t *codes, float *scale) {
     }
     *scale = 1.0f / factor;
     quant_codes(x, n, factor, TIMES_EVEN, codes);
+}
+
+static void quant_row(const float *x, size_t n, int8_t *codes, float *scale) {
+    quant_within(x, n, largest_finite(x, n), codes, scale);
 }
 
 /* n is a multiple of 16, which every level's vectors divide. */
@@ -104,8 +114,8 @@ static void code_row(const float *x, const float *scale, size_t n, int8_t *codes
     }
 }
 
-static void quant_row_divide(const float *x, size_t n, int away, int8_t *codes, float *scale) {
-    float largest = largest_finite(x, n), step = largest / 127.0f;
+INLINE void divide_within(const float *x, size_t n, float largest, int away, int8_t *codes, float *scale) {
+    float step = largest / 127.0f;
     *scale = step;
     if (!(step > 0)) { /* NaN, or nothing to scale */
         memset(codes, 0, n);
@@ -113,6 +123,16 @@ static void quant_row_divide(const float *x, size_t n, int away, int8_t *codes, 
     }
     if (away) quant_codes(x, n, step, DIVIDE_AWAY, codes);
     else quant_codes(x, n, step, DIVIDE_EVEN, codes);
+}
+
+static void quant_row_divide(const float *x, size_t n, int away, int8_t *codes, float *scale) {
+    divide_within(x, n, largest_finite(x, n), away, codes, scale);
+}
+
+static void quant_part(const float *x, size_t n, float largest, int divide, int8_t *codes, float *scale) {
+    if (largest == INFINITY) largest = NAN;
+    if (divide) divide_within(x, n, largest, 0, codes, scale);
+    else quant_within(x, n, largest, codes, scale);
 }
 
 INLINE vf silu(vf x) { return x / (vf_exp(-x) + 1.0f); }

@@ -71,6 +71,9 @@ struct kernels {
     void (*code_row)(const float *x, const float *scale, size_t n, int8_t *codes); /* x / scale, saturated */
     void (*quant_row)(const float *x, size_t n, int8_t *codes, float *scale);          /* times 127/max, ties to even */
     void (*quant_row_divide)(const float *x, size_t n, int away, int8_t *codes, float *scale); /* over max/127 */
+    /* A part of a row whose largest_row is known: as quant_row, or as quant_row_divide with ties to even. */
+    float (*largest_row)(const float *x, size_t n); /* max |x|; an infinity where one is there, or a NaN */
+    void (*quant_part)(const float *x, size_t n, float largest, int divide, int8_t *codes, float *scale);
     void (*swiglu_row)(const float *left, const float *right, size_t n, float *out);
     void (*norm_row)(const float *x, const float *gamma, size_t n, float eps, int round_normed, float *out);
     void (*add_row)(const float *x, const float *y, size_t n, float *out);

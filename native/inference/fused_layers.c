@@ -75,7 +75,7 @@ static struct middle take_middle(struct space *space, size_t rows, size_t half, 
 static int bring_down(npuq_pool *pool, const npuq_weights *down, const struct middle *middle, int dtype,
                       const int64_t *group_rows, int64_t rows, void *out) {
     if (!is_integer(down->dtype)) {
-        int status = npuq_swiglu(pool, middle->gate_up, dtype, rows, down->cols, middle->floats);
+        int status = npuq_swiglu(pool, middle->gate_up, dtype, rows, down->cols, middle->floats, dtype);
         if (status != NPUQ_OK) return status;
         return npuq_matmul(pool, down, middle->floats, dtype, NULL, group_rows, rows, out, dtype);
     }
@@ -310,7 +310,7 @@ static bool mla_fits(const npuq_mla *mla, const npuq_latent_cache *cache, int dt
     int64_t q_a_width = mla->q_b != NULL ? mla->q_b->cols : q_width;
     return latent_cache_fits(cache) && cache->rope.dtype == dtype && mla->heads > 0 && mla->nope_dim > 0 &&
            mla->value_dim > 0 && mla->qkv_a->outputs == q_a_width + kv_width && (mla->q_b == NULL || mla->q_b->outputs == q_width) &&
-           mla->o->cols == mla->heads * mla->value_dim;
+           (mla->o == NULL || mla->o->cols == mla->heads * mla->value_dim);
 }
 
 int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x, int32_t dtype,
@@ -360,7 +360,7 @@ static struct attended take_attended(struct space *space, const npuq_mla *mla, c
     struct attended attended = {.q_latent = take(space, size * (size_t)cache->latent.channels)};
     attended.q_rope = take(space, size * (size_t)cache->rope.channels);
     attended.latent = take(space, size * (size_t)cache->latent.channels);
-    attended.value = take(space, size * (size_t)mla->value_dim);
+    if (mla->o != NULL) attended.value = take(space, size * (size_t)mla->value_dim);
     return attended;
 }
 
@@ -388,9 +388,9 @@ int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cach
     if (status == NPUQ_OK) {
         status = npuq_batch_matmul(pool, in.latent, dtype, heads * latent, latent, tokens, heads, latent,
                                    mla->value_dim, mla->w_uv, mla->kv_b_dtype, mla->w_uv_strides[0],
-                                   mla->w_uv_strides[1], mla->w_uv_strides[2], in.value);
+                                   mla->w_uv_strides[1], mla->w_uv_strides[2], mla->o == NULL ? out : in.value);
     }
-    if (status == NPUQ_OK) {
+    if (status == NPUQ_OK && mla->o != NULL) {
         status = npuq_linear(pool, mla->o, in.value, dtype, heads * mla->value_dim, tokens, out, dtype);
     }
     pool_end(pool);

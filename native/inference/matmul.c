@@ -25,7 +25,7 @@ struct product {
     const npuq_weights *weights;
     const struct task *tasks;
     const int8_t *x8;
-    const float *x_scale;
+    const float *x_scale; /* NULL: out gets the sums of codes as they are, int32 */
     const int32_t *x_sum;
     const float *xf;
     void *out;
@@ -58,6 +58,11 @@ static struct following following_task(const struct product *product, size_t ind
     return (struct following){first, (size_t)task->rows / packed * row};
 }
 
+/* The sums themselves. They wrap where the product wrapped. */
+static void store_sums(const int32_t *acc, int32_t correction, size_t rows, int32_t *out) {
+    for (size_t r = 0; r < rows; r++) out[r] = (int32_t)((uint32_t)acc[r] - (uint32_t)correction);
+}
+
 static void integer_task(const void *context, size_t index, int thread) {
     const struct product *product = context;
     const struct kernels *kernels = product->kernels;
@@ -84,6 +89,10 @@ static void integer_task(const void *context, size_t index, int thread) {
         for (size_t t = 0; t < tokens; t++) {
             int64_t token = first + (int64_t)t;
             int32_t correction = (int32_t)((uint32_t)offset * (uint32_t)product->x_sum[token]);
+            if (product->x_scale == NULL) {
+                store_sums(acc + t * ldacc, correction, rows, out_at(product, token, task->column));
+                continue;
+            }
             kernels->scale_row(acc + t * ldacc, correction, part->scale + task->first, product->x_scale[token], rows,
                                out_at(product, token, task->column), product->out_dtype);
         }
@@ -173,12 +182,9 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     return NPUQ_OK;
 }
 
-int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
-                const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
-    const bool fits = is_integer(weights->dtype) ? x_dtype == NPUQ_I8 && (m == 0 || x_scale != NULL)
-                                                 : is_float(weights->dtype) && computes(x_dtype);
-    if (!fits || !computes(out_dtype) || m < 0 || (group_rows == NULL && weights->groups != 1)) return NPUQ_BAD_SIZE;
-    if (group_rows != NULL && !groups_fit(group_rows, weights->groups, m)) return NPUQ_BAD_INDEX;
+/* Products of all groups. x_scale NULL: of codes, their sums. */
+static int multiply(npuq_pool *pool, const npuq_weights *weights, const void *x, int x_dtype, const float *x_scale,
+                    const int64_t *group_rows, int64_t m, void *out, int out_dtype) {
     if (m == 0) return NPUQ_OK;
     pool_begin(pool);
     struct active *active = pool_workspace(pool, (size_t)weights->groups * sizeof *active);
@@ -190,6 +196,53 @@ int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int
     }
     pool_end(pool);
     return status;
+}
+
+int npuq_matmul(npuq_pool *pool, const npuq_weights *weights, const void *x, int32_t x_dtype, const float *x_scale,
+                const int64_t *group_rows, int64_t m, void *out, int32_t out_dtype) {
+    const bool fits = is_integer(weights->dtype) ? x_dtype == NPUQ_I8 && (m == 0 || x_scale != NULL)
+                                                 : is_float(weights->dtype) && computes(x_dtype);
+    if (!fits || !computes(out_dtype) || m < 0 || (group_rows == NULL && weights->groups != 1)) return NPUQ_BAD_SIZE;
+    if (group_rows != NULL && !groups_fit(group_rows, weights->groups, m)) return NPUQ_BAD_INDEX;
+    return multiply(pool, weights, x, x_dtype, x_scale, group_rows, m, out, out_dtype);
+}
+
+int npuq_integer_sums(npuq_pool *pool, const npuq_weights *weights, const int8_t *x, int64_t m, int32_t *sums) {
+    if (weights->dtype != NPUQ_I8 || weights->groups != 1 || m < 0) return NPUQ_BAD_SIZE;
+    /* Sums are as wide as F32. */
+    return multiply(pool, weights, x, NPUQ_I8, NULL, NULL, m, sums, NPUQ_F32);
+}
+
+struct scaling {
+    const struct kernels *kernels;
+    const npuq_weights *weights;
+    const int32_t *sums;
+    const float *x_scale;
+    char *out;
+    int out_dtype;
+};
+
+static void scale_task(const void *context, size_t token, int thread) {
+    (void)thread;
+    const struct scaling *scaling = context;
+    const npuq_weights *weights = scaling->weights;
+    size_t at = token * (size_t)weights->outputs;
+    for (int64_t p = 0; p < weights->parts; p++) {
+        const npuq_part *part = &weights->part[p];
+        scaling->kernels->scale_row(scaling->sums + at, 0, part->scale, scaling->x_scale[token], (size_t)part->rows,
+                                    scaling->out + at * size_of(scaling->out_dtype), scaling->out_dtype);
+        at += (size_t)part->rows;
+    }
+}
+
+int npuq_scale_sums(npuq_pool *pool, const npuq_weights *weights, const int32_t *sums, const float *x_scale, int64_t m,
+                    void *out, int32_t out_dtype) {
+    if (weights->dtype != NPUQ_I8 || weights->groups != 1 || m < 0 || !computes(out_dtype)) return NPUQ_BAD_SIZE;
+    struct scaling scaling = {pool_kernels(pool), weights, sums, x_scale, out, out_dtype};
+    pool_begin(pool);
+    pool_run(pool, scale_task, &scaling, (size_t)m);
+    pool_end(pool);
+    return NPUQ_OK;
 }
 
 struct batch {

@@ -10,8 +10,11 @@ struct rows {
     size_t stride, count, cols, per_task;
     float eps;
     char *out, *sum;
+    int out_dtype;
     int8_t *codes;
-    float *scale;
+    float *scale, *maxima;
+    const float *largest;
+    int divide;
 };
 
 /* Elements a task handles: below this, sharing a row out costs more than it saves. */
@@ -50,6 +53,39 @@ int npuq_dynamic_quant(npuq_pool *pool, const void *x, int32_t dtype, int64_t st
     return run_rows(rows, quant_task, 1);
 }
 
+static void maximum_task(const void *context, size_t index, int thread) {
+    const struct rows *rows = context;
+    float *x = pool_thread_scratch(rows->pool, thread);
+    for (size_t r = index * rows->per_task; r < last_row(rows, index); r++) {
+        rows->kernels->to_float(rows->x + r * rows->stride * size_of(rows->dtype), rows->dtype, rows->cols, x);
+        rows->maxima[r] = rows->kernels->largest_row(x, rows->cols);
+    }
+}
+
+int npuq_row_maximum(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t count, int64_t cols,
+                     float *largest) {
+    struct rows rows = {.pool = pool, .x = x, .dtype = dtype, .stride = (size_t)stride, .count = (size_t)count,
+                        .cols = (size_t)cols, .maxima = largest};
+    return run_rows(rows, maximum_task, 1);
+}
+
+static void part_task(const void *context, size_t index, int thread) {
+    const struct rows *rows = context;
+    float *x = pool_thread_scratch(rows->pool, thread);
+    for (size_t r = index * rows->per_task; r < last_row(rows, index); r++) {
+        rows->kernels->to_float(rows->x + r * rows->stride * size_of(rows->dtype), rows->dtype, rows->cols, x);
+        rows->kernels->quant_part(x, rows->cols, rows->largest[r], rows->divide, rows->codes + r * rows->cols,
+                                  rows->scale + r);
+    }
+}
+
+int npuq_quant_parts(npuq_pool *pool, const void *x, int32_t dtype, int64_t stride, int64_t count, int64_t cols,
+                     const float *largest, int32_t divide, int8_t *codes, float *scale) {
+    struct rows rows = {.pool = pool, .x = x, .dtype = dtype, .stride = (size_t)stride, .count = (size_t)count,
+                        .cols = (size_t)cols, .largest = largest, .divide = divide, .codes = codes, .scale = scale};
+    return run_rows(rows, part_task, 1);
+}
+
 /* cols is the width of the output, half that of x. */
 static void swiglu_task(const void *context, size_t index, int thread) {
     const struct rows *rows = context;
@@ -59,14 +95,19 @@ static void swiglu_task(const void *context, size_t index, int thread) {
         rows->kernels->to_float(rows->x + 2 * r * n * size, rows->dtype, n, left);
         rows->kernels->to_float(rows->x + (2 * r + 1) * n * size, rows->dtype, n, right);
         rows->kernels->swiglu_row(left, right, n, y);
-        if (rows->codes == NULL) rows->kernels->from_float(y, n, rows->out + r * n * size, rows->dtype);
-        else rows->kernels->quant_row_divide(y, n, 0, rows->codes + r * n, rows->scale + r);
+        if (rows->codes == NULL) {
+            rows->kernels->from_float(y, n, rows->out + r * n * size_of(rows->out_dtype), rows->out_dtype);
+        } else {
+            rows->kernels->quant_row_divide(y, n, 0, rows->codes + r * n, rows->scale + r);
+        }
     }
 }
 
-int npuq_swiglu(npuq_pool *pool, const void *x, int32_t dtype, int64_t count, int64_t half, void *out) {
-    struct rows rows = {
-        .pool = pool, .x = x, .dtype = dtype, .count = (size_t)count, .cols = (size_t)half, .out = out};
+int npuq_swiglu(npuq_pool *pool, const void *x, int32_t dtype, int64_t count, int64_t half, void *out,
+                int32_t out_dtype) {
+    if (!computes(out_dtype)) return NPUQ_BAD_SIZE;
+    struct rows rows = {.pool = pool, .x = x, .dtype = dtype, .count = (size_t)count, .cols = (size_t)half, .out = out,
+                        .out_dtype = out_dtype};
     return run_rows(rows, swiglu_task, 3);
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Final
 
 from ...errors import BackendError
@@ -16,8 +16,13 @@ from .mla import MlaAttention
 from .sparse_mla import SparseMlaAttention
 
 
-def attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKind:
-    """A model's attention. softmax_scale: that of its rope tables, YaRN's factor included."""
+def attention_of(config: ModelConfig, softmax_scale: float, heads: int | None = None) -> AttentionKind:
+    """A model's attention. softmax_scale: that of its rope tables, YaRN's factor included.
+
+    heads: the number of heads that this rank computes; None for all.
+    """
+    if heads is not None:
+        config = replace(config, attention=replace(config.attention, heads=heads))
     kind = _KINDS.get(type(config.attention))
     if kind is None:
         raise BackendError(f"npuq converts {config.model_type}, but its runtime has no kind of attention for it yet")

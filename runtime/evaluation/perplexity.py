@@ -68,14 +68,7 @@ def evaluate(
     Raises GenerationError for a text or a context that is too short or too long, and for two models with different
     vocabularies.
     """
-    if not isinstance(model, LanguageModel):
-        require_tokenizer(Path(model))
-    judged = (
-        model
-        if isinstance(model, LanguageModel)
-        else load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family)
-    )
-    reference = _source(source, judged.directory, backend, family)
+    judged, reference = load_models(model, source, backend, kv_cache_dtype, family)
     contexts = cut_contexts(text, judged.tokenizer, context)
     _check(judged, contexts, context)
     if reference is not None:
@@ -102,15 +95,30 @@ def evaluate(
     return Evaluation(_exp(means[0]), tokens, _exp(means[1]), means[2], means[3])
 
 
+def load_models(
+    model: str | Path | LanguageModel,
+    source: str | Path | LanguageModel | None,
+    backend: str = "auto",
+    kv_cache_dtype: str = "auto",
+    family: str | None = None,
+    parallel: str | None = None,
+) -> tuple[LanguageModel, LanguageModel | None]:
+    """Load a model and its float source, where they are directories. Other arguments and errors as of `load`."""
+    if not isinstance(model, LanguageModel):
+        require_tokenizer(Path(model))
+        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel)
+    return model, _source(source, model.directory, backend, family, parallel)
+
+
 def _source(
-    source: str | Path | LanguageModel | None, artifact: Path, backend: str, family: str | None
+    source: str | Path | LanguageModel | None, artifact: Path, backend: str, family: str | None, parallel: str | None
 ) -> LanguageModel | None:
     """The source of an artifact, loaded as the family that it was converted as."""
     if source is None or isinstance(source, LanguageModel):
         return source
     directory = local_directory(source)
     family = family or converted_as(artifact, read_config(directory))
-    return load(directory, backend, family=family)
+    return load(directory, backend, family=family, parallel=parallel)
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:

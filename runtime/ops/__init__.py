@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attention.pools import LayerCache
+from ..ranks.group import ALONE, Group
 from ..sampling.rows import LogitRow, host_rows
 from .cache import Caches
 from .handles import (
@@ -107,11 +108,13 @@ class Ops:
     """The operators of one backend, in parts.
 
     name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live.
+    group: the ranks that share the model. Parts that exchange rows are made with it.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
+    group: Group = ALONE
     weights: Weights
     norms: Norms
     products: Products

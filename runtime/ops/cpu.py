@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...formats.schemes import Scheme
 from ..attention.pools import LayerCache
+from ..ranks.division import Division
+from ..ranks.group import ALONE, Group
 from . import Ops
 from .handles import Activation, Experts, LinearPart, Quantized, own
 from .reference import check_dtype
@@ -33,6 +35,7 @@ _EXACT_K = {
 }
 _UPCAST_BYTES = 32 << 20
 _SCORE_BYTES = 64 << 20
+_MANY_HEADS = 128
 
 
 class CpuProducts(ReferenceProducts):
@@ -42,27 +45,29 @@ class CpuProducts(ReferenceProducts):
         groups = zip(rows_of_experts(x, group_list), own(experts, PartsExperts).linears, strict=True)
         return torch.cat([self.linear(rows, linear) for rows, linear in groups if _length(rows)])
 
-    def _float_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight.dtype == self.dtype:
-            return F.linear(x, weight)
-        rows = max(1, _UPCAST_BYTES // (4 * weight.shape[1]))
-        x = x.float()
-        return torch.cat([F.linear(x, part.float()) for part in weight.split(rows)], dim=-1).to(self.dtype)
+    def _float_matmul(self, x: Tensor, part: LinearPart) -> Tensor:
+        # Some rows at a time: the same ones whether this rank has all of them or not. See ReferenceProducts.
+        weight, dtype = part.weight, self.dtype if part.weight.dtype == self.dtype else torch.float32
+        outputs = part.outputs or Division(ALONE, (weight.shape[0],))
+        total, own = outputs.total, outputs.own
+        size = max(1, _UPCAST_BYTES // (4 * weight.shape[1]))
+        x, products = x.to(dtype), []
+        for first in range(own.start // size * size, own.stop, size):
+            some = range(first, min(first + size, total))
+            kept = range(max(first, own.start), min(some.stop, own.stop))
+            rows = weight[kept.start - own.start : kept.stop - own.start].to(dtype)
+            if kept != some:
+                rows, held = rows.new_zeros(len(some), weight.shape[1]), rows
+                rows[kept.start - first : kept.stop - first] = held
+            products.append(F.linear(x, rows)[:, kept.start - first : kept.stop - first])
+        return torch.cat(products, dim=-1).to(self.dtype)
 
-    def _quant_matmul(self, rows: Quantized, part: LinearPart) -> Tensor:
-        assert part.scale is not None
-        if part.scheme is Scheme.W4A8:
-            # Rows 2j and 2j+1 share bytes: one product for each nibble, then interleaved.
-            halves = [_integer_matmul(rows.codes, nibble, part.scheme) for nibble in _nibbles(part.weight)]
-            accumulator = torch.stack(halves, dim=-1).flatten(-2)
-        else:
-            accumulator = _integer_matmul(rows.codes, part.weight, part.scheme)
-        return accumulator.float().mul_(part.scale.T).mul_(rows.scale[:, None]).to(self.dtype)
-
-    def static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
-        assert part.static is not None
-        accumulator = _integer_matmul(codes, part.weight, part.scheme).int() + part.static.quant_bias
-        return accumulator.float().mul_(part.static.deq_scale).to(self.dtype)
+    def _integers(self, codes: Tensor, part: LinearPart) -> Tensor:
+        if part.scheme is not Scheme.W4A8:
+            return _integer_matmul(codes, part.weight, part.scheme)
+        # Rows 2j and 2j+1 share bytes: one product for each nibble, then interleaved.
+        halves = [_integer_matmul(codes, nibble, part.scheme) for nibble in _nibbles(part.weight)]
+        return torch.stack(halves, dim=-1).flatten(-2)
 
 
 class CpuLatentAttention(ReferenceLatentAttention):
@@ -71,7 +76,8 @@ class CpuLatentAttention(ReferenceLatentAttention):
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int | None
     ) -> tuple[Tensor, Tensor]:
-        step = max(1, _SCORE_BYTES // (4 * query.shape[1] * max(1, key.shape[0])))
+        # Not by the number of heads: a rank that has some of them takes the same queries at a time.
+        step = max(1, _SCORE_BYTES // (4 * _MANY_HEADS * max(1, key.shape[0])))
         outputs, lses = [], []
         for start in range(0, query.shape[0], step):
             some = query[start : start + step]
@@ -93,7 +99,7 @@ class CpuSparseAttention(ReferenceSparseAttention):
         return torch.cat([select(query[i : i + step], weights[i : i + step], key, past + i, count) for i in starts])
 
     def _attention_to(self, query: Tensor, cache: LayerCache, slots: Tensor, none: Tensor, scale: float) -> Tensor:
-        held = slots.shape[1] * (query.shape[1] + 2 * query.shape[2])  # numbers for a query: scores, latents and keys
+        held = slots.shape[1] * (_MANY_HEADS + 2 * query.shape[2])  # numbers for a query: scores, latents and keys
         parts = (each.split(max(1, _SCORE_BYTES // (4 * held))) for each in (query, slots, none))
         attend = super()._attention_to
         return torch.cat(
@@ -106,14 +112,15 @@ class CpuOps(Ops):
 
     name = "cpu"
 
-    def __init__(self, dtype: torch.dtype = torch.float32):
+    def __init__(self, dtype: torch.dtype = torch.float32, group: Group = ALONE):
         check_dtype(dtype)
+        self.group = group
         self.dtype = dtype
         self.device = torch.device("cpu")
         self.weights = ReferenceWeights()
         self.norms = ReferenceNorms(dtype)
         self.products = CpuProducts(dtype, self.norms)
-        self.routing = ReferenceRouting(dtype, self.norms, self.products)
+        self.routing = ReferenceRouting(dtype, self.norms, self.products, group)
         self.caches = ReferenceCaches(dtype)
         self.rotary = ReferenceRotary(dtype)
         self.mla = CpuLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)

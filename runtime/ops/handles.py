@@ -11,6 +11,7 @@ from ...errors import BackendError
 from ...formats.schemes import Scheme
 from ...formats.static_w8a8 import InputScale
 from ...models.mla import Mla as MlaWidths
+from ..ranks.division import Division
 
 
 class Linear:
@@ -60,13 +61,15 @@ class Static:
 
 @dataclass(frozen=True)
 class LinearPart:
-    """One stored linear. Tensors are memory-mapped and must not be written to.
+    """One stored linear, or one rank's part of it. Tensors are memory-mapped or copies, and must not be written to.
 
     weight: FLOAT: float `[N, K]` (bf16, fp16 or fp32); W8A8_DYNAMIC and W8A8: int8 `[N, K]`; W4A8_DYNAMIC: int8
     `[N/2, K]`, byte `[j, k]` holding row 2j in the low and row 2j+1 in the high nibble.
     scale: float32 `[N, 1]`, None for FLOAT and W8A8.
     scale_bias: float32 `[N, 1]` or `[N, 16]` (partial sums over K, to be added), only for W4A8_DYNAMIC.
     static: only for W8A8.
+    outputs, inputs: the division of the stored linear's rows and columns, of which the tensors are this rank's part;
+    None where they are whole. Not for W4A8_DYNAMIC.
     """
 
     name: str
@@ -75,6 +78,28 @@ class LinearPart:
     scale: Tensor | None = None
     scale_bias: Tensor | None = None
     static: Static | None = None
+    outputs: Division | None = None
+    inputs: Division | None = None
+
+
+@dataclass(frozen=True)
+class RowParallel(Linear):
+    """Handle of a linear whose inputs come divided among ranks, and whose outputs every rank gets whole.
+
+    linear: this rank's part. Of int8 codes (`sums`): the columns of its inputs, whose products are added as integers.
+    Of floats: the rows of its outputs, because a sum of floats depends on its order.
+    inputs: the division of the rows that it is given. outputs: of floats, the division of the products.
+    """
+
+    linear: Linear
+    scheme: Scheme
+    inputs: Division
+    outputs: Division | None
+
+    @property
+    def sums(self) -> bool:
+        """True if the ranks' products are added, False if they are joined."""
+        return self.scheme is not Scheme.FLOAT
 
 
 class AttentionWeights:
@@ -95,6 +120,8 @@ class MlaParts:
 
     q_a, q_b and q_a_norm (float `[q_lora]`) are None, and q set, in models without q_lora; otherwise q is None.
     kv_b is float `[N·(nope+v), L]`; kv_a_norm is float `[L]`.
+
+    Where ranks divide the heads, q or q_b, kv_b and o have those of this rank alone, and `MlaConfig.heads` counts them.
     """
 
     q: LinearPart | None
@@ -238,7 +265,11 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`."""
+    """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`.
+
+    num_experts: of the layer. ranks: that many ranks divide them evenly and in order; `gate_up` and `down` have those
+    of this rank.
+    """
 
     router: Router
     correction_bias: Tensor | None  # float32 [E]; only for selection, never in the weights
@@ -248,3 +279,4 @@ class MoeWeights:
     num_experts: int
     quantized: bool  # both linears take int8 activations
     shared: MlpWeights | None = None  # the experts that every token takes
+    ranks: int = 1

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import ArtifactError
 from ..attention.pools import LayerCache
-from .handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
+from ..ranks.division import Division
+from .handles import Activation, Keys, Linear, LinearPart, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
 from .norms import Norms
 from .products import Products
 from .rotary import Rotary
@@ -92,10 +93,10 @@ class LatentAttention(ABC):
             q_a_norm=None if parts.q_a_norm is None else self.weights.parameter(parts.q_a_norm, self.dtype),
             q_b=None if parts.q_b is None else self.weights.linear_of([parts.q_b]),
             kv_a_norm=self.weights.parameter(parts.kv_a_norm, self.dtype),
-            kv_b=self.weights.float_linear([parts.kv_b]),
+            kv_b=self.weights.float_linear([parts.kv_b], _kv_b_rows(parts.o, config)),
             w_uk=self.weights.parameter(w_uk),
             w_uv=self.weights.parameter(w_uv.transpose(1, 2)),
-            o=self.weights.linear_of([parts.o]),
+            o=self.weights.row_parallel_of(parts.o),
         )
 
     def project(self, hidden: Activation, mla: Mla, reader: Linear | None = None) -> Projection:
@@ -173,5 +174,13 @@ class LatentAttention(ABC):
         return self.products.batch_matmul(attended, mla.w_uv)
 
     def output(self, attended: Tensor, mla: Mla) -> Tensor:
-        """Apply the output projection: `[T, N, v]` → `[T, H]`."""
-        return self.products.linear(attended.flatten(1), mla.o)
+        """Apply the output projection: `[T, N, v]` of this rank's heads → `[T, H]`, of all heads."""
+        return self.products.row_parallel(attended.flatten(1), mla.o)
+
+
+def _kv_b_rows(o: LinearPart, config: MlaConfig) -> Division | None:
+    """The division of kv_b's rows: of as many heads a rank as that of o's inputs."""
+    if o.inputs is None:
+        return None
+    width = config.qk_nope_head_dim + config.v_head_dim
+    return Division(o.inputs.group, tuple(size // config.v_head_dim * width for size in o.inputs.sizes))

@@ -45,3 +45,25 @@ class Norms(ABC):
     @abstractmethod
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
         """SwiGLU, then quantize per row: scale = max|y| / 127, codes = round-half-even(y / scale), y in float32."""
+
+    @abstractmethod
+    def row_maximum(self, x: Tensor) -> Tensor:
+        """Greatest |x| of each row of `[rows, K]` (compute dtype or float32): float32 `[rows]`.
+
+        Infinity for a row with an infinity or NaN: unlike a NaN, it stays the greatest of several rows' maxima.
+        """
+
+    @abstractmethod
+    def dynamic_quant_by(self, x: Tensor, largest: Tensor) -> Quantized:
+        """Quantize a part of each row as `dynamic_quant` does the whole row, whose `row_maximum` is largest `[rows]`."""
+
+    @abstractmethod
+    def swiglu_float32(self, x: Tensor) -> Tensor:
+        """SwiGLU that is not rounded: `[rows, 2·I]` → float32 `[rows, I]`, as `dequant_swiglu_quant` quantizes it."""
+
+    @abstractmethod
+    def swiglu_quant_by(self, activated: Tensor, largest: Tensor) -> Quantized:
+        """Quantize a part of each row of `swiglu_float32` as `dequant_swiglu_quant` does the whole row.
+
+        largest: float32 `[rows]`, `row_maximum` of the whole rows.
+        """

@@ -6,11 +6,15 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from .handles import Activation, Experts, Linear, Router
+from ...formats.schemes import Scheme
+from .handles import Activation, Experts, Linear, Quantized, Router, RowParallel
+from .norms import Norms
 
 
 class Products(ABC):
     """Matrix products. One method is one device call, or two where it quantizes its input first."""
+
+    norms: Norms
 
     @abstractmethod
     def linear(self, x: Activation, linear: Linear) -> Tensor:
@@ -40,3 +44,51 @@ class Products(ABC):
         Quantized handles take a `Quantized` (consumed: the device may overwrite its codes), float ones a tensor.
         Numerics as in `linear`; rows past the sum of `group_list` are undefined.
         """
+
+    @abstractmethod
+    def static_quant(self, x: Tensor, linear: Linear) -> Tensor:
+        """Quantize rows `[rows, K]` as the static W8A8 handle `linear` does: int8 `[rows, K]`."""
+
+    @abstractmethod
+    def integer_sums(self, codes: Tensor, linear: Linear) -> Tensor:
+        """Multiply codes int8 `[rows, K]` by those of a W8A8 or static W8A8 handle → int32 `[rows, N]`.
+
+        No scale, no quant_bias. A sum wraps like int32.
+        """
+
+    @abstractmethod
+    def scale_sums(self, sums: Tensor, scale: Tensor | None, linear: Linear) -> Tensor:
+        """Scale whole sums int32 `[rows, N]` as `linear` does its accumulators → `[rows, N]` in the compute dtype.
+
+        scale: float32 `[rows]`, of the rows' codes; None for a static handle, which adds its quant_bias first.
+        """
+
+    def row_parallel(self, x: Activation, linear: Linear) -> Tensor:
+        """Multiply `[rows, K]` by a handle of `Weights.row_parallel_of` → `[rows, N]`, on every rank.
+
+        The ranks divide K: x is this rank's columns. A `Quantized` has the codes of this rank's columns, with one scale
+        for the whole row. The result equals `linear` of the whole rows and weights to the bit:
+
+        * W8A8: the greatest |x| over the ranks gives one scale; int32 products are added over the ranks, then scaled
+          and rounded once. Scales of each rank's own would be those of another model.
+        * static W8A8: the same with the stored scale; quant_bias is added once, to the sum.
+        * FLOAT: the ranks join x, multiply it by some of the outputs each, and join those.
+        """
+        if not isinstance(linear, RowParallel):
+            return self.linear(x, linear)
+        group = linear.inputs.group
+        if linear.outputs is not None:
+            assert isinstance(x, Tensor)
+            return linear.outputs.join(self.linear(linear.inputs.join(x), linear.linear))
+        if linear.scheme is Scheme.W8A8_STATIC:
+            assert isinstance(x, Tensor)
+            codes, scale = self.static_quant(x, linear.linear), None
+        else:
+            codes, scale = self._common_scale(x, linear)
+        sums = group.all_reduce_sum(self.integer_sums(codes, linear.linear))
+        return self.scale_sums(sums, scale, linear.linear)
+
+    def _common_scale(self, x: Activation, linear: RowParallel) -> Quantized:
+        if isinstance(x, Quantized):
+            return x
+        return self.norms.dynamic_quant_by(x, linear.inputs.group.all_reduce_max(self.norms.row_maximum(x)))

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from .handles import Activation, Gating, MlpWeights, MoeWeights
+from ..ranks.group import ALONE, Group
+from .handles import Activation, Gating, MlpWeights, MoeWeights, Quantized, RowParallel
 from .norms import Norms
 from .products import Products
 
@@ -14,8 +15,8 @@ from .products import Products
 class Routing(ABC):
     """Operators that route tokens to experts and back, and composites of them with products and norms."""
 
-    def __init__(self, norms: Norms, products: Products):
-        self.norms, self.products = norms, products
+    def __init__(self, norms: Norms, products: Products, group: Group = ALONE):
+        self.norms, self.products, self.group = norms, products, group
 
     @abstractmethod
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
@@ -47,13 +48,19 @@ class Routing(ABC):
         """
 
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
-        """Run a dense or shared MLP: `[T, H]` → `[T, H]`."""
-        return self.products.linear(self.mlp_inner(hidden, weights), weights.down)
+        """Run a dense or shared MLP: `[T, H]` → `[T, H]`. Ranks may divide its inner channels."""
+        return self.products.row_parallel(self.mlp_inner(hidden, weights), weights.down)
 
     def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Activation:
-        """Compute the input of an MLP's last linear: `[T, H]` → `[T, I]`."""
+        """Compute the input of an MLP's last linear: `[T, H]` → `[T, I]`, of this rank's channels."""
         gate_up = self.products.linear(hidden, weights.gate_up)
-        return self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
+        if not weights.quantized:
+            return self.norms.swiglu(gate_up)
+        if not isinstance(weights.down, RowParallel):
+            return self.norms.dequant_swiglu_quant(gate_up)
+        activated = self.norms.swiglu_float32(gate_up)
+        largest = weights.down.inputs.group.all_reduce_max(self.norms.row_maximum(activated))
+        return self.norms.swiglu_quant_by(activated, largest)
 
     def moe_of(self, weights: MoeWeights) -> MoeWeights:
         """Make the handle that `moe` takes. Override to lay weights out for a fused layer."""
@@ -74,10 +81,39 @@ class Routing(ABC):
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
     ) -> Tensor:
         """Sum the chosen experts of every token, weighted, and `shared` `[T, H]`: `[T, H]` → `[T, H]`."""
+        out, row_index = self.moe_rows(hidden, expert_ids, weights)
+        return self.moe_finalize_routing(out, top_weights, row_index, expert_ids, shared)
+
+    def moe_rows(self, hidden: Tensor, expert_ids: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
+        """Run the experts on their rows: hidden `[T, H]` → (out `[R, H]`, sorted by expert; row_index int32 `[R]`).
+
+        Where ranks divide the experts, each runs the rows of its own and gathers those of the others. Rows are moved
+        whole, so that all ranks hold the rows of one process.
+        """
         rows, row_index, group_list = self.moe_init_routing(
             hidden, expert_ids, weights.num_experts, quantize=weights.quantized
         )
+        if weights.ranks == 1:
+            return self.run_experts(rows, group_list, weights), row_index
+        by_rank = group_list.view(weights.ranks, -1)
+        counts: list[int] = by_rank.sum(1).tolist()
+        rank = self.group.rank
+        first, count = sum(counts[:rank]), counts[rank]
+        if count:
+            own = self.run_experts(row_range(rows, first, count), by_rank[rank], weights)
+        else:
+            own = hidden.new_empty(0, hidden.shape[1])
+        return self.group.all_gather_rows(own, counts), row_index
+
+    def run_experts(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Tensor:
+        """Run this rank's experts on rows sorted by expert: `[R, H]` → `[R, H]`. group_list: rows of each."""
         gate_up = self.products.grouped_matmul(rows, weights.gate_up, group_list)
         inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
-        out = self.products.grouped_matmul(inner, weights.down, group_list)
-        return self.moe_finalize_routing(out, top_weights, row_index, expert_ids, shared)
+        return self.products.grouped_matmul(inner, weights.down, group_list)
+
+
+def row_range(rows: Activation, first: int, count: int) -> Activation:
+    """Rows `[first, first + count)`, a view."""
+    if isinstance(rows, Quantized):
+        return Quantized(rows.codes.narrow(0, first, count), rows.scale.narrow(0, first, count))
+    return rows.narrow(0, first, count)

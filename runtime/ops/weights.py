@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import ArtifactError
 from ...formats.schemes import Scheme
-from .handles import Experts, Linear, LinearPart, Router
+from ..ranks.division import Division
+from .handles import Experts, Linear, LinearPart, Router, RowParallel
 
 
 class Weights(ABC):
@@ -24,7 +25,7 @@ class Weights(ABC):
         """Fuse parts of one scheme. Raises ArtifactError for different schemes, and for a scheme of experts only."""
         schemes = {part.scheme for part in parts}
         if schemes == {Scheme.FLOAT}:
-            return self.float_linear([part.weight for part in parts])
+            return self.float_linear([part.weight for part in parts], parts[0].outputs)
         if schemes == {Scheme.W8A8}:
             return self.w8a8_linear(parts)
         names = ", ".join(f"{part.name} ({part.scheme.value})" for part in parts)
@@ -33,6 +34,11 @@ class Weights(ABC):
         if len({part.static.inputs for part in parts if part.static is not None}) != 1:
             raise ArtifactError(f"linears that run as one must share input_scale and input_offset: {names}")
         return self.static_linear(parts)
+
+    def row_parallel_of(self, part: LinearPart) -> Linear:
+        """Make the handle that `Products.row_parallel` takes. Raises ArtifactError as `linear_of` does."""
+        linear = self.linear_of([part])
+        return linear if part.inputs is None else RowParallel(linear, part.scheme, part.inputs, part.outputs)
 
     def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         """Stack experts of one scheme. Raises ArtifactError for different schemes, and for a static one."""
@@ -52,8 +58,12 @@ class Weights(ABC):
         return make(experts)
 
     @abstractmethod
-    def float_linear(self, weights: Sequence[Tensor]) -> Linear:
-        """Fuse float `[N_i, K]` weights (stored dtype) along their outputs: x `[T, K]` → `[T, ΣN_i]`."""
+    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
+        """Fuse float `[N_i, K]` weights (stored dtype) along their outputs: x `[T, K]` → `[T, ΣN_i]`.
+
+        outputs: the division of each weight's rows, where they are one rank's part. The products must equal those of the
+        whole weights to the bit: a backend whose products depend on the number of outputs must look at it.
+        """
 
     @abstractmethod
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:

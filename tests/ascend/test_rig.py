@@ -11,7 +11,7 @@ import torch
 from ascend_rig.install import TORCH_NPU, prepare, run_python
 
 HERE = Path(__file__).parent
-CHECKS = sorted(path.name for path in HERE.glob("check_*.py"))
+CHECKS = sorted(str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py"))
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or not torch.__version__.startswith(TORCH_NPU),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from holes import Header, write_holes
 from kimi_k25 import QUANTIZATION
-
-from npuq.formats.safetensors import ITEM_BYTES, encode_header
 
 SHARDS = 64
 HIDDEN, HEADS, MOE, LAYERS, EXPERTS, VISION = 7168, 64, 2048, 61, 384, 1152
@@ -67,8 +64,6 @@ CONFIG: dict[str, Any] = {
     "text_config": TEXT,
     "vision_config": {"vt_hidden_size": VISION, "vt_num_hidden_layers": 27, "text_hidden_size": HIDDEN},
 }
-
-Header = tuple[str, str, tuple[int, ...]]
 
 
 def headers(experts: int = EXPERTS) -> Iterator[Header]:
@@ -136,18 +131,6 @@ def _vision() -> Iterator[Header]:
 
 def write_headers(directory: Path, experts: int = EXPERTS) -> Path:
     """Write the checkpoint, with fewer experts a layer if wanted."""
-    directory.mkdir(parents=True)
-    tensors = sorted(headers(experts))
-    placed, per_shard = {}, -(-len(tensors) // SHARDS)
-    for number in range(SHARDS):
-        part = tensors[number * per_shard : (number + 1) * per_shard]
-        shard = f"model-{number + 1:05d}-of-{SHARDS:06d}.safetensors"
-        header = encode_header(part)
-        with (directory / shard).open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in part))
-        placed |= {name: shard for name, _, _ in part}
     config = CONFIG | {"text_config": TEXT | {"n_routed_experts": experts}}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    write_holes(directory, config, sorted(headers(experts)), SHARDS)
     return directory

@@ -27,7 +27,7 @@ def start(prompt: list[int], salt: bytes = b"", leader: Sequence | None = None, 
 
 
 class Cache:
-    """Scheduler and blocks as the engine has them. A slot holds what it was computed from: salt and all tokens so far."""
+    """Scheduler and blocks as the engine has them. A slot holds what it was computed from: salt and tokens so far."""
 
     def __init__(self, *, reuse: bool = True):
         self.blocks = BlockManager(BLOCKS, SIZE, reuse=reuse)

@@ -32,6 +32,7 @@ from ....runtime.ops.reference.rotary import ReferenceRotary
 from ....runtime.ops.reference.routing import ReferenceRouting
 from ....runtime.ops.reference.sparse_attention import ReferenceSparseAttention
 from ....runtime.ops.reference.weights import ReferenceWeights
+from ....runtime.ranks.division import Division
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class CalibrationWeights(ReferenceWeights):
         (part,) = parts
         return own(part, Deployed)
 
-    def float_linear(self, weights: Sequence[Tensor]) -> Linear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
         (weight,) = weights
         return Deployed("", Scheme.FLOAT, weight)
 

@@ -65,7 +65,7 @@ def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fuse
         v_b=weights.float_linear([v_b.reshape(-1, config.kv_lora_rank)]),
         w_uk=weights.parameter(k_b, weights.dtype),
         w_uv=weights.parameter(v_b.transpose(1, 2), weights.dtype),
-        o=weights.linear_of([parts.o]),
+        o=weights.row_parallel_of(parts.o),
         takes_quantized=all(part is not None and part.scheme is Scheme.W8A8 for part in (first, parts.kv_a)),
     )
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 
 from ....errors import BackendError
+from ...ranks.group import ALONE, Group
 from .. import Ops
 from .cache import AscendCaches
 from .device import Npu
 from .latent_attention import AscendLatentAttention
 from .norms import AscendNorms
 from .products import AscendProducts
+from .ranks.communicator import communicator_of
 from .rotary import AscendRotary
 from .routing import AscendRouting
 from .sparse_attention import AscendSparseAttention
@@ -42,6 +44,7 @@ class AscendOps(Ops):
         kv_layout: str = "nz",
         fused_prolog: bool = True,
         soc: str | None = None,
+        group: Group = ALONE,
     ):
         if kv_layout not in ("nz", "nd"):
             raise BackendError(f"kv_layout {kv_layout!r} is neither 'nz' nor 'nd'")
@@ -59,12 +62,13 @@ class AscendOps(Ops):
         if soc is None:
             raise BackendError(f"{self.device} is not an NPU")
         self.soc = require_soc(soc)
-        self.dtype = dtype
+        self.dtype, self.group = dtype, group
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms)
-        self.routing = AscendRouting(self.npu, self.norms, self.products)
+        communicator = communicator_of(self.soc.family, group)
+        self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator)
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)

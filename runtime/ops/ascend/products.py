@@ -20,6 +20,7 @@ from .weights import (
     StaticLinear,
     W4A8Experts,
     W8A8Linear,
+    float_scales,
 )
 
 COUNTS = 1  # group_list_type: rows of each expert, not running sums
@@ -48,8 +49,7 @@ class AscendProducts(Products):
     def _static_matmul(self, x: Activation, handle: StaticLinear) -> Tensor:
         if isinstance(x, Quantized):
             raise BackendError("a static W8A8 linear was given quantized rows")
-        # div_mode False multiplies: the engines' choice, and the one that takes float16 too.
-        codes = self.npu.operators.npu_quantize(x, handle.factor, handle.offset, torch.qint8, -1, False)
+        codes = self.static_quant(x, handle)
         product: Tensor = self.npu.operators.npu_quant_matmul(
             codes, handle.weight, handle.deq_scale, bias=handle.quant_bias, output_dtype=self.npu.dtype
         )
@@ -92,3 +92,21 @@ class AscendProducts(Products):
         stored, order = (by_head, (0, 1, 2)) if by_head.is_contiguous() else (x, (1, 0, 2))
         product: Tensor = self.npu.operators.npu_transpose_batchmatmul(stored, weight, perm_x1=order, perm_y=(1, 0, 2))
         return product
+
+    def static_quant(self, x: Tensor, linear: Linear) -> Tensor:
+        handle = own(linear, StaticLinear)
+        # div_mode False multiplies: the engines' choice, and the one that takes float16 too.
+        codes: Tensor = self.npu.operators.npu_quantize(x, handle.factor, handle.offset, torch.qint8, -1, False)
+        return codes
+
+    def integer_sums(self, codes: Tensor, linear: Linear) -> Tensor:
+        handle = linear if isinstance(linear, StaticLinear) else own(linear, W8A8Linear)
+        scale = handle.deq_scale if isinstance(handle, StaticLinear) else handle.scale
+        sums: Tensor = self.npu.operators.npu_quant_matmul(codes, handle.weight, scale, output_dtype=torch.int32)
+        return sums
+
+    def scale_sums(self, sums: Tensor, scale: Tensor | None, linear: Linear) -> Tensor:
+        if scale is None:
+            static = own(linear, StaticLinear)
+            return ((sums + static.quant_bias).float() * float_scales(static.deq_scale)).to(self.npu.dtype)
+        return (sums.float() * own(linear, W8A8Linear).scale * scale.unsqueeze(1)).to(self.npu.dtype)

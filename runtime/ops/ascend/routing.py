@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ....errors import BackendError
-from ..handles import Activation, Gating, Quantized
+from ...ranks.group import Group
+from ..handles import Activation, Gating, MoeWeights, Quantized
 from ..norms import Norms
 from ..products import Products
 from ..routing import Routing
 from .device import Npu
+from .ranks.communicator import Communicator
+from .ranks.experts import DividedExperts
 
 COUNTS = 1  # expert_tokens_num_type: rows of each expert, not running sums
 ROW_ORDER = 2  # drop_pad_mode of finalize: row_index[t · k + j], as init_routing_v2 gives it (the default is columns)
@@ -17,11 +20,21 @@ DYNAMIC_INT8, NOT_QUANTIZED = 1, -1  # quant_mode of init_routing_v2
 
 
 class AscendRouting(Routing):
-    """Routing; the blocks around it are the default ones."""
+    """Routing; the blocks around it are the default ones. communicator: of the ranks, if steps may dispatch."""
 
-    def __init__(self, npu: Npu, norms: Norms, products: Products):
-        super().__init__(norms, products)
+    def __init__(
+        self, npu: Npu, norms: Norms, products: Products, group: Group, communicator: Communicator | None = None
+    ):
+        super().__init__(norms, products, group)
         self.npu = npu
+        self.divided = DividedExperts(npu, self, communicator)
+
+    def moe_experts(
+        self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
+    ) -> Tensor:
+        if weights.ranks == 1:
+            return super().moe_experts(hidden, top_weights, expert_ids, weights, shared)
+        return self.divided.run(hidden, top_weights, expert_ids, weights, shared)
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
         check_gating(gating, bias is not None)

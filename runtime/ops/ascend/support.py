@@ -31,6 +31,8 @@ OPERATORS = (
     "npu_kv_rmsnorm_rope_cache",
     "npu_lightning_indexer",
     "npu_mla_prolog_v3",
+    "npu_moe_distribute_combine_v2",
+    "npu_moe_distribute_dispatch_v2",
     "npu_moe_finalize_routing",
     "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax_v2",

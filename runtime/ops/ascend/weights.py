@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
+from ...ranks.division import Division
 from ..handles import Experts, Linear, LinearPart, Router
 from ..weights import Weights
 
@@ -98,7 +99,7 @@ class AscendWeights(Weights):
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
 
-    def float_linear(self, weights: Sequence[Tensor]) -> FloatLinear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> FloatLinear:
         return FloatLinear(torch.cat([weight.to(self.dtype) for weight in weights]).to(self.device))
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> W8A8Linear:
@@ -202,3 +203,8 @@ def cast_nz(matrix: Tensor) -> Tensor:
 def scale_words(scales: Tensor) -> Tensor:
     """Pack float32 bits into the low words of int64, zeros into the high words."""
     return scales.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def float_scales(words: Tensor) -> Tensor:
+    """The float32 scales of `scale_words`; float32 scales as they are."""
+    return words.to(torch.int32).view(torch.float32) if words.dtype is torch.int64 else words

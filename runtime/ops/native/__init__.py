@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ....parallel.torch_threads import single_threaded_torch
+from ...ranks.group import ALONE, Group
 from .. import Ops
 from ..cpu import CpuOps
 from .cache import NativeCaches
@@ -32,13 +33,20 @@ class NativeOps(Ops):
 
     name = "cpu"
 
-    def __init__(self, dtype: torch.dtype = torch.float32, threads: int | None = None, level: str | None = None):
-        beside, kernels = CpuOps(dtype), Kernels.start(dtype, threads, level)
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        level: str | None = None,
+        group: Group = ALONE,
+    ):
+        beside, kernels = CpuOps(dtype, group), Kernels.start(dtype, threads, level)
+        self.group = group
         self.dtype, self.device, self.pool = dtype, beside.device, kernels.pool
         self.weights = NativeWeights(beside.weights)
         self.norms = NativeNorms(kernels, beside.norms)
         self.products = NativeProducts(kernels, self.norms, beside.products)
-        self.routing = NativeRouting(kernels, self.norms, self.products)
+        self.routing = NativeRouting(kernels, self.norms, self.products, group)
         self.caches = NativeCaches(dtype)
         self.rotary = NativeRotary(kernels, beside.rotary)
         self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from ....native.binding import DTYPES, MlaBlock, MoeBlock
 from ....native.pointers import address
-from ..handles import MlaWeights, MoeWeights
+from ..handles import MlaWeights, MoeWeights, RowParallel
 from .weights import NativeLinear, matrices_address
 
 
 @dataclass(frozen=True)
 class NativeMla(MlaWeights):
-    """Default handle with `block`, its struct for native calls. inputs, outputs: numbers of channels."""
+    """Default handle with `block`, its struct for native calls. inputs, outputs: numbers of channels.
+
+    Where ranks divide the heads, native calls end before the output projection: the outputs are the heads' values.
+    """
 
     block: MlaBlock = field(repr=False)
     inputs: int
@@ -37,10 +40,11 @@ def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
 
     `dtype` is the compute dtype. Raises ValueError for widths that are not those of the handle's config.
     """
-    qkv_a, q_b, o, w_uk, w_uv = handle.qkv_a[0], handle.q_b, handle.o, handle.w_uk, handle.w_uv
-    if len(handle.qkv_a) != 1 or not isinstance(qkv_a, NativeLinear) or not isinstance(o, NativeLinear):
+    qkv_a, q_b, w_uk, w_uv = handle.qkv_a[0], handle.q_b, handle.w_uk, handle.w_uv
+    o = None if isinstance(handle.o, RowParallel) else handle.o
+    if len(handle.qkv_a) != 1 or not isinstance(qkv_a, NativeLinear):
         return handle
-    if not isinstance(q_b, NativeLinear | None):
+    if not isinstance(q_b, NativeLinear | None) or not isinstance(o, NativeLinear | None):
         return handle
     if 1 not in w_uk.stride()[1:] or 1 not in w_uv.stride()[1:]:
         return handle
@@ -50,7 +54,7 @@ def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
     block = MlaBlock(
         qkv_a=qkv_a.pointer,
         q_b=None if q_b is None else q_b.pointer,
-        o=o.pointer,
+        o=None if o is None else o.pointer,
         q_a_norm=None if q_a_norm is None else address(q_a_norm, "mla", "q_a_norm", dtype, q_a_width),
         kv_a_norm=address(handle.kv_a_norm, "mla", "kv_a_norm", dtype, latent),
         w_uk=matrices_address(w_uk, "mla", "w_uk", heads, config.qk_nope_head_dim, latent),
@@ -63,19 +67,20 @@ def native_mla(handle: MlaWeights, dtype: torch.dtype) -> MlaWeights:
         kv_b_dtype=DTYPES[w_uk.dtype],
         eps=config.rms_norm_eps,
     )
-    widths = {"inputs": qkv_a.weights.cols, "outputs": o.weights.outputs}
+    outputs = heads * config.v_head_dim if o is None else o.weights.outputs
+    widths = {"inputs": qkv_a.weights.cols, "outputs": outputs}
     return NativeMla(**{each.name: getattr(handle, each.name) for each in fields(MlaWeights)}, block=block, **widths)
 
 
-def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None, o: NativeLinear) -> int:
+def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None, o: NativeLinear | None) -> int:
     """Compare the widths of a layer's linears with its config: returns the width of q_a."""
     config = handle.config
-    q_width = config.heads * config.qk_head_dim
+    q_width, values = config.heads * config.qk_head_dim, config.heads * config.v_head_dim
     q_a_width = q_width if q_b is None else q_b.weights.cols
     widths = {
         "outputs of q_a and kv_a": (qkv_a.weights.outputs, q_a_width + config.kv_lora_rank + config.qk_rope_head_dim),
         "outputs of q_b": (q_width if q_b is None else q_b.weights.outputs, q_width),
-        "inputs of o": (o.weights.cols, config.heads * config.v_head_dim),
+        "inputs of o": (values if o is None else o.weights.cols, values),
     }
     for what, (found, expected) in widths.items():
         if found != expected:
@@ -88,8 +93,10 @@ def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None
 
 
 def native_moe(weights: MoeWeights) -> MoeWeights:
-    """Add the struct to a handle. Unchanged if its linears are not all native."""
+    """Add the struct to a handle. Unchanged if its linears are not all native, or ranks divide the experts."""
     router, gate_up, down, shared = weights.router, weights.gate_up, weights.down, weights.shared
+    if weights.ranks > 1:
+        return weights
     if not (isinstance(router, NativeLinear) and isinstance(gate_up, NativeLinear) and isinstance(down, NativeLinear)):
         return weights
     shared_gate_up, shared_down = (None, None) if shared is None else (shared.gate_up, shared.down)

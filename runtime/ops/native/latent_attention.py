@@ -12,7 +12,7 @@ from torch import Tensor
 from ....native.binding import DTYPES, Heads, LatentCache, Strided
 from ....native.pointers import address, output, rows_address
 from ...attention.pools import LayerCache
-from ..handles import Activation, Keys, Mla, MlaConfig, MlaParts, MlaWeights, Quantized, Queries, own
+from ..handles import Activation, Keys, Mla, MlaConfig, MlaParts, MlaWeights, Quantized, Queries, RowParallel, own
 from ..latent_attention import LATENT, ROPE, LatentAttention
 from ..norms import Norms
 from ..products import Products
@@ -124,7 +124,7 @@ class NativeLatentAttention(LatentAttention):
         out, to = output(self.dtype, shared.tokens, mla.outputs)
         arguments = self._layer_arguments("mla_decode", hidden, mla, cache, shared)
         self._call("mla_decode", *arguments, *shared.decode, mla.config.softmax_scale, to)
-        return out
+        return self.products.row_parallel(out, mla.o) if isinstance(mla.o, RowParallel) else out
 
     def _layer_arguments(
         self, operator: str, hidden: Tensor, mla: NativeMla, cache: LayerCache, shared: NativeStep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ....native.binding import DTYPES
 from ....native.pointers import address, output, rows_address
 from ....parallel.torch_threads import single_threaded_torch
 from ..handles import Quantized
@@ -66,9 +67,15 @@ class NativeNorms(Norms):
         return out, total
 
     def swiglu(self, x: Tensor) -> Tensor:
+        return self._swiglu(x, self.dtype)
+
+    def swiglu_float32(self, x: Tensor) -> Tensor:
+        return self._swiglu(x, torch.float32)
+
+    def _swiglu(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.contiguous()
         rows, half = x.shape[0], x.shape[1] // 2
-        out, to = output(self.dtype, rows, half)
+        out, to = output(dtype, rows, half)
         self._call(
             "swiglu",
             address(x, "swiglu", "x", self.dtype, rows, 2 * half),
@@ -76,6 +83,7 @@ class NativeNorms(Norms):
             rows,
             half,
             to,
+            DTYPES[dtype],
         )
         return out
 
@@ -96,3 +104,42 @@ class NativeNorms(Norms):
         start = address(x, "swiglu_quant", "x", self.dtype, rows, 2 * half)
         self._call("swiglu_quant", start, self._code, rows, half, codes_to, scale_to)
         return Quantized(codes, scale)
+
+    def row_maximum(self, x: Tensor) -> Tensor:
+        x = contiguous_rows(x)
+        rows, cols = x.shape
+        largest, to = output(torch.float32, rows)
+        start = rows_address(x, "row_maximum", "x", x.dtype, rows, cols)
+        self._call("row_maximum", start, _code(x), x.stride(0), rows, cols, to)
+        return largest
+
+    def dynamic_quant_by(self, x: Tensor, largest: Tensor) -> Quantized:
+        return self._quant_parts(x, largest, divide=False)
+
+    def swiglu_quant_by(self, activated: Tensor, largest: Tensor) -> Quantized:
+        return self._quant_parts(activated, largest, divide=True)
+
+    def _quant_parts(self, x: Tensor, largest: Tensor, divide: bool) -> Quantized:
+        x, largest = contiguous_rows(x), largest.contiguous()
+        rows, cols = x.shape
+        (codes, codes_to), (scale, scale_to) = output(torch.int8, rows, cols), output(torch.float32, rows)
+        self._call(
+            "quant_parts",
+            rows_address(x, "quant_parts", "x", x.dtype, rows, cols),
+            _code(x),
+            x.stride(0),
+            rows,
+            cols,
+            address(largest, "quant_parts", "largest", torch.float32, rows),
+            divide,
+            codes_to,
+            scale_to,
+        )
+        return Quantized(codes, scale)
+
+
+def _code(x: Tensor) -> int:
+    """The library's number of the dtype of rows that may be float32 whatever the compute dtype is."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"rows of {x.dtype}; the native kernels take float32 and bfloat16")
+    return DTYPES[x.dtype]

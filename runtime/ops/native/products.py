@@ -99,3 +99,31 @@ class NativeProducts(Products):
             to,
         )
         return out
+
+    def static_quant(self, x: Tensor, linear: Linear) -> Tensor:
+        return self.torch.static_quant(x, linear)
+
+    def integer_sums(self, codes: Tensor, linear: Linear) -> Tensor:
+        if not isinstance(linear, NativeLinear):  # of static W8A8
+            return self.torch.integer_sums(codes, linear)
+        codes, rows = codes.contiguous(), codes.shape[0]
+        sums, to = output(torch.int32, rows, linear.weights.outputs)
+        start = address(codes, "integer_sums", f"x of {linear.name}", torch.int8, rows, linear.weights.cols)
+        self._call("integer_sums", linear.address, start, rows, to)
+        return sums
+
+    def scale_sums(self, sums: Tensor, scale: Tensor | None, linear: Linear) -> Tensor:
+        if not isinstance(linear, NativeLinear) or scale is None:
+            return self.torch.scale_sums(sums, scale, linear)
+        sums, scale, rows, of = sums.contiguous(), scale.contiguous(), sums.shape[0], f"of {linear.name}"
+        out, to = output(self.dtype, rows, linear.weights.outputs)
+        self._call(
+            "scale_sums",
+            linear.address,
+            address(sums, "scale_sums", f"sums {of}", torch.int32, rows, linear.weights.outputs),
+            address(scale, "scale_sums", f"scale {of}", torch.float32, rows),
+            rows,
+            to,
+            self._code,
+        )
+        return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....native.pointers import address, output
+from ...ranks.group import Group
 from ..handles import Activation, Gating, MlpWeights, MoeWeights, Quantized, own
 from ..norms import Norms
 from ..products import Products
@@ -23,8 +24,8 @@ class NativeRouting(Routing):
     Raises ValueError for tensors that do not have the dtypes and sizes of their call.
     """
 
-    def __init__(self, kernels: Kernels, norms: Norms, products: Products):
-        super().__init__(norms, products)
+    def __init__(self, kernels: Kernels, norms: Norms, products: Products, group: Group):
+        super().__init__(norms, products, group)
         self._call, self.dtype, self._code = kernels.pool.call, kernels.dtype, kernels.dtype_code
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ class NativeRouting(Routing):
     def mlp(self, hidden: Tensor, weights: MlpWeights) -> Tensor:
         gate_up, down = weights.gate_up, weights.down
         if not isinstance(gate_up, NativeLinear) or not isinstance(down, NativeLinear):
-            return super().mlp(hidden, weights)
+            return super().mlp(hidden, weights)  # ranks divide it, or it is static
         hidden, tokens = hidden.contiguous(), hidden.shape[0]
         out, to = output(self.dtype, tokens, down.weights.outputs)
         start = address(hidden, "mlp", "x", self.dtype, tokens, gate_up.weights.cols)
@@ -134,6 +135,8 @@ class NativeRouting(Routing):
     def moe_experts(
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
     ) -> Tensor:
+        if weights.ranks > 1:
+            return super().moe_experts(hidden, top_weights, expert_ids, weights, shared)
         hidden, top_weights, expert_ids = hidden.contiguous(), top_weights.contiguous(), expert_ids.contiguous()
         shared = None if shared is None else shared.contiguous()
         gate_up, down, (tokens, k) = (

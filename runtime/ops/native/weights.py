@@ -18,6 +18,7 @@ from ....formats.schemes import Scheme
 from ....native.binding import DTYPES, INT4, Part
 from ....native.binding import Weights as WeightsStruct
 from ....native.pointers import address, rows_address
+from ...ranks.division import Division
 from ..handles import Experts, Linear, LinearPart, Router
 from ..weights import Weights
 
@@ -48,7 +49,8 @@ class NativeWeights(Weights):
     def __init__(self, torch: Weights):
         self.torch = torch
 
-    def float_linear(self, weights: Sequence[Tensor]) -> Linear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
+        # Each output is a sum of its own, whatever is beside it.
         return native_linear([[LinearPart("a float weight", Scheme.FLOAT, weight) for weight in weights]])
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ....errors import BackendError
+from ...ranks.group import ALONE, Group
 from .. import Ops
 from .cache import ReferenceCaches
 from .latent_attention import ReferenceLatentAttention
@@ -29,14 +30,15 @@ class ReferenceOps(Ops):
 
     name = "reference"
 
-    def __init__(self, dtype: torch.dtype = torch.float32):
+    def __init__(self, dtype: torch.dtype = torch.float32, group: Group = ALONE):
         check_dtype(dtype)
+        self.group = group
         self.dtype = dtype
         self.device = torch.device("cpu")
         self.weights = ReferenceWeights()
         self.norms = ReferenceNorms(dtype)
         self.products = ReferenceProducts(dtype, self.norms)
-        self.routing = ReferenceRouting(dtype, self.norms, self.products)
+        self.routing = ReferenceRouting(dtype, self.norms, self.products, group)
         self.caches = ReferenceCaches(dtype)
         self.rotary = ReferenceRotary(dtype)
         self.mla = ReferenceLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)

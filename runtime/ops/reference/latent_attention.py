@@ -71,6 +71,10 @@ class ReferenceLatentAttention(LatentAttention):
         key: `[S, N or 1, A]`. value: `[S, N or 1, V]`.
         past: query i sees keys up to past + i; None: all keys.
         """
+        if query.shape[1] == 1:
+            # Torch multiplies one matrix by another routine than several, with other last bits.
+            out, lse = self._attention(query.expand(-1, 2, -1), key, value, scale, past)
+            return out[:, :1], lse[:, :1]
         scores = query.transpose(0, 1) @ key.permute(1, 2, 0) * scale  # [N, Q, S]
         if past is not None:
             hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(past + 1)
@@ -81,5 +85,8 @@ class ReferenceLatentAttention(LatentAttention):
         return (probabilities @ value.transpose(0, 1)).transpose(0, 1), lse.transpose(0, 1)
 
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
-        weights = torch.stack(list(lses)).softmax(dim=0)  # [parts, T, N, 1]
-        return (weights * torch.stack(list(outputs)).float()).sum(0).to(self.dtype)
+        largest = torch.stack(list(lses)).amax(0)  # [T, N, 1]
+        weights = [(lse - largest).exp() for lse in lses]
+        # One after the other: the last bits of torch's softmax and sum depend on the number of heads.
+        merged = sum(weight * out.float() for weight, out in zip(weights, outputs, strict=True))
+        return torch.div(merged, sum(weights)).to(self.dtype)

@@ -39,7 +39,10 @@ class ReferenceNorms(Norms):
 
     def dynamic_quant(self, x: Tensor, smooth: Tensor | None = None) -> Quantized:
         values = x.float() if smooth is None else x.float() * smooth.float()
-        largest = row_maximum(values)
+        return self.dynamic_quant_by(values, self.row_maximum(values))
+
+    def dynamic_quant_by(self, x: Tensor, largest: Tensor) -> Quantized:
+        values, largest = x.float(), largest.masked_fill(largest.isinf(), torch.nan)
         # A tensor over a tensor: torch computes a number over a tensor as the number times its reciprocal.
         factor = torch.full_like(largest, 127.0) / largest
         zero = factor.isinf()
@@ -47,9 +50,19 @@ class ReferenceNorms(Norms):
         return Quantized(codes, factor.reciprocal().masked_fill(zero, 0.0))
 
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
-        values = _swiglu(x.float())
-        scale = row_maximum(values) / 127.0
-        return Quantized((values / nonzero(scale)).round().nan_to_num(0.0).to(torch.int8), scale)
+        activated = self.swiglu_float32(x)
+        return self.swiglu_quant_by(activated, self.row_maximum(activated))
+
+    def row_maximum(self, x: Tensor) -> Tensor:
+        largest = x.float().abs().amax(-1)
+        return largest.masked_fill(largest.isnan(), torch.inf)
+
+    def swiglu_float32(self, x: Tensor) -> Tensor:
+        return _swiglu(x.float())
+
+    def swiglu_quant_by(self, activated: Tensor, largest: Tensor) -> Quantized:
+        scale = largest.masked_fill(largest.isinf(), torch.nan) / 127.0
+        return Quantized((activated / nonzero(scale)).round().nan_to_num(0.0).to(torch.int8), scale)
 
 
 def row_maximum(values: Tensor) -> Tensor:
@@ -72,4 +85,5 @@ def _normalise(x: Tensor, eps: float) -> Tensor:
 
 def _swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    # Not F.silu: its last bit depends on a number's place in the tensor, which differs where ranks divide the columns.
+    return gate / (1.0 + torch.exp(-gate)) * up

@@ -11,8 +11,7 @@ from torch import Tensor
 from ....errors import BackendError
 from ....formats.int4 import unpack_int4
 from ....formats.schemes import Scheme
-from ....formats.static_w8a8 import InputScale
-from ..handles import Activation, Experts, Linear, LinearPart, Quantized, Router, own
+from ..handles import Activation, Experts, Linear, LinearPart, Quantized, Router, Static, own
 from ..norms import Norms
 from ..products import Products
 from .weights import PartsExperts, PartsLinear, StoredRouter
@@ -33,16 +32,15 @@ class ReferenceProducts(Products):
             kind = "float" if handle.scheme is Scheme.FLOAT else "static W8A8"
             raise BackendError(f"{handle.parts[0].name}: a {kind} linear was given quantized rows")
         if handle.scheme is Scheme.FLOAT:
-            return torch.cat([self._float_matmul(x, part.weight) for part in handle.parts], dim=-1)
-        static = handle.parts[0].static
-        assert static is not None
-        codes = self.static_quant(x, static.inputs)
-        return torch.cat([self.static_matmul(codes, part) for part in handle.parts], dim=-1)
+            return torch.cat([self._float_matmul(x, part) for part in handle.parts], dim=-1)
+        return self.scale_sums(self.integer_sums(self.static_quant(x, handle), handle), None, handle)
 
     def router_logits(self, x: Tensor, router: Router) -> Tensor:
         return x.float() @ own(router, StoredRouter).weight.float().T
 
     def batch_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.shape[1] == 1:  # see ReferenceLatentAttention._attention
+            return self.batch_matmul(x.expand(-1, 2, -1), weight.expand(2, -1, -1))[:, :1]
         product = x.transpose(0, 1).float() @ weight.float()
         return product.transpose(0, 1).to(self.dtype)
 
@@ -51,27 +49,58 @@ class ReferenceProducts(Products):
         groups = zip(rows_of_experts(x, group_list), linears, strict=True)
         return torch.cat([self.linear(rows, linear) for rows, linear in groups])
 
-    def _float_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x.float(), weight.float()).to(self.dtype)
-
-    def _quant_matmul(self, rows: Quantized, part: LinearPart) -> Tensor:
-        codes = unpack_int4(part.weight) if part.scheme is Scheme.W4A8 else part.weight
-        # float64 holds every sum of products of two int8 exactly.
-        accumulator = rows.codes.double() @ codes.double().T
-        assert part.scale is not None
-        return (accumulator.float() * part.scale.T * rows.scale[:, None]).to(self.dtype)
-
-    def static_quant(self, x: Tensor, inputs: InputScale) -> Tensor:
-        """Rows `[T, K]` as int8 codes of one scale and offset."""
+    def static_quant(self, x: Tensor, linear: Linear) -> Tensor:
+        inputs = _static(own(linear, PartsLinear).parts[0]).inputs
         # The device takes the scale's inverse in the dtype of x.
         factor = (1.0 / torch.tensor(inputs.scale).to(self.dtype)).float()
         return (x.float() * factor + inputs.offset).round().clamp(-128, 127).to(torch.int8)
 
-    def static_matmul(self, codes: Tensor, part: LinearPart) -> Tensor:
-        """int8 codes `[T, K]` times a static linear: `[T, N]` in the compute dtype."""
-        assert part.static is not None
-        accumulator = codes.double() @ part.weight.double().T + part.static.quant_bias
-        return (accumulator.float() * part.static.deq_scale).to(self.dtype)
+    def integer_sums(self, codes: Tensor, linear: Linear) -> Tensor:
+        parts = own(linear, PartsLinear).parts
+        return torch.cat([self._integers(codes, part).to(torch.int32) for part in parts], dim=-1)
+
+    def scale_sums(self, sums: Tensor, scale: Tensor | None, linear: Linear) -> Tensor:
+        parts = own(linear, PartsLinear).parts
+        of_parts = sums.split([part.weight.shape[0] for part in parts], dim=-1)
+        return torch.cat(
+            [
+                self._scale_static(some, part) if scale is None else self._scale(some, scale, part)
+                for some, part in zip(of_parts, parts, strict=True)
+            ],
+            dim=-1,
+        )
+
+    def _float_matmul(self, x: Tensor, part: LinearPart) -> Tensor:
+        if part.outputs is None:
+            return F.linear(x.float(), part.weight.float()).to(self.dtype)
+        # In the last bits torch's products depend on the number of outputs: these are computed in their place among all.
+        rows = part.outputs.own
+        whole = torch.zeros(part.outputs.total, part.weight.shape[1])
+        whole[rows.start : rows.stop] = part.weight
+        return F.linear(x.float(), whole)[:, rows.start : rows.stop].to(self.dtype)
+
+    def _integers(self, codes: Tensor, part: LinearPart) -> Tensor:
+        """Multiply codes int8 `[T, K]` by a part's codes: whole numbers `[T, N]`, in any dtype that holds them."""
+        weight = unpack_int4(part.weight) if part.scheme is Scheme.W4A8 else part.weight
+        # float64 holds every sum of products of two int8 exactly.
+        return codes.double() @ weight.double().T
+
+    def _quant_matmul(self, rows: Quantized, part: LinearPart) -> Tensor:
+        return self._scale(self._integers(rows.codes, part), rows.scale, part)
+
+    def _scale(self, integers: Tensor, scale: Tensor, part: LinearPart) -> Tensor:
+        assert part.scale is not None
+        return (integers.float() * part.scale.T).mul_(scale[:, None]).to(self.dtype)
+
+    def _scale_static(self, integers: Tensor, part: LinearPart) -> Tensor:
+        static = _static(part)
+        return (integers + static.quant_bias).float().mul_(static.deq_scale).to(self.dtype)
+
+
+def _static(part: LinearPart) -> Static:
+    if part.static is None:
+        raise BackendError(f"{part.name}: {part.scheme.value} has no static input scale")
+    return part.static
 
 
 def rows_of_experts(x: Activation, group_list: Tensor) -> Iterator[Activation]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ranks.group import ALONE, Group
 from ..handles import Activation, Gating, Quantized
 from ..norms import Norms
 from ..products import Products
@@ -15,8 +16,8 @@ from .norms import nonzero, row_maximum
 class ReferenceRouting(Routing):
     """Routing on the CPU. dtype: the compute dtype."""
 
-    def __init__(self, dtype: torch.dtype, norms: Norms, products: Products):
-        super().__init__(norms, products)
+    def __init__(self, dtype: torch.dtype, norms: Norms, products: Products, group: Group = ALONE):
+        super().__init__(norms, products, group)
         self.dtype = dtype
 
     def moe_gating_top_k(self, logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:

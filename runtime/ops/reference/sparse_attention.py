@@ -5,12 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.pools import LayerCache, Pages
 from ..latent_attention import LATENT, ROPE
 from ..sparse_attention import SparseAttention
 from ..steps import Decode
+
+_HEADS = 4
 
 
 class ReferenceSparseAttention(SparseAttention):
@@ -47,8 +50,12 @@ class ReferenceSparseAttention(SparseAttention):
         """Attend in float32: query `[Q, N, L + D]` to the rows at slots `[Q, k]`, but those of `none` → `[Q, N, L]`."""
         latent = cache[LATENT].at(slots).float()
         key = torch.cat([latent, cache[ROPE].at(slots).float()], dim=-1)
-        scores = (query @ key.transpose(1, 2) * scale).masked_fill(none.unsqueeze(1), -torch.inf)  # [Q, N, k]
-        return scores.softmax(-1) @ latent
+        outputs = []
+        # So many heads at a time, however many there are: torch's last bits depend on it.
+        for heads in F.pad(query, (0, 0, 0, -query.shape[1] % _HEADS)).split(_HEADS, dim=1):
+            scores = (heads @ key.transpose(1, 2) * scale).masked_fill(none.unsqueeze(1), -torch.inf)  # [Q, _HEADS, k]
+            outputs.append(scores.softmax(-1) @ latent)
+        return torch.cat(outputs, dim=1)[:, : query.shape[1]]
 
 
 def largest(scores: Tensor, unseen: Tensor, count: int) -> Tensor:
@@ -62,4 +69,4 @@ def largest(scores: Tensor, unseen: Tensor, count: int) -> Tensor:
     past_all = torch.iinfo(torch.int32).max
     columns = order.masked_fill(unseen.gather(1, order), past_all).sort(dim=1).values
     found = columns.masked_fill(columns == past_all, -1).int()
-    return torch.nn.functional.pad(found, (0, count - found.shape[1]), value=-1)
+    return F.pad(found, (0, count - found.shape[1]), value=-1)

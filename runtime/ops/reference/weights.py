@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....formats.schemes import Scheme
+from ...ranks.division import Division
 from ..handles import Experts, Linear, LinearPart, Router
 from ..weights import Weights
 
@@ -41,8 +42,8 @@ class StoredRouter(Router):
 class ReferenceWeights(Weights):
     """Handles of stored weights, without a layout of their own."""
 
-    def float_linear(self, weights: Sequence[Tensor]) -> Linear:
-        return PartsLinear(tuple(LinearPart("", Scheme.FLOAT, weight) for weight in weights))
+    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
+        return PartsLinear(tuple(LinearPart("", Scheme.FLOAT, weight, outputs=outputs) for weight in weights))
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return PartsLinear(tuple(parts))

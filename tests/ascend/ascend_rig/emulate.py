@@ -35,10 +35,12 @@ class Rules:
 
     wide: float32 stands where the device computes in bf16, so that only the order of operations can differ.
     half_cube: the W4A8 cube results pass through fp16, as the device's do.
+    family: the chips whose documented limits hold, where A2 and A3 differ.
     """
 
     wide: bool = False
     half_cube: bool = False
+    family: str = "A2"
     calls: Counter[str] = field(default_factory=Counter)
     arguments: dict[str, set[str]] = field(default_factory=dict)
     positional: Counter[str] = field(default_factory=Counter)

@@ -10,10 +10,11 @@ import torch
 import torch_npu  # noqa: F401
 
 from . import emulate, models, ops_attention, ops_attention_int8, ops_matmul, ops_norm, ops_routing, ops_sparse
+from .ranks import ops_exchange
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 # Importing them fills the register.
-SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8, ops_sparse)
+SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8, ops_sparse, ops_exchange)
 
 Artifacts = Callable[[str], Path]
 

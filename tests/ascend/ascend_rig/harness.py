@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from npuq.formats.artifact import KV_CACHE_NAME
-from npuq.runtime import llm
+from npuq.runtime import SamplingParams, llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
-from npuq.runtime.sampler import SamplingParams
 
 from .standins import SOC_NAME
 

@@ -83,22 +83,28 @@ def npu_moe_init_routing_v2(
     require(quant_mode in (-1, 1), f"{name}: quant_mode {quant_mode}")
     require(expert_tokens_num_type in (0, 1), f"{name}: expert_tokens_num_type {expert_tokens_num_type}")
     require(active_num in (-1, 0, tokens * k), f"{name}: active_num {active_num} for {tokens * k} rows")
-    require(list(active_expert_range or [0, expert_num]) == [0, expert_num], f"{name}: all experts are local here")
+    first, last = active_expert_range or (0, expert_num)
+    require(0 <= first < last <= expert_num, f"{name}: active_expert_range {first} to {last} of {expert_num}")
     flat = expert_idx.flatten()
     require(bool((flat >= 0).all() and (flat < expert_num).all()), f"{name}: an expert id is out of range")
-    order = flat.sort(stable=True).indices
-    rows = x[order // k]
-    row_index = torch.empty(tokens * k, dtype=torch.int32)
-    row_index[order] = torch.arange(tokens * k, dtype=torch.int32)
-    counts = torch.bincount(flat, minlength=expert_num)
+    active = (flat >= first) & (flat < last)
+    order = flat.masked_fill(~active, expert_num).sort(stable=True).indices[: int(active.sum())]
+    rows = poison(tokens * k, x.shape[1], dtype=x.dtype)  # rows behind the active ones are never written
+    rows[: len(order)] = x[order // k]
+    row_index = torch.full((tokens * k,), -1, dtype=torch.int32)
+    row_index[order] = torch.arange(len(order), dtype=torch.int32)
+    counts = torch.bincount(flat[active] - first, minlength=last - first)
     group_list = counts.cumsum(0) if expert_tokens_num_type == 0 else counts
     if not expert_tokens_num_flag:
         group_list = poison(dtype=torch.int64)
     scale = poison(tokens * k, dtype=torch.float32)
     if quant_mode == 1:
-        wide = rows.float()
-        scale = wide.abs().amax(-1) / 127
-        rows, scale = quantize_rows(wide, scale, wide / scale.unsqueeze(-1), ties="away")
+        wide = rows[: len(order)].float()
+        largest = wide.abs().amax(-1) / 127
+        rows = poison(tokens * k, x.shape[1], dtype=torch.int8)
+        rows[: len(order)], scale[: len(order)] = quantize_rows(
+            wide, largest, wide / largest.unsqueeze(-1), ties="away"
+        )
     return rows, row_index, group_list, scale
 
 

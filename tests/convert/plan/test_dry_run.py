@@ -3,200 +3,39 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+from holes import Header, write_holes
+from published import GLM_47_FLASH, GLM_52, MOONLIGHT, V3, V32
 
 from npuq.convert import convert_checkpoint
 from npuq.errors import NpuqError
-from npuq.formats.safetensors import encode_header
-
-V3: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "vocab_size": 129280,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0},
-    "torch_dtype": "bfloat16",
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
-V32 = V3 | {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
-GLM_52: dict[str, Any] = {
-    "architectures": ["GlmMoeDsaForCausalLM"],
-    "model_type": "glm_moe_dsa",
-    "hidden_size": 6144,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 78,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "q_lora_rank": 2048,
-    "kv_lora_rank": 512,
-    "head_dim": 192,
-    "qk_head_dim": 256,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "index_n_heads": 32,
-    "index_head_dim": 128,
-    "index_topk": 2048,
-    "index_topk_freq": 4,
-    "index_skip_topk_offset": 3,
-    "index_topk_pattern": None,
-    "index_share_for_mtp_iteration": True,
-    "indexer_rope_interleave": True,
-    "indexer_types": ["full" if layer < 3 or layer % 4 == 2 else "shared" for layer in range(78)],
-    "rope_interleave": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "vocab_size": 154880,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 1048576,
-    "eos_token_id": [154820, 154827, 154829],
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
-# As published: without scoring_func, and theta among rope's parameters.
-GLM_47_FLASH: dict[str, Any] = {
-    "architectures": ["Glm4MoeLiteForCausalLM"],
-    "model_type": "glm4_moe_lite",
-    "hidden_size": 2048,
-    "intermediate_size": 10240,
-    "moe_intermediate_size": 1536,
-    "num_hidden_layers": 47,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 20,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "rope_interleave": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
-    "n_routed_experts": 64,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.8,
-    "vocab_size": 154880,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 202752,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
-MOONLIGHT: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_size": 2048,
-    "intermediate_size": 11264,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "num_nextn_predict_layers": 0,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "rope_theta": 50000,
-    "rope_scaling": None,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.446,
-    "vocab_size": 163840,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory, model_shapes, in_fp8) -> Path:
     """671 billion parameters in 163 shards whose data are holes: a few MB on disk."""
     directory = tmp_path_factory.mktemp("full") / "source"
-    assert write_holes(directory, V3, model_shapes(V3), in_fp8) > 91_000
+    assert write_release(directory, V3, model_shapes(V3), in_fp8) > 91_000
     return directory
 
 
-def write_holes(
+def write_release(
     directory: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], in_fp8: Callable[[str], bool]
 ) -> int:
     """A checkpoint without data, as the FP8 releases are stored; the number of its tensors."""
-    directory.mkdir()
-    tensors = []
+    tensors: list[Header] = []
     for name, shape in shapes.items():
         if in_fp8(name):
             blocks = (-(-shape[0] // 128), -(-shape[1] // 128))
             tensors += [(name, "F8_E4M3", shape), (name + "_scale_inv", "F32", blocks)]
         else:
             tensors.append((name, "F32" if name.endswith("correction_bias") else "BF16", shape))
-    placed, per_shard = {}, -(-len(tensors) // 163)
-    for number in range(163):
-        part = tensors[number * per_shard : (number + 1) * per_shard]
-        shard = f"model-{number + 1:05d}-of-000163.safetensors"
-        header = encode_header(part)
-        with (directory / shard).open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + sum(prod(shape) * BYTES[dtype] for _, dtype, shape in part))
-        placed |= {name: shard for name, _, _ in part}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    write_holes(directory, config, tensors)
     return len(tensors)
 
 
@@ -216,7 +55,7 @@ def test_what_91000_tensors_become(full_size, tmp_path):
 )
 def test_sparse_models_of_published_sizes(config, names, indexers, model_shapes, in_fp8, tmp_path):
     """GLM-5.2's release has 118,629 names, and 1,048,576 positions."""
-    written = write_holes(tmp_path / "source", config, model_shapes(config), in_fp8)
+    written = write_release(tmp_path / "source", config, model_shapes(config), in_fp8)
     assert written >= names if config is V32 else written == names
     summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", method="rotate+mse", dry_run=True)
     roles = {role["role"]: role["tensors"] for role in summary.roles}
@@ -232,7 +71,7 @@ def test_sparse_models_of_published_sizes(config, names, indexers, model_shapes,
 )
 def test_small_models_of_published_sizes(config, experts, mtp_experts, attention, model_shapes, tmp_path):
     """In bfloat16, as they are published."""
-    write_holes(tmp_path / "source", config, model_shapes(config), lambda name: False)
+    write_release(tmp_path / "source", config, model_shapes(config), lambda name: False)
     summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", method="rotate+mse", dry_run=True)
     roles = {role["role"]: role["tensors"] for role in summary.roles}
     assert roles["routed_expert"] == experts and roles.get("mtp_routed_expert", 0) == mtp_experts

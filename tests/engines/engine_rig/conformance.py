@@ -202,10 +202,10 @@ class Comparison:
         """Activations by the engine's scale in the model's dtype, then the product: codes equal, sums equal."""
         inputs = parts[0].weight.shape[1]
         x = (4 * torch.randn(ROWS, inputs, generator=self.generator)).bfloat16()
-        static = parts[0].static
-        assert static is not None
-        codes = ReferenceOps(torch.bfloat16).products.static_quant(x, static.inputs)
-        ours = torch.cat([self.ops.products.static_matmul(codes, self.recomputed(part)) for part in parts], dim=1)
+        reference = ReferenceOps(torch.bfloat16)
+        codes = reference.products.static_quant(x, reference.weights.static_linear(parts))
+        handle = self.ops.weights.static_linear([self.recomputed(part) for part in parts])
+        ours = self.ops.products.scale_sums(self.ops.products.integer_sums(codes, handle), None, handle)
         outputs = []
         held = self.loaded.ranks[0][name].weight.shape[0]
         for rank, modules in enumerate(self.loaded.ranks):

@@ -1,0 +1,150 @@
+"""Bytes of a rank's weights, as each backend lays them out (`runtime/ops/*/weights.py`, `mla.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+from ...formats.schemes import Scheme
+from ...models.family import Block
+from ..ranks.layout import Owned
+from .stored import Part, StoredModel
+
+
+class Bytes(NamedTuple):
+    """mapped: pages of files, which the machine's processes share, and which leave memory when it is short. copied:
+    memory of this rank alone."""
+
+    mapped: int = 0
+    copied: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.mapped + self.copied
+
+    def plus(self, other: Bytes) -> Bytes:
+        return Bytes(self.mapped + other.mapped, self.copied + other.copied)
+
+    def times(self, count: int) -> Bytes:
+        return Bytes(self.mapped * count, self.copied * count)
+
+
+class Backend(Protocol):
+    """The memory of one backend's weights.
+
+    itemsize: bytes of the compute dtype. usable: the share of memory that weights, workspace and cache may take.
+    """
+
+    itemsize: int
+    usable: float
+
+    def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
+        """Bytes of one tensor `[outputs, inputs]`, which may be a slice: `by_columns` of its inputs. A vector has one
+        input."""
+
+
+EXPERTS, ATTENTION, MLP, VOCABULARY, OTHER = "routed experts", "attention", "MLPs", "vocabulary", "other"
+KINDS: Final = (EXPERTS, ATTENTION, MLP, VOCABULARY, OTHER)
+"""Weights by kind. MLPs: dense blocks and shared experts. vocabulary: embedding and head. other: norms, routers, rotary
+tables."""
+_KIND: Final[Mapping[Block, str]] = {
+    Block.EXPERT: EXPERTS,
+    Block.ATTENTION: ATTENTION,
+    Block.DENSE: MLP,
+    Block.SHARED: MLP,
+}
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class NpuMemory:
+    """Memory of weights on an NPU: everything is copied to the device.
+
+    FRACTAL_NZ adds nothing: a matrix that does not fill its tiles stays as it is.
+    """
+
+    itemsize: int = 2
+    # The rest is for CANN's own workspace, HCCL's buffers and fragmentation; vLLM-Ascend's default is the same.
+    usable: float = 0.9
+
+    def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
+        return Bytes(copied=self._copied(part, outputs, inputs))
+
+    def _copied(self, part: Part, outputs: int, inputs: int) -> int:
+        values, scheme = outputs * inputs, part.stored.scheme
+        if part.block is Block.EXPERT:
+            return _device_expert(scheme, outputs, values, self.itemsize)
+        if part.block is Block.ROUTER or part.entry.kind == "layer_norm":
+            return _FLOAT32 * values
+        if part.entry.kind == "norm":
+            return self.itemsize * values
+        if part.entry.kind == "lookup":
+            return (part.stored.itemsize or self.itemsize) * values
+        if part.entry.part == "kv_b":  # decompression, and the two halves that absorb
+            return 2 * self.itemsize * values
+        # A static linear has a quant_bias beside its scale.
+        columns = {Scheme.W8A8: _FLOAT32, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(scheme, 0)
+        return _code_bytes(scheme, values, self.itemsize) + columns * outputs
+
+
+@dataclass(frozen=True)
+class CpuMemory:
+    """Memory of weights on the CPU: mapped from their files, but for decoded floats and slices by columns."""
+
+    itemsize: int = 4
+    usable: float = 1.0
+
+    def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
+        values, stored = outputs * inputs, part.stored
+        if part.entry.kind in ("norm", "layer_norm", "vector"):
+            itemsize = self.itemsize if part.entry.kind == "norm" else _FLOAT32
+            return Bytes(itemsize * values) if stored.itemsize == itemsize else Bytes(copied=itemsize * values)
+        if not stored.mapped:
+            return Bytes(copied=self.itemsize * values)
+        codes = _code_bytes(stored.scheme, values, stored.itemsize)
+        columns = {Scheme.FLOAT: 0, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(stored.scheme, _FLOAT32)
+        scales = columns * outputs
+        return Bytes(scales, codes) if by_columns else Bytes(codes + scales)
+
+
+def weight_bytes(model: StoredModel, owned: Owned, backend: Backend) -> dict[str, Bytes]:
+    """Bytes of a rank's weights, by kind."""
+    found = dict.fromkeys(KINDS, Bytes())
+    for part in model.parts:
+        kind = _kind(part)
+        found[kind] = found[kind].plus(_part_bytes(part, owned, backend))
+    found[OTHER] = found[OTHER].plus(Bytes(copied=_rope_bytes(model, backend)))
+    return found
+
+
+def _part_bytes(part: Part, owned: Owned, backend: Backend) -> Bytes:
+    ranges = owned.ranges(part.block, part.entry, exact_sum=part.stored.scheme is not Scheme.FLOAT)
+    outputs, inputs = len(ranges[0]), len(ranges[1]) if len(ranges) > 1 else 1
+    by_columns = len(ranges) > 1 and inputs < part.shape[1]
+    experts = owned.config.n_routed_experts
+    count = part.count * len(owned.experts) // experts if part.block is Block.EXPERT else part.count
+    return backend.weight(part, outputs, inputs, by_columns).times(count)
+
+
+def _rope_bytes(model: StoredModel, backend: Backend) -> int:
+    """Rotary tables in the compute dtype, cos and sin, each with its halves twice (`runtime/step.py`)."""
+    rope = model.config.rope
+    return 2 * rope.positions * rope.dim * backend.itemsize
+
+
+def _kind(part: Part) -> str:
+    if part.block is Block.TOP:
+        return OTHER if part.entry.kind == "norm" else VOCABULARY
+    return _KIND.get(part.block, OTHER)
+
+
+def _code_bytes(scheme: Scheme, values: int, itemsize: int) -> int:
+    return values * itemsize if scheme is Scheme.FLOAT else values * scheme.weight_bits // 8
+
+
+def _device_expert(scheme: Scheme, outputs: int, values: int, itemsize: int) -> int:
+    """Bytes of one expert's linear: W4A8 has scales in words of 64 bits, and scale_bias in float32."""
+    columns = {Scheme.W4A8: 8 + _FLOAT32, Scheme.W8A8: itemsize}.get(scheme, 0)
+    return _code_bytes(scheme, values, itemsize) + columns * outputs

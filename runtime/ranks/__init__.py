@@ -1,0 +1,1 @@
+"""The runtime over several processes, one a device: who owns what, and how they talk."""

@@ -1,0 +1,159 @@
+"""All ranks of a launch: how they come together, who leads, and how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from ...errors import GenerationError, RankError
+from ...inputs.launch import Launch
+from ..ops.ascend.support import npu_count
+from ..step import Chunk
+from .connections import START_SECONDS, connect
+from .group import Distributed, Group
+from .lifeline import SILENCE_SECONDS, Ending, Lifeline, Loss
+from .messages import STOP, Message, receive, send
+
+_GRACE_SECONDS: Final = 5.0
+_FOREVER: Final = timedelta(days=365)
+"""Followers wait for the next step as long as it takes; a rank that is gone is noticed by the lifeline."""
+
+RunChunks = Callable[[Sequence[Chunk]], tuple[Tensor, list[int]]]
+
+
+class World:
+    """The ranks of one launch, which run the same models. Make it with `join`.
+
+    Rank 0 leads: it has the prompts, and tells all others the chunks of each step. They follow: each runs the step on
+    its own part of the weights, with its own cache. A step that fails on one rank ends all.
+    """
+
+    _joined: ClassVar[World | None] = None
+
+    def __init__(self, launch: Launch, group: Group, lifeline: Lifeline):
+        self.launch, self.group = launch, group
+        self._lifeline = lifeline
+        self._models: list[RunChunks] = []
+        self._stepping = threading.Lock()
+        self._failed = False
+        self._closed = False
+
+    @classmethod
+    def join(cls, launch: Launch, ending: Ending | None = None, silence: float = SILENCE_SECONDS) -> World | None:
+        """Meet the other ranks of the launch, None for a process alone; again, return the world that was joined.
+
+        ending: what to do when another rank is lost; None lets a RankError be raised where it is noticed, and ends the
+        process a little later. silence: seconds after which a silent rank is lost. Raises RankError where the ranks do
+        not come together.
+        """
+        if cls._joined is None and launch.size > 1:
+            cls._joined = cls._meet(launch, ending or EndSoon(), silence)
+        return cls._joined
+
+    @classmethod
+    def _meet(cls, launch: Launch, ending: Ending, silence: float) -> World:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            raise RankError("torch.distributed is in use already, and npuq makes its own group of ranks")
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+            lifeline = Lifeline(launch.rank, connect(launch, dist.PrefixStore("npuq", store)), ending, silence)
+            dist.init_process_group(
+                "cpu:gloo,npu:hccl" if npu_count() else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=launch.rank,
+                world_size=launch.size,
+                timeout=_FOREVER,
+            )
+        except (RuntimeError, ValueError) as error:  # of torch's store and group
+            reason = " ".join(str(error).split())[:300]
+            raise RankError(f"rank {launch.rank} of {launch.size} does not reach the others: {reason}") from error
+        return cls(launch, Distributed(why=lambda: _text(lifeline.loss(2.0))), lifeline)
+
+    @property
+    def leads(self) -> bool:
+        """True on rank 0."""
+        return self.launch.rank == 0
+
+    def add(self, run: RunChunks) -> int:
+        """Add a model by the function that runs its steps; return its number. All ranks add the same ones in order."""
+        self._models.append(run)
+        return len(self._models) - 1
+
+    def least(self, number: int) -> int:
+        """The least of a number that the ranks give."""
+        return -int(self.group.all_reduce_max(torch.tensor([-number])).item())
+
+    def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.
+
+        An error of the step ends the other ranks: their caches differ from now on.
+        """
+        if not self.leads:
+            raise GenerationError(f"rank {self.launch.rank} has no prompts of its own: it follows rank 0")
+        with self._stepping:
+            if self._failed or self._closed:
+                why = "an earlier step has failed" if self._failed else "the ranks have been closed"
+                raise GenerationError(f"{why}; start all ranks again")
+            try:
+                send(Message(model, tuple(chunks)), self.group)
+                return self._models[model](chunks)
+            except BaseException:
+                self._failed = True
+                raise
+
+    def follow(self) -> None:
+        """Run the steps of rank 0 until it closes the ranks. Raises what a step raises. Rank 0 returns at once."""
+        while not self.leads and not self._closed:
+            message = receive(self.group)
+            if message.model == STOP:
+                self._part()
+            else:
+                self._models[message.model](message.chunks)
+
+    def close(self) -> None:
+        """End the followers' `follow`. On rank 0, once; nothing on a follower."""
+        if not self.leads or self._closed:
+            return
+        with self._stepping:
+            if not self._failed:
+                send(Message(STOP), self.group)
+                self._part()
+
+    def fail(self, text: str, code: int) -> None:
+        """Tell all ranks that this one ends with an error; they end too. On rank 0 the user has been told before."""
+        self._lifeline.fail(text, code)
+
+    def _part(self) -> None:
+        import torch.distributed as dist
+
+        self.group.barrier()
+        self._closed = True
+        self._lifeline.leave()
+        dist.destroy_process_group()
+
+
+class EndSoon:
+    """Ending for a user's own program: its collectives raise RankError, and it has some seconds to end by itself."""
+
+    def report(self, loss: Loss) -> None:
+        """Say nothing yet: the error will be raised in the program's own thread."""
+
+    def end_after(self, loss: Loss) -> None:
+        time.sleep(_GRACE_SECONDS)
+        if loss.speaks:
+            print(f"npuq: error: {loss.text}", file=sys.stderr, flush=True)
+        os._exit(loss.code)
+
+
+def _text(loss: Loss | None) -> str | None:
+    return None if loss is None else loss.text

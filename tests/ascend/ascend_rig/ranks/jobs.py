@@ -1,0 +1,136 @@
+"""Jobs of the pool: what ranks compute together, laid beside what one process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch_npu.op_plugin.meta import _meta_registrations
+
+from npuq.formats.schemes import Scheme
+from npuq.runtime.diagnostics import selftest
+from npuq.runtime.ops import Gating, MoeWeights
+from npuq.runtime.ops.ascend.operators import AscendOps
+from npuq.runtime.ops.ascend.ranks import communicator as communicator_module
+from npuq.runtime.ops.ascend.ranks.rules import A2, A3, LIMITS, MoeShape
+from npuq.runtime.ranks.group import ALONE, Distributed, Group
+
+from .. import emulate, guard
+from ..mutants import Mutant
+from . import communicators, mutations
+
+SOCS = {"A2": "Ascend910B1", "A3": "Ascend910_9391"}
+SOC_NUMBERS = {"A2": 220, "A3": 250}  # torch_npu's own, which its shape rules ask for
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of experts on chips of a family. dispatches: A2 dispatches in small groups too, as documented, where
+    engines choose otherwise. buffer: HCCL's, MB. mutation: of `mutations`, on the ranks that it names."""
+
+    scheme: Scheme = Scheme.W4A8
+    family: str = "A3"
+    tokens: int = 13
+    hidden: int = 1024
+    experts: int = 16
+    k: int = 4
+    inner: int = 64
+    dispatches: bool = True
+    buffer: int = communicators.DEFAULT_BUFFER
+    mutation: str = ""
+    experts_of: tuple[int, ...] = ()  # those that tokens choose; all where it is empty
+
+
+@dataclass
+class Outcome:
+    """What a rank saw. rows: computed by its experts. launches: operators of the layer, by name."""
+
+    exchange: str
+    equal: bool
+    rows: int
+    launches: dict[str, int] = field(default_factory=dict)
+
+
+def run_layer(layer: Layer) -> Outcome:
+    """Run a layer of experts on this rank with the others, and alone; compare bit by bit."""
+    with emulate.use_rules(family=layer.family), _as_on_npus(layer):
+        alone, ops = _ops(layer, ALONE), _ops(layer, Distributed())
+        rows: list[Tensor] = []
+        products = ops.products.grouped_matmul
+
+        def counting(x: Any, experts: Any, group_list: Tensor) -> Tensor:
+            rows.append(group_list)
+            return products(x, experts, group_list)
+
+        ops.products.grouped_matmul = counting  # type: ignore[method-assign]
+        inputs, whole, own = _inputs(layer), _weights(layer, alone, 1), _weights(layer, ops, dist.get_world_size())
+        expected = alone.routing.moe_experts(*inputs[:3], whole, inputs[3])
+        if layer.mutation:
+            operator, change = mutations.of(layer.mutation)
+            ops.npu.operators = Mutant(operator, change)
+        shape = MoeShape(dist.get_world_size(), layer.experts, layer.hidden, layer.k)
+        exchange = ops.routing.divided.exchange(layer.tokens, shape)
+        with torch.inference_mode(), guard.watch() as watched:
+            found = ops.routing.moe_experts(*inputs[:3], own, inputs[3])
+        if layer.mutation:
+            assert ops.npu.operators.changed, f"{layer.mutation}: the operator is never called"
+        equal = found.shape == expected.shape and bool((found == expected).all())
+        return Outcome(exchange.value, equal, int(rows[0].sum()), dict(watched.counts()))
+
+
+@contextmanager
+def _as_on_npus(layer: Layer) -> Iterator[None]:
+    limits = {"A2": replace(A2, least_ranks=2) if layer.dispatches else A2, "A3": A3}[layer.family]
+    if not layer.dispatches and layer.family == "A3":
+        limits = replace(A3, least_ranks=10_000)
+    families = {name: limits if layer.family in name else other for name, other in LIMITS.items()}
+    with (
+        mock.patch.object(communicator_module, "LIMITS", families),
+        mock.patch.object(_meta_registrations, "get_soc_version", lambda: SOC_NUMBERS[layer.family]),
+        mock.patch.object(communicator_module, "hccl_name", lambda: communicators.open_communicator(layer.buffer)),
+        mock.patch.dict("os.environ", {"HCCL_BUFFSIZE": str(layer.buffer)}),
+    ):
+        yield
+
+
+def _ops(layer: Layer, group: Group) -> AscendOps:
+    return AscendOps(device="cpu", dtype=torch.bfloat16, soc=SOCS[layer.family], group=group)
+
+
+def _inputs(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.tensor(layer.experts_of or range(layer.experts), dtype=torch.int32)
+    ids = torch.stack([chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)])
+    hidden, shared = (torch.randn(layer.tokens, layer.hidden, generator=generator).bfloat16() for _ in range(2))
+    return hidden, torch.rand(layer.tokens, layer.k, generator=generator), ids, shared
+
+
+def _weights(layer: Layer, ops: AscendOps, ranks: int) -> MoeWeights:
+    each = layer.experts // ranks
+    first = ops.group.rank * each
+
+    def stacked(names: tuple[str, ...], outputs: int, inputs: int) -> Any:
+        part: Callable[..., Any] = selftest._part
+        return ops.weights.experts_of(
+            [
+                [part(layer.scheme, outputs, inputs, seed=10 * expert + place) for place, _ in enumerate(names)]
+                for expert in range(first, first + each)
+            ]
+        )
+
+    return MoeWeights(
+        router=ops.weights.router(torch.zeros(layer.experts, layer.hidden)),
+        correction_bias=None,
+        gating=Gating(layer.k, "sigmoid", renormalize=True),
+        gate_up=stacked(("gate", "up"), layer.inner, layer.hidden),
+        down=stacked(("down",), layer.hidden, layer.inner),
+        num_experts=layer.experts,
+        quantized=layer.scheme is not Scheme.FLOAT,
+        ranks=ranks,
+    )

@@ -1,0 +1,93 @@
+"""Experts divided among ranks: every exchange gives what one process gives, bit by bit; wrong calls do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from ascend_rig.ranks import mutations, pool
+from ascend_rig.ranks.jobs import Layer, Outcome, run_layer
+
+from npuq.formats.schemes import Scheme
+
+DISPATCH, SCATTER, SUM = "dispatch and combine", "all-to-all", "all-reduce"
+RANKS = 3
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[pool.Pool]:
+    with pool.started(RANKS) as processes:
+        yield processes
+
+
+def outcomes(ranks: pool.Pool, layer: Layer, size: int = 2) -> list[Outcome]:
+    found: list[Outcome] = ranks.run(run_layer, layer, ranks=size)
+    return found
+
+
+LAYERS = {
+    "A3, tokens that ranks do not divide": (Layer(), DISPATCH),
+    "A3, all-to-all": (Layer(dispatches=False), SCATTER),
+    "A3, fewer tokens than ranks": (Layer(tokens=1), DISPATCH),
+    "A3, fewer tokens than ranks, all-reduce": (Layer(tokens=1, dispatches=False), SUM),
+    "A3, too many tokens": (Layer(tokens=300), SCATTER),
+    "A3, a small buffer": (Layer(buffer=2), SCATTER),
+    "A3, few channels": (Layer(hidden=512), SCATTER),
+    "A2, as engines choose": (Layer(family="A2", hidden=128, dispatches=False), SCATTER),
+    "A2, as documented": (Layer(family="A2", hidden=128), DISPATCH),
+    "W8A8": (Layer(Scheme.W8A8), DISPATCH),
+    "W8A8, all-to-all": (Layer(Scheme.W8A8, dispatches=False), SCATTER),
+    "FLOAT": (Layer(Scheme.FLOAT), DISPATCH),
+    "FLOAT, all-to-all": (Layer(Scheme.FLOAT, dispatches=False), SCATTER),
+    "a rank without rows": (Layer(experts_of=(0, 1, 2, 3)), DISPATCH),
+    "a rank without rows, all-to-all": (Layer(experts_of=(0, 1, 2, 3), dispatches=False), SCATTER),
+    "a rank without rows, all-reduce": (Layer(experts_of=(0, 1, 2, 3), tokens=1, dispatches=False), SUM),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_ranks_give_what_one_process_gives(ranks, name):
+    layer, exchange = LAYERS[name]
+    found = outcomes(ranks, layer)
+    assert [each.exchange for each in found] == [exchange] * 2
+    assert all(each.equal for each in found)
+    assert sum(each.rows for each in found) == layer.tokens * layer.k, "a row is computed once"
+
+
+@pytest.mark.parametrize("dispatches", [True, False])
+def test_three_ranks(ranks, dispatches):
+    found = outcomes(ranks, Layer(experts=12, dispatches=dispatches), size=3)
+    assert all(each.equal for each in found)
+
+
+@pytest.mark.parametrize("name", [*mutations.ALL_RANKS, *mutations.RANGE_ON_ONE_RANK])
+def test_a_wrong_range_does_not_pass(ranks, name):
+    assert outcome(ranks, Layer(dispatches=False, mutation=name)) != "unnoticed"
+
+
+@pytest.mark.parametrize("name", [*mutations.DISPATCH_ONLY, *mutations.ONE_RANK])
+def test_a_wrong_dispatch_does_not_pass(ranks, name):
+    assert outcome(ranks, Layer(mutation=name)) != "unnoticed"
+
+
+@pytest.mark.parametrize("name", mutations.A2_ONLY)
+def test_a_wrong_dispatch_on_a2_does_not_pass(ranks, name):
+    assert outcome(ranks, Layer(family="A2", hidden=128, mutation=name)).startswith("refused")
+
+
+def outcome(ranks: pool.Pool, layer: Layer) -> str:
+    """ "refused: …", "shows" or "unnoticed". All ranks must refuse together, so that none waits for another."""
+    try:
+        found = outcomes(ranks, layer)
+    except pool.JobError as error:
+        print(f"{layer.mutation}: {error}")
+        assert all(error.said), "a rank went on alone"
+        return f"refused: {error}"
+    rows = sum(each.rows for each in found)
+    shows = not all(each.equal for each in found) or rows != layer.tokens * layer.k
+    return "shows" if shows else "unnoticed"
+
+
+def test_the_method_finds_nothing_where_nothing_is_wrong(ranks):
+    assert outcome(ranks, replace(Layer(), mutation="")) == "unnoticed"

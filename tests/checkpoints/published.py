@@ -1,0 +1,264 @@
+"""Releases at their published shapes: config.json, and checkpoints whose data are holes, a few MB on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kimi_k25_full
+from holes import Header, write_holes
+
+from npuq.models.config import ModelConfig
+from npuq.models.family import Block
+from npuq.models.tensors import Spec, expected_specs
+
+FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
+V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 129280,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0},
+    "torch_dtype": "bfloat16",
+    **FP8,
+}
+V32 = V3 | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+}
+GLM_52: dict[str, Any] = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "head_dim": 192,
+    "qk_head_dim": 256,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "index_topk_pattern": None,
+    "index_share_for_mtp_iteration": True,
+    "indexer_rope_interleave": True,
+    "indexer_types": ["full" if layer < 3 or layer % 4 == 2 else "shared" for layer in range(78)],
+    "rope_interleave": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 154880,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1048576,
+    "eos_token_id": [154820, 154827, 154829],
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    **FP8,
+}
+# As published: without scoring_func, and theta among rope's parameters.
+GLM_47_FLASH: dict[str, Any] = {
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "model_type": "glm4_moe_lite",
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 47,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "vocab_size": 154880,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 202752,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+MOONLIGHT: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_nextn_predict_layers": 0,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_theta": 50000,
+    "rope_scaling": None,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.446,
+    "vocab_size": 163840,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "vocab_size": 102400,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+    "torch_dtype": "bfloat16",
+}
+KIMI_K2: dict[str, Any] = V3 | {
+    "model_type": "kimi_k2",
+    "num_nextn_predict_layers": 0,
+    "num_attention_heads": 64,
+    "n_routed_experts": 384,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "vocab_size": 163840,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": {"type": "yarn", "factor": 32, "original_max_position_embeddings": 4096, "mscale": 1.0},
+}
+RELEASES: dict[str, dict[str, Any]] = {
+    "DeepSeek-V2-Lite": V2_LITE,
+    "Moonlight-16B-A3B": MOONLIGHT,
+    "GLM-4.7-Flash": GLM_47_FLASH,
+    "DeepSeek-V3": V3,
+    "DeepSeek-R1": V3,
+    "DeepSeek-V3.2": V32,
+    "GLM-5.2-FP8": GLM_52,
+    "Kimi-K2": KIMI_K2,
+    "Kimi-K2.5": kimi_k25_full.CONFIG,
+}
+
+
+def write_release(directory: Path, config: dict[str, Any]) -> list[Header]:
+    """Write the checkpoint of a release as it is stored; returns its tensors."""
+    tensors = list(_tensors(config))
+    write_holes(directory, config, tensors)
+    return tensors
+
+
+def _tensors(config: dict[str, Any]) -> Iterator[Header]:
+    if config is kimi_k25_full.CONFIG:
+        yield from kimi_k25_full.headers()
+        return
+    model = ModelConfig.from_dict(config)
+    # GLM-5's releases leave out what their MTP layer shares with the model.
+    shared = config["model_type"] == "glm_moe_dsa"
+    mtp = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    for name, spec in expected_specs(model, mtp).items():
+        if shared and spec.optional:
+            continue
+        if "quantization_config" in config and _is_fp8(spec):
+            yield name, "F8_E4M3", spec.shape
+            yield f"{name}_scale_inv", "F32", (-(-spec.shape[0] // 128), -(-spec.shape[1] // 128))
+        else:
+            yield name, spec.kept_dtype or "BF16", spec.shape
+
+
+def _is_fp8(spec: Spec) -> bool:
+    """True for the weights that DeepSeek's FP8 releases store in FP8."""
+    inside = (Block.ATTENTION, Block.DENSE, Block.SHARED, Block.EXPERT)
+    return spec.block in inside and len(spec.shape) == 2 and not spec.name.endswith("weights_proj.weight")
