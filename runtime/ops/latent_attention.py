@@ -11,7 +11,19 @@ from torch import Tensor
 from ...errors import ArtifactError
 from ..attention.pools import LayerCache
 from ..ranks.division import Division
-from .handles import Activation, Keys, Linear, LinearPart, Mla, MlaConfig, MlaParts, MlaWeights, Projection, Queries, own
+from .handles import (
+    Activation,
+    Keys,
+    Linear,
+    LinearPart,
+    Mla,
+    MlaConfig,
+    MlaParts,
+    MlaWeights,
+    Projection,
+    Queries,
+    own,
+)
 from .norms import Norms
 from .products import Products
 from .rotary import Rotary
@@ -93,7 +105,7 @@ class LatentAttention(ABC):
             q_a_norm=None if parts.q_a_norm is None else self.weights.parameter(parts.q_a_norm, self.dtype),
             q_b=None if parts.q_b is None else self.weights.linear_of([parts.q_b]),
             kv_a_norm=self.weights.parameter(parts.kv_a_norm, self.dtype),
-            kv_b=self.weights.float_linear([parts.kv_b], _kv_b_rows(parts.o, config)),
+            kv_b=self.weights.float_linear([parts.kv_b], [_kv_b_rows(parts.o, config)]),
             w_uk=self.weights.parameter(w_uk),
             w_uv=self.weights.parameter(w_uv.transpose(1, 2)),
             o=self.weights.row_parallel_of(parts.o),
@@ -180,7 +192,7 @@ class LatentAttention(ABC):
 
 def _kv_b_rows(o: LinearPart, config: MlaConfig) -> Division | None:
     """The division of kv_b's rows: of as many heads a rank as that of o's inputs."""
-    if o.inputs is None:
+    if o.input_division is None:
         return None
     width = config.qk_nope_head_dim + config.v_head_dim
-    return Division(o.inputs.group, tuple(size // config.v_head_dim * width for size in o.inputs.sizes))
+    return Division(o.input_division.group, tuple(size // config.v_head_dim * width for size in o.input_division.sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, NamedTuple
 
 from ...models.family import Block, Entry
@@ -28,7 +29,7 @@ WHOLE: Final = Share()
 
 @dataclass(frozen=True)
 class Shares:
-    """What a rank loads. group: the ranks that divide heads, columns and vocabulary among them, `owned.layout.tp`."""
+    """What a rank loads. group: all ranks of the layout, of which neighbours divide heads, columns and vocabulary."""
 
     owned: Owned
     group: Group
@@ -47,9 +48,10 @@ class Shares:
         layout = self.owned.layout
         if layout.tp == 1 or block is Block.EXPERT:
             return None
-        ranks = layout.tp_group(self.owned.rank)
-        parts = [
-            layout.owned(self.owned.config, rank).ranges(block, entry, exact_sum=exact_sum)[dimension]
-            for rank in ranks
-        ]
-        return None if parts[0] == parts[-1] else Division(self.group, tuple(map(len, parts)))
+        parts = [peer.ranges(block, entry, exact_sum=exact_sum)[dimension] for peer in self._peers]
+        return None if parts[0] == parts[-1] else Division(self.group.neighbours(layout.tp), tuple(map(len, parts)))
+
+    @cached_property
+    def _peers(self) -> list[Owned]:
+        layout, config = self.owned.layout, self.owned.config
+        return [layout.owned(config, rank) for rank in layout.tp_group(self.owned.rank)]

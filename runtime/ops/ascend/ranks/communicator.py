@@ -36,7 +36,7 @@ def hccl_buffer() -> int:
     Raises RankError for a value that HCCL would not take.
     """
     text = os.environ.get("HCCL_BUFFSIZE", str(DEFAULT_BUFFER))
-    if not (text.isascii() and text.isdecimal() and 0 < int(text[:9])):
+    if not (text.isascii() and text.isdecimal() and int(text[:9]) > 0):
         raise RankError(f"HCCL_BUFFSIZE {text[:40]!r} is no number of MB; leave it out, or set it to {DEFAULT_BUFFER}")
     return int(text[:9])
 

@@ -1,7 +1,7 @@
 """The routed experts of a layer, divided over several NPUs.
 
-A row, the output of one expert for one token, is computed on one rank and travels as it is. The rank of a token combines
-its rows by the same operator as one NPU does, in the same order: results are equal bit by bit.
+A row, the output of one expert for one token, is computed on one rank and travels as it is. The rank of a token
+combines its rows by the same operator as one NPU does, in the same order: results are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class DividedExperts:
         words = torch.where((row_index >= 0).unsqueeze(1), rows, zeros).view(torch.int32)
         return self.group.all_reduce_sum(words).view(rows.dtype)
 
-    def _scattered(
-        self, own: tuple[Tensor, Tensor], expert_ids: Tensor, slices: Slices, weights: MoeWeights
-    ) -> Tensor:
+    def _scattered(self, own: tuple[Tensor, Tensor], expert_ids: Tensor, slices: Slices, weights: MoeWeights) -> Tensor:
         """The rows of this rank's tokens.
 
         Every rank sends a place for every row, so that no rank needs to know how many rows another has: that would be a
@@ -170,7 +168,7 @@ class DividedExperts:
         return Sent(choices // k, choices, active, torch.ones(rows.shape[0], 1, device=device))
 
     def _quantized(self, rows: Tensor) -> Quantized:
-        """Quantize rows as `init_routing` does: by it, every row for an expert of its own, so that all stay in place."""
+        """Quantize rows as `init_routing` does: by it, a row for each of so many experts, so that all stay in place."""
         count = rows.shape[0]
         codes, _, _, scale = self.npu.operators.npu_moe_init_routing_v2(
             rows,

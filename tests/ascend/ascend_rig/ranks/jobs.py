@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch_npu.op_plugin.meta import _meta_registrations
 
 from npuq.formats.schemes import Scheme
 from npuq.runtime.diagnostics import selftest
 from npuq.runtime.ops import Gating, MoeWeights
 from npuq.runtime.ops.ascend.operators import AscendOps
-from npuq.runtime.ops.ascend.ranks import communicator as communicator_module
-from npuq.runtime.ops.ascend.ranks.rules import A2, A3, LIMITS, MoeShape
+from npuq.runtime.ops.ascend.ranks.rules import MoeShape
 from npuq.runtime.ranks.group import ALONE, Distributed, Group
 
-from .. import emulate, guard
+from .. import guard
 from ..mutants import Mutant
-from . import communicators, mutations
+from . import mutations
+from .chips import Chips, as_on_npus
 
-SOCS = {"A2": "Ascend910B1", "A3": "Ascend910_9391"}
-SOC_NUMBERS = {"A2": 220, "A3": 250}  # torch_npu's own, which its shape rules ask for
+A3 = Chips("A3")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of experts on chips of a family. dispatches: A2 dispatches in small groups too, as documented, where
-    engines choose otherwise. buffer: HCCL's, MB. mutation: of `mutations`, on the ranks that it names."""
+    """A layer of experts. mutation: of `mutations`. experts_of: those that tokens choose; all where it is empty."""
 
     scheme: Scheme = Scheme.W4A8
-    family: str = "A3"
+    chips: Chips = A3
     tokens: int = 13
     hidden: int = 1024
     experts: int = 16
     k: int = 4
     inner: int = 64
-    dispatches: bool = True
-    buffer: int = communicators.DEFAULT_BUFFER
     mutation: str = ""
-    experts_of: tuple[int, ...] = ()  # those that tokens choose; all where it is empty
+    experts_of: tuple[int, ...] = ()
 
 
 @dataclass
@@ -59,7 +52,7 @@ class Outcome:
 
 def run_layer(layer: Layer) -> Outcome:
     """Run a layer of experts on this rank with the others, and alone; compare bit by bit."""
-    with emulate.use_rules(family=layer.family), _as_on_npus(layer):
+    with as_on_npus(layer.chips):
         alone, ops = _ops(layer, ALONE), _ops(layer, Distributed())
         rows: list[Tensor] = []
         products = ops.products.grouped_matmul
@@ -84,29 +77,16 @@ def run_layer(layer: Layer) -> Outcome:
         return Outcome(exchange.value, equal, int(rows[0].sum()), dict(watched.counts()))
 
 
-@contextmanager
-def _as_on_npus(layer: Layer) -> Iterator[None]:
-    limits = {"A2": replace(A2, least_ranks=2) if layer.dispatches else A2, "A3": A3}[layer.family]
-    if not layer.dispatches and layer.family == "A3":
-        limits = replace(A3, least_ranks=10_000)
-    families = {name: limits if layer.family in name else other for name, other in LIMITS.items()}
-    with (
-        mock.patch.object(communicator_module, "LIMITS", families),
-        mock.patch.object(_meta_registrations, "get_soc_version", lambda: SOC_NUMBERS[layer.family]),
-        mock.patch.object(communicator_module, "hccl_name", lambda: communicators.open_communicator(layer.buffer)),
-        mock.patch.dict("os.environ", {"HCCL_BUFFSIZE": str(layer.buffer)}),
-    ):
-        yield
-
-
 def _ops(layer: Layer, group: Group) -> AscendOps:
-    return AscendOps(device="cpu", dtype=torch.bfloat16, soc=SOCS[layer.family], group=group)
+    return AscendOps(device="cpu", dtype=torch.bfloat16, soc=layer.chips.soc, group=group)
 
 
 def _inputs(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     chosen = torch.tensor(layer.experts_of or range(layer.experts), dtype=torch.int32)
-    ids = torch.stack([chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)])
+    ids = torch.stack(
+        [chosen[torch.randperm(len(chosen), generator=generator)[: layer.k]] for _ in range(layer.tokens)]
+    )
     hidden, shared = (torch.randn(layer.tokens, layer.hidden, generator=generator).bfloat16() for _ in range(2))
     return hidden, torch.rand(layer.tokens, layer.k, generator=generator), ids, shared
 
