@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .measurements import bench_lines
 from .terminal.console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
+    from ..runtime.diagnostics.bench.decode import Bench
     from ..runtime.diagnostics.doctor import Diagnosis
     from ..runtime.diagnostics.selftest import Result
 
@@ -19,27 +20,50 @@ if TYPE_CHECKING:
 @click.command("doctor")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--selftest", is_flag=True, help="Compare every operator with the reference: the NPU's, else the CPU's.")
+@click.option(
+    "--bench",
+    is_flag=True,
+    help="Time a decode step of MODEL, or of two random layers as wide as DeepSeek-V3's: whole, and by operator.",
+)
+@click.option("--sequences", type=click.IntRange(1, 1024), default=8, show_default=True, help="With --bench.")
+@click.option(
+    "--context",
+    type=click.IntRange(2, 1 << 20),
+    default=1024,
+    show_default=True,
+    help="With --bench: tokens of each sequence.",
+)
 @click.option("--device", default="npu:0", show_default=True, help="The NPU to test.")
 @json_option("Print one JSON document.")
-def command(model: Path | None, selftest: bool, device: str, as_json: bool) -> None:
+def command(
+    model: Path | None,
+    selftest: bool,
+    bench: bool,
+    sequences: int,
+    context: int,
+    device: str,
+    as_json: bool,
+) -> None:
     """Show versions, CANN, driver, devices and operators, and whether MODEL can run on an NPU.
 
-    A machine without an NPU is reported and is no failure (exit 0). Exit 1: MODEL cannot run on an NPU, or an operator
-    of the self-test disagrees with the reference.
+    A machine without an NPU is reported and is no failure (exit 0); --selftest and --bench then run on the CPU. Exit 1:
+    MODEL cannot run on an NPU, or an operator of the self-test disagrees with the reference.
     """
-    # Without CANN, a torch that loads torch_npu automatically fails to import. Here torch_npu is imported later,
-    # explicitly.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     from ..runtime.diagnostics.doctor import examine
 
     report = examine(model)
-    results = _selftest(report, device) if selftest else []
-    if as_json:
-        emit_json({**report.as_json(), **({"selftest": _as_json(report, results)} if selftest else {})})
-    else:
+    if not as_json:
         _print(report)
-        if selftest:
-            _print_selftest(report, results)
+    results = _selftest(report, device) if selftest else []
+    if selftest and not as_json:
+        _print_selftest(report, results)
+    measured = _bench(report, model, device, sequences, context) if bench else None
+    if measured is not None and not as_json:
+        show(*bench_lines(measured))
+    if as_json:
+        parts = {"selftest": _as_json(report, results) if selftest else None}
+        parts["bench"] = None if measured is None else measured.as_json()
+        emit_json({**report.as_json(), **{name: part for name, part in parts.items() if part is not None}})
     if (report.model is not None and not report.model.runs) or not all(result.passed for result in results):
         sys.exit(1)
 
@@ -49,6 +73,15 @@ def _selftest(report: Diagnosis, device: str) -> list[Result]:
     from ..runtime.diagnostics.selftest import selftest
 
     return list(selftest(make_ops("ascend", device=device) if report.ready else make_ops("cpu")))
+
+
+def _bench(report: Diagnosis, model: Path | None, device: str, sequences: int, context: int) -> Bench:
+    from ..runtime.diagnostics.bench.decode import bench_model, bench_random
+
+    backend, where = ("ascend", device) if report.ready else ("cpu", None)
+    if model is None:
+        return bench_random(backend, where, sequences, context)
+    return bench_model(model, backend, where, sequences, context)
 
 
 def _tested(report: Diagnosis) -> str:

@@ -92,7 +92,8 @@ def command(
     if save and ranks.leads:
         check_can_save(model)
     if source is not None:
-        source = ranks.fetch(lambda silent: local_model(source, quiet=quiet or silent, progress=progress))
+        named = source
+        source = ranks.fetch(lambda silent: local_model(named, quiet=quiet or silent, progress=progress))
     errors: list[LayerError] = []
     models = load_models(model, source, backend, kv_cache_dtype, family, ranks.layout(parallel))
     if not models[0].leads:

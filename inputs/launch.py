@@ -13,7 +13,7 @@ MAX_RANKS = 1024
 
 @dataclass(frozen=True)
 class Launch:
-    """A process of a launch. rank: its number of `size`. local_rank: its number among those of its machine.
+    """A process of a launch. rank: its number of `size`. local_rank: its number among the `local_size` of its machine.
 
     address, port: where torchrun's store listens; rank 0 runs on the machine of that address.
     """
@@ -21,13 +21,14 @@ class Launch:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     address: str = ""
     port: int = 0
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Launch:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; a process alone where RANK or WORLD_SIZE is
-        not set, or WORLD_SIZE is 1.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (all on one machine without it), MASTER_ADDR and
+        MASTER_PORT; a process alone where RANK or WORLD_SIZE is not set, or WORLD_SIZE is 1.
 
         Raises RankError for a variable that is missing beside them, or out of range.
         """
@@ -44,6 +45,7 @@ class Launch:
             rank,
             size,
             _number(environment, "LOCAL_RANK", 0, size - 1),
+            _number(environment, "LOCAL_WORLD_SIZE", 1, size) if "LOCAL_WORLD_SIZE" in environment else size,
             address,
             _number(environment, "MASTER_PORT", 1, 65535),
         )

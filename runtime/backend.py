@@ -8,6 +8,7 @@ from ..choices import BACKENDS
 from ..errors import BackendError
 from ..inputs.printable import shown
 from .ops import Ops
+from .ops.ascend.ranks.device import rank_device
 from .ops.ascend.support import npu_count
 from .ranks.group import ALONE, Group
 
@@ -18,13 +19,15 @@ def make_ops(
     device: str | None = None,
     kv_layout: str = "nz",
     group: Group = ALONE,
+    local_rank: int = 0,
 ) -> Ops:
     """The operators of a backend. `auto` is ascend where an NPU is there, else cpu.
 
     dtype: the compute dtype; None takes the backend's own (float32 on the CPU, bfloat16 on Ascend). device: which NPU,
     like "npu:0". kv_layout: layout of the KV cache's pages, "nz" or (on an NPU only) "nd". group: the ranks that share
-    the model. Raises BackendError for a backend that is unknown or not available here, and for a setting that the
-    backend does not have.
+    the model. local_rank: the place of this one among those of its machine, which is the number of its NPU. Raises
+    BackendError for a backend that is unknown or not available here, and for a setting that the backend does not have,
+    RankError for more ranks than NPUs.
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; npuq has {', '.join(BACKENDS)}")
@@ -35,6 +38,8 @@ def make_ops(
     if backend == "ascend":
         from .ops.ascend.operators import AscendOps
 
+        if group.size > 1:
+            device = rank_device(local_rank, npu_count(), device)
         return AscendOps(device or "npu:0", dtype or torch.bfloat16, kv_layout, group=group)
     if device not in (None, "cpu"):
         raise BackendError(f"backend {backend} runs on the CPU, not on {device!r}")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import GenerationError
 from ..inputs.printable import shown
-from .attention.pools import StoredPool
+from .attention.pools import LayerCache, StoredPool
 from .block_manager import BlockManager
+from .graph.decode import DecodeGraphs
 from .model import Model
 from .ranks.world import World
 from .sampling.grammar import Grammar
@@ -86,7 +87,8 @@ class Engine:
 
     context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
     `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
-    alone. All ranks make the same engine, and that of rank 0 leads the steps.
+    alone. All ranks make the same engine, and that of rank 0 leads the steps. use_graphs: run decode steps as captured
+    graphs, where the backend has them; `graphs` then is set.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Engine:
         config: EngineConfig,
         cache_scales: abc.Sequence[abc.Mapping[str, Tensor]] | None = None,
         world: World | None = None,
+        use_graphs: bool = True,
     ):
         self.model = model
         self.config = config
@@ -119,8 +122,9 @@ class Engine:
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
-        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
+        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
 
     def sequence(
@@ -166,6 +170,16 @@ class Engine:
         sequence = self.sequence(prompt, params)
         self.queue(sequence)
         return sequence
+
+    @property
+    def builder(self) -> StepBuilder:
+        """The builder of its steps."""
+        return self._builder
+
+    @property
+    def cache(self) -> tuple[LayerCache, ...]:
+        """The paged cache, by layer."""
+        return self._cache
 
     def step(self) -> list[StepOutput]:
         """Run one step: results of the sequences whose next token was due. Without any sequence nothing runs.
@@ -287,8 +301,28 @@ class Engine:
 
     def _run_alone(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step's chunks on this rank: (logits, order of the chunks in them)."""
+        if self.graphs is not None and (logits := self.graphs.run(chunks)) is not None:
+            return logits, list(range(len(chunks)))
+        return self.run_eagerly(chunks)
+
+    def run_eagerly(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        """Run a step's operators one by one, on this rank: as `_run_alone`."""
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
+
+    def _capture(self) -> DecodeGraphs | None:
+        ops = self.model.ops
+        if ops.graphs is None or ops.group.size > 1:  # no exchange between ranks is captured
+            return None
+        return DecodeGraphs(
+            self.model,
+            ops.graphs,
+            self._cache,
+            self._builder,
+            self.config.max_num_seqs,
+            table_width=-(-self.context // self.config.block_size),
+            spare_block=self.blocks.num_blocks,
+        )
 
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         decodes = sum(work.sequence.is_decoding for work in scheduled)

@@ -19,12 +19,14 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.sources.model_config import read_model_config
 from ..inputs.launch import Launch
 from ..inputs.printable import shown
-from ..models.config import ModelConfig
 from .attention.kinds import attention_of
 from .backend import make_ops
 from .engine import Engine, EngineConfig
 from .loop import Loop
+from .memory.machine import engine_cache, planner_of, rank_memory
+from .memory.plan import Planner
 from .model import Model
+from .ops import Ops
 from .ranks.group import ALONE
 from .ranks.layout import Layout
 from .ranks.world import World
@@ -239,6 +241,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
     parallel: str | None = None,
+    graphs: bool = True,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
@@ -248,44 +251,60 @@ def load(
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
     model_type as one of this family. parallel: in processes that torchrun started, how they divide the model: "auto",
     or a `Layout` like "ep=8,tp=8"; rank 0 then generates, and all others call `LanguageModel.follow`. None keeps this
-    process alone. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a
-    directory that is incomplete, damaged or not supported, BackendError for a backend that cannot run here and for a
-    layout that does not divide the model, RankError where ranks do not come together.
+    process alone. graphs: on one NPU, capture decode steps and replay them; False launches every operator from the
+    host. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a directory that
+    is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a layout that does not
+    divide the model, and for a model that does not fit into memory, with the numbers, RankError where ranks do not come
+    together.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
     if not isinstance(engine, (EngineConfig, type(None))):
         raise GenerationError(f"engine must be an EngineConfig, not a {type(engine).__name__}")
+    sizes = engine or EngineConfig()
     directory = local_directory(path)
     generation = read_generation_config(directory)
     world = None if parallel is None else World.join(Launch.of(os.environ))
-    ops = make_ops(backend, dtype, device, kv_layout, ALONE if world is None else world.group)
+    group, local_rank = (ALONE, 0) if world is None else (world.group, world.launch.local_rank)
+    ops = make_ops(backend, dtype, device, kv_layout, group, local_rank)
     with Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
-        layout = chosen_layout(parallel, config, ops.group.size)
+        int8_cache = kv_cache_dtype == "int8"
+        store = open_store(checkpoint, ops.dtype)
+        planner = planner_of(store, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
+        layout = chosen_layout(parallel, planner, ops.group.size)
         owned = layout.owned(config, ops.group.rank)
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
-        scales = load_kv_cache_scales(checkpoint, config, attention) if kv_cache_dtype == "int8" else None
-        store = open_store(checkpoint, ops.dtype)
+        scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
+        planner.check(planner.rank(layout), engine_cache(planner, sizes))
         weights = load_weights(store, config, ops, attention, owned=owned)
     model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, engine or EngineConfig(), scales, world)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
     return LanguageModel(directory, generation, runner, tokenizer, world)
 
 
-def chosen_layout(parallel: str | None, config: ModelConfig, ranks: int) -> Layout:
-    """The layout that `parallel` asks for; of "auto", experts divided and all else on every rank.
+def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:
+    """The layout that `parallel` asks for; of "auto", the one that leaves most memory for the cache.
 
-    Raises BackendError for one that does not divide the model.
+    Raises BackendError for one that does not divide the model, and where none fits.
     """
     if parallel is None or (ranks == 1 and parallel == "auto"):
         return Layout()
-    layout = Layout(ranks, ep=ranks) if parallel == "auto" else Layout.parse(parallel, ranks)
-    layout.check(config)
+    if parallel == "auto":
+        return planner.choose(ranks).layout
+    layout = Layout.parse(parallel, ranks)
+    layout.check(planner.model.config)
     return layout
+
+
+def _memory(ops: Ops, world: World | None) -> int:
+    """Bytes of memory of the rank that has least: all ranks choose the same layout."""
+    if world is None:
+        return rank_memory(ops, 1)
+    return world.least(rank_memory(ops, world.launch.local_size))
 
 
 def local_directory(path: str | Path) -> Path:

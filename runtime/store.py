@@ -9,6 +9,7 @@ A rank asks for its part of a tensor. Rows are a view like the whole; columns ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..errors import ArtifactError, CheckpointError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_description, read_manifest
 from ..formats.checkpoint import Checkpoint
-from ..formats.safetensors import FLOAT_CODES
+from ..formats.safetensors import FLOAT_CODES, ITEM_BYTES
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..formats.sources.described import described_linear
 from ..formats.sources.opening import open_weights
@@ -28,6 +29,7 @@ from ..formats.sources.weights import WeightSource
 from ..models.families import family_of
 from ..models.inventory import check_unbiased
 from ..native.mapped import MappedFiles
+from .memory.stored import NOTHING, Stored, form_of
 from .ops import LinearPart, Static
 from .ranks.shares import WHOLE, Share
 
@@ -47,6 +49,9 @@ class Store(Protocol):
 
     def scheme(self, prefix: str) -> Scheme:
         """The scheme of the linear `{prefix}.weight`."""
+
+    def form(self, name: str) -> Stored:
+        """How a tensor is stored, unchecked; of one that is missing, which loading will refuse, any form."""
 
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         """The linear `{prefix}.weight` `[outputs, inputs]` and the tensors that its scheme stores beside it.
@@ -80,6 +85,10 @@ class FloatStore:
 
     def scheme(self, prefix: str) -> Scheme:
         return Scheme.FLOAT
+
+    def form(self, name: str) -> Stored:
+        weight = self._source.weights.get(name)
+        return NOTHING if weight is None else form_of(weight)
 
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         return _float_part(self, prefix, outputs, inputs, share)
@@ -117,6 +126,10 @@ class ArtifactStore:
             raise ArtifactError(f"{self._path}: no entry for {name!r}; convert the checkpoint again")
         return self._types[name]
 
+    def form(self, name: str) -> Stored:
+        info = self._checkpoint.tensors.get(name)
+        return NOTHING if info is None else Stored(self._types.get(name, Scheme.FLOAT), ITEM_BYTES[info.dtype], True)
+
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         if self.scheme(prefix) is Scheme.FLOAT:
             return _float_part(self, prefix, outputs, inputs, share)
@@ -130,7 +143,7 @@ class ArtifactStore:
 def _float_part(store: Store, prefix: str, outputs: int, inputs: int, share: Share) -> LinearPart:
     rows = None if share.rows is None else share.rows.own
     weight = store.tensor(f"{prefix}.{WEIGHT}", outputs, inputs, rows=rows)
-    return LinearPart(prefix, Scheme.FLOAT, weight, outputs=share.rows, inputs=share.inputs)
+    return LinearPart(prefix, Scheme.FLOAT, weight, output_division=share.rows, input_division=share.inputs)
 
 
 def _part(prefix: str, linear: StoredLinear, share: Share) -> LinearPart:
@@ -138,16 +151,14 @@ def _part(prefix: str, linear: StoredLinear, share: Share) -> LinearPart:
     if scheme is Scheme.W4A8:
         # Whole: only experts may be W4A8, and they are not divided. Others are refused where they would run.
         return LinearPart(prefix, scheme, linear.mapped(WEIGHT), linear.mapped_scale(SCALE), _scale_bias(linear))
-    if share.columns is None:
-        codes = _own_rows(linear.mapped(WEIGHT), share)
-    else:
-        codes = _columns(linear, share.columns.own)
-    divided = {"outputs": share.rows, "inputs": share.inputs}
+    columns = share.columns
+    codes = _own_rows(linear.mapped(WEIGHT), share) if columns is None else _columns(linear, columns.own)
+    part = LinearPart(prefix, scheme, codes, output_division=share.rows, input_division=share.inputs)
     if scheme is Scheme.W8A8_STATIC:
         deq_scale, quant_bias = linear.mapped_scale(DEQ_SCALE).flatten(), linear.mapped(QUANT_BIAS).flatten()
         static = Static(linear.input_scale(), _own_rows(deq_scale, share), _own_rows(quant_bias, share))
-        return LinearPart(prefix, scheme, codes, static=static, **divided)
-    return LinearPart(prefix, scheme, codes, _own_rows(linear.mapped_scale(SCALE), share), **divided)
+        return replace(part, static=static)
+    return replace(part, scale=_own_rows(linear.mapped_scale(SCALE), share))
 
 
 def _own_rows(tensor: Tensor, share: Share) -> Tensor:

@@ -93,7 +93,7 @@ def load_weights(
         embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
         layers=tuple(load_layer(store, config, ops, attention, layer, owned) for layer in chosen),
         norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
-        lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")], vocabulary),
+        lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")], [vocabulary]),
         vocabulary=vocabulary,
         files=store.files,
     )

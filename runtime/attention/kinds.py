@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Final
 
 from ...errors import BackendError
@@ -21,33 +21,31 @@ def attention_of(config: ModelConfig, softmax_scale: float, heads: int | None = 
 
     heads: the number of heads that this rank computes; None for all.
     """
-    if heads is not None:
-        config = replace(config, attention=replace(config.attention, heads=heads))
     kind = _KINDS.get(type(config.attention))
     if kind is None:
         raise BackendError(f"npuq converts {config.model_type}, but its runtime has no kind of attention for it yet")
-    return kind(config, softmax_scale)
+    return kind(config, softmax_scale, heads or config.attention.heads)
 
 
 def dense_attention_of(config: ModelConfig, softmax_scale: float) -> AttentionKind:
     """A model's attention without selection: exact for sequences whose every token a sparse model would select."""
-    return _mla(config, softmax_scale)
+    return _mla(config, softmax_scale, config.attention.heads)
 
 
-def _mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
-    return MlaAttention(_mla_config(config, softmax_scale))
+def _mla(config: ModelConfig, softmax_scale: float, heads: int) -> AttentionKind:
+    return MlaAttention(_mla_config(config, softmax_scale, heads))
 
 
-def _sparse_mla(config: ModelConfig, softmax_scale: float) -> AttentionKind:
+def _sparse_mla(config: ModelConfig, softmax_scale: float, heads: int) -> AttentionKind:
     widths = config.attention
     assert isinstance(widths, SparseMla)
-    return SparseMlaAttention.of(_mla_config(config, softmax_scale), widths.indexer, config.num_hidden_layers)
+    return SparseMlaAttention.of(_mla_config(config, softmax_scale, heads), widths.indexer, config.num_hidden_layers)
 
 
-def _mla_config(config: ModelConfig, softmax_scale: float) -> MlaConfig:
-    widths = {field.name: getattr(config.attention, field.name) for field in fields(Mla)}
+def _mla_config(config: ModelConfig, softmax_scale: float, heads: int) -> MlaConfig:
+    widths = {field.name: getattr(config.attention, field.name) for field in fields(Mla)} | {"heads": heads}
     return MlaConfig(**widths, rms_norm_eps=config.rms_norm_eps, softmax_scale=softmax_scale)
 
 
 # By the class of a config's widths.
-_KINDS: Final[dict[type, Callable[[ModelConfig, float], AttentionKind]]] = {Mla: _mla, SparseMla: _sparse_mla}
+_KINDS: Final[dict[type, Callable[[ModelConfig, float, int], AttentionKind]]] = {Mla: _mla, SparseMla: _sparse_mla}

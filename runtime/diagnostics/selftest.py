@@ -31,7 +31,6 @@ from ..ops import (
     MlaParts,
     Ops,
     Positions,
-    PrefixSegment,
     Quantized,
     Queries,
     Static,
@@ -149,8 +148,8 @@ def _written(ops: Ops, tokens: int, first_block: int) -> LayerCache:
     return cache
 
 
-def _table(ops: Ops, *blocks: int) -> Tensor:
-    return torch.tensor([blocks], dtype=torch.int32).to(ops.device)
+def _blocks(ops: Ops, *blocks: int) -> Tensor:
+    return torch.tensor(blocks, dtype=torch.int32).to(ops.device)
 
 
 def _norms(ops: Ops) -> tuple[Activation, ...]:
@@ -209,8 +208,7 @@ def _routing(quantize: bool) -> Case:
 def _rope_and_cache(ops: Ops) -> tuple[Activation, ...]:
     cos, sin = _tables(ops, TOKENS)
     rotated = ops.rotary.interleave_rope(_rows(ops, TOKENS, HEADS, ROPE, seed=9), cos, sin)
-    segment = PrefixSegment(0, TOKENS, _table(ops, 2))
-    return rotated, *ops.caches.gather(_written(ops, TOKENS, first_block=2), segment).values()
+    return rotated, *ops.caches.gather(_written(ops, TOKENS, first_block=2), _blocks(ops, 2), TOKENS).values()
 
 
 def _ragged_attention(nope: int, value: int) -> Case:
@@ -247,7 +245,7 @@ def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
     written = ops.mla.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), EPS, positions, cache, output_kv=True)
     assert written is not None
     codes = cache["latent"].read(torch.arange(4, device=ops.device), 4 * BLOCK)
-    read = ops.caches.gather(cache, PrefixSegment(0, 4, _table(ops, 2)))
+    read = ops.caches.gather(cache, _blocks(ops, 2), 4)
     return *written, Quantized(codes, torch.ones(1)), read["rope"]
 
 
@@ -258,7 +256,7 @@ def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
     for name, rows in (("latent", codes.to(ops.device)), ("rope", _rows(ops, BLOCK + 9, ROPE, seed=95))):
         pages = cache[name]
         write_rows(pages.tensor, pages.pool.layout, slots, rows)
-    gathered = ops.caches.gather(cache, PrefixSegment(0, 40, _table(ops, 1)))
+    gathered = ops.caches.gather(cache, _blocks(ops, 1), 40)
     return *_attend(ops, cache), *gathered.values()
 
 

@@ -106,7 +106,7 @@ def load_models(
     """Load a model and its float source, where they are directories. Other arguments and errors as of `load`."""
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
-        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel)
+        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel, graphs=False)
     return model, _source(source, model.directory, backend, family, parallel)
 
 
@@ -118,7 +118,7 @@ def _source(
         return source
     directory = local_directory(source)
     family = family or converted_as(artifact, read_config(directory))
-    return load(directory, backend, family=family, parallel=parallel)
+    return load(directory, backend, family=family, parallel=parallel, graphs=False)
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:

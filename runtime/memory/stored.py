@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ...formats.safetensors import FLOAT_CODES, ITEM_BYTES
 from ...formats.schemes import Scheme
@@ -23,6 +23,9 @@ class Stored(NamedTuple):
     scheme: Scheme
     itemsize: int
     mapped: bool
+
+
+NOTHING: Final = Stored(Scheme.FLOAT, 0, True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ def stored_model(config: ModelConfig, weights: Mapping[str, Weight]) -> StoredMo
     Raises CheckpointError where tensors and config contradict each other.
     """
     take_inventory(config, weights)
-    return _by_part(config, lambda spec: _stored(weights[spec.name]))
+    return model_of_forms(config, lambda name: form_of(weights[name]))
+
+
+def model_of_forms(config: ModelConfig, form: Callable[[str], Stored]) -> StoredModel:
+    """Find the parts of a model whose tensors have the forms of `form`, by name."""
+    return _by_part(config, lambda spec: form(spec.name))
 
 
 def model_of_schemes(config: ModelConfig, scheme_of: Callable[[Spec], Scheme]) -> StoredModel:
@@ -69,7 +77,8 @@ def model_of_schemes(config: ModelConfig, scheme_of: Callable[[Spec], Scheme]) -
     return _by_part(config, stored)
 
 
-def _stored(weight: Weight) -> Stored:
+def form_of(weight: Weight) -> Stored:
+    """How a weight of a checkpoint is stored."""
     if weight.linear is not None:
         return Stored(weight.linear.scheme, 0, True)
     mapped = weight.dtype in FLOAT_CODES

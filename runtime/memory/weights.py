@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
+import torch
+
 from ...formats.schemes import Scheme
 from ...models.family import Block
 from ..ranks.layout import Owned
@@ -33,11 +35,13 @@ class Bytes(NamedTuple):
 class Backend(Protocol):
     """The memory of one backend's weights.
 
-    itemsize: bytes of the compute dtype. usable: the share of memory that weights, workspace and cache may take.
+    dtype: the compute dtype. usable: the share of memory that weights, workspace and cache may take. on_device: weights
+    are copied to a device, and not mapped from their files.
     """
 
-    itemsize: int
+    dtype: torch.dtype
     usable: float
+    on_device: bool
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         """Bytes of one tensor `[outputs, inputs]`, which may be a slice: `by_columns` of its inputs. A vector has one
@@ -65,44 +69,46 @@ class NpuMemory:
     FRACTAL_NZ adds nothing: a matrix that does not fill its tiles stays as it is.
     """
 
-    itemsize: int = 2
+    dtype: torch.dtype = torch.bfloat16
     # The rest is for CANN's own workspace, HCCL's buffers and fragmentation; vLLM-Ascend's default is the same.
     usable: float = 0.9
+    on_device: bool = True
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         return Bytes(copied=self._copied(part, outputs, inputs))
 
     def _copied(self, part: Part, outputs: int, inputs: int) -> int:
-        values, scheme = outputs * inputs, part.stored.scheme
+        values, scheme, itemsize = outputs * inputs, part.stored.scheme, self.dtype.itemsize
         if part.block is Block.EXPERT:
-            return _device_expert(scheme, outputs, values, self.itemsize)
+            return _device_expert(scheme, outputs, values, itemsize)
         if part.block is Block.ROUTER or part.entry.kind == "layer_norm":
             return _FLOAT32 * values
         if part.entry.kind == "norm":
-            return self.itemsize * values
+            return itemsize * values
         if part.entry.kind == "lookup":
-            return (part.stored.itemsize or self.itemsize) * values
+            return (part.stored.itemsize or itemsize) * values
         if part.entry.part == "kv_b":  # decompression, and the two halves that absorb
-            return 2 * self.itemsize * values
+            return 2 * itemsize * values
         # A static linear has a quant_bias beside its scale.
         columns = {Scheme.W8A8: _FLOAT32, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(scheme, 0)
-        return _code_bytes(scheme, values, self.itemsize) + columns * outputs
+        return _code_bytes(scheme, values, itemsize) + columns * outputs
 
 
 @dataclass(frozen=True)
 class CpuMemory:
     """Memory of weights on the CPU: mapped from their files, but for decoded floats and slices by columns."""
 
-    itemsize: int = 4
+    dtype: torch.dtype = torch.float32
     usable: float = 1.0
+    on_device: bool = False
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
-        values, stored = outputs * inputs, part.stored
+        values, stored, compute = outputs * inputs, part.stored, self.dtype.itemsize
         if part.entry.kind in ("norm", "layer_norm", "vector"):
-            itemsize = self.itemsize if part.entry.kind == "norm" else _FLOAT32
+            itemsize = compute if part.entry.kind == "norm" else _FLOAT32
             return Bytes(itemsize * values) if stored.itemsize == itemsize else Bytes(copied=itemsize * values)
         if not stored.mapped:
-            return Bytes(copied=self.itemsize * values)
+            return Bytes(copied=compute * values)
         codes = _code_bytes(stored.scheme, values, stored.itemsize)
         columns = {Scheme.FLOAT: 0, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(stored.scheme, _FLOAT32)
         scales = columns * outputs
@@ -131,7 +137,7 @@ def _part_bytes(part: Part, owned: Owned, backend: Backend) -> Bytes:
 def _rope_bytes(model: StoredModel, backend: Backend) -> int:
     """Rotary tables in the compute dtype, cos and sin, each with its halves twice (`runtime/step.py`)."""
     rope = model.config.rope
-    return 2 * rope.positions * rope.dim * backend.itemsize
+    return 2 * rope.positions * rope.dim * backend.dtype.itemsize
 
 
 def _kind(part: Part) -> str:

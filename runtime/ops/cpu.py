@@ -48,7 +48,7 @@ class CpuProducts(ReferenceProducts):
     def _float_matmul(self, x: Tensor, part: LinearPart) -> Tensor:
         # Some rows at a time: the same ones whether this rank has all of them or not. See ReferenceProducts.
         weight, dtype = part.weight, self.dtype if part.weight.dtype == self.dtype else torch.float32
-        outputs = part.outputs or Division(ALONE, (weight.shape[0],))
+        outputs = part.output_division or Division(ALONE, (weight.shape[0],))
         total, own = outputs.total, outputs.own
         size = max(1, _UPCAST_BYTES // (4 * weight.shape[1]))
         x, products = x.to(dtype), []

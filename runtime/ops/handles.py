@@ -68,8 +68,9 @@ class LinearPart:
     scale: float32 `[N, 1]`, None for FLOAT and W8A8.
     scale_bias: float32 `[N, 1]` or `[N, 16]` (partial sums over K, to be added), only for W4A8_DYNAMIC.
     static: only for W8A8.
-    outputs, inputs: the division of the stored linear's rows and columns, of which the tensors are this rank's part;
-    None where they are whole. Not for W4A8_DYNAMIC.
+    output_division, input_division: how ranks divide the linear's outputs and inputs, where the tensors are one rank's
+    part; None for a whole one. A float linear with divided inputs has whole columns, and some of the rows
+    (`RowParallel`). Never of W4A8_DYNAMIC.
     """
 
     name: str
@@ -78,8 +79,8 @@ class LinearPart:
     scale: Tensor | None = None
     scale_bias: Tensor | None = None
     static: Static | None = None
-    outputs: Division | None = None
-    inputs: Division | None = None
+    output_division: Division | None = None
+    input_division: Division | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ class Norms(ABC):
 
     @abstractmethod
     def dynamic_quant_by(self, x: Tensor, largest: Tensor) -> Quantized:
-        """Quantize a part of each row as `dynamic_quant` does the whole row, whose `row_maximum` is largest `[rows]`."""
+        """Quantize a part of each row as `dynamic_quant` does the whole row.
+
+        largest: float32 `[rows]`, `row_maximum` of the whole rows.
+        """
 
     @abstractmethod
     def swiglu_float32(self, x: Tensor) -> Tensor:

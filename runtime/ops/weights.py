@@ -25,7 +25,7 @@ class Weights(ABC):
         """Fuse parts of one scheme. Raises ArtifactError for different schemes, and for a scheme of experts only."""
         schemes = {part.scheme for part in parts}
         if schemes == {Scheme.FLOAT}:
-            return self.float_linear([part.weight for part in parts], parts[0].outputs)
+            return self.float_linear([part.weight for part in parts], [part.output_division for part in parts])
         if schemes == {Scheme.W8A8}:
             return self.w8a8_linear(parts)
         names = ", ".join(f"{part.name} ({part.scheme.value})" for part in parts)
@@ -38,7 +38,9 @@ class Weights(ABC):
     def row_parallel_of(self, part: LinearPart) -> Linear:
         """Make the handle that `Products.row_parallel` takes. Raises ArtifactError as `linear_of` does."""
         linear = self.linear_of([part])
-        return linear if part.inputs is None else RowParallel(linear, part.scheme, part.inputs, part.outputs)
+        if part.input_division is None:
+            return linear
+        return RowParallel(linear, part.scheme, part.input_division, part.output_division)
 
     def experts_of(self, experts: Sequence[Sequence[LinearPart]]) -> Experts:
         """Stack experts of one scheme. Raises ArtifactError for different schemes, and for a static one."""
@@ -58,10 +60,11 @@ class Weights(ABC):
         return make(experts)
 
     @abstractmethod
-    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Sequence[Division | None] = ()) -> Linear:
         """Fuse float `[N_i, K]` weights (stored dtype) along their outputs: x `[T, K]` → `[T, ΣN_i]`.
 
-        outputs: the division of each weight's rows, where they are one rank's part. The products must equal those of the
+        outputs: for each weight the division of its rows, where they are one rank's part, or None. Empty: all are
+        whole. The products must equal those of the
         whole weights to the bit: a backend whose products depend on the number of outputs must look at it.
         """
 

@@ -52,6 +52,12 @@ class Group(Protocol):
     def barrier(self) -> None:
         """Return when all ranks have called this."""
 
+    def neighbours(self, size: int) -> Group:
+        """The group of this rank and those beside it, where the ranks in order form groups of `size`.
+
+        All ranks of this group call it. size divides their number.
+        """
+
 
 class Alone:
     """The group of one process: every collective returns its argument."""
@@ -77,6 +83,9 @@ class Alone:
     def barrier(self) -> None:
         return
 
+    def neighbours(self, size: int) -> Group:
+        return self
+
 
 ALONE: Final[Group] = Alone()
 
@@ -92,6 +101,7 @@ class Distributed:
         import torch.distributed as dist
 
         self._dist, self._group, self._why = dist, process_group, why
+        self._neighbours: dict[int, Group] = {}
         self.rank: int = dist.get_rank(process_group)
         self.size: int = dist.get_world_size(process_group)
 
@@ -120,6 +130,19 @@ class Distributed:
     def barrier(self) -> None:
         self._call("barrier")
 
+    def neighbours(self, size: int) -> Group:
+        if size == self.size:
+            return self
+        if size not in self._neighbours:
+            self._neighbours[size] = ALONE if size == 1 else self._of_neighbours(size)
+        return self._neighbours[size]
+
+    def _of_neighbours(self, size: int) -> Group:
+        # Every rank makes all the groups, in one order.
+        ranks = [self._dist.get_global_rank(self._group or self._dist.group.WORLD, rank) for rank in range(self.size)]
+        made = [self._dist.new_group(ranks[first : first + size]) for first in range(0, self.size, size)]
+        return Distributed(made[self.rank // size], self._why)
+
     def _exchange(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
         sent = _as_bytes(rows.contiguous())
@@ -136,7 +159,8 @@ class Distributed:
 
 def _as_bytes(rows: Tensor) -> Tensor:
     """View contiguous rows as bytes `[rows, bytes of a row]`: a collective knows few dtypes, and moves all the same."""
-    return rows.view(rows.shape[0], prod(rows.shape[1:])).view(torch.uint8)
+    # Flat first: of a tensor with one column torch calls any stride contiguous.
+    return rows.flatten().view(torch.uint8).view(rows.shape[0], prod(rows.shape[1:]) * rows.element_size())
 
 
 def _check_counts(rows: Tensor, count: int) -> None:

@@ -29,7 +29,7 @@ from ...models.tensors import sizes
 MAX_RANKS: Final = 1024
 TILE: Final = 32
 """Columns and vocabulary rows are divided in whole tiles of this many: FRACTAL_NZ keeps 32 bytes of a row together, and
-int4 two rows. A size that tiles do not fill is divided in the largest tiles that do."""
+int4 two rows. A size that tiles do not fill, or too few, is divided in the largest halves of tiles that do."""
 
 _HEADS: Final = frozenset({"q", "kv_b", "v"})
 _COLUMNS: Final = frozenset({"intermediate", "shared_intermediate"})
@@ -182,10 +182,18 @@ def even(count: int, place: int, parts: int) -> range:
 
 def tiles(size: int, place: int, parts: int) -> range:
     """Part `place` of `size` channels, divided as evenly as whole tiles allow: the first parts may be a tile longer."""
-    unit = gcd(size, TILE)
+    unit = _unit(size, parts)
     each, more = divmod(size // unit, parts)
     start = place * each + min(place, more)
     return range(start * unit, (start + each + (place < more)) * unit)
+
+
+def _unit(size: int, parts: int) -> int:
+    """The channels that are not divided further."""
+    unit = gcd(size, TILE)
+    while size // unit < parts and unit % 2 == 0:
+        unit //= 2
+    return unit
 
 
 def _tp_problem(config: ModelConfig, tp: int) -> str | None:
@@ -195,8 +203,9 @@ def _tp_problem(config: ModelConfig, tp: int) -> str | None:
         return f"{heads} attention heads are not divisible by {tp}"
     found = sizes(config)
     for word in sorted({*_COLUMNS, _VOCABULARY} & found.keys()):
-        if found[word] and found[word] // gcd(found[word], TILE) < tp:
-            return f"{word} {found[word]} has fewer tiles of {gcd(found[word], TILE)} than {tp} ranks"
+        unit = _unit(found[word], tp)
+        if found[word] and found[word] // unit < tp:
+            return f"{word} {found[word]} has fewer tiles of {unit} than {tp} ranks"
     return None
 
 

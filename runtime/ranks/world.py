@@ -13,12 +13,12 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from ...errors import GenerationError, RankError
+from ...errors import GenerationError, NpuqError, RankError
 from ...inputs.launch import Launch
 from ..ops.ascend.support import npu_count
 from ..step import Chunk
 from .connections import START_SECONDS, connect
-from .group import Distributed, Group
+from .group import ALONE, Distributed, Group
 from .lifeline import SILENCE_SECONDS, Ending, Lifeline, Loss
 from .messages import STOP, Message, receive, send
 
@@ -38,9 +38,10 @@ class World:
 
     _joined: ClassVar[World | None] = None
 
-    def __init__(self, launch: Launch, group: Group, lifeline: Lifeline):
+    def __init__(self, launch: Launch, group: Group, lifeline: Lifeline, tells: bool):
         self.launch, self.group = launch, group
-        self._lifeline = lifeline
+        self._lifeline, self._tells = lifeline, tells
+        self._parts: dict[int, Group] = {}
         self._models: list[RunChunks] = []
         self._stepping = threading.Lock()
         self._failed = False
@@ -55,21 +56,24 @@ class World:
         not come together.
         """
         if cls._joined is None and launch.size > 1:
-            cls._joined = cls._meet(launch, ending or EndSoon(), silence)
+            cls._joined = cls._meet(launch, ending, silence)
         return cls._joined
 
     @classmethod
-    def _meet(cls, launch: Launch, ending: Ending, silence: float) -> World:
+    def _meet(cls, launch: Launch, ending: Ending | None, silence: float) -> World:
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         if dist.is_initialized():
             raise RankError("torch.distributed is in use already, and npuq makes its own group of ranks")
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
-            lifeline = Lifeline(launch.rank, connect(launch, dist.PrefixStore("npuq", store)), ending, silence)
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+            peers = connect(launch, PrefixStore("npuq", store))
+            lifeline = Lifeline(launch.rank, peers, ending or EndSoon(), silence)
             dist.init_process_group(
                 "cpu:gloo,npu:hccl" if npu_count() else "gloo",
-                store=dist.PrefixStore("group", store),
+                store=PrefixStore("group", store),
                 rank=launch.rank,
                 world_size=launch.size,
                 timeout=_FOREVER,
@@ -77,12 +81,30 @@ class World:
         except (RuntimeError, ValueError) as error:  # of torch's store and group
             reason = " ".join(str(error).split())[:300]
             raise RankError(f"rank {launch.rank} of {launch.size} does not reach the others: {reason}") from error
-        return cls(launch, Distributed(why=lambda: _text(lifeline.loss(2.0))), lifeline)
+        group = Distributed(why=lambda: _text(lifeline.loss(2.0)))
+        return cls(launch, group, lifeline, tells=ending is None)
 
     @property
     def leads(self) -> bool:
         """True on rank 0."""
         return self.launch.rank == 0
+
+    def part(self, size: int) -> Group:
+        """The group of `size` neighbouring ranks that this rank belongs to; `size` divides the ranks.
+
+        All ranks must call this for the same sizes in the same order.
+        """
+        if size == self.launch.size:
+            return self.group
+        if size == 1:
+            return ALONE
+        if size not in self._parts:
+            import torch.distributed as dist
+
+            starts = range(0, self.launch.size, size)
+            groups = [dist.new_group(list(range(start, start + size)), timeout=_FOREVER) for start in starts]
+            self._parts[size] = Distributed(groups[self.launch.rank // size], lambda: _text(self._lifeline.loss(2.0)))
+        return self._parts[size]
 
     def add(self, run: RunChunks) -> int:
         """Add a model by the function that runs its steps; return its number. All ranks add the same ones in order."""
@@ -96,7 +118,7 @@ class World:
     def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.
 
-        An error of the step ends the other ranks: their caches differ from now on.
+        An error of the step ends all ranks: their caches differ from now on.
         """
         if not self.leads:
             raise GenerationError(f"rank {self.launch.rank} has no prompts of its own: it follows rank 0")
@@ -107,18 +129,23 @@ class World:
             try:
                 send(Message(model, tuple(chunks)), self.group)
                 return self._models[model](chunks)
-            except BaseException:
+            except BaseException as error:
                 self._failed = True
+                self._tell(error)
                 raise
 
     def follow(self) -> None:
         """Run the steps of rank 0 until it closes the ranks. Raises what a step raises. Rank 0 returns at once."""
-        while not self.leads and not self._closed:
-            message = receive(self.group)
-            if message.model == STOP:
-                self._part()
-            else:
-                self._models[message.model](message.chunks)
+        try:
+            while not self.leads and not self._closed:
+                message = receive(self.group)
+                if message.model == STOP:
+                    self._part_ways()
+                else:
+                    self._models[message.model](message.chunks)
+        except BaseException as error:
+            self._tell(error)
+            raise
 
     def close(self) -> None:
         """End the followers' `follow`. On rank 0, once; nothing on a follower."""
@@ -127,13 +154,20 @@ class World:
         with self._stepping:
             if not self._failed:
                 send(Message(STOP), self.group)
-                self._part()
+                self._part_ways()
 
     def fail(self, text: str, code: int) -> None:
         """Tell all ranks that this one ends with an error; they end too. On rank 0 the user has been told before."""
         self._lifeline.fail(text, code)
 
-    def _part(self) -> None:
+    def _tell(self, error: BaseException) -> None:
+        """Tell of an error at once, where a user's own program may catch it and go on."""
+        if self._tells and not isinstance(error, RankError):
+            known = isinstance(error, NpuqError)
+            prefix = f"rank {self.launch.rank}: " + ("" if known else f"{type(error).__name__}: ")
+            self.fail(prefix + str(error), error.exit_code if isinstance(error, NpuqError) else 1)
+
+    def _part_ways(self) -> None:
         import torch.distributed as dist
 
         self.group.barrier()

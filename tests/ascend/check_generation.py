@@ -135,10 +135,11 @@ def test_the_prolog_is_for_documented_shapes_only(artifact, name):
 
 def test_the_generation_covers_what_it_is_meant_to(artifact):
     run = run_of(artifact("example-float"), "reference", torch.float32)
-    assert any(step.prefill and step.prefill.prefixes for step in run.steps), "no chunked prefill"
+    assert any(step.prefill and step.prefill.segments for step in run.steps), "no chunked prefill"
     assert any(step.prefill and step.decode for step in run.steps), "no step with decodes beside a chunk"
     assert any(step.decode and len(step.decode.kv_lens) > 1 for step in run.steps), "no batched decode"
-    assert max(len(prefix.segments) for step in run.steps if step.prefill for prefix in step.prefill.prefixes) > 1
+    merges = [merge for step in run.steps if step.prefill for merge in step.prefill.merges]
+    assert max(len(merge.segments) for merge in merges) > 1
     used = [set((step.positions.slots // harness.BLOCK).tolist()) for step in run.steps]
     assert used[0] & used[-1], "no block was used again by a later sequence"
 

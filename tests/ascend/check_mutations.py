@@ -74,6 +74,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "cache_mode left out": (CACHE, without("cache_mode")),
     "cache written in the other layout": (CACHE, setting(cache_mode="PA")),
     "slot off by one": (CACHE, mapped(4, lambda slots: (slots + 1) % (harness.BLOCK * harness.CACHE_BLOCKS))),
+    "kv strided": (CACHE, mapped(0, lambda kv: torch.cat([kv, kv], -1)[..., : kv.shape[-1]])),
     "slots int32": (CACHE, mapped(4, lambda slots: slots.int())),
     "cos and sin swapped": (CACHE, swapped(2, 3)),
     "cos of pairs instead of halves": (CACHE, mapped(2, lambda cos: cos[..., :32].repeat_interleave(2, -1))),

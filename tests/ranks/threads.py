@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from npuq.runtime.ranks.group import ALONE, Group
+
 Result = TypeVar("Result")
 
 SECONDS = 300.0
@@ -24,6 +26,8 @@ class Exchange:
         self.barrier = threading.Barrier(size, timeout=SECONDS)
         self.given: list[Tensor | None] = [None] * size
         self.collectives = [0] * size
+        self.lock = threading.Lock()
+        self.neighbours: dict[tuple[int, int], Exchange] = {}
 
 
 class ThreadGroup:
@@ -71,6 +75,15 @@ class ThreadGroup:
 
     def barrier(self) -> None:
         self.exchange.barrier.wait()
+
+    def neighbours(self, size: int) -> Group:
+        if size == self.size:
+            return self
+        if size == 1:
+            return ALONE
+        with self.exchange.lock:
+            exchange = self.exchange.neighbours.setdefault((size, self.rank // size), Exchange(size))
+        return ThreadGroup(exchange, self.rank % size)
 
 
 def on_ranks(size: int, run: Callable[[ThreadGroup], Result]) -> list[Result]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from int8_cache import copy_with_scales
 
 import npuq
 import npuq.runtime
 from npuq.cli.main import main
-from npuq.formats.artifact import KV_CACHE_NAME
-from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.kv_cache import save_scales, storable_scale
-from npuq.models.config import ModelConfig
 from npuq.runtime.backend import make_ops
 from npuq.runtime.ops import Ops
 from npuq.runtime.ops.cpu import CpuOps
@@ -66,17 +62,8 @@ def example(example_fp8: Path) -> npuq.runtime.LanguageModel:
 
 @pytest.fixture(scope="session")
 def int8_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with scales for an int8 KV cache, such as calibration finds: a few times the norm's gain at code 127."""
-    directory = tmp_path_factory.mktemp("int8-cache") / "w4a8"
-    shutil.copytree(artifact, directory)
-    with Checkpoint.open(directory) as checkpoint:
-        config = ModelConfig.from_dict(checkpoint.config)
-        gains = [
-            checkpoint.view(f"model.layers.{layer}.self_attn.kv_a_layernorm.weight").float().abs()
-            for layer in range(config.num_hidden_layers)
-        ]
-    save_scales([storable_scale(4 * gain / 127) for gain in gains], directory / KV_CACHE_NAME)
-    return directory
+    """The same with scales for an int8 KV cache."""
+    return copy_with_scales(artifact, tmp_path_factory.mktemp("int8-cache") / "w4a8")
 
 
 # The last runs on native kernels where they are built.

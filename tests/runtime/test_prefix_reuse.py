@@ -135,7 +135,7 @@ def test_texts_are_as_alone(
     monkeypatch: pytest.MonkeyPatch,
     rows: list[np.ndarray],
 ) -> None:
-    """Three times the same prompts, the later times with what is left of the earlier, in blocks that hold NaN at first."""
+    """Three times the same prompts, later with what is left of earlier ones. Blocks hold NaN until they are written."""
     chosen = prompts[:5]
     alone: list[tuple[Completion, list[np.ndarray]]] = []
     for prompt in chosen:

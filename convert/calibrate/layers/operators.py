@@ -94,7 +94,7 @@ class CalibrationWeights(ReferenceWeights):
         (part,) = parts
         return own(part, Deployed)
 
-    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Sequence[Division | None] = ()) -> Linear:
         (weight,) = weights
         return Deployed("", Scheme.FLOAT, weight)
 

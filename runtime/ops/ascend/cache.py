@@ -10,7 +10,6 @@ from torch import Tensor
 from ....errors import BackendError
 from ...attention.pools import LayerCache, Pool, StoredPool
 from ..cache import NO_SCALES, Caches
-from ..sparse_attention import INDEX_KEY
 from .device import Npu
 
 
@@ -33,9 +32,9 @@ class AscendCaches(Caches):
     ) -> LayerCache:
         if block_size % 16 or not 0 < block_size <= 1024:
             raise BackendError(f"block_size {block_size}: the NPU's paged attention takes multiples of 16 up to 1024")
-        # One block more, of no sequence, for slot −1 of tokens that are not cached, where rows are written by index.
-        indexed = bool(scales) or any(pool.name == INDEX_KEY for pool in pools)
-        blocks = num_blocks + 1 if indexed else num_blocks
+        # One block more, of no sequence. A captured step's padding is written there, and so are tokens that are not
+        # cached where rows are written by index: slot −1 is in the last block.
+        blocks = num_blocks + 1
         if not scales:
             return super().new(pools, blocks, block_size)
         if not self.takes_int8:

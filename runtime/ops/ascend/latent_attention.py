@@ -70,8 +70,8 @@ class AscendLatentAttention(LatentAttention):
             key_rope=keys.rope.unsqueeze(1).expand(-1, heads, -1).contiguous(),  # every head takes its own copy
             atten_mask=self._causal_mask if lengths.causal else None,
             sparse_mode=RIGHT_DOWN_CAUSAL if lengths.causal else NO_MASK,
-            actual_seq_lengths=list(lengths.q_lens),
-            actual_seq_lengths_kv=list(lengths.kv_lens),
+            actual_seq_lengths=lengths.q_lens,
+            actual_seq_lengths_kv=lengths.kv_lens,
             num_heads=heads,
             num_key_value_heads=heads,
             input_layout="TND",
@@ -130,8 +130,8 @@ class AscendLatentAttention(LatentAttention):
             key_rope=self._attention_pages(cache[ROPE], cache),
             atten_mask=None if single else self._causal_mask,
             sparse_mode=NO_MASK if single else RIGHT_DOWN_CAUSAL,
-            actual_seq_lengths=list(decode.q_lens),  # cumulative, for the queries
-            actual_seq_lengths_kv=list(decode.kv_lens),  # a length each, for paged keys
+            actual_seq_lengths=decode.q_lens,  # cumulative, for the queries
+            actual_seq_lengths_kv=decode.kv_lens,  # a length each, for paged keys
             block_table=decode.block_table,
             block_size=cache.block_size,
             num_heads=q_latent.shape[1],
@@ -176,28 +176,25 @@ class AscendLatentAttention(LatentAttention):
         heads, projections = (config.heads, -1), weights.projections
         if isinstance(projections, PrologWeights):
             assert weights.q_a_norm is not None
-            kv = self.products.linear(rows, projections.kv_a)
-            q_a = self.products.linear(rows, projections.q_a)
+            q_a, kv = self.products.linears(rows, [projections.q_a, projections.kv_a])
             q_a = self.norms.rms_norm(q_a, weights.q_a_norm, config.rms_norm_eps)
             codes = self.norms.dynamic_quant(q_a)
             q = self.products.linear(codes, projections.q_b).unflatten(-1, heads)
             q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
             return Projection(q_nope, q_rope, kv, codes if isinstance(reader, W8A8Linear) else q_a)
-        projected = [self.products.linear(rows, linear) for linear in projections.down]
-        queries: Activation
+        queries: Activation = rows
         q_latent: Activation | None = None
-        if config.q_lora_rank is None:
-            kv, queries = projected[0], rows
+        if projections.q_a is None:
+            kv = self.products.linear(rows, projections.kv_a)
         else:
             assert weights.q_a_norm is not None
-            widths = [config.q_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim]
-            q_a, kv = projected[0].split(widths, dim=-1) if len(projected) == 1 else projected
+            q_a, kv = self.products.linears(rows, [projections.q_a, projections.kv_a])
             queries = q_latent = self.norms.rms_norm(q_a, weights.q_a_norm, config.rms_norm_eps)
             if isinstance(projections.q_nope, W8A8Linear):
                 queries = self.norms.dynamic_quant(q_latent)
             if isinstance(reader, W8A8Linear):
                 q_latent = queries
-        q_nope, q_rope = (self.products.linear(queries, linear) for linear in (projections.q_nope, projections.q_rope))
+        q_nope, q_rope = self.products.linears(queries, [projections.q_nope, projections.q_rope])
         return Projection(q_nope.unflatten(-1, heads), q_rope.unflatten(-1, heads), kv, q_latent)
 
     def prolog_with_latent(

@@ -25,11 +25,14 @@ class PrologWeights:
 
 @dataclass(frozen=True)
 class Projections:
-    """Linears of a layer without the prolog. down: q_a and kv_a fused, or two where their schemes differ; kv_a alone in
-    models without q_lora. q_nope, q_rope: the two parts of the queries.
+    """Linears of a layer without the prolog. q_a: None in models without q_lora. q_nope, q_rope: the two parts of the
+    queries.
+
+    One linear each: columns of a fused one are strided, and the operators that follow would copy them first.
     """
 
-    down: tuple[Linear, ...]
+    q_a: Linear | None
+    kv_a: Linear
     q_nope: Linear
     q_rope: Linear
 
@@ -89,10 +92,8 @@ def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> P
         raise BackendError(f"{parts.kv_a.name}: the layer has no q and no q_b")
     halves = head_rows(queries, config.heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
     q_nope, q_rope = (weights.linear_of([half]) for half in halves)
-    if parts.q_a is None:
-        return Projections((weights.linear_of([parts.kv_a]),), q_nope, q_rope)
-    groups = weights.fusible([parts.q_a, parts.kv_a])
-    return Projections(tuple(weights.linear_of(group) for group in groups), q_nope, q_rope)
+    q_a = None if parts.q_a is None else weights.linear_of([parts.q_a])
+    return Projections(q_a, weights.linear_of([parts.kv_a]), q_nope, q_rope)
 
 
 def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..handles import Quantized
 from ..norms import Norms
-from ..reference.norms import ReferenceNorms
 from .device import Npu
+from .ranks import rows
 
 
 class AscendNorms(Norms):
@@ -16,8 +16,6 @@ class AscendNorms(Norms):
 
     def __init__(self, npu: Npu):
         self.npu = npu
-        # No operator quantizes rows whose maximum is known: torch's own compute by the kernels' rules.
-        self.torch = ReferenceNorms(npu.dtype)
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor:
         return F.embedding(token_ids, table).to(self.npu.dtype)
@@ -47,13 +45,13 @@ class AscendNorms(Norms):
         return Quantized(*self.npu.operators.npu_dequant_swiglu_quant(x, activate_left=True, quant_mode=1))
 
     def row_maximum(self, x: Tensor) -> Tensor:
-        return self.torch.row_maximum(x)
+        return rows.maximum(x)
 
     def dynamic_quant_by(self, x: Tensor, largest: Tensor) -> Quantized:
-        return self.torch.dynamic_quant_by(x, largest)
+        return rows.dynamic_quant_by(x, largest, self.npu)
 
     def swiglu_float32(self, x: Tensor) -> Tensor:
-        return self.torch.swiglu_float32(x)
+        return self.swiglu(x.float())
 
     def swiglu_quant_by(self, activated: Tensor, largest: Tensor) -> Quantized:
-        return self.torch.swiglu_quant_by(activated, largest)
+        return rows.swiglu_quant_by(activated, largest, self.npu)

@@ -14,6 +14,7 @@ from ...ranks.group import ALONE, Group
 from .. import Ops
 from .cache import AscendCaches
 from .device import Npu
+from .graph.capture import NpuGraphs
 from .latent_attention import AscendLatentAttention
 from .norms import AscendNorms
 from .products import AscendProducts
@@ -53,6 +54,7 @@ class AscendOps(Ops):
             raise BackendError(f"the ascend backend computes in {known}, not {str(dtype).removeprefix('torch.')}")
         torch_npu = import_torch_npu()
         self.device = torch.device(device)
+        self.pinned = self.device.type == "npu"
         if self.device.type == "npu":
             if not torch_npu.npu.is_available():
                 raise BackendError("torch_npu finds no NPU: check `npu-smi info` and the driver, or run `npuq doctor`")
@@ -63,6 +65,8 @@ class AscendOps(Ops):
             raise BackendError(f"{self.device} is not an NPU")
         self.soc = require_soc(soc)
         self.dtype, self.group = dtype, group
+        if self.device.type == "npu":
+            self.graphs = NpuGraphs(torch_npu.npu)
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,7 @@ from ..handles import Activation, Experts, Linear, Quantized, Router, own
 from ..norms import Norms
 from ..products import Products
 from .device import Npu
+from .ranks.rows import integer_sums
 from .weights import (
     MAX_DIMENSION,
     DeviceRouter,
@@ -38,7 +41,7 @@ class AscendProducts(Products):
                 raise BackendError("a float linear was given quantized rows")
             return F.linear(x, linear.weight)
         if isinstance(linear, StaticLinear):
-            return self._static_matmul(x, linear)
+            return self._static_product(self._static_codes(x, linear), linear)
         handle = own(linear, W8A8Linear)
         rows = x if isinstance(x, Quantized) else self.norms.dynamic_quant(x)
         product: Tensor = self.npu.operators.npu_quant_matmul(
@@ -46,10 +49,23 @@ class AscendProducts(Products):
         )
         return product
 
-    def _static_matmul(self, x: Activation, handle: StaticLinear) -> Tensor:
+    def linears(self, x: Activation, linears: Sequence[Linear]) -> list[Tensor]:
+        if not isinstance(x, Quantized):
+            static = [linear for linear in linears if isinstance(linear, StaticLinear)]
+            if static and len(static) == len(linears) and len({linear.inputs for linear in static}) == 1:
+                codes = self._static_codes(x, static[0])
+                return [self._static_product(codes, linear) for linear in static]
+            if all(isinstance(linear, W8A8Linear) for linear in linears):
+                x = self.norms.dynamic_quant(x)
+        return super().linears(x, linears)
+
+    def _static_codes(self, x: Activation, handle: StaticLinear) -> Tensor:
         if isinstance(x, Quantized):
             raise BackendError("a static W8A8 linear was given quantized rows")
-        codes = self.static_quant(x, handle)
+        codes: Tensor = self.static_quant(x, handle)
+        return codes
+
+    def _static_product(self, codes: Tensor, handle: StaticLinear) -> Tensor:
         product: Tensor = self.npu.operators.npu_quant_matmul(
             codes, handle.weight, handle.deq_scale, bias=handle.quant_bias, output_dtype=self.npu.dtype
         )
@@ -101,9 +117,7 @@ class AscendProducts(Products):
 
     def integer_sums(self, codes: Tensor, linear: Linear) -> Tensor:
         handle = linear if isinstance(linear, StaticLinear) else own(linear, W8A8Linear)
-        scale = handle.deq_scale if isinstance(handle, StaticLinear) else handle.scale
-        sums: Tensor = self.npu.operators.npu_quant_matmul(codes, handle.weight, scale, output_dtype=torch.int32)
-        return sums
+        return integer_sums(codes, handle.weight, self.npu)
 
     def scale_sums(self, sums: Tensor, scale: Tensor | None, linear: Linear) -> Tensor:
         if scale is None:

@@ -49,7 +49,7 @@ class NativeWeights(Weights):
     def __init__(self, torch: Weights):
         self.torch = torch
 
-    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
+    def float_linear(self, weights: Sequence[Tensor], outputs: Sequence[Division | None] = ()) -> Linear:
         # Each output is a sum of its own, whatever is beside it.
         return native_linear([[LinearPart("a float weight", Scheme.FLOAT, weight) for weight in weights]])
 

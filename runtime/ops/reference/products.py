@@ -71,11 +71,11 @@ class ReferenceProducts(Products):
         )
 
     def _float_matmul(self, x: Tensor, part: LinearPart) -> Tensor:
-        if part.outputs is None:
+        if part.output_division is None:
             return F.linear(x.float(), part.weight.float()).to(self.dtype)
-        # In the last bits torch's products depend on the number of outputs: these are computed in their place among all.
-        rows = part.outputs.own
-        whole = torch.zeros(part.outputs.total, part.weight.shape[1])
+        # The last bits of torch's products depend on the number of outputs: these are computed in their place of all.
+        rows = part.output_division.own
+        whole = torch.zeros(part.output_division.total, part.weight.shape[1])
         whole[rows.start : rows.stop] = part.weight
         return F.linear(x.float(), whole)[:, rows.start : rows.stop].to(self.dtype)
 

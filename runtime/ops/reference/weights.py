@@ -42,8 +42,14 @@ class StoredRouter(Router):
 class ReferenceWeights(Weights):
     """Handles of stored weights, without a layout of their own."""
 
-    def float_linear(self, weights: Sequence[Tensor], outputs: Division | None = None) -> Linear:
-        return PartsLinear(tuple(LinearPart("", Scheme.FLOAT, weight, outputs=outputs) for weight in weights))
+    def float_linear(self, weights: Sequence[Tensor], outputs: Sequence[Division | None] = ()) -> Linear:
+        divisions = outputs or [None] * len(weights)
+        return PartsLinear(
+            tuple(
+                LinearPart("", Scheme.FLOAT, weight, output_division=division)
+                for weight, division in zip(weights, divisions, strict=True)
+            )
+        )
 
     def w8a8_linear(self, parts: Sequence[LinearPart]) -> Linear:
         return PartsLinear(tuple(parts))

@@ -10,7 +10,7 @@ import torch
 import torch_npu  # noqa: F401
 
 from . import emulate, models, ops_attention, ops_attention_int8, ops_matmul, ops_norm, ops_routing, ops_sparse
-from .ranks import ops_exchange
+from .ranks import ops_exchange, pool
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 # Importing them fills the register.
@@ -26,6 +26,13 @@ def emulation() -> Iterator[None]:
     library = emulate.register()
     yield
     library._destroy()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[pool.Pool]:
+    """Four processes of the rig."""
+    with pool.started(4) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="session")

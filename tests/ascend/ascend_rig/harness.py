@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from npuq.formats.artifact import KV_CACHE_NAME
-from npuq.runtime import SamplingParams, llm
+from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.reference import ReferenceOps
+from npuq.runtime.sampling.params import SamplingParams
 
 from .standins import SOC_NAME
 
@@ -41,7 +42,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Ops:
     """A set of operators by name; `ascend` runs on CPU tensors, through the emulation."""
     if kind == "ascend":
         cls = WideAscendOps if dtype == torch.float32 else AscendOps
-        return cls(device="cpu", dtype=dtype, soc=SOC_NAME, **options)
+        return cls(device="cpu", dtype=dtype, **{"soc": SOC_NAME, **options})
     return {"reference": ReferenceOps, "cpu": CpuOps}[kind](dtype)
 
 
@@ -61,10 +62,10 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops) -> llm.LanguageModel:
+def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
 
-    Its latent is int8 where the artifact has scales for that.
+    Its latent is int8 where the artifact has scales for that. options: others of `npuq.load`.
     """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
@@ -77,7 +78,7 @@ def load(path: Path, ops: Ops) -> llm.LanguageModel:
     cache_bytes = CACHE_BLOCKS * BLOCK * token_bytes
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
         sizes = EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE)
-        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto")
+        model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto", **options)
     poison_cache(model.engine._cache)
     return model
 
@@ -94,9 +95,13 @@ def generate(
     around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None,
     lengths: Sequence[int] = PROMPT_LENGTHS,
     new_tokens: int = NEW_TOKENS,
+    parallel: str | None = None,
 ) -> Run:
-    """Generate from prompts of some lengths; `around_step` may wrap each pass through the model."""
-    model = load(path, ops)
+    """Generate from prompts of some lengths; `around_step` may wrap each pass through the model.
+
+    With `parallel` on rank 0, as the others follow; they end when this ends.
+    """
+    model = load(path, ops, parallel)
     run = Run()
     forward = model.engine.model.forward
 
@@ -114,6 +119,7 @@ def generate(
             runner.step()
     run.preempted = runner.scheduler.num_preempted
     run.tokens = [tuple(sequence.tokens[sequence.num_prompt_tokens :]) for sequence in sequences]
+    model.close()
     return run
 
 

@@ -81,6 +81,7 @@ def npu_kv_rmsnorm_rope_cache(
     batch, heads, length, width = kv.shape
     require(kv.dtype in rules.floats, f"{name}: kv is {kv.dtype}")
     require(heads == 1 and width == LATENT + ROPE, f"{name}: kv {tuple(kv.shape)}")
+    require(kv.is_contiguous(), f"{name}: a strided kv is allowed, but copied first")
     require(gamma.shape == (LATENT,) and gamma.dtype == kv.dtype, f"{name}: gamma {gamma.dtype} {tuple(gamma.shape)}")
     for table in (cos, sin):
         require(table.shape in ((batch, 1, length, ROPE), (batch, 1, 1, ROPE)), f"{name}: cos/sin {tuple(table.shape)}")

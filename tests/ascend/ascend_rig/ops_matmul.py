@@ -44,8 +44,15 @@ def npu_quant_matmul(
     require(max(x1.shape[1], x2.shape[1]) <= LAST_DIMENSION, f"{name}: last dimension over {LAST_DIMENSION}")
     require(scale.shape == (x2.shape[1],), f"{name}: scale {tuple(scale.shape)} for {x2.shape[1]} outputs")
     out = dtype_of(output_dtype, torch.int8)
-    require(out in rules.floats, f"{name}: output_dtype {out}")
+    require(out in rules.floats or out == torch.int32, f"{name}: output_dtype {out}")
     accumulator = integer_matmul(x1, to_nd(x2))
+    if out == torch.int32:
+        require(pertoken_scale is None, f"{name}: per-token scales beside int32 output")
+        require(scale.dtype in (torch.float32, torch.bfloat16), f"{name}: scale is {scale.dtype} for int32 output")
+        # The formula scales every output; engines take int32 output for unscaled sums. Of ones both are the same.
+        require(bool((scale == 1).all()), f"{name}: int32 output, and a scale that is not 1")
+        require(bias is None or bias.dtype == torch.int32, f"{name}: a float bias beside int32 output")
+        return (accumulator if bias is None else accumulator + bias).to(torch.int32)
     if pertoken_scale is None:
         return _static_quant_matmul(name, accumulator, scale, bias, out)
     require(bias is None, f"{name}: a bias beside per-token scales is not emulated")

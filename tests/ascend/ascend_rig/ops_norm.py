@@ -88,14 +88,17 @@ def npu_quantize(
     input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int = 1, div_mode: bool = True
 ) -> Tensor:
     name = "npu_quantize"
-    require(input.dtype in rules.floats, f"{name}: input is {input.dtype}")
+    require(input.dtype in (*rules.floats, torch.float32), f"{name}: input is {input.dtype}")
     require(dtype == QINT8, f"{name}: only qint8 is emulated")
-    require(axis in (-1, input.dim() - 1), f"{name}: axis {axis} is not the last")
-    require(scales.shape in ((1,), input.shape[-1:]), f"{name}: scales {tuple(scales.shape)}")
     if div_mode:
+        require(-input.dim() <= axis < input.dim(), f"{name}: axis {axis} of {input.dim()} dimensions")
+        require(scales.shape in ((1,), (input.shape[axis],)), f"{name}: scales {tuple(scales.shape)}")
         require(scales.dtype in (torch.bfloat16, torch.float32), f"{name}: scales are {scales.dtype}")
         require(zero_points is None, f"{name}: zero_points of a quotient are not emulated")
-        return (input.float() / scales.float()).round().clamp(-128, 127).to(torch.int8)
+        divisor = scales.float().view([-1 if place == axis % input.dim() else 1 for place in range(input.dim())])
+        return (input.float() / divisor).round().clamp(-128, 127).to(torch.int8)
+    require(axis in (-1, input.dim() - 1), f"{name}: axis {axis} is not the last")
+    require(scales.shape in ((1,), input.shape[-1:]), f"{name}: scales {tuple(scales.shape)}")
     require(scales.dtype == input.dtype, f"{name}: scales are {scales.dtype}, input {input.dtype}")
     shift = torch.zeros_like(scales) if zero_points is None else zero_points
     require(shift.dtype == scales.dtype and shift.shape == scales.shape, f"{name}: zero_points are not like scales")
@@ -105,7 +108,9 @@ def npu_quantize(
 def swiglu(x: Tensor, activate_left: bool = True) -> Tensor:
     """float32 silu(one half) · the other half, over the last dimension."""
     left, right = x.float().chunk(2, dim=-1)
-    return torch.nn.functional.silu(left) * right if activate_left else torch.nn.functional.silu(right) * left
+    gate, up = (left, right) if activate_left else (right, left)
+    # Not torch's silu: its last bit depends on a number's place in the tensor, which differs where ranks divide rows.
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 @semantics

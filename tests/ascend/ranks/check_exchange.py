@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from ascend_rig.ranks import mutations, pool
+from ascend_rig.ranks.chips import Chips
 from ascend_rig.ranks.jobs import Layer, Outcome, run_layer
 
 from npuq.formats.schemes import Scheme
 
 DISPATCH, SCATTER, SUM = "dispatch and combine", "all-to-all", "all-reduce"
-RANKS = 3
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[pool.Pool]:
-    with pool.started(RANKS) as processes:
-        yield processes
+ALONG = Chips("A3", dispatches=False)  # rows go along by collectives
 
 
 def outcomes(ranks: pool.Pool, layer: Layer, size: int = 2) -> list[Outcome]:
@@ -28,21 +22,21 @@ def outcomes(ranks: pool.Pool, layer: Layer, size: int = 2) -> list[Outcome]:
 
 LAYERS = {
     "A3, tokens that ranks do not divide": (Layer(), DISPATCH),
-    "A3, all-to-all": (Layer(dispatches=False), SCATTER),
+    "A3, all-to-all": (Layer(chips=ALONG), SCATTER),
     "A3, fewer tokens than ranks": (Layer(tokens=1), DISPATCH),
-    "A3, fewer tokens than ranks, all-reduce": (Layer(tokens=1, dispatches=False), SUM),
+    "A3, fewer tokens than ranks, all-reduce": (Layer(tokens=1, chips=ALONG), SUM),
     "A3, too many tokens": (Layer(tokens=300), SCATTER),
-    "A3, a small buffer": (Layer(buffer=2), SCATTER),
+    "A3, a small buffer": (Layer(chips=Chips("A3", buffer=2)), SCATTER),
     "A3, few channels": (Layer(hidden=512), SCATTER),
-    "A2, as engines choose": (Layer(family="A2", hidden=128, dispatches=False), SCATTER),
-    "A2, as documented": (Layer(family="A2", hidden=128), DISPATCH),
+    "A2, as engines choose": (Layer(chips=Chips("A2", dispatches=False), hidden=128), SCATTER),
+    "A2, as documented": (Layer(chips=Chips("A2"), hidden=128), DISPATCH),
     "W8A8": (Layer(Scheme.W8A8), DISPATCH),
-    "W8A8, all-to-all": (Layer(Scheme.W8A8, dispatches=False), SCATTER),
+    "W8A8, all-to-all": (Layer(Scheme.W8A8, chips=ALONG), SCATTER),
     "FLOAT": (Layer(Scheme.FLOAT), DISPATCH),
-    "FLOAT, all-to-all": (Layer(Scheme.FLOAT, dispatches=False), SCATTER),
+    "FLOAT, all-to-all": (Layer(Scheme.FLOAT, chips=ALONG), SCATTER),
     "a rank without rows": (Layer(experts_of=(0, 1, 2, 3)), DISPATCH),
-    "a rank without rows, all-to-all": (Layer(experts_of=(0, 1, 2, 3), dispatches=False), SCATTER),
-    "a rank without rows, all-reduce": (Layer(experts_of=(0, 1, 2, 3), tokens=1, dispatches=False), SUM),
+    "a rank without rows, all-to-all": (Layer(experts_of=(0, 1, 2, 3), chips=ALONG), SCATTER),
+    "a rank without rows, all-reduce": (Layer(experts_of=(0, 1, 2, 3), tokens=1, chips=ALONG), SUM),
 }
 
 
@@ -57,13 +51,13 @@ def test_ranks_give_what_one_process_gives(ranks, name):
 
 @pytest.mark.parametrize("dispatches", [True, False])
 def test_three_ranks(ranks, dispatches):
-    found = outcomes(ranks, Layer(experts=12, dispatches=dispatches), size=3)
+    found = outcomes(ranks, Layer(experts=12, chips=Chips("A3", dispatches)), size=3)
     assert all(each.equal for each in found)
 
 
 @pytest.mark.parametrize("name", [*mutations.ALL_RANKS, *mutations.RANGE_ON_ONE_RANK])
 def test_a_wrong_range_does_not_pass(ranks, name):
-    assert outcome(ranks, Layer(dispatches=False, mutation=name)) != "unnoticed"
+    assert outcome(ranks, Layer(chips=ALONG, mutation=name)) != "unnoticed"
 
 
 @pytest.mark.parametrize("name", [*mutations.DISPATCH_ONLY, *mutations.ONE_RANK])
@@ -73,7 +67,7 @@ def test_a_wrong_dispatch_does_not_pass(ranks, name):
 
 @pytest.mark.parametrize("name", mutations.A2_ONLY)
 def test_a_wrong_dispatch_on_a2_does_not_pass(ranks, name):
-    assert outcome(ranks, Layer(family="A2", hidden=128, mutation=name)).startswith("refused")
+    assert outcome(ranks, Layer(chips=Chips("A2"), hidden=128, mutation=name)).startswith("refused")
 
 
 def outcome(ranks: pool.Pool, layer: Layer) -> str:

@@ -1,1 +1,1 @@
-"""The Ascend operators on several NPUs: the device of a rank, the exchange of expert rows, products divided by inputs."""
+"""The Ascend operators on several NPUs: a rank's device, the exchange of expert rows, and rows divided by columns."""

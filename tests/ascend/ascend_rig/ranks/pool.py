@@ -87,13 +87,14 @@ def _serve(pipe: Connection, rank: int) -> None:
     from . import communicators
 
     torch.set_num_threads(1)
-    library = emulate.register()
-    while True:
+    library = emulate.register()  # lasts as long as this name
+    while library is not None:
         try:
             module, name, arguments, ranks, store = pipe.recv()
         except EOFError:
-            break
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+            os._exit(0)  # torch_npu takes seconds to say goodbye to devices that are not there
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": 1}
+        os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="localhost")
         try:
             dist.init_process_group(
                 "gloo",
@@ -109,6 +110,6 @@ def _serve(pipe: Connection, rank: int) -> None:
             answer = (f"{type(error).__name__}: {first[0] if first else ''}", None)
         finally:
             communicators.close_all()
-            dist.destroy_process_group()
+            if dist.is_initialized():  # a job that ends its world has done so
+                dist.destroy_process_group()
         pipe.send(answer)
-    library._destroy()

@@ -17,7 +17,7 @@ import pytest
 from ascend_rig.install import CACHE, TORCH_NPU
 from ascend_rig.schemas import fit_table, schemas_of_wheel
 
-LISTING = json.loads((Path(__file__).parent / "schemas.json").read_text())
+LISTING = json.loads((Path(__file__).parents[1] / "schemas.json").read_text())
 ENDS = ("2.10.0.post7", "2.14.0")
 
 
