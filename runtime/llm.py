@@ -143,15 +143,17 @@ class LanguageModel:
         params: SamplingParams | None = None,
         *,
         grammar: Callable[[], Grammar] | None = None,
+        salt: bytes = b"",
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Generate piece by piece. Text of a piece is final; closing the stream ends the generation.
 
-        grammar: makes the grammar of one completion (`Grammar`).
+        grammar: makes the grammar of one completion (`Grammar`). salt: the prompts share cache blocks only with others
+        of the same salt.
         """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar))
+        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt))
 
     def chat(
         self,
