@@ -135,5 +135,5 @@ def test_a_communicator_is_opened_where_steps_may_dispatch(monkeypatch):
 @pytest.mark.parametrize("text", ["", "0", "-1", "200MB", "²", "1e3", "2 0"])
 def test_a_buffer_size_that_is_no_number_is_refused(monkeypatch, text):
     monkeypatch.setenv("HCCL_BUFFSIZE", text)
-    with pytest.raises(RankError, match="HCCL_BUFFSIZE .* is no number of MB"):
+    with pytest.raises(RankError, match=r"HCCL_BUFFSIZE .* is no number of MB"):
         communicator.hccl_buffer()
