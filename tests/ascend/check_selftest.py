@@ -30,6 +30,8 @@ def test_the_ascend_set_passes(dtype, layout):
     [
         ("norms", "swiglu", "swiglu"),
         ("norms", "dynamic_quant", "linear W8A8"),
+        ("norms", "dynamic_quant_by", "linear W8A8, divided"),
+        ("norms", "swiglu_float32", "dequant_swiglu_quant, divided"),
         ("rotary", "interleave_rope", "rope, cache write and read"),
         ("rotary", "rotary_mul", "index keys"),
         ("sparse", "lightning_indexer", "lightning indexer"),
