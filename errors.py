@@ -16,6 +16,10 @@ class NpuqError(Exception):
     details: Mapping[str, Any] = {}
 
 
+class NpuqWarning(UserWarning):
+    """Something that goes on in another, slower way than asked; the command line prints the message on stderr."""
+
+
 class CheckpointError(NpuqError):
     """An unreadable source checkpoint (or any directory of safetensors)."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
-from ..errors import GenerationError
+from ..errors import GenerationError, NpuqWarning
 from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="int8: a smaller cache, for artifacts that were calibrated.",
 )
+@click.option("--eager", is_flag=True, help="On an NPU: launch every operator, replay no captured decode steps.")
 @click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @parallel_option
 @click.option("--quiet", is_flag=True, help="No notes on stderr.")
@@ -76,6 +78,7 @@ def command(
     device: str | None,
     dtype: str | None,
     kv_cache_dtype: str,
+    eager: bool,
     cache_size: int,
     parallel: str | None,
     quiet: bool,
@@ -110,6 +113,9 @@ def command(
     if stops:
         given["stop"] = stops
 
+    if quiet:
+        warnings.simplefilter("ignore", NpuqWarning)
+
     import torch
 
     from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
@@ -143,6 +149,7 @@ def command(
         kv_cache_dtype=kv_cache_dtype,
         tokenizer=tokenizer,
         family=family,
+        graphs=not eager,
         parallel=ranks.layout(parallel),
     )
     if not runner.leads:

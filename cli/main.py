@@ -7,13 +7,14 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from .. import __version__
-from ..errors import NpuqError
+from ..errors import NpuqError, NpuqWarning
 from ..inputs.launch import Launch
 from .ranks import CommandRanks
 from .terminal.console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
@@ -103,6 +104,10 @@ def main() -> None:
     plus the signal's number for a conversion ended by a signal, and for ranks ended by one.
     """
     _set_up_streams()
+    # torch would import torch_npu by itself, and no command could run where that fails, aborts or hangs. The Ascend
+    # backend imports torch_npu when it is chosen.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    _set_up_warnings()
     settings = Settings()
     code: int | str | None = 0
     try:
@@ -165,6 +170,19 @@ def _described(error: BaseException, settings: Settings) -> tuple[str, int]:
     # BaseException too: a panic within a library written in Rust is one.
     text = f"internal error: {type(error).__name__}: {error}"
     return f"{text}; please report it, with what `npuq --traceback …` prints", _INTERNAL
+
+
+def _set_up_warnings() -> None:
+    """Print npuq's warnings as a line on stderr, without the place in the code; all others as Python does."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, NpuqWarning):
+            say(f"npuq: {one_line(' '.join(str(message).split()))}")
+        else:
+            show(message, category, *place, **more)
+
+    warnings.showwarning = showwarning
 
 
 def _set_up_streams() -> None:

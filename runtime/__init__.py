@@ -7,7 +7,10 @@ from .engine import EngineConfig
 from .evaluation.layer_error import LayerError, layer_errors
 from .evaluation.perplexity import Evaluation, evaluate
 from .llm import LanguageModel, load
-from .sampler import SamplingOptions, SamplingParams
+from .request import Request
+from .sampling.grammar import Grammar
+from .sampling.logprobs import TokenLogprobs
+from .sampling.params import SamplingOptions, SamplingParams
 from .stream import Completion, Piece, Stream
 from .text.tokenizer import Tokenizer
 
@@ -15,12 +18,15 @@ __all__ = [
     "Completion",
     "EngineConfig",
     "Evaluation",
+    "Grammar",
     "LanguageModel",
     "LayerError",
     "Piece",
+    "Request",
     "SamplingOptions",
     "SamplingParams",
     "Stream",
+    "TokenLogprobs",
     "Tokenizer",
     "evaluate",
     "layer_errors",

@@ -12,24 +12,32 @@ from torch import Tensor
 
 from ..errors import GenerationError
 from ..inputs.printable import shown
-from .attention.pools import StoredPool
+from .attention.pools import LayerCache, StoredPool
 from .block_manager import BlockManager
+from .graph.decode import DecodeGraphs
 from .model import Model
 from .ranks.world import World
-from .sampler import SamplingParams
+from .sampling.grammar import Grammar
+from .sampling.logprobs import TokenLogprobs
+from .sampling.params import SamplingParams
+from .sampling.rows import LogitRow
+from .sampling.sampler import NotFiniteError
 from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
 from .step import Chunk, RopeRows, StepBuilder
+from .step_budget import StepBudget
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine, whole numbers.
+    """Sizes of the engine: whole numbers, except for step_seconds.
 
     kv_cache_bytes: memory for the paged cache, which is touched only as the cache fills. It bounds the context, as the
     model's own limit does. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached tokens
-    that a chunk decompresses at a time. Raises GenerationError for sizes out of range.
+    that a chunk decompresses at a time. step_seconds: time that a step may take by its prefill, as measured on steps
+    before; None: any. prefix_cache: sequences that begin alike share cache blocks, also with those that have ended.
+    Raises GenerationError for sizes out of range.
     """
 
     kv_cache_bytes: int = 2 << 30
@@ -37,12 +45,19 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 1024
     prefix_segment_tokens: int = 4096
+    step_seconds: float | None = None
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
-        for size in fields(self):
-            value = getattr(self, size.name)
+        for name in [size.name for size in fields(self) if size.name not in ("step_seconds", "prefix_cache")]:
+            value = getattr(self, name)
             if type(value) is not int:
-                raise GenerationError(f"{size.name} must be a whole number, not {shown(value)}")
+                raise GenerationError(f"{name} must be a whole number, not {shown(value)}")
+        if type(self.prefix_cache) is not bool:
+            raise GenerationError(f"prefix_cache must be True or False, not {shown(self.prefix_cache)}")
+        seconds = self.step_seconds
+        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
+            raise GenerationError(f"step_seconds must be None or a number above 0, not {shown(seconds)}")
         if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
             raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
         if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
@@ -64,6 +79,7 @@ class StepOutput:
     sequence: Sequence
     token: int | None
     error: GenerationError | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Engine:
@@ -71,7 +87,8 @@ class Engine:
 
     context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
     `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
-    alone. All ranks make the same engine, and that of rank 0 leads the steps.
+    alone. All ranks make the same engine, and that of rank 0 leads the steps. use_graphs: run decode steps as captured
+    graphs, where the backend has them; `graphs` then is set.
     """
 
     def __init__(
@@ -82,6 +99,7 @@ class Engine:
         config: EngineConfig,
         cache_scales: abc.Sequence[abc.Mapping[str, Tensor]] | None = None,
         world: World | None = None,
+        use_graphs: bool = True,
     ):
         self.model = model
         self.config = config
@@ -96,7 +114,7 @@ class Engine:
         if world is not None:
             num_blocks = world.least(num_blocks)
         self.context = min(rope.max_position, num_blocks * config.block_size)
-        self.blocks = BlockManager(num_blocks, config.block_size)
+        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache)
         self._cache = tuple(
             caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )
@@ -104,34 +122,74 @@ class Engine:
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
+        self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
 
-    def add(
-        self, prompt: abc.Sequence[int], params: SamplingParams, stop_ids: frozenset[int] = frozenset()
+    def sequence(
+        self,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int] = frozenset(),
+        choice: int = 0,
+        grammar: Grammar | None = None,
+        salt: bytes = b"",
+        leader: Sequence | None = None,
     ) -> Sequence:
-        """Queue a prompt. Tokens of `stop_ids` end it, beside the model's own end-of-sequence tokens.
+        """Make a sequence of a prompt, for `queue`. It changes nothing, and may be called while a step runs.
 
-        Raises GenerationError for a prompt that is empty, holds no token ids, or leaves no room to generate.
+        stop_ids: tokens that end it, beside those of `params` and the model's end-of-sequence tokens. choice: its
+        number among the sequences of its prompt, which draw different random numbers. grammar: of its completion. salt:
+        it shares cache blocks with sequences of the same salt alone. leader: the first choice of its prompt, behind
+        which it enters, to take its blocks. Raises GenerationError for a prompt that is empty, holds no token ids, or
+        leaves no room to generate, and for parameters with ids outside the vocabulary.
         """
         check_token_ids(prompt, self.model.config.vocab_size)
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if ids and max(ids) >= self.model.config.vocab_size:
+                raise GenerationError(
+                    f"{name} {shown(max(ids))} is outside the model's vocabulary of {self.model.config.vocab_size}"
+                )
         if len(prompt) >= self.context:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
-        stop_ids = stop_ids if params.ignore_eos else stop_ids | self._eos_ids
-        sequence = Sequence.start(prompt, params, self.context, stop_ids)
+        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self._eos_ids)
+        if not self.config.prefix_cache or len(prompt) <= self.config.block_size:
+            leader = None  # it has no block to give
+        return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)
+
+    def queue(self, sequence: Sequence) -> None:
+        """Take a sequence into the next steps."""
         self.scheduler.add(sequence)
+
+    def add(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
+        """Make a sequence and queue it."""
+        sequence = self.sequence(prompt, params)
+        self.queue(sequence)
         return sequence
 
+    @property
+    def builder(self) -> StepBuilder:
+        """The builder of its steps."""
+        return self._builder
+
+    @property
+    def cache(self) -> tuple[LayerCache, ...]:
+        """The paged cache, by layer."""
+        return self._cache
+
     def step(self) -> list[StepOutput]:
-        """Run one step: results of the sequences whose next token was due.
+        """Run one step: results of the sequences whose next token was due. Without any sequence nothing runs.
 
         A sequence without a token to choose ends with an error; the others go on.
         """
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
         chunks = [
             Chunk(
                 work.sequence.tokens[work.sequence.num_cached : work.sequence.num_cached + work.count],
@@ -145,10 +203,12 @@ class Engine:
         ordered = [scheduled[index] for index in order]
         sampling = [work.sequence for work in ordered if work.samples]
         with self.model.ops.one_thread():
-            rows = logits.to("cpu", torch.float32)
+            rows = self.model.ops.logit_rows(logits)
             outputs = [_sample(sequence, row) for sequence, row in zip(sampling, rows, strict=True)]
         self._advance(ordered, time.perf_counter() - started)
         for output in outputs:
+            if isinstance(output.error, NotFiniteError):  # what made them so may stand in the cache
+                self.blocks.forget()
             self._append(output)
         return outputs
 
@@ -161,7 +221,7 @@ class Engine:
     def reset(self, sequences: abc.Iterable[Sequence]) -> None:
         """Forget all sequences, which the caller lists, and free all blocks, also after an interrupted step."""
         for sequence in sequences:
-            sequence.blocks = []
+            sequence.blocks, sequence.keys = [], []
             sequence.finish_reason = sequence.finish_reason or "cancelled"
         self.scheduler.reset()
         self.blocks.reset()
@@ -241,16 +301,40 @@ class Engine:
 
     def _run_alone(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step's chunks on this rank: (logits, order of the chunks in them)."""
+        if self.graphs is not None and (logits := self.graphs.run(chunks)) is not None:
+            return logits, list(range(len(chunks)))
+        return self.run_eagerly(chunks)
+
+    def run_eagerly(self, chunks: abc.Sequence[Chunk]) -> tuple[Tensor, list[int]]:
+        """Run a step's operators one by one, on this rank: as `_run_alone`."""
         step, order = self._builder.build(chunks)
         return self.model.forward(step, self._cache), order
 
+    def _capture(self) -> DecodeGraphs | None:
+        ops = self.model.ops
+        if ops.graphs is None or ops.group.size > 1:  # no exchange between ranks is captured
+            return None
+        return DecodeGraphs(
+            self.model,
+            ops.graphs,
+            self._cache,
+            self._builder,
+            self.config.max_num_seqs,
+            table_width=-(-self.context // self.config.block_size),
+            spare_block=self.blocks.num_blocks,
+        )
+
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
+        decodes = sum(work.sequence.is_decoding for work in scheduled)
+        prefill = sum(work.count for work in scheduled if not work.sequence.is_decoding)
+        self._budget.measured(prefill, decodes, seconds)
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds
             else:
                 work.sequence.prefill_seconds += seconds
             work.sequence.num_cached += work.count
+            self.blocks.commit(work.sequence)
 
     def _append(self, output: StepOutput) -> None:
         sequence = output.sequence
@@ -277,11 +361,12 @@ def check_token_ids(tokens: abc.Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _sample(sequence: Sequence, logits: Tensor) -> StepOutput:
+def _sample(sequence: Sequence, logits: LogitRow) -> StepOutput:
     try:
-        return StepOutput(sequence, sequence.sampler.next_token(logits, sequence.tokens))
+        sampled = sequence.sampler.next_token(logits, sequence.tokens)
     except GenerationError as error:
         return StepOutput(sequence, None, error)
+    return StepOutput(sequence, sampled.token, logprobs=sampled.logprobs)
 
 
 def _num_blocks(pools: abc.Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -30,7 +30,9 @@ from .ops import Ops
 from .ranks.group import ALONE
 from .ranks.layout import Layout
 from .ranks.world import World
-from .sampler import SamplingOptions, SamplingParams
+from .request import Request
+from .sampling.grammar import Grammar
+from .sampling.params import SamplingOptions, SamplingParams
 from .step import RopeRows
 from .store import open_store
 from .stream import Completion, Stream
@@ -120,10 +122,13 @@ class LanguageModel:
         """Continue a prompt (a text or token ids), or a list of prompts together.
 
         `options` are fields of `SamplingParams` (`max_new_tokens=64, temperature=0.7, stop="\\n"`, …). They override
-        `params`, or `default_params` without those: `temperature=0` is greedy for every model.
+        `params`, or `default_params` without those: `temperature=0` is greedy for every model. With `n`, give a list of
+        prompts: the result has n completions of the first, then those of the second, and so on.
         Raises GenerationError for a bad option and for a prompt that does not fit.
         """
         done: dict[int, Completion] = {}
+        if _is_one(prompts) and self._params(params, options).n > 1:
+            raise GenerationError("n above 1 gives several completions: give the prompt in a list, as [prompt]")
         with self.stream(prompts, params, **options) as pieces:
             for piece in pieces:
                 if piece.completion is not None:
@@ -136,13 +141,19 @@ class LanguageModel:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
+        *,
+        grammar: Callable[[], Grammar] | None = None,
+        salt: bytes = b"",
         **options: Unpack[SamplingOptions],
     ) -> Stream:
-        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation."""
-        chosen = SamplingParams.of(self.default_params if params is None else params, options)
+        """Generate piece by piece. Text of a piece is final; closing the stream ends the generation.
+
+        grammar: makes the grammar of one completion (`Grammar`). salt: the prompts share cache blocks only with others
+        of the same salt.
+        """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, ids, chosen)
+        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt))
 
     def chat(
         self,
@@ -170,6 +181,9 @@ class LanguageModel:
         if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
             raise _no_prompt(sequences)
         return self._loop.logits([_token_ids(sequence) for sequence in sequences])
+
+    def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams.of(self.default_params if params is None else params, options)
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
@@ -227,6 +241,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     family: str | None = None,
     parallel: str | None = None,
+    graphs: bool = True,
 ) -> LanguageModel:
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
@@ -236,10 +251,11 @@ def load(
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
     model_type as one of this family. parallel: in processes that torchrun started, how they divide the model: "auto",
     or a `Layout` like "ep=8,tp=8"; rank 0 then generates, and all others call `LanguageModel.follow`. None keeps this
-    process alone. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a
-    directory that is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a
-    layout that does not divide the model, and for a model that does not fit into memory, with the numbers, RankError
-    where ranks do not come together.
+    process alone. graphs: on one NPU, capture decode steps and replay them; False launches every operator from the
+    host. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a directory that
+    is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a layout that does not
+    divide the model, and for a model that does not fit into memory, with the numbers, RankError where ranks do not come
+    together.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
@@ -257,6 +273,9 @@ def load(
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         int8_cache = kv_cache_dtype == "int8"
+        if world is not None:
+            world.agree("tensors", [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()])
+            world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
         store = open_store(checkpoint, ops.dtype)
         planner = planner_of(store, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
         layout = chosen_layout(parallel, planner, ops.group.size)
@@ -264,9 +283,9 @@ def load(
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
         planner.check(planner.rank(layout), engine_cache(planner, sizes))
-        weights = load_weights(store, config, ops, attention, owned=owned)
+        weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world)
+    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
     return LanguageModel(directory, generation, runner, tokenizer, world)
 
 

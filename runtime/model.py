@@ -79,8 +79,8 @@ class Model:
         if step.output_rows is not None:
             if step.output_rows.shape[0] == 0:
                 return residual.new_empty(0, self.config.vocab_size)
-            residual = residual[step.output_rows]
-            delta = None if delta is None else delta[step.output_rows]
+            residual = residual.index_select(0, step.output_rows)
+            delta = None if delta is None else delta.index_select(0, step.output_rows)
         if delta is None:
             return self._logits(ops.norms.rms_norm(residual, self.weights.norm, eps))
         return self._logits(ops.norms.add_rms_norm(delta, residual, self.weights.norm, eps)[0])

@@ -1,7 +1,10 @@
-"""Scheduling of the next step: every decoding sequence, then as much prefill as the token budget leaves.
+"""Scheduling of the next step: every decoding sequence, then as much prefill as the budget leaves, in order of arrival.
 
-A sequence that enters gets blocks for all its tokens, and later one block more for each that it fills. When no block is
-free, the sequence that entered last is preempted: it gives up its blocks and waits, to be recomputed.
+So at most one sequence stands between two chunks of its prompt.
+
+A sequence that enters takes the known blocks that hold its first tokens, and gets blocks for the others; later it gets
+one block more for each that it fills. When no block is free, the sequence that entered last is preempted: it gives up
+its blocks and waits, to be recomputed as far as they are gone by then.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 
 from .block_manager import BlockManager
 from .sequence import Sequence
+from .step_budget import StepBudget
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,10 @@ class Scheduled:
 class Scheduler:
     """Waiting and running sequences, first come, first served."""
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, budget: StepBudget):
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
-        self._budget = max_num_batched_tokens
+        self._budget = budget
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.num_preempted = 0
@@ -47,13 +51,17 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's tokens: never none while a sequence waits or runs."""
         chosen = [Scheduled(sequence, 1) for sequence in self._grow_decoding()]
-        budget = self._budget - len(chosen)
+        budget = self._budget.prefill_tokens(len(chosen))
         for sequence in self._running:
             if not sequence.is_decoding and budget > 0:
                 chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))
                 budget -= chosen[-1].count
-        while budget > 0 and self._waiting and self._enter(self._waiting[0]):
-            sequence = self._waiting.popleft()
+        for sequence in list(self._waiting):
+            if sequence.waits_for_leader:
+                continue
+            if budget <= 0 or not self._enter(sequence):
+                break
+            self._waiting.remove(sequence)
             chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))
             budget -= chosen[-1].count
         return chosen
@@ -99,14 +107,21 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         if len(self._running) >= self._max_num_seqs:
             return False
-        allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)))
+        matched, keys = self._blocks.match(sequence.tokens, sequence.salt)
+        allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)) - len(matched))
         if allocated is None:
+            self._blocks.release(matched)
             return False
-        sequence.blocks = allocated
+        sequence.blocks = matched + allocated
+        sequence.keys = keys
+        sequence.num_cached = len(matched) * self._blocks.block_size
+        if sequence.num_reused is None:
+            sequence.num_reused = sequence.num_cached
         self._running.append(sequence)
         return True
 
     def _release(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
         sequence.blocks = []
+        sequence.keys = []
         sequence.num_cached = 0

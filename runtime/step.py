@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.rope import RopeTables
-from .ops import Decode, Ops, Positions, Prefill, Prefix, PrefixSegment, Step
+from .ops import Decode, Lengths, Merge, Ops, Positions, Prefill, PrefixSegment, Step
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Chunk:
         """True for attention in absorbed form: one token after others, or a chunk with `absorbed`."""
         return self.absorbed or (self.start > 0 and len(self.token_ids) == 1)
 
+    @property
+    def rank(self) -> int:
+        """Place in a step: decodes, then chunks that continue a sequence, then those that begin one."""
+        return 0 if self.decodes else 1 if self.start else 2
+
 
 @dataclass(frozen=True)
 class RopeRows:
@@ -56,24 +63,44 @@ class RopeRows:
         return self.cos.shape[0]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the device needs to know of a step, on the host and then on the device."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    decode: Decode | None
+    prefill: Prefill | None
+    output_rows: Tensor | None
+
+
 class StepBuilder:
     """Builder of steps for one engine.
 
-    segment_tokens: tokens of a cached prefix to decompress at a time. dense_tokens: a step with a longer sequence is
+    segment_tokens: cached tokens to decompress at a time. dense_tokens: a step with a longer sequence is
     absorbed as a whole; None: none is (`AttentionKind.dense_tokens`).
     """
 
     def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int, dense_tokens: int | None = None):
         self._ops = ops
         self._rope = rope
-        self._block_size = block_size
+        self.block_size = block_size
         self._segment_blocks = max(1, segment_tokens // block_size)
         self._dense_tokens = dense_tokens
 
     def build(self, chunks: Sequence[Chunk]) -> tuple[Step, list[int]]:
-        """Build the step of some chunks: the step, and the chunks' order in its rows (decodes first, else as given).
+        """Build the step of some chunks: the step, and the chunks' order in its rows (by rank, else as given).
 
         Raises ValueError for a chunk without tokens, beyond the rope tables, or with too few blocks.
+        """
+        on_host, order = self.inputs(chunks)
+        return self.step(self.to_device(on_host)), order
+
+    def inputs(self, chunks: Sequence[Chunk], table_width: int = 1) -> tuple[Inputs, list[int]]:
+        """Make a step's inputs on the host, and the chunks' order. Raises as `build` does.
+
+        table_width: the least number of columns of the decodes' block table.
         """
         longest = max((chunk.end for chunk in chunks), default=0)
         selects = self._dense_tokens is not None and longest > self._dense_tokens
@@ -81,22 +108,36 @@ class StepBuilder:
             chunks = [replace(chunk, absorbed=True) for chunk in chunks]
         for chunk in chunks:
             self._check(chunk)
-        order = sorted(range(len(chunks)), key=lambda index: not chunks[index].decodes)
+        order = sorted(range(len(chunks)), key=lambda index: chunks[index].rank)
         ordered = [chunks[index] for index in order]
         decodes = [chunk for chunk in ordered if chunk.decodes]
-        positions = self._tensor([p for chunk in ordered for p in range(chunk.start, chunk.end)])
-        step = Step(
-            token_ids=self._tensor([token for chunk in ordered for token in chunk.token_ids]),
-            positions=Positions(
-                slots=self._tensor([slot for chunk in ordered for slot in self._slots(chunk)]),
-                cos=self._rope.cos[positions],
-                sin=self._rope.sin[positions],
-            ),
-            decode=self._decode(decodes, selects) if decodes else None,
+        made = Inputs(
+            token_ids=_int64([token for chunk in ordered for token in chunk.token_ids]),
+            positions=_int64([p for chunk in ordered for p in range(chunk.start, chunk.end)]),
+            slots=_int64([slot for chunk in ordered for slot in self._slots(chunk)]),
+            decode=self._decode(decodes, selects, table_width) if decodes else None,
             prefill=self._prefill(ordered[len(decodes) :]) if len(decodes) < len(ordered) else None,
-            output_rows=self._output_rows(ordered),
+            output_rows=_output_rows(ordered),
         )
-        return step, order
+        return made, order
+
+    def to_device(self, on_host: Inputs, into: Tensor | None = None) -> Inputs:
+        """Bring inputs to the device, all in one copy. into: the buffer to overwrite, as in `transfer.to_device`."""
+        return to_device(on_host, self._ops.device, self._ops.pinned, into)
+
+    def step(self, inputs: Inputs) -> Step:
+        """Make the step of inputs on the device: gathers the rows of the rope tables."""
+        return Step(
+            token_ids=inputs.token_ids,
+            positions=Positions(
+                slots=inputs.slots,
+                cos=self._rope.cos.index_select(0, inputs.positions),
+                sin=self._rope.sin.index_select(0, inputs.positions),
+            ),
+            decode=inputs.decode,
+            prefill=inputs.prefill,
+            output_rows=inputs.output_rows,
+        )
 
     def _check(self, chunk: Chunk) -> None:
         if not 0 <= chunk.start < chunk.end <= self._rope.max_position:
@@ -104,59 +145,124 @@ class StepBuilder:
                 f"a chunk of positions {chunk.start} to {chunk.end}; the rope tables have {self._rope.max_position}"
             )
         cached = bool(chunk.blocks) or chunk.start > 0 or chunk.absorbed
-        if cached and len(chunk.blocks) * self._block_size < chunk.end:
-            raise ValueError(f"{len(chunk.blocks)} blocks of {self._block_size} tokens for a chunk up to {chunk.end}")
+        if cached and len(chunk.blocks) * self.block_size < chunk.end:
+            raise ValueError(f"{len(chunk.blocks)} blocks of {self.block_size} tokens for a chunk up to {chunk.end}")
 
     def _slots(self, chunk: Chunk) -> list[int]:
         if not chunk.blocks:
             return [-1] * len(chunk.token_ids)
-        size = self._block_size
+        size = self.block_size
         return [chunk.blocks[p // size] * size + p % size for p in range(chunk.start, chunk.end)]
 
-    def _decode(self, chunks: Sequence[Chunk], selects: bool) -> Decode:
+    def _decode(self, chunks: Sequence[Chunk], selects: bool, table_width: int) -> Decode:
         make = Decode.selecting if selects else Decode
+        entries = [entry for chunk in chunks for entry in self._entries(chunk, selects)]
         return make(
-            q_lens=tuple(accumulate(len(chunk.token_ids) for chunk in chunks)),
-            kv_lens=tuple(chunk.end for chunk in chunks),
-            block_table=self._block_table([self._used_blocks(chunk.blocks, 0, chunk.end) for chunk in chunks]),
+            q_lens=tuple(accumulate(count for _, count, _ in entries)),
+            kv_lens=tuple(end for _, _, end in entries),
+            block_table=_block_table([self._used_blocks(blocks, 0, end) for blocks, _, end in entries], table_width),
         )
+
+    def _entries(self, chunk: Chunk, selects: bool) -> list[tuple[Sequence[int], int, int]]:
+        """Blocks, number of queries and past-the-last position of a chunk, or of parts that the backend takes."""
+        most = None if selects else self._ops.mla.most_queries
+        stride = len(chunk.token_ids) if most is None else most
+        ends = [*range(chunk.start + stride, chunk.end, stride), chunk.end]
+        return [(chunk.blocks, end - start, end) for start, end in pairwise([chunk.start, *ends])]
 
     def _prefill(self, chunks: Sequence[Chunk]) -> Prefill:
         ends = tuple(accumulate(len(chunk.token_ids) for chunk in chunks))
-        prefixes = tuple(
-            Prefix((end - len(chunk.token_ids), end), self._segments(chunk))
-            for end, chunk in zip(ends, chunks, strict=True)
-            if chunk.start
-        )
-        return Prefill(ends, prefixes)
+        continued = [chunk for chunk in chunks if chunk.start]
+        packed = self._packed(continued)
+        segments = tuple(self._segment(continued, [0, *ends], runs) for runs in packed)
+        return Prefill(Lengths(ends, ends, causal=True), segments, _merges([0, *ends], packed))
 
-    def _segments(self, chunk: Chunk) -> tuple[PrefixSegment, ...]:
-        stride = self._segment_blocks * self._block_size
-        ranges = [(start, min(start + stride, chunk.start)) for start in range(0, chunk.start, stride)]
-        return tuple(
-            PrefixSegment(start, end - start, self._block_table([self._used_blocks(chunk.blocks, start, end)]))
-            for start, end in ranges
+    def _packed(self, chunks: Sequence[Chunk]) -> list[list[_Run]]:
+        """Runs of the chunks' cached tokens, as many in a segment as it may hold.
+
+        A sequence is cut at multiples of a segment, whatever other sequences there are.
+        """
+        stride = self._segment_blocks * self.block_size
+        packed: list[list[_Run]] = []
+        held = stride
+        for index, chunk in enumerate(chunks):
+            for start in range(0, chunk.start, stride):
+                run = _Run(index, start, min(start + stride, chunk.start))
+                if held + run.end - run.start > stride:
+                    packed.append([])
+                    held = 0
+                packed[-1].append(run)
+                held += run.end - run.start
+        return packed
+
+    def _segment(self, chunks: Sequence[Chunk], bounds: Sequence[int], runs: Sequence[_Run]) -> PrefixSegment:
+        blocks = [self._used_blocks(chunks[run.chunk].blocks, run.start, run.end) for run in runs]
+        firsts = accumulate((len(used) * self.block_size for used in blocks), initial=0)
+        kept = [row for first, run in zip(firsts, runs, strict=False) for row in range(first, first + run.length)]
+        first, past = bounds[runs[0].chunk], bounds[runs[-1].chunk + 1]
+        return PrefixSegment(
+            rows=(first, past),
+            lengths=Lengths(
+                q_lens=tuple(bounds[run.chunk + 1] - first for run in runs),
+                kv_lens=tuple(accumulate(run.length for run in runs)),
+                causal=False,
+            ),
+            blocks=_int32([block for used in blocks for block in used]),
+            kept=None if kept[-1] == len(kept) - 1 else _int64(kept),
         )
 
     def _used_blocks(self, blocks: Sequence[int], start: int, end: int) -> list[int]:
-        return list(blocks[start // self._block_size : -(-end // self._block_size)])
+        return list(blocks[start // self.block_size : -(-end // self.block_size)])
 
-    def _block_table(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width = max(len(row) for row in rows)
-        padded = [[*row, *[0] * (width - len(row))] for row in rows]
-        return torch.tensor(padded, dtype=torch.int32).to(self._ops.device, non_blocking=True)
 
-    def _output_rows(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        rows: list[int] = []
-        first = 0
-        for chunk in chunks:
-            end = first + len(chunk.token_ids)
-            if chunk.all_rows:
-                rows.extend(range(first, end))
-            elif chunk.last_row:
-                rows.append(end - 1)
-            first = end
-        return None if len(rows) == first else self._tensor(rows)
+class _Run(NamedTuple):
+    """Cached tokens `[start, end)` of the sequence of one chunk; `start` is a multiple of the block size."""
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._ops.device, non_blocking=True)
+    chunk: int
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def _merges(bounds: Sequence[int], packed: Sequence[Sequence[_Run]]) -> tuple[Merge, ...]:
+    """Rows by the segments that they attend to. bounds: where the chunks begin, and where the last one ends."""
+    seen: dict[int, list[int]] = {}
+    for segment, runs in enumerate(packed):
+        for run in runs:
+            seen.setdefault(run.chunk, []).append(segment)
+    merges = []
+    for segments, same in groupby(seen, key=lambda chunk: seen[chunk]):
+        alike = list(same)
+        merges.append(Merge((bounds[alike[0]], bounds[alike[-1] + 1]), tuple(segments)))
+    return tuple(merges)
+
+
+def _output_rows(chunks: Sequence[Chunk]) -> Tensor | None:
+    rows: list[int] = []
+    first = 0
+    for chunk in chunks:
+        end = first + len(chunk.token_ids)
+        if chunk.all_rows:
+            rows.extend(range(first, end))
+        elif chunk.last_row:
+            rows.append(end - 1)
+        first = end
+    return None if len(rows) == first else _int64(rows)
+
+
+def _block_table(rows: Sequence[Sequence[int]], least_width: int) -> Tensor:
+    table = torch.zeros(len(rows), max(least_width, *map(len, rows)), dtype=torch.int32)
+    for place, row in zip(table, rows, strict=True):  # a list of all entries, mostly zeros, would take longer
+        place[: len(row)] = torch.tensor(row, dtype=torch.int32)
+    return table
+
+
+def _int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ..errors import GenerationError
 from .engine import StepOutput
 from .loop import Loop
-from .sampler import SamplingParams
+from .request import Request
+from .sampling.logprobs import TokenLogprobs
 from .sequence import Sequence
 from .text.detokenizing import TextStream
 from .text.tokenizer import Tokenizer
@@ -20,7 +21,8 @@ class Completion:
 
     text: without the prompt, special tokens and the stop string. finish_reason: "stop" (end of sequence or a stop
     string) or "length". prefill_seconds, decode_seconds: wall time of the steps that the prompt took part in, which it
-    shares with other prompts.
+    shares with other prompts. token_ids: with the token that ended the completion, if one did. logprobs: of the tokens
+    whose text is in `text`, if the request asks for them. cached_tokens: those of the prompt that the cache held.
     """
 
     text: str
@@ -29,6 +31,8 @@ class Completion:
     finish_reason: str
     prefill_seconds: float
     decode_seconds: float
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached_tokens: int = 0
 
     @property
     def completion_tokens(self) -> int:
@@ -37,11 +41,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of prompt number `index`. The prompt's last piece has its `completion`."""
+    """The next text of completion number `index`; of n completions a prompt, the first prompt's come first.
+
+    The last piece has the `completion`. token_ids, logprobs: of the tokens whose text this piece brings or begins;
+    logprobs only if the request asks for them.
+    """
 
     index: int
     text: str
     completion: Completion | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Stream(abc.Iterator[Piece]):
@@ -51,13 +61,13 @@ class Stream(abc.Iterator[Piece]):
     dropping the last reference to it) ends the generation. May be read in any thread.
     """
 
-    def __init__(
-        self, loop: Loop, tokenizer: Tokenizer, prompts: abc.Sequence[abc.Sequence[int]], params: SamplingParams
-    ):
+    def __init__(self, loop: Loop, tokenizer: Tokenizer, request: Request):
+        params = request.params
         stops, stop_ids = tokenizer.split_stops(params.stop)
-        self._inbox = _Inbox([TextStream(tokenizer, prompt, stops) for prompt in prompts])
+        prompts = [prompt for prompt in request.prompts for _ in range(params.n)]
+        self._inbox = _Inbox([TextStream(tokenizer, prompt, stops, params.min_tokens) for prompt in prompts])
         self._loop = loop
-        loop.add(self._inbox, prompts, params, stop_ids)
+        loop.add(self._inbox, request, stop_ids)
 
     def __next__(self) -> Piece:
         inbox = self._inbox
@@ -106,6 +116,8 @@ class _Inbox:
         self.error: GenerationError | None = None
         self.open = len(texts)
         self._texts = texts
+        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
+        self._reported = [0] * len(texts)  # tokens of each text that pieces have brought
 
     def expect(self, sequences: tuple[Sequence, ...]) -> None:
         self.sequences = sequences
@@ -122,14 +134,17 @@ class _Inbox:
         sequence = output.sequence
         index = self._places[sequence]
         text = self._texts[index]
+        if output.logprobs is not None:
+            self._logprobs[index].append(output.logprobs)
         # A token that ends a sequence (end of sequence, a stop that is a special token) has no text.
         given = "" if sequence.finish_reason == "stop" else text.add(output.token)
         reason = "stop" if text.stopped else sequence.finish_reason
         if reason is None:
             if given:
-                self.pieces.append(Piece(index, given))
+                self.pieces.append(self._piece(index, given, sequence))
             return False
         given += text.flush()
+        reports = sequence.params.logprobs is not None
         completion = Completion(
             text=text.text,
             token_ids=tuple(sequence.tokens[sequence.num_prompt_tokens :]),
@@ -137,10 +152,20 @@ class _Inbox:
             finish_reason=reason,
             prefill_seconds=sequence.prefill_seconds,
             decode_seconds=sequence.decode_seconds,
+            logprobs=tuple(self._logprobs[index][: text.num_settled]) if reports else None,
+            cached_tokens=sequence.num_reused or 0,
         )
-        self.pieces.append(Piece(index, given, completion))
+        self.pieces.append(self._piece(index, given, sequence, completion))
         self.open -= 1
         return text.stopped
+
+    def _piece(self, index: int, text: str, sequence: Sequence, completion: Completion | None = None) -> Piece:
+        """The piece with the tokens settled since the last one of this completion."""
+        first, end = self._reported[index], self._texts[index].num_settled
+        self._reported[index] = end
+        offset = sequence.num_prompt_tokens
+        token_ids = tuple(sequence.tokens[offset + first : offset + end])
+        return Piece(index, text, completion, token_ids, tuple(self._logprobs[index][first:end]))
 
     def fail(self, error: GenerationError) -> None:
         self.error = self.error or error

@@ -189,8 +189,8 @@ def _sliced_experts(model: StoredModel, owned: Owned) -> Mapping[str, Bytes]:
             ranges = owned.ranges(part.block, part.entry, exact_sum=True)
             return sliced_bytes(part, ranges, backend).times(part.count)
         inner = 1 if part.entry.row_parallel else 0
-        ranges = [owned.tiles(size) if axis == inner else range(size) for axis, size in enumerate(part.shape)]
-        return sliced_bytes(part, ranges, backend).times(part.count)
+        sliced = [owned.tiles(size) if axis == inner else range(size) for axis, size in enumerate(part.shape)]
+        return sliced_bytes(part, sliced, backend).times(part.count)
 
     return bytes_by_kind(model, backend, of_part)
 

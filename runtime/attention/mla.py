@@ -6,12 +6,13 @@ and values. A chunk that continues a sequence also attends to its cached tokens,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..ops import Activation, AttentionWeights, Lengths, Mla, MlaConfig, MlaParts, Ops, Prefill, Queries, Step
+from ..ops import Activation, AttentionWeights, Mla, MlaConfig, MlaParts, Ops, Prefill, PrefixSegment, Queries, Step
 from ..ops.handles import own
 from ..ops.latent_attention import LATENT, ROPE
 from .kind import Attended, Parts
@@ -46,6 +47,9 @@ class MlaAttention:
             ),
             self.config,
         )
+
+    def with_cache_scales(self, weights: AttentionWeights, scales: Mapping[str, Tensor], ops: Ops) -> Mla:
+        return ops.mla.with_cache_scale(own(weights, Mla), scales[LATENT])
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops
@@ -100,25 +104,29 @@ class MlaAttention:
         ops: Ops,
     ) -> Tensor:
         scale = self.config.softmax_scale
-        own_lengths = Lengths(prefill.q_lens, prefill.q_lens, causal=True)
         keys = ops.mla.decompress(latent, k_rope, mla)
-        attended, lse = ops.mla.fused_infer_attention(queries, keys, own_lengths, scale)
-        for prefix in prefill.prefixes:
-            rows = slice(*prefix.rows)
-            count = prefix.rows[1] - prefix.rows[0]
+        attended, lse = ops.mla.fused_infer_attention(queries, keys, prefill.lengths, scale)
+        parts = [self._attend_to(segment, queries, mla, cache, ops) for segment in prefill.segments]
+        for merge in prefill.merges:
+            rows = slice(*merge.rows)
             outputs, lses = [attended[rows]], [lse[rows]]
-            for segment in prefix.segments:
-                cached = ops.caches.gather(cache, segment)
-                out, out_lse = ops.mla.fused_infer_attention(
-                    Queries(queries.nope[rows], queries.rope[rows]),
-                    ops.mla.decompress(cached[LATENT], cached[ROPE], mla),
-                    Lengths((count,), (segment.length,), causal=False),
-                    scale,
-                )
-                outputs.append(out)
-                lses.append(out_lse)
+            for index in merge.segments:
+                first = prefill.segments[index].rows[0]
+                part_rows = slice(rows.start - first, rows.stop - first)
+                outputs.append(parts[index][0][part_rows])
+                lses.append(parts[index][1][part_rows])
             attended[rows] = ops.mla.attention_update(outputs, lses)
         return attended
+
+    def _attend_to(
+        self, segment: PrefixSegment, queries: Queries, mla: Mla, cache: LayerCache, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the segment's rows to its cached tokens: output and log-sum-exp."""
+        rows = slice(*segment.rows)
+        cached = ops.caches.gather(cache, segment.blocks, segment.num_tokens, segment.kept)
+        keys = ops.mla.decompress(cached[LATENT], cached[ROPE], mla)
+        some = Queries(queries.nope[rows], queries.rope[rows])
+        return ops.mla.fused_infer_attention(some, keys, segment.lengths, self.config.softmax_scale)
 
 
 def _written(kv: Tensor, mla: Mla, cache: LayerCache, step: Step, ops: Ops) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ A machine without an NPU is a finding, not an error.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +19,6 @@ from ...errors import BackendError
 from ...inputs.files import read_bytes
 from .model_fit import ModelFit, fit, message_of
 
-# Version files of CANN's toolkit and of the driver in a default installation.
-CANN_VERSION_FILES = (
-    "/usr/local/Ascend/ascend-toolkit/latest/version.cfg",
-    "/usr/local/Ascend/ascend-toolkit/latest/compiler/version.info",
-    "/usr/local/Ascend/latest/version.cfg",
-)
 DRIVER_VERSION_FILES = ("/usr/local/Ascend/driver/version.info",)
 _MOST_VERSION_BYTES = 1 << 16
 
@@ -66,6 +61,18 @@ class Diagnosis:
         return asdict(self)
 
 
+def cann_version_files(environment: Mapping[str, str]) -> list[str]:
+    """Files that may tell the version of CANN's toolkit, the likeliest first.
+
+    `ASCEND_HOME_PATH` is what CANN's set_env.sh exports. The default folder is `Ascend/cann` since CANN 8.5, and
+    `Ascend/ascend-toolkit/latest` before.
+    """
+    homes = [environment.get("ASCEND_HOME_PATH", ""), "/usr/local/Ascend/cann", str(Path.home() / "Ascend/cann")]
+    homes += ["/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/latest"]
+    files = (f"{platform.machine()}-linux/ascend_toolkit_install.info", "version.cfg", "compiler/version.info")
+    return [f"{home}/{file}" for home in homes if home for file in files]
+
+
 def examine(model: Path | None = None, family: str | None = None) -> Diagnosis:
     """Examine this machine, and with `model` the fit of that directory, of unknown model_type read as of `family`."""
     from ... import __version__
@@ -85,7 +92,7 @@ def examine(model: Path | None = None, family: str | None = None) -> Diagnosis:
         kernels=description(),
         torch=_version("torch"),
         torch_npu=_version("torch_npu"),
-        cann=_first_version(CANN_VERSION_FILES),
+        cann=_first_version(cann_version_files(os.environ)),
         driver=_first_version(DRIVER_VERSION_FILES),
         ready=problem is None,
         problem=problem,
@@ -97,9 +104,11 @@ def examine(model: Path | None = None, family: str | None = None) -> Diagnosis:
 
 def _torch_npu() -> tuple[ModuleType | None, str | None]:
     """(torch_npu, None), or (None, the reason why it cannot be used)."""
-    from ..ops.ascend.support import import_torch_npu
+    from ..ops.ascend.support import check_installation, import_torch_npu
+    from .trial_import import trial_import
 
     try:
+        trial_import("torch_npu", check_installation())
         return import_torch_npu(), None
     except BackendError as error:
         return None, str(error)

@@ -15,7 +15,7 @@ from ...formats.artifact import converted_as
 from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
 from ..llm import LanguageModel, load, local_directory
-from ..sampler import not_finite
+from ..sampling.sampler import NotFiniteError
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_check import require_tokenizer
 
@@ -106,7 +106,7 @@ def load_models(
     """Load a model and its float source, where they are directories. Other arguments and errors as of `load`."""
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
-        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel)
+        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel, graphs=False)
     return model, _source(source, model.directory, backend, family, parallel)
 
 
@@ -118,7 +118,7 @@ def _source(
         return source
     directory = local_directory(source)
     family = family or converted_as(artifact, read_config(directory))
-    return load(directory, backend, family=family, parallel=parallel)
+    return load(directory, backend, family=family, parallel=parallel, graphs=False)
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:
@@ -172,5 +172,5 @@ def _compare(context: Context, logits: Tensor, source_logits: Tensor | None) -> 
 def _exp(mean_loss: float) -> float:
     """Perplexity of a mean loss. Raises GenerationError for a loss that is not finite, a sign of damaged weights."""
     if not math.isfinite(mean_loss):
-        raise not_finite()
+        raise NotFiniteError
     return math.exp(min(mean_loss, 700.0))

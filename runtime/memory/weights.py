@@ -39,9 +39,14 @@ class Backend(Protocol):
     are copied to a device, and not mapped from their files.
     """
 
-    dtype: torch.dtype
-    usable: float
-    on_device: bool
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def usable(self) -> float: ...
+
+    @property
+    def on_device(self) -> bool: ...
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         """Bytes of one tensor `[outputs, inputs]`, which may be a slice: `by_columns` of its inputs. A vector has one

@@ -18,13 +18,17 @@ rows, L = kv_lora_rank, D = qk_rope_head_dim. "compute dtype" is `Ops.dtype`; sc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from ..attention.pools import LayerCache
 from ..ranks.group import ALONE, Group
+from ..sampling.rows import LogitRow, host_rows
 from .cache import Caches
+from .graphs import Graphs
 from .handles import (
     Activation,
     AttentionWeights,
@@ -55,7 +59,7 @@ from .products import Products
 from .rotary import Rotary
 from .routing import Routing
 from .sparse_attention import SparseAttention
-from .steps import Decode, Lengths, Positions, Prefill, Prefix, PrefixSegment, Step
+from .steps import Decode, Lengths, Merge, Positions, Prefill, PrefixSegment, Step
 from .weights import Weights
 
 __all__ = [
@@ -74,6 +78,7 @@ __all__ = [
     "Lengths",
     "Linear",
     "LinearPart",
+    "Merge",
     "Mla",
     "MlaConfig",
     "MlaParts",
@@ -84,7 +89,6 @@ __all__ = [
     "Ops",
     "Positions",
     "Prefill",
-    "Prefix",
     "PrefixSegment",
     "Products",
     "Projection",
@@ -104,14 +108,18 @@ __all__ = [
 class Ops:
     """The operators of one backend, in parts.
 
-    name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live.
+    name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live. pinned: their
+    copies to it come from page-locked memory.
     group: the ranks that share the model. Parts that exchange rows are made with it.
+    graphs: capture of steps; None for a backend without.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
+    pinned = False
     group: Group = ALONE
+    graphs: Graphs | None = None
     weights: Weights
     norms: Norms
     products: Products
@@ -120,6 +128,14 @@ class Ops:
     rotary: Rotary
     mla: LatentAttention
     sparse: SparseAttention
+
+    def findings(self) -> list[str]:
+        """What trials on the device have shown so far, a sentence each."""
+        return []
+
+    def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
+        """Rows of logits, compute dtype `[S, vocab]`, for the sampler."""
+        return host_rows(logits)
 
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.

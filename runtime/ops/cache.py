@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..attention.pools import LayerCache, Layout, Pages, Pool, StoredPool, stored_pools
-from .steps import PrefixSegment
 
 NO_SCALES: Mapping[str, Tensor] = {}
 
@@ -51,11 +50,18 @@ class Caches(ABC):
         """True if `new` takes scales."""
         return True
 
-    def gather(self, cache: LayerCache, segment: PrefixSegment) -> dict[str, Tensor]:
-        """Copy a segment of cached tokens out of the pages: by pool, float `[length, channels]`, codes decoded."""
+    def gather(
+        self, cache: LayerCache, blocks: Tensor, num_tokens: int, kept: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Copy cached tokens out of the pages: by pool, float `[num_tokens, channels]`, codes decoded.
+
+        blocks: int `[blocks]`. kept: int64 `[num_tokens]`, rows of those blocks; None: the first ones.
+        """
         # npu_gather_pa_kv_cache recognises NZ pages by the tensor's format, which a cache must not have.
-        gathered = {name: pages.read(segment.block_table[0], segment.length) for name, pages in cache.pages.items()}
+        gathered = {}
         for name, pages in cache.pages.items():
-            if pages.scale is not None:
-                gathered[name] = (gathered[name] * pages.scale).to(self.dtype)
+            length = num_tokens if kept is None else blocks.shape[0] * cache.block_size
+            rows = pages.read(blocks, length)
+            rows = rows if kept is None else rows.index_select(0, kept)
+            gathered[name] = (rows if pages.scale is None else rows * pages.scale).to(self.dtype)
         return gathered

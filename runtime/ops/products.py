@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -26,6 +27,10 @@ class Products(ABC):
         clamp(round-half-even(x · f + offset)), f = 1 / scale in the compute dtype; the result is
         float32(int32 accumulator + quant_bias[n]) · deq_scale[n], rounded once.
         """
+
+    def linears(self, x: Activation, linears: Sequence[Linear]) -> list[Tensor]:
+        """Multiply x by each of some linears. Override to quantize it once."""
+        return [self.linear(x, linear) for linear in linears]
 
     @abstractmethod
     def router_logits(self, x: Tensor, router: Router) -> Tensor:

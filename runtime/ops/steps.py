@@ -39,8 +39,11 @@ class Lengths:
 class Decode:
     """The part of a step that attends in absorbed form. Its tokens come first in the step.
 
+    An entry is a sequence, or a run of its queries where a backend takes so many at a time
+    (`LatentAttention.most_queries`).
+
     q_lens: cumulative query lengths without a leading 0: 1, 2, 3, … with one query a sequence.
-    kv_lens: number of tokens of each sequence, those of this step included (not cumulative).
+    kv_lens: number of tokens of each entry up to its last query, those of this step included (not cumulative).
     block_table: int32 `[sequences, max_blocks]` on the device; entries behind a sequence's blocks are 0 and never read.
     device_lens: int32 `[2, sequences]`, q_lens and kv_lens on the device; only where queries select tokens.
     """
@@ -53,8 +56,8 @@ class Decode:
     @classmethod
     def selecting(cls, q_lens: tuple[int, ...], kv_lens: tuple[int, ...], block_table: Tensor) -> Decode:
         """Make a part whose queries select tokens: with its lengths on the block table's device as well."""
-        lens = torch.tensor([q_lens, kv_lens], dtype=torch.int32)
-        return cls(q_lens, kv_lens, block_table, lens.to(block_table.device, non_blocking=True))
+        lens = torch.tensor([q_lens, kv_lens], dtype=torch.int32, device=block_table.device)
+        return cls(q_lens, kv_lens, block_table, lens)
 
     @property
     def num_tokens(self) -> int:
@@ -68,40 +71,46 @@ class Decode:
 
 @dataclass(frozen=True)
 class PrefixSegment:
-    """Cached tokens `[start, start + length)` of one sequence; `start` is a multiple of the block size.
+    """Cached tokens before some prefill chunks, decompressed together. A sequence gives one run of tokens at most.
 
-    block_table: int32 `[1, blocks]` on the device: the blocks that hold the segment, beginning at `start`.
-    """
-
-    start: int
-    length: int
-    block_table: Tensor
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Cached tokens before a prefill chunk, to which it attends besides its own.
-
-    rows: first and past-the-last row of the chunk, counted from the first prefill row of the step.
+    rows: first and past-the-last row of the chunks, counted from the first prefill row of the step.
+    lengths: of the chunks, and of the cached tokens that each sees; not causal.
+    blocks: int32 `[blocks]` on the device, the blocks of the tokens, sequence by sequence.
+    kept: int64 `[tokens]` on the device, which rows of the blocks are the tokens; None: the first ones.
     """
 
     rows: tuple[int, int]
-    segments: tuple[PrefixSegment, ...]
+    lengths: Lengths
+    blocks: Tensor
+    kept: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.lengths.kv_lens[-1]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Prefill rows whose attention to their own chunks is merged with that to some segments of `Prefill.segments`."""
+
+    rows: tuple[int, int]
+    segments: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Prefill:
     """The part of a step that attends over decompressed keys and values; its tokens follow those of `Decode`.
 
-    q_lens: cumulative lengths of the chunks, without a leading 0; also the lengths of their own keys.
+    lengths: of the chunks and of their own keys, which are as many. Chunks with cached tokens before them come first.
     """
 
-    q_lens: tuple[int, ...]
-    prefixes: tuple[Prefix, ...]
+    lengths: Lengths
+    segments: tuple[PrefixSegment, ...]
+    merges: tuple[Merge, ...]
 
     @property
     def num_tokens(self) -> int:
-        return self.q_lens[-1]
+        return self.lengths.q_lens[-1]
 
 
 @dataclass(frozen=True)

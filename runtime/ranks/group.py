@@ -159,9 +159,8 @@ class Distributed:
 
 def _as_bytes(rows: Tensor) -> Tensor:
     """View contiguous rows as bytes `[rows, bytes of a row]`: a collective knows few dtypes, and moves all the same."""
-    # Flat first: a row of one element may have any stride.
-    flat = rows.flatten().view(torch.uint8)
-    return flat.view(rows.shape[0], prod(rows.shape[1:]) * rows.element_size())
+    # Flat first: of a tensor with one column torch calls any stride contiguous.
+    return rows.flatten().view(torch.uint8).view(rows.shape[0], prod(rows.shape[1:]) * rows.element_size())
 
 
 def _check_counts(rows: Tensor, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -31,6 +32,11 @@ class Detokenizer:
         self._context = list(prompt[-_CONTEXT:])
         self._context_characters: int | None = None  # of their text, once it is needed
         self._pending: list[int] = []
+
+    @property
+    def num_pending(self) -> int:
+        """Number of tokens whose text is held back."""
+        return len(self._pending)
 
     def add(self, token: int) -> str:
         """Add a token: the text that it makes final, often empty."""
@@ -68,14 +74,20 @@ class Detokenizer:
 class TextStream:
     """Text of a sequence up to the first stop string, after which `stopped` is True.
 
-    An end of the text that could begin a stop string is held back.
+    An end of the text that could begin a stop string is held back. The first `min_tokens` tokens neither hold nor begin
+    a stop string. num_settled: number of tokens whose text was returned, at least its beginning.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], min_tokens: int = 0):
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop = tuple(stop)
+        self._early = min_tokens
         self._held = ""
         self._given: list[str] = []
+        self._given_length = 0
+        self._text_length = 0
+        self._unsettled: deque[tuple[int, int]] = deque()  # of tokens: where their text begins and ends
+        self.num_settled = 0
         self.stopped = False
 
     @property
@@ -85,16 +97,31 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """Add a token: the text that it makes final."""
-        return self._advance(self._detokenizer.add(token))
+        pending = self._detokenizer.num_pending + 1
+        text = self._detokenizer.add(token)
+        self._place(pending - self._detokenizer.num_pending, text)
+        self._early -= 1
+        return self._advance(text)
 
     def flush(self) -> str:
         """End the text: the part held back, which begins no stop string."""
         if self.stopped:
             return ""
-        return self._advance(self._detokenizer.flush()) + self._give(len(self._held))
+        pending = self._detokenizer.num_pending
+        text = self._detokenizer.flush()
+        self._place(pending, text)
+        return self._advance(text) + self._give(len(self._held))
+
+    def _place(self, tokens: int, text: str) -> None:
+        """Note where the text of some tokens lies: they share it."""
+        start = self._text_length
+        self._text_length += len(text)
+        self._unsettled.extend([(start, self._text_length)] * tokens)
 
     def _advance(self, text: str) -> str:
         self._held += text
+        if self._early >= 0:
+            return self._give(len(self._held))
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
         if found:
             self.stopped = True
@@ -106,6 +133,13 @@ class TextStream:
     def _give(self, length: int) -> str:
         given, self._held = self._held[:length], self._held[length:]
         self._given.append(given)
+        self._given_length += len(given)
+        while self._unsettled:
+            start, end = self._unsettled[0]
+            if start >= self._given_length and end > self._given_length:
+                break
+            self._unsettled.popleft()
+            self.num_settled += 1
         return given
 
 

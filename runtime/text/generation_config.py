@@ -10,7 +10,7 @@ from ...errors import GenerationError
 from ...inputs.files import inside, is_inside
 from ...inputs.json_text import read_object
 from ...inputs.printable import shown
-from ..sampler import SamplingParams
+from ..sampling.params import SamplingParams
 
 NAME: Final = "generation_config.json"
 _MOST_BYTES: Final = 1 << 20

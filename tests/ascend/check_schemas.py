@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch_npu
 from ascend_rig import emulate, harness
 from ascend_rig.install import TORCH_NPU
 from ascend_rig.recorder import Recorder
@@ -14,6 +15,7 @@ from ascend_rig.schemas import Call, fit_table, installed_schema, misfits
 from npuq.runtime.diagnostics.selftest import CASES
 from npuq.runtime.ops import Gating
 from npuq.runtime.ops.ascend.support import OPERATORS
+from npuq.runtime.ops.ascend.tuning.grouped_matmul import Expectation, MatmulShape, Tuning
 
 LISTING = json.loads((Path(__file__).parent / "schemas.json").read_text())
 CALLS = LISTING["calls"]
@@ -41,7 +43,9 @@ def recorded(artifact) -> dict[str, Call]:
         harness.generate(artifact(name), ops, lengths=(4, 45), new_tokens=2)
     ops.routing.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
     CASES["linear W8A8, static"](ops)
-    CASES["attention, paged, int8"](ops)
+    ops.products.tuning = Tuning({MatmulShape(4, 8, 256, 256, 16): Expectation.MEAN})
+    CASES["grouped_matmul W4A8"](ops)
+    CASES["decode attention, int8 cache"](ops)
     recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend/weights.py, not through ops
     return dict(sorted(recorder.calls.items()))
 
@@ -57,7 +61,7 @@ def test_every_operator_that_is_called_is_emulated():
 
 
 def test_the_listing_is_what_the_installed_torch_npu_has():
-    assert {operator: installed_schema(operator) for operator in CALLS} == LISTING["versions"][TORCH_NPU]
+    assert {operator: installed_schema(operator) for operator in CALLS} == LISTING["versions"][torch_npu.__version__]
 
 
 def test_the_table_of_versions_follows_from_the_schemas():

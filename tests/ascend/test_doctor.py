@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ def devices(monkeypatch):
     def plug(*names: str) -> None:
         fake = SimpleNamespace(npu=FakeNpu(list(names)))
         monkeypatch.setattr(ascend_support, "import_torch_npu", lambda: fake)
+        monkeypatch.setattr(ascend_support, "check_installation", lambda: "2.13.0")
+        monkeypatch.setattr("npuq.runtime.diagnostics.trial_import.trial_import", lambda *_: None)
 
     return plug
 
@@ -198,6 +201,19 @@ def test_versions_are_read_from_the_files_that_cann_leaves(tmp_path):
     assert doctor._first_version((str(Path(tmp_path / "absent")),)) is None
 
 
+def test_cann_is_where_its_script_says_before_the_default_folders(tmp_path):
+    home = tmp_path / "cann-9.1.0"
+    info = home / f"{platform.machine()}-linux" / "ascend_toolkit_install.info"
+    info.parent.mkdir(parents=True)
+    # As CANN 8.5 writes it.
+    info.write_text("package_name=Ascend-cann-toolkit\nversion=9.1.0\ninnerversion=V100R001C25SPC001B212\n")
+    files = doctor.cann_version_files({"ASCEND_HOME_PATH": str(home)})
+    assert doctor._first_version(files) == "9.1.0"
+    folders = list(dict.fromkeys(file.split("/Ascend/")[1].split("/")[0] for file in files if "/Ascend/" in file))
+    assert folders == ["cann", "ascend-toolkit", "latest"]
+    assert doctor.cann_version_files({})[0].startswith("/usr/local/Ascend/cann/")
+
+
 def test_a_device_that_is_no_npu_is_refused(monkeypatch):
     from npuq.runtime.ops.ascend import operators as ascend
 
@@ -222,4 +238,5 @@ def test_a_machine_without_torch_npu_runs_on_the_cpu(bare):
 def test_auto_takes_the_npu_where_one_is(devices, monkeypatch):
     devices("Ascend910B2")
     monkeypatch.setattr(ascend_support, "torch_npu_version", lambda: "2.13.0")
+    monkeypatch.setattr(ascend_support, "has_npu_driver", lambda: True)
     assert ascend_support.npu_count() == 1

@@ -14,7 +14,7 @@ from npuq.errors import BackendError
 from npuq.formats.schemes import Scheme
 from npuq.models.mla import Mla
 from npuq.runtime.ops import LinearPart
-from npuq.runtime.ops.ascend.attention_limits import (
+from npuq.runtime.ops.ascend.attention.limits import (
     PrefillForm,
     absorbed_heads,
     check_indexer,
@@ -37,6 +37,16 @@ def test_another_release_is_refused_naming_both(torch_version, npu):
     with pytest.raises(BackendError) as error:
         check_versions(torch_version, npu)
     assert torch_version in str(error.value) and npu in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pair_that_does_not_fit_is_told_both_remedies():
+    with pytest.raises(BackendError) as error:
+        check_versions("2.13.0+cpu", "2.10.0.post7")
+    assert str(error.value) == (
+        "torch_npu 2.10.0.post7 is built for torch 2.10.0, but torch 2.13.0+cpu is installed: "
+        "pip install torch==2.10.0+cpu --index-url https://download.pytorch.org/whl/cpu, "
+        "or pip install 'torch_npu==2.13.0.*'"
+    )
 
 
 @pytest.mark.parametrize("name", ["Ascend910B1", "Ascend910B4-1", "Ascend910_9391", "ascend910b2"])

@@ -468,7 +468,10 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "maximum, double": (lambda ops: ops.norms.row_maximum(_x(T, H).double()), r"rows of torch.float64"),
     "maximum, float16": (lambda ops: ops.norms.dynamic_quant_by(_x(T, H).half(), _x(T)), r"rows of torch.float16"),
     "maxima of fewer": (lambda ops: ops.norms.dynamic_quant_by(_x(T, H), _x(T - 1)), r"quant_parts: largest"),
-    "maxima, dtype": (lambda ops: ops.norms.swiglu_quant_by(_x(T, H), _x(T).to(BF16)), r"quant_parts: largest is bfloat16"),
+    "maxima, dtype": (
+        lambda ops: ops.norms.swiglu_quant_by(_x(T, H), _x(T).to(BF16)),
+        r"quant_parts: largest is bfloat16",
+    ),
     "sums, width": (lambda ops: _sums(ops, torch.ones(T, 7, dtype=torch.int8)), r"integer_sums: x of 4x8"),
     "sums, floats": (lambda ops: _sums(ops, _x(T, 8)), r"integer_sums: x of 4x8 is float32"),
     "sums, int4": (lambda ops: _sums(ops, scheme=Scheme.W4A8), r"integer_sums: .* sizes"),

@@ -1,6 +1,6 @@
 """Run on every rank: load a model, compute logits, and write how many bytes of its shards the rank has in memory.
 
-    torchrun --nproc-per-node N mapping.py MODEL LAYOUT OUT
+torchrun --nproc-per-node N mapping.py MODEL LAYOUT OUT
 """
 
 from __future__ import annotations

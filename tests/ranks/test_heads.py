@@ -50,9 +50,7 @@ def same(whole: Tensor, parts: list[Tensor], dim: int = 1) -> None:
 @pytest.mark.parametrize("name", OPERATOR_SETS)
 @settings(max_examples=6)
 @given(st.integers(0, 2**32 - 1), HEADS, st.booleans())
-def test_heads_are_computed_apart(
-    name: str, dtype: torch.dtype, seed: int, heads: tuple[int, ...], int8: bool
-) -> None:
+def test_heads_are_computed_apart(name: str, dtype: torch.dtype, seed: int, heads: tuple[int, ...], int8: bool) -> None:
     ops, generator, count = OPERATOR_SETS[name](dtype, ALONE), torch.Generator().manual_seed(seed), sum(heads)
 
     def draw(*shape: int) -> Tensor:

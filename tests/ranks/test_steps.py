@@ -37,7 +37,9 @@ def cases(example_fp8: Path, artifact: Path, int8_artifact: Path, twelve: Path) 
         ranks: [replace(case, parallel=f"ep={ranks},tp=1") for case in several] for ranks, several in by_experts.items()
     }
     chosen[2].append(Case(str(artifact), parallel="ep=2,tp=2"))
-    chosen[4].append(Case(str(artifact), parallel="ep=4,tp=2"))
+    chosen[2].append(Case(str(twelve), backend="reference", parallel="tp=2"))
+    chosen[4].append(Case(str(int8_artifact), kv_cache_dtype="int8", parallel="ep=4,tp=2"))
+    chosen[4].append(Case(str(artifact), dtype="bfloat16", parallel="ep=4,tp=4"))
     return {1: [*of_example, *of_twelve], **chosen}
 
 

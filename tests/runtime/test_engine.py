@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import npuq.runtime
 from npuq.errors import GenerationError
 from npuq.native.library import levels
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.runtime.block_manager import BlockManager
-from npuq.runtime.sampler import Sampler
+from npuq.runtime.sampling.rows import LogitRow
+from npuq.runtime.sampling.sampler import Sampled, Sampler
 
 PROMPTS = [
     "Call me Ishmael.",
@@ -202,7 +202,8 @@ def test_bad_sampling_parameters() -> None:
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
-        {"seed": -1},
+        {"seed": -(2**63) - 1},
+        {"seed": 2**63},
         {"stop": ("x", "")},
     ):
         with pytest.raises(GenerationError):
@@ -220,9 +221,9 @@ def test_sampling_leaves_the_cores_to_the_kernels(example_fp8: Path, monkeypatch
     seen: list[int] = []
     sample = Sampler.next_token
 
-    def spy(sampler: Sampler, logits: Tensor, context: Sequence[int]) -> int:
+    def spy(sampler: Sampler, row: LogitRow, context: Sequence[int]) -> Sampled:
         seen.append(torch.get_num_threads())
-        return sample(sampler, logits, context)
+        return sample(sampler, row, context)
 
     monkeypatch.setattr(Sampler, "next_token", spy)
     before = torch.get_num_threads()

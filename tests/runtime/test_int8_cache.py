@@ -22,7 +22,6 @@ from npuq.runtime.ops import (
     LayerCache,
     Ops,
     Positions,
-    PrefixSegment,
 )
 from npuq.runtime.ops.cpu import CpuOps
 from npuq.runtime.ops.native import NativeOps
@@ -125,7 +124,7 @@ def test_attention_over_codes(ops: Ops) -> None:
         golden = np.einsum("nqs,sl->qnl", weights, codes * scale.astype(np.float64))
         np.testing.assert_allclose(out[rows].numpy(), golden, atol=2e-5)
         first += count
-    gathered = ops.caches.gather(cache, PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32)))
+    gathered = ops.caches.gather(cache, torch.tensor([0, 3], dtype=torch.int32), 17)
     latent, rope_rows = gathered["latent"], gathered["rope"]
     assert np.array_equal(latent.numpy(), (sequences[1][0] * scale)[16:33])
     assert np.array_equal(rope_rows.numpy(), sequences[1][1][16:33])

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from npuq.errors import BackendError
 from npuq.runtime.attention.pools import Pool, read_rows, stored_pools, write_rows
 from npuq.runtime.backend import make_ops
-from npuq.runtime.ops import PrefixSegment
 
 sizes = st.tuples(st.integers(1, 4), st.sampled_from([16, 32, 48]), st.integers(1, 5).map(lambda tiles: 16 * tiles))
 
@@ -89,6 +88,9 @@ def test_a_layer_with_a_third_pool_in_nd_layout() -> None:
     for name, pages in cache.pages.items():
         assert pages.tensor.shape == (3, 16, 1, rows[name].shape[1])
         pages.write(slots, rows[name])
-    gathered = caches.gather(cache, PrefixSegment(0, 20, torch.tensor([[2, 0]], dtype=torch.int32)))
+    blocks = torch.tensor([2, 0], dtype=torch.int32)
+    gathered = caches.gather(cache, blocks, 20)
     assert list(gathered) == ["latent", "rope", "index_key"]
     assert all(torch.equal(gathered[name], rows[name]) for name in rows)
+    some = caches.gather(cache, blocks, 3, torch.tensor([1, 15, 19]))
+    assert all(torch.equal(some[name], rows[name][[1, 15, 19]]) for name in rows)

@@ -114,6 +114,21 @@ def test_logits_of_any_integers(chatty: LanguageModel) -> None:
         ({"stop": ["a", None]}, "stop .* is not valid"),
         ({"temperature": 10**5000}, "temperature of type int is not valid"),
         ({"ignore_eos": "yes"}, "ignore_eos 'yes' is not valid: it must be True or False"),
+        ({"presence_penalty": 2.1}, r"presence_penalty 2\.1 is not valid: it must be a number from -2 to 2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty nan is not valid"),
+        ({"min_tokens": -1}, "min_tokens -1 is not valid"),
+        ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens 9 is above max_new_tokens 8"),
+        ({"n": 0}, "n 0 is not valid"),
+        ({"logprobs": 1025}, "logprobs 1025 is not valid: it must be None or 0 to 1024"),
+        ({"logprobs": True}, "logprobs True is not valid"),
+        ({"stop_token_ids": [1, -1]}, r"stop_token_ids \[1, -1\] is not valid: it must be a list of token ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids 5 is not valid"),
+        ({"stop_token_ids": "12"}, "stop_token_ids '12' is not valid"),
+        ({"logit_bias": [1]}, r"logit_bias \[1\] is not valid: it must map token ids to numbers"),
+        ({"logit_bias": {"1": 1}}, "logit_bias .* is not valid: it must map token ids to numbers from -100 to 100"),
+        ({"logit_bias": {1: 101}}, "logit_bias .* is not valid"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias .* is not valid"),
+        ({"logit_bias": {-1: 1}}, "logit_bias .* is not valid"),
     ],
 )
 def test_bad_options_are_named(chatty: LanguageModel, options: dict[str, Any], expected: str) -> None:
@@ -136,6 +151,9 @@ def test_options_in_other_libraries_numbers() -> None:
     assert params == SamplingParams(temperature=0.5, top_k=3, seed=4, stop=("end",))
     assert type(params.top_k) is int
     assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
+    biased = SamplingParams(logit_bias={np.int64(3): np.float32(0.5)}, stop_token_ids={np.int32(4)})  # type: ignore[dict-item, arg-type]
+    assert (biased.logit_bias, biased.stop_token_ids) == ({3: 0.5}, (4,))
+    assert hash(biased) is not None
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 

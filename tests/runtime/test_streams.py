@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import npuq.runtime
 from npuq.errors import GenerationError
 from npuq.runtime import EngineConfig, LanguageModel, Piece, SamplingParams
 from npuq.runtime.engine import Engine, StepOutput
-from npuq.runtime.sampler import Sampler
+from npuq.runtime.sampling.rows import HostRow, LogitRow
+from npuq.runtime.sampling.sampler import Sampled, Sampler
 
 GO = SamplingParams(max_new_tokens=20, ignore_eos=True)
 PROMPTS = ["Call me Ishmael.", "And God said, Let there be light", "The President", "In the beginning"]
@@ -164,10 +165,10 @@ class Damaged:
     def __init__(self, first: int):
         self.first, self.choose = first, Sampler.next_token
 
-    def __call__(self, sampler: Sampler, logits: Tensor, context: Sequence[int]) -> int:
+    def __call__(self, sampler: Sampler, row: LogitRow, context: Sequence[int]) -> Sampled:
         if context[0] == self.first and len(context) > 5:
-            logits = torch.full_like(logits, float("nan"))
-        return self.choose(sampler, logits, context)
+            row = HostRow(np.full(row.size, np.nan, np.float32))
+        return self.choose(sampler, row, context)
 
 
 def test_damaged_logits_end_their_own_request_only(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

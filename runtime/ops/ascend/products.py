@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +15,7 @@ from ..norms import Norms
 from ..products import Products
 from .device import Npu
 from .ranks.rows import integer_sums
+from .tuning.grouped_matmul import Tuning
 from .weights import (
     MAX_DIMENSION,
     DeviceRouter,
@@ -30,8 +34,8 @@ COUNTS = 1  # group_list_type: rows of each expert, not running sums
 class AscendProducts(Products):
     """Matrix products by torch_npu."""
 
-    def __init__(self, npu: Npu, norms: Norms):
-        self.npu, self.norms = npu, norms
+    def __init__(self, npu: Npu, norms: Norms, tuning: Tuning):
+        self.npu, self.norms, self.tuning = npu, norms, tuning
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
         if isinstance(linear, FloatLinear):
@@ -39,7 +43,7 @@ class AscendProducts(Products):
                 raise BackendError("a float linear was given quantized rows")
             return F.linear(x, linear.weight)
         if isinstance(linear, StaticLinear):
-            return self._static_matmul(x, linear)
+            return self._static_product(self._static_codes(x, linear), linear)
         handle = own(linear, W8A8Linear)
         rows = x if isinstance(x, Quantized) else self.norms.dynamic_quant(x)
         product: Tensor = self.npu.operators.npu_quant_matmul(
@@ -47,10 +51,23 @@ class AscendProducts(Products):
         )
         return product
 
-    def _static_matmul(self, x: Activation, handle: StaticLinear) -> Tensor:
+    def linears(self, x: Activation, linears: Sequence[Linear]) -> list[Tensor]:
+        if not isinstance(x, Quantized):
+            static = [linear for linear in linears if isinstance(linear, StaticLinear)]
+            if static and len(static) == len(linears) and len({linear.inputs for linear in static}) == 1:
+                codes = self._static_codes(x, static[0])
+                return [self._static_product(codes, linear) for linear in static]
+            if all(isinstance(linear, W8A8Linear) for linear in linears):
+                x = self.norms.dynamic_quant(x)
+        return super().linears(x, linears)
+
+    def _static_codes(self, x: Activation, handle: StaticLinear) -> Tensor:
         if isinstance(x, Quantized):
             raise BackendError("a static W8A8 linear was given quantized rows")
-        codes = self.static_quant(x, handle)
+        codes: Tensor = self.static_quant(x, handle)
+        return codes
+
+    def _static_product(self, codes: Tensor, handle: StaticLinear) -> Tensor:
         product: Tensor = self.npu.operators.npu_quant_matmul(
             codes, handle.weight, handle.deq_scale, bias=handle.quant_bias, output_dtype=self.npu.dtype
         )
@@ -66,12 +83,15 @@ class AscendProducts(Products):
             return self._grouped_matmul(x, experts.weight, group_list)
         handle = own(experts, QuantizedExperts)
         rows = x if isinstance(x, Quantized) else self.norms.dynamic_quant(x)
-        scales = {"scale": [handle.scale], "per_token_scale": [rows.scale]}
+        more: dict[str, list[Any]] = {"scale": [handle.scale], "per_token_scale": [rows.scale]}
         if isinstance(handle, W4A8Experts):
-            return self._grouped_matmul(rows.codes, handle.weight, group_list, bias=[handle.scale_bias], **scales)
-        return self._grouped_matmul(rows.codes, handle.weight, group_list, **scales)
+            more["bias"] = [handle.scale_bias]
+        tuned = self.tuning.config_for(handle, rows.codes.shape[0])
+        if tuned is not None:
+            more["tuning_config"] = tuned
+        return self._grouped_matmul(rows.codes, handle.weight, group_list, **more)
 
-    def _grouped_matmul(self, rows: Tensor, weight: Tensor, group_list: Tensor, **scales: list[Tensor]) -> Tensor:
+    def _grouped_matmul(self, rows: Tensor, weight: Tensor, group_list: Tensor, **more: list[Any]) -> Tensor:
         product: Tensor = self.npu.operators.npu_grouped_matmul(
             [rows],
             [weight],
@@ -80,7 +100,7 @@ class AscendProducts(Products):
             group_type=0,
             split_item=2,
             output_dtype=self.npu.dtype,
-            **scales,
+            **more,
         )[0]
         return product
 

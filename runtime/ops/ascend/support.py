@@ -1,6 +1,6 @@
 """Requirements of the Ascend backend: a torch_npu that fits torch, CANN, and a chip with the right operators.
 
-Failures are one line (`BackendError`), where torch_npu itself would end in a traceback.
+Failures are one line (`BackendError`), where torch_npu itself would end in a traceback or abort the process.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 from ....errors import BackendError
 
-INSTALL_HINT = "pip install 'npuq[ascend]' (torch 2.13.0 with torch_npu 2.13.0)"
-
+INSTALL_HINT = "install torch's CPU build, then 'npuq[ascend]' with the torch_npu of its release (docs/ascend.md)"
+# A release of torch_npu needs the same release of torch; `.postN` counts torch_npu's own corrections of it.
+_CPU_BUILD = "pip install torch=={release}+cpu --index-url https://download.pytorch.org/whl/cpu"
+_DEVICES = Path("/dev")
 
 OPERATORS = (
     "npu_add_rms_norm",
@@ -112,21 +115,56 @@ def torch_npu_version() -> str | None:
 
 def check_versions(torch_version: str, npu_version: str) -> None:
     """Raise BackendError unless torch_npu was built for this torch, with the same release number."""
-    if release(torch_version) != release(npu_version):
+    needed = release(npu_version)
+    if release(torch_version) != needed:
         raise BackendError(
-            f"torch_npu {npu_version} is built for torch {release(npu_version)}, but torch {torch_version} is "
-            f"installed; install the pair: {INSTALL_HINT}"
+            f"torch_npu {npu_version} is built for torch {needed}, but torch {torch_version} is installed: "
+            f"{_CPU_BUILD.format(release=needed)}, or pip install 'torch_npu=={release(torch_version)}.*'"
         )
 
 
-def import_torch_npu() -> ModuleType:
-    """Import torch_npu. Raises BackendError if it is missing, does not fit torch, or finds no CANN."""
+def check_build(torch_version: str, accelerator: str | None) -> None:
+    """Raise BackendError for a torch that is built for another accelerator ("CUDA 13.0"): torch_npu aborts beside it.
+
+    Both register the same keys of the allocator's configuration, and the second registration ends the process
+    ("Duplicated key 'pinned_reserve_segment_size_mb'").
+    """
+    if accelerator is not None:
+        raise BackendError(
+            f"torch {torch_version} is built for {accelerator}, and torch_npu ends every process that loads both; "
+            f"install torch's CPU build: {_CPU_BUILD.format(release=release(torch_version))}"
+        )
+
+
+def accelerator_of_torch() -> str | None:
+    """Accelerator that the installed torch is built for, such as "CUDA 13.0"; None for a CPU build."""
+    import torch
+
+    for name, attribute in (("CUDA", "cuda"), ("ROCm", "hip"), ("XPU", "xpu")):
+        version = getattr(torch.version, attribute, None)
+        if version is not None:
+            return f"{name} {version}"
+    return None
+
+
+def check_installation() -> str:
+    """Version of the installed torch_npu, which is not imported.
+
+    Raises BackendError if it is missing, or if it does not fit the installed torch.
+    """
     import torch
 
     version = torch_npu_version()
     if version is None or importlib.util.find_spec("torch_npu") is None:
         raise BackendError(f"the ascend backend needs torch_npu: {INSTALL_HINT}, on a machine with CANN")
     check_versions(torch.__version__, version)
+    check_build(torch.__version__, accelerator_of_torch())
+    return version
+
+
+def import_torch_npu() -> ModuleType:
+    """Import torch_npu. Raises BackendError if it is missing, does not fit torch, or finds no CANN."""
+    version = check_installation()
     try:
         return importlib.import_module("torch_npu")
     except ImportError as error:
@@ -143,13 +181,21 @@ def explain_import_error(version: str, error: ImportError) -> str:
         return f"torch_npu {version} does not import: {error}"
     return (
         f"torch_npu {version} does not load: {library.group()} is not found; install CANN and source its set_env.sh "
-        "(usually /usr/local/Ascend/ascend-toolkit/set_env.sh)"
+        "(/usr/local/Ascend/cann/set_env.sh, before CANN 8.5 /usr/local/Ascend/ascend-toolkit/set_env.sh)"
     )
 
 
+def has_npu_driver() -> bool:
+    """Whether the driver's device files are there. Each process and container that uses an NPU needs them."""
+    return any(_DEVICES.glob("*davinci*"))
+
+
 def npu_count() -> int:
-    """Number of NPUs of this machine; 0 where torch_npu is not installed or cannot start."""
-    if torch_npu_version() is None:
+    """Number of NPUs of this machine; 0 without a driver, and where torch_npu is not installed or cannot start.
+
+    Without a driver torch_npu is not imported: a broken one must not end a process that computes on the CPU.
+    """
+    if not has_npu_driver() or torch_npu_version() is None:
         return 0
     try:
         return int(import_torch_npu().npu.device_count())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
+from ....formats.static_w8a8 import InputScale
 from ...ranks.division import Division
 from ..handles import Experts, Linear, LinearPart, Router
 from ..weights import Weights
@@ -45,12 +46,13 @@ class W8A8Linear(Linear):
 
 @dataclass(frozen=True)
 class StaticLinear(Linear):
-    """Static W8A8 linear. weight: int8 `[K, N]`, NZ if it tiles. factor, offset: compute dtype `[1]`, as `npu_quantize`
-    takes them. deq_scale: float32 `[N]`, or for float16 output int64 with those bits in the low words.
-    quant_bias: int32 `[N]`.
+    """Static W8A8 linear. weight: int8 `[K, N]`, NZ if it tiles. inputs: the scale of its input; factor, offset: the
+    same in the compute dtype `[1]`, as `npu_quantize` takes them. deq_scale: float32 `[N]`, or for float16 output int64
+    with those bits in the low words. quant_bias: int32 `[N]`.
     """
 
     weight: Tensor
+    inputs: InputScale
     factor: Tensor
     offset: Tensor
     deq_scale: Tensor
@@ -114,6 +116,7 @@ class AscendWeights(Weights):
         inputs = statics[0].inputs
         return StaticLinear(
             weight=self._int8_matrix(parts),
+            inputs=inputs,
             factor=(1.0 / torch.tensor([inputs.scale]).to(self.dtype)).to(self.device),
             offset=torch.tensor([float(inputs.offset)]).to(self.device, self.dtype),
             deq_scale=words.to(self.device),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from npuq.runtime.attention.pools import Pool
-from npuq.runtime.ops import Decode, Keys, Lengths, Ops, Positions, PrefixSegment, Queries
+from npuq.runtime.ops import Decode, Keys, Lengths, Ops, Positions, Queries
 
 
 def complex_rope(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
@@ -129,7 +129,6 @@ def test_paged_attention_reads_only_its_blocks(ops: Ops) -> None:
         golden, _ = golden_attention(query, key, np.repeat(latent[:, None], heads, 1), 0.2, True)
         np.testing.assert_allclose(out[rows].numpy(), golden, atol=1e-5)
         first += count
-    segment = PrefixSegment(16, 17, torch.tensor([[0, 3]], dtype=torch.int32))
-    gathered = ops.caches.gather(cache, segment)
+    gathered = ops.caches.gather(cache, torch.tensor([0, 3], dtype=torch.int32), 17)
     for tensor, whole in zip(gathered.values(), sequences[1], strict=True):
         assert np.array_equal(tensor.numpy(), whole[16:33])

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ....formats.schemes import Scheme
-from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
-from .attention_limits import check_mla, takes_prolog
-from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+from .....errors import BackendError
+from .....formats.schemes import Scheme
+from ...handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
+from ..weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+from .limits import check_mla, takes_prolog
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ class PrologWeights:
 
 @dataclass(frozen=True)
 class Projections:
-    """Linears of a layer without the prolog. down: q_a and kv_a fused, or two where their schemes differ; kv_a alone in
-    models without q_lora. q_nope, q_rope: the two parts of the queries.
+    """Linears of a layer without the prolog. q_a: None in models without q_lora. q_nope, q_rope: the two parts of the
+    queries.
+
+    One linear each: columns of a fused one are strided, and the operators that follow would copy them first.
     """
 
-    down: tuple[Linear, ...]
+    q_a: Linear | None
+    kv_a: Linear
     q_nope: Linear
     q_rope: Linear
 
@@ -39,7 +42,8 @@ class AscendMla(Mla):
     """Attention weights of one layer.
 
     Two linears decompress keys (`k_b`) and values (`v_b`), so that both are contiguous, as the attention operator
-    requires. takes_quantized: True if the projections of the hidden state take int8 rows.
+    requires. takes_quantized: True if the projections of the hidden state take int8 rows. caches_codes: True if the
+    scales of an int8 cache are folded into norm and weights (`folding.py`).
     """
 
     projections: PrologWeights | Projections
@@ -47,6 +51,7 @@ class AscendMla(Mla):
     k_b: FloatLinear
     v_b: FloatLinear
     takes_quantized: bool
+    caches_codes: bool = False
 
 
 def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fused_prolog: bool) -> AscendMla:
@@ -89,10 +94,8 @@ def projections(parts: MlaParts, config: MlaConfig, weights: AscendWeights) -> P
         raise BackendError(f"{parts.kv_a.name}: the layer has no q and no q_b")
     halves = head_rows(queries, config.heads, (config.qk_nope_head_dim, config.qk_rope_head_dim))
     q_nope, q_rope = (weights.linear_of([half]) for half in halves)
-    if parts.q_a is None:
-        return Projections((weights.linear_of([parts.kv_a]),), q_nope, q_rope)
-    groups = weights.fusible([parts.q_a, parts.kv_a])
-    return Projections(tuple(weights.linear_of(group) for group in groups), q_nope, q_rope)
+    q_a = None if parts.q_a is None else weights.linear_of([parts.q_a])
+    return Projections(q_a, weights.linear_of([parts.kv_a]), q_nope, q_rope)
 
 
 def head_rows(part: LinearPart, num_heads: int, widths: tuple[int, int]) -> tuple[LinearPart, LinearPart]:

@@ -1,0 +1,1 @@
+"""Time of a decode step and of its operators, against the bytes that they move."""

@@ -1,0 +1,1 @@
+"""A step as one graph of torch_npu."""
