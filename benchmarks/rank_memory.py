@@ -3,9 +3,9 @@
     python benchmarks/rank_memory.py                 1, 2 and 4 ranks
     python benchmarks/rank_memory.py ep=2,tp=2
 
-The model is `random_artifact.SMALL_V3` with a smaller vocabulary, 2.4 GB. A rank's own memory is what it does not share with files (RssAnon);
-mapped is what it has in memory of the model's shards. Each launch computes the logits of four texts of 1,000 tokens in
-steps of 1,024.
+The model is `random_artifact.SMALL_V3` with a smaller vocabulary, 2.4 GB. Mapped is what a rank has in memory of the
+model's shards; its own memory is what it does not share with files (RssAnon). Each launch computes the logits of four
+texts of 1,000 tokens in steps of 1,024.
 """
 
 from __future__ import annotations

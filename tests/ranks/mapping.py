@@ -1,4 +1,4 @@
-"""Run on every rank: load a model, run steps, and write how many bytes the rank has in memory, and how many are planned.
+"""Run on every rank: load a model, run steps, and write the bytes that the rank has in memory, and those of its plan.
 
 torchrun --nproc-per-node N mapping.py MODEL LAYOUT OUT [PROMPTS LENGTH]
 """
