@@ -35,8 +35,8 @@ class Bytes(NamedTuple):
 class Backend(Protocol):
     """The memory of one backend's weights.
 
-    dtype: the compute dtype. usable: the share of memory that weights, workspace and cache may take. held: bytes that an
-    allocator holds for one byte of a step's tensors. on_device: weights are copied to a device, and not mapped.
+    dtype: the compute dtype. usable: the share of memory that weights, workspace and cache may take. held: bytes that
+    allocators hold for a byte of a step's tensors. on_device: weights are copied to a device, and not mapped.
     """
 
     @property
