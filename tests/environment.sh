@@ -1,5 +1,8 @@
 # Sourced by the scripts that set up a virtual environment in the checkout.
 
+# Modules and tests are compiled once, and not by each of the hundreds of processes that the tests start.
+unset PYTHONDONTWRITEBYTECODE
+
 # environment DIRECTORY [EXTRA,…]: create it if it is not there, and install npuq with these extras in place.
 environment() {
   local directory=$1 extras=${2:-}

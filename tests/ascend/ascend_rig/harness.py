@@ -101,7 +101,7 @@ def generate(
 
     With `parallel` on rank 0, as the others follow; they end when this ends.
     """
-    model = load(path, ops, parallel)
+    model = load(path, ops, parallel=parallel)
     run = Run()
     forward = model.engine.model.forward
 
