@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .measurements import bench_lines
+from .measurements import bench_lines, tuning_lines
 from .terminal.console import emit_json, format_bytes, json_option, show
 
 if TYPE_CHECKING:
     from ..runtime.diagnostics.bench.decode import Bench
     from ..runtime.diagnostics.doctor import Diagnosis
     from ..runtime.diagnostics.selftest import Result
+    from ..runtime.diagnostics.tune import Tried
 
 
 @click.command("doctor")
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     "--bench",
     is_flag=True,
     help="Time a decode step of MODEL, or of two random layers as wide as DeepSeek-V3's: whole, and by operator.",
+)
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Measure, in MODEL's shapes, what the NPU's grouped matmul should expect, and store it for this user.",
 )
 @click.option("--sequences", type=click.IntRange(1, 1024), default=8, show_default=True, help="With --bench.")
 @click.option(
@@ -39,6 +45,7 @@ def command(
     model: Path | None,
     selftest: bool,
     bench: bool,
+    tune: bool,
     sequences: int,
     context: int,
     device: str,
@@ -49,6 +56,8 @@ def command(
     A machine without an NPU is reported and is no failure (exit 0); --selftest and --bench then run on the CPU. Exit 1:
     MODEL cannot run on an NPU, or an operator of the self-test disagrees with the reference.
     """
+    if tune and model is None:
+        raise click.UsageError("--tune measures in the shapes of a model: give MODEL")
     from ..runtime.diagnostics.doctor import examine
 
     report = examine(model)
@@ -57,13 +66,21 @@ def command(
     results = _selftest(report, device) if selftest else []
     if selftest and not as_json:
         _print_selftest(report, results)
+    tuning = _tune(report, model, device) if tune and model is not None else None
+    if tuning is not None and not as_json:
+        show(*tuning_lines(*tuning))
     measured = _bench(report, model, device, sequences, context) if bench else None
     if measured is not None and not as_json:
         show(*bench_lines(measured))
     if as_json:
-        parts = {"selftest": _as_json(report, results) if selftest else None}
-        parts["bench"] = None if measured is None else measured.as_json()
-        emit_json({**report.as_json(), **{name: part for name, part in parts.items() if part is not None}})
+        document = report.as_json()
+        if selftest:
+            document["selftest"] = _as_json(report, results)
+        if tuning is not None:
+            document["tuning"] = {"file": str(tuning[0]), "choices": [tried.as_json() for tried in tuning[1]]}
+        if measured is not None:
+            document["bench"] = measured.as_json()
+        emit_json(document)
     if (report.model is not None and not report.model.runs) or not all(result.passed for result in results):
         sys.exit(1)
 
@@ -84,6 +101,18 @@ def _bench(report: Diagnosis, model: Path | None, device: str, sequences: int, c
     return bench_model(model, backend, where, sequences, context)
 
 
+def _tune(report: Diagnosis, model: Path, device: str) -> tuple[Path, list[Tried]]:
+    """Measure and store: the file, and what was tried."""
+    from ..errors import BackendError
+    from ..runtime.backend import make_ops
+    from ..runtime.diagnostics.tune import store_tuning, tune
+
+    if not report.ready:
+        raise BackendError(f"--tune measures an NPU, and none can be used here: {report.problem}")
+    tried = list(tune(model, make_ops("ascend", device=device)))
+    return store_tuning(tried, device), tried
+
+
 def _tested(report: Diagnosis) -> str:
     return "ascend" if report.ready else "cpu"
 
@@ -98,6 +127,7 @@ def _as_json(report: Diagnosis, results: list[Result]) -> dict[str, Any]:
                 # JSON has no infinity: `passed` and this message stand for an error that is not finite.
                 "error": result.error if result.error is not None and result.error != float("inf") else None,
                 "tolerance": result.tolerance,
+                "findings": list(result.findings),
                 "message": result.message
                 or ("not finite, or of another shape" if result.error == float("inf") else ""),
             }
@@ -144,5 +174,7 @@ def _print_selftest(report: Diagnosis, results: list[Result]) -> None:
     for result in results:
         line = result.message or f"error {result.error:.1e}, at most {result.tolerance:.0e} is allowed"
         show(f"  {'ok  ' if result.passed else 'FAIL'} {result.operator:38} {line}")
+        for finding in result.findings:
+            show(f"{'':7}{finding}")
     failed = sum(not result.passed for result in results)
     show(f"{len(results) - failed} of {len(results)} agree.")

@@ -278,7 +278,7 @@ def load(
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
         planner.check(planner.rank(layout), engine_cache(planner, sizes))
-        weights = load_weights(store, config, ops, attention, owned=owned)
+        weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     model = Model(config, ops, weights, attention)
     runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
     return LanguageModel(directory, generation, runner, tokenizer, world)

@@ -132,7 +132,7 @@ def fit(directory: Path) -> ModelFit:
 def _attention_problem(config: ModelConfig) -> str | None:
     from ...models.mla import Mla
     from ...models.sparse_mla import SparseMla
-    from ..ops.ascend.attention_limits import check_indexer, check_mla
+    from ..ops.ascend.attention.limits import check_indexer, check_mla
 
     widths = config.attention
     if type(widths) not in (Mla, SparseMla):

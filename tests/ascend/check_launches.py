@@ -83,6 +83,7 @@ def test_a_sequence_of_one_layer_more_costs_exactly_one_layer_more(artifact):
     for kept in (layers[:2], layers):
         weights = mock.Mock(wraps=engine.model.weights, embedding=engine.model.weights.embedding, layers=kept)
         weights.norm, weights.lm_head = engine.model.weights.norm, engine.model.weights.lm_head
+        weights.vocabulary = engine.model.weights.vocabulary
         with mock.patch.object(engine.model, "weights", weights), guard.watch() as watched:
             engine.model.forward(step, engine._cache[: len(kept)])
         totals.append(len(watched.launches))

@@ -15,6 +15,7 @@ from ascend_rig.schemas import fit_table, installed_schema, misfits
 from npuq.runtime.diagnostics.selftest import CASES
 from npuq.runtime.ops import Gating
 from npuq.runtime.ops.ascend.support import OPERATORS
+from npuq.runtime.ops.ascend.tuning.grouped_matmul import Expectation, MatmulShape, Tuning
 
 LISTING = json.loads((Path(__file__).parent / "schemas.json").read_text())
 CALLS = LISTING["calls"]
@@ -61,7 +62,9 @@ def recorded(artifact) -> dict[str, dict[str, Any]]:
         harness.generate(artifact(name), ops, lengths=(4, 45), new_tokens=2)
     ops.routing.moe_gating_top_k(torch.randn(2, 8), None, Gating(k=2, scoring="softmax", renormalize=True))
     CASES["linear W8A8, static"](ops)
-    CASES["attention, paged, int8"](ops)
+    ops.products.tuning = Tuning({MatmulShape(4, 8, 256, 256, 16): Expectation.MEAN})
+    CASES["grouped_matmul W4A8"](ops)
+    CASES["decode attention, int8 cache"](ops)
     recorder.npu_format_cast(torch.zeros(16, 32, dtype=torch.int8), 29)  # made in ascend/weights.py, not through ops
     return dict(sorted(recorder.calls.items()))
 

@@ -25,7 +25,12 @@ ALONE = {
 TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE.values() for name in group}))
 GROUPS = {**ALONE, "operators": TOGETHER}
 # Every call of the runtime, and every operator's self-test in all dtypes and layouts.
-AT_THE_ENDS = ("check_schemas.py", "check_doctor.py", "check_selftest.py::test_the_ascend_set_passes")
+AT_THE_ENDS = (
+    "check_schemas.py",
+    "check_doctor.py",
+    "graph/check_handlers.py",
+    "check_selftest.py::test_the_ascend_set_passes",
+)
 
 TOOLS = ("gcc", "nm", "readelf")
 pytestmark = pytest.mark.skipif(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -15,8 +16,9 @@ import torch
 import npuq.cli
 from npuq import __version__
 from npuq.cli.main import COMMANDS, LazyGroup, group, main
+from npuq.cli.main import _set_up_warnings as set_up_warnings
 from npuq.cli.terminal.console import format_bytes, parse_size
-from npuq.errors import ArtifactError
+from npuq.errors import ArtifactError, NpuqWarning
 
 PROBE = """
 import sys
@@ -257,3 +259,12 @@ def test_names_from_a_checkpoint_do_not_command_the_terminal(example_fp8: Path, 
             done = npuq_command(*map(str, arguments), *option)
             assert not set("\x1b\x07\x9b\u202e") & set(done.stdout + done.stderr), (arguments, option)
     assert "a\\x1b[31m\\u202eb" in npuq_command("inspect", str(tmp_path / "out")).stdout
+
+
+def test_a_warning_of_npuqs_own_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    set_up_warnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("the decode step\nruns eagerly", NpuqWarning, stacklevel=1)
+    assert capsys.readouterr().err == "npuq: the decode step runs eagerly\n"
