@@ -124,7 +124,7 @@ def generate(
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         sequences = [runner.sequence(text, params) for text in texts]
         for sequence in sequences:
-            runner.add(sequence)
+            runner.queue(sequence)
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
     run.preempted = runner.scheduler.num_preempted
