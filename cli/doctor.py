@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measurements import bench_lines, tuning_lines
-from .terminal.console import emit_json, format_bytes, json_option, show
+from .reading import as_option
+from .terminal.console import emit_json, format_bytes, json_option, show, size
 
 if TYPE_CHECKING:
     from ..runtime.diagnostics.bench.decode import Bench
     from ..runtime.diagnostics.doctor import Diagnosis
+    from ..runtime.diagnostics.model_fit import ModelFit
     from ..runtime.diagnostics.selftest import Result
     from ..runtime.diagnostics.tune import Tried
 
@@ -40,6 +42,13 @@ if TYPE_CHECKING:
     help="With --bench: tokens of each sequence.",
 )
 @click.option("--device", default="npu:0", show_default=True, help="The NPU to test.")
+@click.option("--plan", is_flag=True, help="Only plan MODEL's memory on several NPUs: layouts, and cache tokens left.")
+@click.option(
+    "--devices", type=click.IntRange(1, 1024), help="With --plan: how many NPUs; default: this machine's, or 8."
+)
+@click.option("--memory", type=size, help="With --plan: memory of each; default: this machine's NPUs', or 64GB.")
+@click.option("--recipe", help="With --plan, for a float checkpoint: the recipe of the artifact; default: w4a8.")
+@as_option("MODEL")
 @json_option("Print one JSON document.")
 def command(
     model: Path | None,
@@ -49,18 +58,34 @@ def command(
     sequences: int,
     context: int,
     device: str,
+    plan: bool,
+    devices: int | None,
+    memory: int | None,
+    recipe: str | None,
+    family: str | None,
     as_json: bool,
 ) -> None:
-    """Show versions, CANN, driver, devices and operators, and whether MODEL can run on an NPU.
+    """Show versions, CANN, driver, devices and operators, and whether MODEL can run on the NPUs.
 
     A machine without an NPU is reported and is no failure (exit 0); --selftest and --bench then run on the CPU. Exit 1:
     MODEL cannot run on an NPU, or an operator of the self-test disagrees with the reference.
+
+    With --plan, MODEL is a directory, user/repo, whose headers alone are fetched, or a config.json by itself. Exit 1:
+    none of npuq's own layouts fits.
     """
+    if plan:
+        _plan(model, family, recipe, devices, memory, as_json)
+        return
+    for option, value in (("--devices", devices), ("--memory", memory), ("--recipe", recipe)):
+        if value is not None:
+            raise click.UsageError(f"{option} is for a plan: add --plan")
+    if family is not None and model is None:
+        raise click.UsageError("--as is about MODEL: give one")
     if tune and model is None:
         raise click.UsageError("--tune measures in the shapes of a model: give MODEL")
     from ..runtime.diagnostics.doctor import examine
 
-    report = examine(model)
+    report = examine(model, family)
     if not as_json:
         _print(report)
     results = _selftest(report, device) if selftest else []
@@ -82,6 +107,24 @@ def command(
             document["bench"] = measured.as_json()
         emit_json(document)
     if (report.model is not None and not report.model.runs) or not all(result.passed for result in results):
+        sys.exit(1)
+
+
+def _plan(
+    model: Path | None, family: str | None, recipe: str | None, devices: int | None, memory: int | None, as_json: bool
+) -> None:
+    if model is None:
+        raise click.UsageError("--plan needs MODEL")
+    if memory == 0:
+        raise click.BadParameter("a device has some memory", param_hint="--memory")
+    from .memory_plan import plan_of, print_plan
+
+    found = plan_of(model, family, recipe or "w4a8", devices, memory)
+    if as_json:
+        emit_json({"path": str(model), **found.as_dict()})
+    else:
+        print_plan(found)
+    if found.recommended is None:
         sys.exit(1)
 
 
@@ -163,10 +206,21 @@ def _print(report: Diagnosis) -> None:
     else:
         show(f"No Ascend NPU can be used here: {report.problem}. The cpu backend can run here.")
     if report.model is not None:
-        verdict = "would run on an NPU" if report.model.runs else "cannot run on an NPU:"
-        show(f"{report.model.path} {verdict}")
+        show(f"{report.model.path} {_verdict(report.model)}")
         for problem in report.model.problems:
             show(f"{'':10} {problem}")
+
+
+def _verdict(model: ModelFit) -> str:
+    if not model.runs:
+        return "cannot run on an NPU:"
+    if model.devices == 1:
+        return "would run on an NPU"
+    size = format_bytes(model.device_bytes)
+    return (
+        f"would run on {model.devices} NPUs of {size}: "
+        f"torchrun --nproc-per-node {model.devices} -m npuq generate … --parallel {model.layout}"
+    )
 
 
 def _print_selftest(report: Diagnosis, results: list[Result]) -> None:

@@ -264,8 +264,8 @@ def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
     written = ops.mla.write_cache(_rows(ops, TOKENS, LATENT + ROPE, seed=92), mla, cache, positions, output_kv=True)
     assert written is not None
     k_rope, latent = written
-    later = ops.caches.gather(cache, _blocks(ops, 2, 0), 2 * BLOCK)
-    later = ops.mla.decompress(later["latent"], later["rope"], mla)
+    cached = ops.caches.gather(cache, _blocks(ops, 2, 0), 2 * BLOCK)
+    later = ops.mla.decompress(cached["latent"], cached["rope"], mla)
     return (*ops.mla.decompress(latent, k_rope, mla), *later)
 
 

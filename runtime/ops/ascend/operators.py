@@ -7,10 +7,14 @@ else stays in tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ....errors import BackendError
 from ...ranks.group import ALONE, Group
+from ...sampling.rows import LogitRow
 from .. import Ops
 from .attention.cache import AscendCaches
 from .attention.latent import AscendLatentAttention
@@ -18,6 +22,7 @@ from .attention.rotary import AscendRotary
 from .attention.sparse import AscendSparseAttention
 from .device import Npu
 from .graph.capture import NpuGraphs
+from .logits import device_rows
 from .norms import AscendNorms
 from .products import AscendProducts
 from .ranks.communicator import communicator_of
@@ -82,6 +87,9 @@ class AscendOps(Ops):
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
         self.sparse = AscendSparseAttention(self.npu, weights, self.norms, self.products, self.rotary)
+
+    def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
+        return device_rows(logits)
 
     def findings(self) -> list[str]:
         return self.mla.findings()
