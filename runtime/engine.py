@@ -119,6 +119,9 @@ class Engine:
             caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )
         self._dense_tokens = model.attention.dense_tokens
+        # With an int8 cache absorbed form rounds queries, which prompts should not notice.
+        absorbs = model.ops.mla.absorbs_chunks and not self._int8_cache
+        self._absorbed_tokens = model.attention.absorbed_tokens if absorbs else 0
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
@@ -196,6 +199,7 @@ class Engine:
                 work.sequence.num_cached,
                 work.sequence.blocks,
                 last_row=work.samples,
+                absorbed=0 < work.sequence.num_cached and work.count <= self._absorbed_tokens,
             )
             for work in scheduled
         ]

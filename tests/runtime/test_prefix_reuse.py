@@ -16,6 +16,7 @@ import npuq.runtime
 from npuq.errors import GenerationError
 from npuq.runtime import Completion, EngineConfig, LanguageModel
 from npuq.runtime.engine import Engine
+from npuq.runtime.ops.latent_attention import LatentAttention
 from npuq.runtime.sampling.rows import HostRow, LogitRow
 from npuq.runtime.sampling.sampler import Sampled, Sampler
 from npuq.runtime.step import Chunk
@@ -123,19 +124,26 @@ def poison(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{}, {"max_num_batched_tokens": 12, "max_num_seqs": 2}, {"kv_cache_bytes": 9 * 16 * 576 * 4 * 4}],
-    ids=["together", "in chunks", "preempted"],
+    ("sizes", "absorbed"),
+    [
+        ({}, True),
+        ({}, False),
+        ({"max_num_batched_tokens": 12, "max_num_seqs": 2}, True),
+        ({"kv_cache_bytes": 9 * 16 * 576 * 4 * 4}, True),
+    ],
+    ids=["together", "decompressed", "in chunks", "preempted"],
 )
 def test_texts_are_as_alone(
     example: LanguageModel,
     example_fp8: Path,
     prompts: list[list[int]],
     sizes: dict[str, int],
+    absorbed: bool,
     monkeypatch: pytest.MonkeyPatch,
     rows: list[np.ndarray],
 ) -> None:
     """Three times the same prompts, later with what is left of earlier ones. Blocks hold NaN until they are written."""
+    monkeypatch.setattr(LatentAttention, "absorbs_chunks", absorbed)
     chosen = prompts[:5]
     alone: list[tuple[Completion, list[np.ndarray]]] = []
     for prompt in chosen:
