@@ -199,7 +199,7 @@ class Engine:
                 work.sequence.num_cached,
                 work.sequence.blocks,
                 last_row=work.samples,
-                absorbed=0 < work.sequence.num_cached and work.count <= self._absorbed_tokens,
+                absorbed=work.sequence.num_cached > 0 and work.count <= self._absorbed_tokens,
             )
             for work in scheduled
         ]
