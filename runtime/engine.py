@@ -114,7 +114,9 @@ class Engine:
         if world is not None:
             num_blocks = world.least(num_blocks)
         self.context = min(rope.max_position, num_blocks * config.block_size)
-        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache)
+        # With an int8 cache a token alone rounds its query: two of a prompt stay together.
+        computed = 2 if self._int8_cache else 1
+        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache, computed=computed)
         self._cache = tuple(
             caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )

@@ -37,10 +37,10 @@ LATENT, ROPE = "latent", "rope"
 class LatentAttention(ABC):
     """Operators of multi-head latent attention, and composites of them with products, norms and rope.
 
-    dtype: the compute dtype. absorbs_chunks: absorbed attention is as fast for chunks as its arithmetic says.
+    dtype: the compute dtype. absorbs_chunks: absorbed attention to chunks is as fast as its arithmetic says.
     """
 
-    absorbs_chunks = True
+    absorbs_chunks = False
 
     def __init__(self, dtype: torch.dtype, weights: Weights, norms: Norms, products: Products, rotary: Rotary):
         self.dtype, self.weights, self.norms, self.products, self.rotary = dtype, weights, norms, products, rotary

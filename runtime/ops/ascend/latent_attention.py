@@ -27,8 +27,6 @@ PROLOG_INT8 = 2  # weight_quant_mode: q_a, q_b and kv_a are int8
 class AscendLatentAttention(LatentAttention):
     """Attention on torch_npu. Caches with an int8 latent are left to `int8`."""
 
-    absorbs_chunks = False  # not measured; other engines give the operator at most 16 queries a sequence
-
     def __init__(
         self, npu: Npu, weights: AscendWeights, norms: Norms, products: Products, rotary: Rotary, fused_prolog: bool
     ):
