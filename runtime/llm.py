@@ -273,6 +273,9 @@ def load(
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         int8_cache = kv_cache_dtype == "int8"
+        if world is not None:
+            world.agree("tensors", [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()])
+            world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
         store = open_store(checkpoint, ops.dtype)
         planner = planner_of(store, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
         layout = chosen_layout(parallel, planner, ops.group.size)
@@ -280,14 +283,14 @@ def load(
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
         planner.check(planner.rank(layout), engine_cache(planner, sizes))
-        weights = load_weights(store, config, ops, attention, owned=owned)
+        weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     model = Model(config, ops, weights, attention)
     runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
     return LanguageModel(directory, generation, runner, tokenizer, world)
 
 
 def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:
-    """The layout that `parallel` asks for; of "auto", the one that leaves most memory for the cache.
+    """The layout that `parallel` asks for; of "auto", the one that memory recommends.
 
     Raises BackendError for one that does not divide the model, and where none fits.
     """

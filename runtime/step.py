@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -156,11 +156,19 @@ class StepBuilder:
 
     def _decode(self, chunks: Sequence[Chunk], selects: bool, table_width: int) -> Decode:
         make = Decode.selecting if selects else Decode
+        entries = [entry for chunk in chunks for entry in self._entries(chunk, selects)]
         return make(
-            q_lens=tuple(accumulate(len(chunk.token_ids) for chunk in chunks)),
-            kv_lens=tuple(chunk.end for chunk in chunks),
-            block_table=_block_table([self._used_blocks(chunk.blocks, 0, chunk.end) for chunk in chunks], table_width),
+            q_lens=tuple(accumulate(count for _, count, _ in entries)),
+            kv_lens=tuple(end for _, _, end in entries),
+            block_table=_block_table([self._used_blocks(blocks, 0, end) for blocks, _, end in entries], table_width),
         )
+
+    def _entries(self, chunk: Chunk, selects: bool) -> list[tuple[Sequence[int], int, int]]:
+        """Blocks, number of queries and past-the-last position of a chunk, or of parts that the backend takes."""
+        most = None if selects else self._ops.mla.most_queries
+        stride = len(chunk.token_ids) if most is None else most
+        ends = [*range(chunk.start + stride, chunk.end, stride), chunk.end]
+        return [(chunk.blocks, end - start, end) for start, end in pairwise([chunk.start, *ends])]
 
     def _prefill(self, chunks: Sequence[Chunk]) -> Prefill:
         ends = tuple(accumulate(len(chunk.token_ids) for chunk in chunks))

@@ -6,7 +6,7 @@ generation does not need them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,10 +77,12 @@ def load_weights(
     attention: AttentionKind,
     layers: Sequence[int] | None = None,
     owned: Owned | None = None,
+    cache_scales: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> ModelWeights:
     """Load all weights that generation needs into the backend; of the decoder layers only `layers`, if given.
 
-    owned: the part of the model that this rank owns; None for all of it.
+    owned: the part of the model that this rank owns; None for all of it. cache_scales: of an int8 KV cache, as
+    `load_kv_cache_scales` gives them.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
     becomes shorter meanwhile.
@@ -91,7 +93,10 @@ def load_weights(
     vocabulary = top.rows(Block.TOP, "embedding")
     weights = ModelWeights(
         embedding=ops.weights.parameter(top.tensor(Block.TOP, "embedding")),
-        layers=tuple(load_layer(store, config, ops, attention, layer, owned) for layer in chosen),
+        layers=tuple(
+            load_layer(store, config, ops, attention, layer, owned, cache_scales[layer] if cache_scales else None)
+            for layer in chosen
+        ),
         norm=ops.weights.parameter(top.tensor(Block.TOP, "final_norm"), ops.dtype),
         lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")], [vocabulary]),
         vocabulary=vocabulary,
@@ -127,13 +132,15 @@ def load_layer(
     attention: AttentionKind,
     layer: int,
     owned: Owned | None = None,
+    cache_scales: Mapping[str, Tensor] | None = None,
 ) -> LayerWeights:
     """Load the weights of one decoder layer, for layer-by-layer work. Arguments and errors as of `load_weights`."""
     owned = owned or Layout().owned(config, 0)
     parts, moe = _Parts(store, config, layer, Shares(owned, ops.group)), config.moe_at(layer)
+    weights = attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops)
     return LayerWeights(
         input_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "input_norm"), ops.dtype),
-        attention=attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops),
+        attention=attention.with_cache_scales(weights, cache_scales, ops) if cache_scales else weights,
         mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
         moe=None if moe is None else _moe(parts, moe, ops, owned),

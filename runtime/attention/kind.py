@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -50,6 +51,9 @@ class AttentionKind(Protocol):
 
     def load(self, layer: int, parts: Parts, ops: Ops) -> AttentionWeights:
         """Weights of a layer, laid out by the backend."""
+
+    def with_cache_scales(self, weights: AttentionWeights, scales: Mapping[str, Tensor], ops: Ops) -> AttentionWeights:
+        """Weights of a layer for a cache whose pools named in `scales` hold codes. scales: float32 `[channels]`."""
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops

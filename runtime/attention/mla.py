@@ -7,6 +7,7 @@ and values. A chunk that continues a sequence also attends to its cached tokens,
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,9 @@ class MlaAttention:
             ),
             self.config,
         )
+
+    def with_cache_scales(self, weights: AttentionWeights, scales: Mapping[str, Tensor], ops: Ops) -> Mla:
+        return ops.mla.with_cache_scale(own(weights, Mla), scales[LATENT])
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops

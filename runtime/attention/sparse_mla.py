@@ -7,10 +7,12 @@ without an indexer attends to the selection that the layer below handed on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ...errors import BackendError
 from ...models.sparse_mla import Indexer
 from ..ops import (
     Activation,
@@ -81,6 +83,9 @@ class SparseMlaAttention:
             weights=parts.linear("index_weights"),
         )
         return ops.sparse.load(stored, self.indexer)
+
+    def with_cache_scales(self, weights: AttentionWeights, scales: Mapping[str, Tensor], ops: Ops) -> SparseMla:
+        raise BackendError(f"no int8 codes can stand in pools {sorted(scales)} of this model's KV cache")
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gain: Tensor, weights: AttentionWeights, ops: Ops

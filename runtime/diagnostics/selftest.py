@@ -17,7 +17,7 @@ from ...formats.kv_cache import storable_scale
 from ...formats.schemes import Scheme, quantize_rows
 from ...formats.static_w8a8 import input_scale_of, quantize_static
 from ...quant.scales import Method
-from ..attention.pools import LayerCache, Pool, write_rows
+from ..attention.pools import LayerCache, Pool
 from ..ops import (
     Activation,
     Decode,
@@ -27,6 +27,7 @@ from ..ops import (
     Keys,
     Lengths,
     LinearPart,
+    Mla,
     MlaConfig,
     MlaParts,
     Ops,
@@ -40,6 +41,7 @@ from ..ops.reference import ReferenceOps
 from ..ops.sparse_attention import INDEX_KEY
 
 TOKENS, HIDDEN, INNER, HEADS, EXPERTS, TOP_K, BLOCK = 6, 256, 128, 4, 8, 2, 128
+WIDE = 18432  # outputs of gate and up in a dense layer of DeepSeek-V3
 LATENT, ROPE, HEAD = 512, 64, 128
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 EPS = 1e-6
@@ -56,12 +58,16 @@ Case = Callable[[Ops], tuple[Activation, ...]]
 
 @dataclass(frozen=True)
 class Result:
-    """Result of one operator. error: relative to the largest reference value. message: set if the operator failed."""
+    """Result of one operator. error: relative to the largest reference value. message: set if the operator failed.
+
+    findings: what its case showed of the device besides (`Ops.findings`).
+    """
 
     operator: str
     error: float | None
     tolerance: float
     message: str = ""
+    findings: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -72,6 +78,7 @@ def selftest(ops: Ops) -> Iterator[Result]:
     """Run every case that `ops` supports, on `ops` and on the reference in the same compute dtype."""
     reference = ReferenceOps(ops.dtype)
     tolerance = TOLERANCE[ops.dtype]
+    known: list[str] = []
     for name, case in cases_of(ops).items():
         try:
             ours = case(ops)
@@ -79,7 +86,9 @@ def selftest(ops: Ops) -> Iterator[Result]:
             yield Result(name, None, tolerance, " ".join(str(error).split())[:300])
             continue
         theirs = case(reference)
-        yield Result(name, max(map(_error, ours, theirs)), tolerance)
+        fresh = [finding for finding in ops.findings() if finding not in known]
+        known += fresh
+        yield Result(name, max(map(_error, ours, theirs)), tolerance, findings=tuple(fresh))
 
 
 def cases_of(ops: Ops) -> dict[str, Case]:
@@ -162,6 +171,12 @@ def _layer_norm(ops: Ops) -> tuple[Activation, ...]:
     return (ops.norms.layer_norm(_rows(ops, TOKENS, HIDDEN), gamma, bias, EPS),)
 
 
+def _wide_swiglu(ops: Ops) -> tuple[Activation, ...]:
+    """Values, not codes: a backend may round them to the compute dtype on the way, which moves large codes by one."""
+    codes, scale = ops.norms.dequant_swiglu_quant(_rows(ops, 2, 2 * WIDE))
+    return (codes.float() * scale[:, None],)
+
+
 def _linear(scheme: Scheme) -> Case:
     def case(ops: Ops) -> tuple[Activation, ...]:
         fused = [_part(scheme, outputs, HIDDEN, seed=outputs) for outputs in (INNER, 2 * INNER)]
@@ -232,32 +247,49 @@ def _paged_attention(ops: Ops) -> tuple[Activation, ...]:
     return *_attend(ops, cache), *_attend(ops, cache, heads=5)
 
 
-def _int8_cache(ops: Ops) -> LayerCache:
+def _int8_layer(ops: Ops, heads: int, fused: bool) -> tuple[Mla, LayerCache]:
+    """Weights and cache of a layer with an int8 cache. fused: in sizes that a fused prolog may take."""
+    hidden, q_lora = (1024, 1536) if fused else (HIDDEN, 192)
+    config = MlaConfig(heads, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)
     scale = storable_scale((3 + _random(LATENT, seed=93).abs()) / 127)
-    return ops.caches.new(POOLS, 4, BLOCK, {"latent": scale})
+    mla = ops.mla.load(_mla_parts(Scheme.W8A8, hidden, q_lora, heads), config)
+    return ops.mla.with_cache_scale(mla, scale), ops.caches.new(POOLS, 4, BLOCK, {"latent": scale})
 
 
 def _int8_cache_write(ops: Ops) -> tuple[Activation, ...]:
-    cache = _int8_cache(ops)
+    """Keys and values of tokens, as their own chunk sees them and as later ones do; slots −1 are not written."""
+    mla, cache = _int8_layer(ops, HEADS, fused=False)
     slots = torch.tensor([2 * BLOCK, 2 * BLOCK + 1, -1, 2 * BLOCK + 3, 5, -1]).to(ops.device)
-    kv = _rows(ops, TOKENS, LATENT + ROPE, seed=92)
     positions = Positions(slots, *_tables(ops, TOKENS))
-    written = ops.mla.kv_rmsnorm_rope_cache(kv, _gamma(ops, LATENT), EPS, positions, cache, output_kv=True)
+    written = ops.mla.write_cache(_rows(ops, TOKENS, LATENT + ROPE, seed=92), mla, cache, positions, output_kv=True)
     assert written is not None
-    codes = cache["latent"].read(torch.arange(4, device=ops.device), 4 * BLOCK)
-    read = ops.caches.gather(cache, _blocks(ops, 2), 4)
-    return *written, Quantized(codes, torch.ones(1)), read["rope"]
+    k_rope, latent = written
+    cached = ops.caches.gather(cache, _blocks(ops, 2, 0), 2 * BLOCK)
+    later = ops.mla.decompress(cached["latent"], cached["rope"], mla)
+    return (*ops.mla.decompress(latent, k_rope, mla), *later)
 
 
-def _int8_attention(ops: Ops) -> tuple[Activation, ...]:
-    cache, generator = _int8_cache(ops), torch.Generator().manual_seed(94)
-    codes = torch.randint(-127, 128, (BLOCK + 9, LATENT), generator=generator, dtype=torch.int8)
-    slots = torch.arange(BLOCK + 9, device=ops.device) + BLOCK
-    for name, rows in (("latent", codes.to(ops.device)), ("rope", _rows(ops, BLOCK + 9, ROPE, seed=95))):
-        pages = cache[name]
-        write_rows(pages.tensor, pages.pool.layout, slots, rows)
-    gathered = ops.caches.gather(cache, _blocks(ops, 1), 40)
-    return *_attend(ops, cache), *gathered.values()
+def _int8_attention(heads: int, fused: bool) -> Case:
+    """A block of decode attention over an int8 cache, of two sequences with tokens before."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        mla, cache = _int8_layer(ops, heads, fused)
+        past = BLOCK + 9
+        positions = Positions(torch.arange(past, device=ops.device) + BLOCK, *_tables(ops, past))
+        ops.mla.write_cache(_rows(ops, past, LATENT + ROPE, seed=95), mla, cache, positions, output_kv=False)
+        slots = torch.tensor([2 * BLOCK + 9, 3 * BLOCK]).to(ops.device)
+        table = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32).to(ops.device)
+        decode = Decode(q_lens=(1, 2), kv_lens=(past + 1, 1), block_table=table)
+        step = Step(slots, Positions(slots, *_tables(ops, 2)), decode=decode, prefill=None, output_rows=None)
+        hidden = _rows(ops, 2, 1024 if fused else HIDDEN, seed=25)
+        attended = ops.mla.decode(hidden, mla, cache, step)
+        several = Decode(q_lens=(2, 5), kv_lens=(past, 40), block_table=table)  # as when tokens are speculated
+        q_nope, q_rope = _rows(ops, 5, heads, HEAD, seed=15), _rows(ops, 5, heads, ROPE, seed=16)
+        q_latent = ops.mla.absorb(q_nope, mla)
+        out = ops.mla.fused_infer_attention_paged(q_latent, q_rope, cache, several, SCALE)
+        return attended, ops.mla.bring_out(out, mla)
+
+    return case
 
 
 def _attend(ops: Ops, cache: LayerCache, heads: int = HEADS) -> tuple[Activation, ...]:
@@ -340,6 +372,20 @@ def _sparse_attention(heads: int) -> Case:
     return case
 
 
+def _mla_parts(scheme: Scheme, hidden: int, q_lora: int, heads: int) -> MlaParts:
+    q_a_norm, kv_a_norm = ((1 + 0.1 * _random(width, seed=width)).bfloat16() for width in (q_lora, LATENT))
+    return MlaParts(
+        q=None,
+        q_a=_part(scheme, q_lora, hidden, seed=20, name="q_a"),
+        q_a_norm=q_a_norm,
+        q_b=_part(scheme, heads * (HEAD + ROPE), q_lora, seed=21, name="q_b"),
+        kv_a=_part(scheme, LATENT + ROPE, hidden, seed=22, name="kv_a"),
+        kv_a_norm=kv_a_norm,
+        kv_b=_weight(heads * 2 * HEAD, LATENT, seed=23),
+        o=_part(scheme, hidden, heads * HEAD, seed=24, name="o"),
+    )
+
+
 def _attention_layer(scheme: Scheme, hidden: int, q_lora: int, indexer: Scheme | None = None) -> Case:
     """Run all of decode attention: norm, projections (or the fused prolog), cache, attention, output.
 
@@ -348,19 +394,7 @@ def _attention_layer(scheme: Scheme, hidden: int, q_lora: int, indexer: Scheme |
 
     def case(ops: Ops) -> tuple[Activation, ...]:
         config = MlaConfig(HEADS, q_lora, LATENT, HEAD, ROPE, HEAD, EPS, SCALE)
-        gains = (1 + 0.1 * _random(width, seed=width) for width in (q_lora, LATENT))
-        q_a_norm, kv_a_norm = (gain.bfloat16() for gain in gains)
-        parts = MlaParts(
-            q=None,
-            q_a=_part(scheme, q_lora, hidden, seed=20, name="q_a"),
-            q_a_norm=q_a_norm,
-            q_b=_part(scheme, HEADS * (HEAD + ROPE), q_lora, seed=21, name="q_b"),
-            kv_a=_part(scheme, LATENT + ROPE, hidden, seed=22, name="kv_a"),
-            kv_a_norm=kv_a_norm,
-            kv_b=_weight(HEADS * 2 * HEAD, LATENT, seed=23),
-            o=_part(scheme, hidden, HEADS * HEAD, seed=24, name="o"),
-        )
-        mla = ops.mla.load(parts, config)
+        mla = ops.mla.load(_mla_parts(scheme, hidden, q_lora, HEADS), config)
         cache = _written(ops, 20, first_block=1)
         slots = torch.tensor([BLOCK + 20, 2 * BLOCK]).to(ops.device)
         table = torch.tensor([[1], [2]], dtype=torch.int32).to(ops.device)
@@ -385,6 +419,7 @@ CASES: dict[str, Case] = {
     "swiglu": lambda ops: (ops.norms.swiglu(_rows(ops, TOKENS, HIDDEN)),),
     "dynamic_quant": lambda ops: (ops.norms.dynamic_quant(_rows(ops, TOKENS, HIDDEN)),),
     "dequant_swiglu_quant": lambda ops: (ops.norms.dequant_swiglu_quant(_rows(ops, TOKENS, HIDDEN)),),
+    "dequant_swiglu_quant, wide rows": _wide_swiglu,
     "linear FLOAT": _linear(Scheme.FLOAT),
     "linear W8A8": _linear(Scheme.W8A8),
     "linear W8A8, static": _linear(Scheme.W8A8_STATIC),
@@ -413,7 +448,9 @@ CASES: dict[str, Case] = {
     "attention, ragged, heads of 256": _ragged_attention(192, 256),
     "attention, paged": _paged_attention,
     "int8 cache write and read": _int8_cache_write,
-    "attention, paged, int8": _int8_attention,
+    "decode attention, int8 cache": _int8_attention(HEADS, fused=False),
+    "decode attention, int8 cache, 5 heads": _int8_attention(5, fused=False),
+    "decode attention, int8 cache, prolog shapes": _int8_attention(HEADS, fused=True),
     "index keys": _index_keys,
     "lightning indexer": _lightning_indexer,
     "attention to selected tokens": _sparse_attention(HEADS),
@@ -426,4 +463,4 @@ CASES: dict[str, Case] = {
     "decode attention W8A8, indexer FLOAT": _attention_layer(Scheme.W8A8, 1024, 1536, indexer=Scheme.FLOAT),
 }
 
-INT8_CACHE_CASES = ("int8 cache write and read", "attention, paged, int8")
+INT8_CACHE_CASES = tuple(name for name in CASES if "int8 cache" in name)

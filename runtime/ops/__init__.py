@@ -129,6 +129,10 @@ class Ops:
     mla: LatentAttention
     sparse: SparseAttention
 
+    def findings(self) -> list[str]:
+        """What trials on the device have shown so far, a sentence each."""
+        return []
+
     def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
         """Rows of logits, compute dtype `[S, vocab]`, for the sampler."""
         return host_rows(logits)

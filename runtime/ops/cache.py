@@ -63,5 +63,5 @@ class Caches(ABC):
             length = num_tokens if kept is None else blocks.shape[0] * cache.block_size
             rows = pages.read(blocks, length)
             rows = rows if kept is None else rows.index_select(0, kept)
-            gathered[name] = rows if pages.scale is None else (rows * pages.scale).to(self.dtype)
+            gathered[name] = (rows if pages.scale is None else rows * pages.scale).to(self.dtype)
         return gathered

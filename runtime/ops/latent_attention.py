@@ -37,9 +37,11 @@ LATENT, ROPE = "latent", "rope"
 class LatentAttention(ABC):
     """Operators of multi-head latent attention, and composites of them with products, norms and rope.
 
-    dtype: the compute dtype. absorbs_chunks: absorbed attention to chunks is as fast as its arithmetic says.
+    dtype: the compute dtype. most_queries: of one sequence in an entry of `Decode`; None: any number. absorbs_chunks:
+    absorbed attention to chunks is as fast as its arithmetic says.
     """
 
+    most_queries: int | None = None
     absorbs_chunks = False
 
     def __init__(self, dtype: torch.dtype, weights: Weights, norms: Norms, products: Products, rotary: Rotary):
@@ -53,7 +55,8 @@ class LatentAttention(ABC):
 
         kv `[T, L + D]` (a view with a row stride is fine), gamma `[L]`. Norm and rope in float32 with one rounding
         each. With `output_kv` returns (k_rope `[T, D]`, latent `[T, L]`) as the cache holds them, code · scale of an
-        int8 cache: tokens of the same chunk then see the same keys and values as later tokens.
+        int8 cache: tokens of the same chunk then see the same keys and values as later tokens. Where
+        `with_cache_scale` folds the scales into the weights, latents are codes.
         """
 
     @abstractmethod
@@ -112,6 +115,13 @@ class LatentAttention(ABC):
             w_uv=self.weights.parameter(w_uv.transpose(1, 2)),
             o=self.weights.row_parallel_of(parts.o),
         )
+
+    def with_cache_scale(self, mla: Mla, scale: Tensor) -> Mla:
+        """Make the handle for an int8 cache. scale: float32 `[L]`, a code's step in each channel of the latent.
+
+        Override to fold the scale into the weights; here the cache keeps it, and `mla` is returned.
+        """
+        return mla
 
     def project(self, hidden: Activation, mla: Mla, reader: Linear | None = None) -> Projection:
         """Project `[T, H]` to queries and keys.

@@ -39,8 +39,11 @@ class Lengths:
 class Decode:
     """The part of a step that attends in absorbed form. Its tokens come first in the step.
 
+    An entry is a sequence, or a run of its queries where a backend takes so many at a time
+    (`LatentAttention.most_queries`).
+
     q_lens: cumulative query lengths without a leading 0: 1, 2, 3, … with one query a sequence.
-    kv_lens: number of tokens of each sequence, those of this step included (not cumulative).
+    kv_lens: number of tokens of each entry up to its last query, those of this step included (not cumulative).
     block_table: int32 `[sequences, max_blocks]` on the device; entries behind a sequence's blocks are 0 and never read.
     device_lens: int32 `[2, sequences]`, q_lens and kv_lens on the device; only where queries select tokens.
     """

@@ -11,7 +11,7 @@ from ascend_rig import emulate, guard, harness
 from ascend_rig.tape import Tape
 
 from npuq.errors import BackendError
-from npuq.runtime.step import Chunk
+from npuq.runtime.step import Chunk, StepBuilder
 
 MODELS = (
     *("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static", "kimi-k2.5", "kimi-k2.5-float"),
@@ -58,9 +58,9 @@ def test_an_int8_cache_in_bf16_stays_near_the_reference(artifact):
     With the trained model: the routers of random ones have ties, which bf16 decides either way.
     """
     steps = [
-        [Chunk(range(3, 23), 0, [1, 2]), Chunk(range(40, 50), 0, [3])],
-        [Chunk(range(50, 56), 20, [1, 2]), Chunk([60], 10, [3])],
-        [Chunk([61], 26, [1, 2]), Chunk([62], 11, [3])],
+        [Chunk(range(3, 23), 0, [1]), Chunk(range(40, 50), 0, [2])],
+        [Chunk(range(50, 56), 20, [1]), Chunk([60], 10, [2])],
+        [Chunk([61], 26, [1]), Chunk([62], 11, [2])],
     ]
     engines = [
         harness.load(artifact("example-int8-cache"), harness.make(kind, torch.bfloat16)).engine
@@ -72,13 +72,96 @@ def test_an_int8_cache_in_bf16_stays_near_the_reference(artifact):
 
 
 def test_several_queries_of_a_sequence_attend_to_codes(artifact):
-    """As speculation does, and `npuq evaluate`: whole sequences through the absorbed form."""
-    path, texts = artifact("example-int8-cache"), [[5, 9, 200, 17, 33], list(range(3, 24))]
+    """As speculation does, and `npuq evaluate`: whole sequences through the absorbed form, 16 queries an entry."""
+    path, texts = artifact("example-int8-cache"), [[5, 9, 200, 17, 33], list(range(3, 38))]
     with emulate.use_rules(wide=True):
         ours = list(harness.load(path, harness.make("ascend")).logits(texts))
     theirs = list(harness.load(path, harness.make("reference")).logits(texts))
     # Untaped: ties of activations move single logits, as above.
     assert harness.relative_error(ours, theirs) < 0.03
+
+
+@pytest.mark.parametrize("name", ["example-int8-cache", "prolog-int8-cache"])
+def test_an_int8_cache_is_written_in_steps_where_the_operator_does_not(artifact, name):
+    """As torch_npu's page has it, the operator wants both caches in int8: found out at load, without an end."""
+    path = artifact(name)
+    with emulate.use_rules(wide=True) as used:
+        fused = harness.generate(path, harness.make("ascend"))
+        assert used.calls["npu_kv_rmsnorm_rope_cache"] > 1
+    with emulate.use_rules(wide=True, paired_scales=True) as used:
+        ops = harness.make("ascend")
+        steps = harness.generate(path, ops, guard.guarded)
+        assert used.calls["npu_kv_rmsnorm_rope_cache"] == 0 and ops.mla.int8.by_operator is False
+    assert steps.tokens == fused.tokens and harness.relative_error(steps.logits, fused.logits) < 1e-3
+
+
+def test_the_prolog_writes_an_int8_cache(artifact):
+    path = artifact("prolog-int8-cache")
+    with emulate.use_rules() as used:
+        fused = harness.generate(path, harness.make("ascend", torch.bfloat16), guard.guarded)
+        assert used.calls["npu_mla_prolog_v3"] > 0
+    theirs = run_of(path, "reference", torch.bfloat16)
+    first_decode = next(i for i, step in enumerate(fused.steps) if step.prefill is None)
+    pair = fused.logits[first_decode : first_decode + 1], theirs.logits[first_decode : first_decode + 1]
+    assert harness.relative_error(*pair) < 0.05
+
+
+@pytest.mark.parametrize("name", ["prolog", "prolog-int8-cache"])
+def test_a_prolog_that_gives_queries_of_another_dtype_is_called_once(artifact, name):
+    class Other:
+        """`torch.ops.npu` of a build whose prolog gives int8 queries where bfloat16 ones are due, and vice versa."""
+
+        calls = 0
+
+        def __getattr__(self, operator):
+            original = getattr(torch.ops.npu, operator)
+            if operator != "npu_mla_prolog_v3":
+                return original
+
+            def call(*args, **kwargs):
+                self.calls += 1
+                query, *others = original(*args, **kwargs)
+                return query.to(torch.int8 if query.dtype is torch.bfloat16 else torch.bfloat16), *others
+
+            return call
+
+    ops, other = harness.make("ascend", torch.bfloat16), Other()
+    ops.npu.operators = other
+    run = harness.generate(artifact(name), ops, guard.guarded)
+    assert other.calls == 1
+    plain = harness.generate(artifact(name), harness.make("ascend", torch.bfloat16, fused_prolog=False))
+    assert harness.relative_error(run.logits[:1], plain.logits[:1]) < 0.05
+    first_decode = next(i for i, step in enumerate(run.steps) if step.prefill is None)
+    pair = run.logits[first_decode : first_decode + 1], plain.logits[first_decode : first_decode + 1]
+    assert harness.relative_error(*pair) < 0.05
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 256])
+def test_an_int8_cache_of_other_pages_is_refused(artifact, block_size, monkeypatch):
+    monkeypatch.setattr(harness, "INT8_ENGINE", {**harness.INT8_ENGINE, "block_size": block_size})
+    with pytest.raises(BackendError, match=f"block_size {block_size}.* pages of 128 tokens only.*kv_cache_dtype auto"):
+        harness.load(artifact("example-int8-cache"), harness.make("ascend", torch.bfloat16))
+
+
+def test_attention_to_a_long_prefix_is_merged_in_groups(artifact):
+    """Forty segments of one block: more partial results than one operator of 2025's CANN merges."""
+    path, chunks = artifact("example-float"), [Chunk(range(3, 13), 640, range(1, 42))]
+    results = []
+    for kind in ("ascend", "reference"):
+        with emulate.use_rules(wide=True) as used:
+            ops = harness.make(kind)
+            engine = harness.load(path, ops).engine
+            builder = StepBuilder(ops, engine._builder._rope, harness.BLOCK, harness.BLOCK)
+            cache = [ops.caches.new(engine.model.attention.pools(layer), 42, harness.BLOCK) for layer in range(4)]
+            tokens = torch.Generator().manual_seed(5)
+            for start in range(0, 640, 128):
+                some = torch.randint(3, 250, (128,), generator=tokens).tolist()
+                engine.model.forward(builder.build([Chunk(some, start, range(1, 42))])[0], cache)
+            used.calls.clear()
+            results.append(engine.model.forward(builder.build(chunks)[0], cache))
+            if kind == "ascend":
+                assert used.calls["npu_attention_update"] == 3 * len(cache)
+    assert harness.relative_error([results[0]], [results[1]]) < 1e-4
 
 
 @pytest.mark.parametrize("options", [{"kv_layout": "nd"}, {"dtype": torch.float16}])

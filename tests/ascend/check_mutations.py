@@ -19,18 +19,21 @@ from ascend_rig.mutants import (
     mapped,
     outcome,
     renamed,
+    right,
     running,
     setting,
     swapped,
     without,
 )
 
-from npuq.errors import GenerationError
+from npuq.errors import BackendError, GenerationError
 from npuq.runtime.ops import LayerCache, Quantized
-from npuq.runtime.ops.ascend import latent_attention as attention_module
-from npuq.runtime.ops.ascend import mla as mla_module
+from npuq.runtime.ops.ascend import norms as norms_module
 from npuq.runtime.ops.ascend import weights as weights_module
-from npuq.runtime.ops.ascend.attention_limits import PrefillForm
+from npuq.runtime.ops.ascend.attention import latent as attention_module
+from npuq.runtime.ops.ascend.attention import mla as mla_module
+from npuq.runtime.ops.ascend.attention.limits import PrefillForm
+from npuq.runtime.step import Chunk
 
 
 def next_expert(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -189,7 +192,7 @@ def test_a_cache_in_the_tensor_format_is_refused(artifact):
     assert "plain contiguous" in outcome(artifact("example"), change_ops)
 
 
-FIA8, QUANT8 = "npu_fused_infer_attention_score_v2", "npu_quantize"
+FIA8 = "npu_fused_infer_attention_score_v2"
 INT8_MUTATIONS: dict[str, tuple[str, Change]] = {
     "queries' quant mode left out": (FIA8, without("query_quant_mode")),
     "no scale of the value": (FIA8, without("dequant_scale_value")),
@@ -202,9 +205,12 @@ INT8_MUTATIONS: dict[str, tuple[str, Change]] = {
     "running lengths of keys": (FIA8, mapped("actual_seq_kvlen", running)),
     "lengths of the first version": (FIA8, renamed("actual_seq_kvlen", "actual_seq_lengths_kv")),
     "output not head-major": (FIA8, setting(input_layout="BSND")),
-    "codes by product": (QUANT8, lambda args, kwargs: ([*args, False], kwargs)),
-    "codes by the next channel's scale": (QUANT8, mapped(1, lambda scale: 4 * scale)),
-    "queries without the channels' scales": ("npu_dynamic_quant", without("smooth_scales")),
+    "pages of 64": (FIA8, setting(block_size=64)),
+    "no scale of the codes": (CACHE, without("c_kv_scale")),
+    "scale of the codes in float64": (CACHE, mapped("c_kv_scale", lambda scale: scale.double())),
+    "scale of the codes a number": (CACHE, mapped("c_kv_scale", lambda scale: scale[:1])),
+    "codes of a quarter of the step": (CACHE, mapped("c_kv_scale", lambda scale: scale / 4)),
+    "gain of the norm without the scale": (CACHE, mapped(1, lambda gain: gain * 0.03)),
 }
 
 
@@ -215,20 +221,74 @@ def test_a_wrong_call_on_an_int8_cache_does_not_pass(artifact, name):
     def change_ops(ops: Any) -> None:
         mutants.append(Mutant(*INT8_MUTATIONS[name]))
         ops.npu.operators = mutants[0]
+        caches.append(ops.mla.int8)
 
+    caches: list[Any] = []
     result = outcome(artifact("example-int8-cache"), change_ops)
+    if caches[0].by_operator is False:  # tried at load, and found to write otherwise
+        result = "written in steps"
     print(f"{name}: {result}")
     assert mutants[0].changed, f"{INT8_MUTATIONS[name][0]} is never called"
     assert result != "unnoticed"
 
 
-@pytest.mark.parametrize("operator", [FIA8, QUANT8, "npu_dynamic_quant"])
+@pytest.mark.parametrize("field", ["kv_a_norm", "w_uk", "w_uv", "k_b", "v_b"])
+def test_weights_without_the_scale_of_the_cache_show(artifact, field, monkeypatch):
+    fold = attention_module.fold_scale
+    right(artifact("example-int8-cache"), (4, 170))
+
+    def partly(mla: Any, scale: torch.Tensor) -> Any:
+        return replace(fold(mla, scale), **{field: getattr(mla, field)})
+
+    monkeypatch.setattr(attention_module, "fold_scale", partly)
+    assert outcome(artifact("example-int8-cache"), lambda ops: None, (4, 170)).startswith("shows")
+
+
+def test_weights_and_cache_of_different_units_are_refused(artifact, monkeypatch):
+    monkeypatch.setattr(attention_module, "fold_scale", lambda mla, scale: mla)
+    with pytest.raises(BackendError, match="do not belong together"):
+        outcome(artifact("example-int8-cache"), lambda ops: None)
+
+
+@pytest.mark.parametrize("name", ["example-int8-cache", "example"])
+def test_more_queries_of_a_sequence_than_documented_are_refused(artifact, name, monkeypatch):
+    monkeypatch.setattr(attention_module.AscendLatentAttention, "most_queries", None)
+    engine = harness.load(artifact(name), harness.make("ascend")).engine
+    step = [Chunk(range(3, 20), 0, [1, 2], absorbed=True)]
+    with pytest.raises(emulate.RefusedError, match="17 queries of a sequence"):
+        engine._run(step)
+
+
+def test_wider_rows_than_the_activation_takes_are_refused(monkeypatch):
+    monkeypatch.setattr(norms_module, "MAX_SWIGLU_WIDTH", 9216)
+    ops = harness.make("ascend")
+    with pytest.raises(emulate.RefusedError, match="npu_dequant_swiglu_quant: H 9216, more than 8192"):
+        ops.norms.dequant_swiglu_quant(torch.randn(2, 2 * 9216))
+
+
+def test_more_parts_than_one_update_merges_are_refused(artifact, monkeypatch):
+    monkeypatch.setattr(attention_module, "MOST_UPDATES", 17)
+    ops = harness.make("ascend")
+    parts = [torch.randn(3, 4, 128) for _ in range(17)], [torch.randn(3, 4, 1) for _ in range(17)]
+    with pytest.raises(emulate.RefusedError, match="npu_attention_update: 17 parts"):
+        ops.mla.attention_update(*parts)
+
+
+@pytest.mark.parametrize("operator", [FIA8, CACHE, "npu_dynamic_quant"])
 def test_a_right_call_on_an_int8_cache_does_pass(artifact, operator):
     right = Mutant(operator, lambda args, kwargs: (args, kwargs))
     assert outcome(artifact("example-int8-cache"), lambda ops: setattr(ops.npu, "operators", right)) == "unnoticed"
 
 
 PROLOG = "npu_mla_prolog_v3"
+INT8_PROLOG_MUTATIONS: dict[str, Change] = {
+    "cache not said to be int8": without("kv_cache_quant_mode"),
+    "scales a channel": setting(kv_cache_quant_mode=2),
+    "queries not quantized": without("query_quant_mode"),
+    "no scale of the codes": without("quant_scale_ckv"),
+    "a scale for each channel": mapped("quant_scale_ckv", lambda scale: scale.expand(512).contiguous()),
+    "codes of half the step": mapped("quant_scale_ckv", lambda scale: scale / 2),
+}
 PROLOG_MUTATIONS: dict[str, Change] = {
     "q_a in ND where NZ is due": mapped(1, lambda weight: formats.to_nd(weight).clone()),
     "q_b in ND where NZ is due": mapped(2, lambda weight: formats.to_nd(weight).clone()),
@@ -247,9 +307,9 @@ PROLOG_MUTATIONS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", PROLOG_MUTATIONS)
+@pytest.mark.parametrize("name", [*PROLOG_MUTATIONS, *INT8_PROLOG_MUTATIONS])
 def test_a_wrong_call_of_the_prolog_does_not_pass(artifact, name):
-    path = artifact("prolog")
+    path = artifact("prolog-int8-cache" if name in INT8_PROLOG_MUTATIONS else "prolog")
 
     def run(change: Change) -> harness.Run:
         ops = harness.make("ascend", torch.bfloat16)
@@ -261,7 +321,7 @@ def test_a_wrong_call_of_the_prolog_does_not_pass(artifact, name):
     with emulate.use_rules(wide=False):
         expected = run(lambda args, kwargs: (args, kwargs))
         try:
-            wrong = run(PROLOG_MUTATIONS[name])
+            wrong = run({**PROLOG_MUTATIONS, **INT8_PROLOG_MUTATIONS}[name])
         except (emulate.RefusedError, RuntimeError, TypeError, GenerationError) as error:
             print(f"{name}: {str(error).splitlines()[0]}")
             return

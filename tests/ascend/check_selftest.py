@@ -25,6 +25,16 @@ def test_the_ascend_set_passes(dtype, layout):
     assert left_out == (set() if int8_cache else set(INT8_CACHE_CASES))
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_way_to_write_an_int8_cache_is_told(paired):
+    with emulate.use_rules(paired_scales=paired):
+        results = list(selftest(harness.make("ascend", torch.bfloat16)))
+    assert all(result.passed for result in results)
+    told = [(result.operator, result.findings) for result in results if result.findings]
+    way = "in steps, not by the fused operator" if paired else "by npu_kv_rmsnorm_rope_cache"
+    assert told == [("int8 cache write and read", (f"int8 latents are written {way}",))]
+
+
 @pytest.mark.parametrize(
     "part,method,case",
     [

@@ -16,7 +16,7 @@ from ascend_rig.mutants import Arguments, Change, Mutant, mapped, outcome, setti
 from torch import Tensor
 
 from npuq.runtime.attention.sparse_mla import SparseMlaAttention
-from npuq.runtime.ops.ascend import sparse_attention as sparse_module
+from npuq.runtime.ops.ascend.attention import sparse as sparse_module
 
 # Two prompts that reach the limit of 8 while they decode; then one of two chunks.
 LENGTHS = (5, 7, 45)

@@ -14,7 +14,7 @@ from npuq.errors import BackendError
 from npuq.formats.schemes import Scheme
 from npuq.models.mla import Mla
 from npuq.runtime.ops import LinearPart
-from npuq.runtime.ops.ascend.attention_limits import (
+from npuq.runtime.ops.ascend.attention.limits import (
     PrefillForm,
     absorbed_heads,
     check_indexer,

@@ -10,6 +10,9 @@ from ..norms import Norms
 from .device import Npu
 from .ranks import rows
 
+MAX_SWIGLU_WIDTH = 8192
+"""Outputs of `npu_dequant_swiglu_quant`. Dense layers have up to 18,432."""
+
 
 class AscendNorms(Norms):
     """Operators on rows, by torch_npu."""
@@ -41,6 +44,8 @@ class AscendNorms(Norms):
         return Quantized(*self.npu.operators.npu_dynamic_quant(x, smooth_scales=smooth))
 
     def dequant_swiglu_quant(self, x: Tensor) -> Quantized:
+        if x.shape[-1] > 2 * MAX_SWIGLU_WIDTH:
+            return self.dynamic_quant(self.swiglu(x))  # rounds to the compute dtype on the way
         # Both defaults are wrong here: they activate the right half and quantize statically.
         return Quantized(*self.npu.operators.npu_dequant_swiglu_quant(x, activate_left=True, quant_mode=1))
 

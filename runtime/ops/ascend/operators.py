@@ -7,22 +7,29 @@ else stays in tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ....errors import BackendError
 from ...ranks.group import ALONE, Group
+from ...sampling.rows import LogitRow
 from .. import Ops
-from .cache import AscendCaches
+from .attention.cache import AscendCaches
+from .attention.latent import AscendLatentAttention
+from .attention.rotary import AscendRotary
+from .attention.sparse import AscendSparseAttention
 from .device import Npu
 from .graph.capture import NpuGraphs
-from .latent_attention import AscendLatentAttention
+from .logits import device_rows
 from .norms import AscendNorms
 from .products import AscendProducts
 from .ranks.communicator import communicator_of
-from .rotary import AscendRotary
 from .routing import AscendRouting
-from .sparse_attention import AscendSparseAttention
 from .support import import_torch_npu, require_soc
+from .tuning.file import read_tuning, tuned_device, tuning_path
+from .tuning.grouped_matmul import Tuning
 from .weights import AscendWeights
 
 
@@ -36,6 +43,7 @@ class AscendOps(Ops):
     """
 
     name = "ascend"
+    mla: AscendLatentAttention
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def __init__(
@@ -46,6 +54,7 @@ class AscendOps(Ops):
         fused_prolog: bool = True,
         soc: str | None = None,
         group: Group = ALONE,
+        tuning: Tuning | None = None,
     ):
         if kv_layout not in ("nz", "nd"):
             raise BackendError(f"kv_layout {kv_layout!r} is neither 'nz' nor 'nd'")
@@ -66,14 +75,21 @@ class AscendOps(Ops):
         self.soc = require_soc(soc)
         self.dtype, self.group = dtype, group
         if self.device.type == "npu":
-            self.graphs = NpuGraphs(torch_npu.npu)
+            self.graphs = NpuGraphs(torch_npu.npu, self.device)
+            tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
-        self.products = AscendProducts(self.npu, self.norms)
+        self.products = AscendProducts(self.npu, self.norms, tuning or Tuning())
         communicator = communicator_of(self.soc.family, group)
         self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator)
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
         self.sparse = AscendSparseAttention(self.npu, weights, self.norms, self.products, self.rotary)
+
+    def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
+        return device_rows(logits)
+
+    def findings(self) -> list[str]:
+        return self.mla.findings()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .emulate import RefusedError
+
 ND = 2
 FRACTAL_NZ = 29
 TILE_ROWS = 16
@@ -43,7 +45,7 @@ def to_nd(tensor: Tensor) -> Tensor:
     if format_of(tensor) == ND:
         return tensor
     if tensor.storage_offset() or not tensor.is_contiguous():
-        raise ValueError("a view into a FRACTAL_NZ tensor loses its format")
+        raise RefusedError("a view into a FRACTAL_NZ tensor loses its format")
     *batch, k, n = tensor.shape
     d0 = TILE_BYTES // tensor.element_size()
     tiles = tensor.view(*batch, n // d0, k // TILE_ROWS, TILE_ROWS, d0)

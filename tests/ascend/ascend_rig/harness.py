@@ -29,6 +29,10 @@ BLOCK = 16
 PROMPT_LENGTHS = (4, 70, 33, 21)
 ENGINE = {"block_size": BLOCK, "max_num_seqs": 2, "max_num_batched_tokens": 40, "prefix_segment_tokens": 32}
 CACHE_BLOCKS = 8
+# With an int8 cache, whose pages have 128 tokens.
+INT8_LENGTHS = (4, 150, 33, 21)
+INT8_ENGINE = {**ENGINE, "block_size": 128, "prefix_segment_tokens": 128}
+INT8_BLOCKS = 3
 NEW_TOKENS = 4
 
 
@@ -62,7 +66,7 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
+def load(path: Path, ops: Ops, parallel: str | None = None, **options: Any) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
 
     Its latent is int8 where the artifact has scales for that. options: others of `npuq.load`.
@@ -75,9 +79,10 @@ def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     token_bytes = layers * channels
     if "index_topk" in config:
         token_bytes += config.get("indexer_types", ["full"] * layers).count("full") * config["index_head_dim"] * size
-    cache_bytes = CACHE_BLOCKS * BLOCK * token_bytes
+    settings = INT8_ENGINE if int8 else ENGINE
+    cache_bytes = (INT8_BLOCKS if int8 else CACHE_BLOCKS) * settings["block_size"] * token_bytes
     with mock.patch.object(llm, "make_ops", lambda *_: ops):
-        sizes = EngineConfig(kv_cache_bytes=cache_bytes, **ENGINE)
+        sizes = EngineConfig(kv_cache_bytes=cache_bytes, **settings)
         model = llm.load(path, engine=sizes, kv_cache_dtype="int8" if int8 else "auto", **options)
     poison_cache(model.engine._cache)
     return model
@@ -93,15 +98,15 @@ def generate(
     path: Path,
     ops: Ops,
     around_step: Callable[[Callable[[], Tensor]], Tensor] | None = None,
-    lengths: Sequence[int] = PROMPT_LENGTHS,
+    lengths: Sequence[int] | None = None,
     new_tokens: int = NEW_TOKENS,
     parallel: str | None = None,
 ) -> Run:
-    """Generate from prompts of some lengths; `around_step` may wrap each pass through the model.
+    """Generate from prompts of some lengths (default: those above); `around_step` may wrap each pass of the model.
 
     With `parallel` on rank 0, as the others follow; they end when this ends.
     """
-    model = load(path, ops, parallel)
+    model = load(path, ops, parallel=parallel)
     run = Run()
     forward = model.engine.model.forward
 
@@ -111,10 +116,15 @@ def generate(
         run.logits.append(logits.float().clone())
         return logits
 
+    if lengths is None:
+        lengths = INT8_LENGTHS if (path / KV_CACHE_NAME).exists() else PROMPT_LENGTHS
     texts = prompts(model.engine.model.config.vocab_size, lengths)
     runner = model.engine
     with mock.patch.object(runner.model, "forward", recording):
-        sequences = [runner.add(text, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)) for text in texts]
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        sequences = [runner.sequence(text, params) for text in texts]
+        for sequence in sequences:
+            runner.add(sequence)
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
     run.preempted = runner.scheduler.num_preempted

@@ -16,6 +16,7 @@ from .ops_norm import quantize_rows, rms
 LATENT, ROPE = 512, 64
 HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 MASK_SIDE = 2048
+MOST_QUERIES = 16  # of a sequence, in absorbed attention
 PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
 PROLOG_Q_LORA = (1536, 2048)
 UNMASKED = 2147483647
@@ -73,6 +74,7 @@ def npu_kv_rmsnorm_rope_cache(
     index: Tensor,
     k_cache: Tensor,
     ckv_cache: Tensor,
+    c_kv_scale: Tensor | None = None,
     epsilon: float = 1e-5,
     cache_mode: str = "Norm",
     is_output_kv: bool = False,
@@ -89,13 +91,20 @@ def npu_kv_rmsnorm_rope_cache(
     require(cache_mode in ("PA", "PA_BNSD", "PA_NZ"), f"{name}: cache_mode {cache_mode!r} is not emulated")
     require(index.dtype == torch.int64 and index.shape == (batch * length,), f"{name}: index {index.dtype}")
     check_cache(name, k_cache, ROPE, kv.dtype)
-    check_cache(name, ckv_cache, LATENT, kv.dtype)
+    check_cache(name, ckv_cache, LATENT, kv.dtype if c_kv_scale is None else torch.int8)
     require(k_cache.shape[:2] == ckv_cache.shape[:2], f"{name}: the caches differ in pages")
     require(bool((index < k_cache.shape[0] * k_cache.shape[1]).all()), f"{name}: a slot lies past the cache")
     latent = (kv[..., :LATENT].float() * rms(kv[..., :LATENT], epsilon) * gamma.float()).to(kv.dtype)
     rope = rotate(kv[..., LATENT:], cos, sin).to(kv.dtype)
+    rows = latent
+    if c_kv_scale is not None:  # the rope's scale stays away: CANN's tiling takes one of the two
+        if rules.paired_scales:
+            raise RuntimeError(f"{name}: k_rope_scale and c_kv_scale must both be given (torch_npu's page)")
+        require(c_kv_scale.dtype == torch.float32 and c_kv_scale.shape == (LATENT,), f"{name}: c_kv_scale")
+        exact = kv[..., :LATENT].float() * rms(kv[..., :LATENT], epsilon) * gamma.float()
+        rows = (exact * c_kv_scale).round().clamp(-128, 127).to(torch.int8)
     write_pages(k_cache, rope.reshape(-1, ROPE), index, cache_mode == "PA_NZ")
-    write_pages(ckv_cache, latent.reshape(-1, LATENT), index, cache_mode == "PA_NZ")
+    write_pages(ckv_cache, rows.reshape(-1, LATENT), index, cache_mode == "PA_NZ")
     if not is_output_kv:
         rope, latent = poison(*rope.shape, dtype=kv.dtype), poison(*latent.shape, dtype=kv.dtype)
     return k_cache, ckv_cache, rope, latent
@@ -118,8 +127,9 @@ def write_pages(cache: Tensor, rows: Tensor, slots: Tensor, nz: bool) -> None:
     kept = slots >= 0
     rows, slots = rows[kept], slots[kept]
     if nz:
-        tiles = cache.view(blocks, width // 16, size, 16)
-        tiles[slots // size, :, slots % size] = rows.view(-1, width // 16, 16)
+        tile = 32 if cache.dtype == torch.int8 else 16
+        tiles = cache.view(blocks, width // tile, size, tile)
+        tiles[slots // size, :, slots % size] = rows.view(-1, width // tile, tile)
     else:
         cache.view(blocks * size, width)[slots] = rows
 
@@ -171,6 +181,7 @@ def npu_fused_infer_attention_score(
     if width == LATENT:
         require(not softmax_lse_flag, f"{name}: no softmax_lse with D = {LATENT}")
         pages = (key, value, key_rope, block_table, list(actual_seq_lengths_kv), block_size, num_key_value_heads)
+        check_queries(name, starts, list(actual_seq_lengths))
         keys = paged_keys(name, heads, len(starts), *pages)
     else:
         require(width == 128, f"{name}: query D {width}, not 512 or 128")
@@ -206,6 +217,11 @@ def check_cumulative(name: str, lengths: list[int], total: int) -> None:
     require(all(isinstance(length, int) for length in lengths), f"{name}: lengths are host integers")
     require(0 < len(lengths) <= 4096 and lengths[0] > 0, f"{name}: {lengths[:3]} must not begin with 0")
     require(lengths == sorted(lengths) and lengths[-1] == total, f"{name}: {lengths} is not cumulative up to {total}")
+
+
+def check_queries(name: str, starts: list[int], ends: list[int]) -> None:
+    most = max(end - start for start, end in zip(starts, ends, strict=True))
+    require(most <= MOST_QUERIES, f"{name}: {most} queries of a sequence with D = {LATENT}, more than {MOST_QUERIES}")
 
 
 def check_mask(name: str, sparse_mode: int, mask: Tensor | None) -> None:
@@ -290,12 +306,12 @@ def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type
         require(part.dim() == 2 and part.shape[0] == weight.shape[0], f"{name}: out {tuple(part.shape)}")
         require(part.shape[1] % 8 == 0 and 8 <= part.shape[1] <= 512, f"{name}: head_dim {part.shape[1]}")
         require(part.dtype in (*rules.floats, torch.float32), f"{name}: out is {part.dtype}")
-    require(update_type == 0, f"{name}: update_type {update_type}")
+    require(update_type in (0, 1), f"{name}: update_type {update_type}")
     total = torch.stack(lse).logsumexp(0)
     merged: Any = sum(
         part.float() * (weight - total).exp().unsqueeze(1) for weight, part in zip(lse, local_out, strict=True)
     )
-    return merged.to(local_out[0].dtype), poison(*lse[0].shape, dtype=torch.float32)
+    return merged.to(local_out[0].dtype), total if update_type else poison(*lse[0].shape, dtype=torch.float32)
 
 
 @semantics
@@ -316,11 +332,14 @@ def npu_mla_prolog_v3(
     dequant_scale_w_dq: Tensor | None = None,
     dequant_scale_w_uq_qr: Tensor | None = None,
     dequant_scale_w_dkv_kr: Tensor | None = None,
+    quant_scale_ckv: Tensor | None = None,
     rmsnorm_epsilon_cq: float = 1e-5,
     rmsnorm_epsilon_ckv: float = 1e-5,
     cache_mode: str = "PA_BSND",
     query_norm_flag: bool = False,
     weight_quant_mode: int = 0,
+    kv_cache_quant_mode: int = 0,
+    query_quant_mode: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     name = "npu_mla_prolog_v3"
     half = torch.bfloat16
@@ -361,7 +380,14 @@ def npu_mla_prolog_v3(
             f"{name}: {tuple(tensor.shape)} {tensor.dtype}, not {shape}",
         )
         require(tensor.is_contiguous(), f"{name}: strided tensors are not supported")
-    check_cache(name, kv_cache, LATENT, half)
+    modes = (kv_cache_quant_mode, query_quant_mode)
+    require(modes in ((0, 0), (1, 1)), f"{name}: quant modes {modes} of cache and queries")
+    full = modes == (1, 1)
+    require((quant_scale_ckv is not None) == full, f"{name}: quant_scale_ckv belongs to kv_cache_quant_mode 1")
+    if quant_scale_ckv is not None:
+        one = quant_scale_ckv.dtype == torch.float32 and quant_scale_ckv.shape == (1,)
+        require(one, f"{name}: quant_scale_ckv {quant_scale_ckv.dtype} {tuple(quant_scale_ckv.shape)}")
+    check_cache(name, kv_cache, LATENT, torch.int8 if full else half)
     check_cache(name, kr_cache, ROPE, half)
     assert cache_index is not None and dequant_scale_x is not None and dequant_scale_w_dq is not None
     assert dequant_scale_w_uq_qr is not None and dequant_scale_w_dkv_kr is not None
@@ -374,10 +400,22 @@ def npu_mla_prolog_v3(
     query = torch.einsum("tnd,ndl->tnl", content.to(half).float(), weight_uk.float()).to(half).contiguous()
     query_rope = rotate(rope, rope_cos.unsqueeze(1), rope_sin.unsqueeze(1)).to(half)
     kv = integer_matmul(token_x, to_nd(weight_dkv_kr)).float() * dequant_scale_w_dkv_kr * dequant_scale_x
-    compressed = (kv[:, :LATENT] * rms(kv[:, :LATENT], rmsnorm_epsilon_ckv) * rmsnorm_gamma_ckv.float()).to(half)
+    compressed = kv[:, :LATENT] * rms(kv[:, :LATENT], rmsnorm_epsilon_ckv) * rmsnorm_gamma_ckv.float()
+    query_scale = torch.zeros(1)
+    if quant_scale_ckv is None:
+        compressed = compressed.to(half)
+    else:
+        compressed = (compressed * quant_scale_ckv).round().clamp(-128, 127).to(torch.int8)
+        wide = query.float()
+        row_scale = wide.abs().amax(-1) / 127
+        query, row_scale = quantize_rows(wide, row_scale, wide / row_scale.unsqueeze(-1))
+        query_scale = row_scale.unsqueeze(-1)
+        # One factor serves both parts of a score: the rope part is divided by what the other is multiplied with.
+        exact = rotate(rope, rope_cos.unsqueeze(1), rope_sin.unsqueeze(1))
+        query_rope = (exact * quant_scale_ckv / query_scale).to(half)
     write_pages(kv_cache, compressed, cache_index, cache_mode == "PA_NZ")
     write_pages(kr_cache, rotate(kv[:, LATENT:], rope_cos, rope_sin).to(half), cache_index, cache_mode == "PA_NZ")
     if query_norm_flag:
-        return query, query_rope, torch.zeros(1), codes, scale.unsqueeze(1)
+        return query, query_rope, query_scale, codes, scale.unsqueeze(1)
     # Outputs that this mode leaves out; their sizes follow torch_npu's rule for CANN before 8.5.
-    return query, query_rope, torch.zeros(1), torch.zeros(1, dtype=torch.int8), torch.zeros(1)
+    return query, query_rope, query_scale, torch.zeros(1, dtype=torch.int8), torch.zeros(1)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .emulate import require, rules, semantics
 from .formats import ND, format_of
-from .ops_attention import LATENT, ROPE, attend, check_cumulative, check_mask, paged_keys
+from .ops_attention import LATENT, ROPE, attend, check_cumulative, check_mask, check_queries, paged_keys
 
 PER_TOKEN_HEAD = 3
+INT8_PAGE = 128
 
 
 @semantics
@@ -62,6 +63,8 @@ def npu_fused_infer_attention_score_v2(
     else:
         require(query.shape[1] == 1 and actual_seq_qlen is None, f"{name}: BSND is emulated for one query each")
         ends = list(range(1, query.shape[0] + 1))
+    require(block_size == INT8_PAGE, f"{name}: pages of {block_size}: full int8 reads pages of {INT8_PAGE} only")
+    check_queries(name, [0, *ends[:-1]], ends)
     pages = (key, value, key_rope, block_table, list(actual_seq_kvlen), block_size, num_key_value_heads)
     keys = paged_keys(name, heads, len(ends), *pages)
     rows, scales = (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .emulate import RefusedError, dtype_of, require, rules, semantics
 
+MOST_SWIGLU_OUTPUTS = 8192
 QINT8 = 12  # ScalarType number of torch.qint8
 
 
@@ -130,6 +131,7 @@ def npu_dequant_swiglu_quant(
             f"{name}: quant_mode {quant_mode} (0, the default, is static quantization) needs a quant_scale"
         )
     require(x.dim() == 2 and x.shape[1] % 2 == 0, f"{name}: x {tuple(x.shape)} is not [tokens, 2 · H]")
+    require(x.shape[1] <= 2 * MOST_SWIGLU_OUTPUTS, f"{name}: H {x.shape[1] // 2}, more than {MOST_SWIGLU_OUTPUTS}")
     require(x.dtype in rules.floats, f"{name}: x is {x.dtype}")
     require(dtype_of(dst_type, torch.int8) == torch.int8, f"{name}: only int8 is emulated")
     y = swiglu(x, activate_left)

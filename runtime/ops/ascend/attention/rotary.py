@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rotary import Rotary
-from .device import Npu
+from ...rotary import Rotary
+from ..device import Npu
 
 
 class AscendRotary(Rotary):

@@ -11,13 +11,16 @@ from enum import Enum
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....errors import BackendError
-from ....models.mla import Mla as MlaWidths
+from .....errors import BackendError
+from .....models.mla import Mla as MlaWidths
 
 LATENT_DIM, ROPE_DIM = 512, 64  # of absorbed attention
 MAX_ABSORBED_HEADS = 128
 ROPE_BESIDE_DIMS = (128, 64, 128)  # qk_nope, qk_rope and v with rotary channels as arguments of their own
 MAX_JOINED_DIM, JOINED_DIM_STEP = 512, 16
+INT8_BLOCK_SIZE = 128  # of pages that attention in full int8 reads
+MOST_QUERIES = 16  # of a sequence in one call of absorbed attention
+MOST_UPDATES = 16  # partial results that one `npu_attention_update` of CANN before 2026 merges
 PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
 PROLOG_Q_LORA = (1536, 2048)
 PROLOG_NOPE = (128, 192)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ....formats.schemes import Scheme
-from ..handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
-from .attention_limits import check_mla, takes_prolog
-from .weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+from .....errors import BackendError
+from .....formats.schemes import Scheme
+from ...handles import Linear, LinearPart, Mla, MlaConfig, MlaParts, Static
+from ..weights import AscendWeights, FloatLinear, W8A8Linear, fits_nz
+from .limits import check_mla, takes_prolog
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class AscendMla(Mla):
     """Attention weights of one layer.
 
     Two linears decompress keys (`k_b`) and values (`v_b`), so that both are contiguous, as the attention operator
-    requires. takes_quantized: True if the projections of the hidden state take int8 rows.
+    requires. takes_quantized: True if the projections of the hidden state take int8 rows. caches_codes: True if the
+    scales of an int8 cache are folded into norm and weights (`folding.py`).
     """
 
     projections: PrologWeights | Projections
@@ -50,6 +51,7 @@ class AscendMla(Mla):
     k_b: FloatLinear
     v_b: FloatLinear
     takes_quantized: bool
+    caches_codes: bool = False
 
 
 def lay_out_mla(parts: MlaParts, config: MlaConfig, weights: AscendWeights, fused_prolog: bool) -> AscendMla:

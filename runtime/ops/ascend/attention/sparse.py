@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...attention.pools import LayerCache, Pages
-from ..handles import IndexerConfig, IndexerParts, IndexerWeights
-from ..latent_attention import LATENT, ROPE
-from ..norms import Norms
-from ..products import Products
-from ..rotary import Rotary
-from ..sparse_attention import SparseAttention
-from ..steps import Decode
-from ..weights import Weights
-from .attention_limits import absorbed_heads, check_indexer, pad_heads
-from .device import RIGHT_DOWN_CAUSAL, Npu
+from ....attention.pools import LayerCache, Pages
+from ...handles import IndexerConfig, IndexerParts, IndexerWeights
+from ...latent_attention import LATENT, ROPE
+from ...norms import Norms
+from ...products import Products
+from ...rotary import Rotary
+from ...sparse_attention import SparseAttention
+from ...steps import Decode
+from ...weights import Weights
+from ..device import RIGHT_DOWN_CAUSAL, Npu
+from .limits import absorbed_heads, check_indexer, pad_heads
 
 ABSORBED_MLA = 2  # attention_mode: the latent is key and value, and rope stands beside it
 ONE_TOKEN = 1  # sparse_block_size: every index is one token

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ....errors import BackendError
-from ...attention.pools import LayerCache, Pool, StoredPool
-from ..cache import NO_SCALES, Caches
-from .device import Npu
+from .....errors import BackendError
+from ....attention.pools import LayerCache, Pages, Pool, StoredPool
+from ...cache import NO_SCALES, Caches
+from ..device import Npu
+from .limits import INT8_BLOCK_SIZE
 
 
 class AscendCaches(Caches):
@@ -37,10 +38,16 @@ class AscendCaches(Caches):
         blocks = num_blocks + 1
         if not scales:
             return super().new(pools, blocks, block_size)
+        if block_size != INT8_BLOCK_SIZE:
+            raise BackendError(
+                f"block_size {block_size}: the NPU's attention reads an int8 KV cache in pages of {INT8_BLOCK_SIZE} "
+                "tokens only; leave block_size as it is, or the KV cache in the compute dtype (kv_cache_dtype auto)"
+            )
         if not self.takes_int8:
             raise BackendError(
                 "the NPU's attention reads an int8 KV cache in NZ pages and computes in bfloat16 then: "
                 "leave kv_layout and dtype as they are, or the KV cache in the compute dtype"
             )
-        on_device = {name: scale.to(self.npu.device, self.npu.dtype) for name, scale in scales.items()}
-        return super().new(pools, blocks, block_size, on_device)
+        # Scales are in the weights (LatentAttention.with_cache_scale): to the pages a latent is a code.
+        pages = {pool.name: Pages(pool, self.zeros(pool, blocks, block_size)) for pool in self.stored(pools, scales)}
+        return LayerCache(pages, block_size)

@@ -8,37 +8,59 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...attention.pools import LayerCache, Pages
-from ..handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
-from ..latent_attention import LATENT, ROPE, LatentAttention
-from ..norms import Norms
-from ..products import Products
-from ..rotary import Rotary
-from ..steps import Decode, Lengths, Positions, Step
-from .attention_limits import PrefillForm, absorbed_heads, pad_heads, prefill_form
-from .device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
-from .int8_cache import Int8Cache
+from .....errors import BackendError
+from ....attention.pools import LayerCache, Pages
+from ...handles import Activation, Keys, Linear, Mla, MlaConfig, MlaParts, Projection, Quantized, Queries, own
+from ...latent_attention import LATENT, ROPE, LatentAttention
+from ...norms import Norms
+from ...products import Products
+from ...rotary import Rotary
+from ...steps import Decode, Lengths, Positions, Step
+from ..device import NO_MASK, RIGHT_DOWN_CAUSAL, Npu, causal_mask
+from ..weights import AscendWeights, W8A8Linear
+from .folding import fold_scale
+from .int8_cache import Int8Cache, Int8Queries, holds_codes
+from .limits import MOST_QUERIES, MOST_UPDATES, PrefillForm, absorbed_heads, pad_heads, prefill_form
 from .mla import AscendMla, PrologWeights, lay_out_mla
-from .weights import AscendWeights, W8A8Linear
 
+OUTPUT_ALONE, OUTPUT_AND_LSE = 0, 1  # update_type of npu_attention_update
+# Modes of the prolog.
 PROLOG_INT8 = 2  # weight_quant_mode: q_a, q_b and kv_a are int8
+PER_TENSOR, PER_HEAD = 1, 1  # kv_cache_quant_mode, query_quant_mode
 
 
 class AscendLatentAttention(LatentAttention):
-    """Attention on torch_npu. Caches with an int8 latent are left to `int8`."""
+    """Attention on torch_npu. Caches with an int8 latent are left to `int8`.
+
+    fused_prolog: lay weights out for `npu_mla_prolog_v3` where it takes them. prolog_works: False once it gave queries
+    of another dtype than its documentation says.
+    """
+
+    most_queries = MOST_QUERIES
 
     def __init__(
         self, npu: Npu, weights: AscendWeights, norms: Norms, products: Products, rotary: Rotary, fused_prolog: bool
     ):
         super().__init__(npu.dtype, weights, norms, products, rotary)
         self.npu, self.layout, self.fused_prolog = npu, weights, fused_prolog
+        self.prolog_works = True
         self._causal_mask = causal_mask(npu.device)
         self.int8 = Int8Cache(npu, norms, rotary, self._causal_mask)
+
+    def findings(self) -> list[str]:
+        """Results of the trials of int8 caches and of the prolog. See `Ops.findings`."""
+        found = []
+        if self.int8.by_operator is not None:
+            way = "by npu_kv_rmsnorm_rope_cache" if self.int8.by_operator else "in steps, not by the fused operator"
+            found.append(f"int8 latents are written {way}")
+        if not self.prolog_works:
+            found.append("npu_mla_prolog_v3 gives queries of another dtype than documented: its steps run one by one")
+        return found
 
     def kv_rmsnorm_rope_cache(
         self, kv: Tensor, gamma: Tensor, eps: float, positions: Positions, cache: LayerCache, output_kv: bool
     ) -> tuple[Tensor, Tensor] | None:
-        if cache[LATENT].scale is not None:
+        if holds_codes(cache):
             return self.int8.write(kv, gamma, eps, positions, cache, output_kv)
         # The rope cache comes first, in arguments and in results.
         _, _, k_rope, latent = self.npu.operators.npu_kv_rmsnorm_rope_cache(
@@ -112,10 +134,12 @@ class AscendLatentAttention(LatentAttention):
     def fused_infer_attention_paged(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
     ) -> Tensor:
-        attend = self._attend_pages if cache[LATENT].scale is None else self.int8.attend
         heads = q_latent.shape[1]
         padded = absorbed_heads(heads)
-        return attend(pad_heads(q_latent, padded), pad_heads(q_rope, padded), cache, decode, scale)[:, :heads]
+        q_latent, q_rope = pad_heads(q_latent, padded), pad_heads(q_rope, padded)
+        if holds_codes(cache):
+            return self.int8.attend(self.int8.quantize(q_latent, q_rope), cache, decode, scale)[:, :heads]
+        return self._attend_pages(q_latent, q_rope, cache, decode, scale)[:, :heads]
 
     def _attend_pages(
         self, q_latent: Tensor, q_rope: Tensor, cache: LayerCache, decode: Decode, scale: float
@@ -142,9 +166,11 @@ class AscendLatentAttention(LatentAttention):
         return out.transpose(0, 1)
 
     def attention_update(self, outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
-        merged: Tensor = self.npu.operators.npu_attention_update(
-            [lse.flatten() for lse in lses], [out.flatten(0, 1) for out in outputs], 0
-        )[0]
+        outs, weights = [out.flatten(0, 1) for out in outputs], [lse.flatten() for lse in lses]
+        while len(outs) > MOST_UPDATES:
+            some = self.npu.operators.npu_attention_update(weights[:MOST_UPDATES], outs[:MOST_UPDATES], OUTPUT_AND_LSE)
+            outs, weights = [some[0], *outs[MOST_UPDATES:]], [some[1], *weights[MOST_UPDATES:]]
+        merged: Tensor = self.npu.operators.npu_attention_update(weights, outs, OUTPUT_ALONE)[0]
         return merged.view(outputs[0].shape)
 
     def _pages(self, pages: Pages, cache: LayerCache) -> Tensor:
@@ -158,6 +184,16 @@ class AscendLatentAttention(LatentAttention):
 
     def load(self, parts: MlaParts, config: MlaConfig) -> Mla:
         return lay_out_mla(parts, config, self.layout, self.fused_prolog)
+
+    def with_cache_scale(self, mla: Mla, scale: Tensor) -> Mla:
+        self.int8.find_writer()
+        return fold_scale(own(mla, AscendMla), scale)
+
+    def write_cache(
+        self, kv: Tensor, mla: Mla, cache: LayerCache, positions: Positions, output_kv: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        check_units(own(mla, AscendMla), cache)
+        return super().write_cache(kv, mla, cache, positions, output_kv)
 
     def norm(
         self, x: Tensor | None, residual: Tensor, gamma: Tensor, eps: float, mla: Mla
@@ -201,13 +237,44 @@ class AscendLatentAttention(LatentAttention):
         self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step, reader: Linear | None
     ) -> tuple[Tensor, Tensor, Activation | None]:
         weights = own(mla, AscendMla)
-        prolog = weights.projections
         # The operator gives the latent of the queries as int8 codes only.
         float_reader = reader is not None and not isinstance(reader, W8A8Linear)
-        if not isinstance(prolog, PrologWeights) or cache[LATENT].scale is not None or float_reader:
-            return super().prolog_with_latent(hidden, mla, cache, step, reader)
+        if self._takes_prolog(weights) and not holds_codes(cache) and not float_reader:
+            absorbed, q_rope, _, codes, scale = self._fused_prolog(hidden, weights, cache, step, reader is not None)
+            if self._gave(absorbed, self.npu.dtype):
+                return absorbed, q_rope, None if reader is None else Quantized(codes, scale.squeeze(1))
+        return super().prolog_with_latent(hidden, mla, cache, step, reader)
+
+    def decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
+        weights = own(mla, AscendMla)
+        if not holds_codes(cache) or not self._takes_prolog(weights):
+            return super().decode(hidden, mla, cache, step)
+        assert step.decode is not None
+        codes, q_rope, scale, _, _ = self._fused_prolog(hidden, weights, cache, step, query_norm=False)
+        if not self._gave(codes, torch.int8):
+            return super().decode(hidden, mla, cache, step)
+        queries = Int8Queries(codes, q_rope, scale.squeeze(-1))
+        attended = self.int8.attend(queries, cache, step.decode, mla.config.softmax_scale)
+        return self.output(self.bring_out(attended, mla), mla)
+
+    def _takes_prolog(self, weights: AscendMla) -> bool:
+        return isinstance(weights.projections, PrologWeights) and self.prolog_works
+
+    def _gave(self, query: Tensor, dtype: torch.dtype) -> bool:
+        """True for a query of the expected dtype. Another one, as some builds give, ends the use of the prolog."""
+        self.prolog_works = query.dtype is dtype
+        return self.prolog_works
+
+    def _fused_prolog(
+        self, hidden: Activation, weights: AscendMla, cache: LayerCache, step: Step, query_norm: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Run `npu_mla_prolog_v3`, in full int8 where the cache holds codes."""
+        check_units(weights, cache)
+        prolog = weights.projections
+        assert isinstance(prolog, PrologWeights)
         rows = hidden if isinstance(hidden, Quantized) else self.norms.dynamic_quant(hidden)
-        absorbed, q_rope, _, codes, scale = self.npu.operators.npu_mla_prolog_v3(
+        codes = {"quant_scale_ckv": self.int8.one, "kv_cache_quant_mode": PER_TENSOR, "query_quant_mode": PER_HEAD}
+        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = self.npu.operators.npu_mla_prolog_v3(
             rows.codes,
             prolog.q_a.weight,
             prolog.q_b.weight,
@@ -227,10 +294,11 @@ class AscendLatentAttention(LatentAttention):
             rmsnorm_epsilon_cq=weights.config.rms_norm_eps,
             rmsnorm_epsilon_ckv=weights.config.rms_norm_eps,
             cache_mode="PA_NZ" if cache[LATENT].pool.layout == "nz" else "PA_BSND",
-            query_norm_flag=reader is not None,
+            query_norm_flag=query_norm,
             weight_quant_mode=PROLOG_INT8,
+            **(codes if holds_codes(cache) else {}),
         )
-        return absorbed, q_rope, None if reader is None else Quantized(codes, scale.squeeze(1))
+        return results
 
     def decompress(self, latent: Tensor, k_rope: Tensor, mla: Mla) -> Keys:
         weights = own(mla, AscendMla)
@@ -239,3 +307,9 @@ class AscendLatentAttention(LatentAttention):
             for linear in (weights.k_b, weights.v_b)
         )
         return Keys(k_nope, k_rope, value)
+
+
+def check_units(mla: AscendMla, cache: LayerCache) -> None:
+    """Raise BackendError for a cache of codes and weights without its scales, or the other way round."""
+    if mla.caches_codes != holds_codes(cache):
+        raise BackendError("the weights of attention and the KV cache do not belong together: one of them is int8")
