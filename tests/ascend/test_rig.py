@@ -1,4 +1,4 @@
-"""Sets the rig up and runs the checks in it; each file of checks is one test here, and so is the folder of ranks."""
+"""Sets the rig up and runs the checks in it; each file of checks is one test here, and so is each folder of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from ascend_rig.install import TORCH_NPU, prepare, run_python
 
 HERE = Path(__file__).parent
-CHECKS = [*sorted(path.name for path in HERE.glob("check_*.py")), "ranks"]  # those share their processes
+FOLDERS = {path.parent.name for path in HERE.glob("*/check_*.py")}
+CHECKS = [*sorted(path.name for path in HERE.glob("check_*.py")), *sorted(FOLDERS)]
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or not torch.__version__.startswith(TORCH_NPU),

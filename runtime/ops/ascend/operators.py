@@ -35,13 +35,14 @@ class AscendOps(Ops):
     """Operators on one NPU.
 
     kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd"; caches of sparse attention are "nd" in
-    any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents. soc: the chip's name; None
-    asks the driver.
+    any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents. fused_experts: use
+    `npu_grouped_matmul_swiglu_quant_v2`, if a trial shows that it can be. soc: the chip's name; None asks the driver.
     Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
     """
 
     name = "ascend"
     mla: AscendLatentAttention
+    routing: AscendRouting
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def __init__(
@@ -50,6 +51,7 @@ class AscendOps(Ops):
         dtype: torch.dtype = torch.bfloat16,
         kv_layout: str = "nz",
         fused_prolog: bool = True,
+        fused_experts: bool = True,
         soc: str | None = None,
         group: Group = ALONE,
     ):
@@ -78,7 +80,7 @@ class AscendOps(Ops):
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms)
         communicator = communicator_of(self.soc.family, group)
-        self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator)
+        self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator, fused_experts)
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
@@ -88,4 +90,4 @@ class AscendOps(Ops):
         return device_rows(logits)
 
     def findings(self) -> list[str]:
-        return self.mla.findings()
+        return [*self.mla.findings(), *self.routing.findings()]

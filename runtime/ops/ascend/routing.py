@@ -11,6 +11,7 @@ from ..norms import Norms
 from ..products import Products
 from ..routing import Routing
 from .device import Npu
+from .fused_experts import FusedExperts
 from .ranks.communicator import Communicator
 from .ranks.experts import DividedExperts
 
@@ -23,11 +24,35 @@ class AscendRouting(Routing):
     """Routing; the blocks around it are the default ones. communicator: of the ranks, if steps may dispatch."""
 
     def __init__(
-        self, npu: Npu, norms: Norms, products: Products, group: Group, communicator: Communicator | None = None
+        self,
+        npu: Npu,
+        norms: Norms,
+        products: Products,
+        group: Group,
+        communicator: Communicator | None = None,
+        fused_experts: bool = True,
     ):
         super().__init__(norms, products, group)
         self.npu = npu
+        self.fused = FusedExperts(npu, norms, products, fused_experts)
+        self.fused = FusedExperts(npu, norms, products, fused_experts)
         self.divided = DividedExperts(npu, self, communicator)
+
+    def findings(self) -> list[str]:
+        """Result of the trial of the fused experts. See `Ops.findings`."""
+        if self.fused.works is None:
+            return []
+        way = "one operator" if self.fused.works else "two operators"
+        return [f"gate and up of the experts and their activation take {way}"]
+
+    def moe_of(self, weights: MoeWeights) -> MoeWeights:
+        self.fused.takes(weights.gate_up)  # the trial, if it is the first
+        return weights
+
+    def experts_inner(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Activation:
+        if isinstance(rows, Quantized) and self.fused.takes(weights.gate_up):
+            return self.fused.run(rows, weights.gate_up, group_list)
+        return super().experts_inner(rows, group_list, weights)
 
     def moe_experts(
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
