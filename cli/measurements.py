@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .terminal.console import format_bytes
 
 if TYPE_CHECKING:
     from ..runtime.diagnostics.bench.decode import Bench
+    from ..runtime.diagnostics.tune import Tried
 
 
 def bench_lines(bench: Bench) -> Iterator[str]:
@@ -35,6 +37,18 @@ def bench_lines(bench: Bench) -> Iterator[str]:
                 f"{_rate(bench.bytes, seconds):>7}  {rate}"
             )
     yield "An operator's time is without that of the operators it calls; bytes are those it must move at least."
+
+
+def tuning_lines(path: Path, tried: Iterable[Tried]) -> Iterator[str]:
+    """Times of the grouped matmul, and the choices stored."""
+    yield f"{'grouped matmul':46} {'µs: told nothing':>16} {'the mean':>10} {'to expand':>10}  choice"
+    for each in tried:
+        shape = each.shape
+        name = f"W{shape.bits}A8, {shape.experts} experts {shape.inputs} → {shape.outputs}, {shape.rows} rows"
+        times = {expectation.value: f"{seconds * 1e6:.1f}" for expectation, seconds in each.seconds.items()}
+        columns = (times.get(expectation, "-") for expectation in ("none", "mean", "expanded"))
+        yield "{:46} {:>16} {:>10} {:>10}  {}".format(name, *columns, each.choice.value)
+    yield f"Stored in {path}; the ascend backend reads it when it starts."
 
 
 def _rate(moved: int, seconds: float) -> str:

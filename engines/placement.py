@@ -228,7 +228,12 @@ def placement_problems(
     engine: str, config: ModelConfig, schemes: Mapping[str, Scheme], tp: int, ep: bool
 ) -> Iterator[str]:
     """A line for each requirement of `engine` (a key of ENGINES) that `tp` ranks break; `schemes`: the description."""
-    placement = Placement(config, _expert_scheme(config, schemes), tp, ep)
+    yield from broken_requirements(engine, Placement(config, _expert_scheme(config, schemes), tp, ep))
+
+
+def broken_requirements(engine: str, placement: Placement) -> Iterator[str]:
+    """A line for each requirement of `engine` (a key of ENGINES) that a placement breaks."""
+    config, tp = placement.config, placement.tp
     numbers = {
         "tp": tp,
         "rope": config.rope.rope_type,

@@ -5,8 +5,9 @@
  * memory: the caller (native/binding.py, runtime/ops/native/) checks that every pointer has the dtype and the sizes of
  * the call. Matrices are row-major. Strides count elements. Nothing here needs alignment.
  *
- * Integer results are exact. Float results do not depend on the number of threads; between instruction sets they may
- * differ in the last bits (order of additions, fused multiply-add), except in conversion, where all agree.
+ * Integer results are exact. Float results do not depend on the number of threads, and an output or a head has the same
+ * bits whatever others the call computes: ranks divide them. Between instruction sets they may differ in the last bits
+ * (order of additions, fused multiply-add), except in conversion, where all agree.
  */
 #ifndef NPUQ_H
 #define NPUQ_H

@@ -98,6 +98,10 @@ class Recipe:
     def smooth(self) -> bool:
         return Transform.SMOOTH in self.transforms
 
+    def scheme_of(self, spec: Spec) -> Scheme:
+        """The scheme that the rules give a tensor of a float checkpoint."""
+        return next((rule.scheme for rule in self.rules if rule.scheme and rule.matches(spec)), Scheme.FLOAT)
+
     @property
     def chain(self) -> str:
         """The method with its transforms, as `--method` takes it."""

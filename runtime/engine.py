@@ -21,6 +21,7 @@ from .sampling.grammar import Grammar
 from .sampling.logprobs import TokenLogprobs
 from .sampling.params import SamplingParams
 from .sampling.rows import LogitRow
+from .sampling.sampler import NotFiniteError
 from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
 from .step import Chunk, RopeRows, StepBuilder
@@ -35,7 +36,8 @@ class EngineConfig:
     model's own limit does. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached tokens
     that a chunk decompresses at a time. step_seconds: time that a step may take by its prefill, as measured on steps
-    before; None: any. Raises GenerationError for sizes out of range.
+    before; None: any. prefix_cache: sequences that begin alike share cache blocks, also with those that have ended.
+    Raises GenerationError for sizes out of range.
     """
 
     kv_cache_bytes: int = 2 << 30
@@ -44,12 +46,15 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     prefix_segment_tokens: int = 4096
     step_seconds: float | None = None
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
-        for size in fields(self):
-            value = getattr(self, size.name)
-            if type(value) is not int and size.name != "step_seconds":
-                raise GenerationError(f"{size.name} must be a whole number, not {shown(value)}")
+        for name in [size.name for size in fields(self) if size.name not in ("step_seconds", "prefix_cache")]:
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise GenerationError(f"{name} must be a whole number, not {shown(value)}")
+        if type(self.prefix_cache) is not bool:
+            raise GenerationError(f"prefix_cache must be True or False, not {shown(self.prefix_cache)}")
         seconds = self.step_seconds
         if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
             raise GenerationError(f"step_seconds must be None or a number above 0, not {shown(seconds)}")
@@ -109,7 +114,7 @@ class Engine:
         if world is not None:
             num_blocks = world.least(num_blocks)
         self.context = min(rope.max_position, num_blocks * config.block_size)
-        self.blocks = BlockManager(num_blocks, config.block_size)
+        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache)
         self._cache = tuple(
             caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )
@@ -129,14 +134,16 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
         choice: int = 0,
         grammar: Grammar | None = None,
+        salt: bytes = b"",
+        leader: Sequence | None = None,
     ) -> Sequence:
-        """Make a sequence of a prompt; `add` queues it. It changes nothing, and may be called while a step runs.
+        """Make a sequence of a prompt, for `queue`. It changes nothing, and may be called while a step runs.
 
-        Tokens of `stop_ids` end it, beside those of `params` and the model's end-of-sequence tokens.
-
-        choice: number of the sequence among those of its prompt, which draw different random numbers. grammar: of its
-        completion. Raises GenerationError for a prompt that is empty, holds no token ids, or leaves no room to
-        generate, and for parameters with ids outside the vocabulary.
+        stop_ids: tokens that end it, beside those of `params` and the model's end-of-sequence tokens. choice: its
+        number among the sequences of its prompt, which draw different random numbers. grammar: of its completion. salt:
+        it shares cache blocks with sequences of the same salt alone. leader: the first choice of its prompt, behind
+        which it enters, to take its blocks. Raises GenerationError for a prompt that is empty, holds no token ids, or
+        leaves no room to generate, and for parameters with ids outside the vocabulary.
         """
         check_token_ids(prompt, self.model.config.vocab_size)
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
@@ -150,11 +157,19 @@ class Engine:
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
         stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self._eos_ids)
-        return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar)
+        if not self.config.prefix_cache or len(prompt) <= self.config.block_size:
+            leader = None  # it has no block to give
+        return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
+    def queue(self, sequence: Sequence) -> None:
+        """Take a sequence into the next steps."""
         self.scheduler.add(sequence)
+
+    def add(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
+        """Make a sequence and queue it."""
+        sequence = self.sequence(prompt, params)
+        self.queue(sequence)
+        return sequence
 
     @property
     def builder(self) -> StepBuilder:
@@ -192,6 +207,8 @@ class Engine:
             outputs = [_sample(sequence, row) for sequence, row in zip(sampling, rows, strict=True)]
         self._advance(ordered, time.perf_counter() - started)
         for output in outputs:
+            if isinstance(output.error, NotFiniteError):  # what made them so may stand in the cache
+                self.blocks.forget()
             self._append(output)
         return outputs
 
@@ -204,7 +221,7 @@ class Engine:
     def reset(self, sequences: abc.Iterable[Sequence]) -> None:
         """Forget all sequences, which the caller lists, and free all blocks, also after an interrupted step."""
         for sequence in sequences:
-            sequence.blocks = []
+            sequence.blocks, sequence.keys = [], []
             sequence.finish_reason = sequence.finish_reason or "cancelled"
         self.scheduler.reset()
         self.blocks.reset()
@@ -317,6 +334,7 @@ class Engine:
             else:
                 work.sequence.prefill_seconds += seconds
             work.sequence.num_cached += work.count
+            self.blocks.commit(work.sequence)
 
     def _append(self, output: StepOutput) -> None:
         sequence = output.sequence

@@ -143,15 +143,17 @@ class LanguageModel:
         params: SamplingParams | None = None,
         *,
         grammar: Callable[[], Grammar] | None = None,
+        salt: bytes = b"",
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Generate piece by piece. Text of a piece is final; closing the stream ends the generation.
 
-        grammar: makes the grammar of one completion (`Grammar`).
+        grammar: makes the grammar of one completion (`Grammar`). salt: the prompts share cache blocks only with others
+        of the same salt.
         """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar))
+        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt))
 
     def chat(
         self,
@@ -271,6 +273,9 @@ def load(
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         int8_cache = kv_cache_dtype == "int8"
+        if world is not None:
+            world.agree("tensors", [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()])
+            world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
         store = open_store(checkpoint, ops.dtype)
         planner = planner_of(store, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
         layout = chosen_layout(parallel, planner, ops.group.size)
@@ -285,7 +290,7 @@ def load(
 
 
 def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:
-    """The layout that `parallel` asks for; of "auto", the one that leaves most memory for the cache.
+    """The layout that `parallel` asks for; of "auto", the one that memory recommends.
 
     Raises BackendError for one that does not divide the model, and where none fits.
     """

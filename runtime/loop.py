@@ -58,14 +58,15 @@ class Loop:
 
         Raises GenerationError as `Engine.sequence` does; then nothing is queued.
         """
-        sequences = tuple(
-            self.engine.sequence(
-                prompt, request.params, stop_ids, choice, request.grammar() if request.grammar else None
-            )
-            for prompt in request.prompts
-            for choice in range(request.params.n)
-        )
-        client.expect(sequences)
+        sequences: list[Sequence] = []
+        for prompt in request.prompts:
+            leader = None
+            for choice in range(request.params.n):
+                grammar = request.grammar() if request.grammar else None
+                sequence = self.engine.sequence(prompt, request.params, stop_ids, choice, grammar, request.salt, leader)
+                leader = leader or sequence
+                sequences.append(sequence)
+        client.expect(tuple(sequences))
         self._arrived.append(client)
         self._settle()
 
@@ -187,7 +188,7 @@ class Loop:
             client = self._arrived[0]
             for sequence in client.sequences:
                 if sequence not in self._clients:  # unless an interrupted call came so far
-                    self.engine.add(sequence)
+                    self.engine.queue(sequence)
                     self._clients[sequence] = client
             self._arrived.popleft()
         while self._abandoned:

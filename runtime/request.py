@@ -13,9 +13,11 @@ from .sampling.params import SamplingParams
 class Request:
     """Prompts to continue with the same parameters, each `params.n` times.
 
-    prompts: token ids. grammar: makes the grammar of one completion, in its first state.
+    prompts: token ids. grammar: makes the grammar of one completion, in its first state. salt: the prompts share cache
+    blocks only with those of requests with the same salt, so that nobody else can tell what they begin with.
     """
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     grammar: Callable[[], Grammar] | None = None
+    salt: bytes = b""

@@ -2,8 +2,9 @@
 
 So at most one sequence stands between two chunks of its prompt.
 
-A sequence that enters gets blocks for all its tokens, and later one block more for each that it fills. When no block is
-free, the sequence that entered last is preempted: it gives up its blocks and waits, to be recomputed.
+A sequence that enters takes the known blocks that hold its first tokens, and gets blocks for the others; later it gets
+one block more for each that it fills. When no block is free, the sequence that entered last is preempted: it gives up
+its blocks and waits, to be recomputed as far as they are gone by then.
 """
 
 from __future__ import annotations
@@ -55,8 +56,12 @@ class Scheduler:
             if not sequence.is_decoding and budget > 0:
                 chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))
                 budget -= chosen[-1].count
-        while budget > 0 and self._waiting and self._enter(self._waiting[0]):
-            sequence = self._waiting.popleft()
+        for sequence in list(self._waiting):
+            if sequence.waits_for_leader:
+                continue
+            if budget <= 0 or not self._enter(sequence):
+                break
+            self._waiting.remove(sequence)
             chosen.append(Scheduled(sequence, min(budget, sequence.num_pending)))
             budget -= chosen[-1].count
         return chosen
@@ -102,14 +107,21 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         if len(self._running) >= self._max_num_seqs:
             return False
-        allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)))
+        matched, keys = self._blocks.match(sequence.tokens, sequence.salt)
+        allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)) - len(matched))
         if allocated is None:
+            self._blocks.release(matched)
             return False
-        sequence.blocks = allocated
+        sequence.blocks = matched + allocated
+        sequence.keys = keys
+        sequence.num_cached = len(matched) * self._blocks.block_size
+        if sequence.num_reused is None:
+            sequence.num_reused = sequence.num_cached
         self._running.append(sequence)
         return True
 
     def _release(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
         sequence.blocks = []
+        sequence.keys = []
         sequence.num_cached = 0

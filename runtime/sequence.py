@@ -16,6 +16,9 @@ class Sequence:
 
     tokens: prompt and generated tokens. num_cached: number of tokens that the cache holds, in `blocks`. max_tokens:
     length at which generation stops, by the context or by max_new_tokens. stop_ids: tokens that end the sequence.
+    salt: sequences share blocks only with others of the same salt. leader: the first choice of its prompt, whose blocks
+    it waits for. keys: of its blocks (`BlockManager`). num_reused: prompt tokens that the cache held when it entered
+    first; None before.
     """
 
     tokens: list[int]
@@ -24,7 +27,11 @@ class Sequence:
     max_tokens: int
     sampler: Sampler
     stop_ids: frozenset[int]
+    salt: bytes = b""
+    leader: Sequence | None = None
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    num_reused: int | None = None
     num_cached: int = 0
     finish_reason: str | None = None
     prefill_seconds: float = 0.0
@@ -39,15 +46,23 @@ class Sequence:
         stop_ids: frozenset[int],
         choice: int = 0,
         grammar: Grammar | None = None,
+        salt: bytes = b"",
+        leader: Sequence | None = None,
     ) -> Sequence:
         """Start a sequence; `context` limits prompt and completion together. choice: its number among its prompt's."""
         max_tokens = min(context, len(prompt) + params.max_new_tokens)
         sampler = Sampler(params, len(prompt), stop_ids, choice, grammar)
-        return cls(list(prompt), len(prompt), params, max_tokens, sampler, stop_ids)
+        return cls(list(prompt), len(prompt), params, max_tokens, sampler, stop_ids, salt, leader)
 
     @property
     def num_completion_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """True while the leader's prompt is not in the cache, and may still come."""
+        leader = self.leader
+        return leader is not None and leader.finish_reason is None and leader.num_cached < leader.num_prompt_tokens
 
     @property
     def num_pending(self) -> int:

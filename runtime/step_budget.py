@@ -14,8 +14,8 @@ _NEWEST: Final = 0.25
 class StepBudget:
     """The budget of an engine's steps. tokens: of prefill and decodes together. seconds: of a step; None: no bound.
 
-    Where seconds bound the step, two exponential means say how many tokens those are: the seconds of a prefill token, and
-    those of a step that only decodes. Before the first measurement a step takes one block of prefill.
+    Where seconds bound the step, two exponential means say how many tokens those are: the seconds of a prefill token,
+    and those of a step that only decodes. Before the first measurement a step takes one block of prefill.
     """
 
     def __init__(self, tokens: int, seconds: float | None = None, block_size: int = 128):

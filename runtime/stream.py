@@ -22,7 +22,7 @@ class Completion:
     text: without the prompt, special tokens and the stop string. finish_reason: "stop" (end of sequence or a stop
     string) or "length". prefill_seconds, decode_seconds: wall time of the steps that the prompt took part in, which it
     shares with other prompts. token_ids: with the token that ended the completion, if one did. logprobs: of the tokens
-    whose text is in `text`, if the request asks for them.
+    whose text is in `text`, if the request asks for them. cached_tokens: those of the prompt that the cache held.
     """
 
     text: str
@@ -32,6 +32,7 @@ class Completion:
     prefill_seconds: float
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached_tokens: int = 0
 
     @property
     def completion_tokens(self) -> int:
@@ -152,6 +153,7 @@ class _Inbox:
             prefill_seconds=sequence.prefill_seconds,
             decode_seconds=sequence.decode_seconds,
             logprobs=tuple(self._logprobs[index][: text.num_settled]) if reports else None,
+            cached_tokens=sequence.num_reused or 0,
         )
         self.pieces.append(self._piece(index, given, sequence, completion))
         self.open -= 1

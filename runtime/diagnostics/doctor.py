@@ -8,19 +8,16 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...errors import BackendError, NpuqError
+from ...errors import BackendError
 from ...inputs.files import read_bytes
-
-if TYPE_CHECKING:
-    from ...formats.safetensors import TensorInfo
-    from ...models.config import ModelConfig
+from .model_fit import ModelFit, fit, message_of
 
 DRIVER_VERSION_FILES = ("/usr/local/Ascend/driver/version.info",)
 _MOST_VERSION_BYTES = 1 << 16
@@ -36,15 +33,6 @@ class Device:
     total_memory_bytes: int
     free_memory_bytes: int
     problem: str | None
-
-
-@dataclass(frozen=True)
-class ModelFit:
-    """Fit of a model directory to the supported families of NPUs. problems: the reasons why it cannot run."""
-
-    path: str
-    runs: bool
-    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,8 +73,8 @@ def cann_version_files(environment: Mapping[str, str]) -> list[str]:
     return [f"{home}/{file}" for home in homes if home for file in files]
 
 
-def examine(model: Path | None = None) -> Diagnosis:
-    """Examine this machine, and with `model` the fit of that directory."""
+def examine(model: Path | None = None, family: str | None = None) -> Diagnosis:
+    """Examine this machine, and with `model` the fit of that directory, of unknown model_type read as of `family`."""
     from ... import __version__
     from ...native.library import description
 
@@ -110,67 +98,8 @@ def examine(model: Path | None = None) -> Diagnosis:
         problem=problem,
         devices=devices,
         operators={} if torch_npu is None else _operators(),
-        model=None if model is None else fit(model),
+        model=None if model is None else fit(model, [device.total_memory_bytes for device in usable], family),
     )
-
-
-def fit(directory: Path) -> ModelFit:
-    """Check a model's shapes and schemes against the NPU's operators, from its headers alone."""
-    from ...formats.checkpoint import Checkpoint
-    from ...formats.sources.model_config import read_model_config
-
-    try:
-        with Checkpoint.open(directory) as checkpoint:
-            config = read_model_config(checkpoint)
-            checks = [_attention_problem(config), _router_problem(config), *_expert_problems(checkpoint.tensors)]
-    except NpuqError as error:
-        return ModelFit(str(directory), False, (str(error),))
-    problems = tuple(problem for problem in checks if problem is not None)
-    return ModelFit(str(directory), not problems, problems)
-
-
-def _attention_problem(config: ModelConfig) -> str | None:
-    from ...models.mla import Mla
-    from ...models.sparse_mla import SparseMla
-    from ..ops.ascend.attention.limits import check_indexer, check_mla
-
-    widths = config.attention
-    if type(widths) not in (Mla, SparseMla):
-        return f"config.json: the Ascend backend does not run the attention of {config.model_type}"
-    problem = _message(check_mla, "config.json", widths)
-    if problem is None and isinstance(widths, SparseMla):
-        sizes = (widths.indexer.n_heads, widths.indexer.head_dim, widths.indexer.topk)
-        problem = _message(check_indexer, "config.json", *sizes)
-    return problem
-
-
-def _router_problem(config: ModelConfig) -> str | None:
-    from ..ops.ascend.routing import check_gating
-    from ..weights import gating_of
-
-    moe = config.moe
-    return None if moe is None else _message(check_gating, gating_of(moe), moe.has_router_bias)
-
-
-def _expert_problems(tensors: Mapping[str, TensorInfo]) -> list[str | None]:
-    """One entry for each input width of the W4A8 experts: layers share their shapes."""
-    from ..ops.ascend.weights import check_w4a8_inputs
-
-    quantized = [name.removesuffix(".scale_bias") for name in tensors if name.endswith(".scale_bias")]
-    shapes = {name: tensors[f"{name}.weight"].shape for name in reversed(quantized) if f"{name}.weight" in tensors}
-    if strange := [f"{name}.weight: is no matrix" for name, shape in shapes.items() if len(shape) != 2]:
-        return list(strange)
-    widths = {inputs: name for name, (_, inputs) in shapes.items()}
-    return [_message(check_w4a8_inputs, name, width) for width, name in widths.items()]
-
-
-def _message(check: Callable[..., object], *args: Any) -> str | None:
-    """Message of the BackendError that a check raises for its arguments, or None."""
-    try:
-        check(*args)
-    except BackendError as error:
-        return str(error)
-    return None
 
 
 def _torch_npu() -> tuple[ModuleType | None, str | None]:
@@ -183,6 +112,13 @@ def _torch_npu() -> tuple[ModuleType | None, str | None]:
         return import_torch_npu(), None
     except BackendError as error:
         return None, str(error)
+
+
+def npu_memories() -> list[int]:
+    """Bytes of memory of each NPU of this machine that npuq can run on."""
+    torch_npu, _ = _torch_npu()
+    found = () if torch_npu is None else _devices(torch_npu)
+    return [device.total_memory_bytes for device in found if device.problem is None]
 
 
 def _devices(torch_npu: ModuleType) -> tuple[Device, ...]:
@@ -201,7 +137,7 @@ def _device(torch_npu: ModuleType, index: int) -> Device:
         family = soc_of(name).family
     except BackendError:
         family = None
-    return Device(index, name, family, total, free, _message(require_soc, name))
+    return Device(index, name, family, total, free, message_of(require_soc, name))
 
 
 def _operators() -> dict[str, str | None]:

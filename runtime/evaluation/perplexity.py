@@ -15,7 +15,7 @@ from ...formats.artifact import converted_as
 from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
 from ..llm import LanguageModel, load, local_directory
-from ..sampling.sampler import not_finite
+from ..sampling.sampler import NotFiniteError
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_check import require_tokenizer
 
@@ -172,5 +172,5 @@ def _compare(context: Context, logits: Tensor, source_logits: Tensor | None) -> 
 def _exp(mean_loss: float) -> float:
     """Perplexity of a mean loss. Raises GenerationError for a loss that is not finite, a sign of damaged weights."""
     if not math.isfinite(mean_loss):
-        raise not_finite()
+        raise NotFiniteError
     return math.exp(min(mean_loss, 700.0))

@@ -52,7 +52,7 @@ def rank_memory(ops: Ops, ranks_here: int) -> int:
     On an NPU, what other processes hold is left out.
     """
     if ops.device.type == "npu":
-        free, total = torch.npu.mem_get_info(ops.device)
+        free, total = getattr(torch, "npu").mem_get_info(ops.device)  # noqa: B009  # torch_npu puts it there
         return min(int(total), int(free / NpuMemory.usable))
     return max(0, ram() // ranks_here - PROCESS_BYTES)
 

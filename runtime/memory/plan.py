@@ -56,6 +56,10 @@ class RankPlan:
             return within
         return (self.left - self.context * self.workspace.context_token) // self.cache_token
 
+    def cached(self, tokens: int) -> int:
+        """Bytes of a cache of so many tokens, with what grows with the context."""
+        return tokens * self.cache_token + min(tokens, self.context) * self.workspace.context_token
+
     @property
     def fits(self) -> bool:
         """True if the cache has room for a block."""
@@ -118,7 +122,7 @@ class Planner:
         return tuple(self.rank(layout) for layout in layouts(self.model.config, ranks))
 
     def choose(self, ranks: int) -> RankPlan:
-        """Choose the layout of so many ranks that leaves most tokens for the cache.
+        """Choose the layout of so many ranks: the `recommended` one.
 
         Raises BackendError, with the numbers, where none fits, and where none divides the model.
         """
@@ -168,7 +172,9 @@ class Planner:
 
     def _remedy(self, plan: RankPlan) -> str:
         if not self.backend.on_device:
-            return "convert it (npuq convert): the weights of an artifact stay in their files"
+            decoded = any(not part.stored.mapped for part in self.model.parts)
+            remedy = "convert it (npuq convert): an artifact's weights stay in their files"
+            return remedy if decoded else "let a step have fewer tokens (max_num_batched_tokens), or take more memory"
         enough = self.fewest()
         if enough is None:
             return "no number of such devices holds it"
@@ -178,5 +184,12 @@ class Planner:
 
 
 def recommended(plans: Iterable[RankPlan]) -> RankPlan:
-    """The plan with most cache tokens, else with most bytes left; of equals, the one that divides least."""
-    return max(plans, key=lambda plan: (plan.cache_tokens, plan.left, -plan.layout.tp, -plan.layout.ep))
+    """Of the plans that fit, of those that divide the experts and with them their work, the one with most cache tokens.
+
+    If none fits, the one that lacks least.
+    """
+
+    def worth(plan: RankPlan) -> tuple[int, ...]:
+        return plan.fits, plan.layout.ep if plan.fits else 0, plan.cache_tokens, plan.left, -plan.layout.tp
+
+    return max(plans, key=worth)

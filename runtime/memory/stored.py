@@ -93,7 +93,10 @@ def _by_part(config: ModelConfig, stored: Callable[[Spec], Stored]) -> StoredMod
     family = config.family
     return StoredModel(
         config,
-        tuple(Part(block, family.entry(block, part), *rest, count) for (block, part, *rest), count in counts.items()),
+        tuple(
+            Part(block, family.entry(block, part), shape, form, count)
+            for (block, part, shape, form), count in counts.items()
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -39,9 +39,14 @@ class Backend(Protocol):
     are copied to a device, and not mapped from their files.
     """
 
-    dtype: torch.dtype
-    usable: float
-    on_device: bool
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def usable(self) -> float: ...
+
+    @property
+    def on_device(self) -> bool: ...
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         """Bytes of one tensor `[outputs, inputs]`, which may be a slice: `by_columns` of its inputs. A vector has one
@@ -117,21 +122,30 @@ class CpuMemory:
 
 def weight_bytes(model: StoredModel, owned: Owned, backend: Backend) -> dict[str, Bytes]:
     """Bytes of a rank's weights, by kind."""
+    return bytes_by_kind(model, backend, lambda part: _rank_part(part, owned, backend))
+
+
+def bytes_by_kind(model: StoredModel, backend: Backend, of_part: Callable[[Part], Bytes]) -> dict[str, Bytes]:
+    """Add up the bytes of all parts, and of the rotary tables, by kind."""
     found = dict.fromkeys(KINDS, Bytes())
     for part in model.parts:
         kind = _kind(part)
-        found[kind] = found[kind].plus(_part_bytes(part, owned, backend))
+        found[kind] = found[kind].plus(of_part(part))
     found[OTHER] = found[OTHER].plus(Bytes(copied=_rope_bytes(model, backend)))
     return found
 
 
-def _part_bytes(part: Part, owned: Owned, backend: Backend) -> Bytes:
-    ranges = owned.ranges(part.block, part.entry, exact_sum=part.stored.scheme is not Scheme.FLOAT)
+def sliced_bytes(part: Part, ranges: Sequence[range], backend: Backend) -> Bytes:
+    """Bytes of one tensor of a part, of which a rank has these ranges of each dimension."""
     outputs, inputs = len(ranges[0]), len(ranges[1]) if len(ranges) > 1 else 1
-    by_columns = len(ranges) > 1 and inputs < part.shape[1]
+    return backend.weight(part, outputs, inputs, len(ranges) > 1 and inputs < part.shape[1])
+
+
+def _rank_part(part: Part, owned: Owned, backend: Backend) -> Bytes:
+    ranges = owned.ranges(part.block, part.entry, exact_sum=part.stored.scheme is not Scheme.FLOAT)
     experts = owned.config.n_routed_experts
     count = part.count * len(owned.experts) // experts if part.block is Block.EXPERT else part.count
-    return backend.weight(part, outputs, inputs, by_columns).times(count)
+    return sliced_bytes(part, ranges, backend).times(count)
 
 
 def _rope_bytes(model: StoredModel, backend: Backend) -> int:

@@ -58,7 +58,7 @@ def _attention(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSize
     found = widths.sizes()
     latent, value, key = found["kv_lora"], found["v_head"], widths.qk_head_dim
     query = tokens * heads * 2 * key
-    keys = max(tokens, sizes.prefix_segment_tokens) * heads * (key + value)
+    keys = max(tokens, min(sizes.prefix_segment_tokens, config.rope.positions)) * heads * (key + value)
     outputs = 2 * tokens * heads * value
     numbers = query + keys + outputs + tokens * (found["q_lora"] + found["kv_a"])
     if isinstance(widths, SparseMla):

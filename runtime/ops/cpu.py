@@ -21,7 +21,7 @@ from .reference import check_dtype
 from .reference.cache import ReferenceCaches
 from .reference.latent_attention import ReferenceLatentAttention
 from .reference.norms import ReferenceNorms
-from .reference.products import ReferenceProducts, rows_of_experts
+from .reference.products import ReferenceProducts, aligned, rows_of_experts
 from .reference.rotary import ReferenceRotary
 from .reference.routing import ReferenceRouting
 from .reference.sparse_attention import ReferenceSparseAttention
@@ -51,7 +51,7 @@ class CpuProducts(ReferenceProducts):
         outputs = part.output_division or Division(ALONE, (weight.shape[0],))
         total, own = outputs.total, outputs.own
         size = max(1, _UPCAST_BYTES // (4 * weight.shape[1]))
-        x, products = x.to(dtype), []
+        x, products = aligned(x.to(dtype)), []
         for first in range(own.start // size * size, own.stop, size):
             some = range(first, min(first + size, total))
             kept = range(max(first, own.start), min(some.stop, own.stop))
@@ -59,7 +59,7 @@ class CpuProducts(ReferenceProducts):
             if kept != some:
                 rows, held = rows.new_zeros(len(some), weight.shape[1]), rows
                 rows[kept.start - first : kept.stop - first] = held
-            products.append(F.linear(x, rows)[:, kept.start - first : kept.stop - first])
+            products.append(F.linear(x, aligned(rows))[:, kept.start - first : kept.stop - first])
         return torch.cat(products, dim=-1).to(self.dtype)
 
     def _integers(self, codes: Tensor, part: LinearPart) -> Tensor:

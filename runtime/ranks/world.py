@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from hashlib import sha256
 from typing import ClassVar, Final
 
 import torch
@@ -18,7 +19,7 @@ from ...inputs.launch import Launch
 from ..ops.ascend.support import npu_count
 from ..step import Chunk
 from .connections import START_SECONDS, connect
-from .group import ALONE, Distributed, Group
+from .group import Distributed, Group
 from .lifeline import SILENCE_SECONDS, Ending, Lifeline, Loss
 from .messages import STOP, Message, receive, send
 
@@ -41,7 +42,6 @@ class World:
     def __init__(self, launch: Launch, group: Group, lifeline: Lifeline, tells: bool):
         self.launch, self.group = launch, group
         self._lifeline, self._tells = lifeline, tells
-        self._parts: dict[int, Group] = {}
         self._models: list[RunChunks] = []
         self._stepping = threading.Lock()
         self._failed = False
@@ -89,23 +89,6 @@ class World:
         """True on rank 0."""
         return self.launch.rank == 0
 
-    def part(self, size: int) -> Group:
-        """The group of `size` neighbouring ranks that this rank belongs to; `size` divides the ranks.
-
-        All ranks must call this for the same sizes in the same order.
-        """
-        if size == self.launch.size:
-            return self.group
-        if size == 1:
-            return ALONE
-        if size not in self._parts:
-            import torch.distributed as dist
-
-            starts = range(0, self.launch.size, size)
-            groups = [dist.new_group(list(range(start, start + size)), timeout=_FOREVER) for start in starts]
-            self._parts[size] = Distributed(groups[self.launch.rank // size], lambda: _text(self._lifeline.loss(2.0)))
-        return self._parts[size]
-
     def add(self, run: RunChunks) -> int:
         """Add a model by the function that runs its steps; return its number. All ranks add the same ones in order."""
         self._models.append(run)
@@ -114,6 +97,12 @@ class World:
     def least(self, number: int) -> int:
         """The least of a number that the ranks give."""
         return -int(self.group.all_reduce_max(torch.tensor([-number])).item())
+
+    def agree(self, what: str, value: object) -> None:
+        """Raise RankError on every rank where they give values of different representations. what: their name."""
+        number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
+        if self.least(number) != -self.least(-number):
+            raise RankError(f"the ranks do not load the same {what}; give all of them the same model and options")
 
     def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.

@@ -66,7 +66,7 @@ class Sampler:
     def _choose(self, row: LogitRow, context: Sequence[int]) -> int:
         values, ids = row.best(1)
         if not math.isfinite(values[0]):
-            raise not_finite()
+            raise NotFiniteError
         if self._adjustments.adjusts(context):
             row = HostRow(self._adjustments.apply(row.whole(), context))
             values, ids = row.best(1)
@@ -96,6 +96,8 @@ class Sampler:
         return int(ids[np.argmax(noisy)])
 
 
-def not_finite() -> GenerationError:
+class NotFiniteError(GenerationError):
     """The error for logits that are not finite."""
-    return GenerationError("the model's logits are not finite: the weights are damaged, or their scales are")
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not finite: the weights are damaged, or their scales are")

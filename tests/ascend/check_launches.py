@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -53,7 +54,7 @@ CASES = {
     "sparse, shared selection": ("glm-dsa-prolog", SPARSE, {"layer": SHARED_LAYER}),
     "below the limit": ("v32-prolog", [Chunk([5], 7, [1]), Chunk([6], 5, [2])], {}),
 }
-LIMITS = {"decode, unfused": 28, "decode, fused prolog": 20}
+LIMITS = {"decode, unfused": 27, "decode, fused prolog": 19, "decode, int8 cache": 19}
 
 
 def measure(case: str, artifact) -> dict[str, object]:
@@ -81,8 +82,7 @@ def test_a_sequence_of_one_layer_more_costs_exactly_one_layer_more(artifact):
     totals = []
     layers = engine.model.weights.layers
     for kept in (layers[:2], layers):
-        weights = mock.Mock(wraps=engine.model.weights, embedding=engine.model.weights.embedding, layers=kept)
-        weights.norm, weights.lm_head = engine.model.weights.norm, engine.model.weights.lm_head
+        weights = replace(engine.model.weights, layers=kept)
         with mock.patch.object(engine.model, "weights", weights), guard.watch() as watched:
             engine.model.forward(step, engine._cache[: len(kept)])
         totals.append(len(watched.launches))

@@ -74,6 +74,28 @@ def test_dynamic_quant_rounds_half_to_even():
     assert scale.tolist() == [1.0, 0.0]
 
 
+def test_init_routing_sorts_the_rows_of_a_range_of_experts():
+    tokens, k, experts, (first, last) = 6, 3, 10, (4, 7)
+    generator = np.random.default_rng(3)
+    ids = np.stack([generator.permutation(experts)[:k] for _ in range(tokens)]).astype(np.int32)
+    x = normal(tokens, 64)
+    rows, index, counts, scale = npu.npu_moe_init_routing_v2(
+        x,
+        torch.from_numpy(ids),
+        active_num=tokens * k,
+        expert_num=experts,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        active_expert_range=[first, last],
+    )
+    flat = [(int(expert), place) for place, expert in enumerate(ids.flatten()) if first <= expert < last]
+    order = [place for _, place in sorted(flat)]
+    assert torch.equal(rows[: len(order)], x[[place // k for place in order]]) and rows[len(order) :].isnan().all()
+    assert index.tolist() == [order.index(place) if place in order else -1 for place in range(tokens * k)]
+    assert counts.tolist() == [int((ids == expert).sum()) for expert in range(first, last)]
+    assert scale.isnan().all()
+
+
 def test_init_routing_rounds_half_away_from_zero():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
     arguments = {"expert_num": 4, "quant_mode": 1, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}

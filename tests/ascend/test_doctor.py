@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from published import V3, V32, write_release
 
 from npuq.cli.doctor import command
 from npuq.errors import BackendError
@@ -112,12 +113,29 @@ def test_the_shipped_model_fits(bare, example_fp8):
     assert result.exit_code == 0 and "would run on an NPU" in result.output
 
 
-def test_sparse_attention_fits(bare, example_fp8, tmp_path):
-    shutil.copytree(example_fp8, tmp_path, dirs_exist_ok=True)
-    config = json.loads((example_fp8 / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v32", "index_topk": 4096}))
-    result = CliRunner().invoke(command, [str(tmp_path)])
+def test_sparse_attention_fits(bare, tmp_path):
+    write_release(tmp_path / "v32", V32 | {"num_hidden_layers": 4, "index_topk": 4096})
+    result = CliRunner().invoke(command, [str(tmp_path / "v32")])
     assert result.exit_code == 0 and "would run on an NPU" in result.output
+
+
+def test_a_model_too_large_for_one_npu_is_told_what_holds_it(bare, devices, tmp_path):
+    """The memory of the machine's NPUs decides; without any, NPUs of 64 GB."""
+    source = tmp_path / "v3"
+    write_release(source, V3 | {"num_hidden_layers": 14, "n_routed_experts": 64})
+    result = CliRunner().invoke(command, [str(source)])
+    assert result.exit_code == 0
+    assert "would run on 2 NPUs of 64 GB: torchrun --nproc-per-node 2" in result.output
+    devices(*["Ascend910B2"] * 2)
+    fit = doctor.examine(source).model
+    assert (fit.runs, fit.devices, fit.layout, fit.device_bytes) == (True, 2, "ep=2,tp=2", 64 << 30)
+    devices("Ascend910B2")
+    result = CliRunner().invoke(command, [str(source), "--json"])
+    model = json.loads(result.stdout)["model"]
+    assert result.exit_code == 1 and not model["runs"] and model["layout"] is None
+    (problem,) = model["problems"]
+    assert "the model needs" in problem and "2 such devices hold it" in problem
+    assert "61.8 GB of 68.7 GB are usable" in problem
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,58 @@
-"""Sets the rig up and runs the checks in it; each file of checks is one test here, and so is each folder of them."""
+"""Sets the rig up and runs the checks in it: all of them with one torch_npu, and with the oldest and the newest the
+checks of schemas and of every operator."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from ascend_rig.install import TORCH_NPU, prepare, run_python
+from ascend_rig.install import ENDS, TORCH_NPU, prepare, run_python
 
 HERE = Path(__file__).parent
-FOLDERS = {path.parent.name for path in HERE.glob("*/check_*.py")}
-CHECKS = [*sorted(path.name for path in HERE.glob("check_*.py")), *sorted(FOLDERS)]
+CHECKS = {str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py")}
+FOLDERS = {name.split("/")[0] for name in CHECKS if "/" in name}
+# Long ones and those that share ranks, each in a process beside others'. The rest is one more process: torch and
+# torch_npu take seconds to start.
+ALONE = {
+    "generation": ("check_generation.py",),
+    "sparse": ("check_sparse.py",),
+    "mutations": ("check_mutations.py", "check_sparse_mutations.py"),
+    **{folder: tuple(sorted(name for name in CHECKS if name.startswith(f"{folder}/"))) for folder in sorted(FOLDERS)},
+}
+TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE.values() for name in group}))
+GROUPS = {**ALONE, "operators": TOGETHER}
+# Every call of the runtime, and every operator's self-test in all dtypes and layouts.
+AT_THE_ENDS = ("check_schemas.py", "check_doctor.py", "check_selftest.py::test_the_ascend_set_passes")
 
+TOOLS = ("gcc", "nm", "readelf")
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64" or not torch.__version__.startswith(TORCH_NPU),
-    reason=f"the rig needs Linux on x86-64 and torch {TORCH_NPU}, for which torch_npu {TORCH_NPU} is built",
+    sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or not (3, 10) <= sys.version_info[:2] <= (3, 13)
+    or not all(map(shutil.which, TOOLS)),
+    reason=f"the Ascend rig needs Linux on x86-64, Python 3.10 to 3.13 and {', '.join(TOOLS)}",
 )
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_checks_inside_the_rig(name):
-    options = ["-p", "ascend_rig.fixtures", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
-    done = run_python("-m", "pytest", *options, str(HERE / name))
+def run_checks(names: tuple[str, ...], version: str = TORCH_NPU) -> None:
+    off = [option for plugin in ("xdist", "cacheprovider", "warnings") for option in ("-p", f"no:{plugin}")]
+    options = [*off, "-p", "ascend_rig.fixtures", "-o", "python_files=check_*.py"]
+    files = [str(HERE / name) for name in names]
+    done = run_python("-m", "pytest", *options, *files, environment=prepare(version))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_checks_inside_the_rig(group):
+    run_checks(GROUPS[group])
+
+
+@pytest.mark.parametrize("version", ENDS)
+def test_the_oldest_and_the_newest_torch_npu(version):
+    run_checks(AT_THE_ENDS, version)
 
 
 PROBE = """

@@ -36,7 +36,11 @@ from npuq.runtime.ops import (
     Queries,
     Step,
 )
+from npuq.runtime.ops.handles import own
 from npuq.runtime.ops.native import NativeOps
+from npuq.runtime.ops.native.weights import NativeLinear
+from npuq.runtime.ranks.division import Division
+from npuq.runtime.ranks.group import Alone
 
 from .cases import LEVELS, part
 
@@ -206,6 +210,31 @@ def _finalize(ops: NativeOps, index: Tensor, rows: int = 6, **changes: Any) -> A
     )
 
 
+def _sums(ops: NativeOps, codes: Tensor | None = None, scheme: Scheme = Scheme.W8A8) -> Tensor:
+    codes = torch.ones(T, 8, dtype=torch.int8) if codes is None else codes
+    stored = part(np.random.default_rng(0), scheme, 4, 8)
+    handle = ops.weights.w4a8_experts([[stored]]) if scheme is Scheme.W4A8 else ops.weights.w8a8_linear([stored])
+    return ops.products.integer_sums(codes, own(handle, NativeLinear))
+
+
+def _scaled(ops: NativeOps, **changes: Any) -> Tensor:
+    arguments = {"sums": torch.ones(T, 4, dtype=torch.int32), "scale": _x(T), **changes}
+    handle = ops.weights.w8a8_linear([part(np.random.default_rng(0), Scheme.W8A8, 4, 8)])
+    return ops.products.scale_sums(arguments["sums"], arguments["scale"], handle)
+
+
+def _divided_mla(ops: NativeOps, values: int = V) -> Any:
+    """The attention of one rank of two, each of them with N heads."""
+    o = replace(_float(H, 2 * N * V), input_division=Division(Two(), (N * values, N * V)))
+    return ops.mla.load(_mla_parts(o=o), CONFIG)
+
+
+class Two(Alone):
+    """The first of two ranks; nothing is exchanged."""
+
+    size = 2
+
+
 INDEX = torch.arange(6, dtype=torch.int32)
 BF16 = torch.bfloat16
 
@@ -224,6 +253,12 @@ GOOD: dict[str, Callable[[NativeOps], Any]] = {
     "mlp": lambda ops: ops.routing.mlp(_x(T, H), _mlp(ops)),
     "init_routing": lambda ops: _route(ops, _ids((0, 3), (3, 2), (1, 3))),
     "finalize_routing": lambda ops: _finalize(ops, INDEX),
+    "row_maximum": lambda ops: ops.norms.row_maximum(_x(T, H)),
+    "dynamic_quant_by": lambda ops: ops.norms.dynamic_quant_by(_x(T, H), _x(T)),
+    "swiglu_quant_by": lambda ops: ops.norms.swiglu_quant_by(ops.norms.swiglu_float32(_x(T, H)), _x(T)),
+    "integer_sums": _sums,
+    "scale_sums": _scaled,
+    "divided mla": _divided_mla,
 }
 
 REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
@@ -430,6 +465,20 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
     "mla, no q norm": (lambda ops: _mla(ops, q_a_norm=None), r"mla: q_b and q_a_norm come together"),
     "mla, kv_a": (lambda ops: _mla(ops, kv_a=_float(LATENT + ROPE + 16, H)), r"mla: 76 outputs of q_a and kv_a"),
     "mla, q_b": (lambda ops: _mla(ops, q_b=_float(N * (NOPE + ROPE) - 1, Q_LORA)), r"mla: 47 outputs of q_b"),
+    "maximum, double": (lambda ops: ops.norms.row_maximum(_x(T, H).double()), r"rows of torch.float64"),
+    "maximum, float16": (lambda ops: ops.norms.dynamic_quant_by(_x(T, H).half(), _x(T)), r"rows of torch.float16"),
+    "maxima of fewer": (lambda ops: ops.norms.dynamic_quant_by(_x(T, H), _x(T - 1)), r"quant_parts: largest"),
+    "maxima, dtype": (
+        lambda ops: ops.norms.swiglu_quant_by(_x(T, H), _x(T).to(BF16)),
+        r"quant_parts: largest is bfloat16",
+    ),
+    "sums, width": (lambda ops: _sums(ops, torch.ones(T, 7, dtype=torch.int8)), r"integer_sums: x of 4x8"),
+    "sums, floats": (lambda ops: _sums(ops, _x(T, 8)), r"integer_sums: x of 4x8 is float32"),
+    "sums, int4": (lambda ops: _sums(ops, scheme=Scheme.W4A8), r"integer_sums: .* sizes"),
+    "scaled, sums": (lambda ops: _scaled(ops, sums=_x(T, 4)), r"scale_sums: sums of 4x8 is float32"),
+    "scaled, width": (lambda ops: _scaled(ops, sums=torch.ones(T, 5).int()), r"scale_sums: sums of 4x8"),
+    "scaled, scale": (lambda ops: _scaled(ops, scale=_x(T + 1)), r"scale_sums: scale of 4x8"),
+    "mla, divided o": (lambda ops: _divided_mla(ops, V - 1), r"mla: 18 inputs of o"),
     "mla, o": (lambda ops: _mla(ops, o=_float(H, N * V + 1)), r"mla: 21 inputs of o"),
 }
 

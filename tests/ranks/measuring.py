@@ -31,7 +31,7 @@ NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Case:
-    """A model to run, and how. parallel: its layout; None for "auto"."""
+    """A model to run, and how. parallel: its layout over ranks; None for one process."""
 
     path: str
     backend: str = "cpu"
@@ -39,7 +39,7 @@ class Case:
     kv_cache_dtype: str = "auto"
     parallel: str | None = None
 
-    def load(self, ranks: bool) -> LanguageModel:
+    def load(self) -> LanguageModel:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         model = npuq.load(
             self.path,
@@ -47,7 +47,7 @@ class Case:
             dtype,
             engine=EngineConfig(kv_cache_bytes=16 << 20, **SIZES),
             kv_cache_dtype=self.kv_cache_dtype,
-            parallel=(self.parallel or "auto") if ranks else None,
+            parallel=self.parallel,
         )
         # The cache's bytes differ with the model: give the engine so many blocks, of which it has more.
         pool = model.engine.blocks
@@ -81,15 +81,14 @@ def measure(model: LanguageModel) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     cases = [Case(**each) for each in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))]
-    ranks = torch.distributed.is_torchelastic_launched()
-    models = [case.load(ranks) for case in cases]
+    models = [case.load() for case in cases]
     if not models[0].leads:
         for model in models:
             model.follow()
         return
     counts: list[list[int]] = []
-    if ranks:
-        group = models[0].engine.model.ops.group
+    group = models[0].engine.model.ops.group
+    if group.size > 1:
         gather = group.all_gather_rows
 
         def counting(rows: Tensor, shares: list[int]) -> Tensor:

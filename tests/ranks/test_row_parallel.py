@@ -38,11 +38,16 @@ DTYPES = [torch.float32, torch.bfloat16]
 SCHEMES = [Scheme.W8A8, Scheme.W8A8_STATIC, Scheme.FLOAT]
 
 
-def random_part(rng: np.random.Generator, scheme: Scheme, outputs: int, inputs: int) -> LinearPart:
-    """A linear with random codes, extremes among them, or random floats."""
+def random_part(
+    rng: np.random.Generator, scheme: Scheme, outputs: int, inputs: int, stored: torch.dtype = torch.bfloat16
+) -> LinearPart:
+    """A linear with random codes, extremes among them, or random floats in the dtype `stored`."""
     if scheme is Scheme.FLOAT:
-        weight = torch.from_numpy(rng.standard_normal((outputs, inputs)).astype(np.float32)).bfloat16()
-        return LinearPart("some.linear", scheme, weight)
+        weight = torch.from_numpy(rng.standard_normal((outputs, inputs)).astype(np.float32))
+        # Anywhere in a mapped file.
+        file = torch.zeros(weight.numel() + 16, dtype=stored)
+        place = file[(first := int(rng.integers(16))) : first + weight.numel()].view(outputs, inputs)
+        return LinearPart("some.linear", scheme, place.copy_(weight))
     codes = torch.from_numpy(rng.integers(-128, 128, (outputs, inputs)).astype(np.int8))
     scale = torch.from_numpy(rng.uniform(0.001, 0.1, (outputs, 1)).astype(np.float32))
     if scheme is Scheme.W8A8:
@@ -119,7 +124,8 @@ def divided_equals_whole(
     change: Callable[[Ops], None] = lambda ops: None,
 ) -> bool:
     rng = np.random.default_rng(seed)
-    part = random_part(rng, scheme, int(rng.integers(4, 40)), sum(sizes))
+    stored = torch.float32 if rng.random() < 0.5 else torch.bfloat16
+    part = random_part(rng, scheme, int(rng.integers(4, 40)), sum(sizes), stored)
     x = random_rows(rng, int(rng.integers(1, 6)), sum(sizes), extremes)
     alone = make(dtype, ALONE)
     with torch.inference_mode():
@@ -222,8 +228,9 @@ def test_a_divided_mlp_equals_one_process(
 ) -> None:
     make, rng = OPERATOR_SETS[name], np.random.default_rng(seed)
     hidden = int(rng.integers(4, 60))
-    gate, up = (random_part(rng, schemes[0], sum(sizes), hidden) for _ in range(2))
-    down = random_part(rng, schemes[1], hidden, sum(sizes))
+    stored = torch.float32 if rng.random() < 0.5 else torch.bfloat16
+    gate, up = (random_part(rng, schemes[0], sum(sizes), hidden, stored) for _ in range(2))
+    down = random_part(rng, schemes[1], hidden, sum(sizes), stored)
     x = random_rows(rng, int(rng.integers(1, 6)), hidden, extremes).to(dtype)
 
     def weights(ops: Ops, gate: LinearPart, up: LinearPart, down: LinearPart) -> MlpWeights:

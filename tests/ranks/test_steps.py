@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ def cases(example_fp8: Path, artifact: Path, int8_artifact: Path, twelve: Path) 
         Case(str(example_fp8)),
     ]
     of_twelve = [Case(str(twelve)), Case(str(twelve), dtype="bfloat16"), Case(str(twelve), backend="reference")]
-    return {2: [*of_example, *of_twelve], 3: of_twelve, 4: [*of_example, *of_twelve]}
+    by_experts = {2: [*of_example, *of_twelve], 3: of_twelve, 4: [*of_example, *of_twelve]}
+    chosen = {
+        ranks: [replace(case, parallel=f"ep={ranks},tp=1") for case in several] for ranks, several in by_experts.items()
+    }
+    chosen[2].append(Case(str(artifact), parallel="ep=2,tp=2"))
+    chosen[2].append(Case(str(twelve), backend="reference", parallel="tp=2"))
+    chosen[4].append(Case(str(int8_artifact), kv_cache_dtype="int8", parallel="ep=4,tp=2"))
+    chosen[4].append(Case(str(artifact), dtype="bfloat16", parallel="ep=4,tp=4"))
+    return {1: [*of_example, *of_twelve], **chosen}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +60,7 @@ def measured(cases: dict[int, list[Case]], tmp_path_factory: pytest.TempPathFact
     def of(ranks: int) -> Any:
         if ranks not in done:
             list_of_cases, out = folder / f"cases-{ranks}", folder / f"results-{ranks}"
-            chosen = cases[2] if ranks == 1 else cases[ranks]
-            list_of_cases.write_text(json.dumps([asdict(case) for case in chosen]), encoding="utf-8")
+            list_of_cases.write_text(json.dumps([asdict(case) for case in cases[ranks]]), encoding="utf-8")
             launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             ended = subprocess.run(
                 [sys.executable, *launcher, str(MEASURING), str(list_of_cases), str(out)],
@@ -72,10 +79,10 @@ def measured(cases: dict[int, list[Case]], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_logits_and_tokens_are_those_of_one_process(measured: Callable[[int], Any], ranks: int) -> None:
     alone, several = measured(1), measured(ranks)
-    expected = {json.dumps(case): result for case, result in zip(alone["cases"], alone["results"], strict=True)}
+    expected = {_of_one(case): result for case, result in zip(alone["cases"], alone["results"], strict=True)}
     assert several["cases"]
     for case, found in zip(several["cases"], several["results"], strict=True):
-        wanted = expected[json.dumps(case)]
+        wanted = expected[_of_one(case)]
         assert found["greedy"] == wanted["greedy"], case
         assert found["seeded"] == wanted["seeded"], case
         for name in ("steps", "texts"):
@@ -83,6 +90,10 @@ def test_logits_and_tokens_are_those_of_one_process(measured: Callable[[int], An
             for ours, theirs in zip(found[name], wanted[name], strict=True):
                 assert ours.dtype is theirs.dtype
                 assert torch.equal(ours.view(torch.int8), theirs.view(torch.int8)), (case, name)
+
+
+def _of_one(case: dict[str, Any]) -> str:
+    return json.dumps({**case, "parallel": None})
 
 
 def test_the_cases_hold_what_they_are_for(measured: Callable[[int], Any]) -> None:

@@ -19,9 +19,8 @@ from torch import Tensor
 import npuq.runtime
 from npuq import convert_checkpoint
 from npuq.errors import ArtifactError
-from npuq.runtime import EngineConfig, LanguageModel, layer_errors
+from npuq.runtime import EngineConfig, LanguageModel, SamplingParams, layer_errors
 from npuq.runtime.attention.sparse_mla import SparseMlaAttention
-from npuq.runtime.sampling.params import SamplingParams
 from npuq.runtime.step import Chunk
 
 TESTS = Path(__file__).parents[1]

@@ -15,6 +15,7 @@ from ....native.mapped import MappedFiles
 from ...attention.kinds import attention_of
 from ...model import Model
 from ...ops import LinearPart, Ops
+from ...ranks.shares import WHOLE, Share
 from ...weights import load_weights
 
 DEEPSEEK_V3_LAYERS = {
@@ -65,7 +66,8 @@ class RandomStore:
         self._generator = torch.Generator().manual_seed(0)
         self._codes: dict[int, Tensor] = {}
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
+    def tensor(self, name: str, *shape: int, rows: range | None = None) -> Tensor:
+        assert rows is None  # one process has all of the model
         if len(shape) == 1:  # a gain, or a router's bias, which must not favour one expert
             spec = self._specs[name]
             made = torch.zeros(shape) if spec.block is Block.ROUTER else torch.ones(shape)
@@ -73,9 +75,13 @@ class RandomStore:
         made = torch.empty(shape, dtype=torch.bfloat16)
         return made.normal_(0, shape[-1] ** -0.5, generator=self._generator)
 
-    def linear(self, prefix: str, outputs: int, inputs: int) -> LinearPart:
+    def scheme(self, prefix: str) -> Scheme:
+        return Scheme.W4A8 if self._specs[f"{prefix}.weight"].role is Role.ROUTED_EXPERT else Scheme.W8A8
+
+    def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
+        assert share == WHOLE
         scale = torch.full((outputs, 1), 1.0 / (100 * inputs**0.5))
-        if self._specs[f"{prefix}.weight"].role is not Role.ROUTED_EXPERT:
+        if self.scheme(prefix) is Scheme.W8A8:
             return LinearPart(prefix, Scheme.W8A8, self._random_bytes(outputs, inputs), scale)
         packed = self._random_bytes(outputs // 2, inputs)
         low, high = (packed << 4) >> 4, packed >> 4

@@ -42,7 +42,8 @@ def operator_bytes(name: str, args: Sequence[Any], result: Any) -> int:
         elif isinstance(arg, MoeWeights):
             total += moe_bytes(arg, tokens)
         elif isinstance(arg, (LayerCache, Pages)):
-            pages = arg.pages.values() if isinstance(arg, LayerCache) else [arg]
+            # Index keys are handed over as pages of their own.
+            pages = [arg[LATENT], arg[ROPE]] if isinstance(arg, LayerCache) else [arg]
             total += _cache_bytes(name, pages, tokens, decode, args)
         elif name == "grouped_matmul" and index == 1:
             groups = args[2]

@@ -1,6 +1,6 @@
 """The operators on torch_npu: weights in FRACTAL_NZ, the latent cache in NZ pages, one device call an operator.
 
-A MoE layer is 27 launches in a decode step, or 20 where `npu_mla_prolog_v3` takes the layer; a lightning indexer adds
+A MoE layer is 27 launches in a decode step, or 19 where `npu_mla_prolog_v3` takes the layer; a lightning indexer adds
 15 (table in docs/ascend.md). No call waits for the device: a step's lengths are integers on the host, all
 else stays in tensors.
 """
@@ -28,6 +28,8 @@ from .products import AscendProducts
 from .ranks.communicator import communicator_of
 from .routing import AscendRouting
 from .support import import_torch_npu, require_soc
+from .tuning.file import read_tuning, tuned_device, tuning_path
+from .tuning.grouped_matmul import Tuning
 from .weights import AscendWeights
 
 
@@ -54,6 +56,7 @@ class AscendOps(Ops):
         fused_experts: bool = True,
         soc: str | None = None,
         group: Group = ALONE,
+        tuning: Tuning | None = None,
     ):
         if kv_layout not in ("nz", "nd"):
             raise BackendError(f"kv_layout {kv_layout!r} is neither 'nz' nor 'nd'")
@@ -74,11 +77,12 @@ class AscendOps(Ops):
         self.soc = require_soc(soc)
         self.dtype, self.group = dtype, group
         if self.device.type == "npu":
-            self.graphs = NpuGraphs(torch_npu.npu)
+            self.graphs = NpuGraphs(torch_npu.npu, self.device)
+            tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
-        self.products = AscendProducts(self.npu, self.norms)
+        self.products = AscendProducts(self.npu, self.norms, tuning or Tuning())
         communicator = communicator_of(self.soc.family, group)
         self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator, fused_experts)
         self.caches = AscendCaches(self.npu)

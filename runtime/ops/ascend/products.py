@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ..norms import Norms
 from ..products import Products
 from .device import Npu
 from .ranks.rows import integer_sums
+from .tuning.grouped_matmul import Tuning
 from .weights import (
     MAX_DIMENSION,
     DeviceRouter,
@@ -32,8 +34,8 @@ COUNTS = 1  # group_list_type: rows of each expert, not running sums
 class AscendProducts(Products):
     """Matrix products by torch_npu."""
 
-    def __init__(self, npu: Npu, norms: Norms):
-        self.npu, self.norms = npu, norms
+    def __init__(self, npu: Npu, norms: Norms, tuning: Tuning):
+        self.npu, self.norms, self.tuning = npu, norms, tuning
 
     def linear(self, x: Activation, linear: Linear) -> Tensor:
         if isinstance(linear, FloatLinear):
@@ -81,12 +83,15 @@ class AscendProducts(Products):
             return self._grouped_matmul(x, experts.weight, group_list)
         handle = own(experts, QuantizedExperts)
         rows = x if isinstance(x, Quantized) else self.norms.dynamic_quant(x)
-        scales = {"scale": [handle.scale], "per_token_scale": [rows.scale]}
+        more: dict[str, list[Any]] = {"scale": [handle.scale], "per_token_scale": [rows.scale]}
         if isinstance(handle, W4A8Experts):
-            return self._grouped_matmul(rows.codes, handle.weight, group_list, bias=[handle.scale_bias], **scales)
-        return self._grouped_matmul(rows.codes, handle.weight, group_list, **scales)
+            more["bias"] = [handle.scale_bias]
+        tuned = self.tuning.config_for(handle, rows.codes.shape[0])
+        if tuned is not None:
+            more["tuning_config"] = tuned
+        return self._grouped_matmul(rows.codes, handle.weight, group_list, **more)
 
-    def _grouped_matmul(self, rows: Tensor, weight: Tensor, group_list: Tensor, **scales: list[Tensor]) -> Tensor:
+    def _grouped_matmul(self, rows: Tensor, weight: Tensor, group_list: Tensor, **more: list[Any]) -> Tensor:
         product: Tensor = self.npu.operators.npu_grouped_matmul(
             [rows],
             [weight],
@@ -95,7 +100,7 @@ class AscendProducts(Products):
             group_type=0,
             split_item=2,
             output_dtype=self.npu.dtype,
-            **scales,
+            **more,
         )[0]
         return product
 

@@ -80,7 +80,7 @@ def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None
     widths = {
         "outputs of q_a and kv_a": (qkv_a.weights.outputs, q_a_width + config.kv_lora_rank + config.qk_rope_head_dim),
         "outputs of q_b": (q_width if q_b is None else q_b.weights.outputs, q_width),
-        "inputs of o": (values if o is None else o.weights.cols, values),
+        "inputs of o": (len(handle.o.inputs.own) if isinstance(handle.o, RowParallel) else _inputs(o), values),
     }
     for what, (found, expected) in widths.items():
         if found != expected:
@@ -90,6 +90,10 @@ def _check_mla(handle: MlaWeights, qkv_a: NativeLinear, q_b: NativeLinear | None
     if handle.w_uk.dtype is not handle.w_uv.dtype:
         raise ValueError(f"mla: w_uk is {handle.w_uk.dtype} and w_uv {handle.w_uv.dtype}; the kernel takes one dtype")
     return q_a_width
+
+
+def _inputs(linear: NativeLinear | None) -> int:
+    return 0 if linear is None else linear.weights.cols
 
 
 def native_moe(weights: MoeWeights) -> MoeWeights:

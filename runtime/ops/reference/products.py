@@ -16,6 +16,8 @@ from ..norms import Norms
 from ..products import Products
 from .weights import PartsExperts, PartsLinear, StoredRouter
 
+_CACHE_LINE = 64
+
 
 class ReferenceProducts(Products):
     """Products on the CPU. dtype: the compute dtype."""
@@ -71,13 +73,14 @@ class ReferenceProducts(Products):
         )
 
     def _float_matmul(self, x: Tensor, part: LinearPart) -> Tensor:
+        x = aligned(x.float())
         if part.output_division is None:
-            return F.linear(x.float(), part.weight.float()).to(self.dtype)
+            return F.linear(x, aligned(part.weight.float())).to(self.dtype)
         # The last bits of torch's products depend on the number of outputs: these are computed in their place of all.
         rows = part.output_division.own
         whole = torch.zeros(part.output_division.total, part.weight.shape[1])
         whole[rows.start : rows.stop] = part.weight
-        return F.linear(x.float(), whole)[:, rows.start : rows.stop].to(self.dtype)
+        return F.linear(x, whole)[:, rows.start : rows.stop].to(self.dtype)
 
     def _integers(self, codes: Tensor, part: LinearPart) -> Tensor:
         """Multiply codes int8 `[T, K]` by a part's codes: whole numbers `[T, N]`, in any dtype that holds them."""
@@ -101,6 +104,15 @@ def _static(part: LinearPart) -> Static:
     if part.static is None:
         raise BackendError(f"{part.name}: {part.scheme.value} has no static input scale")
     return part.static
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """A matrix in memory that begins with a cache line, copied where it does not.
+
+    The last bits of torch's product of a single row depend on it. A mapped weight lies anywhere, and a rank may have a
+    copy of it.
+    """
+    return matrix if matrix.data_ptr() % _CACHE_LINE == 0 else matrix.clone()
 
 
 def rows_of_experts(x: Activation, group_list: Tensor) -> Iterator[Activation]:

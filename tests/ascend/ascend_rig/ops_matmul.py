@@ -112,9 +112,12 @@ def npu_grouped_matmul(
     split_item: int | None = 0,
     group_type: int | None = None,
     group_list_type: int | None = 0,
+    tuning_config: list[int] | None = None,
     output_dtype: int | None = None,
 ) -> list[Tensor]:
     name = "npu_grouped_matmul"
+    expected = list(tuning_config or [0])
+    require(len(expected) == 1 and 0 <= expected[0] <= len(x[0]), f"{name}: tuning_config {expected}, {len(x[0])} rows")
     require(len(x) == len(weight) == 1, f"{name}: one x and one weight")
     rows, experts = x[0], weight[0]
     require(split_item in (2, 3), f"{name}: split_item {split_item} gives a list of tensors, not one")

@@ -78,10 +78,13 @@ def system_libraries(roots: list[Path]) -> dict[str, Path]:
     return found
 
 
-def symbols(path: Path, which: str) -> list[str]:
-    """Strong dynamic symbols of the ELF file at `path`: nm's `--defined-only` or `--undefined-only` ones."""
+def symbols(path: Path, which: str, versions: bool = False) -> list[str]:
+    """Strong dynamic symbols of the ELF file at `path`: nm's `--defined-only` or `--undefined-only` ones.
+
+    versions: as "symbol@version" where a symbol has one.
+    """
     text = subprocess.run(["nm", "-D", which, str(path)], capture_output=True, text=True).stdout
     rows = [line.split() for line in text.splitlines()]
     if which == "--undefined-only":
         rows = [row for row in rows if row[0] == "U"]
-    return [row[-1].split("@")[0] for row in rows]
+    return [row[-1] if versions else row[-1].split("@")[0] for row in rows]

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch_npu
 from ascend_rig import emulate, harness
-from ascend_rig.graph.device import Device, emulated
+from ascend_rig.graph.device import Device, Graph, emulated, npu_graphs
 from ascend_rig.graph.recording import GraphError
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch_npu.npu import graphs as torch_graphs
 
 from npuq.errors import NpuqWarning
 from npuq.runtime.engine import Engine
 from npuq.runtime.graph import decode
 from npuq.runtime.ops.ascend.graph import capture
-from npuq.runtime.ops.ascend.graph.capture import NpuGraph, NpuGraphs
+from npuq.runtime.ops.ascend.graph.capture import NpuGraph
 from npuq.runtime.step import Chunk, Inputs, StepBuilder
 
 PROMPTS = ([5, 9, 31, 7, 44, 8, 3, 21, 17, 60], [12, 40, 6, 90, 33, 70, 55, 19, 28, 64, 81])
@@ -38,7 +38,7 @@ def engine_of(path: Path, graphs: bool, prepare: Callable[[Any], None] = lambda 
     """An engine for two sequences. prepare: changes its set of operators."""
     ops = harness.make("ascend")
     if graphs:
-        ops.graphs = NpuGraphs(torch_npu.npu)
+        ops.graphs = npu_graphs()
     prepare(ops)
     return harness.load(path, ops).engine
 
@@ -142,7 +142,12 @@ def test_lengths_under_another_name_show(artifact, device, right, monkeypatch, n
 
 
 def test_a_replay_without_an_update_hangs(artifact, device, monkeypatch):
-    monkeypatch.setattr(NpuGraph, "replay", lambda self, kv_lens: self._graph.replay())
+
+    def replay(self: NpuGraph, kv_lens: list[int]) -> None:
+        with self._npu.device(self._device):
+            self._graph.replay()
+
+    monkeypatch.setattr(NpuGraph, "replay", replay)
     engine = engine_of(artifact("example"), graphs=True)
     engine._run(DECODES[0])
     with pytest.raises(GraphError, match="waits for an event"):
@@ -180,6 +185,21 @@ def test_a_read_by_the_host_ends_the_capture(artifact, device, right, read):
         engine = engine_of(artifact("example"), graphs=True, prepare=prepare)
         assert not differs(decode_steps(engine), right("example"))
     assert len(said) == 1 and not engine.graphs.active
+
+
+def test_a_capture_that_cannot_be_ended_leaves_nothing_in_place(artifact, device, right, monkeypatch):
+    """On a device, the end of an invalid capture raises too. torch_npu's mode would put eager attention into groups."""
+    end = Graph.capture_end
+
+    def failing(self: Graph) -> None:
+        end(self)
+        raise RuntimeError("the stream's capture is invalidated")
+
+    monkeypatch.setattr(Graph, "capture_end", failing)
+    with pytest.warns(NpuqWarning, match="cannot be captured as a graph and runs eagerly: .* invalidated"):
+        engine = engine_of(artifact("example"), graphs=True)
+    assert not differs(decode_steps(engine), right("example"))
+    assert _get_current_dispatch_mode_stack() == []
 
 
 def test_an_allocation_that_outlives_the_capture_shows(artifact, device):

@@ -11,6 +11,7 @@ import json
 import platform
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,40 @@ def wheel(version: str) -> Path:
     return found[0]
 
 
-@pytest.mark.skipif(
+# What the runtime uses of torch_npu's graphs, in its Python files.
+GRAPHS = {
+    "torch_npu/npu/graphs.py": (
+        "auto_dispatch_capture=False",
+        'capture_error_mode: str = "global"',
+        "def update(self, cpu_update_input):",
+        "self.graph_dispatch_mode = _GraphDispatchMode()",
+        "self.graph_dispatch_records = []",
+        "record.event.record(self.update_stream)",
+    ),
+    "torch_npu/npu/_npugraph_handlers/ifa_handler.py": (
+        '"npu_fused_infer_attention_score.default"',
+        '"npu_fused_infer_attention_score_v2.default"',
+        '"actual_seq_lengths_kv"',
+        '"actual_seq_kvlen"',
+    ),
+}
+
+in_wheels = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or sys.version_info[:2] != (3, 11),
     reason="torch_npu's wheels for CPython 3.11 on Linux x86-64 are read",
 )
+
+
+@in_wheels
+@pytest.mark.parametrize("version", ENDS)
+def test_the_wheel_captures_graphs_as_the_runtime_does(version):
+    with zipfile.ZipFile(wheel(version)) as archive:
+        for name, parts in GRAPHS.items():
+            text = archive.read(name).decode()
+            assert [part for part in parts if part not in text] == []
+
+
+@in_wheels
 @pytest.mark.parametrize("version", ENDS)
 def test_the_wheel_has_the_schemas_that_the_calls_fit(version):
     schemas = schemas_of_wheel(wheel(version), LISTING["calls"])

@@ -8,11 +8,17 @@ import pytest
 from ascend_rig.ranks import mutations, pool
 from ascend_rig.ranks.chips import Chips
 from ascend_rig.ranks.jobs import Layer, Outcome, run_layer
+from ascend_rig.ranks.semantics_jobs import exchange
 
 from npuq.formats.schemes import Scheme
 
 DISPATCH, SCATTER, SUM = "dispatch and combine", "all-to-all", "all-reduce"
 ALONG = Chips("A3", dispatches=False)  # rows go along by collectives
+
+
+@pytest.mark.parametrize(("quantized", "sums"), [(False, False), (False, True), (True, False)])
+def test_dispatch_and_combine_are_what_numpy_says(ranks, quantized, sums):
+    ranks.run(exchange, quantized, sums, ranks=4)
 
 
 def outcomes(ranks: pool.Pool, layer: Layer, size: int = 2) -> list[Outcome]:

@@ -12,8 +12,10 @@ graphs in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KV_LENGTHS = ("actual_seq_lengths_kv", "actual_seq_kvlen")
@@ -23,17 +25,18 @@ KV_LENGTHS = ("actual_seq_lengths_kv", "actual_seq_kvlen")
 class NpuGraph:
     """One captured step. See `StepGraph`."""
 
-    def __init__(self, graph: Any, output: Tensor, npu: Any):
+    def __init__(self, graph: Any, output: Tensor, npu: Any, device: torch.device):
         self.output = output
-        self._graph, self._npu = graph, npu
+        self._graph, self._npu, self._device = graph, npu, device
 
     def replay(self, kv_lens: Sequence[int]) -> None:
-        self._graph.replay()
-        try:
-            self._graph.update(cpu_update_input=[{name: list(kv_lens) for name in KV_LENGTHS}])
-        except BaseException:
-            self._release()
-            raise
+        with self._npu.device(self._device):  # a thread begins with another one
+            self._graph.replay()
+            try:
+                self._graph.update(cpu_update_input=[{name: list(kv_lens) for name in KV_LENGTHS}])
+            except BaseException:
+                self._release()
+                raise
 
     def _release(self) -> None:
         """Let a replay run to its end whose update was interrupted: it would wait, and so would every later step."""
@@ -47,17 +50,31 @@ class NpuGraph:
 
 
 class NpuGraphs:
-    """Capture on the current NPU. See `Graphs`. npu: the module `torch_npu.npu`."""
+    """Capture on one NPU. See `Graphs`. npu: the module `torch_npu.npu`."""
 
-    def __init__(self, npu: Any):
-        self._npu = npu
+    def __init__(self, npu: Any, device: torch.device):
+        self._npu, self._device = npu, device
+        self._stream: Any = None
         self._pool: Any = None
 
     def capture(self, run: Callable[[], Tensor]) -> NpuGraph:
-        if self._pool is None:
-            self._pool = self._npu.graph_pool_handle()
-        graph = self._npu.NPUGraph()
-        # Other threads of the process, a server's for instance, may use the device meanwhile.
-        with self._npu.graph(graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"):
-            output = run()
-        return NpuGraph(graph, output, self._npu)
+        npu = self._npu
+        with npu.device(self._device):
+            if self._stream is None:
+                self._stream, self._pool = npu.Stream(), npu.graph_pool_handle()
+            npu.synchronize()
+            npu.empty_cache()
+            graph = npu.NPUGraph()
+            graph.auto_dispatch_capture = True
+            # By hand, as `torch.npu.graph` does it: that leaves its stream and its mode in place if a capture fails.
+            with npu.stream(self._stream), graph.graph_dispatch_mode:
+                # Other threads of the process, a server's for instance, may use the device meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = run()
+                except BaseException:
+                    with suppress(Exception):  # the end of an invalid capture is an error too, of less interest
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        return NpuGraph(graph, output, npu, self._device)

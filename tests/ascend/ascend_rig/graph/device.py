@@ -1,6 +1,6 @@
 """Stand-ins for what torch_npu has in C++ of graphs, under its own Python code for capture and update.
 
-`torch_npu.npu.graph`, the dispatch mode that puts attention into task groups, and its handlers run as they are. Below
+The dispatch mode that puts attention into task groups, its handlers, and `NPUGraph.update` run as they are. Below
 them, a captured call is recorded, an event makes a replay wait, and an update changes the arguments of a call.
 """
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_npu.npu import graphs
 from torch_npu.npu._npugraph_handlers import npugraph_handler
+
+from npuq.runtime.ops.ascend.graph.capture import NpuGraphs
 
 from .. import guard
 from .operators import register
@@ -75,8 +77,8 @@ class Graph:
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         if device.capturing is not None:
             raise GraphError("a capture begins within another")
-        if not self.auto_dispatch_capture:
-            self._watching.enter_context(self.recorder)
+        if not self.auto_dispatch_capture or pool is None or capture_error_mode != "thread_local":
+            raise GraphError("the runtime captures with torch_npu's mode, in one pool, beside other threads")
         device.capturing = self
         self._watching.enter_context(guard.watch())
 
@@ -90,6 +92,8 @@ class Graph:
     def replay(self) -> None:
         if not self._done:
             raise GraphError("a replay before the capture's end")
+        if not device.current:
+            raise GraphError("a replay on whatever device the thread has")
         device.synchronize()
         self.recorder.memory.spoil()
         self.replays += 1
@@ -162,6 +166,7 @@ class Device:
         self.capturing: Graph | None = None
         self.running: Graph | None = None
         self.graphs: list[Graph] = []
+        self.current: list[torch.device] = []
         self._group: int | None = None
         self._updating: _Updating | None = None
 
@@ -218,18 +223,24 @@ def emulated() -> Iterator[Device]:
     def entering(stream: Stream) -> Iterator[None]:
         yield
 
+    @contextmanager
+    def on_device(which: torch.device) -> Iterator[None]:
+        device.current.append(which)
+        yield
+        device.current.pop()
+
     on_npu = {
         "NPUGraph": device.new_graph,
         "Stream": Stream,
         "ExternalEvent": ExternalEvent,
         "stream": entering,
         "current_stream": lambda *_: current,
-        "current_device": lambda: 0,
+        "device": on_device,
         "synchronize": device.synchronize,
         "empty_cache": lambda: None,
-        "host_empty_cache": lambda: None,
         "graph_pool_handle": object,
     }
+    # Named by torch_npu's own, so that a name that is not there is noticed.
     in_graphs = {
         "_graph_task_group_begin": device.group_begin,
         "_graph_task_group_end": device.group_end,
@@ -241,11 +252,15 @@ def emulated() -> Iterator[Device]:
         stack.callback(register()._destroy)
         for module, changes in ((torch_npu.npu, on_npu), (graphs, in_graphs), (npugraph_handler, {"deepcopy": _copy})):
             for name, value in changes.items():
-                stack.enter_context(mock.patch.object(module, name, value, create=name == "host_empty_cache"))
+                stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(mock.patch.object(graphs._GraphDispatchMode, "update_stream", Stream()))
-        stack.enter_context(mock.patch.object(graphs.graph, "default_capture_stream", Stream()))
         yield device
         device.synchronize()
+
+
+def npu_graphs() -> NpuGraphs:
+    """The runtime's capture, on the stand-ins."""
+    return NpuGraphs(torch_npu.npu, torch.device("cpu"))
 
 
 def _copy(value: Any) -> Any:

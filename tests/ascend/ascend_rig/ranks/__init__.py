@@ -1,1 +1,1 @@
-"""The rig with several ranks: a process a rank, the exchange operators over gloo, and jobs that run in all processes."""
+"""The rig with several ranks: a process a rank, exchange operators over gloo, and jobs that run in all processes."""

@@ -1,4 +1,4 @@
-"""The chips that ranks run on: what the runtime and torch_npu's shape rules would learn from the driver and from HCCL."""
+"""The chips that ranks run on: what the runtime and torch_npu would learn from the driver and from HCCL."""
 
 from __future__ import annotations
 

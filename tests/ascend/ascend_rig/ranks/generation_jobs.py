@@ -40,16 +40,15 @@ class NoLifeline:
 def joined() -> Iterator[World]:
     """Let `npuq.load` find the ranks of the pool."""
     lifeline: Any = NoLifeline()
-    world = World(Launch.of(os.environ), Distributed(), lifeline)
+    world = World(Launch.of(os.environ), Distributed(), lifeline, tells=False)
     with mock.patch.object(World, "join", lambda *_: world):
         yield world
 
 
-def generate(path: Path, parallel: str, chips: Chips, wide: bool, options: dict[str, Any]) -> Generated:
-    """Generate from the harness's prompts, or follow."""
-    dtype = torch.float32 if wide else torch.bfloat16
-    with as_on_npus(chips, wide=wide) as used, joined() as world:
-        ops = harness.make("ascend", dtype, soc=chips.soc, group=world.group, **options)
+def generate(path: Path, parallel: str, chips: Chips) -> Generated:
+    """Generate from the harness's prompts in bf16, or follow."""
+    with as_on_npus(chips, wide=False) as used, joined() as world:
+        ops = harness.make("ascend", torch.bfloat16, soc=chips.soc, group=world.group)
         if world.leads:
             run = harness.generate(path, ops, guard.guarded, parallel=parallel)
             return Generated(dict(used.calls), run)

@@ -19,6 +19,8 @@ from npuq.runtime.ranks.group import ALONE, Distributed, Group
 
 from .. import guard
 from ..mutants import Mutant
+from ..recorder import Recorder
+from ..schemas import Call
 from . import mutations
 from .chips import Chips, as_on_npus
 
@@ -75,6 +77,17 @@ def run_layer(layer: Layer) -> Outcome:
             assert ops.npu.operators.changed, f"{layer.mutation}: the operator is never called"
         equal = found.shape == expected.shape and bool((found == expected).all())
         return Outcome(exchange.value, equal, int(rows[0].sum()), dict(watched.counts()))
+
+
+def record_layer(layer: Layer) -> dict[str, Call]:
+    """How the operators are called in a layer of experts."""
+    with as_on_npus(layer.chips):
+        ops, recorder = _ops(layer, Distributed()), Recorder()
+        hidden, weights, ids, shared = _inputs(layer)
+        own = _weights(layer, ops, dist.get_world_size())
+        ops.npu.operators = recorder
+        ops.routing.moe_experts(hidden, weights, ids, own, shared)
+    return recorder.calls
 
 
 def _ops(layer: Layer, group: Group) -> AscendOps:

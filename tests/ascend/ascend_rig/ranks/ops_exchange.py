@@ -86,7 +86,8 @@ def npu_moe_distribute_dispatch_v2(
     counts = torch.tensor([sum(place[0] == expert for place in places) for expert in range(each)], dtype=torch.int64)
     scales = poison(capacity, dtype=torch.float32)
     if quant_mode == 2:
-        factor = 127.0 / rows.float().abs().amax(-1)
+        largest = rows.float().abs().amax(-1)
+        factor = torch.full_like(largest, 127.0) / largest  # a number over a tensor would be divided less exactly
         rows, scales[: len(places)] = quantize_rows(rows.float(), 1 / factor, rows.float() * factor.unsqueeze(-1))
     received = poison(capacity, x.shape[1], dtype=rows.dtype)
     received[: len(places)] = rows

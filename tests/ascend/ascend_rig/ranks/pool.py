@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SECONDS = 300  # of a collective; a rank that waits so long has lost another
+SECONDS = 120  # of a collective; a rank that waits so long has lost another
 
 
 class JobError(Exception):
@@ -42,6 +42,8 @@ class Pool:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+        for pipe in self._pipes:
+            pipe.recv()  # imports take some seconds on some, and more on others
 
     def run(self, job: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:
         """Run `job(*arguments)` on `ranks` ranks: what each returned. Raises JobError if any failed."""
@@ -88,6 +90,7 @@ def _serve(pipe: Connection, rank: int) -> None:
 
     torch.set_num_threads(1)
     library = emulate.register()  # lasts as long as this name
+    pipe.send("ready")
     while library is not None:
         try:
             module, name, arguments, ranks, store = pipe.recv()

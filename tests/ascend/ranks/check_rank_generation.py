@@ -22,25 +22,29 @@ def alone(path: Path) -> harness.Run:
 
 
 CASES = {
-    "experts, all-to-all": ("example", "ep=2", A2),
-    "experts, dispatch": ("prolog", "ep=2", A3),
-    "experts and heads": ("prolog", "ep=2,tp=2", A3),
-    "heads": ("example", "tp=2", A2),
-    "four ranks": ("example", "ep=4,tp=4", A2),
-    "W8A8": ("kimi-w8a8", "ep=2,tp=2", A2),
-    "static W8A8": ("kimi-static", "ep=2,tp=2", A2),
-    "int8 cache": ("example-int8-cache", "ep=2,tp=2", A2),
+    "experts, all-to-all": ("example", 2, "ep=2", A2),
+    "experts, dispatch": ("prolog", 2, "ep=2", A3),
+    "experts, and heads in the prolog": ("prolog", 2, "ep=2,tp=2", A3),
+    "four ranks": ("example", 4, "ep=4,tp=4", A2),
+    "groups of two of four": ("example", 4, "ep=4,tp=2", A2),
+    "ten heads a rank, which sixteen stand for": ("glm-flash", 2, "ep=2,tp=2", A2),
+    "no latent of queries": ("v2-lite", 2, "ep=2,tp=2", A2),
+    "float": ("example-float", 2, "ep=2,tp=2", A2),
+    "W8A8": ("kimi-w8a8", 2, "ep=2,tp=2", A2),
+    "static W8A8": ("kimi-static", 2, "tp=2", A2),
+    "int8 cache": ("example-int8-cache", 2, "ep=2,tp=2", A2),
+    "sparse": ("v32-prolog", 2, "ep=2,tp=2", A3),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_generate_what_one_process_does(artifact, ranks, name):
-    model, parallel, chips = CASES[name]
-    path, size = artifact(model), int(parallel[3])
-    found = ranks.run(generate, path, parallel, chips, False, {}, ranks=size)
+    model, size, parallel, chips = CASES[name]
+    path = artifact(model)
+    found = ranks.run(generate, path, parallel, chips, ranks=size)
     expected = alone(path)
     run = found[0].run
     assert run.tokens == expected.tokens
     assert len(run.logits) == len(expected.logits)
     assert all(map(torch.equal, run.logits, expected.logits))
-    assert all((each.calls.get(DISPATCH, 0) > 0) == (chips is A3 and "ep" in parallel) for each in found)
+    assert all((each.calls.get(DISPATCH, 0) > 0) == (chips is A3) for each in found)
