@@ -27,6 +27,7 @@ from .norms import AscendNorms
 from .products import AscendProducts
 from .ranks.communicator import communicator_of
 from .routing import AscendRouting
+from .side_stream import SideStream
 from .support import import_torch_npu, require_soc
 from .tuning.file import read_tuning, tuned_device, tuning_path
 from .tuning.grouped_matmul import Tuning
@@ -79,7 +80,8 @@ class AscendOps(Ops):
         if self.device.type == "npu":
             self.graphs = NpuGraphs(torch_npu.npu, self.device)
             tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
-        self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
+        side = SideStream(torch_npu.npu) if self.device.type == "npu" else None
+        self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu, side)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms, tuning or Tuning())

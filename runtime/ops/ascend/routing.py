@@ -54,6 +54,17 @@ class AscendRouting(Routing):
             return self.fused.run(rows, weights.gate_up, group_list)
         return super().experts_inner(rows, group_list, weights)
 
+    def moe(self, hidden: Tensor, weights: MoeWeights) -> Tensor:
+        side, shared = self.npu.side, weights.shared
+        # Ranks that divide the shared experts reduce their results, which must not overtake other reductions.
+        if side is None or shared is None or self.group.size > 1 or not side.active:
+            return super().moe(hidden, weights)
+        dense = side.run(lambda: self.mlp(hidden, shared))
+        top_weights, expert_ids = self.moe_gate(hidden, weights)
+        rows, row_index = self.moe_rows(hidden, expert_ids, weights)
+        side.join()
+        return self.moe_finalize_routing(rows, top_weights, row_index, expert_ids, dense)
+
     def moe_experts(
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None
     ) -> Tensor:
