@@ -93,3 +93,7 @@ class AscendOps(Ops):
 
     def findings(self) -> list[str]:
         return self.mla.findings()
+
+    @property
+    def arithmetic(self) -> str:
+        return self.soc.family
