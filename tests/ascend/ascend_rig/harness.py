@@ -66,7 +66,7 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops, parallel: str | None = None, **options: Any) -> llm.LanguageModel:
+def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
 
     Its latent is int8 where the artifact has scales for that. options: others of `npuq.load`.
@@ -122,9 +122,7 @@ def generate(
     runner = model.engine
     with mock.patch.object(runner.model, "forward", recording):
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        sequences = [runner.sequence(text, params) for text in texts]
-        for sequence in sequences:
-            runner.add(sequence)
+        sequences = [runner.add(text, params) for text in texts]
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
     run.preempted = runner.scheduler.num_preempted
