@@ -115,9 +115,16 @@ class Routing(ABC):
 
     def run_experts(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Tensor:
         """Run this rank's experts on rows sorted by expert: `[R, H]` → `[R, H]`. group_list: rows of each."""
+        return self.products.grouped_matmul(self.experts_inner(rows, group_list, weights), weights.down, group_list)
+
+    def experts_inner(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Activation:
+        """Compute the input of the experts' last linear: `[R, H]` → `[R, I]`.
+
+        A backend may keep float32 from the product to the codes and round these twice, to float16 and to int8:
+        `reference.routing.swiglu_quant_twice`.
+        """
         gate_up = self.products.grouped_matmul(rows, weights.gate_up, group_list)
-        inner = self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
-        return self.products.grouped_matmul(inner, weights.down, group_list)
+        return self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
 
 
 def row_range(rows: Activation, first: int, count: int) -> Activation:
