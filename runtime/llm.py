@@ -275,6 +275,7 @@ def load(
         int8_cache = kv_cache_dtype == "int8"
         if world is not None:
             world.agree("tensors", [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()])
+            world.agree("kind of processor", ops.arithmetic, "run on machines of one kind, with as many threads")
             world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
         store = open_store(checkpoint, ops.dtype)
         planner = planner_of(store.form, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)

@@ -98,11 +98,11 @@ class World:
         """The least of a number that the ranks give."""
         return -int(self.group.all_reduce_max(torch.tensor([-number])).item())
 
-    def agree(self, what: str, value: object) -> None:
+    def agree(self, what: str, value: object, remedy: str = "give all of them the same model and options") -> None:
         """Raise RankError on every rank where they give values of different representations. what: their name."""
         number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
         if self.least(number) != -self.least(-number):
-            raise RankError(f"the ranks do not load the same {what}; give all of them the same model and options")
+            raise RankError(f"the ranks do not have the same {what}; {remedy}")
 
     def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.

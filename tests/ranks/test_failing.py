@@ -24,7 +24,7 @@ def test_a_step_that_fails_on_a_follower_fails_on_all(example_fp8: Path, tmp_pat
     leader, follower = (json.loads((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     assert leader["settings"] == follower["settings"]
     assert leader["settings"][0] == "RankError"
-    assert "do not load the same settings" in leader["settings"][1]
+    assert "do not have the same settings" in leader["settings"][1]
     assert follower["prompt"] == ["GenerationError", "rank 1 has no prompts of its own: it follows rank 0"]
     assert follower["step"] == ["CheckpointError", "model-3.safetensors: became shorter"]
     assert leader["step"] == ["RankError", "rank 1: model-3.safetensors: became shorter"]
