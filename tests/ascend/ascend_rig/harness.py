@@ -121,10 +121,7 @@ def generate(
     texts = prompts(model.engine.model.config.vocab_size, lengths)
     runner = model.engine
     with mock.patch.object(runner.model, "forward", recording):
-        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        sequences = [runner.sequence(text, params) for text in texts]
-        for sequence in sequences:
-            runner.add(sequence)
+        sequences = [runner.add(text, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)) for text in texts]
         while any(sequence.finish_reason is None for sequence in sequences):
             runner.step()
     run.preempted = runner.scheduler.num_preempted
