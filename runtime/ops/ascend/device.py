@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention.pools import Layout
+from .side_stream import SideStream
 
 CAUSAL_MASK_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: query i of S_q sees key j ≤ i + S_kv − S_q
@@ -16,12 +17,16 @@ NO_MASK = 0
 
 @dataclass
 class Npu:
-    """Device, compute dtype and operators. kv_layout: of the paged cache. operators: `torch.ops.npu`, untyped."""
+    """Device, compute dtype and operators. kv_layout: of the paged cache. operators: `torch.ops.npu`, untyped.
+
+    side: a second stream; None where there is no device.
+    """
 
     device: torch.device
     dtype: torch.dtype
     kv_layout: Layout
     operators: Any
+    side: SideStream | None = None
 
 
 def causal_mask(device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The operators on torch_npu: weights in FRACTAL_NZ, the latent cache in NZ pages, one device call an operator.
 
-A MoE layer is 27 launches in a decode step, or 20 where `npu_mla_prolog_v3` takes the layer; a lightning indexer adds
+A MoE layer is 27 launches in a decode step, or 19 where `npu_mla_prolog_v3` takes the layer; a lightning indexer adds
 15 (table in docs/ascend.md). No call waits for the device: a step's lengths are integers on the host, all
 else stays in tensors.
 """
@@ -27,6 +27,7 @@ from .norms import AscendNorms
 from .products import AscendProducts
 from .ranks.communicator import communicator_of
 from .routing import AscendRouting
+from .side_stream import SideStream
 from .support import import_torch_npu, require_soc
 from .tuning.file import read_tuning, tuned_device, tuning_path
 from .tuning.grouped_matmul import Tuning
@@ -37,13 +38,14 @@ class AscendOps(Ops):
     """Operators on one NPU.
 
     kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd"; caches of sparse attention are "nd" in
-    any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents. soc: the chip's name; None
-    asks the driver.
+    any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents. fused_experts: use
+    `npu_grouped_matmul_swiglu_quant_v2`, if a trial shows that it can be. soc: the chip's name; None asks the driver.
     Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
     """
 
     name = "ascend"
     mla: AscendLatentAttention
+    routing: AscendRouting
     COMPUTE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def __init__(
@@ -52,6 +54,7 @@ class AscendOps(Ops):
         dtype: torch.dtype = torch.bfloat16,
         kv_layout: str = "nz",
         fused_prolog: bool = True,
+        fused_experts: bool = True,
         soc: str | None = None,
         group: Group = ALONE,
         tuning: Tuning | None = None,
@@ -77,12 +80,13 @@ class AscendOps(Ops):
         if self.device.type == "npu":
             self.graphs = NpuGraphs(torch_npu.npu, self.device)
             tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
-        self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu)
+        side = SideStream(torch_npu.npu) if self.device.type == "npu" else None
+        self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu, side)
         self.weights = weights = AscendWeights(self.device, dtype)
         self.norms = AscendNorms(self.npu)
         self.products = AscendProducts(self.npu, self.norms, tuning or Tuning())
         communicator = communicator_of(self.soc.family, group)
-        self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator)
+        self.routing = AscendRouting(self.npu, self.norms, self.products, group, communicator, fused_experts)
         self.caches = AscendCaches(self.npu)
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
@@ -92,4 +96,4 @@ class AscendOps(Ops):
         return device_rows(logits)
 
     def findings(self) -> list[str]:
-        return self.mla.findings()
+        return [*self.mla.findings(), *self.routing.findings()]

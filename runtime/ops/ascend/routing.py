@@ -11,6 +11,7 @@ from ..norms import Norms
 from ..products import Products
 from ..routing import Routing
 from .device import Npu
+from .fused_experts import FusedExperts
 from .ranks.communicator import Communicator
 from .ranks.experts import DividedExperts
 
@@ -23,11 +24,46 @@ class AscendRouting(Routing):
     """Routing; the blocks around it are the default ones. communicator: of the ranks, if steps may dispatch."""
 
     def __init__(
-        self, npu: Npu, norms: Norms, products: Products, group: Group, communicator: Communicator | None = None
+        self,
+        npu: Npu,
+        norms: Norms,
+        products: Products,
+        group: Group,
+        communicator: Communicator | None = None,
+        fused_experts: bool = True,
     ):
         super().__init__(norms, products, group)
         self.npu = npu
+        self.fused = FusedExperts(npu, norms, products, fused_experts)
+        self.fused = FusedExperts(npu, norms, products, fused_experts)
         self.divided = DividedExperts(npu, self, communicator)
+
+    def findings(self) -> list[str]:
+        """Result of the trial of the fused experts. See `Ops.findings`."""
+        if self.fused.works is None:
+            return []
+        way = "one operator" if self.fused.works else "two operators"
+        return [f"gate and up of the experts and their activation take {way}"]
+
+    def moe_of(self, weights: MoeWeights) -> MoeWeights:
+        self.fused.takes(weights.gate_up)  # the trial, if it is the first
+        return weights
+
+    def experts_inner(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Activation:
+        if isinstance(rows, Quantized) and self.fused.takes(weights.gate_up):
+            return self.fused.run(rows, weights.gate_up, group_list)
+        return super().experts_inner(rows, group_list, weights)
+
+    def moe(self, hidden: Tensor, weights: MoeWeights) -> Tensor:
+        side, shared = self.npu.side, weights.shared
+        # Ranks that divide the shared experts reduce their results, which must not overtake other reductions.
+        if side is None or shared is None or self.group.size > 1 or not side.active:
+            return super().moe(hidden, weights)
+        dense = side.run(lambda: self.mlp(hidden, shared))
+        top_weights, expert_ids = self.moe_gate(hidden, weights)
+        rows, row_index = self.moe_rows(hidden, expert_ids, weights)
+        side.join()
+        return self.moe_finalize_routing(rows, top_weights, row_index, expert_ids, dense)
 
     def moe_experts(
         self, hidden: Tensor, top_weights: Tensor, expert_ids: Tensor, weights: MoeWeights, shared: Tensor | None

@@ -30,6 +30,7 @@ OPERATORS = (
     "npu_fused_infer_attention_score",
     "npu_fused_infer_attention_score_v2",
     "npu_grouped_matmul",
+    "npu_grouped_matmul_swiglu_quant_v2",
     "npu_interleave_rope",
     "npu_kv_rmsnorm_rope_cache",
     "npu_lightning_indexer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...ranks.group import ALONE, Group
@@ -72,3 +73,16 @@ def _keep_best_groups(choice: Tensor, gating: Gating) -> Tensor:
     kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : gating.k_group]
     dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
     return grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
+
+
+def swiglu_quant_twice(product: Tensor) -> Quantized:
+    """SwiGLU and quantization of products `[R, 2·I]`, float32, as `npu_grouped_matmul_swiglu_quant_v2` rounds.
+
+    scale = max|y| / 127; codes = round-half-even(float16(y · (1 / scale))). Of codes from 64 on, one in 32 differs from
+    that of one rounding by one, since float16 steps by 1/16 there. Source: its kernel in CANN's ops-transformer.
+    """
+    gate, up = product.chunk(2, dim=-1)
+    values = F.silu(gate) * up
+    scale = row_maximum(values) / 127.0
+    quotient = values * nonzero(scale).reciprocal()
+    return Quantized(quotient.half().float().round().nan_to_num(0.0).to(torch.int8), scale)

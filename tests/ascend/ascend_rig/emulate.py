@@ -35,12 +35,14 @@ class Rules:
 
     wide: float32 stands where the device computes in bf16, so that only the order of operations can differ.
     half_cube: the W4A8 cube results pass through fp16, as the device's do.
+    refuses_fused_experts: the fused matmul of gate and up refuses the scale words of int4 weights.
     paired_scales: `npu_kv_rmsnorm_rope_cache` writes both caches in int8 or none, as torch_npu's page says.
     family: the chips whose documented limits hold, where A2 and A3 differ.
     """
 
     wide: bool = False
     half_cube: bool = False
+    refuses_fused_experts: bool = False
     paired_scales: bool = False
     family: str = "A2"
     calls: Counter[str] = field(default_factory=Counter)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .emulate import dtype_of, poison, require, rules, semantics
 from .formats import FRACTAL_NZ, ND, format_of, to_nd, to_nz, unpack_int4
+from .ops_norm import quantize_rows
 
 LAST_DIMENSION = 65535
 W4A8_MAX_K = 18432
@@ -202,6 +203,49 @@ def _w4a8(
         products.append((16 * halves[0] + halves[1] + bias[0][index]) * token_scale[part].unsqueeze(1))
     rows.copy_(rows.roll(1).bitwise_not())  # the kernel packs its nibbles over x
     return products
+
+
+@semantics
+def npu_grouped_matmul_swiglu_quant_v2(
+    x: Tensor,
+    weight: list[Tensor],
+    weight_scale: list[Tensor],
+    x_scale: Tensor,
+    group_list: Tensor,
+    weight_assist_matrix: list[Tensor] | None = None,
+    dequant_mode: int | None = 0,
+    group_list_type: int | None = 0,
+) -> tuple[Tensor, Tensor]:
+    """The left half is activated, in float32 from the product to the codes; these are rounded twice."""
+    name = "npu_grouped_matmul_swiglu_quant_v2"
+    if rules.refuses_fused_experts:
+        raise RuntimeError(f"{name}: weight_scale is torch.int64, which torch_npu's page does not list")
+    require(len(weight) == len(weight_scale) == 1, f"{name}: one weight and one scale")
+    experts, scale = weight[0], weight_scale[0]
+    e, k, stored = experts.shape
+    packed = experts.dtype == torch.int32
+    n = stored * 8 if packed else stored
+    require(x.dim() == 2 and x.shape[1] == k, f"{name}: x {tuple(x.shape)} for K {k}")
+    require(k < 20000 and n <= 10240, f"{name}: K {k} or N {n} is too large")
+    require(dequant_mode == 0, f"{name}: dequant_mode {dequant_mode} is not emulated")
+    require(scale.shape == (e, n), f"{name}: weight_scale {tuple(scale.shape)}, not {(e, n)}")
+    require(group_list.dtype == torch.int64 and group_list.shape == (e,), f"{name}: group_list {group_list.dtype}")
+    counts = group_counts(group_list, group_list_type or 0, x.shape[0], torch.int8)
+    if packed:
+        products = _w4a8(x, experts, counts, weight_assist_matrix, [scale.unsqueeze(1)], [x_scale])
+    else:
+        require(format_of(experts) == FRACTAL_NZ, f"{name}: int8 weights must be FRACTAL_NZ")
+        require(weight_assist_matrix is None, f"{name}: weight_assist_matrix is for int4 weights")
+        wide = torch.float32 if scale.dtype == torch.float32 else torch.bfloat16
+        products = _w8a8(x, experts, counts, None, [scale], [x_scale], wide)
+    gate, up = torch.cat(products).chunk(2, dim=-1)
+    values = torch.nn.functional.silu(gate) * up
+    row_scale = values.abs().amax(-1) / 127
+    quotient = (values * (1 / row_scale).unsqueeze(-1)).half().float()
+    codes, row_scale = quantize_rows(values, row_scale, quotient)
+    out, scales = poison(x.shape[0], n // 2, dtype=torch.int8), poison(x.shape[0], dtype=torch.float32)
+    out[: len(codes)], scales[: len(codes)] = codes, row_scale
+    return out, scales
 
 
 def _w8a8(

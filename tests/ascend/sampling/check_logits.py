@@ -78,7 +78,7 @@ def test_logits_are_never_copied_whole(artifact, params, monkeypatch):
         vocabulary = engine.model.config.vocab_size
         assert vocabulary > 2 * COUNTS[0] + 1
         for prompt in ([5, 6, 7], [9, 8]):
-            engine.add(engine.sequence(prompt, params))
+            engine.add(prompt, params)
         monkeypatch.setattr(Tensor, "to", noting)
         outputs = [engine.step() for _ in range(3)]
     assert all(output.token is not None for step in outputs for output in step)
