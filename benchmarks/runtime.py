@@ -64,7 +64,7 @@ def main() -> None:
     if not (options.model / "npuq" / "manifest.json").is_file():
         make(options.model, SMALL_V3)
     tokens = options.prompt + options.tokens + 16
-    sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=max(1024, tokens), kv_cache_bytes=2 << 30)
+    sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=max(1024, tokens), prefix_cache=False)
     model = npuq.runtime.load(options.model, "cpu", engine=sizes)
     peers: dict[str, list[str]] = {}
     shared = ["--threads", str(options.threads), "--prompt", str(options.prompt), "--tokens", str(options.tokens)]

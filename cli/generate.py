@@ -12,9 +12,9 @@ import click
 
 from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
 from ..errors import GenerationError, NpuqWarning
-from ..inputs.files import read_given_text, read_stream_text
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
+from .prompts import Prompt, encode, prompt_options, read_prompts, template_note
 from .ranks import parallel_option, ranks_of_command
 from .reading import as_option
 from .sampling import given_options, notes, sampling_options
@@ -26,20 +26,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt; give several to run them together.")
-@click.option(
-    "--prompt-file",
-    "prompt_files",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    help="A file that holds one prompt, its last line end left out; may be repeated; - reads standard input.",
-)
+@prompt_options
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat template, as a user's message.")
-@click.option("--system", metavar="TEXT", help="With --chat: the system message of each conversation.")
+@click.option("--system", metavar="TEXT", help="With --chat or --messages: the system message of each conversation.")
 @click.option(
     "--chat-template-kwargs",
     metavar="JSON",
-    help="With --chat: other variables of the template, like '{\"thinking\": true}'.",
+    help="With --chat or --messages: other variables of the template, like '{\"thinking\": true}'.",
 )
 @sampling_options
 @click.option(
@@ -69,6 +62,8 @@ def command(
     model: Path,
     prompts: tuple[str, ...],
     prompt_files: tuple[Path, ...],
+    messages_files: tuple[Path, ...],
+    jsonl_files: tuple[Path, ...],
     chat: bool,
     system: str | None,
     chat_template_kwargs: str | None,
@@ -91,19 +86,21 @@ def command(
     Greedy, or with a --seed, the same prompt gives the same text, whatever runs beside it; a prompt that is long enough
     to be read in several steps may be cut elsewhere in other company, which changes logits in their last digits. One
     prompt is streamed as it comes; several run together and are printed in their order. Prompts are continued as they
-    are; --chat makes a conversation of each.
+    are; --chat makes a conversation of each, and --messages has one in a file. stderr says which it was.
 
     Over several devices or processes: torchrun --nproc-per-node N -m npuq generate MODEL …
     """
     ranks = ranks_of_command()
     # Standard input is that of all ranks, and only rank 0 reads it.
-    texts = [*prompts, *_from_files(prompt_files)] if ranks.leads else list(prompts)
-    if not texts and not prompt_files:
-        raise click.UsageError("give a prompt with --prompt or --prompt-file")
-    if not chat:
+    if not (prompts or prompt_files or messages_files or jsonl_files):
+        raise click.UsageError("give a prompt with --prompt, --prompt-file, --messages or --jsonl")
+    texts = read_prompts(prompts, prompt_files, messages_files, jsonl_files) if ranks.leads else []
+    if ranks.leads and not texts:
+        raise click.UsageError(f"{jsonl_files[0]}: holds no prompt")
+    if ranks.leads and not chat and not any(prompt.is_conversation for prompt in texts):
         for option, value in (("--system", system), ("--chat-template-kwargs", chat_template_kwargs)):
             if value is not None:
-                raise click.UsageError(f"{option} is for conversations: add --chat")
+                raise click.UsageError(f"{option} is for conversations: add --chat, or give --messages")
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     for option, values in (("--prompt", prompts), ("--stop", stops), ("--system", (system or "",))):
         if any("\ud800" <= character <= "\udfff" for value in values for character in value):
@@ -133,10 +130,7 @@ def command(
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, given)
     tokenizer = Tokenizer(directory)
-    inputs = [
-        tokenizer.chat(text, system=system, chat_template_kwargs=variables) if chat else tokenizer.encode(text)
-        for text in texts
-    ]
+    inputs = [encode(prompt, tokenizer, chat=chat, system=system, variables=variables) for prompt in texts]
     tokenizer.split_stops(params.stop)
     compute = None if dtype is None else getattr(torch, dtype)
     engine = EngineConfig(cache_size)
@@ -158,7 +152,7 @@ def command(
     started = time.perf_counter()
     with runner.stream(inputs, params) as pieces:
         if not quiet:  # after the last possible refusal
-            for note in notes(params, defaults, given):
+            for note in (template_note(texts, tokenizer, chat=chat), *notes(params, defaults, given)):
                 say(note)
         completions = _collect(pieces) if as_json else _print(pieces, texts)
     runner.close()
@@ -166,24 +160,6 @@ def command(
         emit_json([_as_dict(completion) for completion in completions])
     if not quiet:
         say(_speed(completions, time.perf_counter() - started))
-
-
-def _from_files(paths: tuple[Path, ...]) -> list[str]:
-    if sum(str(path) == "-" for path in paths) > 1:
-        raise click.UsageError("--prompt-file -: standard input can be read once only")
-    return [_from_file(path) for path in paths]
-
-
-def _from_file(path: Path) -> str:
-    try:
-        if str(path) == "-":
-            text = read_stream_text(sys.stdin.buffer, path, GenerationError)
-        else:
-            text = read_given_text(path, GenerationError)
-    except GenerationError as error:
-        raise click.UsageError(f"--prompt-file {error}") from error
-    # Editors and `echo` end a file with a newline that is not meant as part of the prompt.
-    return text.removesuffix("\n")
 
 
 def _template_variables(text: str | None) -> dict[str, Any]:
@@ -204,32 +180,27 @@ def _collect(pieces: Stream) -> list[Completion]:
     return [done[index] for index in sorted(done)]
 
 
-def _print(pieces: Stream, texts: list[str]) -> list[Completion]:
+def _print(pieces: Stream, prompts: list[Prompt]) -> list[Completion]:
     """Print one prompt's text as it comes; of several, each whole text under its prompt, in their order."""
     done: dict[int, Completion] = {}
     printed = 0
     for piece in pieces:
         if piece.completion is not None:
             done[piece.index] = piece.completion
-        if len(texts) == 1:
+        if len(prompts) == 1:
             write(_shown(piece.text))
             continue
         while printed in done:
-            write(f"=== {printed + 1}: {_one_line(texts[printed])}\n{_shown(done[printed].text)}\n\n")
+            write(f"=== {printed + 1}: {prompts[printed].title}\n{_shown(done[printed].text)}\n\n")
             printed += 1
-    if len(texts) == 1:
+    if len(prompts) == 1:
         write("\n")
-    return [done[index] for index in range(len(texts))]
+    return [done[index] for index in range(len(prompts))]
 
 
 def _shown(text: str) -> str:
     """The text itself for a file or a pipe; for a terminal without control sequences."""
     return printable(text, keep="\n\t") if sys.stdout.isatty() else text
-
-
-def _one_line(text: str) -> str:
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= 80 else line[:79] + "…"
 
 
 def _speed(completions: list[Completion], seconds: float) -> str:

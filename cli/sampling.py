@@ -28,8 +28,13 @@ def sampling_options(function: _F) -> _F:
         ),
         click.option("--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least P times the likeliest."),
         click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="1: none."),
+        click.option("--presence-penalty", type=click.FloatRange(-2, 2), help="Of tokens in the completion; 0: none."),
+        click.option("--frequency-penalty", type=click.FloatRange(-2, 2), help="The same for each time; 0: none."),
+        click.option("--min-tokens", type=click.IntRange(min=0), help="No end before so many tokens."),
         click.option(
-            "--seed", type=click.IntRange(min=0), help="Makes sampling repeatable, whatever else runs beside it."
+            "--seed",
+            type=click.IntRange(-(2**63), 2**63 - 1),
+            help="Makes sampling repeatable, whatever else runs beside it.",
         ),
     ]
     for option in reversed(options):
@@ -50,7 +55,8 @@ def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:
 def notes(params: SamplingParams, defaults: SamplingParams, given: Mapping[str, Any]) -> list[str]:
     """Lines on the sampling in effect: its values, their origin, and options without effect."""
     off = type(params)()
-    names = ["repetition_penalty"] if params.temperature == 0 else ["temperature", *_ONLY_SAMPLED, "repetition_penalty"]
+    names = ["temperature", *_ONLY_SAMPLED] if params.temperature else []
+    names += ["repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"]
     in_force = [name for name in names if getattr(params, name) != getattr(off, name)]
     words = [f"{_option(name)} {getattr(params, name)}" for name in in_force]
     if params.temperature == 0:

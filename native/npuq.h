@@ -152,11 +152,12 @@ NPUQ_API int npuq_add_rms_norm(npuq_pool *pool, const void *x, const void *resid
 NPUQ_API int npuq_gating_top_k(npuq_pool *pool, const float *logits, const float *bias, int64_t tokens,
                                int64_t experts, int64_t k, int32_t sigmoid, int64_t groups, int64_t top_groups,
                                int32_t select_two, int32_t renormalize, float scaling, float *weights, int32_t *ids);
-/* Stable sort of the tokens·k copies by expert: row_index[t·k + j] = place; group_rows [experts] counts.
+/* Stable sort of the tokens·k copies by expert: row_index[t·k + j] = place; group_rows [experts] counts. Only the rows of
+ * the `own` experts from `first` on are written, the first of them as row 0.
  * codes NULL: out gets the rows as they are; else codes and scale get them quantized (scale = max / 127, ties away). */
 NPUQ_API int npuq_init_routing(npuq_pool *pool, const void *x, int32_t dtype, int64_t cols, const int32_t *ids,
-                               int64_t tokens, int64_t k, int64_t experts, int32_t *row_index, int64_t *group_rows,
-                               void *out, int8_t *codes, float *scale);
+                               int64_t tokens, int64_t k, int64_t experts, int64_t first, int64_t own,
+                               int32_t *row_index, int64_t *group_rows, void *out, int8_t *codes, float *scale);
 /* out[t] = skip[t] + Σ_j weights[t, j] · rows[row_index[t·k + j]]; skip may be NULL. */
 NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dtype, int64_t cols,
                                    const float *weights, const int32_t *row_index, int64_t tokens, int64_t k,
@@ -242,6 +243,11 @@ NPUQ_API int npuq_moe_gate(npuq_pool *pool, const npuq_weights *router, const fl
 NPUQ_API int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x,
                               int32_t dtype, const float *weights, const int32_t *ids, int64_t tokens, int64_t k,
                               const void *skip, void *out);
+/* The rows of npuq_moe_experts before npuq_finalize_routing, of the weights' experts, which are those from `first` on of
+ * `experts`. row_index and group_rows are those of npuq_init_routing; out has room for tokens·k rows. */
+NPUQ_API int npuq_expert_rows(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x,
+                              int32_t dtype, const int32_t *ids, int64_t tokens, int64_t k, int64_t experts,
+                              int64_t first, int32_t *row_index, int64_t *group_rows, void *out);
 
 /* A mixture of experts: the router's gating is that of npuq_gating_top_k. Shared experts may be NULL. */
 typedef struct {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_CACHE_LINE = 64
+
 
 def address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int) -> int:
     """The address of a contiguous CPU tensor.
@@ -31,6 +33,11 @@ def rows_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape
     ):
         raise _unlike(x, operator, name, f"a {_form(dtype, shape)} with contiguous rows")
     return x.data_ptr()
+
+
+def begins_a_cache_line(x: Tensor) -> bool:
+    """True for a tensor whose first element begins a cache line of 64 bytes."""
+    return x.data_ptr() % _CACHE_LINE == 0
 
 
 def output(dtype: torch.dtype, *shape: int) -> tuple[Tensor, int]:

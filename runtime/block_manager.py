@@ -17,12 +17,17 @@ from .sequence import Sequence
 
 
 class BlockManager:
-    """A pool of `num_blocks` blocks of `block_size` tokens each. reuse: find and give out blocks by their keys."""
+    """A pool of `num_blocks` blocks of `block_size` tokens each.
 
-    def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True):
+    reuse: find and give out blocks by their keys. computed: so many tokens at a sequence's end are never found, one or
+    more, because somebody has to compute its logits.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, reuse: bool = True, computed: int = 1):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.reuse = reuse
+        self._computed = computed
         self._keys: list[bytes | None] = []
         self._blocks_by_key: dict[bytes, int] = {}
         self.reset()
@@ -68,16 +73,13 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
 
     def match(self, tokens: abc.Sequence[int], salt: bytes = b"") -> tuple[list[int], list[bytes]]:
-        """Take the longest run of known blocks that hold the first of these tokens: the blocks and their keys.
-
-        The last token is never among them: its logits have to be computed.
-        """
+        """Take the longest run of known blocks that hold the first of these tokens: the blocks and their keys."""
         blocks: list[int] = []
         keys: list[bytes] = []
         if not self.reuse:
             return blocks, keys
         key = self._root(salt)
-        for start in range(0, (len(tokens) - 1) // self.block_size * self.block_size, self.block_size):
+        for start in range(0, (len(tokens) - self._computed) // self.block_size * self.block_size, self.block_size):
             key = _next_key(key, tokens[start : start + self.block_size])
             block = self._blocks_by_key.get(key)
             if block is None:

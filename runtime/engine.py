@@ -114,11 +114,16 @@ class Engine:
         if world is not None:
             num_blocks = world.least(num_blocks)
         self.context = min(rope.max_position, num_blocks * config.block_size)
-        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache)
+        # With an int8 cache a token alone rounds its query: two of a prompt stay together.
+        computed = 2 if self._int8_cache else 1
+        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache, computed=computed)
         self._cache = tuple(
             caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
         )
         self._dense_tokens = model.attention.dense_tokens
+        # With an int8 cache absorbed form rounds queries, which prompts should not notice.
+        absorbs = model.ops.mla.absorbs_chunks and not self._int8_cache
+        self._absorbed_tokens = model.attention.absorbed_tokens if absorbs else 0
         self._builder = StepBuilder(
             model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
         )
@@ -196,6 +201,7 @@ class Engine:
                 work.sequence.num_cached,
                 work.sequence.blocks,
                 last_row=work.samples,
+                absorbed=work.sequence.num_cached > 0 and work.count <= self._absorbed_tokens,
             )
             for work in scheduled
         ]

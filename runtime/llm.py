@@ -277,7 +277,7 @@ def load(
             world.agree("tensors", [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()])
             world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
         store = open_store(checkpoint, ops.dtype)
-        planner = planner_of(store, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
+        planner = planner_of(store.form, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
         layout = chosen_layout(parallel, planner, ops.group.size)
         owned = layout.owned(config, ops.group.rank)
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))

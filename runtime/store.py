@@ -50,9 +50,6 @@ class Store(Protocol):
     def scheme(self, prefix: str) -> Scheme:
         """The scheme of the linear `{prefix}.weight`."""
 
-    def form(self, name: str) -> Stored:
-        """How a tensor is stored, unchecked; of one that is missing, which loading will refuse, any form."""
-
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         """The linear `{prefix}.weight` `[outputs, inputs]` and the tensors that its scheme stores beside it.
 
@@ -87,6 +84,7 @@ class FloatStore:
         return Scheme.FLOAT
 
     def form(self, name: str) -> Stored:
+        """How a tensor is stored, unchecked; of one that is missing, which loading will refuse, any form."""
         weight = self._source.weights.get(name)
         return NOTHING if weight is None else form_of(weight)
 
@@ -127,6 +125,7 @@ class ArtifactStore:
         return self._types[name]
 
     def form(self, name: str) -> Stored:
+        """As `FloatStore.form`."""
         info = self._checkpoint.tensors.get(name)
         return NOTHING if info is None else Stored(self._types.get(name, Scheme.FLOAT), ITEM_BYTES[info.dtype], True)
 
@@ -194,7 +193,7 @@ def is_artifact(directory: Path) -> bool:
     return description_path(directory) is not None
 
 
-def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> Store:
+def open_store(checkpoint: Checkpoint, dtype: torch.dtype) -> FloatStore | ArtifactStore:
     """Open the store for a directory. dtype: of dequantized weights of a float source."""
     check_unbiased(family_of(checkpoint.config.get("model_type")), checkpoint.tensors)
     share_tied(checkpoint)

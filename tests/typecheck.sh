@@ -7,5 +7,6 @@ python=${1:-.venv/bin/python}
 target=build/typing
 # setuptools keeps in build/lib what a checkout no longer has.
 rm -rf "$target" build/lib*
-"$python" -m pip --disable-pip-version-check --quiet install --no-deps --target "$target" .
+# Types need no native library: without a compiler none is built.
+CC=false "$python" -m pip --disable-pip-version-check --quiet install --no-deps --target "$target" .
 MYPYPATH=$target "$python" -m mypy

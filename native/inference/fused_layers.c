@@ -153,15 +153,19 @@ struct experts {
     struct middle middle;
 };
 
-static void lay_out_experts(struct experts *experts, struct space *space) {
+static void lay_out_copies(struct experts *experts, struct space *space) {
     const npuq_weights *gate_up = experts->gate_up, *down = experts->down;
     size_t size = size_of(experts->dtype), cols = (size_t)gate_up->cols, copies = experts->copies;
-    experts->row_index = take(space, copies * sizeof(int32_t));
-    experts->group_rows = take(space, (size_t)gate_up->groups * sizeof(int64_t));
     if (is_integer(gate_up->dtype)) experts->codes = take_codes(space, copies, cols);
     else experts->rows = take(space, copies * cols * size);
-    experts->out = take(space, copies * (size_t)down->outputs * size);
     experts->middle = take_middle(space, (size_t)experts->middle_rows, (size_t)down->cols, experts->dtype, is_integer(down->dtype));
+}
+
+static void lay_out_experts(struct experts *experts, struct space *space) {
+    experts->row_index = take(space, experts->copies * sizeof(int32_t));
+    experts->group_rows = take(space, (size_t)experts->gate_up->groups * sizeof(int64_t));
+    lay_out_copies(experts, space);
+    experts->out = take(space, experts->copies * (size_t)experts->down->outputs * size_of(experts->dtype));
 }
 
 /* The experts at [group, group + groups), `counts` rows each: `rows` in all, from row `first` on. */
@@ -221,13 +225,43 @@ int npuq_moe_experts(npuq_pool *pool, const npuq_weights *gate_up, const npuq_we
     int status = space.base == NULL ? NPUQ_NO_MEMORY : NPUQ_OK;
     if (status == NPUQ_OK) {
         lay_out_experts(&experts, &space);
-        status = npuq_init_routing(pool, x, dtype, gate_up->cols, ids, tokens, k, gate_up->groups, experts.row_index,
-                                   experts.group_rows, experts.rows, experts.codes.code, experts.codes.scale);
+        status = npuq_init_routing(pool, x, dtype, gate_up->cols, ids, tokens, k, gate_up->groups, 0, gate_up->groups,
+                                   experts.row_index, experts.group_rows, experts.rows, experts.codes.code, experts.codes.scale);
     }
     if (status == NPUQ_OK) status = run_all_experts(pool, &experts);
     if (status == NPUQ_OK) {
         status = npuq_finalize_routing(pool, experts.out, dtype, down->outputs, weights, experts.row_index, tokens, k,
                                        skip, out);
+    }
+    pool_end(pool);
+    return status;
+}
+
+int npuq_expert_rows(npuq_pool *pool, const npuq_weights *gate_up, const npuq_weights *down, const void *x,
+                     int32_t dtype, const int32_t *ids, int64_t tokens, int64_t k, int64_t experts, int64_t first,
+                     int32_t *row_index, int64_t *group_rows, void *out) {
+    if (!computes(dtype) || tokens < 0 || k < 1 || tokens > INT32_MAX / k || !halves_fit(gate_up, down)) {
+        return NPUQ_BAD_SIZE;
+    }
+    int64_t own = gate_up->groups, rows = 0;
+    for (int64_t copy = 0; copy < tokens * k; copy++) rows += ids[copy] >= first && ids[copy] < first + own;
+    int64_t most = middle_rows(gate_up, dtype);
+    struct experts mine = {.gate_up = gate_up, .down = down, .dtype = dtype, .copies = (size_t)rows,
+                           .middle_rows = most < rows ? most : rows};
+    struct space space = {0};
+    pool_begin(pool);
+    lay_out_copies(&mine, &space);
+    space = (struct space){pool_workspace(pool, space.used), 0};
+    int status = space.base == NULL ? NPUQ_NO_MEMORY : NPUQ_OK;
+    if (status == NPUQ_OK) {
+        lay_out_copies(&mine, &space);
+        status = npuq_init_routing(pool, x, dtype, gate_up->cols, ids, tokens, k, experts, first, own, row_index,
+                                   group_rows, mine.rows, mine.codes.code, mine.codes.scale);
+    }
+    if (status == NPUQ_OK) {
+        mine.group_rows = group_rows + first;
+        mine.out = out;
+        status = run_all_experts(pool, &mine);
     }
     pool_end(pool);
     return status;

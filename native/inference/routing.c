@@ -102,6 +102,7 @@ struct routing {
     const char *x;
     int dtype;
     size_t cols, k;
+    int32_t begin, end; /* the places whose rows are written */
     const int32_t *row_index;
     char *out;
     int8_t *codes;
@@ -114,28 +115,36 @@ static void expand_task(const void *context, size_t token, int thread) {
     size_t n = routing->cols, k = routing->k, bytes = n * size_of(routing->dtype);
     const char *x = routing->x + token * bytes;
     const int32_t *place = routing->row_index + token * k;
-    if (routing->codes == NULL) {
-        for (size_t j = 0; j < k; j++) memcpy(routing->out + (size_t)place[j] * bytes, x, bytes);
-        return;
-    }
-    float *wide = pool_thread_scratch(routing->pool, thread);
-    int8_t *first = routing->codes + (size_t)place[0] * n;
-    routing->kernels->to_float(x, routing->dtype, n, wide);
-    routing->kernels->quant_row_divide(wide, n, 1, first, routing->scale + place[0]);
-    for (size_t j = 1; j < k; j++) {
-        memcpy(routing->codes + (size_t)place[j] * n, first, n);
-        routing->scale[place[j]] = routing->scale[place[0]];
+    const int8_t *codes = NULL;
+    float scale = 0;
+    for (size_t j = 0; j < k; j++) {
+        if (place[j] < routing->begin || place[j] >= routing->end) continue;
+        size_t row = (size_t)(place[j] - routing->begin);
+        if (routing->codes == NULL) {
+            memcpy(routing->out + row * bytes, x, bytes);
+        } else if (codes == NULL) {
+            float *wide = pool_thread_scratch(routing->pool, thread);
+            routing->kernels->to_float(x, routing->dtype, n, wide);
+            routing->kernels->quant_row_divide(wide, n, 1, routing->codes + row * n, routing->scale + row);
+            codes = routing->codes + row * n;
+            scale = routing->scale[row];
+        } else {
+            memcpy(routing->codes + row * n, codes, n);
+            routing->scale[row] = scale;
+        }
     }
 }
 
 int npuq_init_routing(npuq_pool *pool, const void *x, int32_t dtype, int64_t cols, const int32_t *ids, int64_t tokens,
-                      int64_t k, int64_t experts, int32_t *row_index, int64_t *group_rows, void *out, int8_t *codes,
-                      float *scale) {
+                      int64_t k, int64_t experts, int64_t first, int64_t own, int32_t *row_index, int64_t *group_rows,
+                      void *out, int8_t *codes, float *scale) {
     if (!computes(dtype) || cols < 0 || tokens < 0 || k < 1 || tokens > INT32_MAX / k) return NPUQ_BAD_SIZE;
+    if (first < 0 || own < 0 || first > experts - own) return NPUQ_BAD_SIZE;
     if (!all_below(ids, tokens * k, experts)) return NPUQ_BAD_INDEX;
     size_t copies = (size_t)(tokens * k);
-    struct routing routing = {pool, pool_kernels(pool), x, dtype, (size_t)cols, (size_t)k, row_index, out, codes,
-                              scale};
+    struct routing routing = {.pool = pool, .kernels = pool_kernels(pool), .x = x, .dtype = dtype,
+                              .cols = (size_t)cols, .k = (size_t)k, .row_index = row_index, .out = out,
+                              .codes = codes, .scale = scale};
     pool_begin(pool);
     int status = pool_scratch(pool, routing.cols * sizeof(float), (size_t)experts * sizeof(int32_t));
     if (status == NPUQ_OK) {
@@ -145,7 +154,9 @@ int npuq_init_routing(npuq_pool *pool, const void *x, int32_t dtype, int64_t col
         for (size_t f = 0; f < copies; f++) group_rows[ids[f]]++;
         for (int64_t e = 0; e < experts; e++) {
             next[e] = start;
+            if (e == first) routing.begin = start;
             start += (int32_t)group_rows[e];
+            if (e == first + own - 1) routing.end = start;
         }
         for (size_t f = 0; f < copies; f++) row_index[f] = next[ids[f]]++;
         pool_run(pool, expand_task, &routing, (size_t)tokens);

@@ -42,6 +42,10 @@ class AttentionKind(Protocol):
         A step with a longer one attends to the cache alone, in absorbed form (`Step.decode`).
         """
 
+    @property
+    def absorbed_tokens(self) -> int:
+        """The longest chunk behind cached tokens that takes less arithmetic in absorbed form than in any other."""
+
     def pools(self, layer: int) -> tuple[Pool, ...]:
         """Pools of a layer's cache."""
 

@@ -6,6 +6,7 @@ and values. A chunk that continues a sequence also attends to its cached tokens,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,15 @@ class MlaAttention:
     @property
     def dense_tokens(self) -> int | None:
         return None
+
+    @property
+    def absorbed_tokens(self) -> int:
+        # For a head and a cached token: decompression takes L · (n + v) products, and then a query n + r + v; in
+        # absorbed form a query takes 2 L + r.
+        sizes = self.config
+        decompressed = sizes.qk_nope_head_dim + sizes.v_head_dim
+        saved = 2 * sizes.kv_lora_rank - decompressed
+        return sizes.kv_lora_rank * decompressed // saved if saved > 0 else sys.maxsize
 
     def pools(self, layer: int) -> tuple[Pool, ...]:
         return Pool(LATENT, self.config.kv_lora_rank, int8=True), Pool(ROPE, self.config.qk_rope_head_dim)

@@ -61,6 +61,10 @@ class SparseMlaAttention:
     def dense_tokens(self) -> int:
         return self.indexer.topk
 
+    @property
+    def absorbed_tokens(self) -> int:
+        return self.dense.absorbed_tokens
+
     def pools(self, layer: int) -> tuple[Pool, ...]:
         # Tokens are gathered one by one: a row lies together. The NPU's sparse operators take no other layout, and no
         # codes.

@@ -7,7 +7,7 @@ relative to the largest value; int8 codes may differ by one, for quotients on a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ SPARSE_POOLS = tuple(
     for name, channels in (("latent", LATENT), ("rope", ROPE), (INDEX_KEY, INDEX_HEAD))
 )
 SCALE = (HEAD + ROPE) ** -0.5
+DIVISION = (slice(0, 96), slice(96, HIDDEN))  # columns of two ranks
 
 Case = Callable[[Ops], tuple[Activation, ...]]
 
@@ -183,6 +184,42 @@ def _linear(scheme: Scheme) -> Case:
         return (ops.products.linear(_rows(ops, TOKENS, HIDDEN), ops.weights.linear_of(fused)),)
 
     return case
+
+
+def _divided_linear(scheme: Scheme) -> Case:
+    """Multiply by a linear whose inputs two ranks would divide; beside it, 1 where that is the whole product's bits."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        rows, whole = _rows(ops, TOKENS, HIDDEN), _part(scheme, INNER, HIDDEN, seed=INNER)
+        expected = ops.products.linear(rows, ops.weights.linear_of([whole]))
+        largest, sums, scale = ops.norms.row_maximum(rows), None, None
+        for columns in DIVISION:
+            part = ops.weights.linear_of([replace(whole, weight=whole.weight[:, columns].contiguous())])
+            own = rows[:, columns].contiguous()
+            if scheme is Scheme.W8A8_STATIC:
+                codes = ops.products.static_quant(own, part)
+            else:
+                codes, scale = ops.norms.dynamic_quant_by(own, largest)
+            product = ops.products.integer_sums(codes, part)
+            sums = product if sums is None else sums + product
+        assert sums is not None
+        out = ops.products.scale_sums(sums, scale, part)
+        return out, (out == expected).to(ops.dtype)
+
+    return case
+
+
+def _divided_swiglu(ops: Ops) -> tuple[Activation, ...]:
+    """Quantize activated rows that two ranks would divide; beside them, 1 where those of whole rows are the same."""
+    gate_up = _rows(ops, TOKENS, 2 * HIDDEN)
+    expected = ops.norms.dequant_swiglu_quant(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = [ops.norms.swiglu_float32(torch.cat([gate[:, own], up[:, own]], dim=-1)) for own in DIVISION]
+    largest = torch.stack([ops.norms.row_maximum(part) for part in activated]).amax(0)
+    parts = [ops.norms.swiglu_quant_by(part, largest) for part in activated]
+    codes, scale = torch.cat([part.codes for part in parts], dim=-1), parts[0].scale
+    same = (codes == expected.codes).to(ops.dtype), (scale == expected.scale).to(ops.dtype)
+    return Quantized(codes, scale), *same
 
 
 def _grouped(scheme: Scheme) -> Case:
@@ -423,6 +460,9 @@ CASES: dict[str, Case] = {
     "linear FLOAT": _linear(Scheme.FLOAT),
     "linear W8A8": _linear(Scheme.W8A8),
     "linear W8A8, static": _linear(Scheme.W8A8_STATIC),
+    "linear W8A8, divided": _divided_linear(Scheme.W8A8),
+    "linear W8A8, static, divided": _divided_linear(Scheme.W8A8_STATIC),
+    "dequant_swiglu_quant, divided": _divided_swiglu,
     "batch_matmul": lambda ops: (
         ops.products.batch_matmul(
             _rows(ops, TOKENS, HEADS, HEAD), ops.weights.parameter(_rows(ops, HEADS, HEAD, LATENT, seed=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +14,8 @@ from ...inputs.files import read_text
 from ...models.config import ModelConfig
 from ..engine import EngineConfig
 from ..ops import Ops
-from ..store import Store
 from .plan import Planner
-from .stored import model_of_forms
+from .stored import Stored, model_of_forms
 from .weights import Backend, CpuMemory, NpuMemory
 from .workspace import StepSizes
 
@@ -27,11 +26,14 @@ _MOST_LIMIT_BYTES: Final = 64
 
 
 def planner_of(
-    store: Store, config: ModelConfig, ops: Ops, engine: EngineConfig, memory: int, *, int8_cache: bool
+    form: Callable[[str], Stored], config: ModelConfig, ops: Ops, engine: EngineConfig, memory: int, *, int8_cache: bool
 ) -> Planner:
-    """The planner of a model that is about to be loaded. memory: of a rank, as of `rank_memory`."""
+    """The planner of a model that is about to be loaded.
+
+    form: how its tensors are stored, by name. memory: of a rank, as of `rank_memory`.
+    """
     sizes = StepSizes(engine.max_num_batched_tokens, engine.prefix_segment_tokens, engine.max_num_seqs)
-    return Planner(model_of_forms(config, store.form), backend_memory(ops), memory, sizes, int8_cache)
+    return Planner(model_of_forms(config, form), backend_memory(ops), memory, sizes, int8_cache)
 
 
 def engine_cache(planner: Planner, engine: EngineConfig) -> int:

@@ -99,7 +99,7 @@ class Planner:
         return RankPlan(
             layout,
             weight_bytes(self.model, owned, self.backend),
-            workspace(config, owned, self.backend.dtype.itemsize, self.sizes),
+            workspace(config, owned, self.backend.dtype.itemsize, self.sizes).times(self.backend.held),
             int(self.memory * self.backend.usable),
             self.cache_token,
             config.rope.positions,

@@ -35,8 +35,8 @@ class Bytes(NamedTuple):
 class Backend(Protocol):
     """The memory of one backend's weights.
 
-    dtype: the compute dtype. usable: the share of memory that weights, workspace and cache may take. on_device: weights
-    are copied to a device, and not mapped from their files.
+    dtype: the compute dtype. usable: the share of memory that weights, workspace and cache may take. held: bytes that
+    allocators hold for a byte of a step's tensors. on_device: weights are copied to a device, and not mapped.
     """
 
     @property
@@ -44,6 +44,9 @@ class Backend(Protocol):
 
     @property
     def usable(self) -> float: ...
+
+    @property
+    def held(self) -> float: ...
 
     @property
     def on_device(self) -> bool: ...
@@ -77,6 +80,7 @@ class NpuMemory:
     dtype: torch.dtype = torch.bfloat16
     # The rest is for CANN's own workspace, HCCL's buffers and fragmentation; vLLM-Ascend's default is the same.
     usable: float = 0.9
+    held: float = 1.0
     on_device: bool = True
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
@@ -105,6 +109,7 @@ class CpuMemory:
 
     dtype: torch.dtype = torch.float32
     usable: float = 1.0
+    held: float = 1.5  # as measured with glibc's malloc: benchmarks/rank_memory.py
     on_device: bool = False
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:

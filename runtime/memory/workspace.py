@@ -1,7 +1,7 @@
 """Bytes of the tensors that a step holds at once, beside weights and cache.
 
-An upper estimate from the largest tensors of each block (`runtime/attention/`, `runtime/ops/`). What operators take
-inside, such as CANN's workspaces, is not in it.
+An estimate from the largest tensors of each block (`runtime/attention/`, `runtime/ops/`). What operators take inside,
+such as CANN's workspaces, and what allocators hold of freed tensors is not in it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class Workspace:
 
     fixed: int
     context_token: int
+
+    def times(self, factor: float) -> Workspace:
+        return Workspace(int(self.fixed * factor), int(self.context_token * factor))
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,12 @@ LATENT, ROPE = "latent", "rope"
 class LatentAttention(ABC):
     """Operators of multi-head latent attention, and composites of them with products, norms and rope.
 
-    dtype: the compute dtype. most_queries: of one sequence in an entry of `Decode`; None: any number.
+    dtype: the compute dtype. most_queries: of one sequence in an entry of `Decode`; None: any number. absorbs_chunks:
+    absorbed attention to chunks is as fast as its arithmetic says.
     """
 
     most_queries: int | None = None
+    absorbs_chunks = False
 
     def __init__(self, dtype: torch.dtype, weights: Weights, norms: Norms, products: Products, rotary: Rotary):
         self.dtype, self.weights, self.norms, self.products, self.rotary = dtype, weights, norms, products, rotary

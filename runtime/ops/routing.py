@@ -90,20 +90,28 @@ class Routing(ABC):
         Where ranks divide the experts, each runs the rows of its own and gathers those of the others. Rows are moved
         whole, so that all ranks hold the rows of one process.
         """
+        rows, row_index, group_list = self.own_rows(hidden, expert_ids, weights)
+        if weights.ranks > 1:
+            rows = self.group.all_gather_rows(rows, group_list.view(weights.ranks, -1).sum(1).tolist())
+        return rows, row_index
+
+    def own_rows(self, hidden: Tensor, expert_ids: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Run this rank's experts on their rows.
+
+        Returns out `[own rows, H]`; and of all experts row_index int32 `[R]` and group_list int64 `[E]`, as of
+        `moe_init_routing`.
+        """
         rows, row_index, group_list = self.moe_init_routing(
             hidden, expert_ids, weights.num_experts, quantize=weights.quantized
         )
         if weights.ranks == 1:
-            return self.run_experts(rows, group_list, weights), row_index
-        by_rank = group_list.view(weights.ranks, -1)
-        counts: list[int] = by_rank.sum(1).tolist()
-        rank = self.group.rank
-        first, count = sum(counts[:rank]), counts[rank]
-        if count:
-            own = self.run_experts(row_range(rows, first, count), by_rank[rank], weights)
-        else:
-            own = hidden.new_empty(0, hidden.shape[1])
-        return self.group.all_gather_rows(own, counts), row_index
+            return self.run_experts(rows, group_list, weights), row_index, group_list
+        by_rank, rank = group_list.view(weights.ranks, -1), self.group.rank
+        first, count = int(by_rank[:rank].sum()), int(by_rank[rank].sum())
+        if count == 0:
+            return hidden.new_empty(0, hidden.shape[1]), row_index, group_list
+        own = self.run_experts(row_range(rows, first, count), by_rank[rank], weights)
+        return own, row_index, group_list
 
     def run_experts(self, rows: Activation, group_list: Tensor, weights: MoeWeights) -> Tensor:
         """Run this rank's experts on rows sorted by expert: `[R, H]` → `[R, H]`. group_list: rows of each."""

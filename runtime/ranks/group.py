@@ -139,7 +139,8 @@ class Distributed:
 
     def _of_neighbours(self, size: int) -> Group:
         # Every rank makes all the groups, in one order.
-        ranks = [self._dist.get_global_rank(self._group or self._dist.group.WORLD, rank) for rank in range(self.size)]
+        whole: Any = self._group or self._dist.group.WORLD
+        ranks = [self._dist.get_global_rank(whole, rank) for rank in range(self.size)]
         made = [self._dist.new_group(ranks[first : first + size]) for first in range(0, self.size, size)]
         return Distributed(made[self.rank // size], self._why)
 

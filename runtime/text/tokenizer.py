@@ -38,6 +38,11 @@ class Tokenizer:
         return self._codec.vocab_size
 
     @property
+    def has_chat_template(self) -> bool:
+        """True if `chat` needs no template from its caller."""
+        return "default" in self._templates
+
+    @property
     def special_ids(self) -> Mapping[str, int]:
         """Token ids of special tokens by their text. Decoded text leaves them out."""
         return self._codec.special_ids

@@ -40,6 +40,8 @@ def test_the_way_to_write_an_int8_cache_is_told(paired):
     [
         ("norms", "swiglu", "swiglu"),
         ("norms", "dynamic_quant", "linear W8A8"),
+        ("norms", "dynamic_quant_by", "linear W8A8, divided"),
+        ("norms", "swiglu_float32", "dequant_swiglu_quant, divided"),
         ("rotary", "interleave_rope", "rope, cache write and read"),
         ("rotary", "rotary_mul", "index keys"),
         ("sparse", "lightning_indexer", "lightning indexer"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from npuq.errors import RankError
-from npuq.runtime import backend
+from npuq.runtime import backend, llm
 from npuq.runtime.ops.ascend import operators
 from npuq.runtime.ops.ascend.ranks import communicator
 from npuq.runtime.ops.ascend.ranks.device import rank_device
@@ -16,6 +18,10 @@ from npuq.runtime.ops.ascend.ranks.rules import A2, A3, Exchange, MoeShape, disp
 from npuq.runtime.ops.ascend.ranks.slices import Slices
 from npuq.runtime.ops.ascend.support import SOCS
 from npuq.runtime.ranks.group import ALONE
+from npuq.runtime.ranks.world import World
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3-fp8"
 
 V3 = MoeShape(ranks=16, experts=256, hidden=7168, k=8)
 KIMI_K2 = MoeShape(ranks=16, experts=384, hidden=7168, k=8)
@@ -53,6 +59,29 @@ def test_operators_are_made_on_it(monkeypatch, group, device):
     monkeypatch.setattr(backend, "npu_count", lambda: 4)
     backend.make_ops("ascend", group=group, local_rank=3)
     assert made == [device]
+
+
+def test_a_model_is_loaded_on_the_npu_of_its_rank(monkeypatch):
+    """What `load` asks for: the group, and the place of this rank on its machine."""
+
+    class MadeError(Exception):
+        pass
+
+    def make_ops(*asked: Any) -> None:
+        raise MadeError(*asked)
+
+    world = SimpleNamespace(group=Ranks(4), launch=SimpleNamespace(local_rank=3))
+    monkeypatch.setattr(llm, "make_ops", make_ops)
+    monkeypatch.setattr(World, "join", lambda launch: world)
+    with pytest.raises(MadeError) as made:
+        llm.load(EXAMPLE, "ascend", parallel="auto")
+    assert made.value.args == ("ascend", None, None, "nz", world.group, 3)
+
+
+def test_the_documentation_says_which_steps_of_v3_are_dispatched():
+    steps = [dispatch_tokens(limits, V3, buffer) for limits, buffer in ((A2, 200), (A3, 200), (A3, 1024))]
+    text = (ROOT / "docs" / "ascend.md").read_text(encoding="utf-8")
+    assert "| {} tokens | {} tokens ({} with 1024 MB) |".format(*steps) in text
 
 
 @pytest.mark.parametrize(

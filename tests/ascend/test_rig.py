@@ -13,19 +13,23 @@ from ascend_rig.install import ENDS, TORCH_NPU, prepare, run_python
 
 HERE = Path(__file__).parent
 CHECKS = {str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py")}
-FOLDERS = {name.split("/")[0] for name in CHECKS if "/" in name}
 # Long ones and those that share ranks, each in a process beside others'. The rest is one more process: torch and
 # torch_npu take seconds to start.
 ALONE = {
     "generation": ("check_generation.py",),
     "sparse": ("check_sparse.py",),
     "mutations": ("check_mutations.py", "check_sparse_mutations.py"),
-    **{folder: tuple(sorted(name for name in CHECKS if name.startswith(f"{folder}/"))) for folder in sorted(FOLDERS)},
+    **{name: tuple(sorted(each for each in CHECKS if each.startswith(f"{name}/"))) for name in ("graph", "ranks")},
 }
 TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE.values() for name in group}))
 GROUPS = {**ALONE, "operators": TOGETHER}
 # Every call of the runtime, and every operator's self-test in all dtypes and layouts.
-AT_THE_ENDS = ("check_schemas.py", "check_doctor.py", "check_selftest.py::test_the_ascend_set_passes")
+AT_THE_ENDS = (
+    "check_schemas.py",
+    "check_doctor.py",
+    "graph/check_handlers.py",
+    "check_selftest.py::test_the_ascend_set_passes",
+)
 
 TOOLS = ("gcc", "nm", "readelf")
 pytestmark = pytest.mark.skipif(

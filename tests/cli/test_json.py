@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import warm
 
 from npuq.cli.main import COMMANDS, group
 from npuq.cli.terminal.console import JSON_SCHEMA
@@ -21,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs/json.md"
 
 def npuq(*arguments: object) -> tuple[int, Any, str]:
     """(exit status, the document on stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-m", "npuq", *map(str, arguments)], capture_output=True, text=True)
+    done = warm.run(*map(str, arguments))
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
@@ -93,7 +92,7 @@ def test_an_error_is_a_document(arguments: tuple[object, ...], status: int, kind
 
 
 def test_without_json_an_error_prints_nothing_on_stdout() -> None:
-    done = subprocess.run([sys.executable, "-m", "npuq", "inspect", "no/such"], capture_output=True, text=True)
+    done = warm.run("inspect", "no/such/directory/at/all")
     assert done.returncode == 1 and done.stdout == ""
 
 

@@ -6,17 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import click
 import pytest
 import torch
+import warm
 
 import npuq.cli
 from npuq import __version__
 from npuq.cli.main import COMMANDS, LazyGroup, group, main
+from npuq.cli.main import _set_up_warnings as set_up_warnings
 from npuq.cli.terminal.console import format_bytes, parse_size
-from npuq.errors import ArtifactError
+from npuq.errors import ArtifactError, NpuqWarning
 
 PROBE = """
 import sys
@@ -29,7 +32,7 @@ finally:
 
 
 def npuq_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "npuq", *arguments], capture_output=True, text=True, timeout=120)
+    return warm.run(*arguments)
 
 
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
@@ -80,7 +83,8 @@ def test_choices_are_those_that_there_are() -> None:
 
 
 def test_version() -> None:
-    assert __version__ in npuq_command("--version").stdout
+    started = subprocess.run([sys.executable, "-m", "npuq", "--version"], capture_output=True, text=True, timeout=120)
+    assert __version__ in started.stdout and started.stdout == npuq_command("--version").stdout
 
 
 def test_wrong_usage_exits_with_2() -> None:
@@ -106,8 +110,7 @@ def test_bad_input_is_one_line_and_exits_with_1(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(example_fp8: Path) -> None:
-    command = f"{sys.executable} -m npuq inspect {example_fp8} --json | head -c 10"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done = warm.shell(f"npuq inspect {example_fp8} --json | head -c 10")
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("{")
 
@@ -228,7 +231,7 @@ def test_a_traceback_for_who_asks(
 def test_characters_that_the_encoding_lacks_are_escapes(encoding: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     name = os.fsencode(tmp_path) + b"/\xe6\xa8\xa1\xc3\xa9\xff\xf0\x9f\x98\x80"
-    done = subprocess.run([sys.executable, "-m", "npuq", "verify", name], capture_output=True, env=environment)
+    done = warm.run("verify", name, text=False, env=environment)
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr and done.stderr.count(b"\n") == 1
     assert b"\\udcff\\U0001f600: no such directory" in done.stderr
@@ -257,3 +260,12 @@ def test_names_from_a_checkpoint_do_not_command_the_terminal(example_fp8: Path, 
             done = npuq_command(*map(str, arguments), *option)
             assert not set("\x1b\x07\x9b\u202e") & set(done.stdout + done.stderr), (arguments, option)
     assert "a\\x1b[31m\\u202eb" in npuq_command("inspect", str(tmp_path / "out")).stdout
+
+
+def test_a_warning_of_npuqs_own_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    set_up_warnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("the decode step\nruns eagerly", NpuqWarning, stacklevel=1)
+    assert capsys.readouterr().err == "npuq: the decode step runs eagerly\n"

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import warm
 
 from npuq.choices import PROGRESS_FORMS
 from npuq.cli.terminal import progress as progress_module
@@ -206,13 +207,12 @@ def test_without_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 
 @pytest.mark.parametrize("name", ["convert", "verify", "evaluate", "push", "pull", "report"])
 def test_every_long_command_has_the_option(name: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "npuq", name, "--help"], capture_output=True, text=True, timeout=60)
+    done = warm.run(name, "--help")
     assert "--progress [auto|bar|lines|json|none]" in done.stdout and "--quiet" in done.stdout
 
 
 def convert(source: Path, output: Path, *options: str, **streams: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "npuq", "convert", str(source), str(output), "--method", "minmax", *options]
-    return subprocess.run(command, text=True, timeout=120, **streams)  # type: ignore[call-overload, no-any-return]
+    return warm.run("convert", str(source), str(output), "--method", "minmax", *options, **streams)
 
 
 def whole(output: Path) -> bool:
@@ -234,8 +234,7 @@ def test_stderr_that_refuses_does_not_end_the_work(form: str, broken: str, examp
         with Path("/dev/full").open("w") as full:
             done = convert(example_fp8, out, "--progress", form, stdout=subprocess.PIPE, stderr=full)
     elif broken == "closed":
-        command = f'exec "{sys.executable}" -m npuq convert "{example_fp8}" "{out}" --progress {form} 2>&-'
-        done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True, timeout=120)
+        done = warm.shell(f'npuq convert "{example_fp8}" "{out}" --method minmax --progress {form} 2>&-')
     else:
         reader, writer = os.pipe()
         os.close(reader)
@@ -251,8 +250,7 @@ def test_stdout_that_refuses_is_no_failure_of_the_work(broken: str, example_fp8:
         with Path("/dev/full").open("w") as full:
             done = convert(example_fp8, out, "--quiet", stdout=full, stderr=subprocess.PIPE)
     elif broken == "closed":
-        command = f'exec "{sys.executable}" -m npuq convert "{example_fp8}" "{out}" --quiet >&-'
-        done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+        done = warm.shell(f'npuq convert "{example_fp8}" "{out}" --method minmax --quiet >&-')
     else:
         reader, writer = os.pipe()
         os.close(reader)
@@ -279,17 +277,11 @@ def test_terminals_whose_encoding_lacks_characters(encoding: str, example_fp8: P
     output = Path(os.fsdecode(os.fsencode(tmp_path / "模型-نموذج") + b"\xff"))
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     for options in ((), ("--dry-run",), ("--json",)):
-        done = subprocess.run(
-            [sys.executable, "-m", "npuq", "convert", str(example_fp8), str(output), "--progress", "lines", *options],
-            capture_output=True,
-            env=environment,
-            timeout=120,
-        )
+        lines = ("--method", "minmax", "--progress", "lines")
+        done = warm.run("convert", str(example_fp8), str(output), *lines, *options, text=False, env=environment)
         assert done.returncode == 0 and b"Traceback" not in done.stderr
         if "--json" in options:
             assert json.loads(done.stdout.decode(encoding))["output"] == str(output)
     assert whole(output)
-    refused = subprocess.run(
-        [sys.executable, "-m", "npuq", "verify", str(output) + "ö"], capture_output=True, env=environment, timeout=120
-    )
+    refused = warm.run("verify", str(output) + "ö", text=False, env=environment)
     assert refused.returncode == 1 and refused.stderr.startswith(b"npuq: error: ") and refused.stderr.count(b"\n") == 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny-deepseek-v3-fp8"
 GENERATE = f"generate {EXAMPLE} --prompt a --max-new-tokens 2"
@@ -14,8 +16,14 @@ GENERATE = f"generate {EXAMPLE} --prompt a --max-new-tokens 2"
 
 def shell(line: str) -> tuple[int, str, str]:
     """(exit status of npuq, stdout, stderr) of a line in bash, in which `npuq` is the command."""
-    script = f'set -o pipefail; npuq() {{ "{sys.executable}" -m npuq "$@"; }}\n{line}'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    done = warm.shell(line)
+    return done.returncode, done.stdout, done.stderr
+
+
+def started(line: str) -> tuple[int, str, str]:
+    """The same, with a process that starts with these streams."""
+    script = f'npuq() {{ "{sys.executable}" -m npuq "$@"; }}\n{line}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -33,7 +41,7 @@ def test_a_full_disk_is_a_line(command: str) -> None:
 
 @pytest.mark.parametrize("option", ["", "--json"])
 def test_an_error_whose_document_does_not_fit(option: str) -> None:
-    status, _, err = shell(f"npuq inspect no/such {option} >/dev/full")
+    status, _, err = shell(f"npuq inspect no/such/directory {option} >/dev/full")
     assert (status, err.count("\n")) == (1, 1)
     assert err.startswith("npuq: error: no/such")
 
@@ -43,10 +51,10 @@ def test_an_error_whose_document_does_not_fit(option: str) -> None:
     [
         (f"inspect {EXAMPLE}", 0),
         (GENERATE, 0),
-        ("inspect no/such", 1),
-        ("inspect no/such --json", 1),
+        ("inspect no/such/directory", 1),
+        ("inspect no/such/directory --json", 1),
         ("inspect --no-such-option", 2),
-        ("--traceback inspect no/such", 1),
+        ("--traceback inspect no/such/directory", 1),
     ],
 )
 @pytest.mark.parametrize("to", ["/dev/full", "&-"])
@@ -54,9 +62,12 @@ def test_errors_that_cannot_be_told_change_nothing(command: str, status: int, to
     assert shell(f"npuq {command} 2>{to}")[0] == status
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams(closed: str) -> None:
-    status, out, err = shell(f"npuq {GENERATE} {closed}")
+@pytest.mark.parametrize(
+    ("run", "closed"),
+    [(shell, ">&-"), (shell, "<&-"), (started, "2>&-"), (started, "<&- >&- 2>&-")],
+)
+def test_closed_streams(run: Callable[[str], tuple[int, str, str]], closed: str) -> None:
+    status, out, err = run(f"npuq {GENERATE} {closed}")
     assert status == 0 and "internal error" not in err
     assert bool(out) is (">&-" not in closed.replace("2>&-", ""))
 

@@ -13,7 +13,12 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("gcc")
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]  # -O3 takes a minute to build
+SANITIZE = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-O1",
+    "-g1",
+]  # -O3 and -g take minutes to build
 
 
 def load_setup() -> ModuleType:

@@ -199,6 +199,12 @@ def _experts(
     return ops.routing.moe_experts(x, _x(*chosen.shape), chosen, _moe(ops, **changes), shared)
 
 
+def _own_rows(ops: NativeOps, hidden: Tensor | None = None, ids: Tensor | None = None, **changes: Any) -> Any:
+    x = _x(T, H) if hidden is None else hidden
+    chosen = _ids((0, 1), (3, 2), (1, 3)) if ids is None else ids
+    return ops.routing.own_rows(x, chosen, _moe(ops, **changes))
+
+
 def _route(ops: NativeOps, ids: Tensor, tokens: int = T) -> Any:
     return ops.routing.moe_init_routing(_x(tokens, H), ids, 4, quantize=True)
 
@@ -248,6 +254,7 @@ GOOD: dict[str, Callable[[NativeOps], Any]] = {
     "selected": _selected,
     "mla_prolog": _mla_prolog,
     "moe_experts": _experts,
+    "expert_rows": _own_rows,
     "moe_layer": lambda ops: ops.routing.moe(_x(T, H), _moe(ops, _mlp(ops))),
     "moe_gate": lambda ops: ops.routing.moe_gate(_x(T, H), _moe(ops)),
     "mlp": lambda ops: ops.routing.mlp(_x(T, H), _mlp(ops)),
@@ -438,6 +445,9 @@ REFUSED: dict[str, tuple[Callable[[NativeOps], Any], str]] = {
         lambda ops: _experts(ops, down=ops.weights.experts_of([[_float(H, 6)]] * 3)),
         r"moe_experts: .* sizes",
     ),
+    "rows, hidden": (lambda ops: _own_rows(ops, _x(T, H + 1)), r"expert_rows: x"),
+    "rows, expert": (lambda ops: _own_rows(ops, ids=_ids((0, 1), (3, 2), (1, 4))), r"expert_rows: .* an index"),
+    "rows, experts": (lambda ops: _own_rows(ops, num_experts=3), r"expert_rows: .* sizes"),
     "layer, hidden": (lambda ops: ops.routing.moe(_x(T, H + 1), _moe(ops)), r"moe_layer: x"),
     "layer, router": (
         lambda ops: ops.routing.moe(_x(T, H), _moe(ops, router=ops.weights.router(_x(5, H)), correction_bias=None)),

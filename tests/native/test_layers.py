@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from npuq.runtime.ops import (
 )
 from npuq.runtime.ops.native import NativeOps
 from npuq.runtime.ops.native.blocks import NativeMla
+from npuq.runtime.ranks.group import Alone
 
 from .cases import LEVELS, part
 
@@ -139,6 +141,61 @@ def test_moe(
     if poisoned and tokens:
         assert out[0].isnan().all()
         assert out[1:].isfinite().all()
+
+
+class _Rank(Alone):
+    """One rank of several, whose others are computed one after the other."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W4A8, Scheme.W8A8])
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 12),
+    ranks=st.integers(1, 3),
+    each=st.integers(1, 3),
+    chosen=st.integers(1, 9),
+)
+def test_experts_divided_among_ranks(
+    all_ops: dict[torch.dtype, NativeOps],
+    dtype: torch.dtype,
+    scheme: Scheme,
+    seed: int,
+    tokens: int,
+    ranks: int,
+    each: int,
+    chosen: int,
+) -> None:
+    """The rows of all ranks are those of one process; those of few chosen experts leave ranks without any."""
+    ops, generator, experts = all_ops[dtype], np.random.default_rng(seed), ranks * each
+    parts = [[_part(generator, scheme, 12, 16) for _ in range(2)] for _ in range(experts)]
+    downs = [[_part(generator, scheme, 16, 12)] for _ in range(experts)]
+    weights = _moe(ops, generator, scheme, experts, 16, 12)
+    weights = dataclasses.replace(weights, gate_up=ops.weights.experts_of(parts), down=ops.weights.experts_of(downs))
+    x = _rows(generator, dtype, tokens, 16)
+    ids = torch.from_numpy(generator.integers(0, min(chosen, experts), (tokens, 2)).astype(np.int32))
+    rows, row_index, group_list = Routing.own_rows(ops.routing, x, ids, weights) if tokens else (x, ids.flatten(), None)
+    found = []
+    for rank in range(ranks):
+        routing = copy.copy(ops.routing)
+        routing.group = _Rank(rank)
+        mine = slice(rank * each, (rank + 1) * each)
+        own = dataclasses.replace(
+            weights,
+            gate_up=ops.weights.experts_of(parts[mine]),
+            down=ops.weights.experts_of(downs[mine]),
+            ranks=ranks,
+        )
+        some, index, counts = routing.own_rows(x, ids, own)
+        _same(index, row_index)
+        assert group_list is None or torch.equal(counts, group_list)
+        _same(some, Routing.own_rows(routing, x, ids, own)[0])
+        found.append(some)
+    _same(torch.cat(found), rows)
 
 
 @pytest.mark.parametrize("scheme", [Scheme.FLOAT, Scheme.W4A8])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from npuq.formats.safetensors import TensorInfo
 RANKS = 4
 # Where a page is read, the kernel maps those around it that it has: 64 KB at each end of what is read.
 AROUND = 128 << 10
+NOISE = 32 << 20
 DIVIDED_ROWS = ("q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 DIVIDED_COLUMNS = ("o_proj", "down_proj")
 
@@ -36,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resident(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+def resident(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Bytes of the shards in each rank's memory, after loading and after a step that reads everything."""
     out = tmp_path_factory.mktemp("resident")
     job = [str(Path(__file__).parent / "mapping.py"), str(model), f"ep={RANKS},tp={RANKS}", str(out)]
@@ -85,3 +87,13 @@ def test_loading_reads_scales_alone(model: Path, resident: list[dict[str, int]])
     with Checkpoint.open(model) as checkpoint:
         whole = sum(math.prod(info.shape) * info.torch_dtype.itemsize for info in checkpoint.tensors.values())
     assert all(found["loaded"] < 0.2 * whole for found in resident)
+
+
+def test_a_rank_has_what_is_planned(resident: list[dict[str, Any]]) -> None:
+    """Mapped bytes within what the kernel maps around them; of its own no more than a step was planned to take."""
+    for found in resident:
+        plan = found["planned"]
+        assert plan["mapped"] * 0.9 < found["ran"] < plan["mapped"] * 1.6
+        # Beside it: allocators, buffers of gloo, threads.
+        assert found["own_loaded"] < plan["copied"] + NOISE
+        assert found["own_most"] < plan["copied"] + plan["step"] + NOISE

@@ -15,6 +15,8 @@ from npuq.errors import GenerationError
 from npuq.native.library import levels
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.runtime.block_manager import BlockManager
+from npuq.runtime.ops.latent_attention import LatentAttention
+from npuq.runtime.ops.native.latent_attention import NativeLatentAttention
 from npuq.runtime.sampling.rows import LogitRow
 from npuq.runtime.sampling.sampler import Sampled, Sampler
 
@@ -46,8 +48,13 @@ def test_together_as_alone(example: LanguageModel, alone: list[str]) -> None:
     assert [done.text for done in example.generate(PROMPTS, max_new_tokens=24, temperature=0)] == alone
 
 
-def test_few_at_once_in_small_chunks(example_fp8: Path, alone: list[str]) -> None:
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_few_at_once_in_small_chunks(
+    example_fp8: Path, alone: list[str], absorbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two run, the others wait for their place; prompts come in chunks of at most 12 tokens beside decodes."""
+    for attention in (LatentAttention, NativeLatentAttention):
+        monkeypatch.setattr(attention, "absorbs_chunks", absorbed)
     model = small(example_fp8, 16, max_num_seqs=2, max_num_batched_tokens=12, prefix_segment_tokens=16)
     assert [done.text for done in model.generate(PROMPTS, max_new_tokens=24, temperature=0)] == alone
     assert model.engine.scheduler.num_preempted == 0

@@ -16,6 +16,8 @@ import npuq.runtime
 from npuq.errors import GenerationError
 from npuq.runtime import Completion, EngineConfig, LanguageModel
 from npuq.runtime.engine import Engine
+from npuq.runtime.ops.latent_attention import LatentAttention
+from npuq.runtime.ops.native.latent_attention import NativeLatentAttention
 from npuq.runtime.sampling.rows import HostRow, LogitRow
 from npuq.runtime.sampling.sampler import Sampled, Sampler
 from npuq.runtime.step import Chunk
@@ -123,19 +125,27 @@ def poison(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{}, {"max_num_batched_tokens": 12, "max_num_seqs": 2}, {"kv_cache_bytes": 9 * 16 * 576 * 4 * 4}],
-    ids=["together", "in chunks", "preempted"],
+    ("sizes", "absorbed"),
+    [
+        ({}, True),
+        ({}, False),
+        ({"max_num_batched_tokens": 12, "max_num_seqs": 2}, True),
+        ({"kv_cache_bytes": 9 * 16 * 576 * 4 * 4}, True),
+    ],
+    ids=["together", "decompressed", "in chunks", "preempted"],
 )
 def test_texts_are_as_alone(
     example: LanguageModel,
     example_fp8: Path,
     prompts: list[list[int]],
     sizes: dict[str, int],
+    absorbed: bool,
     monkeypatch: pytest.MonkeyPatch,
     rows: list[np.ndarray],
 ) -> None:
     """Three times the same prompts, later with what is left of earlier ones. Blocks hold NaN until they are written."""
+    for attention in (LatentAttention, NativeLatentAttention):
+        monkeypatch.setattr(attention, "absorbs_chunks", absorbed)
     chosen = prompts[:5]
     alone: list[tuple[Completion, list[np.ndarray]]] = []
     for prompt in chosen:
@@ -228,14 +238,19 @@ def test_logits_that_are_not_finite_leave_nothing(
 
 
 def test_an_int8_cache(int8_artifact: Path, prompts: list[list[int]], rows: list[np.ndarray]) -> None:
-    """Prompts attend to rounded latents with and without a hit; only generated tokens round their queries."""
-    for prompt in prompts[:4]:
+    """Prompts attend to rounded latents with and without a hit; only generated tokens round their queries.
+
+    Most logits are within 1e-6. A last digit can turn a code of a quantized activation, which shows more.
+    """
+    differences = []
+    for prompt in (*prompts[:4], prompts[4][:33]):
         model = npuq.runtime.load(int8_artifact, "cpu", engine=EngineConfig(**SIZES), kv_cache_dtype="int8")
         rows.clear()
         first, second = (model.generate(prompt, max_new_tokens=1, temperature=0) for _ in range(2))
-        assert (first.cached_tokens, second.cached_tokens) == (0, (len(prompt) - 1) // 16 * 16)
-        if len(prompt) - second.cached_tokens > 1:  # one token alone rounds its queries too
-            assert np.abs(rows[1] - rows[0]).max() < 2e-2 * np.abs(rows[0]).max()
+        assert (first.cached_tokens, second.cached_tokens) == (0, (len(prompt) - 2) // 16 * 16)
+        differences.append(np.abs(rows[1] - rows[0]).max() / np.abs(rows[0]).max())
+    assert max(differences) < 5e-3
+    assert np.median(differences) < 1e-5
 
 
 def test_sparse_attention_finds_its_index_keys(

@@ -122,6 +122,8 @@ class CalibrationRouting(ReferenceRouting):
 class CalibrationSparseAttention(ReferenceSparseAttention):
     """Selects tokens and gathers them for some queries at a time. Samples are longer than a step of the runtime."""
 
+    heads_together = None  # no ranks divide them
+
     def _select(self, query: Tensor, weights: Tensor, key: Tensor, past: int, count: int) -> Tensor:
         size = max(1, GATHERED_NUMBERS // (query.shape[1] * key.shape[0]))
         parts = row_chunks(query.shape[0], size)

@@ -31,6 +31,8 @@ class NativeLatentAttention(LatentAttention):
     Raises ValueError for tensors that do not have the dtypes and sizes of their call.
     """
 
+    absorbs_chunks = True
+
     def __init__(
         self,
         kernels: Kernels,

@@ -63,6 +63,8 @@ class NativeRouting(Routing):
             tokens,
             k,
             num_experts,
+            0,
+            num_experts,
             index_to,
             counts_to,
             None if quantize else to,
@@ -160,6 +162,33 @@ class NativeRouting(Routing):
             to,
         )
         return out
+
+    def own_rows(self, hidden: Tensor, expert_ids: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, expert_ids = hidden.contiguous(), expert_ids.contiguous()
+        gate_up, down = own(weights.gate_up, NativeLinear), own(weights.down, NativeLinear)
+        tokens, k = expert_ids.shape
+        count = weights.num_experts // weights.ranks
+        row_index, index_to = output(torch.int32, tokens * k)
+        group_list, counts_to = output(torch.int64, weights.num_experts)
+        out, to = output(self.dtype, tokens * k, down.weights.outputs)
+        first = self.group.rank * count if weights.ranks > 1 else 0
+        self._call(
+            "expert_rows",
+            gate_up.address,
+            down.address,
+            address(hidden, "expert_rows", "x", self.dtype, tokens, gate_up.weights.cols),
+            self._code,
+            address(expert_ids, "expert_rows", "expert_ids", torch.int32, tokens, k),
+            tokens,
+            k,
+            weights.num_experts,
+            first,
+            index_to,
+            counts_to,
+            to,
+        )
+        rows = int(group_list[first : first + count].sum())
+        return out[:rows], row_index, group_list
 
 
 def _rule(gating: Gating) -> tuple[int | float, ...]:

@@ -11,12 +11,11 @@ from torch import Tensor
 from ....errors import BackendError
 from ....formats.int4 import unpack_int4
 from ....formats.schemes import Scheme
+from ....native.pointers import begins_a_cache_line
 from ..handles import Activation, Experts, Linear, LinearPart, Quantized, Router, Static, own
 from ..norms import Norms
 from ..products import Products
 from .weights import PartsExperts, PartsLinear, StoredRouter
-
-_CACHE_LINE = 64
 
 
 class ReferenceProducts(Products):
@@ -112,7 +111,7 @@ def aligned(matrix: Tensor) -> Tensor:
     The last bits of torch's product of a single row depend on it. A mapped weight lies anywhere, and a rank may have a
     copy of it.
     """
-    return matrix if matrix.data_ptr() % _CACHE_LINE == 0 else matrix.clone()
+    return matrix if begins_a_cache_line(matrix) else matrix.clone()
 
 
 def rows_of_experts(x: Activation, group_list: Tensor) -> Iterator[Activation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,15 @@ from ..latent_attention import LATENT, ROPE
 from ..sparse_attention import SparseAttention
 from ..steps import Decode
 
-_HEADS = 4
-
 
 class ReferenceSparseAttention(SparseAttention):
-    """Selection and attention on the CPU."""
+    """Selection and attention on the CPU.
+
+    heads_together: attention is computed for so many heads at a time, however many there are, because the last bits of
+    torch's products depend on it; None computes all at once.
+    """
+
+    heads_together: ClassVar[int | None] = 4
 
     def lightning_indexer(self, query: Tensor, weights: Tensor, keys: Pages, decode: Decode, count: int) -> Tensor:
         selected = []
@@ -50,10 +55,9 @@ class ReferenceSparseAttention(SparseAttention):
         """Attend in float32: query `[Q, N, L + D]` to the rows at slots `[Q, k]`, but those of `none` → `[Q, N, L]`."""
         latent = cache[LATENT].at(slots).float()
         key = torch.cat([latent, cache[ROPE].at(slots).float()], dim=-1)
-        outputs = []
-        # So many heads at a time, however many there are: torch's last bits depend on it.
-        for heads in F.pad(query, (0, 0, 0, -query.shape[1] % _HEADS)).split(_HEADS, dim=1):
-            scores = (heads @ key.transpose(1, 2) * scale).masked_fill(none.unsqueeze(1), -torch.inf)  # [Q, _HEADS, k]
+        outputs, together = [], self.heads_together or query.shape[1]
+        for heads in F.pad(query, (0, 0, 0, -query.shape[1] % together)).split(together, dim=1):
+            scores = (heads @ key.transpose(1, 2) * scale).masked_fill(none.unsqueeze(1), -torch.inf)  # [Q, heads, k]
             outputs.append(scores.softmax(-1) @ latent)
         return torch.cat(outputs, dim=1)[:, : query.shape[1]]
 

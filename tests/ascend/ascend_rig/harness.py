@@ -68,7 +68,7 @@ def prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def load(path: Path, ops: Ops, parallel: str | None = None, **options: Any) -> llm.LanguageModel:
+def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     """`npuq.load` with a given set of operators, its cache filled with NaN: what is read must have been written.
 
     Its latent is int8 where the artifact has scales for that. options: others of `npuq.load`.

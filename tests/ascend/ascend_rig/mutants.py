@@ -19,15 +19,16 @@ Change = Callable[[list[Any], dict[str, Any]], Arguments]
 
 
 class Mutant:
-    """`torch.ops.npu` with one operator called otherwise."""
+    """`torch.ops.npu` with one operator called otherwise, or with several."""
 
-    def __init__(self, operator: str, change: Change):
-        self._operator, self._change = operator, change
+    def __init__(self, operator: str | tuple[str, ...], change: Change):
+        self._operators = (operator,) if isinstance(operator, str) else operator
+        self._change = change
         self.changed = 0
 
     def __getattr__(self, name: str) -> Any:
         original = getattr(torch.ops.npu, name)
-        if name != self._operator:
+        if name not in self._operators:
             return original
 
         def call(*args: Any, **kwargs: Any) -> Any:

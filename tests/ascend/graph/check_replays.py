@@ -40,8 +40,10 @@ def engine_of(path: Path, dtype: torch.dtype, graphs: bool) -> Engine:
     if graphs:
         ops.graphs = npu_graphs()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(harness.ENGINE, "max_num_seqs", SEQUENCES)
+        for settings in (harness.ENGINE, harness.INT8_ENGINE):
+            patched.setitem(settings, "max_num_seqs", SEQUENCES)
         patched.setattr(harness, "CACHE_BLOCKS", 4 * SEQUENCES)
+        patched.setattr(harness, "INT8_BLOCKS", SEQUENCES)
         return harness.load(path, ops).engine
 
 
@@ -51,7 +53,8 @@ class Replayed:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.lengths = list(LENGTHS)
-        self.blocks = [range(4 * index, 4 * index + 4) for index in range(SEQUENCES)]
+        each = engine.blocks.num_blocks // SEQUENCES
+        self.blocks = [range(each * index, each * (index + 1)) for index in range(SEQUENCES)]
         for index, length in enumerate(LENGTHS):
             engine._run([Chunk([3 + (7 * index + i) % 300 for i in range(length)], 0, self.blocks[index])])
 

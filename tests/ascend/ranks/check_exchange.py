@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from ascend_rig.ranks import mutations, pool
 from ascend_rig.ranks.chips import Chips
 from ascend_rig.ranks.jobs import Layer, Outcome, run_layer
-from ascend_rig.ranks.semantics_jobs import exchange
+from ascend_rig.ranks.semantics_jobs import Limit, dispatch, exchange
 
 from npuq.formats.schemes import Scheme
 
@@ -19,6 +20,44 @@ ALONG = Chips("A3", dispatches=False)  # rows go along by collectives
 @pytest.mark.parametrize(("quantized", "sums"), [(False, False), (False, True), (True, False)])
 def test_dispatch_and_combine_are_what_numpy_says(ranks, quantized, sums):
     ranks.run(exchange, quantized, sums, ranks=4)
+
+
+LIMITS: dict[str, tuple[Limit, str]] = {
+    "channels on A3": (Limit(hidden=512), "512 channels on A3"),
+    "more channels on A3": (Limit(hidden=8320), "8320 channels on A3"),
+    "rows on A3": (Limit(rows=513), "513 tokens on A3"),
+    "channels on A2": (Limit("A2", hidden=7200), "7200 channels on A2"),
+    "channels of a half block on A2": (Limit("A2", hidden=48), "48 channels on A2"),
+    "rows on A2": (Limit("A2", rows=257, hidden=64), "257 tokens on A2"),
+    "rows at all": (Limit(rows=0), "0 tokens on A3"),
+    "experts a token": (Limit(experts=32, k=17), "17 experts a token"),
+    "experts": (Limit(experts=1026), "1026 experts on 2 ranks"),
+    "experts that ranks do not divide": (Limit(experts=7), "7 experts on 2 ranks"),
+    "an expert twice": (Limit(k=2, same_expert=True), "an expert twice"),
+    "x in float32": (Limit(x=torch.float32), "x is torch.float32"),
+    "a buffer on A3": (Limit(rows=512, buffer=20), "bytes is needed"),
+    "a buffer on A2": (Limit("A2", rows=256, hidden=7168, buffer=17), "bytes is needed"),
+    "static quantization": (Limit(options=(("quant_mode", 1),)), "quant_mode 1"),
+    "pairs of expert and number": (Limit(options=(("expert_token_nums_type", 2),)), "expert_token_nums_type"),
+    "uneven rows without a batch": (Limit(uneven=True), "global_bs 0 for up to 5 tokens on 2 ranks"),
+    "uneven rows and a mask": (
+        Limit(uneven=True, options=(("global_bs", 10), ("x_active_mask", "short"))),
+        "leaves tokens out where the ranks have different numbers",
+    ),
+    "expert scales on A3": (Limit(options=(("expert_scales", torch.ones(4, 1)),)), "A3 takes no expert_scales"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_emulation_refuses_what_the_documentation_does(ranks, name):
+    limit, words = LIMITS[name]
+    with pytest.raises(pool.JobError) as refused:
+        ranks.run(dispatch, limit)
+    assert all(line is not None and words in line for line in refused.value.said), refused.value.said
+
+
+def test_the_documentation_allows_uneven_rows_with_their_batch(ranks):
+    ranks.run(dispatch, Limit(uneven=True, options=(("global_bs", 10),)))
 
 
 def outcomes(ranks: pool.Pool, layer: Layer, size: int = 2) -> list[Outcome]:

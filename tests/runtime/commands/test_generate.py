@@ -21,7 +21,8 @@ def test_generate_prints_the_text(run: Run, artifact: Path) -> None:
     for greedy in (("--greedy",), ("--temperature", "0")):
         code, out, err = run("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12, *greedy)
         assert (code, out) == (0, expected + "\n")
-        first, last = err.splitlines()
+        how, first, last = err.splitlines()
+        assert how == "prompt: as it is"  # the example has no chat template
         assert first == "sampling: greedy"
         assert re.fullmatch(r"3 prompt tokens in \d+\.\d\d s, 12 new tokens at \d+\.\d tokens/s", last)
         quiet = run("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 12, *greedy, "--quiet")
@@ -46,7 +47,7 @@ def test_generate_samples_as_the_model_says(run: Run, artifact: Path, tmp_path: 
         ("--greedy", "--repetition-penalty", "1.2"): "sampling: greedy, repetition-penalty 1.2",
     }
     for options, line in lines.items():
-        assert run(*common, *options)[2].splitlines()[0] == line
+        assert run(*common, *options)[2].splitlines()[1] == line
     model = npuq.runtime.load(artifact, "cpu")
     assert model.default_params == SamplingParams(temperature=0.8, top_p=0.95)
     sampled = model.generate("Call me", max_new_tokens=12, seed=3).text
@@ -57,7 +58,7 @@ def test_generate_samples_as_the_model_says(run: Run, artifact: Path, tmp_path: 
 def test_options_without_effect_are_told_or_refused(run: Run, artifact: Path) -> None:
     common = ("generate", artifact, "--prompt", "Call me", "--max-new-tokens", 2)
     code, _, err = run(*common, "--greedy", "--top-k", "5", "--seed", "1")
-    assert (code, err.splitlines()[1]) == (0, "--top-k, --seed: without effect, because sampling is greedy")
+    assert (code, err.splitlines()[2]) == (0, "--top-k, --seed: without effect, because sampling is greedy")
     for options, expected in (
         (("--greedy", "--temperature", "0.7"), "--greedy and --temperature"),
         (("--system", "Be brief"), "add --chat"),
@@ -85,6 +86,39 @@ def test_chat_options_reach_the_template(run: Run, artifact: Path, tmp_path: Pat
     assert "messages cannot be given there" in err
     # A name that a Python function's first parameter has is a variable as any other.
     assert run(*common, "--chat", "--prompt", "Hi", "--chat-template-kwargs", '{"self": 1}')[0] == 0
+
+
+def test_conversations_and_prompts_from_files(run: Run, artifact: Path, tmp_path: Path) -> None:
+    """A conversation is rendered without --chat, a prompt is not; stderr says which it was."""
+    directory = copy(artifact, tmp_path)
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    for name, content in (("list", messages), ("object", {"messages": messages})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    lines = ['"Call me"', "", '{"prompt": "And\\nGod"}', json.dumps({"messages": messages}) + "\r"]
+    (tmp_path / "all.jsonl").write_bytes("\n".join(lines).encode())
+    common = ("generate", directory, "--max-new-tokens", 4, "--greedy", "--json")
+
+    def results(*arguments: object) -> tuple[list[dict[str, object]], str]:
+        code, out, err = run(*common, *arguments)
+        assert code == 0, err
+        return [{name: each[name] for name in ("text", "prompt_tokens")} for each in json.loads(out)], err
+
+    rendered, err = results("--prompt", "user: Hi\nassistant: Yes?\n")
+    assert "prompt: as it is (--chat puts it into the model's chat template)\n" in err
+    for name in ("list", "object"):
+        found, err = results("--messages", tmp_path / f"{name}.json")
+        assert found == rendered
+        assert "prompt: in the model's chat template\n" in err
+    plain, err = results("--prompt", "Call me", "--prompt", "And\nGod")
+    assert "prompt: as they are (" in err
+    found, err = results("--jsonl", tmp_path / "all.jsonl")
+    assert found == [*plain, *rendered]
+    assert "prompts: 1 in the model's chat template, 2 as they are\n" in err
+    with_system, _ = results("--prompt", "system: Be brief\nuser: Hi\nassistant: Yes?\n")
+    assert results("--messages", tmp_path / "list.json", "--system", "Be brief")[0] == with_system
+    _, out, _ = run(*common[:-1], "--jsonl", tmp_path / "all.jsonl")
+    assert out.index("=== 2: And God\n") < out.index("=== 3: Yes?\n")
 
 
 def test_prompt_files_lose_their_last_line_end(run: Run, artifact: Path, tmp_path: Path) -> None:
@@ -143,8 +177,14 @@ def test_generate_takes_every_sampling_flag(run: Run, artifact: Path) -> None:
         "0.01",
         "--repetition-penalty",
         "1.1",
+        "--presence-penalty",
+        "0.5",
+        "--frequency-penalty",
+        "-0.2",
+        "--min-tokens",
+        "4",
         "--seed",
-        "3",
+        "-3",
     ]
     common = ("generate", artifact, "--prompt", "The", "--max-new-tokens", 10, "--quiet")
     first = run(*common, "--stop", "zzz", *flags)

@@ -78,7 +78,7 @@ def test_bad_request_gets_one_line(run: Run, example_fp8: Path, arguments: tuple
         ("--max-new-tokens", "0", "--prompt", "x"),
         ("--temperature", "-1", "--prompt", "x"),
         ("--top-p", "0", "--prompt", "x"),
-        ("--seed", "-1", "--prompt", "x"),
+        ("--seed", str(2**63), "--prompt", "x"),
         ("--backend", "tpu", "--prompt", "x"),
         ("--prompt", "\udcff\udcfe"),  # how bytes that are no UTF-8 arrive
         ("--prompt", "x", "--stop", "\udcff"),
@@ -89,3 +89,35 @@ def test_bad_request_gets_one_line(run: Run, example_fp8: Path, arguments: tuple
 )
 def test_wrong_usage_exits_with_2(run: Run, example_fp8: Path, arguments: tuple[str, ...]) -> None:
     assert run("generate", example_fp8, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "expected"),
+    [
+        ("--messages", b"{}", r"given: holds no messages; give [{"),
+        ("--messages", b'"Hi"', "given: holds no messages"),
+        ("--messages", b"[" * 100_000, "given: not valid JSON: it is nested too deeply"),
+        ("--messages", b"[{]", "given: not valid JSON"),
+        ("--messages", b"\xff", "given: is not UTF-8 text (byte 0)"),
+        ("--jsonl", b'"a"\n{"prompt": 5}', 'given: line 2: must be a text, {"prompt": …} or {"messages": …}'),
+        ("--jsonl", b'"a"\n\n{"prompt": "a"', "given: line 3: not valid JSON"),
+        ("--jsonl", b'"a"\nNaN', "given: line 2: not valid JSON"),
+        ("--jsonl", b'{"messages": "Hi"}', "given: line 1: holds no messages"),
+        ("--jsonl", b"\n \n", "given: holds no prompt"),
+    ],
+)
+def test_files_that_hold_no_prompts(
+    run: Run, example_fp8: Path, tmp_path: Path, option: str, content: bytes, expected: str
+) -> None:
+    (tmp_path / "given").write_bytes(content)
+    code, out, err = run("generate", example_fp8, option, tmp_path / "given")
+    assert (code, out) == (2, "")
+    assert expected in err
+
+
+def test_a_conversation_that_is_refused_names_its_file(run: Run, example_fp8: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").write_text('{"prompt": "a"}\n{"messages": [{"content": "no role"}]}')
+    code, out, err = run("generate", example_fp8, "--jsonl", tmp_path / "given")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert f"{tmp_path / 'given'}: line 2: " in err

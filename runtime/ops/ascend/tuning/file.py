@@ -89,7 +89,7 @@ def write_tuning(path: Path, device: Device, tuning: Tuning) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         number, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
-            with open(number, "w", encoding="utf-8") as file:
+            with os.fdopen(number, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
             Path(name).replace(path)
         except BaseException:

@@ -52,6 +52,6 @@ def generate(path: Path, parallel: str, chips: Chips) -> Generated:
         if world.leads:
             run = harness.generate(path, ops, guard.guarded, parallel=parallel)
             return Generated(dict(used.calls), run)
-        model = harness.load(path, ops, parallel)
+        model = harness.load(path, ops, parallel=parallel)
         model.follow()
         return Generated(dict(used.calls))

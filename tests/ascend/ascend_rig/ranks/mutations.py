@@ -35,7 +35,12 @@ ALL_RANKS: dict[str, tuple[str, Change]] = {
     "running sums of rows": (INIT, without("expert_tokens_num_type")),
     "rows not quantized": (INIT, without("quant_mode")),
 }
-DISPATCH_ONLY: dict[str, tuple[str, Change]] = {
+BOTH = (DISPATCH, COMBINE)
+DISPATCH_ONLY: dict[str, tuple[str | tuple[str, ...], Change]] = {
+    "no masks": (BOTH, without("x_active_mask")),
+    "masks of all": (BOTH, mapped("x_active_mask", torch.ones_like)),
+    "global batch of one rank in both": (BOTH, setting(global_bs=28)),
+    "half the experts in both": (BOTH, mapped("moe_expert_num", lambda experts: experts // 2)),
     "global batch of one rank": (DISPATCH, lambda a, k: (a, {**k, "global_bs": a[0].shape[0]})),
     "global batch of the tokens": (DISPATCH, setting(global_bs=13)),
     "no mask": (DISPATCH, without("x_active_mask")),
@@ -74,5 +79,5 @@ A2_ONLY: dict[str, tuple[str, Change]] = {
 }
 
 
-def of(name: str) -> tuple[str, Change]:
+def of(name: str) -> tuple[str | tuple[str, ...], Change]:
     return (ALL_RANKS | DISPATCH_ONLY | ONE_RANK | RANGE_ON_ONE_RANK | A2_ONLY)[name]

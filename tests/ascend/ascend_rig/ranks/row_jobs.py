@@ -149,9 +149,9 @@ def _columns(part: LinearPart, division: Division, ops: AscendOps) -> LinearPart
     if part.scheme is Scheme.FLOAT:
         each = HIDDEN // division.group.size // 2 * 2
         sizes = (*[each] * (division.group.size - 1), HIDDEN - each * (division.group.size - 1))
-        return replace(_outputs(part, Division(division.group, sizes)), inputs=division)
+        return replace(_outputs(part, Division(division.group, sizes)), input_division=division)
     own = division.own
-    return replace(part, weight=part.weight[:, own.start : own.stop].contiguous(), inputs=division)
+    return replace(part, weight=part.weight[:, own.start : own.stop].contiguous(), input_division=division)
 
 
 def _outputs(part: LinearPart, division: Division) -> LinearPart:
@@ -161,4 +161,4 @@ def _outputs(part: LinearPart, division: Division) -> LinearPart:
     if static is not None:
         static = replace(static, deq_scale=static.deq_scale[rows], quant_bias=static.quant_bias[rows])
     scale = None if part.scale is None else part.scale[rows]
-    return replace(part, weight=part.weight[rows].contiguous(), scale=scale, static=static, outputs=division)
+    return replace(part, weight=part.weight[rows].contiguous(), scale=scale, static=static, output_division=division)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from .chips import Chips, as_on_npus
-from .communicators import open_communicator
+from .communicators import DEFAULT_BUFFER, open_communicator
 
 TOKENS, HIDDEN, EXPERTS, K = 5, 1024, 8, 3
 npu = torch.ops.npu
@@ -67,3 +70,40 @@ def _inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     x = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:K] for _ in range(TOKENS)]).int()
     return x, ids, torch.rand(TOKENS, K, generator=generator), (3, TOKENS, 0, 1)[rank]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A dispatch outside the documentation, on chips that run it otherwise. uneven: rank 1 has a token more."""
+
+    family: str = "A3"
+    rows: int = 4
+    hidden: int = 1024
+    experts: int = 8
+    k: int = 1
+    buffer: int = DEFAULT_BUFFER
+    uneven: bool = False
+    x: torch.dtype = torch.bfloat16
+    same_expert: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def dispatch(limit: Limit) -> None:
+    """Make the call."""
+    rows = limit.rows + (limit.uneven and dist.get_rank())
+    ids = torch.arange(limit.k, dtype=torch.int32).remainder(limit.experts).expand(rows, -1).contiguous()
+    if limit.same_expert:
+        ids = torch.zeros_like(ids)
+    with as_on_npus(Chips(limit.family)):
+        options = {"comm_alg": "fullmesh" if limit.family == "A2" else "", **dict(limit.options)}
+        if options.get("x_active_mask") == "short":
+            options["x_active_mask"] = torch.arange(rows) < 1
+        npu.npu_moe_distribute_dispatch_v2(
+            torch.zeros(rows, limit.hidden, dtype=limit.x),
+            ids,
+            open_communicator(limit.buffer),
+            dist.get_world_size(),
+            dist.get_rank(),
+            limit.experts,
+            **options,
+        )
