@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .reading import as_option
 from .terminal.console import emit_json, json_option, show
 from .terminal.progress import TerminalProgress, progress_options
 
@@ -20,9 +21,10 @@ from .terminal.progress import TerminalProgress, progress_options
     show_default=True,
     help="The page to write; an earlier report is replaced.",
 )
+@as_option("ARTIFACT")
 @progress_options
 @json_option("Print the numbers as JSON; write no page.")
-def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: bool) -> None:
+def command(artifact: Path, output: Path, family: str | None, progress: str, quiet: bool, as_json: bool) -> None:
     """Write a page about ARTIFACT (a directory, or user/repo): sizes, errors, scales, calibration, provenance.
 
     One HTML file that opens without a network. It shows the results of conversion, calibration and `npuq evaluate
@@ -37,7 +39,7 @@ def command(artifact: Path, output: Path, progress: str, quiet: bool, as_json: b
     directory = local_model(artifact, quiet=quiet, progress=progress)
     with TerminalProgress(progress, quiet) as display:
         # The name of a directory in the hub's cache, a commit, means nothing to a reader.
-        facts = read_facts(directory, display, None if directory == artifact else str(artifact))
+        facts = read_facts(directory, display, None if directory == artifact else str(artifact), family)
     if as_json:
         emit_json(facts.as_dict())
         return

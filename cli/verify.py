@@ -12,6 +12,7 @@ import click
 
 from ..choices import ENGINES
 from ..errors import NpuqError
+from .reading import as_option
 from .terminal.console import emit_json, json_option, show
 from .terminal.progress import TerminalProgress, progress_options
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--engine", type=click.Choice(ENGINES), help="Check that this engine can run it too.")
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that --engine shall use.")
 @click.option("--ep", is_flag=True, help="Expert parallelism: whole routed experts are spread over the ranks.")
+@as_option("ARTIFACT (and --source)")
 @progress_options
 @json_option("Print the verdict as JSON.")
 def command(
@@ -33,6 +35,7 @@ def command(
     engine: str | None,
     tp: int,
     ep: bool,
+    family: str | None,
     progress: str,
     quiet: bool,
     as_json: bool,
@@ -55,11 +58,11 @@ def command(
     where = local_model(artifact, quiet=quiet, progress=progress)
     original = None if source is None else local_model(source, quiet=quiet, progress=progress)
     with TerminalProgress(progress, quiet) as display:
-        verdict = verify(where, original, progress=display)
+        verdict = verify(where, original, family=family, progress=display)
     if engine is not None:
         # Verification has already reported an artifact whose config or description cannot be read.
         with suppress(NpuqError):
-            found = check_placement(where, engine, tp, ep)
+            found = check_placement(where, engine, tp, ep, family)
             notes = (note for note in verdict.notes if note not in found)
             tested = f"--engine: the requirements are those of {tested_releases(engine)}"
             verdict = replace(verdict, problems=(*verdict.problems, *found), notes=(*notes, tested))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..formats.artifact import DESCRIPTION_NAME, read_description, read_description_keys
-from ..formats.checkpoint import read_config
+from ..formats.checkpoint import config_as, read_config
 from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
@@ -153,13 +153,14 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
-def check_placement(directory: Path, engine: str, tp: int, ep: bool) -> tuple[str, ...]:
+def check_placement(directory: Path, engine: str, tp: int, ep: bool, family: str | None = None) -> tuple[str, ...]:
     """The problems of running the artifact on `tp` ranks of `engine` (a key of ENGINES), a line each: parameters
     without a tensor, tensors without a parameter, and broken requirements on ranks.
 
-    Reads config.json and the description alone. Raises CheckpointError and ArtifactError when it cannot.
+    Reads config.json and the description alone; a config of unknown model_type as that of `family`. Raises
+    CheckpointError and ArtifactError when it cannot.
     """
-    raw = read_config(directory)
+    raw = config_as(directory, read_config(directory), family)
     config, schemes = ModelConfig.from_dict(raw), read_description(directory)
     if schemes is None:
         raise ArtifactError(f"{directory}: no {DESCRIPTION_NAME}: engines would take it for an unquantized model")

@@ -74,22 +74,9 @@ class Checkpoint:
 
         Raises CheckpointError for an unknown family, and for a config that is of another known one.
         """
-        if family is None:
-            return
-        if not is_known(family):
-            raise CheckpointError(
-                f"{self.directory}: cannot read it as {shown(family)}; npuq knows {', '.join(sorted(FAMILIES))}"
-            )
-        stated = self.config.get("model_type")
-        if stated == family:
-            return
-        if is_known(stated):
-            raise CheckpointError(
-                f"{self.directory / CONFIG_NAME}: model_type is {stated}, which npuq reads as it is: leave "
-                f"--as {family} out"
-            )
-        self.stated = self.config
-        self.config = read_as(self.config, FAMILIES[family])
+        read = config_as(self.directory, self.config, family)
+        if read is not self.config:
+            self.stated, self.config = self.config, read
 
     @cached_property
     def model_code(self) -> str:
@@ -199,6 +186,28 @@ def _number(digits: str | tuple[int, str]) -> tuple[int, str]:
 def read_config(directory: Path) -> dict[str, Any]:
     """Read a directory's config.json. CheckpointError when it is missing, no JSON object, or a link out of it."""
     return read_object(inside(directory, CONFIG_NAME), CheckpointError)
+
+
+def config_as(directory: Path, config: dict[str, Any], family: str | None) -> dict[str, Any]:
+    """A directory's config.json, as that of a family where its model_type is unknown; itself where `family` is None or
+    what it states.
+
+    Raises CheckpointError for an unknown family, and for a config that is of another known one.
+    """
+    if family is None:
+        return config
+    if not is_known(family):
+        raise CheckpointError(
+            f"{directory}: cannot read it as {shown(family)}; npuq knows {', '.join(sorted(FAMILIES))}"
+        )
+    stated = config.get("model_type")
+    if stated == family:
+        return config
+    if is_known(stated):
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: model_type is {stated}, which npuq reads as it is: leave --as {family} out"
+        )
+    return read_as(config, FAMILIES[family])
 
 
 def collect_tensors(

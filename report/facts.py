@@ -74,9 +74,11 @@ class Facts:
         return {**asdict(self), "source_bytes": self.source_bytes, "output_bytes": self.output_bytes}
 
 
-def read_facts(directory: str | Path, progress: Progress | None = None, name: str | None = None) -> Facts:
+def read_facts(
+    directory: str | Path, progress: Progress | None = None, name: str | None = None, family: str | None = None
+) -> Facts:
     """Read the facts about an artifact of npuq's or ModelSlim's; `progress` counts linears, by their scales. `name` is
-    its name on the page, the directory's name where it is None.
+    its name on the page, the directory's name where it is None. One of unknown model_type is read as one of `family`.
 
     Raises ArtifactError when the directory holds no finished artifact, or its manifest, role totals or scales are
     damaged, and CheckpointError when its config or shards are.
@@ -84,6 +86,7 @@ def read_facts(directory: str | Path, progress: Progress | None = None, name: st
     directory = Path(directory)
     name = directory.resolve().name if name is None else name
     with Checkpoint.open(directory) as checkpoint:
+        checkpoint.read_as(family)
         if is_own(directory):
             return _own(name, checkpoint, progress)
         return _foreign(name, checkpoint, progress)

@@ -92,13 +92,15 @@ class Subject:
         return 0 if weight is None else weight.nbytes
 
 
-def open_subject(directory: Path, manifest: Mapping[str, Any] | None) -> Subject:
+def open_subject(directory: Path, manifest: Mapping[str, Any] | None, family: str | None = None) -> Subject:
     """Open an artifact; without a manifest, one that another tool made. The caller closes its checkpoint.
 
-    Raises CheckpointError and ArtifactError for an artifact that cannot be examined any further.
+    An artifact of unknown model_type is read as one of `family`. Raises CheckpointError and ArtifactError for an
+    artifact that cannot be examined any further.
     """
     checkpoint = Checkpoint.open(directory)
     try:
+        checkpoint.read_as(family)
         config = read_model_config(checkpoint)
         described = read_description(directory)
         if described is None:

@@ -65,6 +65,7 @@ def verify(
     path: str | Path,
     source: str | Path | None = None,
     *,
+    family: str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -72,7 +73,8 @@ def verify(
 
     An artifact of ModelSlim's has no manifest and no rotary tables: everything else is checked. Every byte is read
     twice, once for its file's hash and once for its value; `progress` counts both. Everything wrong with the artifact
-    is a problem in the verdict. Raises CheckpointError when there is no such directory, or the source cannot be read.
+    is a problem in the verdict. An artifact and a source of unknown model_type are read as models of `family`. Raises
+    CheckpointError when there is no such directory, or the source cannot be read.
     """
     directory, watch = Path(path), progress or Silent()
     if not directory.is_dir():
@@ -84,7 +86,7 @@ def verify(
     with ExitStack() as stack:
         weights = None
         if source is not None:
-            weights = _source_weights(stack.enter_context(Checkpoint.open(source)), directory)
+            weights = _source_weights(stack.enter_context(Checkpoint.open(source)), directory, family)
         pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
         problems: list[str] = []
@@ -93,7 +95,7 @@ def verify(
             files = len(manifest["files"])
             problems += file_problems(directory, manifest["files"], pool, watch)
         try:
-            subject = open_subject(directory, manifest)
+            subject = open_subject(directory, manifest, family)
         except NpuqError as error:
             return Verdict(str(path), (*problems, str(error)), files, 0, 0, ())
         stack.enter_context(subject.checkpoint)
@@ -145,8 +147,8 @@ def _manifest(directory: Path) -> Mapping[str, Any] | None:
     return manifest
 
 
-def _source_weights(checkpoint: Checkpoint, artifact: Path) -> WeightSource:
+def _source_weights(checkpoint: Checkpoint, artifact: Path, family: str | None) -> WeightSource:
     """The weights of an artifact's source; a tied head has both names, as in the artifact."""
-    checkpoint.read_as(converted_as(artifact, checkpoint.config))
+    checkpoint.read_as(family or converted_as(artifact, checkpoint.config))
     share_tied(checkpoint)
     return open_weights(checkpoint)

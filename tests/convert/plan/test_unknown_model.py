@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ def refused(source: Path) -> UnknownModelError:
     return error.value
 
 
+def as_another_tools(artifact: Path) -> Path:
+    """The artifact without npuq's own folder, and with a model_type that npuq does not know."""
+    shutil.rmtree(artifact / "npuq")
+    raw = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps(raw | NEW))
+    return artifact
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
@@ -55,13 +64,7 @@ def test_all_forms_of_weights_are_compared(make_checkpoint: Write, tmp_path: Pat
     fp8 = make_checkpoint(fp8_block=16, config=NEW)
     assert refused(fp8).details["looks_like"][0] == "deepseek_v3"
     convert_checkpoint(fp8, tmp_path / "artifact", family="deepseek_v3", method="minmax")
-    # As another tool's: without npuq's own folder.
-    theirs = tmp_path / "artifact"
-    for path in sorted((theirs / "npuq").iterdir()):
-        path.unlink()
-    (theirs / "npuq").rmdir()
-    raw = json.loads((theirs / "config.json").read_text())
-    (theirs / "config.json").write_text(json.dumps(raw | NEW))
+    theirs = as_another_tools(tmp_path / "artifact")
     assert refused(theirs).details["looks_like"][0] == "deepseek_v3"
 
 
@@ -168,6 +171,26 @@ def test_no_later_command_needs_the_option(make_checkpoint: Write, tmp_path: Pat
         npuq.runtime.load(source, "reference")
     with pytest.raises(UnknownModelError, match="looks like deepseek_v3"):
         npuq.inspect(source)
+
+
+def test_verify_and_report_read_another_tools_artifact(
+    make_checkpoint: Write, npuq: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With its source, and with what an engine would read: config.json as that of the family."""
+    source = make_checkpoint(config=NEW)
+    convert_checkpoint(source, tmp_path / "artifact", family="deepseek_v3", method="minmax")
+    theirs = as_another_tools(tmp_path / "artifact")
+    checks: tuple[Any, ...] = ("verify", theirs, "--source", source, "--engine", "vllm-ascend", "--json")
+    assert npuq(*checks).status == 1
+    done = npuq(*checks, "--as", "deepseek_v3")
+    verdict = json.loads(done.stdout)
+    assert (done.status, verdict["problems"]) == (0, [])
+    assert len(verdict["errors"]) == verdict["linears"] > 40
+    done = npuq(*checks, "--as", "deepseek_v3", "--tp", 3)
+    assert done.status == 1 and "attention heads cannot be shared by 3 ranks" in done.stdout
+    assert npuq("report", theirs, "--json").status == 1
+    done = npuq("report", theirs, "--json", "--as", "deepseek_v3")
+    assert (done.status, json.loads(done.stdout)["model_type"]) == (0, "deepseek_v3")
 
 
 def test_defaults_that_count_are_said(make_checkpoint: Write) -> None:
