@@ -32,7 +32,9 @@ def planner_of(
 
     form: how its tensors are stored, by name. memory: of a rank, as of `rank_memory`.
     """
-    sizes = StepSizes(engine.max_num_batched_tokens, engine.prefix_segment_tokens, engine.max_num_seqs)
+    sizes = StepSizes(
+        engine.max_num_batched_tokens, engine.prefix_segment_tokens, engine.max_num_seqs, engine.block_size
+    )
     return Planner(model_of_forms(config, form), backend_memory(ops), memory, sizes, int8_cache)
 
 

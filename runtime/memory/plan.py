@@ -99,7 +99,9 @@ class Planner:
         return RankPlan(
             layout,
             weight_bytes(self.model, owned, self.backend),
-            workspace(config, owned, self.backend.dtype.itemsize, self.sizes).times(self.backend.held),
+            workspace(config, owned, self.backend.dtype.itemsize, self.sizes)
+            .times(self.backend.held)
+            .plus(self.backend.spare_blocks * self.sizes.block_size * self.cache_token),
             int(self.memory * self.backend.usable),
             self.cache_token,
             config.rope.positions,

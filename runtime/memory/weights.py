@@ -37,6 +37,7 @@ class Backend(Protocol):
 
     dtype: the compute dtype. usable: the share of memory that weights, workspace and cache may take. held: bytes that
     allocators hold for a byte of a step's tensors. on_device: weights are copied to a device, and not mapped.
+    spare_blocks: blocks of a cache beyond those of sequences.
     """
 
     @property
@@ -50,6 +51,9 @@ class Backend(Protocol):
 
     @property
     def on_device(self) -> bool: ...
+
+    @property
+    def spare_blocks(self) -> int: ...
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         """Bytes of one tensor `[outputs, inputs]`, which may be a slice: `by_columns` of its inputs. A vector has one
@@ -67,7 +71,10 @@ _KIND: Final[Mapping[Block, str]] = {
     Block.SHARED: MLP,
 }
 
-_FLOAT32 = 4
+_FLOAT32, _INT32, _WORD = 4, 4, 8
+_STATIC_HANDLES: Final[Mapping[str, int]] = {"q": 2, "q_b": 2, "up": 0}
+"""Handles on an NPU of a static linear, if not one: queries are split into their unrotated and their rotary rows, and
+`up` runs in the handle of `gate`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class NpuMemory:
     usable: float = 0.9
     held: float = 1.0
     on_device: bool = True
+    spare_blocks: int = 1  # for padding and tokens that are not cached: ops/ascend/attention/cache.py
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         return Bytes(copied=self._copied(part, outputs, inputs))
@@ -89,7 +97,7 @@ class NpuMemory:
     def _copied(self, part: Part, outputs: int, inputs: int) -> int:
         values, scheme, itemsize = outputs * inputs, part.stored.scheme, self.dtype.itemsize
         if part.block is Block.EXPERT:
-            return _device_expert(scheme, outputs, values, itemsize)
+            return _device_expert(scheme, outputs, values, self.dtype)
         if part.block is Block.ROUTER or part.entry.kind == "layer_norm":
             return _FLOAT32 * values
         if part.entry.kind == "norm":
@@ -98,9 +106,11 @@ class NpuMemory:
             return (part.stored.itemsize or itemsize) * values
         if part.entry.part == "kv_b":  # decompression, and the two halves that absorb
             return 2 * itemsize * values
-        # A static linear has a quant_bias beside its scale.
-        columns = {Scheme.W8A8: _FLOAT32, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(scheme, 0)
-        return _code_bytes(scheme, values, itemsize) + columns * outputs
+        if scheme is Scheme.W8A8_STATIC:
+            # deq_scale, for float16 in words of 64 bits, and quant_bias; for each handle the inputs' scale and offset.
+            columns = (_WORD if self.dtype is torch.float16 else _FLOAT32) + _INT32
+            return values + columns * outputs + _STATIC_HANDLES.get(part.entry.part, 1) * 2 * itemsize
+        return _code_bytes(scheme, values, itemsize) + (_FLOAT32 * outputs if scheme is Scheme.W8A8 else 0)
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ class CpuMemory:
     usable: float = 1.0
     held: float = 1.5  # as measured with glibc's malloc: benchmarks/rank_memory.py
     on_device: bool = False
+    spare_blocks: int = 0
 
     def weight(self, part: Part, outputs: int, inputs: int, by_columns: bool) -> Bytes:
         values, stored, compute = outputs * inputs, part.stored, self.dtype.itemsize
@@ -169,7 +180,9 @@ def _code_bytes(scheme: Scheme, values: int, itemsize: int) -> int:
     return values * itemsize if scheme is Scheme.FLOAT else values * scheme.weight_bits // 8
 
 
-def _device_expert(scheme: Scheme, outputs: int, values: int, itemsize: int) -> int:
-    """Bytes of one expert's linear: W4A8 has scales in words of 64 bits, and scale_bias in float32."""
-    columns = {Scheme.W4A8: 8 + _FLOAT32, Scheme.W8A8: itemsize}.get(scheme, 0)
-    return _code_bytes(scheme, values, itemsize) + columns * outputs
+def _device_expert(scheme: Scheme, outputs: int, values: int, dtype: torch.dtype) -> int:
+    """Bytes of one expert's linear: W4A8 has scales in words of 64 bits, and scale_bias in float32; the scales of W8A8
+    are bfloat16 for bfloat16 products, else float32."""
+    scale = dtype.itemsize if dtype is torch.bfloat16 else _FLOAT32
+    columns = {Scheme.W4A8: _WORD + _FLOAT32, Scheme.W8A8: scale}.get(scheme, 0)
+    return _code_bytes(scheme, values, dtype.itemsize) + columns * outputs

@@ -1,7 +1,8 @@
 """Bytes of the tensors that a step holds at once, beside weights and cache.
 
 An estimate from the largest tensors of each block (`runtime/attention/`, `runtime/ops/`). What operators take inside,
-such as CANN's workspaces, and what allocators hold of freed tensors is not in it.
+such as CANN's workspaces, and what allocators hold of freed tensors is not in it. Nor is what captured graphs keep:
+their inputs (0.6 MB at DeepSeek-V3's sizes and 32 sequences, nearly all block tables) and logits (28 MB).
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ and the next."""
 
 @dataclass(frozen=True)
 class Workspace:
-    """fixed: bytes at any length. context_token: more bytes for every cached token of the longest sequence, because a
-    prefill chunk keeps its outputs over all segments of what is cached."""
+    """fixed: bytes at any length, spare blocks of the cache included. context_token: more bytes for every cached token
+    of the longest sequence, because a prefill chunk keeps its outputs over all segments of what is cached."""
 
     fixed: int
     context_token: int
+
+    def plus(self, fixed: int) -> Workspace:
+        return Workspace(self.fixed + fixed, self.context_token)
 
     def times(self, factor: float) -> Workspace:
         return Workspace(int(self.fixed * factor), int(self.context_token * factor))
@@ -34,11 +38,14 @@ class Workspace:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """Sizes of a step, as in `EngineConfig`. logit_rows: rows of logits; generation needs one a sequence."""
+    """Sizes of a step and its cache, as in `EngineConfig`. logit_rows: rows of logits; generation needs one a sequence.
+    block_size: tokens of a block.
+    """
 
     max_num_batched_tokens: int = 1024
     prefix_segment_tokens: int = 4096
     logit_rows: int = 32
+    block_size: int = 128
 
 
 def workspace(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSizes) -> Workspace:

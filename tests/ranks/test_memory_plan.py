@@ -67,7 +67,7 @@ def test_what_a_server_of_8_does_not_hold() -> None:
     with pytest.raises(BackendError) as error:
         planner(KIMI_K2).choose(8)
     line = str(error.value)
-    assert "with ep=8,tp=8 each rank needs 67.2 GB for weights and 614 MB for a step" in line
+    assert "with ep=8,tp=8 each rank needs 67.2 GB for weights and 623 MB for a step" in line
     assert "57.6 GB of 64 GB are usable; 16 such devices hold it" in line and "\n" not in line
     assert planner(KIMI_K2).choose(16).cache_tokens > 32_768
 
@@ -141,7 +141,7 @@ def test_the_command(npuq_command: Callable[..., Said], tmp_path: Path) -> None:
     status, out, _ = npuq_command("doctor", "--plan", path, "--devices", 8, "--memory", "64GB")
     assert status == 0
     assert "deepseek_v3, as converted by recipe w4a8, on 8 devices of 64 GB" in out
-    assert "npuq         ep=8,tp=8      45.1 GB    613 MB      70.3 kB       166,091  yes ← recommended" in out
+    assert "npuq         ep=8,tp=8      45.1 GB    622 MB      70.3 kB       165,963  yes ← recommended" in out
     assert "vllm-ascend  dp=2,tp=4,ep   47.9 GB" in out and "scale_bias of all of them" in out
     assert "--nproc-per-node 8 -m npuq generate … --parallel ep=8,tp=8" in out and "Assumed:" in out
     status, out, _ = npuq_command("doctor", "--plan", path, "--devices", 4, "--memory", "64GB", "--json")
