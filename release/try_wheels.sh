@@ -22,12 +22,22 @@ run npuq convert "$root/examples/tiny-deepseek-v3-fp8" artifact
 run npuq verify artifact --source "$root/examples/tiny-deepseek-v3-fp8"
 run npuq generate artifact --prompt "The river" --max-new-tokens 8
 
+# The kernels of a processor's wheel, run by a program that zig compiles.
+check() {
+  "$zig_python" -m zipfile -e "$wheels"/npuq-*_"$1".whl "$1"
+  "$zig_python" -m ziglang cc -target "$1"-linux-gnu.2.17 -O1 -I "$root/native" "$root/tests/native/library_check.c" \
+    "$1"/npuq/native/libnpuq.so -Wl,-rpath,"$work/$1/npuq/native" -lm -o "check-$1"
+  "${@:2}" "./check-$1"
+}
+
+if [ "$(uname -m)" = x86_64 ]; then
+  echo "== x86_64: the kernels"
+  check x86_64
+fi
+
 echo "== aarch64: the kernels under qemu-user"
 if ! command -v qemu-aarch64 >/dev/null || [ ! -e /usr/aarch64-linux-gnu/lib/ld-linux-aarch64.so.1 ]; then
   echo "skipped: qemu-user and gcc-aarch64-linux-gnu are not installed"
   exit
 fi
-"$zig_python" -m zipfile -e "$wheels"/npuq-*_aarch64.whl arm
-"$zig_python" -m ziglang cc -target aarch64-linux-gnu.2.17 -O1 -I "$root/native" "$root/tests/native/library_check.c" \
-  arm/npuq/native/libnpuq.so -Wl,-rpath,"$work/arm/npuq/native" -lm -o check
-qemu-aarch64 -L /usr/aarch64-linux-gnu ./check
+check aarch64 qemu-aarch64 -L /usr/aarch64-linux-gnu

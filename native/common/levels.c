@@ -27,7 +27,7 @@ static const struct kernels *const levels[] = {
 
 enum { LEVELS = sizeof levels / sizeof *levels };
 
-#if defined(__x86_64__) && !defined(NPUQ_EVERY_LEVEL)
+#if defined(__x86_64__)
 /* CPUID and XGETBV (Intel SDM, volume 1, 13.3 and volume 2, CPUID): not every compiler's run-time library fills the
  * tables behind __builtin_cpu_supports. */
 struct cpu {
@@ -49,15 +49,29 @@ static struct cpu read_cpu(void) {
 
 static int has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
+static int has_avx(struct cpu cpu) {
+    enum { AVX = 1u << 28, XMM_YMM = 0x6 };
+    return has(cpu.saved, XMM_YMM) && has(cpu.ecx1, AVX);
+}
+
+#if !defined(NPUQ_EVERY_LEVEL)
 static int has_avx2(struct cpu cpu) {
-    enum { FMA = 1u << 12, AVX = 1u << 28, F16C = 1u << 29, AVX2 = 1u << 5, XMM_YMM = 0x6 };
-    return has(cpu.saved, XMM_YMM) && has(cpu.ecx1, FMA | AVX | F16C) && has(cpu.ebx7, AVX2);
+    enum { FMA = 1u << 12, F16C = 1u << 29, AVX2 = 1u << 5 };
+    return has_avx(cpu) && has(cpu.ecx1, FMA | F16C) && has(cpu.ebx7, AVX2);
 }
 
 static int has_avx512vnni(struct cpu cpu) {
     enum { VNNI = 1u << 11, MASKS_AND_ZMM = 0xe0 };
     const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     return has_avx2(cpu) && has(cpu.saved, MASKS_AND_ZMM) && has(cpu.ebx7, f_dq_bw_vl) && has(cpu.ecx7, VNNI);
+}
+#endif
+
+int level_has_avx(void) {
+    enum { UNKNOWN, NO, YES };
+    static _Atomic int known; /* under a hypervisor each CPUID takes a microsecond or more */
+    if (known == UNKNOWN) known = has_avx(read_cpu()) ? YES : NO;
+    return known == YES;
 }
 #endif
 

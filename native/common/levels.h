@@ -104,6 +104,9 @@ struct kernels {
 };
 
 int level_best(void);
+#if defined(__x86_64__)
+int level_has_avx(void); /* registers of 256 bits may be in use */
+#endif
 const struct kernels *level_kernels(int level);
 
 #endif

@@ -5,6 +5,7 @@
  * with the flags of those instructions; `npuq_sha256_usable` (levels.c) is the only function that may run without them.
  * There is no portable form: OpenSSL's is as fast as one stream can be.
  */
+#include "common/levels.h"
 #include "npuq.h"
 
 #if defined(__x86_64__) || defined(__aarch64__)
@@ -74,7 +75,7 @@ static inline void four_rounds(struct lane *lane, int quarter, const uint32_t *c
 /* A caller should not leave the upper halves of wide registers in use; where one did, each instruction here would wait
  * for them. */
 static inline void clean_registers(void) {
-    if (__builtin_cpu_supports("avx")) __asm__ volatile("vzeroupper");
+    if (level_has_avx()) __asm__ volatile("vzeroupper");
 }
 #else
 #include <arm_neon.h>
