@@ -23,6 +23,7 @@ from ...inputs.json_text import read_object
 from ...models.config import TEXT_CONFIG, ModelConfig
 from ...models.config_reader import shown
 from ...models.inventory import Inventory
+from ...models.sparse_mla import SparseMla, SparseMlaDefaults
 from ...runtime.text.generation_config import NAME as GENERATION_NAME
 from ...units import format_bytes
 
@@ -45,6 +46,7 @@ def statements(
         *_mtp_layers(config, inventory),
         *_draft_heads(source, heads),
         *_shared_selections(raw, config),
+        *_indexer_rope(config),
         *_dtype(raw, config, inventory, source),
         *_quantization(checkpoint, source),
         *_rope(raw),
@@ -124,6 +126,19 @@ def _shared_selections(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[
             f"config.json has indexer_types and {others[0]}, which name different layers that share a selection: the "
             "list counts, as in transformers; the artifact's index_topk_pattern says the same to vLLM, which reads no "
             "list"
+        )
+
+
+def _indexer_rope(config: ModelConfig) -> Iterator[str]:
+    attention, defaults = config.attention, config.family.attention
+    if not (isinstance(attention, SparseMla) and isinstance(defaults, SparseMlaDefaults)):
+        return
+    stated, usual = attention.indexer.rope_interleave, defaults.indexer_rope_interleave
+    if stated != usual:
+        yield (
+            f"config.json has indexer_rope_interleave {shown(stated)}, where {config.family.model_type} has "
+            f"{shown(usual)}: npuq and the engines follow config.json; transformers (5.24) ignores the key, and "
+            f"selects other tokens in sequences longer than {attention.indexer.topk}"
         )
 
 

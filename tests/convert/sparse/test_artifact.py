@@ -100,6 +100,23 @@ def test_an_indexer_s_rope_that_engines_would_take_for_halves_is_stated(write: A
         assert (config.get("indexer_rope_interleave") or False) == key.get("indexer_rope_interleave", False)
 
 
+@pytest.mark.parametrize(("family", "usual"), [("glm5", True), ("v32", False)])
+def test_an_indexer_s_rope_that_transformers_ignores_is_told(
+    family: str, usual: bool, write: Any, tmp_path: Path
+) -> None:
+    """npuq and the engines go by the key, transformers by the family; a missing key says nothing else."""
+
+    def notes(value: bool | None) -> list[str]:
+        source = write(tmp_path / str(value), family=family, config={"indexer_rope_interleave": value})
+        said = convert_checkpoint(source, tmp_path / "out", method="minmax", dry_run=True).notes
+        return [note for note in said if "indexer_rope_interleave" in note]
+
+    assert notes(usual) == notes(None) == []
+    (note,) = notes(not usual)
+    assert f"indexer_rope_interleave {not usual}" in note and f"has {usual}" in note
+    assert "npuq and the engines follow config.json; transformers (5.24) ignores the key" in note
+
+
 def test_two_statements_of_the_shared_layers_are_told(write: Any, tmp_path: Path) -> None:
     """GLM-5.2 states its layers as a list and as a frequency, which agree."""
     keys = {"indexer_types": ["full", "full", "shared"], "index_topk_freq": 2, "index_skip_topk_offset": 2}
