@@ -43,6 +43,7 @@ def launches_of_layer(path: Path, chunks: list[Chunk], layer: int = MOE_LAYER, *
 SPARSE = [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])]  # a query attends to 8 tokens
 CASES = {
     "decode, unfused": ("kimi", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {"fused_prolog": False}),
+    "decode, static W8A8": ("kimi-static", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, fused prolog": ("prolog", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, int8 cache": ("prolog-int8-cache", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
     "decode, no q_lora": ("v2-lite", [Chunk([5], 7, [1]), Chunk([6], 20, [2, 3])], {}),
