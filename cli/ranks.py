@@ -84,7 +84,9 @@ class CommandRanks:
     def check(self, command: str | None) -> None:
         """Raise RankError for a command that knows nothing of ranks."""
         if self.launch.size > 1 and command is not None and command not in OVER_RANKS:
-            raise RankError(f"npuq {command} runs in one process: start it without torchrun")
+            raise RankError(
+                f"npuq {command} runs in one process: start it without torchrun, or unset RANK and WORLD_SIZE"
+            )
 
     def join(self) -> World | None:
         """Meet the other ranks; None without others."""
@@ -119,6 +121,8 @@ class CommandRanks:
         """End by an error: alone print it and return the exit code; a rank ends here, and with it all others."""
         if self.launch.size > 1 and not self._ending.acquire(blocking=False):
             time.sleep(_STUCK_SECONDS)  # the thread that came before ends the process
+        if self.world is None and self.launch.rank and not self.launch.local_rank:
+            self.speak()  # on a machine of its own, rank 0 cannot be told
         line, code = self.tell(error)  # on a rank that is silent, to nowhere
         if self.launch.size == 1:
             return code

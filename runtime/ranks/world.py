@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import ClassVar, Final
@@ -14,6 +16,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ...errors import GenerationError, NpuqError, RankError
 from ...inputs.launch import Launch
 from ..ops.ascend.support import npu_count
@@ -44,6 +47,7 @@ class World:
         self._lifeline, self._tells = lifeline, tells
         self._models: list[RunChunks] = []
         self._stepping = threading.Lock()
+        self._led = False
         self._failed = False
         self._closed = False
 
@@ -53,10 +57,12 @@ class World:
 
         ending: what to do when another rank is lost; None lets a RankError be raised where it is noticed, and ends the
         process a little later. silence: seconds after which a silent rank is lost. Raises RankError where the ranks do
-        not come together.
+        not come together, and where it is too late to load another model.
         """
         if cls._joined is None and launch.size > 1:
             cls._joined = cls._meet(launch, ending, silence)
+        if cls._joined is not None:
+            cls._joined.check_loadable()
         return cls._joined
 
     @classmethod
@@ -82,12 +88,44 @@ class World:
             reason = " ".join(str(error).split())[:300]
             raise RankError(f"rank {launch.rank} of {launch.size} does not reach the others: {reason}") from error
         group = Distributed(why=lambda: _text(lifeline.loss(2.0)))
-        return cls(launch, group, lifeline, tells=ending is None)
+        world = cls(launch, group, lifeline, tells=ending is None)
+        world.agree("version of npuq", __version__)
+        if ending is None:
+            atexit.register(world.end_with_program)
+        return world
 
     @property
     def leads(self) -> bool:
         """True on rank 0."""
         return self.launch.rank == 0
+
+    def check_loadable(self) -> None:
+        """Raise RankError where the ranks cannot load a model together any more."""
+        if self._led:
+            raise RankError("the other ranks follow already: load every model before one of them runs")
+        if self._over is not None:
+            raise RankError(f"{self._over}; start all ranks again")
+
+    @property
+    def _over(self) -> str | None:
+        """The reason why no step can run any more; None while steps can."""
+        if self._failed:
+            return "an earlier step has failed"
+        return "the ranks have been closed" if self._closed else None
+
+    @contextmanager
+    def ending_all(self, *alike: type[NpuqError]) -> Iterator[None]:
+        """End all ranks by an error within: those without it would wait for this rank for ever.
+
+        alike: errors that every rank has or none, such as that of a layout. They end nothing.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, (RankError, *alike)):
+                self._failed = True
+                self._tell(error)
+            raise
 
     def add(self, run: RunChunks) -> int:
         """Add a model by the function that runs its steps; return its number. All ranks add the same ones in order."""
@@ -102,7 +140,7 @@ class World:
         """Raise RankError on every rank where they give values of different representations. what: their name."""
         number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
         if self.least(number) != -self.least(-number):
-            raise RankError(f"the ranks do not load the same {what}; give all of them the same model and options")
+            raise RankError(f"the ranks do not have the same {what}; give all of them the same npuq, model and options")
 
     def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.
@@ -110,11 +148,13 @@ class World:
         An error of the step ends all ranks: their caches differ from now on.
         """
         if not self.leads:
-            raise GenerationError(f"rank {self.launch.rank} has no prompts of its own: it follows rank 0")
+            raise GenerationError(
+                f"rank {self.launch.rank} has no prompts of its own: it follows rank 0 (LanguageModel.follow)"
+            )
         with self._stepping:
-            if self._failed or self._closed:
-                why = "an earlier step has failed" if self._failed else "the ranks have been closed"
-                raise GenerationError(f"{why}; start all ranks again")
+            if self._over is not None:
+                raise GenerationError(f"{self._over}; start all ranks again")
+            self._led = True
             try:
                 send(Message(model, tuple(chunks)), self.group)
                 return self._models[model](chunks)
@@ -133,6 +173,7 @@ class World:
                 else:
                     self._models[message.model](message.chunks)
         except BaseException as error:
+            self._failed = True
             self._tell(error)
             raise
 
@@ -148,6 +189,16 @@ class World:
     def fail(self, text: str, code: int) -> None:
         """Tell all ranks that this one ends with an error; they end too. On rank 0 the user has been told before."""
         self._lifeline.fail(text, code)
+
+    def end_with_program(self) -> None:
+        """End the ranks with a user's program that has not closed them."""
+        if not self._models:
+            self._lifeline.leave()  # what kept it from loading was said
+        elif self.leads:
+            with suppress(RankError):
+                self.close()
+        elif not self._closed:
+            self.fail(f"rank {self.launch.rank}: its program has ended; it should follow rank 0 until that closes", 1)
 
     def _tell(self, error: BaseException) -> None:
         """Tell of an error at once, where a user's own program may catch it and go on."""

@@ -83,7 +83,7 @@ def test_commands_of_one_process_refuse_ranks(example_fp8: Path, number: int) ->
     ended = rank(number, "verify", example_fp8)
     assert ended.returncode == 1
     assert ended.stdout == ""
-    said = ["npuq: error: npuq verify runs in one process: start it without torchrun"]
+    said = ["npuq: error: npuq verify runs in one process: start it without torchrun, or unset RANK and WORLD_SIZE"]
     assert ended.stderr.splitlines() == ([] if number else said)
 
 
