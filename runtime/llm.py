@@ -268,6 +268,8 @@ def load(
     generation = read_generation_config(directory)
     world = None if parallel is None else World.join(Launch.of(os.environ))
     group, local_rank = (ALONE, 0) if world is None else (world.group, world.launch.local_rank)
+    if world is not None:
+        world.begin_loading()
     with _ending_all(world):
         ops = make_ops(backend, dtype, device, kv_layout, group, local_rank)
     with _ending_all(world, BackendError, GenerationError), Checkpoint.open(directory) as checkpoint:

@@ -47,7 +47,7 @@ class World:
         self._lifeline, self._tells = lifeline, tells
         self._models: list[RunChunks] = []
         self._stepping = threading.Lock()
-        self._led = False
+        self._running = False
         self._failed = False
         self._closed = False
 
@@ -57,12 +57,10 @@ class World:
 
         ending: what to do when another rank is lost; None lets a RankError be raised where it is noticed, and ends the
         process a little later. silence: seconds after which a silent rank is lost. Raises RankError where the ranks do
-        not come together, and where it is too late to load another model.
+        not come together.
         """
         if cls._joined is None and launch.size > 1:
             cls._joined = cls._meet(launch, ending, silence)
-        if cls._joined is not None:
-            cls._joined.check_loadable()
         return cls._joined
 
     @classmethod
@@ -99,12 +97,26 @@ class World:
         """True on rank 0."""
         return self.launch.rank == 0
 
-    def check_loadable(self) -> None:
-        """Raise RankError where the ranks cannot load a model together any more."""
-        if self._led:
-            raise RankError("the other ranks follow already: load every model before one of them runs")
+    def begin_loading(self) -> None:
+        """Wait until all ranks load the next model. Raises RankError where one of them runs steps by now."""
+        if self._running:
+            raise RankError("steps run already, and every model must be loaded before the first of them")
         if self._over is not None:
             raise RankError(f"{self._over}; start all ranks again")
+        self._meet_at("load")
+
+    def _begin_running(self) -> None:
+        """Before the first step: wait until all ranks have loaded the same models, and lead or follow."""
+        if not self._running:
+            self._meet_at("run")
+            self._running = True
+
+    def _meet_at(self, phase: str) -> None:
+        # A rank that follows and one that loads would each wait for ever in a collective of its own.
+        if not self._same((phase, len(self._models))):
+            raise RankError(
+                "some ranks load a model and others run steps already: load the same models on all ranks, in one order"
+            )
 
     @property
     def _over(self) -> str | None:
@@ -138,9 +150,12 @@ class World:
 
     def agree(self, what: str, value: object) -> None:
         """Raise RankError on every rank where they give values of different representations. what: their name."""
-        number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
-        if self.least(number) != -self.least(-number):
+        if not self._same(value):
             raise RankError(f"the ranks do not have the same {what}; give all of them the same npuq, model and options")
+
+    def _same(self, value: object) -> bool:
+        number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
+        return self.least(number) == -self.least(-number)
 
     def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.
@@ -154,8 +169,8 @@ class World:
         with self._stepping:
             if self._over is not None:
                 raise GenerationError(f"{self._over}; start all ranks again")
-            self._led = True
             try:
+                self._begin_running()
                 send(Message(model, tuple(chunks)), self.group)
                 return self._models[model](chunks)
             except BaseException as error:
@@ -165,8 +180,11 @@ class World:
 
     def follow(self) -> None:
         """Run the steps of rank 0 until it closes the ranks. Raises what a step raises. Rank 0 returns at once."""
+        if self.leads or self._closed:
+            return
         try:
-            while not self.leads and not self._closed:
+            self._begin_running()
+            while not self._closed:
                 message = receive(self.group)
                 if message.model == STOP:
                     self._part_ways()
@@ -183,6 +201,7 @@ class World:
             return
         with self._stepping:
             if not self._failed:
+                self._begin_running()
                 send(Message(STOP), self.group)
                 self._part_ways()
 

@@ -1,6 +1,6 @@
 """Run by torchrun on two ranks: programs of a user's own that end before their ranks do. Each rank writes what it saw.
 
-python ending.py unclosed|alone MODEL FOLDER
+python ending.py unclosed|alone|uneven MODEL FOLDER
 """
 
 from __future__ import annotations
@@ -45,7 +45,17 @@ def alone(path: str, seen: Path) -> None:
     npuq.load(path, parallel="ep=2")
 
 
+def uneven(path: str, seen: Path) -> None:
+    model = npuq.load(path, parallel="ep=2")
+    try:
+        if model.leads:
+            npuq.load(path, parallel="ep=2")
+        model.follow()
+    except RankError as error:
+        seen.write_text(str(error), encoding="utf-8")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    program = {"unclosed": unclosed, "alone": alone}[sys.argv[1]]
+    program = {"unclosed": unclosed, "alone": alone, "uneven": uneven}[sys.argv[1]]
     program(sys.argv[2], Path(sys.argv[3]) / f"rank-{os.environ['RANK']}")

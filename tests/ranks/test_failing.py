@@ -43,7 +43,7 @@ def test_ranks_end_with_a_program_that_does_not_close_them(example_fp8: Path, tm
     ended = on_two_ranks("ending.py", "unclosed", example_fp8, tmp_path)
     assert ended.returncode == 0, ended.stderr
     late = (tmp_path / "rank-0").read_text(encoding="utf-8")
-    assert late == "the other ranks follow already: load every model before one of them runs"
+    assert late == "steps run already, and every model must be loaded before the first of them"
     assert (tmp_path / "rank-1").read_text(encoding="utf-8") == "returned"
 
 
@@ -52,3 +52,10 @@ def test_loading_that_fails_on_one_rank_ends_all(example_fp8: Path, tmp_path: Pa
     ended = on_two_ranks("ending.py", "alone", example_fp8, tmp_path)
     assert ended.returncode != 0
     assert "npuq: error: rank 1: model-3.safetensors: became shorter" in ended.stderr.splitlines()
+
+
+def test_a_model_that_one_rank_alone_loads_is_refused_on_all(example_fp8: Path, tmp_path: Path) -> None:
+    on_two_ranks("ending.py", "uneven", example_fp8, tmp_path)
+    said = [(tmp_path / f"rank-{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0].startswith("some ranks load a model and others run steps already")
