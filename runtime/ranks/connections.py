@@ -48,7 +48,7 @@ def connect(launch: Launch, store: Store) -> list[Peer]:
     """
     try:
         return _accept(launch, store) if launch.rank == 0 else [_reach(launch, store)]
-    except (OSError, OverflowError) as error:  # OverflowError: of a port that is none
+    except (OSError, OverflowError, ValueError) as error:  # the last two: of a store with something else in it
         raise RankError(f"rank {launch.rank} of {launch.size} cannot connect to the others: {error}") from error
 
 

@@ -35,9 +35,12 @@ def own_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(("npuq:", "Usage:", "Error:"))]
 
 
-def rank(number: object, *arguments: object, size: object = 2) -> subprocess.CompletedProcess[str]:
-    """Run npuq as one rank of a launch whose others do not come."""
-    variables = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": number, "MASTER_ADDR": "localhost"}
+def rank(
+    number: object, *arguments: object, size: object = 2, local: object = None
+) -> subprocess.CompletedProcess[str]:
+    """Run npuq as one rank of a launch whose others do not come. local: its number on its machine."""
+    place = number if local is None else local
+    variables = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": place, "MASTER_ADDR": "localhost"}
     return subprocess.run(
         [sys.executable, "-m", "npuq", *map(str, arguments)],
         capture_output=True,
@@ -85,6 +88,12 @@ def test_commands_of_one_process_refuse_ranks(example_fp8: Path, number: int) ->
     assert ended.stdout == ""
     said = ["npuq: error: npuq verify runs in one process: start it without torchrun, or unset RANK and WORLD_SIZE"]
     assert ended.stderr.splitlines() == ([] if number else said)
+
+
+def test_the_first_rank_of_another_machine_tells_what_it_cannot_tell_rank_0(tmp_path: Path) -> None:
+    ended = rank(1, "evaluate", "m", "--text", tmp_path / "missing", local=0)
+    assert ended.returncode == 2
+    assert "missing" in ended.stderr
 
 
 @pytest.mark.parametrize(("number", "size"), [("x", 2), (2, 2), (0, "many")])
