@@ -16,7 +16,7 @@ from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
 from .prompts import Prompt, encode, prompt_options, read_prompts, template_note
 from .ranks import parallel_option, ranks_of_command
-from .reading import as_option
+from .reading import as_option, known_type
 from .sampling import given_options, notes, sampling_options
 from .terminal.console import emit_json, json_option, say, size, write
 
@@ -126,7 +126,12 @@ def command(
         SamplingParams.of(SamplingParams(), given)
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
-    directory = ranks.fetch(lambda silent: local_model(model, quiet=quiet or silent, before_weights=require_tokenizer))
+
+    def suitable(found: Path) -> None:
+        known_type(family)(found)
+        require_tokenizer(found)
+
+    directory = ranks.fetch(lambda silent: local_model(model, quiet=quiet or silent, before_weights=suitable))
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, given)
     tokenizer = Tokenizer(directory)

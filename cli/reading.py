@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -19,6 +20,26 @@ def as_option(what: str) -> Callable[[Command], Command]:
         callback=_known,
         help=f"Read {what} as a model of this family, where config.json has an unknown model_type.",
     )
+
+
+def known_type(family: str | None) -> Callable[[Path], None]:
+    """Make a check for `local_model`, before a repository's weights are fetched: a config.json of unknown model_type is
+    refused, where no --as says what it is. Where the weights are there already, their reader says what they look like.
+    """
+
+    def check(directory: Path) -> None:
+        from ..errors import UnknownModelError
+        from ..formats.checkpoint import read_config
+        from ..models.families import is_known, unknown_type
+
+        stated = read_config(directory).get("model_type")
+        if family is None and not is_known(stated) and not any(directory.glob("*.safetensors")):
+            raise UnknownModelError(
+                f"{directory}: {unknown_type(stated)}; no weights were fetched: --as FAMILY reads it as one of those",
+                (),
+            )
+
+    return check
 
 
 def _known(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:

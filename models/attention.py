@@ -26,7 +26,7 @@ class AttentionWidths(Protocol):
 
     @property
     def cache_scales(self) -> int:
-        """Scales of a layer's int8 KV cache."""
+        """Scales of a layer's int8 KV cache; 0 where it cannot have one."""
 
     @property
     def attended_products(self) -> int:

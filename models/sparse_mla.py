@@ -70,6 +70,11 @@ class SparseMla(Mla):
         }
 
     @property
+    def cache_scales(self) -> int:
+        """0: sparse attention reads its cache in the compute dtype."""
+        return 0
+
+    @property
     def dense_tokens(self) -> int:
         return self.indexer.topk
 

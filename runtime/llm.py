@@ -281,8 +281,7 @@ def load(
         store = open_store(checkpoint, ops.dtype)
         if world is not None:
             world.agree("tensors", store.identity())
-            if ops.device.type == "cpu":  # float products of torch's depend on them, and so would the choice of experts
-                world.agree("torch threads and processors", (torch.get_num_threads(), _cpu_capability()))
+            world.agree("kind of processor", ops.arithmetic, "run on machines of one kind, with as many threads")
             world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
         planner = planner_of(store.form, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
         layout = chosen_layout(parallel, planner, ops.group.size)
@@ -299,10 +298,6 @@ def load(
 
 def _ending_all(world: World | None, *alike: type[NpuqError]) -> AbstractContextManager[None]:
     return nullcontext() if world is None else world.ending_all(*alike)
-
-
-def _cpu_capability() -> str:
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:

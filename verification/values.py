@@ -143,12 +143,12 @@ def _rope(subject: Subject) -> Iterator[str]:
 
 def _kv_cache(subject: Subject) -> Iterator[str]:
     """Check the scales of an int8 KV cache, which calibrated artifacts have: a positive number for every channel."""
-    directory = subject.directory
-    if not is_inside(directory, KV_CACHE_NAME):
+    directory, channels = subject.directory, subject.config.attention.cache_scales
+    if not channels or not is_inside(directory, KV_CACHE_NAME):  # without channels nothing reads them
         return
     try:
         path = inside(directory, KV_CACHE_NAME, ArtifactError)
-        load_scales(path, subject.config.num_hidden_layers, subject.config.attention.cache_scales)
+        load_scales(path, subject.config.num_hidden_layers, channels)
     except NpuqError as error:
         yield str(error)
 

@@ -19,12 +19,20 @@ _REQUIRED: dict[str, Form] = {
     "fallbacks": Each(is_text),
     "output_error": is_number,
     "linear_errors": Each(is_number),
+}
+_KV_CACHE: dict[str, Form] = {
     "kv_cache_error": is_number,
     "kv_cache_scale": Items(lambda value: type(value) is float and value > 0),
 }
 _TRIALS = Keys({"smooth": is_number, "not": is_number}, frozenset({"smooth", "not"}))
 _FORM = Keys(
-    {**_REQUIRED, "smoothing": Each(is_number), "smooth": lambda value: type(value) is bool, "trials": _TRIALS},
+    {
+        **_REQUIRED,
+        **_KV_CACHE,
+        "smoothing": Each(is_number),
+        "smooth": lambda value: type(value) is bool,
+        "trials": _TRIALS,
+    },
     frozenset(_REQUIRED),
 )
 
@@ -57,14 +65,15 @@ class LayerReport:
     expert_tokens: tokens routed to each expert, none in a dense layer. fallbacks: expert index → the fallback for a
     Hessian of its own tokens. output_error: ‖quantized − float‖ / ‖float‖ of the hidden states after the layer.
     linear_errors: tensor name → relative error of a linear's output. kv_cache: the scales of an int8 cache of the
-    latent, and their error. smoothing: strength by place; None without smoothing. choice: only of `auto`.
+    latent, and their error; None where attention cannot have such a cache. smoothing: strength by place; None without
+    smoothing. choice: only of `auto`.
     """
 
     expert_tokens: tuple[int, ...]
     fallbacks: Mapping[str, str]
     output_error: float
     linear_errors: Mapping[str, float]
-    kv_cache: LatentScale
+    kv_cache: LatentScale | None
     smoothing: Mapping[str, float] | None = None
     choice: Choice | None = None
 
@@ -78,15 +87,16 @@ class LayerReport:
         entry["expert_tokens"] = list(self.expert_tokens)
         entry["fallbacks"] = dict(self.fallbacks)
         entry["output_error"] = self.output_error
-        entry["kv_cache_error"] = self.kv_cache.error
+        if self.kv_cache is not None:
+            entry["kv_cache_error"] = self.kv_cache.error
         if self.smoothing is not None:
             entry["smoothing"] = dict(self.smoothing)
         return entry
 
     def as_json(self) -> dict[str, Any]:
         """All fields, as `from_json` reads them."""
-        scale = self.kv_cache.scale.tolist()
-        return {**self.manifest_entry(), "linear_errors": dict(self.linear_errors), "kv_cache_scale": scale}
+        entry = {**self.manifest_entry(), "linear_errors": dict(self.linear_errors)}
+        return entry if self.kv_cache is None else {**entry, "kv_cache_scale": self.kv_cache.scale.tolist()}
 
     @classmethod
     def from_json(cls, value: Any) -> LayerReport:
@@ -101,10 +111,18 @@ class LayerReport:
             fallbacks=value["fallbacks"],
             output_error=value["output_error"],
             linear_errors=value["linear_errors"],
-            kv_cache=LatentScale(_tensor(value["kv_cache_scale"]), value["kv_cache_error"]),
+            kv_cache=_kv_cache(value),
             smoothing=value.get("smoothing"),
             choice=choice,
         )
+
+
+def _kv_cache(value: Mapping[str, Any]) -> LatentScale | None:
+    """The scales of an int8 cache and their error, which come together. ConversionError for one without the other."""
+    scale, error = value.get("kv_cache_scale"), value.get("kv_cache_error")
+    if (scale is None) != (error is None):
+        raise ConversionError("the report of a calibrated layer has one of kv_cache_scale and kv_cache_error alone")
+    return None if scale is None or error is None else LatentScale(_tensor(scale), error)
 
 
 def _tensor(values: list[float]) -> Tensor:

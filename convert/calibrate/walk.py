@@ -77,7 +77,8 @@ class CalibratedWalk:
         names = {job.source for job in self._prepared.plan.jobs if job.scheme is not Scheme.FLOAT}
         width = self._prepared.config.attention.cache_scales
         ours = all(
-            report.kv_cache.scale.numel() == width and names.issuperset(report.linear_errors)
+            (0 if report.kv_cache is None else report.kv_cache.scale.numel()) == width
+            and names.issuperset(report.linear_errors)
             for report in found[0].reports
         )
         return found if ours else None

@@ -15,6 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ... import __version__
 from ...engines.loader_config import loader_config
 from ...engines.requirements import config_schemes
@@ -90,8 +92,9 @@ def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[L
     copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
     _write_rope(prepared, output)
     small = [*prepared.side_files, ROPE_NAME]
-    if prepared.calibration is not None:
-        _write_kv_cache_scales(reports, output)
+    scales = [report.kv_cache.scale for report in reports if report.kv_cache is not None]
+    if scales:
+        _write_kv_cache_scales(scales, output)
         small.append(KV_CACHE_NAME)
     for name, content in _texts(prepared, stats):
         write_file(output, name, "".join(content).encode())
@@ -148,9 +151,9 @@ def _write_rope(prepared: Prepared, output: Path) -> None:
     publish(partial, output / ROPE_NAME)
 
 
-def _write_kv_cache_scales(reports: Sequence[LayerReport], output: Path) -> None:
+def _write_kv_cache_scales(scales: Sequence[Tensor], output: Path) -> None:
     partial = output / PARTIAL_NAME
-    save_scales([report.kv_cache.scale for report in reports], partial)
+    save_scales(scales, partial)
     publish(partial, output / KV_CACHE_NAME)
 
 

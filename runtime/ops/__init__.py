@@ -137,6 +137,16 @@ class Ops:
         """Rows of logits, compute dtype `[S, vocab]`, for the sampler."""
         return host_rows(logits)
 
+    @property
+    def arithmetic(self) -> str:
+        """What the last bits of this backend's floats depend on, beside the operands.
+
+        Ranks must have it in common: each computes routers and norms for itself, and all must choose the same experts.
+        """
+        return (
+            f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        )
+
     def one_thread(self) -> AbstractContextManager[None]:
         """Context that keeps torch's own operators on the calling thread, for a backend with threads of its own.
 

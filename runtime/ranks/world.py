@@ -87,7 +87,7 @@ class World:
             raise RankError(f"rank {launch.rank} of {launch.size} does not reach the others: {reason}") from error
         group = Distributed(why=lambda: _text(lifeline.loss(2.0)))
         world = cls(launch, group, lifeline, tells=ending is None)
-        world.agree("version of npuq", __version__)
+        world.agree("version of npuq", __version__, "install one on all machines")
         if ending is None:
             atexit.register(world.end_with_program)
         return world
@@ -148,10 +148,10 @@ class World:
         """The least of a number that the ranks give."""
         return -int(self.group.all_reduce_max(torch.tensor([-number])).item())
 
-    def agree(self, what: str, value: object) -> None:
+    def agree(self, what: str, value: object, remedy: str = "give all of them the same model and options") -> None:
         """Raise RankError on every rank where they give values of different representations. what: their name."""
         if not self._same(value):
-            raise RankError(f"the ranks do not have the same {what}; give all of them the same npuq, model and options")
+            raise RankError(f"the ranks do not have the same {what}; {remedy}")
 
     def _same(self, value: object) -> bool:
         number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")

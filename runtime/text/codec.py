@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from ...errors import GenerationError
 from ...inputs.printable import printable
+from .token_bytes import TokenBytes
 from .tokenizer_parts import check_growth, check_parts
 
 _T = TypeVar("_T")
@@ -43,6 +44,9 @@ class Codec(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids. Special tokens and unknown ids have none; bytes that are no UTF-8 become U+FFFD."""
 
+    def token_bytes(self, id: int) -> bytes:
+        """Bytes that a token stands for, also part of a character; of a special token its name; b"" for unknown ids."""
+
 
 class FastCodec:
     """A `tokenizer.json` in the `tokenizers` library. Raises GenerationError for content that cannot be read safely."""
@@ -57,6 +61,7 @@ class FastCodec:
         fast.no_truncation()
         fast.no_padding()
         self._fast = fast
+        self._bytes = guarded(lambda: TokenBytes(fast), f"{path}: cannot be read as a tokenizer")
         added = fast.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in added.items() if token.special and token.content}
 
@@ -71,6 +76,9 @@ class FastCodec:
         return guarded(
             lambda: list(self._fast.encode(text, add_special_tokens=special).ids), "the tokenizer fails to encode"
         )
+
+    def token_bytes(self, id: int) -> bytes:
+        return guarded(lambda: self._bytes.of(id), "the tokenizer fails to decode")
 
     def decode(self, ids: Sequence[int]) -> str:
         return guarded(

@@ -37,6 +37,7 @@ class TiktokenCodec:
         self._bytes = {rank: token for token, rank in files.ranks.items()}
         self._bytes |= {token.id: token.text.encode() for token in files.special if not token.hidden}
         self.special_ids = {token.text: token.id for token in files.special if token.hidden}
+        self._hidden = {id: text.encode() for text, id in self.special_ids.items()}
         self.vocab_size = len(files.ranks) + len(files.special)
 
     def token_id(self, token: str) -> int | None:
@@ -55,6 +56,9 @@ class TiktokenCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes.get(id, b"") for id in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        return self._bytes.get(id) or self._hidden.get(id, b"")
 
     def _pieces(self, text: str) -> Iterator[str]:
         """Cut a text where the models' own code does. tiktoken panics on a million spaces."""

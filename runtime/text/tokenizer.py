@@ -58,6 +58,10 @@ class Tokenizer:
         """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self._codec.decode(ids)
 
+    def token_bytes(self, id: int) -> bytes:
+        """Bytes that a token stands for, also part of a character; of a special token its name."""
+        return self._codec.token_bytes(id)
+
     def chat(
         self,
         messages: str | Sequence[Message],

@@ -69,6 +69,7 @@ CASES = [
     Case("v32-w4a8", ((4, 4, 4),)),
     Case("glm-5-w4a8", ((2, 1, 2),)),
     Case("glm-5", ((4, 1, 4),)),
+    Case("tied", ((4, 1, 4),)),
 ]
 
 
@@ -96,7 +97,9 @@ def models(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         directory = folder / name
         if directory.exists():
             return directory
-        if not recipe:
+        if name == "tied":  # in float32, which stays where it is mapped
+            tiny.make_checkpoint(directory, "v3", tie_word_embeddings=True)
+        elif not recipe:
             tiny.make_source(directory, base)
         elif recipe == "static":
             words, file = folder / "words.txt", folder / "static.yaml"

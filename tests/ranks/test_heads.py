@@ -46,6 +46,13 @@ def same(whole: Tensor, parts: list[Tensor], dim: int = 1) -> None:
     assert torch.equal(whole, torch.cat(parts, dim))
 
 
+def test_backends_say_what_their_last_bits_depend_on() -> None:
+    """Ranks that differ in it would choose different experts."""
+    said = {name: make(torch.float32, ALONE).arithmetic for name, make in OPERATOR_SETS.items()}
+    assert said["reference"] == said["torch"] != said.get("native portable")
+    assert len(set(said.values())) == len(said) - 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATOR_SETS)
 @settings(max_examples=6)

@@ -123,10 +123,10 @@ class AttentionBlock:
         return Chunk(range(self._walk.sequence_length), 0, blocks, all_rows=True)
 
 
-def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[dict[str, float], LatentScale]:
+def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[dict[str, float], LatentScale | None]:
     """Quantize a layer's attention and write both streams after it into `out`.
 
-    Returns smoothing strengths, if any, and the scales for an int8 KV cache.
+    Returns smoothing strengths, if any, and the scales for an int8 KV cache; None for attention that cannot have one.
     """
     walk, block = layer.walk, AttentionBlock(layer)
     float_selected, quantized_selected = _selections(walk)
@@ -147,6 +147,8 @@ def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[d
 
     for _ in walk.pool.map(step, walk.batches):
         pass
+    if not walk.config.attention.cache_scales:
+        return strengths, None
     (pool,) = [pool.name for pool in walk.dense.pools(layer.index) if pool.int8]
     scale = search_scale(lambda batch: block.cached(quantized, streams.quantized[batch])[pool], walk.batches, walk.pool)
     return strengths, scale

@@ -13,6 +13,7 @@ from ....models.rope import RopeTables, rope_tables
 from ....models.tensors import expected_specs
 from ....native.mapped import MappedFiles
 from ...attention.kinds import attention_of
+from ...memory.stored import Stored
 from ...model import Model
 from ...ops import LinearPart, Ops
 from ...ranks.shares import WHOLE, Share
@@ -54,6 +55,9 @@ DEEPSEEK_V3_LAYERS = {
 2.5 GB of weights in W4A8."""
 
 
+_QUANTIZED = (Role.ATTENTION, Role.INDEXER, Role.DENSE_MLP, Role.SHARED_EXPERT, Role.ROUTED_EXPERT)
+
+
 class RandomStore:
     """Random tensors of a config, as `npuq convert` quantizes them: experts in W4A8, other linears in W8A8.
 
@@ -77,6 +81,11 @@ class RandomStore:
 
     def scheme(self, prefix: str) -> Scheme:
         return Scheme.W4A8 if self._specs[f"{prefix}.weight"].role is Role.ROUTED_EXPERT else Scheme.W8A8
+
+    def form(self, name: str) -> Stored:
+        prefix = name.removesuffix(".weight")
+        linear = name != prefix and self._specs[name].role in _QUANTIZED
+        return Stored(self.scheme(prefix), 1, False) if linear else Stored(Scheme.FLOAT, 2, False)
 
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         assert share == WHOLE

@@ -97,3 +97,7 @@ class AscendOps(Ops):
 
     def findings(self) -> list[str]:
         return [*self.mla.findings(), *self.routing.findings()]
+
+    @property
+    def arithmetic(self) -> str:
+        return self.soc.family

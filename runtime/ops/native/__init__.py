@@ -52,5 +52,9 @@ class NativeOps(Ops):
         self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)
         self.sparse = NativeSparseAttention(kernels, self.weights, self.norms, self.products, self.rotary)
 
+    @property
+    def arithmetic(self) -> str:
+        return f"native kernels for {self.pool.level}"
+
     def one_thread(self) -> AbstractContextManager[None]:
         return single_threaded_torch()

@@ -34,7 +34,7 @@ def test_a_step_is_measured_eagerly_and_as_a_graph(on_npu, name, attention):
     assert bench.eager_seconds > 0 and bench.graph_seconds is not None and bench.graph_seconds > 0
     assert sum(graph.replays for graph in on_npu.graphs) > 0
     times = {each.operator: each for each in bench.operators}
-    assert {"grouped_matmul", "moe_init_routing", "linear", attention} <= set(times)
+    assert {"grouped_matmul", "moe_init_routing", attention} <= set(times)
     rows = 3 * 40 if name == "kimi" else 3 * 8
     moved = 2 * (rows * (512 + 64) + 3 * 4 * (512 + 64) + 3 * 4 * 512)  # cached rows, queries of 4 heads, results
     assert moved <= times[attention].bytes < 1.02 * moved  # with lengths and tables

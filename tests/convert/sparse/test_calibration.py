@@ -19,6 +19,7 @@ from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.calibrate import walk
 from npuq.convert.calibrate.states import Streams
 from npuq.convert.calibrate.texts import Calibration, read_calibration
+from npuq.formats.artifact import KV_CACHE_NAME, MANIFEST_NAME
 
 LENGTH = 40  # five selections
 
@@ -73,6 +74,11 @@ def test_the_float_model_selects_what_transformers_does(
     golden = golden_states(made, tokens)
     assert furthest(float_states, golden) < 1e-4
     assert npuq.verify(tmp_path / "out", made.directory).problems == ()
+    # Sparse attention has no int8 KV cache: no scales for one, and no error of it.
+    assert not (tmp_path / "out" / KV_CACHE_NAME).exists()
+    manifest = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
+    assert KV_CACHE_NAME not in manifest["files"]
+    assert all("kv_cache_error" not in layer for layer in manifest["calibration"]["layers"].values())
 
     # With attention to all tokens, as up to the limit, the states are others.
     float_states.clear()

@@ -39,3 +39,15 @@ def test_a_repository_that_is_not_there(hub: LoopbackHub) -> None:
     done = npuq_run("doctor", "--plan", "someone/nothing")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "someone/nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_refuses_an_unknown_model_before_it_fetches_weights(hub: LoopbackHub, example_fp8: Path) -> None:
+    files = files_of(example_fp8)
+    config = json.loads(files["config.json"])
+    hub.state.put("someone/new", {**files, "config.json": json.dumps({**config, "model_type": "brand_new"}).encode()})
+    done = npuq_run("generate", "someone/new", "--prompt", "Call me")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "model_type 'brand_new' is unknown" in done.stderr and "--as FAMILY" in done.stderr
+    assert hub.requests(r"^GET .*\.safetensors$") == []
+    named = npuq_run("generate", "someone/new", "--prompt", "Call me", "--as", "deepseek_v3", "--max-new-tokens", 1)
+    assert named.returncode == 0, named.stderr

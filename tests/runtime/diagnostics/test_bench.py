@@ -124,9 +124,9 @@ def test_a_random_model_is_measured():
     bench = decode.bench_random("reference", None, 2, 40, CONFIG)
     assert (bench.backend, bench.sequences, bench.context, bench.emulated) == ("reference", 2, 40, False)
     assert bench.graph_seconds is None and bench.eager_seconds > 0
-    times = {each.operator: each for each in bench.operators}
-    assert times["grouped_matmul"].calls in (3, 6) and "fused_infer_attention_paged" in times
-    assert sum(each.calls for each in bench.operators if each.operator == "fused_infer_attention_paged") == 4
+    # Operators that call no others: whether one that does is listed depends on this machine's times.
+    calls = {each.operator: each.calls for each in bench.operators}
+    assert calls["fused_infer_attention_paged"] == 4 and calls["moe_gating_top_k"] == 3
     assert json.loads(json.dumps(bench.as_json()))["model"] == "4 layers of deepseek_v3, random weights"
 
 
