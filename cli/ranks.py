@@ -11,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -21,7 +21,7 @@ import click
 
 from ..errors import RankError
 from ..inputs.launch import Launch
-from .terminal.console import Settings, flush
+from .terminal.console import Settings, flush, say
 
 if TYPE_CHECKING:
     from ..runtime.ranks.lifeline import Loss
@@ -33,6 +33,7 @@ OVER_RANKS: Final = frozenset({"generate", "evaluate"})
 _PATIENCE_SECONDS: Final = 0.5
 """So long another thread has to find the reason of an end, which is worth more than that there was one."""
 _STUCK_SECONDS: Final = 5.0
+_NOTE_SECONDS: Final = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,7 +94,8 @@ class CommandRanks:
         if self.launch.size > 1:
             from ..runtime.ranks.world import World
 
-            self.world = World.join(self.launch, self)
+            with waiting_note(self.launch):
+                self.world = World.join(self.launch, self)
         return self.world
 
     @property
@@ -183,6 +185,23 @@ class CommandRanks:
             elif number == signal.SIGTERM:
                 time.sleep(_PATIENCE_SECONDS)
                 self.end(_error("ended by SIGTERM", 128 + number))
+
+
+@contextmanager
+def waiting_note(launch: Launch, seconds: float = _NOTE_SECONDS) -> Iterator[None]:
+    """Say on rank 0, after so many seconds within, for whom it waits: RANK and WORLD_SIZE may be set by chance."""
+    text = (
+        f"waiting for {launch.size - 1} more ranks at {launch.address}:{launch.port} (WORLD_SIZE={launch.size}); "
+        "to run one process, unset RANK and WORLD_SIZE"
+    )
+    note = threading.Timer(seconds, say, [text])
+    note.daemon = True
+    if launch.rank == 0:
+        note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 def _error(text: str, code: int) -> RankError:

@@ -13,6 +13,9 @@ import kill_campaign
 import pytest
 from kill_campaign import Kill
 
+from npuq.cli.ranks import waiting_note
+from npuq.inputs.launch import Launch
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--prompt", "The law", "--prompt", "A", "--max-new-tokens", "12", "--seed", "3"]
 
@@ -94,6 +97,17 @@ def test_the_first_rank_of_another_machine_tells_what_it_cannot_tell_rank_0(tmp_
     ended = rank(1, "evaluate", "m", "--text", tmp_path / "missing", local=0)
     assert ended.returncode == 2
     assert "missing" in ended.stderr
+
+
+@pytest.mark.parametrize(("number", "seconds", "said"), [(0, 0.01, True), (1, 0.01, False), (0, 60.0, False)])
+def test_rank_0_says_for_whom_it_waits(
+    number: int, seconds: float, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with waiting_note(Launch(number, 4, number, 4, "node-0", 29500), seconds):
+        time.sleep(0.3)
+    found = capsys.readouterr().err
+    assert found.startswith("waiting for 3 more ranks at node-0:29500 (WORLD_SIZE=4)") == said
+    assert bool(found) == said
 
 
 @pytest.mark.parametrize(("number", "size"), [("x", 2), (2, 2), (0, "many")])
