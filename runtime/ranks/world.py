@@ -122,7 +122,7 @@ class World:
     def _over(self) -> str | None:
         """The reason why no step can run any more; None while steps can."""
         if self._failed:
-            return "an earlier step has failed"
+            return "an earlier step, or loading, has failed"
         return "the ranks have been closed" if self._closed else None
 
     @contextmanager
@@ -223,8 +223,8 @@ class World:
         """Tell of an error at once, where a user's own program may catch it and go on."""
         if self._tells and not isinstance(error, RankError):
             known = isinstance(error, NpuqError)
-            prefix = f"rank {self.launch.rank}: " + ("" if known else f"{type(error).__name__}: ")
-            self.fail(prefix + str(error), error.exit_code if isinstance(error, NpuqError) else 1)
+            words = (f"rank {self.launch.rank}", "" if known else type(error).__name__, str(error))
+            self.fail(": ".join(filter(None, words)), error.exit_code if isinstance(error, NpuqError) else 1)
 
     def _part_ways(self) -> None:
         import torch.distributed as dist

@@ -35,7 +35,7 @@ def test_a_step_that_fails_on_a_follower_fails_on_all(example_fp8: Path, tmp_pat
     ]
     assert follower["step"] == ["CheckpointError", "model-3.safetensors: became shorter"]
     assert leader["step"] == ["RankError", "rank 1: model-3.safetensors: became shorter"]
-    assert leader["later"] == ["GenerationError", "an earlier step has failed; start all ranks again"]
+    assert leader["later"] == ["GenerationError", "an earlier step, or loading, has failed; start all ranks again"]
 
 
 def test_ranks_end_with_a_program_that_does_not_close_them(example_fp8: Path, tmp_path: Path) -> None:
