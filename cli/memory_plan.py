@@ -100,7 +100,10 @@ def _row(line: PlanLine, recommended: str | None) -> str:
 
 def _conclusions(plan: MemoryPlan) -> Iterator[str]:
     if plan.recommended is not None and plan.devices > 1:
-        yield f"Run it: torchrun --nproc-per-node {plan.devices} -m npuq generate … --parallel {plan.recommended}"
+        yield (
+            f"Run it: torchrun --nproc-per-node {plan.devices} -m npuq generate … --parallel {plan.recommended}, with "
+            "--cache-size for more tokens than 2 GiB hold"
+        )
     if plan.fewest is not None:
         ranks, tokens = plan.fewest.layout.ranks, plan.fewest.cache_tokens
         layout = f" ({plan.fewest.layout})" if ranks > 1 else ""

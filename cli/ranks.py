@@ -11,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -21,7 +21,7 @@ import click
 
 from ..errors import RankError
 from ..inputs.launch import Launch
-from .terminal.console import Settings, flush
+from .terminal.console import Settings, flush, say
 
 if TYPE_CHECKING:
     from ..runtime.ranks.lifeline import Loss
@@ -33,6 +33,7 @@ OVER_RANKS: Final = frozenset({"generate", "evaluate"})
 _PATIENCE_SECONDS: Final = 0.5
 """So long another thread has to find the reason of an end, which is worth more than that there was one."""
 _STUCK_SECONDS: Final = 5.0
+_NOTE_SECONDS: Final = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -84,14 +85,17 @@ class CommandRanks:
     def check(self, command: str | None) -> None:
         """Raise RankError for a command that knows nothing of ranks."""
         if self.launch.size > 1 and command is not None and command not in OVER_RANKS:
-            raise RankError(f"npuq {command} runs in one process: start it without torchrun")
+            raise RankError(
+                f"npuq {command} runs in one process: start it without torchrun, or unset RANK and WORLD_SIZE"
+            )
 
     def join(self) -> World | None:
         """Meet the other ranks; None without others."""
         if self.launch.size > 1:
             from ..runtime.ranks.world import World
 
-            self.world = World.join(self.launch, self)
+            with waiting_note(self.launch):
+                self.world = World.join(self.launch, self)
         return self.world
 
     @property
@@ -119,6 +123,8 @@ class CommandRanks:
         """End by an error: alone print it and return the exit code; a rank ends here, and with it all others."""
         if self.launch.size > 1 and not self._ending.acquire(blocking=False):
             time.sleep(_STUCK_SECONDS)  # the thread that came before ends the process
+        if self.world is None and self.launch.rank and not self.launch.local_rank:
+            self.speak()  # on a machine of its own, rank 0 cannot be told
         line, code = self.tell(error)  # on a rank that is silent, to nowhere
         if self.launch.size == 1:
             return code
@@ -179,6 +185,23 @@ class CommandRanks:
             elif number == signal.SIGTERM:
                 time.sleep(_PATIENCE_SECONDS)
                 self.end(_error("ended by SIGTERM", 128 + number))
+
+
+@contextmanager
+def waiting_note(launch: Launch, seconds: float = _NOTE_SECONDS) -> Iterator[None]:
+    """Say on rank 0, after so many seconds within, for whom it waits: RANK and WORLD_SIZE may be set by chance."""
+    text = (
+        f"waiting for {launch.size - 1} more ranks at {launch.address}:{launch.port} (WORLD_SIZE={launch.size}); "
+        "to run one process, unset RANK and WORLD_SIZE"
+    )
+    note = threading.Timer(seconds, say, [text])
+    note.daemon = True
+    if launch.rank == 0:
+        note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 def _error(text: str, code: int) -> RankError:

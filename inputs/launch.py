@@ -60,4 +60,7 @@ def _number(environment: Mapping[str, str], name: str, least: int, most: int) ->
 
 def _wrong(name: str, environment: Mapping[str, str], wanted: str) -> RankError:
     found = f"is {shown(environment[name])}" if name in environment else "is not set"
-    return RankError(f"the variable {name} {found}, and must be {wanted}; start ranks with torchrun, which sets it")
+    return RankError(
+        f"the variable {name} {found}, and must be {wanted}: torchrun sets it; "
+        "to run one process, unset RANK and WORLD_SIZE"
+    )

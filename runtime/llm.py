@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..choices import KV_CACHE_DTYPES
-from ..errors import GenerationError
+from ..errors import BackendError, GenerationError, NpuqError
 from ..formats.checkpoint import Checkpoint
 from ..formats.sources.model_config import read_model_config
 from ..inputs.launch import Launch
@@ -255,7 +256,8 @@ def load(
     host. On the CPU, weights stay mapped from their files. Raises CheckpointError or ArtifactError for a directory that
     is incomplete, damaged or not supported, BackendError for a backend that cannot run here, for a layout that does not
     divide the model, and for a model that does not fit into memory, with the numbers, RankError where ranks do not come
-    together.
+    together, and after the first step over ranks: the others follow by then. A damaged directory or a device that one
+    rank cannot use ends all ranks.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise GenerationError(f"kv_cache_dtype {kv_cache_dtype!r} is unknown; npuq has {', '.join(KV_CACHE_DTYPES)}")
@@ -266,18 +268,21 @@ def load(
     generation = read_generation_config(directory)
     world = None if parallel is None else World.join(Launch.of(os.environ))
     group, local_rank = (ALONE, 0) if world is None else (world.group, world.launch.local_rank)
-    ops = make_ops(backend, dtype, device, kv_layout, group, local_rank)
-    with Checkpoint.open(directory) as checkpoint:
+    if world is not None:
+        world.begin_loading()
+    with _ending_all(world):
+        ops = make_ops(backend, dtype, device, kv_layout, group, local_rank)
+    with _ending_all(world, BackendError, GenerationError), Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         int8_cache = kv_cache_dtype == "int8"
+        store = open_store(checkpoint, ops.dtype)
         if world is not None:
-            world.agree("tensors", [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()])
+            world.agree("tensors", store.identity())
             world.agree("kind of processor", ops.arithmetic, "run on machines of one kind, with as many threads")
             world.agree("settings", (sizes, ops.name, ops.dtype, kv_layout, kv_cache_dtype, parallel, config))
-        store = open_store(checkpoint, ops.dtype)
         planner = planner_of(store.form, config, ops, sizes, _memory(ops, world), int8_cache=int8_cache)
         layout = chosen_layout(parallel, planner, ops.group.size)
         owned = layout.owned(config, ops.group.rank)
@@ -285,9 +290,14 @@ def load(
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
         planner.check(planner.rank(layout), engine_cache(planner, sizes))
         weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
-    model = Model(config, ops, weights, attention)
-    runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
+    with _ending_all(world, GenerationError):
+        model = Model(config, ops, weights, attention)
+        runner = Engine(model, RopeRows.of(tables, ops), ends, sizes, scales, world, graphs)
     return LanguageModel(directory, generation, runner, tokenizer, world)
+
+
+def _ending_all(world: World | None, *alike: type[NpuqError]) -> AbstractContextManager[None]:
+    return nullcontext() if world is None else world.ending_all(*alike)
 
 
 def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:

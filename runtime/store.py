@@ -91,6 +91,11 @@ class FloatStore:
     def linear(self, prefix: str, outputs: int, inputs: int, share: Share = WHOLE) -> LinearPart:
         return _float_part(self, prefix, outputs, inputs, share)
 
+    def identity(self) -> object:
+        """What ranks compare, to have the same model: names, dtypes and shapes; of an artifact also schemes, and the
+        hashes of its manifest."""
+        return _headers(self._source.checkpoint)
+
 
 class ArtifactStore:
     """Store of a finished artifact of npuq or of ModelSlim. Schemes are those of the description.
@@ -99,8 +104,9 @@ class ArtifactStore:
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        if is_own(checkpoint.directory):
-            read_manifest(checkpoint.directory)
+        manifest = read_manifest(checkpoint.directory) if is_own(checkpoint.directory) else {}
+        files = manifest.get("files", {}).items()
+        self._hashes = sorted((name, file["sha256"]) for name, file in files if name.endswith(".safetensors"))
         self.files = checkpoint.files
         self._checkpoint = checkpoint
         self._path = description_path(checkpoint.directory) or checkpoint.directory / DESCRIPTION_NAME
@@ -137,6 +143,14 @@ class ArtifactStore:
             return _part(prefix, described_linear(self._checkpoint, self._types, name, (outputs, inputs)), share)
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
+
+    def identity(self) -> object:
+        """As `FloatStore.identity`."""
+        return _headers(self._checkpoint), sorted(self._types.items()), self._hashes
+
+
+def _headers(checkpoint: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:
+    return sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
 
 
 def _float_part(store: Store, prefix: str, outputs: int, inputs: int, share: Share) -> LinearPart:

@@ -154,12 +154,14 @@ class Planner:
         """
         if plan.left < plan.cache_token * BLOCK_TOKENS:
             raise self.refusal(plan)
-        if cache_bytes > plan.left:
+        tokens = cache_bytes // plan.cache_token
+        if tokens > plan.cache_tokens:
+            beside = plan.cached(tokens) - tokens * plan.cache_token
             raise BackendError(
-                f"a KV cache of {format_bytes(cache_bytes)} does not fit beside "
-                f"{format_bytes(plan.total_weights.copied)} of weights and {format_bytes(plan.workspace.fixed)} for a "
-                f"step: {format_bytes(plan.usable)} are usable; {format_bytes(plan.left)} are left for the cache, "
-                f"{plan.cache_tokens} tokens (--cache-size, kv_cache_bytes)"
+                f"a KV cache of {format_bytes(cache_bytes)}, with {format_bytes(beside)} to attend to it, does not fit "
+                f"beside {format_bytes(plan.total_weights.copied)} of weights and {format_bytes(plan.workspace.fixed)} "
+                f"for a step: {format_bytes(plan.usable)} are usable; {plan.cache_tokens} tokens fit, a cache of "
+                f"{format_bytes(plan.cache_tokens * plan.cache_token)} (--cache-size, kv_cache_bytes)"
             )
 
     def refusal(self, plan: RankPlan) -> BackendError:

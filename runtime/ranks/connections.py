@@ -48,7 +48,7 @@ def connect(launch: Launch, store: Store) -> list[Peer]:
     """
     try:
         return _accept(launch, store) if launch.rank == 0 else [_reach(launch, store)]
-    except OSError as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last two: of a store with something else in it
         raise RankError(f"rank {launch.rank} of {launch.size} cannot connect to the others: {error}") from error
 
 
@@ -82,11 +82,14 @@ def _listener(address: str, ranks: int) -> socket.socket:
 
 def _greeting(connection: socket.socket, token: str) -> int | None:
     """Rank that a connection names beside the token; None for a stranger's."""
-    connection.settimeout(_GREETING_SECONDS)
+    deadline = time.monotonic() + _GREETING_SECONDS
     wanted = 2 * _TOKEN_BYTES + 5
     greeting = b""
     with suppress(OSError):
-        while len(greeting) < wanted and (more := connection.recv(wanted - len(greeting))):
+        while len(greeting) < wanted:
+            connection.settimeout(max(0.1, deadline - time.monotonic()))
+            if time.monotonic() > deadline or not (more := connection.recv(wanted - len(greeting))):
+                break
             greeting += more
     said, number = greeting[: 2 * _TOKEN_BYTES], greeting[2 * _TOKEN_BYTES :]
     if len(greeting) != wanted or not hmac.compare_digest(said, token.encode()) or not number.isdigit():

@@ -21,12 +21,12 @@ from math import gcd
 from typing import Final
 
 from ...errors import BackendError
+from ...inputs.launch import MAX_RANKS
 from ...inputs.printable import shown
 from ...models.config import ModelConfig
 from ...models.family import Block, Entry
 from ...models.tensors import sizes
 
-MAX_RANKS: Final = 1024
 TILE: Final = 32
 """Columns and vocabulary rows are divided in whole tiles of this many: FRACTAL_NZ keeps 32 bytes of a row together, and
 int4 two rows. A size that tiles do not fill, or too few, is divided in the largest halves of tiles that do."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import ClassVar, Final
@@ -14,6 +16,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ...errors import GenerationError, NpuqError, RankError
 from ...inputs.launch import Launch
 from ..ops.ascend.support import npu_count
@@ -44,6 +47,7 @@ class World:
         self._lifeline, self._tells = lifeline, tells
         self._models: list[RunChunks] = []
         self._stepping = threading.Lock()
+        self._running = False
         self._failed = False
         self._closed = False
 
@@ -82,12 +86,58 @@ class World:
             reason = " ".join(str(error).split())[:300]
             raise RankError(f"rank {launch.rank} of {launch.size} does not reach the others: {reason}") from error
         group = Distributed(why=lambda: _text(lifeline.loss(2.0)))
-        return cls(launch, group, lifeline, tells=ending is None)
+        world = cls(launch, group, lifeline, tells=ending is None)
+        world.agree("version of npuq", __version__, "install one on all machines")
+        if ending is None:
+            atexit.register(world.end_with_program)
+        return world
 
     @property
     def leads(self) -> bool:
         """True on rank 0."""
         return self.launch.rank == 0
+
+    def begin_loading(self) -> None:
+        """Wait until all ranks load the next model. Raises RankError where one of them runs steps by now."""
+        if self._running:
+            raise RankError("steps run already, and every model must be loaded before the first of them")
+        if self._over is not None:
+            raise RankError(f"{self._over}; start all ranks again")
+        self._meet_at("load")
+
+    def _begin_running(self) -> None:
+        """Before the first step: wait until all ranks have loaded the same models, and lead or follow."""
+        if not self._running:
+            self._meet_at("run")
+            self._running = True
+
+    def _meet_at(self, phase: str) -> None:
+        # A rank that follows and one that loads would each wait for ever in a collective of its own.
+        if not self._same((phase, len(self._models))):
+            raise RankError(
+                "some ranks load a model and others run steps already: load the same models on all ranks, in one order"
+            )
+
+    @property
+    def _over(self) -> str | None:
+        """The reason why no step can run any more; None while steps can."""
+        if self._failed:
+            return "an earlier step, or loading, has failed"
+        return "the ranks have been closed" if self._closed else None
+
+    @contextmanager
+    def ending_all(self, *alike: type[NpuqError]) -> Iterator[None]:
+        """End all ranks by an error within: those without it would wait for this rank for ever.
+
+        alike: errors that every rank has or none, such as that of a layout. They end nothing.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, (RankError, *alike)):
+                self._failed = True
+                self._tell(error)
+            raise
 
     def add(self, run: RunChunks) -> int:
         """Add a model by the function that runs its steps; return its number. All ranks add the same ones in order."""
@@ -100,9 +150,12 @@ class World:
 
     def agree(self, what: str, value: object, remedy: str = "give all of them the same model and options") -> None:
         """Raise RankError on every rank where they give values of different representations. what: their name."""
-        number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
-        if self.least(number) != -self.least(-number):
+        if not self._same(value):
             raise RankError(f"the ranks do not have the same {what}; {remedy}")
+
+    def _same(self, value: object) -> bool:
+        number = int.from_bytes(sha256(repr(value).encode()).digest()[:7], "big")
+        return self.least(number) == -self.least(-number)
 
     def lead(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor, list[int]]:
         """Run a step on all ranks. Raises GenerationError on a follower, and after a step that failed or the end.
@@ -110,12 +163,14 @@ class World:
         An error of the step ends all ranks: their caches differ from now on.
         """
         if not self.leads:
-            raise GenerationError(f"rank {self.launch.rank} has no prompts of its own: it follows rank 0")
+            raise GenerationError(
+                f"rank {self.launch.rank} has no prompts of its own: it follows rank 0 (LanguageModel.follow)"
+            )
         with self._stepping:
-            if self._failed or self._closed:
-                why = "an earlier step has failed" if self._failed else "the ranks have been closed"
-                raise GenerationError(f"{why}; start all ranks again")
+            if self._over is not None:
+                raise GenerationError(f"{self._over}; start all ranks again")
             try:
+                self._begin_running()
                 send(Message(model, tuple(chunks)), self.group)
                 return self._models[model](chunks)
             except BaseException as error:
@@ -125,14 +180,18 @@ class World:
 
     def follow(self) -> None:
         """Run the steps of rank 0 until it closes the ranks. Raises what a step raises. Rank 0 returns at once."""
+        if self.leads or self._closed:
+            return
         try:
-            while not self.leads and not self._closed:
+            self._begin_running()
+            while not self._closed:
                 message = receive(self.group)
                 if message.model == STOP:
                     self._part_ways()
                 else:
                     self._models[message.model](message.chunks)
         except BaseException as error:
+            self._failed = True
             self._tell(error)
             raise
 
@@ -142,6 +201,7 @@ class World:
             return
         with self._stepping:
             if not self._failed:
+                self._begin_running()
                 send(Message(STOP), self.group)
                 self._part_ways()
 
@@ -149,12 +209,22 @@ class World:
         """Tell all ranks that this one ends with an error; they end too. On rank 0 the user has been told before."""
         self._lifeline.fail(text, code)
 
+    def end_with_program(self) -> None:
+        """End the ranks with a user's program that has not closed them."""
+        if not self._models:
+            self._lifeline.leave()  # what kept it from loading was said
+        elif self.leads:
+            with suppress(RankError):
+                self.close()
+        elif not self._closed:
+            self.fail(f"rank {self.launch.rank}: its program has ended; it should follow rank 0 until that closes", 1)
+
     def _tell(self, error: BaseException) -> None:
         """Tell of an error at once, where a user's own program may catch it and go on."""
         if self._tells and not isinstance(error, RankError):
             known = isinstance(error, NpuqError)
-            prefix = f"rank {self.launch.rank}: " + ("" if known else f"{type(error).__name__}: ")
-            self.fail(prefix + str(error), error.exit_code if isinstance(error, NpuqError) else 1)
+            words = (f"rank {self.launch.rank}", "" if known else type(error).__name__, str(error))
+            self.fail(": ".join(filter(None, words)), error.exit_code if isinstance(error, NpuqError) else 1)
 
     def _part_ways(self) -> None:
         import torch.distributed as dist

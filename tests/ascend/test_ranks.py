@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,12 @@ def test_a_model_is_loaded_on_the_npu_of_its_rank(monkeypatch):
     def make_ops(*asked: Any) -> None:
         raise MadeError(*asked)
 
-    world = SimpleNamespace(group=Ranks(4), launch=SimpleNamespace(local_rank=3))
+    world = SimpleNamespace(
+        group=Ranks(4),
+        launch=SimpleNamespace(local_rank=3),
+        begin_loading=lambda: None,
+        ending_all=lambda *alike: nullcontext(),
+    )
     monkeypatch.setattr(llm, "make_ops", make_ops)
     monkeypatch.setattr(World, "join", lambda launch: world)
     with pytest.raises(MadeError) as made:

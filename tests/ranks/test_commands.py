@@ -13,6 +13,9 @@ import kill_campaign
 import pytest
 from kill_campaign import Kill
 
+from npuq.cli.ranks import waiting_note
+from npuq.inputs.launch import Launch
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--prompt", "The law", "--prompt", "A", "--max-new-tokens", "12", "--seed", "3"]
 
@@ -35,9 +38,12 @@ def own_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(("npuq:", "Usage:", "Error:"))]
 
 
-def rank(number: object, *arguments: object, size: object = 2) -> subprocess.CompletedProcess[str]:
-    """Run npuq as one rank of a launch whose others do not come."""
-    variables = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": number, "MASTER_ADDR": "localhost"}
+def rank(
+    number: object, *arguments: object, size: object = 2, local: object = None
+) -> subprocess.CompletedProcess[str]:
+    """Run npuq as one rank of a launch whose others do not come. local: its number on its machine."""
+    place = number if local is None else local
+    variables = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": place, "MASTER_ADDR": "localhost"}
     return subprocess.run(
         [sys.executable, "-m", "npuq", *map(str, arguments)],
         capture_output=True,
@@ -83,8 +89,25 @@ def test_commands_of_one_process_refuse_ranks(example_fp8: Path, number: int) ->
     ended = rank(number, "verify", example_fp8)
     assert ended.returncode == 1
     assert ended.stdout == ""
-    said = ["npuq: error: npuq verify runs in one process: start it without torchrun"]
+    said = ["npuq: error: npuq verify runs in one process: start it without torchrun, or unset RANK and WORLD_SIZE"]
     assert ended.stderr.splitlines() == ([] if number else said)
+
+
+def test_the_first_rank_of_another_machine_tells_what_it_cannot_tell_rank_0(tmp_path: Path) -> None:
+    ended = rank(1, "evaluate", "m", "--text", tmp_path / "missing", local=0)
+    assert ended.returncode == 2
+    assert "missing" in ended.stderr
+
+
+@pytest.mark.parametrize(("number", "seconds", "said"), [(0, 0.01, True), (1, 0.01, False), (0, 60.0, False)])
+def test_rank_0_says_for_whom_it_waits(
+    number: int, seconds: float, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with waiting_note(Launch(number, 4, number, 4, "node-0", 29500), seconds):
+        time.sleep(0.3)
+    found = capsys.readouterr().err
+    assert found.startswith("waiting for 3 more ranks at node-0:29500 (WORLD_SIZE=4)") == said
+    assert bool(found) == said
 
 
 @pytest.mark.parametrize(("number", "size"), [("x", 2), (2, 2), (0, "many")])

@@ -159,3 +159,11 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(connections, "START_SECONDS", 0.2)
     with pytest.raises(RankError, match=r"ranks \[1, 2\] did not connect"):
         connect(Launch(size=3, address="127.0.0.1", port=1), Store())
+
+
+@pytest.mark.parametrize("value", ["", "1", "x y", "99999999 y", "-1 y"])
+def test_a_store_that_holds_something_else_is_an_error(value: str) -> None:
+    store = Store()
+    store.set("lifeline", value)
+    with pytest.raises(RankError, match="rank 1 of 2"):
+        connect(Launch(1, 2, 1, 2, "127.0.0.1", 1), store)

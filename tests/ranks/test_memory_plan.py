@@ -203,10 +203,19 @@ def test_load_refuses_what_cannot_fit(example_fp8: Path, little_memory: Callable
     small = EngineConfig(1 << 20, 16, max_num_seqs=2, max_num_batched_tokens=64, prefix_segment_tokens=64)
     assert len(next(iter(npuq.load(artifact, "cpu", engine=small).logits([[5, 6, 7]])))) == 3
     large = EngineConfig(nbytes, 16, max_num_seqs=32, max_num_batched_tokens=64, prefix_segment_tokens=64)
-    with pytest.raises(
-        BackendError, match=r"a KV cache of .* does not fit beside .* are left for the cache, \d+ tokens"
-    ):
+    with pytest.raises(BackendError, match=r"a KV cache of .* does not fit beside .*; \d+ tokens fit, a cache of "):
         npuq.load(artifact, "cpu", engine=large)
+
+
+def test_what_attention_to_a_long_cache_holds_is_counted() -> None:
+    plans = planner(V3, 2000 * GB)
+    plan = plans.rank(Layout())
+    fits = plan.cache_tokens * plan.cache_token
+    plans.check(plan, fits)
+    more = fits + plan.cache_token
+    assert more < plan.left  # of the cache alone there would be room
+    with pytest.raises(BackendError, match=f"; {plan.cache_tokens} tokens fit"):
+        plans.check(plan, more)
 
 
 def test_the_memory_of_an_npu_is_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def may_dispatch(limits: DispatchLimits, ranks: int) -> bool:
 def dispatch_tokens(limits: DispatchLimits, shape: MoeShape, buffer: int) -> int:
     """The most tokens of a step that dispatch takes, 0 if it does not take the layer at all. buffer: MB.
 
-    A rank dispatches k rows for each token of its slice (see `Dispatch`).
+    A rank dispatches k rows for each token of its slice: see `DividedExperts`.
     """
     owned = shape.experts // shape.ranks
     if not may_dispatch(limits, shape.ranks) or shape.experts > MAX_EXPERTS or owned > limits.most_experts:
