@@ -147,12 +147,11 @@ def _bench(report: Diagnosis, model: Path | None, device: str, sequences: int, c
 def _tune(report: Diagnosis, model: Path, device: str) -> tuple[Path, list[Tried]]:
     """Measure and store: the file, and what was tried."""
     from ..errors import BackendError
-    from ..runtime.backend import make_ops
-    from ..runtime.diagnostics.tune import store_tuning, tune
+    from ..runtime.diagnostics.tune import store_tuning, tune, untuned_ops
 
     if not report.ready:
         raise BackendError(f"--tune measures an NPU, and none can be used here: {report.problem}")
-    tried = list(tune(model, make_ops("ascend", device=device)))
+    tried = list(tune(model, untuned_ops(device)))
     return store_tuning(tried, device), tried
 
 

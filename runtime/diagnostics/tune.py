@@ -14,6 +14,7 @@ from ...formats.checkpoint import Checkpoint
 from ...formats.sources.model_config import read_model_config
 from ..attention.kinds import attention_of
 from ..ops import Ops, Quantized
+from ..ops.ascend.operators import AscendOps
 from ..ops.ascend.products import AscendProducts
 from ..ops.ascend.support import import_torch_npu
 from ..ops.ascend.tuning.file import tuned_device, tuning_path, write_tuning
@@ -46,6 +47,11 @@ class Tried:
     def as_json(self) -> dict[str, Any]:
         seconds = {each.value: value for each, value in self.seconds.items()}
         return {**vars(self.shape), "seconds": seconds, "expect": self.choice.value}
+
+
+def untuned_ops(device: str) -> Ops:
+    """Operators of an NPU that know no choices: a file that is refused is what measuring again replaces."""
+    return AscendOps(device, tuning=Tuning())
 
 
 def tune(directory: Path, ops: Ops) -> Iterator[Tried]:

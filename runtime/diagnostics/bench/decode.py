@@ -35,7 +35,7 @@ class Bench:
     model: a directory, or what the random model is like. emulated: the device is an NPU's stand-in on the CPU.
     sequences: in the step, one token each. context: tokens of each sequence, that one included. bytes: of weights and
     cache that a step reads. eager_seconds, graph_seconds: of one step, its inputs' copies included, until the device is
-    done; None where the backend captures no graphs.
+    done; None where no graph ran: the backend has none, the step is too large, or a capture or a replay failed.
     """
 
     backend: str
@@ -94,8 +94,9 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
             else:
                 pages.tensor.random_(-100, 100)
     width = -(-context // BLOCK)
+    tokens = [(7 + 13 * index) % model.config.vocab_size for index in range(sequences)]
     chunks = [
-        Chunk([7 + 13 * index], context - 1, range(index * width, (index + 1) * width)) for index in range(sequences)
+        Chunk([token], context - 1, range(index * width, (index + 1) * width)) for index, token in enumerate(tokens)
     ]
     step, _ = engine.builder.build(chunks)
     timer = OperatorTimer(ops)
@@ -104,7 +105,8 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
         replayed = None
         if engine.graphs is not None and engine.graphs.active:
             graphs = engine.graphs
-            replayed = _step_seconds(lambda: graphs.run(chunks), ops.device)
+            seconds = _step_seconds(lambda: graphs.run(chunks), ops.device)
+            replayed = seconds if graphs.active else None  # a replay that failed ended the use of graphs
         with timer.watching():
             model.forward(step, cache)
     dense = model.attention.dense_tokens

@@ -79,7 +79,8 @@ class AscendOps(Ops):
         self.dtype, self.group = dtype, group
         if self.device.type == "npu":
             self.graphs = NpuGraphs(torch_npu.npu, self.device)
-            tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
+            if tuning is None:
+                tuning = read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
         side = SideStream(torch_npu.npu) if self.device.type == "npu" else None
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu, side)
         self.weights = weights = AscendWeights(self.device, dtype)
