@@ -232,6 +232,8 @@ def test_a_device_that_is_no_npu_is_refused(monkeypatch):
     monkeypatch.setattr(ascend, "import_torch_npu", lambda: SimpleNamespace())
     with pytest.raises(BackendError, match="cpu is not an NPU"):
         ascend.AscendOps(device="cpu")
+    with pytest.raises(BackendError, match="device 'gpu:x' is none"):
+        ascend.AscendOps(device="gpu:x")
     with pytest.raises(BackendError, match="'nz' nor 'nd'"):
         ascend.AscendOps(kv_layout="NZ")
     with pytest.raises(BackendError, match="bfloat16 or float16, not float32"):
