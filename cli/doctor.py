@@ -69,8 +69,8 @@ def command(
     With --plan, MODEL is a directory, user/repo, whose headers alone are fetched, or a config.json by itself. Exit 1:
     none of npuq's own layouts fits.
     """
-    for option, value in (("--sequences", sequences), ("--context", context)):
-        if value is not None and not bench:
+    for option, count in (("--sequences", sequences), ("--context", context)):
+        if count is not None and not bench:
             raise click.UsageError(f"{option} is for a measurement: add --bench")
     if plan:
         if selftest or bench or tune:

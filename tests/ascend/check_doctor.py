@@ -30,7 +30,5 @@ def test_a_device_that_does_not_start_is_told_in_a_line(monkeypatch):
 
     monkeypatch.setattr(torch_npu.npu, "is_available", lambda: True)
     monkeypatch.setattr(torch_npu.npu, "set_device", refuse)
-    with pytest.raises(
-        BackendError, match="npu:7 cannot be used: SetPrecisionMode:NPU function error, error code"
-    ):
+    with pytest.raises(BackendError, match="npu:7 cannot be used: SetPrecisionMode:NPU function error, error code"):
         make_ops("ascend", device="npu:7")
