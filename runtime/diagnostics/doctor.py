@@ -17,6 +17,7 @@ from typing import Any
 
 from ...errors import BackendError
 from ...inputs.files import read_bytes
+from ...inputs.printable import error_line
 from .model_fit import ModelFit, fit, message_of
 
 DRIVER_VERSION_FILES = ("/usr/local/Ascend/driver/version.info",)
@@ -85,7 +86,7 @@ def examine(model: Path | None = None, family: str | None = None) -> Diagnosis:
         try:
             devices = _devices(torch_npu)
         except RuntimeError as error:  # a driver that does not answer
-            problem = f"torch_npu cannot count the NPUs: {_line(error)}"
+            problem = f"torch_npu cannot count the NPUs: {error_line(error)}"
     if problem is None and not devices:
         problem = "no NPU is visible: check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES"
     usable = [device for device in devices if device.problem is None]
@@ -141,16 +142,12 @@ def _device(torch_npu: ModuleType, index: int) -> Device:
         name = str(torch_npu.npu.get_device_name(index))
         free, total = torch_npu.npu.mem_get_info(index)
     except RuntimeError as error:  # a device that another process holds, or that is faulty
-        return Device(index, "unknown", None, 0, 0, _line(error))
+        return Device(index, "unknown", None, 0, 0, error_line(error))
     try:
         family = soc_of(name).family
     except BackendError:
         family = None
     return Device(index, name, family, total, free, message_of(require_soc, name))
-
-
-def _line(error: RuntimeError) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _operators() -> dict[str, str | None]:

@@ -15,9 +15,9 @@ from ..handles import Experts, Quantized
 from ..norms import Norms
 from ..products import Products
 from .device import Npu
+from .products import COUNTS
 from .weights import QuantizedExperts, W4A8Experts, fits_nz
 
-COUNTS = 1  # group_list_type: rows of each expert; the default is running sums
 PER_CHANNEL = 0  # dequant_mode
 MOST_INPUTS, MOST_OUTPUTS = 20000, 10240
 _TRIAL_ROWS = 3  # for each of the first experts

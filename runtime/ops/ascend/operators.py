@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....inputs.printable import shown
+from ....inputs.printable import error_line, shown
 from ...ranks.group import ALONE, Group
 from ...sampling.rows import LogitRow
 from .. import Ops
@@ -79,8 +79,8 @@ class AscendOps(Ops):
                 torch_npu.npu.set_device(self.device)
                 soc = soc or torch_npu.npu.get_device_name(self.device)
             except RuntimeError as error:  # there is no such device, another process holds it, or it is faulty
-                line = " ".join(str(error).split())[:200]
-                raise BackendError(f"{self.device} cannot be used: {line}; `npuq doctor` lists the NPUs") from error
+                reason = error_line(error)
+                raise BackendError(f"{self.device} cannot be used: {reason}; `npuq doctor` lists the NPUs") from error
         if soc is None:
             raise BackendError(f"{self.device} is not an NPU")
         self.soc = require_soc(soc)
