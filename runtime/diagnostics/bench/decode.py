@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ....models.config import ModelConfig
 from ...attention.kinds import attention_of
 from ...backend import make_ops
 from ...engine import Engine, EngineConfig
+from ...graph.decode import DecodeGraphs
 from ...llm import load
 from ...step import Chunk, RopeRows
 from .synthetic import DEEPSEEK_V3_LAYERS, random_model
@@ -102,11 +103,7 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
     timer = OperatorTimer(ops)
     with ops.one_thread():
         eager = _step_seconds(lambda: engine.run_eagerly(chunks), ops.device)
-        replayed = None
-        if engine.graphs is not None and engine.graphs.active:
-            graphs = engine.graphs
-            seconds = _step_seconds(lambda: graphs.run(chunks), ops.device)
-            replayed = seconds if graphs.active else None  # a replay that failed ended the use of graphs
+        replayed = None if engine.graphs is None else _replay_seconds(engine.graphs, chunks, ops.device)
         with timer.watching():
             model.forward(step, cache)
     dense = model.attention.dense_tokens
@@ -123,6 +120,14 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
         graph_seconds=replayed,
         operators=tuple(timer.times()),
     )
+
+
+def _replay_seconds(graphs: DecodeGraphs, chunks: Sequence[Chunk], device: torch.device) -> float | None:
+    """Seconds of a step as a graph; None if it is larger than any graph, and if a replay fails, which ends their use."""
+    if graphs.run(chunks) is None:
+        return None
+    seconds = _step_seconds(lambda: graphs.run(chunks), device)
+    return seconds if graphs.active else None
 
 
 def _step_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -137,16 +137,22 @@ def test_sequences_may_be_more_than_the_vocabulary_has_room_for():
     assert bench.sequences == 12
 
 
-def test_a_replay_that_fails_has_no_time():
+@pytest.mark.parametrize("replays", [0, 1, None])
+def test_a_step_that_is_too_large_and_a_replay_that_fails_have_no_time(replays):
+    """replays: that work before one fails; None: the step is larger than any graph, whose use goes on."""
     engine = engine_of("reference", 2)
 
-    class Failing:
-        active = True
+    class Graphs:
+        active, ran = True, 0
 
         def run(self, chunks):
-            self.active = False
+            self.ran += 1
+            if replays is None or self.ran > replays:
+                self.active = replays is None
+                return None
+            return torch.zeros(2, 3)
 
-    engine.graphs = Failing()
+    engine.graphs = Graphs()
     assert decode.measure(engine, "random", 2, 40).graph_seconds is None
 
 
