@@ -123,7 +123,7 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
 
 
 def _replay_seconds(graphs: DecodeGraphs, chunks: Sequence[Chunk], device: torch.device) -> float | None:
-    """Seconds of a step as a graph; None if it is larger than any graph, and if a replay fails, which ends their use."""
+    """Seconds of a step as a graph; None if it is larger than any graph, and if a replay fails."""
     if graphs.run(chunks) is None:
         return None
     seconds = _step_seconds(lambda: graphs.run(chunks), device)
