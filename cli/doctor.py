@@ -33,13 +33,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Measure, in MODEL's shapes, what the NPU's grouped matmul should expect, and store it for this user.",
 )
-@click.option("--sequences", type=click.IntRange(1, 1024), default=8, show_default=True, help="With --bench.")
+@click.option("--sequences", type=click.IntRange(1, 1024), help="With --bench: in the step; default: 8.")
 @click.option(
-    "--context",
-    type=click.IntRange(2, 1 << 20),
-    default=1024,
-    show_default=True,
-    help="With --bench: tokens of each sequence.",
+    "--context", type=click.IntRange(2, 1 << 20), help="With --bench: tokens of each sequence; default: 1024."
 )
 @click.option("--device", default="npu:0", show_default=True, help="The NPU to test.")
 @click.option("--plan", is_flag=True, help="Only plan MODEL's memory on several NPUs: layouts, and cache tokens left.")
@@ -55,8 +51,8 @@ def command(
     selftest: bool,
     bench: bool,
     tune: bool,
-    sequences: int,
-    context: int,
+    sequences: int | None,
+    context: int | None,
     device: str,
     plan: bool,
     devices: int | None,
@@ -73,7 +69,12 @@ def command(
     With --plan, MODEL is a directory, user/repo, whose headers alone are fetched, or a config.json by itself. Exit 1:
     none of npuq's own layouts fits.
     """
+    for option, count in (("--sequences", sequences), ("--context", context)):
+        if count is not None and not bench:
+            raise click.UsageError(f"{option} is for a measurement: add --bench")
     if plan:
+        if selftest or bench or tune:
+            raise click.UsageError("--plan runs nothing: leave --selftest, --bench and --tune out")
         _plan(model, family, recipe, devices, memory, as_json)
         return
     for option, value in (("--devices", devices), ("--memory", memory), ("--recipe", recipe)):
@@ -94,7 +95,7 @@ def command(
     tuning = _tune(report, model, device) if tune and model is not None else None
     if tuning is not None and not as_json:
         show(*tuning_lines(*tuning))
-    measured = _bench(report, model, device, sequences, context) if bench else None
+    measured = _bench(report, model, device, sequences or 8, context or 1024) if bench else None
     if measured is not None and not as_json:
         show(*bench_lines(measured))
     if as_json:
@@ -147,12 +148,11 @@ def _bench(report: Diagnosis, model: Path | None, device: str, sequences: int, c
 def _tune(report: Diagnosis, model: Path, device: str) -> tuple[Path, list[Tried]]:
     """Measure and store: the file, and what was tried."""
     from ..errors import BackendError
-    from ..runtime.backend import make_ops
-    from ..runtime.diagnostics.tune import store_tuning, tune
+    from ..runtime.diagnostics.tune import store_tuning, tune, untuned_ops
 
     if not report.ready:
         raise BackendError(f"--tune measures an NPU, and none can be used here: {report.problem}")
-    tried = list(tune(model, make_ops("ascend", device=device)))
+    tried = list(tune(model, untuned_ops(device)))
     return store_tuning(tried, device), tried
 
 

@@ -39,6 +39,11 @@ def shown(value: object, most: int = 60) -> str:
         return f"of type {type(value).__name__}"
 
 
+def error_line(error: BaseException, most: int = 200) -> str:
+    """The beginning of a foreign error's message, printable and on one line; its type's name where it says nothing."""
+    return printable(" ".join(str(error).split()))[:most] or type(error).__name__
+
+
 def name_as_text(path: Path) -> str:
     """The last part of a path as UTF-8 text; bytes that are no UTF-8 become `\\xNN`."""
     return printable(os.fsencode(path.name).decode("utf-8", "backslashreplace"))

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..errors import GenerationError
-from ..inputs.printable import printable
+from ..inputs.printable import error_line
 from .engine import Engine, StepOutput
 from .request import Request
 from .sequence import Sequence
@@ -144,7 +144,7 @@ class Loop:
             for output in self.engine.step():
                 self._deliver(output)
         except BaseException as error:
-            reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
+            reason = error_line(error, 120)
             clients = set(self._clients.values())
             self._clients = {}
             self.engine.reset(sequence for client in clients for sequence in client.sequences)

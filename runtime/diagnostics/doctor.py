@@ -17,6 +17,7 @@ from typing import Any
 
 from ...errors import BackendError
 from ...inputs.files import read_bytes
+from ...inputs.printable import error_line
 from .model_fit import ModelFit, fit, message_of
 
 DRIVER_VERSION_FILES = ("/usr/local/Ascend/driver/version.info",)
@@ -67,7 +68,8 @@ def cann_version_files(environment: Mapping[str, str]) -> list[str]:
     `ASCEND_HOME_PATH` is what CANN's set_env.sh exports. The default folder is `Ascend/cann` since CANN 8.5, and
     `Ascend/ascend-toolkit/latest` before.
     """
-    homes = [environment.get("ASCEND_HOME_PATH", ""), "/usr/local/Ascend/cann", str(Path.home() / "Ascend/cann")]
+    own = environment.get("HOME", "")
+    homes = [environment.get("ASCEND_HOME_PATH", ""), "/usr/local/Ascend/cann", own and f"{own}/Ascend/cann"]
     homes += ["/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/latest"]
     files = (f"{platform.machine()}-linux/ascend_toolkit_install.info", "version.cfg", "compiler/version.info")
     return [f"{home}/{file}" for home in homes if home for file in files]
@@ -79,7 +81,12 @@ def examine(model: Path | None = None, family: str | None = None) -> Diagnosis:
     from ...native.library import description
 
     torch_npu, problem = _torch_npu()
-    devices = _devices(torch_npu) if torch_npu is not None else ()
+    devices: tuple[Device, ...] = ()
+    if torch_npu is not None:
+        try:
+            devices = _devices(torch_npu)
+        except RuntimeError as error:  # a driver that does not answer
+            problem = f"torch_npu cannot count the NPUs: {error_line(error)}"
     if problem is None and not devices:
         problem = "no NPU is visible: check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES"
     usable = [device for device in devices if device.problem is None]
@@ -117,7 +124,10 @@ def _torch_npu() -> tuple[ModuleType | None, str | None]:
 def npu_memories() -> list[int]:
     """Bytes of memory of each NPU of this machine that npuq can run on."""
     torch_npu, _ = _torch_npu()
-    found = () if torch_npu is None else _devices(torch_npu)
+    try:
+        found = () if torch_npu is None else _devices(torch_npu)
+    except RuntimeError:
+        found = ()
     return [device.total_memory_bytes for device in found if device.problem is None]
 
 
@@ -132,7 +142,7 @@ def _device(torch_npu: ModuleType, index: int) -> Device:
         name = str(torch_npu.npu.get_device_name(index))
         free, total = torch_npu.npu.mem_get_info(index)
     except RuntimeError as error:  # a device that another process holds, or that is faulty
-        return Device(index, "unknown", None, 0, 0, " ".join(str(error).split())[:200])
+        return Device(index, "unknown", None, 0, 0, error_line(error))
     try:
         family = soc_of(name).family
     except BackendError:
@@ -163,7 +173,11 @@ def _version(package: str) -> str | None:
 def _first_version(files: Iterable[str]) -> str | None:
     """First version number in the first of the files that exists."""
     for path in map(Path, files):
-        if path.is_file():
+        try:
+            there = path.is_file()
+        except OSError:  # no name of a file, or below a folder that this user may not enter
+            continue
+        if there:
             try:
                 text = read_bytes(path, BackendError, _MOST_VERSION_BYTES).decode(errors="replace")
             except BackendError:

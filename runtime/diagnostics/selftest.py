@@ -16,6 +16,7 @@ from ...errors import BackendError
 from ...formats.kv_cache import storable_scale
 from ...formats.schemes import Scheme, quantize_rows
 from ...formats.static_w8a8 import input_scale_of, quantize_static
+from ...inputs.printable import error_line
 from ...quant.scales import Method
 from ..attention.pools import LayerCache, Pool
 from ..ops import (
@@ -84,7 +85,7 @@ def selftest(ops: Ops) -> Iterator[Result]:
         try:
             ours = case(ops)
         except (BackendError, RuntimeError, TypeError) as error:
-            yield Result(name, None, tolerance, " ".join(str(error).split())[:300])
+            yield Result(name, None, tolerance, error_line(error, 300))
             continue
         theirs = case(reference)
         fresh = [finding for finding in ops.findings() if finding not in known]

@@ -14,7 +14,9 @@ from ...formats.checkpoint import Checkpoint
 from ...formats.sources.model_config import read_model_config
 from ..attention.kinds import attention_of
 from ..ops import Ops, Quantized
+from ..ops.ascend.operators import AscendOps
 from ..ops.ascend.products import AscendProducts
+from ..ops.ascend.routing import AscendRouting
 from ..ops.ascend.support import import_torch_npu
 from ..ops.ascend.tuning.file import tuned_device, tuning_path, write_tuning
 from ..ops.ascend.tuning.grouped_matmul import Expectation, MatmulShape, Tuning
@@ -48,8 +50,15 @@ class Tried:
         return {**vars(self.shape), "seconds": seconds, "expect": self.choice.value}
 
 
+def untuned_ops(device: str) -> Ops:
+    """Operators of an NPU that know no choices: a file that is refused is what measuring again replaces."""
+    return AscendOps(device, tuning=Tuning())
+
+
 def tune(directory: Path, ops: Ops) -> Iterator[Tried]:
     """Try all expectations on the experts of a model's first MoE layer, for each number of rows.
+
+    Gate and up are left out where a step runs them in the fused operator, which is told nothing.
 
     Raises BackendError for another backend's operators, and for a model without quantized experts.
     """
@@ -57,11 +66,12 @@ def tune(directory: Path, ops: Ops) -> Iterator[Tried]:
     if not isinstance(products, AscendProducts):
         raise BackendError("only the ascend backend has something to tune")
     layer = _moe_layer(directory, ops)
+    fused = isinstance(ops.routing, AscendRouting) and ops.routing.fused.takes(layer.gate_up)
     earlier = products.tuning
     try:
         done: set[MatmulShape] = set()
         for tokens in TOKENS:
-            for weights in (layer.gate_up, layer.down):
+            for weights in (layer.down,) if fused else (layer.gate_up, layer.down):
                 shape = MatmulShape.of(weights, tokens * layer.k)
                 if shape not in done:
                     done.add(shape)

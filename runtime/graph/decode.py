@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NpuqWarning
+from ...inputs.printable import error_line
 from ..attention.pools import LayerCache
 from ..model import Model
 from ..ops.graphs import Graphs, StepGraph
@@ -113,8 +114,9 @@ class DecodeGraphs:
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._captured.clear()
-        line = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"the decode step cannot be {what} as a graph and runs eagerly: {line}", NpuqWarning, 2)
+        warnings.warn(
+            f"the decode step cannot be {what} as a graph and runs eagerly: {error_line(error)}", NpuqWarning, 2
+        )
 
 
 def _adds_one_token(chunk: Chunk) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ... import __version__
 from ...errors import GenerationError, NpuqError, RankError
 from ...inputs.launch import Launch
+from ...inputs.printable import error_line
 from ..ops.ascend.support import npu_count
 from ..step import Chunk
 from .connections import START_SECONDS, connect
@@ -83,7 +84,7 @@ class World:
                 timeout=_FOREVER,
             )
         except (RuntimeError, ValueError) as error:  # of torch's store and group
-            reason = " ".join(str(error).split())[:300]
+            reason = error_line(error, 300)
             raise RankError(f"rank {launch.rank} of {launch.size} does not reach the others: {reason}") from error
         group = Distributed(why=lambda: _text(lifeline.loss(2.0)))
         world = cls(launch, group, lifeline, tells=ending is None)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from tokenizers import Tokenizer as FastTokenizer
 
 from ...errors import GenerationError
-from ...inputs.printable import printable
+from ...inputs.printable import error_line
 from .token_bytes import TokenBytes
 from .tokenizer_parts import check_growth, check_parts
 
@@ -99,5 +99,5 @@ def guarded(call: Callable[[], _T], doing: str) -> _T:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
+        reason = error_line(error, 120)
         raise GenerationError(f"{doing}: {reason}") from error

@@ -103,6 +103,17 @@ def test_chips_that_cannot_and_devices_that_do_not_answer_are_told(devices):
     assert report.problem == report.devices[0].problem
 
 
+def test_a_driver_that_does_not_answer_is_told(devices, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("aclrtGetDeviceCount failed,\nerror code 507899")
+
+    devices("Ascend910B2")
+    monkeypatch.setattr(FakeNpu, "device_count", refuse)
+    report = doctor.examine()
+    assert not report.ready and report.devices == () and doctor.npu_memories() == []
+    assert report.problem == "torch_npu cannot count the NPUs: aclrtGetDeviceCount failed, error code 507899"
+
+
 def test_no_device_is_told(devices):
     devices()
     assert "npu-smi" in doctor.examine().problem
@@ -212,6 +223,7 @@ def test_cann_is_where_its_script_says_before_the_default_folders(tmp_path):
     folders = list(dict.fromkeys(file.split("/Ascend/")[1].split("/")[0] for file in files if "/Ascend/" in file))
     assert folders == ["cann", "ascend-toolkit", "latest"]
     assert doctor.cann_version_files({})[0].startswith("/usr/local/Ascend/cann/")
+    assert doctor._first_version(doctor.cann_version_files({"ASCEND_HOME_PATH": "/" + "long" * 100})) is None
 
 
 def test_a_device_that_is_no_npu_is_refused(monkeypatch):
@@ -220,6 +232,8 @@ def test_a_device_that_is_no_npu_is_refused(monkeypatch):
     monkeypatch.setattr(ascend, "import_torch_npu", lambda: SimpleNamespace())
     with pytest.raises(BackendError, match="cpu is not an NPU"):
         ascend.AscendOps(device="cpu")
+    with pytest.raises(BackendError, match="device 'gpu:x' is none"):
+        ascend.AscendOps(device="gpu:x")
     with pytest.raises(BackendError, match="'nz' nor 'nd'"):
         ascend.AscendOps(kv_layout="NZ")
     with pytest.raises(BackendError, match="bfloat16 or float16, not float32"):

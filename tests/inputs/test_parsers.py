@@ -13,7 +13,7 @@ from npuq.inputs.forms import Each, Items, Keys, check_form, is_count, is_number
 from npuq.inputs.json_text import parse_json, parse_object
 from npuq.inputs.names import FileName, Sha256
 from npuq.inputs.patterns import Budget, Globs, Pattern
-from npuq.inputs.printable import printable, printable_json, shown
+from npuq.inputs.printable import error_line, printable, printable_json, shown
 from npuq.inputs.yaml_text import parse_yaml
 
 _JSON = st.recursive(
@@ -203,3 +203,16 @@ def test_printable() -> None:
     assert printable(hidden) == "\\u061c\\ufff9\\ufffa\\ufffb\\U000e0000\\U000e0041\\U000e007f"
     assert printable_json(json.dumps(hidden, ensure_ascii=False)) == json.dumps(hidden)
     assert printable("a\tb\nc\r", keep="\n\t") == "a\tb\nc\\r"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("failed,\n\n  error\tcode 5"), "failed, error code 5"),
+        (OSError("\x1b[2Jgone\u202e"), "\\x1b[2Jgone\\u202e"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("x" * 1000), "x" * 200),
+    ],
+)
+def test_a_foreign_error_becomes_a_line(error: Exception, line: str) -> None:
+    assert error_line(error) == line

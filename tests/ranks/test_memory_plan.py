@@ -156,6 +156,8 @@ def test_the_command(npuq_command: Callable[..., Said], tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--plan"], "--plan needs MODEL"),
+        (["--plan", "X", "--bench", "--context", "16"], "--plan runs nothing"),
+        (["--sequences", "4"], "--sequences is for a measurement: add --bench"),
         (["--devices", "8"], "--devices is for a plan"),
         (["--memory", "64GB"], "--memory is for a plan"),
         (["--plan", "X", "--devices", "0"], "not in the range"),

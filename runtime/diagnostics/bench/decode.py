@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ....models.config import ModelConfig
 from ...attention.kinds import attention_of
 from ...backend import make_ops
 from ...engine import Engine, EngineConfig
+from ...graph.decode import DecodeGraphs
 from ...llm import load
 from ...step import Chunk, RopeRows
 from .synthetic import DEEPSEEK_V3_LAYERS, random_model
@@ -35,7 +36,7 @@ class Bench:
     model: a directory, or what the random model is like. emulated: the device is an NPU's stand-in on the CPU.
     sequences: in the step, one token each. context: tokens of each sequence, that one included. bytes: of weights and
     cache that a step reads. eager_seconds, graph_seconds: of one step, its inputs' copies included, until the device is
-    done; None where the backend captures no graphs.
+    done; None where no graph ran: the backend has none, the step is too large, or a capture or a replay failed.
     """
 
     backend: str
@@ -94,17 +95,15 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
             else:
                 pages.tensor.random_(-100, 100)
     width = -(-context // BLOCK)
+    tokens = [(7 + 13 * index) % model.config.vocab_size for index in range(sequences)]
     chunks = [
-        Chunk([7 + 13 * index], context - 1, range(index * width, (index + 1) * width)) for index in range(sequences)
+        Chunk([token], context - 1, range(index * width, (index + 1) * width)) for index, token in enumerate(tokens)
     ]
     step, _ = engine.builder.build(chunks)
     timer = OperatorTimer(ops)
     with ops.one_thread():
         eager = _step_seconds(lambda: engine.run_eagerly(chunks), ops.device)
-        replayed = None
-        if engine.graphs is not None and engine.graphs.active:
-            graphs = engine.graphs
-            replayed = _step_seconds(lambda: graphs.run(chunks), ops.device)
+        replayed = None if engine.graphs is None else _replay_seconds(engine.graphs, chunks, ops.device)
         with timer.watching():
             model.forward(step, cache)
     dense = model.attention.dense_tokens
@@ -121,6 +120,14 @@ def measure(engine: Engine, name: str, sequences: int, context: int) -> Bench:
         graph_seconds=replayed,
         operators=tuple(timer.times()),
     )
+
+
+def _replay_seconds(graphs: DecodeGraphs, chunks: Sequence[Chunk], device: torch.device) -> float | None:
+    """Seconds of a step as a graph; None if it is larger than any graph, and if a replay fails."""
+    if graphs.run(chunks) is None:
+        return None
+    seconds = _step_seconds(lambda: graphs.run(chunks), device)
+    return seconds if graphs.active else None
 
 
 def _step_seconds(run: Callable[[], object], device: torch.device) -> float:

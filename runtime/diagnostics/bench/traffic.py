@@ -40,19 +40,23 @@ def operator_bytes(name: str, args: Sequence[Any], result: Any) -> int:
         if isinstance(arg, Mla):
             total += _fields_nbytes(arg, _MLA_READS.get(name, ()))
         elif isinstance(arg, MoeWeights):
-            total += moe_bytes(arg, tokens)
+            total += _reached_bytes(arg.gate_up, args[1]) if name == "experts_inner" else moe_bytes(arg, tokens)
         elif isinstance(arg, (LayerCache, Pages)):
             # Index keys are handed over as pages of their own.
             pages = [arg[LATENT], arg[ROPE]] if isinstance(arg, LayerCache) else [arg]
             total += _cache_bytes(name, pages, tokens, decode, args)
         elif name == "grouped_matmul" and index == 1:
-            groups = args[2]
-            total += _nbytes([arg]) * int((groups > 0).sum()) // len(groups)
+            total += _reached_bytes(arg, args[2])
         elif name == "embedding" and index == 1:
             total += tokens_bytes(arg, args[0].numel())
         else:
             total += _nbytes([arg])
     return total
+
+
+def _reached_bytes(experts: object, groups: Tensor) -> int:
+    """Bytes of the experts that have rows. groups: rows of each."""
+    return _nbytes([experts]) * int((groups > 0).sum()) // len(groups)
 
 
 def moe_bytes(weights: MoeWeights, tokens: int) -> int:

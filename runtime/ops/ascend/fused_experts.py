@@ -10,23 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ranks.group import Group
 from ..handles import Experts, Quantized
 from ..norms import Norms
 from ..products import Products
 from .device import Npu
+from .products import COUNTS
 from .weights import QuantizedExperts, W4A8Experts, fits_nz
 
-COUNTS = 1  # group_list_type: rows of each expert; the default is running sums
 PER_CHANNEL = 0  # dequant_mode
 MOST_INPUTS, MOST_OUTPUTS = 20000, 10240
 _TRIAL_ROWS = 3  # for each of the first experts
 
 
 class FusedExperts:
-    """The operator, and whether it can be used. works: None before the trial."""
+    """The operator, and whether it can be used. works: None before the trial.
 
-    def __init__(self, npu: Npu, norms: Norms, products: Products, wanted: bool):
-        self.npu, self.norms, self.products = npu, norms, products
+    group: of the ranks, which all use it or none: its codes are not those of the two operators. Each tries it on its
+    own experts.
+    """
+
+    def __init__(self, npu: Npu, norms: Norms, products: Products, group: Group, wanted: bool):
+        self.npu, self.norms, self.products, self.group = npu, norms, products, group
         self.works: bool | None = None if wanted else False
 
     def takes(self, experts: Experts) -> bool:
@@ -39,7 +44,8 @@ class FusedExperts:
         if not isinstance(experts, W4A8Experts) and not fits_nz(experts.weight):
             return False
         if self.works is None:
-            self.works = self._agrees(experts)
+            fails = torch.tensor([int(not self._agrees(experts))])
+            self.works = not int(self.group.all_reduce_max(fails))
         return self.works
 
     def run(self, rows: Quantized, experts: Experts, group_list: Tensor) -> Quantized:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from ...sampling.rows import Floats, HostRow, Ids, LogitRow
 
 COUNTS = (64, 1024, 8192)
 """How many of the best are copied: a greedy token takes one, sampling by top-p 1,024 and at times 8,192."""
+MOST_TEMPERATURES = 4
+"""Temperatures for which all rows are summed at once. A row with a further one is summed alone, so that a step whose
+rows all differ does not sum every row for each of them."""
 
 
 class DeviceRows:
@@ -20,14 +23,28 @@ class DeviceRows:
 
     def __init__(self, logits: Tensor):
         self.logits = logits
-        self.best = lru_cache(maxsize=None)(self._best)
-        self.totals = lru_cache(maxsize=None)(self._totals)
+        # No caches that refer to this object: the device's memory is free when the step's last row is.
+        self._bests: dict[int, tuple[Floats, Ids]] = {}
+        self._totals: dict[float, Tensor] = {}
 
-    def _best(self, count: int) -> tuple[Floats, Ids]:
+    def best(self, count: int) -> tuple[Floats, Ids]:
         """The best logits and their tokens `[S, count]`, highest first and equal ones by id.
 
         Of equal logits on the last places the device takes any. The first is NaN if any logit is no number.
         """
+        if count not in self._bests:
+            self._bests[count] = self._copied(count)
+        return self._bests[count]
+
+    def total(self, index: int, temperature: float) -> float:
+        """Σ exp((logit - highest) / temperature) of one row."""
+        if temperature not in self._totals and len(self._totals) < MOST_TEMPERATURES:
+            self._totals[temperature] = _totals(self.logits, temperature)
+        if temperature in self._totals:
+            return float(self._totals[temperature][index])
+        return float(_totals(self.logits[index], temperature))
+
+    def _copied(self, count: int) -> tuple[Floats, Ids]:
         values, ids = self.logits.topk(count, dim=-1)
         # A sum of zeros, unless a logit is no number: where that ranks among the best differs by device.
         check = (self.logits.float() * 0).sum(-1, keepdim=True)
@@ -39,11 +56,12 @@ class DeviceRows:
         found[~np.isfinite(copied[:, count]), 0] = np.nan
         return found, tokens
 
-    def _totals(self, temperature: float) -> Tensor:
-        limits = torch.finfo(torch.float32)
-        divisor = min(max(temperature, limits.tiny), limits.max)
-        wide = self.logits.float()
-        return ((wide - wide.amax(-1, keepdim=True)) / divisor).exp().sum(-1).to("cpu")
+
+def _totals(logits: Tensor, temperature: float) -> Tensor:
+    limits = torch.finfo(torch.float32)
+    divisor = min(max(temperature, limits.tiny), limits.max)
+    wide = logits.float()
+    return ((wide - wide.amax(-1, keepdim=True)) / divisor).exp().sum(-1).to("cpu")
 
 
 class DeviceRow:
@@ -69,7 +87,7 @@ class DeviceRow:
         return chosen
 
     def total(self, temperature: float) -> float:
-        return float(self._rows.totals(temperature)[self._index])
+        return self._rows.total(self._index, temperature)
 
     def whole(self) -> Floats:
         return self._host.whole()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
+from ....inputs.printable import error_line, shown
 from ...ranks.group import ALONE, Group
 from ...sampling.rows import LogitRow
 from .. import Ops
@@ -65,21 +66,29 @@ class AscendOps(Ops):
             known = " or ".join(str(known).removeprefix("torch.") for known in self.COMPUTE_DTYPES)
             raise BackendError(f"the ascend backend computes in {known}, not {str(dtype).removeprefix('torch.')}")
         torch_npu = import_torch_npu()
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise BackendError(f"device {shown(device)} is none; NPUs are npu:0, npu:1 …") from error
         self.pinned = self.device.type == "npu"
         if self.device.type == "npu":
             if not torch_npu.npu.is_available():
                 raise BackendError("torch_npu finds no NPU: check `npu-smi info` and the driver, or run `npuq doctor`")
             torch_npu.npu.config.allow_internal_format = True  # else npu_format_cast keeps ND
-            torch_npu.npu.set_device(self.device)
-            soc = soc or torch_npu.npu.get_device_name(self.device)
+            try:
+                torch_npu.npu.set_device(self.device)
+                soc = soc or torch_npu.npu.get_device_name(self.device)
+            except RuntimeError as error:  # there is no such device, another process holds it, or it is faulty
+                reason = error_line(error)
+                raise BackendError(f"{self.device} cannot be used: {reason}; `npuq doctor` lists the NPUs") from error
         if soc is None:
             raise BackendError(f"{self.device} is not an NPU")
         self.soc = require_soc(soc)
         self.dtype, self.group = dtype, group
         if self.device.type == "npu":
             self.graphs = NpuGraphs(torch_npu.npu, self.device)
-            tuning = tuning or read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
+            if tuning is None:
+                tuning = read_tuning(tuning_path(), tuned_device(torch_npu, self.device))
         side = SideStream(torch_npu.npu) if self.device.type == "npu" else None
         self.npu = Npu(self.device, dtype, "nz" if kv_layout == "nz" else "nd", torch.ops.npu, side)
         self.weights = weights = AscendWeights(self.device, dtype)

@@ -34,8 +34,7 @@ class AscendRouting(Routing):
     ):
         super().__init__(norms, products, group)
         self.npu = npu
-        self.fused = FusedExperts(npu, norms, products, fused_experts)
-        self.fused = FusedExperts(npu, norms, products, fused_experts)
+        self.fused = FusedExperts(npu, norms, products, group, fused_experts)
         self.divided = DividedExperts(npu, self, communicator)
 
     def findings(self) -> list[str]:

@@ -164,15 +164,15 @@ def check_installation() -> str:
 
 
 def import_torch_npu() -> ModuleType:
-    """Import torch_npu. Raises BackendError if it is missing, does not fit torch, or finds no CANN."""
+    """Import torch_npu. Raises BackendError if it is missing, does not fit torch, finds no CANN, or raises anything."""
     version = check_installation()
     try:
         return importlib.import_module("torch_npu")
     except ImportError as error:
         raise BackendError(explain_import_error(version, error)) from error
-    except RuntimeError as error:
+    except Exception as error:  # a RuntimeError of CANN, an OSError of a library that it opens itself, or else
         line = str(error).strip().splitlines()
-        raise BackendError(f"torch_npu {version} does not start: {line[0] if line else error!r}") from error
+        raise BackendError(f"torch_npu {version} does not start: {line[0] if line else repr(error)}") from error
 
 
 def explain_import_error(version: str, error: ImportError) -> str:

@@ -13,6 +13,7 @@ from npuq.formats.schemes import Scheme
 from npuq.runtime.diagnostics.selftest import EXPERTS, HIDDEN, INNER, _part, _random
 from npuq.runtime.ops import Ops, Quantized
 from npuq.runtime.ops.reference.routing import swiglu_quant_twice
+from npuq.runtime.ranks.group import ALONE, Alone
 
 FUSED = "npu_grouped_matmul_swiglu_quant_v2"
 COUNTS = [3, 0, 2, 1, 4, 0, 5, 1]
@@ -69,6 +70,17 @@ def test_two_operators_run_where_the_fused_one_is_refused(artifact):
         assert "gate and up of the experts and their activation take two operators" in ops.findings()
     plain = harness.generate(artifact("example"), harness.make("ascend", torch.bfloat16, fused_experts=False))
     assert run.tokens == plain.tokens
+
+
+def test_a_rank_where_the_trial_fails_decides_for_all():
+    class Group(Alone):
+        def all_reduce_max(self, tensor):
+            return torch.ones_like(tensor)
+
+    with emulate.use_rules(wide=True):
+        for group, used in ((ALONE, True), (Group(), False)):
+            ops = harness.make("ascend", fused_experts=True, group=group)
+            assert ops.routing.fused.takes(experts_of(ops, Scheme.W4A8)) is used
 
 
 MUTATIONS: dict[str, Change] = {

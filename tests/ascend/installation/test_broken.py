@@ -29,6 +29,7 @@ sys.stderr.flush()
 os.abort()
 """,
     "raise": "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')",
+    "no permission": "raise PermissionError(13, 'Permission denied', '/usr/local/Ascend/cann/opp')",
     "hang": "import time\ntime.sleep(3600)",
 }
 
@@ -117,6 +118,7 @@ def test_a_torch_npu_that_raises_or_hangs_is_left_alone(tmp_path, example_fp8, f
             f"torch_npu {RELEASE} ends the process that imports it (Aborted: Duplicated key 'k'); install",
         ),
         ("raise", "libhccl.so is not found; install CANN and source its set_env.sh"),
+        ("no permission", f"torch_npu {RELEASE} does not start: [Errno 13] Permission denied: '/usr/local/Ascend"),
         ("hang", f"torch_npu {RELEASE} hangs when it is imported (stopped after 2 s): check the driver"),
     ],
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from ascend_rig import emulate, harness
 from torch import Tensor
 
-from npuq.runtime.ops.ascend.logits import COUNTS, device_rows
+from npuq.runtime.ops.ascend import logits as logits_module
+from npuq.runtime.ops.ascend.logits import COUNTS, MOST_TEMPERATURES, device_rows
 from npuq.runtime.sampling.params import SamplingParams
 from npuq.runtime.sampling.rows import host_rows
 
@@ -53,6 +57,35 @@ def test_a_logit_that_is_no_number_shows_first(place, wrong):
     logits[1, place] = wrong
     first = [row.best(1)[0][0] for row in device_rows(logits)]
     assert np.isfinite(first[0]) and np.isnan(first[1]) and np.isfinite(first[2])
+
+
+def test_nothing_keeps_the_logits_of_a_step_that_is_over():
+    """Not even until the next collection of garbage: on a device these are many megabytes a step."""
+    gc.disable()
+    try:
+        found = device_rows(rows(torch.bfloat16))
+        assert found[0].best(3) and found[1].total(0.7)
+        held = weakref.ref(found[0]._rows)
+        del found
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_rows_of_many_temperatures_are_summed_once_each(monkeypatch):
+    summed: list[int] = []
+    original = logits_module._totals
+
+    def noting(logits: Tensor, temperature: float) -> Tensor:
+        summed.append(logits.numel() // VOCABULARY)
+        return original(logits, temperature)
+
+    monkeypatch.setattr(logits_module, "_totals", noting)
+    many = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(5))
+    for index, (ours, theirs) in enumerate(zip(device_rows(many), host_rows(many), strict=True)):
+        temperature = 0.5 + index / 50
+        assert ours.total(temperature) == pytest.approx(theirs.total(temperature), rel=1e-5)
+    assert sum(summed) == MOST_TEMPERATURES * 50 + 50 - MOST_TEMPERATURES
 
 
 def test_a_short_vocabulary():

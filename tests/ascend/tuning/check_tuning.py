@@ -108,6 +108,17 @@ def test_the_fastest_is_chosen_where_it_gains(artifact, monkeypatch):
     assert all(each.as_json()["expect"] == each.choice.value for each in tried)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_gate_and_up_are_measured_only_where_a_grouped_matmul_runs_them(artifact, monkeypatch, fused):
+    monkeypatch.setattr(tuning, "TOKENS", (1,))
+    monkeypatch.setattr(tuning, "seconds_of", lambda *_: 1.0)
+    with emulate.use_rules(wide=True):
+        ops = harness.make("ascend", fused_experts=fused)
+        inputs = {each.shape.inputs for each in tuning.tune(artifact("kimi"), ops)}
+        assert ops.routing.fused.works is fused
+    assert inputs == ({64} if fused else {64, 128})
+
+
 def test_what_cannot_be_tuned_is_refused(artifact):
     with emulate.use_rules(wide=True), pytest.raises(BackendError, match="not quantized"):
         list(tuning.tune(artifact("kimi-float"), harness.make("ascend")))

@@ -145,6 +145,20 @@ def test_the_path_follows_the_cache_directory(monkeypatch):
     )
 
 
+def test_a_path_that_cannot_be_is_no_file_and_no_home_is_told(monkeypatch):
+    long = tuning_path({"XDG_CACHE_HOME": "/" + "long" * 100})
+    assert read_tuning(long, A2) == Tuning()
+    with pytest.raises(BackendError, match="cannot be written"):
+        write_tuning(long, A2, Tuning())
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BackendError, match="set HOME or XDG_CACHE_HOME"):
+        tuning_path({})
+
+
 @pytest.mark.parametrize(
     "expect,rows,told",
     [

@@ -15,10 +15,12 @@ from npuq.convert import convert_checkpoint
 from npuq.errors import GenerationError
 from npuq.models.config import ModelConfig
 from npuq.runtime.backend import make_ops
+from npuq.runtime.diagnostics import tune as tuning
 from npuq.runtime.diagnostics.bench import decode, timing
 from npuq.runtime.diagnostics.bench.synthetic import DEEPSEEK_V3_LAYERS, random_model
 from npuq.runtime.diagnostics.bench.traffic import operator_bytes, step_bytes
 from npuq.runtime.engine import Engine, EngineConfig
+from npuq.runtime.ops.ascend.tuning.grouped_matmul import Tuning
 from npuq.runtime.step import Chunk, RopeRows
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "tiny-deepseek-v3-fp8"
@@ -118,6 +120,55 @@ def test_only_experts_with_rows_count():
     )
     moved = rows.nbytes + out.nbytes + 16 * 8
     assert 15.9 < (all_of_them - moved) / (one - moved) < 16.1
+
+
+def test_gate_and_up_of_the_experts_count_alone():
+    model, _ = random_model(ModelConfig.from_dict(CONFIG), make_ops("reference"))
+    moe = model.weights.layers[1].moe
+    rows, out = torch.zeros(4, 256), torch.zeros(4, 128)
+    groups = torch.tensor([4] + [0] * 15)
+    inner = operator_bytes("experts_inner", [rows, groups, moe], out)
+    product = operator_bytes("grouped_matmul", [rows, moe.gate_up, groups], out)
+    assert inner == product
+
+
+def test_sequences_may_be_more_than_the_vocabulary_has_room_for():
+    bench = decode.bench_random("reference", None, 12, 2, {**CONFIG, "vocab_size": 64})
+    assert bench.sequences == 12
+
+
+@pytest.mark.parametrize("replays", [0, 1, None])
+def test_a_step_that_is_too_large_and_a_replay_that_fails_have_no_time(replays):
+    """replays: that work before one fails; None: the step is larger than any graph, whose use goes on."""
+    engine = engine_of("reference", 2)
+
+    class Graphs:
+        active, ran = True, 0
+
+        def run(self, chunks):
+            self.ran += 1
+            if replays is None or self.ran > replays:
+                self.active = replays is None
+                return None
+            return torch.zeros(2, 3)
+
+    engine.graphs = Graphs()
+    assert decode.measure(engine, "random", 2, 40).graph_seconds is None
+
+
+def test_tuning_reads_no_earlier_choices(monkeypatch, artifact):
+    """Also from a file that is refused: measuring again is to replace it."""
+    made = []
+
+    def make(device, **options):
+        made.append((device, options))
+        return make_ops("reference")
+
+    monkeypatch.setattr(tuning, "AscendOps", make)
+    monkeypatch.setattr("npuq.runtime.diagnostics.doctor.examine", lambda *_: SimpleNamespace(ready=True))
+    monkeypatch.setattr("npuq.cli.doctor._print", lambda report: None)
+    done = CliRunner().invoke(command, ["--tune", str(artifact)])
+    assert "only the ascend backend" in str(done.exception) and made == [("npu:0", {"tuning": Tuning()})]
 
 
 def test_a_random_model_is_measured():

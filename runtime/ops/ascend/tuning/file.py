@@ -46,9 +46,17 @@ def tuned_device(torch_npu: ModuleType, device: torch.device) -> Device:
 
 
 def tuning_path(environment: Mapping[str, str] = os.environ) -> Path:
-    """The file: below XDG_CACHE_HOME, which is ~/.cache unless set to an absolute path."""
+    """The file: below XDG_CACHE_HOME, which is ~/.cache unless set to an absolute path.
+
+    Raises BackendError where neither is known, as in a container whose user has no entry and no HOME.
+    """
     base = Path(environment.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "npuq" / "tuning.json"
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise BackendError("no home directory is known: set HOME or XDG_CACHE_HOME") from error
+    return base / "npuq" / "tuning.json"
 
 
 def read_tuning(path: Path, device: Device) -> Tuning:
@@ -56,7 +64,7 @@ def read_tuning(path: Path, device: Device) -> Tuning:
 
     Raises BackendError for a file that this version of npuq would not have written.
     """
-    return read_tunings(path).get(device, Tuning()) if path.exists() else Tuning()
+    return read_tunings(path).get(device, Tuning()) if _exists(path) else Tuning()
 
 
 def read_tunings(path: Path) -> dict[Device, Tuning]:
@@ -78,7 +86,7 @@ def write_tuning(path: Path, device: Device, tuning: Tuning) -> None:
     Raises BackendError where the file cannot be written. It then is as it was.
     """
     try:
-        tunings = read_tunings(path) if path.exists() else {}
+        tunings = read_tunings(path) if _exists(path) else {}
     except BackendError:
         tunings = {}
     earlier = tunings.pop(device, Tuning()).chosen
@@ -97,6 +105,13 @@ def write_tuning(path: Path, device: Device, tuning: Tuning) -> None:
             raise
     except OSError as error:
         raise BackendError(f"{path}: the tuning cannot be written: {error.strerror}") from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a folder that this user may not enter
+        return False
 
 
 def _entry(device: Device, tuning: Tuning) -> dict[str, Any]:
