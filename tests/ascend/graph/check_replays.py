@@ -126,6 +126,19 @@ def test_replays_in_bf16_equal_eager_steps(artifact, device, name, monkeypatch):
         check(run_both(artifact(name), device, torch.bfloat16, STEPS_IN_BF16)[1], 0.05)
 
 
+def test_a_replay_waits_for_the_end_of_the_last_one(artifact, device):
+    """Steps back to back, whose logits nobody reads, on a device slower than the host."""
+    with emulate.use_rules(wide=True):
+        replayed = Replayed(engine_of(artifact("example"), torch.float32, graphs=True))
+        chunks = replayed.chunks((0, 1, 2))
+        wanted = replayed.engine.graphs.run(chunks).clone()
+        device.lags = True
+        for _ in range(3):
+            found = replayed.engine.graphs.run(chunks)
+        device.synchronize()
+        assert torch.equal(found, wanted)
+
+
 def test_prefill_runs_eagerly_and_so_does_a_step_of_too_many(artifact, device):
     with emulate.use_rules(wide=True):
         engine = engine_of(artifact("example"), torch.float32, graphs=True)

@@ -5,6 +5,9 @@ torch_npu does that (`auto_dispatch_capture`): while it captures, it puts every 
 behind an event. A replay stops at each such event until `NPUGraph.update` has set that group up and records the event.
 So the replay starts first, and the host sets up the attention of later layers while earlier ones run.
 
+The replay also resets the events, behind its waits. So the update of a next one must not begin before the replay has
+ended: an event recorded before its reset would be lost, and the next replay would wait for ever.
+
 Sources: `torch_npu/npu/graphs.py` and `_npugraph_handlers/` in the wheels 2.10.0.post7 and 2.13.0. SGLang updates its
 graphs in the same way.
 """
@@ -28,10 +31,13 @@ class NpuGraph:
     def __init__(self, graph: Any, output: Tensor, npu: Any, device: torch.device):
         self.output = output
         self._graph, self._npu, self._device = graph, npu, device
+        self._end = npu.Event()  # of the last replay
 
     def replay(self, kv_lens: Sequence[int]) -> None:
         with self._npu.device(self._device):  # a thread begins with another one
+            self._end.synchronize()  # at once, where the last step's logits have been read
             self._graph.replay()
+            self._end.record()
             try:
                 self._graph.update(cpu_update_input=[{name: list(kv_lens) for name in KV_LENGTHS}])
             except BaseException:

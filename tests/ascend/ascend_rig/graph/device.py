@@ -59,6 +59,16 @@ class ExternalEvent:
         device.go_on()
 
 
+class Event:
+    """The end of what runs when it is recorded: of the graph, here."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        device.synchronize()
+
+
 class Graph:
     """Stands for torch_npu.npu.NPUGraph; its `update` is torch_npu's own."""
 
@@ -94,7 +104,8 @@ class Graph:
             raise GraphError("a replay before the capture's end")
         if not device.current:
             raise GraphError("a replay on whatever device the thread has")
-        device.synchronize()
+        if device.running is not None:
+            raise GraphError("a replay before the last one has reset its events: what is recorded meanwhile is lost")
         self.recorder.memory.spoil()
         self.replays += 1
         self.next = 0
@@ -160,12 +171,16 @@ class _Updating(TorchDispatchMode):
 
 
 class Device:
-    """The one device: what captures, what runs, and what an update changes."""
+    """The one device: what captures, what runs, and what an update changes.
+
+    lags: it is so slow that a graph runs only when the host waits for it.
+    """
 
     def __init__(self) -> None:
         self.capturing: Graph | None = None
         self.running: Graph | None = None
         self.graphs: list[Graph] = []
+        self.lags = False
         self.current: list[torch.device] = []
         self._group: int | None = None
         self._updating: _Updating | None = None
@@ -181,10 +196,12 @@ class Device:
             raise GraphError("an event is waited for, or reset, while a graph runs")
 
     def go_on(self) -> None:
-        if self.running is not None:
+        if self.running is not None and not self.lags:
             self.running.go_on()
 
     def synchronize(self) -> None:
+        if self.running is not None:
+            self.running.go_on()
         if self.running is not None:
             raise GraphError("the host waits for a graph that waits for an event")
 
@@ -232,6 +249,7 @@ def emulated() -> Iterator[Device]:
     on_npu = {
         "NPUGraph": device.new_graph,
         "Stream": Stream,
+        "Event": Event,
         "ExternalEvent": ExternalEvent,
         "stream": entering,
         "current_stream": lambda *_: current,
