@@ -56,6 +56,7 @@ def run_layer(layer: Layer) -> Outcome:
     """Run a layer of experts on this rank with the others, and alone; compare bit by bit."""
     with as_on_npus(layer.chips):
         alone, ops = _ops(layer, ALONE), _ops(layer, Distributed())
+        inputs, whole, own = _inputs(layer), _weights(layer, alone, 1), _weights(layer, ops, dist.get_world_size())
         rows: list[Tensor] = []
         products = ops.products.grouped_matmul
 
@@ -64,7 +65,6 @@ def run_layer(layer: Layer) -> Outcome:
             return products(x, experts, group_list)
 
         ops.products.grouped_matmul = counting  # type: ignore[method-assign]
-        inputs, whole, own = _inputs(layer), _weights(layer, alone, 1), _weights(layer, ops, dist.get_world_size())
         expected = alone.routing.moe_experts(*inputs[:3], whole, inputs[3])
         if layer.mutation:
             operator, change = mutations.of(layer.mutation)
@@ -117,7 +117,7 @@ def _weights(layer: Layer, ops: AscendOps, ranks: int) -> MoeWeights:
             ]
         )
 
-    return MoeWeights(
+    weights = MoeWeights(
         router=ops.weights.router(torch.zeros(layer.experts, layer.hidden)),
         correction_bias=None,
         gating=Gating(layer.k, "sigmoid", renormalize=True),
@@ -127,3 +127,4 @@ def _weights(layer: Layer, ops: AscendOps, ranks: int) -> MoeWeights:
         quantized=layer.scheme is not Scheme.FLOAT,
         ranks=ranks,
     )
+    return ops.routing.moe_of(weights)  # fused experts are tried here, as when a model is loaded
