@@ -103,7 +103,8 @@ class Engine:
     ):
         self.model = model
         self.config = config
-        self._eos_ids = eos_ids
+        # Files may name others, of any size; the model never gives them.
+        self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
         self._int8_cache = cache_scales is not None
         layers = range(model.config.num_hidden_layers)
         scales = cache_scales or [{} for _ in layers]
