@@ -31,6 +31,7 @@ from ..ops import (
     Mla,
     MlaConfig,
     MlaParts,
+    MoeWeights,
     Ops,
     Positions,
     Quantized,
@@ -232,6 +233,27 @@ def _grouped(scheme: Scheme) -> Case:
         counts = torch.tensor([3, 0, 2, 1, 4, 0, 5, 1]).to(ops.device)
         quantized = rows if scheme is Scheme.FLOAT else ops.norms.dynamic_quant(_rows(ops, 2 * EXPERTS, HIDDEN))
         return (ops.products.grouped_matmul(quantized, experts, counts),)
+
+    return case
+
+
+def _experts_inner(scheme: Scheme) -> Case:
+    """Values of gate and up with their activation, which a backend may do in one operator that rounds codes twice."""
+
+    def case(ops: Ops) -> tuple[Activation, ...]:
+        gate_up, down = (
+            ops.weights.experts_of(
+                [[_part(scheme, outputs, inputs, seed=10 * e + side) for side in sides] for e in range(EXPERTS)]
+            )
+            for outputs, inputs, sides in ((INNER, HIDDEN, (0, 1)), (HIDDEN, INNER, (2,)))
+        )
+        router = ops.weights.router(_weight(EXPERTS, HIDDEN, seed=5))
+        weights = ops.routing.moe_of(MoeWeights(router, None, Gating(2, "softmax"), gate_up, down, EXPERTS, True))
+        counts = torch.tensor([3, 0, 2, 1, 4, 0, 5, 1]).to(ops.device)
+        rows = ops.norms.dynamic_quant(_rows(ops, 2 * EXPERTS, HIDDEN))
+        inner = ops.routing.experts_inner(rows, counts, weights)
+        assert isinstance(inner, Quantized)
+        return (inner.codes.float() * inner.scale[:, None],)
 
     return case
 
@@ -479,6 +501,7 @@ CASES: dict[str, Case] = {
     "grouped_matmul FLOAT": _grouped(Scheme.FLOAT),
     "grouped_matmul W8A8": _grouped(Scheme.W8A8),
     "grouped_matmul W4A8": _grouped(Scheme.W4A8),
+    "gate and up of experts, activated": _experts_inner(Scheme.W4A8),
     "routing float": _routing(quantize=False),
     "routing int8": _routing(quantize=True),
     "rope, cache write and read": _rope_and_cache,

@@ -26,13 +26,20 @@ def test_the_ascend_set_passes(dtype, layout):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_the_way_to_write_an_int8_cache_is_told(paired):
-    with emulate.use_rules(paired_scales=paired):
+def test_what_the_trials_showed_is_told(paired):
+    with emulate.use_rules(paired_scales=paired, refuses_fused_experts=paired):
         results = list(selftest(harness.make("ascend", torch.bfloat16)))
     assert all(result.passed for result in results)
     told = [(result.operator, result.findings) for result in results if result.findings]
     way = "in steps, not by the fused operator" if paired else "by npu_kv_rmsnorm_rope_cache"
-    assert told == [("int8 cache write and read", (f"int8 latents are written {way}",))]
+    operators = "two operators" if paired else "one operator"
+    assert told == [
+        (
+            "gate and up of experts, activated",
+            (f"gate and up of the experts and their activation take {operators}",),
+        ),
+        ("int8 cache write and read", (f"int8 latents are written {way}",)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,7 @@ def test_the_way_to_write_an_int8_cache_is_told(paired):
     [
         ("norms", "swiglu", "swiglu"),
         ("norms", "dynamic_quant", "linear W8A8"),
+        ("norms", "dequant_swiglu_quant", "dequant_swiglu_quant"),
         ("norms", "dynamic_quant_by", "linear W8A8, divided"),
         ("norms", "swiglu_float32", "dequant_swiglu_quant, divided"),
         ("rotary", "interleave_rope", "rope, cache write and read"),
