@@ -65,7 +65,7 @@ class RopeRows:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the device needs to know of a step, on the host and then on the device."""
+    """Inputs of a step that the device reads, on the host and then on the device."""
 
     token_ids: Tensor
     positions: Tensor

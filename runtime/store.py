@@ -92,8 +92,7 @@ class FloatStore:
         return _float_part(self, prefix, outputs, inputs, share)
 
     def identity(self) -> object:
-        """What ranks compare, to have the same model: names, dtypes and shapes; of an artifact also schemes, and the
-        hashes of its manifest."""
+        """Facts by which ranks know the same model: names, dtypes, shapes; of an artifact also schemes and hashes."""
         return _headers(self._source.checkpoint)
 
 

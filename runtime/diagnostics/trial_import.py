@@ -42,7 +42,7 @@ def trial_import(module: str, version: str) -> None:
 
 
 def _last_words(stderr: bytes) -> str:
-    """What a dying process said: the `what()` of a C++ exception, else its last line."""
+    """Last words of a dying process: the `what()` of a C++ exception, else its last line."""
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("what():")] or lines[-1:]
     return f": {said[0].removeprefix('what():').strip()[:_MOST_QUOTED]}" if said else ""

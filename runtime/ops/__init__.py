@@ -130,7 +130,7 @@ class Ops:
     sparse: SparseAttention
 
     def findings(self) -> list[str]:
-        """What trials on the device have shown so far, a sentence each."""
+        """Results of the trials on the device so far, a sentence each."""
         return []
 
     def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
@@ -139,7 +139,7 @@ class Ops:
 
     @property
     def arithmetic(self) -> str:
-        """What the last bits of this backend's floats depend on, beside the operands.
+        """All that the last bits of this backend's floats depend on, beside the operands.
 
         Ranks must have it in common: each computes routers and norms for itself, and all must choose the same experts.
         """

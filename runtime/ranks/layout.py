@@ -100,7 +100,7 @@ class Layout:
             raise BackendError(f"tp={self.tp}: {reason}; with {self.ranks} ranks take {_one_of('tp', fitting)}")
 
     def owned(self, config: ModelConfig, rank: int) -> Owned:
-        """What a rank owns of a model. Raises BackendError as `check` does, and for a rank outside the layout."""
+        """A rank's part of a model. Raises BackendError as `check` does, and for a rank outside the layout."""
         self.check(config)
         if not 0 <= rank < self.ranks:
             raise BackendError(f"rank {rank} is none of {self.ranks}")
@@ -111,7 +111,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Owned:
-    """What one rank owns of a model.
+    """The part of a model that one rank owns.
 
     experts: routed experts of every layer that has them. heads: attention heads.
     """

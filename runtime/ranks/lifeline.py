@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from selectors import EVENT_READ, DefaultSelector
 from typing import Final, Protocol
 
+from ...inputs.printable import printable
 from .connections import Peer
 
 SILENCE_SECONDS: Final = 30.0
@@ -44,7 +45,7 @@ class Loss:
 
 
 class Ending(Protocol):
-    """What a rank does when another one has ended before its time. Both are called once, in the watching thread."""
+    """Actions of a rank when another one has ended before its time. Both are called once, in the watching thread."""
 
     def report(self, loss: Loss) -> None:
         """Tell the user, if the loss says so. Only then do other ranks end, and torchrun ends all."""
@@ -146,8 +147,13 @@ class Lifeline:
                 peer.left = True
             elif line.startswith(b"fail "):
                 peer.left = True
-                _, code, text = line.decode(errors="replace").split(" ", 2)
-                yield Loss(text, int(code), told=True, speaks=self._rank == 0)
+                yield self._told(peer, line.decode(errors="replace"))
+
+    def _told(self, peer: Peer, line: str) -> Loss:
+        _, code, text = (*line.split(" ", 2), "")[:3]
+        if not code.isascii() or not code.isdigit() or not text:
+            return self._lost_one(peer, "sent a message that npuq does not know: is it the same version?")
+        return Loss(printable(text), min(int(code[:3]), 255), told=True, speaks=self._rank == 0)
 
     def _lost_one(self, peer: Peer, what: str) -> Loss:
         speaks = self._rank == 0 or (self._rank == 1 and peer.rank == 0)

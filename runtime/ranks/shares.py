@@ -29,7 +29,10 @@ WHOLE: Final = Share()
 
 @dataclass(frozen=True)
 class Shares:
-    """What a rank loads. group: all ranks of the layout, of which neighbours divide heads, columns and vocabulary."""
+    """Parts of the weights that a rank loads.
+
+    group: all ranks of the layout, of which neighbours divide heads, columns and vocabulary.
+    """
 
     owned: Owned
     group: Group

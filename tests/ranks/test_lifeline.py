@@ -85,6 +85,17 @@ def test_a_failed_rank_says_why(ranks: Ranks) -> None:
     assert not ranks.endings[2].calls  # it ends by its own error
 
 
+@pytest.mark.parametrize("message", [b"fail\xff x y", b"fail -1 words", b"fail 1", b"fail \xd9\xa3 words", b"fail  "])
+def test_a_strange_message_is_a_loss(ranks: Ranks, message: bytes) -> None:
+    ranks.followers[2].send(b"fail " + message.removeprefix(b"fail") + b"\n")
+    assert ranks.loss(0).text == "rank 2 sent a message that npuq does not know: is it the same version?"
+
+
+def test_words_of_a_rank_are_printable(ranks: Ranks) -> None:
+    ranks.followers[2].send(b"fail 70 a\x1b[31mb\n")
+    assert ranks.loss(0) == Loss("a\\x1b[31mb", 70, told=True, speaks=True)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_of_the_followers_rank_1_speaks_for_rank_0(rank: int) -> None:
     near, far = socket.socketpair()

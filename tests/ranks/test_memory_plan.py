@@ -135,16 +135,16 @@ def test_200000_tensors_in_seconds(tmp_path: Path) -> None:
 Said = tuple[int, str, str]
 
 
-def test_the_command(npuq_command: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_command(run: Callable[..., Said], tmp_path: Path) -> None:
     path = tmp_path / "v3.json"
     path.write_text(json.dumps(V3))
-    status, out, _ = npuq_command("doctor", "--plan", path, "--devices", 8, "--memory", "64GB")
+    status, out, _ = run("doctor", "--plan", path, "--devices", 8, "--memory", "64GB")
     assert status == 0
     assert "deepseek_v3, as converted by recipe w4a8, on 8 devices of 64 GB" in out
     assert "npuq         ep=8,tp=8      45.1 GB    622 MB      70.3 kB       165,963  yes ← recommended" in out
     assert "vllm-ascend  dp=2,tp=4,ep   47.9 GB" in out and "scale_bias of all of them" in out
     assert "--nproc-per-node 8 -m npuq generate … --parallel ep=8,tp=8" in out and "Assumed:" in out
-    status, out, _ = npuq_command("doctor", "--plan", path, "--devices", 4, "--memory", "64GB", "--json")
+    status, out, _ = run("doctor", "--plan", path, "--devices", 4, "--memory", "64GB", "--json")
     plan = json.loads(out)
     assert status == 1 and plan["recommended"] is None
     assert plan["fewest"]["ranks"] == 8 and not any(line["fits"] for line in plan["layouts"])
@@ -166,12 +166,12 @@ def test_the_command(npuq_command: Callable[..., Said], tmp_path: Path) -> None:
         (["--plan", "X", "--as", "llama"], "is no family"),
     ],
 )
-def test_wrong_usage(arguments: list[str], words: str, npuq_command: Callable[..., Said]) -> None:
-    status, _, err = npuq_command("doctor", *arguments)
+def test_wrong_usage(arguments: list[str], words: str, run: Callable[..., Said]) -> None:
+    status, _, err = run("doctor", *arguments)
     assert status in (1, 2) and words in err
 
 
-def test_hostile_headers_are_refused_in_a_line(npuq_command: Callable[..., Said], tmp_path: Path) -> None:
+def test_hostile_headers_are_refused_in_a_line(run: Callable[..., Said], tmp_path: Path) -> None:
     """A tensor missing, of another shape, and sizes that no memory holds."""
     small = V2_LITE | {"num_hidden_layers": 2}
     write_release(tmp_path / "missing", small)
@@ -182,9 +182,9 @@ def test_hostile_headers_are_refused_in_a_line(npuq_command: Callable[..., Said]
     (tmp_path / "huge.json").write_text(json.dumps(V3 | {"hidden_size": 1 << 24, "intermediate_size": 1 << 24}))
     (tmp_path / "list.json").write_text("[]")
     for name, words in (("missing", "is not in"), ("shapes", "has shape"), ("list.json", "object")):
-        status, _, err = npuq_command("doctor", "--plan", tmp_path / name)
+        status, _, err = run("doctor", "--plan", tmp_path / name)
         assert status == 1 and words in err and err.count("\n") == 1
-    status, out, _ = npuq_command("doctor", "--plan", tmp_path / "huge.json")
+    status, out, _ = run("doctor", "--plan", tmp_path / "huge.json")
     assert status == 1 and "No number of such devices holds it" in out
 
 

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_support import CALIBRATION, EVALUATION, edit_json
 
-from npuq.cli.main import main
 from npuq.errors import ReportError
 from npuq.report import Facts, read_facts, write_report
 from npuq.report.coverage_figure import _ticks
@@ -80,23 +79,6 @@ class Page(HTMLParser):
 @pytest.fixture
 def facts(calibrated: Path) -> Facts:
     return read_facts(calibrated)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["npuq", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
 
 
 def plain_page(facts: Facts) -> Page:

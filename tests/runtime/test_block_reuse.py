@@ -59,7 +59,7 @@ class Cache:
                 self.end(sequence)
 
     def check(self, sequence: Sequence, length: int) -> None:
-        """What the sequence will attend to is its own."""
+        """The blocks that the sequence attends to are its own."""
         for place in range(length):
             block = sequence.blocks[place // SIZE]
             assert self.slots[block * SIZE + place % SIZE] == (sequence.salt, tuple(sequence.tokens[: place + 1]))

@@ -82,7 +82,7 @@ class OperatorTimer:
                 delattr(operators, name)
 
     def times(self) -> list[OperatorTime]:
-        """What was measured, the most expensive first."""
+        """Measurements, the most expensive first."""
         found = [
             OperatorTime(name, shapes, each.calls, median(each.own), each.moved)
             for (name, shapes), each in self._measured.items()

@@ -13,6 +13,9 @@ from .side_stream import SideStream
 CAUSAL_MASK_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: query i of S_q sees key j ≤ i + S_kv − S_q
 NO_MASK = 0
+ROWS_OF_EACH = (
+    1  # expert_tokens_num_type, expert_token_nums_type, group_list_type: rows of each expert, not running sums
+)
 
 
 @dataclass

@@ -14,8 +14,7 @@ from ...ranks.group import Group
 from ..handles import Experts, Quantized
 from ..norms import Norms
 from ..products import Products
-from .device import Npu
-from .products import COUNTS
+from .device import ROWS_OF_EACH, Npu
 from .weights import QuantizedExperts, W4A8Experts, fits_nz
 
 PER_CHANNEL = 0  # dequant_mode
@@ -63,7 +62,7 @@ class FusedExperts:
             rows.scale,
             group_list,
             dequant_mode=PER_CHANNEL,
-            group_list_type=COUNTS,
+            group_list_type=ROWS_OF_EACH,
             **bias,
         )
         return Quantized(codes, row_scale)

@@ -13,7 +13,7 @@ from ....errors import BackendError
 from ..handles import Activation, Experts, Linear, Quantized, Router, own
 from ..norms import Norms
 from ..products import Products
-from .device import Npu
+from .device import ROWS_OF_EACH, Npu
 from .ranks.rows import integer_sums
 from .tuning.grouped_matmul import Tuning
 from .weights import (
@@ -27,8 +27,6 @@ from .weights import (
     W8A8Linear,
     float_scales,
 )
-
-COUNTS = 1  # group_list_type: rows of each expert, not running sums
 
 
 class AscendProducts(Products):
@@ -96,7 +94,7 @@ class AscendProducts(Products):
             [rows],
             [weight],
             group_list=group_list,
-            group_list_type=COUNTS,
+            group_list_type=ROWS_OF_EACH,
             group_type=0,
             split_item=2,
             output_dtype=self.npu.dtype,

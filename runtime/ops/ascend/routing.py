@@ -10,12 +10,11 @@ from ..handles import Activation, Gating, MoeWeights, Quantized
 from ..norms import Norms
 from ..products import Products
 from ..routing import Routing
-from .device import Npu
+from .device import ROWS_OF_EACH, Npu
 from .fused_experts import FusedExperts
 from .ranks.communicator import Communicator
 from .ranks.experts import DividedExperts
 
-COUNTS = 1  # expert_tokens_num_type: rows of each expert, not running sums
 ROW_ORDER = 2  # drop_pad_mode of finalize: row_index[t · k + j], as init_routing_v2 gives it (the default is columns)
 DYNAMIC_INT8, NOT_QUANTIZED = 1, -1  # quant_mode of init_routing_v2
 
@@ -100,7 +99,7 @@ class AscendRouting(Routing):
             expert_ids,
             active_num=expert_ids.numel(),
             expert_num=num_experts,
-            expert_tokens_num_type=COUNTS,
+            expert_tokens_num_type=ROWS_OF_EACH,
             expert_tokens_num_flag=True,
             active_expert_range=[0, num_experts],
             quant_mode=DYNAMIC_INT8 if quantize else NOT_QUANTIZED,

@@ -187,7 +187,7 @@ def explain_import_error(version: str, error: ImportError) -> str:
 
 
 def has_npu_driver() -> bool:
-    """Whether the driver's device files are there. Each process and container that uses an NPU needs them."""
+    """True if the driver's device files are there. Each process and container that uses an NPU needs them."""
     return any(_DEVICES.glob("*davinci*"))
 
 

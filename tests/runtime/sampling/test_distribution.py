@@ -40,7 +40,7 @@ class Some:
 
 
 def probabilities(logits: np.ndarray, params: SamplingParams, allowed: Sequence[int] | None) -> np.ndarray:
-    """What is drawn from, after the documentation."""
+    """The distribution that is drawn from, after the documentation."""
     values = logits.astype(np.float64)
     for token in {*PROMPT, *GENERATED}:
         factor = params.repetition_penalty

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from ...handles import Activation, MoeWeights, Quantized
 from ...routing import Routing
-from ..device import Npu
+from ..device import ROWS_OF_EACH, Npu
 from .communicator import Communicator
 from .rules import Exchange, MoeShape, dispatch_tokens, exchange_of
 from .slices import Slices
 
-COUNTS = 1  # expert_tokens_num_type, expert_token_nums_type: rows of each expert, not running sums
 DYNAMIC_INT8, NOT_QUANTIZED = 1, -1  # quant_mode of init_routing_v2
 
 
 class Sent(NamedTuple):
-    """What a rank dispatches: for each of its rows, k a token, where it is among all rows and whose copy it is.
+    """Rows that a rank dispatches: for each of them, k a token, where it is among all rows and whose copy it is.
 
     All slices are padded to the longest; `active` is true for the rows that are not padding.
     """
@@ -94,7 +93,7 @@ class DividedExperts:
             expert_ids,
             active_num=expert_ids.numel(),
             expert_num=weights.num_experts,
-            expert_tokens_num_type=COUNTS,
+            expert_tokens_num_type=ROWS_OF_EACH,
             expert_tokens_num_flag=True,
             active_expert_range=[first, first + each],
             quant_mode=DYNAMIC_INT8 if weights.quantized else NOT_QUANTIZED,
@@ -145,7 +144,7 @@ class DividedExperts:
             hidden.index_select(0, sent.tokens),
             ids,
             expert_scales=sent.ones if scales_travel else None,
-            expert_token_nums_type=COUNTS,
+            expert_token_nums_type=ROWS_OF_EACH,
             **same,
         )
         rows: Activation = self._quantized(received) if weights.quantized else received
@@ -175,7 +174,7 @@ class DividedExperts:
             self._order(count).unsqueeze(1),
             active_num=count,
             expert_num=count,
-            expert_tokens_num_type=COUNTS,
+            expert_tokens_num_type=ROWS_OF_EACH,
             expert_tokens_num_flag=True,
             active_expert_range=[0, count],
             quant_mode=DYNAMIC_INT8,

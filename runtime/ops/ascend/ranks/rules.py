@@ -78,8 +78,10 @@ LIMITS = {"Atlas A2 (Ascend 910B)": A2, "Atlas A3 (Ascend 910C)": A3}
 
 @dataclass(frozen=True)
 class MoeShape:
-    """What the choice depends on. ranks: of the group. experts: of the layer, all ranks' together. hidden: channels.
-    k: experts a token."""
+    """Sizes that the choice depends on.
+
+    ranks: of the group. experts: of the layer, all ranks' together. hidden: channels. k: experts a token.
+    """
 
     ranks: int
     experts: int

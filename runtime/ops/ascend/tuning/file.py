@@ -32,7 +32,7 @@ MOST_SIZE = 1 << 24
 
 @dataclass(frozen=True)
 class Device:
-    """What a measurement holds for: the driver's name of the chip, CANN's version and torch_npu's."""
+    """Device that a measurement holds for: the driver's name of the chip, CANN's version and torch_npu's."""
 
     name: str
     cann: str

@@ -15,7 +15,7 @@ from ..weights import INT4_PER_INT32, QuantizedExperts, W4A8Experts
 
 
 class Expectation(str, Enum):
-    """What to tell the operator.
+    """Advice to the operator.
 
     NONE: nothing. MEAN: the mean of the call's rows over the experts. EXPANDED: enough to expand W4A8 weights.
     """
