@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..runtime.diagnostics.bench.decode import Bench
     from ..runtime.diagnostics.doctor import Diagnosis
     from ..runtime.diagnostics.model_fit import ModelFit
-    from ..runtime.diagnostics.selftest import Result
+    from ..runtime.diagnostics.selftest.comparison import Result
     from ..runtime.diagnostics.tune import Tried
 
 
@@ -131,7 +131,7 @@ def _plan(
 
 def _selftest(report: Diagnosis, device: str) -> list[Result]:
     from ..runtime.backend import make_ops
-    from ..runtime.diagnostics.selftest import selftest
+    from ..runtime.diagnostics.selftest.comparison import selftest
 
     return list(selftest(make_ops("ascend", device=device) if report.ready else make_ops("cpu")))
 

@@ -12,7 +12,7 @@ from ascend_rig.install import TORCH_NPU
 from ascend_rig.recorder import Recorder
 from ascend_rig.schemas import Call, fit_table, installed_schema, misfits
 
-from npuq.runtime.diagnostics.selftest import CASES
+from npuq.runtime.diagnostics.selftest.cases import CASES
 from npuq.runtime.ops import Gating
 from npuq.runtime.ops.ascend.support import OPERATORS
 from npuq.runtime.ops.ascend.tuning.grouped_matmul import Expectation, MatmulShape, Tuning

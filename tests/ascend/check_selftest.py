@@ -8,7 +8,8 @@ import pytest
 import torch
 from ascend_rig import emulate, harness
 
-from npuq.runtime.diagnostics.selftest import CASES, INT8_CACHE_CASES, selftest
+from npuq.runtime.diagnostics.selftest.cases import CASES, INT8_CACHE_CASES
+from npuq.runtime.diagnostics.selftest.comparison import selftest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -19,7 +19,8 @@ from npuq.errors import BackendError
 from npuq.native.library import levels
 from npuq.runtime.backend import make_ops
 from npuq.runtime.diagnostics import doctor
-from npuq.runtime.diagnostics.selftest import CASES, selftest
+from npuq.runtime.diagnostics.selftest.cases import CASES
+from npuq.runtime.diagnostics.selftest.comparison import selftest
 from npuq.runtime.ops.ascend import support as ascend_support
 
 

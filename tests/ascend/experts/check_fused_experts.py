@@ -10,7 +10,7 @@ from ascend_rig import emulate, harness
 from ascend_rig.mutants import Change, Mutant, mapped, setting, without
 
 from npuq.formats.schemes import Scheme
-from npuq.runtime.diagnostics.selftest import EXPERTS, HIDDEN, INNER, _part, _random
+from npuq.runtime.diagnostics.selftest.data import EXPERTS, HIDDEN, INNER, random_values, stored_part
 from npuq.runtime.ops import Ops, Quantized
 from npuq.runtime.ops.reference.routing import swiglu_quant_twice
 from npuq.runtime.ranks.group import ALONE, Alone
@@ -21,13 +21,13 @@ COUNTS = [3, 0, 2, 1, 4, 0, 5, 1]
 
 def experts_of(ops: Ops, scheme: Scheme) -> Any:
     return ops.weights.experts_of(
-        [[_part(scheme, INNER, HIDDEN, seed=10 * e + side) for side in (0, 1)] for e in range(EXPERTS)]
+        [[stored_part(scheme, INNER, HIDDEN, seed=10 * e + side) for side in (0, 1)] for e in range(EXPERTS)]
     )
 
 
 def rows_of() -> Quantized:
-    codes = (40 * _random(sum(COUNTS) + 3, HIDDEN, seed=3)).clamp(-127, 127).to(torch.int8)
-    return Quantized(codes, _random(len(codes), seed=4).abs() / 100)
+    codes = (40 * random_values(sum(COUNTS) + 3, HIDDEN, seed=3)).clamp(-127, 127).to(torch.int8)
+    return Quantized(codes, random_values(len(codes), seed=4).abs() / 100)
 
 
 @pytest.mark.parametrize("scheme", [Scheme.W4A8, Scheme.W8A8])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme
-from npuq.runtime.diagnostics import selftest
+from npuq.runtime.diagnostics.selftest import data
 from npuq.runtime.ops import Gating, MoeWeights
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.ascend.ranks.rules import MoeShape
@@ -109,7 +109,7 @@ def _weights(layer: Layer, ops: AscendOps, ranks: int) -> MoeWeights:
     first = ops.group.rank * each
 
     def stacked(names: tuple[str, ...], outputs: int, inputs: int) -> Any:
-        part: Callable[..., Any] = selftest._part
+        part: Callable[..., Any] = data.stored_part
         return ops.weights.experts_of(
             [
                 [part(layer.scheme, outputs, inputs, seed=10 * expert + place) for place, _ in enumerate(names)]

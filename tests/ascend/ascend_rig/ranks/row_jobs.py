@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme
-from npuq.runtime.diagnostics import selftest
+from npuq.runtime.diagnostics.selftest import data
 from npuq.runtime.ops import LinearPart, MlpWeights
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.handles import RowParallel
@@ -102,8 +102,8 @@ WRONG_STATIC: dict[str, Callable[[AscendOps], None]] = {
 def run_linear(scheme: Scheme, wrong: str = "") -> bool:
     """Multiply by a linear with divided inputs; True if every bit is that of one process."""
     alone, ops, division = _both()
-    whole = selftest._part(scheme, HIDDEN, INNER, seed=3)
-    x = selftest._rows(alone, TOKENS, INNER, seed=4)
+    whole = data.stored_part(scheme, HIDDEN, INNER, seed=3)
+    x = data.random_rows(alone, TOKENS, INNER, seed=4)
     x[2] = 0
     expected = alone.products.linear(x, alone.weights.linear_of([whole]))
     handle = ops.weights.row_parallel_of(_columns(whole, division, ops))
@@ -118,10 +118,10 @@ def run_linear(scheme: Scheme, wrong: str = "") -> bool:
 def run_mlp(scheme: Scheme, wrong: str = "") -> bool:
     """Run an MLP with divided inner channels; True if every bit is that of one process."""
     alone, ops, division = _both()
-    gate, up = (selftest._part(scheme, INNER, HIDDEN, seed=seed) for seed in (5, 6))
-    down = selftest._part(scheme, HIDDEN, INNER, seed=7)
+    gate, up = (data.stored_part(scheme, INNER, HIDDEN, seed=seed) for seed in (5, 6))
+    down = data.stored_part(scheme, HIDDEN, INNER, seed=7)
     quantized = scheme is Scheme.W8A8
-    x = selftest._rows(alone, TOKENS, HIDDEN, seed=8)
+    x = data.random_rows(alone, TOKENS, HIDDEN, seed=8)
     x[2] = 0
     weights = alone.weights
     whole = MlpWeights(weights.linear_of([gate, up]), weights.linear_of([down]), quantized)
