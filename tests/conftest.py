@@ -43,24 +43,6 @@ def eval_text() -> Path:
     return EXAMPLES / "eval.txt"
 
 
-@pytest.fixture(scope="session")
-def artifact(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint as a W4A8 artifact. The fast method: what is tested here is running it."""
-    import npuq
-
-    directory = tmp_path_factory.mktemp("artifact") / "w4a8"
-    npuq.convert_checkpoint(example_fp8, directory, method="minmax", workers=1)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def int8_artifact(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with scales for an int8 KV cache."""
-    from int8_cache import copy_with_scales
-
-    return copy_with_scales(artifact, tmp_path_factory.mktemp("int8-cache") / "w4a8")
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process: (exit code, stdout, stderr)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from example_artifact import artifact, int8_artifact  # noqa: F401  (fixtures)
 
 import npuq
 import npuq.runtime
