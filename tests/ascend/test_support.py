@@ -169,7 +169,7 @@ def test_the_documented_table_is_the_measured_one():
     rows = {}
     for line in (folder.parents[1] / "docs" / "ascend.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        rows[cells[0]] = cells[1:]
+        rows.setdefault(cells[0], cells[1:])  # the first table: the second compares with the engines
     assert rows["operator"] == list(table)
     assert rows["**launches**"] == [f"**{case['total']}**" for case in table.values()]
     for kind in {kind for case in table.values() for kind in case["launches"]}:

@@ -124,7 +124,7 @@ def test_what_is_no_sentencepiece_model(tmp_path: Path, ranks: dict[bytes, int])
         b"\x00",
         garbled,
         b"version https://git-lfs.github.com/spec/v1\n",
-        train("llama", **LLAMA)[:-1000],
+        train("llama", **LLAMA)[:-1],  # inside the last field: where a longer cut falls depends on the training
     ):
         refused(write(tmp_path, content), said)
 
