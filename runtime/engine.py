@@ -130,8 +130,8 @@ class Engine:
         )
         self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
-        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
+        self.budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self.budget)
 
     def sequence(
         self,
@@ -334,7 +334,7 @@ class Engine:
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         decodes = sum(work.sequence.is_decoding for work in scheduled)
         prefill = sum(work.count for work in scheduled if not work.sequence.is_decoding)
-        self._budget.measured(prefill, decodes, seconds)
+        self.budget.measured(prefill, decodes, seconds)
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds
