@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     metavar="JSON",
     help="With --chat or --messages: other variables of the template, like '{\"thinking\": true}'.",
 )
-@sampling_options
+@sampling_options(max_new_tokens=256)
 @click.option(
     "--stop",
     "stops",
