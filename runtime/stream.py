@@ -62,12 +62,9 @@ class Stream(abc.Iterator[Piece]):
     """
 
     def __init__(self, loop: Loop, tokenizer: Tokenizer, request: Request):
-        params = request.params
-        stops, stop_ids = tokenizer.split_stops(params.stop)
-        prompts = [prompt for prompt in request.prompts for _ in range(params.n)]
-        self._inbox = _Inbox([TextStream(tokenizer, prompt, stops, params.min_tokens) for prompt in prompts])
+        self._inbox = Inbox(tokenizer, request)
         self._loop = loop
-        loop.add(self._inbox, request, stop_ids)
+        loop.add(self._inbox, request, self._inbox.stop_ids)
 
     def __next__(self) -> Piece:
         inbox = self._inbox
@@ -112,10 +109,17 @@ class Stream(abc.Iterator[Piece]):
             self._loop.abandon(inbox)
 
 
-class _Inbox:
-    """Pieces and error of a stream that were not read yet. The loop refers to it, and not to the stream."""
+class Inbox:
+    """Pieces and error of a request that were not read yet. The loop refers to it, and not to its reader.
 
-    def __init__(self, texts: abc.Sequence[TextStream]):
+    stop_ids: tokens that end its sequences. Raises GenerationError for stop strings that cannot be found.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        params = request.params
+        stops, self.stop_ids = tokenizer.split_stops(params.stop)
+        prompts = [prompt for prompt in request.prompts for _ in range(params.n)]
+        texts = [TextStream(tokenizer, prompt, stops, params.min_tokens) for prompt in prompts]
         self.sequences: tuple[Sequence, ...] = ()
         self._places: dict[Sequence, int] = {}
         self.pieces: deque[Piece] = deque()
