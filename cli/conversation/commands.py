@@ -26,8 +26,9 @@ def run(session: Session, line: str) -> bool:
 
 
 def _help(session: Session, _: str) -> None:
-    width = max(len(usage) for usage, _, _ in _lines())
-    for usage, _, text in _lines():
+    lines = [(f"/{name} {arguments}".strip(), text) for name, (arguments, _function, text) in _COMMANDS.items()]
+    width = max(len(usage) for usage, _text in lines)
+    for usage, text in lines:
         session.screen.note(f"{usage:{width}}  {text}")
     session.screen.note('A line of """ begins a message of several lines, and another ends it. // stands for /.')
     session.screen.note("Ctrl-C stops an answer, and keeps what came; twice, or Ctrl-D, leaves.")
@@ -109,7 +110,7 @@ def _exit(session: Session, _: str) -> None:
 _COMMANDS: Final[dict[str, tuple[str, Callable[[Session, str], None], str]]] = {
     "help": ("", _help, "this list"),
     "system": ("TEXT", _system, 'show or change the system message; "" removes it'),
-    "set": ("NAME=VALUE", _set, "show or change sampling: temperature=0.6, max_new_tokens=200, stop=[\"\\n\"], …"),
+    "set": ("NAME=VALUE", _set, 'show or change sampling: temperature=0.6, max_new_tokens=200, stop=["\\n"], …'),
     "retry": ("", _retry, "ask the last question again"),
     "undo": ("", _undo, "take back the last question and its answer"),
     "clear": ("", _clear, "start over, with the same system message and settings"),
@@ -118,7 +119,3 @@ _COMMANDS: Final[dict[str, tuple[str, Callable[[Session, str], None], str]]] = {
     "stats": ("", _stats, "tokens, speed and use of the prefix cache"),
     "exit": ("", _exit, "leave"),
 }
-
-
-def _lines() -> list[tuple[str, Callable[[Session, str], None], str]]:
-    return [(f"/{name} {arguments}".strip(), function, text) for name, (arguments, function, text) in _COMMANDS.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import GenerationError
@@ -46,9 +46,7 @@ class LocalChat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation in the chat template."""
-        return self.model.tokenizer.chat(
-            messages, chat_template=self._template, chat_template_kwargs=self._variables
-        )
+        return self.model.tokenizer.chat(messages, chat_template=self._template, chat_template_kwargs=self._variables)
 
     def close(self) -> None:
         """End the use of the model."""
@@ -80,7 +78,9 @@ class LocalReply:
         """Free the blocks of the cache."""
         self._deltas.close()
 
-    def _generate(self, chat: LocalChat, messages: Sequence[Message], params: SamplingParams) -> Iterator[Delta]:
+    def _generate(
+        self, chat: LocalChat, messages: Sequence[Message], params: SamplingParams
+    ) -> Generator[Delta, None, None]:
         prompt = chat.prompt(messages)
         if len(prompt) >= chat.model.context:
             raise GenerationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from ...inputs.printable import printable
 from ..terminal.console import say, write
@@ -73,10 +74,8 @@ class Screen:
 
 def ask(prompt: str) -> Callable[[], str]:
     """Make a function that reads a line of the terminal, with editing and history where Python has readline."""
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401  (input() uses it once it is imported)
-    except ImportError:
-        pass
     if sys.stdout.isatty():
         return lambda: input(prompt)
 

@@ -1,4 +1,4 @@
-"""A conversation with a model behind an OpenAI-compatible server, which is not trusted: its replies are read with limits.
+"""A conversation with a model behind an OpenAI-compatible server. It is not trusted: replies are read with limits.
 
 Fields as in OpenAI's chat completions; the reasoning of an answer comes as `reasoning_content` (SGLang, DeepSeek) or
 `reasoning` (vLLM).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPException, HTTPResponse
@@ -111,7 +111,9 @@ class ServerChat:
             raise ServerError(f"{self.base}: sent nothing for {SILENCE_SECONDS:g} s") from cause
         except URLError as cause:
             reason = getattr(cause.reason, "strerror", None) or cause.reason
-            raise ServerError(f"{self.base}: cannot be reached: {_short(reason)}; is a server running there?") from cause
+            raise ServerError(
+                f"{self.base}: cannot be reached: {_short(reason)}; is a server running there?"
+            ) from cause
         except (OSError, HTTPException, ValueError) as cause:  # ValueError: of http.client, on malformed lengths
             what = getattr(cause, "strerror", None) or cause
             raise ServerError(f"{self.base}: the connection broke: {_short(what) or type(cause).__name__}") from cause
@@ -138,14 +140,15 @@ class ServerChat:
         if len(content) > _MOST_DOCUMENT_BYTES:
             raise ServerError(f"{where}: is larger than {_MOST_DOCUMENT_BYTES} bytes")
         listed = parse_object(content, where, ServerError).get("data")
-        first = listed[0] if isinstance(listed, list) and listed else None
+        models = listed if isinstance(listed, list) else []
+        first = models[0] if models else None
         if not isinstance(first, dict) or not isinstance(first.get("id"), str) or not first["id"]:
             raise ServerError(f"{where}: lists no model; name one with --model")
         context = first.get("max_model_len")
         if type(context) is int and context > 0:
             self.context = context
-        if len(listed) > 1:
-            self.notes.append(f"the server has {len(listed)} models; --model chooses another than the first")
+        if len(models) > 1:
+            self.notes.append(f"the server has {len(models)} models; --model chooses another than the first")
         name: str = first["id"]
         return name
 
@@ -182,7 +185,7 @@ class ServerReply:
         if self._response is not None:
             self._response.close()
 
-    def _read(self) -> Iterator[Delta]:
+    def _read(self) -> Generator[Delta, None, None]:
         path = "/chat/completions"
         where = self._chat.base + path
         self._response = response = self._chat.open(path, self._body)

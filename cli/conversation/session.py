@@ -80,23 +80,8 @@ class Session:
 
     def run(self, read_line: ReadLine) -> None:
         """Ask what is typed, until its end or /exit. Raises KeyboardInterrupt after Ctrl-C twice."""
-        while True:
-            try:
-                message, is_quoted = _message(read_line)
-                self._interrupted = False
-                if not self._take(message, is_quoted=is_quoted):
-                    return
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                if not self.interactive or self._interrupted:
-                    raise
-                self._interrupted = True
-                self.screen.note("(Ctrl-C again, or Ctrl-D, leaves)")
-            except NpuqError as error:
-                if not self.interactive or isinstance(error, OutputError):
-                    raise
-                self.screen.note(f"npuq: {error}")
+        while self._go_on(read_line):
+            continue
 
     def ask(self, question: str) -> None:
         """Ask the model and print its answer. An answer that was stopped is kept as far as it came."""
@@ -162,6 +147,25 @@ class Session:
         if last is not None:
             yield last.summary()
 
+    def _go_on(self, read_line: ReadLine) -> bool:
+        """Take what is typed next; False to leave."""
+        try:
+            message, is_quoted = _message(read_line)
+            self._interrupted = False
+            return self._take(message, is_quoted=is_quoted)
+        except EOFError:
+            return False
+        except KeyboardInterrupt:
+            if not self.interactive or self._interrupted:
+                raise
+            self._interrupted = True
+            self.screen.note("(Ctrl-C again, or Ctrl-D, leaves)")
+        except NpuqError as error:
+            if not self.interactive or isinstance(error, OutputError):
+                raise
+            self.screen.note(f"npuq: {error}")
+        return True
+
     def _take(self, message: str, *, is_quoted: bool) -> bool:
         """Ask a message or obey a command; False to leave."""
         if not message.strip():
@@ -202,12 +206,12 @@ def _message(read_line: ReadLine) -> tuple[str, bool]:
     message = read_line()
     is_quoted = message.startswith(_QUOTES)
     if is_quoted:
-        message = message.removeprefix(_QUOTES)
-        while not message.endswith(_QUOTES):
-            try:
+        try:
+            message = message.removeprefix(_QUOTES)
+            while not message.endswith(_QUOTES):
                 message += "\n" + read_line()
-            except EOFError:
-                raise GenerationError(f"the message that begins with {_QUOTES} has no end") from None
+        except EOFError:
+            raise GenerationError(f"the message that begins with {_QUOTES} has no end") from None
         message = message.removesuffix(_QUOTES).strip("\n")
     if any("\ud800" <= character <= "\udfff" for character in message):
         raise GenerationError("the message is not UTF-8 text")

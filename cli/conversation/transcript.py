@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import GenerationError
-from ...inputs.files import read_given_text
+from ...inputs.files import read_given_text, reason
 from ...inputs.json_text import parse_json
 
 _MOST_BYTES: Final = 64 << 20
@@ -70,19 +70,19 @@ class Transcript:
         if os.path.lexists(path) and path.absolute() not in self._own_files:
             raise GenerationError(f"{path}: exists already; save to another name")
         text = json.dumps({"messages": self.messages()}, indent=2, ensure_ascii=False)
-        name = None
+        unfinished = None
         try:
             with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                name = file.name
+                unfinished = Path(file.name)
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, path)
+            unfinished.replace(path)
         except (OSError, ValueError) as cause:  # ValueError: a NUL in the name
-            if name is not None:
+            if unfinished is not None:
                 with suppress(OSError):
-                    os.unlink(name)
-            raise GenerationError(f"{path}: cannot be written: {getattr(cause, 'strerror', None) or cause}") from cause
+                    unfinished.unlink()
+            raise GenerationError(f"{path}: cannot be written: {reason(cause)}") from cause
         self._own_files.add(path.absolute())
 
     def load(self, path: Path) -> None:

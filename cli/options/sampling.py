@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from ..runtime import SamplingParams
+    from ...runtime import SamplingParams
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
