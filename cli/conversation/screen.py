@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...inputs.printable import printable
-from ..terminal.console import say, write
+from ..terminal.console import complain, say, write
 from .chat_model import Delta
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -80,8 +80,7 @@ def ask(prompt: str) -> Callable[[], str]:
         return lambda: input(prompt)
 
     def without_echo() -> str:
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+        complain(prompt)
         return input()
 
     return without_echo
