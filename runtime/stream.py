@@ -23,6 +23,7 @@ class Completion:
     string) or "length". prefill_seconds, decode_seconds: wall time of the steps that the prompt took part in, which it
     shares with other prompts. token_ids: with the token that ended the completion, if one did. logprobs: of the tokens
     whose text is in `text`, if the request asks for them. cached_tokens: those of the prompt that the cache held.
+    prompt_logprobs: of the prompt's tokens from the second on, if the request asks for them; of the first of n alone.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Completion:
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -165,6 +167,7 @@ class Inbox:
             decode_seconds=sequence.decode_seconds,
             logprobs=tuple(self._logprobs[index][: text.num_settled]) if reports else None,
             cached_tokens=sequence.num_reused or 0,
+            prompt_logprobs=None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs),
         )
         self.pieces.append(self._piece(index, given, sequence, completion))
         self.open -= 1
