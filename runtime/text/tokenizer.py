@@ -43,6 +43,15 @@ class Tokenizer:
         return "default" in self._templates
 
     @property
+    def templates(self) -> Mapping[str, ChatTemplate]:
+        """Chat templates by name."""
+        return self._templates
+
+    def token_id(self, token: str) -> int | None:
+        """Id of the token with that text; None if there is none."""
+        return self._codec.token_id(token)
+
+    @property
     def special_ids(self) -> Mapping[str, int]:
         """Token ids of special tokens by their text. Decoded text leaves them out."""
         return self._codec.special_ids
