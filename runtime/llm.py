@@ -53,7 +53,10 @@ Prompt: TypeAlias = str | Sequence[int]
 
 
 class LanguageModel:
-    """A loaded model. Several threads may use it, and several streams may be open: they share its steps."""
+    """A loaded model. Several threads may use it, and several streams may be open: they share its steps.
+
+    loop: runs them.
+    """
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class LanguageModel:
         self.directory = directory
         self.engine = engine
         self._generation = generation
-        self._loop = Loop(engine)
+        self.loop = Loop(engine)
         self._reading = Lock()
         self._tokenizer = tokenizer
         self._world = world
@@ -163,7 +166,7 @@ class LanguageModel:
         """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt), reply)
+        return Stream(self.loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt, reply))
 
     def chat(
         self,
@@ -198,7 +201,7 @@ class LanguageModel:
         """
         if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
             raise _no_prompt(sequences)
-        return self._loop.logits([_token_ids(sequence) for sequence in sequences])
+        return self.loop.logits([_token_ids(sequence) for sequence in sequences])
 
     def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams.of(self.default_params if params is None else params, options)

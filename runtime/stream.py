@@ -11,7 +11,6 @@ from .loop import Loop
 from .request import Request
 from .sampling.logprobs import TokenLogprobs
 from .sequence import Sequence
-from .text.replies.formats import PLAIN, ReplyFormat
 from .text.replies.parts import CallDelta, Part, ToolCall
 from .text.replies.reply import Reply
 from .text.tokenizer import Tokenizer
@@ -72,13 +71,10 @@ class Stream(abc.Iterator[Piece]):
     dropping the last reference to it) ends the generation. May be read in any thread.
     """
 
-    def __init__(self, loop: Loop, tokenizer: Tokenizer, request: Request, reply: ReplyFormat = PLAIN):
-        params = request.params
-        stops, stop_ids = tokenizer.split_stops(params.stop)
-        prompts = [prompt for prompt in request.prompts for _ in range(params.n)]
-        self._inbox = _Inbox([Reply(tokenizer, prompt, stops, params.min_tokens, reply) for prompt in prompts])
+    def __init__(self, loop: Loop, tokenizer: Tokenizer, request: Request):
+        self._inbox = Inbox(tokenizer, request)
         self._loop = loop
-        loop.add(self._inbox, request, stop_ids)
+        loop.add(self._inbox, request, self._inbox.stop_ids)
 
     def __next__(self) -> Piece:
         inbox = self._inbox
@@ -117,10 +113,17 @@ class Stream(abc.Iterator[Piece]):
             self._loop.abandon(inbox)
 
 
-class _Inbox:
-    """Pieces and error of a stream that were not read yet. The loop refers to it, and not to the stream."""
+class Inbox:
+    """Pieces and error of a request that were not read yet. The loop refers to it, and not to its reader.
 
-    def __init__(self, replies: abc.Sequence[Reply]):
+    stop_ids: tokens that end its sequences. Raises GenerationError for stop strings that cannot be found.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        params = request.params
+        stops, self.stop_ids = tokenizer.split_stops(params.stop)
+        prompts = [prompt for prompt in request.prompts for _ in range(params.n)]
+        replies = [Reply(tokenizer, prompt, stops, params.min_tokens, request.reply) for prompt in prompts]
         self.sequences: tuple[Sequence, ...] = ()
         self._places: dict[Sequence, int] = {}
         self.pieces: deque[Piece] = deque()
