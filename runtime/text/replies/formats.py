@@ -9,6 +9,7 @@ from typing import Final
 from ....choices import REASONING_FORMATS, TOOL_FORMATS
 from ....errors import GenerationError
 from ..tokenizer import Tokenizer
+from .call_grammar import Symbol, fenced_calls, key_value_calls, kimi_calls, object_calls, plain_calls
 from .calls import CallReader, KeyValueCall, MarkedCall, NamedObjectCall, fenced_head, kimi_head, plain_head
 from .tools import Tool
 
@@ -27,7 +28,8 @@ class ToolFormat:
     """How a model writes tool calls.
 
     section: markers around all calls of a reply, if there are any. call: markers around one. inner: markers within one.
-    reader: makes the reader of one call, for the tools offered. is_used_in: whether a chat template writes calls so.
+    reader: makes the reader of one call, for the tools offered. grammar: writes the rules of calls (call_grammar.py).
+    is_used_in: whether a chat template writes calls so.
     """
 
     name: str
@@ -35,6 +37,7 @@ class ToolFormat:
     call: tuple[str, str]
     inner: tuple[str, ...]
     reader: Callable[[Sequence[Tool]], CallReader]
+    grammar: Callable[[Symbol, Sequence[str], Sequence[Tool], int, bool], str]
     is_used_in: Callable[[str], bool]
 
     @property
@@ -61,6 +64,7 @@ _TOOLS: Final = (
         call=_DEEPSEEK_CALL,
         inner=(_DEEPSEEK_SEPARATOR,),
         reader=lambda tools: MarkedCall(fenced_head),
+        grammar=fenced_calls,
         is_used_in=lambda source: _DEEPSEEK_CALL[0] in source and "```json" in source,
     ),
     ToolFormat(
@@ -69,6 +73,7 @@ _TOOLS: Final = (
         call=_DEEPSEEK_CALL,
         inner=(_DEEPSEEK_SEPARATOR,),
         reader=lambda tools: MarkedCall(plain_head),
+        grammar=plain_calls,
         is_used_in=lambda source: _DEEPSEEK_CALL[0] in source and "```json" not in source,
     ),
     ToolFormat(
@@ -77,6 +82,7 @@ _TOOLS: Final = (
         call=("<|tool_call_begin|>", "<|tool_call_end|>"),
         inner=("<|tool_call_argument_begin|>",),
         reader=lambda tools: MarkedCall(lambda before, between: kimi_head(before, between, tools)),
+        grammar=kimi_calls,
         is_used_in=lambda source: _KIMI_SECTION[0] in source,
     ),
     ToolFormat(
@@ -85,6 +91,7 @@ _TOOLS: Final = (
         call=_TAGS,
         inner=(*_GLM_KEY, *_GLM_VALUE),
         reader=lambda tools: KeyValueCall({tool.name: tool for tool in tools}, _GLM_KEY, _GLM_VALUE),
+        grammar=key_value_calls,
         is_used_in=lambda source: _TAGS[0] in source and _GLM_KEY[0] in source,
     ),
     ToolFormat(
@@ -93,6 +100,7 @@ _TOOLS: Final = (
         call=_TAGS,
         inner=(),
         reader=lambda tools: NamedObjectCall(),
+        grammar=object_calls,
         # Qwen3-Coder writes <function=…> between the same tags.
         is_used_in=lambda source: _TAGS[0] in source and not any(tag in source for tag in (_GLM_KEY[0], "<function=")),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -14,6 +14,10 @@ class Tool:
     name: str
     parameters: Mapping[str, Any]
     strict: bool = False
+
+    def with_any_arguments(self) -> Tool:
+        """The tool with any object as its arguments."""
+        return replace(self, parameters={"type": "object"})
 
 
 def offered_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
