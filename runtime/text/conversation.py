@@ -153,7 +153,7 @@ def render(
     ]
     given = [{**message, **some} for message, some in zip(messages, present, strict=True)]
     forms = [_with_objects(present), _with_objects(given), present, given]
-    failures: list[GenerationError] = []
+    failures: dict[int, GenerationError] = {}
     for place, form in enumerate(forms):
         if form in forms[:place]:
             continue
@@ -162,8 +162,8 @@ def render(
         except TemplateLimitError:
             raise
         except GenerationError as error:
-            failures.append(error)
-    raise failures[0] from None
+            failures[place] = error
+    raise failures[forms.index(present)] from None
 
 
 def _with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
