@@ -85,7 +85,7 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
+    context: limit of a sequence's tokens, prompt and completion together. eos_ids: end-of-sequence tokens. cache_scales: for each layer, float32
     `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
     alone. All ranks make the same engine, and that of rank 0 leads the steps. use_graphs: run decode steps as captured
     graphs, where the backend has them; `graphs` then is set.
@@ -104,7 +104,7 @@ class Engine:
         self.model = model
         self.config = config
         # Files may name others, of any size; the model never gives them.
-        self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
+        self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
         self._int8_cache = cache_scales is not None
         layers = range(model.config.num_hidden_layers)
         scales = cache_scales or [{} for _ in layers]
@@ -130,8 +130,8 @@ class Engine:
         )
         self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
-        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
+        self.budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self.budget)
 
     def sequence(
         self,
@@ -162,7 +162,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
-        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self._eos_ids)
+        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self.eos_ids)
         if not self.config.prefix_cache or len(prompt) <= self.config.block_size:
             leader = None  # it has no block to give
         return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)
@@ -334,7 +334,7 @@ class Engine:
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         decodes = sum(work.sequence.is_decoding for work in scheduled)
         prefill = sum(work.count for work in scheduled if not work.sequence.is_decoding)
-        self._budget.measured(prefill, decodes, seconds)
+        self.budget.measured(prefill, decodes, seconds)
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds

@@ -18,7 +18,7 @@ class Sequence:
     length at which generation stops, by the context or by max_new_tokens. stop_ids: tokens that end the sequence.
     salt: sequences share blocks only with others of the same salt. leader: the first choice of its prompt, whose blocks
     it waits for. keys: of its blocks (`BlockManager`). num_reused: prompt tokens that the cache held when it entered
-    first; None before.
+    first; None before. entered_at: when that was, by `time.perf_counter`.
     """
 
     tokens: list[int]
@@ -32,6 +32,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     num_reused: int | None = None
+    entered_at: float | None = None
     num_cached: int = 0
     finish_reason: str | None = None
     prefill_seconds: float = 0.0

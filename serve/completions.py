@@ -11,32 +11,20 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..errors import GenerationError
-from ..runtime import Completion, Piece, Request, SamplingParams
-from .bodies import decode
+from ..runtime import Completion, Piece, Request
+from .access import record_of
+from .bodies import decode, unknown_fields
 from .errors import bad_request
+from .fields import SamplingFields, TokenId, sampling_params
 from .reply import Asked, Usage
 from .responding import respond
 from .service import Service
 
 
-class StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
+class CompletionRequest(SamplingFields, kw_only=True):
+    """The body."""
 
-
-class CompletionRequest(msgspec.Struct):
-    """The body. Fields that it does not name are ignored."""
-
-    prompt: str | list[str | int | list[int]]
-    model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    prompt: str | list[str | int | list[TokenId]]
 
 
 class CompletionChoice(msgspec.Struct):
@@ -92,34 +80,22 @@ def _reason(completion: Completion | None) -> str | None:
 
 async def completions(service: Service, http: HttpRequest, body: bytes) -> Response:
     """Answer `POST /v1/completions`."""
-    asked = await service.in_thread(_asked, service, body)
+    asked = await service.in_thread(_asked, service, body, record_of(http.scope).key)
     return await respond(service, http, asked)
 
 
-def _asked(service: Service, body: bytes) -> Asked:
+def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
     given = decode(body, CompletionRequest)
+    service.metrics.unknown_fields.inc(unknown_fields(body, CompletionRequest))
     service.check_model(given.model)
+    params = sampling_params(given, service.params, service.limits, given.max_tokens)
     encode = service.model.tokenizer.encode
     prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in _prompts(given.prompt)]
-    options = {
-        "temperature": given.temperature,
-        "top_p": given.top_p,
-        "seed": given.seed,
-        "n": given.n,
-        "stop": given.stop,
-        "max_new_tokens": service.model.context if given.max_tokens is None else given.max_tokens,
-    }
-    try:
-        known = {name: value for name, value in options.items() if value is not None}
-        params = SamplingParams.of(service.params, known)
-    except GenerationError as error:
-        raise bad_request(str(error)) from None
-    stream_options = given.stream_options or StreamOptions()
     return Asked(
-        Request(prompts, params),
+        Request(prompts, params, salt=service.salt(key, given.cache_salt)),
         CompletionReply(service.names[0]),
         stream=bool(given.stream),
-        include_usage=bool(stream_options.include_usage),
+        include_usage=given.stream_options is not None and bool(given.stream_options.include_usage),
     )
 
 
