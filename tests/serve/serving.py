@@ -79,8 +79,8 @@ class Running:
         """Begin a completion on a connection of its own: reading and closing it are the caller's."""
         body = json.dumps(fields).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        head = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Connection: close", f"Content-Length: {len(body)}"]
+        connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
         return connection
 
     def is_idle(self) -> bool:
@@ -93,6 +93,12 @@ class Running:
         """The sum of a metric's samples."""
         lines = self.service.metrics.text().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] == f"npuq_{name}")
+
+
+def read(connection: socket.socket) -> bytes:
+    """All that comes, to the end."""
+    with connection, connection.makefile("rb") as file:
+        return file.read()
 
 
 def close_hard(connection: socket.socket) -> None:

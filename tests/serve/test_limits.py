@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import openai
@@ -38,7 +39,7 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": 6}, "logprobs"),
     ({"max_tokens": -1}, "max_tokens"),
-    ({"max_tokens": 10**400}, None),
+    ({"max_tokens": 10**400}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": "1"}, "max_tokens"),
     ({"temperature": -0.1}, "temperature"),
@@ -148,8 +149,11 @@ def test_a_prompt_beyond_the_context_has_its_own_code(client: openai.OpenAI, mod
     assert str(model.context) in str(caught.value)
 
 
-def test_the_context_clips_an_answer(client: openai.OpenAI, model: LanguageModel) -> None:
-    prompt = [5] * (model.context - 3)
+def test_the_context_clips_an_answer(
+    client: openai.OpenAI, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.engine, "context", 40)
+    prompt = [5] * 37
     answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=100, extra_body={"ignore_eos": True})
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None and answer.usage.completion_tokens == 3
@@ -190,7 +194,9 @@ def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
             assert connection.recv(100) == b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while not answer.endswith(b'{"status":"ok"}'):
+            answer += connection.recv(1000)
         connection.sendall(b"GET ")
         assert connection.recv(100) == b""
 
@@ -198,8 +204,8 @@ def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
 def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(npuq.serve.protocol, "MOST_CONNECTIONS", len(server.server.server_state.connections) + 2)
     opened = [socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) for _ in range(3)]
-    with pytest.raises(ConnectionResetError):
-        opened[2].recv(1)
+    with suppress(ConnectionResetError):
+        assert opened[2].recv(1) == b""
     opened[0].sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
     assert opened[0].recv(100).startswith(b"HTTP/1.1 200")
     for connection in opened:
