@@ -20,7 +20,7 @@ from npuq.runtime.engine import StepOutput
 from npuq.serve.server import HttpServer, bind
 from npuq.serve.service import Service
 
-SECONDS = 20
+SECONDS = 120
 """Patience of clients: the machine may be busy."""
 
 
