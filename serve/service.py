@@ -14,7 +14,9 @@ import anyio.to_thread
 
 from ..errors import GenerationError
 from ..runtime import LanguageModel, Request, SamplingParams
+from ..runtime.text.replies.formats import ReplyFormat
 from .access import Access
+from .chat.conversations import Conversations
 from .engine_thread import EngineThread, Generation
 from .errors import ApiError, EndedError, bad_request
 from .limits import MOST_RETRY_SECONDS, Limits
@@ -31,7 +33,8 @@ class Service:
     """A model that is served.
 
     names: under which clients ask for it; answers have the first. params: of requests that say nothing else. log: takes
-    a line a request. failed: takes the error of a step that failed as a whole.
+    a line a request. failed: takes the error of a step that failed as a whole. reply_format: how the model writes
+    reasoning and tool calls; None: as its chat template says.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Service:
         access: Access | None = None,
         log: Callable[[str], None] = lambda line: None,
         failed: Callable[[BaseException], None] | None = None,
+        reply_format: ReplyFormat | None = None,
     ):
         self.model = model
         self.names = tuple(names)
@@ -50,6 +54,7 @@ class Service:
         self.limits = limits or Limits()
         self.access = access or Access()
         self.log = log
+        self.conversations = Conversations(model, reply_format)
         self.created = int(time.time())
         self.engine = EngineThread(model, failed)
         self.metrics = Metrics(model.engine)

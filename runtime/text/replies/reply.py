@@ -56,6 +56,7 @@ class Reply:
         self._reasoning: list[str] = []
         self._call: _Call | None = None
         self._calls: list[ToolCall] = []
+        self._called = False
         self.reasoning_tokens = 0
         self.malformed_calls = 0
 
@@ -76,8 +77,8 @@ class Reply:
 
     @property
     def stopped(self) -> bool:
-        """True after a stop string."""
-        return self._search.stopped
+        """True after a stop string, and after the only call where several are not allowed."""
+        return self._search.stopped or self._called
 
     def add(self, token: int) -> list[Part]:
         """Add a token: the parts that it makes final, in their order."""
@@ -157,6 +158,7 @@ class Reply:
         if call.given is None and call.text.strip():
             self.malformed_calls += 1
             parts += self._on_content(Chunk(call.text))
+        self._called = call.given is not None and not self._format.parallel
         return parts
 
     def _on_marker(self, marker: str) -> list[Part]:
