@@ -18,7 +18,7 @@ from .graph.decode import DecodeGraphs
 from .model import Model
 from .ranks.world import World
 from .sampling.grammar import Grammar
-from .sampling.logprobs import TokenLogprobs
+from .sampling.logprobs import TokenLogprobs, rows_logprobs
 from .sampling.params import SamplingParams
 from .sampling.rows import LogitRow
 from .sampling.sampler import NotFiniteError
@@ -202,7 +202,8 @@ class Engine:
                 work.sequence.num_cached,
                 work.sequence.blocks,
                 last_row=work.samples,
-                absorbed=work.sequence.num_cached > 0 and work.count <= self._absorbed_tokens,
+                all_rows=len(work.sequence.unscored(work.count)) > 0,
+                absorbed=self._is_absorbed(work),
             )
             for work in scheduled
         ]
@@ -210,6 +211,8 @@ class Engine:
         ordered = [scheduled[index] for index in order]
         sampling = [work.sequence for work in ordered if work.samples]
         with self.model.ops.one_thread():
+            if any(chunk.all_rows for chunk in chunks):
+                logits = _score_prompts(ordered, logits)
             rows = self.model.ops.logit_rows(logits)
             outputs = [_sample(sequence, row) for sequence, row in zip(sampling, rows, strict=True)]
         self._advance(ordered, time.perf_counter() - started)
@@ -218,6 +221,12 @@ class Engine:
                 self.blocks.forget()
             self._append(output)
         return outputs
+
+    def _is_absorbed(self, work: Scheduled) -> bool:
+        """True for tokens that attend to the cache alone: few behind others, and those that are judged as `logits`."""
+        if self._int8_cache and work.sequence.unscored(work.count):
+            return True
+        return work.sequence.num_cached > 0 and work.count <= self._absorbed_tokens
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence (at a stop string, or cancelled by its caller) and free its blocks."""
@@ -366,6 +375,24 @@ def check_token_ids(tokens: abc.Sequence[int], vocabulary: int) -> None:
             f"token id {named} is outside the model's vocabulary of {vocabulary}; does the tokenizer belong to this "
             "model?"
         )
+
+
+def _score_prompts(scheduled: abc.Sequence[Scheduled], logits: Tensor) -> Tensor:
+    """Give sequences the log-probabilities of their prompts. Returns the rows of `logits` that are sampled."""
+    scored = [work.sequence.unscored(work.count) for work in scheduled]
+    counts = [work.count if places else int(work.samples) for work, places in zip(scheduled, scored, strict=True)]
+    kept = []
+    for work, places, rows in zip(scheduled, scored, logits.split(counts), strict=True):
+        sequence = work.sequence
+        if places:
+            assert sequence.prompt_logprobs is not None
+            assert sequence.params.prompt_logprobs is not None
+            first = places.start - 1 - sequence.num_cached
+            tokens = sequence.tokens[places.start : places.stop]
+            judged = rows[first : first + len(places)]
+            sequence.prompt_logprobs += rows_logprobs(judged, tokens, sequence.params.prompt_logprobs)
+        kept.append(rows[len(rows) - work.samples :])
+    return torch.cat(kept)
 
 
 def _sample(sequence: Sequence, logits: LogitRow) -> StepOutput:

@@ -116,7 +116,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         if len(self._running) >= self._max_num_seqs:
             return False
-        matched, keys = self._blocks.match(sequence.tokens, sequence.salt)
+        matched, keys = self._blocks.match(sequence.known_tokens, sequence.salt)
         allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)) - len(matched))
         if allocated is None:
             self._blocks.release(matched)

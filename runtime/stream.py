@@ -26,6 +26,7 @@ class Completion:
     ended the completion, if one did. logprobs: of the tokens whose text is in `text`, if the request asks for them.
     cached_tokens: those of the prompt that the cache held. reasoning, tool_calls, malformed_calls: what the reply's
     format found, and calls in its text that are none. reasoning_tokens: with the markers around the reasoning.
+    prompt_logprobs: of the prompt's tokens from the second on, if the request asks for them; of the first of n alone.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
     malformed_calls: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -84,6 +86,8 @@ class Stream(abc.Iterator[Piece]):
             except BaseException:
                 self.close()
                 raise
+            if inbox.cancelled:
+                self.close()
             if inbox.pieces:
                 try:
                     return inbox.pieces.popleft()
@@ -95,6 +99,10 @@ class Stream(abc.Iterator[Piece]):
                 raise error
             if not inbox.open and not inbox.pieces:  # in this order: the last piece comes before the end
                 raise StopIteration
+
+    def cancel(self) -> None:
+        """Let the iteration end, and with it the generation, after the step that runs. For signal handlers."""
+        self._inbox.cancelled = True
 
     def close(self) -> None:
         """End the generation of incomplete prompts and free their blocks. Unread pieces are lost."""
@@ -129,6 +137,7 @@ class Inbox:
         self.pieces: deque[Piece] = deque()
         self.error: GenerationError | None = None
         self.open = len(replies)
+        self.cancelled = False
         self._replies = replies
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in replies]
         self._of_text: list[list[TokenLogprobs]] = [[] for _ in replies]
@@ -138,7 +147,7 @@ class Inbox:
         self._places = {sequence: place for place, sequence in enumerate(sequences)}
 
     def is_ready(self) -> bool:
-        return bool(self.pieces) or self.error is not None or not self.open
+        return bool(self.pieces) or self.error is not None or not self.open or self.cancelled
 
     def receive(self, output: StepOutput) -> bool:
         if output.token is None:
@@ -166,6 +175,7 @@ class Inbox:
             decode_seconds=sequence.decode_seconds,
             logprobs=None if sequence.params.logprobs is None else tuple(self._of_text[index]),
             cached_tokens=sequence.num_reused or 0,
+            prompt_logprobs=None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs),
             reasoning=reply.reasoning,
             tool_calls=reply.calls,
             reasoning_tokens=reply.reasoning_tokens,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ...runtime import Completion, Piece, Tokenizer, TokenLogprobs
+from ..logprobs import finite
 from ..reply import Usage
 
 Unset = msgspec.UnsetType
@@ -167,7 +168,7 @@ class ChatReply:
 
     def _token(self, id: int, logprob: float) -> tuple[str, float, list[int]]:
         content = self._tokenizer.token_bytes(id)
-        return content.decode("utf-8", "replace"), logprob, list(content)
+        return content.decode("utf-8", "replace"), finite(logprob), list(content)
 
 
 def _delta(piece: Piece) -> Delta:
