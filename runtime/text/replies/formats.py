@@ -166,7 +166,9 @@ def find_format(tokenizer: Tokenizer, reasoning: str = "auto", tools: str = "aut
         )
 
     def calls(each: ToolFormat) -> bool:
-        return any(map(each.is_used_in, sources))
+        # Kimi-K2's first template writes no calls, and no other model has its tokens.
+        own = each.section is not None and each.section[0] == _KIMI_SECTION[0]
+        return any(map(each.is_used_in, sources)) or (own and tokenizer.token_id(_KIMI_SECTION[0]) is not None)
 
     return ReplyFormat(
         next(filter(thinks, _REASONING), None) if reasoning == "auto" else _BY_NAME.get(reasoning),
