@@ -8,7 +8,7 @@ import click
 
 from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES
 from ..errors import NpuqError
-from .reading import as_option, known_type
+from .options.reading import as_option, known_type
 from .terminal.console import say, size
 
 

@@ -86,6 +86,8 @@ class Stream(abc.Iterator[Piece]):
             except BaseException:
                 self.close()
                 raise
+            if inbox.cancelled:
+                self.close()
             if inbox.pieces:
                 try:
                     return inbox.pieces.popleft()
@@ -97,6 +99,10 @@ class Stream(abc.Iterator[Piece]):
                 raise error
             if not inbox.open and not inbox.pieces:  # in this order: the last piece comes before the end
                 raise StopIteration
+
+    def cancel(self) -> None:
+        """Let the iteration end, and with it the generation, after the step that runs. For signal handlers."""
+        self._inbox.cancelled = True
 
     def close(self) -> None:
         """End the generation of incomplete prompts and free their blocks. Unread pieces are lost."""
@@ -131,6 +137,7 @@ class Inbox:
         self.pieces: deque[Piece] = deque()
         self.error: GenerationError | None = None
         self.open = len(replies)
+        self.cancelled = False
         self._replies = replies
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in replies]
         self._of_text: list[list[TokenLogprobs]] = [[] for _ in replies]
@@ -140,7 +147,7 @@ class Inbox:
         self._places = {sequence: place for place, sequence in enumerate(sequences)}
 
     def is_ready(self) -> bool:
-        return bool(self.pieces) or self.error is not None or not self.open
+        return bool(self.pieces) or self.error is not None or not self.open or self.cancelled
 
     def receive(self, output: StepOutput) -> bool:
         if output.token is None:
