@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 
 
 class Part(Structure):
@@ -149,6 +149,9 @@ _SIGNATURES: Final = {
     "npuq_attention_selected": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _P, _L, _F, _P),
     "npuq_lightning_indexer": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _L, _P),
     "npuq_top_k": (_P, _P, _L, _L, _P, _L, _P),
+    "npuq_float_product": (_I, _P, _L, _L, _P, _L, _L, _L, _L, _L, _I, _I, _P, _L),
+    "npuq_gptq_columns": (_I, _P, _L, _L, _L, _I, _P, _P, _P, _P, _P),
+    "npuq_descend": (_I, _P, _P, _L, _L, _I, _P, _P, _P, _P),
     "npuq_mla_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
 }
 
