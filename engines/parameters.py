@@ -18,6 +18,7 @@ from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET
 from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
+from ..models.moe import DenseFirst
 from ..models.roles import Role
 from ..models.tensors import ModelTensors, Spec
 
@@ -159,7 +160,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     config = _as_read(model, raw)
     layers = model.drafts(config)
     if model.draft_always_routes:
-        config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
+        config = _with_moe(config, layers=DenseFirst(0))
     return _by_need(list(ModelTensors(config).unroll(layers, main=False)), schemes)
 
 
@@ -248,7 +249,7 @@ def refused_names(engine: str, family: Family, names: Collection[str]) -> list[s
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """A line for each of the text model's keys (`raw`) that the engine reads otherwise than npuq, and the value to
     write instead."""
-    routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
+    routing = config.moe_keys()
     read = {**config.attention.stated(), **routing}
     for key, taken in [(key, taken) for key, taken in model.absent.items() if key in read]:
         wanted = read[key]

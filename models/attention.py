@@ -25,6 +25,19 @@ class AttentionWidths(Protocol):
         """Channels of one head's query and key."""
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+
+    @property
+    def rotary_interleaved(self) -> bool:
+        """True where the pairs that rotate together are stored side by side: channels (2i, 2i + 1). False: channels
+        (i, i + rotary_dim / 2)."""
+
+    @property
+    def rotary_temperature(self) -> bool:
+        """True where mscale and mscale_all_dim of YaRN's parameters have a meaning, as in DeepSeek's models."""
+
+    @property
     def cache_scales(self) -> int:
         """Scales of a layer's int8 KV cache; 0 where it cannot have one."""
 
@@ -36,7 +49,7 @@ class AttentionWidths(Protocol):
     def dense_tokens(self) -> int | None:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
 
-    def stated(self) -> Mapping[str, int | bool | str | None]:
+    def stated(self) -> Mapping[str, int | float | bool | str | None]:
         """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
 
     def sizes(self) -> Mapping[str, int]:
