@@ -71,6 +71,10 @@ def _refused_by_vllm(name: str) -> bool:
     return not name.endswith(".bias") and "rotary_emb.inv_freq" not in name
 
 
+# Of tensors without a parameter vLLM's Qwen3-MoE skips those of these endings.
+_IGNORED_BY_QWEN3_MOE: Final = (".bias", "_bias", ".weight_scale", "_weight_scale", ".input_scale", "_input_scale")
+
+
 def _refused_by_sglang(name: str) -> bool:
     """SGLang only warns, except for tensors that it stacks: their parameters are not looked for first."""
     stacked = any(projection in name for projection in ("gate_proj", "up_proj"))
@@ -129,12 +133,41 @@ _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
     for architecture in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
     for model in (_SPARSE_VLLM, _SPARSE_SGLANG)
 )
+# Grouped-query attention. Neither engine tells of a tensor that it has no use for, but vLLM of one of GLM-4.5.
+_VLLM_QWEN3_MOE = replace(
+    _VLLM,
+    architectures=("Qwen3MoeForCausalLM",),
+    absent={},
+    ties_head=True,
+    refuses=lambda name: not name.endswith(_IGNORED_BY_QWEN3_MOE) and _refused_by_vllm(name),
+)
+_VLLM_GLM4_MOE = replace(_VLLM_GLM, architectures=("Glm4MoeForCausalLM",))
+_SGLANG_QWEN3_MOE = replace(
+    _SGLANG, architectures=("Qwen3MoeForCausalLM",), absent={}, ties_head=False, refuses=lambda name: False
+)
+_SGLANG_GLM4_MOE = replace(_SGLANG_GLM, architectures=("Glm4MoeForCausalLM",))
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
     engine: {name: model for model in models for name in model.architectures}
     for engine, models in {
-        "vllm-ascend": (_VLLM, _VLLM_KIMI_K25, _VLLM_GLM, _VLLM_V32, _VLLM_GLM5),
-        "sglang": (_SGLANG, _SGLANG_KIMI_K25, _SGLANG_GLM, _SGLANG_V32, _SGLANG_GLM5),
+        "vllm-ascend": (
+            _VLLM,
+            _VLLM_KIMI_K25,
+            _VLLM_GLM,
+            _VLLM_V32,
+            _VLLM_GLM5,
+            _VLLM_QWEN3_MOE,
+            _VLLM_GLM4_MOE,
+        ),
+        "sglang": (
+            _SGLANG,
+            _SGLANG_KIMI_K25,
+            _SGLANG_GLM,
+            _SGLANG_V32,
+            _SGLANG_GLM5,
+            _SGLANG_QWEN3_MOE,
+            _SGLANG_GLM4_MOE,
+        ),
     }.items()
 }
 
