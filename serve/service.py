@@ -31,7 +31,8 @@ class Service:
     """A model that is served.
 
     names: under which clients ask for it; answers have the first. params: of requests that say nothing else. log: takes
-    a line a request. failed: takes the error of a step that failed as a whole.
+    a line a request. failed: takes the error of a step that failed as a whole. has_page: whether there
+    is a page at `/`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Service:
         access: Access | None = None,
         log: Callable[[str], None] = lambda line: None,
         failed: Callable[[BaseException], None] | None = None,
+        has_page: bool = True,
     ):
         self.model = model
         self.names = tuple(names)
@@ -50,6 +52,7 @@ class Service:
         self.limits = limits or Limits()
         self.access = access or Access()
         self.log = log
+        self.has_page = has_page
         self.created = int(time.time())
         self.engine = EngineThread(model, failed)
         self.metrics = Metrics(model.engine)
