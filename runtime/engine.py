@@ -85,7 +85,7 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
+    context: limit of a sequence's tokens, prompt and completion together. eos_ids: end-of-sequence tokens. cache_scales: for each layer, float32
     `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
     alone. All ranks make the same engine, and that of rank 0 leads the steps. use_graphs: run decode steps as captured
     graphs, where the backend has them; `graphs` then is set.
@@ -104,7 +104,7 @@ class Engine:
         self.model = model
         self.config = config
         # Files may name others, of any size; the model never gives them.
-        self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
+        self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
         self._int8_cache = cache_scales is not None
         layers = range(model.config.num_hidden_layers)
         scales = cache_scales or [{} for _ in layers]
@@ -162,7 +162,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
-        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self._eos_ids)
+        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self.eos_ids)
         if not self.config.prefix_cache or len(prompt) <= self.config.block_size:
             leader = None  # it has no block to give
         return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)

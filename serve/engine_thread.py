@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections import abc, deque
+from dataclasses import replace
 from typing import Final
 
 from ..errors import GenerationError
@@ -147,18 +148,35 @@ class Generation(Inbox):
 
 
 def _joined(pieces: abc.Iterable[Piece]) -> list[Piece]:
-    """One piece a completion, in the order in which their first ones came."""
-    parts: dict[int, list[Piece]] = {}
+    """Pieces of a kind that follow each other in a completion as one, in the order in which the first ones came."""
+    runs: dict[int, list[list[Piece]]] = {}
     for piece in pieces:
-        parts.setdefault(piece.index, []).append(piece)
-    return [own[0] if len(own) == 1 else _join(own) for own in parts.values()]
+        own = runs.setdefault(piece.index, [])
+        if own and _are_one_kind(own[-1][-1], piece):
+            own[-1].append(piece)
+        else:
+            own.append([piece])
+    return [run[0] if len(run) == 1 else _join(run) for own in runs.values() for run in own]
+
+
+def _are_one_kind(first: Piece, second: Piece) -> bool:
+    """True for two pieces of text, of reasoning, or of one call's arguments."""
+    call, more = first.call, second.call
+    if call is None or more is None:
+        return call is more and bool(first.reasoning) == bool(second.reasoning)
+    return call.name is None and more.name is None and call.index == more.index
 
 
 def _join(pieces: list[Piece]) -> Piece:
+    call = pieces[0].call
+    if call is not None:
+        call = replace(call, arguments="".join([piece.call.arguments for piece in pieces if piece.call is not None]))
     return Piece(
         pieces[0].index,
         "".join([piece.text for piece in pieces]),
         pieces[-1].completion,
         tuple([token for piece in pieces for token in piece.token_ids]),
         tuple([entry for piece in pieces for entry in piece.logprobs]),
+        "".join([piece.reasoning for piece in pieces]),
+        call,
     )
