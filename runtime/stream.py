@@ -24,7 +24,8 @@ class Completion:
     string), "length", or "tool_calls" (the same as "stop", after tool calls). prefill_seconds, decode_seconds: wall
     time of the steps that the prompt took part in, which it shares with other prompts. token_ids: with the token that
     ended the completion, if one did. logprobs: of the tokens whose text is in `text`, if the request asks for them.
-    cached_tokens: those of the prompt that the cache held. reasoning, tool_calls, malformed_calls: what the reply's
+    cached_tokens: those of the prompt that the cache held. prompt_logprobs: of the prompt's tokens from the second on,
+    if the request asks for them; of the first of n alone. reasoning, tool_calls, malformed_calls: what the reply's
     format found, and calls in its text that are none. reasoning_tokens: with the markers around the reasoning.
     """
 
@@ -36,6 +37,7 @@ class Completion:
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
@@ -173,6 +175,7 @@ class Inbox:
             decode_seconds=sequence.decode_seconds,
             logprobs=None if sequence.params.logprobs is None else tuple(self._of_text[index]),
             cached_tokens=sequence.num_reused or 0,
+            prompt_logprobs=None if sequence.prompt_logprobs is None else tuple(sequence.prompt_logprobs),
             reasoning=reply.reasoning,
             tool_calls=reply.calls,
             reasoning_tokens=reply.reasoning_tokens,
