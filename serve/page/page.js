@@ -390,11 +390,11 @@ async function poll() {
 
 function stateText(metrics) {
   const value = (name) => Number(new RegExp(`^npuq_${name}(?:_total)? ([0-9.e+-]+)$`, "m").exec(metrics)?.[1] ?? 0);
-  const words = [`Cache ${Math.round(100 * value("kv_cache_usage_perc"))} % in use`];
-  const read = value("prompt_tokens");
-  if (read) words.push(`gave ${Math.round((100 * value("prompt_tokens_cached")) / read)} % of prompt tokens`);
   const [busy, waiting] = [value("num_requests_running"), value("num_requests_waiting")];
-  words.push(busy + waiting ? `${busy} running${waiting ? `, ${waiting} waiting` : ""}` : "idle");
+  const words = [busy + waiting ? `${busy} running${waiting ? `, ${waiting} waiting` : ""}` : "Idle"];
+  words.push(`cache ${Math.round(100 * value("kv_cache_usage_perc"))} % full`);
+  const read = value("prompt_tokens");
+  if (read) words.push(`${Math.round((100 * value("prompt_tokens_cached")) / read)} % of prompts from it`);
   return words.join(" · ");
 }
 
