@@ -31,8 +31,8 @@ class Service:
     """A model that is served.
 
     names: under which clients ask for it; answers have the first. params: of requests that say nothing else. log: takes
-    a line a request. failed: takes the error of a step that failed as a whole. has_page: whether there
-    is a page at `/`.
+    a line a request; log_prompts: and their prompts. failed: takes the error of a step that failed as a whole.
+    has_page: whether there is a page at `/`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Service:
         limits: Limits | None = None,
         access: Access | None = None,
         log: Callable[[str], None] = lambda line: None,
+        log_prompts: bool = False,
         failed: Callable[[BaseException], None] | None = None,
         has_page: bool = True,
     ):
@@ -53,6 +54,7 @@ class Service:
         self.access = access or Access()
         self.log = log
         self.has_page = has_page
+        self.log_prompts = log_prompts
         self.created = int(time.time())
         self.engine = EngineThread(model, failed)
         self.metrics = Metrics(model.engine)
@@ -76,9 +78,14 @@ class Service:
         return self.engine.is_well(bool(self._generations))
 
     @property
-    def is_idle(self) -> bool:
-        """True when no request is being answered."""
-        return not self._entered
+    def failure_status(self) -> int:
+        """The HTTP status of a request whose step failed: over ranks, all end with it, and others have to serve."""
+        return 503 if self.model.over_ranks else 500
+
+    @property
+    def num_answering(self) -> int:
+        """Number of requests that are being answered."""
+        return self._entered
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that takes long, beside the event loop."""
