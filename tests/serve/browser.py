@@ -25,18 +25,12 @@ class Browser:
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
 
-        def take_pipes() -> None:  # the browser reads at 3 and writes at 4
-            kept = os.dup(commands), os.dup(answers)
-            os.dup2(kept[0], 3)
-            os.dup2(kept[1], 4)
-
+        # The browser reads at 3 and writes at 4.
+        line = f'exec "$@" 3<&{commands} 4>&{answers} >/dev/null 2>&1'
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options += ["--remote-debugging-pipe", f"--user-data-dir={profile}"]
         self._process = subprocess.Popen(
-            ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-            + ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run", "about:blank"],
-            pass_fds=(3, 4),
-            preexec_fn=take_pipes,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            ["bash", "-c", line, "bash", "chromium", *options, "about:blank"], pass_fds=(commands, answers)
         )
         os.close(commands)
         os.close(answers)
@@ -92,7 +86,8 @@ class Browser:
         """Wait until an expression is true."""
         deadline = time.monotonic() + SECONDS
         while not self.evaluate(condition):
-            assert time.monotonic() < deadline, f"{condition} did not come true: {self.evaluate('document.body.innerText')}"
+            shown = self.evaluate("document.body.innerText")
+            assert time.monotonic() < deadline, f"{condition} did not come true: {shown}"
             time.sleep(0.05)
 
     def type(self, text: str) -> None:
@@ -104,9 +99,7 @@ class Browser:
         text = "\r" if key == "Enter" else ""
         for kind in ("keyDown", "keyUp"):
             shown = {"text": text} if text and kind == "keyDown" else {}
-            self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **shown
-            )
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **shown)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
