@@ -24,9 +24,9 @@ class Completion:
     string), "length", or "tool_calls" (the same as "stop", after tool calls). prefill_seconds, decode_seconds: wall
     time of the steps that the prompt took part in, which it shares with other prompts. token_ids: with the token that
     ended the completion, if one did. logprobs: of the tokens whose text is in `text`, if the request asks for them.
-    cached_tokens: those of the prompt that the cache held. reasoning, tool_calls, malformed_calls: what the reply's
+    cached_tokens: those of the prompt that the cache held. prompt_logprobs: of the prompt's tokens from the second on,
+    if the request asks for them; of the first of n alone. reasoning, tool_calls, malformed_calls: what the reply's
     format found, and calls in its text that are none. reasoning_tokens: with the markers around the reasoning.
-    prompt_logprobs: of the prompt's tokens from the second on, if the request asks for them; of the first of n alone.
     """
 
     text: str
@@ -37,11 +37,11 @@ class Completion:
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
     malformed_calls: int = 0
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def completion_tokens(self) -> int:
