@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..choices import REASONING_FORMATS, TOOL_FORMATS
 from ..errors import NpuqError, NpuqWarning
 from ..inputs.files import read_given_text
 from .options.loading import loading_options
@@ -81,6 +82,25 @@ class ServeError(NpuqError):
     show_default=True,
     help="Seconds that running answers have after SIGTERM or Ctrl-C; a second one ends at once.",
 )
+@click.option(
+    "--chat-template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file with the chat template, instead of the model's own.",
+)
+@click.option(
+    "--reasoning",
+    type=click.Choice(REASONING_FORMATS),
+    default="auto",
+    show_default=True,
+    help="How the model marks its reasoning; auto: as its chat template says; none: it stays in the text.",
+)
+@click.option(
+    "--tools",
+    type=click.Choice(TOOL_FORMATS),
+    default="auto",
+    show_default=True,
+    help="How the model writes tool calls; auto: as its chat template says.",
+)
 @click.option("--no-prefix-cache", is_flag=True, help="Do not keep what prompts have in common.")
 @click.option("--no-page", is_flag=True, help="No chat page at /.")
 @click.option("--log-prompts", is_flag=True, help="Log the text of prompts, not only their length.")
@@ -108,6 +128,9 @@ def command(
     step_ms: int,
     request_timeout: float,
     shutdown_timeout: float,
+    chat_template: Path | None,
+    reasoning: str,
+    tools: str,
     no_prefix_cache: bool,
     no_page: bool,
     log_prompts: bool,
@@ -151,6 +174,7 @@ def command(
 
     from ..runtime import EngineConfig, Tokenizer, load
     from ..runtime.text.generation_config import default_sampling, read_generation_config
+    from ..runtime.text.replies.formats import find_format
     from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
@@ -169,6 +193,8 @@ def command(
     ranks.serve()
     directory = ranks.fetch(lambda silent: local_model(model, quiet=quiet or silent, before_weights=suitable))
     params = default_sampling(directory, read_generation_config(directory), temperature=1.0)
+    tokenizer = Tokenizer(directory, chat_template)
+    reply_format = find_format(tokenizer, reasoning, tools)
     # Before the weights are read: a port that is taken is known at once.
     listener = _bound(bind, host, port) if ranks.leads else None
     runner = load(
@@ -178,7 +204,7 @@ def command(
         device,
         engine=sizes,
         kv_cache_dtype=kv_cache_dtype,
-        tokenizer=Tokenizer(directory),
+        tokenizer=tokenizer,
         family=family,
         graphs=not eager,
         parallel=ranks.layout(parallel),
@@ -231,6 +257,7 @@ def command(
         log=_nowhere if quiet else say,
         log_prompts=log_prompts,
         failed=failed,
+        reply_format=reply_format,
         has_page=not no_page,
     )
     server = HttpServer(service, shutdown_timeout, listening, drains)

@@ -23,6 +23,7 @@ from ..errors import NpuqError
 from ..inputs.printable import error_line
 from .access import Gate
 from .bodies import read_body
+from .chat.endpoint import chat_completions
 from .completions import completions
 from .documents import json_response
 from .errors import ApiError, bad_request
@@ -43,6 +44,7 @@ ENDPOINTS: Final[dict[tuple[str, str], Endpoint]] = {
     ("GET", "/v1/models"): models,
     ("GET", "/v1/models/{name:path}"): model,
     ("POST", "/v1/completions"): completions,
+    ("POST", "/v1/chat/completions"): chat_completions,
     ("POST", "/tokenize"): tokenize,
     ("POST", "/detokenize"): detokenize,
 }

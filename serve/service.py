@@ -14,7 +14,9 @@ import anyio.to_thread
 
 from ..errors import GenerationError
 from ..runtime import LanguageModel, Request, SamplingParams
+from ..runtime.text.replies.formats import ReplyFormat
 from .access import Access
+from .chat.conversations import Conversations
 from .engine_thread import EngineThread, Generation
 from .errors import ApiError, EndedError, bad_request
 from .limits import MOST_RETRY_SECONDS, Limits
@@ -32,6 +34,7 @@ class Service:
 
     names: under which clients ask for it; answers have the first. params: of requests that say nothing else. log: takes
     a line a request; log_prompts: and their prompts. failed: takes the error of a step that failed as a whole.
+    reply_format: how the model writes reasoning and tool calls; None: as its chat template says.
     has_page: whether there is a page at `/`.
     """
 
@@ -45,6 +48,7 @@ class Service:
         log: Callable[[str], None] = lambda line: None,
         log_prompts: bool = False,
         failed: Callable[[BaseException], None] | None = None,
+        reply_format: ReplyFormat | None = None,
         has_page: bool = True,
     ):
         self.model = model
@@ -53,6 +57,7 @@ class Service:
         self.limits = limits or Limits()
         self.access = access or Access()
         self.log = log
+        self.conversations = Conversations(model, reply_format)
         self.has_page = has_page
         self.log_prompts = log_prompts
         self.created = int(time.time())
