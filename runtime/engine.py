@@ -126,7 +126,12 @@ class Engine:
         absorbs = model.ops.mla.absorbs_chunks and not self._int8_cache
         self._absorbed_tokens = model.attention.absorbed_tokens if absorbs else 0
         self._builder = StepBuilder(
-            model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
+            model.ops,
+            rope,
+            config.block_size,
+            config.prefix_segment_tokens,
+            self._dense_tokens,
+            model.attention.continues_on_pages,
         )
         self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
