@@ -144,7 +144,7 @@ GLM_DSA_PROLOG = {**GLM_DSA, **_PROLOG_SIZES, "q_lora_rank": 2048, "index_n_head
 # Grouped-query attention with heads of 128 channels: Qwen3-MoE, all of them rotary and normed, no shared experts; GLM-4.5,
 # half of them rotary, with biases.
 _GROUPED = {
-    **{key: value for key, value in _COMMON.items() if key not in _ATTENTION},
+    **{key: value for key, value in _COMMON.items() if key not in ATTENTION},
     "head_dim": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
