@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import grouped_models
+import pytest
 import tiny
 import torch
 from calibrated import convert, text

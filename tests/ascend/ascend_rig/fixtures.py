@@ -24,7 +24,16 @@ from .ranks import ops_exchange, pool
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 # Importing them fills the register.
-SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8, ops_sparse, ops_grouped, ops_exchange)
+SEMANTICS = (
+    ops_norm,
+    ops_matmul,
+    ops_routing,
+    ops_attention,
+    ops_attention_int8,
+    ops_sparse,
+    ops_grouped,
+    ops_exchange,
+)
 
 Artifacts = Callable[[str], Path]
 

@@ -62,9 +62,7 @@ class AscendGroupedAttention(GroupedAttention):
         return rotated
 
     def scatter_pa_kv_cache(self, key: Tensor, value: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        pages = (
-            self._pages(cache[name], cache).view(-1, cache.block_size, *key.shape[1:]) for name in (KEY, VALUE)
-        )
+        pages = (self._pages(cache[name], cache).view(-1, cache.block_size, *key.shape[1:]) for name in (KEY, VALUE))
         self.npu.operators.npu_scatter_pa_kv_cache(
             key.contiguous(), value.contiguous(), *pages, slots, cache_mode="Norm"
         )
