@@ -21,6 +21,10 @@ class AttentionWidths(Protocol):
         """Query heads, which tensor-parallel ranks split."""
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of the KV cache, which tensor-parallel ranks split, or hold several times: 1 for a latent."""
+
+    @property
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key."""
 

@@ -23,6 +23,7 @@ class Mla:
 
     # The key of config.json that decides a condition.
     KEYS: ClassVar[Mapping[str, str]] = {"q_lora": "q_lora_rank", "full_q": "q_lora_rank"}
+    kv_heads: ClassVar[int] = 1
     rotary_interleaved: ClassVar[bool] = True
     rotary_temperature: ClassVar[bool] = True
 

@@ -17,9 +17,9 @@ from npuq.formats.artifact import DESCRIPTION_NAME, KV_CACHE_NAME, ROPE_NAME
 from npuq.formats.kv_cache import save_scales, storable_scale
 from npuq.formats.static_w8a8 import InputScale, static_tensors
 
-_ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _COMMON: dict[str, Any] = {
-    **_ATTENTION,
+    **ATTENTION,
     "torch_dtype": "bfloat16",
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -144,7 +144,7 @@ GLM_DSA_PROLOG = {**GLM_DSA, **_PROLOG_SIZES, "q_lora_rank": 2048, "index_n_head
 # Grouped-query attention with heads of 128 channels: Qwen3-MoE, all of them rotary and normed, no shared experts;
 # GLM-4.5, half of them rotary, with biases.
 _GROUPED = {
-    **{key: value for key, value in _COMMON.items() if key not in _ATTENTION},
+    **{key: value for key, value in _COMMON.items() if key not in ATTENTION},
     "head_dim": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
