@@ -300,6 +300,27 @@ NPUQ_API int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_la
                              const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
                              int64_t table_stride, float softmax_scale, void *out);
 
+/* Calibration, on the calling thread, in float32; level −1 is the best usable one. Results do not depend on the level. */
+
+/* c [m, n] = a · b, or c + a · b where `accumulate`; −a in place of a where `negate`. Strides of a [m, k] and b [k, n] may
+ * be any; a row of c is ldc ≥ n numbers. Each number is a chain of fused multiply-adds over k, beginning with c. */
+NPUQ_API int npuq_float_product(int32_t level, const float *a, int64_t a_row, int64_t a_column, const float *b,
+                                int64_t b_row, int64_t b_column, int64_t m, int64_t n, int64_t k, int32_t negate,
+                                int32_t accumulate, float *c, int64_t ldc);
+
+/* Rows of a panel of GPTQ, or of a sweep, are a multiple of this. */
+enum { NPUQ_LANES = 16 };
+
+/* A panel of GPTQ's columns, from the last to the first. lower: the lower factor's block on the diagonal. Transposed:
+ * weight, sums, errors, codes [columns, rows]. sums has L[j, i]ᵀ · e of the columns j behind the panel, and gets that of the
+ * panel's own. The error e = w − scale · code of a column moves the targets w + sums / L[i, i] of the columns before it. */
+NPUQ_API int npuq_gptq_columns(int32_t level, const float *lower, int64_t ldl, int64_t columns, int64_t rows, int32_t bits,
+                               const float *scale, const float *weight, float *sums, float *errors, int8_t *codes);
+
+/* One sweep of coordinate descent over codes [rows, columns], from the last column to the first, by their gradient
+ * [rows, columns] = hessian · (w − scale · code), which stays that of the codes. moves: how many codes changed. */
+NPUQ_API int npuq_descend(int32_t level, const float *hessian, const float *inverse_diagonal, int64_t columns,
+                          int64_t rows, int32_t bits, const float *scale, float *gradient, int8_t *codes, int64_t *moves);
 /* One layer of grouped-query attention. qkv: (q | k | v), [heads + 2 · kv_heads, head_dim] outputs; o may be NULL. In the
  * compute dtype: bias of the outputs of qkv or NULL, and the gains of queries and keys [head_dim], both or neither.
  * rope_dim: the first channels of a head, which rotate in pairs (i, i + rope_dim / 2). */
