@@ -141,8 +141,8 @@ _PROLOG_SIZES = {"hidden_size": 1024, "index_n_heads": 64}
 V32_PROLOG = {**V32, **_PROLOG_SIZES, "q_lora_rank": 1536}
 GLM_DSA_PROLOG = {**GLM_DSA, **_PROLOG_SIZES, "q_lora_rank": 2048, "index_n_heads": 32}
 
-# Grouped-query attention with heads of 128 channels: Qwen3-MoE, all of them rotary and normed, no shared experts; GLM-4.5,
-# half of them rotary, with biases.
+# Grouped-query attention with heads of 128 channels: Qwen3-MoE, all of them rotary and normed, no shared experts;
+# GLM-4.5, half of them rotary, with biases.
 _GROUPED = {
     **{key: value for key, value in _COMMON.items() if key not in ATTENTION},
     "head_dim": 128,
