@@ -61,6 +61,10 @@ class NativeArithmetic:
         )
         return out
 
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x `[T, K]` · weight `[N, K]`ᵀ."""
+        return self.product(x, weight.T)
+
     def gptq_columns(
         self, lower: Tensor, bits: int, scale: Tensor, weight: Tensor, sums: Tensor, errors: Tensor, codes: Tensor
     ) -> None:
