@@ -124,7 +124,7 @@ def test_a_pass_ends_at_the_linear_that_records(monkeypatch: pytest.MonkeyPatch)
     block = AttentionBlock(layer)
     weights, x = Weights(_tensors(layer, block)), torch.ones(LENGTH, 40)
     ran: list[str] = []
-    monkeypatch.setattr(Deployed, "__call__", lambda self, x: ran.append(self.name) or x @ self.weight.T)
+    monkeypatch.setattr(Deployed, "__call__", lambda self, x, arithmetic: ran.append(self.name) or x @ self.weight.T)
     block.inputs(weights, "q_latent_normed", x, None)
     assert ran == ["q_a", "kv_a"]
 
