@@ -17,7 +17,9 @@ from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import StoredRows
 from .integers import checked
 from .library import (
+    GqaBlock,
     Heads,
+    KvCache,
     LatentCache,
     MlaBlock,
     MoeBlock,
@@ -41,7 +43,9 @@ __all__ = [
     "LAYOUTS",
     "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
+    "GqaBlock",
     "Heads",
+    "KvCache",
     "LatentCache",
     "MlaBlock",
     "MoeBlock",

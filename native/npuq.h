@@ -226,6 +226,24 @@ typedef struct {
 NPUQ_API int npuq_attention(npuq_pool *pool, const npuq_heads *heads, const int64_t *q_ends, const int64_t *kv_ends,
                             int64_t sequences, float softmax_scale, int32_t causal, void *out, float *lse);
 
+/* The cache of grouped-query attention: keys and values of kv_heads · head_dim channels a token, each in the compute dtype
+ * or codes. */
+typedef struct {
+    npuq_pages key, value;
+} npuq_kv_cache;
+/* Attention of q [tokens, heads, head_dim] on the cache: head h reads the keys and values of head h / (heads / kv_heads).
+ * q_ends, kv_lens, table: as in npuq_attention_paged. out [tokens, heads, head_dim]. */
+NPUQ_API int npuq_grouped_attention_paged(npuq_pool *pool, const npuq_kv_cache *cache, const void *q, int32_t dtype,
+                                          int64_t heads, int64_t kv_heads, int64_t head_dim, const int64_t *q_ends,
+                                          const int64_t *kv_lens, int64_t sequences, const int32_t *table,
+                                          int64_t table_stride, float softmax_scale, void *out);
+/* The same over key and value [keys, kv_heads, head_dim], of which each sequence has the next kv_len. causal: query i of
+ * n sees keys j ≤ i + (kv_len − n), else all. */
+NPUQ_API int npuq_grouped_attention(npuq_pool *pool, const void *q, const void *key, const void *value, int32_t dtype,
+                                    int64_t heads, int64_t kv_heads, int64_t head_dim, const int64_t *q_ends,
+                                    const int64_t *kv_lens, int64_t sequences, int64_t keys, float softmax_scale,
+                                    int32_t causal, void *out);
+
 /* Several operators in one call; results as of separate calls. */
 
 /* npuq_dynamic_quant (for I4 and I8 weights) and npuq_matmul. `stride` is that of x's rows: cols for float weights. */
@@ -303,5 +321,25 @@ NPUQ_API int npuq_gptq_columns(int32_t level, const float *lower, int64_t ldl, i
  * [rows, columns] = hessian · (w − scale · code), which stays that of the codes. moves: how many codes changed. */
 NPUQ_API int npuq_descend(int32_t level, const float *hessian, const float *inverse_diagonal, int64_t columns,
                           int64_t rows, int32_t bits, const float *scale, float *gradient, int8_t *codes, int64_t *moves);
+/* One layer of grouped-query attention. qkv: (q | k | v), [heads + 2 · kv_heads, head_dim] outputs; o may be NULL. In the
+ * compute dtype: bias of the outputs of qkv or NULL, and the gains of queries and keys [head_dim], both or neither.
+ * rope_dim: the first channels of a head, which rotate in pairs (i, i + rope_dim / 2). */
+typedef struct {
+    const npuq_weights *qkv, *o;
+    const void *bias, *q_norm, *k_norm;
+    int64_t heads, kv_heads, head_dim, rope_dim;
+    float eps;
+} npuq_gqa;
+/* From the product with qkv [tokens, stride] to queries q, keys k and values v, contiguous, with bias, norm and rotation;
+ * writes keys and values into the cache at slots, negative ones excepted. cache, k and v may be NULL. */
+NPUQ_API int npuq_gqa_rows(npuq_pool *pool, const npuq_gqa *gqa, const npuq_kv_cache *cache, const void *qkv,
+                           int32_t dtype, int64_t stride, int64_t tokens, const void *cos, const void *sin,
+                           const int64_t *slots, void *q, void *k, void *v);
+/* qkv, npuq_gqa_rows, npuq_grouped_attention_paged, o: x [tokens, hidden] → out [tokens, o's outputs]; where o is NULL,
+ * its inputs [tokens, heads, head_dim]. */
+NPUQ_API int npuq_gqa_decode(npuq_pool *pool, const npuq_gqa *gqa, const npuq_kv_cache *cache, const void *x,
+                             int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
+                             const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
+                             int64_t table_stride, float softmax_scale, void *out);
 
 #endif

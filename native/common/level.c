@@ -43,6 +43,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .add_row = add_row,
     .scale_add_row = scale_add_row,
     .rope_row = rope_row,
+    .rope_halves_row = rope_halves_row,
     .attend = attend,
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,

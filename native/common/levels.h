@@ -87,9 +87,9 @@ struct kernels {
     /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
     void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout);
-    /* The same on float32 weights, added to out. */
-    void (*axpy_add)(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
-                     float *out, size_t ldout);
+    /* The same, added to out. */
+    void (*axpy_add)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
+                     size_t tokens, float *out, size_t ldout);
     void (*to_float)(const void *x, int dtype, size_t n, float *out);
     void (*from_float)(const float *x, size_t n, void *out, int dtype);
 
@@ -105,6 +105,7 @@ struct kernels {
     void (*add_row)(const float *x, const float *y, size_t n, float *out);
     void (*scale_add_row)(float weight, const float *x, size_t n, float *out); /* out += weight · x */
     void (*rope_row)(const float *x, const float *cos, const float *sin, size_t dim, float *out);
+    void (*rope_halves_row)(const float *x, const float *cos, const float *sin, size_t dim, float *out);
 
     /* Attention of one tile, merged into its running values; see paged_attention.h. */
     void (*attend)(const struct attention_tile *tile);
