@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from ....errors import GenerationError
+from ....inputs import confinement
 
 SECONDS: Final = 3
 """CPU time of a schema, with the start of its process."""
@@ -36,10 +37,10 @@ def fault_of(schema: str) -> str:
     spec = find_spec("llguidance")
     if spec is None or spec.origin is None:
         raise GenerationError("structured output needs llguidance: pip install 'npuq[serve]'")
-    folder = str(Path(spec.origin).parent.parent)
+    folders = [str(Path(spec.origin).parent.parent), str(Path(confinement.__file__).parent)]
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", str(_WORKER), str(SECONDS), str(MOST_MEMORY), folder],
+            [sys.executable, "-I", "-S", str(_WORKER), str(SECONDS), str(MOST_MEMORY), *folders],
             input=schema.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
