@@ -102,6 +102,7 @@ class ServeError(NpuqError):
     help="How the model writes tool calls; auto: as its chat template says.",
 )
 @click.option("--no-prefix-cache", is_flag=True, help="Do not keep what prompts have in common.")
+@click.option("--no-page", is_flag=True, help="No chat page at /.")
 @click.option("--log-prompts", is_flag=True, help="Log the text of prompts, not only their length.")
 @as_option("MODEL")
 @loading_options
@@ -131,6 +132,7 @@ def command(
     reasoning: str,
     tools: str,
     no_prefix_cache: bool,
+    no_page: bool,
     log_prompts: bool,
     family: str | None,
     backend: str,
@@ -226,7 +228,10 @@ def command(
         if as_json:
             emit_json({"url": url, "models": names, "context": runner.context, "pid": os.getpid()})
         elif not quiet:
-            say(f"npuq: serving {names[0]} at {url}")
+            say(
+                f"npuq: serving {names[0]} at {url}"
+                + ("" if no_page else f", with a page at {url.removesuffix('/v1')}/")
+            )
 
     def drains(running: int) -> None:
         if not quiet:
@@ -253,6 +258,7 @@ def command(
         log_prompts=log_prompts,
         failed=failed,
         reply_format=reply_format,
+        has_page=not no_page,
     )
     server = HttpServer(service, shutdown_timeout, listening, drains)
     ranks.last_words = server.last_words

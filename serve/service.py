@@ -35,6 +35,7 @@ class Service:
     names: under which clients ask for it; answers have the first. params: of requests that say nothing else. log: takes
     a line a request; log_prompts: and their prompts. failed: takes the error of a step that failed as a whole.
     reply_format: how the model writes reasoning and tool calls; None: as its chat template says.
+    has_page: whether there is a page at `/`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Service:
         log_prompts: bool = False,
         failed: Callable[[BaseException], None] | None = None,
         reply_format: ReplyFormat | None = None,
+        has_page: bool = True,
     ):
         self.model = model
         self.names = tuple(names)
@@ -56,6 +58,7 @@ class Service:
         self.access = access or Access()
         self.log = log
         self.conversations = Conversations(model, reply_format)
+        self.has_page = has_page
         self.log_prompts = log_prompts
         self.created = int(time.time())
         self.engine = EngineThread(model, failed)
