@@ -148,8 +148,8 @@ class Service:
     def admit(self, request: Request, *, as_one: bool = False) -> Generation:
         """Queue a request; as_one: its reader waits for the end.
 
-        Raises ApiError for one that does not fit, and while too many tokens wait. Whoever admits it calls `release` once
-        it is done.
+        Raises ApiError for one that does not fit, and while too many tokens wait. Whoever admits it calls `release`
+        once it is done.
         """
         self._check_size(request)
         waiting = sum(generation.waiting_tokens for generation in self._generations)
