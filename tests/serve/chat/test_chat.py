@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from npuq.errors import GenerationError
 from npuq.runtime import LanguageModel
 
 from ..conftest import Running
@@ -115,6 +116,17 @@ def test_a_stop_string_is_of_the_content(chat: openai.OpenAI, script: ScriptedCo
     assert choice.message.model_extra and choice.message.model_extra["reasoning"] == "One two three"
     assert choice.logprobs is not None and choice.logprobs.content is not None
     assert "".join(entry.token for entry in choice.logprobs.content) == "One"
+
+
+def test_the_librarys_chat_has_the_same_parts(chat_model: LanguageModel) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0}
+    prompt = chat_model.tokenizer.chat("Why?", chat_template_kwargs={"thinking": True})
+    raw = chat_model.generate(prompt, **options)
+    thought = chat_model.chat("Why?", chat_template_kwargs={"thinking": True}, **options)
+    assert (thought.text, thought.reasoning, thought.reasoning_tokens) == ("", raw.text.strip(), 8)
+    assert thought.token_ids == raw.token_ids and thought.finish_reason == "length"
+    with pytest.raises(GenerationError, match="n above 1"):
+        chat_model.chat("Why?", n=2)
 
 
 # ---- choices and log-probabilities -----------------------------------------------------------------------------------
