@@ -344,6 +344,7 @@ def test_no_color_and_no_reasoning(serve) -> None:
             process.type("Hi\n")
             shown = process.expect(r"Yes\.\n")
             assert shown.endswith(f"Hi\n{expected}") and "\x1b[2m" not in shown
+            process.expect("> ")  # before it the terminal, and not the command, would take Ctrl-D
             process.type("\x04")
             assert process.wait() == 0
         finally:
