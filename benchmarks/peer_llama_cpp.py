@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from gguf_shapes import SHAPES, VOCABULARY, Shape
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="default: build/random-small-SHAPE.gguf")

@@ -48,7 +48,9 @@ class Hessian:
         """Add rows float32 [T, K]."""
         columns = range(0, x.shape[1], _PIECE)
         for part in x.to(self._arithmetic.device).split(_TOKENS):
-            found = mapper.map(lambda start: self._arithmetic.product(part[:, start:].T, part[:, start : start + _PIECE]), columns)  # noqa: B023
+            found = mapper.map(
+                lambda start: self._arithmetic.product(part[:, start:].T, part[:, start : start + _PIECE]), columns
+            )
             for start, product in zip(columns, found, strict=True):
                 self._sum[start:, start : start + _PIECE] += product
         self.rows += x.shape[0]
