@@ -3,8 +3,8 @@
     pip install llama-cpp-python gguf        in an environment of its own; builds from source, ten minutes on two cores
     python benchmarks/peer_llama_cpp.py [MODEL.gguf] [--shape qwen3] [--threads 2]
 
-Writes the model once (2.6 or 2.2 GB: Q4_0 routed experts, Q8_0 elsewhere, float32 norms and router), then prints tokens/s of
-prefill and decode as JSON.
+Writes the model once (2.6 or 2.2 GB: Q4_0 routed experts, Q8_0 elsewhere, float32 norms and router), then prints
+tokens/s of prefill and decode as JSON.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
 
 The model is random: 2.6 GB of DeepSeek-V3 in small, or with `--shape qwen3` 2.2 GB of Qwen3-30B-A3B's layers
 (build/random-small-SHAPE, written once). `--llama-cpp` names the Python of an environment that has llama-cpp-python and
-gguf: the same shape as a GGUF (build/random-small-SHAPE.gguf, written once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and torch's
-fastest int8 product on every shape and row count of the prefill. Bytes that a step of many sequences reads are counted
-from the experts that its tokens were routed to. All take turns with the same threads, a round each. Figures are medians
-over the rounds; ratios are computed within a round first. On a machine with other work, `--threads 1 --cpu-time` leaves
-out the time of that work.
+gguf: the same shape as a GGUF (build/random-small-SHAPE.gguf, written once). `--transformers` runs the same shape in
+bfloat16. Limits: reading a buffer larger than any cache, and torch's fastest int8 product on every shape and row count
+of the prefill. Bytes that a step of many sequences reads are counted from the experts that its tokens were routed to.
+All take turns with the same threads, a round each. Figures are medians over the rounds; ratios are computed within a
+round first. On a machine with other work, `--threads 1 --cpu-time` leaves out the time of that work.
 """
 
 from __future__ import annotations
