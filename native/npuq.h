@@ -18,7 +18,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 9
+#define NPUQ_ABI_VERSION 10
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
