@@ -41,9 +41,8 @@ class NativeArithmetic:
         self._level = -1 if level is None else level_index(found, level)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, subtract: bool = False) -> Tensor:
-        """a `[M, K]` · b `[K, N]`, of any strides; with `out` `[M, N]` added to it, or subtracted."""
+        """a `[M, K]` · b `[K, N]`, of any strides, in `out` `[M, N]` where it is given; `subtract`: out − a · b."""
         (m, k), n = a.shape, b.shape[-1]
-        accumulate = out is not None
         if out is None:
             out = torch.empty(m, n)
         self._call(
@@ -56,11 +55,15 @@ class NativeArithmetic:
             n,
             k,
             subtract,
-            accumulate,
+            subtract,
             rows_address(out, "float_product", "out", torch.float32, m, n),
             max(out.stride(0), n),
         )
         return out
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x `[T, K]` · weight `[N, K]`ᵀ."""
+        return self.product(x, weight.T)
 
     def gptq_columns(
         self, lower: Tensor, bits: int, scale: Tensor, weight: Tensor, sums: Tensor, errors: Tensor, codes: Tensor

@@ -48,10 +48,11 @@ class Hessian:
         """Add rows float32 [T, K]."""
         columns = range(0, x.shape[1], _PIECE)
         for part in x.to(self._arithmetic.device).split(_TOKENS):
-            found = mapper.map(
-                lambda start: self._arithmetic.product(part[:, start:].T, part[:, start : start + _PIECE]), columns
-            )
-            for start, product in zip(columns, found, strict=True):
+
+            def products(start: int, part: Tensor = part) -> Tensor:
+                return self._arithmetic.product(part[:, start:].T, part[:, start : start + _PIECE])
+
+            for start, product in zip(columns, mapper.map(products, columns), strict=True):
                 self._sum[start:, start : start + _PIECE] += product
         self.rows += x.shape[0]
         self._complete = False
@@ -62,6 +63,8 @@ class Hessian:
             for start in range(0, self._sum.shape[0], _PIECE):
                 end = start + _PIECE
                 self._sum[start:end, end:] = self._sum[end:, start:end].T
+                block = self._sum[start:end, start:end].tril()
+                self._sum[start:end, start:end] = block + block.tril(-1).T
             self._complete = True
         return self._sum
 

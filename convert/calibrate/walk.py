@@ -114,7 +114,8 @@ class CalibratedWalk:
 
         Raises CalibrationError for infinite or NaN activations, ConversionError when the disk refuses.
         """
-        calibration, config, ops = self._calibration, self._prepared.config, CalibrationOps()
+        calibration, config, arithmetic = self._calibration, self._prepared.config, calibration_arithmetic()
+        ops = CalibrationOps(arithmetic)
         tables, topk = rope_tables(config), calibration.selected(config)
         try:
             with Pool(self._budget.workers) as pool, single_threaded_torch():
@@ -127,7 +128,7 @@ class CalibratedWalk:
                     ops=ops,
                     source=self._prepared.source,
                     jobs={job.source: job for job in self._prepared.plan.jobs},
-                    linears=Linears(self._files, calibration_arithmetic()),
+                    linears=Linears(self._files, arithmetic),
                     pool=pool,
                     samples=calibration.samples,
                     sequence_length=calibration.sequence_length,
