@@ -71,7 +71,7 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factored Hessian: H + damping [K, K] with its columns by rising H_jj, its lower Cholesky factor [K, K], and what
+    """A factored Hessian: H + damping [K, K] with columns by rising H_jj, its lower Cholesky factor [K, K], and what
     was added to the diagonal [K]: all float32. Column j of both is column `order[j]` of the linear."""
 
     hessian: Tensor
