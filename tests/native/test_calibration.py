@@ -1,4 +1,4 @@
-"""Calibration's kernels: the same bits at every level, the numbers of float64 numpy, and nothing outside their memory."""
+"""Calibration's kernels: the same bits at every level, the numbers of float64 numpy, nothing outside their memory."""
 
 from __future__ import annotations
 
