@@ -79,6 +79,11 @@ class LanguageModel:
         """True where this process takes prompts: alone, or rank 0 of several."""
         return self._world is None or self._world.leads
 
+    @property
+    def over_ranks(self) -> bool:
+        """True where several processes run the model."""
+        return self._world is not None
+
     def follow(self) -> None:
         """On a rank other than 0: run the steps of rank 0, of all loaded models, until it calls `close`."""
         if self._world is not None:

@@ -65,6 +65,7 @@ def sampling_params(
     limits: Limits,
     max_new_tokens: int | None,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters of a request. max_new_tokens: None is as many as the context leaves.
 
@@ -77,7 +78,8 @@ def sampling_params(
     given: dict[str, Any] = {name: getattr(fields, name) for name in _SAMPLING if getattr(fields, name) is not None}
     if given.get("top_k") == -1:  # another way to turn it off
         given["top_k"] = 0
-    given |= {"max_new_tokens": _ANY_LENGTH if max_new_tokens is None else max_new_tokens, "logprobs": logprobs}
+    given |= {"max_new_tokens": _ANY_LENGTH if max_new_tokens is None else max_new_tokens}
+    given |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     try:
         return SamplingParams.of(defaults, given)
     except GenerationError as error:

@@ -31,12 +31,15 @@ class ClientGoneError(Exception):
 async def respond(service: Service, http: HttpRequest, asked: Asked) -> Response:
     """Admit a request and answer it. The body of `http` has been read. Raises ApiError for one that is refused."""
     answer = _Answer(service, service.admit(asked.request), asked, record_of(http.scope))
+    if service.log_prompts:
+        for prompt in asked.request.prompts:
+            service.log(f"{record_of(http.scope).id} prompt: {service.model.tokenizer.decode(prompt)}")
     if asked.stream:
         return _StreamedAnswer(answer)
     try:
         document = await _while_connected(http.receive, answer.whole())
     except GenerationError as error:
-        raise failure(error) from None
+        raise failure(error, service.failure_status) from None
     finally:
         answer.end()
     return json_response(document)
@@ -74,7 +77,7 @@ class _Answer:
                 elif chunks := events(reply.chunks(pieces)):
                     yield chunks
         except GenerationError as error:
-            yield events([failure(error).body()])
+            yield events([failure(error, self.service.failure_status).body()])
             return
         usage = events([reply.usage_chunk(self._usage())]) if self._asked.include_usage else b""
         yield usage + DONE

@@ -87,7 +87,7 @@ class LocalReply:
                 f"the conversation has {len(prompt)} tokens and the context is {chat.model.context}; "
                 "/undo takes the last question back, /clear starts over"
             )
-        self._stream = chat.model.stream([prompt], params)
+        self._stream = chat.model.stream([prompt], params, reply=chat.model.reply_format)
         if self._stopped:  # before there was a stream to cancel
             self._stream.cancel()
         with self._stream as pieces:
@@ -99,5 +99,5 @@ class LocalReply:
                         piece.completion.cached_tokens,
                         piece.completion.completion_tokens,
                     )
-                if piece.text:
-                    yield Delta(content=piece.text)
+                if piece.text or piece.reasoning:
+                    yield Delta(piece.text, piece.reasoning)

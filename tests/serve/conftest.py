@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from example_artifact import artifact  # noqa: F401  (fixture)
 import npuq.runtime
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.serve.limits import Limits
-from npuq.serve.server import bind, make_server
+from npuq.serve.server import HttpServer, bind
 from npuq.serve.service import Service
 
 SECONDS = 120
@@ -34,13 +35,22 @@ class Running:
         return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "unused", "timeout": SECONDS, **options})
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is true."""
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.01)
+
+
 @contextmanager
 def running(service: Service) -> Iterator[Running]:
     """Serve in a thread of this process."""
     listener = bind("127.0.0.1", 0)
-    server = make_server(service)
+    server = HttpServer(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
+    wait_for(lambda: server.started)
     try:
         yield Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
     finally:

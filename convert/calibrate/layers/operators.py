@@ -26,6 +26,7 @@ from ....runtime.attention.pools import LayerCache
 from ....runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
 from ....runtime.ops.handles import own
 from ....runtime.ops.reference.cache import ReferenceCaches
+from ....runtime.ops.reference.grouped_attention import ReferenceGroupedAttention
 from ....runtime.ops.reference.latent_attention import ReferenceLatentAttention
 from ....runtime.ops.reference.norms import ReferenceNorms
 from ....runtime.ops.reference.products import ReferenceProducts
@@ -166,6 +167,7 @@ class CalibrationOps(Ops):
         self.caches = ReferenceCaches(self.dtype, "nd")
         self.rotary = ReferenceRotary(self.dtype)
         self.mla = ReferenceLatentAttention(self.dtype, weights, self.norms, self.products, self.rotary)
+        self.gqa = ReferenceGroupedAttention(self.dtype, weights, self.norms, self.products, self.rotary)
         self.sparse = CalibrationSparseAttention(self.dtype, weights, self.norms, self.products, self.rotary)
 
 

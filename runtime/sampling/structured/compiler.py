@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
@@ -14,6 +15,8 @@ from ..grammar import Grammar
 from .matching import JsonRuns, MatchedGrammar
 
 _MOST_REASON: Final = 300
+_PLACE: Final = re.compile(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?")
+_EXCERPT: Final = re.compile(r"\n *\d+ \| ")
 
 MakeGrammar = Callable[[], Grammar]
 """Makes the grammar of one completion, in its first state."""
@@ -48,10 +51,15 @@ class GrammarCompiler:
         """
         first = self._matcher(self._tokenizer, self._matcher.grammar_from_lark(grammar), log_level=0)
         if first.is_error():
-            reason = error_line(ValueError(first.get_error()), _MOST_REASON)
-            raise GenerationError(f"{what} cannot be used: {reason}")
+            raise GenerationError(f"{what} cannot be used: {_reason(first.get_error())}")
         vocabulary = self._vocabulary
         return lambda: MatchedGrammar(first.deep_copy(), self.size, JsonRuns(vocabulary.tokens, vocabulary.first_bytes))
+
+
+def _reason(message: str) -> str:
+    """The library's words in a line, without the place in the grammar and the lines of it around."""
+    words = _PLACE.sub("", _EXCERPT.split(message, maxsplit=1)[0])
+    return error_line(ValueError(words), _MOST_REASON)
 
 
 class _Vocabulary:

@@ -65,7 +65,9 @@ def constrain(
     if markers is None:
         return make
     begin, end = markers
-    return lambda: AfterReasoning(make(), begin, end, inside=inside, ends=compiler.ends, size=compiler.size)
+    may_begin = not inside and not format.begins_behind_reasoning(tokenizer, prompt)
+    where: Any = {"inside": inside, "may_begin": may_begin, "ends": compiler.ends, "size": compiler.size}
+    return lambda: AfterReasoning(make(), begin, end, **where)
 
 
 def _once_called(make: MakeGrammar, tokenizer: Tokenizer, format: ReplyFormat) -> MakeGrammar:

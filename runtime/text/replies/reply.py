@@ -18,6 +18,8 @@ _REASONING: Final = "reasoning"
 _SECTION: Final = "section"
 """Between the calls of a section."""
 _CALL: Final = "call"
+_MOST_OPENING: Final = 16
+"""Characters of white space that open a reply and are held back."""
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Reply:
     """One reply of a model, read token by token.
 
     Markers are in no part. White space beside a marker of reasoning, and after a marker of calls, belongs to nothing.
+    White space that opens a reply is held back for a while: some models write it before they begin to reason.
     A reply begins inside reasoning if its prompt ends with the marker for it. What should be a call and is none comes
     back as content. Stop strings are searched in the content, in which the first `min_tokens` tokens neither hold nor
     begin one. A token that ends the sequence is not added.
@@ -52,10 +55,12 @@ class Reply:
         self._early = min_tokens
         self._state = _REASONING if format.begins_inside_reasoning(tokenizer, prompt) else _CONTENT
         self._trims = self._state == _REASONING  # white space is dropped until other text comes
-        self._space: list[Chunk] = []  # of reasoning, held back: it may be its end
+        self._opens = format.reasoning is not None and self._state == _CONTENT  # nothing has come yet
+        self._space: list[Chunk] = []  # held back: it may belong to a marker
         self._reasoning: list[str] = []
         self._call: _Call | None = None
         self._calls: list[ToolCall] = []
+        self._called = False
         self.reasoning_tokens = 0
         self.malformed_calls = 0
 
@@ -76,8 +81,8 @@ class Reply:
 
     @property
     def stopped(self) -> bool:
-        """True after a stop string."""
-        return self._search.stopped
+        """True after a stop string, and after the only call where several are not allowed."""
+        return self._search.stopped or self._called
 
     def add(self, token: int) -> list[Part]:
         """Add a token: the parts that it makes final, in their order."""
@@ -92,6 +97,8 @@ class Reply:
         parts = self._read(self._scanner.flush())
         if self._call is not None:
             parts += self._end_call()
+        if self._state == _CONTENT:
+            parts += self._given_space()
         text = self._search.flush()
         return _merged([*parts, Part(text, tokens=self._search.take_settled())])
 
@@ -112,7 +119,19 @@ class Reply:
                 return []
             self._trims = self._trims and not text
             chunk = replace(chunk, text=text)
-        return self._on_reasoning(chunk) if self._state == _REASONING else self._on_content(chunk)
+        if self._state == _REASONING:
+            return self._on_reasoning(chunk)
+        if self._opens:
+            if not chunk.text.strip() and sum(len(each.text) for each in self._space) < _MOST_OPENING:
+                self._space.append(chunk)
+                return []
+            self._opens = False
+        return [*self._given_space(), *self._on_content(chunk)]
+
+    def _given_space(self) -> list[Part]:
+        """Content of the white space held back."""
+        held, self._space = self._space, []
+        return [part for chunk in held for part in self._on_content(chunk)]
 
     def _on_content(self, chunk: Chunk) -> list[Part]:
         text = self._search.add(chunk.text, chunk.tokens, early=self._early >= 0)
@@ -157,6 +176,7 @@ class Reply:
         if call.given is None and call.text.strip():
             self.malformed_calls += 1
             parts += self._on_content(Chunk(call.text))
+        self._called = call.given is not None and not self._format.parallel
         return parts
 
     def _on_marker(self, marker: str) -> list[Part]:
@@ -165,7 +185,7 @@ class Reply:
         if reasoning is not None and marker in (reasoning.begin, reasoning.end):
             if self._state == _CALL:
                 return []
-            self._space = []
+            self._space, self._opens = [], False
             self._trims = self._trims or self._state == _REASONING or marker == reasoning.begin
             self._state = _REASONING if marker == reasoning.begin else _CONTENT
             return []
@@ -176,7 +196,7 @@ class Reply:
             return parts
         if self._call is not None:
             parts += self._end_call()
-        self._space, self._trims = [], True
+        self._space, self._opens, self._trims = [], False, True
         if marker == calls.call[0]:
             self._state = _CALL
             self._call = _Call(calls.reader(self._format.tools))
