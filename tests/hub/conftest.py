@@ -14,7 +14,8 @@ import pytest
 import npuq
 from npuq.hub.transfer.retry import Backoff
 
-sys.path.insert(0, str(Path(__file__).parent / "rig"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "rig"), str(HERE.parent / "cli")]  # the second for warm.py
 from faults import Fault
 from loopback import LoopbackHub, honest
 from loopback_modelscope import WRITER as SCOPE_WRITER
