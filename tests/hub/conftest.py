@@ -14,8 +14,8 @@ import pytest
 import npuq
 from npuq.hub.transfer.retry import Backoff
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "rig"), str(HERE.parent / "cli")]  # the second for warm.py
+sys.path.insert(0, str(Path(__file__).parent / "rig"))
+sys.path.insert(1, str(Path(__file__).parent.parent / "cli"))  # for warm.py
 from faults import Fault
 from loopback import LoopbackHub, honest
 from loopback_modelscope import WRITER as SCOPE_WRITER
