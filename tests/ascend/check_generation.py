@@ -19,7 +19,7 @@ MODELS = (
 )
 # One of each form of attention: what pages hold does not depend on how weights are stored.
 WIDTHS = ("example", "v2-lite", "glm-flash", "twenty-heads")
-# Without a tape of codes, beside a set of operators that is not written as the reference is: one of each kind of weights.
+# Without a tape of codes, beside operators that are not written as the reference's are: one of each kind of weights.
 UNTAPED = ("example", "example-float", "v2-lite", "kimi-static", "kimi-k2.5", "glm-flash")
 INT8_CACHE = ("example-int8-cache", "v2-lite-int8-cache", "prolog-int8-cache", "glm-flash-int8-cache")
 
