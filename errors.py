@@ -65,5 +65,9 @@ class HubError(NpuqError):
     """A hub's refusal, or content that differs from its hash."""
 
 
+class RemoteError(NpuqError):
+    """A remote server that cannot be reached, refuses a request, or breaks its protocol."""
+
+
 class ReportError(NpuqError):
     """A report that cannot be drawn or written."""

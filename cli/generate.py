@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
 from ..errors import GenerationError, NpuqWarning
-from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .prompts import Prompt, encode, prompt_options, read_prompts, template_note
+from .options.loading import loading_options
+from .options.prompts import Prompt, encode, prompt_options, read_prompts, template_note, template_variables
+from .options.reading import as_option, known_type
+from .options.sampling import given_options, notes, sampling_options
 from .ranks import parallel_option, ranks_of_command
-from .reading import as_option, known_type
-from .sampling import given_options, notes, sampling_options
-from .terminal.console import emit_json, json_option, say, size, write
+from .terminal.console import complain, emit_json, json_option, say, write
 
 if TYPE_CHECKING:
     from ..runtime import Completion, Stream
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     metavar="JSON",
     help="With --chat or --messages: other variables of the template, like '{\"thinking\": true}'.",
 )
-@sampling_options
+@sampling_options(max_new_tokens=256)
 @click.option(
     "--stop",
     "stops",
@@ -43,18 +42,8 @@ if TYPE_CHECKING:
     help="End before this text, or at this special token; may be repeated.",
 )
 @as_option("MODEL")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-@click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
-@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; default: the backend's own.")
-@click.option(
-    "--kv-cache-dtype",
-    type=click.Choice(KV_CACHE_DTYPES),
-    default="auto",
-    show_default=True,
-    help="int8: a smaller cache, for artifacts that were calibrated.",
-)
+@loading_options
 @click.option("--eager", is_flag=True, help="On an NPU: launch every operator, replay no captured decode steps.")
-@click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @parallel_option
 @click.option("--quiet", is_flag=True, help="No notes on stderr.")
 @json_option("A JSON list, an object a prompt, when all are done.")
@@ -105,7 +94,7 @@ def command(
     for option, values in (("--prompt", prompts), ("--stop", stops), ("--system", (system or "",))):
         if any("\ud800" <= character <= "\udfff" for value in values for character in value):
             raise click.UsageError(f"{option}: is not UTF-8 text")
-    variables = _template_variables(chat_template_kwargs)
+    variables = template_variables(chat_template_kwargs)
     given = given_options(sampling)
     if stops:
         given["stop"] = stops
@@ -117,6 +106,7 @@ def command(
 
     from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
     from ..runtime.text.generation_config import default_sampling, read_generation_config
+    from ..runtime.text.replies.formats import PLAIN, find_format
     from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
@@ -137,6 +127,9 @@ def command(
     tokenizer = Tokenizer(directory)
     inputs = [encode(prompt, tokenizer, chat=chat, system=system, variables=variables) for prompt in texts]
     tokenizer.split_stops(params.stop)
+    # A text is continued as it is, and so is what stands in it; one format is for all prompts of a command.
+    talks = all(chat or prompt.is_conversation for prompt in texts)
+    reply = find_format(tokenizer) if talks else PLAIN
     compute = None if dtype is None else getattr(torch, dtype)
     engine = EngineConfig(cache_size)
     runner = load(
@@ -155,29 +148,16 @@ def command(
         runner.follow()
         return
     started = time.perf_counter()
-    with runner.stream(inputs, params) as pieces:
+    with runner.stream(inputs, params, reply=reply) as pieces:
         if not quiet:  # after the last possible refusal
             for note in (template_note(texts, tokenizer, chat=chat), *notes(params, defaults, given)):
                 say(note)
-        completions = _collect(pieces) if as_json else _print(pieces, texts)
+        completions = _collect(pieces) if as_json else _print(pieces, texts, quiet=quiet)
     runner.close()
     if as_json:
-        emit_json([_as_dict(completion) for completion in completions])
+        emit_json([_as_dict(completion, talks=talks) for completion in completions])
     if not quiet:
         say(_speed(completions, time.perf_counter() - started))
-
-
-def _template_variables(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        variables = parse_object(text, "--chat-template-kwargs", GenerationError)
-    except GenerationError as error:
-        raise click.UsageError(str(error)) from error
-    taken = ", ".join(sorted(TEMPLATE_ARGUMENTS & variables.keys()))
-    if taken:
-        raise click.UsageError(f"--chat-template-kwargs: {taken} cannot be given there")
-    return variables
 
 
 def _collect(pieces: Stream) -> list[Completion]:
@@ -185,14 +165,20 @@ def _collect(pieces: Stream) -> list[Completion]:
     return [done[index] for index in sorted(done)]
 
 
-def _print(pieces: Stream, prompts: list[Prompt]) -> list[Completion]:
-    """Print one prompt's text as it comes; of several, each whole text under its prompt, in their order."""
+def _print(pieces: Stream, prompts: list[Prompt], *, quiet: bool) -> list[Completion]:
+    """Print one prompt's text as it comes; of several, each whole text under its prompt, in their order.
+
+    One prompt's reasoning goes to stderr, so that stdout has the answer alone.
+    """
     done: dict[int, Completion] = {}
-    printed = 0
+    printed, thinks = 0, False
     for piece in pieces:
         if piece.completion is not None:
             done[piece.index] = piece.completion
         if len(prompts) == 1:
+            if not quiet:
+                complain("\n" if thinks and piece.text else piece.reasoning)
+            thinks = bool(piece.reasoning) or (thinks and not piece.text)
             write(_shown(piece.text))
             continue
         while printed in done:
@@ -200,6 +186,8 @@ def _print(pieces: Stream, prompts: list[Prompt]) -> list[Completion]:
             printed += 1
     if len(prompts) == 1:
         write("\n")
+        if thinks and not quiet:
+            complain("\n")
     return [done[index] for index in range(len(prompts))]
 
 
@@ -223,7 +211,7 @@ def _speed(completions: list[Completion], seconds: float) -> str:
     return f"{read}, {new_tokens} new tokens at {rate:.1f} tokens/s"
 
 
-def _as_dict(completion: Completion) -> dict[str, Any]:
+def _as_dict(completion: Completion, *, talks: bool) -> dict[str, Any]:
     return {
         "text": completion.text,
         "prompt_tokens": completion.prompt_tokens,
@@ -231,4 +219,5 @@ def _as_dict(completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "prefill_seconds": completion.prefill_seconds,
         "decode_seconds": completion.decode_seconds,
+        **({"reasoning": completion.reasoning, "reasoning_tokens": completion.reasoning_tokens} if talks else {}),
     }

@@ -18,6 +18,7 @@ from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET
 from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
+from ..models.moe import DenseFirst
 from ..models.roles import Role
 from ..models.tensors import ModelTensors, Spec
 
@@ -59,6 +60,9 @@ class EngineModel:
     turns_draft_input: tuple[str, ...] = ()
     # Releases whose main model has an indexer in layers that share another layer's selection, too.
     indexes_everywhere: tuple[str, ...] = ()
+    # Releases whose main model takes quantized dense layers for unquantized ones.
+    floats_dense: tuple[str, ...] = ()
+    always_routes: bool = False  # every layer of the main model has experts, whatever config.json says
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -68,6 +72,10 @@ def _counted(config: ModelConfig) -> range:
 
 def _refused_by_vllm(name: str) -> bool:
     return not name.endswith(".bias") and "rotary_emb.inv_freq" not in name
+
+
+# Of tensors without a parameter vLLM's Qwen3-MoE skips those of these endings.
+_IGNORED_BY_QWEN3_MOE: Final = (".bias", "_bias", ".weight_scale", "_weight_scale", ".input_scale", "_input_scale")
 
 
 def _refused_by_sglang(name: str) -> bool:
@@ -128,12 +136,48 @@ _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
     for architecture in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
     for model in (_SPARSE_VLLM, _SPARSE_SGLANG)
 )
+# Grouped-query attention. Neither engine tells of a tensor that it has no use for, but vLLM of one of GLM-4.5.
+_VLLM_QWEN3_MOE = replace(
+    _VLLM,
+    architectures=("Qwen3MoeForCausalLM",),
+    absent={},
+    ties_head=True,
+    refuses=lambda name: not name.endswith(_IGNORED_BY_QWEN3_MOE) and _refused_by_vllm(name),
+    # vLLM 0.30 learns that gate_up_proj is fused after it has told the quantization.
+    floats_dense=("0.30.0rc2",),
+)
+_VLLM_GLM4_MOE = replace(_VLLM_GLM, architectures=("Glm4MoeForCausalLM",), absent={"head_dim": _STOPS})
+_SGLANG_QWEN3_MOE = replace(
+    _SGLANG,
+    architectures=("Qwen3MoeForCausalLM",),
+    absent={},
+    ties_head=False,
+    always_routes=True,
+    refuses=lambda name: False,
+)
+_SGLANG_GLM4_MOE = replace(_SGLANG_GLM, architectures=("Glm4MoeForCausalLM",), absent={})
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
     engine: {name: model for model in models for name in model.architectures}
     for engine, models in {
-        "vllm-ascend": (_VLLM, _VLLM_KIMI_K25, _VLLM_GLM, _VLLM_V32, _VLLM_GLM5),
-        "sglang": (_SGLANG, _SGLANG_KIMI_K25, _SGLANG_GLM, _SGLANG_V32, _SGLANG_GLM5),
+        "vllm-ascend": (
+            _VLLM,
+            _VLLM_KIMI_K25,
+            _VLLM_GLM,
+            _VLLM_V32,
+            _VLLM_GLM5,
+            _VLLM_QWEN3_MOE,
+            _VLLM_GLM4_MOE,
+        ),
+        "sglang": (
+            _SGLANG,
+            _SGLANG_KIMI_K25,
+            _SGLANG_GLM,
+            _SGLANG_V32,
+            _SGLANG_GLM5,
+            _SGLANG_QWEN3_MOE,
+            _SGLANG_GLM4_MOE,
+        ),
     }.items()
 }
 
@@ -159,7 +203,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     config = _as_read(model, raw)
     layers = model.drafts(config)
     if model.draft_always_routes:
-        config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
+        config = _with_moe(config, layers=DenseFirst(0))
     return _by_need(list(ModelTensors(config).unroll(layers, main=False)), schemes)
 
 
@@ -219,6 +263,23 @@ def indexer_notes(
         )
 
 
+def dense_notes(
+    engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line where releases of `engine` find no scheme of the artifact's quantized dense layers, and the releases."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.floats_dense:
+        return
+    gates = (config.family.name(Block.DENSE, "gate", layer) for layer in range(config.num_hidden_layers))
+    quantized = [name for name in gates if schemes.get(name, Scheme.FLOAT) is not Scheme.FLOAT]
+    if quantized:
+        yield (
+            model.floats_dense,
+            f"{len(quantized)} dense layer(s) are quantized, and the engine takes them for unquantized and ends at "
+            f"{quantized[0]!r}: serve with another release, or convert with dense_mlp in FLOAT",
+        )
+
+
 def key_problems(
     engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -248,7 +309,7 @@ def refused_names(engine: str, family: Family, names: Collection[str]) -> list[s
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """A line for each of the text model's keys (`raw`) that the engine reads otherwise than npuq, and the value to
     write instead."""
-    routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
+    routing = config.moe_keys()
     read = {**config.attention.stated(), **routing}
     for key, taken in [(key, taken) for key, taken in model.absent.items() if key in read]:
         wanted = read[key]
@@ -275,6 +336,8 @@ def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
     config, raw = ModelConfig.from_dict(raw), text_config(raw)
     if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
+    if model.always_routes:
+        config = _with_moe(config, layers=DenseFirst(0))
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
         config = _with_moe(config, n_shared_experts=1)
     return config

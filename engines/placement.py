@@ -20,7 +20,7 @@ from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.tensors import Spec
-from .parameters import draft_notes, indexer_notes, key_problems, parameter_problems, refused_names
+from .parameters import dense_notes, draft_notes, indexer_notes, key_problems, parameter_problems, refused_names
 from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
@@ -101,6 +101,11 @@ _COMMON = (
     Requirement(
         lambda p: p.config.attention.heads % p.tp != 0,
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
+    ),
+    Requirement(
+        lambda p: p.config.attention.kv_heads % p.tp != 0 and p.tp % p.config.attention.kv_heads != 0,
+        "{kv_heads} key and value heads can neither be shared by {tp} ranks nor repeated evenly: choose a --tp that "
+        "divides {kv_heads}, or a multiple of it",
     ),
     Requirement(
         lambda p: p.selects and p.config.attention.heads % p.tp == 0 and not _is_power_of_two(p.rank_heads),
@@ -205,7 +210,7 @@ def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme
     cannot load the artifact while another does."""
     for note in draft_notes(engine, config, schemes):
         yield f"{tested_releases(engine)}: {note}"
-    for releases, note in indexer_notes(engine, config, schemes):
+    for releases, note in (*indexer_notes(engine, config, schemes), *dense_notes(engine, config, schemes)):
         yield f"{engine} {' and '.join(releases)}: {note}"
 
 
@@ -242,6 +247,7 @@ def broken_requirements(engine: str, placement: Placement) -> Iterator[str]:
         "shared": placement.shared_width,
         "heads": config.attention.heads,
         "rank_heads": placement.rank_heads,
+        "kv_heads": config.attention.kv_heads,
         "experts": config.n_routed_experts,
         "width": placement.expert_width,
     }

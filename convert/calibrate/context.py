@@ -79,8 +79,10 @@ class Layer:
     def has(self, block: Block, part: str) -> bool:
         """True where the layer has a part. The config decides, as it does in engines, and not the checkpoint's other
         tensors, except where the config leaves it open."""
+        if not self.tensors.has(block, part, self.index):
+            return False
         spec = self.spec(block, part)
-        return self.tensors.has(block, part, self.index) and (not spec.optional or spec.name in self.walk.jobs)
+        return not spec.optional or spec.name in self.walk.jobs
 
     def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
         """The specification of a part's tensor."""
@@ -119,8 +121,8 @@ class Layer:
         groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
         measured = {}
         for scheme, members in groups.items():
-            hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
-            measured[scheme] = hessian, factored(hessian), scale
+            hessian, scale = measure(members, inputs, range(len(walk.batches)), walk.linears.arithmetic, mapper)
+            measured[scheme] = hessian, factored(hessian, walk.linears.arithmetic, mapper), scale
         deployed = []
         for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)

@@ -21,6 +21,7 @@ from ...formats.schemes import Scheme
 from ...models.family import Block
 from ...models.roles import Role
 from ...models.rope import rope_tables
+from ...native.calibration import calibration_arithmetic
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
 from ...runtime.attention.kinds import attention_of, dense_attention_of
@@ -113,7 +114,8 @@ class CalibratedWalk:
 
         Raises CalibrationError for infinite or NaN activations, ConversionError when the disk refuses.
         """
-        calibration, config, ops = self._calibration, self._prepared.config, CalibrationOps()
+        calibration, config, arithmetic = self._calibration, self._prepared.config, calibration_arithmetic()
+        ops = CalibrationOps(arithmetic)
         tables, topk = rope_tables(config), calibration.selected(config)
         try:
             with Pool(self._budget.workers) as pool, single_threaded_torch():
@@ -126,7 +128,7 @@ class CalibratedWalk:
                     ops=ops,
                     source=self._prepared.source,
                     jobs={job.source: job for job in self._prepared.plan.jobs},
-                    linears=Linears(self._files),
+                    linears=Linears(self._files, arithmetic),
                     pool=pool,
                     samples=calibration.samples,
                     sequence_length=calibration.sequence_length,

@@ -1,6 +1,8 @@
 /* One instruction-set level. setup.py compiles this file once for each, with that set's flags and
  * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C). */
 #include "inference/kernels/paged_attention.h"
+#include "calibrate/descent.h"
+#include "calibrate/gptq_columns.h"
 #include "convert/quantize_row.h"
 #include "inference/kernels/float_gemm.h"
 #include "inference/kernels/int_gemm.h"
@@ -41,6 +43,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .add_row = add_row,
     .scale_add_row = scale_add_row,
     .rope_row = rope_row,
+    .rope_halves_row = rope_halves_row,
     .attend = attend,
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,
@@ -51,4 +54,9 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .convert_row = convert_row,
     .convert_stored = convert_stored,
     .pack_rows = pack_rows,
+    .tile_rows = PRODUCT_ROWS,
+    .tile_columns = PRODUCT_COLUMNS,
+    .product_tile = product_tile,
+    .gptq_columns = gptq_columns,
+    .descend = descend,
 };

@@ -15,6 +15,7 @@ from ...ranks.group import ALONE, Group
 from .. import Ops
 from ..cpu import CpuOps
 from .cache import NativeCaches
+from .grouped_attention import NativeGroupedAttention
 from .kernels import Kernels
 from .latent_attention import NativeLatentAttention
 from .norms import NativeNorms
@@ -51,6 +52,7 @@ class NativeOps(Ops):
         self.rotary = NativeRotary(kernels, beside.rotary)
         self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)
         self.sparse = NativeSparseAttention(kernels, self.weights, self.norms, self.products, self.rotary)
+        self.gqa = NativeGroupedAttention(kernels, self.weights, self.norms, self.products, self.rotary)
 
     @property
     def arithmetic(self) -> str:

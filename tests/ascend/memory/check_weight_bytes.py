@@ -25,7 +25,7 @@ from npuq.runtime.weights import load_rope_tables, load_weights
 
 MODELS = (
     *("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static", "kimi-k2.5", "glm-flash"),
-    *("prolog", "v32", "v32-prolog", "v32-prolog-float-index-q", "glm-dsa"),
+    *("prolog", "v32", "v32-prolog", "v32-prolog-float-index-q", "glm-dsa", "qwen3", "glm4", "glm4-static"),
 )
 
 
@@ -52,7 +52,7 @@ def test_the_npu_holds_what_is_planned(artifact, name, dtype):
     assert sum(kind.copied for kind in planned.values()) == held
 
 
-@pytest.mark.parametrize("name", ["kimi", "v32"])
+@pytest.mark.parametrize("name", ["kimi", "v32", "glm4"])
 def test_the_npus_cache_is_what_is_planned(artifact, name):
     """The blocks of sequences and the spare one, of every layer."""
     ops, sizes = harness.make("ascend", torch.bfloat16), EngineConfig(block_size=64, max_num_seqs=2)

@@ -99,7 +99,8 @@ def test_interrupted_it_starts_at_the_layer_that_selects(
     draw = random.Random(method)
     for attempt in range(attempts):
         output = tmp_path / str(attempt)
-        assert rig(made.directory, output, options=options, kill_at=draw.randint(1, whole["calls"]))["killed"]
+        # How many calls a run makes depends on the syncer's turns: the last ones may be missing.
+        assert rig(made.directory, output, options=options, kill_at=draw.randint(1, whole["calls"] * 4 // 5))["killed"]
         assert rig(made.directory, output, options=options | {"workers": 2})["summary"]["status"] != "planned"
         assert tree(output) == tree(tmp_path / "whole")
     manifest = json.loads((tmp_path / "whole" / "npuq" / "manifest.json").read_text())
