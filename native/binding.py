@@ -17,6 +17,7 @@ from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import StoredRows
 from .integers import checked
 from .library import (
+    Draw,
     Heads,
     LatentCache,
     MlaBlock,
@@ -41,6 +42,7 @@ __all__ = [
     "LAYOUTS",
     "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
+    "Draw",
     "Heads",
     "LatentCache",
     "MlaBlock",
@@ -217,6 +219,8 @@ def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:
 def _failure(name: str, status: int) -> Exception:
     if status == _BAD_SIZE:
         return ValueError(f"{name}: the native kernel refuses a dtype, or sizes that do not fit each other")
+    if status == _NOT_FINITE:
+        return ValueError(f"{name}: the numbers are not finite")
     if status == _BAD_INDEX:
         return ValueError(f"{name}: the native kernel refuses an index or a length beyond what it points into")
     return MemoryError(f"{name}: no memory for the native kernel's scratch")

@@ -1,6 +1,7 @@
 /* One instruction-set level. setup.py compiles this file once for each, with that set's flags and
  * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C). */
 #include "inference/kernels/paged_attention.h"
+#include "inference/kernels/likelihoods.h"
 #include "convert/quantize_row.h"
 #include "inference/kernels/float_gemm.h"
 #include "inference/kernels/int_gemm.h"
@@ -45,6 +46,9 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,
     .weigh_relu = weigh_relu,
+    .logit_range = logit_range,
+    .falling_order = falling_order,
+    .likelihoods = likelihoods,
     .convert_scratch = convert_scratch,
     .convert_release = convert_release,
     .decode_row = decode_row,

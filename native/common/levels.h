@@ -7,6 +7,7 @@
 #include "npuq.h"
 
 enum { ATTENTION_HEADS = 8, ATTENTION_KEYS = 64 };
+enum { GROUP_LANES = 16 }; /* of logit_range */
 
 /* Up to ATTENTION_HEADS heads of one query token, and up to ATTENTION_KEYS keys of one cache block. */
 struct attention_tile {
@@ -88,6 +89,11 @@ struct kernels {
     void (*multiply_row)(float factor, size_t n, float *x);
     /* out[c] = Σ_h weight[h] · max(0, x[h · ldx + c]); a NaN stays one. */
     void (*weigh_relu)(const float *x, size_t ldx, const float *weight, size_t heads, size_t n, float *out);
+
+    /* Sampling; see likelihoods.h. */
+    void (*logit_range)(const float *x, size_t n, float *least, float *largest);
+    void (*falling_order)(const float *x, size_t n, uint32_t *order);
+    void (*likelihoods)(const float *x, size_t n, float highest, double inverse, int64_t *likelihood);
 
     /* Conversion; see quantize_row.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
     size_t (*convert_scratch)(size_t n);

@@ -72,6 +72,7 @@ def _kernel_tests(library: Path, names: list[str], environment: dict[str, str], 
 @needs_compiler
 def test_kernel_tests_pass_under_sanitizers() -> None:
     names = ["products", "rows", "layers", "attention", "sparse", "arguments", "convert", "convert_hostile", "sha256"]
+    names += ["sampling"]
     _kernel_tests(sanitized_library(), names, sanitizer_environment(), 4)
 
 
