@@ -11,5 +11,8 @@ COMPUTE_DTYPES: Final = ("float32", "bfloat16")
 ENGINES: Final = ("vllm-ascend", "sglang")
 PROGRESS_FORMS: Final = ("auto", "bar", "lines", "json", "none")
 
+REASONING_FORMATS: Final = ("auto", "none", "deepseek", "kimi")
+TOOL_FORMATS: Final = ("auto", "none", "deepseek-v3", "deepseek-v31", "kimi-k2", "glm-4.5", "qwen3")
+
 TEMPLATE_ARGUMENTS: Final = frozenset({"messages", "system", "tools", "documents", "chat_template"})
 """Names reserved among a chat template's variables: each is an argument of its own."""

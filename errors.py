@@ -65,5 +65,9 @@ class HubError(NpuqError):
     """A hub's refusal, or content that differs from its hash."""
 
 
+class ServerError(NpuqError):
+    """A server that cannot be reached, refuses a request, or replies with what its protocol does not have."""
+
+
 class ReportError(NpuqError):
     """A report that cannot be drawn or written."""

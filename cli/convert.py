@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
-from .reading import as_option
+from .options.reading import as_option
 from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source

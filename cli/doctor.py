@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measurements import bench_lines, tuning_lines
-from .reading import as_option
+from .options.reading import as_option
 from .terminal.console import emit_json, format_bytes, json_option, show, size
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..choices import BACKENDS, KV_CACHE_DTYPES
+from .options.reading import as_option
 from .ranks import parallel_option, ranks_of_command
-from .reading import as_option
 from .terminal.console import emit_json, json_option, say, show
 from .terminal.progress import TerminalProgress, progress_options
 

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..choices import BACKENDS, COMPUTE_DTYPES, KV_CACHE_DTYPES, TEMPLATE_ARGUMENTS
 from ..errors import GenerationError, NpuqWarning
-from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
-from .prompts import Prompt, encode, prompt_options, read_prompts, template_note
+from .options.loading import loading_options
+from .options.prompts import Prompt, encode, prompt_options, read_prompts, template_note, template_variables
+from .options.reading import as_option, known_type
+from .options.sampling import given_options, notes, sampling_options
 from .ranks import parallel_option, ranks_of_command
-from .reading import as_option, known_type
-from .sampling import given_options, notes, sampling_options
-from .terminal.console import emit_json, json_option, say, size, write
+from .terminal.console import emit_json, json_option, say, write
 
 if TYPE_CHECKING:
     from ..runtime import Completion, Stream
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     metavar="JSON",
     help="With --chat or --messages: other variables of the template, like '{\"thinking\": true}'.",
 )
-@sampling_options
+@sampling_options(max_new_tokens=256)
 @click.option(
     "--stop",
     "stops",
@@ -43,18 +42,8 @@ if TYPE_CHECKING:
     help="End before this text, or at this special token; may be repeated.",
 )
 @as_option("MODEL")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-@click.option("--device", help="Which NPU the ascend backend runs on, like npu:1.")
-@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; default: the backend's own.")
-@click.option(
-    "--kv-cache-dtype",
-    type=click.Choice(KV_CACHE_DTYPES),
-    default="auto",
-    show_default=True,
-    help="int8: a smaller cache, for artifacts that were calibrated.",
-)
+@loading_options
 @click.option("--eager", is_flag=True, help="On an NPU: launch every operator, replay no captured decode steps.")
-@click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache.")
 @parallel_option
 @click.option("--quiet", is_flag=True, help="No notes on stderr.")
 @json_option("A JSON list, an object a prompt, when all are done.")
@@ -105,7 +94,7 @@ def command(
     for option, values in (("--prompt", prompts), ("--stop", stops), ("--system", (system or "",))):
         if any("\ud800" <= character <= "\udfff" for value in values for character in value):
             raise click.UsageError(f"{option}: is not UTF-8 text")
-    variables = _template_variables(chat_template_kwargs)
+    variables = template_variables(chat_template_kwargs)
     given = given_options(sampling)
     if stops:
         given["stop"] = stops
@@ -165,19 +154,6 @@ def command(
         emit_json([_as_dict(completion) for completion in completions])
     if not quiet:
         say(_speed(completions, time.perf_counter() - started))
-
-
-def _template_variables(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        variables = parse_object(text, "--chat-template-kwargs", GenerationError)
-    except GenerationError as error:
-        raise click.UsageError(str(error)) from error
-    taken = ", ".join(sorted(TEMPLATE_ARGUMENTS & variables.keys()))
-    if taken:
-        raise click.UsageError(f"--chat-template-kwargs: {taken} cannot be given there")
-    return variables
 
 
 def _collect(pieces: Stream) -> list[Completion]:

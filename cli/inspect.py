@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .reading import as_option
+from .options.reading import as_option
 from .terminal.console import emit_json, format_bytes, json_option, show
 from .terminal.progress import progress_options
 

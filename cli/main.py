@@ -30,6 +30,8 @@ COMMANDS = {
     "push": "Push an artifact to a hub, resumably; only what changed is sent.",
     "pull": "Fetch an artifact from a hub, resumably, every file checked.",
     "generate": "Generate text with an artifact or a float checkpoint.",
+    "serve": "Serve a model to clients of OpenAI's HTTP protocol.",
+    "chat": "Talk to a model, in this process or behind a server's URL.",
     "evaluate": "Measure perplexity, and the divergence from the float source.",
     "report": "Write one HTML page about an artifact: sizes, errors, scales, calibration, provenance.",
     "doctor": "Show the parts of the Ascend backend found here, and whether a model can run on an NPU.",

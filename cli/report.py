@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .reading import as_option
+from .options.reading import as_option
 from .terminal.console import emit_json, json_option, show
 from .terminal.progress import TerminalProgress, progress_options
 

@@ -12,7 +12,7 @@ import click
 
 from ..choices import ENGINES
 from ..errors import NpuqError
-from .reading import as_option
+from .options.reading import as_option
 from .terminal.console import emit_json, json_option, show
 from .terminal.progress import TerminalProgress, progress_options
 

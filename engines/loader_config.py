@@ -29,12 +29,9 @@ def loader_config(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Seque
 
 def _text_keys(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Sequence[int]) -> dict[str, Any]:
     """The keys of the text model to add to the source's (`raw`), or to replace there."""
-    keys: dict[str, Any] = {}
-    for key in () if config.moe is None else config.moe.STATED:
-        value = getattr(config.moe, key)
-        # Also a value of another type: transformers refuses a whole number where it expects a fraction.
-        if type(raw.get(key)) is not type(value) or raw[key] != value:
-            keys[key] = value
+    experts = config.moe_keys()
+    # Also a value of another type: transformers refuses a whole number where it expects a fraction.
+    keys = {key: value for key, value in experts.items() if type(raw.get(key)) is not type(value) or raw[key] != value}
     # Engines take an absent flag for false.
     keys |= {key: value for key, value in config.attention.stated().items() if value and raw.get(key) != value}
     # transformers refuses null where the key has a type.

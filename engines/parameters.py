@@ -18,6 +18,7 @@ from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET
 from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
+from ..models.moe import DenseFirst
 from ..models.roles import Role
 from ..models.tensors import ModelTensors, Spec
 
@@ -68,6 +69,10 @@ def _counted(config: ModelConfig) -> range:
 
 def _refused_by_vllm(name: str) -> bool:
     return not name.endswith(".bias") and "rotary_emb.inv_freq" not in name
+
+
+# Of tensors without a parameter vLLM's Qwen3-MoE skips those of these endings.
+_IGNORED_BY_QWEN3_MOE: Final = (".bias", "_bias", ".weight_scale", "_weight_scale", ".input_scale", "_input_scale")
 
 
 def _refused_by_sglang(name: str) -> bool:
@@ -128,12 +133,41 @@ _VLLM_V32, _SGLANG_V32, _VLLM_GLM5, _SGLANG_GLM5 = (
     for architecture in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
     for model in (_SPARSE_VLLM, _SPARSE_SGLANG)
 )
+# Grouped-query attention. Neither engine tells of a tensor that it has no use for, but vLLM of one of GLM-4.5.
+_VLLM_QWEN3_MOE = replace(
+    _VLLM,
+    architectures=("Qwen3MoeForCausalLM",),
+    absent={},
+    ties_head=True,
+    refuses=lambda name: not name.endswith(_IGNORED_BY_QWEN3_MOE) and _refused_by_vllm(name),
+)
+_VLLM_GLM4_MOE = replace(_VLLM_GLM, architectures=("Glm4MoeForCausalLM",))
+_SGLANG_QWEN3_MOE = replace(
+    _SGLANG, architectures=("Qwen3MoeForCausalLM",), absent={}, ties_head=False, refuses=lambda name: False
+)
+_SGLANG_GLM4_MOE = replace(_SGLANG_GLM, architectures=("Glm4MoeForCausalLM",))
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
     engine: {name: model for model in models for name in model.architectures}
     for engine, models in {
-        "vllm-ascend": (_VLLM, _VLLM_KIMI_K25, _VLLM_GLM, _VLLM_V32, _VLLM_GLM5),
-        "sglang": (_SGLANG, _SGLANG_KIMI_K25, _SGLANG_GLM, _SGLANG_V32, _SGLANG_GLM5),
+        "vllm-ascend": (
+            _VLLM,
+            _VLLM_KIMI_K25,
+            _VLLM_GLM,
+            _VLLM_V32,
+            _VLLM_GLM5,
+            _VLLM_QWEN3_MOE,
+            _VLLM_GLM4_MOE,
+        ),
+        "sglang": (
+            _SGLANG,
+            _SGLANG_KIMI_K25,
+            _SGLANG_GLM,
+            _SGLANG_V32,
+            _SGLANG_GLM5,
+            _SGLANG_QWEN3_MOE,
+            _SGLANG_GLM4_MOE,
+        ),
     }.items()
 }
 
@@ -159,7 +193,7 @@ def draft_tensors(model: EngineModel, raw: Mapping[str, Any], schemes: Mapping[s
     config = _as_read(model, raw)
     layers = model.drafts(config)
     if model.draft_always_routes:
-        config = _with_moe(config, moe_layer_freq=1, first_k_dense_replace=0)
+        config = _with_moe(config, layers=DenseFirst(0))
     return _by_need(list(ModelTensors(config).unroll(layers, main=False)), schemes)
 
 
@@ -248,7 +282,7 @@ def refused_names(engine: str, family: Family, names: Collection[str]) -> list[s
 def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, names: Collection[str]) -> Iterator[str]:
     """A line for each of the text model's keys (`raw`) that the engine reads otherwise than npuq, and the value to
     write instead."""
-    routing = {} if config.moe is None else {key: getattr(config.moe, key) for key in config.moe.STATED}
+    routing = config.moe_keys()
     read = {**config.attention.stated(), **routing}
     for key, taken in [(key, taken) for key, taken in model.absent.items() if key in read]:
         wanted = read[key]

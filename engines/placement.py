@@ -103,6 +103,11 @@ _COMMON = (
         "{heads} attention heads cannot be shared by {tp} ranks: choose a --tp that divides {heads}",
     ),
     Requirement(
+        lambda p: p.config.attention.kv_heads % p.tp != 0 and p.tp % p.config.attention.kv_heads != 0,
+        "{kv_heads} key and value heads can neither be shared by {tp} ranks nor repeated evenly: choose a --tp that "
+        "divides {kv_heads}, or a multiple of it",
+    ),
+    Requirement(
         lambda p: p.selects and p.config.attention.heads % p.tp == 0 and not _is_power_of_two(p.rank_heads),
         "each of {tp} ranks would have {rank_heads} attention heads, and npu_sparse_flash_attention takes 1, 2, 4, … "
         "or 128: choose another --tp",
@@ -242,6 +247,7 @@ def broken_requirements(engine: str, placement: Placement) -> Iterator[str]:
         "shared": placement.shared_width,
         "heads": config.attention.heads,
         "rank_heads": placement.rank_heads,
+        "kv_heads": config.attention.kv_heads,
         "experts": config.n_routed_experts,
         "width": placement.expert_width,
     }

@@ -47,6 +47,7 @@ def violations(specs: Mapping[str, Spec], scheme_of: SchemeOf, target: Target) -
         why = _forbidden(spec, scheme, target)
         if why is not None:
             yield Violation(spec, scheme, why)
+    yield from _static_with_bias(specs, scheme_of, target)
     yield from _split_groups(specs, scheme_of)
     yield from _split_preprocessing(specs, scheme_of)
     yield from _mixed_experts(specs, scheme_of)
@@ -81,6 +82,19 @@ def _forbidden(spec: Spec, scheme: Scheme, target: Target) -> str | None:
     if scheme is Scheme.FLOAT and spec.role in ROUTED and target is Target.ENGINES:
         return "engines refuse FLOAT routed experts; give them a scheme, or set 'target: npuq'"
     return None
+
+
+def _static_with_bias(specs: Mapping[str, Spec], scheme_of: SchemeOf, target: Target) -> Iterator[Violation]:
+    """Static linears that have a bias beside `quant_bias`: engines add the latter alone."""
+    for spec in specs.values():
+        if spec.entry is None or spec.entry.kind != "bias":
+            continue
+        linear = spec.name.removesuffix("bias") + "weight"
+        if linear in specs and scheme_of(linear) is Scheme.W8A8_STATIC:
+            why = (
+                f"engines leave out the bias {spec.name!r} of a linear with a static input scale; use W8A8_DYNAMIC here"
+            )
+            yield Violation(specs[linear], Scheme.W8A8_STATIC, why)
 
 
 def fused_pairs(specs: Mapping[str, Spec]) -> Iterator[tuple[str, str]]:

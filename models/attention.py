@@ -21,8 +21,25 @@ class AttentionWidths(Protocol):
         """Query heads, which tensor-parallel ranks split."""
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of the KV cache, which tensor-parallel ranks split, or hold several times: 1 for a latent."""
+
+    @property
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+
+    @property
+    def rotary_interleaved(self) -> bool:
+        """True where the pairs that rotate together are stored side by side: channels (2i, 2i + 1). False: channels
+        (i, i + rotary_dim / 2)."""
+
+    @property
+    def rotary_temperature(self) -> bool:
+        """True where mscale and mscale_all_dim of YaRN's parameters have a meaning, as in DeepSeek's models."""
 
     @property
     def cache_scales(self) -> int:
@@ -36,7 +53,7 @@ class AttentionWidths(Protocol):
     def dense_tokens(self) -> int | None:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
 
-    def stated(self) -> Mapping[str, int | bool | str | None]:
+    def stated(self) -> Mapping[str, int | float | bool | str | None]:
         """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
 
     def sizes(self) -> Mapping[str, int]:

@@ -18,7 +18,7 @@ from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader,
 from .families import FAMILIES, family_of
 from .family import Family
 from .moe import Moe
-from .rope_config import RopeConfig, read_rope
+from .rope_config import RopeConfig, read_rope, rotary_fraction
 from .rope_frequencies import check_computable
 
 TEXT_CONFIG = "text_config"
@@ -57,7 +57,8 @@ class ModelConfig:
         """Read and check a config; CheckpointError names the key that is missing, malformed or unknown."""
         family = family_of(config.get("model_type"))
         config = text_config(config)
-        read = ConfigReader(_without_aliases(config))
+        read = ConfigReader({**_without_aliases(config), "partial_rotary_factor": rotary_fraction(config)})
+        attention = family.attention.read(read)
         result = cls(
             model_type=family.model_type,
             hidden_size=read.size("hidden_size"),
@@ -69,9 +70,9 @@ class ModelConfig:
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             max_position_embeddings=read.size("max_position_embeddings", most=MAX_POSITIONS),
             dtype=model_dtype(config),
-            attention=family.attention.read(read),
-            moe=None if family.moe is None else Moe.read(read, family.moe),
-            rope=read_rope(config),
+            attention=attention,
+            moe=None if family.moe is None else family.moe.read(read),
+            rope=read_rope(config, attention),
         )
         # No backend computes another value: refuse it rather than run another model.
         for key, value in family.fixed.items():
@@ -93,6 +94,11 @@ class ModelConfig:
     def n_routed_experts(self) -> int:
         """Routed experts of an MoE layer; 0 in a model without."""
         return 0 if self.moe is None else self.moe.n_routed_experts
+
+    def moe_keys(self) -> Mapping[str, Any]:
+        """The experts' keys that an artifact's config.json states, with their values; none without experts."""
+        reader = self.family.moe
+        return {} if self.moe is None or reader is None else reader.stated(self.moe)
 
     def _check(self) -> None:
         layers = self.num_hidden_layers + self.num_nextn_predict_layers

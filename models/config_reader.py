@@ -91,6 +91,17 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} must be a list of texts, not {shown(value)}")
         return value
 
+    def numbers(self, key: str, most: int) -> list[int]:
+        """Read a list of whole numbers from 0 to `most`; empty where there is none."""
+        values = self._config.get(key)
+        if values is None:
+            return []
+        if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= most for value in values):
+            raise CheckpointError(
+                f"config.json: {key} must be a list of whole numbers from 0 to {most}, not {shown(values)}"
+            )
+        return values
+
     def has_key(self, key: str) -> bool:
         """True where the config has the key, also with the value null."""
         return key in self._config

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 from .attention import AttentionReader
-from .moe import MoeDefaults
+from .moe import MoeReader
 from .roles import Role
 
 
@@ -35,10 +35,10 @@ class Block(str, Enum):
     __str__ = str.__str__
 
 
-Kind = Literal["linear", "norm", "layer_norm", "lookup", "vector"]
+Kind = Literal["linear", "norm", "layer_norm", "lookup", "bias", "vector"]
 """linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. layer_norm: gain or bias of a layer norm,
-which subtracts a mean and so keeps no basis. lookup: one row a token id, `[rows, channels]`. vector: any other tensor
-of one dimension."""
+which subtracts a mean and so keeps no basis. lookup: one row a token id, `[rows, channels]`. bias: the addend of a
+linear's outputs, `[outputs]`, which writes what the linear writes. vector: any other tensor of one dimension."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Family:
 
     architecture: the first of config.json's `architectures`, by which vLLM and SGLang choose a model's class;
     transformers chooses by model_type.
-    attention: reads the widths of its attention. moe, rms_norm_eps: defaults of keys of config.json.
+    attention, moe: read the widths of its attention and its experts from config.json. rms_norm_eps: its default.
     blocks: the entries of each block. fixed: keys of config.json with the one value that the blocks compute, which is
     also the default. layers, experts: the names' parts before a layer's number, and before an expert's
     number within its layer. prefix: the common beginning of all names (`language_model.`).
@@ -106,7 +106,7 @@ class Family:
     model_type: str
     architecture: str
     attention: AttentionReader
-    moe: MoeDefaults | None
+    moe: MoeReader | None
     activations: tuple[Activation, ...]
     blocks: dict[Block, tuple[Entry, ...]]
     fixed: Mapping[str, str | bool]

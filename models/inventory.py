@@ -172,12 +172,11 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return f"num_hidden_layers {config.num_hidden_layers}"
     for part in (config.attention, config.moe_at(layer)):
         if part is not None and entry.when in part.KEYS:
-            return _shown(part, layer, part.KEYS[entry.when])
-    return "no experts" if config.moe is None else _shown(config.moe, layer, *config.moe.LAYER_KEYS)
-
-
-def _shown(part: object, layer: int, *keys: str) -> str:
-    return " and ".join(_value(key, getattr(part, key), layer) for key in keys)
+            key = part.KEYS[entry.when]
+            return _value(key, getattr(part, key), layer)
+    if config.moe is None:
+        return "no experts"
+    return " and ".join(_value(key, value, layer) for key, value in config.moe.layers.keys().items())
 
 
 def _value(key: str, value: object, layer: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import CheckpointError
 from .config_reader import ConfigReader
 
 
@@ -22,10 +23,15 @@ class Mla:
 
     # The key of config.json that decides a condition.
     KEYS: ClassVar[Mapping[str, str]] = {"q_lora": "q_lora_rank", "full_q": "q_lora_rank"}
+    kv_heads: ClassVar[int] = 1
+    rotary_interleaved: ClassVar[bool] = True
+    rotary_temperature: ClassVar[bool] = True
 
     @classmethod
     def read(cls, read: ConfigReader) -> Mla:
         """Read the widths under Hugging Face's names; CheckpointError names a key that is missing or malformed."""
+        if read.number("partial_rotary_factor", 1.0) != 1:
+            raise CheckpointError("config.json: partial_rotary_factor is not supported; give qk_rope_head_dim")
         return cls(
             heads=read.size("num_attention_heads"),
             q_lora_rank=read.size("q_lora_rank") if read.has_value("q_lora_rank") else None,
@@ -58,7 +64,7 @@ class Mla:
         """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}
 
-    def stated(self) -> dict[str, int | bool | str | None]:
+    def stated(self) -> dict[str, int | float | bool | str | None]:
         """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
         return {}
 
@@ -75,6 +81,11 @@ class Mla:
     def qk_head_dim(self) -> int:
         """Channels of one head's query and key: those without position, then the rotary ones."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.qk_rope_head_dim
 
     @property
     def cache_scales(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnknownModelError
@@ -128,9 +128,7 @@ def _agreement(raw: Mapping[str, Any], family: Family) -> tuple[bool, int]:
     """Sort key of families by the architecture and the defaults that config.json states; the most come first."""
     architectures = raw.get("architectures")
     named = isinstance(architectures, list) and family.architecture in architectures
-    defaults = (
-        {} if family.moe is None else {field.name: getattr(family.moe, field.name) for field in fields(family.moe)}
-    )
+    defaults: dict[str, Any] = {} if family.moe is None else dict(vars(family.moe))
     defaults["rms_norm_eps"] = family.rms_norm_eps
     nested = raw.get(TEXT_CONFIG)
     keys = nested if family.text_types and isinstance(nested, Mapping) else raw

@@ -52,11 +52,11 @@ def rope_tables(config: ModelConfig) -> RopeTables:
         "mscale": repr(mscale),
         "softmax_scale": repr(softmax_scale),
         "layout": "half",
-        "convention": "interleaved-input",
+        "convention": "interleaved-input" if config.attention.rotary_interleaved else "half-input",
     }
     return RopeTables(cos, sin, softmax_scale, metadata)
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """The factor of q·k before the softmax: (nope + rope)^-0.5, times `softmax_factor`."""
+    """The factor of q·k before the softmax: qk_head_dim^-0.5, times `softmax_factor`."""
     return 1 / math.sqrt(config.attention.qk_head_dim) * softmax_factor(config.rope)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import CheckpointError
+from .attention import AttentionWidths
 from .config_reader import MAX_POSITIONS, ConfigReader, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -31,8 +32,8 @@ _MAX_MSCALE: Final = 100.0
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding parameters under transformers' names; `dim` is qk_rope_head_dim. `mscale` and `mscale_all_dim`
-    are None where the config has neither."""
+    """Rotary embedding parameters under transformers' names; `dim` is the rotary channels of a head. `mscale` and
+    `mscale_all_dim` are None where the config has neither."""
 
     rope_type: str
     theta: float
@@ -55,7 +56,24 @@ class RopeConfig:
         return int(self.max_position * self.factor) if self.rope_type == "dynamic" else self.max_position
 
 
-def read_rope(config: Mapping[str, Any]) -> RopeConfig:
+def rotary_fraction(config: Mapping[str, Any]) -> Any:
+    """The value of `partial_rotary_factor`, beside the rotary parameters or in them; None without one.
+
+    CheckpointError where both places have it, with different values: loaders differ on which counts.
+    """
+    places = [
+        config,
+        *(found for key in ("rope_scaling", "rope_parameters") if isinstance(found := config.get(key), Mapping)),
+    ]
+    values = [place["partial_rotary_factor"] for place in places if place.get("partial_rotary_factor") is not None]
+    if any(value != values[0] for value in values):
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor is {' and '.join(map(shown, values))} at two places: keep one"
+        )
+    return values[0] if values else None
+
+
+def read_rope(config: Mapping[str, Any], attention: AttentionWidths) -> RopeConfig:
     """Read and check the rotary part of a config; CheckpointError names the key that is missing, malformed or unknown.
 
     With keys of both kinds, `rope_scaling` wins, as in transformers.
@@ -67,14 +85,14 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
     missing = [key for key in _REQUIRED[rope_type] if parameters.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json: rope type {rope_type!r} needs {', '.join(missing)}")
-    beside = {key: config.get(key) for key in ("qk_rope_head_dim", "max_position_embeddings")}
+    beside = {key: config.get(key) for key in ("max_position_embeddings",)}
     # DeepSeek's rope_theta is a key beside the object, transformers' a key in it.
     inside = {key: value for key, value in parameters.items() if value is not None}
     read = ConfigReader({"rope_theta": config.get("rope_theta"), **inside, **beside})
     rope = RopeConfig(
         rope_type=rope_type,
         theta=read.number("rope_theta", 10000.0, 0.0, _MAX_THETA),
-        dim=read.size("qk_rope_head_dim"),
+        dim=attention.rotary_dim,
         max_position=read.size("max_position_embeddings", most=MAX_POSITIONS),
         factor=read.number("factor", 1.0, 1.0, _MAX_FACTOR),
         original_max_position=(
@@ -94,6 +112,11 @@ def read_rope(config: Mapping[str, Any]) -> RopeConfig:
         truncate=read.flag("truncate", True),
     )
     _check(rope, config, parameters)
+    if not attention.rotary_temperature and (rope.mscale is not None or rope.mscale_all_dim is not None):
+        raise CheckpointError(
+            "config.json: mscale and mscale_all_dim are read for DeepSeek's models alone; elsewhere loaders differ on "
+            "them: remove them"
+        )
     return rope
 
 
@@ -122,7 +145,7 @@ def _check(rope: RopeConfig, config: Mapping[str, Any], parameters: Mapping[str,
     if rope.theta <= 1:
         raise CheckpointError(f"config.json: rope_theta must be above 1, not {rope.theta}")
     if rope.dim % 2:
-        raise CheckpointError(f"config.json: qk_rope_head_dim {rope.dim} is odd; rotary needs pairs")
+        raise CheckpointError(f"config.json: a head has {rope.dim} rotary channels, which is odd; rotary needs pairs")
     if rope.rope_type == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
         raise CheckpointError("config.json: rope high_freq_factor must be above low_freq_factor, and both above 0")
     if rope.rope_type == "dynamic" and rope.dim == 2:
@@ -133,9 +156,6 @@ def _check(rope: RopeConfig, config: Mapping[str, Any], parameters: Mapping[str,
             f"{rope.dim} rotary channels make tables of {4 * rope.dim * rope.positions / 2**20:.0f} MiB; npuq makes "
             f"them up to {MAX_TABLE_BYTES >> 20}"
         )
-    for where in (config, parameters):
-        if where.get("partial_rotary_factor") not in (None, 1):
-            raise CheckpointError("config.json: partial_rotary_factor is not supported; give qk_rope_head_dim")
     outside = config.get("original_max_position_embeddings")
     if rope.rope_type in ("yarn", "llama3") and outside not in (None, rope.original_max_position):
         raise CheckpointError(

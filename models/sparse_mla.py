@@ -58,7 +58,7 @@ class SparseMla(Mla):
         """FULL or SHARED for each decoder layer."""
         return self.indexer.types
 
-    def stated(self) -> dict[str, int | bool | str | None]:
+    def stated(self) -> dict[str, int | float | bool | str | None]:
         indexer = self.indexer
         pattern = "".join(word[0].upper() for word in indexer.types)
         return {

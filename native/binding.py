@@ -18,7 +18,9 @@ from ..quant.stored_rows import StoredRows
 from .integers import checked
 from .library import (
     Draw,
+    GqaBlock,
     Heads,
+    KvCache,
     LatentCache,
     MlaBlock,
     MoeBlock,
@@ -43,7 +45,9 @@ __all__ = [
     "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
     "Draw",
+    "GqaBlock",
     "Heads",
+    "KvCache",
     "LatentCache",
     "MlaBlock",
     "MoeBlock",
@@ -179,7 +183,7 @@ class Quantizer:
         if status == _NOT_FINITE:
             raise NonFiniteError(bad_row.value)
         if status:
-            raise _failure("quantize_rows", status)
+            raise failure("quantize_rows", status)
 
 
 def _address(x: Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
@@ -216,7 +220,8 @@ def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:
     return rows
 
 
-def _failure(name: str, status: int) -> Exception:
+def failure(name: str, status: int) -> Exception:
+    """The error for a status of a native call."""
     if status == _BAD_SIZE:
         return ValueError(f"{name}: the native kernel refuses a dtype, or sizes that do not fit each other")
     if status == _NOT_FINITE:
@@ -252,7 +257,7 @@ class Pool:
         """
         status = call(self._library, name, self.handle, *arguments)
         if status:
-            raise _failure(name, status)
+            raise failure(name, status)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None) is not None:

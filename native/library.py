@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 
 
 class Part(Structure):
@@ -80,6 +80,23 @@ class MlaBlock(Structure):
         ("w_uv_strides", c_int64 * 3),
         *((name, c_int64) for name in ("heads", "nope_dim", "value_dim")),
         ("kv_b_dtype", c_int32),
+        ("eps", c_float),
+    )
+
+
+class KvCache(Structure):
+    """`npuq_kv_cache`: the paged cache of one layer of grouped-query attention."""
+
+    _fields_ = (("key", Pages), ("value", Pages))
+
+
+class GqaBlock(Structure):
+    """`npuq_gqa`: one layer of grouped-query attention."""
+
+    _fields_ = (
+        *((name, POINTER(Weights)) for name in ("qkv", "o")),
+        *((name, c_void_p) for name in ("bias", "q_norm", "k_norm")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "head_dim", "rope_dim")),
         ("eps", c_float),
     )
 
@@ -161,6 +178,13 @@ _SIGNATURES: Final = {
     "npuq_attention_selected": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _P, _L, _F, _P),
     "npuq_lightning_indexer": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _L, _P),
     "npuq_top_k": (_P, _P, _L, _L, _P, _L, _P),
+    "npuq_float_product": (_I, _P, _L, _L, _P, _L, _L, _L, _L, _L, _I, _I, _P, _L),
+    "npuq_gptq_columns": (_I, _P, _L, _L, _L, _I, _P, _P, _P, _P, _P),
+    "npuq_descend": (_I, _P, _P, _L, _L, _I, _P, _P, _P, _P),
+    "npuq_grouped_attention_paged": (_P, _P, _P, _I, _L, _L, _L, _P, _P, _L, _P, _L, _F, _P),
+    "npuq_grouped_attention": (_P, _P, _P, _P, _I, _L, _L, _L, _P, _P, _L, _L, _F, _I, _P),
+    "npuq_gqa_rows": (_P, _P, _P, _P, _I, _L, _L, _P, _P, _P, _P, _P, _P),
+    "npuq_gqa_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
     "npuq_mla_decode": (_P, _P, _P, _P, _I, _L, _P, _P, _P, _P, _P, _L, _P, _L, _F, _P),
 }
 

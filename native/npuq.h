@@ -18,7 +18,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 9
+#define NPUQ_ABI_VERSION 10
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -239,6 +239,24 @@ typedef struct {
 NPUQ_API int npuq_attention(npuq_pool *pool, const npuq_heads *heads, const int64_t *q_ends, const int64_t *kv_ends,
                             int64_t sequences, float softmax_scale, int32_t causal, void *out, float *lse);
 
+/* The cache of grouped-query attention: keys and values of kv_heads · head_dim channels a token, each in the compute dtype
+ * or codes. */
+typedef struct {
+    npuq_pages key, value;
+} npuq_kv_cache;
+/* Attention of q [tokens, heads, head_dim] on the cache: head h reads the keys and values of head h / (heads / kv_heads).
+ * q_ends, kv_lens, table: as in npuq_attention_paged. out [tokens, heads, head_dim]. */
+NPUQ_API int npuq_grouped_attention_paged(npuq_pool *pool, const npuq_kv_cache *cache, const void *q, int32_t dtype,
+                                          int64_t heads, int64_t kv_heads, int64_t head_dim, const int64_t *q_ends,
+                                          const int64_t *kv_lens, int64_t sequences, const int32_t *table,
+                                          int64_t table_stride, float softmax_scale, void *out);
+/* The same over key and value [keys, kv_heads, head_dim], of which each sequence has the next kv_len. causal: query i of
+ * n sees keys j ≤ i + (kv_len − n), else all. */
+NPUQ_API int npuq_grouped_attention(npuq_pool *pool, const void *q, const void *key, const void *value, int32_t dtype,
+                                    int64_t heads, int64_t kv_heads, int64_t head_dim, const int64_t *q_ends,
+                                    const int64_t *kv_lens, int64_t sequences, int64_t keys, float softmax_scale,
+                                    int32_t causal, void *out);
+
 /* Several operators in one call; results as of separate calls. */
 
 /* npuq_dynamic_quant (for I4 and I8 weights) and npuq_matmul. `stride` is that of x's rows: cols for float weights. */
@@ -291,6 +309,48 @@ NPUQ_API int npuq_mla_prolog(npuq_pool *pool, const npuq_mla *mla, const npuq_la
 /* npuq_mla_prolog, npuq_attention_paged, w_uv, o: x [tokens, hidden] → out [tokens, o's outputs]; where o is NULL, its
  * inputs [tokens, heads, value_dim]. */
 NPUQ_API int npuq_mla_decode(npuq_pool *pool, const npuq_mla *mla, const npuq_latent_cache *cache, const void *x,
+                             int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
+                             const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
+                             int64_t table_stride, float softmax_scale, void *out);
+
+/* Calibration, on the calling thread, in float32; level −1 is the best usable one. Results do not depend on the level. */
+
+/* c [m, n] = a · b, or c + a · b where `accumulate`; −a in place of a where `negate`. Strides of a [m, k] and b [k, n] may
+ * be any; a row of c is ldc ≥ n numbers. Each number is a chain of fused multiply-adds over k, beginning with c. */
+NPUQ_API int npuq_float_product(int32_t level, const float *a, int64_t a_row, int64_t a_column, const float *b,
+                                int64_t b_row, int64_t b_column, int64_t m, int64_t n, int64_t k, int32_t negate,
+                                int32_t accumulate, float *c, int64_t ldc);
+
+/* Rows of a panel of GPTQ, or of a sweep, are a multiple of this. */
+enum { NPUQ_LANES = 16 };
+
+/* A panel of GPTQ's columns, from the last to the first. lower: the lower factor's block on the diagonal. Transposed:
+ * weight, sums, errors, codes [columns, rows]. sums has L[j, i]ᵀ · e of the columns j behind the panel, and gets that of the
+ * panel's own. The error e = w − scale · code of a column moves the targets w + sums / L[i, i] of the columns before it. */
+NPUQ_API int npuq_gptq_columns(int32_t level, const float *lower, int64_t ldl, int64_t columns, int64_t rows, int32_t bits,
+                               const float *scale, const float *weight, float *sums, float *errors, int8_t *codes);
+
+/* One sweep of coordinate descent over codes [rows, columns], from the last column to the first, by their gradient
+ * [rows, columns] = hessian · (w − scale · code), which stays that of the codes. moves: how many codes changed. */
+NPUQ_API int npuq_descend(int32_t level, const float *hessian, const float *inverse_diagonal, int64_t columns,
+                          int64_t rows, int32_t bits, const float *scale, float *gradient, int8_t *codes, int64_t *moves);
+/* One layer of grouped-query attention. qkv: (q | k | v), [heads + 2 · kv_heads, head_dim] outputs; o may be NULL. In the
+ * compute dtype: bias of the outputs of qkv or NULL, and the gains of queries and keys [head_dim], both or neither.
+ * rope_dim: the first channels of a head, which rotate in pairs (i, i + rope_dim / 2). */
+typedef struct {
+    const npuq_weights *qkv, *o;
+    const void *bias, *q_norm, *k_norm;
+    int64_t heads, kv_heads, head_dim, rope_dim;
+    float eps;
+} npuq_gqa;
+/* From the product with qkv [tokens, stride] to queries q, keys k and values v, contiguous, with bias, norm and rotation;
+ * writes keys and values into the cache at slots, negative ones excepted. cache, k and v may be NULL. */
+NPUQ_API int npuq_gqa_rows(npuq_pool *pool, const npuq_gqa *gqa, const npuq_kv_cache *cache, const void *qkv,
+                           int32_t dtype, int64_t stride, int64_t tokens, const void *cos, const void *sin,
+                           const int64_t *slots, void *q, void *k, void *v);
+/* qkv, npuq_gqa_rows, npuq_grouped_attention_paged, o: x [tokens, hidden] → out [tokens, o's outputs]; where o is NULL,
+ * its inputs [tokens, heads, head_dim]. */
+NPUQ_API int npuq_gqa_decode(npuq_pool *pool, const npuq_gqa *gqa, const npuq_kv_cache *cache, const void *x,
                              int32_t dtype, int64_t tokens, const void *cos, const void *sin, const int64_t *slots,
                              const int64_t *q_ends, const int64_t *kv_lens, int64_t sequences, const int32_t *table,
                              int64_t table_stride, float softmax_scale, void *out);

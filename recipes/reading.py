@@ -19,7 +19,7 @@ from ..inputs.files import inside, read_given_text, read_text
 from ..inputs.yaml_text import MOST_CHARACTERS, parse_yaml
 from ..models.roles import Role
 from ..quant.scales import Method
-from .recipe import AUTO, STORED, Recipe, Rule, Target, Transform
+from .recipe import AUTO, STORED, LayerRange, Recipe, Rule, Target, Transform
 
 NAMED = ("w4a8", "w8a8", "float")
 _RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
@@ -117,18 +117,32 @@ def _strings(value: Any, key: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _ranges(value: Any, where: str) -> tuple[tuple[int, int], ...]:
+def _ranges(value: Any, where: str) -> tuple[LayerRange, ...]:
     if value is None:
         return ()
     parts = value if isinstance(value, list) else str(value).split(",")
     ranges = []
     for part in parts:
-        found = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", str(part))
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if first > last:
-            raise RecipeError(f"{where}: layers {value!r} is not a list of layers and ranges such as 0-3,7")
-        ranges.append((first, last))
+        found = _range(str(part))
+        if found is None:
+            raise RecipeError(
+                f"{where}: layers {value!r} is not a list of layers and ranges such as 0-3,7 or first 5, last 7"
+            )
+        ranges.append(found)
     return tuple(ranges)
+
+
+def _range(part: str) -> LayerRange | None:
+    """The layers of `7`, `0-3`, `first 5` or `last 7`; None for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII)
+    if found is not None:
+        first, last = int(found[1]), int(found[2] or found[1])
+        return LayerRange(first, last) if first <= last else None
+    found = re.fullmatch(r"\s*(first|last)\s+(\d{1,6})\s*", part, re.ASCII)
+    if found is None or int(found[2]) < 1:
+        return None
+    count = int(found[2])
+    return LayerRange(0, count - 1) if found[1] == "first" else LayerRange(1, count, from_end=True)
 
 
 def parse_chain(value: Any, where: str) -> tuple[Method, tuple[Transform, ...]]:

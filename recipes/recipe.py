@@ -1,10 +1,10 @@
 """A recipe: the scheme and method of each weight, and the target that must be able to load the artifact.
 
 A recipe is YAML: `name`, `target` (`engines` for vLLM-Ascend and SGLang, `npuq` for our own runtime only), `method`,
-and `rules`, each with conditions (`roles`, `layers` such as "0-3,7", `names` with * and ?) and settings (`scheme`,
-`method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the method that finds codes, as in
-`rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; a tensor
-without a matching rule stays float.
+and `rules`, each with conditions (`roles`, `layers` such as "0-3,7" or "last 7", `names` with * and ?) and settings
+(`scheme`, `method`). The recipe's `method` may be a chain: `rotate`, `smooth` or both before the method that finds
+codes, as in `rotate+smooth+gptq`, or `auto`. For each setting of a tensor the first matching rule that gives it wins; a
+tensor without a matching rule stays float.
 """
 
 from __future__ import annotations
@@ -47,17 +47,35 @@ class Target(str, Enum):
 
 
 @dataclass(frozen=True)
+class LayerRange:
+    """The layers from `first` to `last`; with `from_end` counted back from the last decoder layer, which is 1."""
+
+    first: int
+    last: int
+    from_end: bool = False
+
+    def holds(self, layer: int, decoder_layers: int) -> bool:
+        """True for a layer of the range, in a model of so many decoder layers."""
+        return self.first <= (decoder_layers - layer if self.from_end else layer) <= self.last
+
+    def __str__(self) -> str:
+        if self.from_end:
+            return f"last {self.last}"
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
 class Rule:
     """Conditions that all must hold (empty: no condition), and the settings for the tensors that meet them."""
 
     roles: tuple[Role, ...] = ()
-    layers: tuple[tuple[int, int], ...] = ()  # inclusive ranges
+    layers: tuple[LayerRange, ...] = ()
     names: tuple[str, ...] = ()
     scheme: Scheme | None = None
     method: Method | None = None
 
-    def matches(self, spec: Spec) -> bool:
-        """True where the rule applies to this tensor.
+    def matches(self, spec: Spec, decoder_layers: int) -> bool:
+        """True where the rule applies to this tensor of a model of so many decoder layers.
 
         A rule that names neither roles nor tensors applies to quantizable linears only, so that "layers 0-3 in W8A8"
         leaves their norms alone.
@@ -66,9 +84,12 @@ class Rule:
             allowed: Iterable[Role] = self.roles or QUANTIZABLE
             if spec.role not in allowed:
                 return False
-        if self.layers and not any(spec.layer is not None and a <= spec.layer <= b for a, b in self.layers):
+        if self.layers and not self._holds(spec.layer, decoder_layers):
             return False
         return not self.names or self._globs.matches(spec.name)
+
+    def _holds(self, layer: int | None, decoder_layers: int) -> bool:
+        return layer is not None and any(some.holds(layer, decoder_layers) for some in self.layers)
 
     @cached_property
     def _globs(self) -> Globs:
@@ -98,9 +119,10 @@ class Recipe:
     def smooth(self) -> bool:
         return Transform.SMOOTH in self.transforms
 
-    def scheme_of(self, spec: Spec) -> Scheme:
-        """The scheme that the rules give a tensor of a float checkpoint."""
-        return next((rule.scheme for rule in self.rules if rule.scheme and rule.matches(spec)), Scheme.FLOAT)
+    def scheme_of(self, spec: Spec, decoder_layers: int) -> Scheme:
+        """The scheme that the rules give a tensor of a float checkpoint of so many decoder layers."""
+        found = (rule.scheme for rule in self.rules if rule.scheme and rule.matches(spec, decoder_layers))
+        return next(found, Scheme.FLOAT)
 
     @property
     def chain(self) -> str:
@@ -118,7 +140,7 @@ class Recipe:
             if rule.roles:
                 entry["roles"] = [str(role) for role in rule.roles]
             if rule.layers:
-                entry["layers"] = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in rule.layers)
+                entry["layers"] = ",".join(map(str, rule.layers))
             if rule.names:
                 entry["names"] = list(rule.names)
             if rule.scheme is not None:

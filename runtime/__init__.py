@@ -7,11 +7,12 @@ from .engine import EngineConfig
 from .evaluation.layer_error import LayerError, layer_errors
 from .evaluation.perplexity import Evaluation, evaluate
 from .llm import LanguageModel, load
+from .loop import Loop
 from .request import Request
 from .sampling.grammar import Grammar
 from .sampling.logprobs import TokenLogprobs
 from .sampling.params import SamplingOptions, SamplingParams
-from .stream import Completion, Piece, Stream
+from .stream import Completion, Inbox, Piece, Stream
 from .text.tokenizer import Tokenizer
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "EngineConfig",
     "Evaluation",
     "Grammar",
+    "Inbox",
     "LanguageModel",
     "LayerError",
+    "Loop",
     "Piece",
     "Request",
     "SamplingOptions",

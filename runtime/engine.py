@@ -18,7 +18,7 @@ from .graph.decode import DecodeGraphs
 from .model import Model
 from .ranks.world import World
 from .sampling.grammar import Grammar
-from .sampling.logprobs import TokenLogprobs
+from .sampling.logprobs import TokenLogprobs, rows_logprobs
 from .sampling.params import SamplingParams
 from .sampling.rows import LogitRow
 from .sampling.sampler import NotFiniteError
@@ -85,7 +85,7 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: limit of a sequence's tokens, prompt and completion together. cache_scales: for each layer, float32
+    context: limit of a sequence's tokens, prompt and completion together. eos_ids: end-of-sequence tokens. cache_scales: for each layer, float32
     `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
     alone. All ranks make the same engine, and that of rank 0 leads the steps. use_graphs: run decode steps as captured
     graphs, where the backend has them; `graphs` then is set.
@@ -104,7 +104,7 @@ class Engine:
         self.model = model
         self.config = config
         # Files may name others, of any size; the model never gives them.
-        self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
+        self.eos_ids = frozenset(token for token in eos_ids if 0 <= token < model.config.vocab_size)
         self._int8_cache = cache_scales is not None
         layers = range(model.config.num_hidden_layers)
         scales = cache_scales or [{} for _ in layers]
@@ -126,12 +126,17 @@ class Engine:
         absorbs = model.ops.mla.absorbs_chunks and not self._int8_cache
         self._absorbed_tokens = model.attention.absorbed_tokens if absorbs else 0
         self._builder = StepBuilder(
-            model.ops, rope, config.block_size, config.prefix_segment_tokens, self._dense_tokens
+            model.ops,
+            rope,
+            config.block_size,
+            config.prefix_segment_tokens,
+            self._dense_tokens,
+            model.attention.continues_on_pages,
         )
         self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
-        self._budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self._budget)
+        self.budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self.budget)
 
     def sequence(
         self,
@@ -162,7 +167,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it"
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
-        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self._eos_ids)
+        stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self.eos_ids)
         if not self.config.prefix_cache or len(prompt) <= self.config.block_size:
             leader = None  # it has no block to give
         return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)
@@ -202,7 +207,8 @@ class Engine:
                 work.sequence.num_cached,
                 work.sequence.blocks,
                 last_row=work.samples,
-                absorbed=work.sequence.num_cached > 0 and work.count <= self._absorbed_tokens,
+                all_rows=len(work.sequence.unscored(work.count)) > 0,
+                absorbed=self._is_absorbed(work),
             )
             for work in scheduled
         ]
@@ -210,6 +216,8 @@ class Engine:
         ordered = [scheduled[index] for index in order]
         sampling = [work.sequence for work in ordered if work.samples]
         with self.model.ops.one_thread():
+            if any(chunk.all_rows for chunk in chunks):
+                logits = _score_prompts(ordered, logits)
             rows = self.model.ops.logit_rows(logits)
             outputs = [_sample(sequence, row) for sequence, row in zip(sampling, rows, strict=True)]
         self._advance(ordered, time.perf_counter() - started)
@@ -218,6 +226,12 @@ class Engine:
                 self.blocks.forget()
             self._append(output)
         return outputs
+
+    def _is_absorbed(self, work: Scheduled) -> bool:
+        """True for tokens that attend to the cache alone: few behind others, and those that are judged as `logits`."""
+        if self._int8_cache and work.sequence.unscored(work.count):
+            return True
+        return work.sequence.num_cached > 0 and work.count <= self._absorbed_tokens
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence (at a stop string, or cancelled by its caller) and free its blocks."""
@@ -334,7 +348,7 @@ class Engine:
     def _advance(self, scheduled: abc.Sequence[Scheduled], seconds: float) -> None:
         decodes = sum(work.sequence.is_decoding for work in scheduled)
         prefill = sum(work.count for work in scheduled if not work.sequence.is_decoding)
-        self._budget.measured(prefill, decodes, seconds)
+        self.budget.measured(prefill, decodes, seconds)
         for work in scheduled:
             if work.sequence.is_decoding:
                 work.sequence.decode_seconds += seconds
@@ -366,6 +380,24 @@ def check_token_ids(tokens: abc.Sequence[int], vocabulary: int) -> None:
             f"token id {named} is outside the model's vocabulary of {vocabulary}; does the tokenizer belong to this "
             "model?"
         )
+
+
+def _score_prompts(scheduled: abc.Sequence[Scheduled], logits: Tensor) -> Tensor:
+    """Give sequences the log-probabilities of their prompts. Returns the rows of `logits` that are sampled."""
+    scored = [work.sequence.unscored(work.count) for work in scheduled]
+    counts = [work.count if places else int(work.samples) for work, places in zip(scheduled, scored, strict=True)]
+    kept = []
+    for work, places, rows in zip(scheduled, scored, logits.split(counts), strict=True):
+        sequence = work.sequence
+        if places:
+            assert sequence.prompt_logprobs is not None
+            assert sequence.params.prompt_logprobs is not None
+            first = places.start - 1 - sequence.num_cached
+            tokens = sequence.tokens[places.start : places.stop]
+            judged = rows[first : first + len(places)]
+            sequence.prompt_logprobs += rows_logprobs(judged, tokens, sequence.params.prompt_logprobs)
+        kept.append(rows[len(rows) - work.samples :])
+    return torch.cat(kept)
 
 
 def _sample(sequence: Sequence, logits: LogitRow) -> StepOutput:

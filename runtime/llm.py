@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -39,6 +40,8 @@ from .store import open_store
 from .stream import Completion, Stream
 from .text.conversation import ChatOptions, Message
 from .text.generation_config import default_sampling, eos_ids, read_generation_config
+from .text.replies.formats import PLAIN, ReplyFormat, find_format
+from .text.replies.tools import offered_tools
 from .text.tokenizer import Tokenizer
 from .weights import load_kv_cache_scales, load_rope_tables, load_weights
 
@@ -50,7 +53,10 @@ Prompt: TypeAlias = str | Sequence[int]
 
 
 class LanguageModel:
-    """A loaded model. Several threads may use it, and several streams may be open: they share its steps."""
+    """A loaded model. Several threads may use it, and several streams may be open: they share its steps.
+
+    loop: runs them.
+    """
 
     def __init__(
         self,
@@ -63,7 +69,7 @@ class LanguageModel:
         self.directory = directory
         self.engine = engine
         self._generation = generation
-        self._loop = Loop(engine)
+        self.loop = Loop(engine)
         self._reading = Lock()
         self._tokenizer = tokenizer
         self._world = world
@@ -106,6 +112,11 @@ class LanguageModel:
         """Sampling of a request without parameters: that of the model's generation_config.json, else greedy."""
         return default_sampling(self.directory, self._generation)
 
+    @cached_property
+    def reply_format(self) -> ReplyFormat:
+        """How the model writes reasoning and tool calls, by its chat template and tokens."""
+        return find_format(self.tokenizer)
+
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list is no prompts
         self, prompts: str | Sequence[int], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
@@ -145,16 +156,17 @@ class LanguageModel:
         *,
         grammar: Callable[[], Grammar] | None = None,
         salt: bytes = b"",
+        reply: ReplyFormat = PLAIN,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Generate piece by piece. Text of a piece is final; closing the stream ends the generation.
 
         grammar: makes the grammar of one completion (`Grammar`). salt: the prompts share cache blocks only with others
-        of the same salt.
+        of the same salt. reply: tells reasoning and tool calls from the text; `reply_format` is the model's own.
         """
         several = [prompts] if _is_one(prompts) else prompts
         ids = [self._ids(prompt) for prompt in several]  # type: ignore[arg-type]
-        return Stream(self._loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt))
+        return Stream(self.loop, self.tokenizer, Request(ids, self._params(params, options), grammar, salt, reply))
 
     def chat(
         self,
@@ -164,14 +176,22 @@ class LanguageModel:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[RequestOptions],
     ) -> Completion:
-        """Answer a conversation: `Tokenizer.chat` makes its prompt, `generate` continues it.
+        """Answer a conversation: `Tokenizer.chat` makes its prompt, and the model continues it.
 
-        `options`: those of both. chat_template_kwargs: other variables of the template, such as `{"thinking": True}`.
+        `options`: those of `Tokenizer.chat` and `generate`. chat_template_kwargs: other variables of the template, such
+        as `{"thinking": True}`. The completion has `reasoning` and `tool_calls` apart from the text.
         """
         of_chat: Any = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
         others: Any = {name: value for name, value in options.items() if name not in of_chat}
         prompt = self.tokenizer.chat(messages, chat_template_kwargs=chat_template_kwargs, **of_chat)
-        return self.generate(prompt, params, **others)
+        if self._params(params, others).n > 1:
+            raise GenerationError(
+                "n above 1 gives several completions: give generate a list of tokenizer.chat's prompt"
+            )
+        reply = replace(self.reply_format, tools=offered_tools(of_chat.get("tools")))
+        with self.stream([prompt], params, reply=reply, **others) as pieces:
+            (completion,) = (piece.completion for piece in pieces if piece.completion is not None)
+        return completion
 
     def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits after each token of each sequence of token ids: compute dtype `[tokens, vocab]` a sequence.
@@ -181,7 +201,7 @@ class LanguageModel:
         """
         if isinstance(sequences, (str, bytes, Mapping)) or not hasattr(sequences, "__getitem__"):
             raise _no_prompt(sequences)
-        return self._loop.logits([_token_ids(sequence) for sequence in sequences])
+        return self.loop.logits([_token_ids(sequence) for sequence in sequences])
 
     def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams.of(self.default_params if params is None else params, options)

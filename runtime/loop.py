@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import abc, deque
 from contextlib import contextmanager
 from threading import Condition, Lock
+from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor
@@ -45,6 +46,8 @@ class Loop:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.after_step: abc.Callable[[float], None] = _nothing
+        """Called in the stepping thread with each step's seconds, after its results were handed out."""
         self._lock = Lock()
         self._changed = Condition(self._lock)
         self._stepping: object | None = None  # the mark of the thread that runs a step
@@ -140,6 +143,7 @@ class Loop:
 
     def _step(self) -> None:
         """Run a step and hand out its results. A failure of the whole step goes to every client."""
+        started = perf_counter()
         try:
             for output in self.engine.step():
                 self._deliver(output)
@@ -152,6 +156,7 @@ class Loop:
                 # An error each: raised in two threads, one error would mix their tracebacks.
                 client.fail(GenerationError(f"a step that this prompt took part in has failed ({reason}); ask again"))
             raise
+        self.after_step(perf_counter() - started)
 
     def _deliver(self, output: StepOutput) -> None:
         sequence = output.sequence
@@ -210,3 +215,7 @@ class Loop:
                     self._changed.notify_all()
         finally:
             self._settle()
+
+
+def _nothing(seconds: float) -> None:
+    """Watch no steps."""

@@ -9,6 +9,7 @@ its blocks and waits, to be recomputed as far as they are gone by then.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -44,6 +45,14 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
@@ -107,7 +116,7 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         if len(self._running) >= self._max_num_seqs:
             return False
-        matched, keys = self._blocks.match(sequence.tokens, sequence.salt)
+        matched, keys = self._blocks.match(sequence.known_tokens, sequence.salt)
         allocated = self._blocks.allocate(self._blocks.blocks_for(len(sequence.tokens)) - len(matched))
         if allocated is None:
             self._blocks.release(matched)
@@ -117,6 +126,7 @@ class Scheduler:
         sequence.num_cached = len(matched) * self._blocks.block_size
         if sequence.num_reused is None:
             sequence.num_reused = sequence.num_cached
+            sequence.entered_at = time.perf_counter()
         self._running.append(sequence)
         return True
 

@@ -6,6 +6,7 @@ from collections import abc
 from dataclasses import dataclass, field
 
 from .sampling.grammar import Grammar
+from .sampling.logprobs import TokenLogprobs
 from .sampling.params import SamplingParams
 from .sampling.sampler import Sampler
 
@@ -18,7 +19,8 @@ class Sequence:
     length at which generation stops, by the context or by max_new_tokens. stop_ids: tokens that end the sequence.
     salt: sequences share blocks only with others of the same salt. leader: the first choice of its prompt, whose blocks
     it waits for. keys: of its blocks (`BlockManager`). num_reused: prompt tokens that the cache held when it entered
-    first; None before.
+    first; None before. prompt_logprobs: of the prompt's tokens from the second on, as far as its steps have come; None
+    where nobody asks for them. entered_at: when that was, by `time.perf_counter`.
     """
 
     tokens: list[int]
@@ -32,6 +34,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     num_reused: int | None = None
+    entered_at: float | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached: int = 0
     finish_reason: str | None = None
     prefill_seconds: float = 0.0
@@ -52,7 +56,10 @@ class Sequence:
         """Start a sequence; `context` limits prompt and completion together. choice: its number among its prompt's."""
         max_tokens = min(context, len(prompt) + params.max_new_tokens)
         sampler = Sampler(params, len(prompt), stop_ids, choice, grammar)
-        return cls(list(prompt), len(prompt), params, max_tokens, sampler, stop_ids, salt, leader)
+        sequence = cls(list(prompt), len(prompt), params, max_tokens, sampler, stop_ids, salt, leader)
+        if params.prompt_logprobs is not None and choice == 0:  # all choices have the same
+            sequence.prompt_logprobs = []
+        return sequence
 
     @property
     def num_completion_tokens(self) -> int:
@@ -63,6 +70,19 @@ class Sequence:
         """True while the leader's prompt is not in the cache, and may still come."""
         leader = self.leader
         return leader is not None and leader.finish_reason is None and leader.num_cached < leader.num_prompt_tokens
+
+    @property
+    def known_tokens(self) -> list[int]:
+        """Tokens that need not be run where the cache holds them: nobody asks for more than it holds."""
+        found = self.prompt_logprobs
+        return self.tokens if found is None else self.tokens[: len(found) + 1]
+
+    def unscored(self, count: int) -> range:
+        """Places of the prompt's tokens whose log-probability comes with the next `count` tokens."""
+        if self.prompt_logprobs is None:
+            return range(0)
+        first = max(self.num_cached, len(self.prompt_logprobs)) + 1
+        return range(first, min(self.num_cached + count + 1, self.num_prompt_tokens))
 
     @property
     def num_pending(self) -> int:

@@ -21,7 +21,7 @@ class Chunk:
 
     blocks: the sequence's blocks, up to that of the chunk's last token. Without blocks nothing is cached, which only a
     whole sequence in one chunk can do. all_rows: compute logits of every token. last_row: compute those of the last.
-    absorbed: attend to the cache alone, in absorbed form, the chunk's own tokens included.
+    absorbed: attend to the cache alone (latent attention in absorbed form), the chunk's own tokens included.
     """
 
     token_ids: Sequence[int]
@@ -79,15 +79,23 @@ class StepBuilder:
     """Builder of steps for one engine.
 
     segment_tokens: cached tokens to decompress at a time. dense_tokens: a step with a longer sequence is
-    absorbed as a whole; None: none is (`AttentionKind.dense_tokens`).
+    absorbed as a whole; None: none is (`AttentionKind.dense_tokens`). continues_on_pages: of the kind of attention.
     """
 
-    def __init__(self, ops: Ops, rope: RopeRows, block_size: int, segment_tokens: int, dense_tokens: int | None = None):
+    def __init__(
+        self,
+        ops: Ops,
+        rope: RopeRows,
+        block_size: int,
+        segment_tokens: int,
+        dense_tokens: int | None = None,
+        continues_on_pages: bool = False,
+    ):
         self._ops = ops
         self._rope = rope
         self.block_size = block_size
         self._segment_blocks = max(1, segment_tokens // block_size)
-        self._dense_tokens = dense_tokens
+        self._dense_tokens, self._continues_on_pages = dense_tokens, continues_on_pages
 
     def build(self, chunks: Sequence[Chunk]) -> tuple[Step, list[int]]:
         """Build the step of some chunks: the step, and the chunks' order in its rows (by rank, else as given).
@@ -104,8 +112,8 @@ class StepBuilder:
         """
         longest = max((chunk.end for chunk in chunks), default=0)
         selects = self._dense_tokens is not None and longest > self._dense_tokens
-        if selects:
-            chunks = [replace(chunk, absorbed=True) for chunk in chunks]
+        if selects or self._continues_on_pages:
+            chunks = [replace(chunk, absorbed=True) if selects or chunk.start else chunk for chunk in chunks]
         for chunk in chunks:
             self._check(chunk)
         order = sorted(range(len(chunks)), key=lambda index: chunks[index].rank)
@@ -165,7 +173,7 @@ class StepBuilder:
 
     def _entries(self, chunk: Chunk, selects: bool) -> list[tuple[Sequence[int], int, int]]:
         """Blocks, number of queries and past-the-last position of a chunk, or of parts that the backend takes."""
-        most = None if selects else self._ops.mla.most_queries
+        most = None if selects or self._continues_on_pages else self._ops.mla.most_queries
         stride = len(chunk.token_ids) if most is None else most
         ends = [*range(chunk.start + stride, chunk.end, stride), chunk.end]
         return [(chunk.blocks, end - start, end) for start, end in pairwise([chunk.start, *ends])]

@@ -39,6 +39,11 @@ class StepBudget:
             count -= count % self._block_size
         return min(count, left)
 
+    @property
+    def prefill_token_seconds(self) -> float | None:
+        """Seconds of a prefill token; None before the first measurement."""
+        return self._prefill_token
+
     def measured(self, prefill: int, decodes: int, seconds: float) -> None:
         """Learn from a step that took so many tokens and seconds."""
         if not prefill:

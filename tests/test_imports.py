@@ -27,8 +27,21 @@ ALLOWED: dict[str, set[str]] = {
     # An evaluation's record is the runtime's.
     "verification": {"runtime", "engines", "recipes", "formats", "models", "quant"},
     "hub": {"formats"},
+    "serve": {"runtime"},
     "report": {"verification", "formats", "models"},
-    "cli": {"convert", "verification", "report", "hub", "runtime", "engines", "recipes", "formats", "models", "native"},
+    "cli": {
+        "serve",
+        "convert",
+        "verification",
+        "report",
+        "hub",
+        "runtime",
+        "engines",
+        "recipes",
+        "formats",
+        "models",
+        "native",
+    },
 }
 # The package itself: its `__init__`, which imports what it offers when that is asked for, and its version.
 PACKAGE = "npuq"

@@ -111,7 +111,9 @@ def read_stored(checkpoint: Checkpoint, recipe: Recipe) -> tuple[StoredModel, st
 
 def stored_by_recipe(config: ModelConfig, recipe: Recipe) -> tuple[StoredModel, str]:
     """How the artifact of a model would be stored, from its config alone."""
-    return model_of_schemes(config, recipe.scheme_of), f"as converted by recipe {recipe.name}"
+    layers = config.num_hidden_layers
+    model = model_of_schemes(config, lambda spec: recipe.scheme_of(spec, layers))
+    return model, f"as converted by recipe {recipe.name}"
 
 
 def plan_memory(model: StoredModel, stored: str, devices: int, memory: int, ram: int | None = None) -> MemoryPlan:

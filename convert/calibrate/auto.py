@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 from .context import Walk
 from .layer_report import Trials
-from .layers.linears import Linears
 from .states import StreamPair
 
 # The share of the samples that trials take, and the least number of them where there are so many.
@@ -57,7 +56,7 @@ def run_trials(
     samples = min(walk.samples, max(_LEAST, round(walk.samples * _SHARE)))
     parts = [pair.first(samples * walk.sequence_length) for pair in (streams, middle, out)]
     smooth, plain = (
-        run(replace(walk, smooth=smooth, linears=Linears(None), samples=samples, done=lambda job: None), *parts)
+        run(replace(walk, smooth=smooth, linears=walk.linears.trial(), samples=samples, done=lambda job: None), *parts)
         for smooth in (True, False)
     )
     return Trials(smooth, plain)

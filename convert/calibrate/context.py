@@ -119,8 +119,8 @@ class Layer:
         groups = {job.scheme: [other for other in jobs if other.scheme is job.scheme] for job in jobs}
         measured = {}
         for scheme, members in groups.items():
-            hessian, scale = measure(members, inputs, range(len(walk.batches)), mapper)
-            measured[scheme] = hessian, factored(hessian), scale
+            hessian, scale = measure(members, inputs, range(len(walk.batches)), walk.linears.arithmetic, mapper)
+            measured[scheme] = hessian, factored(hessian, walk.linears.arithmetic, mapper), scale
         deployed = []
         for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)

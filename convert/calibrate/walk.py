@@ -21,6 +21,7 @@ from ...formats.schemes import Scheme
 from ...models.family import Block
 from ...models.roles import Role
 from ...models.rope import rope_tables
+from ...native.calibration import calibration_arithmetic
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
 from ...runtime.attention.kinds import attention_of, dense_attention_of
@@ -126,7 +127,7 @@ class CalibratedWalk:
                     ops=ops,
                     source=self._prepared.source,
                     jobs={job.source: job for job in self._prepared.plan.jobs},
-                    linears=Linears(self._files),
+                    linears=Linears(self._files, calibration_arithmetic()),
                     pool=pool,
                     samples=calibration.samples,
                     sequence_length=calibration.sequence_length,

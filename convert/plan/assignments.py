@@ -35,23 +35,27 @@ def check_source(recipe: Recipe, quantized: bool) -> None:
 
 
 def resolve(
-    recipe: Recipe, specs: Mapping[str, Spec], stored: Mapping[str, Scheme] | None = None
+    recipe: Recipe,
+    specs: Mapping[str, Spec],
+    decoder_layers: int,
+    stored: Mapping[str, Scheme] | None = None,
 ) -> dict[str, Assignment]:
     """The scheme and method of every tensor, before the engines' requirements are checked (`check_recipe`).
 
-    `stored` has the schemes of a quantized source.
+    decoder_layers: those of the model, from which a recipe's "last 7" counts back. stored: the schemes of a quantized
+    source.
     """
     if recipe.stored and stored is not None:
         return {name: Assignment(stored[name], recipe.method, 0) for name in specs}
-    return {name: _assign(recipe, spec) for name, spec in specs.items()}
+    return {name: _assign(recipe, spec, decoder_layers) for name, spec in specs.items()}
 
 
-def _assign(recipe: Recipe, spec: Spec) -> Assignment:
+def _assign(recipe: Recipe, spec: Spec, decoder_layers: int) -> Assignment:
     scheme, method, number = None, None, 0
     for position, rule in enumerate(recipe.rules, start=1):
         if (scheme is not None or rule.scheme is None) and (method is not None or rule.method is None):
             continue
-        if not rule.matches(spec):
+        if not rule.matches(spec, decoder_layers):
             continue
         if scheme is None and rule.scheme is not None:
             scheme, number = rule.scheme, position

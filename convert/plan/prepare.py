@@ -168,7 +168,7 @@ def prepare(
             heads = missing_heads(source, config)
             source = with_heads(source, config)
         inventory = take_inventory(config, source.weights)
-        assignments = resolve(resolved, inventory.specs, stored)
+        assignments = resolve(resolved, inventory.specs, config.num_hidden_layers, stored)
         check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):

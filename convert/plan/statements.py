@@ -68,8 +68,8 @@ def _read_as(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
         f"{shown(stated.get('architectures'))}, and is read as {family.model_type}: the artifact's has model_type "
         f"{family.model_type!r} and architectures ['{family.architecture}'], which engines know{code}"
     )
-    keys = () if config.moe is None else config.moe.STATED
-    taken = [f"{key} {getattr(config.moe, key)}" for key in keys if checkpoint.text_config.get(key) is None]
+    stated = config.moe_keys()
+    taken = [f"{key} {value}" for key, value in stated.items() if checkpoint.text_config.get(key) is None]
     if taken:
         yield f"config.json leaves out keys for which defaults of {family.model_type} count: {', '.join(taken)}"
 

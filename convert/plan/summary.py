@@ -54,10 +54,10 @@ def starting_notes(prepared: Prepared) -> tuple[str, ...]:
     inventory, notes = prepared.inventory, []
     if prepared.recipe.target is Target.NPUQ:
         notes.append(f"recipe {prepared.recipe.name}: for npuq's own runtime; vLLM-Ascend and SGLang will not load it")
-    specs = inventory.specs.values()
+    specs, layers = inventory.specs.values(), prepared.config.num_hidden_layers
     for number, rule in enumerate(prepared.recipe.rules, start=1):
         # The named recipes list roles that not every model has.
-        if (rule.names or rule.layers) and not any(map(rule.matches, specs)):
+        if (rule.names or rule.layers) and not any(rule.matches(spec, layers) for spec in specs):
             notes.append(f"recipe {prepared.recipe.name}: rule {number} speaks of no weight of this checkpoint")
     if problem := tokenizer_problem(prepared.side_files):
         notes.append(f"npuq generate and evaluate will not run the artifact as it will be: {problem}")

@@ -27,7 +27,7 @@ _PANEL = 256
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The rewriting of one weight. Absent parts are the identity.
+    """The rewriting of one weight, or of a bias [N], which has no inputs. Absent parts are the identity.
 
     gain: names of the norms whose gains multiply the columns; of two tuples, each is for one half of the columns.
     inputs: Q_in, over every `size` columns. outputs: Q_out, over every `size` rows. heads: (rows of a head, its first
@@ -123,15 +123,16 @@ class RewrittenWeight(DerivedWeight):
         if held is not None and held[0] == self.name:
             return held[1]
         self.last.whole = held = None  # not two at once
-        count, columns = self.shape
+        count, columns = self.shape[0], prod(self.shape[1:])
         whole = torch.empty(count, columns)
         for start in range(0, count, _PANEL):
             part = slice(start, min(start + _PANEL, count))
-            whole[part] = self._inputs_changed(part.start, part.stop)
+            whole[part] = self._inputs_changed(part.start, part.stop).view(-1, columns)
         for start in range(0, columns, _PANEL):
             panel = slice(start, start + _PANEL)
             rows = whole[:, panel].to(torch.float64).contiguous()
             whole[:, panel] = _outputs_rotated(rows, outputs, self.change.heads)
+        whole = whole.view(self.shape)
         self.last.whole = (self.name, whole)
         return whole
 

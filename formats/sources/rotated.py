@@ -47,6 +47,9 @@ class _Table:
             return Rewrite(ones=True) if self._turns(entry.writes) else None
         if entry.kind == "lookup":  # it writes its rows
             return Rewrite(inputs=self._turns(entry.writes))
+        if entry.kind == "bias":
+            turned = self._turns(entry.writes)
+            return None if turned is None else Rewrite(outputs=turned)
         if entry.kind != "linear":
             return None
         (basis,) = {self._family.activation(name).basis for name in entry.reads}

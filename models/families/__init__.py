@@ -7,9 +7,29 @@ from typing import Any
 from ...errors import UnknownModelError
 from ..config_reader import shown
 from ..family import Family
-from . import deepseek_v2, deepseek_v3, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k2, kimi_k25
+from . import (
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    glm4_moe,
+    glm4_moe_lite,
+    glm_moe_dsa,
+    kimi_k2,
+    kimi_k25,
+    qwen3_moe,
+)
 
-_MODULES = (deepseek_v2, deepseek_v3, deepseek_v32, glm4_moe_lite, glm_moe_dsa, kimi_k2, kimi_k25)
+_MODULES = (
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    glm4_moe,
+    glm4_moe_lite,
+    glm_moe_dsa,
+    kimi_k2,
+    kimi_k25,
+    qwen3_moe,
+)
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 

@@ -88,6 +88,30 @@ INDEXER = (
           reads=("attention_input",), when="indexer", optional="unused_indexer"),
 )  # fmt: skip
 
+# Grouped-query attention with normed queries and keys. Norm and rotation follow q and k, whose outputs keep no basis.
+GQA_ACTIVATIONS = (
+    Activation("queries"),
+    Activation("queries_normed"),
+    Activation("keys"),
+    Activation("keys_normed"),
+    Activation("values", "values", "head"),
+)
+
+GQA = (
+    Entry("q", "self_attn.q_proj.weight", Role.ATTENTION, ("q", "hidden"), reads=("attention_input",),
+          writes="queries", fused="q"),
+    Entry("k", "self_attn.k_proj.weight", Role.ATTENTION, ("kv", "hidden"), reads=("attention_input",), writes="keys",
+          fused="q"),
+    Entry("v", "self_attn.v_proj.weight", Role.ATTENTION, ("kv", "hidden"), reads=("attention_input",),
+          writes="values", fused="q"),
+    Entry("q_bias", "self_attn.q_proj.bias", Role.BIAS, ("q",), "bias", writes="queries", when="attention_bias"),
+    Entry("k_bias", "self_attn.k_proj.bias", Role.BIAS, ("kv",), "bias", writes="keys", when="attention_bias"),
+    Entry("v_bias", "self_attn.v_proj.bias", Role.BIAS, ("kv",), "bias", writes="values", when="attention_bias"),
+    norm("q_norm", "self_attn.q_norm.weight", "head", "queries", "queries_normed", when="qk_norm"),
+    norm("k_norm", "self_attn.k_norm.weight", "head", "keys", "keys_normed", when="qk_norm"),
+    Entry("o", "self_attn.o_proj.weight", Role.ATTENTION, ("hidden", "q"), reads=("values",), writes="stream"),
+)  # fmt: skip
+
 ROUTER = (
     Entry("router", "mlp.gate.weight", Role.ROUTER, ("experts", "hidden"), reads=("mlp_input",), when="moe"),
     # Loaders keep it in float32: rounded to bfloat16 it reroutes tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..family import Family
 from ..mla import Mla
-from ..moe import MoeDefaults
+from ..moe_config import MoeDefaults
 from .blocks import DEEPSEEK_ACTIVATIONS, DEEPSEEK_BLOCKS, DEEPSEEK_FIXED
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ The norms of its latents have the epsilon of all others, as in the engines; tran
 from __future__ import annotations
 
 from ..family import Family
-from ..moe import MoeDefaults
+from ..moe_config import MoeDefaults
 from ..sparse_mla import SparseMlaDefaults
 from .blocks import DEEPSEEK_FIXED, SPARSE_ACTIVATIONS, SPARSE_BLOCKS
 

@@ -25,6 +25,13 @@ static inline bool latent_cache_fits(const npuq_latent_cache *cache) {
            latent->block_size == rope->block_size;
 }
 
+/* Two pools of as many tokens and channels. */
+static inline bool kv_cache_fits(const npuq_kv_cache *cache) {
+    const npuq_pages *key = &cache->key, *value = &cache->value;
+    return pages_fit(key) && pages_fit(value) && key->channels == value->channels && key->blocks == value->blocks &&
+           key->block_size == value->block_size;
+}
+
 static inline bool all_below(const int32_t *index, int64_t count, int64_t limit) {
     bool good = true;
     for (int64_t i = 0; i < count; i++) good &= index[i] >= 0 && index[i] < limit;

@@ -193,4 +193,14 @@ static void rope_row(const float *x, const float *cos, const float *sin, size_t 
     }
 }
 
+/* Pairs (i, half + i), which stay in their places. */
+static void rope_halves_row(const float *x, const float *cos, const float *sin, size_t dim, float *out) {
+    size_t half = dim / 2;
+    for (size_t i = 0; i < half; i++) {
+        float first = x[i], second = x[half + i];
+        out[i] = first * cos[i] - second * sin[i];
+        out[half + i] = second * cos[half + i] + first * sin[half + i];
+    }
+}
+
 #endif

@@ -1,8 +1,11 @@
 /* One instruction-set level. setup.py compiles this file once for each, with that set's flags and
- * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C; -DNPUQ_LEVEL_BF16, _I8MM: more instructions). */
+ * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C; with _BF16 or _I8MM where it has
+ * more instructions). */
 #include "inference/kernels/paged_attention.h"
 #include "inference/kernels/bf16_attention.h"
 #include "inference/kernels/likelihoods.h"
+#include "calibrate/descent.h"
+#include "calibrate/gptq_columns.h"
 #include "convert/quantize_row.h"
 #include "inference/kernels/float_gemm.h"
 #include "inference/kernels/int_gemm.h"
@@ -43,6 +46,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .add_row = add_row,
     .scale_add_row = scale_add_row,
     .rope_row = rope_row,
+    .rope_halves_row = rope_halves_row,
     .attend = attend,
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,
@@ -60,4 +64,9 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .convert_row = convert_row,
     .convert_stored = convert_stored,
     .pack_rows = pack_rows,
+    .tile_rows = PRODUCT_ROWS,
+    .tile_columns = PRODUCT_COLUMNS,
+    .product_tile = product_tile,
+    .gptq_columns = gptq_columns,
+    .descend = descend,
 };

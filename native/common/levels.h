@@ -27,6 +27,32 @@ struct bf16_rows {
     size_t row_stride, group_stride;
 };
 
+enum { MOST_TILE = 12 * 32, DESCENT_BLOCK = 256 };
+
+/* A panel of GPTQ: `lower` [columns, ldl] is the factor's block on the diagonal; the others are transposed. */
+struct gptq_panel {
+    const float *lower;
+    size_t ldl;
+    const float *weight, *scale; /* [columns, rows], [rows] */
+    float *sums;                 /* [columns, rows]: of the later columns' errors; then of its own too */
+    float *errors;               /* w − s·q */
+    int8_t *codes;
+    size_t columns, rows;
+    int bits;
+};
+
+/* Rows of a sweep of coordinate descent; `count`, `place`, `change` are scratch for a row's moves in one block. */
+struct descent {
+    const float *hessian, *inverse_diagonal, *scale; /* [columns, columns], [columns], [rows] */
+    float *gradient;                                 /* [rows, columns] */
+    int8_t *codes;
+    size_t columns, rows;
+    int bits;
+    size_t *count;
+    float *change;
+    uint16_t *place;
+};
+
 /* One quantized row. The caller gives `codes`; the other fields are results. */
 struct converted {
     int8_t *codes;
@@ -68,9 +94,9 @@ struct kernels {
     /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
     void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout);
-    /* The same on float32 weights, added to out. */
-    void (*axpy_add)(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
-                     float *out, size_t ldout);
+    /* The same, added to out. */
+    void (*axpy_add)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
+                     size_t tokens, float *out, size_t ldout);
     void (*to_float)(const void *x, int dtype, size_t n, float *out);
     void (*from_float)(const float *x, size_t n, void *out, int dtype);
 
@@ -86,6 +112,7 @@ struct kernels {
     void (*add_row)(const float *x, const float *y, size_t n, float *out);
     void (*scale_add_row)(float weight, const float *x, size_t n, float *out); /* out += weight · x */
     void (*rope_row)(const float *x, const float *cos, const float *sin, size_t dim, float *out);
+    void (*rope_halves_row)(const float *x, const float *cos, const float *sin, size_t dim, float *out);
 
     /* Attention of one tile, merged into its running values; see paged_attention.h. */
     void (*attend)(const struct attention_tile *tile);
@@ -127,6 +154,12 @@ struct kernels {
     /* From a stored row; < 0 if it must be decoded and go through convert_row. */
     int (*convert_stored)(const void *x, int dtype, size_t n, const float *block_scale, size_t block, int bits, int mse,
                           void *memory, struct converted *out);
+    /* Calibration; see calibrate/float_product.h. A tile has at most MOST_TILE numbers. */
+    size_t tile_rows, tile_columns;
+    void (*product_tile)(size_t k, const float *a, const float *b, int accumulate, float *c, size_t ldc);
+    void (*gptq_columns)(const struct gptq_panel *panel);
+    size_t (*descend)(const struct descent *task); /* the number of moves */
+
     /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */
     void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, size_t columns, int8_t *out, int32_t *sums);
 };

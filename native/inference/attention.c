@@ -93,9 +93,9 @@ static void attend_keys(const struct prefill *prefill, const struct block *block
         float keep = prefill->kernels->online_softmax(row, seen, keys, in->largest + i, in->total + i);
         if (keep != 1) prefill->kernels->multiply_row(keep, n, in->out + i * n);
         /* A weight of 0 does not undo a value that is no number. */
-        if (!values_finite && !all_see_all) prefill->kernels->axpy_add(in->values, n, seen, n, row, KEYS, 1, in->out + i * n, n);
+        if (!values_finite && !all_see_all) prefill->kernels->axpy_add(in->values, NPUQ_F32, n, seen, n, row, KEYS, 1, in->out + i * n, n);
     }
-    if (values_finite || all_see_all) prefill->kernels->axpy_add(in->values, n, keys, n, score, KEYS, queries, out, n);
+    if (values_finite || all_see_all) prefill->kernels->axpy_add(in->values, NPUQ_F32, n, keys, n, score, KEYS, queries, out, n);
 }
 
 static void store(const struct prefill *prefill, const struct block *block, size_t head, struct buffers *from) {

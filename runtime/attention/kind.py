@@ -46,6 +46,13 @@ class AttentionKind(Protocol):
     def absorbed_tokens(self) -> int:
         """The longest chunk behind cached tokens that takes less arithmetic in absorbed form than in any other."""
 
+    @property
+    def continues_on_pages(self) -> bool:
+        """True if a chunk behind cached tokens attends to the pages alone (`Step.decode`), its own tokens among them.
+
+        Otherwise it attends to decompressed keys and values (`Step.prefill`).
+        """
+
     def pools(self, layer: int) -> tuple[Pool, ...]:
         """Pools of a layer's cache."""
 

@@ -39,6 +39,10 @@ class MlaAttention:
         saved = 2 * sizes.kv_lora_rank - decompressed
         return sizes.kv_lora_rank * decompressed // saved if saved > 0 else sys.maxsize
 
+    @property
+    def continues_on_pages(self) -> bool:
+        return False
+
     def pools(self, layer: int) -> tuple[Pool, ...]:
         return Pool(LATENT, self.config.kv_lora_rank, int8=True), Pool(ROPE, self.config.qk_rope_head_dim)
 

@@ -65,6 +65,10 @@ class SparseMlaAttention:
     def absorbed_tokens(self) -> int:
         return self.dense.absorbed_tokens
 
+    @property
+    def continues_on_pages(self) -> bool:
+        return False
+
     def pools(self, layer: int) -> tuple[Pool, ...]:
         # Tokens are gathered one by one: a row lies together. The NPU's sparse operators take no other layout, and no
         # codes.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ...models.config import ModelConfig
+from ...models.gqa import Gqa
 from ...models.moe import Moe
 from ...models.sparse_mla import SparseMla
 from ..ranks.layout import Owned
@@ -56,15 +57,25 @@ def workspace(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSizes
         blocks.append(_experts(config.moe, hidden, owned, itemsize, tokens))
     # Rank 0 has the logits of the whole vocabulary, gathered, and once more in float32.
     blocks.append(sizes.logit_rows * config.vocab_size * (2 * itemsize + _FLOAT32))
-    values = len(owned.heads) * config.attention.sizes()["v_head"]
-    kept = tokens * (values * itemsize + len(owned.heads) * _FLOAT32)
+    kept = _kept(config, owned, itemsize, tokens)
     return Workspace(_ROWS * tokens * hidden * itemsize + max(blocks), -(-kept // sizes.prefix_segment_tokens))
+
+
+def _kept(config: ModelConfig, owned: Owned, itemsize: int, tokens: int) -> int:
+    """Outputs of a chunk's attention to one segment of what is cached; grouped-query attention has no segments."""
+    if isinstance(config.attention, Gqa):
+        return 0
+    values = len(owned.heads) * config.attention.sizes()["v_head"]
+    return tokens * (values * itemsize + len(owned.heads) * _FLOAT32)
 
 
 def _attention(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSizes) -> int:
     """Queries, the decompressed keys and values of the longest segment, outputs; with selection also absorbed queries
-    and their outputs."""
+    and their outputs. Of grouped-query attention the product with q, k and v, these normed and rotated, outputs."""
     widths, heads, tokens = config.attention, len(owned.heads), sizes.max_num_batched_tokens
+    if isinstance(widths, Gqa):
+        queries, keys = heads * widths.head_dim, len(owned.dimension("kv"))
+        return tokens * (4 * queries + 6 * keys) * itemsize + _summed(config, owned, tokens)
     found = widths.sizes()
     latent, value, key = found["kv_lora"], found["v_head"], widths.qk_head_dim
     query = tokens * heads * 2 * key

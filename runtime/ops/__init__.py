@@ -2,7 +2,7 @@
 
 The model (`runtime/model.py`) is written once against `Ops`, which has several parts: `weights` makes handles of stored
 weights and `caches` makes paged caches; `norms`, `products`, `routing` and `rotary` compute, and so does one part for
-each kind of attention (`mla`, and `sparse` beside it). Operators have the names (less `npu_`)
+each kind of attention (`mla`, `sparse` beside it, and `gqa`). Operators have the names (less `npu_`)
 and the semantics of torch_npu's (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
 
 * **small operators** are abstract, and every backend implements them. One method is one device call;
@@ -29,6 +29,7 @@ from ..ranks.group import ALONE, Group
 from ..sampling.rows import LogitRow, host_rows
 from .cache import Caches
 from .graphs import Graphs
+from .grouped_attention import Gqa, GqaConfig, GqaParts, GroupedAttention
 from .handles import (
     Activation,
     AttentionWeights,
@@ -69,6 +70,10 @@ __all__ = [
     "Decode",
     "Experts",
     "Gating",
+    "Gqa",
+    "GqaConfig",
+    "GqaParts",
+    "GroupedAttention",
     "IndexerConfig",
     "IndexerParts",
     "IndexerWeights",
@@ -128,6 +133,7 @@ class Ops:
     rotary: Rotary
     mla: LatentAttention
     sparse: SparseAttention
+    gqa: GroupedAttention
 
     def findings(self) -> list[str]:
         """Results of the trials on the device so far, a sentence each."""

@@ -19,6 +19,7 @@ from . import Ops
 from .handles import Activation, Experts, LinearPart, Quantized, own
 from .reference import check_dtype
 from .reference.cache import ReferenceCaches
+from .reference.grouped_attention import ReferenceGroupedAttention
 from .reference.latent_attention import ReferenceLatentAttention
 from .reference.norms import ReferenceNorms
 from .reference.products import ReferenceProducts, aligned, rows_of_experts
@@ -107,6 +108,15 @@ class CpuSparseAttention(ReferenceSparseAttention):
         )
 
 
+class CpuGroupedAttention(ReferenceGroupedAttention):
+    """Attention over a few queries of a head at a time."""
+
+    def _head(self, query: Tensor, key: Tensor, value: Tensor, scale: float, past: int) -> Tensor:
+        step = max(1, _SCORE_BYTES // (4 * max(1, key.shape[0])))
+        starts, head = range(0, query.shape[0], step), super()._head
+        return torch.cat([head(query[i : i + step], key, value, scale, past + i) for i in starts])
+
+
 class CpuOps(Ops):
     """Plain torch on the CPU, without copies of mapped weights and without large temporaries."""
 
@@ -125,6 +135,7 @@ class CpuOps(Ops):
         self.rotary = ReferenceRotary(dtype)
         self.mla = CpuLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)
         self.sparse = CpuSparseAttention(dtype, self.weights, self.norms, self.products, self.rotary)
+        self.gqa = CpuGroupedAttention(dtype, self.weights, self.norms, self.products, self.rotary)
 
 
 def _length(x: Activation) -> int:

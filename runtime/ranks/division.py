@@ -15,11 +15,12 @@ from .group import Group
 class Division:
     """A dimension divided among the ranks of a group, in the order of the ranks.
 
-    sizes: of each rank's part.
+    sizes: of each part. copies: so many neighbouring ranks have the same part; parts of several cannot be joined.
     """
 
     group: Group
     sizes: tuple[int, ...]
+    copies: int = 1
 
     @property
     def total(self) -> int:
@@ -29,8 +30,9 @@ class Division:
     @property
     def own(self) -> range:
         """The part of this rank."""
-        first = sum(self.sizes[: self.group.rank])
-        return range(first, first + self.sizes[self.group.rank])
+        place = self.group.rank // self.copies
+        first = sum(self.sizes[:place])
+        return range(first, first + self.sizes[place])
 
     def join(self, columns: Tensor) -> Tensor:
         """Join the columns of all ranks: `[T, own]` → `[T, total]`, contiguous."""

@@ -5,7 +5,8 @@ Two things are divided, each or neither:
 * routed experts, over all ranks (`ep`): a rank owns whole experts;
 * everything that has heads, columns or vocabulary rows, over groups of `tp` neighbouring ranks. Query and value heads
   follow `q_b`, `kv_b` and `o`; the columns of dense and shared MLPs follow `gate`, `up` and `down`; the rows of the
-  vocabulary follow embedding and head.
+  vocabulary follow embedding and head. In grouped-query attention `q` and `o` have query heads, `k` and `v` the heads
+  that those read; of more ranks than such heads neighbours have the same one.
 
 All other weights are on every rank: norms, routers, the latents' projections, and a lightning indexer, whose scores are
 float sums over its heads. What a rank owns is contiguous. A dimension is found by its word in the family's table
@@ -25,6 +26,7 @@ from ...inputs.launch import MAX_RANKS
 from ...inputs.printable import shown
 from ...models.config import ModelConfig
 from ...models.family import Block, Entry
+from ...models.gqa import Gqa
 from ...models.tensors import sizes
 
 TILE: Final = 32
@@ -32,6 +34,7 @@ TILE: Final = 32
 int4 two rows. A size that tiles do not fill, or too few, is divided in the largest halves of tiles that do."""
 
 _HEADS: Final = frozenset({"q", "kv_b", "v"})
+_KV_HEADS: Final = "kv"
 _COLUMNS: Final = frozenset({"intermediate", "shared_intermediate"})
 _VOCABULARY: Final = "vocab"
 _FORM: Final = re.compile(r"(ep|tp)=([0-9]{1,4})")
@@ -137,7 +140,17 @@ class Owned:
         if word in _HEADS:
             width = size // self.config.attention.heads
             return range(self.heads.start * width, self.heads.stop * width)
+        if word == _KV_HEADS:
+            return self._kv_channels()
         return self.tiles(size) if word in _COLUMNS or word == _VOCABULARY else range(size)
+
+    def _kv_channels(self) -> range:
+        """The channels of the key and value heads that this rank's query heads read. Of more ranks than such heads
+        neighbours read the same one."""
+        widths = self.config.attention
+        assert isinstance(widths, Gqa)
+        first, last = self.heads.start // widths.group, (self.heads.stop - 1) // widths.group
+        return range(first * widths.head_dim, (last + 1) * widths.head_dim)
 
     def ranges(self, block: Block, entry: Entry, *, exact_sum: bool) -> tuple[range, ...]:
         """The part of a tensor, a range of each dimension; of an expert's tensor, all of it.
@@ -201,6 +214,8 @@ def _tp_problem(config: ModelConfig, tp: int) -> str | None:
     heads = config.attention.heads
     if heads % tp:
         return f"{heads} attention heads are not divisible by {tp}"
+    if isinstance(config.attention, Gqa) and config.attention.kv_heads % tp and tp % config.attention.kv_heads:
+        return f"{config.attention.kv_heads} key and value heads neither divide {tp} nor are divisible by it"
     found = sizes(config)
     for word in sorted({*_COLUMNS, _VOCABULARY} & found.keys()):
         unit = _unit(found[word], tp)

@@ -52,7 +52,10 @@ class Shares:
         if layout.tp == 1 or block is Block.EXPERT:
             return None
         parts = [peer.ranges(block, entry, exact_sum=exact_sum)[dimension] for peer in self._peers]
-        return None if parts[0] == parts[-1] else Division(self.group.neighbours(layout.tp), tuple(map(len, parts)))
+        if parts[0] == parts[-1]:
+            return None
+        copies = parts.count(parts[0])
+        return Division(self.group.neighbours(layout.tp), tuple(map(len, parts[::copies])), copies)
 
     @cached_property
     def _peers(self) -> list[Owned]:

@@ -30,7 +30,8 @@ class SamplingParams:
     min_tokens: so many tokens at least come before an end, stop strings included.
     seed: of this sequence's random numbers, which do not depend on other sequences; None draws a fresh seed.
     n: completions of each prompt, with random numbers of their own.
-    logprobs: report each token's log-probability and this number of likeliest ones; None: none.
+    logprobs: report each token's log-probability and this number of likeliest ones; None: none. prompt_logprobs: the
+    same for the prompt's tokens, all but the first. Blocks of other prompts are not reused for it.
     Raises GenerationError for a value of a wrong type or out of range.
     """
 
@@ -50,6 +51,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._set("max_new_tokens", int, lambda n: n >= 1, "a whole number from 1")
@@ -66,8 +68,9 @@ class SamplingParams:
         if self.seed is not None:
             self._set("seed", int, lambda s: -(2**63) <= s < 2**63, "None or a whole number of 64 bits, with its sign")
         self._set("n", int, lambda n: n >= 1, "a whole number from 1")
-        if self.logprobs is not None:
-            self._set("logprobs", int, lambda n: 0 <= n <= MOST_LOGPROBS, f"None or 0 to {MOST_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._set(name, int, lambda n: 0 <= n <= MOST_LOGPROBS, f"None or 0 to {MOST_LOGPROBS}")
         if not isinstance(self.ignore_eos, bool):
             raise GenerationError(f"ignore_eos {shown(self.ignore_eos)} is not valid: it must be True or False")
         object.__setattr__(self, "stop", _stops(self.stop))
@@ -114,6 +117,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     n: int
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
 def _plain(value: Any, kind: type[int] | type[float]) -> Any:

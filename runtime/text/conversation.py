@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias, TypedDict
 
@@ -142,24 +143,48 @@ def render(
 ) -> str:
     """Render messages with `template`, of that source.
 
-    A message's reasoning is given under each name that templates read. Fields of None are left out, as most templates
+    A message's reasoning is given under each name that templates read. Arguments of tool calls are given as objects:
+    clients send text, and most templates write JSON of what they get. Fields of None are left out, as most templates
     expect. Where that fails they are given as None, since some templates (DeepSeek's) test whether content is none.
+    Where that fails too, the arguments are given as text, which some templates (DeepSeek's, too) join with other text.
     """
     present = [
         _with_reasoning({name: value for name, value in message.items() if value is not None}) for message in messages
     ]
-    try:
-        return _continued(present, continue_final_message, source, template)
-    except TemplateLimitError:
-        raise
-    except GenerationError as error:
-        given = [{**message, **some} for message, some in zip(messages, present, strict=True)]
-        if given == present:
-            raise
+    given = [{**message, **some} for message, some in zip(messages, present, strict=True)]
+    forms = [_with_objects(present), _with_objects(given), present, given]
+    failures: dict[int, GenerationError] = {}
+    for place, form in enumerate(forms):
+        if form in forms[:place]:
+            continue
         try:
-            return _continued(given, continue_final_message, source, template)
-        except GenerationError:
-            raise error from None
+            return _continued(form, continue_final_message, source, template)
+        except TemplateLimitError:
+            raise
+        except GenerationError as error:
+            failures[place] = error
+    raise failures[forms.index(present)] from None
+
+
+def _with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the arguments of tool calls as objects, where their text is JSON of one."""
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), (list, tuple))
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

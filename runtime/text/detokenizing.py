@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from ...errors import GenerationError
@@ -71,23 +71,20 @@ class Detokenizer:
         return text
 
 
-class TextStream:
-    """Text of a sequence up to the first stop string, after which `stopped` is True.
+class StopSearch:
+    """A growing text up to the first stop string, after which `stopped` is True.
 
-    An end of the text that could begin a stop string is held back. The first `min_tokens` tokens neither hold nor begin
-    a stop string. num_settled: number of tokens whose text was returned, at least its beginning.
+    An end of the text that could begin a stop string is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], min_tokens: int = 0):
-        self._detokenizer = Detokenizer(tokenizer, prompt)
+    def __init__(self, stop: Sequence[str]):
         self._stop = tuple(stop)
-        self._early = min_tokens
         self._held = ""
         self._given: list[str] = []
         self._given_length = 0
         self._text_length = 0
-        self._unsettled: deque[tuple[int, int]] = deque()  # of tokens: where their text begins and ends
-        self.num_settled = 0
+        self._unsettled: deque[tuple[int, int, int]] = deque()  # of tokens: where their text begins and ends, number
+        self._settled: list[int] = []
         self.stopped = False
 
     @property
@@ -95,32 +92,18 @@ class TextStream:
         """The text returned so far."""
         return "".join(self._given)
 
-    def add(self, token: int) -> str:
-        """Add a token: the text that it makes final."""
-        pending = self._detokenizer.num_pending + 1
-        text = self._detokenizer.add(token)
-        self._place(pending - self._detokenizer.num_pending, text)
-        self._early -= 1
-        return self._advance(text)
+    def add(self, text: str, tokens: Iterable[int], *, early: bool = False) -> str:
+        """Add the text that some tokens share: the text that is final now.
 
-    def flush(self) -> str:
-        """End the text: the part held back, which begins no stop string."""
+        tokens: their numbers. early: the text neither holds nor begins a stop string.
+        """
         if self.stopped:
             return ""
-        pending = self._detokenizer.num_pending
-        text = self._detokenizer.flush()
-        self._place(pending, text)
-        return self._advance(text) + self._give(len(self._held))
-
-    def _place(self, tokens: int, text: str) -> None:
-        """Note where the text of some tokens lies: they share it."""
         start = self._text_length
         self._text_length += len(text)
-        self._unsettled.extend([(start, self._text_length)] * tokens)
-
-    def _advance(self, text: str) -> str:
+        self._unsettled.extend((start, self._text_length, number) for number in tokens)
         self._held += text
-        if self._early >= 0:
+        if early:
             return self._give(len(self._held))
         found = [place for place in map(self._held.find, self._stop) if place >= 0]
         if found:
@@ -128,22 +111,31 @@ class TextStream:
             given = self._give(min(found))
             self._held = ""
             return given
-        return self._give(len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0))
+        return self._give(len(self._held) - max((overlap(self._held, stop) for stop in self._stop), default=0))
+
+    def flush(self) -> str:
+        """End the text: the part held back, which begins no stop string."""
+        return "" if self.stopped else self._give(len(self._held))
+
+    def take_settled(self) -> tuple[int, ...]:
+        """Numbers of the tokens whose text was returned since the last call, at least its beginning."""
+        settled, self._settled = tuple(self._settled), []
+        return settled
 
     def _give(self, length: int) -> str:
         given, self._held = self._held[:length], self._held[length:]
         self._given.append(given)
         self._given_length += len(given)
         while self._unsettled:
-            start, end = self._unsettled[0]
+            start, end, number = self._unsettled[0]
             if start >= self._given_length and end > self._given_length:
                 break
             self._unsettled.popleft()
-            self.num_settled += 1
+            self._settled.append(number)
         return given
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper prefix of a stop string."""
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

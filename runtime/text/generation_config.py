@@ -34,23 +34,22 @@ def eos_ids(directory: Path, generation: Mapping[str, Any], config: Mapping[str,
     return frozenset(ids)
 
 
-def default_sampling(directory: Path, generation: Mapping[str, Any]) -> SamplingParams:
+def default_sampling(directory: Path, generation: Mapping[str, Any], temperature: float = 0.0) -> SamplingParams:
     """Sampling parameters of the file, for requests without their own.
 
-    Greedy for do_sample false, and for a file with neither do_sample nor a temperature; a temperature without do_sample
-    samples, as in vLLM. Parameters that the file leaves out are off: transformers' top_k of 50 is not the authors'.
+    Greedy for do_sample false; a temperature without do_sample samples, as in vLLM. A file with neither has the
+    temperature given here. Parameters that the file leaves out are off: transformers' top_k of 50 is not the authors'.
     Raises GenerationError for values of a wrong type or out of range.
     """
     where = directory / NAME
     sampled = generation.get("do_sample")
     if sampled is not None and not isinstance(sampled, bool):
         raise GenerationError(f"{where}: do_sample must be true or false, not {shown(sampled)}")
-    names = ["repetition_penalty"]
-    if sampled or (sampled is None and generation.get("temperature") is not None):
-        names += ["temperature", "top_k", "top_p", "min_p"]
+    samples = sampled if sampled is not None else temperature > 0 or generation.get("temperature") is not None
+    names = ["repetition_penalty", *(["temperature", "top_k", "top_p", "min_p"] if samples else [])]
     values = {name: generation[name] for name in names if generation.get(name) is not None}
-    if sampled:
-        values.setdefault("temperature", 1.0)
+    if samples:
+        values.setdefault("temperature", 1.0 if sampled else temperature)
     if values.get("top_k") == -1:  # another way to turn it off
         del values["top_k"]
     try:

@@ -11,7 +11,7 @@ from ...inputs.printable import printable
 from ...inputs.template import TemplateRenderer
 from . import conversation
 from .conversation import ChatOptions, Message, TemplateLimitError
-from .tokenizer_files import ChatTemplate, TokenizerFiles
+from .tokenizer_files import ChatTemplate, TokenizerFiles, read_template
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A checkpoint's tokenizer. Raises GenerationError for a checkpoint without one, or with one that cannot be read.
 
-    bos_id, eos_id: ids of the tokenizer's own special tokens, or None. May be used by several threads.
+    chat_template: a file with a template that replaces the checkpoint's own. bos_id, eos_id: ids of the tokenizer's own
+    special tokens, or None. May be used by several threads.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, chat_template: Path | None = None):
         files = TokenizerFiles.read(directory)
         self._codec = files.codec
         self._special = files.special_tokens
-        self._templates = files.templates
+        self._templates = files.templates if chat_template is None else {"default": read_template(chat_template)}
         self._renderer = TemplateRenderer(GenerationError, TemplateLimitError)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -41,6 +42,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """True if `chat` needs no template from its caller."""
         return "default" in self._templates
+
+    @property
+    def templates(self) -> Mapping[str, ChatTemplate]:
+        """Chat templates by name."""
+        return self._templates
+
+    def token_id(self, token: str) -> int | None:
+        """Id of the token with that text; None if there is none."""
+        return self._codec.token_id(token)
 
     @property
     def special_ids(self) -> Mapping[str, int]:

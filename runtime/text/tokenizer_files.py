@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...errors import GenerationError
-from ...inputs.files import inside, is_inside, read_bytes, read_text
+from ...inputs.files import inside, is_inside, read_bytes, read_given_text, read_text
 from ...inputs.json_text import read_object
 from ...inputs.printable import printable, shown
 from .codec import Codec, FastCodec
@@ -52,6 +52,14 @@ class TokenizerFiles:
             templates=_templates(directory, config),
             adds_bos=config.get("add_bos_token") is True,
         )
+
+
+def read_template(path: Path) -> ChatTemplate:
+    """Read a chat template from a file that the user names. Raises GenerationError for one that cannot be read."""
+    source = read_given_text(path, GenerationError)
+    if len(source) > _MOST_TEMPLATE_BYTES:
+        raise GenerationError(f"{path}: the template is longer than the {_MOST_TEMPLATE_BYTES} npuq reads")
+    return ChatTemplate(source, str(path))
 
 
 def _codec(directory: Path, config: Mapping[str, Any]) -> Codec:

@@ -244,6 +244,8 @@ def test_what_commands_print_goes_through_the_console(path: Path) -> None:
         "console": 4,  # `write` and `complain`, and those that call `write`
         "main": 1,  # the version
         "generate": 3,  # completions, which are made printable for a terminal there
+        "screen": 1,  # answers, which are made printable there
+        "transcript": 1,  # a conversation's file
         "progress": 1,  # JSON lines, in ASCII
     }
     found = re.findall(r"click\.s?echo\(|\bprint\(|(?<!def )\bwrite\(", path.read_text())

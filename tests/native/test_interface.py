@@ -25,6 +25,8 @@ STRUCTS = {
     "npuq_strided": library.Strided,
     "npuq_heads": library.Heads,
     "npuq_mla": library.MlaBlock,
+    "npuq_kv_cache": library.KvCache,
+    "npuq_gqa": library.GqaBlock,
     "npuq_moe": library.MoeBlock,
     "npuq_source": library.Source,
     "npuq_draw": library.Draw,

@@ -75,8 +75,8 @@ def test_glm_reads_like_transformers(config: dict[str, Any]) -> None:
 
 def test_glm_lists_its_dense_layers(config: dict[str, Any]) -> None:
     listed = flash(config, mlp_layer_types=["dense", "dense", "sparse", "sparse"])
-    assert ModelConfig.from_dict(listed).moe.first_k_dense_replace == 2
-    assert ModelConfig.from_dict({**listed, "first_k_dense_replace": 2}).moe.first_k_dense_replace == 2
+    assert ModelConfig.from_dict(listed).moe.layers.first_k_dense_replace == 2
+    assert ModelConfig.from_dict({**listed, "first_k_dense_replace": 2}).moe.layers.first_k_dense_replace == 2
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_sparse_models_state_their_dense_layers_either_way(
     config: dict[str, Any], listed: Any, stated: Any, dense: int
 ) -> None:
     keys = {"mlp_layer_types": listed, "first_k_dense_replace": stated}
-    assert ModelConfig.from_dict(sparse(config, **keys)).moe.first_k_dense_replace == dense
+    assert ModelConfig.from_dict(sparse(config, **keys)).moe.layers.first_k_dense_replace == dense
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import grouped_models
 import pytest
 import tiny
 import torch
@@ -70,6 +71,9 @@ CASES = [
     Case("glm-5-w4a8", ((2, 1, 2),)),
     Case("glm-5", ((4, 1, 4),)),
     Case("tied", ((4, 1, 4),)),
+    # Two key and value heads: one a rank, and one on several. Biases, partial rotation; float and codes.
+    Case("qwen3-w4a8", ((2, 2, 2), (8, 1, 4))),
+    Case("glm", ((2, 1, 2), (6, 1, 6))),
 ]
 
 
@@ -99,6 +103,8 @@ def models(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             return directory
         if name == "tied":  # in float32, which stays where it is mapped
             tiny.make_checkpoint(directory, "v3", tie_word_embeddings=True)
+        elif not recipe and base in grouped_models.MODELS:
+            grouped_models.make_grouped(directory, base)
         elif not recipe:
             tiny.make_source(directory, base)
         elif recipe == "static":

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 import npuq.runtime
 from npuq.errors import GenerationError
 from npuq.runtime import EngineConfig, LanguageModel
-from npuq.runtime.text.detokenizing import TextStream
+
+from .text.plain_text import PlainText
 
 PROMPT = "The whale"
 SAMPLED: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.0, "seed": 11, "ignore_eos": True}
@@ -154,7 +155,7 @@ def test_text_and_tokens_end_together(example: LanguageModel, data: st.DataObjec
     text = data.draw(st.text("ab é🐳", max_size=30))
     ids = example.tokenizer.encode(text, special=False)
     early = data.draw(st.integers(0, 5))
-    stream = TextStream(example.tokenizer, [], stops, early)
+    stream = PlainText(example.tokenizer, [], stops, early)
     given_text = ""
     for token in ids:
         given_text += stream.add(token)

@@ -64,7 +64,7 @@ class Receiver:
 @pytest.fixture
 def loop(example: LanguageModel) -> Iterator[Loop]:
     """The example's loop, with a thread that runs it."""
-    loop, stopped = example._loop, threading.Event()
+    loop, stopped = example.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(stopped.is_set,), daemon=True)
     thread.start()
     yield loop
@@ -171,7 +171,7 @@ def test_a_request_is_refused_as_a_whole(loop: Loop) -> None:
 def test_a_failing_step_is_told_and_the_loop_may_run_again(
     example: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, receiver, errors = example._loop, Receiver(), []
+    loop, receiver, errors = example.loop, Receiver(), []
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("device lost")

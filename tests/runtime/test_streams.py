@@ -38,7 +38,7 @@ def model(example: LanguageModel) -> Iterator[LanguageModel]:
 def assert_idle(model: LanguageModel) -> None:
     assert model.engine.blocks.num_free == model.engine.blocks.num_blocks
     assert not model.engine.scheduler.has_work
-    assert not model._loop._clients
+    assert not model.loop._clients
 
 
 def text_of(pieces: Iterator[Piece]) -> str:

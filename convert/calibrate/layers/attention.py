@@ -6,7 +6,7 @@ channels can be rescaled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,7 +23,7 @@ from ..context import Layer, Walk
 from ..states import StreamPair
 from .kv_cache import LatentScale, search_scale
 from .operators import Deployed, ReachedError, Recording
-from .smooth import choose, deployed, norm_quotient
+from .smooth import Change, choose, deployed, norm_quotient, spread
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
     for activation, stage in block.stages.items():
         readers = tuple(entry.part for entry in stage)
         norm = family.norm_of(activation)
-        change: Callable[[Tensor], dict[str, Tensor]]
+        change: Change
+        shared = (1, 1)
         if norm is not None:
             place, entry = norm
             # Readers that stay float must take the scale back too.
@@ -220,16 +221,14 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
             change = _norm_change(layer, tensors, place, entry.part, every)
             key = layer.spec(place, entry.part).module
         else:
-            (writer,) = [entry for entry in block.entries if entry.writes == activation]
-            change = _value_change(layer, tensors, writer, readers)
+            writers = [entry for entry in block.entries if entry.writes == activation]
+            change, shared = _value_change(layer, tensors, writers, readers)
             key = layer.spec(Block.ATTENTION, readers[0]).module
-        strengths[key] = choose(largest(activation), tensors, readers, change, error)
+        strengths[key] = choose(largest(activation), tensors, readers, change, error, shared)
     return strengths
 
 
-def _norm_change(
-    layer: Layer, tensors: dict[str, Tensor], place: Block, norm: str, readers: tuple[str, ...]
-) -> Callable[[Tensor], dict[str, Tensor]]:
+def _norm_change(layer: Layer, tensors: dict[str, Tensor], place: Block, norm: str, readers: tuple[str, ...]) -> Change:
     """A function of a scale `[K]`: the norm's gain divided by it, and its readers multiplied to match.
 
     Readers that stay float keep their precision times a power of two alone.
@@ -246,18 +245,28 @@ def _norm_change(
 
 
 def _value_change(
-    layer: Layer, tensors: dict[str, Tensor], writer: Entry, readers: tuple[str, ...]
-) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A function of a scale `[N · v]`: the rows of the values' linear divided by it, and its readers' columns
-    multiplied."""
-    weight, sizes = tensors[writer.part], layer.tensors.sizes
-    rows, first = (sizes[word] for word in writer.heads) if writer.heads else (weight.shape[0], 0)
+    layer: Layer, tensors: dict[str, Tensor], writers: Sequence[Entry], readers: tuple[str, ...]
+) -> tuple[Change, tuple[int, int]]:
+    """A function of a scale for each channel of the values: their linear's rows and bias divided by it, and their
+    readers' columns multiplied. With it `choose`'s `shared`: several heads of a reader may read one head of values.
+    """
+    sizes = layer.tensors.sizes
+    (linear,) = [entry for entry in writers if entry.kind == "linear"]
+    weight, size = tensors[linear.part], layer.tensors.family.activation(linear.writes or "").size
+    width, (inputs,) = sizes[size or ""], {tensors[part].shape[1] for part in readers}
+    rows, first = (sizes[word] for word in linear.heads) if linear.heads else (width, 0)
+    heads = weight.shape[0] // rows
+    shared = inputs // (heads * width), width
+
+    def divided(tensor: Tensor, scale: Tensor) -> Tensor:
+        by_head = tensor.double().view(heads, rows, -1).clone()
+        by_head[:, first:] /= scale.view(heads, width, 1)
+        return by_head.view(tensor.shape).float()
 
     def change(scale: Tensor) -> dict[str, Tensor]:
         scale = power_of_two(scale)
-        by_head = weight.double().view(-1, rows, weight.shape[1]).clone()
-        by_head[:, first:] /= scale.view(-1, rows - first, 1)
-        readers_changed = {part: (tensors[part].double() * scale).float() for part in readers}
-        return {writer.part: by_head.view(weight.shape).float(), **readers_changed}
+        columns = spread(scale, shared)
+        readers_changed = {part: (tensors[part].double() * columns).float() for part in readers}
+        return {**{entry.part: divided(tensors[entry.part], scale) for entry in writers}, **readers_changed}
 
-    return change
+    return change, shared

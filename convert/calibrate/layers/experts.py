@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ....formats.schemes import Scheme
-from ....quant.gptq import Hessian
+from ....quant.hessian import Hessian
 from ....quant.scales import Method
 from ....quant.smoothing import smoothing_scale
 from ....runtime.ops import MlpWeights
 from ...plan.plan import Job
 from ..context import Layer
-from .linears import JobResult, add_rows, factored
+from .linears import JobResult, factored
 from .operators import CalibrationRouting, Deployed, float_mlp, mlp_weights, round_inputs, row_chunks
 from .smooth import deployed, least
 
@@ -76,7 +76,7 @@ def quantize_expert(
     near: further inputs of the quantized stream to calibrate on.
     """
     floats, quantized = own
-    inline = layer.walk.pool.inline
+    inline, linears = layer.walk.pool.inline, layer.walk.linears
     inputs = torch.cat([quantized, near]) if near.shape[0] else quantized
     routing = layer.walk.ops.routing
     truth = routing.mlp(floats, float_mlp(weights))
@@ -91,14 +91,14 @@ def quantize_expert(
         nonlocal missed
         hessian = None
         if any(job.method is Method.GPTQ and job.scheme is not Scheme.FLOAT for job, _ in some):
-            hessian = Hessian(x.shape[1])
+            hessian = Hessian(x.shape[1], linears.arithmetic)
             for part in row_chunks(x.shape[0]):
-                add_rows(hessian, round_inputs(x[part], some[0][0].scheme, None), inline)
-        factor = factored(hessian)
+                hessian.add(round_inputs(x[part], some[0][0].scheme, None), inline)
+        factor = factored(hessian, linears.arithmetic, inline)
         missed |= hessian is not None and factor is None
         found = []
         for job, weight in some:
-            linear, results[job.index] = layer.walk.linears.quantize(job, weight, hessian, factor, None, inline)
+            linear, results[job.index] = linears.quantize(job, weight, hessian, factor, None, inline)
             if linear.error is not None:
                 errors[job.source] = linear.error
             found.append(linear)

@@ -14,20 +14,19 @@ from ....formats.safetensors import DTYPES
 from ....formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ....formats.static_w8a8 import InputScale, static_tensors
 from ....parallel.pool import Mapper
-from ....quant.gptq import Factor, Hessian, SingularHessianError, factor, output_error
-from ....quant.refine import calibrated_codes
+from ....quant.arithmetic import Arithmetic
+from ....quant.hessian import Factor, Hessian, SingularHessianError, factor
+from ....quant.refine import Calibrated, calibrated_codes, output_error
 from ....quant.scales import Method, NonFiniteError
 from ....quant.stored_rows import StoredRows
-from ....quant.weight_error import ErrorSums
+from ....quant.weight_error import ErrorSums, relative_error
 from ...plan.plan import Job
 from ...write.jobs import JobOutput
 from ...write.shards import ShardFiles
 from .operators import Deployed, round_inputs
 
-# Rows for one call of GPTQ, and columns of a Hessian for one product. Fixed, so that results do not depend on the
-# number of threads.
+# Rows for one call of GPTQ. Fixed, so that results do not depend on the number of threads.
 _ROWS = 512
-_PANEL = 1024
 
 Inputs = Callable[[int], Tensor]
 """The inputs of some linears in the batch of that index: float32 [T, K], as the quantized model computes them."""
@@ -44,8 +43,13 @@ class JobResult:
 class Linears:
     """Quantizes linears of a plan and writes them into its shards, if there are any. Thread-safe."""
 
-    def __init__(self, files: ShardFiles | None):
+    def __init__(self, files: ShardFiles | None, arithmetic: Arithmetic):
         self._files = files
+        self.arithmetic = arithmetic
+
+    def trial(self) -> Linears:
+        """The same without files."""
+        return Linears(None, self.arithmetic)
 
     def _write(self, job: Job, tensors: Mapping[str, Tensor]) -> bytes:
         """Write all tensors of a job, by the suffixes of their names; return the digest."""
@@ -86,25 +90,32 @@ class Linears:
             return Deployed(job.source, job.scheme, stored), written
         base = Scheme.W8A8 if job.scheme is Scheme.W8A8_STATIC else job.scheme
         rows = _round(job, weight, base, mapper)
-        tensors, calibrated = dict(rows.tensors), False
+        tensors, lost = dict(rows.tensors), None
         if job.method is Method.GPTQ and factored is not None:
             scale = rows.tensors[SCALE][:, 0]
             starts = range(0, weight.shape[0], _ROWS)
 
-            def some(start: int) -> tuple[Tensor, Tensor]:
+            def some(start: int) -> Calibrated:
                 part = slice(start, start + _ROWS)
-                return calibrated_codes(weight[part], factored, scale[part], base.weight_bits)
+                return calibrated_codes(weight[part], factored, scale[part], base.weight_bits, self.arithmetic)
 
-            codes, scales = (torch.cat(parts) for parts in zip(*mapper.map(some, starts), strict=True))
-            tensors, calibrated = linear_tensors(codes, scales, base, row_parallel=job.row_parallel), True
+            parts = list(mapper.map(some, starts))
+            codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+            tensors = linear_tensors(codes, scales, base, row_parallel=job.row_parallel)
+            lost = tuple(
+                sum(float(part.sum()) for part in sums)
+                for sums in ([part.squared_error for part in parts], [part.squared_norm for part in parts])
+            )
         found = dequantize(tensors, base)
         if job.scheme is Scheme.W8A8_STATIC:
             assert inputs is not None
             float16 = any(slot.dtype == "I64" for slot in job.outputs)
             tensors = static_tensors(tensors[WEIGHT], tensors[SCALE], inputs, float16=float16)
         digest = self._write(job, tensors)
-        error = None if hessian is None or not hessian.rows else output_error(weight, found, hessian.sum) ** 0.5
-        squared_error = _squared_error(weight, found) if calibrated else float(rows.squared_error.sum())
+        squared_error = float(rows.squared_error.sum()) if lost is None else _squared_error(weight, found)
+        if lost is None and hessian is not None and hessian.rows:
+            lost = output_error(weight, found, hessian.symmetric(), self.arithmetic)
+        error = None if lost is None else relative_error(*lost)
         stats = ErrorSums(squared_error, float(rows.squared_norm.sum()))
         return Deployed(job.source, job.scheme, found, inputs=inputs, error=error), JobResult(stats, digest)
 
@@ -141,7 +152,7 @@ def _squared_error(weight: Tensor, found: Tensor) -> float:
 
 
 def measure(
-    jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], mapper: Mapper
+    jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], arithmetic: Arithmetic, mapper: Mapper
 ) -> tuple[Hessian | None, InputScale | None]:
     """The Hessian and the static input scale that these jobs need for their common inputs; None: not needed."""
     batches, scale = list(batches), None
@@ -159,27 +170,16 @@ def measure(
     scheme = jobs[0].scheme
     hessian: Hessian | None = None
     for x in mapper.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches):
-        hessian = hessian or Hessian(x.shape[1])
-        add_rows(hessian, x, mapper)
+        hessian = hessian or Hessian(x.shape[1], arithmetic)
+        hessian.add(x, mapper)
     return hessian, scale
 
 
-def add_rows(hessian: Hessian, x: Tensor, mapper: Mapper) -> None:
-    """Add rows float32 [T, K] to a Hessian, in panels of columns, which threads may share.
-
-    Products are summed in float32 within a call, calls in float64.
-    """
-    columns = range(0, x.shape[1], _PANEL)
-    for start, part in zip(columns, mapper.map(lambda start: x.T @ x[:, start : start + _PANEL], columns), strict=True):
-        hessian.sum[:, start : start + _PANEL] += part
-    hessian.rows += x.shape[0]
-
-
-def factored(hessian: Hessian | None) -> Factor | None:
+def factored(hessian: Hessian | None, arithmetic: Arithmetic, mapper: Mapper) -> Factor | None:
     """The factor of a Hessian; None without a Hessian, and for one that cannot be factored."""
     if hessian is None or not hessian.rows:
         return None
     try:
-        return factor(hessian.sum)
+        return factor(hessian.symmetric(), arithmetic, mapper)
     except SingularHessianError:
         return None

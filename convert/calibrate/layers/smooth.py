@@ -49,13 +49,18 @@ def choose(
     readers: tuple[str, ...],
     change: Change,
     error: Callable[[dict[str, Tensor], tuple[str, ...]], float],
+    shared: tuple[int, int] = (1, 1),
 ) -> float:
     """Find the best strength, make its change in `tensors`, and return it; 0 where none improves the error.
 
     activation: the largest magnitudes [K] of the readers' inputs. error: the squared error with some tensors changed
-    and the readers rounded.
+    and the readers rounded. shared: (heads of inputs that read the same values, channels of a head); `change` gets one
+    scale for each channel of those values.
     """
     weight = torch.stack([tensors[name].abs().amax(0) for name in readers]).amax(0)
+    activation, weight = (
+        largest.view(-1, *shared).amax(1).flatten() if shared[0] > 1 else largest for largest in (activation, weight)
+    )
     strength, changed = least(
         dict[str, Tensor](),
         lambda candidate: change(smoothing_scale(activation, weight, candidate)),
@@ -63,6 +68,12 @@ def choose(
     )
     tensors.update(changed)
     return strength
+
+
+def spread(scale: Tensor, shared: tuple[int, int]) -> Tensor:
+    """A scale for each channel of values as one for each input that reads them; `shared`: see `choose`."""
+    repeat, width = shared
+    return scale.view(-1, 1, width).expand(-1, repeat, width).flatten()
 
 
 def rounded(job: Job, weight: Tensor) -> Tensor:

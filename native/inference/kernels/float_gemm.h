@@ -217,9 +217,11 @@ static void axpy_float(const void *w, int dtype, size_t ldw, size_t a, size_t co
     else axpy_columns(w, NPUQ_F32, ldw, a, cols, x, ldx, tokens, 0, out, ldout);
 }
 
-static void axpy_add(const float *w, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx, size_t tokens,
-                     float *out, size_t ldout) {
-    axpy_columns((const char *)w, NPUQ_F32, ldw, a, cols, x, ldx, tokens, 1, out, ldout);
+static void axpy_add(const void *w, int dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
+                     size_t tokens, float *out, size_t ldout) {
+    if (dtype == NPUQ_BF16) axpy_columns(w, NPUQ_BF16, ldw, a, cols, x, ldx, tokens, 1, out, ldout);
+    else if (dtype == NPUQ_F16) axpy_columns(w, NPUQ_F16, ldw, a, cols, x, ldx, tokens, 1, out, ldout);
+    else axpy_columns(w, NPUQ_F32, ldw, a, cols, x, ldx, tokens, 1, out, ldout);
 }
 
 #endif

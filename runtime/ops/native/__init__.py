@@ -18,6 +18,7 @@ from ...sampling.rows import LogitRow
 from .. import Ops
 from ..cpu import CpuOps
 from .cache import NativeCaches
+from .grouped_attention import NativeGroupedAttention
 from .kernels import Kernels
 from .latent_attention import NativeLatentAttention
 from .logits import native_rows
@@ -55,6 +56,7 @@ class NativeOps(Ops):
         self.rotary = NativeRotary(kernels, beside.rotary)
         self.mla = NativeLatentAttention(kernels, self.weights, self.norms, self.products, self.rotary, beside.mla)
         self.sparse = NativeSparseAttention(kernels, self.weights, self.norms, self.products, self.rotary)
+        self.gqa = NativeGroupedAttention(kernels, self.weights, self.norms, self.products, self.rotary)
 
     @property
     def arithmetic(self) -> str:

@@ -22,7 +22,7 @@ from ..weights import Weights
 from .blocks import NativeMla, native_mla
 from .cache import NativeCache, native_cache
 from .kernels import Kernels, contiguous_rows, gain
-from .step import NativeStep, decode_arguments, lengths, native_step
+from .step import NativeStep, StepArguments, decode_arguments, lengths
 
 
 class NativeLatentAttention(LatentAttention):
@@ -44,7 +44,7 @@ class NativeLatentAttention(LatentAttention):
     ):
         super().__init__(kernels.dtype, weights, norms, products, rotary)
         self._call, self._code, self.torch = kernels.pool.call, kernels.dtype_code, torch
-        self._last_step: NativeStep | None = None
+        self._steps = StepArguments(kernels.dtype)
 
     def kv_rmsnorm_rope_cache(
         self, kv: Tensor, gamma: Tensor, eps: float, positions: Positions, cache: LayerCache, output_kv: bool
@@ -112,7 +112,7 @@ class NativeLatentAttention(LatentAttention):
     def prolog(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized):
             return super().prolog(hidden, mla, cache, step)
-        hidden, shared, config = hidden.contiguous(), self._shared("mla_prolog", step), mla.config
+        hidden, shared, config = hidden.contiguous(), self._steps.of("mla_prolog", step), mla.config
         q_latent, latent_to = output(self.dtype, shared.tokens, config.heads, config.kv_lora_rank)
         q_rope, rope_to = output(self.dtype, shared.tokens, config.heads, config.qk_rope_head_dim)
         arguments = self._layer_arguments("mla_prolog", hidden, mla, cache, shared)
@@ -122,7 +122,7 @@ class NativeLatentAttention(LatentAttention):
     def decode(self, hidden: Activation, mla: Mla, cache: LayerCache, step: Step) -> Tensor:
         if not isinstance(mla, NativeMla) or isinstance(hidden, Quantized) or step.decode is None:
             return super().decode(hidden, mla, cache, step)
-        hidden, shared = hidden.contiguous(), self._shared("mla_decode", step)
+        hidden, shared = hidden.contiguous(), self._steps.of("mla_decode", step)
         out, to = output(self.dtype, shared.tokens, mla.outputs)
         arguments = self._layer_arguments("mla_decode", hidden, mla, cache, shared)
         self._call("mla_decode", *arguments, *shared.decode, mla.config.softmax_scale, to)
@@ -143,13 +143,6 @@ class NativeLatentAttention(LatentAttention):
             shared.tokens,
             *shared.rows,
         )
-
-    def _shared(self, operator: str, step: Step) -> NativeStep:
-        """Arguments of the step, checked once: all layers of a step share them."""
-        shared = self._last_step
-        if shared is None or shared.step is not step:
-            shared = self._last_step = native_step(operator, step, self.dtype)
-        return shared
 
 
 @dataclass(frozen=True)

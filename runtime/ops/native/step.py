@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....native.integers import int64_array
 from ....native.pointers import address
-from ..steps import Decode, Step
+from ..steps import Decode, Positions, Step
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,34 @@ class NativeStep:
     kept: tuple[Tensor, ...]
 
 
-def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
-    """Arguments of a step. Raises ValueError for tensors of another size or not in the compute dtype."""
-    positions = step.positions
+class StepArguments:
+    """The arguments of the last step, checked once: all layers of a step share them. dtype: the compute dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+        self._last: NativeStep | None = None
+
+    def of(self, operator: str, step: Step) -> NativeStep:
+        """Arguments of a step. Raises ValueError for tensors of another size or not in the compute dtype."""
+        if self._last is None or self._last.step is not step:
+            self._last = _native_step(operator, step, self._dtype)
+        return self._last
+
+
+def _native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
+    rope_dim, rows, kept = row_arguments(operator, step.positions, dtype)
+    tokens = step.positions.slots.shape[0]
+    if step.decode is None:
+        return NativeStep(step, tokens, rope_dim, rows, (), kept)
+    table = step.decode.block_table.contiguous()
+    decode = decode_arguments(operator, step.decode, table, tokens)
+    return NativeStep(step, tokens, rope_dim, rows, decode, (*kept, table))
+
+
+def row_arguments(
+    operator: str, positions: Positions, dtype: torch.dtype
+) -> tuple[int, tuple[int, int, int], tuple[Tensor, ...]]:
+    """The width of cos and sin; their addresses and that of the slots; the tensors, which the caller keeps alive."""
     cos, sin, slots = positions.cos.contiguous(), positions.sin.contiguous(), positions.slots.contiguous()
     tokens, rope_dim = slots.shape[0], cos.shape[-1]
     rows = (
@@ -40,11 +65,7 @@ def native_step(operator: str, step: Step, dtype: torch.dtype) -> NativeStep:
         address(sin, operator, "sin", dtype, tokens, rope_dim),
         address(slots, operator, "slots", torch.int64, tokens),
     )
-    if step.decode is None:
-        return NativeStep(step, tokens, rope_dim, rows, (), (cos, sin, slots))
-    table = step.decode.block_table.contiguous()
-    decode = decode_arguments(operator, step.decode, table, tokens)
-    return NativeStep(step, tokens, rope_dim, rows, decode, (cos, sin, slots, table))
+    return rope_dim, rows, (cos, sin, slots)
 
 
 def decode_arguments(operator: str, decode: Decode, table: Tensor, tokens: int) -> tuple[object, ...]:

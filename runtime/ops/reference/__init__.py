@@ -8,6 +8,7 @@ from ....errors import BackendError
 from ...ranks.group import ALONE, Group
 from .. import Ops
 from .cache import ReferenceCaches
+from .grouped_attention import ReferenceGroupedAttention
 from .latent_attention import ReferenceLatentAttention
 from .norms import ReferenceNorms
 from .products import ReferenceProducts
@@ -43,3 +44,4 @@ class ReferenceOps(Ops):
         self.rotary = ReferenceRotary(dtype)
         self.mla = ReferenceLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)
         self.sparse = ReferenceSparseAttention(dtype, self.weights, self.norms, self.products, self.rotary)
+        self.gqa = ReferenceGroupedAttention(dtype, self.weights, self.norms, self.products, self.rotary)

@@ -17,9 +17,9 @@ from npuq.formats.artifact import DESCRIPTION_NAME, KV_CACHE_NAME, ROPE_NAME
 from npuq.formats.kv_cache import save_scales, storable_scale
 from npuq.formats.static_w8a8 import InputScale, static_tensors
 
-_ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+ATTENTION = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _COMMON: dict[str, Any] = {
-    **_ATTENTION,
+    **ATTENTION,
     "torch_dtype": "bfloat16",
     "hidden_size": 128,
     "intermediate_size": 192,

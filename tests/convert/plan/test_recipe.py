@@ -32,12 +32,14 @@ def assign(inventory, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(text)
         recipe = load_recipe(path)
-        assignments = resolve(recipe, inventory.specs)
+        assignments = resolve(recipe, inventory.specs, LAYERS)
         check_recipe(recipe, inventory.specs, assignments)
         return assignments
 
     return run
 
+
+LAYERS = 3  # decoder layers of v3_source
 
 EXPERTS = "{roles: [routed_expert, mtp_routed_expert], scheme: w8a8}"
 
@@ -45,14 +47,14 @@ EXPERTS = "{roles: [routed_expert, mtp_routed_expert], scheme: w8a8}"
 @pytest.mark.parametrize("name", NAMED)
 def test_named_recipes_pass_their_own_rules_and_survive_being_stored(name, inventory, tmp_path):
     recipe = load_recipe(name)
-    check_recipe(recipe, inventory.specs, resolve(recipe, inventory.specs))
+    check_recipe(recipe, inventory.specs, resolve(recipe, inventory.specs, LAYERS))
     stored = tmp_path / "recipe.yaml"
     stored.write_text(recipe.to_yaml())
     assert load_recipe(stored) == recipe
 
 
 def test_default_recipe(inventory):
-    assignments = resolve(load_recipe("w4a8"), inventory.specs)
+    assignments = resolve(load_recipe("w4a8"), inventory.specs, LAYERS)
     schemes = {}
     for name, spec in inventory.specs.items():
         schemes.setdefault(spec.role, set()).add(assignments[name].scheme)
@@ -82,6 +84,23 @@ def test_for_each_setting_the_first_rule_that_gives_it_wins(assign):
     assert found[expert(2)] == Assignment(Scheme.W4A8, Method.MINMAX, 2)
     assert found["model.layers.2.self_attn.o_proj.weight"] == Assignment(Scheme.W8A8, Method.MSE, 4)
     assert found["model.layers.2.self_attn.q_b_proj.weight"] == Assignment(Scheme.FLOAT, Method.MINMAX, 0)
+
+
+def test_layers_counted_from_either_end(assign, tmp_path):
+    """As Huawei's recipes keep the first and last layers' experts in 8 bits; MTP layers are none of the last."""
+    rules = "rules: [{layers: 'first 1, last 1', scheme: w8a8}, {roles: routed_expert, scheme: w4a8}, {scheme: w8a8}]"
+    found = assign(rules)
+    experts = {name: found[name].scheme for name in found if ".mlp.experts.0.up_proj." in name}
+    assert {name.split(".")[2]: scheme for name, scheme in experts.items()} == {
+        "1": Scheme.W4A8,
+        "2": Scheme.W8A8,
+        "3": Scheme.W8A8,
+    }
+    assert [found[name].rule for name in experts] == [2, 1, 3]
+    path = tmp_path / "written.yaml"
+    path.write_text(load_recipe(tmp_path / "mine.yaml").to_yaml())
+    assert "layers: 0,last 1" in path.read_text()
+    assert load_recipe(path).rules == load_recipe(tmp_path / "mine.yaml").rules
 
 
 def test_a_rule_without_roles_or_names_speaks_of_linears_only(assign):
@@ -150,6 +169,7 @@ def test_float_experts_are_for_our_own_runtime_only(assign):
         ("target: engine\nrules: []", ["unknown target 'engine'", "'engines'"]),
         ("rules: [{layers: 7-3, scheme: w8a8}]", ["rule 1", "7-3", "0-3,7"]),
         ("rules: [{layers: all, scheme: w8a8}]", ["rule 1", "'all'", "0-3,7"]),
+        ("rules: [{layers: last 0, scheme: w8a8}]", ["rule 1", "'last 0'", "last 7"]),
         ("rules: [{roles: [attention]}]", ["rule 1", "neither a scheme nor a method"]),
         ("rules: {scheme: w8a8}", ["'rules' must be a list"]),
         ("rules: [w8a8]", ["rule 1", "a rule is a mapping"]),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from ascend_rig import models
 from kimi_k25 import as_k25
+from random_model import write_random
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -87,6 +88,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "index_skip_topk_offset": 2,
     },
 }
+# Grouped-query attention: 4 key and value heads, which more ranks hold several times; a dense layer in each.
+_GQA = {
+    **{key: value for key, value in models.KIMI.items() if key not in ("q_lora_rank", *models.ATTENTION)},
+    **{key: value for key, value in _WIDE.items() if key not in models.ATTENTION},
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+TABLES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": _GQA
+    | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 16,
+        "mlp_only_layers": [0],
+        "decoder_sparse_step": 1,
+    },
+    "glm-4.5": _GQA
+    | {
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "num_nextn_predict_layers": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
+    },
+}
+CONFIGS |= TABLES
 # Every artifact, and those that have an MTP layer.
 STATIC = "v3-static"
 ARTIFACTS = ("example", *CONFIGS, STATIC)
@@ -141,6 +169,8 @@ def _make_static(tensors: dict[str, torch.Tensor], tags: dict[str, str]) -> None
 
 def _write_source(name: str, directory: Path) -> Path:
     config = CONFIGS[name]
+    if name in TABLES:
+        return write_random(directory, config)
     layers, extra = config["num_hidden_layers"], config["num_nextn_predict_layers"]
     # An MTP layer is a decoder layer with its embedding, head and projection beside it.
     models.write_checkpoint(directory, config | {"num_hidden_layers": layers + extra})

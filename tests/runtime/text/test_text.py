@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 from npuq.errors import GenerationError
 from npuq.runtime import LanguageModel
-from npuq.runtime.text.detokenizing import TextStream
 from npuq.runtime.text.tokenizer import Tokenizer
+
+from .plain_text import PlainText
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 TOKENIZER = Tokenizer(EXAMPLE)
 
 
-def stream(ids: list[int], stop: tuple[str, ...] = (), prompt: tuple[int, ...] = (0,)) -> tuple[list[str], TextStream]:
-    text = TextStream(TOKENIZER, prompt, stop)
+def stream(ids: list[int], stop: tuple[str, ...] = (), prompt: tuple[int, ...] = (0,)) -> tuple[list[str], PlainText]:
+    text = PlainText(TOKENIZER, prompt, stop)
     pieces = []
     for token in ids:
         pieces.append(text.add(token))
@@ -212,7 +213,7 @@ def test_a_token_is_decoded_about_once(files: Path, monkeypatch: pytest.MonkeyPa
         return decode(given)
 
     monkeypatch.setattr(tokenizer, "decode", counted)
-    stream = TextStream(tokenizer, ids[:5], ())
+    stream = PlainText(tokenizer, ids[:5], ())
     text = "".join(map(stream.add, ids[5:])) + stream.flush()
     assert text == decode(ids)[len(decode(ids[:5])) :]
     assert len(calls) < 1.2 * len(ids) and max(calls) < 40

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npuq.errors import GenerationError
-from npuq.runtime.text.detokenizing import TextStream
 from npuq.runtime.text.tiktoken_files import FAMILIES
 from npuq.runtime.text.tokenizer import Tokenizer
 
+from .plain_text import PlainText
 from .tiktoken_models import CODE, NAMED, ODD, PATTERN, SCRIPTS, config_of, reference, texts, write_files
 
 SAMPLES = {**SCRIPTS, "code": CODE, **ODD}
@@ -234,7 +234,7 @@ def test_a_lone_surrogate(tokenizer: Tokenizer) -> None:
 def test_any_tokens_give_their_bytes(ids: list[int], tokenizer: Tokenizer, models_own: tiktoken.Encoding) -> None:
     known = [token for token in ids if token < 4096]
     assert tokenizer.decode(ids) == visible(models_own, tokenizer, known)
-    text = TextStream(tokenizer, [0], ())
+    text = PlainText(tokenizer, [0], ())
     pieces = [*map(text.add, ids), text.flush()]
     assert "".join(pieces) == tokenizer.decode(ids)
 
@@ -242,7 +242,7 @@ def test_any_tokens_give_their_bytes(ids: list[int], tokenizer: Tokenizer, model
 @given(text=ANY_TEXT)
 def test_characters_come_whole(text: str, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer, [0], ())
+    stream = PlainText(tokenizer, [0], ())
     pieces = [*map(stream.add, ids), stream.flush()]
     assert "".join(pieces) == tokenizer.decode(ids)
     if "\N{REPLACEMENT CHARACTER}" not in text:
@@ -250,7 +250,7 @@ def test_characters_come_whole(text: str, tokenizer: Tokenizer) -> None:
 
 
 def test_every_byte_of_a_character_by_itself(tokenizer: Tokenizer, ranks: dict[bytes, int]) -> None:
-    stream = TextStream(tokenizer, [0], ())
+    stream = PlainText(tokenizer, [0], ())
     assert [stream.add(ranks[bytes([byte])]) for byte in "a🐋".encode()] == ["a", "", "", "", "🐋"]
 
 

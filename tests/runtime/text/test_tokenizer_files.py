@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from npuq.errors import GenerationError
-from npuq.runtime.text.detokenizing import TextStream
 from npuq.runtime.text.tokenizer import Tokenizer
+
+from .plain_text import PlainText
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 
@@ -352,7 +353,7 @@ def test_a_token_as_long_as_a_book(files: Path) -> None:
     token = len(content["model"]["vocab"])
     content["model"]["vocab"]["a" * 1_000_000] = token
     (files / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    text = TextStream(Tokenizer(files), [0], ())
+    text = PlainText(Tokenizer(files), [0], ())
     with pytest.raises(GenerationError, match=f"token {token} is a text of 1000000 characters"):
         text.add(token)
 

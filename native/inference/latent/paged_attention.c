@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "common/checks.h"
-#include "inference/latent_keys.h"
+#include "inference/latent/keys.h"
 
 enum { MOST_SPANS = 16, LEAST_SPAN = 4 * ATTENTION_KEYS };
 

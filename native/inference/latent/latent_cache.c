@@ -4,6 +4,7 @@
 
 #include "common/checks.h"
 #include "common/pool.h"
+#include "inference/scatter.h"
 
 struct rope {
     npuq_pool *pool;
@@ -52,21 +53,6 @@ struct cache_write {
     char *rope_out, *latent_out;
 };
 
-/* Channels of one token into its slot: ND, or NZ [block, channel / group, offset, channel % group]. */
-static void scatter(const npuq_pages *pages, int64_t slot, const void *row) {
-    size_t channels = (size_t)pages->channels, size = size_of(pages->dtype), block_size = (size_t)pages->block_size;
-    if (pages->layout == NPUQ_ND) {
-        memcpy((char *)pages->rows + (size_t)slot * channels * size, row, channels * size);
-        return;
-    }
-    size_t bytes = nz_channels(pages->dtype) * size, groups = channels / nz_channels(pages->dtype);
-    size_t block = (size_t)slot / block_size, offset = (size_t)slot % block_size;
-    for (size_t g = 0; g < groups; g++) {
-        size_t at = (block * groups + g) * block_size + offset;
-        memcpy((char *)pages->rows + at * bytes, (const char *)row + g * bytes, bytes);
-    }
-}
-
 /* The latent as it is stored: `row` as it is, or codes of it. `x` is float scratch. */
 static void scatter_latent(const struct cache_write *write, int64_t slot, const char *row, float *x, int8_t *codes) {
     const npuq_latent_cache *cache = write->cache;
@@ -75,7 +61,7 @@ static void scatter_latent(const struct cache_write *write, int64_t slot, const 
         write->kernels->to_float(row, cache->rope.dtype, l, x);
         write->kernels->code_row(x, cache->latent.scale, l, codes);
     }
-    scatter(&cache->latent, slot, cache->latent.scale != NULL ? (const void *)codes : row);
+    scatter_row(&cache->latent, slot, cache->latent.scale != NULL ? (const void *)codes : row);
 }
 
 static void cache_write_task(const void *context, size_t token, int thread) {
@@ -102,7 +88,7 @@ static void cache_write_task(const void *context, size_t token, int thread) {
     kernels->to_float(write->sin + token * d * size, dtype, d, second);
     kernels->rope_row(x, first, second, d, y);
     kernels->from_float(y, d, stored, dtype);
-    if (slot >= 0) scatter(&cache->rope, slot, stored);
+    if (slot >= 0) scatter_row(&cache->rope, slot, stored);
     if (write->rope_out != NULL) memcpy(write->rope_out + token * d * size, stored, d * size);
 }
 

@@ -1,7 +1,7 @@
 /* Absorbed attention in float32: scores and outputs of a span's keys, eight heads at a time. */
 #include <math.h>
 
-#include "inference/latent_keys.h"
+#include "inference/latent/keys.h"
 
 /* A query as int8 keys see it: times their channels' scales, and rounded to int8 itself. `codes` is scratch. */
 static void round_query(const struct attention *attention, float *q, int8_t *codes) {

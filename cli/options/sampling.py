@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from ..runtime import SamplingParams
+    from ...runtime import SamplingParams
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -16,10 +16,18 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _ONLY_SAMPLED = ("top_k", "top_p", "min_p", "seed")
 
 
-def sampling_options(function: _F) -> _F:
-    """Add the sampling options to a command; an option that the user does not give arrives as None."""
+def sampling_options(max_new_tokens: int | None) -> Callable[[_F], _F]:
+    """Add the sampling options to a command; an option that the user does not give arrives as None.
+
+    max_new_tokens: default of that option; None: as many as the context has room for.
+    """
     options = [
-        click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            default=max_new_tokens,
+            show_default=max_new_tokens is not None or "what the context leaves",
+        ),
         click.option("--greedy", is_flag=True, help="Take the likeliest token, as --temperature 0."),
         click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token."),
         click.option("--top-k", type=click.IntRange(min=0), help="Keep the K likeliest tokens; 0: all."),
@@ -37,9 +45,13 @@ def sampling_options(function: _F) -> _F:
             help="Makes sampling repeatable, whatever else runs beside it.",
         ),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+
+    def add(function: _F) -> _F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
 def given_options(sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ def known_type(family: str | None) -> Callable[[Path], None]:
     """
 
     def check(directory: Path) -> None:
-        from ..errors import UnknownModelError
-        from ..formats.checkpoint import read_config
-        from ..models.families import is_known, unknown_type
+        from ...errors import UnknownModelError
+        from ...formats.checkpoint import read_config
+        from ...models.families import is_known, unknown_type
 
         stated = read_config(directory).get("model_type")
         if family is None and not is_known(stated) and not any(directory.glob("*.safetensors")):
@@ -44,7 +44,7 @@ def known_type(family: str | None) -> Callable[[Path], None]:
 
 def _known(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Check the name; another is wrong usage."""
-    from ..models.families import FAMILIES, is_known
+    from ...models.families import FAMILIES, is_known
 
     if value is not None and not is_known(value):
         raise click.BadParameter(f"{value!r} is no family; npuq knows {', '.join(sorted(FAMILIES))}")

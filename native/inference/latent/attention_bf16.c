@@ -2,7 +2,7 @@
  *
  * Queries and keys in bf16 are multiplied as they are. Over a latent of codes, queries are codes too; bf16 holds both exactly,
  * and float32 their sums. */
-#include "inference/latent_keys.h"
+#include "inference/latent/keys.h"
 
 enum { LANES = 16, MOST_VECTORS = TASK_HEADS / LANES };
 

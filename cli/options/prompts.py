@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import GenerationError
-from ..inputs.files import read_given_text, read_stream_text
-from ..inputs.json_text import parse_json
-from ..inputs.printable import printable
+from ...choices import TEMPLATE_ARGUMENTS
+from ...errors import GenerationError
+from ...inputs.files import read_given_text, read_stream_text
+from ...inputs.json_text import parse_json, parse_object
+from ...inputs.printable import printable
 
 if TYPE_CHECKING:
-    from ..runtime import Tokenizer
+    from ...runtime import Tokenizer
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
@@ -111,6 +112,20 @@ def encode(
         if not prompt.is_conversation:
             raise
         raise GenerationError(f"{prompt.where}: {error}") from error
+
+
+def template_variables(text: str | None) -> dict[str, Any]:
+    """The variables of --chat-template-kwargs. Raises UsageError for what is no object of them."""
+    if text is None:
+        return {}
+    try:
+        variables = parse_object(text, "--chat-template-kwargs", GenerationError)
+    except GenerationError as error:
+        raise click.UsageError(str(error)) from error
+    taken = ", ".join(sorted(TEMPLATE_ARGUMENTS & variables.keys()))
+    if taken:
+        raise click.UsageError(f"--chat-template-kwargs: {taken} cannot be given there")
+    return variables
 
 
 def template_note(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, chat: bool) -> str:

@@ -1,0 +1,1 @@
+"""Options that several commands share, and what becomes of them: prompts, sampling, loading, reading."""

@@ -1,0 +1,117 @@
+"""Calibration's arithmetic by the native kernels, on the calling thread (`quant.arithmetic.Arithmetic`).
+
+Results do not depend on the instruction level: every number is one chain of fused multiply-adds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64
+
+import torch
+from torch import Tensor
+
+from ..quant.arithmetic import LANES, Arithmetic, TorchArithmetic
+from .binding import failure
+from .library import call, description, level_index, library
+from .pointers import address, rows_address
+
+__all__ = ["LANES", "NativeArithmetic", "calibration_arithmetic"]
+
+
+def calibration_arithmetic() -> Arithmetic:
+    """The fastest arithmetic of this machine's processors."""
+    return TorchArithmetic() if library() is None else NativeArithmetic()
+
+
+class NativeArithmetic:
+    """The operators of `quant.arithmetic.Arithmetic` on CPU tensors.
+
+    level: an instruction-set level by name; None for the best. Raises RuntimeError without the native library, and for
+    a level that this CPU lacks.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, level: str | None = None):
+        found = library()
+        if found is None:
+            raise RuntimeError(description())
+        self._library = found
+        self._level = -1 if level is None else level_index(found, level)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, subtract: bool = False) -> Tensor:
+        """a `[M, K]` · b `[K, N]`, of any strides; with `out` `[M, N]` added to it, or subtracted."""
+        (m, k), n = a.shape, b.shape[-1]
+        accumulate = out is not None
+        if out is None:
+            out = torch.empty(m, n)
+        self._call(
+            "float_product",
+            _any_strides(a, "a", m, k),
+            *a.stride(),
+            _any_strides(b, "b", k, n),
+            *b.stride(),
+            m,
+            n,
+            k,
+            subtract,
+            accumulate,
+            rows_address(out, "float_product", "out", torch.float32, m, n),
+            max(out.stride(0), n),
+        )
+        return out
+
+    def gptq_columns(
+        self, lower: Tensor, bits: int, scale: Tensor, weight: Tensor, sums: Tensor, errors: Tensor, codes: Tensor
+    ) -> None:
+        """Round a panel of columns; weight, sums, errors and codes [B, R] are transposed, R a multiple of LANES."""
+        name, (columns, rows) = "gptq_columns", weight.shape
+        self._call(
+            name,
+            rows_address(lower, name, "lower", torch.float32, columns, columns),
+            max(lower.stride(0), columns),
+            columns,
+            rows,
+            bits,
+            address(scale, name, "scale", torch.float32, rows),
+            address(weight, name, "weight", torch.float32, columns, rows),
+            address(sums, name, "sums", torch.float32, columns, rows),
+            address(errors, name, "errors", torch.float32, columns, rows),
+            address(codes, name, "codes", torch.int8, columns, rows),
+        )
+
+    def descend(
+        self, hessian: Tensor, inverse_diagonal: Tensor, bits: int, scale: Tensor, gradient: Tensor, codes: Tensor
+    ) -> int:
+        """One sweep of coordinate descent over codes int8 [R, K]; returns the number of changed codes."""
+        name, (rows, columns) = "descend", codes.shape
+        moves = c_int64()
+        self._call(
+            name,
+            address(hessian, name, "hessian", torch.float32, columns, columns),
+            address(inverse_diagonal, name, "inverse_diagonal", torch.float32, columns),
+            columns,
+            rows,
+            bits,
+            address(scale, name, "scale", torch.float32, rows),
+            address(gradient, name, "gradient", torch.float32, rows, columns),
+            address(codes, name, "codes", torch.int8, rows, columns),
+            ctypes.byref(moves),
+        )
+        return moves.value
+
+    def _call(self, name: str, *arguments: object) -> None:
+        status = call(self._library, name, self._level, *arguments)
+        if status:
+            raise failure(name, status)
+
+
+def _any_strides(x: Tensor, name: str, *shape: int) -> int:
+    """The address of a matrix with any strides."""
+    if x.dtype is not torch.float32 or x.shape != shape or not x.is_cpu:
+        raise ValueError(
+            f"float_product: {name} is {x.dtype} {list(x.shape)} on {x.device}; the native kernel takes float32 "
+            f"{list(shape)} on the CPU"
+        )
+    return x.data_ptr()

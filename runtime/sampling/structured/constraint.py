@@ -1,0 +1,116 @@
+"""The grammar of a whole reply: of its content or its tool calls, behind its reasoning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ....errors import GenerationError
+from ...text.replies.formats import ReasoningFormat, ReplyFormat
+from ...text.tokenizer import Tokenizer
+from ..grammar import Grammar
+from .compiler import GrammarCompiler, MakeGrammar
+from .gates import AfterReasoning, OnceCalled
+
+_MOST_SCHEMA_CHARACTERS: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a reply must be.
+
+    schema: JSON schema of its content; None: any text. calls: "none", "allowed" or "required" of the format's tools.
+    parallel: several calls may come. first_call: number of the reply's first call, counted over the conversation.
+    """
+
+    schema: Mapping[str, Any] | None = None
+    calls: str = "none"
+    parallel: bool = True
+    first_call: int = 0
+
+    def needs_grammar(self, format: ReplyFormat) -> bool:
+        """True unless the reply is free."""
+        strict = self.calls == "allowed" and any(tool.strict for tool in format.tools)
+        return self.schema is not None or self.calls == "required" or strict
+
+
+def constrain(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, format: ReplyFormat, prompt: Sequence[int], wanted: Constraint
+) -> MakeGrammar:
+    """Compile the grammar of a reply to `prompt`, one that `needs_grammar`.
+
+    Raises GenerationError for a schema that is too long or that llguidance does not take, and for calls that the model
+    has no format for.
+    """
+    alternatives, rules = [], []
+    if wanted.schema is not None:
+        alternatives.append("content")
+        rules.append(f"content: %json {_written(wanted.schema)}")
+    if wanted.calls != "none":
+        alternatives.append("calls")
+        rules.append(_calls(tokenizer, format, wanted))
+    inside = format.begins_inside_reasoning(tokenizer, prompt)
+    markers = _marker_ids(tokenizer, format.reasoning)
+    prefix = ""
+    if inside and markers is None:
+        assert format.reasoning is not None
+        prefix = "thinking "
+        rules.append(f"thinking[suffix={json.dumps(format.reasoning.end)}]: /(?s:.*)/")
+    grammar = "\n".join([f"start: {prefix}({' | '.join(alternatives)})", *rules])
+    make = compiler.compile(grammar, "the JSON schema" if wanted.schema is not None else "the schema of a tool")
+    if wanted.schema is None and wanted.calls == "allowed":
+        return _once_called(make, tokenizer, format)
+    if markers is None:
+        return make
+    begin, end = markers
+    return lambda: AfterReasoning(make(), begin, end, inside=inside, ends=compiler.ends, size=compiler.size)
+
+
+def _once_called(make: MakeGrammar, tokenizer: Tokenizer, format: ReplyFormat) -> MakeGrammar:
+    assert format.calls is not None
+    marker = tokenizer.token_id(format.calls.markers[0])
+    if marker is None:
+        raise GenerationError('strict tools need tool_choice "required": the markers of calls are no tokens here')
+    found = marker
+
+    def once() -> Grammar:
+        return OnceCalled(make(), found)
+
+    return once
+
+
+def _calls(tokenizer: Tokenizer, format: ReplyFormat, wanted: Constraint) -> str:
+    if format.calls is None:
+        raise GenerationError("this model has no known format of tool calls; name one with --tools")
+    # Without `strict`, an argument object of a tool that was called freely may be any.
+    free = wanted.calls == "allowed"
+    tools = [tool if tool.strict or not free else tool.with_any_arguments() for tool in format.tools]
+    for tool in tools:
+        _written(tool.parameters)
+
+    def symbol(marker: str) -> str:
+        id = tokenizer.token_id(marker)
+        return json.dumps(marker, ensure_ascii=False) if id is None else f"<[{id}]>"
+
+    return format.calls.grammar(symbol, format.calls.markers, tools, wanted.first_call, wanted.parallel)
+
+
+def _marker_ids(tokenizer: Tokenizer, reasoning: ReasoningFormat | None) -> tuple[int, int] | None:
+    """Token ids of the markers of reasoning; None where there is none, or where they are no tokens."""
+    if reasoning is None:
+        return None
+    begin, end = tokenizer.token_id(reasoning.begin), tokenizer.token_id(reasoning.end)
+    return None if begin is None or end is None else (begin, end)
+
+
+def _written(schema: Mapping[str, Any]) -> str:
+    """A schema as text. Raises GenerationError for one that is too long or too deep."""
+    try:
+        text = json.dumps(schema)
+    except RecursionError:
+        raise GenerationError("the JSON schema is nested too deeply") from None
+    if len(text) > _MOST_SCHEMA_CHARACTERS:
+        raise GenerationError(f"the JSON schema is longer than {_MOST_SCHEMA_CHARACTERS} characters")
+    return text
