@@ -11,6 +11,7 @@ import pytest
 from serving import Running, running
 
 from npuq.runtime import LanguageModel, SamplingParams, evaluate
+from npuq.runtime.sampling.sampler import Sampler
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
 
@@ -150,18 +151,19 @@ def test_token_ids(server: Running, model: LanguageModel) -> None:
     assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
 
 
-def test_texts_of_parts_of_characters_are_whole(server: Running, model: LanguageModel) -> None:
-    """Streamed by tokens of a byte each, as the bias makes the model write them."""
-    wanted = "語🙂é"
-    tokens = model.tokenizer.encode(wanted, special=False)
-    assert len(tokens) > 3
-    prompt, text = "X", ""
-    for place in range(len(tokens)):
-        answer = server.complete(
-            prompt=[*model.tokenizer.encode(prompt), *tokens[:place]], max_tokens=1, logit_bias={tokens[place]: 100}
-        )
-        text += answer.json["choices"][0]["text"] if answer.status == 200 else "?"
-    assert answer.status == 200
+@pytest.mark.parametrize("text", ["語🙂é", "👩‍👩‍👧 x", "a語b"])
+def test_characters_arrive_whole(
+    client: openai.OpenAI, model: LanguageModel, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens that are a byte each; a text that ends within one has its mark."""
+    tokens, length = model.tokenizer.encode(text, special=False), len(model.tokenizer.encode("X"))
+    assert len(tokens) > len(text)
+    monkeypatch.setattr(Sampler, "_choose", lambda self, row, context: tokens[len(context) - length])
+    for count in (len(tokens), len(tokens) - 1):
+        chunks = client.completions.create(model="tiny", prompt="X", max_tokens=count, stream=True)
+        texts = [chunk.choices[0].text for chunk in chunks]
+        assert "".join(texts) == model.tokenizer.decode(tokens[:count])
+        assert not any("\ufffd" in each for each in texts[:-1])
 
 
 def test_what_the_cache_held_is_in_the_usage(client: openai.OpenAI) -> None:

@@ -202,7 +202,8 @@ def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
 
 
 def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npuq.serve.protocol, "MOST_CONNECTIONS", len(server.server.server_state.connections) + 2)
+    count = len(server.server.server_state.connections) + 2
+    monkeypatch.setattr(npuq.serve.protocol, "most_connections", lambda: count)
     opened = [socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) for _ in range(3)]
     with suppress(ConnectionResetError):
         assert opened[2].recv(1) == b""
@@ -264,6 +265,19 @@ def test_an_answer_that_takes_too_long_ends(small: Running, brake: Brake) -> Non
         assert len(list(stream)) > 0
     assert not isinstance(broken.value, openai.APIStatusError)  # within the stream
     wait_for(small.is_idle)
+
+
+def test_a_huge_text_stops_nobody(server: Running) -> None:
+    """It is tokenized beside all else: a stream goes on, and the server answers."""
+    text = json.dumps({"prompt": "The law of the land, " * 40_000}).encode()
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(server.ask, "POST", "/v1/completions", text)
+        answers = 0
+        while not refused.done():
+            assert server.ask("GET", "/health").status == 200
+            answers += 1
+        assert refused.result().error["code"] == "context_length_exceeded"
+    assert answers >= 5
 
 
 def test_paths_and_methods_that_are_none(server: Running) -> None:
