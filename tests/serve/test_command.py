@@ -69,11 +69,14 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def servers(artifact: Path) -> Iterator[dict[str, Server]]:
+def servers(artifact: Path, example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     """All processes of these tests, which start beside each other."""
+    template = tmp_path_factory.mktemp("template") / "own.jinja"
+    template.write_text("{{ messages[0].content }}◁think▷", encoding="utf-8")
+    chats = ("--chat-template", str(template), "--tools", "deepseek-v31")
     found = {
         "drains": Server(artifact, "--cache-size", "16MiB", NPUQ_API_KEY="key"),
-        "ends": Server(artifact, "--served-name", "tiny", "--shutdown-timeout", "600"),
+        "ends": Server(artifact, "--served-name", "tiny", "--shutdown-timeout", "600", *chats),
         "ranks": Server(artifact, ranks=2),
     }
     yield found
@@ -141,6 +144,18 @@ def test_sigterm_lets_answers_end(servers: dict[str, Server]) -> None:
     assert server.wait() == 0
     assert any(" POST /v1/completions 200 " in line and "finish=length" in line for line in server.lines)
     assert not any("Traceback" in line or "key" in line.split() for line in server.lines)
+
+
+def test_the_template_and_the_formats_are_the_commands(servers: dict[str, Server]) -> None:
+    """A template in a file, whose markers say where reasoning is, and a named format of tool calls."""
+    with openai.OpenAI(base_url=servers["ends"].start["url"], api_key="none", timeout=SECONDS) as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4}
+        message = client.chat.completions.create(**asked).choices[0].message
+        assert message.content == "" and (message.model_extra or {})["reasoning"]
+        tool: Any = {"type": "function", "function": {"name": "f"}}
+        with pytest.raises(openai.BadRequestError, match="the markers of calls are no tokens here"):
+            tool["function"]["strict"] = True
+            client.chat.completions.create(**asked, tools=[tool])
 
 
 def test_a_second_signal_ends_at_once(servers: dict[str, Server]) -> None:
