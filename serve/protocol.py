@@ -20,7 +20,7 @@ def most_connections() -> int:
 
 
 class Protocol(H11Protocol):
-    """A connection. It is closed at once where there are `most_connections`, and when a request's head takes too long."""
+    """A connection. It is closed where there are `most_connections`, and when a request's head takes too long."""
 
     _head: asyncio.TimerHandle | None = None
 

@@ -40,6 +40,7 @@ def requests() -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for number in range(48):
         asked: dict[str, Any] = {
+            "model": "w4a8",
             "prompt": BEGINNINGS[number % 3] + SUBJECTS[number % 8],
             "max_tokens": 8 + 5 * (number % 7),
             "temperature": 0.0 if number % 2 else 0.8,
@@ -56,7 +57,7 @@ def requests() -> list[dict[str, Any]]:
 
 def expected(model: LanguageModel, asked: dict[str, Any]) -> list[str]:
     """The texts of a request alone."""
-    fields = {name: value for name, value in asked.items() if name not in ("prompt", "max_tokens")}
+    fields = {name: value for name, value in asked.items() if name not in ("model", "prompt", "max_tokens")}
     params = SamplingParams(max_new_tokens=asked["max_tokens"], **fields)
     return [done.text for done in model.generate([asked["prompt"]], params)]
 
@@ -70,14 +71,17 @@ def resident(pid: int) -> int:
 class Client(threading.Thread):
     """Asks one request after another, and compares."""
 
-    def __init__(self, url: str, cases: list[tuple[dict[str, Any], list[str]]], until: float, seed: int):
+    def __init__(
+        self, url: str, cases: list[tuple[dict[str, Any], list[str]]], until: float, seed: int, key: str = "none"
+    ):
         super().__init__(daemon=True)
-        self._url, self._cases, self._until, self._random = url, cases, until, random.Random(seed)
+        self._url, self._cases, self._until, self._key = url, cases, until, key
+        self._random = random.Random(seed)
         self.done = self.left = 0
         self.wrong: list[str] = []
 
     def run(self) -> None:
-        with openai.OpenAI(base_url=self._url, api_key="none") as client:
+        with openai.OpenAI(base_url=self._url, api_key=self._key) as client:
             while time.monotonic() < self._until:
                 asked, texts = self._random.choice(self._cases)
                 try:
@@ -88,11 +92,11 @@ class Client(threading.Thread):
     def _ask(self, client: openai.OpenAI, asked: dict[str, Any], texts: list[str]) -> None:
         found = [""] * len(texts)
         if self._random.random() < 0.5:
-            for choice in client.completions.create(model="tiny", **asked).choices:
+            for choice in client.completions.create(**asked).choices:
                 found[choice.index] = choice.text
         else:
             leaves = self._random.random() < 0.1
-            with client.completions.create(model="tiny", stream=True, **asked) as stream:
+            with client.completions.create(stream=True, **asked) as stream:
                 for chunk in stream:
                     if leaves:
                         self.left += 1
@@ -119,7 +123,7 @@ def main() -> int:
         "--port",
         "0",
         "--served-name",
-        "tiny",
+        "w4a8",
         "--cache-size",
         "64MiB",
         "--json",

@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import campaign
 import openai
 import pytest
 from serving import SECONDS, wait_for
@@ -36,6 +39,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # ranks are ended with it
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent), **variables},
         )
         self.lines: list[str] = []
@@ -46,7 +50,7 @@ class Server:
         assert self.process.stderr is not None
         self.lines.extend(line.rstrip("\n") for line in iter(self.process.stderr.readline, ""))
 
-    @property
+    @cached_property
     def start(self) -> dict[str, Any]:
         """What it says when it listens."""
         assert self.process.stdout is not None
@@ -71,14 +75,14 @@ def servers(artifact: Path, example_fp8: Path, tmp_path_factory: pytest.TempPath
     template.write_text("{{ messages[0].content }}◁think▷", encoding="utf-8")
     chats = ("--chat-template", str(template), "--tools", "deepseek-v31")
     found = {
-        "drains": Server(artifact, NPUQ_API_KEY="key"),
+        "drains": Server(artifact, "--cache-size", "16MiB", NPUQ_API_KEY="key"),
         "ends": Server(artifact, "--served-name", "tiny", "--shutdown-timeout", "600", *chats),
         "ranks": Server(artifact, ranks=2),
     }
     yield found
     for server in found.values():
         with suppress(ProcessLookupError):
-            server.process.kill()
+            os.killpg(server.process.pid, signal.SIGKILL)
 
 
 def begun(client: openai.OpenAI, tokens: int) -> Iterator[str]:
@@ -97,11 +101,36 @@ def begun(client: openai.OpenAI, tokens: int) -> Iterator[str]:
     return rest()
 
 
+def test_clients_of_all_kinds_get_their_texts_and_memory_stays(
+    servers: dict[str, Server], model: LanguageModel
+) -> None:
+    """A short part of the campaign beside requests that are refused, twice: the second time takes no memory."""
+    server = servers["drains"]
+    start = server.start
+    assert start.keys() == {"schema", "url", "models", "context", "pid"}
+    cases = [(asked, campaign.expected(model, asked)) for asked in campaign.requests()[::4]]
+    memory = []
+    for part in range(2):
+        until = time.monotonic() + 3
+        clients = [campaign.Client(start["url"], cases, until, 10 * part + number, "key") for number in range(8)]
+        for client in clients:
+            client.start()
+        with openai.OpenAI(base_url=start["url"], api_key="key", timeout=SECONDS) as hostile:
+            for number in range(120):
+                with pytest.raises(openai.BadRequestError):
+                    hostile.completions.create(model="w4a8", prompt=[10**6 + number] * 1000, n=1 + number)
+        for client in clients:
+            client.join()
+        assert [line for client in clients for line in client.wrong] == []
+        assert sum(client.done for client in clients) > 8
+        memory.append(campaign.resident(start["pid"]))
+    assert memory[1] < campaign.GROWTH * memory[0]
+
+
 def test_sigterm_lets_answers_end(servers: dict[str, Server]) -> None:
     """New requests are refused meanwhile, in a way that clients ask again; it has said where it listens."""
     server = servers["drains"]
     start = server.start
-    assert start.keys() == {"schema", "url", "models", "context", "pid"}
     assert start["models"] == ["w4a8"]
     with openai.OpenAI(base_url=start["url"], api_key="key", timeout=SECONDS, max_retries=0) as client:
         running = begun(client, 300)
