@@ -45,7 +45,7 @@ VALUES = st.recursive(
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer"])},
-        optional={name: VALUES for name in ("content", "tool_calls", "reasoning", "name", "tool_call_id", "prefix")},
+        optional=dict.fromkeys(("content", "tool_calls", "reasoning", "name", "tool_call_id", "prefix"), VALUES),
     ),
     max_size=3,
 )
