@@ -138,7 +138,7 @@ def _lengths(text: str) -> list[int]:
 def measure_context(
     model: LanguageModel, peers: dict[str, list[str]], length: int, tokens: int, clock: Clock
 ) -> Figures:
-    """Measure one sequence behind a prompt of `length` tokens, in tokens/s. Caches have 16 bits a number on all sides."""
+    """Measure one sequence behind a prompt of `length` tokens, in tokens/s. All caches have 16 bits a number."""
     print(f"{length} tokens", file=sys.stderr)
     one = measure(model, 1, length, tokens, clock)
     found: Figures = {"npuq prefill": one.prefill, "npuq decode": one.decode}
