@@ -65,8 +65,8 @@ class HubError(NpuqError):
     """A hub's refusal, or content that differs from its hash."""
 
 
-class ServerError(NpuqError):
-    """A server that cannot be reached, refuses a request, or replies with what its protocol does not have."""
+class RemoteError(NpuqError):
+    """A remote server that cannot be reached, refuses a request, or breaks its protocol."""
 
 
 class ReportError(NpuqError):

@@ -17,7 +17,7 @@ from .options.prompts import Prompt, encode, prompt_options, read_prompts, templ
 from .options.reading import as_option, known_type
 from .options.sampling import given_options, notes, sampling_options
 from .ranks import parallel_option, ranks_of_command
-from .terminal.console import emit_json, json_option, say, write
+from .terminal.console import complain, emit_json, json_option, say, write
 
 if TYPE_CHECKING:
     from ..runtime import Completion, Stream
@@ -106,6 +106,7 @@ def command(
 
     from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
     from ..runtime.text.generation_config import default_sampling, read_generation_config
+    from ..runtime.text.replies.formats import PLAIN, find_format
     from ..runtime.text.tokenizer_check import require_tokenizer
     from .transfer import local_model
 
@@ -126,6 +127,9 @@ def command(
     tokenizer = Tokenizer(directory)
     inputs = [encode(prompt, tokenizer, chat=chat, system=system, variables=variables) for prompt in texts]
     tokenizer.split_stops(params.stop)
+    # A text is continued as it is, and so is what stands in it; one format is for all prompts of a command.
+    talks = all(chat or prompt.is_conversation for prompt in texts)
+    reply = find_format(tokenizer) if talks else PLAIN
     compute = None if dtype is None else getattr(torch, dtype)
     engine = EngineConfig(cache_size)
     runner = load(
@@ -144,14 +148,14 @@ def command(
         runner.follow()
         return
     started = time.perf_counter()
-    with runner.stream(inputs, params) as pieces:
+    with runner.stream(inputs, params, reply=reply) as pieces:
         if not quiet:  # after the last possible refusal
             for note in (template_note(texts, tokenizer, chat=chat), *notes(params, defaults, given)):
                 say(note)
-        completions = _collect(pieces) if as_json else _print(pieces, texts)
+        completions = _collect(pieces) if as_json else _print(pieces, texts, quiet=quiet)
     runner.close()
     if as_json:
-        emit_json([_as_dict(completion) for completion in completions])
+        emit_json([_as_dict(completion, talks=talks) for completion in completions])
     if not quiet:
         say(_speed(completions, time.perf_counter() - started))
 
@@ -161,14 +165,20 @@ def _collect(pieces: Stream) -> list[Completion]:
     return [done[index] for index in sorted(done)]
 
 
-def _print(pieces: Stream, prompts: list[Prompt]) -> list[Completion]:
-    """Print one prompt's text as it comes; of several, each whole text under its prompt, in their order."""
+def _print(pieces: Stream, prompts: list[Prompt], *, quiet: bool) -> list[Completion]:
+    """Print one prompt's text as it comes; of several, each whole text under its prompt, in their order.
+
+    One prompt's reasoning goes to stderr, so that stdout has the answer alone.
+    """
     done: dict[int, Completion] = {}
-    printed = 0
+    printed, thinks = 0, False
     for piece in pieces:
         if piece.completion is not None:
             done[piece.index] = piece.completion
         if len(prompts) == 1:
+            if not quiet:
+                complain("\n" if thinks and piece.text else piece.reasoning)
+            thinks = bool(piece.reasoning) or (thinks and not piece.text)
             write(_shown(piece.text))
             continue
         while printed in done:
@@ -176,6 +186,8 @@ def _print(pieces: Stream, prompts: list[Prompt]) -> list[Completion]:
             printed += 1
     if len(prompts) == 1:
         write("\n")
+        if thinks and not quiet:
+            complain("\n")
     return [done[index] for index in range(len(prompts))]
 
 
@@ -199,7 +211,7 @@ def _speed(completions: list[Completion], seconds: float) -> str:
     return f"{read}, {new_tokens} new tokens at {rate:.1f} tokens/s"
 
 
-def _as_dict(completion: Completion) -> dict[str, Any]:
+def _as_dict(completion: Completion, *, talks: bool) -> dict[str, Any]:
     return {
         "text": completion.text,
         "prompt_tokens": completion.prompt_tokens,
@@ -207,4 +219,5 @@ def _as_dict(completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "prefill_seconds": completion.prefill_seconds,
         "decode_seconds": completion.decode_seconds,
+        **({"reasoning": completion.reasoning, "reasoning_tokens": completion.reasoning_tokens} if talks else {}),
     }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..runtime.ranks.lifeline import Loss
     from ..runtime.ranks.world import World
 
-OVER_RANKS: Final = frozenset({"generate", "evaluate"})
+OVER_RANKS: Final = frozenset({"generate", "evaluate", "serve"})
 """Commands that several ranks run together."""
 
 _PATIENCE_SECONDS: Final = 0.5
@@ -75,6 +75,9 @@ class CommandRanks:
     world: World | None = None
 
     def __post_init__(self) -> None:
+        self.last_words: Callable[[str], None] = _nobody_listens
+        """Called with a line before this process ends by the loss of another rank."""
+        self._serves = False
         self._ending = threading.Lock()
         self._stderr: int | None = None
         if self.launch.size > 1:
@@ -102,6 +105,10 @@ class CommandRanks:
     def leads(self) -> bool:
         """True where this process takes prompts and prints: alone, and on rank 0."""
         return self.launch.rank == 0
+
+    def serve(self) -> None:
+        """Leave signals to the command: rank 0 ends by them in its own time, and the others with it."""
+        self._serves = True
 
     def layout(self, parallel: str | None) -> str | None:
         """The argument of `load` for the option --parallel; None for a process alone."""
@@ -147,6 +154,7 @@ class CommandRanks:
 
     def end_after(self, loss: Loss) -> None:
         """End this process after the loss of another rank."""
+        self.last_words(loss.text)
         os._exit(loss.code)
 
     def speak(self) -> None:
@@ -179,6 +187,8 @@ class CommandRanks:
     def _obey(self, reader: socket.socket) -> None:
         while True:
             number = reader.recv(1)[0]
+            if self._serves:
+                continue
             if number == signal.SIGINT and self.launch.rank == 0:
                 time.sleep(_STUCK_SECONDS)
                 self.end(KeyboardInterrupt())
@@ -212,6 +222,10 @@ def _error(text: str, code: int) -> RankError:
 
 def _nothing(number: int, frame: object) -> None:
     """Handle a signal by nothing: the thread that reads the wakeup descriptor does it."""
+
+
+def _nobody_listens(line: str) -> None:
+    """Say nothing: a command that serves nobody has no more to tell."""
 
 
 def _flush() -> None:

@@ -60,6 +60,9 @@ class EngineModel:
     turns_draft_input: tuple[str, ...] = ()
     # Releases whose main model has an indexer in layers that share another layer's selection, too.
     indexes_everywhere: tuple[str, ...] = ()
+    # Releases whose main model takes quantized dense layers for unquantized ones.
+    floats_dense: tuple[str, ...] = ()
+    always_routes: bool = False  # every layer of the main model has experts, whatever config.json says
     always_has_router_bias: bool = False  # a correction bias of the router even where topk_method is not spelt out
 
 
@@ -140,12 +143,19 @@ _VLLM_QWEN3_MOE = replace(
     absent={},
     ties_head=True,
     refuses=lambda name: not name.endswith(_IGNORED_BY_QWEN3_MOE) and _refused_by_vllm(name),
+    # vLLM 0.30 learns that gate_up_proj is fused after it has told the quantization.
+    floats_dense=("0.30.0rc2",),
 )
-_VLLM_GLM4_MOE = replace(_VLLM_GLM, architectures=("Glm4MoeForCausalLM",))
+_VLLM_GLM4_MOE = replace(_VLLM_GLM, architectures=("Glm4MoeForCausalLM",), absent={"head_dim": _STOPS})
 _SGLANG_QWEN3_MOE = replace(
-    _SGLANG, architectures=("Qwen3MoeForCausalLM",), absent={}, ties_head=False, refuses=lambda name: False
+    _SGLANG,
+    architectures=("Qwen3MoeForCausalLM",),
+    absent={},
+    ties_head=False,
+    always_routes=True,
+    refuses=lambda name: False,
 )
-_SGLANG_GLM4_MOE = replace(_SGLANG_GLM, architectures=("Glm4MoeForCausalLM",))
+_SGLANG_GLM4_MOE = replace(_SGLANG_GLM, architectures=("Glm4MoeForCausalLM",), absent={})
 # By the architecture of a family.
 MODELS: Final[Mapping[str, Mapping[str, EngineModel]]] = {
     engine: {name: model for model in models for name in model.architectures}
@@ -253,6 +263,23 @@ def indexer_notes(
         )
 
 
+def dense_notes(
+    engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line where releases of `engine` find no scheme of the artifact's quantized dense layers, and the releases."""
+    model = MODELS[engine].get(config.family.architecture)
+    if model is None or not model.floats_dense:
+        return
+    gates = (config.family.name(Block.DENSE, "gate", layer) for layer in range(config.num_hidden_layers))
+    quantized = [name for name in gates if schemes.get(name, Scheme.FLOAT) is not Scheme.FLOAT]
+    if quantized:
+        yield (
+            model.floats_dense,
+            f"{len(quantized)} dense layer(s) are quantized, and the engine takes them for unquantized and ends at "
+            f"{quantized[0]!r}: serve with another release, or convert with dense_mlp in FLOAT",
+        )
+
+
 def key_problems(
     engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -309,6 +336,8 @@ def _as_read(model: EngineModel, raw: Mapping[str, Any]) -> ModelConfig:
     config, raw = ModelConfig.from_dict(raw), text_config(raw)
     if raw.get("topk_method") != "noaux_tc" and not model.always_has_router_bias:
         config = _with_moe(config, topk_method="greedy")
+    if model.always_routes:
+        config = _with_moe(config, layers=DenseFirst(0))
     if model.builds_empty_shared and raw.get("n_shared_experts") == 0:
         config = _with_moe(config, n_shared_experts=1)
     return config

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..quant.arithmetic import LANES, Arithmetic, TorchArithmetic
 from .binding import failure
 from .library import call, description, level_index, library
-from .pointers import address, rows_address
+from .pointers import address, rows_address, strided_address
 
 __all__ = ["LANES", "NativeArithmetic", "calibration_arithmetic"]
 
@@ -41,26 +41,29 @@ class NativeArithmetic:
         self._level = -1 if level is None else level_index(found, level)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, subtract: bool = False) -> Tensor:
-        """a `[M, K]` · b `[K, N]`, of any strides; with `out` `[M, N]` added to it, or subtracted."""
+        """a `[M, K]` · b `[K, N]`, of any strides, in `out` `[M, N]` where it is given; `subtract`: out − a · b."""
         (m, k), n = a.shape, b.shape[-1]
-        accumulate = out is not None
         if out is None:
             out = torch.empty(m, n)
         self._call(
             "float_product",
-            _any_strides(a, "a", m, k),
+            strided_address(a, "float_product", "a", torch.float32, m, k),
             *a.stride(),
-            _any_strides(b, "b", k, n),
+            strided_address(b, "float_product", "b", torch.float32, k, n),
             *b.stride(),
             m,
             n,
             k,
             subtract,
-            accumulate,
+            subtract,
             rows_address(out, "float_product", "out", torch.float32, m, n),
             max(out.stride(0), n),
         )
         return out
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x `[T, K]` · weight `[N, K]`ᵀ."""
+        return self.product(x, weight.T)
 
     def gptq_columns(
         self, lower: Tensor, bits: int, scale: Tensor, weight: Tensor, sums: Tensor, errors: Tensor, codes: Tensor
@@ -105,13 +108,3 @@ class NativeArithmetic:
         status = call(self._library, name, self._level, *arguments)
         if status:
             raise failure(name, status)
-
-
-def _any_strides(x: Tensor, name: str, *shape: int) -> int:
-    """The address of a matrix with any strides."""
-    if x.dtype is not torch.float32 or x.shape != shape or not x.is_cpu:
-        raise ValueError(
-            f"float_product: {name} is {x.dtype} {list(x.shape)} on {x.device}; the native kernel takes float32 "
-            f"{list(shape)} on the CPU"
-        )
-    return x.data_ptr()

@@ -1,4 +1,4 @@
-"""The arithmetic that calibration spends its time on, in float32: products, GPTQ's columns, sweeps of coordinate descent.
+"""Calibration's arithmetic in float32: products, GPTQ's columns, sweeps of coordinate descent.
 
 `TorchArithmetic` runs on any torch device. The native kernels (`native/calibration.py`) compute the same in an order of
 their own, so that codes near a rounding boundary may differ between the two.
@@ -23,7 +23,11 @@ class Arithmetic(Protocol):
     device: torch.device
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, subtract: bool = False) -> Tensor:
-        """a `[M, K]` · b `[K, N]`, of any strides; with `out` `[M, N]` added to it, or subtracted."""
+        """a `[M, K]` · b `[K, N]`, of any strides, in `out` `[M, N]` where it is given; `subtract`: out − a · b."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x `[T, K]` · weight `[N, K]`ᵀ, float32 on the CPU, as is the result `[T, N]`."""
         ...
 
     def gptq_columns(
@@ -56,7 +60,10 @@ class TorchArithmetic:
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, subtract: bool = False) -> Tensor:
         if out is None:
             return a @ b
-        return out.addmm_(a, b, alpha=-1 if subtract else 1)
+        return out.addmm_(a, b, alpha=-1) if subtract else out.copy_(a @ b)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return (x.to(self.device) @ weight.to(self.device).T).cpu()
 
     def gptq_columns(
         self, lower: Tensor, bits: int, scale: Tensor, weight: Tensor, sums: Tensor, errors: Tensor, codes: Tensor

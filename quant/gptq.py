@@ -24,7 +24,7 @@ def gptq(weight: Tensor, factored: Factor, scale: Tensor, bits: int, arithmetic:
     codes, errors, sums = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight), torch.zeros_like(weight)
     for panel in panels(weight.shape[0]):
         if panel.stop < weight.shape[0]:
-            sums[panel] = arithmetic.product(lower[panel.stop :, panel].T, errors[panel.stop :])
+            arithmetic.product(lower[panel.stop :, panel].T, errors[panel.stop :], sums[panel])
         arithmetic.gptq_columns(
             lower[panel, panel], bits, scale, weight[panel], sums[panel], errors[panel], codes[panel]
         )

@@ -19,9 +19,11 @@ from .arithmetic import LANES, Arithmetic
 from .gptq import gptq, panels
 from .hessian import Factor
 
+# Rows of one product of `output_error`.
+_ROWS = 512
 # At most so many; a sweep without a move is the last. On experts of the example: squared output error −10 % after one,
 # −13 % after two, −15 % after three, on held-out inputs too.
-SWEEPS = 2
+SWEEPS = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class _Sums:
     ee: Tensor
 
     def best_scale(self) -> tuple[Tensor, Tensor]:
-        """The factor for the scale that minimizes E, and E by it. s·q is w − e; rows without a positive factor keep 1."""
+        """The factor for the scale that minimizes E, and E by it; s·q is w − e. Rows without a positive one keep 1."""
         a, b = self.ww - self.we, self.ww - 2 * self.we + self.ee
         # (w − e)ᵀ·H·e: by how much the scale is off.
         slope = self.we - self.ee
@@ -61,87 +63,109 @@ def calibrated_codes(
     A greedy pass can lose where it clips: rows with a smaller error by plain rounding keep plain rounding.
     """
     count, order, device = weight.shape[0], factored.order, arithmetic.device
-    rows = weight.new_zeros(-(-count // LANES) * LANES, weight.shape[1], device=device)
+    rows = torch.zeros(-(-count // LANES) * LANES, weight.shape[1], device=device)
     torch.index_select(weight.to(device), 1, order, out=rows[:count])
     step = torch.ones(rows.shape[0], device=device)
     step[:count] = scale.to(device)
     columns = rows.T.contiguous()
-    codes, sums = gptq(columns, factored, step, bits, arithmetic)
-    outputs = _outputs(columns, factored, arithmetic)
-    ww = _squares(outputs)
-    start = _Sums(ww, _dots(outputs, sums), _squares(sums))
-    factor, _ = start.best_scale()
-    # Lᵀ·(w − f·s·q) = Lᵀ·w − f·(Lᵀ·w − Lᵀ·e).
-    sums.sub_(outputs).mul_(factor.float()).add_(outputs)
-    del outputs
-    found_step, found = step * factor.float(), codes.T.contiguous()
-    del codes
-    gradient = _gradient(sums, factored, arithmetic)
-    del sums
+    found, sums = gptq(columns, factored, step, bits, arithmetic)
+    start, scaled = _scaled_sums(columns, sums, factored, arithmetic)
+    codes, found_step, gradient = found.T.contiguous(), step * scaled, _gradient(sums, factored, arithmetic)
+    del found, sums
     inverse_diagonal = factored.hessian.diagonal().reciprocal()
     for _ in range(sweeps):
-        if not arithmetic.descend(factored.hessian, inverse_diagonal, bits, found_step, gradient, found):
+        if not arithmetic.descend(factored.hessian, inverse_diagonal, bits, found_step, gradient, codes):
             break
-    errors = torch.addcmul(rows, found.to(torch.float32), found_step[:, None], value=-1)
-    last = _Sums(ww, _dots(rows, gradient, 1), _dots(errors, gradient, 1))
-    del gradient
-    factor, error = last.best_scale()
-    found_step = found_step * factor.float()
-    rounded = (rows * step.reciprocal()[:, None]).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    plain = _errors_up_to(torch.addcmul(rows, rounded, step[:, None], value=-1), factored, arithmetic, error)
-    worse = ~(error <= plain)  # of a NaN too
-    found[worse], found_step[worse] = rounded[worse].to(torch.int8), step[worse]
-    error = torch.where(worse, plain, error)
-    errors = torch.addcmul(rows, found.to(torch.float32), found_step[:, None], value=-1)
-    # What damping added to both.
-    added = factored.added.double()
-    error = (error - errors.double().square() @ added).clamp(min=0)
-    norm = (ww - rows.double().square() @ added).clamp(min=0)
-    result = torch.empty_like(found)
-    result[:, order] = found
-    return Calibrated(*(x[:count].cpu() for x in (result, found_step, error, norm)))
+    last = _Sums(start.ww, *_row_sums(rows, codes, found_step, gradient, gradient))
+    scaled, error = last.best_scale()
+    found_step = found_step * scaled.float().to(device)
+    plain, plain_error = _better_rounding(columns, step, bits, factored, arithmetic, error)
+    error[plain] = plain_error
+    plain = plain.to(device)
+    codes[plain], found_step[plain] = _rounded(rows[plain], step[plain, None], bits).to(torch.int8), step[plain]
+    # Without the part of the damping in both.
+    lost, whole = _damping(rows, codes, found_step, factored.added)
+    found = torch.index_select(codes[:count], 1, order.argsort())
+    parts = (found_step, (error - lost).clamp(min=0), (start.ww - whole).clamp(min=0))
+    return Calibrated(found.cpu(), *(part[:count].cpu() for part in parts))
 
 
-def _dots(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
-    """Sums of products along a dimension, in float64."""
-    return torch.linalg.vecdot(a.double(), b.double(), dim=dim)
+def _rounded(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+    return (weight * step.reciprocal()).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _squares(a: Tensor) -> Tensor:
-    return _dots(a, a)
-
-
-def _outputs(columns: Tensor, factored: Factor, arithmetic: Arithmetic) -> Tensor:
-    """Lᵀ · columns, of columns float32 [K, R]."""
-    outputs = torch.empty_like(columns)
+def _scaled_sums(columns: Tensor, sums: Tensor, factored: Factor, arithmetic: Arithmetic) -> tuple[_Sums, Tensor]:
+    """Give every row the best scale for its codes: its sums Lᵀ·e [K, R] become those by the new scale. Returns the sums
+    before, and the factors float32 [R] of the scales. columns [K, R]: the weight."""
+    outputs, kept = torch.empty_like(columns), torch.zeros(3, columns.shape[1], dtype=torch.float64)
     for panel in panels(columns.shape[0]):
-        outputs[panel] = arithmetic.product(factored.lower[panel.start :, panel].T, columns[panel.start :])
-    return outputs
+        output, sum_ = outputs[panel], sums[panel]
+        arithmetic.product(factored.lower[panel.start :, panel].T, columns[panel.start :], output)
+        kept += torch.stack([(a * b).sum(0) for a, b in ((output, output), (output, sum_), (sum_, sum_))]).cpu()
+    found = _Sums(*kept)
+    scaled = found.best_scale()[0].float().to(columns.device)
+    for panel in panels(columns.shape[0]):
+        # Lᵀ·(w − f·s·q) = Lᵀ·w − f·(Lᵀ·w − Lᵀ·e).
+        sums[panel].sub_(outputs[panel]).mul_(scaled).add_(outputs[panel])
+    return found, scaled
 
 
 def _gradient(sums: Tensor, factored: Factor, arithmetic: Arithmetic) -> Tensor:
     """L · sums, of sums float32 [K, R], transposed: [R, K]."""
-    gradient = torch.empty_like(sums.T, memory_format=torch.contiguous_format)
+    gradient = torch.empty(sums.shape[1], sums.shape[0], device=sums.device)
     for panel in panels(sums.shape[0]):
-        gradient[:, panel] = arithmetic.product(sums[: panel.stop].T, factored.lower[panel, : panel.stop].T)
+        arithmetic.product(sums[: panel.stop].T, factored.lower[panel, : panel.stop].T, gradient[:, panel])
     return gradient
 
 
-def _errors_up_to(errors: Tensor, factored: Factor, arithmetic: Arithmetic, limit: Tensor) -> Tensor:
-    """E float64 [R] of errors [R, K], or for a row that exceeds its limit [R] some number above it.
+def _row_sums(rows: Tensor, codes: Tensor, step: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ w · first and Σ e · second of each row, float64 [R], of rows w [R, K] and e = w − step · codes."""
+    found = []
+    for part in _few(rows.shape[0]):
+        errors = torch.addcmul(rows[part], codes[part].to(torch.float32), step[part, None], value=-1)
+        found.append(torch.stack([(rows[part] * first[part]).sum(1), (errors * second[part]).sum(1)]))
+    both = torch.cat(found, 1).cpu().double()
+    return both[0], both[1]
 
-    E is a sum of squares over columns, of which the last are the cheapest and largest: rows leave once they exceed it.
+
+def _damping(rows: Tensor, codes: Tensor, step: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ added · e² and Σ added · w² of each row, float64 [R]."""
+    found = []
+    for part in _few(rows.shape[0]):
+        errors = torch.addcmul(rows[part], codes[part].to(torch.float32), step[part, None], value=-1)
+        found.append(torch.stack([errors.square_() @ added, rows[part].square() @ added]))
+    both = torch.cat(found, 1).cpu().double()
+    return both[0], both[1]
+
+
+def _few(rows: int) -> list[slice]:
+    """Rows a few at a time: temporary tensors then stay in the cache."""
+    return [slice(start, start + 32) for start in range(0, rows, 32)]
+
+
+def _better_rounding(
+    columns: Tensor, step: Tensor, bits: int, factored: Factor, arithmetic: Arithmetic, limit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows int64 [P] of columns [K, R] whose plain rounding has a smaller E than `limit` [R], or that is no number,
+    and that E: both on the CPU.
+
+    E is a sum of squares over columns, of which the last are the largest and cheapest: rows leave once they exceed it.
     """
-    found = torch.zeros_like(limit)
-    left, columns = torch.arange(limit.shape[0], device=limit.device), errors.T.contiguous()
-    for panel in panels(errors.shape[1]):
-        found[left] += _squares(arithmetic.product(factored.lower[panel.start :, panel].T, columns[panel.start :]))
-        keep = ~(found[left] > limit[left])
-        if int(keep.sum()) <= 0.75 * left.shape[0]:
-            left, columns = left[keep], columns[:, keep].contiguous()
+    left, error = torch.arange(limit.shape[0]), torch.zeros_like(limit)
+    errors, steps = torch.empty_like(columns), step
+    for panel in panels(columns.shape[0]):
+        part = columns[panel][:, left.to(columns.device)]
+        errors[panel] = torch.addcmul(part, _rounded(part, steps, bits), steps, value=-1)
+        sums = arithmetic.product(factored.lower[panel.start :, panel].T, errors[panel.start :])
+        error += (sums * sums).sum(0).cpu()
+        keep = ~(error >= limit[left])
+        if int(keep.sum()) <= 0.75 * left.shape[0] or panel.start == 0:
+            kept = torch.empty(errors.shape[0], int(keep.sum()), device=errors.device)
+            kept[panel.start :] = errors[panel.start :, keep.to(errors.device)]
+            left, error, errors, steps = left[keep], error[keep], kept, steps[keep.to(errors.device)]
         if not left.shape[0]:
             break
-    return found
+    return left, error
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor, arithmetic: Arithmetic) -> tuple[float, float]:
@@ -150,9 +174,6 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor, arithmetic:
     for part, found in zip(weight.split(_ROWS), quantized.split(_ROWS), strict=True):
         part, found = part.to(arithmetic.device), found.to(arithmetic.device)
         difference = part - found
-        lost += float(_dots(arithmetic.product(difference, hessian), difference, 1).sum())
-        whole += float(_dots(arithmetic.product(part, hessian), part, 1).sum())
+        lost += float((arithmetic.product(difference, hessian) * difference).sum(1).double().sum())
+        whole += float((arithmetic.product(part, hessian) * part).sum(1).double().sum())
     return lost, whole
-
-
-_ROWS = 512

@@ -85,10 +85,10 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: limit of a sequence's tokens, prompt and completion together. eos_ids: end-of-sequence tokens. cache_scales: for each layer, float32
-    `[channels]` by pool; those pools of the cache are int8. world: the ranks that run the model; None for this process
-    alone. All ranks make the same engine, and that of rank 0 leads the steps. use_graphs: run decode steps as captured
-    graphs, where the backend has them; `graphs` then is set.
+    context: limit of a sequence's tokens, prompt and completion together. eos_ids: end-of-sequence tokens.
+    cache_scales: for each layer, float32 `[channels]` by pool; those pools of the cache are int8. world: the ranks that
+    run the model; None for this process alone. All ranks make the same engine, and that of rank 0 leads the steps.
+    use_graphs: run decode steps as captured graphs, where the backend has them; `graphs` then is set.
     """
 
     def __init__(

@@ -79,6 +79,11 @@ class LanguageModel:
         """True where this process takes prompts: alone, or rank 0 of several."""
         return self._world is None or self._world.leads
 
+    @property
+    def over_ranks(self) -> bool:
+        """True where several processes run the model."""
+        return self._world is not None
+
     def follow(self) -> None:
         """On a rank other than 0: run the steps of rank 0, of all loaded models, until it calls `close`."""
         if self._world is not None:
@@ -308,7 +313,8 @@ def load(
         owned = layout.owned(config, ops.group.rank)
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
-        planner.check(planner.rank(layout), engine_cache(planner, sizes))
+        plan = planner.rank(layout)
+        planner.check(plan, engine_cache(plan, sizes))
         weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     with _ending_all(world, GenerationError):
         model = Model(config, ops, weights, attention)

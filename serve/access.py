@@ -10,7 +10,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .documents import json_response
 from .errors import ApiError
 
-LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _QUIET: Final = frozenset({"/health", "/ready", "/metrics"})
 """Paths that monitoring asks for every few seconds: only their failures are logged."""
@@ -40,6 +39,19 @@ class Access:
     origins: tuple[str, ...] = ()
     open_paths: frozenset[str] = frozenset({"/", "/health", "/ready"})
 
+    @classmethod
+    def of(
+        cls,
+        keys: Iterable[str] = (),
+        hosts: Iterable[str] = (),
+        origins: Iterable[str] = (),
+        *,
+        open_metrics: bool = False,
+    ) -> Access:
+        """Rules for keys as clients send them."""
+        open_paths = cls.open_paths | ({"/metrics"} if open_metrics else frozenset())
+        return cls(tuple(map(key_digest, keys)), tuple(map(str.lower, hosts)), tuple(origins), open_paths)
+
     def check(self, headers: Headers, path: str) -> bytes | None:
         """The digest of the key that a request brings; None where none is needed. Raises ApiError."""
         host = headers.get("host", "")
@@ -52,7 +64,7 @@ class Access:
             )
         if not self.keys or path in self.open_paths:
             return None
-        given = key_digest(headers.get("authorization", "").removeprefix("Bearer ").strip())
+        given = key_digest(_bearer(headers.get("authorization", "")))
         other = key_digest(headers.get("api-key", "").strip())
         # All are compared: how long it takes tells nothing.
         found = [key for key in self.keys for each in (given, other) if hmac.compare_digest(key, each)]
@@ -66,8 +78,22 @@ class Access:
         return found[0]
 
 
+def loopback_hosts() -> tuple[str, ...]:
+    """Names of a server that only its own machine reaches.
+
+    A web page's own name may be made to point there: its browser then sends that name.
+    """
+    return ("localhost", "127.0.0.1", "[::1]")
+
+
 def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _bearer(header: str) -> str:
+    """The key of an Authorization header; empty for another scheme."""
+    scheme, _, key = header.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _without_port(host: str) -> str:

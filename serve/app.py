@@ -23,9 +23,11 @@ from ..errors import NpuqError
 from ..inputs.printable import error_line
 from .access import Gate
 from .bodies import read_body
+from .chat.endpoint import chat_completions
 from .completions import completions
 from .documents import json_response
 from .errors import ApiError, bad_request
+from .page.document import page
 from .responding import ClientGoneError
 from .service import Service
 from .status import health, metrics, model, models, ready, version
@@ -34,6 +36,7 @@ from .tokens import detokenize, tokenize
 Endpoint: TypeAlias = Callable[[Service, HttpRequest, bytes], Awaitable[Response]]
 
 ENDPOINTS: Final[dict[tuple[str, str], Endpoint]] = {
+    ("GET", "/"): page,
     ("GET", "/health"): health,
     ("GET", "/ready"): ready,
     ("GET", "/metrics"): metrics,
@@ -41,6 +44,7 @@ ENDPOINTS: Final[dict[tuple[str, str], Endpoint]] = {
     ("GET", "/v1/models"): models,
     ("GET", "/v1/models/{name:path}"): model,
     ("POST", "/v1/completions"): completions,
+    ("POST", "/v1/chat/completions"): chat_completions,
     ("POST", "/tokenize"): tokenize,
     ("POST", "/detokenize"): detokenize,
 }
@@ -60,7 +64,7 @@ def make_app(service: Service) -> Starlette:
     routes = [
         Route(spelled, _guarded(service, endpoint), methods=[method])
         for (method, path), endpoint in ENDPOINTS.items()
-        for spelled in (path, f"{path}/")
+        for spelled in {path, f"{path.rstrip('/')}/"}
     ]
     middleware = [Middleware(Gate, service.access, service.log)]
     if service.access.origins:

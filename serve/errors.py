@@ -60,10 +60,10 @@ class EndedError(GenerationError):
         self.status = status
 
 
-def failure(error: GenerationError) -> ApiError:
-    """The answer to a request that was admitted and has failed."""
+def failure(error: GenerationError, status: int = 500) -> ApiError:
+    """The answer to a request that was admitted and has failed. status: unless the error has its own."""
     if not isinstance(error, EndedError):
-        return ApiError(500, str(error))
+        return ApiError(status, str(error))
     # The official client asks again after any status from 500: not for what would take too long again.
     headers = {"x-should-retry": "false"} if error.status == 504 else {"Retry-After": "10"}
     return ApiError(error.status, str(error), headers=headers)

@@ -11,6 +11,7 @@ from ..runtime import SamplingParams
 from .errors import bad_request
 from .limits import MOST_BIASES, MOST_STOP_CHARACTERS, MOST_STOPS, Limits
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
@@ -30,16 +31,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """
 
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=MOST_BIASES)] | None = None
-    min_tokens: int | None = None
+    min_tokens: Count | None = None
     stop: StopText | Annotated[list[StopText], msgspec.Meta(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MOST_BIASES)] | None = None
     ignore_eos: bool | None = None
@@ -65,6 +66,7 @@ def sampling_params(
     limits: Limits,
     max_new_tokens: int | None,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters of a request. max_new_tokens: None is as many as the context leaves.
 
@@ -77,7 +79,8 @@ def sampling_params(
     given: dict[str, Any] = {name: getattr(fields, name) for name in _SAMPLING if getattr(fields, name) is not None}
     if given.get("top_k") == -1:  # another way to turn it off
         given["top_k"] = 0
-    given |= {"max_new_tokens": _ANY_LENGTH if max_new_tokens is None else max_new_tokens, "logprobs": logprobs}
+    given |= {"max_new_tokens": _ANY_LENGTH if max_new_tokens is None else max_new_tokens}
+    given |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
     try:
         return SamplingParams.of(defaults, given)
     except GenerationError as error:

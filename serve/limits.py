@@ -12,6 +12,7 @@ MOST_LOGPROBS: Final = 5
 MOST_STOPS: Final = 16
 MOST_STOP_CHARACTERS: Final = 256
 MOST_BIASES: Final = 1024
+MOST_TOOLS: Final = 128
 BODY_SECONDS: Final = 60.0
 """A body has to arrive within this time."""
 PING_SECONDS: Final = 15.0

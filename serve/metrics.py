@@ -36,6 +36,9 @@ class Metrics:
         self.rejected = counter("rejected", "Requests refused before they were queued.", ("why",))
         self.cancelled = counter("request_cancelled", "Requests whose client left.")
         self.unknown_fields = counter("unknown_fields", "Fields of requests that this server does not know.")
+        self.malformed_calls = counter(
+            "malformed_tool_calls", "Tool calls that came back as content: none could be read."
+        )
         self.first_token = seconds("time_to_first_token", "From a request's arrival to its first text.")
         self.inter_token = seconds("inter_token_latency", "Between two tokens of a completion.")
         self.queue_time = seconds("request_queue_time", "From a request's admission to its first step.")
@@ -52,6 +55,7 @@ class Metrics:
             self.prompt_tokens.inc(completion.prompt_tokens)
             self.cached_tokens.inc(completion.cached_tokens)
         self.generation_tokens.inc(completion.completion_tokens)
+        self.malformed_calls.inc(completion.malformed_calls)
         self.success.labels(completion.finish_reason).inc()
 
 

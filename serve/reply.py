@@ -15,6 +15,10 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Tokens of a request; those of a prompt are counted once for all its choices."""
 
@@ -22,13 +26,16 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
     @classmethod
     def of(cls, completions: Sequence[Completion], n: int) -> Usage:
         prompt = sum(done.prompt_tokens for done in completions[::n])
         new = sum(done.completion_tokens for done in completions)
         cached = sum(done.cached_tokens for done in completions[::n])
-        return cls(prompt, new, prompt + new, PromptTokensDetails(cached))
+        reasoning = sum(done.reasoning_tokens for done in completions)
+        details = PromptTokensDetails(cached), CompletionTokensDetails(reasoning)
+        return cls(prompt, new, prompt + new, *details)
 
 
 class Reply(Protocol):

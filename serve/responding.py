@@ -12,11 +12,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import GenerationError
+from ..inputs.printable import error_line
 from ..runtime import Completion, Piece
 from .access import Record, record_of
 from .documents import DONE, PING, events, json_response
 from .engine_thread import Generation
-from .errors import EndedError, failure
+from .errors import ApiError, EndedError, failure
 from .limits import PING_SECONDS, SEND_SECONDS
 from .reply import Asked, Usage
 from .service import Service
@@ -31,12 +32,15 @@ class ClientGoneError(Exception):
 async def respond(service: Service, http: HttpRequest, asked: Asked) -> Response:
     """Admit a request and answer it. The body of `http` has been read. Raises ApiError for one that is refused."""
     answer = _Answer(service, service.admit(asked.request), asked, record_of(http.scope))
+    if service.log_prompts:
+        for prompt in asked.request.prompts:
+            service.log(f"{record_of(http.scope).id} prompt: {service.model.tokenizer.decode(prompt)}")
     if asked.stream:
         return _StreamedAnswer(answer)
     try:
         document = await _while_connected(http.receive, answer.whole())
     except GenerationError as error:
-        raise failure(error) from None
+        raise failure(error, service.failure_status) from None
     finally:
         answer.end()
     return json_response(document)
@@ -74,7 +78,11 @@ class _Answer:
                 elif chunks := events(reply.chunks(pieces)):
                     yield chunks
         except GenerationError as error:
-            yield events([failure(error).body()])
+            yield events([failure(error, self.service.failure_status).body()])
+            return
+        except Exception as error:  # the answer has begun: no other place could tell the client
+            self.service.log(f"{self._record.id} internal error: {type(error).__name__}: {error_line(error)}")
+            yield events([ApiError(500, f"internal error: {type(error).__name__}").body()])
             return
         usage = events([reply.usage_chunk(self._usage())]) if self._asked.include_usage else b""
         yield usage + DONE

@@ -14,7 +14,9 @@ import anyio.to_thread
 
 from ..errors import GenerationError
 from ..runtime import LanguageModel, Request, SamplingParams
+from ..runtime.text.replies.formats import ReplyFormat
 from .access import Access
+from .chat.conversations import Conversations
 from .engine_thread import EngineThread, Generation
 from .errors import ApiError, EndedError, bad_request
 from .limits import MOST_RETRY_SECONDS, Limits
@@ -31,7 +33,9 @@ class Service:
     """A model that is served.
 
     names: under which clients ask for it; answers have the first. params: of requests that say nothing else. log: takes
-    a line a request. failed: takes the error of a step that failed as a whole.
+    a line a request; log_prompts: and their prompts. failed: takes the error of a step that failed as a whole.
+    reply_format: how the model writes reasoning and tool calls; None: as its chat template says.
+    has_page: whether there is a page at `/`.
     """
 
     def __init__(
@@ -42,7 +46,10 @@ class Service:
         limits: Limits | None = None,
         access: Access | None = None,
         log: Callable[[str], None] = lambda line: None,
+        log_prompts: bool = False,
         failed: Callable[[BaseException], None] | None = None,
+        reply_format: ReplyFormat | None = None,
+        has_page: bool = True,
     ):
         self.model = model
         self.names = tuple(names)
@@ -50,6 +57,9 @@ class Service:
         self.limits = limits or Limits()
         self.access = access or Access()
         self.log = log
+        self.conversations = Conversations(model, reply_format)
+        self.has_page = has_page
+        self.log_prompts = log_prompts
         self.created = int(time.time())
         self.engine = EngineThread(model, failed)
         self.metrics = Metrics(model.engine)
@@ -73,9 +83,14 @@ class Service:
         return self.engine.is_well(bool(self._generations))
 
     @property
-    def is_idle(self) -> bool:
-        """True when no request is being answered."""
-        return not self._entered
+    def failure_status(self) -> int:
+        """The HTTP status of a request whose step failed: over ranks, all end with it, and others have to serve."""
+        return 503 if self.model.over_ranks else 500
+
+    @property
+    def num_answering(self) -> int:
+        """Number of requests that are being answered."""
+        return self._entered
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that takes long, beside the event loop."""
@@ -89,6 +104,15 @@ class Service:
                 f"the model {name[:200]!r} does not exist; this server has {self.names[0]!r}",
                 param="model",
                 code="model_not_found",
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ApiError for a prompt of so many tokens that none can follow."""
+        context = self.model.context
+        if tokens >= context:
+            raise bad_request(
+                f"the prompt has {tokens} tokens; the model's context of {context} leaves no room for an answer",
+                code="context_length_exceeded",
             )
 
     def salt(self, key: bytes | None, cache_salt: str | None) -> bytes:
@@ -157,13 +181,8 @@ class Service:
             raise bad_request(
                 f"{count} prompts, {request.params.n} times each, are above this server's limit of {most}"
             )
-        context = self.model.context
         for prompt in request.prompts:
-            if len(prompt) >= context:
-                raise bad_request(
-                    f"the prompt has {len(prompt)} tokens; the model's context of {context} leaves no room for any",
-                    code="context_length_exceeded",
-                )
+            self.check_length(len(prompt))
 
     def _busy(self, why: str, message: str) -> ApiError:
         self.metrics.rejected.labels(why).inc()

@@ -13,20 +13,14 @@ if TYPE_CHECKING:
 
 
 class LocalChat:
-    """A loaded model. template: the source of a chat template in the place of the model's own.
+    """A loaded model. params: sampling where no setting says otherwise. variables: of the chat template."""
 
-    params: sampling where no setting says otherwise. variables: of the template.
-    """
-
-    def __init__(
-        self, model: LanguageModel, params: SamplingParams, template: str | None, variables: Mapping[str, Any]
-    ):
+    def __init__(self, model: LanguageModel, params: SamplingParams, variables: Mapping[str, Any]):
         self.model = model
         self.params = params
         self.name = model.directory.resolve().name
         self.context: int | None = model.context
         self.notes: list[str] = []
-        self._template = template
         self._variables = variables
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -46,7 +40,7 @@ class LocalChat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation in the chat template."""
-        return self.model.tokenizer.chat(messages, chat_template=self._template, chat_template_kwargs=self._variables)
+        return self.model.tokenizer.chat(messages, chat_template_kwargs=self._variables)
 
     def close(self) -> None:
         """End the use of the model."""
@@ -87,7 +81,7 @@ class LocalReply:
                 f"the conversation has {len(prompt)} tokens and the context is {chat.model.context}; "
                 "/undo takes the last question back, /clear starts over"
             )
-        self._stream = chat.model.stream([prompt], params)
+        self._stream = chat.model.stream([prompt], params, reply=chat.model.reply_format)
         if self._stopped:  # before there was a stream to cancel
             self._stream.cancel()
         with self._stream as pieces:
@@ -99,5 +93,5 @@ class LocalReply:
                         piece.completion.cached_tokens,
                         piece.completion.completion_tokens,
                     )
-                if piece.text:
-                    yield Delta(content=piece.text)
+                if piece.text or piece.reasoning:
+                    yield Delta(piece.text, piece.reasoning)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from ... import __version__
-from ...errors import GenerationError, ServerError
+from ...errors import GenerationError, RemoteError
 from ...inputs.event_stream import read_events
 from ...inputs.json_text import parse_object
 from ...inputs.printable import printable, shown
@@ -43,7 +43,7 @@ def is_url(text: str) -> bool:
 class ServerChat:
     """A model behind the URL of a server: `http://host:port`, or a base URL such as `https://host/v1`.
 
-    model: its name there; the first of those that the server lists without one. Raises ServerError.
+    model: its name there; the first of those that the server lists without one. Raises RemoteError.
     """
 
     context: int | None = None
@@ -59,7 +59,7 @@ class ServerChat:
         self.notes = []
         if api_key is not None:
             if not re.fullmatch(rf"[\x21-\x7e]{{1,{_MOST_KEY}}}", api_key):
-                raise ServerError("the API key must be printable ASCII without spaces")
+                raise RemoteError("the API key must be printable ASCII without spaces")
             self._headers["Authorization"] = f"Bearer {api_key}"
             if not encrypted and not local:
                 self.notes.append(f"the API key goes to {host} unencrypted; use https where others share the network")
@@ -86,7 +86,7 @@ class ServerChat:
         """Nothing is kept open between answers."""
 
     def open(self, path: str, body: Mapping[str, Any] | None = None) -> HTTPResponse:
-        """Send a request (POST with a body) and return the response of status 200. Raises ServerError."""
+        """Send a request (POST with a body) and return the response of status 200. Raises RemoteError."""
         headers = dict(self._headers)
         data = None
         if body is not None:
@@ -97,26 +97,26 @@ class ServerChat:
                 response = self._opener.open(Request(self.base + path, data, headers), timeout=SILENCE_SECONDS)
             except HTTPError as refusal:
                 with refusal:
-                    raise ServerError(f"{self.base}{path}: {self._refusal(refusal)}") from refusal
+                    raise RemoteError(f"{self.base}{path}: {self._refusal(refusal)}") from refusal
         if not isinstance(response, HTTPResponse) or response.status != 200:
-            raise ServerError(f"{self.base}{path}: answers with status {shown(getattr(response, 'status', None))}")
+            raise RemoteError(f"{self.base}{path}: answers with status {shown(getattr(response, 'status', None))}")
         return response
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Turn errors of the connection, and of what comes through it, into a ServerError."""
+        """Turn errors of the connection, and of what comes through it, into a RemoteError."""
         try:
             yield
         except TimeoutError as cause:
-            raise ServerError(f"{self.base}: sent nothing for {SILENCE_SECONDS:g} s") from cause
+            raise RemoteError(f"{self.base}: sent nothing for {SILENCE_SECONDS:g} s") from cause
         except URLError as cause:
             reason = getattr(cause.reason, "strerror", None) or cause.reason
-            raise ServerError(
+            raise RemoteError(
                 f"{self.base}: cannot be reached: {_short(reason)}; is a server running there?"
             ) from cause
         except (OSError, HTTPException, ValueError) as cause:  # ValueError: of http.client, on malformed lengths
             what = getattr(cause, "strerror", None) or cause
-            raise ServerError(f"{self.base}: the connection broke: {_short(what) or type(cause).__name__}") from cause
+            raise RemoteError(f"{self.base}: the connection broke: {_short(what) or type(cause).__name__}") from cause
 
     def _refusal(self, refusal: HTTPError) -> str:
         """A line from a response of another status than 200."""
@@ -124,8 +124,8 @@ class ServerChat:
             target = _short(refusal.headers.get("Location", "nowhere"))
             return f"redirects to {target}; give that address if you trust it"
         try:
-            value = parse_object(refusal.read(_MOST_DOCUMENT_BYTES), "error", ServerError)
-        except ServerError:
+            value = parse_object(refusal.read(_MOST_DOCUMENT_BYTES), "error", RemoteError)
+        except RemoteError:
             return f"answers with status {refusal.code} {_short(refusal.reason)}"
         said = f"{_error_message(value) or _short(refusal.reason)} (status {refusal.code})"
         after = refusal.headers.get("Retry-After", "")
@@ -138,12 +138,12 @@ class ServerChat:
         with self.open("/models") as response, self.faults():
             content = response.read(_MOST_DOCUMENT_BYTES + 1)
         if len(content) > _MOST_DOCUMENT_BYTES:
-            raise ServerError(f"{where}: is larger than {_MOST_DOCUMENT_BYTES} bytes")
-        listed = parse_object(content, where, ServerError).get("data")
+            raise RemoteError(f"{where}: is larger than {_MOST_DOCUMENT_BYTES} bytes")
+        listed = parse_object(content, where, RemoteError).get("data")
         models = listed if isinstance(listed, list) else []
         first = models[0] if models else None
         if not isinstance(first, dict) or not isinstance(first.get("id"), str) or not first["id"]:
-            raise ServerError(f"{where}: lists no model; name one with --model")
+            raise RemoteError(f"{where}: lists no model; name one with --model")
         context = first.get("max_model_len")
         if type(context) is int and context > 0:
             self.context = context
@@ -191,18 +191,18 @@ class ServerReply:
         self._response = response = self._chat.open(path, self._body)
         kind = response.headers.get_content_type()
         if kind != "text/event-stream":
-            raise ServerError(f"{where}: answers with {_short(kind)} where a stream of events was asked for")
+            raise RemoteError(f"{where}: answers with {_short(kind)} where a stream of events was asked for")
         with self._chat.faults():
-            for data in read_events(response, where, ServerError):
+            for data in read_events(response, where, RemoteError):
                 if data.strip() == "[DONE]":
                     return
-                yield from self._deltas_of(parse_object(data, where, ServerError), where)
+                yield from self._deltas_of(parse_object(data, where, RemoteError), where)
         if self.ending.finish_reason is None:
-            raise ServerError(f"{where}: the stream ended before the answer did")
+            raise RemoteError(f"{where}: the stream ended before the answer did")
 
     def _deltas_of(self, chunk: Mapping[str, Any], where: str) -> Iterator[Delta]:
         if chunk.get("error"):
-            raise ServerError(f"{where}: {_error_message(chunk) or 'an error without a message'}")
+            raise RemoteError(f"{where}: {_error_message(chunk) or 'an error without a message'}")
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._note_usage(usage)
@@ -238,16 +238,16 @@ class _NoRedirects(HTTPRedirectHandler):
 
 
 def _base_url(url: str) -> tuple[str, str, bool]:
-    """(URL before `/chat/completions`, host, whether it is encrypted) of what the user gave. Raises ServerError."""
+    """(URL before `/chat/completions`, host, whether it is encrypted) of what the user gave. Raises RemoteError."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as cause:
-        raise ServerError(f"{_short(url)}: is no URL: {_short(cause)}") from cause
+        raise RemoteError(f"{_short(url)}: is no URL: {_short(cause)}") from cause
     if not host or not re.fullmatch(r"[\x21-\x7e]+", url) or parts.query or parts.fragment or port == 0:
-        raise ServerError(f"{_short(url)}: is no URL of a server; write it like http://localhost:8000")
+        raise RemoteError(f"{_short(url)}: is no URL of a server; write it like http://localhost:8000")
     if parts.username is not None or parts.password is not None:
-        raise ServerError("a URL must not hold a password; give the key in $NPUQ_API_KEY or with --api-key-file")
+        raise RemoteError("a URL must not hold a password; give the key in $NPUQ_API_KEY or with --api-key-file")
     path = parts.path.rstrip("/") or "/v1"
     return f"{parts.scheme.lower()}://{parts.netloc}{path}", host, parts.scheme.lower() == "https"
 
@@ -271,7 +271,7 @@ def _error_message(value: Mapping[str, Any]) -> str:
 def _of_type(value: Any, kind: type, name: str, where: str) -> Any:
     if value is None or isinstance(value, kind):
         return value
-    raise ServerError(f"{where}: sends {name} of type {type(value).__name__}; is it OpenAI-compatible?")
+    raise RemoteError(f"{where}: sends {name} of type {type(value).__name__}; is it OpenAI-compatible?")
 
 
 def _count(value: Any) -> int | None:

@@ -79,8 +79,10 @@ class Layer:
     def has(self, block: Block, part: str) -> bool:
         """True where the layer has a part. The config decides, as it does in engines, and not the checkpoint's other
         tensors, except where the config leaves it open."""
+        if not self.tensors.has(block, part, self.index):
+            return False
         spec = self.spec(block, part)
-        return self.tensors.has(block, part, self.index) and (not spec.optional or spec.name in self.walk.jobs)
+        return not spec.optional or spec.name in self.walk.jobs
 
     def spec(self, block: Block, part: str, expert: int | None = None) -> Spec:
         """The specification of a part's tensor."""

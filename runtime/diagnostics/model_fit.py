@@ -86,11 +86,14 @@ def _fewest(planner: Planner, alone: RankPlan) -> RankPlan:
 
 
 def _attention_problem(config: ModelConfig) -> str | None:
+    from ...models.gqa import Gqa
     from ...models.mla import Mla
     from ...models.sparse_mla import SparseMla
-    from ..ops.ascend.attention.limits import check_indexer, check_mla
+    from ..ops.ascend.attention.limits import check_gqa, check_indexer, check_mla
 
     widths = config.attention
+    if isinstance(widths, Gqa):
+        return message_of(check_gqa, "config.json", widths.heads, widths.kv_heads, widths.head_dim)
     if type(widths) not in (Mla, SparseMla):
         return f"config.json: the Ascend backend does not run the attention of {config.model_type}"
     problem = message_of(check_mla, "config.json", widths)

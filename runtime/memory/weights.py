@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Protocol
 import torch
 
 from ...formats.schemes import Scheme
-from ...models.family import Block
+from ...models.family import Block, Entry
 from ..ranks.layout import Owned
 from .stored import Part, StoredModel
 
@@ -73,8 +73,8 @@ _KIND: Final[Mapping[Block, str]] = {
 
 _FLOAT32, _INT32, _WORD = 4, 4, 8
 _STATIC_HANDLES: Final[Mapping[str, int]] = {"q": 2, "q_b": 2, "up": 0}
-"""Handles on an NPU of a static linear, if not one: queries are split into their unrotated and their rotary rows, and
-`up` runs in the handle of `gate`."""
+"""Handles on an NPU of a static linear, if not one: queries of latent attention are split into their unrotated and
+their rotary rows, and `up` runs in the handle of `gate`."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class NpuMemory:
         if scheme is Scheme.W8A8_STATIC:
             # deq_scale, for float16 in words of 64 bits, and quant_bias; for each handle the inputs' scale and offset.
             columns = (_WORD if self.dtype is torch.float16 else _FLOAT32) + _INT32
-            return values + columns * outputs + _STATIC_HANDLES.get(part.entry.part, 1) * 2 * itemsize
+            return values + columns * outputs + _static_handles(part.entry) * 2 * itemsize
         return _code_bytes(scheme, values, itemsize) + (_FLOAT32 * outputs if scheme is Scheme.W8A8 else 0)
 
 
@@ -174,6 +174,12 @@ def _kind(part: Part) -> str:
     if part.block is Block.TOP:
         return OTHER if part.entry.kind == "norm" else VOCABULARY
     return _KIND.get(part.block, OTHER)
+
+
+def _static_handles(entry: Entry) -> int:
+    if entry.fused == "q":  # in grouped-query attention k and v run in the handle of q
+        return int(entry.part == "q")
+    return _STATIC_HANDLES.get(entry.part, 1)
 
 
 def _code_bytes(scheme: Scheme, values: int, itemsize: int) -> int:

@@ -60,6 +60,10 @@ CASES = {
     "sparse, unfused": ("v32", SPARSE, {"fused_prolog": False}),
     "sparse, fused prolog": ("v32-prolog", SPARSE, {}),
     "sparse, shared selection": ("glm-dsa-prolog", SPARSE, {"layer": SHARED_LAYER}),
+    "grouped-query": ("qwen3", SPARSE, {}),
+    "grouped-query, partial rotation and biases": ("glm4", SPARSE, {}),
+    "grouped-query, first prefill chunk": ("qwen3", [Chunk(range(3, 23), 0, [1, 2])], {}),
+    "grouped-query, later prefill chunk": ("qwen3", [Chunk(range(3, 23), 16, [1, 2, 3])], {}),
     "below the limit": ("v32-prolog", [Chunk([5], 7, [1]), Chunk([6], 5, [2])], {}),
 }
 LIMITS = {"decode, unfused": 27, "decode, fused prolog": 19, "decode, int8 cache": 19}

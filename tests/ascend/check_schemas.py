@@ -36,6 +36,8 @@ def recorded(artifact) -> dict[str, Call]:
         ("prolog-int8-cache", {}),
         ("v32", {}),
         ("glm-dsa-prolog", {}),
+        ("qwen3", {}),
+        ("glm4", {}),
     ]
     for name, options in runs:
         ops = harness.make("ascend", torch.bfloat16, **options)

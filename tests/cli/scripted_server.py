@@ -13,6 +13,9 @@ STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: clo
 HANG = object()
 """In the place of bytes: wait until the client closes the connection."""
 
+ASKED = object()
+"""In the place of bytes: set the event `asked`."""
+
 
 def document(status: str, value: Any, headers: str = "") -> bytes:
     """A response with a JSON document."""
@@ -40,6 +43,7 @@ class ScriptedServer:
 
     scripts: Iterable[Iterable[Any]]
     requests: list[tuple[str, bytes]] = field(default_factory=list)
+    asked: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -62,7 +66,9 @@ class ScriptedServer:
                 self.requests.append(_request(connection))
                 try:
                     for part in script:
-                        if part is HANG:
+                        if part is ASKED:
+                            self.asked.set()
+                        elif part is HANG:
                             assert connection.recv(1) == b""
                             self.left.set()
                         else:

@@ -6,7 +6,7 @@ import os
 import pty
 import re
 import select
-import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -23,11 +23,14 @@ class TerminalProcess:
         self.shown = ""
         self._seen = 0
         self._content = b""
-        # In another thread's fork, readline could wait for a lock: this process has no such threads.
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            settings = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", **(environment or {})}
-            os.execve(sys.executable, [sys.executable, "-m", "npuq", *map(str, arguments)], settings)
+        self._terminal, self._other = pty.openpty()
+        # The shell opens the terminal: a session's leader gets the first one that it opens as its own.
+        line = f'exec "$@" < {os.ttyname(self._other)} > {os.ttyname(self._other)} 2>&1'
+        self._process = subprocess.Popen(
+            ["bash", "-c", line, "bash", sys.executable, "-m", "npuq", *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", **(environment or {})},
+            start_new_session=True,
+        )
 
     def type(self, text: str) -> None:
         """Type text; a line ends with `\\n`, Ctrl-C is `\\x03`."""
@@ -50,25 +53,20 @@ class TerminalProcess:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline and self.read(1.0):
             continue
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._process.wait(SECONDS)
 
     def kill(self) -> None:
         """End it, if it runs still."""
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        self._process.kill()
+        self._process.wait()
         os.close(self._terminal)
+        os.close(self._other)
 
     def read(self, seconds: float) -> bool:
-        """Take what comes within so many seconds; False at the end."""
-        if not select.select([self._terminal], [], [], seconds)[0]:
-            return True
-        try:
-            piece = os.read(self._terminal, 1 << 16)
-        except OSError:  # EIO: its last process has ended
-            return False
-        self._content += piece
+        """Take what comes within so many seconds; False when it has ended and nothing comes any more."""
+        ended = self._process.poll() is not None
+        if not select.select([self._terminal], [], [], 0 if ended else seconds)[0]:
+            return not ended
+        self._content += os.read(self._terminal, 1 << 16)
         self.shown = self._content.decode("utf-8", "replace").replace("\r\n", "\n")
-        return bool(piece)
+        return True

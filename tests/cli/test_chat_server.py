@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from scripted_server import DONE, HANG, STREAM, ScriptedServer, delta, document, event
+from scripted_server import ASKED, DONE, HANG, STREAM, ScriptedServer, delta, document, event
 from terminal_process import TerminalProcess
 
 MODELS = [document("200 OK", {"data": [{"id": "tiny", "max_model_len": 4096}]})]
@@ -304,13 +304,12 @@ def test_a_file_that_holds_no_conversation_is_refused_in_one_line(content: str, 
 def test_ctrl_c_stops_an_answer_and_keeps_it_and_twice_leaves(serve) -> None:
     cut = [STREAM, delta(reasoning="Hm. "), delta(content="Half an ans"), HANG]
     broken = [document("500 Broken", {"error": {"message": "tea\x1b[2Jpot"}})]
-    server = serve(MODELS, [STREAM, HANG], cut, broken, answer("whole"))
+    server = serve(MODELS, [STREAM, ASKED, HANG], cut, broken, answer("whole"))
     process = TerminalProcess("chat", server.url)
     try:
         process.expect("> ")
         process.type("Hi\n")
-        while len(server.requests) < 2:
-            process.read(0.05)
+        assert server.asked.wait(60)
         process.type("\x03")
         process.expect(r"stopped before any text came")
         process.type("/retry\n")

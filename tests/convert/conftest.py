@@ -90,9 +90,8 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model, spelled out from the families' published layouts, not from npuq's tables."""
-    h, heads = config["hidden_size"], config["num_attention_heads"]
-    nope, rope, v = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    kv, experts, width = config["kv_lora_rank"], config["n_routed_experts"], config["moe_intermediate_size"]
+    h, width = config["hidden_size"], config["moe_intermediate_size"]
+    experts = config["num_experts"] if config["model_type"] == "qwen3_moe" else config["n_routed_experts"]
     main_layers, vocab = config["num_hidden_layers"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, h),
@@ -104,32 +103,25 @@ def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "gate_proj.weight"] = shapes[prefix + "up_proj.weight"] = (size, h)
         shapes[prefix + "down_proj.weight"] = (h, size)
 
-    for layer in range(main_layers + config["num_nextn_predict_layers"]):
+    for layer in range(main_layers + config.get("num_nextn_predict_layers", 0)):
         p = f"model.layers.{layer}."
         a = p + "self_attn."
         shapes[p + "input_layernorm.weight"] = shapes[p + "post_attention_layernorm.weight"] = (h,)
-        if config["q_lora_rank"] is None:
-            shapes[a + "q_proj.weight"] = (heads * (nope + rope), h)
-        else:
-            q = config["q_lora_rank"]
-            shapes[a + "q_a_proj.weight"], shapes[a + "q_a_layernorm.weight"] = (q, h), (q,)
-            shapes[a + "q_b_proj.weight"] = (heads * (nope + rope), q)
-        shapes[a + "kv_a_proj_with_mqa.weight"], shapes[a + "kv_a_layernorm.weight"] = (kv + rope, h), (kv,)
-        shapes[a + "kv_b_proj.weight"] = (heads * (nope + v), kv)
-        shapes[a + "o_proj.weight"] = (h, heads * v)
+        shapes |= {a + name: shape for name, shape in _attention(config).items()}
         if "index_topk" in config and (layer >= main_layers or _has_indexer(config, layer)):
             n, d = config["index_n_heads"], config["index_head_dim"]
             shapes[a + "indexer.wq_b.weight"] = (n * d, config["q_lora_rank"])
             shapes[a + "indexer.wk.weight"] = (d, h)
             shapes[a + "indexer.k_norm.weight"] = shapes[a + "indexer.k_norm.bias"] = (d,)
             shapes[a + "indexer.weights_proj.weight"] = (n, h)
-        if layer < config["first_k_dense_replace"]:
+        if layer < config.get("first_k_dense_replace", 0):
             mlp(p + "mlp.", config["intermediate_size"])
         else:
             shapes[p + "mlp.gate.weight"] = (experts, h)
-            if config["topk_method"] == "noaux_tc":
+            if config["model_type"] == "glm4_moe" or config.get("topk_method") == "noaux_tc":
                 shapes[p + "mlp.gate.e_score_correction_bias"] = (experts,)
-            mlp(p + "mlp.shared_experts.", width * config["n_shared_experts"])
+            if config["model_type"] != "qwen3_moe":
+                mlp(p + "mlp.shared_experts.", width * config["n_shared_experts"])
             for expert in range(experts):
                 mlp(p + f"mlp.experts.{expert}.", width)
         if layer >= main_layers:
@@ -138,6 +130,36 @@ def model_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             if config["model_type"] != "glm_moe_dsa":
                 shapes[p + "embed_tokens.weight"] = shapes[p + "shared_head.head.weight"] = (vocab, h)
     return shapes
+
+
+def _attention(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, heads = config["hidden_size"], config["num_attention_heads"]
+    if config["model_type"] in ("qwen3_moe", "glm4_moe"):
+        d, kv = config["head_dim"], config["num_key_value_heads"]
+        widths = {"q_proj": heads * d, "k_proj": kv * d, "v_proj": kv * d}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (width, h) for name, width in widths.items()}
+        if config["attention_bias"]:
+            shapes |= {f"{name}.bias": (width,) for name, width in widths.items()}
+        if config["model_type"] == "qwen3_moe" or config["use_qk_norm"]:
+            shapes["q_norm.weight"] = shapes["k_norm.weight"] = (d,)
+        return shapes | {"o_proj.weight": (h, heads * d)}
+    nope, rope, v = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    kv = config["kv_lora_rank"]
+    shapes = {
+        "kv_a_proj_with_mqa.weight": (kv + rope, h),
+        "kv_a_layernorm.weight": (kv,),
+        "kv_b_proj.weight": (heads * (nope + v), kv),
+        "o_proj.weight": (h, heads * v),
+    }
+    q = config["q_lora_rank"]
+    if q is None:
+        return {"q_proj.weight": (heads * (nope + rope), h), **shapes}
+    return {
+        "q_a_proj.weight": (q, h),
+        "q_a_layernorm.weight": (q,),
+        "q_b_proj.weight": (heads * (nope + rope), q),
+        **shapes,
+    }
 
 
 def _has_indexer(config: dict[str, Any], layer: int) -> bool:

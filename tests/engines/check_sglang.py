@@ -20,7 +20,7 @@ class TestAsTheOtherEngine(CommonChecks):
     name, detected, engine = "sglang", "modelslim", engine
 
 
-@pytest.mark.parametrize("name", ARTIFACTS)
+@pytest.mark.parametrize("name", [name for name in ARTIFACTS if name != "qwen3-dense"])
 def test_one_rank(artifact, name):
     assert compare(load(engine, artifact(name), 1)) == quantized_linears(artifact(name))
 

@@ -44,6 +44,9 @@ _YARN = {
     "beta_slow": 1.0,
 }
 
+# Keys of attention that these families do not have.
+_NO_LATENT: dict[str, Any] = dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "v2-lite": {
         "model_type": "deepseek_v2",
@@ -165,6 +168,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    # Two query heads a key and value head, wider heads than hidden / heads.
+    "qwen3-moe": {
+        **_NO_LATENT,
+        "first_k_dense_replace": None,
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "glm-4.5": {
+        **_NO_LATENT,
+        "model_type": "glm4_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 
@@ -176,6 +208,8 @@ _CLASSES = {
     "deepseek_v2": "DeepseekV2",
     "glm4_moe_lite": "Glm4MoeLite",
     "deepseek_v32": "DeepseekV32",
+    "qwen3_moe": "Qwen3Moe",
+    "glm4_moe": "Glm4Moe",
     "glm_moe_dsa": "GlmMoeDsa",
 }
 
@@ -233,7 +267,10 @@ def _random_model(family: str, changes: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Wide enough that every part of the model moves the logits; norms away from one.
-            parameter.normal_(1.0, 0.2) if "norm" in name else parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+            if "norm" in name:
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.2 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.2)
@@ -246,7 +283,8 @@ def _save(model: Any, directory: Path, family: str, changes: dict[str, Any]) -> 
     path = directory / "config.json"
     saved = json.loads(path.read_text())
     saved["model_type"] = settings["model_type"]
-    if saved["model_type"] != "glm4_moe_lite":  # whose config stays as transformers writes it
+    # The others' configs stay as transformers writes them.
+    if saved["model_type"] not in ("glm4_moe_lite", "glm4_moe", "qwen3_moe"):
         saved["topk_method"] = settings.get("topk_method", "noaux_tc")
     path.write_text(json.dumps(saved))
 

@@ -71,8 +71,21 @@ def _kernel_tests(library: Path, names: list[str], environment: dict[str, str], 
 
 @needs_compiler
 def test_kernel_tests_pass_under_sanitizers() -> None:
-    names = ["products", "rows", "layers", "attention", "sparse", "arguments", "convert", "convert_hostile", "sha256"]
-    names += ["latent_attention", "sampling"]
+    names = [
+        "products",
+        "rows",
+        "layers",
+        "attention",
+        "latent_attention",
+        "grouped",
+        "sparse",
+        "arguments",
+        "convert",
+        "convert_hostile",
+        "calibration",
+        "sha256",
+        "sampling",
+    ]
     _kernel_tests(sanitized_library(), names, sanitizer_environment(), 4)
 
 
@@ -86,7 +99,8 @@ def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
     levels["avx512bf16"] = ["-DNPUQ_LEVEL_BF16", *levels["avx512vnni"]]
     extra = ["-DNPUQ_EVERY_LEVEL", "-w", "-O2"]
     setup.build(tmp_path / "libnpuq.so", tmp_path / "objects", [str(COMPILER)], "x86_64", extra)
-    names = ["products", "rows", "layers", "attention", "latent_attention", "sparse", "convert"]
+    names = ["products", "rows", "layers", "attention", "latent_attention", "grouped", "sparse", "convert"]
+    names += ["calibration"]
     said = _kernel_tests(tmp_path / "libnpuq.so", names, {}, 20)
     assert said.splitlines()[0] == "portable avx2 avx512vnni avx512bf16"
 

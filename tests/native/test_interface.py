@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npuq.native import binding, library
+from npuq.native import binding, calibration, library
 from npuq.native.integers import Structure
 
 from .builds import COMPILER, ROOT
@@ -41,6 +41,7 @@ CONSTANTS = {
     "NPUQ_BAD_INDEX": binding._BAD_INDEX,
     "NPUQ_MOST_COLUMNS": binding.MOST_COLUMNS,
     "NPUQ_MOST_BIAS_COLUMNS": binding.MOST_BIAS_COLUMNS,
+    "NPUQ_LANES": calibration.LANES,
     "NPUQ_F32": binding.DTYPES[torch.float32],
     "NPUQ_BF16": binding.DTYPES[torch.bfloat16],
     "NPUQ_F16": binding.DTYPES[torch.float16],

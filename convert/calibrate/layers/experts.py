@@ -108,8 +108,9 @@ def quantize_expert(
     inner = _inner(routing, mlp_weights(gate, up, up), inputs) if inputs.shape[0] else down_w[:0]
     (down,) = calibrated([(jobs[2], down_w)], inner)
     fallback = "data-free" if missed else "blended" if near.shape[0] else None
-    outputs = routing.mlp(quantized, mlp_weights(gate, up, down))
-    return ExpertResult(truth, outputs, results, errors, fallback, strength)
+    # The first inputs are its own tokens'.
+    outputs = [routing.products.linear(inner[part], down) for part in row_chunks(quantized.shape[0])]
+    return ExpertResult(truth, torch.cat(outputs or [quantized]), results, errors, fallback, strength)
 
 
 def _inner(routing: CalibrationRouting, block: MlpWeights, x: Tensor) -> Tensor:

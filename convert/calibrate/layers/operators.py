@@ -21,10 +21,12 @@ from torch import Tensor
 from ....formats.schemes import Scheme
 from ....formats.static_w8a8 import InputScale
 from ....models.sparse_mla import GATHERED_NUMBERS
+from ....quant.arithmetic import Arithmetic
 from ....runtime.attention.pools import LayerCache
 from ....runtime.ops import Activation, Linear, LinearPart, MlpWeights, Ops
 from ....runtime.ops.handles import own
 from ....runtime.ops.reference.cache import ReferenceCaches
+from ....runtime.ops.reference.grouped_attention import ReferenceGroupedAttention
 from ....runtime.ops.reference.latent_attention import ReferenceLatentAttention
 from ....runtime.ops.reference.norms import ReferenceNorms
 from ....runtime.ops.reference.products import ReferenceProducts
@@ -45,9 +47,9 @@ class Deployed(LinearPart, Linear):
     inputs: InputScale | None = None
     error: float | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, arithmetic: Arithmetic) -> Tensor:
         """Multiply x float32 `[T, K]` → `[T, N]`."""
-        return round_inputs(x, self.scheme, self.inputs) @ self.weight.T
+        return arithmetic.linear(round_inputs(x, self.scheme, self.inputs), self.weight)
 
 
 class ReachedError(Exception):
@@ -62,7 +64,7 @@ class ReachedError(Exception):
 class Recording(Deployed):
     """A linear that raises ReachedError with its inputs."""
 
-    def __call__(self, x: Tensor) -> NoReturn:
+    def __call__(self, x: Tensor, arithmetic: Arithmetic) -> NoReturn:
         raise ReachedError(x)
 
 
@@ -102,8 +104,12 @@ class CalibrationWeights(ReferenceWeights):
 class CalibrationProducts(ReferenceProducts):
     """Computes products with deployed linears."""
 
+    def __init__(self, dtype: torch.dtype, norms: ReferenceNorms, arithmetic: Arithmetic):
+        super().__init__(dtype, norms)
+        self._arithmetic = arithmetic
+
     def linear(self, x: Activation, linear: Linear) -> Tensor:
-        return own(linear, Deployed)(own(x, Tensor))
+        return own(linear, Deployed)(own(x, Tensor), self._arithmetic)
 
 
 class CalibrationRouting(ReferenceRouting):
@@ -151,16 +157,17 @@ class CalibrationOps(Ops):
     name = "calibration"
     routing: CalibrationRouting
 
-    def __init__(self) -> None:
+    def __init__(self, arithmetic: Arithmetic) -> None:
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.weights = weights = CalibrationWeights()
         self.norms = ReferenceNorms(self.dtype)
-        self.products = CalibrationProducts(self.dtype, self.norms)
+        self.products = CalibrationProducts(self.dtype, self.norms, arithmetic)
         self.routing = CalibrationRouting(self.dtype, self.norms, self.products)
         # ND takes any number of channels.
         self.caches = ReferenceCaches(self.dtype, "nd")
         self.rotary = ReferenceRotary(self.dtype)
         self.mla = ReferenceLatentAttention(self.dtype, weights, self.norms, self.products, self.rotary)
+        self.gqa = ReferenceGroupedAttention(self.dtype, weights, self.norms, self.products, self.rotary)
         self.sparse = CalibrationSparseAttention(self.dtype, weights, self.norms, self.products, self.rotary)
 
 

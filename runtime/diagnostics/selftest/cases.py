@@ -38,6 +38,7 @@ from .feed_forward import (
     routing,
     wide_swiglu,
 )
+from .grouped_attention import grouped_layer, grouped_prefill
 from .layers import attention_layer
 from .sparse_attention import index_keys, lightning_indexer, sparse_attention
 
@@ -89,6 +90,10 @@ CASES: dict[str, Case] = {
     "lightning indexer": lightning_indexer,
     "attention to selected tokens": sparse_attention(HEADS),
     "attention to selected tokens, 128 heads": sparse_attention(128),
+    "grouped-query attention, ragged": grouped_prefill,
+    "grouped-query attention FLOAT": grouped_layer(Scheme.FLOAT, HEAD, biases=False),
+    "grouped-query attention W8A8": grouped_layer(Scheme.W8A8, HEAD, biases=False),
+    "grouped-query attention W8A8, partial rotation, biases": grouped_layer(Scheme.W8A8, HEAD // 2, biases=True),
     "decode attention FLOAT": attention_layer(Scheme.FLOAT, HIDDEN, q_lora=192),
     "decode attention W8A8": attention_layer(Scheme.W8A8, HIDDEN, q_lora=192),
     "decode attention W8A8, static": attention_layer(Scheme.W8A8_STATIC, HIDDEN, q_lora=192),

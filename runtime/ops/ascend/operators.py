@@ -18,6 +18,7 @@ from ...ranks.group import ALONE, Group
 from ...sampling.rows import LogitRow
 from .. import Ops
 from .attention.cache import AscendCaches
+from .attention.grouped import AscendGroupedAttention
 from .attention.latent import AscendLatentAttention
 from .attention.rotary import AscendRotary
 from .attention.sparse import AscendSparseAttention
@@ -38,10 +39,11 @@ from .weights import AscendWeights
 class AscendOps(Ops):
     """Operators on one NPU.
 
-    kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd"; caches of sparse attention are "nd" in
-    any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents. fused_experts: use
-    `npu_grouped_matmul_swiglu_quant_v2`, if a trial shows that it can be. soc: the chip's name; None asks the driver.
-    Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
+    kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd"; caches of sparse and of grouped-query
+    attention are "nd" in any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents.
+    fused_experts: use `npu_grouped_matmul_swiglu_quant_v2`, if a trial shows that it can be. soc: the chip's name; None
+    asks the driver. Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown
+    settings.
     """
 
     name = "ascend"
@@ -100,6 +102,7 @@ class AscendOps(Ops):
         self.rotary = AscendRotary(self.npu)
         self.mla = AscendLatentAttention(self.npu, weights, self.norms, self.products, self.rotary, fused_prolog)
         self.sparse = AscendSparseAttention(self.npu, weights, self.norms, self.products, self.rotary)
+        self.gqa = AscendGroupedAttention(self.npu, weights, self.norms, self.products, self.rotary)
 
     def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
         return device_rows(logits)

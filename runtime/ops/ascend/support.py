@@ -23,6 +23,7 @@ _DEVICES = Path("/dev")
 OPERATORS = (
     "npu_add_rms_norm",
     "npu_add_rms_norm_dynamic_quant",
+    "npu_apply_rotary_pos_emb",
     "npu_attention_update",
     "npu_dequant_swiglu_quant",
     "npu_dynamic_quant",
@@ -45,6 +46,7 @@ OPERATORS = (
     "npu_quantize",
     "npu_rms_norm",
     "npu_rotary_mul",
+    "npu_scatter_pa_kv_cache",
     "npu_sparse_flash_attention",
     "npu_swiglu",
     "npu_transpose_batchmatmul",

@@ -11,14 +11,24 @@ from ..grammar import Grammar
 class AfterReasoning:
     """A grammar for what follows the marker that ends reasoning. The reasoning is free, but does not end the reply.
 
-    begin, end: token ids of the markers. inside: the reply begins within reasoning; else its first token may begin it.
-    ends: end-of-sequence tokens. size: of the vocabulary.
+    begin, end: token ids of the markers. inside: the reply begins within reasoning. may_begin: its first token may
+    begin it. ends: end-of-sequence tokens. size: of the vocabulary.
     """
 
-    def __init__(self, grammar: Grammar, begin: int, end: int, *, inside: bool, ends: NDArray[np.int64], size: int):
+    def __init__(
+        self,
+        grammar: Grammar,
+        begin: int,
+        end: int,
+        *,
+        inside: bool,
+        may_begin: bool,
+        ends: NDArray[np.int64],
+        size: int,
+    ):
         self._grammar = grammar
         self._begin, self._end = begin, end
-        self._inside, self._may_begin = inside, not inside
+        self._inside, self._may_begin = inside, may_begin
         self._free = np.ones(size, np.bool_)
         self._free[ends] = False
 

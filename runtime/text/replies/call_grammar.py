@@ -71,16 +71,14 @@ def key_value_calls(symbol: Symbol, markers: Sequence[str], tools: Sequence[Tool
     line, rules = _quoted("\n"), []
 
     def argument(tool: int, number: int, key: str, schema: Any, shared: dict[str, Any]) -> str:
-        is_text = isinstance(schema, dict) and schema.get("type") == "string" and "enum" not in schema
         value = f"value_{tool}_{number}"
-        whole = {**shared, **schema} if isinstance(schema, dict) else schema
-        rules.append(f"{value}: {'/(?s:.*)/' if is_text else f'%json {json.dumps(whole)}'}")
+        rules.append(f"{value}: {_value(schema, shared)}")
         return f"{key_begin} {_quoted(key)} {key_end} {line} {value_begin} {value} {value_end} {line}"
 
     bodies = []
     for n, tool in _numbered(tools):
         schema = tool.parameters
-        shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        shared = {name: schema[name] for name in ("$defs", "definitions", "x-guidance") if name in schema}
         required = schema.get("required") or ()
         parts = [_quoted(f"{tool.name}\n")]
         properties = schema.get("properties") or {}
@@ -95,14 +93,21 @@ def key_value_calls(symbol: Symbol, markers: Sequence[str], tools: Sequence[Tool
     return "\n".join([f"calls: {call}{more}", *rules])
 
 
+def _value(schema: Any, shared: Mapping[str, Any]) -> str:
+    """A value between markers: a text as it is, anything else as JSON. shared: definitions that schemas refer to."""
+    if not isinstance(schema, Mapping) or schema.get("type") != "string":
+        return f"%json {json.dumps({**shared, **schema} if isinstance(schema, Mapping) else schema)}"
+    texts = schema.get("enum")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return _choice(map(_quoted, texts))
+    most = schema.get("maxLength")
+    return f"/(?s:.{{0,{most}}})/" if type(most) is int and 0 <= most < 10**6 else "/(?s:.*)/"
+
+
 def _grammar(calls: str, tools: Sequence[Tool]) -> str:
     return "\n".join(
-        [f"calls: {calls}", *(f"args_{n}: %json {json.dumps(_object(tool))}" for n, tool in _numbered(tools))]
+        [f"calls: {calls}", *(f"args_{n}: %json {json.dumps(tool.object_schema)}" for n, tool in _numbered(tools))]
     )
-
-
-def _object(tool: Tool) -> dict[str, Any]:
-    return {"type": "object", **tool.parameters}
 
 
 def _numbered(tools: Sequence[Tool]) -> list[tuple[int, Tool]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from ....choices import REASONING_FORMATS, TOOL_FORMATS
@@ -113,12 +113,14 @@ _TOOLS_BY_NAME: Final[Mapping[str, ToolFormat]] = {each.name: each for each in _
 class ReplyFormat:
     """How a model writes its replies. Without reasoning and calls, a reply is all content.
 
-    tools: those that the request offers. Calls of a reply to a request without tools are content.
+    tools: those that the request offers. Calls of a reply to a request without tools are content. parallel: a reply may
+    have several calls; else it ends with its first.
     """
 
     reasoning: ReasoningFormat | None = None
     calls: ToolFormat | None = None
-    tools: Sequence[Tool] = field(default=())
+    tools: Sequence[Tool] = ()
+    parallel: bool = True
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -127,15 +129,20 @@ class ReplyFormat:
 
     def begins_inside_reasoning(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
         """True if the prompt ends with the marker that begins reasoning, white space aside."""
-        if self.reasoning is None:
-            return False
-        marker = self.reasoning.begin.encode()
-        end = b""
-        for token in reversed(prompt):
-            end = tokenizer.token_bytes(token) + end
-            if len(end.rstrip()) >= len(marker):
-                break
-        return end.rstrip().endswith(marker)
+        return self.reasoning is not None and _ends_with(self.reasoning.begin, tokenizer, prompt)
+
+    def begins_behind_reasoning(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+        """True if the prompt ends with the marker that ends reasoning, white space aside: the reply has none."""
+        return self.reasoning is not None and _ends_with(self.reasoning.end, tokenizer, prompt)
+
+
+def _ends_with(marker: str, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    wanted, end = marker.encode(), b""
+    for token in reversed(prompt):
+        end = tokenizer.token_bytes(token) + end
+        if len(end.rstrip()) >= len(wanted):
+            break
+    return end.rstrip().endswith(wanted)
 
 
 PLAIN: Final = ReplyFormat()
@@ -159,7 +166,9 @@ def find_format(tokenizer: Tokenizer, reasoning: str = "auto", tools: str = "aut
         )
 
     def calls(each: ToolFormat) -> bool:
-        return any(map(each.is_used_in, sources))
+        # Kimi-K2's first template writes no calls, and no other model has its tokens.
+        own = each.section is not None and each.section[0] == _KIMI_SECTION[0]
+        return any(map(each.is_used_in, sources)) or (own and tokenizer.token_id(_KIMI_SECTION[0]) is not None)
 
     return ReplyFormat(
         next(filter(thinks, _REASONING), None) if reasoning == "auto" else _BY_NAME.get(reasoning),

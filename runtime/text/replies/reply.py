@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ..detokenizing import StopSearch
 from ..tokenizer import Tokenizer
-from .calls import CallReader
+from .calls import CallReader, Head
 from .formats import PLAIN, ReplyFormat
 from .markers import Chunk, Marker, MarkerScanner
 from .parts import CallDelta, Part, ToolCall
@@ -18,21 +18,24 @@ _REASONING: Final = "reasoning"
 _SECTION: Final = "section"
 """Between the calls of a section."""
 _CALL: Final = "call"
+_MOST_OPENING: Final = 16
+"""Characters of white space that open a reply and are held back."""
 
 
 @dataclass
 class _Call:
-    """A call that is being read. text: all of it without markers, for a call that turns out to be none."""
+    """A call that is being read. texts: of all of it without markers, while it may turn out to be none."""
 
     reader: CallReader
-    text: str = ""
-    given: ToolCall | None = None
+    texts: list[str] = field(default_factory=list)
+    given: bool = False
 
 
 class Reply:
     """One reply of a model, read token by token.
 
     Markers are in no part. White space beside a marker of reasoning, and after a marker of calls, belongs to nothing.
+    White space that opens a reply is held back for a while: some models write it before they begin to reason.
     A reply begins inside reasoning if its prompt ends with the marker for it. What should be a call and is none comes
     back as content. Stop strings are searched in the content, in which the first `min_tokens` tokens neither hold nor
     begin one. A token that ends the sequence is not added.
@@ -52,10 +55,12 @@ class Reply:
         self._early = min_tokens
         self._state = _REASONING if format.begins_inside_reasoning(tokenizer, prompt) else _CONTENT
         self._trims = self._state == _REASONING  # white space is dropped until other text comes
-        self._space: list[Chunk] = []  # of reasoning, held back: it may be its end
+        self._opens = format.reasoning is not None and self._state == _CONTENT  # nothing has come yet
+        self._space: list[Chunk] = []  # held back: it may belong to a marker
         self._reasoning: list[str] = []
         self._call: _Call | None = None
-        self._calls: list[ToolCall] = []
+        self._calls: list[tuple[Head, list[str]]] = []  # and pieces of its arguments
+        self._called = False
         self.reasoning_tokens = 0
         self.malformed_calls = 0
 
@@ -72,12 +77,12 @@ class Reply:
     @property
     def calls(self) -> tuple[ToolCall, ...]:
         """The tool calls given so far."""
-        return tuple(self._calls)
+        return tuple(ToolCall(head.id, head.name, "".join(pieces)) for head, pieces in self._calls)
 
     @property
     def stopped(self) -> bool:
-        """True after a stop string."""
-        return self._search.stopped
+        """True after a stop string, and after the only call where several are not allowed."""
+        return self._search.stopped or self._called
 
     def add(self, token: int) -> list[Part]:
         """Add a token: the parts that it makes final, in their order."""
@@ -92,6 +97,8 @@ class Reply:
         parts = self._read(self._scanner.flush())
         if self._call is not None:
             parts += self._end_call()
+        if self._state == _CONTENT:
+            parts += self._given_space()
         text = self._search.flush()
         return _merged([*parts, Part(text, tokens=self._search.take_settled())])
 
@@ -112,7 +119,19 @@ class Reply:
                 return []
             self._trims = self._trims and not text
             chunk = replace(chunk, text=text)
-        return self._on_reasoning(chunk) if self._state == _REASONING else self._on_content(chunk)
+        if self._state == _REASONING:
+            return self._on_reasoning(chunk)
+        if self._opens:
+            if not chunk.text.strip() and sum(len(each.text) for each in self._space) < _MOST_OPENING:
+                self._space.append(chunk)
+                return []
+            self._opens = False
+        return [*self._given_space(), *self._on_content(chunk)]
+
+    def _given_space(self) -> list[Part]:
+        """Content of the white space held back."""
+        held, self._space = self._space, []
+        return [part for chunk in held for part in self._on_content(chunk)]
 
     def _on_content(self, chunk: Chunk) -> list[Part]:
         text = self._search.add(chunk.text, chunk.tokens, early=self._early >= 0)
@@ -132,7 +151,8 @@ class Reply:
     def _on_call(self, chunk: Chunk) -> list[Part]:
         call = self._call
         assert call is not None
-        call.text += chunk.text
+        if not call.given:
+            call.texts.append(chunk.text)
         arguments = call.reader.add(chunk.text)
         return self._on_arguments(call, arguments, chunk.tokens)
 
@@ -141,12 +161,12 @@ class Reply:
         if head is None or not self._format.tools:
             return []
         parts = []
-        if call.given is None:
-            call.given = ToolCall(head.id, head.name, "")
+        if not call.given:
+            call.given = True
             parts.append(Part(call=CallDelta(len(self._calls), head.id, head.name)))
-            self._calls.append(call.given)
+            self._calls.append((head, []))
         if arguments:
-            call.given = self._calls[-1] = replace(call.given, arguments=call.given.arguments + arguments)
+            self._calls[-1][1].append(arguments)
             parts.append(Part(call=CallDelta(len(self._calls) - 1, arguments=arguments), tokens=tokens))
         return parts
 
@@ -154,9 +174,11 @@ class Reply:
         call, self._call = self._call, None
         assert call is not None
         parts = self._on_arguments(call, call.reader.end(), ())
-        if call.given is None and call.text.strip():
+        text = "" if call.given else "".join(call.texts)
+        if text.strip():
             self.malformed_calls += 1
-            parts += self._on_content(Chunk(call.text))
+            parts += self._on_content(Chunk(text))
+        self._called = call.given and not self._format.parallel
         return parts
 
     def _on_marker(self, marker: str) -> list[Part]:
@@ -165,7 +187,7 @@ class Reply:
         if reasoning is not None and marker in (reasoning.begin, reasoning.end):
             if self._state == _CALL:
                 return []
-            self._space = []
+            self._space, self._opens = [], False
             self._trims = self._trims or self._state == _REASONING or marker == reasoning.begin
             self._state = _REASONING if marker == reasoning.begin else _CONTENT
             return []
@@ -176,7 +198,7 @@ class Reply:
             return parts
         if self._call is not None:
             parts += self._end_call()
-        self._space, self._trims = [], True
+        self._space, self._opens, self._trims = [], False, True
         if marker == calls.call[0]:
             self._state = _CALL
             self._call = _Call(calls.reader(self._format.tools))

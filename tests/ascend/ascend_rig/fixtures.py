@@ -9,12 +9,31 @@ import pytest
 import torch
 import torch_npu  # noqa: F401
 
-from . import emulate, models, ops_attention, ops_attention_int8, ops_matmul, ops_norm, ops_routing, ops_sparse
+from . import (
+    emulate,
+    models,
+    ops_attention,
+    ops_attention_int8,
+    ops_grouped,
+    ops_matmul,
+    ops_norm,
+    ops_routing,
+    ops_sparse,
+)
 from .ranks import ops_exchange, pool
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "tiny-deepseek-v3-fp8"
 # Importing them fills the register.
-SEMANTICS = (ops_norm, ops_matmul, ops_routing, ops_attention, ops_attention_int8, ops_sparse, ops_exchange)
+SEMANTICS = (
+    ops_norm,
+    ops_matmul,
+    ops_routing,
+    ops_attention,
+    ops_attention_int8,
+    ops_sparse,
+    ops_grouped,
+    ops_exchange,
+)
 
 Artifacts = Callable[[str], Path]
 
@@ -57,6 +76,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
         "glm-dsa": models.GLM_DSA,
         "glm-dsa-prolog": models.GLM_DSA_PROLOG,
         "glm-dsa-six-heads": models.GLM_DSA_SIX_HEADS,
+        "qwen3": models.QWEN3,
+        "glm4": models.GLM4,
     }
 
     def make(name: str) -> Path:

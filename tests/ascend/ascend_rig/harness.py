@@ -76,7 +76,10 @@ def load(path: Path, ops: Ops, **options: Any) -> llm.LanguageModel:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     int8, size = (path / KV_CACHE_NAME).exists(), ops.dtype.itemsize
-    channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
+    if "kv_lora_rank" in config:
+        channels = config["kv_lora_rank"] * (1 if int8 else size) + config["qk_rope_head_dim"] * size
+    else:
+        channels = 2 * config["num_key_value_heads"] * config["head_dim"] * size
     layers = config["num_hidden_layers"]
     token_bytes = layers * channels
     if "index_topk" in config:

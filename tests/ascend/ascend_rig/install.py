@@ -54,9 +54,8 @@ def prepare(version: str = TORCH_NPU) -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(cann), os.environ.get("LD_LIBRARY_PATH", "")])),
         "PYTHONPATH": os.pathsep.join(map(str, [*paths, RIG_FOLDER.parent / "checkpoints"])),
         "OMP_NUM_THREADS": "1",
-        # The second process of a release that was unpacked here starts in half the time.
+        # The second process of a release that was unpacked here starts in half the time. What pip installs is compiled.
         "PYTHONDONTWRITEBYTECODE": "",
-        "PYTHONPYCACHEPREFIX": str(CACHE / "pycache"),
     }
 
 

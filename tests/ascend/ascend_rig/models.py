@@ -141,6 +141,39 @@ _PROLOG_SIZES = {"hidden_size": 1024, "index_n_heads": 64}
 V32_PROLOG = {**V32, **_PROLOG_SIZES, "q_lora_rank": 1536}
 GLM_DSA_PROLOG = {**GLM_DSA, **_PROLOG_SIZES, "q_lora_rank": 2048, "index_n_heads": 32}
 
+# Grouped-query attention with heads of 128 channels: Qwen3-MoE, all of them rotary and normed, no shared experts;
+# GLM-4.5, half of them rotary, with biases.
+_GROUPED = {
+    **{key: value for key, value in _COMMON.items() if key not in ATTENTION},
+    "head_dim": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+QWEN3 = {
+    **{key: value for key, value in _GROUPED.items() if key not in ("first_k_dense_replace", "moe_layer_freq")},
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+    "decoder_sparse_step": 1,
+    "attention_bias": False,
+}
+GLM4 = {
+    **_GROUPED,
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+}
+
 # As many heads as no operator takes.
 GLM_DSA_SIX_HEADS = {**GLM_DSA, "num_attention_heads": 6}
 
@@ -167,18 +200,27 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> 
         tensors[f"{prefix}.post_attention_layernorm.weight"] = gain(hidden)
         for name, (outputs, inputs) in attention_shapes(config).items():
             tensors[f"{prefix}.self_attn.{name}.weight"] = matrix(outputs, inputs) if inputs else gain(outputs)
+        if config.get("attention_bias"):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                outputs, _ = attention_shapes(config)[name]
+                bias = 0.2 * torch.randn(outputs, generator=generator)
+                tensors[f"{prefix}.self_attn.{name}.bias"] = bias.bfloat16()
         for name, (outputs, inputs) in indexer_shapes(config, layer).items():
             tensors[f"{prefix}.self_attn.indexer.{name}.weight"] = matrix(outputs, inputs) if inputs else gain(outputs)
             if not inputs:
                 bias = 0.1 * torch.randn(outputs, generator=generator)
                 tensors[f"{prefix}.self_attn.indexer.{name}.bias"] = bias.bfloat16()
         mlps = {"mlp": config["intermediate_size"]}
-        if layer >= config["first_k_dense_replace"]:
-            experts, width = config["n_routed_experts"], config["moe_intermediate_size"]
+        grouped = "kv_lora_rank" not in config
+        qwen = "num_experts" in config
+        if layer not in config["mlp_only_layers"] if qwen else layer >= config["first_k_dense_replace"]:
+            experts = config["num_experts" if qwen else "n_routed_experts"]
+            width = config["moe_intermediate_size"]
             mlps = {f"mlp.experts.{expert}": width for expert in range(experts)}
-            mlps["mlp.shared_experts"] = width * config["n_shared_experts"]
+            if not qwen:
+                mlps["mlp.shared_experts"] = width * config["n_shared_experts"]
             tensors[f"{prefix}.mlp.gate.weight"] = matrix(experts, hidden)
-            if config["topk_method"] == "noaux_tc":
+            if not qwen and (grouped or config["topk_method"] == "noaux_tc"):
                 bias = 0.1 * torch.randn(experts, generator=generator)
                 tensors[f"{prefix}.mlp.gate.e_score_correction_bias"] = bias
         for name, width in mlps.items():
@@ -201,6 +243,11 @@ def write_k25(directory: Path) -> Path:
 
 def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """name → (outputs, inputs); inputs 0 for a norm."""
+    if "kv_lora_rank" not in config:
+        hidden, width = config["hidden_size"], config["head_dim"]
+        queries, keys = (config[f"num_{kind}_heads"] * width for kind in ("attention", "key_value"))
+        shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+        return shapes | {"o_proj": (hidden, queries), "q_norm": (width, 0), "k_norm": (width, 0)}
     hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     rope = config["qk_rope_head_dim"]
     queries = heads * (config["qk_nope_head_dim"] + rope)

@@ -1,4 +1,4 @@
-"""Attention in full int8 over a paged latent cache: semantics of the second attention operator, as far as that goes."""
+"""The second attention operator: semantics in full int8 over a paged latent cache, and of grouped-query attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from .emulate import require, rules, semantics
 from .formats import ND, format_of
 from .ops_attention import LATENT, ROPE, attend, check_cumulative, check_mask, check_queries, paged_keys
+from .ops_grouped import grouped_attention
 
 PER_TOKEN_HEAD = 3
 INT8_PAGE = 128
@@ -39,6 +40,18 @@ def npu_fused_infer_attention_score_v2(
 ) -> tuple[Tensor, Tensor]:
     """Both parts of a score are multiplied by the scales of query and key; the value's scale is one number."""
     name = "npu_fused_infer_attention_score_v2"
+    if input_layout == "TND":
+        require(query_rope is None and key_rope is None, f"{name}: rotary arguments in TND are not emulated")
+        require(query_quant_mode == key_quant_mode == value_quant_mode == 0, f"{name}: quant modes in TND")
+        for each in (dequant_scale_query, dequant_scale_key, dequant_scale_value):
+            require(each is None, f"{name}: a scale in TND")
+        require(actual_seq_qlen is not None and actual_seq_kvlen is not None, f"{name}: TND needs both lengths")
+        check_cumulative(name, list(actual_seq_qlen or []), query.shape[0])
+        check_mask(name, sparse_mode, atten_mask)
+        lengths = (list(actual_seq_qlen or []), list(actual_seq_kvlen or []))
+        sizes = (num_query_heads, num_key_value_heads, softmax_scale, block_size)
+        out = grouped_attention(name, query, key, value, sparse_mode == 3, *lengths, block_table, *sizes)
+        return out, torch.empty(0)
     require(input_layout in ("TND_NTD", "BSND_NBSD"), f"{name}: layout {input_layout!r} is not emulated")
     require(query_rope is not None and key_rope is not None, f"{name}: query_rope and key_rope come together")
     assert query_rope is not None and key_rope is not None and actual_seq_kvlen is not None

@@ -81,6 +81,7 @@ def _hook(ops: Ops, exchange: Callable[[Quantized], Quantized]) -> Ops:
         (ops.norms, "dequant_swiglu_quant"),
         (ops.routing, "moe_init_routing"),
         (ops.mla, "norm"),
+        (ops.gqa, "norm"),
     ):
         original = getattr(part, name)
 

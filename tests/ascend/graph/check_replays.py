@@ -22,7 +22,7 @@ SEQUENCES = 8
 LENGTHS = (3, 20, 33, 7, 16, 15, 1 + 16, 5)
 STEPS = ((0, 1, 2, 3, 4), (4, 1, 0), (0, 1, 2, 3, 4, 5, 6), (7,), (6, 5, 4, 3, 2, 1, 0), (2, 0, 1, 4, 5, 3), (2,))
 
-MODELS = ("example", "v2-lite", "glm-flash", "kimi-static", "example-int8-cache", "v32", "glm-dsa")
+MODELS = ("example", "v2-lite", "glm-flash", "kimi-static", "example-int8-cache", "v32", "glm-dsa", "qwen3", "glm4")
 # In bfloat16, which the fused prolog needs: fewer captures of larger models.
 SIZES_IN_BF16, STEPS_IN_BF16 = (2, 6), ((0, 1, 2, 3, 4), (4, 1, 0), (2,))
 IN_BF16 = ("prolog", "prolog-int8-cache", "glm-dsa-prolog")

@@ -25,7 +25,7 @@ from npuq.runtime.weights import load_rope_tables, load_weights
 
 MODELS = (
     *("example", "example-float", "v2-lite", "kimi", "kimi-w8a8", "kimi-static", "kimi-k2.5", "glm-flash"),
-    *("prolog", "v32", "v32-prolog", "v32-prolog-float-index-q", "glm-dsa"),
+    *("prolog", "v32", "v32-prolog", "v32-prolog-float-index-q", "glm-dsa", "qwen3", "glm4", "glm4-static"),
 )
 
 
@@ -52,19 +52,20 @@ def test_the_npu_holds_what_is_planned(artifact, name, dtype):
     assert sum(kind.copied for kind in planned.values()) == held
 
 
-@pytest.mark.parametrize("name", ["kimi", "v32"])
+@pytest.mark.parametrize("name", ["kimi", "v32", "glm4"])
 def test_the_npus_cache_is_what_is_planned(artifact, name):
     """The blocks of sequences and the spare one, of every layer."""
     ops, sizes = harness.make("ascend", torch.bfloat16), EngineConfig(block_size=64, max_num_seqs=2)
     with Checkpoint.open(artifact(name)) as checkpoint:
         config = read_model_config(checkpoint)
         planner = planner_of(open_store(checkpoint, ops.dtype).form, config, ops, sizes, 1 << 40, int8_cache=False)
-    blocks = engine_cache(planner, sizes) // (planner.cache_token * sizes.block_size)
+    planned = engine_cache(planner.rank(Layout()), sizes)
+    blocks = planned // (planner.cache_token * sizes.block_size)
     pools = attention_of(config, 1.0).pools
     layers = range(config.num_hidden_layers)
     cache = [ops.caches.new(pools(layer), blocks, sizes.block_size) for layer in layers]
     _, held = held_bytes(cache, MappedFiles())
     elsewhere = replace(planner, backend=replace(planner.backend, spare_blocks=0))
     spare = planner.rank(Layout()).workspace.fixed - elsewhere.rank(Layout()).workspace.fixed
-    assert held == engine_cache(planner, sizes) + spare
+    assert held == planned + spare
     assert spare == 64 * planner.cache_token

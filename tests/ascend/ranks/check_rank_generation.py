@@ -34,6 +34,8 @@ CASES = {
     "static W8A8": ("kimi-static", 2, "tp=2", A2),
     "int8 cache": ("example-int8-cache", 2, "ep=2,tp=2", A2),
     "sparse": ("v32-prolog", 2, "ep=2,tp=2", A3),
+    "grouped-query": ("glm4", 2, "ep=2,tp=2", A2),
+    "key heads that two ranks repeat": ("qwen3", 4, "tp=4", A2),
 }
 
 

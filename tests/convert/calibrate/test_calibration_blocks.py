@@ -14,6 +14,7 @@ from npuq.convert.calibrate.layers.attention import AttentionBlock, Weights
 from npuq.convert.calibrate.layers.operators import CalibrationOps, Deployed, float_mlp
 from npuq.formats.schemes import Scheme
 from npuq.models.config import ModelConfig
+from npuq.quant.arithmetic import TorchArithmetic
 from npuq.runtime.attention.kinds import attention_of
 from npuq.runtime.ops import LinearPart, MlpWeights
 from npuq.runtime.ops.reference import ReferenceOps
@@ -49,7 +50,7 @@ def _layer(q_lora_rank: int | None) -> Any:
     return Layer(
         SimpleNamespace(
             config=config,
-            ops=CalibrationOps(),
+            ops=CalibrationOps(TorchArithmetic()),
             attention=attention,
             dense=attention,
             selections=None,
@@ -123,7 +124,7 @@ def test_a_pass_ends_at_the_linear_that_records(monkeypatch: pytest.MonkeyPatch)
     block = AttentionBlock(layer)
     weights, x = Weights(_tensors(layer, block)), torch.ones(LENGTH, 40)
     ran: list[str] = []
-    monkeypatch.setattr(Deployed, "__call__", lambda self, x: ran.append(self.name) or x @ self.weight.T)
+    monkeypatch.setattr(Deployed, "__call__", lambda self, x, arithmetic: ran.append(self.name) or x @ self.weight.T)
     block.inputs(weights, "q_latent_normed", x, None)
     assert ran == ["q_a", "kv_a"]
 
@@ -133,7 +134,7 @@ def test_the_feed_forward_block_is_the_runtimes(rows: int) -> None:
     generator = torch.Generator().manual_seed(4)
     gate, up, down = (torch.randn(shape, generator=generator) for shape in ((24, 16), (24, 16), (16, 24)))
     x = torch.randn(rows, 16, generator=generator)
-    ops, reference = CalibrationOps(), ReferenceOps()
+    ops, reference = CalibrationOps(TorchArithmetic()), ReferenceOps()
     handle = MlpWeights(
         reference.weights.float_linear([gate, up]), reference.weights.float_linear([down]), quantized=False
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from holes import Header, write_holes
-from published import GLM_47_FLASH, GLM_52, MOONLIGHT, V3, V32
+from published import GLM_45, GLM_45_AIR, GLM_47_FLASH, GLM_52, MOONLIGHT, QWEN3_30B, QWEN3_CODER_480B, V3, V32
 
 from npuq.convert import convert_checkpoint
 from npuq.errors import NpuqError
@@ -39,8 +40,10 @@ def write_release(
     return len(tensors)
 
 
-def test_what_91000_tensors_become(full_size, tmp_path):
+def test_what_91000_tensors_become(full_size, tmp_path, monkeypatch):
+    monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output: 10**12)
     summary = convert_checkpoint(full_size, tmp_path / "out", dry_run=True)
+    assert summary.refusal is None
     assert summary.jobs > 46_000 and summary.tensors > 180_000
     # Routed experts: 58 layers of 256 × 3 matrices of 7168 × 2048 in four bits, and their float32 columns.
     experts = next(role for role in summary.roles if role["role"] == "routed_expert")
@@ -66,8 +69,13 @@ def test_sparse_models_of_published_sizes(config, names, indexers, model_shapes,
 
 @pytest.mark.parametrize(
     ("config", "experts", "mtp_experts", "attention"),
-    [(GLM_47_FLASH, 46 * 64 * 3, 64 * 3, 47 * 4), (MOONLIGHT, 26 * 64 * 3, 0, 27 * 3)],
-    ids=["glm-4.7-flash", "moonlight"],
+    [
+        (GLM_47_FLASH, 46 * 64 * 3, 64 * 3, 47 * 4),
+        (MOONLIGHT, 26 * 64 * 3, 0, 27 * 3),
+        (QWEN3_30B, 48 * 128 * 3, 0, 48 * 4),
+        (GLM_45_AIR, 45 * 128 * 3, 128 * 3, 46 * 4),
+    ],
+    ids=["glm-4.7-flash", "moonlight", "qwen3-30b", "glm-4.5-air"],
 )
 def test_small_models_of_published_sizes(config, experts, mtp_experts, attention, model_shapes, tmp_path):
     """In bfloat16, as they are published."""
@@ -79,6 +87,33 @@ def test_small_models_of_published_sizes(config, experts, mtp_experts, attention
     assert [note for note in summary.notes if note.startswith("config.json")] == []
 
 
+@pytest.mark.parametrize(
+    ("config", "layers", "experts", "billions"),
+    [(QWEN3_CODER_480B, 62, 160, 480), (GLM_45, 89, 160, 358)],
+    ids=["qwen3-coder-480b", "glm-4.5"],
+)
+def test_large_models_with_grouped_query_attention(config, layers, experts, billions, model_shapes, tmp_path):
+    """GLM's FP8 release is llm-compressor's: a scale for each row. Its biases stay as they are."""
+    rows = config is GLM_45
+    tensors: list[Header] = []
+    for name, shape in model_shapes(config).items():
+        quantized = "_proj.weight" in name and "eh_proj" not in name
+        code = "F8_E4M3" if quantized else "F32" if name.endswith("correction_bias") else "BF16"
+        tensors.append((name, code, shape))
+        if quantized and rows:
+            tensors.append((name.removesuffix("weight") + "weight_scale", "BF16", (shape[0], 1)))
+        elif quantized:
+            tensors.append((f"{name}_scale_inv", "BF16", (-(-shape[0] // 128), -(-shape[1] // 128))))
+    write_holes(tmp_path / "source", config, tensors)
+    summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", method="rotate+mse", dry_run=True)
+    roles = {role["role"]: role["tensors"] for role in summary.roles}
+    assert roles["routed_expert"] == layers * experts * 3
+    assert roles["attention"] == 4 * config["num_hidden_layers"]
+    assert (roles.get("bias", 0), roles.get("mtp_bias", 0)) == ((3 * 92, 3) if rows else (0, 0))
+    parameters = sum(prod(shape) for name, code, shape in tensors if "scale" not in name)
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
 def test_the_memory_that_is_told(full_size, rig, tmp_path):
     answer = rig(full_size, tmp_path / "out", options={"dry_run": True})
     assert 0.7 < answer["memory"] / answer["summary"]["plan_bytes"] < 1.3
@@ -86,13 +121,12 @@ def test_the_memory_that_is_told(full_size, rig, tmp_path):
 
 def test_the_command_prints_what_is_needed(full_size, tmp_path, npuq, monkeypatch):
     """And says that it would not start, where the disk has no room for it."""
-    for free, status in ((10**12, 0), (54 * 10**9, 1)):
-        monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output, free=free: free)
-        outcome = npuq("convert", full_size, tmp_path / "out", "--dry-run", "--max-memory", "200MB")
-        assert outcome.status == status
-        for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "236 MB for the plan", "disk: 371 GB needed"):
-            assert words in outcome.stdout, words
-        assert ("needs about 371 GB and 54 GB are free" in outcome.stderr) == bool(status)
+    monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output: 54 * 10**9)
+    outcome = npuq("convert", full_size, tmp_path / "out", "--dry-run", "--max-memory", "200MB")
+    assert outcome.status == 1
+    for words in ("routed_expert", "46183 jobs", "689 GB → 371 GB", "236 MB for the plan", "disk: 371 GB needed"):
+        assert words in outcome.stdout, words
+    assert "needs about 371 GB and 54 GB are free" in outcome.stderr
 
 
 def other_recipe(output: Path) -> dict[str, Any]:

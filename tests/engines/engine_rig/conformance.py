@@ -144,7 +144,8 @@ class Comparison:
             raise ConformanceError(f"the description lacks or adds {sorted(types.keys() ^ listed)[0]}")
         for name, scheme in types.items():
             weight = f"{name.rpartition('.')[0]}.weight"
-            quantized = weight in stored and stored[weight].dtype == "I8"
+            # The bias of a quantized linear stays as it is.
+            quantized = weight in stored and stored[weight].dtype == "I8" and not name.endswith(".bias")
             if scheme is not (types[weight] if quantized else Scheme.FLOAT):
                 raise ConformanceError(f"{name}: described as {scheme.value}, which its weight is not")
 
@@ -197,7 +198,24 @@ class Comparison:
                 )
             )
         sizes = [part.weight.shape[0] for part in parts]
-        _equal(name, _gather(outputs, sizes, outputs[0].shape[1], self.loaded.ranks[0][name].weight.shape[0], x), ours)
+        held = self.loaded.ranks[0][name].weight.shape[0]
+        _equal(name, _gather(outputs, sizes, outputs[0].shape[1], held, x), ours)
+        self.biases(name, parts, held, x)
+
+    def biases(self, name: str, parts: Sequence[LinearPart], held: int, x: Quantized) -> None:
+        """The biases of a linear's parts, which the engine adds to its outputs."""
+        prefix = self.loaded.rename(name).rpartition(".")[0]
+        leaves = FUSED.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
+        stored = [f"{prefix}.{leaf}.bias" for leaf in leaves if f"{prefix}.{leaf}.bias" in self.checkpoint.tensors]
+        modules = [modules[name] for modules in self.loaded.ranks]
+        has_bias = [isinstance(module.bias, Tensor) for module in modules]
+        if any(has_bias) != bool(stored) or any(has_bias) != all(has_bias):
+            raise ConformanceError(f"{name}: a bias, or none, where the artifact has {len(stored)}")
+        if stored:
+            ours = torch.cat([self.checkpoint.read(bias).float() for bias in stored])[None]
+            theirs = [module.bias.data.float()[None] for module in modules]
+            sizes = [part.weight.shape[0] for part in parts]
+            _equal(f"{name}.bias", _gather(theirs, sizes, theirs[0].shape[1], held, x), ours)
 
     def static(self, name: str, parts: Sequence[LinearPart]) -> None:
         """Activations by the engine's scale in the model's dtype, then the product: codes equal, sums equal."""
@@ -316,8 +334,18 @@ def _gather(outputs: Sequence[Tensor], sizes: Sequence[int], width: int, held: i
         for other in outputs[1:]:
             _equal("replicated", other, outputs[0])
         return outputs[0]
-    pieces = [output.split([size // len(outputs) for size in sizes], dim=1) for output in outputs]
-    return torch.cat([torch.cat([piece[index] for piece in pieces], dim=1) for index in range(len(sizes))], dim=1)
+    shares = [size // len(outputs) for size in sizes]
+    if sum(shares) != width:  # fewer key and value heads than ranks, which hold each several times
+        shares[1:] = [(width - shares[0]) // (len(sizes) - 1)] * (len(sizes) - 1)
+    pieces = [output.split(shares, dim=1) for output in outputs]
+    whole = []
+    for index, size in enumerate(sizes):
+        times = shares[index] * len(outputs) // size
+        part = [piece[index] for piece in pieces]
+        for rank, other in enumerate(part):
+            _equal("repeated", other, part[rank - rank % times])
+        whole += part[::times]
+    return torch.cat(whole, dim=1)
 
 
 def _equal(name: str, theirs: Tensor, ours: Tensor) -> None:

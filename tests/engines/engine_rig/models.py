@@ -88,7 +88,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "index_skip_topk_offset": 2,
     },
 }
-# Grouped-query attention: 4 key and value heads, which more ranks hold several times; a dense layer in each.
+# Grouped-query attention: 4 key and value heads, which more ranks hold several times; GLM has a dense layer.
 _GQA = {
     **{key: value for key, value in models.KIMI.items() if key not in ("q_lora_rank", *models.ATTENTION)},
     **{key: value for key, value in _WIDE.items() if key not in models.ATTENTION},
@@ -101,7 +101,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_experts": 16,
-        "mlp_only_layers": [0],
+        "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     },
     "glm-4.5": _GQA
@@ -115,9 +115,11 @@ TABLES: dict[str, dict[str, Any]] = {
     },
 }
 CONFIGS |= TABLES
+# No release has dense layers.
+TABLES["qwen3-dense"] = TABLES["qwen3-moe"] | {"mlp_only_layers": [0]}
 # Every artifact, and those that have an MTP layer.
 STATIC = "v3-static"
-ARTIFACTS = ("example", *CONFIGS, STATIC)
+ARTIFACTS = ("example", *CONFIGS, STATIC, "qwen3-dense")
 WITH_MTP = ("example", *(name for name, config in CONFIGS.items() if config["num_nextn_predict_layers"]))
 # Published with a vision tower, a nested config and experts in int4; of the tower's heads 16 ranks get one each.
 _VISION = {"kimi-k2.5": {"hidden_size": 128, "num_attention_heads": 16, "intermediate_size": 64}}
@@ -168,9 +170,9 @@ def _make_static(tensors: dict[str, torch.Tensor], tags: dict[str, str]) -> None
 
 
 def _write_source(name: str, directory: Path) -> Path:
-    config = CONFIGS[name]
     if name in TABLES:
-        return write_random(directory, config)
+        return write_random(directory, TABLES[name])
+    config = CONFIGS[name]
     layers, extra = config["num_hidden_layers"], config["num_nextn_predict_layers"]
     # An MTP layer is a decoder layer with its embedding, head and projection beside it.
     models.write_checkpoint(directory, config | {"num_hidden_layers": layers + extra})

@@ -17,6 +17,7 @@ from torch import Tensor
 from npuq.engines.parameters import (
     MODELS,
     EngineModel,
+    dense_notes,
     draft_tensors,
     indexer_notes,
     main_tensors,
@@ -90,7 +91,9 @@ def refused_by(release: str, directory: Path) -> list[str]:
     """What npuq says of an artifact that this release does not load, and others of the engine do."""
     name, _, version = release.partition(" ")
     _, raw, schemes = model_of(name, directory)
-    return [why for releases, why in indexer_notes(name, ModelConfig.from_dict(raw), schemes) if version in releases]
+    config = ModelConfig.from_dict(raw)
+    notes = (*indexer_notes(name, config, schemes), *dense_notes(name, config, schemes))
+    return [why for releases, why in notes if version in releases]
 
 
 def check_needed(release: str, engine: ModuleType, directory: Path, mtp: bool) -> None:
@@ -180,6 +183,20 @@ VARIATIONS = {
     "GLM, topk_method and scoring_func unsaid": Variation({"topk_method": ..., "scoring_func": ...}, of="glm-flash"),
     "GLM, moe_layer_freq unsaid": Variation({"moe_layer_freq": ...}, of="glm-flash"),
     "GLM, no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts"), of="glm-flash"),
+    "GLM-4.5 as it is": Variation({}, of="glm-4.5"),
+    "GLM-4.5, its switches unsaid": Variation({"attention_bias": ..., "use_qk_norm": ...}, of="glm-4.5"),
+    "GLM-4.5, first_k_dense_replace unsaid": Variation({"first_k_dense_replace": ...}, of="glm-4.5"),
+    "GLM-4.5, partial_rotary_factor unsaid": Variation({"partial_rotary_factor": ...}, of="glm-4.5"),
+    "GLM-4.5, no shared experts": Variation({"n_shared_experts": 0}, drop("shared_experts"), of="glm-4.5"),
+    "GLM-4.5, tied, with a head": Variation({"tie_word_embeddings": True}, of="glm-4.5"),
+    "Qwen3-MoE as it is": Variation({}, of="qwen3-moe"),
+    # The head is read over the embedding.
+    "Qwen3-MoE, tied, with a head": Variation({"tie_word_embeddings": True}, silent=("vllm-ascend",), of="qwen3-moe"),
+    "Qwen3-MoE, experts by another name": Variation({"num_experts": ..., "num_local_experts": 16}, of="qwen3-moe"),
+    "Qwen3-MoE, all but sizes unsaid": Variation(
+        {"norm_topk_prob": ..., "decoder_sparse_step": ..., "mlp_only_layers": ...}, of="qwen3-moe"
+    ),
+    "Qwen3-MoE with a dense layer": Variation({}, of="qwen3-dense"),
     "Kimi-K2.5 as it is": Variation({}, of="kimi-k2.5"),
     "V3.2 as it is": Variation({}, of="v32"),
     # Attention is then dense, and the tensors of indexers are skipped.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.config import vllm as vllm_config_module
 from vllm.distributed import parallel_state
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models import kimi_k25
 from vllm.model_executor.models.interfaces import SupportsQuant
@@ -35,7 +36,8 @@ from .vllm_configuration import vllm_configuration
 register_model()
 
 # Attention has no weights of its own but the linears that it is given; communication is not part of loading.
-AscendMultiHeadLatentAttention.__init__ = lambda self, *args, **kwargs: nn.Module.__init__(self)
+for attention in (AscendMultiHeadLatentAttention, Attention):
+    attention.__init__ = lambda self, *args, **kwargs: nn.Module.__init__(self)
 release.moe.setup_moe_comm_method = lambda config: None
 
 # Classes look among their arguments for a VllmConfig, to tell the quantization of their names and fused modules.

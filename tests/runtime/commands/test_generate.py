@@ -232,3 +232,19 @@ def test_runtime_does_not_import_transformers(example_fp8: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(example_fp8)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_reasoning_is_apart_from_the_answer(run: Run, artifact: Path, tmp_path: Path) -> None:
+    """stdout has the answer alone. The example does not think: its template writes the beginning of what it says."""
+    model = copy(artifact, tmp_path)
+    common = ("generate", model, "--prompt", "Why?", "--max-new-tokens", 8, "--greedy")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}<think>", encoding="utf-8")
+    code, out, err = run(*common, "--chat")
+    assert (code, out) == (0, "\n")
+    (shown,) = json.loads(run(*common, "--chat", "--json", "--quiet")[1])
+    assert shown["text"] == "" and shown["reasoning_tokens"] == 8 and shown["reasoning"]
+    assert shown["reasoning"] in err and run(*common, "--chat", "--quiet") == (0, "\n", "")
+    # A text is continued as it is, and so is the answer behind the end of reasoning.
+    assert "reasoning" not in json.loads(run(*common, "--json", "--quiet")[1])[0]
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}<think></think>", encoding="utf-8")
+    assert len(run(*common, "--chat", "--quiet")[1].strip()) > 4

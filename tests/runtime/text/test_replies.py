@@ -237,6 +237,10 @@ def test_qwens_object_in_another_order(with_markers: Tokenizer) -> None:
         ("Q", "a", "", "a"),
         ("Q", "<think>\na\n</think>\n\nb", "a", "b"),
         ("Q</think>", "<think>a</think>b", "a", "b"),
+        ("Q", "\n<think>a</think>\nb", "a", "b"),
+        ("Q", "\n \n a", "", "\n \n a"),
+        ("Q", "\n \n", "", "\n \n"),
+        ("Q", " " * 40 + "<think>a", "a", " " * 40),
         ("Q", "a</think>b", "", "ab"),
         ("Q<think>", "a", "a", ""),
         ("Q<think>", f"a {DEEPSEEK[0]}", "a", ""),
@@ -292,8 +296,11 @@ def test_the_template_says_which_format(
     assert off.reasoning is None and off.calls is None
 
 
-def test_tokens_alone_show_reasoning(tmp_path: Path) -> None:
-    assert find_format(tokenizer_with(tmp_path, THINK)).reasoning.name == "deepseek"  # type: ignore[union-attr]
+def test_tokens_alone_show_some_formats(tmp_path: Path) -> None:
+    found = find_format(tokenizer_with(tmp_path / "think", THINK))
+    assert found.reasoning is not None and found.reasoning.name == "deepseek" and found.calls is None
+    found = find_format(tokenizer_with(tmp_path / "kimi", KIMI))
+    assert found.calls is not None and found.calls.name == "kimi-k2" and found.reasoning is None
 
 
 def test_an_unknown_format_is_refused(with_markers: Tokenizer) -> None:

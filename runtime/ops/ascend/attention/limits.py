@@ -1,7 +1,7 @@
 """Sizes that torch_npu's documentation of its attention operators allows, and the form of a call that fits a model's.
 
-Sources: op-plugin's pages of npu_fused_infer_attention_score (Atlas A2 and A3), npu_mla_prolog_v3,
-npu_lightning_indexer and npu_sparse_flash_attention.
+Sources: op-plugin's pages of npu_fused_infer_attention_score and its second version (Atlas A2 and A3),
+npu_mla_prolog_v3, npu_lightning_indexer, npu_sparse_flash_attention and npu_apply_rotary_pos_emb.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ PROLOG_HIDDEN = (1024, 2048, 3072, 4096, 5120, 6144, 7168, 7680, 8192)
 PROLOG_Q_LORA = (1536, 2048)
 PROLOG_NOPE = (128, 192)
 INDEX_DIM, MAX_INDEX_HEADS = 128, 64
+GROUPED_DIM = 128  # of heads in "TND" without rotary arguments
+MAX_HEADS, MAX_GROUP, MAX_KV_CHANNELS = 256, 64, 65535
+ROTARY_DIMS = (64, 128)  # of npu_apply_rotary_pos_emb
 MOST_SELECTED = 2048
 MORE_SELECTED = tuple(range(3072, 8193, 1024))  # counts above MOST_SELECTED
 
@@ -88,6 +91,21 @@ def check_mla(name: str, config: MlaWidths) -> None:
         )
     if config.heads > MAX_ABSORBED_HEADS:
         wrong.append(f"{config.heads} attention heads (at most {MAX_ABSORBED_HEADS})")
+    if wrong:
+        raise BackendError(f"{name}: the NPU's attention operators do not take {', '.join(wrong)}")
+
+
+def check_gqa(name: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raise BackendError for sizes of grouped-query attention that the NPU's operators do not take."""
+    wrong = []
+    if head_dim != GROUPED_DIM:
+        wrong.append(f"head_dim {head_dim} (must be {GROUPED_DIM})")
+    if heads > MAX_HEADS:
+        wrong.append(f"{heads} attention heads (at most {MAX_HEADS})")
+    if heads > MAX_GROUP * kv_heads:
+        wrong.append(f"{heads} heads on {kv_heads} of keys and values (at most {MAX_GROUP} on one)")
+    if kv_heads * head_dim > MAX_KV_CHANNELS:
+        wrong.append(f"{kv_heads * head_dim} channels of keys (at most {MAX_KV_CHANNELS})")
     if wrong:
         raise BackendError(f"{name}: the NPU's attention operators do not take {', '.join(wrong)}")
 

@@ -41,9 +41,12 @@ def _workspace(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
 def _output(
     query: Tensor, value: Tensor, *, input_layout: str = "BSH", query_rope: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Room for the output, which is head-major in both layouts of absorbed attention, and none for the log-sum-exp."""
+    """Room for the output, which is head-major in both layouts of absorbed attention alone; none for the
+    log-sum-exp."""
     if input_layout == "TND_NTD":
         shape = query.transpose(0, 1).shape
+    elif input_layout == "TND":
+        shape = query.shape
     elif input_layout == "BSND_NBSD":
         shape = query.permute(2, 0, 1, 3).shape
     else:
