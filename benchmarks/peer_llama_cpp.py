@@ -99,7 +99,8 @@ def measure(path: Path, threads: int, prompt: int, tokens: int, clock: Callable[
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = prompt + tokens + 16, prompt, prompt
+    params.n_ctx, params.n_batch = prompt + tokens + 16, prompt
+    params.n_ubatch = min(prompt, 2048)  # the memory of a longer one would be gigabytes
     params.n_threads = params.n_threads_batch = threads
     context = llama.llama_init_from_model(model, params)
     generator = np.random.default_rng(0)

@@ -46,7 +46,7 @@ SMALL_V3: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
     "vocab_size": 32768,
     "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 65536,
     "rope_theta": 10000.0,
     "torch_dtype": "bfloat16",
 }

@@ -2,6 +2,7 @@
 
     python benchmarks/runtime.py [--threads 2] [--rounds 3] [--json]
     python benchmarks/runtime.py --llama-cpp ENV/bin/python --transformers     # the peers too
+    python benchmarks/runtime.py --context 4096,8192,32768 --llama-cpp ENV/bin/python    # one sequence, by its length
 
 The model is random: 2.6 GB of DeepSeek-V3 in small, or with `--shape qwen3` 2.2 GB of Qwen3-30B-A3B's layers
 (build/random-small-SHAPE, written once). `--llama-cpp` names the Python of an environment that has llama-cpp-python and
@@ -49,6 +50,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
     parser.add_argument("--batch", type=int, default=16, help="sequences at once, beside one; 0: only one")
+    parser.add_argument(
+        "--context", type=_lengths, default=[], help="lengths of prompts, in place of all else; a round"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="count processor time; with one thread only")
     parser.add_argument("--shape", choices=SHAPES, default="v3")
     parser.add_argument("--model", type=Path, help="default: build/random-small-SHAPE")
@@ -68,11 +72,13 @@ def main() -> None:
     gguf = options.gguf or BUILD / f"random-small-{options.shape}.gguf"
     if not (directory / "npuq" / "manifest.json").is_file():
         make(directory, SHAPES[options.shape])
-    tokens = options.prompt + options.tokens + 16
-    sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=max(1024, tokens), prefix_cache=False)
+    tokens = max([options.prompt, *options.context]) + 2 * options.tokens + 16
+    batched = 2048 if options.context else max(1024, tokens)
+    sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=batched, prefix_cache=False)
     model = npuq.runtime.load(directory, "cpu", engine=sizes)
     peers: dict[str, list[str]] = {}
-    shared = ["--threads", str(options.threads), "--prompt", str(options.prompt), "--tokens", str(options.tokens)]
+    shared = ["--threads", str(options.threads), "--tokens", str(options.tokens)]
+    shared += [] if options.context else ["--prompt", str(options.prompt)]
     shared += ["--cpu-time"] if options.cpu_time else []
     if options.llama_cpp is not None:
         peer = [str(HERE / "peer_llama_cpp.py"), str(gguf), "--shape", options.shape]
@@ -80,6 +86,10 @@ def main() -> None:
     if options.transformers:
         peers["transformers bf16"] = [sys.executable, str(HERE / "peer_transformers.py"), str(directory), *shared]
 
+    if options.context:
+        found = {length: measure_context(model, peers, length, options.tokens, clock) for length in options.context}
+        print(json.dumps(found, indent=2) if options.json else context_table(found, list(peers)))
+        return
     rounds = []
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
@@ -128,6 +138,37 @@ def measure_round(
     return found
 
 
+def _lengths(text: str) -> list[int]:
+    return [int(length) for length in text.split(",")]
+
+
+def measure_context(
+    model: LanguageModel, peers: dict[str, list[str]], length: int, tokens: int, clock: Clock
+) -> Figures:
+    """Measure one sequence behind a prompt of `length` tokens, in tokens/s. All caches have 16 bits a number."""
+    print(f"{length} tokens", file=sys.stderr)
+    one = measure(model, 1, length, tokens, clock)
+    found: Figures = {"npuq prefill": one.prefill, "npuq decode": one.decode}
+    for name, command in peers.items():
+        done = subprocess.run([*command, "--prompt", str(length)], check=True, capture_output=True, text=True)
+        theirs = json.loads(done.stdout)
+        for what in ("prefill", "decode"):
+            found[f"{name} {what}"], found[f"{name} {what} ratio"] = theirs[what], found[f"npuq {what}"] / theirs[what]
+    return found
+
+
+def context_table(found: dict[int, Figures], peers: list[str]) -> str:
+    lines = ["| context | npuq prefill | decode |" + "".join(f" {name} prefill | decode |" for name in peers)]
+    lines.append("|---:" * (3 + 2 * len(peers)) + "|")
+    for length, figures in found.items():
+        line = f"| {length} | {figures['npuq prefill']:.1f} | {figures['npuq decode']:.2f} |"
+        for name in peers:
+            for what in ("prefill", "decode"):
+                line += f" {figures[f'{name} {what}']:.2f} ({figures[f'{name} {what} ratio']:.2f} ×) |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
     lines = [
         f"limits: read {found['read bandwidth'] / 1e9:.1f} GB/s; torch int8 on the prefill's shapes "
@@ -169,7 +210,8 @@ def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: C
     vocabulary = model.engine.model.config.vocab_size
     engine = model.engine
     params = SamplingParams(max_new_tokens=2 * tokens + 2, ignore_eos=True)
-    engine.add(torch.randint(vocabulary, (prompt,), generator=generator).tolist(), SamplingParams(max_new_tokens=3))
+    warm = torch.randint(vocabulary, (min(prompt, 1024),), generator=generator).tolist()
+    engine.add(warm, SamplingParams(max_new_tokens=3))
     while engine.scheduler.has_work:  # touches the mapped weights and the scratch memory once
         engine.step()
     prompts = torch.randint(vocabulary, (batch, prompt), generator=generator).tolist()

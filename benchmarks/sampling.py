@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py --threads 2
 
-Rows are model-like (a few likely tokens above a normal rest), flat, or all equal. A step samples a token for each sequence.
+Rows are model-like (a few likely tokens above a normal rest), flat, or all equal. A step samples a token a sequence.
 """
 
 from __future__ import annotations

@@ -95,7 +95,36 @@ EMULATED __m512i emulated_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
     return sum.i;
 }
 
+/* Both products of a pair are added one after the other: the instruction's own rounding is not imitated. */
+EMULATED __m512 emulated_dpbf16_ps(__m512 acc, __m512i a, __m512i b) {
+    union emulated sum = {.f = acc}, x = {.i = a}, y = {.i = b};
+    const __m256i upper = _mm256_set1_epi32((int)0xFFFF0000);
+    for (int h = 0; h < 2; h++) {
+        __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(x.half[h], upper));
+        __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(x.half[h], 16));
+        sum.half_f[h] = _mm256_fmadd_ps(odd, _mm256_castsi256_ps(_mm256_and_si256(y.half[h], upper)), sum.half_f[h]);
+        sum.half_f[h] = _mm256_fmadd_ps(even, _mm256_castsi256_ps(_mm256_slli_epi32(y.half[h], 16)), sum.half_f[h]);
+    }
+    return sum.f;
+}
+
 /* Parts and casts. */
+EMULATED __m512i emulated_set1_epi32(int value) {
+    union emulated out;
+    out.half[0] = out.half[1] = _mm256_set1_epi32(value);
+    return out.i;
+}
+EMULATED __m512i emulated_permutexvar_epi16(__m512i places, __m512i a) {
+    union emulated from = {.i = a}, place = {.i = places}, out;
+    for (int k = 0; k < 32; k++) out.i16[k] = from.i16[place.i16[k] & 31];
+    return out.i;
+}
+EMULATED __m512i emulated_castsi256_si512(__m256i a) { return ((union emulated){.half = {a, a}}).i; }
+EMULATED __m512i emulated_inserti64x4(__m512i a, __m256i b, int which) {
+    union emulated out = {.i = a};
+    out.half[which] = b;
+    return out.i;
+}
 EMULATED __m256i emulated_castsi512_si256(__m512i a) { return ((union emulated){.i = a}).half[0]; }
 EMULATED __m256 emulated_castps512_ps256(__m512 a) { return ((union emulated){.f = a}).half_f[0]; }
 EMULATED __m512 emulated_castsi512_ps(__m512i a) { return (__m512)a; }
@@ -149,6 +178,11 @@ EMULATED __mmask32 emulated_movepi16_mask(__m512i a) {
     return mask;
 }
 
+#define _mm512_castsi256_si512 emulated_castsi256_si512
+#define _mm512_dpbf16_ps(sum, a, b) emulated_dpbf16_ps(sum, (__m512i)(a), (__m512i)(b))
+#define _mm512_inserti64x4 emulated_inserti64x4
+#define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
+#define _mm512_set1_epi32 emulated_set1_epi32
 #define _mm512_add_epi32 emulated_add_epi32
 #define _mm512_add_epi64 emulated_add_epi64
 #define _mm512_and_si512 emulated_and_si512

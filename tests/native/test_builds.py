@@ -22,7 +22,7 @@ needs_arm = pytest.mark.skipif(
 )
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="gcc is not installed")
 emulates_avx512 = pytest.mark.skipif(
-    platform.machine() != "x86_64" or "avx512vnni" in native.levels(),
+    platform.machine() != "x86_64" or "avx512bf16" in native.levels(),
     reason="AVX-512 is emulated by AVX2 where the processor lacks it; here the tests run it as it is",
 )
 
@@ -76,6 +76,7 @@ def test_kernel_tests_pass_under_sanitizers() -> None:
         "rows",
         "layers",
         "attention",
+        "latent_attention",
         "grouped",
         "sparse",
         "arguments",
@@ -95,11 +96,13 @@ def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
     setup = load_setup()
     levels = setup.LEVELS["x86_64"]
     levels["avx512vnni"] = ["-DNPUQ_LEVEL_AVX512", *levels["avx2"][1:], *EMULATED_AVX512]
+    levels["avx512bf16"] = ["-DNPUQ_LEVEL_BF16", *levels["avx512vnni"]]
     extra = ["-DNPUQ_EVERY_LEVEL", "-w", "-O2"]
     setup.build(tmp_path / "libnpuq.so", tmp_path / "objects", [str(COMPILER)], "x86_64", extra)
-    names = ["products", "rows", "layers", "attention", "grouped", "sparse", "convert", "calibration"]
+    names = ["products", "rows", "layers", "attention", "latent_attention", "grouped", "sparse", "convert"]
+    names += ["calibration"]
     said = _kernel_tests(tmp_path / "libnpuq.so", names, {}, 20)
-    assert said.splitlines()[0] == "portable avx2 avx512vnni"
+    assert said.splitlines()[0] == "portable avx2 avx512vnni avx512bf16"
 
 
 @needs_arm

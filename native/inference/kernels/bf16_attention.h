@@ -113,10 +113,11 @@ static void bf16_softmax(float *score, size_t count, float scale, const int32_t 
 
 /* Sixteen channels of keys j and j + 1, in pairs; of the last key alone twice. */
 INLINE vi interleave(const char *first, size_t to_second) {
-    const vi places = (vi)_mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    static const int16_t places[32] __attribute__((aligned(64))) = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m256i a = _mm256_loadu_si256((const __m256i *)first), b = _mm256_loadu_si256((const __m256i *)(first + to_second));
-    return (vi)_mm512_permutexvar_epi16((__m512i)places, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+    return (vi)_mm512_permutexvar_epi16(_mm512_loadu_si512(places), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
 }
 
 INLINE void weigh_some(const uint32_t *weight, const struct bf16_rows *values, size_t group, const int vectors, size_t count,
