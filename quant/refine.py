@@ -176,4 +176,3 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor, arithmetic:
         lost += float((arithmetic.product(difference, hessian) * difference).sum(1).double().sum())
         whole += float((arithmetic.product(part, hessian) * part).sum(1).double().sum())
     return lost, whole
-

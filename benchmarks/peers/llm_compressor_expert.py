@@ -30,9 +30,7 @@ def main(expert: str, found: str, threads: str) -> None:
     for name, (weight, inputs) in tensors.items():
         hessian = 2 / inputs.shape[0] * inputs.T @ inputs
         scale, zero = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), arguments)
-        rounded, _, _ = quantize_weight(
-            weight[None].clone(), hessian[None], scale[None], zero[None], None, arguments
-        )
+        rounded, _, _ = quantize_weight(weight[None].clone(), hessian[None], scale[None], zero[None], None, arguments)
         results[name] = rounded[0]
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     torch.save(results, found)
