@@ -1,7 +1,7 @@
 """Calibration at DeepSeek-V3's size: CPU seconds and peak memory by part, and what a whole V3 would take by them.
 
-    python benchmarks/calibrate.py [--threads 1] [--tokens 2048] [--before] [--llm-compressor PYTHON] [--only expert dense]
-        [--level avx2] [--torch] [--json]
+    python benchmarks/calibrate.py [--threads 1] [--tokens 2048] [--before] [--llm-compressor PYTHON]
+        [--only expert dense] [--level avx2] [--torch] [--json]
 
 One routed expert (gate and up [2048, 7168], down [7168, 2048]) on `--tokens` routed tokens runs whole, by the code that
 converts it. Linears of attention and of the dense block run on some rows and tokens; their time grows with both, and is
@@ -49,8 +49,8 @@ from npuq.quant.stored_rows import StoredRows
 
 HIDDEN, INTERMEDIATE, EXPERTS = 7168, 2048, 256
 LAYERS, DENSE_LAYERS, ALL_TOKENS = 61, 3, 65536
-# Linears of a decoder layer beside its routed experts: (name, outputs, inputs, how many layers have it, the linear whose
-# Hessian it shares).
+# Linears of a decoder layer beside its routed experts: (name, outputs, inputs, how many layers have it). Those of one
+# Hessian are together.
 LINEARS = (
     ("q_a|kv_a", 1536 + 576, HIDDEN, LAYERS),
     ("q_b", 128 * 192, 1536, LAYERS),
@@ -178,7 +178,7 @@ def scales(rows: Tensor) -> Tensor:
 
 
 def measure_before(arithmetic: Arithmetic, tokens: int) -> dict[str, Any]:
-    """Squared errors of both algorithms on some rows of an expert's linears, and the earlier one's time for the expert."""
+    """Squared errors of both algorithms on some rows of an expert's linears, and the earlier one's time."""
     x, inner = expert_inputs(arithmetic, tokens)
     gate, up, down = expert_weights(1)
     found: dict[str, Any] = {"cpu_s": 0.0, "squared_error": {}, "now": {}}
@@ -313,7 +313,8 @@ def table(found: dict[str, Any]) -> str:
     if "llm_compressor" in found:
         peer = found["llm_compressor"]
         lines.append(
-            f"llm-compressor {peer['version']}: {peer['cpu_s']:.0f} CPU s, {peer['wall_s']:.0f} s on {peer['threads']} threads"
+            f"llm-compressor {peer['version']}: {peer['cpu_s']:.0f} CPU s, {peer['wall_s']:.0f} s on {peer['threads']} "
+            "threads"
         )
         lines += [f"  squared error of {name:<5} {error:.4e}" for name, error in peer["squared_error"].items()]
     return "\n".join(lines)
