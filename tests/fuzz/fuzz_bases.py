@@ -77,6 +77,26 @@ _LITE = {
     "n_shared_experts": 2,
     "rope_scaling": None,
 }
+# Grouped-query attention, with everything that its table has.
+GLM = {
+    "model_type": "glm4_moe",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
 
 
 def make_bases(folder: Path) -> list[Path]:
@@ -85,9 +105,10 @@ def make_bases(folder: Path) -> list[Path]:
         "v3": write_checkpoint(folder / "source", V3),
         "odd": write_checkpoint(folder / "source-odd", {**V3, **_ODD}),
         "lite": write_checkpoint(folder / "source-lite", {**V3, **_LITE}),
+        "glm": write_checkpoint(folder / "source-glm", GLM),
     }
     made = [sources["v3"]]
-    for name, recipe in (("v3", "w4a8"), ("odd", "w4a8"), ("lite", "w8a8"), ("v3", "float")):
+    for name, recipe in (("v3", "w4a8"), ("odd", "w4a8"), ("lite", "w8a8"), ("v3", "float"), ("glm", "w4a8")):
         output = folder / f"{name}-{recipe}"
         convert_checkpoint(sources[name], output, recipe=recipe, method="minmax", workers=1, max_shard_size=80_000)
         made.append(output)
