@@ -40,7 +40,7 @@ class Metrics:
             "malformed_tool_calls", "Tool calls that came back as content: none could be read."
         )
         self.first_token = seconds("time_to_first_token", "From a request's arrival to its first text.")
-        self.inter_token = seconds("inter_token_latency", "Between two tokens of a completion.")
+        self.inter_token = seconds("inter_token_latency", "Between two tokens of a stream.")
         self.queue_time = seconds("request_queue_time", "From a request's admission to its first step.")
         self.latency = seconds("e2e_request_latency", "From a request's arrival to its end.")
         self.step = seconds("step", "A step of the engine.")

@@ -31,7 +31,7 @@ class ClientGoneError(Exception):
 
 async def respond(service: Service, http: HttpRequest, asked: Asked) -> Response:
     """Admit a request and answer it. The body of `http` has been read. Raises ApiError for one that is refused."""
-    answer = _Answer(service, service.admit(asked.request), asked, record_of(http.scope))
+    answer = _Answer(service, service.admit(asked.request, as_one=not asked.stream), asked, record_of(http.scope))
     if service.log_prompts:
         for prompt in asked.request.prompts:
             service.log(f"{record_of(http.scope).id} prompt: {service.model.tokenizer.decode(prompt)}")
@@ -111,8 +111,9 @@ class _Answer:
             return
         metrics, now = self.service.metrics, time.perf_counter()
         if not self._last:
-            metrics.first_token.observe(now - self._record.started)
-            self._record.notes["first_token"] = f"{now - self._record.started:.3f}s"
+            first = (self._generation.first_at or now) - self._record.started
+            metrics.first_token.observe(first)
+            self._record.notes["first_token"] = f"{first:.3f}s"
             entered = self._generation.sequences[0].entered_at
             if entered is not None:
                 metrics.queue_time.observe(entered - self._generation.admitted_at)

@@ -145,10 +145,11 @@ class Service:
     def close(self) -> None:
         self._entered -= 1
 
-    def admit(self, request: Request) -> Generation:
-        """Queue a request. Raises ApiError for one that does not fit, and while too many tokens wait.
+    def admit(self, request: Request, *, as_one: bool = False) -> Generation:
+        """Queue a request; as_one: its reader waits for the end.
 
-        Whoever admits it calls `release` once it is done.
+        Raises ApiError for one that does not fit, and while too many tokens wait. Whoever admits it calls `release`
+        once it is done.
         """
         self._check_size(request)
         waiting = sum(generation.waiting_tokens for generation in self._generations)
@@ -158,7 +159,7 @@ class Service:
         if not self._generations:
             self.engine.work_began()
         try:
-            generation = Generation(self.engine, request)
+            generation = Generation(self.engine, request, as_one=as_one)
             generation.start()
         except GenerationError as error:
             raise bad_request(str(error)) from None

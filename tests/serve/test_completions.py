@@ -63,7 +63,9 @@ def test_every_field_reaches_the_sampler(server: Running, monkeypatch: pytest.Mo
     """Under the names of OpenAI and vLLM; a null is a field left out."""
     seen = []
     admit = server.service.admit
-    monkeypatch.setattr(server.service, "admit", lambda request: (seen.append(request.params), admit(request))[1])
+    monkeypatch.setattr(
+        server.service, "admit", lambda request, **how: (seen.append(request.params), admit(request, **how))[1]
+    )
     fields = {
         "temperature": 0.5,
         "top_p": 0.9,
