@@ -146,23 +146,18 @@ def test_sigterm_lets_answers_end(servers: dict[str, Server]) -> None:
     assert not any("Traceback" in line or "key" in line.split() for line in server.lines)
 
 
-def test_the_template_and_the_formats_are_the_commands(servers: dict[str, Server]) -> None:
-    """A template in a file, whose markers say where reasoning is, and a named format of tool calls."""
-    with openai.OpenAI(base_url=servers["ends"].start["url"], api_key="none", timeout=SECONDS) as client:
-        asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4}
-        message = client.chat.completions.create(**asked).choices[0].message
-        assert message.content == "" and (message.model_extra or {})["reasoning"]
-        tool: Any = {"type": "function", "function": {"name": "f"}}
-        with pytest.raises(openai.BadRequestError, match="the markers of calls are no tokens here"):
-            tool["function"]["strict"] = True
-            client.chat.completions.create(**asked, tools=[tool])
-
-
 def test_a_second_signal_ends_at_once(servers: dict[str, Server]) -> None:
+    """Before it, the template and the format of calls that the command names are those of chat."""
     server = servers["ends"]
     start = server.start
     assert start["models"] == ["tiny", "w4a8"]
     with openai.OpenAI(base_url=start["url"], api_key="none", timeout=SECONDS) as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4}
+        message = client.chat.completions.create(**asked).choices[0].message
+        assert message.content == "" and (message.model_extra or {})["reasoning"]
+        tool: Any = {"type": "function", "function": {"name": "f", "strict": True}}
+        with pytest.raises(openai.BadRequestError, match="the markers of calls are no tokens here"):
+            client.chat.completions.create(**asked, tools=[tool])
         running = begun(client, 3500)
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: any("once more ends at once" in line for line in server.lines))
