@@ -58,7 +58,8 @@ class Browser:
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete'")
+        # The page before is complete too, and may answer for a moment.
+        self.wait(f"location.href.startsWith({url!r}) && document.readyState === 'complete'")
 
     def reload(self) -> None:
         self.evaluate("window.isOld = true")
