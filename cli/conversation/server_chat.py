@@ -31,8 +31,10 @@ _MOST_DOCUMENT_BYTES: Final = 4 << 20
 _MOST_KEY: Final = 4096
 # What SamplingParams calls otherwise than the protocol.
 _FIELD_NAMES: Final = {"max_new_tokens": "max_tokens"}
-# Fields that a chat completion has no word for, or that would change what comes back.
-_UNKNOWN: Final = frozenset({"n", "logprobs"})
+_SETTINGS: Final = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("max_new_tokens", "min_tokens", "seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos", "reasoning_effort"),
+)
 
 
 def is_url(text: str) -> bool:
@@ -67,10 +69,10 @@ class ServerChat:
         self.name = model if model is not None else self._first_model()
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raise GenerationError for settings that no server takes; the server itself judges their values."""
+        """Raise GenerationError for a name that is no setting; the server itself judges the values."""
         for name in settings:
-            if name in _UNKNOWN:
-                raise GenerationError(f"{name} cannot be set here: an answer is one text")
+            if name not in _SETTINGS:
+                raise GenerationError(f"{name} is no setting; there are {', '.join(_SETTINGS)}")
 
     def reply(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> ServerReply:
         """Begin an answer."""

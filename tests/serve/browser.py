@@ -58,7 +58,8 @@ class Browser:
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete'")
+        # The page before is complete too, and may answer for a moment.
+        self.wait(f"location.href.startsWith({url!r}) && document.readyState === 'complete'")
 
     def reload(self) -> None:
         self.evaluate("window.isOld = true")
@@ -83,12 +84,17 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Wait until an expression is true."""
+        """Wait until an expression is true. While a page comes, it may have no value yet."""
         deadline = time.monotonic() + SECONDS
-        while not self.evaluate(condition):
-            shown = self.evaluate("document.body.innerText")
-            assert time.monotonic() < deadline, f"{condition} did not come true: {shown}"
+        while not self._holds(condition):
+            assert time.monotonic() < deadline, f"{condition} did not come true"
             time.sleep(0.05)
+
+    def _holds(self, condition: str) -> bool:
+        try:
+            return bool(self.evaluate(condition))
+        except AssertionError:
+            return False
 
     def type(self, text: str) -> None:
         """Type text where the focus is."""
