@@ -28,25 +28,39 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, of all threads together")
+    parser.add_argument("--write-text", action="store_true", help="only write the model, with tokens that have texts")
     options = parser.parse_args()
     build = Path(__file__).resolve().parent.parent / "build"
     model = options.model or build / f"random-small-{options.shape}.gguf"
     if not model.exists():
         model.parent.mkdir(parents=True, exist_ok=True)
-        write_model(model, SHAPES[options.shape])
+        write_model(model, SHAPES[options.shape], with_texts=options.write_text)
+    if options.write_text:
+        return
     clock = time.process_time if options.cpu_time else time.perf_counter
     prefill, decode = measure(model, options.threads, options.prompt, options.tokens, clock)
     print(json.dumps({"threads": options.threads, "prefill": prefill, "decode": decode}))
 
 
-def write_model(path: Path, model: Shape) -> None:
-    """Write a GGUF of random blocks, with small scales so that no activation overflows."""
+def write_model(path: Path, model: Shape, *, with_texts: bool = False) -> None:
+    """Write a GGUF of random blocks, with small scales so that no activation overflows.
+
+    with_texts: its tokens are the characters of GPT-2's alphabet of bytes, in order, then t256, t257, … (serve.py).
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, model.architecture)
     for name, value in model.settings.items():
         getattr(writer, f"add_{name}")(gguf.ExpertGatingFuncType(value) if name == "expert_gating_func" else value)
-    writer.add_string("tokenizer.ggml.model", "no_vocab")
+    if with_texts:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(_token_texts())
+        writer.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
+        writer.add_token_merges(["t 2"])  # llama.cpp wants one; its result is no token
+        writer.add_add_bos_token(False)
+    else:
+        writer.add_string("tokenizer.ggml.model", "no_vocab")
     generator = np.random.default_rng(0)
     pool = generator.integers(0, 256, 1 << 24, dtype=np.uint8)
 
@@ -69,6 +83,13 @@ def write_model(path: Path, model: Shape) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _token_texts() -> list[str]:
+    """Texts of the tokens: GPT-2 writes bytes without a printable character as those from U+0100 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = sorted([chr(byte) for byte in printed] + [chr(256 + n) for n in range(256 - len(printed))])
+    return alphabet + [f"t{n}" for n in range(256, VOCABULARY)]
 
 
 def measure(path: Path, threads: int, prompt: int, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:

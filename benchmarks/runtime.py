@@ -59,6 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time counts the time of all threads together: use it with --threads 1")
+    if options.transformers and options.shape != "v3":
+        parser.error("--transformers knows the shape v3 alone")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
 
