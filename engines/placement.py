@@ -143,12 +143,25 @@ ENGINES: Mapping[str, Engine] = {
                 "W4A8 experts hold 16 partial sums of scale_bias, which {tp} ranks cannot share: use --ep, or a --tp "
                 "of 1, 2, 4, 8 or 16",
             ),
+            Requirement(
+                lambda p: not p.is_latent and p.config.rope.rope_type == "yarn" and p.config.rope.truncate,
+                'YaRN\'s bounds are not rounded, as if truncate were false: write "truncate": false into the rope '
+                "parameters of the source, for all loaders",
+            ),
+            Requirement(
+                lambda p: not p.is_latent and p.config.rope.rope_type == "dynamic",
+                "dynamic rope is computed otherwise, whatever config.json says: no deployment of it is right",
+            ),
         ),
     ),
     "sglang": Engine(
         ("0.5.23",),
         (
             *_COMMON,
+            Requirement(
+                lambda p: not p.is_latent and p.config.rope.attention_factor is not None,
+                "attention_factor of YaRN is not read: remove it from the source",
+            ),
             Requirement(
                 lambda p: p.experts is Scheme.FLOAT,
                 "FLOAT routed experts are refused: convert with a recipe that quantizes them",

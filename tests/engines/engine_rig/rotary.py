@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from npuq.engines.placement import check_placement
+from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.models.config import ModelConfig
 from npuq.models.rope import rope_tables
@@ -36,8 +37,11 @@ def check_rope(name: str, engine: ModuleType, artifact: Path, folder: Path, key:
     path = folder / "config.json"
     raw = json.loads(path.read_text()) | {"rope_scaling": ROPES[key]}
     path.write_text(json.dumps(raw))
-    told = check_placement(folder, name, 1, False)
-    assert _agrees(engine, folder, ModelConfig.from_dict(raw)) == (not told), told
+    try:
+        told, config = check_placement(folder, name, 1, False), ModelConfig.from_dict(raw)
+    except CheckpointError:  # npuq computes no such rope either
+        return
+    assert _agrees(engine, folder, config) == (not told), told
 
 
 def _agrees(engine: ModuleType, directory: Path, config: ModelConfig) -> bool:

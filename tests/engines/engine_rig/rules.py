@@ -14,6 +14,7 @@ from npuq.choices import ENGINES
 from npuq.formats.artifact import DESCRIPTION_NAME
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.schemes import SUFFIXES, WEIGHT, Scheme, dequantize, quantize_rows
+from npuq.formats.static_w8a8 import InputScale, static_tensors
 from npuq.quant.scales import Method
 
 from .corruption import LAYER, Corruption, Tags, Tensors, corrupt
@@ -55,6 +56,19 @@ def _as(scheme: Scheme, *modules: str) -> Corruption:
             )
             tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in made.items()}
             tags |= {f"{module}.{suffix}": scheme.value for suffix in made}
+
+    return how
+
+
+def _static(*modules: str) -> Corruption:
+    """These dynamic linears, rightly stored with a static input scale."""
+
+    def how(tensors: Tensors, tags: Tags) -> None:
+        for module in modules:
+            inputs = InputScale.of_range(-4.0, 5.0)
+            made = static_tensors(tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"], inputs)
+            tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in made.items()}
+            tags |= {f"{module}.{suffix}": Scheme.W8A8_STATIC.value for suffix in made}
 
     return how
 
@@ -121,6 +135,19 @@ RULES = {
         "is FLOAT; engines fuse q_a_proj and kv_a_proj_with_mqa",
         {_OLD: "not all shards", _NEW: "Not all shards", _SGLANG: "not all shards"},
         _as(Scheme.FLOAT, f"{LAYER}.self_attn.q_a_proj"),
+    ),
+    # SGLang goes by q's scheme.
+    "q and k of two schemes": Rule(
+        "engines fuse q_proj and k_proj",
+        {_OLD: "not all shards", _NEW: "Not all shards", _SGLANG: "not all shards"},
+        _as(Scheme.FLOAT, f"{LAYER}.self_attn.k_proj"),
+        of="glm-4.5",
+    ),
+    "a static linear with a bias": Rule(
+        "engines leave out the bias",
+        dict.fromkeys((_OLD, _NEW, _SGLANG), LOADS),
+        _static(*(f"{LAYER}.self_attn.{part}_proj" for part in "qkv")),
+        of="glm-4.5",
     ),
     "gate and up of two schemes": Rule(
         "is FLOAT; engines fuse gate_proj and up_proj",
