@@ -6,9 +6,14 @@
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
 to W4A8, into two shards (`--shards`): neighbouring shards are filled and hashed together, and real conversions write
 dozens. Each round runs the conversion, then a plain sequential copy: read the source, write as many bytes as the
-artifact has, sync. The conversion syncs too. Prints medians: GB/s of source; the ratio to the copy of the same round;
-processor seconds a GB of source (other work disturbs these least: divided by the workers, they are the time of a quiet
-machine); and peak anonymous memory of the process, torch included (the rest of its resident memory is mapped files).
+artifact has, sync. The conversion syncs too. Prints medians: GB/s of source; the ratio to the copy of the same round,
+and its least and greatest; processor seconds a GB of source (other work disturbs these least: divided by the workers,
+they are the time of a quiet machine); and peak anonymous memory of the process, torch included (the rest of its resident
+memory is mapped files).
+
+--profile adds a run with one worker for each method, and the seconds that its thread was in each part: reading, the
+kernel, digests of what was read and written (XXH3), writing, and the shards' SHA-256. "other" is the rest of the run:
+planning, Python between the parts, the last sync. On a busy machine, all parts grow alike: read the shares.
 """
 
 from __future__ import annotations
@@ -21,16 +26,21 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from npuq.convert import convert_checkpoint
+from npuq.convert.write.hashes import ShardHashes
+from npuq.convert.write.shards import ShardFiles
+from npuq.formats.digests import Digest
 from npuq.formats.safetensors import encode_header
-from npuq.native.binding import description
+from npuq.formats.sources.weights import RowBytes
+from npuq.native.binding import Quantizer, description
 
 HIDDEN, WIDTH, BLOCK = 7168, 2048, 128
 COPY_CHUNK = 16 << 20
@@ -50,6 +60,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--shards", type=int, default=2, help="output files of about the same size")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="also the share of each part, in a run with one worker")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = []
@@ -64,14 +75,19 @@ def main() -> None:
         print(json.dumps({"kernels": description(), **vars(options), "rows": rows}, indent=2, default=str))
         return
     print(f"{options.experts} experts in {options.source}, {options.workers} workers, {description()}")
-    print("directory  method  source GB/s  copy GB/s  of copy  CPU s/GB  copy's  peak RSS  anonymous")
+    print("directory  method  source GB/s  copy GB/s  of copy (spread)  CPU s/GB  copy's  peak RSS  anonymous")
     for row in rows:
+        low, high = row["of_copy_spread"]
         print(
             f"{row['directory']:9}  {row['method']:6}  {row['source_bytes_per_s'] / 1e9:11.3f}  "
-            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {row['of_copy']:7.2f}  {row['cpu_s_per_gb']:8.2f}  "
+            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {row['of_copy']:4.2f} ({low:.2f}–{high:.2f})  {row['cpu_s_per_gb']:8.2f}  "
             f"{row['copy_cpu_s_per_gb']:6.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  "
             f"{row['peak_anonymous_bytes'] / 1e6:6.0f} MB"
         )
+    for row in rows if options.profile else []:
+        parts = row["profile"]
+        shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
+        print(f"{row['directory']} {row['method']}, one worker, {sum(parts.values()):.2f} s: {shares}")
 
 
 def write_source(directory: Path, experts: int, kind: str) -> None:
@@ -157,17 +173,55 @@ def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str,
         copy_cpu = time.process_time() - cpu_started
         rounds.append((seconds, copied, dict(peaks), summary.source_bytes, cpu, copy_cpu))
     source_bytes = rounds[0][3]
+    of_copy = [copied / seconds for seconds, copied, *_ in rounds]  # within a round: both met the same machine
     return {
         "method": method,
+        **({"profile": profile(source, method, shard_size)} if options.profile else {}),
         "source_bytes": source_bytes,
         "source_bytes_per_s": source_bytes / statistics.median(seconds for seconds, *_ in rounds),
         "copy_bytes_per_s": source_bytes / statistics.median(copied for _, copied, *_ in rounds),
-        "of_copy": statistics.median(copied / seconds for seconds, copied, *_ in rounds),
+        "of_copy": statistics.median(of_copy),
+        "of_copy_spread": [min(of_copy), max(of_copy)],
         "cpu_s_per_gb": statistics.median(each[4] for each in rounds) / source_bytes * 1e9,
         "copy_cpu_s_per_gb": statistics.median(each[5] for each in rounds) / source_bytes * 1e9,
         "peak_rss_bytes": max(each[2]["VmRSS"] for each in rounds),
         "peak_anonymous_bytes": max(each[2]["RssAnon"] for each in rounds),
     }
+
+
+# Part of a conversion → the function that does it. None calls another.
+PARTS: dict[str, tuple[type, str]] = {
+    "reading": (RowBytes, "read"),
+    "kernel": (Quantizer, "run"),
+    "digests": (Digest, "update"),
+    "writing": (ShardFiles, "write"),
+    "sha256": (ShardHashes, "job_done"),
+}
+
+
+def profile(source: Path, method: str, shard_size: int) -> dict[str, float]:
+    """Seconds of a conversion with one worker, by part."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                seconds[part] += time.perf_counter() - started
+
+        return call
+
+    output = source.parent / f"profiled-{method}"
+    with ExitStack() as patches:
+        for part, (owner, name) in PARTS.items():
+            patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        started = time.perf_counter()
+        convert_checkpoint(source, output, method=method, workers=1, max_shard_size=shard_size)
+        whole = time.perf_counter() - started
+    shutil.rmtree(output)
+    return {**seconds, "other": whole - sum(seconds.values())}
 
 
 def plain_copy(source: Path, target: Path, size: int) -> float:

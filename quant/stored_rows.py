@@ -9,6 +9,8 @@ from math import lcm
 import torch
 from torch import Tensor
 
+from .float8 import decode_e4m3
+
 
 @dataclass(frozen=True)
 class BlockScale:
@@ -59,7 +61,8 @@ def _int4_codes(packed: Tensor) -> Tensor:
 
 def _scaled(codes: Tensor, blocks: BlockScale) -> Tensor:
     """Multiply codes [R, K], FP8 or int8, by the scale of their block, in float32."""
-    rows, width = codes.to(torch.float32), blocks.block_columns
+    rows = decode_e4m3(codes) if codes.dtype is torch.float8_e4m3fn else codes.to(torch.float32)
+    width = blocks.block_columns
     scale = blocks.scale
     if blocks.block_rows > 1:
         scale = scale[(torch.arange(rows.shape[0]) + blocks.first_row) // blocks.block_rows]  # [R, column blocks]

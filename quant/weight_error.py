@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# Values in float64 at once, two copies of them: more would leave the processor's second-level cache, at a tenth of the
+# speed.
+_PART: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -22,3 +30,17 @@ class ErrorSums:
 def relative_error(squared_error: float, squared_norm: float) -> float:
     """√(squared_error / squared_norm); 0 for an all-zero weight, which every scheme stores exactly."""
     return sqrt(squared_error / squared_norm) if squared_norm else 0.0
+
+
+def row_sums(quantized: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (w − ŵ)² and Σ w² of each row of ŵ and w, both float32 [R, K]; two float64 [R]."""
+    rows, columns = source.shape
+    errors, norms = source.new_empty((2, rows), dtype=torch.float64)
+    step = max(1, _PART // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        expected = source[part].to(torch.float64)
+        difference = quantized[part].to(torch.float64).sub_(expected)
+        errors[part] = difference.square_().sum(1)
+        norms[part] = expected.square_().sum(1)
+    return errors, norms

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..engines.requirements import fused_pairs
@@ -25,7 +24,7 @@ from ..models.tensors import Spec
 from ..parallel.pool import Pool
 from ..progress import LayersLeft, Progress, Task
 from ..quant.stored_rows import row_ranges
-from ..quant.weight_error import ErrorSums
+from ..quant.weight_error import ErrorSums, row_sums
 from .source import Original
 from .subject import Subject
 
@@ -103,18 +102,16 @@ def _check_linear(linear: StoredLinear, spec: Spec, source: WeightSource | None,
     """Check the codes and scales of a linear; `exact` as in `LinearRows.problems`. Raises CheckpointError where they
     cannot be read at all."""
     problems: dict[str, None] = {}  # each once, in order
-    squared_error, squared_norm = np.zeros(spec.shape[0]), np.zeros(spec.shape[0])
+    squared_error, squared_norm = torch.zeros(2, spec.shape[0], dtype=torch.float64)
     for start, stop in _ranges(spec):
         rows = linear.read(start, stop)
         for problem in rows.problems(exact=exact):
             problems[f"tensor {linear.tensors[problem.suffix]!r} {problem.what}"] = None
         if source is not None:
-            expected = source.rows_float32(spec.name, start, stop).to(torch.float64)
-            difference = rows.to_float32().to(torch.float64) - expected
-            squared_error[start:stop] = difference.square().sum(1).numpy()
-            squared_norm[start:stop] = expected.square().sum(1).numpy()
-    sums = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
-    return WeightCheck(spec, tuple(problems), sums)
+            sums = row_sums(rows.to_float32(), source.rows_float32(spec.name, start, stop))
+            squared_error[start:stop], squared_norm[start:stop] = sums
+    total = None if source is None else ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
+    return WeightCheck(spec, tuple(problems), total)
 
 
 def _ranges(spec: Spec) -> Iterator[tuple[int, int]]:

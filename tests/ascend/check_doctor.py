@@ -11,15 +11,19 @@ from npuq.runtime.diagnostics import doctor
 from npuq.runtime.ops.ascend.support import OPERATORS
 
 
-def test_operators_are_listed_with_their_schemas():
-    report = doctor.examine()
+@pytest.fixture(scope="module")
+def report() -> doctor.Diagnosis:
+    """Examined once: it imports torch_npu in a process of its own."""
+    return doctor.examine()
+
+
+def test_operators_are_listed_with_their_schemas(report):
     assert report.torch_npu == torch_npu.__version__
     assert list(report.operators) == list(OPERATORS) and all(report.operators.values())
     assert "cache_mode" in report.operators["npu_kv_rmsnorm_rope_cache"]
 
 
-def test_no_device_is_told_plainly():
-    report = doctor.examine()
+def test_no_device_is_told_plainly(report):
     assert not report.ready and report.devices == ()
     assert report.problem == "no NPU is visible: check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES"
 

@@ -56,7 +56,7 @@ def test_float32_semantics_agree_with_the_reference(artifact, name):
     assert name.endswith("-float") or tape.codes > 50_000
 
 
-@pytest.mark.parametrize("name", MODELS[:-2])
+@pytest.mark.parametrize("name", [f"{name}{scheme}" for name in FAMILIES for scheme in ("", "-float")])
 def test_float32_semantics_agree_with_the_cpu_set(artifact, name):
     path = artifact(name)
     with emulate.use_rules(wide=True):

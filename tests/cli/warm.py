@@ -22,13 +22,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# npuq.hub is left out: the hubs' clients read their settings from the environment when they are imported.
 # Answers on a socket, one connection a process: {"arguments", "environment", "directory", "streams"} with the open
 # ones of the streams 0, 1, 2 beside it; the answer is the exit status. The child is the rest of the program.
 _SERVER = """
 import importlib, json, os, signal, socket, sys
 import torch
 from npuq.cli.main import COMMANDS, main
-for name in ("convert", "verification", "runtime", "report", "hub"):
+for name in ("convert", "verification", "runtime", "report"):
     importlib.import_module("npuq." + name)
 for name in COMMANDS:
     importlib.import_module("npuq.cli." + name)

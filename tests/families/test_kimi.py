@@ -81,13 +81,13 @@ def test_calibrated_and_rotated_is_better(trained: Path, artifact: Path, eval_te
         trained,
         tmp_path / "best",
         method="rotate+smooth+gptq",
-        calibration=CalibrationText(samples=32, sequence_length=256),
+        calibration=CalibrationText(samples=12, sequence_length=256),
     )
     assert npuq.verify(tmp_path / "best", trained).problems == ()
     source = npuq.runtime.load(trained, "cpu")
     best, plain = (evaluate(path, text, source, context=256).kl_divergence for path in (tmp_path / "best", artifact))
     assert best is not None and plain is not None
-    assert 0 < best < 0.9 * plain  # measured: 0.67
+    assert 0 < best < 0.9 * plain  # measured: 0.47
 
 
 def test_text_is_answered_and_media_are_refused(trained: Path, artifact: Path) -> None:

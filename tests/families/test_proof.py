@@ -118,12 +118,12 @@ def test_it_generates_what_its_logits_say(converted: Converted) -> None:
     assert rows.argmax(-1).tolist() == list(answer.token_ids)
 
 
-@pytest.mark.parametrize("seed", range(3))
 def test_killed_anywhere_it_continues_to_the_same_bytes(
-    seed: int, converted: Converted, texts: Path, rig: Rig, tree: Callable[[Path], dict[str, bytes]], tmp_path: Path
+    family: str, converted: Converted, texts: Path, rig: Rig, tree: Callable[[Path], dict[str, bytes]], tmp_path: Path
 ) -> None:
+    """At another moment of each family's: one family is killed often in tests/convert."""
     # The syncer's calls depend on the time that a run takes: another run may have some fewer.
-    kill_at = random.Random(seed).randint(1, converted.calls * 3 // 4)
+    kill_at = random.Random(family).randint(1, converted.calls * 3 // 4)
     assert rig(converted.source, tmp_path / "out", options=options(texts), kill_at=kill_at)["killed"]
     answer = rig(converted.source, tmp_path / "out", options=options(texts, workers=2))
     assert answer["summary"]["status"] in ("converted", "finished")

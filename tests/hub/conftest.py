@@ -15,6 +15,7 @@ import npuq
 from npuq.hub.transfer.retry import Backoff
 
 sys.path.insert(0, str(Path(__file__).parent / "rig"))
+sys.path.insert(1, str(Path(__file__).parent.parent / "cli"))  # for warm.py
 from faults import Fault
 from loopback import LoopbackHub, honest
 from loopback_modelscope import WRITER as SCOPE_WRITER

@@ -83,6 +83,7 @@ def test_kernel_tests_pass_under_sanitizers() -> None:
         "convert_hostile",
         "calibration",
         "sha256",
+        "sampling",
     ]
     _kernel_tests(sanitized_library(), names, sanitizer_environment(), 4)
 

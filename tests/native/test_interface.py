@@ -29,6 +29,7 @@ STRUCTS = {
     "npuq_gqa": library.GqaBlock,
     "npuq_moe": library.MoeBlock,
     "npuq_source": library.Source,
+    "npuq_draw": library.Draw,
     "npuq_sha256": library.Sha256,
 }
 CONSTANTS = {
@@ -83,7 +84,13 @@ def _plain(kind: str) -> object:
     kind = kind.replace("const ", "").strip()
     if "*" in kind:
         return ctypes.c_void_p
-    return {"int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}[kind]
+    return {
+        "int": ctypes.c_int,
+        "int32_t": ctypes.c_int32,
+        "int64_t": ctypes.c_int64,
+        "float": ctypes.c_float,
+        "double": ctypes.c_double,
+    }[kind]
 
 
 def _prototypes() -> dict[str, tuple[object, ...]]:

@@ -25,8 +25,8 @@ BLOCK = 16
 # Chunks of at most 40 tokens, beside decodes, in a cache that holds two of the sequences and some of a third.
 PROMPT_LENGTHS = (4, 70, 33, 90)
 SIZES = {"block_size": BLOCK, "max_num_seqs": 3, "max_num_batched_tokens": 40, "prefix_segment_tokens": 32}
-BLOCKS = 10
-NEW_TOKENS = 24
+BLOCKS = 9
+NEW_TOKENS = 14
 
 
 @dataclass(frozen=True)

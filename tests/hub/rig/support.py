@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from huggingface_hub import constants
 from loopback import LoopbackHub
 
@@ -66,15 +67,14 @@ def assert_pushed(hub: LoopbackHub, artifact: Path, revision: str = "main") -> N
 
 
 def npuq_process(*arguments: str | Path) -> subprocess.Popen[str]:
-    """`npuq …` in a process of its own, under this test's environment."""
+    """`npuq …` in a process of its own, under this test's environment, to be killed or interrupted."""
     command = [sys.executable, "-m", "npuq", *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def npuq_run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    process = npuq_process(*arguments)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """Run `npuq …` to its end, in a process of its own under this test's environment."""
+    return warm.run(*map(str, arguments))
 
 
 def kill_when(process: subprocess.Popen[str], condition: object, limit: float = 60.0) -> bool:

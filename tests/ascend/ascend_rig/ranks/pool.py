@@ -31,7 +31,9 @@ class Pool:
     """`size` processes. Jobs may take the first few of them."""
 
     def __init__(self, size: int, folder: Path):
-        context = multiprocessing.get_context("spawn")
+        # Forks of one process that has imported everything: torch and torch_npu take seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch_npu", "ascend_rig.fixtures", "ascend_rig.ranks.communicators"])
         self._folder, self._jobs = folder, 0
         self._pipes: list[Connection] = []
         self._processes = []
@@ -43,7 +45,7 @@ class Pool:
             self._pipes.append(ours)
             self._processes.append(process)
         for pipe in self._pipes:
-            pipe.recv()  # imports take some seconds on some, and more on others
+            pipe.recv()
 
     def run(self, job: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:
         """Run `job(*arguments)` on `ranks` ranks: what each returned. Raises JobError if any failed."""
