@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,17 +33,14 @@ LIBRARY = "libnpuq.so"
 # trapping floats: neither is looked at, and both keep loops from being vectorized.
 FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
          "-fno-trapping-math", "-Wall", "-Wextra", "-pthread"]  # fmt: skip
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 LEVELS = {
     "x86_64": {
         "portable": [],
-        "avx2": ["-DNPUQ_LEVEL_AVX2", "-mavx2", "-mfma", "-mf16c"],
-        "avx512vnni": [
-            "-DNPUQ_LEVEL_AVX512",
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")),
-        ],
+        "avx2": ["-DNPUQ_LEVEL_AVX2", *AVX2],
+        "avx512vnni": ["-DNPUQ_LEVEL_AVX512", *AVX512],
+        "avx512bf16": ["-DNPUQ_LEVEL_AVX512", "-DNPUQ_LEVEL_BF16", *AVX512, "-mavx512bf16"],
     },
     "aarch64": {
         "portable": [],
@@ -73,15 +71,31 @@ def spelled_for_zig(flags: list[str]) -> list[str]:
     return [march.sub(lambda it: f"-mcpu=generic+v8{'_2' if it[1] else ''}a{it[2]}", flag) for flag in flags]
 
 
+# Levels that a compiler may be too old for: gcc before 10 has no bf16.
+NEWER = {"avx512bf16": "-mavx512bf16"}
+
+
+def knows(compiler: list[str], flag: str) -> bool:
+    """False if the compiler refuses a flag."""
+    with suppress(OSError):  # no compiler: the first unit will say so
+        return subprocess.run([*compiler, flag, "-E", "-x", "c", os.devnull], capture_output=True).returncode == 0
+    return True
+
+
 def build(target: Path, objects: Path, compiler: list[str], machine: str, extra: list[str]) -> None:
     """Compile and link the library. Raises CompileError with the compiler's words."""
     source = ROOT / "native"
+    levels = dict(LEVELS.get(machine, {"portable": []}))
+    missing = [level for level in NEWER.keys() & levels if not knows([*compiler, *extra], NEWER[level])]
+    extra = [*extra, *(f"-DNPUQ_WITHOUT_{level.upper()}" for level in missing)]
     units: list[tuple[Path, str, list[str]]] = [
         (path, path.stem, UNITS.get(path.stem, {}).get(machine, []))
         for path in sorted(source.rglob("*.c"))
         if path.name != "level.c"
     ]
-    for level, flags in LEVELS.get(machine, {"portable": []}).items():
+    for level, flags in levels.items():
+        if level in missing:
+            continue
         units.append((source / "common" / "level.c", f"level_{level}", [f"-DNPUQ_LEVEL_NAME={level}", *flags]))
     objects.mkdir(parents=True, exist_ok=True)
 

@@ -1,7 +1,7 @@
 """Calibration at DeepSeek-V3's size: CPU seconds and peak memory by part, and what a whole V3 would take by them.
 
-    python benchmarks/calibrate.py [--threads 1] [--tokens 2048] [--before] [--llm-compressor PYTHON] [--only expert dense]
-        [--level avx2] [--torch] [--json]
+    python benchmarks/calibrate.py [--threads 1] [--tokens 2048] [--before] [--llm-compressor PYTHON]
+        [--only expert dense] [--level avx2] [--torch] [--json]
 
 One routed expert (gate and up [2048, 7168], down [7168, 2048]) on `--tokens` routed tokens runs whole, by the code that
 converts it. Linears of attention and of the dense block run on some rows and tokens; their time grows with both, and is
@@ -20,7 +20,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from npuq.convert.calibrate.layers.experts import quantize_expert
 from npuq.convert.calibrate.layers.linears import Linears
-from npuq.convert.calibrate.layers.operators import CalibrationOps, float_mlp, mlp_weights, round_inputs
+from npuq.convert.calibrate.layers.operators import CalibrationOps, float_mlp, round_inputs
 from npuq.formats.schemes import SCALE, Scheme, quantize_stored
 from npuq.native.calibration import NativeArithmetic, calibration_arithmetic
 from npuq.native.library import description
@@ -47,12 +46,11 @@ from npuq.quant.hessian import Hessian, factor
 from npuq.quant.refine import calibrated_codes
 from npuq.quant.scales import Method
 from npuq.quant.stored_rows import StoredRows
-from npuq.quant.weight_error import ErrorSums
 
 HIDDEN, INTERMEDIATE, EXPERTS = 7168, 2048, 256
 LAYERS, DENSE_LAYERS, ALL_TOKENS = 61, 3, 65536
-# Linears of a decoder layer beside its routed experts: (name, outputs, inputs, how many layers have it, the linear whose
-# Hessian it shares).
+# Linears of a decoder layer beside its routed experts: (name, outputs, inputs, how many layers have it). Those of one
+# Hessian are together.
 LINEARS = (
     ("q_a|kv_a", 1536 + 576, HIDDEN, LAYERS),
     ("q_b", 128 * 192, 1536, LAYERS),
@@ -180,7 +178,7 @@ def scales(rows: Tensor) -> Tensor:
 
 
 def measure_before(arithmetic: Arithmetic, tokens: int) -> dict[str, Any]:
-    """Squared errors of both algorithms on some rows of an expert's linears, and the earlier one's time for the expert."""
+    """Squared errors of both algorithms on some rows of an expert's linears, and the earlier one's time."""
     x, inner = expert_inputs(arithmetic, tokens)
     gate, up, down = expert_weights(1)
     found: dict[str, Any] = {"cpu_s": 0.0, "squared_error": {}, "now": {}}
@@ -243,7 +241,9 @@ def measure_llm_compressor(python: str, tokens: int, threads: int) -> dict[str, 
         result = json.loads(done.stdout.splitlines()[-1])
         found = torch.load(path / "found.pt", weights_only=True)
     result["squared_error"] = {
-        name: float(((found[name] - rows) @ columns.T).double().square().sum() / (rows @ columns.T).double().square().sum())
+        name: float(
+            ((found[name] - rows) @ columns.T).double().square().sum() / (rows @ columns.T).double().square().sum()
+        )
         for name, rows, columns in (("gate", gate, x), ("up", up, x), ("down", down, inner))
     }
     return result
@@ -299,16 +299,23 @@ def table(found: dict[str, Any]) -> str:
     if "whole_v3" in found:
         total = sum(found["whole_v3"].values())
         hours = ", ".join(f"{total / 3600 / cores:.1f} h on {cores}" for cores in (2, 64, 192))
-        lines.append(f"a whole V3 by that, without attention's scores and reading: {total / 3600:.0f} CPU hours; {hours}")
+        lines.append(
+            f"a whole V3 by that, without attention's scores and reading: {total / 3600:.0f} CPU hours; {hours}"
+        )
     if "before" in found:
         was = found["before"]
-        lines.append(f"before: {was['cpu_s']:.0f} CPU s an expert without its forward passes, scaled from {BEFORE_ROWS} rows")
+        lines.append(
+            f"before: {was['cpu_s']:.0f} CPU s an expert without its forward passes, scaled from {BEFORE_ROWS} rows"
+        )
         for name, error in was["squared_error"].items():
             now = was["now"][name]
             lines.append(f"  squared error of {name:<5} {error:.4e}, now {now:.4e} ({now / error - 1:+.2%})")
     if "llm_compressor" in found:
         peer = found["llm_compressor"]
-        lines.append(f"llm-compressor {peer['version']}: {peer['cpu_s']:.0f} CPU s, {peer['wall_s']:.0f} s on {peer['threads']} threads")
+        lines.append(
+            f"llm-compressor {peer['version']}: {peer['cpu_s']:.0f} CPU s, {peer['wall_s']:.0f} s on {peer['threads']} "
+            "threads"
+        )
         lines += [f"  squared error of {name:<5} {error:.4e}" for name, error in peer["squared_error"].items()]
     return "\n".join(lines)
 

@@ -15,8 +15,8 @@ _BLOCK = 64
 
 
 def before(weight: Tensor, inputs: Tensor, scale: Tensor, bits: int) -> tuple[float, float, float]:
-    """The squared relative output error of a weight float32 [N, K] on inputs float32 [T, K], and CPU seconds: of the Hessian
-    and its factor, and of the rows."""
+    """The squared relative output error of a weight float32 [N, K] on inputs float32 [T, K], and CPU seconds: of the
+    Hessian and its factor, and of the rows."""
     began = time.process_time()
     hessian = (inputs.T @ inputs).double()
     diagonal = hessian.diagonal()

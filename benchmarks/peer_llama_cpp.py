@@ -1,10 +1,10 @@
 """llama.cpp on a model of the same shape and random weights: the CPU peer that benchmarks/runtime.py runs.
 
     pip install llama-cpp-python gguf        in an environment of its own; builds from source, ten minutes on two cores
-    python benchmarks/peer_llama_cpp.py [MODEL.gguf] [--threads 2]
+    python benchmarks/peer_llama_cpp.py [MODEL.gguf] [--shape qwen3] [--threads 2]
 
-Writes the model once (2.6 GB: Q4_0 routed experts, Q8_0 elsewhere, float32 norms and router), then prints tokens/s of
-prefill and decode as JSON.
+Writes the model once (2.6 or 2.2 GB: Q4_0 routed experts, Q8_0 elsewhere, float32 norms and router), then prints
+tokens/s of prefill and decode as JSON.
 """
 
 from __future__ import annotations
@@ -15,38 +15,52 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-
-HIDDEN, HEADS, LAYERS, VOCABULARY = 2048, 16, 8, 32768
-Q_LORA, KV_LORA, NOPE, ROPE, VALUE = 1536, 512, 128, 64, 128
-DENSE, EXPERTS, EXPERT, SHARED, TOP_K = 8192, 64, 1408, 2, 6
+from gguf_shapes import SHAPES, VOCABULARY, Shape
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parent.parent / "build" / "random-small-v3.gguf"
-    parser.add_argument("model", nargs="?", type=Path, default=default)
+    parser.add_argument("model", nargs="?", type=Path, help="default: build/random-small-SHAPE.gguf")
+    parser.add_argument("--shape", choices=SHAPES, default="v3")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, of all threads together")
+    parser.add_argument("--write-text", action="store_true", help="only write the model, with tokens that have texts")
     options = parser.parse_args()
-    if not options.model.exists():
-        options.model.parent.mkdir(parents=True, exist_ok=True)
-        write_model(options.model)
+    build = Path(__file__).resolve().parent.parent / "build"
+    model = options.model or build / f"random-small-{options.shape}.gguf"
+    if not model.exists():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        write_model(model, SHAPES[options.shape], with_texts=options.write_text)
+    if options.write_text:
+        return
     clock = time.process_time if options.cpu_time else time.perf_counter
-    prefill, decode = measure(options.model, options.threads, options.prompt, options.tokens, clock)
+    prefill, decode = measure(model, options.threads, options.prompt, options.tokens, clock)
     print(json.dumps({"threads": options.threads, "prefill": prefill, "decode": decode}))
 
 
-def write_model(path: Path) -> None:
-    """Write a deepseek2 GGUF of random blocks, with small scales so that no activation overflows."""
+def write_model(path: Path, model: Shape, *, with_texts: bool = False) -> None:
+    """Write a GGUF of random blocks, with small scales so that no activation overflows.
+
+    with_texts: its tokens are the characters of GPT-2's alphabet of bytes, in order, then t256, t257, … (serve.py).
+    """
     import gguf
 
-    writer = gguf.GGUFWriter(path, "deepseek2")
-    _write_settings(writer, gguf)
+    writer = gguf.GGUFWriter(path, model.architecture)
+    for name, value in model.settings.items():
+        getattr(writer, f"add_{name}")(gguf.ExpertGatingFuncType(value) if name == "expert_gating_func" else value)
+    if with_texts:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(_token_texts())
+        writer.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
+        writer.add_token_merges(["t 2"])  # llama.cpp wants one; its result is no token
+        writer.add_add_bos_token(False)
+    else:
+        writer.add_string("tokenizer.ggml.model", "no_vocab")
     generator = np.random.default_rng(0)
     pool = generator.integers(0, 256, 1 << 24, dtype=np.uint8)
 
@@ -63,7 +77,7 @@ def write_model(path: Path) -> None:
         blocks[:, :2] = np.frombuffer(scale.tobytes(), dtype=np.uint8)
         writer.add_tensor(name, blocks.reshape(*shape[:-1], shape[-1] // block * nbytes), raw_dtype=code)
 
-    for name, shape, kind in _tensors():
+    for name, shape, kind in model.tensors():
         add(name if name.endswith(".bias") else f"{name}.weight", shape, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -71,78 +85,11 @@ def write_model(path: Path) -> None:
     writer.close()
 
 
-def _write_settings(writer: Any, gguf: Any) -> None:
-    settings = {
-        "block_count": LAYERS,
-        "context_length": 4096,
-        "embedding_length": HIDDEN,
-        "feed_forward_length": DENSE,
-        "head_count": HEADS,
-        "head_count_kv": 1,
-        "rope_freq_base": 10000.0,
-        "layer_norm_rms_eps": 1e-6,
-        "vocab_size": VOCABULARY,
-        "leading_dense_block_count": 1,
-        "q_lora_rank": Q_LORA,
-        "kv_lora_rank": KV_LORA,
-        "key_length": KV_LORA + ROPE,
-        "value_length": KV_LORA,
-        "key_length_mla": NOPE + ROPE,
-        "value_length_mla": VALUE,
-        "rope_dimension_count": ROPE,
-        "expert_count": EXPERTS,
-        "expert_used_count": TOP_K,
-        "expert_feed_forward_length": EXPERT,
-        "expert_shared_count": SHARED,
-        "expert_weights_scale": 2.5,
-        "expert_weights_norm": True,
-        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
-        "expert_group_count": 8,
-        "expert_group_used_count": 4,
-    }
-    for name, value in settings.items():
-        getattr(writer, f"add_{name}")(value)
-    writer.add_string("tokenizer.ggml.model", "no_vocab")
-
-
-def _tensors() -> list[tuple[str, tuple[int, ...], str]]:
-    """Names without `.weight`, shapes and types, in llama.cpp's naming."""
-    found: list[tuple[str, tuple[int, ...], str]] = [
-        ("token_embd", (VOCABULARY, HIDDEN), "Q8_0"),
-        ("output", (VOCABULARY, HIDDEN), "Q8_0"),
-        ("output_norm", (HIDDEN,), "F32"),
-    ]
-    attention = [
-        ("attn_norm", (HIDDEN,), "F32"),
-        ("attn_q_a_norm", (Q_LORA,), "F32"),
-        ("attn_kv_a_norm", (KV_LORA,), "F32"),
-        ("ffn_norm", (HIDDEN,), "F32"),
-        ("attn_q_a", (Q_LORA, HIDDEN), "Q8_0"),
-        ("attn_q_b", (HEADS * (NOPE + ROPE), Q_LORA), "Q8_0"),
-        ("attn_kv_a_mqa", (KV_LORA + ROPE, HIDDEN), "Q8_0"),
-        ("attn_k_b", (HEADS, KV_LORA, NOPE), "Q8_0"),
-        ("attn_v_b", (HEADS, VALUE, KV_LORA), "Q8_0"),
-        ("attn_output", (HIDDEN, HEADS * VALUE), "Q8_0"),
-    ]
-    dense = [
-        ("ffn_gate", (DENSE, HIDDEN), "Q8_0"),
-        ("ffn_up", (DENSE, HIDDEN), "Q8_0"),
-        ("ffn_down", (HIDDEN, DENSE), "Q8_0"),
-    ]
-    sparse = [
-        ("ffn_gate_inp", (EXPERTS, HIDDEN), "F32"),
-        ("exp_probs_b.bias", (EXPERTS,), "F32"),
-        ("ffn_gate_exps", (EXPERTS, EXPERT, HIDDEN), "Q4_0"),
-        ("ffn_up_exps", (EXPERTS, EXPERT, HIDDEN), "Q4_0"),
-        ("ffn_down_exps", (EXPERTS, HIDDEN, EXPERT), "Q4_0"),
-        ("ffn_gate_shexp", (SHARED * EXPERT, HIDDEN), "Q8_0"),
-        ("ffn_up_shexp", (SHARED * EXPERT, HIDDEN), "Q8_0"),
-        ("ffn_down_shexp", (HIDDEN, SHARED * EXPERT), "Q8_0"),
-    ]
-    for layer in range(LAYERS):
-        block = attention + (dense if layer == 0 else sparse)
-        found += [(f"blk.{layer}.{name}", shape, kind) for name, shape, kind in block]
-    return found
+def _token_texts() -> list[str]:
+    """Texts of the tokens: GPT-2 writes bytes without a printable character as those from U+0100 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = sorted([chr(byte) for byte in printed] + [chr(256 + n) for n in range(256 - len(printed))])
+    return alphabet + [f"t{n}" for n in range(256, VOCABULARY)]
 
 
 def measure(path: Path, threads: int, prompt: int, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:

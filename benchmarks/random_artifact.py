@@ -16,7 +16,9 @@ from npuq.formats.rope_file import save_rope
 from npuq.formats.safetensors import encode_header
 from npuq.formats.schemes import Scheme, output_tensors
 from npuq.models.config import ModelConfig
+from npuq.models.roles import Role
 from npuq.models.rope import rope_tables
+from npuq.models.tensors import ModelTensors
 
 # DeepSeek-V3 in the size of a laptop: 2.6 GB, of which a decoded token reads about 0.6 GB.
 SMALL_V3: dict[str, Any] = {
@@ -49,42 +51,44 @@ SMALL_V3: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
+# Qwen3-30B-A3B's layers, fewer of them, and a smaller vocabulary: 2.2 GB, of which a decoded token reads 0.3 GB.
+SMALL_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 32768,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
+
+SHAPES: dict[str, dict[str, Any]] = {"v3": SMALL_V3, "qwen3": SMALL_QWEN3}
+"""Models by the names of `gguf_shapes.py`, which has the same in llama.cpp's words."""
+
 _POOL_BYTES = 64 << 20
+_SCHEMES = {
+    Role.ATTENTION: Scheme.W8A8,
+    Role.DENSE_MLP: Scheme.W8A8,
+    Role.SHARED_EXPERT: Scheme.W8A8,
+    Role.ROUTED_EXPERT: Scheme.W4A8,
+}
 
 
 def linears(config: ModelConfig) -> Iterator[tuple[str, Scheme, tuple[int, ...]]]:
     """Weights of a model that the runtime reads: name, scheme and logical shape of each."""
-    hidden, heads, lora = config.hidden_size, config.attention.heads, config.attention.kv_lora_rank
-    yield "model.embed_tokens.weight", Scheme.FLOAT, (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        attention = f"{prefix}.self_attn"
-        q_width = heads * config.attention.qk_head_dim
-        yield f"{prefix}.input_layernorm.weight", Scheme.FLOAT, (hidden,)
-        if config.attention.q_lora_rank is None:
-            yield f"{attention}.q_proj.weight", Scheme.W8A8, (q_width, hidden)
-        else:
-            yield f"{attention}.q_a_proj.weight", Scheme.W8A8, (config.attention.q_lora_rank, hidden)
-            yield f"{attention}.q_a_layernorm.weight", Scheme.FLOAT, (config.attention.q_lora_rank,)
-            yield f"{attention}.q_b_proj.weight", Scheme.W8A8, (q_width, config.attention.q_lora_rank)
-        yield f"{attention}.kv_a_proj_with_mqa.weight", Scheme.W8A8, (lora + config.attention.qk_rope_head_dim, hidden)
-        yield f"{attention}.kv_a_layernorm.weight", Scheme.FLOAT, (lora,)
-        kv_width = heads * (config.attention.qk_nope_head_dim + config.attention.v_head_dim)
-        yield f"{attention}.kv_b_proj.weight", Scheme.FLOAT, (kv_width, lora)
-        yield f"{attention}.o_proj.weight", Scheme.W8A8, (hidden, heads * config.attention.v_head_dim)
-        yield f"{prefix}.post_attention_layernorm.weight", Scheme.FLOAT, (hidden,)
-        moe = config.moe_at(layer)
-        if moe is None:
-            yield from _mlp(f"{prefix}.mlp", Scheme.W8A8, config.intermediate_size, hidden)
-            continue
-        yield f"{prefix}.mlp.gate.weight", Scheme.FLOAT, (moe.n_routed_experts, hidden)
-        if moe.has_router_bias:
-            yield f"{prefix}.mlp.gate.e_score_correction_bias", Scheme.FLOAT, (moe.n_routed_experts,)
-        yield from _mlp(f"{prefix}.mlp.shared_experts", Scheme.W8A8, moe.shared_intermediate_size, hidden)
-        for expert in range(moe.n_routed_experts):
-            yield from _mlp(f"{prefix}.mlp.experts.{expert}", Scheme.W4A8, moe.moe_intermediate_size, hidden)
-    yield "model.norm.weight", Scheme.FLOAT, (hidden,)
-    yield "lm_head.weight", Scheme.FLOAT, (config.vocab_size, hidden)
+    for spec in ModelTensors(config).unroll(()):
+        yield spec.name, _SCHEMES.get(spec.role, Scheme.FLOAT), spec.shape
 
 
 def make(directory: Path, settings: dict[str, Any]) -> None:
@@ -111,12 +115,6 @@ def make(directory: Path, settings: dict[str, Any]) -> None:
     (directory / DESCRIPTION_NAME).write_text(json.dumps(description(types)))
     save_rope(rope_tables(config), directory / ROPE_NAME)
     (directory / MANIFEST_NAME).write_text(json.dumps({"format_version": FORMAT_VERSION}))
-
-
-def _mlp(prefix: str, scheme: Scheme, width: int, hidden: int) -> Iterator[tuple[str, Scheme, tuple[int, ...]]]:
-    yield f"{prefix}.gate_proj.weight", scheme, (width, hidden)
-    yield f"{prefix}.up_proj.weight", scheme, (width, hidden)
-    yield f"{prefix}.down_proj.weight", scheme, (hidden, width)
 
 
 def _draw(

@@ -3,13 +3,13 @@
     python benchmarks/runtime.py [--threads 2] [--rounds 3] [--json]
     python benchmarks/runtime.py --llama-cpp ENV/bin/python --transformers     # the peers too
 
-The model is random, 2.6 GB, DeepSeek-V3 in small (build/random-small-v3, written once). `--llama-cpp` names the Python
-of an environment that has llama-cpp-python and gguf: the same shape as a GGUF (build/random-small-v3.gguf, written
-once). `--transformers` runs the same shape in bfloat16. Limits: reading a buffer larger than any cache, and torch's
-fastest int8 product on every shape and row count of the prefill. Bytes that a step of many sequences reads are counted
-from the experts that its tokens were routed to. All take turns with the same threads, a round each. Figures are medians
-over the rounds; ratios are computed within a round first. On a machine with other work, `--threads 1 --cpu-time` leaves
-out the time of that work.
+The model is random: 2.6 GB of DeepSeek-V3 in small, or with `--shape qwen3` 2.2 GB of Qwen3-30B-A3B's layers
+(build/random-small-SHAPE, written once). `--llama-cpp` names the Python of an environment that has llama-cpp-python and
+gguf: the same shape as a GGUF (build/random-small-SHAPE.gguf, written once). `--transformers` runs the same shape in
+bfloat16. Limits: reading a buffer larger than any cache, and torch's fastest int8 product on every shape and row count
+of the prefill. Bytes that a step of many sequences reads are counted from the experts that its tokens were routed to.
+All take turns with the same threads, a round each. Figures are medians over the rounds; ratios are computed within a
+round first. On a machine with other work, `--threads 1 --cpu-time` leaves out the time of that work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from machine_limits import Clock, Product, best, fastest_int8, random_int8, read_bandwidth
-from random_artifact import SMALL_V3, linears, make
+from random_artifact import SHAPES, linears, make
 from torch import Tensor
 
 import npuq.runtime
@@ -50,29 +50,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
     parser.add_argument("--batch", type=int, default=16, help="sequences at once, beside one; 0: only one")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time; with one thread only")
-    parser.add_argument("--model", type=Path, default=BUILD / "random-small-v3")
+    parser.add_argument("--shape", choices=SHAPES, default="v3")
+    parser.add_argument("--model", type=Path, help="default: build/random-small-SHAPE")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
-    parser.add_argument("--gguf", type=Path, default=BUILD / "random-small-v3.gguf")
+    parser.add_argument("--gguf", type=Path, help="default: build/random-small-SHAPE.gguf")
     parser.add_argument("--transformers", action="store_true", help="needs transformers and 4 GB")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time counts the time of all threads together: use it with --threads 1")
+    if options.transformers and options.shape != "v3":
+        parser.error("--transformers knows the shape v3 alone")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
 
-    if not (options.model / "npuq" / "manifest.json").is_file():
-        make(options.model, SMALL_V3)
+    directory = options.model or BUILD / f"random-small-{options.shape}"
+    gguf = options.gguf or BUILD / f"random-small-{options.shape}.gguf"
+    if not (directory / "npuq" / "manifest.json").is_file():
+        make(directory, SHAPES[options.shape])
     tokens = options.prompt + options.tokens + 16
     sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=max(1024, tokens), prefix_cache=False)
-    model = npuq.runtime.load(options.model, "cpu", engine=sizes)
+    model = npuq.runtime.load(directory, "cpu", engine=sizes)
     peers: dict[str, list[str]] = {}
     shared = ["--threads", str(options.threads), "--prompt", str(options.prompt), "--tokens", str(options.tokens)]
     shared += ["--cpu-time"] if options.cpu_time else []
     if options.llama_cpp is not None:
-        peers["llama.cpp"] = [str(options.llama_cpp), str(HERE / "peer_llama_cpp.py"), str(options.gguf), *shared]
+        peer = [str(HERE / "peer_llama_cpp.py"), str(gguf), "--shape", options.shape]
+        peers["llama.cpp"] = [str(options.llama_cpp), *peer, *shared]
     if options.transformers:
-        peers["transformers bf16"] = [sys.executable, str(HERE / "peer_transformers.py"), str(options.model), *shared]
+        peers["transformers bf16"] = [sys.executable, str(HERE / "peer_transformers.py"), str(directory), *shared]
 
     rounds = []
     for number in range(options.rounds):
@@ -92,6 +98,7 @@ def measure_round(
 ) -> Figures:
     """Measure one round: rates in tokens/s, B/s and multiply-adds/s, and the ratios between them."""
     config = model.engine.model.config
+    cached = sum(pool.channels for pool in model.engine.model.attention.pools(0))
     before = read_bandwidth(clock)
     product = fastest_int8(clock)
     ideal = int8_seconds(config, prompt, product, clock)
@@ -99,14 +106,14 @@ def measure_round(
     after = read_bandwidth(clock)  # other processes change it
     prefill, decode = one.prefill, one.decode
     found: Figures = {"read bandwidth": max(before, after), "npuq prefill": prefill, "npuq decode": decode}
-    found["bytes of one"] = step_bytes(config, 1, one)
+    found["bytes of one"] = step_bytes(config, cached, 1, one)
     found["bandwidth of one"] = found["bytes of one"] * decode
     found["of bandwidth"] = found["bandwidth of one"] / found["read bandwidth"]
     if batch:
         many = measure(model, batch, prompt, tokens, clock)
         found["npuq batch"], found["batch experts"] = many.decode, many.experts
         found["batch gain"] = many.decode / decode
-        found["bytes of batch"] = step_bytes(config, batch, many)
+        found["bytes of batch"] = step_bytes(config, cached, batch, many)
         found["bandwidth of batch"] = found["bytes of batch"] * many.decode / batch
         found["batch bound"] = batch * found["bytes of one"] / found["bytes of batch"]
     found["int8 limit"] = integer_work(config, prompt) / ideal
@@ -202,9 +209,11 @@ def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:
     return found
 
 
-def step_bytes(config: ModelConfig, sequences: int, measured: Measured) -> int:
-    """Bytes of weights, scales and cached keys that a decode step reads: of routed experts only those that it ran."""
-    cached = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
+def step_bytes(config: ModelConfig, cached: int, sequences: int, measured: Measured) -> int:
+    """Bytes of weights, scales and cached keys that a decode step reads: of routed experts only those that it ran.
+
+    cached: channels of a token in a layer's cache.
+    """
     total = 2.0 * sequences * measured.keys * cached * config.num_hidden_layers
     for name, scheme, shape in linears(config):
         numel = torch.Size(shape).numel()

@@ -120,7 +120,9 @@ def train(model: Any, tokens: Tensor, arguments: argparse.Namespace) -> None:
         schedule.step()
         _balance(chosen)
         if step % 25 == 24:
-            print(f"step {step + 1}: loss {float(result.loss.detach()):.3f}, {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {step + 1}: loss {float(result.loss.detach()):.3f}, {time.monotonic() - began:.0f} s", flush=True
+            )
 
 
 def _watch_routers(model: Any) -> dict[Any, Tensor]:

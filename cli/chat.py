@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from ..errors import GenerationError, NpuqWarning
-from ..inputs.files import MOST_BYTES, read_given_text, reason
+from ..inputs.files import read_given_text, reason
 from .conversation.screen import Screen, ask
 from .conversation.server_chat import ServerChat, is_url
 from .conversation.session import ReadLine, Session
@@ -153,7 +153,6 @@ def _load(
         SamplingParams.of(SamplingParams(), settings)
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
-    source = None if template is None else read_given_text(template, GenerationError, MOST_BYTES)
 
     def suitable(found: Path) -> None:
         known_type(family)(found)
@@ -162,8 +161,8 @@ def _load(
     directory = local_model(path, quiet=quiet, before_weights=suitable)
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, settings)
-    tokenizer = Tokenizer(directory)
-    if source is None and not tokenizer.has_chat_template:
+    tokenizer = Tokenizer(directory, template)
+    if not tokenizer.has_chat_template:
         raise GenerationError(f"{directory}: has no chat template; give one with --chat-template FILE")
     tokenizer.split_stops(params.stop)
     dtype = None if loading["dtype"] is None else getattr(torch, loading["dtype"])
@@ -174,7 +173,7 @@ def _load(
         tokenizer=tokenizer,
         family=family,
     )
-    chat = LocalChat(model, defaults, source, variables)
+    chat = LocalChat(model, defaults, variables)
     chat.notes = notes(params, defaults, settings)
     return chat
 

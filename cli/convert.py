@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConversionError, NpuqError, RecipeError
+from ..units import format_duration
 from .options.reading import as_option
 from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
@@ -63,6 +64,12 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
     metavar="MINUTES",
     help="Leave out auto's trials where calibrating all layers would take longer with them.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "npu"]),
+    default="cpu",
+    help="Where gptq and smooth compute matrices: cpu, or torch on an accelerator. [default: cpu]",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Threads. [default: cores]")
 @click.option("--max-memory", type=size, help="Bound of the working set beside torch and the plan, such as 500MB.")
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
@@ -90,6 +97,7 @@ def command(
     samples: int | None,
     sequence_length: int | None,
     time_budget: float | None,
+    device: str,
     workers: int | None,
     max_memory: int | None,
     max_shard_size: int,
@@ -117,6 +125,7 @@ def command(
     interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
     """
     from ..convert import CalibrationText, convert_checkpoint
+    from ..convert.calibrate.devices import Device
     from ..convert.calibrate.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
 
     if repo is not None and dry_run:
@@ -134,6 +143,7 @@ def command(
                 samples or DEFAULT_SAMPLES,
                 sequence_length or DEFAULT_SEQUENCE_LENGTH,
                 None if time_budget is None else 60 * time_budget,
+                Device(device),
             ),
             workers=workers,
             max_memory=max_memory,
@@ -201,6 +211,8 @@ def _print_summary(summary: Summary) -> None:
     show(f"{summary.jobs} jobs, {summary.tensors} tensors in {summary.shards} shards, {before} → {after}")
     rows, planned = format_bytes(summary.memory_bytes), format_bytes(summary.plan_bytes)
     show(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
+    if summary.expected_seconds is not None:
+        show(f"time: about {format_duration(summary.expected_seconds)} as fast as this machine is now")
     missing = ""
     if summary.missing_disk_bytes < summary.needed_disk_bytes:
         missing = f", {format_bytes(summary.missing_disk_bytes)} of it still"

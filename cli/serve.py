@@ -233,6 +233,9 @@ def command(
                 + ("" if no_page else f", with a page at {url.removesuffix('/v1')}/")
             )
 
+        if not (quiet or tokenizer.has_chat_template):
+            say("npuq: the model has no chat template, so chat is refused; --chat-template FILE gives one")
+
     def drains(running: int) -> None:
         if not quiet:
             say(f"npuq: ends after {running} running answers, or {shutdown_timeout:g} s; once more ends at once")

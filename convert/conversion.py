@@ -20,7 +20,8 @@ from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
 from ..quant.weight_error import ErrorSums
-from .calibrate.effort import calibrated_effort
+from .calibrate.devices import arithmetic_on
+from .calibrate.effort import calibrated_effort, expected_seconds
 from .calibrate.layer_report import LayerReport
 from .calibrate.memory import calibrated_budget
 from .calibrate.states import remove_states
@@ -147,7 +148,10 @@ class _Conversion:
         space, refusal = self._space(record), None
         if not force and not space.suffices:
             refusal = _too_full(space, self.output)
-        return self._summary("planned", len(record.jobs), roles, space, state, refusal)
+        return replace(
+            self._summary("planned", len(record.jobs), roles, space, state, refusal),
+            expected_seconds=self._expected_seconds(record),
+        )
 
     def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
         """Run the conversion, or recognize a finished artifact."""
@@ -258,6 +262,12 @@ class _Conversion:
     def _roles(self, stats: Mapping[int, ErrorSums]) -> list[Mapping[str, Any]]:
         return [total.as_dict() for total in totals_by_role(self.prepared.plan.jobs, stats)]
 
+    def _expected_seconds(self, record: Record) -> float | None:
+        prepared = self.prepared
+        if prepared.calibration is None:
+            return None
+        return expected_seconds(prepared, arithmetic_on(prepared.device), self.budget.workers, record.jobs)
+
     def _summary(
         self,
         status: str,
@@ -286,6 +296,7 @@ class _Conversion:
             missing_disk_bytes=space.missing,
             free_disk_bytes=space.free,
             seconds=time.monotonic() - self.started,
+            expected_seconds=None,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             notes=self.notes if notes is None else notes,

@@ -58,6 +58,11 @@ class Placement:
         return self.config.attention.dense_tokens is not None
 
     @property
+    def is_latent(self) -> bool:
+        """True for latent attention, whose rotary tables engines make as DeepSeek's model does."""
+        return self.config.attention.rotary_temperature
+
+    @property
     def rank_heads(self) -> int:
         """Attention heads of a rank."""
         return self.config.attention.heads // self.tp
@@ -91,11 +96,11 @@ class Engine:
 
 _COMMON = (
     Requirement(
-        lambda p: p.config.rope.rope_type not in ("default", "yarn"),
+        lambda p: p.is_latent and p.config.rope.rope_type not in ("default", "yarn"),
         "rope type {rope} is computed as YaRN, whatever config.json says: no deployment of it is right",
     ),
     Requirement(
-        lambda p: p.config.rope.attention_factor is not None or not p.config.rope.truncate,
+        lambda p: p.is_latent and (p.config.rope.attention_factor is not None or not p.config.rope.truncate),
         "attention_factor and truncate of YaRN are not read: write mscale and mscale_all_dim instead",
     ),
     Requirement(

@@ -1,7 +1,7 @@
 """The child process of `template.py`: renders Jinja templates from outside, confined.
 
-It imports the standard library and jinja2 only, then confines itself. Memory beyond a limit is refused. No descriptor
-can be opened any more, so that jinja2's late imports come before. An alarm ends the process if its parent was killed.
+It imports the standard library and jinja2 only, then confines itself (`confinement.py`). No descriptor can be opened
+any more, so that jinja2's late imports come before. An alarm ends the process if its parent was killed.
 Messages on both pipes are a line `KIND LENGTH` and as many bytes.
 
     R   ready, sent once
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import resource
 import signal
 import sys
 from datetime import datetime
@@ -31,7 +30,9 @@ def main(arguments: list[str]) -> None:
     of jinja2 and its imports.
     """
     seconds, memory, characters = int(arguments[0]), int(arguments[1]), int(arguments[2])
-    sys.path.extend(arguments[3:])
+    sys.path.extend([*arguments[3:], str(Path(__file__).parent)])
+    from confinement import confine  # type: ignore[import-not-found]  # this runs as a script of its own
+
     # The alarm must end the process within a long operation in C too: the default action, not a handler.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     compiled = lru_cache(maxsize=4)(_environment().from_string)
@@ -46,22 +47,6 @@ def main(arguments: list[str]) -> None:
         send(replies, kind, text)
         if kind == "L":
             return
-
-
-def confine(memory: int) -> None:
-    """Forbid opening and writing files, new processes and core dumps, and limit memory to `memory` bytes beyond those
-    in use."""
-    used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
-    for limit, most in (
-        (resource.RLIMIT_AS, used + memory),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 3),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        hard = resource.getrlimit(limit)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
 
 
 def answer(compiled: Any, request: dict[str, Any], characters: int) -> tuple[str, bytes]:

@@ -17,6 +17,7 @@ from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import StoredRows
 from .integers import checked
 from .library import (
+    Draw,
     GqaBlock,
     Heads,
     KvCache,
@@ -43,6 +44,7 @@ __all__ = [
     "LAYOUTS",
     "MOST_BIAS_COLUMNS",
     "MOST_COLUMNS",
+    "Draw",
     "GqaBlock",
     "Heads",
     "KvCache",
@@ -222,6 +224,8 @@ def failure(name: str, status: int) -> Exception:
     """The error for a status of a native call."""
     if status == _BAD_SIZE:
         return ValueError(f"{name}: the native kernel refuses a dtype, or sizes that do not fit each other")
+    if status == _NOT_FINITE:
+        return ValueError(f"{name}: the numbers are not finite")
     if status == _BAD_INDEX:
         return ValueError(f"{name}: the native kernel refuses an index or a length beyond what it points into")
     return MemoryError(f"{name}: no memory for the native kernel's scratch")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..quant.arithmetic import LANES, Arithmetic, TorchArithmetic
 from .binding import failure
 from .library import call, description, level_index, library
-from .pointers import address, rows_address
+from .pointers import address, rows_address, strided_address
 
 __all__ = ["LANES", "NativeArithmetic", "calibration_arithmetic"]
 
@@ -47,9 +47,9 @@ class NativeArithmetic:
             out = torch.empty(m, n)
         self._call(
             "float_product",
-            _any_strides(a, "a", m, k),
+            strided_address(a, "float_product", "a", torch.float32, m, k),
             *a.stride(),
-            _any_strides(b, "b", k, n),
+            strided_address(b, "float_product", "b", torch.float32, k, n),
             *b.stride(),
             m,
             n,
@@ -108,13 +108,3 @@ class NativeArithmetic:
         status = call(self._library, name, self._level, *arguments)
         if status:
             raise failure(name, status)
-
-
-def _any_strides(x: Tensor, name: str, *shape: int) -> int:
-    """The address of a matrix with any strides."""
-    if x.dtype is not torch.float32 or x.shape != shape or not x.is_cpu:
-        raise ValueError(
-            f"float_product: {name} is {x.dtype} {list(x.shape)} on {x.device}; the native kernel takes float32 "
-            f"{list(shape)} on the CPU"
-        )
-    return x.data_ptr()

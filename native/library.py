@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 
 
 class Part(Structure):
@@ -127,13 +127,23 @@ class Source(Structure):
     )
 
 
+class Draw(Structure):
+    """`npuq_draw`: what a draw depends on beside the logits."""
+
+    _fields_ = (
+        *((name, c_double) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", c_int64),
+        *((name, c_uint64) for name in ("seed", "choice", "position")),
+    )
+
+
 class Sha256(Structure):
     """`npuq_sha256`: one stream's state."""
 
     _fields_ = (("state", c_uint32 * 8), ("nbytes", c_uint64), ("waiting", c_uint8 * 64))
 
 
-_P, _I, _L, _F = c_void_p, c_int32, c_int64, c_float
+_P, _I, _L, _F, _D = c_void_p, c_int32, c_int64, c_float, c_double
 _SIGNATURES: Final = {
     "npuq_watch": (_P, _L),
     "npuq_is_lost": (_P,),
@@ -152,6 +162,8 @@ _SIGNATURES: Final = {
     "npuq_gating_top_k": (_P, _P, _P, _L, _L, _L, _I, _L, _L, _I, _I, _F, _P, _P),
     "npuq_init_routing": (_P, _P, _I, _L, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P),
     "npuq_finalize_routing": (_P, _P, _I, _L, _P, _P, _L, _L, _P, _P),
+    "npuq_draw_token": (_P, _P, _L, _P, _P),
+    "npuq_likelihood_sum": (_P, _P, _L, _D, _P),
     "npuq_interleave_rope": (_P, _P, _I, _L, _L, _L, _L, _L, _P, _P, _P),
     "npuq_kv_cache_write": (_P, _P, _P, _L, _P, _P, _P, _P, _L, _F, _P, _P),
     "npuq_attention_paged": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _F, _P),

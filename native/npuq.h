@@ -18,7 +18,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 9
+#define NPUQ_ABI_VERSION 10
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -162,6 +162,19 @@ NPUQ_API int npuq_init_routing(npuq_pool *pool, const void *x, int32_t dtype, in
 NPUQ_API int npuq_finalize_routing(npuq_pool *pool, const void *rows, int32_t dtype, int64_t cols,
                                    const float *weights, const int32_t *row_index, int64_t tokens, int64_t k,
                                    const void *skip, void *out);
+
+/* What a draw depends on beside the logits. temperature > 0; top_k 0, top_p 1 and min_p 0 filter nothing. Noise is that of
+ * numpy's Philox with the key (seed, choice): token id takes number id of the counter (0, 0, 0, position). */
+typedef struct {
+    double temperature, top_p, min_p;
+    int64_t top_k;
+    uint64_t seed, choice, position;
+} npuq_draw;
+/* The token with the highest (logit − highest) / temperature + Gumbel noise, of logits [n] those that top_k, then top_p,
+ * then min_p leave; equal logits rank by id. n ≤ 2^22. NPUQ_NOT_FINITE: a NaN, or the highest logit is infinite. */
+NPUQ_API int npuq_draw_token(npuq_pool *pool, const float *logits, int64_t n, const npuq_draw *draw, int64_t *token);
+/* Σ exp((logit − highest) / temperature), each rounded to 2^-40. The same limits and errors. */
+NPUQ_API int npuq_likelihood_sum(npuq_pool *pool, const float *logits, int64_t n, double temperature, double *sum);
 
 /* x [tokens, heads, dim] (strided) → out, contiguous; cos and sin [tokens, dim]. */
 NPUQ_API int npuq_interleave_rope(npuq_pool *pool, const void *x, int32_t dtype, int64_t token_stride,

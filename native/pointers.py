@@ -35,6 +35,13 @@ def rows_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape
     return x.data_ptr()
 
 
+def strided_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *shape: int) -> int:
+    """The address of a tensor with any strides, which are part of the call; errors as of `address`."""
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu:
+        raise _unlike(x, operator, name, f"a {_form(dtype, shape)}")
+    return x.data_ptr()
+
+
 def begins_a_cache_line(x: Tensor) -> bool:
     """True for a tensor whose first element begins a cache line of 64 bytes."""
     return x.data_ptr() % _CACHE_LINE == 0

@@ -1,4 +1,4 @@
-"""The arithmetic that calibration spends its time on, in float32: products, GPTQ's columns, sweeps of coordinate descent.
+"""Calibration's arithmetic in float32: products, GPTQ's columns, sweeps of coordinate descent.
 
 `TorchArithmetic` runs on any torch device. The native kernels (`native/calibration.py`) compute the same in an order of
 their own, so that codes near a rounding boundary may differ between the two.

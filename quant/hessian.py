@@ -2,8 +2,8 @@
 
 For a linear y = W·x with calibration inputs x, the error Σ |W·x − Ŵ·x|² = Σ rows (w − ŵ)ᵀ·H·(w − ŵ), H = Σ x·xᵀ.
 
-float32 is safe here. Rounding in H, and in its Cholesky factorization, is relative to √(H_ii · H_jj), however unlike the
-channels are (Higham, "Accuracy and Stability of Numerical Algorithms", 10.1); the damping, a hundredth of the mean
+float32 is safe here. Rounding in H, and in its Cholesky factorization, is relative to √(H_ii · H_jj), however unlike
+the channels are (Higham, "Accuracy and Stability of Numerical Algorithms", 10.1); the damping, a hundredth of the mean
 diagonal, is far above it. Only where a pivot shows otherwise is H factored in float64: without rounding, no pivot of
 H + λ·I is below λ.
 """
@@ -71,8 +71,8 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factored Hessian: H + damping [K, K] with its columns by rising H_jj, its lower Cholesky factor [K, K], and what was
-    added to the diagonal [K]: all float32. Column j of both is column `order[j]` of the linear."""
+    """A factored Hessian: H + damping [K, K] with columns by rising H_jj, its lower Cholesky factor [K, K], and what
+    was added to the diagonal [K]: all float32. Column j of both is column `order[j]` of the linear."""
 
     hessian: Tensor
     lower: Tensor
@@ -88,15 +88,15 @@ def factor(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper, damping: floa
     factorization. Channels that were never active (zero on the diagonal) are rounded without correction. Raises
     SingularHessianError.
     """
-    diagonal = matrix.diagonal()
+    diagonal = matrix.diagonal().cpu()
     if not bool(torch.isfinite(diagonal).all()):
         raise SingularHessianError("holds infinities or NaN")
     mean = float(diagonal.double().mean())
     if mean <= 0:
         raise SingularHessianError("is zero: no calibration input was active")
-    order = diagonal.argsort(stable=True)
+    plain, order = diagonal.sort(stable=True)
+    order = order.to(arithmetic.device)
     hessian = _reordered(matrix, order, mapper)
-    plain = hessian.diagonal().clone()
     while damping <= _MOST_DAMPING:
         added = torch.where(plain == 0, mean, damping * mean).to(torch.float32)
         hessian.diagonal().copy_(plain + added)
@@ -105,7 +105,7 @@ def factor(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper, damping: floa
             lower = None  # its memory, before more is taken
             lower = _double_cholesky(hessian)
         if lower is not None:
-            return Factor(hessian, lower, added, order, damping)
+            return Factor(hessian, lower, added.to(arithmetic.device), order, damping)
         damping *= 10
     raise SingularHessianError(f"cannot be factored even with {_MOST_DAMPING:g} of its mean diagonal added")
 
@@ -143,11 +143,12 @@ def cholesky(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper) -> Tensor |
             )
 
         subtract(panel)
-        block, failed = torch.linalg.cholesky_ex(lower[panel, panel].double())
+        block, failed = torch.linalg.cholesky_ex(lower[panel, panel].cpu().double())
         if bool(failed):
             return None
-        inverse = torch.linalg.solve_triangular(block, torch.eye(block.shape[0]).to(block), upper=False).float().T
-        lower[panel, panel] = block.float()
+        inverse = torch.linalg.solve_triangular(block, torch.eye(block.shape[0], dtype=block.dtype), upper=False)
+        inverse = inverse.float().T.to(arithmetic.device)
+        lower[panel, panel] = block.float().to(arithmetic.device)
 
         def divide(
             part: slice,
@@ -165,7 +166,7 @@ def cholesky(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper) -> Tensor |
 
 def _double_cholesky(matrix: Tensor) -> Tensor | None:
     """The factor computed in float64, rounded to float32."""
-    lower, failed = torch.linalg.cholesky_ex(matrix.double())
+    lower, failed = torch.linalg.cholesky_ex(matrix.cpu().double())
     if bool(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    return lower.float()
+    return lower.float().to(matrix.device)

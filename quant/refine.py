@@ -46,7 +46,7 @@ class _Sums:
     ee: Tensor
 
     def best_scale(self) -> tuple[Tensor, Tensor]:
-        """The factor for the scale that minimizes E, and E by it. s·q is w − e; rows without a positive factor keep 1."""
+        """The factor for the scale that minimizes E, and E by it; s·q is w − e. Rows without a positive one keep 1."""
         a, b = self.ww - self.we, self.ww - 2 * self.we + self.ee
         # (w − e)ᵀ·H·e: by how much the scale is off.
         slope = self.we - self.ee
@@ -78,10 +78,11 @@ def calibrated_codes(
             break
     last = _Sums(start.ww, *_row_sums(rows, codes, found_step, gradient, gradient))
     scaled, error = last.best_scale()
-    found_step = found_step * scaled.float()
+    found_step = found_step * scaled.float().to(device)
     plain, plain_error = _better_rounding(columns, step, bits, factored, arithmetic, error)
-    codes[plain], found_step[plain] = _rounded(rows[plain], step[plain, None], bits).to(torch.int8), step[plain]
     error[plain] = plain_error
+    plain = plain.to(device)
+    codes[plain], found_step[plain] = _rounded(rows[plain], step[plain, None], bits).to(torch.int8), step[plain]
     # Without the part of the damping in both.
     lost, whole = _damping(rows, codes, found_step, factored.added)
     found = torch.index_select(codes[:count], 1, order.argsort())
@@ -96,13 +97,13 @@ def _rounded(weight: Tensor, step: Tensor, bits: int) -> Tensor:
 def _scaled_sums(columns: Tensor, sums: Tensor, factored: Factor, arithmetic: Arithmetic) -> tuple[_Sums, Tensor]:
     """Give every row the best scale for its codes: its sums Lᵀ·e [K, R] become those by the new scale. Returns the sums
     before, and the factors float32 [R] of the scales. columns [K, R]: the weight."""
-    outputs, kept = torch.empty_like(columns), torch.zeros(3, columns.shape[1], dtype=torch.float64).to(columns.device)
+    outputs, kept = torch.empty_like(columns), torch.zeros(3, columns.shape[1], dtype=torch.float64)
     for panel in panels(columns.shape[0]):
         output, sum_ = outputs[panel], sums[panel]
         arithmetic.product(factored.lower[panel.start :, panel].T, columns[panel.start :], output)
-        kept += torch.stack([(a * b).sum(0) for a, b in ((output, output), (output, sum_), (sum_, sum_))])
+        kept += torch.stack([(a * b).sum(0) for a, b in ((output, output), (output, sum_), (sum_, sum_))]).cpu()
     found = _Sums(*kept)
-    scaled = found.best_scale()[0].float()
+    scaled = found.best_scale()[0].float().to(columns.device)
     for panel in panels(columns.shape[0]):
         # Lᵀ·(w − f·s·q) = Lᵀ·w − f·(Lᵀ·w − Lᵀ·e).
         sums[panel].sub_(outputs[panel]).mul_(scaled).add_(outputs[panel])
@@ -123,7 +124,7 @@ def _row_sums(rows: Tensor, codes: Tensor, step: Tensor, first: Tensor, second: 
     for part in _few(rows.shape[0]):
         errors = torch.addcmul(rows[part], codes[part].to(torch.float32), step[part, None], value=-1)
         found.append(torch.stack([(rows[part] * first[part]).sum(1), (errors * second[part]).sum(1)]))
-    both = torch.cat(found, 1).double()
+    both = torch.cat(found, 1).cpu().double()
     return both[0], both[1]
 
 
@@ -133,7 +134,7 @@ def _damping(rows: Tensor, codes: Tensor, step: Tensor, added: Tensor) -> tuple[
     for part in _few(rows.shape[0]):
         errors = torch.addcmul(rows[part], codes[part].to(torch.float32), step[part, None], value=-1)
         found.append(torch.stack([errors.square_() @ added, rows[part].square() @ added]))
-    both = torch.cat(found, 1).double()
+    both = torch.cat(found, 1).cpu().double()
     return both[0], both[1]
 
 
@@ -145,23 +146,23 @@ def _few(rows: int) -> list[slice]:
 def _better_rounding(
     columns: Tensor, step: Tensor, bits: int, factored: Factor, arithmetic: Arithmetic, limit: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rows int64 [P] of columns [K, R] whose plain rounding has a smaller E than `limit` [R] (or that is no number),
-    and that E.
+    """The rows int64 [P] of columns [K, R] whose plain rounding has a smaller E than `limit` [R], or that is no number,
+    and that E: both on the CPU.
 
     E is a sum of squares over columns, of which the last are the largest and cheapest: rows leave once they exceed it.
     """
-    left, error = torch.arange(limit.shape[0], device=limit.device), torch.zeros_like(limit)
-    errors = torch.empty_like(columns)
+    left, error = torch.arange(limit.shape[0]), torch.zeros_like(limit)
+    errors, steps = torch.empty_like(columns), step
     for panel in panels(columns.shape[0]):
-        part = columns[panel][:, left]
-        errors[panel] = torch.addcmul(part, _rounded(part, step[left], bits), step[left], value=-1)
+        part = columns[panel][:, left.to(columns.device)]
+        errors[panel] = torch.addcmul(part, _rounded(part, steps, bits), steps, value=-1)
         sums = arithmetic.product(factored.lower[panel.start :, panel].T, errors[panel.start :])
-        error += (sums * sums).sum(0)
+        error += (sums * sums).sum(0).cpu()
         keep = ~(error >= limit[left])
         if int(keep.sum()) <= 0.75 * left.shape[0] or panel.start == 0:
             kept = torch.empty(errors.shape[0], int(keep.sum()), device=errors.device)
-            kept[panel.start :] = errors[panel.start :, keep]
-            left, error, errors = left[keep], error[keep], kept
+            kept[panel.start :] = errors[panel.start :, keep.to(errors.device)]
+            left, error, errors, steps = left[keep], error[keep], kept, steps[keep.to(errors.device)]
         if not left.shape[0]:
             break
     return left, error
@@ -176,4 +177,3 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor, arithmetic:
         lost += float((arithmetic.product(difference, hessian) * difference).sum(1).double().sum())
         whole += float((arithmetic.product(part, hessian) * part).sum(1).double().sum())
     return lost, whole
-

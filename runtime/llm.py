@@ -313,7 +313,8 @@ def load(
         owned = layout.owned(config, ops.group.rank)
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
-        planner.check(planner.rank(layout), engine_cache(planner, sizes))
+        plan = planner.rank(layout)
+        planner.check(plan, engine_cache(plan, sizes))
         weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     with _ending_all(world, GenerationError):
         model = Model(config, ops, weights, attention)

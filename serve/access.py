@@ -64,7 +64,7 @@ class Access:
             )
         if not self.keys or path in self.open_paths:
             return None
-        given = key_digest(headers.get("authorization", "").removeprefix("Bearer ").strip())
+        given = key_digest(_bearer(headers.get("authorization", "")))
         other = key_digest(headers.get("api-key", "").strip())
         # All are compared: how long it takes tells nothing.
         found = [key for key in self.keys for each in (given, other) if hmac.compare_digest(key, each)]
@@ -88,6 +88,12 @@ def loopback_hosts() -> tuple[str, ...]:
 
 def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _bearer(header: str) -> str:
+    """The key of an Authorization header; empty for another scheme."""
+    scheme, _, key = header.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _without_port(host: str) -> str:

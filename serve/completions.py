@@ -197,5 +197,6 @@ def _prompt(service: Service, given: str | list[int], echo: bool) -> Prompt:
         return Prompt(tokenizer.encode(given), given)
     if not given:
         raise bad_request("a prompt is empty: it has no tokens to continue", "prompt")
+    service.check_length(len(given))
     check_token_ids(given, service.model.engine.model.config.vocab_size)
     return Prompt(given, tokenizer.decode(given) if echo else "")

@@ -11,6 +11,7 @@ from ..runtime import SamplingParams
 from .errors import bad_request
 from .limits import MOST_BIASES, MOST_STOP_CHARACTERS, MOST_STOPS, Limits
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
@@ -30,16 +31,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     """
 
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=1 << 53)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=MOST_BIASES)] | None = None
-    min_tokens: int | None = None
+    min_tokens: Count | None = None
     stop: StopText | Annotated[list[StopText], msgspec.Meta(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MOST_BIASES)] | None = None
     ignore_eos: bool | None = None

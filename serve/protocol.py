@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_CONNECTIONS: Final = 1000
 HEAD_SECONDS: Final = 30.0
 """A request's head has to arrive within this time, from the connection's first byte or the last answer's end."""
 
 
+def most_connections() -> int:
+    """Connections at once: half of the files that the process may open (`ulimit -n`)."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft // 2 if soft != resource.RLIM_INFINITY else 1 << 16
+
+
 class Protocol(H11Protocol):
-    """A connection. It is closed at once where there are MOST_CONNECTIONS, and when a request's head takes too long."""
+    """A connection. It is closed where there are `most_connections`, and when a request's head takes too long."""
 
     _head: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > most_connections():
             self.transport.abort()
             return
         self._head = self.loop.call_later(HEAD_SECONDS, self._head_is_late)

@@ -12,11 +12,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import GenerationError
+from ..inputs.printable import error_line
 from ..runtime import Completion, Piece
 from .access import Record, record_of
 from .documents import DONE, PING, events, json_response
 from .engine_thread import Generation
-from .errors import EndedError, failure
+from .errors import ApiError, EndedError, failure
 from .limits import PING_SECONDS, SEND_SECONDS
 from .reply import Asked, Usage
 from .service import Service
@@ -78,6 +79,10 @@ class _Answer:
                     yield chunks
         except GenerationError as error:
             yield events([failure(error, self.service.failure_status).body()])
+            return
+        except Exception as error:  # the answer has begun: no other place could tell the client
+            self.service.log(f"{self._record.id} internal error: {type(error).__name__}: {error_line(error)}")
+            yield events([ApiError(500, f"internal error: {type(error).__name__}").body()])
             return
         usage = events([reply.usage_chunk(self._usage())]) if self._asked.include_usage else b""
         yield usage + DONE

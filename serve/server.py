@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Final
 
 import uvicorn
 
+from ..inputs.printable import error_line
 from .app import make_app
 from .protocol import Protocol
 from .service import Service
@@ -38,6 +40,35 @@ def bind(host: str, port: int) -> socket.socket:
         found.close()
         raise
     return found
+
+
+class _Lines(logging.Handler):
+    """Log records as lines, without the tracebacks that belong to them."""
+
+    def __init__(self, log: Callable[[str], None]):
+        super().__init__(logging.ERROR)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self._log(f"{record.name}: {record.getMessage()}" + (f": {error_line(error)}" if error is not None else ""))
+
+
+@contextmanager
+def _logged(log: Callable[[str], None]) -> Iterator[None]:
+    """Send errors of uvicorn and asyncio to the log. Their warnings are about broken clients, and go nowhere."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    handler = _Lines(log)
+    before = [(logger, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagates in before:
+            logger.removeHandler(handler)
+            logger.propagate = propagates
 
 
 class HttpServer(uvicorn.Server):
@@ -77,6 +108,10 @@ class HttpServer(uvicorn.Server):
         self._deadline: float | None = None
         self._events: asyncio.AbstractEventLoop | None = None
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        with _logged(self._service.log):
+            await super().serve(sockets)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._events = asyncio.get_running_loop()
         await super().startup(sockets)
@@ -109,7 +144,7 @@ class HttpServer(uvicorn.Server):
         return not service.num_answering
 
     def last_words(self, message: str) -> None:
-        """From another thread, before the process ends: end all requests with an error, and wait until it is written."""
+        """From another thread, before the process ends: end all requests with an error, and wait until it is sent."""
         service, events = self._service, self._events
         if events is None or events.is_closed():
             return

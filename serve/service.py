@@ -106,6 +106,15 @@ class Service:
                 code="model_not_found",
             )
 
+    def check_length(self, tokens: int) -> None:
+        """Raise ApiError for a prompt of so many tokens that none can follow."""
+        context = self.model.context
+        if tokens >= context:
+            raise bad_request(
+                f"the prompt has {tokens} tokens; the model's context of {context} leaves no room for an answer",
+                code="context_length_exceeded",
+            )
+
     def salt(self, key: bytes | None, cache_salt: str | None) -> bytes:
         """The salt of a request's cache blocks: none are shared between keys, nor with a salt of the client's own."""
         words = (key or b"", b"" if cache_salt is None else b"\1" + cache_salt.encode())
@@ -172,13 +181,8 @@ class Service:
             raise bad_request(
                 f"{count} prompts, {request.params.n} times each, are above this server's limit of {most}"
             )
-        context = self.model.context
         for prompt in request.prompts:
-            if len(prompt) >= context:
-                raise bad_request(
-                    f"the prompt has {len(prompt)} tokens; the model's context of {context} leaves no room for any",
-                    code="context_length_exceeded",
-                )
+            self.check_length(len(prompt))
 
     def _busy(self, why: str, message: str) -> ApiError:
         self.metrics.rejected.labels(why).inc()

@@ -26,7 +26,7 @@ class TokenizeRequest(msgspec.Struct):
 class DetokenizeRequest(msgspec.Struct):
     """The body of `/detokenize`."""
 
-    tokens: Annotated[list[TokenId], msgspec.Meta(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], msgspec.Meta(max_length=1 << 17)]
     model: str | None = None
 
 

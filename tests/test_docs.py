@@ -6,9 +6,17 @@ import ast
 import re
 from pathlib import Path
 
+import click
 import pytest
 
+from npuq.cli.conversation.commands import COMMANDS
+from npuq.cli.options.loading import LOADING
+from npuq.cli.serve import command as serve
 from npuq.models.families import FAMILIES
+from npuq.serve import limits
+from npuq.serve.app import ENDPOINTS
+from npuq.serve.chat.request import ChatRequest
+from npuq.serve.completions import CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,3 +69,55 @@ def test_families_are_listed_in_one_place(page: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     linked = _LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"} <= set(linked)
+
+
+@pytest.fixture(scope="module")
+def serving() -> str:
+    return (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_serving_has_every_option_with_its_default(serving: str) -> None:
+    """Options that other commands have too are in the pages of those."""
+    shared = {*LOADING, "family", "eager", "parallel", "quiet", "as_json"}
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)` ?([^|]*?) \|", _section(serving, "Options"), re.MULTILINE))
+    expected = {
+        option.opts[0]: str(option.default).removesuffix(".0") if option.show_default else ""
+        for option in serve.params
+        if isinstance(option, click.Option) and option.name not in shared
+    }
+    del rows["--quiet"]
+    assert rows == expected
+
+
+def test_the_page_of_serving_has_every_field(serving: str) -> None:
+    named = set(re.findall(r"`(\w+)`", serving))
+    fields = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
+    assert fields - named == set()
+
+
+def test_the_page_of_serving_has_every_endpoint(serving: str) -> None:
+    named = set(re.findall(r"`((?:GET|POST) [^`]*)`", _section(serving, "Endpoints")))
+    assert named == {f"{method} {path.replace('{name:path}', 'NAME')}" for method, path in ENDPOINTS}
+
+
+def test_the_page_of_serving_has_the_limits_of_the_code(serving: str) -> None:
+    values = dict(re.findall(r"^\| ([^|]*) \| ([^|]*) \|", _section(serving, "Limits"), re.MULTILINE))
+    assert values["body"] == f"`--max-body`, and {limits.BODY_SECONDS:g} s to arrive"
+    assert values["prompts of a request, times `n`"] == str(limits.Limits.max_prompts)
+    either = "`logprobs` of completions, `top_logprobs` of chat"
+    assert values[either] == f"{limits.MOST_LOGPROBS}, {limits.MOST_TOP_LOGPROBS}"
+    assert values["`stop`"] == f"{limits.MOST_STOPS} texts of {limits.MOST_STOP_CHARACTERS} characters"
+    assert values["`logit_bias`"] == f"{limits.MOST_BIASES} entries"
+    assert values["tools"].startswith(f"{limits.MOST_TOOLS}, ")
+    assert values["a client that takes nothing"] == f"{limits.SEND_SECONDS:g} s"
+    assert values["a silent stream"] == f"a comment every {limits.PING_SECONDS:g} s"
+    assert f"at most {limits.MOST_RETRY_SECONDS} s" in serving
+
+
+def test_the_page_of_serving_has_the_commands_of_a_conversation(serving: str) -> None:
+    named = set(re.findall(r"`/(\w+)", _section(serving, "npuq chat")))
+    assert named - {"v1"} == COMMANDS.keys()
+
+
+def _section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]

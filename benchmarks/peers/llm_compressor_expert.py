@@ -2,9 +2,9 @@
 
     python llm_compressor_expert.py EXPERT.pt FOUND.pt THREADS
 
-EXPERT.pt: name → (weight float32 [N, K], inputs float32 [T, K]). Writes FOUND.pt, name → dequantized weight, and prints one
-line of JSON. Its defaults: int4, one min-max scale a channel, symmetric, static activation order, damping of 0.01, blocks
-of 128 columns. It has no Hessian for two linears together: gate and up have one each, as in the tool.
+EXPERT.pt: name → (weight float32 [N, K], inputs float32 [T, K]). Writes FOUND.pt, name → dequantized weight, and prints
+one line of JSON. Its defaults: int4, one min-max scale a channel, symmetric, static activation order, damping of 0.01,
+blocks of 128 columns. It has no Hessian for two linears together: gate and up have one each, as in the tool.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def main(expert: str, found: str, threads: str) -> None:
     for name, (weight, inputs) in tensors.items():
         hessian = 2 / inputs.shape[0] * inputs.T @ inputs
         scale, zero = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), arguments)
-        rounded, _, _ = quantize_weight(
-            weight[None].clone(), hessian[None], scale[None], zero[None], None, arguments
-        )
+        rounded, _, _ = quantize_weight(weight[None].clone(), hessian[None], scale[None], zero[None], None, arguments)
         results[name] = rounded[0]
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     torch.save(results, found)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(session: Session, line: str) -> bool:
     """Obey a command; False for the one that leaves. Raises GenerationError for an unknown or wrong one."""
     name, _, rest = line[1:].partition(" ")
-    found = _COMMANDS.get(name)
+    found = COMMANDS.get(name)
     if found is None:
         raise GenerationError(f"/{shown(name)[1:-1]} is no command; /help lists them, // begins a message with a slash")
     found[1](session, rest.strip())
@@ -26,7 +26,7 @@ def run(session: Session, line: str) -> bool:
 
 
 def _help(session: Session, _: str) -> None:
-    lines = [(f"/{name} {arguments}".strip(), text) for name, (arguments, _function, text) in _COMMANDS.items()]
+    lines = [(f"/{name} {arguments}".strip(), text) for name, (arguments, _function, text) in COMMANDS.items()]
     width = max(len(usage) for usage, _text in lines)
     for usage, text in lines:
         session.screen.note(f"{usage:{width}}  {text}")
@@ -107,7 +107,7 @@ def _exit(session: Session, _: str) -> None:
 
 
 # Name → (arguments, function, help).
-_COMMANDS: Final[dict[str, tuple[str, Callable[[Session, str], None], str]]] = {
+COMMANDS: Final[dict[str, tuple[str, Callable[[Session, str], None], str]]] = {
     "help": ("", _help, "this list"),
     "system": ("TEXT", _system, 'show or change the system message; "" removes it'),
     "set": ("NAME=VALUE", _set, 'show or change sampling: temperature=0.6, max_new_tokens=200, stop=["\\n"], …'),

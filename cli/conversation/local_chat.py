@@ -13,20 +13,14 @@ if TYPE_CHECKING:
 
 
 class LocalChat:
-    """A loaded model. template: the source of a chat template in the place of the model's own.
+    """A loaded model. params: sampling where no setting says otherwise. variables: of the chat template."""
 
-    params: sampling where no setting says otherwise. variables: of the template.
-    """
-
-    def __init__(
-        self, model: LanguageModel, params: SamplingParams, template: str | None, variables: Mapping[str, Any]
-    ):
+    def __init__(self, model: LanguageModel, params: SamplingParams, variables: Mapping[str, Any]):
         self.model = model
         self.params = params
         self.name = model.directory.resolve().name
         self.context: int | None = model.context
         self.notes: list[str] = []
-        self._template = template
         self._variables = variables
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -46,7 +40,7 @@ class LocalChat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation in the chat template."""
-        return self.model.tokenizer.chat(messages, chat_template=self._template, chat_template_kwargs=self._variables)
+        return self.model.tokenizer.chat(messages, chat_template_kwargs=self._variables)
 
     def close(self) -> None:
         """End the use of the model."""

@@ -12,10 +12,11 @@ from ...models.tensors import ModelTensors
 from ..plan.memory import Budget
 from .context import BATCH_TOKENS
 
-# Square matrices of float64 held at the peak of factoring a Hessian: itself, damped, permuted, and a factor.
-_SQUARES = 4
-# Copies of a linear's rows in float64 that GPTQ and its refinement hold, for as many rows as one call takes.
-_COPIES, _ROWS = 6, 512
+# Square matrices of float32 held at the peak of factoring a Hessian: itself, damped, and its factor, which takes two of
+# float64 where float32 rounds too much.
+_SQUARES = 6
+# Copies of a linear's rows in float32 that GPTQ and its refinement hold, for as many rows as one call takes.
+_COPIES, _ROWS = 8, 512
 
 
 def calibrated_budget(
@@ -74,4 +75,4 @@ def _block_bytes(config: ModelConfig, block: Block) -> int:
 
 
 def _calibration_bytes(inputs: int, outputs: int) -> int:
-    return 8 * _SQUARES * inputs**2 + 8 * _COPIES * min(outputs, _ROWS) * inputs
+    return 4 * _SQUARES * inputs**2 + 4 * _COPIES * min(outputs, _ROWS) * inputs

@@ -21,7 +21,6 @@ from ...formats.schemes import Scheme
 from ...models.family import Block
 from ...models.roles import Role
 from ...models.rope import rope_tables
-from ...native.calibration import calibration_arithmetic
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
 from ...runtime.attention.kinds import attention_of, dense_attention_of
@@ -35,6 +34,7 @@ from ..write.worker import run_job
 from ..write.workspace import Workspace
 from .auto import TimeBudget, run_trials
 from .context import Layer, Walk, check_finite, rope_rows
+from .devices import arithmetic_on
 from .layer_report import Choice, LayerReport
 from .layers.attention import run_attention
 from .layers.feed_forward import run_feed_forward
@@ -65,6 +65,7 @@ class CalibratedWalk:
         self._journal = journal
         self._budget = budget
         self._tally = tally
+        self._arithmetic = arithmetic_on(prepared.device)
         self._folder = output / OWN_FOLDER / FOLDER
         self._time = TimeBudget(prepared.time_budget)
         self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size)
@@ -114,7 +115,7 @@ class CalibratedWalk:
 
         Raises CalibrationError for infinite or NaN activations, ConversionError when the disk refuses.
         """
-        calibration, config, arithmetic = self._calibration, self._prepared.config, calibration_arithmetic()
+        calibration, config, arithmetic = self._calibration, self._prepared.config, self._arithmetic
         ops = CalibrationOps(arithmetic)
         tables, topk = rope_tables(config), calibration.selected(config)
         try:

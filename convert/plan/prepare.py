@@ -34,6 +34,7 @@ from ...parallel.torch_threads import single_threaded_torch
 from ...quant.scales import Method
 from ...recipes.reading import load_recipe
 from ...recipes.recipe import STORED, Recipe, Target
+from ..calibrate.devices import Device
 from ..calibrate.texts import (
     BUILTIN,
     DEFAULT_SAMPLES,
@@ -67,6 +68,7 @@ class CalibrationText:
     samples: int = DEFAULT_SAMPLES
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH
     time_budget: float | None = None  # seconds for all layers, in which the trials of `auto` must fit
+    device: Device = Device.CPU  # for the matrix work
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Prepared:
     max_shard_size: int
     calibration: Calibration | None = None
     time_budget: float | None = None
+    device: Device = Device.CPU  # of calibration's matrix work
     statements: tuple[str, ...] = ()  # contradictions in the checkpoint, and how each is decided
     base_model: str | None = None  # the source's name on the hub, for the card
 
@@ -104,6 +107,8 @@ class Prepared:
         calibrated = {}
         if self.calibration is not None:
             calibrated["calibration"] = f"{self.calibration.name} {self.calibration.sha256[:16]}"
+            if self.device is not Device.CPU:
+                calibrated["device"] = self.device.value
         return {
             "source": self.origin.name + revision,
             "source config or tensors": digest.hexdigest()[:16],
@@ -206,6 +211,7 @@ def prepare(
         max_shard_size=max_shard_size,
         calibration=calibration,
         time_budget=text.time_budget if text else None,
+        device=text.device if text else Device.CPU,
         statements=tuple(said),
     )
 
@@ -253,8 +259,10 @@ def _calibration(
         position = int(config.rope.max_position)
         path = text.path or BUILTIN
         return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)
+    method = STORED if recipe.stored else recipe.chain
+    if text.device is not Device.CPU:
+        raise RecipeError(f"--device is for methods that calibrate, and {method} does not: leave the option out")
     if (text.path, text.samples, text.sequence_length) != (None, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH):
-        method = STORED if recipe.stored else recipe.chain
         raise RecipeError(
             f"--calibration, --samples and --sequence-length are of no use to method {method}: give --method gptq, "
             "smooth or a chain of them"

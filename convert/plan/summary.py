@@ -18,7 +18,8 @@ class Summary:
     """The result of a conversion, or of its plan where `status` is "planned". Sizes in bytes, times in seconds.
 
     `jobs_resumed` were done by an earlier run. `memory_bytes` bounds the working set of the workers, `plan_bytes`
-    estimates the plan beside it. `needed_disk_bytes` is the whole artifact's, `missing_disk_bytes` the part not written
+    estimates the plan beside it. `expected_seconds` estimates the rest of a planned conversion that calibrates; else
+    None. `needed_disk_bytes` is the whole artifact's, `missing_disk_bytes` the part not written
     yet. `refusal` is the reason why a run would not start; None where it would.
     """
 
@@ -38,6 +39,7 @@ class Summary:
     missing_disk_bytes: int
     free_disk_bytes: int
     seconds: float
+    expected_seconds: float | None
     peak_rss_bytes: int
     notes: tuple[str, ...]
     roles: tuple[Mapping[str, Any], ...]

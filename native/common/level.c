@@ -1,6 +1,9 @@
 /* One instruction-set level. setup.py compiles this file once for each, with that set's flags and
- * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C). */
+ * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C; with _BF16 or _I8MM where it has
+ * more instructions). */
 #include "inference/kernels/paged_attention.h"
+#include "inference/kernels/bf16_attention.h"
+#include "inference/kernels/likelihoods.h"
 #include "calibrate/descent.h"
 #include "calibrate/gptq_columns.h"
 #include "convert/quantize_row.h"
@@ -48,6 +51,13 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,
     .weigh_relu = weigh_relu,
+    .bf16_scores = BF16_KERNEL(bf16_scores),
+    .bf16_softmax = BF16_KERNEL(bf16_softmax),
+    .bf16_weigh = BF16_KERNEL(bf16_weigh),
+    .bf16_codes = BF16_KERNEL(bf16_codes),
+    .logit_range = logit_range,
+    .falling_order = falling_order,
+    .likelihoods = likelihoods,
     .convert_scratch = convert_scratch,
     .convert_release = convert_release,
     .decode_row = decode_row,

@@ -9,7 +9,7 @@
 
 extern const struct kernels kernels_portable;
 #if defined(__x86_64__)
-extern const struct kernels kernels_avx2, kernels_avx512vnni;
+extern const struct kernels kernels_avx2, kernels_avx512vnni, kernels_avx512bf16;
 #elif defined(__aarch64__)
 extern const struct kernels kernels_neon_dotprod, kernels_neon_i8mm;
 #endif
@@ -19,6 +19,9 @@ static const struct kernels *const levels[] = {
 #if defined(__x86_64__)
     &kernels_avx2,
     &kernels_avx512vnni,
+#if !defined(NPUQ_WITHOUT_AVX512BF16) /* the compiler is too old for it */
+    &kernels_avx512bf16,
+#endif
 #elif defined(__aarch64__)
     &kernels_neon_dotprod,
     &kernels_neon_i8mm,
@@ -32,6 +35,7 @@ enum { LEVELS = sizeof levels / sizeof *levels };
  * tables behind __builtin_cpu_supports. */
 struct cpu {
     unsigned ecx1, ebx7, ecx7; /* of leaves 1 and 7 */
+    unsigned eax7_1;           /* of leaf 7's part 1 */
     unsigned saved;            /* registers that the operating system saves: bits of XCR0 */
 };
 
@@ -39,7 +43,10 @@ static struct cpu read_cpu(void) {
     struct cpu cpu = {0};
     unsigned a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d)) cpu.ecx1 = c;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) cpu.ebx7 = b, cpu.ecx7 = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+        cpu.ebx7 = b, cpu.ecx7 = c;
+        if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.eax7_1 = a; /* part 0 has the number of parts */
+    }
     if (cpu.ecx1 >> 27 & 1) { /* OSXSAVE */
         __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
         cpu.saved = a;
@@ -65,6 +72,11 @@ static int has_avx512vnni(struct cpu cpu) {
     const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     return has_avx2(cpu) && has(cpu.saved, MASKS_AND_ZMM) && has(cpu.ebx7, f_dq_bw_vl) && has(cpu.ecx7, VNNI);
 }
+
+static int has_avx512bf16(struct cpu cpu) {
+    enum { BF16 = 1u << 5 };
+    return has_avx512vnni(cpu) && has(cpu.eax7_1, BF16);
+}
 #endif
 
 int level_has_avx(void) {
@@ -87,6 +99,7 @@ int npuq_level_usable(int level) {
 #elif defined(__x86_64__)
     if (level == 1) return has_avx2(read_cpu());
     if (level == 2) return has_avx512vnni(read_cpu());
+    if (level == 3 && level < LEVELS) return has_avx512bf16(read_cpu());
 #elif defined(__aarch64__)
     enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* of the Linux ABI's HWCAP and HWCAP2; older headers lack the names */
     int dotprod = (getauxval(AT_HWCAP) & ASIMDDP) != 0;

@@ -7,6 +7,7 @@
 #include "npuq.h"
 
 enum { ATTENTION_HEADS = 8, ATTENTION_KEYS = 64 };
+enum { GROUP_LANES = 16 }; /* of logit_range */
 
 /* Up to ATTENTION_HEADS heads of one query token, and up to ATTENTION_KEYS keys of one cache block. */
 struct attention_tile {
@@ -18,6 +19,12 @@ struct attention_tile {
     /* The next keys, to prefetch: the address of the first one in the first group; or NULL. */
     const void *next_latent, *next_rope;
     float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
+};
+
+/* Rows of bf16: keys or values. Sixteen channels of a row lie together, and groups of sixteen `group_stride` bytes apart. */
+struct bf16_rows {
+    const void *rows;
+    size_t row_stride, group_stride;
 };
 
 enum { MOST_TILE = 12 * 32, DESCENT_BLOCK = 256 };
@@ -115,6 +122,27 @@ struct kernels {
     void (*multiply_row)(float factor, size_t n, float *x);
     /* out[c] = Σ_h weight[h] · max(0, x[h · ldx + c]); a NaN stays one. */
     void (*weigh_relu)(const float *x, size_t ldx, const float *weight, size_t heads, size_t n, float *out);
+
+    /* Attention of vectors of sixteen rows in products of bf16; NULL at levels without such instructions. See
+     * bf16_attention.h. `count` is at most ATTENTION_KEYS, `channels` a multiple of 16.
+     *
+     * score[row vector][ATTENTION_KEYS][16], added to or set, of q[row vector][channels / 2][16]: pairs of channels. */
+    void (*bf16_scores)(const uint32_t *q, size_t row_vectors, const struct bf16_rows *keys, size_t channels, size_t count,
+                        int add, float *score);
+    /* One vector of rows: scores times `scale`, of which a row sees the first `seen`, become pairs of weights
+     * [(count + 1) / 2][16], merged into its running maximum and sum; keep: the factor for its output so far. */
+    void (*bf16_softmax)(float *score, size_t count, float scale, const int32_t *seen, float *largest, float *total,
+                         float *keep, uint32_t *weight);
+    /* out[row] = out[row] · keep[row] + Σ_j weight[j][row] · value[j] for up to sixteen rows. */
+    void (*bf16_weigh)(const uint32_t *weight, const struct bf16_rows *values, size_t channels, size_t count, size_t rows,
+                       const float *keep, float *out, size_t ldout);
+    /* out[j] = the sixteen codes from j · stride on, which bf16 holds exactly. */
+    void (*bf16_codes)(const int8_t *codes, size_t stride, size_t count, uint16_t *out);
+
+    /* Sampling; see likelihoods.h. */
+    void (*logit_range)(const float *x, size_t n, float *least, float *largest);
+    void (*falling_order)(const float *x, size_t n, uint32_t *order);
+    void (*likelihoods)(const float *x, size_t n, float highest, double inverse, int64_t *likelihood);
 
     /* Conversion; see quantize_row.h. `memory` is convert_scratch(n) bytes, zeroed before its first row. */
     size_t (*convert_scratch)(size_t n);

@@ -10,7 +10,14 @@
 #include "common/checks.h"
 #include "common/pool.h"
 
-enum { ROWS = 128, KEYS = ATTENTION_KEYS, SPAN = 16 * KEYS };
+enum {
+    ROWS = 128,
+    KEYS = ATTENTION_KEYS,
+    SPAN = 16 * KEYS,
+    FEW_ROWS = 16, /* up to so many rows a task waits for memory: */
+    STRIP = 4,     /* it scores so many keys at a time, */
+    AHEAD = 16,    /* and fetches others that far ahead, and the values of these. */
+};
 
 /* Some queries of a sequence (counted from the step's first) and the keys that they attend to. */
 struct block {
@@ -140,6 +147,29 @@ static size_t visible(const struct grouped *grouped, const struct block *block, 
     return seen < 0 ? 0 : (size_t)seen < keys ? (size_t)seen : keys;
 }
 
+static void fetch_rows(const struct tile *tile, size_t row, size_t rows, size_t dim) {
+    size_t size = size_of(tile->dtype), bytes = dim * size;
+    for (size_t j = row; j < row + rows; j++) {
+        const char *at = (const char *)tile->rows + j * tile->stride * size;
+        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+    }
+}
+
+/* Scores of `count` keys for `rows` queries from `q` on. */
+static void score_keys(const struct grouped *grouped, const struct tile *keys, const struct tile *values, size_t count,
+                       const float *q, size_t rows, float *score) {
+    size_t dim = grouped->dim, size = size_of(keys->dtype), strip = rows > FEW_ROWS ? count : STRIP;
+    for (size_t j = 0; j < count; j += strip) {
+        size_t some = count - j < strip ? count - j : strip;
+        if (rows <= FEW_ROWS) {
+            fetch_rows(keys, j + AHEAD, some, dim); /* maybe behind the page's end, where it does nothing */
+            fetch_rows(values, j, some, dim);
+        }
+        grouped->kernels->dot_float((const char *)keys->rows + j * keys->stride * size, keys->dtype, keys->stride, some, q,
+                                    dim, rows, dim, score + j, KEYS, (struct following){0});
+    }
+}
+
 /* Merges a tile's keys into the block's queries. A value behind those that a query sees does not meet its weight of 0: it
  * may be no number. */
 static void attend_tile(const struct grouped *grouped, const struct block *block, const struct tile *keys,
@@ -148,8 +178,8 @@ static void attend_tile(const struct grouped *grouped, const struct block *block
     size_t dim = grouped->dim, group = grouped->group, queries = (size_t)block->count, from = 0;
     while (from < queries && visible(grouped, block, (int64_t)from, key, count) == 0) from++;
     if (from == queries) return;
-    kernels->dot_float(keys->rows, keys->dtype, keys->stride, count, in->q + from * group * dim, dim,
-                       (queries - from) * group, dim, in->score + from * group * KEYS, KEYS, (struct following){0});
+    score_keys(grouped, keys, values, count, in->q + from * group * dim, (queries - from) * group,
+               in->score + from * group * KEYS);
     size_t whole = queries;
     for (size_t i = queries; i-- > from;) {
         size_t seen = visible(grouped, block, (int64_t)i, key, count), first = i * group;

@@ -14,7 +14,7 @@ from ...inputs.files import read_text
 from ...models.config import ModelConfig
 from ..engine import EngineConfig
 from ..ops import Ops
-from .plan import Planner
+from .plan import Planner, RankPlan
 from .stored import Stored, model_of_forms
 from .weights import Backend, CpuMemory, NpuMemory
 from .workspace import StepSizes
@@ -38,10 +38,10 @@ def planner_of(
     return Planner(model_of_forms(config, form), backend_memory(ops), memory, sizes, int8_cache)
 
 
-def engine_cache(planner: Planner, engine: EngineConfig) -> int:
-    """Bytes of an engine's cache: what `kv_cache_bytes` allows, at most what all its sequences can fill."""
-    block = planner.cache_token * engine.block_size
-    most = engine.max_num_seqs * -(-planner.model.config.rope.positions // engine.block_size)
+def engine_cache(plan: RankPlan, engine: EngineConfig) -> int:
+    """Bytes of a rank's cache in an engine: what `kv_cache_bytes` allows, at most what all its sequences can fill."""
+    block = plan.cache_token * engine.block_size
+    most = engine.max_num_seqs * -(-plan.context // engine.block_size)
     return min(engine.kv_cache_bytes // block, most) * block
 
 

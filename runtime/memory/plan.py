@@ -96,22 +96,27 @@ class Planner:
         config = self.model.config
         # The first ranks may own a tile more than the others.
         owned = layout.owned(config, 0)
+        cache_token = self._cache_token(len(owned.heads))
         return RankPlan(
             layout,
             weight_bytes(self.model, owned, self.backend),
             workspace(config, owned, self.backend.dtype.itemsize, self.sizes)
             .times(self.backend.held)
-            .plus(self.backend.spare_blocks * self.sizes.block_size * self.cache_token),
+            .plus(self.backend.spare_blocks * self.sizes.block_size * cache_token),
             int(self.memory * self.backend.usable),
-            self.cache_token,
+            cache_token,
             config.rope.positions,
         )
 
     @property
     def cache_token(self) -> int:
-        """Bytes of a token in the caches of all layers."""
+        """Bytes of a token in the caches of all layers, for a rank that has all heads."""
+        return self._cache_token(self.model.config.attention.heads)
+
+    def _cache_token(self, heads: int) -> int:
+        """Bytes of a token in the caches of all layers. Ranks share keys and values of several heads, and no latent."""
         config = self.model.config
-        kind = attention_of(config, 1.0)
+        kind = attention_of(config, 1.0, heads)
         total = 0
         for layer in range(config.num_hidden_layers):
             pools = kind.pools(layer)

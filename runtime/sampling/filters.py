@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .params import SamplingParams
-from .rows import Floats, Ids, LogitRow
+
+if TYPE_CHECKING:
+    from .rows import Floats, Ids, LogitRow
 
 SHORTLIST: Final = 1024
 """So many of the best tokens are looked at first, and eight times as many where those do not suffice."""

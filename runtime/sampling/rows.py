@@ -13,6 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .draw import draw
+from .noise import Noise
+from .params import SamplingParams
+
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -41,6 +45,12 @@ class LogitRow(Protocol):
 
     def whole(self) -> Floats:
         """All logits, by token. The caller leaves them unchanged."""
+
+    def draw(self, params: SamplingParams, noise: Noise, position: int) -> int:
+        """Draw a token at a position, as `draw.draw`. The highest logit is finite, and the temperature is above 0."""
+
+    def with_logits(self, logits: Floats) -> LogitRow:
+        """Make a row of adjusted logits."""
 
 
 class HostRow:
@@ -83,6 +93,12 @@ class HostRow:
 
     def whole(self) -> Floats:
         return self._logits
+
+    def draw(self, params: SamplingParams, noise: Noise, position: int) -> int:
+        return draw(self, params, noise, position)
+
+    def with_logits(self, logits: Floats) -> LogitRow:
+        return HostRow(logits)
 
 
 def _ordered(logits: Floats, ids: Ids) -> Ids:

@@ -6,21 +6,16 @@ import math
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
 from ...errors import GenerationError
 from .adjustments import Adjustments
-from .filters import candidates, narrows, scores
 from .grammar import Grammar
 from .logprobs import TokenLogprobs, token_logprobs
-from .noise import Noise, gumbel, least_number
+from .noise import Noise
 from .params import SamplingParams
-from .rows import HostRow, LogitRow
-
-_LIKELIEST: Final = 128
-"""Without a filter, the winner among so many of the best tokens bounds the noise that any other needs to win."""
+from .rows import LogitRow
 
 
 @dataclass(frozen=True)
@@ -68,32 +63,13 @@ class Sampler:
         if not math.isfinite(values[0]):
             raise NotFiniteError
         if self._adjustments.adjusts(context):
-            row = HostRow(self._adjustments.apply(row.whole(), context))
+            row = row.with_logits(self._adjustments.apply(row.whole(), context))
             values, ids = row.best(1)
             if np.isneginf(values[0]):
                 raise GenerationError("no token is allowed next: grammar, min_tokens and the text so far exclude all")
         if self._params.temperature == 0:
             return int(ids[0])
-        if narrows(self._params):
-            left, ids = candidates(row, self._params)
-            if len(ids) == 1:
-                return int(ids[0])
-            return int(ids[np.argmax(left + self._noise.gumbel(len(context), ids))])
-        return self._draw_from_all(row, len(context))
-
-    def _draw_from_all(self, row: LogitRow, position: int) -> int:
-        """The token with the highest score + noise, with the noise computed for those alone that can be it."""
-        temperature = self._params.temperature
-        numbers = self._noise.numbers(position, row.size)
-        values, ids = row.best(_LIKELIEST)
-        highest = values[0]
-        noisy = scores(values, highest, temperature) + gumbel(numbers[ids])
-        # Another token's score is at most that of the last of these.
-        needed = float(noisy.max()) - float(scores(values[-1:], highest, temperature)[0])
-        others = np.flatnonzero(numbers >= np.uint64(least_number(needed)))
-        ids = np.concatenate([ids, others])
-        noisy = np.concatenate([noisy, scores(row.at(others), highest, temperature) + gumbel(numbers[others])])
-        return int(ids[np.argmax(noisy)])
+        return row.draw(self._params, self._noise, len(context))
 
 
 class NotFiniteError(GenerationError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -48,6 +48,10 @@ class Codec(Protocol):
         """Bytes that a token stands for, also part of a character; of a special token its name; b"" for unknown ids."""
 
 
+_SHORT: Final = 8192
+"""Characters of a text that are encoded in some milliseconds."""
+
+
 class FastCodec:
     """A `tokenizer.json` in the `tokenizers` library. Raises GenerationError for content that cannot be read safely."""
 
@@ -73,9 +77,13 @@ class FastCodec:
         return self._fast.token_to_id(token)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return guarded(
-            lambda: list(self._fast.encode(text, add_special_tokens=special).ids), "the tokenizer fails to encode"
-        )
+        return guarded(lambda: self._ids(text, special), "the tokenizer fails to encode")
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        if len(text) <= _SHORT:
+            return list(self._fast.encode(text, add_special_tokens=special).ids)
+        # The library's other call holds Python's lock, so that all threads would stand still for seconds.
+        return list(self._fast.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
     def token_bytes(self, id: int) -> bytes:
         return guarded(lambda: self._bytes.of(id), "the tokenizer fails to decode")

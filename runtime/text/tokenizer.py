@@ -107,7 +107,10 @@ class Tokenizer:
         tools, continued = chosen.get("tools"), chosen.get("continue_final_message", False)
         template = self._template(chosen.get("chat_template"), with_tools=tools is not None)
         if tools and self._codec.sorts_tools:
-            tools = conversation.in_key_order(tools)
+            try:
+                tools = conversation.in_key_order(tools)
+            except RecursionError:
+                raise GenerationError("tools are nested too deeply") from None
             conversation.check_computed(template.source, variables, template.where)
         values = {
             **self._special,

@@ -18,7 +18,7 @@ CHECKS = {str(path.relative_to(HERE)) for path in HERE.rglob("check_*.py")}
 ALONE = {
     "generation": ("check_generation.py",),
     "sparse": ("check_sparse.py",),
-    "mutations": ("check_mutations.py", "check_sparse_mutations.py"),
+    "mutations": ("check_mutations.py", "check_sparse_mutations.py", "check_grouped_mutations.py"),
     **{name: tuple(sorted(each for each in CHECKS if each.startswith(f"{name}/"))) for name in ("graph", "ranks")},
 }
 TOGETHER = tuple(sorted(CHECKS - {name for group in ALONE.values() for name in group}))

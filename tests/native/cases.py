@@ -19,6 +19,14 @@ def codes(generator: np.random.Generator, rows: int, columns: int, offset: int =
     return memory[offset:].view(rows, columns)
 
 
+def attention_tolerance(dtype: torch.dtype, values: Tensor, level: str) -> dict[str, float]:
+    """Tolerances of attention's outputs in a compute dtype. bf16 rounds them; levels that multiply in bf16 round weights
+    too, each by 2^-9 of itself at most, so that outputs move by twice that of the largest value."""
+    if dtype is torch.float32:
+        return {"rtol": 1e-5, "atol": 1e-5}
+    return {"rtol": 2**-8, "atol": 2**-8 * float(values.abs().max()) if "bf16" in level else 1e-3}
+
+
 def part(generator: np.random.Generator, scheme: Scheme, rows: int, columns: int, offset: int = 0) -> LinearPart:
     """A stored linear of `rows` outputs whose weight lies at any address."""
     stored = rows // 2 if scheme is Scheme.W4A8 else rows

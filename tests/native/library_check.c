@@ -90,6 +90,43 @@ static void check_quantizers(void) {
     }
 }
 
+/* Calibration's floats are the same at every level: a product of odd sizes, a panel of GPTQ, a sweep. */
+static void check_calibration(void) {
+    for (int round = 0; round < 12; round++) {
+        int64_t m = 1 + draw() % 40, n = 1 + draw() % 70, k = draw() % 300, lanes = NPUQ_LANES, moves[2] = {0, 0};
+        float *a = floats((size_t)(m * k)), *b = floats((size_t)(k * n)), *c[2], *sums[2], *gradient[2];
+        float *lower = floats((size_t)(n * n)), *w = floats((size_t)(n * lanes)), *scale = floats((size_t)(lanes + n));
+        float *errors = malloc((size_t)(n * lanes) * 4), *start = floats((size_t)(n * lanes));
+        int8_t *codes[2], *found[2];
+        for (int64_t i = 0; i < n; i++) lower[i * n + i] = 2 + (float)i / 8;
+        for (int64_t i = 0; i < lanes + n; i++) scale[i] = 0.1f + (float)(i % 5) / 9;
+        for (int which = 0; which < 2; which++) {
+            c[which] = malloc((size_t)(m * n) * 4), sums[which] = malloc((size_t)(n * lanes) * 4);
+            gradient[which] = malloc((size_t)(n * lanes) * 4);
+            codes[which] = malloc((size_t)(n * lanes)), found[which] = malloc((size_t)(n * lanes));
+        }
+        for (int level = 0; level < npuq_level_count(); level++) {
+            if (pools[level] == NULL) continue;
+            int which = level != 0, bits = round % 2 ? 4 : 8;
+            size_t bytes = (size_t)(n * lanes) * 4;
+            if (npuq_float_product(level, a, 1, m, b, n, 1, m, n, k, round % 2, 0, c[which], n)) exit(2);
+            memcpy(sums[which], start, bytes), memcpy(gradient[which], start, bytes);
+            memset(found[which], 1, bytes / 4);
+            if (npuq_gptq_columns(level, lower, n, n, lanes, bits, scale, w, sums[which], errors, codes[which])) exit(2);
+            if (npuq_descend(level, lower, scale + lanes, n, lanes, bits, scale, gradient[which], found[which],
+                             &moves[which])) exit(2);
+            if (memcmp(c[0], c[which], (size_t)(m * n) * 4)) fail("product of calibration", level);
+            if (memcmp(codes[0], codes[which], bytes / 4) || memcmp(sums[0], sums[which], bytes)) fail("GPTQ", level);
+            if (moves[0] != moves[which] || memcmp(found[0], found[which], bytes / 4) ||
+                memcmp(gradient[0], gradient[which], bytes)) fail("coordinate descent", level);
+        }
+        for (int which = 0; which < 2; which++) {
+            free(c[which]), free(sums[which]), free(gradient[which]), free(codes[which]), free(found[which]);
+        }
+        free(a), free(b), free(lower), free(w), free(scale), free(errors), free(start);
+    }
+}
+
 static void near(const char *what, int level, const float *out, const float *expected, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         if (fabsf(out[i] - expected[i]) > 1e-4f) fail(what, level);
@@ -356,6 +393,7 @@ int main(void) {
     check_integer_products();
     check_float_products();
     check_quantizers();
+    check_calibration();
     check_attention();
     check_paged_attention();
     check_sparse_attention();

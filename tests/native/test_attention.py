@@ -13,7 +13,7 @@ from torch import Tensor
 from npuq.runtime.ops import Keys, Lengths, Queries
 from npuq.runtime.ops.native import NativeOps
 
-from .cases import LEVELS
+from .cases import LEVELS, attention_tolerance
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native library is not built here (no C compiler)")
 
@@ -82,22 +82,39 @@ def test_the_heads_of_glm_flash(ops: NativeOps) -> None:
     torch.testing.assert_close(lse[..., 0].double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16(ops: NativeOps) -> None:
+@pytest.mark.parametrize("widths", [(32, 16, 32), (128, 64, 128), (16, 0, 80), (20, 6, 30)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16(ops: NativeOps, widths: tuple[int, int, int], causal: bool) -> None:
+    """Levels with products of bf16 use them where widths are multiples of 16."""
     ops = NativeOps(torch.bfloat16, threads=2, level=ops.pool.level)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(200, 3, width).bfloat16() for width in (48, 48, 32))
-    queries, keys = Queries(q[..., :32], q[..., 32:]), Keys(k[..., :32], k[:, 0, 32:], v)
-    out, _ = ops.mla.fused_infer_attention(queries, keys, Lengths([200], [200], causal=True), 0.2)
-    key = torch.cat([k[..., :32], k[:, :1, 32:].expand(-1, 3, -1)], -1)
-    expected, _ = _attend(q, key, v, 0.2, causal=True)
-    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-3)
+    nope, rope, width = widths
+    lengths = [(200, 200), (1, 77), (17, 150), (3, 3)]
+    q_ends = torch.tensor([q for q, _ in lengths]).cumsum(0).tolist()
+    kv_ends = torch.tensor([kv for _, kv in lengths]).cumsum(0).tolist()
+    q = torch.randn(q_ends[-1], 3, nope + rope).bfloat16()
+    k, v = torch.randn(kv_ends[-1], 3, nope + width).bfloat16().split([nope, width], dim=-1)
+    k_rope = torch.randn(kv_ends[-1], rope).bfloat16()
+    queries, keys = Queries(q[..., :nope], q[..., nope:]), Keys(k, k_rope, v)
+    out, lse = ops.mla.fused_infer_attention(queries, keys, Lengths(q_ends, kv_ends, causal=causal), 0.2)
+    key = torch.cat([k, k_rope[:, None].expand(-1, 3, -1)], -1)
+    for (q0, q1), (k0, k1) in zip(pairwise([0, *q_ends]), pairwise([0, *kv_ends]), strict=True):
+        expected, expected_lse = _attend(q[q0:q1], key[k0:k1], v[k0:k1], 0.2, causal=causal)
+        torch.testing.assert_close(
+            out[q0:q1].double(), expected, **attention_tolerance(torch.bfloat16, v.float(), ops.pool.level)
+        )
+        torch.testing.assert_close(lse[q0:q1, :, 0].double(), expected_lse, rtol=1e-3, atol=2**-8)
 
 
 @pytest.mark.parametrize("place", ["q", "k", "v"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_nan_reaches_those_who_see_it_and_no_others(ops: NativeOps, place: str, poison: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_reaches_those_who_see_it_and_no_others(
+    ops: NativeOps, place: str, poison: float, dtype: torch.dtype
+) -> None:
+    ops = NativeOps(dtype, threads=2, level=ops.pool.level)
     torch.manual_seed(0)
-    tensors = {"q": torch.randn(90, 2, 20), "k": torch.randn(90, 2, 20), "v": torch.randn(90, 2, 20)}
+    tensors = {name: torch.randn(90, 2, 32 if name != "v" else 16).to(dtype) for name in ("q", "k", "v")}
     tensors[place][40, 1, 3] = poison
 
     def run() -> Tensor:
@@ -113,4 +130,5 @@ def test_nan_reaches_those_who_see_it_and_no_others(ops: NativeOps, place: str, 
     assert finite[41:, 1].all() if place == "q" else not finite[40:, 1].any()
     assert not finite[40, 1]
     tensors[place][40, 1, 3] = 0.5
-    torch.testing.assert_close(out[finite], run()[finite], rtol=1e-5, atol=1e-6)
+    tolerance = attention_tolerance(dtype, torch.ones(1), ops.pool.level)
+    torch.testing.assert_close(out[finite], run()[finite], **tolerance)

@@ -81,7 +81,9 @@ def test_kernel_tests_pass_under_sanitizers() -> None:
         "arguments",
         "convert",
         "convert_hostile",
+        "calibration",
         "sha256",
+        "sampling",
     ]
     _kernel_tests(sanitized_library(), names, sanitizer_environment(), 4)
 
@@ -95,7 +97,7 @@ def test_kernel_tests_pass_with_avx512_emulated(tmp_path: Path) -> None:
     levels["avx512vnni"] = ["-DNPUQ_LEVEL_AVX512", *levels["avx2"][1:], *EMULATED_AVX512]
     extra = ["-DNPUQ_EVERY_LEVEL", "-w", "-O2"]
     setup.build(tmp_path / "libnpuq.so", tmp_path / "objects", [str(COMPILER)], "x86_64", extra)
-    names = ["products", "rows", "layers", "attention", "grouped", "sparse", "convert"]
+    names = ["products", "rows", "layers", "attention", "grouped", "sparse", "convert", "calibration"]
     said = _kernel_tests(tmp_path / "libnpuq.so", names, {}, 20)
     assert said.splitlines()[0] == "portable avx2 avx512vnni"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npuq.native import binding, library
+from npuq.native import binding, calibration, library
 from npuq.native.integers import Structure
 
 from .builds import COMPILER, ROOT
@@ -29,6 +29,7 @@ STRUCTS = {
     "npuq_gqa": library.GqaBlock,
     "npuq_moe": library.MoeBlock,
     "npuq_source": library.Source,
+    "npuq_draw": library.Draw,
     "npuq_sha256": library.Sha256,
 }
 CONSTANTS = {
@@ -40,6 +41,7 @@ CONSTANTS = {
     "NPUQ_BAD_INDEX": binding._BAD_INDEX,
     "NPUQ_MOST_COLUMNS": binding.MOST_COLUMNS,
     "NPUQ_MOST_BIAS_COLUMNS": binding.MOST_BIAS_COLUMNS,
+    "NPUQ_LANES": calibration.LANES,
     "NPUQ_F32": binding.DTYPES[torch.float32],
     "NPUQ_BF16": binding.DTYPES[torch.bfloat16],
     "NPUQ_F16": binding.DTYPES[torch.float16],
@@ -82,7 +84,13 @@ def _plain(kind: str) -> object:
     kind = kind.replace("const ", "").strip()
     if "*" in kind:
         return ctypes.c_void_p
-    return {"int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}[kind]
+    return {
+        "int": ctypes.c_int,
+        "int32_t": ctypes.c_int32,
+        "int64_t": ctypes.c_int64,
+        "float": ctypes.c_float,
+        "double": ctypes.c_double,
+    }[kind]
 
 
 def _prototypes() -> dict[str, tuple[object, ...]]:

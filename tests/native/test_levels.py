@@ -16,6 +16,7 @@ NEEDED = {
         "portable": "",
         "avx2": "avx avx2 fma f16c",
         "avx512vnni": "avx avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni",
+        "avx512bf16": "avx avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16",
     },
     "aarch64": {"portable": "", "neon_dotprod": "asimddp", "neon_i8mm": "asimddp i8mm"},
 }

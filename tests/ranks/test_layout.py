@@ -10,6 +10,7 @@ from published import RELEASES
 from npuq.errors import BackendError
 from npuq.models.config import ModelConfig
 from npuq.models.family import Block
+from npuq.models.gqa import Gqa
 from npuq.models.tensors import ModelTensors
 from npuq.runtime.ranks.layout import Layout, layouts, sums_inputs, tiles
 
@@ -61,6 +62,7 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_do(numbers: tupl
         ("GLM-4.7-Flash", Layout(8, 8, 8), r"20 attention heads are not divisible by 8; .* one of tp=1, 2, 4$"),
         ("DeepSeek-V2-Lite", Layout(32, 1, 32), r"16 attention heads are not divisible by 32; .* tp=1, 2, 4, 8, 16$"),
         ("Kimi-K2", Layout(7, 7, 7), r"384 routed experts are not divisible by 7 ranks; take ep=1, or one of 1, 2, 3"),
+        ("GLM-4.5", Layout(12, 1, 12), r"8 key and value heads.* 12"),
         ("Kimi-K2", Layout(7, 1, 7), r"64 attention heads are not divisible by 7; with 7 ranks take tp=1$"),
     ],
 )
@@ -72,7 +74,8 @@ def test_a_model_that_a_layout_does_not_divide(model: str, layout: Layout, words
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("model", MODELS)
 def test_ranks_own_every_row_and_column_once(model: str, ranks: int) -> None:
-    """For every linear: the parts of a group lie side by side and are the whole; other tensors are whole everywhere."""
+    """For every linear: the parts of a group lie side by side and are the whole; other tensors are whole everywhere.
+    Fewer key and value heads than ranks come several times."""
     config = MODELS[model]
     tensors = ModelTensors(config)
     found = list(layouts(config, ranks))
@@ -91,7 +94,13 @@ def test_ranks_own_every_row_and_column_once(model: str, ranks: int) -> None:
                     divided = [axis for axis in range(len(shape)) if len(parts[0][axis]) < shape[axis]]
                     assert len(divided) <= (layout.tp > 1)
                     for axis, size in enumerate(shape):
-                        whole = [index for part in parts for index in part[axis]]
+                        every = 1
+                        if axis in divided and entry.shape[axis] == "kv":
+                            every = max(1, layout.tp // config.attention.kv_heads)
+                            assert all(
+                                part[axis] == parts[place // every * every][axis] for place, part in enumerate(parts)
+                            )
+                        whole = [index for part in parts[::every] for index in part[axis]]
                         assert whole == list(range(size)) * (1 if axis in divided else layout.tp)
                     if divided and sums_inputs(entry):
                         assert divided == [1 if exact else 0]
@@ -107,10 +116,14 @@ def test_parts_of_a_model_that_belong_together(model: str) -> None:
             owned = layout.owned(config, rank)
             heads = owned.heads
             assert owned.dimension("q") == range(heads.start * widths.qk_head_dim, heads.stop * widths.qk_head_dim)
-            v_head = config.attention.sizes()["v_head"]
-            assert owned.dimension("v") == range(heads.start * v_head, heads.stop * v_head)
+            if isinstance(widths, Gqa):
+                first, last = heads.start // widths.group, -(-heads.stop // widths.group)
+                assert owned.dimension("kv") == range(first * widths.head_dim, last * widths.head_dim)
+            else:
+                v_head = widths.sizes()["v_head"]
+                assert owned.dimension("v") == range(heads.start * v_head, heads.stop * v_head)
             family = config.family
-            for block in (Block.DENSE, Block.SHARED):
+            for block in (Block.DENSE, Block.SHARED) if family.entries(Block.SHARED) else (Block.DENSE,):
                 gate, up, down = (family.entry(block, part) for part in ("gate", "up", "down"))
                 rows, across, inputs = (owned.ranges(block, entry, exact_sum=True) for entry in (gate, up, down))
                 assert rows[0] == across[0] == inputs[1]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -16,47 +13,11 @@ from example_artifact import artifact  # noqa: F401  (fixture)
 import npuq.runtime
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
 from npuq.serve.limits import Limits
-from npuq.serve.server import HttpServer, bind
 from npuq.serve.service import Service
 
-SECONDS = 120
-"""Patience of clients: the machine may be busy."""
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-@dataclass(frozen=True)
-class Running:
-    """A server that runs. url: without a path."""
-
-    service: Service
-    url: str
-
-    def client(self, **options: object) -> openai.OpenAI:
-        """A client as people make it: with its own defaults, retries among them."""
-        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "unused", "timeout": SECONDS, **options})
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something is true."""
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.01)
-
-
-@contextmanager
-def running(service: Service) -> Iterator[Running]:
-    """Serve in a thread of this process."""
-    listener = bind("127.0.0.1", 0)
-    server = HttpServer(service)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    wait_for(lambda: server.started)
-    try:
-        yield Running(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
-    finally:
-        server.should_exit = True
-        thread.join(SECONDS)
-        assert not thread.is_alive(), "the server did not end"
+from serving import Brake, Running, running
 
 
 @pytest.fixture(scope="session")
@@ -75,4 +36,11 @@ def server(model: LanguageModel) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def client(server: Running) -> Iterator[openai.OpenAI]:
     with server.client() as found:
+        yield found
+
+
+@pytest.fixture
+def brake(model: LanguageModel) -> Iterator[Brake]:
+    """The engine's steps, held."""
+    with Brake(model).on() as found:
         yield found

@@ -19,7 +19,7 @@ from ....quant.hessian import Factor, Hessian, SingularHessianError, factor
 from ....quant.refine import Calibrated, calibrated_codes, output_error
 from ....quant.scales import Method, NonFiniteError
 from ....quant.stored_rows import StoredRows
-from ....quant.weight_error import ErrorSums, relative_error
+from ....quant.weight_error import ErrorSums
 from ...plan.plan import Job
 from ...write.jobs import JobOutput
 from ...write.shards import ShardFiles
@@ -115,7 +115,7 @@ class Linears:
         squared_error = float(rows.squared_error.sum()) if lost is None else _squared_error(weight, found)
         if lost is None and hessian is not None and hessian.rows:
             lost = output_error(weight, found, hessian.symmetric(), self.arithmetic)
-        error = None if lost is None else relative_error(*lost)
+        error = None if lost is None else _relative_error(*lost)
         stats = ErrorSums(squared_error, float(rows.squared_norm.sum()))
         return Deployed(job.source, job.scheme, found, inputs=inputs, error=error), JobResult(stats, digest)
 
@@ -135,6 +135,11 @@ def _round(job: Job, weight: Tensor, scheme: Scheme, mapper: Mapper) -> Quantize
         torch.cat([part.squared_error for part in parts]),
         torch.cat([part.squared_norm for part in parts]),
     )
+
+
+def _relative_error(lost: float, whole: float) -> float:
+    """√(lost / whole); 0 where rounding or inputs that are no numbers leave nothing to compare."""
+    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 and math.isfinite(lost) else 0.0
 
 
 def _overflow_error(job: Job, dtype: torch.dtype) -> CheckpointError:

@@ -194,6 +194,9 @@ INLINE void axpy_columns(const char *w, const int dtype, size_t ldw, size_t a, s
         for (; t + AXPY_TOKENS <= tokens; t += AXPY_TOKENS) {
             axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, AXPY_TOKENS, accumulate, out + t * ldout + c, ldout);
         }
+        for (; AXPY_TOKENS > 2 && t + 2 <= tokens; t += 2) {
+            axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, 2, accumulate, out + t * ldout + c, ldout);
+        }
         for (; t < tokens; t++) {
             axpy_tile(wc, dtype, ldw, a, x + t * ldx, ldx, 1, accumulate, out + t * ldout + c, ldout);
         }

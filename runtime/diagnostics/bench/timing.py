@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ops import Ops
 from .traffic import operator_bytes
 
-PARTS = ("norms", "products", "routing", "rotary", "mla", "sparse")
+PARTS = ("norms", "products", "routing", "rotary", "mla", "sparse", "gqa")
 NOT_OF_A_STEP = {"load", "moe_of"}
 LEAST_SECONDS = 2e-3
 """A measurement repeats a call for so long, which hides what waiting for the device costs."""

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ...attention.pools import LayerCache, Pages
 from ...model import LayerWeights, ModelWeights
-from ...ops import Decode, Mla, MoeWeights, SparseMla, Step
+from ...ops import Decode, Gqa, Mla, MoeWeights, SparseMla, Step
 from ...ops.latent_attention import LATENT, ROPE
+from ...ops.sparse_attention import INDEX_KEY
 
-_PROJECTIONS = ("qkv_a", "q_b", "q_a_norm", "projections", "takes_quantized")
+_PROJECTIONS = ("qkv_a", "q_b", "q_a_norm", "projections", "qkv", "bias", "q_norm", "k_norm")
 # Fields of an attention handle that an operator reads; handles of backends have some of them.
-_MLA_READS: Mapping[str, Sequence[str]] = {
+_READS: Mapping[str, Sequence[str]] = {
     "norm": (),
     "project": _PROJECTIONS,
+    "write": _PROJECTIONS,
     "write_cache": ("kv_a_norm",),
     "prolog": (*_PROJECTIONS, "kv_a_norm", "w_uk"),
     "prolog_with_latent": (*_PROJECTIONS, "kv_a_norm", "w_uk"),
@@ -37,13 +39,14 @@ def operator_bytes(name: str, args: Sequence[Any], result: Any) -> int:
     total = _nbytes([result])
     tokens = next((arg.shape[0] for arg in _tensors(args) if arg.dim() > 1), 1)
     for index, arg in enumerate(args):
-        if isinstance(arg, Mla):
-            total += _fields_nbytes(arg, _MLA_READS.get(name, ()))
+        if isinstance(arg, (Mla, Gqa)):
+            total += _fields_nbytes(arg, _READS.get(name, ()))
         elif isinstance(arg, MoeWeights):
             total += _reached_bytes(arg.gate_up, args[1]) if name == "experts_inner" else moe_bytes(arg, tokens)
         elif isinstance(arg, (LayerCache, Pages)):
             # Index keys are handed over as pages of their own.
-            pages = [arg[LATENT], arg[ROPE]] if isinstance(arg, LayerCache) else [arg]
+            pools = arg.pages if isinstance(arg, LayerCache) else {"": arg}
+            pages = [each for pool, each in pools.items() if pool != INDEX_KEY]
             total += _cache_bytes(name, pages, tokens, decode, args)
         elif name == "grouped_matmul" and index == 1:
             total += _reached_bytes(arg, args[2])
@@ -91,7 +94,7 @@ def tokens_bytes(table: Tensor, tokens: int) -> int:
 def _layer_bytes(layer: LayerWeights, tokens: int) -> int:
     attention = layer.attention
     mla = attention.mla if isinstance(attention, SparseMla) else attention
-    total = _fields_nbytes(mla, _MLA_READS["decode"]) if isinstance(mla, Mla) else _nbytes([mla])
+    total = _fields_nbytes(mla, _READS["decode"]) if isinstance(mla, (Mla, Gqa)) else _nbytes([mla])
     if isinstance(attention, SparseMla):
         total += _nbytes([attention.indexer])
     total += _nbytes([layer.input_norm, layer.mlp_norm, layer.mlp])

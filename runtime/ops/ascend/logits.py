@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...sampling.draw import draw
+from ...sampling.noise import Noise
+from ...sampling.params import SamplingParams
 from ...sampling.rows import Floats, HostRow, Ids, LogitRow
 
 COUNTS = (64, 1024, 8192)
@@ -91,6 +94,12 @@ class DeviceRow:
 
     def whole(self) -> Floats:
         return self._host.whole()
+
+    def draw(self, params: SamplingParams, noise: Noise, position: int) -> int:
+        return draw(self, params, noise, position)
+
+    def with_logits(self, logits: Floats) -> LogitRow:
+        return HostRow(logits)
 
     @cached_property
     def _host(self) -> HostRow:

@@ -42,7 +42,8 @@ class AscendOps(Ops):
     kv_layout: "nz" (pages in FRACTAL_NZ, fastest for decode attention) or "nd"; caches of sparse and of grouped-query
     attention are "nd" in any case. fused_prolog: use `npu_mla_prolog_v3` for layers whose shapes it documents.
     fused_experts: use `npu_grouped_matmul_swiglu_quant_v2`, if a trial shows that it can be. soc: the chip's name; None
-    asks the driver. Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown settings.
+    asks the driver. Raises BackendError without torch_npu or CANN, on a chip that lacks the operators, and for unknown
+    settings.
     """
 
     name = "ascend"

@@ -6,18 +6,22 @@ time stay torch's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from ....parallel.torch_threads import single_threaded_torch
 from ...ranks.group import ALONE, Group
+from ...sampling.rows import LogitRow
 from .. import Ops
 from ..cpu import CpuOps
 from .cache import NativeCaches
 from .grouped_attention import NativeGroupedAttention
 from .kernels import Kernels
 from .latent_attention import NativeLatentAttention
+from .logits import native_rows
 from .norms import NativeNorms
 from .products import NativeProducts
 from .rotary import NativeRotary
@@ -57,6 +61,9 @@ class NativeOps(Ops):
     @property
     def arithmetic(self) -> str:
         return f"native kernels for {self.pool.level}"
+
+    def logit_rows(self, logits: Tensor) -> Sequence[LogitRow]:
+        return native_rows(logits, self.pool)
 
     def one_thread(self) -> AbstractContextManager[None]:
         return single_threaded_torch()

@@ -32,31 +32,36 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, ends: Collection[int], markers: Iterable[int] = ()):
         try:
-            from llguidance import LLMatcher, LLTokenizer
+            from llguidance import LLMatcher, LLParserLimits, LLTokenizer
         except ImportError:
             raise GenerationError("structured output needs llguidance: pip install 'npuq[serve]'") from None
         known = sorted(token for token in ends if 0 <= token < tokenizer.vocab_size)
         if not known:
             raise GenerationError("structured output needs an end-of-sequence token, and this model names none")
         self._matcher = LLMatcher
+        self._limits = LLParserLimits(verbose_errors=False)
         self._vocabulary = _Vocabulary(tokenizer, known[0], markers)
         self._tokenizer = LLTokenizer(self._vocabulary, eos_token=known)  # type: ignore[arg-type]
         self.ends = np.array(known)
         self.size = tokenizer.vocab_size
 
-    def compile(self, grammar: str, what: str) -> MakeGrammar:
-        """Compile a grammar in llguidance's form of Lark, which may hold JSON schemas. what: its name in errors.
+    def compile(self, grammar: str) -> MakeGrammar:
+        """Compile a grammar in llguidance's form of Lark. JSON schemas in it have been checked (`checking.py`).
 
-        Raises GenerationError with the library's words for one that it does not take.
+        Raises GenerationError with the library's words for a grammar that it does not take.
         """
-        first = self._matcher(self._tokenizer, self._matcher.grammar_from_lark(grammar), log_level=0)
+        first = self._matcher(
+            self._tokenizer, self._matcher.grammar_from_lark(grammar), log_level=0, limits=self._limits
+        )
+        # Some faults show with the first mask only, which also costs more than later ones.
+        first.compute_bitmask()
         if first.is_error():
-            raise GenerationError(f"{what} cannot be used: {_reason(first.get_error())}")
+            raise GenerationError(f"the grammar of the reply cannot be used: {in_a_line(first.get_error())}")
         vocabulary = self._vocabulary
         return lambda: MatchedGrammar(first.deep_copy(), self.size, JsonRuns(vocabulary.tokens, vocabulary.first_bytes))
 
 
-def _reason(message: str) -> str:
+def in_a_line(message: str) -> str:
     """The library's words in a line, without the place in the grammar and the lines of it around."""
     words = _PLACE.sub("", _EXCERPT.split(message, maxsplit=1)[0])
     return error_line(ValueError(words), _MOST_REASON)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ....errors import GenerationError
 from ...text.replies.formats import ReasoningFormat, ReplyFormat
 from ...text.tokenizer import Tokenizer
 from ..grammar import Grammar
-from .compiler import GrammarCompiler, MakeGrammar
+from .checking import fault_of
+from .compiler import GrammarCompiler, MakeGrammar, in_a_line
 from .gates import AfterReasoning, OnceCalled
 
 _MOST_SCHEMA_CHARACTERS: Final = 1 << 16
@@ -47,7 +48,7 @@ def constrain(
     alternatives, rules = [], []
     if wanted.schema is not None:
         alternatives.append("content")
-        rules.append(f"content: %json {_written(wanted.schema)}")
+        rules.append(f"content: %json {json.dumps(_checked(wanted.schema, 'the JSON schema'))}")
     if wanted.calls != "none":
         alternatives.append("calls")
         rules.append(_calls(tokenizer, format, wanted))
@@ -59,7 +60,7 @@ def constrain(
         prefix = "thinking "
         rules.append(f"thinking[suffix={json.dumps(format.reasoning.end)}]: /(?s:.*)/")
     grammar = "\n".join([f"start: {prefix}({' | '.join(alternatives)})", *rules])
-    make = compiler.compile(grammar, "the JSON schema" if wanted.schema is not None else "the schema of a tool")
+    make = compiler.compile(grammar)
     if wanted.schema is None and wanted.calls == "allowed":
         return _once_called(make, tokenizer, format)
     if markers is None:
@@ -89,8 +90,9 @@ def _calls(tokenizer: Tokenizer, format: ReplyFormat, wanted: Constraint) -> str
     # Without `strict`, an argument object of a tool that was called freely may be any.
     free = wanted.calls == "allowed"
     tools = [tool if tool.strict or not free else tool.with_any_arguments() for tool in format.tools]
-    for tool in tools:
-        _written(tool.parameters)
+    tools = [
+        replace(tool, parameters=_checked(tool.object_schema, f"the schema of tool {tool.name}")) for tool in tools
+    ]
 
     def symbol(marker: str) -> str:
         id = tokenizer.token_id(marker)
@@ -107,12 +109,17 @@ def _marker_ids(tokenizer: Tokenizer, reasoning: ReasoningFormat | None) -> tupl
     return None if begin is None or end is None else (begin, end)
 
 
-def _written(schema: Mapping[str, Any]) -> str:
-    """A schema as text. Raises GenerationError for one that is too long or too deep."""
+def _checked(schema: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The schema as llguidance is to read it. Raises GenerationError for one that is too long, or not taken."""
+    # Its own option, and no other: `oneOf` is read as `anyOf`.
+    whole = {**schema, "x-guidance": {"coerce_one_of": True}}
     try:
-        text = json.dumps(schema)
+        text = json.dumps(whole)
     except RecursionError:
-        raise GenerationError("the JSON schema is nested too deeply") from None
+        raise GenerationError(f"{what} is nested too deeply") from None
     if len(text) > _MOST_SCHEMA_CHARACTERS:
-        raise GenerationError(f"the JSON schema is longer than {_MOST_SCHEMA_CHARACTERS} characters")
-    return text
+        raise GenerationError(f"{what} is longer than {_MOST_SCHEMA_CHARACTERS} characters")
+    fault = fault_of(text)
+    if fault:
+        raise GenerationError(f"{what} cannot be used: {in_a_line(fault)}")
+    return whole

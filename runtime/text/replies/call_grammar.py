@@ -78,7 +78,7 @@ def key_value_calls(symbol: Symbol, markers: Sequence[str], tools: Sequence[Tool
     bodies = []
     for n, tool in _numbered(tools):
         schema = tool.parameters
-        shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        shared = {name: schema[name] for name in ("$defs", "definitions", "x-guidance") if name in schema}
         required = schema.get("required") or ()
         parts = [_quoted(f"{tool.name}\n")]
         properties = schema.get("properties") or {}
@@ -106,12 +106,8 @@ def _value(schema: Any, shared: Mapping[str, Any]) -> str:
 
 def _grammar(calls: str, tools: Sequence[Tool]) -> str:
     return "\n".join(
-        [f"calls: {calls}", *(f"args_{n}: %json {json.dumps(_object(tool))}" for n, tool in _numbered(tools))]
+        [f"calls: {calls}", *(f"args_{n}: %json {json.dumps(tool.object_schema)}" for n, tool in _numbered(tools))]
     )
-
-
-def _object(tool: Tool) -> dict[str, Any]:
-    return {"type": "object", **tool.parameters}
 
 
 def _numbered(tools: Sequence[Tool]) -> list[tuple[int, Tool]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ..detokenizing import StopSearch
 from ..tokenizer import Tokenizer
-from .calls import CallReader
+from .calls import CallReader, Head
 from .formats import PLAIN, ReplyFormat
 from .markers import Chunk, Marker, MarkerScanner
 from .parts import CallDelta, Part, ToolCall
@@ -24,11 +24,11 @@ _MOST_OPENING: Final = 16
 
 @dataclass
 class _Call:
-    """A call that is being read. text: all of it without markers, for a call that turns out to be none."""
+    """A call that is being read. texts: of all of it without markers, while it may turn out to be none."""
 
     reader: CallReader
-    text: str = ""
-    given: ToolCall | None = None
+    texts: list[str] = field(default_factory=list)
+    given: bool = False
 
 
 class Reply:
@@ -59,7 +59,7 @@ class Reply:
         self._space: list[Chunk] = []  # held back: it may belong to a marker
         self._reasoning: list[str] = []
         self._call: _Call | None = None
-        self._calls: list[ToolCall] = []
+        self._calls: list[tuple[Head, list[str]]] = []  # and pieces of its arguments
         self._called = False
         self.reasoning_tokens = 0
         self.malformed_calls = 0
@@ -77,7 +77,7 @@ class Reply:
     @property
     def calls(self) -> tuple[ToolCall, ...]:
         """The tool calls given so far."""
-        return tuple(self._calls)
+        return tuple(ToolCall(head.id, head.name, "".join(pieces)) for head, pieces in self._calls)
 
     @property
     def stopped(self) -> bool:
@@ -151,7 +151,8 @@ class Reply:
     def _on_call(self, chunk: Chunk) -> list[Part]:
         call = self._call
         assert call is not None
-        call.text += chunk.text
+        if not call.given:
+            call.texts.append(chunk.text)
         arguments = call.reader.add(chunk.text)
         return self._on_arguments(call, arguments, chunk.tokens)
 
@@ -160,12 +161,12 @@ class Reply:
         if head is None or not self._format.tools:
             return []
         parts = []
-        if call.given is None:
-            call.given = ToolCall(head.id, head.name, "")
+        if not call.given:
+            call.given = True
             parts.append(Part(call=CallDelta(len(self._calls), head.id, head.name)))
-            self._calls.append(call.given)
+            self._calls.append((head, []))
         if arguments:
-            call.given = self._calls[-1] = replace(call.given, arguments=call.given.arguments + arguments)
+            self._calls[-1][1].append(arguments)
             parts.append(Part(call=CallDelta(len(self._calls) - 1, arguments=arguments), tokens=tokens))
         return parts
 
@@ -173,10 +174,11 @@ class Reply:
         call, self._call = self._call, None
         assert call is not None
         parts = self._on_arguments(call, call.reader.end(), ())
-        if call.given is None and call.text.strip():
+        text = "" if call.given else "".join(call.texts)
+        if text.strip():
             self.malformed_calls += 1
-            parts += self._on_content(Chunk(call.text))
-        self._called = call.given is not None and not self._format.parallel
+            parts += self._on_content(Chunk(text))
+        self._called = call.given and not self._format.parallel
         return parts
 
     def _on_marker(self, marker: str) -> list[Part]:

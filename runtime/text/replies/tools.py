@@ -15,6 +15,11 @@ class Tool:
     parameters: Mapping[str, Any]
     strict: bool = False
 
+    @property
+    def object_schema(self) -> dict[str, Any]:
+        """The schema of its arguments, which are an object."""
+        return {"type": "object", **self.parameters}
+
     def with_any_arguments(self) -> Tool:
         """The tool with any object as its arguments."""
         return replace(self, parameters={"type": "object"})

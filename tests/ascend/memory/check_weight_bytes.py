@@ -59,12 +59,13 @@ def test_the_npus_cache_is_what_is_planned(artifact, name):
     with Checkpoint.open(artifact(name)) as checkpoint:
         config = read_model_config(checkpoint)
         planner = planner_of(open_store(checkpoint, ops.dtype).form, config, ops, sizes, 1 << 40, int8_cache=False)
-    blocks = engine_cache(planner, sizes) // (planner.cache_token * sizes.block_size)
+    planned = engine_cache(planner.rank(Layout()), sizes)
+    blocks = planned // (planner.cache_token * sizes.block_size)
     pools = attention_of(config, 1.0).pools
     layers = range(config.num_hidden_layers)
     cache = [ops.caches.new(pools(layer), blocks, sizes.block_size) for layer in layers]
     _, held = held_bytes(cache, MappedFiles())
     elsewhere = replace(planner, backend=replace(planner.backend, spare_blocks=0))
     spare = planner.rank(Layout()).workspace.fixed - elsewhere.rank(Layout()).workspace.fixed
-    assert held == engine_cache(planner, sizes) + spare
+    assert held == planned + spare
     assert spare == 64 * planner.cache_token

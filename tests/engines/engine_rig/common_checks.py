@@ -76,6 +76,7 @@ class CommonChecks:
     def test_what_is_said_of_an_artifact_is_what_happens(self, artifact, release, tmp_path, key):
         parameter_lists.check_variation(release, self.engine, artifact, tmp_path / "varied", key)
 
+    @pytest.mark.parametrize("model", ["v3-mtp", "glm-4.5"])
     @pytest.mark.parametrize("key", rotary.ROPES)
-    def test_rotary_tables(self, artifact, tmp_path, key):
-        rotary.check_rope(self.name, self.engine, artifact("v3-mtp"), tmp_path / "rope", key)
+    def test_rotary_tables(self, artifact, tmp_path, key, model):
+        rotary.check_rope(self.name, self.engine, artifact(model), tmp_path / "rope", key)

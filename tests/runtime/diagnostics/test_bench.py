@@ -109,6 +109,35 @@ def test_bytes_of_a_step(backend):
     assert found == pytest.approx(expected, rel=0.01 if backend == "cpu" else 0.5)
 
 
+GROUPED = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_bytes_of_grouped_query_attention(backend):
+    """Without the rest of a step, whose bytes do not depend on the context; and every operator is timed."""
+    short, long = (decode.bench_random(backend, None, 3, context, GROUPED) for context in (100, 300))
+    width = make_ops(backend).dtype.itemsize
+    assert long.bytes - short.bytes == 2 * 3 * 200 * 2 * (2 * 32) * width
+    (attention,) = (each for each in long.operators if each.operator == "decode")
+    q, kv, hidden = 4 * 32, 2 * 32, 64
+    weights = (q + 2 * kv) * (hidden + 4) + hidden * (q + 4) + 2 * 32 * width
+    cached = (3 * 300 + 3) * 2 * kv * width
+    assert attention.bytes == pytest.approx(weights + cached, rel=0.02)
+
+
 def test_only_experts_with_rows_count():
     ops = make_ops("reference")
     model, _ = random_model(ModelConfig.from_dict(CONFIG), ops)

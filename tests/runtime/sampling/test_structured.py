@@ -14,6 +14,7 @@ import pytest
 
 from npuq.errors import GenerationError
 from npuq.runtime.sampling.grammar import Grammar
+from npuq.runtime.sampling.structured import checking
 from npuq.runtime.sampling.structured.compiler import GrammarCompiler
 from npuq.runtime.sampling.structured.constraint import Constraint, constrain
 from npuq.runtime.text.replies.formats import PLAIN, find_format
@@ -192,6 +193,7 @@ def test_two_completions_do_not_share_their_state(tokenizer: Tokenizer, compiler
         ({"type": "object", "minItems": 10**8, "uniqueItems": True}, "cannot be used: Unimplemented keys"),
         ({"type": "array", "minItems": 10**8}, None),
         ({"type": "string", "pattern": "(a+)+$"}, None),
+        ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, None),
         ({"x" * 70_000: 1}, "longer than 65536 characters"),
     ],
 )
@@ -204,6 +206,16 @@ def test_schemas_that_ask_for_much(
     with pytest.raises(GenerationError, match=message) as caught:
         constrain(compiler, tokenizer, PLAIN, [0], Constraint(schema))
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_a_schema_that_never_compiles(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llguidance has no limit on the intersection of patterns: forty take longer than anyone has."""
+    monkeypatch.setattr(checking, "SECONDS", 1)
+    schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}
+    with pytest.raises(GenerationError, match="it takes more than 1 seconds of CPU time or 512 MiB to compile"):
+        constrain(compiler, tokenizer, PLAIN, [0], Constraint(schema))
 
 
 def test_what_structured_output_needs(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,4 +232,4 @@ def test_nothing_else_imports_llguidance() -> None:
     found = [
         path for path in (root / "runtime").rglob("*.py") if "llguidance import" in path.read_text(encoding="utf-8")
     ]
-    assert [path.name for path in found] == ["compiler.py"]
+    assert sorted(path.name for path in found) == ["checking_worker.py", "compiler.py"]

@@ -23,6 +23,10 @@ KIMI = tuple(f"<|tool_{name}|>" for name in ("calls_section_begin", "calls_secti
 KIMI += ("<|tool_call_argument_begin|>",)
 MARKERS = (*THINK, *DEEPSEEK, *KIMI)
 
+_TOKENS = json.loads((EXAMPLE / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+COMPACT = {"logit_bias": {str(id): -100 for token, id in _TOKENS.items() if not token.strip("ĠĊĉč")}}
+"""Fields with which the example writes JSON without white space: its choice among all that JSON allows is long."""
+
 # Of the structure of DeepSeek-V3.1's: thinking by a variable, arguments as text or object, each tool described.
 V31 = """
 {%- if not thinking is defined %}{% set thinking = false %}{% endif %}

@@ -254,6 +254,12 @@ def nested(depth: int) -> dict[str, Any]:
             ({"chat_template_kwargs": {name: "x"}}, f"'{name}' cannot be set by a request", "chat_template_kwargs")
             for name in ("chat_template", "tokenize", "messages", "tools", "__class__", "a__b")
         ),
+        ({"chat_template_kwargs": {"a": nested(300)}}, "nested|levels", None),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(300)}}]},
+            "nested|levels",
+            None,
+        ),
         ({"reasoning_effort": "x" * 33}, "length <= 32", "reasoning_effort"),
         ({"n": 5_000_000}, "n 5000000 is above 16", "n"),
         ({"logprobs": True, "top_logprobs": 10**9}, "<= 20", "top_logprobs"),
@@ -270,6 +276,7 @@ def nested(depth: int) -> dict[str, Any]:
         (schema({"$ref": "#/none"}), "does not exist", "response_format"),
         (schema({"anyOf": []}), "Unsatisfiable schema", "response_format"),
         (schema({"type": "object", "properties": 3}), "properties must be an object", "response_format"),
+        (schema({"$ref": "#"}), "the grammar of the reply cannot be used", "response_format"),
         (schema({"enum": ["x" * 70_000]}), "longer than 65536 characters", "response_format"),
         (schema(nested(400)), "cannot be used|nested too deeply", "response_format"),
         ({**schema({"type": "object"}), "ignore_eos": True}, "contradict", "response_format"),
@@ -288,7 +295,7 @@ def nested(depth: int) -> dict[str, Any]:
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/none"}}}],
                 "tool_choice": "required",
             },
-            "the schema of a tool cannot be used",
+            "the schema of tool f cannot be used",
             "tools",
         ),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from .chat_models import DEEPSEEK, KIMI, MARKERS, ScriptedConversations
+from .chat_models import COMPACT, DEEPSEEK, KIMI, MARKERS, ScriptedConversations
 from .test_chat import THINKING
 
 WEATHER = {
@@ -146,9 +146,9 @@ def test_tools_without_a_description(chat: openai.OpenAI, script: ScriptedConver
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_required_call_comes(chat: openai.OpenAI, choice: Any) -> None:
     """The example would never call by itself."""
-    answer = chat.chat.completions.create(**ASK, tool_choice=choice, parallel_tool_calls=False, max_tokens=150).choices[
-        0
-    ]
+    answer = chat.chat.completions.create(
+        **ASK, **COMPACT, tool_choice=choice, parallel_tool_calls=False, max_tokens=80
+    ).choices[0]
     (call,) = answer.message.tool_calls or []
     assert answer.finish_reason == "tool_calls" and answer.message.content is None
     assert call.type == "function" and call.function.name in ("weather", "stop")
@@ -162,7 +162,7 @@ def test_a_required_call_comes(chat: openai.OpenAI, choice: Any) -> None:
 def test_a_required_call_behind_reasoning(chat: openai.OpenAI, script: ScriptedConversations) -> None:
     script.say("hm</think>", goes_on=True)
     answer = chat.chat.completions.create(
-        **ASK, tool_choice="required", parallel_tool_calls=False, max_tokens=150, extra_body=THINKING
+        **ASK, **COMPACT, tool_choice="required", parallel_tool_calls=False, max_tokens=80, extra_body=THINKING
     ).choices[0]
     assert answer.message.model_extra and answer.message.model_extra["reasoning"] == "hm"
     assert len(answer.message.tool_calls or []) == 1 and answer.message.content is None
@@ -171,7 +171,7 @@ def test_a_required_call_behind_reasoning(chat: openai.OpenAI, script: ScriptedC
 def test_strict_arguments_once_a_call_has_begun(chat: openai.OpenAI, script: ScriptedConversations) -> None:
     """With tool_choice "auto" the text is free; behind the marker the arguments of a strict tool satisfy its schema."""
     script.say(f"I look.{BEGIN}{CALL}weather{SEP}", goes_on=True)
-    choice = chat.chat.completions.create(**ASK, max_tokens=200, parallel_tool_calls=False).choices[0]
+    choice = chat.chat.completions.create(**ASK, **COMPACT, max_tokens=80, parallel_tool_calls=False).choices[0]
     assert choice.message.content == "I look."
     (call,) = choice.message.tool_calls or []
     assert json.loads(call.function.arguments)["unit"] in "CF"  # type: ignore[union-attr]

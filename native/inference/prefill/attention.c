@@ -4,26 +4,7 @@
 #include <string.h>
 
 #include "common/checks.h"
-#include "common/pool.h"
-
-enum { QUERIES = 128, KEYS = ATTENTION_KEYS };
-
-struct block {
-    int64_t sequence, first, count; /* queries, counted from the step's first */
-};
-
-struct prefill {
-    npuq_pool *pool;
-    const struct kernels *kernels;
-    const npuq_heads *heads;
-    const struct block *blocks;
-    const int64_t *q_ends, *kv_ends;
-    size_t nope, rope, wide, value; /* wide: nope + rope */
-    int causal;
-    float scale;
-    char *out;
-    float *lse;
-};
+#include "inference/prefill/prefill.h"
 
 /* One task's floats, all in the thread's scratch. */
 struct buffers {
@@ -33,10 +14,6 @@ struct buffers {
 
 static size_t buffer_floats(const struct prefill *prefill) {
     return (QUERIES + KEYS) * (prefill->wide + prefill->value) + QUERIES * KEYS + prefill->wide;
-}
-
-static const char *at(const npuq_strided *rows, int64_t token, size_t head, int dtype) {
-    return (const char *)rows->data + (token * rows->token_stride + (int64_t)head * rows->head_stride) * (int64_t)size_of(dtype);
 }
 
 static void load_queries(const struct prefill *prefill, const struct block *block, size_t head, struct buffers *to) {
@@ -71,12 +48,6 @@ static int load_keys(const struct prefill *prefill, int64_t first, size_t count,
     return poison == 0;
 }
 
-/* The number of keys among [first, first + keys) of the sequence that query `i` of the block may see. */
-static size_t visible(const struct prefill *prefill, int64_t past, int64_t i, int64_t first, size_t keys) {
-    int64_t seen = prefill->causal ? past + i + 1 - first : (int64_t)keys;
-    return seen < 0 ? 0 : (size_t)seen < keys ? (size_t)seen : keys;
-}
-
 /* Merges some keys into the block's queries. past: the number of keys before the block's first query. */
 static void attend_keys(const struct prefill *prefill, const struct block *block, int64_t past, int64_t first,
                         size_t keys, int values_finite, struct buffers *in) {
@@ -98,16 +69,17 @@ static void attend_keys(const struct prefill *prefill, const struct block *block
     if (values_finite || all_see_all) prefill->kernels->axpy_add(in->values, NPUQ_F32, n, keys, n, score, KEYS, queries, out, n);
 }
 
-static void store(const struct prefill *prefill, const struct block *block, size_t head, struct buffers *from) {
+void prefill_store(const struct prefill *prefill, const struct block *block, size_t head, const float *largest,
+                   const float *totals, float *out) {
     const npuq_heads *heads = prefill->heads;
     size_t n = prefill->value;
     for (int64_t i = 0; i < block->count; i++) {
-        float total = from->total[i], *row = from->out + (size_t)i * n;
+        float total = totals[i], *row = out + (size_t)i * n;
         int blind = total == 0; /* no key seen: zeros, as the sum of none */
         prefill->kernels->multiply_row(blind ? 0 : 1 / total, n, row);
         size_t place = (size_t)(block->first + i) * (size_t)heads->count + head;
         prefill->kernels->from_float(row, n, prefill->out + place * n * size_of(heads->dtype), heads->dtype);
-        prefill->lse[place] = blind ? -INFINITY : from->largest[i] + logf(total);
+        prefill->lse[place] = blind ? -INFINITY : largest[i] + logf(total);
     }
 }
 
@@ -123,16 +95,14 @@ static void prefill_task(const void *context, size_t index, int thread) {
     in.score = in.out + QUERIES * prefill->value;
     in.row = in.score + QUERIES * KEYS;
 
-    int64_t s = block->sequence, kv_first = s > 0 ? prefill->kv_ends[s - 1] : 0;
-    int64_t kv_len = prefill->kv_ends[s] - kv_first, past = kv_len - (prefill->q_ends[s] - block->first);
-    int64_t end = prefill->causal ? past + block->count : kv_len; /* keys that the last query sees */
+    const struct range range = find_range(prefill, block);
     load_queries(prefill, block, head, &in);
-    for (int64_t key = 0; key < end; key += KEYS) {
-        size_t keys = (size_t)(end - key < KEYS ? end - key : KEYS);
-        int finite = load_keys(prefill, kv_first + key, keys, head, &in);
-        attend_keys(prefill, block, past, key, keys, finite, &in);
+    for (int64_t key = 0; key < range.end; key += KEYS) {
+        size_t keys = (size_t)(range.end - key < KEYS ? range.end - key : KEYS);
+        int finite = load_keys(prefill, range.first + key, keys, head, &in);
+        attend_keys(prefill, block, range.past, key, keys, finite, &in);
     }
-    store(prefill, block, head, &in);
+    prefill_store(prefill, block, head, in.largest, in.total, in.out);
 }
 
 static size_t list_blocks(const int64_t *q_ends, int64_t sequences, struct block *blocks) {
@@ -161,11 +131,13 @@ int npuq_attention(npuq_pool *pool, const npuq_heads *heads, const int64_t *q_en
     };
     size_t blocks = list_blocks(q_ends, sequences, NULL);
     pool_begin(pool);
-    int status = pool_scratch(pool, buffer_floats(&prefill) * sizeof(float), blocks * sizeof(struct block));
+    const int bf16 = prefill_takes_bf16(&prefill);
+    const size_t bytes = bf16 ? prefill_bf16_bytes(&prefill) : buffer_floats(&prefill) * sizeof(float);
+    int status = pool_scratch(pool, bytes, blocks * sizeof(struct block));
     if (status == NPUQ_OK) {
         list_blocks(q_ends, sequences, pool_shared_scratch(pool));
         prefill.blocks = pool_shared_scratch(pool);
-        pool_run(pool, prefill_task, &prefill, blocks * (size_t)heads->count);
+        pool_run(pool, bf16 ? prefill_bf16_task : prefill_task, &prefill, blocks * (size_t)heads->count);
     }
     pool_end(pool);
     return status;

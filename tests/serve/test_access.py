@@ -1,0 +1,102 @@
+"""Who may use a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+from serving import Running, running, wait_for
+
+from npuq.runtime import LanguageModel, SamplingParams
+from npuq.serve.access import Access, loopback_hosts
+from npuq.serve.service import Service
+
+PAGE = "https://page.example"
+
+
+@pytest.fixture(scope="module")
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def keyed(model: LanguageModel, log: list[str]) -> Iterator[Running]:
+    """A server with keys, hosts and an origin."""
+    access = Access.of(["key-1", "key-2"], (*loopback_hosts(), "Gateway"), [PAGE])
+    with running(Service(model, ["tiny"], SamplingParams(), access=access, log=log.append, log_prompts=True)) as found:
+        yield found
+
+
+def test_a_key_is_needed(keyed: Running) -> None:
+    """As OpenAI's clients send it, or as Azure's do; the log has neither."""
+    with keyed.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
+        client.models.list()
+    assert caught.value.code == "invalid_api_key"
+    with keyed.client(api_key="key-2") as client:
+        assert len(client.models.list().data) == 1
+    for headers in (
+        {"api-key": "key-1"},
+        {"Authorization": "bearer key-1"},
+        {"Authorization": "x", "api-key": "key-2"},
+    ):
+        assert keyed.ask("GET", "/v1/models", headers=headers).status == 200
+    for headers in ({}, {"api-key": ""}, {"Authorization": "Bearer "}, {"Authorization": "Bearer \xff"}):
+        answer = keyed.ask("GET", "/v1/models", headers=headers)
+        assert answer.status == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_paths_that_need_no_key(keyed: Running) -> None:
+    for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 401), ("/version", 401), ("/x", 401)):
+        assert keyed.ask("GET", path).status == status
+    assert Access.of(["key"], open_metrics=True).open_paths >= {"/metrics", "/health"}
+
+
+def test_a_foreign_host_is_refused(keyed: Running, server: Running) -> None:
+    """A name that somebody else's page was made to point here by."""
+    headers = {"api-key": "key-1"}
+    for host, status in (
+        *((f"127.0.0.1:{keyed.port}", 200), ("localhost", 200), ("[::1]:80", 200), ("GATEWAY:1", 200)),
+        *(("evil.example", 400), ("127.0.0.1.evil.example", 400), ("", 400), ("localhost@evil", 400)),
+    ):
+        assert keyed.ask("GET", "/v1/models", headers={**headers, "Host": host}).status == status
+    assert server.ask("GET", "/v1/models", headers={"Host": "any"}).status == 200  # without a rule
+
+
+def test_a_foreign_page_gets_nothing(keyed: Running, server: Running) -> None:
+    """No header that lets it read, and no work done for it; an allowed one gets both."""
+    for origin in ("https://evil.example", "null", f"{PAGE}.evil", "http://localhost:1"):
+        for found in (keyed, server):
+            answer = found.ask("POST", "/v1/completions", {"prompt": "x"}, {"Origin": origin, "api-key": "key-1"})
+            assert answer.status == 403
+            assert not [name for name in answer.headers if name.startswith("access-control-allow")]
+    own = server.ask("GET", "/v1/models", headers={"Origin": server.url})
+    assert own.status == 200
+    allowed = keyed.ask("GET", "/v1/models", headers={"Origin": PAGE, "api-key": "key-1"})
+    assert (allowed.status, allowed.headers["access-control-allow-origin"]) == (200, PAGE)
+    asks = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asked = keyed.ask("OPTIONS", "/v1/completions", headers=asks)
+    assert (asked.status, asked.headers["access-control-allow-origin"]) == (200, PAGE)
+    asked = keyed.ask("OPTIONS", "/v1/completions", headers={**asks, "Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in asked.headers
+
+
+def test_each_request_has_an_id_and_a_line(keyed: Running, log: list[str]) -> None:
+    headers = {"api-key": "key-1", "X-Request-Id": "mine-1"}
+    answer = keyed.ask("POST", "/v1/completions", {"prompt": "A text", "max_tokens": 3}, headers)
+    assert answer.headers["x-request-id"] == "mine-1"
+    wait_for(lambda: len([line for line in log if line.startswith("mine-1 ")]) == 2)  # the line comes after the answer
+    prompt, line = [line for line in log if line.startswith("mine-1 ")]
+    assert prompt == "mine-1 prompt: A text"
+    assert line.startswith("mine-1 POST /v1/completions 200 ")
+    for word in ("prompt_tokens=", "cached_tokens=0", "new_tokens=3", "finish=length", "first_token="):
+        assert word in line
+    for hostile in ("\x1b[2J", "x" * 129, "a b"):
+        answer = keyed.ask("GET", "/v1/models", headers={**headers, "X-Request-Id": hostile})
+        assert answer.headers["x-request-id"].startswith("req-")
+    assert not any("key-" in line for line in log)
+    keyed.ask("GET", "/health")
+    keyed.ask("GET", "/last")
+    wait_for(lambda: " GET /last 401 " in log[-1])
+    assert not any("/health" in line for line in log)
