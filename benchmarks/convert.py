@@ -6,10 +6,10 @@
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
 to W4A8, into two shards (`--shards`): neighbouring shards are filled and hashed together, and real conversions write
 dozens. Each round runs the conversion, then a plain sequential copy: read the source, write as many bytes as the
-artifact has, sync. The conversion syncs too. Prints medians: GB/s of source; the ratio to the copy of the same round,
-and its least and greatest; processor seconds a GB of source (other work disturbs these least: divided by the workers,
-they are the time of a quiet machine); and peak anonymous memory of the process, torch included (the rest of its resident
-memory is mapped files).
+artifact has, sync. The conversion syncs too. Prints medians: GB/s of source; the ratio to the copy of the same
+round, and its least and greatest; processor seconds a GB of source (other work disturbs these least: divided by the
+workers, they are the time of a quiet machine); and peak anonymous memory of the process, torch included (the rest of
+its resident memory is mapped files).
 
 --profile adds a run with one worker for each method, and the seconds that its thread was in each part: reading, the
 kernel, digests of what was read and written (XXH3), writing, and the shards' SHA-256. "other" is the rest of the run:
@@ -78,9 +78,10 @@ def main() -> None:
     print("directory  method  source GB/s  copy GB/s  of copy (spread)  CPU s/GB  copy's  peak RSS  anonymous")
     for row in rows:
         low, high = row["of_copy_spread"]
+        ratio = f"{row['of_copy']:4.2f} ({low:.2f}–{high:.2f})"
         print(
             f"{row['directory']:9}  {row['method']:6}  {row['source_bytes_per_s'] / 1e9:11.3f}  "
-            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {row['of_copy']:4.2f} ({low:.2f}–{high:.2f})  {row['cpu_s_per_gb']:8.2f}  "
+            f"{row['copy_bytes_per_s'] / 1e9:9.3f}  {ratio}  {row['cpu_s_per_gb']:8.2f}  "
             f"{row['copy_cpu_s_per_gb']:6.2f}  {row['peak_rss_bytes'] / 1e6:5.0f} MB  "
             f"{row['peak_anonymous_bytes'] / 1e6:6.0f} MB"
         )
