@@ -22,8 +22,8 @@ def codes(generator: np.random.Generator, rows: int, columns: int, offset: int =
 def attention_tolerance(dtype: torch.dtype, values: Tensor, level: str) -> dict[str, float]:
     """Tolerances of attention's outputs in a compute dtype.
 
-    bf16 rounds them. Levels that multiply in bf16 round weights too, each by 2^-9 of itself at most: outputs move by twice
-    that of the largest value.
+    bf16 rounds them. Levels that multiply in bf16 round weights too, each by 2^-9 of itself at most: outputs move by
+    twice that of the largest value.
     """
     if dtype is torch.float32:
         return {"rtol": 1e-5, "atol": 1e-5}

@@ -147,7 +147,6 @@ def test_settings_reach_the_server_and_errors_the_reader(browser: Browser, chat_
 
 @pytest.mark.parametrize(
     "part",
-    # fmt: off
     [
         "*",
         "**",
@@ -173,7 +172,6 @@ def test_settings_reach_the_server_and_errors_the_reader(browser: Browser, chat_
         "- \\u2028",
         "`a\\n",
     ],
-    # fmt: on
 )
 def test_hostile_markdown_takes_no_time(part: str, browser: Browser, chat_server: Running) -> None:
     """100,000 characters: as much as a long answer of a real model."""
