@@ -4,7 +4,7 @@
     python benchmarks/serve.py --random --llama-cpp ENV/bin/python      # a model of 2.6 GB, and the peer on its shape
 
 The model is the shipped example as an artifact. With `--random` it is that of benchmarks/runtime.py, with a tokenizer
-of characters (build/random-small-v3-text). Clients stream `/v1/completions`, all at once, each with a prompt of its own.
+of characters (build/random-small-v3-text). Clients stream `/v1/completions`, all at once, each with its own prompt.
 A round has 1, 16 and 32 clients, `LanguageModel.generate` with as many prompts as the 16, and the two turns of a long
 conversation. Prompts differ in each round, so the prefix cache helps the second turn alone. `--llama-cpp` names the
 Python of an environment that has llama-cpp-python[server] and gguf: 1 and 16 clients ask its server too

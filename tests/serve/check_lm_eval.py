@@ -4,8 +4,8 @@
     .venv-lm-eval/bin/python tests/serve/check_lm_eval.py --npuq .venv/bin/npuq
 
 Runs by itself, in an environment of its own, because the harness brings a hundred packages. It needs no network: the
-task is made of examples/eval.txt. `npuq serve` answers the harness's `local-completions` (token ids, echo, logprobs); each
-document's log-likelihood is compared with `npuq evaluate` on the same text.
+task is made of examples/eval.txt. `npuq serve` answers the harness's `local-completions` (token ids, echo, logprobs);
+each document's log-likelihood is compared with `npuq evaluate` on the same text.
 """
 
 from __future__ import annotations
