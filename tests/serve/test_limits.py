@@ -116,6 +116,7 @@ HOSTILE = {
     + b"1"
     + b"}" * DEEP
     + b"}",
+    "a field's name that is no text": b'{"prompt": "x", "\xff": 1}',
     "an unfinished text": b'{"prompt": "x',
     "two documents": b'{"prompt": "x"} {}',
     "a number of a million digits": b'{"prompt": "x", "n": ' + b"9" * 1_000_000 + b"}",
