@@ -252,6 +252,14 @@ def test_prompts_of_a_request_have_a_limit(small: Running) -> None:
     assert small.complete(prompt=["x", "y", "z"], max_tokens=1).status == 200
 
 
+def test_no_work_is_done_for_prompts_beyond_the_limit(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body has room for millions, and n and logprobs multiply what is kept of each."""
+    monkeypatch.setattr(small.service.model.tokenizer, "encode", None)
+    answer = small.complete(prompt=["x"] * 200, n=2, logprobs=0)
+    assert answer.status == 400
+    assert "200 prompts" in answer.error["message"]
+
+
 def test_an_answer_that_takes_too_long_ends(small: Running, brake: Brake) -> None:
     """The official client does not ask for it again."""
     brake.release(delay=0.2)
