@@ -225,6 +225,20 @@ def test_qwens_object_in_another_order(with_markers: Tokenizer) -> None:
     assert (called[0].name, called[0].arguments) == ("weather", '{"n": "é"}')
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", r'"\ud83d"', r'["\udc00"]'])
+def test_arguments_are_json_that_can_be_sent(with_markers: Tokenizer, value: str) -> None:
+    """Python reads numbers that JSON does not have, and halves of characters that UTF-8 does not have."""
+    glm = f"<tool_call>find.all\n<arg_key>n</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>"
+    qwen = f'<tool_call>{{"arguments": {{"n": {value}}}, "name": "find.all"}}</tool_call>'
+    for name, text in (("glm-4.5", glm), ("qwen3", qwen)):
+        reply = Reply(with_markers, [0], format=format_of(with_markers, name))
+        _, content, called, _ = read(reply, with_markers.encode(text, special=False))
+        assert bool(called) != (value in content)
+        for call in called:
+            call.arguments.encode("utf-8")
+            json.loads(call.arguments, parse_constant=pytest.fail)
+
+
 # ---- where reasoning is ----------------------------------------------------------------------------------------------
 
 
