@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -325,3 +326,12 @@ def test_an_unknown_format_is_refused(with_markers: Tokenizer) -> None:
 def test_tools_of_a_request() -> None:
     given = [{"type": "function", "function": {"name": "a", "parameters": {"x": 1}, "strict": True}}, {"name": "b"}]
     assert offered_tools([*given, {"type": "web_search"}]) == (Tool("a", {"x": 1}, True), Tool("b", {}, False))
+
+
+def test_a_prompt_may_end_in_any_number_of_spaces(with_markers: Tokenizer) -> None:
+    """They are looked through in linear time: an event loop waits for it."""
+    space = with_markers.encode("\n", special=False)
+    prompt = [*with_markers.encode("<think>", special=False), *space * 300_000]
+    began = time.process_time()
+    assert format_of(with_markers, "qwen3").begins_inside_reasoning(with_markers, prompt)
+    assert time.process_time() - began < 3
