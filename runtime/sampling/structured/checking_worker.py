@@ -1,4 +1,5 @@
-"""The child process of `checking.py`: compiles one JSON schema from standard input, confined, and prints its fault.
+"""The child process of `checking.py`: compiles the grammars of a JSON list from standard input, confined, and
+prints the fault of each in a line.
 
 It imports the standard library and llguidance only.
 """
@@ -16,8 +17,8 @@ def main(arguments: list[str]) -> None:
     from llguidance import LLMatcher
 
     confine(int(arguments[1]), int(arguments[0]))
-    schema = sys.stdin.buffer.read().decode()
-    print(json.dumps(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema))))
+    for grammar in json.load(sys.stdin.buffer):
+        print(json.dumps(LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar))), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ....errors import GenerationError
 from ...text.replies.formats import ReasoningFormat, ReplyFormat
 from ...text.tokenizer import Tokenizer
 from ..grammar import Grammar
-from .checking import fault_of
+from .checking import first_fault
 from .compiler import GrammarCompiler, MakeGrammar, in_a_line
 from .gates import AfterReasoning, OnceCalled
 
@@ -46,12 +46,16 @@ def constrain(
     has no format for.
     """
     alternatives, rules = [], []
+    schemas: dict[str, str] = {}  # by what they are
     if wanted.schema is not None:
         alternatives.append("content")
-        rules.append(f"content: %json {json.dumps(_checked(wanted.schema, 'the JSON schema'))}")
+        schemas["the JSON schema"] = json.dumps(_readable(wanted.schema, "the JSON schema"))
+        rules.append(f"content: %json {schemas['the JSON schema']}")
     if wanted.calls != "none":
         alternatives.append("calls")
-        rules.append(_calls(tokenizer, format, wanted))
+        tools = _tools(format, wanted)
+        schemas |= {f"the schema of tool {tool.name}": json.dumps(tool.parameters) for tool in tools}
+        rules.append(_calls(tokenizer, format, wanted, tools))
     inside = format.begins_inside_reasoning(tokenizer, prompt)
     markers = _marker_ids(tokenizer, format.reasoning)
     prefix = ""
@@ -60,6 +64,7 @@ def constrain(
         prefix = "thinking "
         rules.append(f"thinking[suffix={json.dumps(format.reasoning.end)}]: /(?s:.*)/")
     grammar = "\n".join([f"start: {prefix}({' | '.join(alternatives)})", *rules])
+    _check(schemas, grammar)
     make = compiler.compile(grammar)
     if wanted.schema is None and wanted.calls == "allowed":
         return _once_called(make, tokenizer, format)
@@ -84,15 +89,19 @@ def _once_called(make: MakeGrammar, tokenizer: Tokenizer, format: ReplyFormat) -
     return once
 
 
-def _calls(tokenizer: Tokenizer, format: ReplyFormat, wanted: Constraint) -> str:
-    if format.calls is None:
-        raise GenerationError("this model has no known format of tool calls; name one with --tools")
+def _tools(format: ReplyFormat, wanted: Constraint) -> list[Tool]:
+    """The tools that may be called, with parameters as llguidance is to read them."""
     # Without `strict`, an argument object of a tool that was called freely may be any.
     free = wanted.calls == "allowed"
     tools = [tool if tool.strict or not free else tool.with_any_arguments() for tool in format.tools]
-    tools = [
-        replace(tool, parameters=_checked(tool.object_schema, f"the schema of tool {tool.name}")) for tool in tools
+    return [
+        replace(tool, parameters=_readable(tool.object_schema, f"the schema of tool {tool.name}")) for tool in tools
     ]
+
+
+def _calls(tokenizer: Tokenizer, format: ReplyFormat, wanted: Constraint, tools: Sequence[Tool]) -> str:
+    if format.calls is None:
+        raise GenerationError("this model has no known format of tool calls; name one with --tools")
 
     def symbol(marker: str) -> str:
         id = tokenizer.token_id(marker)
@@ -109,8 +118,20 @@ def _marker_ids(tokenizer: Tokenizer, reasoning: ReasoningFormat | None) -> tupl
     return None if begin is None or end is None else (begin, end)
 
 
-def _checked(schema: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The schema as llguidance is to read it. Raises GenerationError for one that is too long, or not taken."""
+def _check(schemas: Mapping[str, str], grammar: str) -> None:
+    """Raise GenerationError for a grammar that llguidance does not take. schemas: those in it, by what they are.
+
+    The grammar is compiled as a whole, too: it has parts of schemas that compile where their schema leaves them out.
+    """
+    found = first_fault([*(f"start: %json {schema}" for schema in schemas.values()), grammar])
+    if found is not None:
+        place, fault = found
+        what = [*schemas, "the grammar of the reply"][place]
+        raise GenerationError(f"{what} cannot be used: {in_a_line(fault)}")
+
+
+def _readable(schema: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The schema as llguidance is to read it. Raises GenerationError for one that is too long."""
     # Its own option, and no other: `oneOf` is read as `anyOf`.
     whole = {**schema, "x-guidance": {"coerce_one_of": True}}
     try:
@@ -119,7 +140,4 @@ def _checked(schema: Mapping[str, Any], what: str) -> dict[str, Any]:
         raise GenerationError(f"{what} is nested too deeply") from None
     if len(text) > _MOST_SCHEMA_CHARACTERS:
         raise GenerationError(f"{what} is longer than {_MOST_SCHEMA_CHARACTERS} characters")
-    fault = fault_of(text)
-    if fault:
-        raise GenerationError(f"{what} cannot be used: {in_a_line(fault)}")
     return whole

@@ -218,6 +218,37 @@ def test_a_schema_that_never_compiles(
         constrain(compiler, tokenizer, PLAIN, [0], Constraint(schema))
 
 
+def test_a_part_that_its_own_schema_leaves_out(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text has no properties, so this schema compiles at once; calls with arguments one by one have a rule of each."""
+    monkeypatch.setattr(checking, "SECONDS", 1)
+    endless = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}
+    tools = (Tool("f", {"type": "string", "properties": {"a": endless}}),)
+    format = replace(find_format(tokenizer, "none", "glm-4.5"), tools=tools)
+    with pytest.raises(GenerationError, match="the grammar of the reply cannot be used: it takes more than 1 seconds"):
+        constrain(compiler, tokenizer, format, [0], Constraint(calls="required"))
+
+
+def test_the_schemas_of_a_request_share_a_process(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred tools of two seconds each would keep a thread for minutes. The one at fault is named."""
+    started = []
+    run = checking.subprocess.run
+    monkeypatch.setattr(
+        checking.subprocess, "run", lambda *given, **options: (started.append(1), run(*given, **options))[1]
+    )
+    tools = [Tool(f"f{n}", {"properties": {f"own{n}": {"type": "integer"}}}) for n in range(100)]
+    format = replace(find_format(tokenizer, "none", "qwen3"), tools=tools)
+    for _ in range(2):
+        assert constrain(compiler, tokenizer, format, [0], Constraint(calls="required"))().mask() is not None
+    assert len(started) == 1
+    tools[70] = Tool("f70", {"uniqueItems": True})
+    with pytest.raises(GenerationError, match="the schema of tool f70 cannot be used: Unimplemented keys"):
+        constrain(compiler, tokenizer, format, [0], Constraint(calls="required"))
+
+
 def test_what_structured_output_needs(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GenerationError, match="needs an end-of-sequence token"):
         GrammarCompiler(tokenizer, ())
