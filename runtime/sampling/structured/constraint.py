@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from ....errors import GenerationError
 from ...text.replies.formats import ReasoningFormat, ReplyFormat
+from ...text.replies.tools import Tool
 from ...text.tokenizer import Tokenizer
 from ..grammar import Grammar
 from .checking import first_fault

@@ -221,7 +221,7 @@ def test_a_schema_that_never_compiles(
 def test_a_part_that_its_own_schema_leaves_out(
     tokenizer: Tokenizer, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text has no properties, so this schema compiles at once; calls with arguments one by one have a rule of each."""
+    """A text has no properties, so this schema compiles at once; GLM's calls have a rule for each argument."""
     monkeypatch.setattr(checking, "SECONDS", 1)
     endless = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}
     tools = (Tool("f", {"type": "string", "properties": {"a": endless}}),)
