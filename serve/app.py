@@ -100,7 +100,7 @@ def _guarded(service: Service, endpoint: Endpoint) -> Callable[[HttpRequest], Aw
         except (ClientGoneError, ClientDisconnect):
             return Response(status_code=499)  # nobody gets it
         except NpuqError as error:
-            found = bad_request(str(error))
+            found = bad_request(service.without_paths(str(error)))
         except Exception as error:
             service.log(f"internal error: {type(error).__name__}: {error_line(error)}")
             found = ApiError(500, f"internal error: {type(error).__name__}")

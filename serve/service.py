@@ -121,6 +121,12 @@ class Service:
         if prompts * n > most:
             raise bad_request(f"{prompts} prompts, {n} times each, are above this server's limit of {most}")
 
+    def without_paths(self, message: str) -> str:
+        """A message for clients, who have no business with where the server keeps its files."""
+        for template in self.model.tokenizer.templates.values():
+            message = message.replace(f"{template.where}: ", "")
+        return message.replace(str(self.model.directory), self.names[0])
+
     def salt(self, key: bytes | None, cache_salt: str | None) -> bytes:
         """The salt of a request's cache blocks: none are shared between keys, nor with a salt of the client's own."""
         words = (key or b"", b"" if cache_salt is None else b"\1" + cache_salt.encode())

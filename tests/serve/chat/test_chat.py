@@ -310,6 +310,12 @@ def test_bad_requests_are_refused_before_the_queue(
     assert "\n" not in error["message"]
 
 
+def test_a_template_that_fails_does_not_say_where_it_lies(chat_server: Running) -> None:
+    answer = chat_server.ask("POST", "/v1/chat/completions", {**ASK, "chat_template_kwargs": {"namespace": 1}})
+    assert answer.status == 400
+    assert answer.error["message"].startswith("the chat template failed: ")
+
+
 def test_a_body_nested_without_end(chat_server: Running) -> None:
     text = '{"chat_template_kwargs": {"a": ' + "[" * 100_000
     status, answer = post(chat_server, text.encode())
