@@ -47,11 +47,12 @@ def offer(request: ChatRequest) -> Offer:
 
 
 def described(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same tools with an empty description and empty parameters where they have none."""
+    """The same tools with an empty description and empty parameters where they have none, or null."""
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
     return [
         {
             **tool,
-            "function": {"description": "", "parameters": {"type": "object", "properties": {}}, **tool["function"]},
+            "function": {**empty, **{name: value for name, value in tool["function"].items() if value is not None}},
         }
         for tool in tools
     ]

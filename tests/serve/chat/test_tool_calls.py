@@ -132,10 +132,13 @@ def test_the_next_turn_has_the_calls_and_what_they_gave(chat: openai.OpenAI, scr
         assert f"User: Weather?\nAssistant: </think>{called}\nOutput: wet\nOutput: stopped" in script.prompt
 
 
-def test_tools_without_a_description(chat: openai.OpenAI, script: ScriptedConversations) -> None:
-    """DeepSeek-V3.1's template fails without one."""
+@pytest.mark.parametrize("absent", [{}, {"description": None, "parameters": None}])
+def test_tools_without_a_description(
+    chat: openai.OpenAI, script: ScriptedConversations, absent: dict[str, None]
+) -> None:
+    """DeepSeek-V3.1's template fails without one. Null is a field left out."""
     script.say("ok")
-    tool: Any = {"type": "function", "function": {"name": "f"}}
+    tool: Any = {"type": "function", "function": {"name": "f", **absent}}
     chat.chat.completions.create(**{**ASK, "tools": [tool]})
     assert '\nf:  {"type": "object", "properties": {}}' in script.prompt
 
