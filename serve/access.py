@@ -62,7 +62,7 @@ class Access:
             raise ApiError(
                 403, "pages of this origin may not call the server; its owner can allow it with --cors-origin"
             )
-        if not self.keys or path in self.open_paths:
+        if not self.keys or (path.rstrip("/") or "/") in self.open_paths:
             return None
         given = key_digest(_bearer(headers.get("authorization", "")))
         other = key_digest(headers.get("api-key", "").strip())

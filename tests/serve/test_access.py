@@ -48,7 +48,7 @@ def test_a_key_is_needed(keyed: Running) -> None:
 
 
 def test_paths_that_need_no_key(keyed: Running) -> None:
-    for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 401), ("/version", 401), ("/x", 401)):
+    for path, status in (("/health", 200), ("/ready/", 200), ("/metrics/", 401), ("/version", 401), ("/x", 401)):
         assert keyed.ask("GET", path).status == status
     assert Access.of(["key"], open_metrics=True).open_paths >= {"/metrics", "/health"}
 
