@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -12,6 +15,8 @@ from serving import Running, running
 
 from npuq.runtime import LanguageModel, SamplingParams, evaluate
 from npuq.runtime.sampling.sampler import Sampler
+from npuq.serve import responding
+from npuq.serve.completions import CompletionReply
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
 
@@ -225,3 +230,23 @@ def test_sixteen_clients_get_each_its_own_text(client: openai.OpenAI, model: Lan
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, range(16))) == expected
+
+
+def test_a_long_document_is_made_beside_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of a long prompt take seconds, in which no stream would go on."""
+    on_the_loop: list[bool] = []
+    whole = CompletionReply.whole
+
+    def noted(self: CompletionReply, *given: Any) -> Any:
+        on_the_loop.append(False)
+        with suppress(RuntimeError):
+            asyncio.get_running_loop()
+            on_the_loop[-1] = True
+        return whole(self, *given)
+
+    monkeypatch.setattr(CompletionReply, "whole", noted)
+    monkeypatch.setattr(responding, "_FEW_TOKENS", 20)
+    for tokens in (10, 30):
+        answer = server.complete(prompt=[5] * tokens, max_tokens=1, logprobs=1, echo=True)
+        assert len(answer.json["choices"][0]["logprobs"]["tokens"]) == tokens + 1
+    assert on_the_loop == [True, False]
