@@ -163,8 +163,9 @@ class Loop:
         client = self._clients[sequence]
         try:
             stopped = client.receive(output)
-        except GenerationError as error:
-            client.fail(error)
+        except Exception as error:  # a client's own fault is no other's
+            known = isinstance(error, GenerationError)
+            client.fail(error if known else GenerationError(f"the reply cannot be read ({error_line(error, 120)})"))
             stopped = True
         if stopped:
             self.engine.finish(sequence, "stop")
