@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from machine import as_json
 from random_artifact import SMALL_V3, make
+from rounds import summary, with_spread
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 PROMPT = 512
@@ -52,15 +53,16 @@ def main() -> None:
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
         for name, (count, layout) in settings.items():
             found[name].append(run(model, count, layout, ranks * options.threads // count))
-    medians = {
-        name: {kind: statistics.median(each[kind] for each in several) for kind in KINDS}
-        for name, several in found.items()
-    }
+    for several in found.values():
+        for each, alone in zip(several, found["one process"], strict=True):
+            each |= {f"{kind} ratio": each[kind] / alone[kind] for kind in KINDS}
+    settled = {name: summary(several) for name, several in found.items()}
     if options.json:
-        print(json.dumps({"medians": medians, "rounds": found}, indent=2))
+        sizes = {"ranks": ranks, "threads": options.threads, "layers": options.layers}
+        print(as_json({**sizes, "settings": settled}))
         return
-    for name, figures in medians.items():
-        print(f"{name:16}" + ", ".join(f"{title} {figures[kind]:.1f}" for kind, title in KINDS.items()))
+    for name, figures in settled.items():
+        print(f"{name:16}" + ", ".join(f"{title} {with_spread(figures, kind, 1)}" for kind, title in KINDS.items()))
 
 
 def run(model: Path, ranks: int, layout: str, threads: int) -> dict[str, float]:
