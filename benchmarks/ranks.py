@@ -5,7 +5,8 @@
 The model is random, DeepSeek-V3 in small (`random_artifact.py`) with so many layers. One process has ranks · threads
 threads. Ranks on one machine share its memory and cores, so the difference is what ranks cost: gloo's exchanges, and
 the work that every rank repeats. Figures are medians over the rounds: tokens a second, and the processor's milliseconds
-that a decoded token takes on rank 0, which other work on the machine hardly changes.
+that a decoded token takes on rank 0, which other work on the machine hardly changes. The JSON has the
+ratio to one process of the same round too; for the processor that of all ranks.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def main() -> None:
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
         for name, (count, layout) in settings.items():
             found[name].append(run(model, count, layout, ranks * options.threads // count))
-    for several in found.values():
+    for name, several in found.items():
         for each, alone in zip(several, found["one process"], strict=True):
             each |= {f"{kind} ratio": each[kind] / alone[kind] for kind in KINDS}
+            each["processor ratio"] *= settings[name][0]  # of all ranks, which work alike
     settled = {name: summary(several) for name, several in found.items()}
     if options.json:
         sizes = {"ranks": ranks, "threads": options.threads, "layers": options.layers}

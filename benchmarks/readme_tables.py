@@ -145,16 +145,19 @@ def convert(found: Result) -> Lines:
     columns = "source GB/s", "copy GB/s", "of copy", "CPU s/GB", "copy's", "anonymous memory"
     yield from head("directory, method", *columns)
     for each in found["rows"]:
-        low, high = each["of_copy_spread"]
         yield row(
             f"{each['directory']}, {each['method']}",
-            f"{each['source_bytes_per_s'] / 1e9:.3f}",
+            _between(each["source_bytes_per_s"] / 1e9, [rate / 1e9 for rate in each["source_bytes_per_s_spread"]], 3),
             f"{each['copy_bytes_per_s'] / 1e9:.3f}",
-            f"{each['of_copy']:.2f} ({low:.2f} to {high:.2f})",
+            _between(each["of_copy"], each["of_copy_spread"], 2),
             f"{each['cpu_s_per_gb']:.2f}",
             f"{each['copy_cpu_s_per_gb']:.2f}",
             f"{each['peak_anonymous_bytes'] / 1e6:,.0f} MB",
         )
+
+
+def _between(value: float, spread: list[float], digits: int) -> str:
+    return f"{value:.{digits}f} ({min(spread):.{digits}f} to {max(spread):.{digits}f})"
 
 
 def calibrate(found: Result) -> Lines:
@@ -235,7 +238,7 @@ def first_token(found: Result) -> Lines:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: the benchmarks behind it, its lines from their results, and the last sentence of its caption."""
+    """A table of the page: the benchmarks behind it, its lines from their results, its caption's end."""
 
     benchmarks: tuple[str, ...]
     lines: Callable[..., Lines]
@@ -250,7 +253,7 @@ TABLES: dict[str, Table] = {
     "convert": Table(("convert",), convert),
     "calibrate": Table(("calibrate",), calibrate, "One run; linears scaled from some rows and tokens to all."),
     "sampling": Table(("sampling",), sampling),
-    "ranks": Table(("ranks",), ranks, "Tokens/s; ratios to one process; least and greatest of the rounds in brackets."),
+    "ranks": Table(("ranks",), ranks, "Tokens/s; ratios to one process, for the processor those of all ranks."),
     "sparse-attention": Table(("sparse-attention-v32", "sparse-attention-glm"), sparse_attention),
     "serve": Table(("serve",), serve),
     "serve-random": Table(("serve-random",), serve),

@@ -11,8 +11,8 @@ Figures = dict[str, float]
 
 
 def summary(rounds: Sequence[Figures]) -> dict[str, Any]:
-    """The rounds; the median, the least and the greatest of each figure. Ratios are figures of a round, so both of their
-    sides met the same machine."""
+    """The rounds; the median, the least and the greatest of each figure. Ratios are figures of a round: both of
+    their sides met the same machine."""
     return {
         "rounds": list(rounds),
         "medians": medians(rounds),
