@@ -164,8 +164,9 @@ class Loop:
         try:
             stopped = client.receive(output)
         except Exception as error:  # a client's own fault is no other's
-            known = isinstance(error, GenerationError)
-            client.fail(error if known else GenerationError(f"the reply cannot be read ({error_line(error, 120)})"))
+            if not isinstance(error, GenerationError):
+                error = GenerationError(f"the reply cannot be read ({error_line(error, 120)})")
+            client.fail(error)
             stopped = True
         if stopped:
             self.engine.finish(sequence, "stop")
