@@ -163,11 +163,10 @@ class Loop:
         client = self._clients[sequence]
         try:
             stopped = client.receive(output)
-        except GenerationError as error:
-            client.fail(error)
-            stopped = True
         except Exception as error:  # a client's own fault is no other's
-            client.fail(GenerationError(f"the reply cannot be read ({error_line(error, 120)})"))
+            if not isinstance(error, GenerationError):
+                error = GenerationError(f"the reply cannot be read ({error_line(error, 120)})")
+            client.fail(error)
             stopped = True
         if stopped:
             self.engine.finish(sequence, "stop")
