@@ -12,6 +12,7 @@ from ...errors import GenerationError
 from ...runtime import LanguageModel, Request, SamplingParams
 from ...runtime.sampling.structured.compiler import GrammarCompiler, MakeGrammar
 from ...runtime.sampling.structured.constraint import Constraint, constrain
+from ...runtime.text.conversation import TemplateLimitError
 from ...runtime.text.replies.formats import ReplyFormat
 from ..errors import bad_request
 from .messages import template_messages, template_variables
@@ -59,6 +60,8 @@ class Conversations:
 
         try:
             return render(tools.shown)
+        except TemplateLimitError:  # it would take as long again, and all chats wait for it
+            raise
         except GenerationError:
             whole = described(tools.shown)
             if whole == list(tools.shown):

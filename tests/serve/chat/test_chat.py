@@ -194,10 +194,15 @@ def test_the_server_answers_while_a_template_runs(
     )
     monkeypatch.setattr(tokenizer, "_templates", {"default": endless})
     monkeypatch.setattr(tokenizer._renderer, "_seconds", 1.5)
+    began = []
+    render = tokenizer._renderer.render
+    monkeypatch.setattr(tokenizer._renderer, "render", lambda *given: (began.append(1), render(*given))[1])
     refused = pytest.raises(openai.BadRequestError, match=r"it takes more than 1\.5 seconds")
+    tool: Any = {"type": "function", "function": {"name": "f"}}
     with refused, _health_in_between(chat_server.url) as answers:
-        chat.chat.completions.create(**ASK)
+        chat.chat.completions.create(**ASK, tools=[tool])
     assert len(answers) > 2 and set(answers) == {200}
+    assert len(began) == 1  # not again with a description, as where a template fails
 
 
 class _health_in_between:  # noqa: N801  (a context manager)
