@@ -169,6 +169,9 @@ def _described(error: BaseException, settings: Settings) -> tuple[str, int]:
         return f"{where}{error.strerror or error}", 1
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):  # torch's
         return "out of memory" + ("; lower --max-memory or --workers" if settings.command == "convert" else ""), 1
+    for device in ("CUDA", "NPU"):  # torch's and torch_npu's words, of a RuntimeError
+        if str(error).startswith(f"{device} out of memory"):
+            return f"{device} out of memory" + ("; lower --workers" if settings.command == "convert" else ""), 1
     # BaseException too: a panic within a library written in Rust is one.
     text = f"internal error: {type(error).__name__}: {error}"
     return f"{text}; please report it, with what `npuq --traceback …` prints", _INTERNAL

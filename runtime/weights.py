@@ -50,7 +50,7 @@ def load_kv_cache_scales(
     pools = [pool for pool in attention.pools(0) if pool.int8]
     if not pools:
         raise ArtifactError(
-            f"{checkpoint.directory}: {config.model_type} has no int8 KV cache: sparse attention reads the "
+            f"{checkpoint.directory}: {config.model_type} has no int8 KV cache: its attention reads the "
             "cache in the compute dtype; leave out kv_cache_dtype"
         )
     for pool in pools:

@@ -185,6 +185,8 @@ class PanicError(BaseException):
         (PanicError("called `unwrap()`\non a `None` value"), 70, "PanicError: called `unwrap()` on a `None` value;"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 1, "out of mem"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "CUDA out of memory\n"),
+        (RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB (NPU 0; …"), 1, "NPU out of memory\n"),
         (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device"),
         (ArtifactError("a\x1b[2J\x9b\u202e: is\nnothing"), 1, "npuq: error: a\\x1b[2J\\x9b\\u202e: is nothing\n"),
         (KeyboardInterrupt(), 130, "npuq: error: interrupted\n"),

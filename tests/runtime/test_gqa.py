@@ -148,7 +148,7 @@ def test_keys_and_values_lie_in_nd_pages(pairs: Callable[[str], Pair]) -> None:
 
 
 def test_an_int8_cache_is_refused(pairs: Callable[[str], Pair]) -> None:
-    with pytest.raises(ArtifactError, match="qwen3_moe has no int8 KV cache"):
+    with pytest.raises(ArtifactError, match="qwen3_moe has no int8 KV cache: its attention"):
         npuq.runtime.load(pairs("qwen3")[1], "reference", kv_cache_dtype="int8")
 
 
