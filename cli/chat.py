@@ -22,7 +22,7 @@ from .options.loading import LOADING, loading_options
 from .options.prompts import template_variables
 from .options.reading import as_option, known_type
 from .options.sampling import given_options, notes, sampling_options
-from .terminal.console import emit_json, json_option, say
+from .terminal.console import emit_json, format_bytes, json_option, say
 
 if TYPE_CHECKING:
     from .conversation.chat_model import ChatModel
@@ -72,7 +72,7 @@ def command(
     device: str | None,
     dtype: str | None,
     kv_cache_dtype: str,
-    cache_size: int,
+    cache_size: int | None,
     **sampling: Any,
 ) -> None:
     """Talk to a model: MODEL is an artifact or a checkpoint, URL a server of OpenAI's protocol, like `npuq serve`.
@@ -136,7 +136,7 @@ def _load(
     template: Path | None,
     variables: Mapping[str, Any],
     quiet: bool,
-    cache_size: int,
+    cache_size: int | None,
     family: str | None,
     loading: Mapping[str, Any],
 ) -> LocalChat:
@@ -174,7 +174,8 @@ def _load(
         family=family,
     )
     chat = LocalChat(model, defaults, variables)
-    chat.notes = notes(params, defaults, settings)
+    held = f"a KV cache of {model.cache_tokens} tokens ({format_bytes(model.cache_bytes)})"
+    chat.notes = [*notes(params, defaults, settings), held]
     return chat
 
 

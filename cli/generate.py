@@ -63,7 +63,7 @@ def command(
     dtype: str | None,
     kv_cache_dtype: str,
     eager: bool,
-    cache_size: int,
+    cache_size: int | None,
     parallel: str | None,
     quiet: bool,
     as_json: bool,

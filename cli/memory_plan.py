@@ -100,10 +100,10 @@ def _row(line: PlanLine, recommended: str | None) -> str:
 
 def _conclusions(plan: MemoryPlan) -> Iterator[str]:
     if plan.recommended is not None and plan.devices > 1:
-        yield (
-            f"Run it: torchrun --nproc-per-node {plan.devices} -m npuq generate … --parallel {plan.recommended}, with "
-            "--cache-size for more tokens than 2 GiB hold"
-        )
+        yield f"Run it: torchrun --nproc-per-node {plan.devices} -m npuq generate … --parallel {plan.recommended}"
+    if plan.auto_cache is not None:
+        tokens, held = plan.auto_cache
+        yield f"Cache that npuq takes there (--cache-size auto): {format_bytes(held)} a device, {tokens:,} tokens."
     if plan.fewest is not None:
         ranks, tokens = plan.fewest.layout.ranks, plan.fewest.cache_tokens
         layout = f" ({plan.fewest.layout})" if ranks > 1 else ""

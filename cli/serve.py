@@ -17,7 +17,7 @@ from ..inputs.files import read_given_text
 from .options.loading import loading_options
 from .options.reading import as_option, known_type
 from .ranks import parallel_option, ranks_of_command
-from .terminal.console import emit_json, json_option, say, size
+from .terminal.console import emit_json, format_bytes, json_option, say, size
 
 
 class ServeError(NpuqError):
@@ -139,7 +139,7 @@ def command(
     device: str | None,
     dtype: str | None,
     kv_cache_dtype: str,
-    cache_size: int,
+    cache_size: int | None,
     eager: bool,
     parallel: str | None,
     quiet: bool,
@@ -226,12 +226,15 @@ def command(
 
     def listening() -> None:
         if as_json:
-            emit_json({"url": url, "models": names, "context": runner.context, "pid": os.getpid()})
+            cache = {"cache_tokens": runner.cache_tokens, "cache_bytes": runner.cache_bytes}
+            emit_json({"url": url, "models": names, "context": runner.context, **cache, "pid": os.getpid()})
         elif not quiet:
             say(
                 f"npuq: serving {names[0]} at {url}"
                 + ("" if no_page else f", with a page at {url.removesuffix('/v1')}/")
             )
+            held = format_bytes(runner.cache_bytes)
+            say(f"npuq: {runner.context} tokens of context, a KV cache of {runner.cache_tokens} tokens ({held})")
 
         if not (quiet or tokenizer.has_chat_template):
             say("npuq: the model has no chat template, so chat is refused; --chat-template FILE gives one")

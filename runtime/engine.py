@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import GenerationError
 from ..inputs.printable import shown
-from .attention.pools import LayerCache, StoredPool
+from .attention.pools import LayerCache
 from .block_manager import BlockManager
 from .graph.decode import DecodeGraphs
 from .model import Model
@@ -33,14 +33,15 @@ class EngineConfig:
     """Sizes of the engine: whole numbers, except for step_seconds.
 
     kv_cache_bytes: memory for the paged cache, which is touched only as the cache fills. It bounds the context, as the
-    model's own limit does. block_size: tokens a block, a multiple of 16. max_num_seqs: sequences that run at once.
+    model's own limit does. None: `load` sizes it by memory (`Planner.auto_cache`). block_size: tokens a block, a
+    multiple of 16. max_num_seqs: sequences that run at once.
     max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached tokens
     that a chunk decompresses at a time. step_seconds: time that a step may take by its prefill, as measured on steps
     before; None: any. prefix_cache: sequences that begin alike share cache blocks, also with those that have ended.
     Raises GenerationError for sizes out of range.
     """
 
-    kv_cache_bytes: int = 2 << 30
+    kv_cache_bytes: int | None = None
     block_size: int = 128
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 1024
@@ -51,7 +52,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in [size.name for size in fields(self) if size.name not in ("step_seconds", "prefix_cache")]:
             value = getattr(self, name)
-            if type(value) is not int:
+            if type(value) is not int and not (name == "kv_cache_bytes" and value is None):
                 raise GenerationError(f"{name} must be a whole number, not {shown(value)}")
         if type(self.prefix_cache) is not bool:
             raise GenerationError(f"prefix_cache must be True or False, not {shown(self.prefix_cache)}")
@@ -85,7 +86,8 @@ class StepOutput:
 class Engine:
     """Continuous batching over one model and one paged cache.
 
-    context: limit of a sequence's tokens, prompt and completion together. eos_ids: end-of-sequence tokens.
+    context: limit of a sequence's tokens, prompt and completion together. cache_tokens, cache_bytes: what the cache of
+    this process holds, without spare blocks. eos_ids: end-of-sequence tokens.
     cache_scales: for each layer, float32 `[channels]` by pool; those pools of the cache are int8. world: the ranks that
     run the model; None for this process alone. All ranks make the same engine, and that of rank 0 leads the steps.
     use_graphs: run decode steps as captured graphs, where the backend has them; `graphs` then is set.
@@ -111,10 +113,13 @@ class Engine:
         pools = [model.attention.pools(layer) for layer in layers]
         caches = model.ops.caches
         stored = [caches.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
-        num_blocks = _num_blocks(chain.from_iterable(stored), rope.max_position, config)
+        token_bytes = sum(pool.token_bytes for pool in chain.from_iterable(stored))
+        num_blocks = _num_blocks(token_bytes, rope.max_position, config)
         if world is not None:
             num_blocks = world.least(num_blocks)
-        self.context = min(rope.max_position, num_blocks * config.block_size)
+        self.cache_tokens = num_blocks * config.block_size
+        self.cache_bytes = self.cache_tokens * token_bytes
+        self.context = min(rope.max_position, self.cache_tokens)
         # With an int8 cache a token alone rounds its query: two of a prompt stay together.
         computed = 2 if self._int8_cache else 1
         self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache, computed=computed)
@@ -408,9 +413,13 @@ def _sample(sequence: Sequence, logits: LogitRow) -> StepOutput:
     return StepOutput(sequence, sampled.token, logprobs=sampled.logprobs)
 
 
-def _num_blocks(pools: abc.Iterable[StoredPool], max_position: int, config: EngineConfig) -> int:
-    """Number of blocks that fit in the memory, at most as many as all sequences can fill. pools: of all layers."""
-    block_bytes = sum(pool.token_bytes for pool in pools) * config.block_size
+def _num_blocks(token_bytes: int, max_position: int, config: EngineConfig) -> int:
+    """Number of blocks that fit in the memory, at most as many as all sequences can fill.
+
+    token_bytes: of all layers.
+    """
+    block_bytes = token_bytes * config.block_size
+    assert config.kv_cache_bytes is not None, "`load` chooses it"
     affordable = config.kv_cache_bytes // block_bytes
     if affordable < 1:
         raise GenerationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor
 
 from ..choices import KV_CACHE_DTYPES
-from ..errors import BackendError, GenerationError, NpuqError
+from ..errors import BackendError, GenerationError, NpuqError, NpuqWarning
 from ..formats.checkpoint import Checkpoint
 from ..formats.sources.model_config import read_model_config
 from ..inputs.launch import Launch
 from ..inputs.printable import shown
+from ..units import format_bytes
 from .attention.kinds import attention_of
 from .backend import make_ops
 from .engine import Engine, EngineConfig
 from .loop import Loop
-from .memory.machine import engine_cache, planner_of, rank_memory
-from .memory.plan import Planner
+from .memory.machine import engine_cache, free_memory, planner_of, rank_memory
+from .memory.plan import Planner, RankPlan
 from .model import Model
 from .ops import Ops
 from .ranks.group import ALONE
@@ -103,6 +105,16 @@ class LanguageModel:
     def context(self) -> int:
         """Limit of the tokens of a prompt and its completion together."""
         return self.engine.context
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, of all sequences together."""
+        return self.engine.cache_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache in this process."""
+        return self.engine.cache_bytes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -272,7 +284,8 @@ def load(
     """Open a quantized artifact, or an unquantized checkpoint (bf16, fp16, fp32 or DeepSeek's FP8), to run it.
 
     path: a directory, or `user/repo` (`user/repo@revision`) on the hub, which is fetched into the cache and checked.
-    backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches. kv_cache_dtype: "auto" is the
+    backend, dtype, device, kv_layout: see `make_ops`. engine: sizes of cache and batches; without a size the cache
+    takes what is free on an NPU, and up to 2 GiB on the CPU (`Planner.auto_cache`). kv_cache_dtype: "auto" is the
     compute dtype; "int8" nearly halves a 16-bit cache and needs scales, which calibrated conversion writes into an
     artifact. tokenizer: the directory's, where the caller has read it already. family: read a checkpoint of unknown
     model_type as one of this family. parallel: in processes that torchrun started, how they divide the model: "auto",
@@ -314,7 +327,7 @@ def load(
         attention = attention_of(config, tables.softmax_scale, len(owned.heads))
         scales = load_kv_cache_scales(checkpoint, config, attention) if int8_cache else None
         plan = planner.rank(layout)
-        planner.check(plan, engine_cache(plan, sizes))
+        sizes = _with_cache(sizes, planner, plan, ops, world)
         weights = load_weights(store, config, ops, attention, owned=owned, cache_scales=scales)
     with _ending_all(world, GenerationError):
         model = Model(config, ops, weights, attention)
@@ -338,6 +351,26 @@ def chosen_layout(parallel: str | None, planner: Planner, ranks: int) -> Layout:
     layout = Layout.parse(parallel, ranks)
     layout.check(planner.model.config)
     return layout
+
+
+def _with_cache(sizes: EngineConfig, planner: Planner, plan: RankPlan, ops: Ops, world: World | None) -> EngineConfig:
+    """The sizes with a cache that fits; where none is given, the same one on all ranks: that of the least memory.
+
+    Raises BackendError where it does not fit.
+    """
+    if sizes.kv_cache_bytes is not None:
+        planner.check(plan, engine_cache(planner, plan, sizes))
+        return sizes
+    free = free_memory(ops, 1) if world is None else world.least(free_memory(ops, world.launch.local_size))
+    cache = engine_cache(planner, plan, sizes, free)
+    if not planner.backend.on_device and cache < planner.most_cache(plan) and (world is None or world.leads):
+        warnings.warn(
+            f"free RAM allows a KV cache of {format_bytes(cache)}, {cache // plan.cache_token} tokens, and not "
+            f"{format_bytes(planner.most_cache(plan))}; --cache-size (kv_cache_bytes) gives another",
+            NpuqWarning,
+            3,
+        )
+    return replace(sizes, kv_cache_bytes=cache)
 
 
 def _memory(ops: Ops, world: World | None) -> int:

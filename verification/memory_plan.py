@@ -66,8 +66,9 @@ class MemoryPlan:
     """Layouts of a model on `devices` devices of `memory` bytes.
 
     stored: in words, what the numbers are for. recommended: npuq's layout that it would choose; None where none fits.
-    fewest: npuq's layout on the fewest such devices that leaves a useful cache; None where no number does. cpu: npuq's
-    plan in one process on the CPU of a machine with `ram` bytes; None where that is unknown.
+    auto_cache: tokens and bytes of the cache that npuq takes there where no size is given. fewest: npuq's layout on the
+    fewest such devices that leaves a useful cache; None where no number does. cpu: npuq's plan in one process on the
+    CPU of a machine with `ram` bytes; None where that is unknown.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class MemoryPlan:
     memory: int
     lines: tuple[PlanLine, ...]
     recommended: str | None
+    auto_cache: tuple[int, int] | None
     fewest: RankPlan | None
     cpu: RankPlan | None
     ram: int | None
@@ -88,6 +90,7 @@ class MemoryPlan:
             "devices": self.devices,
             "memory_bytes": self.memory,
             "recommended": self.recommended,
+            "auto_cache": dict(zip(("tokens", "bytes"), self.auto_cache, strict=True)) if self.auto_cache else None,
             "fewest": None if self.fewest is None else self.fewest.as_dict(),
             "cpu": None if self.cpu is None else self.cpu.as_dict(),
             "ram_bytes": self.ram,
@@ -124,13 +127,16 @@ def plan_memory(model: StoredModel, stored: str, devices: int, memory: int, ram:
     for engine in ENGINES:
         lines += _engine_lines(engine, planner, devices)
     best = recommended(own) if own else None
+    fitting = best if best is not None and best.fits else None
+    cache = None if fitting is None else planner.auto_cache(fitting)
     return MemoryPlan(
         model_type=model.config.model_type,
         stored=stored,
         devices=devices,
         memory=memory,
         lines=tuple(lines),
-        recommended=str(best.layout) if best is not None and best.fits else None,
+        recommended=None if fitting is None else str(fitting.layout),
+        auto_cache=None if fitting is None or cache is None else (cache // fitting.cache_token, cache),
         fewest=planner.fewest(),
         cpu=None if ram is None else Planner(model, CpuMemory(), max(0, ram - PROCESS_BYTES)).rank(Layout()),
         ram=ram,

@@ -16,6 +16,11 @@ LOADING: Final = ("backend", "device", "dtype", "kv_cache_dtype", "cache_size")
 """The parameters that `loading_options` adds."""
 
 
+def _cache_size(text: str | None) -> int | None:
+    """A click parameter type: a size, or None for "auto"."""
+    return None if text is None or text == "auto" else size(text)
+
+
 def loading_options(function: _F) -> _F:
     """Add the options to a command; they arrive under the names of LOADING."""
     options = [
@@ -29,7 +34,14 @@ def loading_options(function: _F) -> _F:
             show_default=True,
             help="int8: a smaller cache, for artifacts that were calibrated.",
         ),
-        click.option("--cache-size", type=size, default="2GiB", show_default=True, help="Memory for the KV cache."),
+        click.option(
+            "--cache-size",
+            type=_cache_size,
+            default="auto",
+            show_default=True,
+            metavar="SIZE|auto",
+            help="Memory for the KV cache. auto: what is left on an NPU, up to 2 GiB on the CPU.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)

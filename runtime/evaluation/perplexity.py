@@ -14,12 +14,16 @@ from ...errors import GenerationError
 from ...formats.artifact import converted_as
 from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
+from ..engine import EngineConfig
 from ..llm import LanguageModel, load, local_directory
 from ..sampling.sampler import NotFiniteError
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_check import require_tokenizer
 
 DEFAULT_CONTEXT = 512
+
+# Not sized by memory: a source is loaded beside the model, and a step's logits are of all its tokens.
+_SIZES = EngineConfig(kv_cache_bytes=2 << 30)
 
 _LOGITS_BYTES = 256 << 20
 """Bytes of one model's logits in memory at once."""
@@ -106,7 +110,15 @@ def load_models(
     """Load a model and its float source, where they are directories. Other arguments and errors as of `load`."""
     if not isinstance(model, LanguageModel):
         require_tokenizer(Path(model))
-        model = load(model, backend, kv_cache_dtype=kv_cache_dtype, family=family, parallel=parallel, graphs=False)
+        model = load(
+            model,
+            backend,
+            engine=_SIZES,
+            kv_cache_dtype=kv_cache_dtype,
+            family=family,
+            parallel=parallel,
+            graphs=False,
+        )
     return model, _source(source, model.directory, backend, family, parallel)
 
 
@@ -118,7 +130,7 @@ def _source(
         return source
     directory = local_directory(source)
     family = family or converted_as(artifact, read_config(directory))
-    return load(directory, backend, family=family, parallel=parallel, graphs=False)
+    return load(directory, backend, engine=_SIZES, family=family, parallel=parallel, graphs=False)
 
 
 def cut_contexts(text: str, tokenizer: Tokenizer, context: int) -> list[Context]:

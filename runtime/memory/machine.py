@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,10 @@ from .workspace import StepSizes
 
 PROCESS_BYTES: Final = 300 << 20
 """Python, torch and its libraries, in a process on the CPU."""
+NPU_RESERVE: Final = 0.05
+"""The share of an NPU's memory that a cache of automatic size leaves free, for what CANN and HCCL allocate later."""
+_MEMINFO: Final = Path("/proc/meminfo")
+_MOST_MEMINFO_BYTES: Final = 1 << 16
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _MOST_LIMIT_BYTES: Final = 64
 
@@ -38,8 +43,13 @@ def planner_of(
     return Planner(model_of_forms(config, form), backend_memory(ops), memory, sizes, int8_cache)
 
 
-def engine_cache(plan: RankPlan, engine: EngineConfig) -> int:
-    """Bytes of a rank's cache in an engine: what `kv_cache_bytes` allows, at most what all its sequences can fill."""
+def engine_cache(planner: Planner, plan: RankPlan, engine: EngineConfig, free: int | None = None) -> int:
+    """Bytes of a rank's cache in an engine: what `kv_cache_bytes` allows, at most what all its sequences can fill.
+
+    free: as of `free_memory`, for a cache of automatic size.
+    """
+    if engine.kv_cache_bytes is None:
+        return planner.auto_cache(plan, free)
     block = plan.cache_token * engine.block_size
     most = engine.max_num_seqs * -(-plan.context // engine.block_size)
     return min(engine.kv_cache_bytes // block, most) * block
@@ -59,6 +69,27 @@ def rank_memory(ops: Ops, ranks_here: int) -> int:
         free, total = getattr(torch, "npu").mem_get_info(ops.device)  # noqa: B009  # torch_npu puts it there
         return min(int(total), int(free / NpuMemory.usable))
     return max(0, ram() // ranks_here - PROCESS_BYTES)
+
+
+def free_memory(ops: Ops, ranks_here: int) -> int:
+    """Bytes that one of `ranks_here` ranks of this machine may still take, with a reserve left free.
+
+    The reserve is `NPU_RESERVE` on an NPU, and `PROCESS_BYTES` of a rank on the CPU. Pages of files count as free RAM.
+    """
+    if ops.device.type == "npu":
+        free, total = getattr(torch, "npu").mem_get_info(ops.device)  # noqa: B009  # torch_npu puts it there
+        return max(0, int(free - NPU_RESERVE * total))
+    return max(0, min(ram(), _available_ram()) // ranks_here - PROCESS_BYTES)
+
+
+def _available_ram() -> int:
+    """Bytes of RAM that no process holds, as Linux estimates them; elsewhere all of it."""
+    try:
+        text = read_text(_MEMINFO, BackendError, _MOST_MEMINFO_BYTES)
+    except NpuqError:
+        return ram()
+    found = re.search(r"^MemAvailable: *([0-9]{1,15}) kB$", text, re.MULTILINE)
+    return ram() if found is None else int(found[1]) << 10
 
 
 def ram() -> int:

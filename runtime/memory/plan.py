@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ...errors import BackendError
@@ -19,6 +19,8 @@ BLOCK_TOKENS: Final = 128
 """The least cache of a model that fits: a block."""
 USEFUL_TOKENS: Final = 32_768
 """The cache of a layout that is recommended to somebody whose layout does not fit."""
+CPU_CACHE_BYTES: Final = 2 << 30
+"""The most that a cache takes on the CPU where nobody gives its size: other programs need the RAM too."""
 _RANKS: Final = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -168,6 +170,32 @@ class Planner:
                 f"for a step: {format_bytes(plan.usable)} are usable; {plan.cache_tokens} tokens fit, a cache of "
                 f"{format_bytes(plan.cache_tokens * plan.cache_token)} (--cache-size, kv_cache_bytes)"
             )
+
+    def most_cache(self, plan: RankPlan) -> int:
+        """Bytes of the largest cache that `auto_cache` chooses: all its sequences fill it; on the CPU, 2 GiB."""
+        block = plan.cache_token * self.sizes.block_size
+        blocks = self.sizes.logit_rows * -(-plan.context // self.sizes.block_size)
+        if not self.backend.on_device:
+            blocks = min(blocks, max(1, CPU_CACHE_BYTES // block))
+        return blocks * block
+
+    def auto_cache(self, plan: RankPlan, free: int | None = None) -> int:
+        """Bytes of a cache whose size nobody gave, in whole blocks: what the rest leaves, at most `most_cache`.
+
+        free: bytes that this process may still take; None where that is unknown, and the plan alone decides. Raises
+        BackendError where not even a block is left.
+        """
+        self.check(plan, 0)
+        room = plan if free is None else replace(plan, usable=min(plan.usable, free))
+        block = plan.cache_token * self.sizes.block_size
+        blocks = room.cache_tokens // self.sizes.block_size
+        if blocks < 1:
+            raise BackendError(
+                f"no room for a KV cache: {format_bytes(max(0, room.usable))} of memory are free to use, weights take "
+                f"{format_bytes(plan.total_weights.copied)} and a step {format_bytes(plan.workspace.fixed)}; end other "
+                f"programs, or give --cache-size (kv_cache_bytes), at least {format_bytes(block)}, to use the reserve"
+            )
+        return min(blocks * block, self.most_cache(plan))
 
     def refusal(self, plan: RankPlan) -> BackendError:
         """The error for a plan that does not fit: its numbers, and what would fit."""

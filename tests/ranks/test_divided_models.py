@@ -34,7 +34,7 @@ from npuq.runtime.step import RopeRows
 from npuq.runtime.store import open_store
 from npuq.runtime.weights import load_rope_tables, load_weights
 
-SIZES = EngineConfig(block_size=16, max_num_seqs=4, max_num_batched_tokens=24, prefix_segment_tokens=32)
+SIZES = EngineConfig(64 << 20, block_size=16, max_num_seqs=4, max_num_batched_tokens=24, prefix_segment_tokens=32)
 # Chunks: one with a cached prefix, one of a single token, which decodes; whole sequences; more than a sparse selection.
 LENGTHS = (37, 25, 5, 1, 75)
 STATIC = """\

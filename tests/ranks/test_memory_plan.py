@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,16 @@ from published import GLM_52, KIMI_K2, RELEASES, V2_LITE, V3, V32, write_release
 from tiny import FAMILIES, make_source
 
 import npuq
-from npuq.errors import BackendError, CheckpointError
+from npuq.errors import BackendError, CheckpointError, NpuqWarning
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.safetensors import encode_header
 from npuq.models.config import ModelConfig
 from npuq.recipes.reading import load_recipe
+from npuq.runtime import llm
 from npuq.runtime.engine import EngineConfig
 from npuq.runtime.memory import machine
 from npuq.runtime.memory.plan import Planner
-from npuq.runtime.memory.weights import NpuMemory
+from npuq.runtime.memory.weights import CpuMemory, NpuMemory
 from npuq.runtime.ranks.layout import Layout
 from npuq.verification.memory_plan import plan_memory, read_stored, stored_by_recipe
 
@@ -144,9 +146,10 @@ def test_the_command(run: Callable[..., Said], tmp_path: Path) -> None:
     assert "npuq         ep=8,tp=8      45.1 GB    622 MB      70.3 kB       165,963  yes ← recommended" in out
     assert "vllm-ascend  dp=2,tp=4,ep   47.9 GB" in out and "scale_bias of all of them" in out
     assert "--nproc-per-node 8 -m npuq generate … --parallel ep=8,tp=8" in out and "Assumed:" in out
+    assert "(--cache-size auto): 11.7 GB a device, 165,888 tokens." in out
     status, out, _ = run("doctor", "--plan", path, "--devices", 4, "--memory", "64GB", "--json")
     plan = json.loads(out)
-    assert status == 1 and plan["recommended"] is None
+    assert status == 1 and plan["recommended"] is None and plan["auto_cache"] is None
     assert plan["fewest"]["ranks"] == 8 and not any(line["fits"] for line in plan["layouts"])
     sliced = next(line for line in plan["layouts"] if line["server"] == "sglang" and line["layout"] == "tp=4")
     assert "garbage" in sliced["problem"] and "weights" not in sliced
@@ -218,6 +221,97 @@ def test_what_attention_to_a_long_cache_holds_is_counted() -> None:
     assert more < plan.left  # of the cache alone there would be room
     with pytest.raises(BackendError, match=f"; {plan.cache_tokens} tokens fit"):
         plans.check(plan, more)
+
+
+def test_a_cache_of_automatic_size_is_what_the_plan_leaves() -> None:
+    """In whole blocks, as large as all sequences can fill at most, and never more than is free beside the rest."""
+    plans = planner(V3)
+    plan = plans.rank(Layout(8, 8, 8))
+    block = 128 * plan.cache_token
+    cache = plans.auto_cache(plan)
+    assert cache // plan.cache_token == 165_963 // 128 * 128
+    plans.check(plan, cache)
+    assert plans.auto_cache(plan, 64 * GB) == cache
+    free = 52 * GB
+    less = plans.auto_cache(plan, free)
+    spent = plan.total_weights.copied + plan.workspace.fixed + plan.cached(less // plan.cache_token)
+    assert less < cache and less % block == 0 and free - 2 * block < spent <= free
+    huge = replace(plans, memory=10_000 * GB)
+    assert huge.auto_cache(huge.rank(Layout(8, 8, 8))) == 32 * 163_840 * plan.cache_token
+    with pytest.raises(BackendError, match=r"no room for a KV cache: 45 GB .* give --cache-size") as error:
+        plans.auto_cache(plan, 45 * GB)
+    assert "\n" not in str(error.value)
+    with pytest.raises(BackendError, match=r"16 such devices hold it"):
+        planner(KIMI_K2).auto_cache(planner(KIMI_K2).rank(Layout(8, 8, 8)), 64 * GB)
+
+
+def test_on_the_cpu_a_cache_of_automatic_size_is_2_gib() -> None:
+    plans = replace(planner(V3, 2000 * GB), backend=CpuMemory())
+    plan = plans.rank(Layout())
+    block = 128 * plan.cache_token
+    assert plans.auto_cache(plan) == (2 << 30) // block * block
+    little = plan.total_weights.copied + plan.workspace.fixed + plan.cached(1000)
+    assert plans.auto_cache(plan, little) == 7 * block
+
+
+def test_load_says_where_free_ram_allows_less(
+    example_fp8: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    npuq.convert_checkpoint(example_fp8, artifact, method="minmax")
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(machine, "_MEMINFO", meminfo)
+
+    def available(nbytes: int) -> None:
+        meminfo.write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {(machine.PROCESS_BYTES + nbytes) >> 10} kB\n")
+
+    sizes = EngineConfig(block_size=16, max_num_seqs=32, max_num_batched_tokens=64, prefix_segment_tokens=64)
+    available(8 << 30)
+    whole = npuq.load(artifact, "cpu", engine=sizes)
+    held = whole.cache_bytes // whole.cache_tokens
+    assert whole.cache_tokens == 32 * whole.context
+    available(0)
+    with pytest.raises(BackendError, match=r"^no room for a KV cache: .*give --cache-size[^\n]*$") as error:
+        npuq.load(artifact, "cpu", engine=sizes)
+    taken = 0
+    while "no room" in str(error.value):  # until a part of the cache fits beside weights and a step
+        taken += whole.cache_bytes // 4
+        available(taken)
+        with pytest.raises((BackendError, NpuqWarning)) as error, warnings.catch_warnings():  # type: ignore[assignment]
+            warnings.simplefilter("error", NpuqWarning)
+            npuq.load(artifact, "cpu", engine=sizes)
+    with pytest.warns(NpuqWarning, match=r"free RAM allows a KV cache of .*--cache-size"):
+        model = npuq.load(artifact, "cpu", engine=sizes)
+    assert 0 < model.cache_tokens < whole.cache_tokens and model.cache_bytes == model.cache_tokens * held
+    available(0)
+    assert npuq.load(artifact, "cpu", engine=replace(sizes, kv_cache_bytes=1 << 20)).cache_bytes <= 1 << 20
+
+
+def test_ranks_take_the_cache_that_the_least_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them a rank is, before anything is loaded; a size that was given is asked of nobody."""
+    plans = planner(V3)
+    plan = plans.rank(Layout(8, 8, 8))
+    sizes, found, asked = EngineConfig(), [], []
+    free = (60 * GB, 52 * GB, 55 * GB)
+    for own in free:
+        monkeypatch.setattr(llm, "free_memory", lambda ops, ranks, own=own: own)
+        world = SimpleNamespace(
+            least=lambda number: (asked.append(number), min(number, *free))[1],
+            launch=SimpleNamespace(local_size=8),
+            leads=True,
+        )
+        found.append(llm._with_cache(sizes, plans, plan, None, world).kv_cache_bytes)  # type: ignore[arg-type]
+        given = replace(sizes, kv_cache_bytes=1 << 30)
+        assert llm._with_cache(given, plans, plan, None, world) is given  # type: ignore[arg-type]
+    assert found == [plans.auto_cache(plan, 52 * GB)] * 3 and asked == list(free)
+
+
+def test_an_automatic_cache_leaves_a_reserve_on_an_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = SimpleNamespace(name="ascend", device=SimpleNamespace(type="npu"))
+    for free, left in ((64 * GB, 60.8 * GB), (18 * GB, 14.8 * GB), (GB, 0)):
+        npu = SimpleNamespace(mem_get_info=lambda device, free=free: (free, 64 * GB))
+        monkeypatch.setattr(torch, "npu", npu, raising=False)
+        assert machine.free_memory(ops, 8) == pytest.approx(left, abs=2)  # type: ignore[arg-type]
 
 
 def test_the_memory_of_an_npu_is_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,14 @@ def test_options_in_other_libraries_numbers() -> None:
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("size", ["kv_cache_bytes", "block_size", "max_num_seqs", "max_num_batched_tokens"])
+def test_a_cache_without_a_size_is_sized_by_memory() -> None:
+    assert EngineConfig(kv_cache_bytes=None) == EngineConfig()
+    for value in ("64", 64.0, True):
+        with pytest.raises(GenerationError, match="kv_cache_bytes must be a whole number"):
+            EngineConfig(kv_cache_bytes=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", ["block_size", "max_num_seqs", "max_num_batched_tokens"])
 def test_sizes_are_whole_numbers(size: str) -> None:
     for value in ("64", 64.0, None):
         with pytest.raises(GenerationError, match=f"{size} must be a whole number"):

@@ -77,7 +77,7 @@ def servers(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     found = {
         "drains": Server(artifact, "--cache-size", "16MiB", NPUQ_API_KEY="key"),
         "ends": Server(artifact, "--served-name", "tiny", "--shutdown-timeout", "600", *chats),
-        "ranks": Server(artifact, ranks=2),
+        "ranks": Server(artifact, "--cache-size", "auto", ranks=2),
     }
     yield found
     for server in found.values():
@@ -107,7 +107,10 @@ def test_clients_of_all_kinds_get_their_texts_and_memory_stays(
     """A short part of the campaign beside requests that are refused, twice: the second time takes little memory."""
     server = servers["drains"]
     start = server.start
-    assert start.keys() == {"schema", "url", "models", "context", "pid"}
+    assert start.keys() == {"schema", "url", "models", "context", "cache_tokens", "cache_bytes", "pid"}
+    assert start["cache_bytes"] <= 16 << 20 and start["cache_tokens"] == model.cache_tokens * start["cache_bytes"] // (
+        model.cache_bytes
+    )
     cases = [(asked, campaign.expected(model, asked)) for asked in campaign.requests()[::4]]
     memory = []
     for part in range(2):

@@ -59,7 +59,7 @@ def test_the_npus_cache_is_what_is_planned(artifact, name):
     with Checkpoint.open(artifact(name)) as checkpoint:
         config = read_model_config(checkpoint)
         planner = planner_of(open_store(checkpoint, ops.dtype).form, config, ops, sizes, 1 << 40, int8_cache=False)
-    planned = engine_cache(planner.rank(Layout()), sizes)
+    planned = engine_cache(planner, planner.rank(Layout()), sizes)
     blocks = planned // (planner.cache_token * sizes.block_size)
     pools = attention_of(config, 1.0).pools
     layers = range(config.num_hidden_layers)
