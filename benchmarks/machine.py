@@ -48,9 +48,10 @@ def in_words(machine: Mapping[str, Any]) -> str:
     clock = f"{machine['clock_mhz'] / 1e3:.1f} GHz seen, " if machine["clock_mhz"] else ""
     level = machine["levels"][-1] if machine["levels"] else "no native kernels"
     family = f" ({machine['family']})" if machine["family"] else ""
+    read = machine["read_bytes_per_s"] / 1e9
     return (
-        f"{machine['processor']}{family}, {machine['cores']} cores, {clock}{level}, read bandwidth {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, load {machine['load']:.1f}; "
-        f"torch {machine['versions']['torch']}; commit {machine['commit']}, {machine['date'][:10]}"
+        f"{machine['processor']}{family}, {machine['cores']} cores, {clock}{level}, read bandwidth {read:.1f} GB/s, "
+        f"load {machine['load']:.1f}; torch {machine['versions']['torch']}; commit {machine['commit']}, {machine['date'][:10]}"
     )
 
 

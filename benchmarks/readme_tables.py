@@ -79,7 +79,8 @@ def text(name: str, record: Result) -> str | None:
     commands = ", ".join(f"`{_command(each['command'])}`" for each in found)
     met = {name: max(each[name] for each in found) for name in ("load", "read_bytes_per_s")}
     wall, cpu = (sum(each[name] for each in found) for name in ("wall_s", "cpu_s"))
-    caption = f"{commands}: {in_words({**record['machine'], **met})}. The run took {wall:,.0f} s, {cpu:,.0f} CPU seconds. {table.says}"
+    machine = in_words({**record["machine"], **met})
+    caption = f"{commands}: {machine}. The run took {wall:,.0f} s, {cpu:,.0f} CPU seconds. {table.says}"
     lines = textwrap.wrap(caption, 125, break_long_words=False, break_on_hyphens=False)
     return "\n".join([*lines, "", *table.lines(*(each["result"] for each in found))]) + "\n"
 
