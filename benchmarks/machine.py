@@ -51,7 +51,8 @@ def in_words(machine: Mapping[str, Any]) -> str:
     read = machine["read_bytes_per_s"] / 1e9
     return (
         f"{machine['processor']}{family}, {machine['cores']} cores, {clock}{level}, read bandwidth {read:.1f} GB/s, "
-        f"load {machine['load']:.1f}; torch {machine['versions']['torch']}; commit {machine['commit']}, {machine['date'][:10]}"
+        f"load {machine['load']:.1f}; torch {machine['versions']['torch']}; "
+        f"commit {machine['commit']}, {machine['date'][:10]}"
     )
 
 
