@@ -75,7 +75,7 @@ def first_byte(command: Sequence[str]) -> tuple[float, float]:
         seconds = time.perf_counter() - started
         process.stdout.read()
         message = process.stderr.read().decode(errors="replace")
-    if process.returncode or not first.strip():
+    if process.returncode or not first:  # a text may begin with a space
         raise SystemExit(f"{' '.join(command)}: {message.strip() or 'wrote nothing'}")
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system

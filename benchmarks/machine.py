@@ -44,14 +44,15 @@ def describe() -> dict[str, Any]:
 
 
 def in_words(machine: Mapping[str, Any]) -> str:
-    """Name a machine for the caption of a table."""
+    """Name a machine, with its read bandwidth, for the caption of a table."""
     clock = f"{machine['clock_mhz'] / 1e3:.1f} GHz seen, " if machine["clock_mhz"] else ""
     level = machine["levels"][-1] if machine["levels"] else "no native kernels"
-    read = f", read bandwidth {machine['read_bytes_per_s'] / 1e9:.1f} GB/s" if "read_bytes_per_s" in machine else ""
     family = f" ({machine['family']})" if machine["family"] else ""
+    read = machine["read_bytes_per_s"] / 1e9
     return (
-        f"{machine['processor']}{family}, {machine['cores']} cores, {clock}{level}{read}, load {machine['load']:.1f}; "
-        f"torch {machine['versions']['torch']}; commit {machine['commit']}, {machine['date'][:10]}"
+        f"{machine['processor']}{family}, {machine['cores']} cores, {clock}{level}, read bandwidth {read:.1f} GB/s, "
+        f"load {machine['load']:.1f}; torch {machine['versions']['torch']}; "
+        f"commit {machine['commit']}, {machine['date'][:10]}"
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,13 +76,18 @@ def text(name: str, record: Result) -> str | None:
     found = [record["benchmarks"].get(each, {}) for each in table.benchmarks]
     if not all("result" in each for each in found):
         return None
-    commands = ", ".join(f"`{each['command'].removesuffix(' --json')}`" for each in found)
+    commands = ", ".join(f"`{_command(each['command'])}`" for each in found)
+    met = {name: max(each[name] for each in found) for name in ("load", "read_bytes_per_s")}
     wall, cpu = (sum(each[name] for each in found) for name in ("wall_s", "cpu_s"))
-    caption = (
-        f"{commands}: {in_words(record['machine'])}. The run took {wall:,.0f} s, {cpu:,.0f} CPU seconds. {table.says}"
-    )
+    machine = in_words({**record["machine"], **met})
+    caption = f"{commands}: {machine}. The run took {wall:,.0f} s, {cpu:,.0f} CPU seconds. {table.says}"
     lines = textwrap.wrap(caption, 125, break_long_words=False, break_on_hyphens=False)
     return "\n".join([*lines, "", *table.lines(*(each["result"] for each in found))]) + "\n"
+
+
+def _command(text: str) -> str:
+    """The command as one calls it for a table, without the places of the peers' Pythons."""
+    return re.sub(r"(--llama-cpp|--llm-compressor) \S+", r"\1 …", text.removesuffix(" --json"))
 
 
 def head(*columns: str) -> Lines:

@@ -39,7 +39,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "first-token": ("first_token.py --repeat 7", "first_token.py --repeat 2"),
     "convert": (
         "convert.py --rounds 5 --profile",
-        "convert.py --rounds 2 --experts 4 --shards 1 --directory build",
+        "convert.py --rounds 2 --experts 16 --shards 1 --directory build",
     ),
     "calibrate": ("calibrate.py", "calibrate.py --only expert --tokens 128"),
     "runtime": (
