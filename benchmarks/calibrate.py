@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from gptq_before import before
+from machine import as_json
 from torch import Tensor
 
 from npuq.convert.calibrate.layers.experts import quantize_expert
@@ -278,7 +279,7 @@ def main() -> None:
         experts = (LAYERS - DENSE_LAYERS) * EXPERTS * found["expert"]["cpu_s"]
         others = sum(row["layers"] * row["cpu_s"] for row in found["linears"])
         found["whole_v3"] = {"experts_cpu_s": experts, "others_cpu_s": others}
-    print(json.dumps(found, indent=2) if options.json else table(found))
+    print(as_json(found) if options.json else table(found))
 
 
 def table(found: dict[str, Any]) -> str:

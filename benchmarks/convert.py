@@ -33,6 +33,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from machine import as_json
 
 from npuq.convert import convert_checkpoint
 from npuq.convert.write.hashes import ShardHashes
@@ -72,7 +73,7 @@ def main() -> None:
             methods = options.method or ["minmax", "mse"]
             rows += [{"directory": str(directory), **measure(source, method, options)} for method in methods]
     if options.json:
-        print(json.dumps({"kernels": description(), **vars(options), "rows": rows}, indent=2, default=str))
+        print(as_json({"kernels": description(), **vars(options), "rows": rows}))
         return
     print(f"{options.experts} experts in {options.source}, {options.workers} workers, {description()}")
     print("directory  method  source GB/s  copy GB/s  of copy (spread)  CPU s/GB  copy's  peak RSS  anonymous")
@@ -174,12 +175,14 @@ def measure(source: Path, method: str, options: argparse.Namespace) -> dict[str,
         copy_cpu = time.process_time() - cpu_started
         rounds.append((seconds, copied, dict(peaks), summary.source_bytes, cpu, copy_cpu))
     source_bytes = rounds[0][3]
+    rates = [source_bytes / seconds for seconds, *_ in rounds]
     of_copy = [copied / seconds for seconds, copied, *_ in rounds]  # within a round: both met the same machine
     return {
         "method": method,
         **({"profile": profile(source, method, shard_size)} if options.profile else {}),
         "source_bytes": source_bytes,
-        "source_bytes_per_s": source_bytes / statistics.median(seconds for seconds, *_ in rounds),
+        "source_bytes_per_s": statistics.median(rates),
+        "source_bytes_per_s_spread": [min(rates), max(rates)],
         "copy_bytes_per_s": source_bytes / statistics.median(copied for _, copied, *_ in rounds),
         "of_copy": statistics.median(of_copy),
         "of_copy_spread": [min(of_copy), max(of_copy)],

@@ -5,20 +5,22 @@
 The example's checkpoint is converted once into a temporary directory. Then `npuq generate` runs on the artifact and on
 the checkpoint, each time in a new process, until the first byte of text. In turn with these run new processes that only
 import torch, or torch with transformers' automatic classes. npuq's own time is the time beyond importing torch. Prints
-medians; the files are in the page cache.
+medians with the least and the greatest; the files are in the page cache. Processor seconds are beside them in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from machine import as_json
+from rounds import Figures, summary, with_spread
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-deepseek-v3-fp8"
 PROMPT = "Call me Ishmael. Some years ago"
@@ -41,30 +43,31 @@ def main() -> None:
         commands = {name: [sys.executable, "-c", f"{code}; print('.')"] for name, code in IMPORTS.items()}
         commands["npuq generate, artifact"] = [*npuq, *generate, str(artifact)]
         commands["npuq generate, FP8 checkpoint"] = [*npuq, *generate, str(EXAMPLE)]
-        seconds = measure(commands, options.repeat)
+        found = summary(measure(commands, options.repeat))
     if options.json:
-        print(json.dumps(seconds, indent=2))
+        print(as_json(found))
         return
-    torch_only = seconds["import torch"]
     print(f"{'':32} seconds  beyond torch")
-    for name, value in seconds.items():
-        print(f"{name:32} {value:7.3f}  {value - torch_only:12.3f}")
+    for name in commands:
+        print(f"{name:32} {with_spread(found, name, 3)}  {with_spread(found, f'{name}, beyond torch', 3)}")
 
 
-def measure(commands: dict[str, Sequence[str]], repeat: int) -> dict[str, float]:
-    """Median seconds to each command's first byte of output, after one uncounted run of each."""
-    found: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(repeat + 1):
+def measure(commands: dict[str, Sequence[str]], rounds: int) -> list[Figures]:
+    """Seconds to each command's first byte of output, in turns, after one uncounted run of each."""
+    found: list[Figures] = []
+    for turn in range(rounds + 1):
+        figures: Figures = {}
         for name, command in commands.items():
-            seconds = first_byte(command)
-            if turn:
-                found[name].append(seconds)
-    return {name: statistics.median(values) for name, values in found.items()}
+            figures[name], figures[f"{name}, CPU"] = first_byte(command)
+        for name in commands:
+            figures[f"{name}, beyond torch"] = figures[name] - figures["import torch"]
+        found += [figures] if turn else []
+    return found
 
 
-def first_byte(command: Sequence[str]) -> float:
-    """Time a process: seconds from its start to its first byte of output."""
-    started = time.perf_counter()
+def first_byte(command: Sequence[str]) -> tuple[float, float]:
+    """Time a process: seconds from its start to its first byte of output, and processor seconds until it ends."""
+    started, before = time.perf_counter(), os.times()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -74,7 +77,9 @@ def first_byte(command: Sequence[str]) -> float:
         message = process.stderr.read().decode(errors="replace")
     if process.returncode or not first.strip():
         raise SystemExit(f"{' '.join(command)}: {message.strip() or 'wrote nothing'}")
-    return seconds
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, used
 
 
 if __name__ == "__main__":

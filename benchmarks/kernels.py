@@ -1,24 +1,28 @@
 """Speed of the native kernels, level by level, beside the machine's own limits measured in the same run.
 
-    python benchmarks/kernels.py [--threads 2] [--repeat 30] [--json]
+    python benchmarks/kernels.py [--threads 2] [--rounds 3] [--repeat 10] [--json]
 
 Limits: copying and reading a buffer larger than any cache, and torch's fastest int8 matrix product on this machine.
-Each figure is the best of many short repetitions, so that other work on the machine disturbs it little. Shapes are
-those of a small DeepSeek-V3 of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
+Each figure of a round is the best of many short repetitions, so that other work on the machine disturbs it little. A
+round measures the limits, then every level. Ratios are computed within a round; figures are medians over the rounds.
+Shapes are those of a small DeepSeek-V3 of hidden size 2048 (decode, prefill) and of DeepSeek-V3 itself (conversion).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from machine import as_json
 from machine_limits import best as best_of
 from machine_limits import fastest_int8, random_int8
+from rounds import Figures, summary, with_spread
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme
@@ -60,29 +64,50 @@ class Limits:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=10, help="of each figure in a round")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    limits = measure_limits(options.repeat)
     weights = _Weights()
-    rows = []
+    limits: list[Figures] = []
+    rounds: list[list[Row]] = []
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        limit, rows = measure_round(weights, options.threads, options.repeat)
+        limits.append(asdict(limit))
+        rounds.append(rows)
+    of_machine = summary(limits)
+    if options.json:
+        print(as_json({"threads": options.threads, "limits": of_machine, "rows": merged(rounds)}))
+        return
+    read, copy, int8, floats = (of_machine["medians"][name] / 1e9 for name in ("read", "copy", "int8", "floats"))
+    print(f"{options.threads} threads: read {read:.1f} GB/s, copy {copy:.1f} GB/s, ", end="")
+    print(f"torch's products of {PROMPT} rows: int8 {int8:.0f}, float32 {floats:.0f} GMAC/s")
+    for row in merged(rounds):
+        ratio = f"{with_spread(row, 'ratio')} of {row['limit']}"
+        print(f"{row['level']:11} {row['what']:44} {row['medians']['value']:8.1f} {row['unit']:7} {ratio}")
+
+
+def measure_round(weights: _Weights, threads: int, repeat: int) -> tuple[Limits, list[Row]]:
+    """Measure the limits, and every level."""
+    limits, rows = measure_limits(repeat), []
     for level in levels():
         if level != "portable":
-            rows += measure_products(weights, level, options.threads, options.repeat, limits)
-            rows += measure_attention(level, options.threads, options.repeat, limits)
-        rows += measure_conversion(level, options.repeat, limits)
-    if options.json:
-        print(
-            json.dumps({"threads": options.threads, **asdict(limits), "rows": [asdict(row) for row in rows]}, indent=2)
-        )
-        return
-    print(f"{options.threads} threads: read {limits.read / 1e9:.1f} GB/s, copy {limits.copy / 1e9:.1f} GB/s, ", end="")
-    print(f"torch's products of {PROMPT} rows: int8 {limits.int8 / 1e9:.0f}, float32 {limits.floats / 1e9:.0f} GMAC/s")
-    for row in rows:
-        ratio = f"{row.ratio:5.2f} of {row.limit}" if row.limit else ""
-        print(f"{row.level:11} {row.what:44} {row.value:8.1f} {row.unit:7} {ratio}")
+            rows += measure_products(weights, level, threads, repeat, limits)
+            rows += measure_attention(level, threads, repeat, limits)
+        rows += measure_conversion(level, repeat, limits)
+    return limits, rows
+
+
+def merged(rounds: list[list[Row]]) -> list[dict[str, Any]]:
+    """The rows of all rounds: each with a summary of its value and its ratio."""
+    found = []
+    for same in zip(*rounds, strict=True):
+        names = {name: getattr(same[0], name) for name in ("level", "what", "unit", "limit")}
+        found.append({**names, **summary([{"value": row.value, "ratio": row.ratio} for row in same])})
+    return found
 
 
 def best(work: Callable[[], object], repeat: int) -> float:

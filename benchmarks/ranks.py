@@ -5,7 +5,8 @@
 The model is random, DeepSeek-V3 in small (`random_artifact.py`) with so many layers. One process has ranks · threads
 threads. Ranks on one machine share its memory and cores, so the difference is what ranks cost: gloo's exchanges, and
 the work that every rank repeats. Figures are medians over the rounds: tokens a second, and the processor's milliseconds
-that a decoded token takes on rank 0, which other work on the machine hardly changes.
+that a decoded token takes on rank 0, which other work on the machine hardly changes. The JSON has the
+ratio to one process of the same round too; for the processor that of all ranks.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from machine import as_json
 from random_artifact import SMALL_V3, make
+from rounds import summary, with_spread
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 PROMPT = 512
@@ -52,15 +54,17 @@ def main() -> None:
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
         for name, (count, layout) in settings.items():
             found[name].append(run(model, count, layout, ranks * options.threads // count))
-    medians = {
-        name: {kind: statistics.median(each[kind] for each in several) for kind in KINDS}
-        for name, several in found.items()
-    }
+    for name, several in found.items():
+        for each, alone in zip(several, found["one process"], strict=True):
+            each |= {f"{kind} ratio": each[kind] / alone[kind] for kind in KINDS}
+            each["processor ratio"] *= settings[name][0]  # of all ranks, which work alike
+    settled = {name: summary(several) for name, several in found.items()}
     if options.json:
-        print(json.dumps({"medians": medians, "rounds": found}, indent=2))
+        sizes = {"ranks": ranks, "threads": options.threads, "layers": options.layers}
+        print(as_json({**sizes, "settings": settled}))
         return
-    for name, figures in medians.items():
-        print(f"{name:16}" + ", ".join(f"{title} {figures[kind]:.1f}" for kind, title in KINDS.items()))
+    for name, figures in settled.items():
+        print(f"{name:16}" + ", ".join(f"{title} {with_spread(figures, kind, 1)}" for kind, title in KINDS.items()))
 
 
 def run(model: Path, ranks: int, layout: str, threads: int) -> dict[str, float]:

@@ -25,10 +25,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from machine import as_json
 from machine_limits import Clock, Product, best, fastest_int8, random_int8, read_bandwidth
 from random_artifact import SHAPES, linears, make
+from rounds import Figures, Stopwatch, medians, summary, with_spread
 from torch import Tensor
 
 import npuq.runtime
@@ -40,7 +43,6 @@ from npuq.runtime.ops import MoeWeights, Ops
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
-Figures = dict[str, float]
 
 
 def main() -> None:
@@ -50,11 +52,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
     parser.add_argument("--batch", type=int, default=16, help="sequences at once, beside one; 0: only one")
-    parser.add_argument(
-        "--context", type=_lengths, default=[], help="lengths of prompts, in place of all else; a round"
-    )
+    parser.add_argument("--context", type=_lengths, default=[], help="lengths of prompts, in place of all else")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time; with one thread only")
     parser.add_argument("--shape", choices=SHAPES, default="v3")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape's; without peers")
     parser.add_argument("--model", type=Path, help="default: build/random-small-SHAPE")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="default: build/random-small-SHAPE.gguf")
@@ -65,13 +66,16 @@ def main() -> None:
         parser.error("--cpu-time counts the time of all threads together: use it with --threads 1")
     if options.transformers and options.shape != "v3":
         parser.error("--transformers knows the shape v3 alone")
+    if options.layers and (options.llama_cpp or options.transformers):
+        parser.error("--layers: the peers have the shape's own number of layers")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
 
-    directory = options.model or BUILD / f"random-small-{options.shape}"
+    layers = {"num_hidden_layers": options.layers} if options.layers else {}
+    directory = options.model or BUILD / "-".join(["random-small", options.shape, *map(str, layers.values())])
     gguf = options.gguf or BUILD / f"random-small-{options.shape}.gguf"
     if not (directory / "npuq" / "manifest.json").is_file():
-        make(directory, SHAPES[options.shape])
+        make(directory, {**SHAPES[options.shape], **layers})
     tokens = max([options.prompt, *options.context]) + 2 * options.tokens + 16
     batched = 2048 if options.context else max(1024, tokens)
     sizes = EngineConfig(max_num_seqs=64, max_num_batched_tokens=batched, prefix_cache=False)
@@ -87,20 +91,27 @@ def main() -> None:
         peers["transformers bf16"] = [sys.executable, str(HERE / "peer_transformers.py"), str(directory), *shared]
 
     if options.context:
-        found = {length: measure_context(model, peers, length, options.tokens, clock) for length in options.context}
-        print(json.dumps(found, indent=2) if options.json else context_table(found, list(peers)))
+        rounds_of: dict[int, list[Figures]] = {length: [] for length in options.context}
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+            for length in options.context:
+                rounds_of[length].append(measure_context(model, peers, length, options.tokens, clock))
+        found = {length: summary(rounds) for length, rounds in rounds_of.items()}
+        if options.json:
+            print(as_json({**vars(options), "peers": list(peers), "contexts": found}))
+        else:
+            print(context_table(found, list(peers)))
         return
     rounds = []
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
         rounds.append(measure_round(model, peers, options.batch, options.prompt, options.tokens, clock))
-    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
     if options.json:
-        print(json.dumps({"threads": options.threads, "rounds": rounds, "medians": medians}, indent=2))
+        print(as_json({**vars(options), "peers": list(peers), **summary(rounds)}))
     else:
         print(f"{description()}, {options.threads} threads{', processor time' if options.cpu_time else ''}, ", end="")
         print(f"medians of {options.rounds} rounds")
-        print(table(medians, list(peers), options.batch, options.prompt))
+        print(table(medians(rounds), list(peers), options.batch, options.prompt))
 
 
 def measure_round(
@@ -116,13 +127,14 @@ def measure_round(
     after = read_bandwidth(clock)  # other processes change it
     prefill, decode = one.prefill, one.decode
     found: Figures = {"read bandwidth": max(before, after), "npuq prefill": prefill, "npuq decode": decode}
+    found["npuq prefill CPU ms"], found["npuq decode CPU ms"] = 1e3 * one.prefill_processor, 1e3 * one.decode_processor
     found["bytes of one"] = step_bytes(config, cached, 1, one)
     found["bandwidth of one"] = found["bytes of one"] * decode
     found["of bandwidth"] = found["bandwidth of one"] / found["read bandwidth"]
     if batch:
         many = measure(model, batch, prompt, tokens, clock)
         found["npuq batch"], found["batch experts"] = many.decode, many.experts
-        found["batch gain"] = many.decode / decode
+        found["batch gain"], found["npuq batch CPU ms"] = many.decode / decode, 1e3 * many.decode_processor
         found["bytes of batch"] = step_bytes(config, cached, batch, many)
         found["bandwidth of batch"] = found["bytes of batch"] * many.decode / batch
         found["batch bound"] = batch * found["bytes of one"] / found["bytes of batch"]
@@ -149,6 +161,7 @@ def measure_context(
     print(f"{length} tokens", file=sys.stderr)
     one = measure(model, 1, length, tokens, clock)
     found: Figures = {"npuq prefill": one.prefill, "npuq decode": one.decode}
+    found["npuq prefill CPU ms"], found["npuq decode CPU ms"] = 1e3 * one.prefill_processor, 1e3 * one.decode_processor
     for name, command in peers.items():
         done = subprocess.run([*command, "--prompt", str(length)], check=True, capture_output=True, text=True)
         theirs = json.loads(done.stdout)
@@ -157,14 +170,14 @@ def measure_context(
     return found
 
 
-def context_table(found: dict[int, Figures], peers: list[str]) -> str:
+def context_table(found: dict[int, dict[str, Any]], peers: list[str]) -> str:
     lines = ["| context | npuq prefill | decode |" + "".join(f" {name} prefill | decode |" for name in peers)]
     lines.append("|---:" * (3 + 2 * len(peers)) + "|")
     for length, figures in found.items():
-        line = f"| {length} | {figures['npuq prefill']:.1f} | {figures['npuq decode']:.2f} |"
+        line = f"| {length} | {with_spread(figures, 'npuq prefill', 1)} | {with_spread(figures, 'npuq decode')} |"
         for name in peers:
             for what in ("prefill", "decode"):
-                line += f" {figures[f'{name} {what}']:.2f} ({figures[f'{name} {what} ratio']:.2f} ×) |"
+                line += f" {with_spread(figures, f'{name} {what}')}; {with_spread(figures, f'{name} {what} ratio')} × |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -196,12 +209,15 @@ def table(found: Figures, peers: list[str], batch: int, prompt: int) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """Tokens/s of prefill and decode (median step), and how many experts a layer ran and keys it read in a step."""
+    """Tokens/s of prefill and decode (median step), and how many experts a layer ran and keys it read in a step;
+    processor seconds of all threads for a token of the prompt and for a decode step."""
 
     prefill: float
     decode: float
     experts: float
     keys: float
+    prefill_processor: float
+    decode_processor: float
 
 
 def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: Clock) -> Measured:
@@ -216,22 +232,26 @@ def measure(model: LanguageModel, batch: int, prompt: int, tokens: int, clock: C
         engine.step()
     prompts = torch.randint(vocabulary, (batch, prompt), generator=generator).tolist()
     sequences = [engine.add(tokens, params) for tokens in prompts]
-    started = clock()
+    watch, started = Stopwatch(), clock()
     while not all(sequence.is_decoding for sequence in sequences):
         engine.step()
+    prefill_processor = watch.processor / (batch * prompt)
     prefill = batch * prompt / (clock() - started)
     seconds: list[float] = []
+    processor: list[float] = []
     experts: list[int] = []
     while not any(sequence.finish_reason for sequence in sequences):
-        started = clock()
+        watch, started = Stopwatch(), clock()
         engine.step()
         seconds.append(clock() - started)
+        processor.append(watch.processor)
         if not any(sequence.finish_reason for sequence in sequences):
             experts += count_experts(engine.model.ops, engine.step)
     while engine.scheduler.has_work:
         engine.step()
     keys = prompt + tokens
-    return Measured(prefill, batch / statistics.median(seconds), statistics.mean(experts), keys)
+    decode, decode_processor = batch / statistics.median(seconds), statistics.median(processor)
+    return Measured(prefill, decode, statistics.mean(experts), keys, prefill_processor, decode_processor)
 
 
 def count_experts(ops: Ops, step: Callable[[], object]) -> list[int]:

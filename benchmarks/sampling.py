@@ -1,17 +1,20 @@
 """Time of a step's sampling at a real vocabulary: the native kernel beside the same draw in numpy.
 
-    python benchmarks/sampling.py --threads 2
+    python benchmarks/sampling.py [--threads 2] [--rounds 5] [--json]
 
 Rows are model-like (a few likely tokens above a normal rest), flat, or all equal. A step samples a token a sequence.
+Kernel and numpy take turns, a round each; figures are medians, with the least and the greatest in the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from typing import Any
 
 import numpy as np
 import torch
+from machine import as_json
+from rounds import Figures, Stopwatch, summary, with_spread
 
 from npuq.runtime import SamplingParams
 from npuq.runtime.ops.native import NativeOps
@@ -44,23 +47,41 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     ops = NativeOps(threads=options.threads)
-    print(f"{options.sequences} sequences, {options.vocabulary} tokens, {options.threads} threads, {ops.pool.level}")
-    print("| rows | request | native ms | numpy ms |\n|---|---|---:|---:|")
+    found: list[dict[str, Any]] = []
     for name, logits in rows(options.vocabulary, options.sequences).items():
         for request in REQUESTS:
-            samplers = [Sampler(SamplingParams(seed=n, **request)) for n in range(options.sequences)]  # type: ignore[arg-type]
-            best, drawn = {}, {}
-            for position in range(options.rounds):
-                for way, make in (("native", ops.logit_rows), ("numpy", host_rows)):
-                    started = time.perf_counter()
-                    found = zip(samplers, make(logits), strict=True)
-                    drawn[way] = [sampler.next_token(row, range(position)).token for sampler, row in found]
-                    best[way] = min(best.get(way, 9.0), time.perf_counter() - started)
-                if drawn["native"] != drawn["numpy"]:
-                    raise SystemExit(f"{name} {request}: the kernel drew other tokens than numpy")
-            print(f"| {name} | {request} | {1000 * best['native']:.2f} | {1000 * best['numpy']:.2f} |", flush=True)
+            rounds = measure(ops, logits, request, options.rounds)
+            found.append({"rows": name, "request": request, **summary(rounds)})
+    sizes = {"sequences": options.sequences, "vocabulary": options.vocabulary, "threads": options.threads}
+    if options.json:
+        print(as_json({**sizes, "level": ops.pool.level, "requests": found}))
+        return
+    print(f"{options.sequences} sequences, {options.vocabulary} tokens, {options.threads} threads, {ops.pool.level}")
+    print("| rows | request | native ms | CPU ms | numpy ms | numpy of native |\n|---|---|---:|---:|---:|---:|")
+    for row in found:
+        columns = [with_spread(row, name) for name in ("native ms", "native CPU ms", "numpy ms", "numpy of native")]
+        print(f"| {row['rows']} | {row['request']} | {' | '.join(columns)} |")
+
+
+def measure(ops: NativeOps, logits: torch.Tensor, request: dict[str, float], rounds: int) -> list[Figures]:
+    """Measure a step in each round, after one uncounted round. Raises SystemExit where both ways draw other tokens."""
+    samplers = [Sampler(SamplingParams(seed=n, **request)) for n in range(len(logits))]  # type: ignore[arg-type]
+    found: list[Figures] = []
+    for position in range(rounds + 1):
+        figures, drawn = {}, {}
+        for way, make in (("native", ops.logit_rows), ("numpy", host_rows)):
+            watch = Stopwatch()
+            pairs = zip(samplers, make(logits), strict=True)
+            drawn[way] = [sampler.next_token(row, range(position)).token for sampler, row in pairs]
+            figures[f"{way} ms"], figures[f"{way} CPU ms"] = 1e3 * watch.wall, 1e3 * watch.processor
+        if drawn["native"] != drawn["numpy"]:
+            raise SystemExit(f"{request}: the kernel drew other tokens than numpy")
+        figures["numpy of native"] = figures["numpy ms"] / figures["native ms"]
+        found += [figures] if position else []
+    return found
 
 
 if __name__ == "__main__":

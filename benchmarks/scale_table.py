@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/checkpoints"))
+from marked_tables import with_table
 from published import RELEASES
 
 from npuq.models.config import ModelConfig
@@ -23,8 +24,7 @@ from npuq.runtime.ranks.layout import Layout
 from npuq.verification.memory_plan import stored_by_recipe
 
 PAGE = Path(__file__).parents[1] / "docs/scale.md"
-BEGIN = "<!-- begin of the table: python benchmarks/scale_table.py -->\n"
-END = "<!-- end of the table -->"
+NAME = "python benchmarks/scale_table.py"
 DEVICE_BYTES = 64_000_000_000
 SERVERS: Mapping[str, int] = {"A2, 8 devices": 8, "A3, 16 dies": 16}
 
@@ -34,15 +34,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
     table = "".join(f"{line}\n" for line in lines())
     if parser.parse_args().write:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table), encoding="utf-8")
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), NAME, table), encoding="utf-8")
     else:
         print(table, end="")
-
-
-def with_table(page: str, table: str) -> str:
-    """The page with this table."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}{table}{END}{rest.split(END)[1]}"
 
 
 def lines() -> Iterator[str]:

@@ -33,12 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from machine import as_json
+from rounds import Figures, summary, with_spread
+
 HERE: Final = Path(__file__).resolve().parent
 BUILD: Final = HERE.parent / "build"
 EXAMPLES: Final = HERE.parent / "examples"
 CLIENTS: Final = (1, 16, 32)
 LIBRARY: Final = 16
-Figures = dict[str, float]
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
             if peer is not None:
                 peer.stop()
     if options.json:
-        print(json.dumps({"threads": options.threads, "rounds": rounds, "medians": medians(rounds)}, indent=2))
+        print(as_json({**vars(options), **summary(rounds)}))
     else:
         print(table(rounds, options))
 
@@ -307,15 +309,11 @@ found.save(sys.argv[2])
 """
 
 
-def medians(rounds: list[Figures]) -> Figures:
-    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
-
-
 def table(rounds: list[Figures], options: argparse.Namespace) -> str:
+    figures = summary(rounds)
+
     def shown(name: str, digits: int = 2) -> str:
-        values = [found[name] for found in rounds]
-        middle = statistics.median(values)
-        return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        return with_spread(figures, name, digits)
 
     lines = [
         f"{options.threads} threads, {options.rounds} rounds, {options.prompt} characters, {options.tokens} tokens"

@@ -4,20 +4,22 @@
 
 One layer's attention block, from its normed input to its output, for one token after a context. The weights are random
 and have the published widths: linears W8A8, the indexer's float ones and kv_b bfloat16. `full` selects by itself;
-`shared` attends to another layer's selection (GLM-5.2). Dense attention reads the cache in its own layout. All rows of
-a context are measured in turns; a figure is the best of its repetitions. On a machine with other work, --cpu-time
-counts the processor's time of one thread.
+`shared` attends to another layer's selection (GLM-5.2). Dense attention reads the cache in its own layout. The three
+are measured in turns. Figures are medians of the repetitions; ratios are computed within a repetition first. The JSON
+has the least and the greatest too. On a machine with other work, --cpu-time counts the processor's time of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from machine import as_json
+from rounds import summary
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme
@@ -29,6 +31,7 @@ from npuq.runtime.ops.native import NativeOps
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 BLOCK = 128
+KINDS = ("dense", "full", "shared")
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,6 @@ SHAPES = {
     "v32": Shape(7168, MlaConfig(128, 1536, 512, 128, 64, 128, 1e-6, 0.1), IndexerConfig(64, 128, 64, 2048, False)),
     "glm": Shape(6144, MlaConfig(64, 2048, 512, 192, 64, 256, 1e-5, 0.06), IndexerConfig(32, 128, 64, 2048, True)),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """Milliseconds of one layer's attention block for one token, and how many times as fast as dense attention."""
-
-    context: int
-    dense_ms: float
-    full_ms: float
-    shared_ms: float
-    full_speedup: float
-    shared_speedup: float
 
 
 class RandomParts:
@@ -105,19 +96,23 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     rows = measure(SHAPES[arguments.model], getattr(torch, arguments.dtype), threads, arguments.repeat, clock)
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(as_json({**vars(arguments), "threads": threads, "contexts": rows}))
         return
     print(f"{'context':>8} {'dense':>10} {'full':>10} {'shared':>10}   {'full':>7} {'shared':>7}")
-    for row in rows:
+    for context, row in rows.items():
+        figures = row["medians"]
         print(
-            f"{row.context:8} {row.dense_ms:7.2f} ms {row.full_ms:7.2f} ms {row.shared_ms:7.2f} ms   "
-            f"{row.full_speedup:6.2f}× {row.shared_speedup:6.2f}×"
+            f"{context:8} {figures['dense ms']:7.2f} ms {figures['full ms']:7.2f} ms {figures['shared ms']:7.2f} ms   "
+            f"{figures['full speedup']:6.2f}× {figures['shared speedup']:6.2f}×"
         )
 
 
 @torch.inference_mode()
-def measure(shape: Shape, dtype: torch.dtype, threads: int, repeat: int, clock: Callable[[], float]) -> list[Row]:
-    """Measure every context."""
+def measure(
+    shape: Shape, dtype: torch.dtype, threads: int, repeat: int, clock: Callable[[], float]
+) -> dict[int, dict[str, Any]]:
+    """Measure every context: milliseconds of one layer's attention block for one token, and how many times as fast as
+    dense attention the others are."""
     torch.manual_seed(0)
     ops, parts = NativeOps(dtype, threads), RandomParts(shape)
     dense = MlaAttention(shape.mla)
@@ -128,7 +123,7 @@ def measure(shape: Shape, dtype: torch.dtype, threads: int, repeat: int, clock: 
     weights = [full_weights.mla, full_weights, type(full_weights)(full_weights.mla, None)]
     caches = [random_cache(ops, kind) for kind in kinds]
     hidden = torch.randn(1, shape.hidden).to(dtype)
-    rows = []
+    found = {}
     for context in CONTEXTS:
         step = decode_step(ops, context, shape.mla.qk_rope_head_dim)
         selected = full.attend(hidden, weights[1], caches[1], step, ops).selected
@@ -136,13 +131,15 @@ def measure(shape: Shape, dtype: torch.dtype, threads: int, repeat: int, clock: 
         def run(number: int, step: Step = step, selected: Tensor | None = selected) -> None:
             kinds[number].attend(hidden, weights[number], caches[number], step, ops, selected)
 
-        best = [float("inf")] * len(kinds)
+        rounds = []
         with ops.one_thread():
-            for _ in range(repeat):
-                best = [min(least, seconds(run, number, clock)) for number, least in enumerate(best)]
-        dense_ms, full_ms, shared_ms = (1e3 * least for least in best)
-        rows.append(Row(context, dense_ms, full_ms, shared_ms, dense_ms / full_ms, dense_ms / shared_ms))
-    return rows
+            for number in range(repeat + 1):
+                figures = {f"{name} ms": 1e3 * seconds(run, place, clock) for place, name in enumerate(KINDS)}
+                for name in KINDS[1:]:
+                    figures[f"{name} speedup"] = figures["dense ms"] / figures[f"{name} ms"]
+                rounds += [figures] if number else []  # the first warms caches
+        found[context] = summary(rounds)
+    return found
 
 
 def random_cache(ops: NativeOps, kind: AttentionKind) -> LayerCache:

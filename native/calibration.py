@@ -57,7 +57,7 @@ class NativeArithmetic:
             subtract,
             subtract,
             rows_address(out, "float_product", "out", torch.float32, m, n),
-            max(out.stride(0), n),
+            _row_stride(out),
         )
         return out
 
@@ -73,7 +73,7 @@ class NativeArithmetic:
         self._call(
             name,
             rows_address(lower, name, "lower", torch.float32, columns, columns),
-            max(lower.stride(0), columns),
+            _row_stride(lower),
             columns,
             rows,
             bits,
@@ -108,3 +108,8 @@ class NativeArithmetic:
         status = call(self._library, name, self._level, *arguments)
         if status:
             raise failure(name, status)
+
+
+def _row_stride(x: Tensor) -> int:
+    """The stride between rows of x [N, K]; K where there are not two rows, of which any stride is given."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]

@@ -163,7 +163,9 @@ class Loop:
         client = self._clients[sequence]
         try:
             stopped = client.receive(output)
-        except GenerationError as error:
+        except Exception as error:  # a client's own fault is no other's
+            if not isinstance(error, GenerationError):
+                error = GenerationError(f"the reply cannot be read ({error_line(error, 120)})")
             client.fail(error)
             stopped = True
         if stopped:

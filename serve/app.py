@@ -1,7 +1,7 @@
 """The application: paths, and what all of them have in common.
 
 An endpoint is `async (service, http, body) -> Response`, in ENDPOINTS by its method and path; it may raise ApiError. A
-POST holds one of the server's places until its answer is written.
+POST holds one of the server's places until its answer is known; a stream, until it is written.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ..inputs.printable import error_line
 from .errors import ApiError, bad_request
 from .limits import BODY_SECONDS
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 async def read_body(http: HttpRequest, most: int) -> bytes:
@@ -46,7 +46,7 @@ def _too_long(most: int) -> ApiError:
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """Decode a body as a struct of `kind`. Raises ApiError, status 400, with the path of the field at fault."""
+    """Decode a body as `kind`. Raises ApiError, status 400, with the path of the field at fault."""
     try:
         return msgspec.json.decode(body, type=kind)
     except RecursionError:
@@ -58,8 +58,12 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 
 def unknown_fields(body: bytes, kind: type[msgspec.Struct]) -> int:
-    """Number of fields of a body, decoded before, that a struct of `kind` does not have."""
-    return len(msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys() - set(kind.__struct_encode_fields__))
+    """Number of fields of a body, decoded before, that a struct of `kind` does not have.
+
+    Raises ApiError, status 400, for a field whose name is no text: `decode` does not look at it.
+    """
+    fields = decode(body, dict[str, msgspec.Raw])
+    return len(fields.keys() - set(kind.__struct_encode_fields__))
 
 
 def _field(message: str) -> str | None:

@@ -169,7 +169,9 @@ def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
         logprobs=given.logprobs,
         prompt_logprobs=given.logprobs if given.echo else None,
     )
-    prompts = [_prompt(service, prompt, bool(given.echo)) for prompt in _prompts(given.prompt)]
+    texts = _prompts(given.prompt)
+    service.check_count(len(texts), params.n)
+    prompts = [_prompt(service, text, bool(given.echo)) for text in texts]
     return Asked(
         Request([prompt.tokens for prompt in prompts], params, salt=service.salt(key, given.cache_salt)),
         CompletionReply(service, given, prompts, params.n),

@@ -18,7 +18,7 @@ BODY_SECONDS: Final = 60.0
 PING_SECONDS: Final = 15.0
 """A stream without events gets a comment after this time: proxies close silent connections."""
 SEND_SECONDS: Final = 60.0
-"""A client that takes nothing for this time is gone."""
+"""A client that takes nothing for this time is gone; it is looked for as often, so it may have twice as long."""
 MOST_RETRY_SECONDS: Final = 120
 
 

@@ -18,7 +18,7 @@ from .access import Record, record_of
 from .documents import DONE, PING, events, json_response
 from .engine_thread import Generation
 from .errors import ApiError, EndedError, failure
-from .limits import PING_SECONDS, SEND_SECONDS
+from .limits import PING_SECONDS
 from .reply import Asked, Usage
 from .service import Service
 
@@ -146,12 +146,11 @@ class _StreamedAnswer(Response):
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._answer = answer
-        self._sending_since: float | None = None
         answer.service.leave_open()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _first_of(self._write(send), _disconnected(receive), self._stalled())
+            await _first_of(self._write(send), _disconnected(receive))
         finally:
             self._answer.end()
             self._answer.service.close()
@@ -159,17 +158,8 @@ class _StreamedAnswer(Response):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self._answer.parts():
-            self._sending_since = time.monotonic()
             await send({"type": "http.response.body", "body": part, "more_body": True})
-            self._sending_since = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _stalled(self) -> None:
-        """Return once the client takes nothing any more."""
-        while True:
-            await asyncio.sleep(SEND_SECONDS / 10)
-            if self._sending_since is not None and time.monotonic() - self._sending_since > SEND_SECONDS:
-                return
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

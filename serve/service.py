@@ -115,6 +115,12 @@ class Service:
                 code="context_length_exceeded",
             )
 
+    def check_count(self, prompts: int, n: int) -> None:
+        """Raise ApiError for too many prompts, n times each: before work is done for each of them."""
+        most = self.limits.max_prompts
+        if prompts * n > most:
+            raise bad_request(f"{prompts} prompts, {n} times each, are above this server's limit of {most}")
+
     def salt(self, key: bytes | None, cache_salt: str | None) -> bytes:
         """The salt of a request's cache blocks: none are shared between keys, nor with a salt of the client's own."""
         words = (key or b"", b"" if cache_salt is None else b"\1" + cache_salt.encode())
@@ -177,11 +183,7 @@ class Service:
             generation.fail(EndedError(503, message))
 
     def _check_size(self, request: Request) -> None:
-        count, most = len(request.prompts), self.limits.max_prompts
-        if count * request.params.n > most:
-            raise bad_request(
-                f"{count} prompts, {request.params.n} times each, are above this server's limit of {most}"
-            )
+        self.check_count(len(request.prompts), request.params.n)
         for prompt in request.prompts:
             self.check_length(len(prompt))
 

@@ -1,6 +1,7 @@
 """Paths and settings that all tests share."""
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -22,6 +23,10 @@ for _name in (
     *("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_XET_CACHE"),
 ):
     os.environ.pop(_name, None)
+
+# A script's job in the background inherits that SIGINT is ignored, and so would all processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Builders of small checkpoints in several rooms' tests.
 sys.path.insert(0, str(Path(__file__).parent / "checkpoints"))

@@ -106,7 +106,9 @@ class Prepared:
         revision = f"@{self.origin.revision}" if self.origin.revision else ""
         calibrated = {}
         if self.calibration is not None:
-            calibrated["calibration"] = f"{self.calibration.name} {self.calibration.sha256[:16]}"
+            # The hash is of all samples' tokens in a row: it does not say where each ends.
+            size = f"{self.calibration.samples} samples of {self.calibration.sequence_length}"
+            calibrated["calibration"] = f"{self.calibration.name} {self.calibration.sha256[:16]}, {size} tokens"
             if self.device is not Device.CPU:
                 calibrated["device"] = self.device.value
         return {

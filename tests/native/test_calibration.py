@@ -55,6 +55,19 @@ def test_product(m: int, n: int, k: int, transposed: tuple[bool, bool]) -> None:
     assert all(torch.equal(found[0], other) for other in found)
 
 
+def test_rows_that_overlap_are_refused() -> None:
+    """Their memory ends before that of as many rows side by side."""
+    overlapping = torch.zeros(64).as_strided((4, 6), (1, 1))
+    panel = torch.zeros(4, LANES)
+    with pytest.raises(ValueError, match="float_product"):
+        EACH[0].product(torch.ones(4, 2), torch.ones(2, 6), overlapping)
+    with pytest.raises(ValueError, match="gptq_columns"):
+        EACH[0].gptq_columns(
+            overlapping[:, :4], 4, torch.ones(LANES), panel, panel.clone(), panel.clone(), panel.to(torch.int8)
+        )
+    assert not overlapping.any()
+
+
 def test_a_product_does_not_depend_on_its_other_numbers() -> None:
     """Nor on the cut of k: the whole is the chain of its parts."""
     generator = np.random.default_rng(3)

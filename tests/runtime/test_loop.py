@@ -199,3 +199,20 @@ def test_a_failing_step_is_told_and_the_loop_may_run_again(
     loop.wake()
     thread.join(WAIT)
     assert errors == ["device lost"]
+
+
+def test_a_client_that_cannot_take_a_token_ends_alone(example: LanguageModel, loop: Loop) -> None:
+    """A fault in reading one reply is no other's."""
+
+    class Faulty(Receiver):
+        def receive(self, output: StepOutput) -> bool:
+            raise ValueError("a reply that\nnobody thought of")
+
+    expected = list(example.generate(PROMPTS[0], GO).token_ids)
+    good, faulty = Receiver(), Faulty()
+    loop.add(good, Request([PROMPTS[0]], GO), frozenset())
+    loop.add(faulty, Request([PROMPTS[1]], GO), frozenset())
+    assert good.wait_for(12) == [expected]
+    with faulty.changed:
+        assert faulty.changed.wait_for(lambda: faulty.error is not None, WAIT)
+    assert "a reply that" in str(faulty.error)

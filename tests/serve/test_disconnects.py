@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from serving import Brake, Running, close_hard, read, wait_for
+from serving import SECONDS, Brake, Running, close_hard, read, wait_for
 
 from npuq.runtime import LanguageModel
 
@@ -93,15 +94,34 @@ def test_a_client_that_reads_nothing_is_given_up(
     server: Running, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its socket is full: what it asked for goes on, joined, until it is too long; others go on."""
+    import npuq.serve.protocol as protocol
     import npuq.serve.responding as responding
 
-    monkeypatch.setattr(responding, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)
     monkeypatch.setattr(responding, "events", lambda documents: b": %b\n\n" % (b"x" * (1 << 20)))
     before = server.metric("request_cancelled_total")
     connection = server.send(prompt="A text", stream=True, **ENDLESS)
     wait_for(lambda: server.metric("request_cancelled_total") == before + 1)
     connection.close()
     wait_for(server.is_idle)
+
+
+@pytest.mark.parametrize("header", ["Connection: close", "Accept: */*"])
+def test_a_document_that_nobody_reads_is_given_up(
+    server: Running, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    """With its connection: the client could hold any number of answers in memory."""
+    import npuq.serve.protocol as protocol
+    import npuq.serve.status as status
+
+    monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)
+    monkeypatch.setattr(status, "_model", lambda service, name: {"id": "x" * (32 << 20)})
+    connections = server.server.server_state.connections
+    wait_for(lambda: not connections)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        wait_for(lambda: not connections)
 
 
 def test_hard_closes_leave_the_server_as_it_was(client: openai.OpenAI, server: Running, model: LanguageModel) -> None:

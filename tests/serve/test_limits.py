@@ -116,6 +116,7 @@ HOSTILE = {
     + b"1"
     + b"}" * DEEP
     + b"}",
+    "a field's name that is no text": b'{"prompt": "x", "\xff": 1}',
     "an unfinished text": b'{"prompt": "x',
     "two documents": b'{"prompt": "x"} {}',
     "a number of a million digits": b'{"prompt": "x", "n": ' + b"9" * 1_000_000 + b"}",
@@ -249,6 +250,14 @@ def test_waiting_tokens_have_a_limit(small: Running, brake: Brake) -> None:
 def test_prompts_of_a_request_have_a_limit(small: Running) -> None:
     assert small.complete(prompt=["x", "y"], n=2).status == 400
     assert small.complete(prompt=["x", "y", "z"], max_tokens=1).status == 200
+
+
+def test_no_work_is_done_for_prompts_beyond_the_limit(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body has room for millions, and n and logprobs multiply what is kept of each."""
+    monkeypatch.setattr(small.service.model.tokenizer, "encode", None)
+    answer = small.complete(prompt=["x"] * 200, n=2, logprobs=0)
+    assert answer.status == 400
+    assert "200 prompts" in answer.error["message"]
 
 
 def test_an_answer_that_takes_too_long_ends(small: Running, brake: Brake) -> None:

@@ -55,10 +55,12 @@ static void attend_heads(const struct attention *attention, const struct place *
 static size_t span_bytes(const struct attention *attention, size_t heads) {
     const size_t width = attention->latent_width + attention->rope_width;
     const size_t tile = copies_keys(attention) ? ATTENTION_KEYS * width * size_of(attention->cache->rope.dtype) : 0;
-    return heads * width * sizeof(float) + tile;
+    /* The last query's codes, where they are longer than its rope. */
+    const size_t codes = attention->cache->latent.scale != NULL ? attention->latent_width : 0;
+    return heads * width * sizeof(float) + (tile > codes ? tile : codes);
 }
 
-/* Queries, times the softmax's scale, at the beginning of `memory`; codes pass through what is behind them. */
+/* Queries, times the softmax's scale, at the beginning of `memory`; their codes pass through what is behind each. */
 static void load_queries(const struct attention *attention, const struct span *span, void *memory) {
     const size_t all = attention->latent_width + attention->rope_width;
     float *q = memory;

@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from .tools import Tool
 
@@ -108,12 +108,13 @@ class NamedObjectCall:
         try:  # with its keys in another order
             call = json.loads(self._text)
             name, arguments = call["name"], call.get("arguments", {})
+            text = _as_json(arguments)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return ""
         if not isinstance(name, str) or re.fullmatch(_NAME, name) is None or not isinstance(arguments, dict):
             return ""
         self.head = Head(new_id(), name)
-        return json.dumps(arguments, ensure_ascii=False)
+        return text
 
 
 class KeyValueCall:
@@ -148,7 +149,7 @@ class KeyValueCall:
         if (inside, marker) != self._value:
             return ""
         before, self._opened = ", " if self._opened else "{", True
-        return f"{before}{json.dumps(self._last_key, ensure_ascii=False)}: {self._json_of(self._text)}"
+        return f"{before}{_as_json(self._last_key)}: {self._json_of(self._text)}"
 
     def end(self) -> str:
         self._find_head()
@@ -164,10 +165,10 @@ class KeyValueCall:
         schema = properties.get(self._last_key) if isinstance(properties, Mapping) else None
         if not (isinstance(schema, Mapping) and schema.get("type") == "string"):
             try:
-                return json.dumps(json.loads(text), ensure_ascii=False)
+                return _as_json(json.loads(text))
             except (ValueError, RecursionError):
                 pass
-        return json.dumps(text, ensure_ascii=False)
+        return _as_json(text)
 
 
 class ObjectScanner:
@@ -197,6 +198,15 @@ class ObjectScanner:
                     self._closed = True
                     return text[: place + 1]
         return text
+
+
+def _as_json(value: Any) -> str:
+    r"""JSON of what the model wrote. Raises ValueError for numbers that JSON does not have (NaN, 1e999).
+
+    Characters stay as they are, unless one is half of a pair (`"\ud800"` is JSON, but no UTF-8 can be made of it).
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if re.search("[\ud800-\udfff]", text) is None else json.dumps(value, allow_nan=False)
 
 
 def new_id() -> str:

@@ -139,10 +139,10 @@ class ReplyFormat:
 def _ends_with(marker: str, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     wanted, end = marker.encode(), b""
     for token in reversed(prompt):
-        end = tokenizer.token_bytes(token) + end
-        if len(end.rstrip()) >= len(wanted):
+        end = (tokenizer.token_bytes(token) + end).rstrip()  # at once: a prompt may end in a million spaces
+        if len(end) >= len(wanted):
             break
-    return end.rstrip().endswith(wanted)
+    return end.endswith(wanted)
 
 
 PLAIN: Final = ReplyFormat()

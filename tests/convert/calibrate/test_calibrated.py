@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from npuq.convert.calibrate.layers.linears import JobResult, Linears
 from npuq.convert.calibrate.layers.smooth import norm_quotient, rounded
 from npuq.convert.calibrate.memory import calibrated_budget, expert_bytes
 from npuq.convert.plan.memory import Budget
+from npuq.convert.plan.prepare import prepare
 from npuq.errors import CalibrationError, CheckpointError, ConversionError, RecipeError
 from npuq.formats.schemes import Scheme, dequantize, quantize_rows
 from npuq.models.config import ModelConfig
@@ -139,6 +141,15 @@ def test_other_arguments_are_refused(rig, source, texts, tmp_path):
     changed = {"method": CHAIN, "calibration": [str(texts), 9, LENGTH]}
     answer = rig(source, tmp_path / "out", options=changed)
     assert answer["kind"] == "ConversionError" and "calibration" in answer["error"]
+
+
+def test_the_same_tokens_in_samples_of_another_length_are_other_samples(source, texts):
+    prepared = prepare(source, "w4a8", "gptq", 10**9, CalibrationText(str(texts), 8, LENGTH))
+    calibration = prepared.calibration
+    halves = replace(calibration, tokens=calibration.tokens.view(16, LENGTH // 2))
+    other = replace(prepared, calibration=halves).identity
+    prepared.checkpoint.close()
+    assert [key for key, value in prepared.identity.items() if other[key] != value] == ["calibration"]
 
 
 def test_experts_that_nobody_chose_are_data_free_and_listed(write, texts, tmp_path):

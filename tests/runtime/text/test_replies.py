@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,20 @@ def test_qwens_object_in_another_order(with_markers: Tokenizer) -> None:
     assert (called[0].name, called[0].arguments) == ("weather", '{"n": "é"}')
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", r'"\ud83d"', r'["\udc00"]'])
+def test_arguments_are_json_that_can_be_sent(with_markers: Tokenizer, value: str) -> None:
+    """Python reads numbers that JSON does not have, and halves of characters that UTF-8 does not have."""
+    glm = f"<tool_call>find.all\n<arg_key>n</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>"
+    qwen = f'<tool_call>{{"arguments": {{"n": {value}}}, "name": "find.all"}}</tool_call>'
+    for name, text in (("glm-4.5", glm), ("qwen3", qwen)):
+        reply = Reply(with_markers, [0], format=format_of(with_markers, name))
+        _, content, called, _ = read(reply, with_markers.encode(text, special=False))
+        assert bool(called) != (value in content)
+        for call in called:
+            call.arguments.encode("utf-8")
+            json.loads(call.arguments, parse_constant=pytest.fail)
+
+
 # ---- where reasoning is ----------------------------------------------------------------------------------------------
 
 
@@ -311,3 +326,12 @@ def test_an_unknown_format_is_refused(with_markers: Tokenizer) -> None:
 def test_tools_of_a_request() -> None:
     given = [{"type": "function", "function": {"name": "a", "parameters": {"x": 1}, "strict": True}}, {"name": "b"}]
     assert offered_tools([*given, {"type": "web_search"}]) == (Tool("a", {"x": 1}, True), Tool("b", {}, False))
+
+
+def test_a_prompt_may_end_in_any_number_of_spaces(with_markers: Tokenizer) -> None:
+    """They are looked through in linear time: an event loop waits for it."""
+    space = with_markers.encode("\n", special=False)
+    prompt = [*with_markers.encode("<think>", special=False), *space * 300_000]
+    began = time.process_time()
+    assert format_of(with_markers, "qwen3").begins_inside_reasoning(with_markers, prompt)
+    assert time.process_time() - began < 3
