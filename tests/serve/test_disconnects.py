@@ -22,7 +22,8 @@ def test_a_client_that_leaves_ends_its_request(server: Running, brake: Brake, st
     """In the queue, in the middle of its prompt and while it is answered: its blocks are free within two steps."""
     before = server.metric("request_cancelled_total")
     engine = server.service.model.engine
-    connection = server.send(prompt=LONG * 7, stream=stream, **ENDLESS)  # more than a step takes
+    prompt = f"{phase} {stream} {LONG * 7}"  # more than a step takes, and nothing that the cache has of another test
+    connection = server.send(prompt=prompt, stream=stream, **ENDLESS)
     brake.wait()  # before the first step
     (sequence,) = engine.scheduler._waiting
     if phase != "queue":
@@ -85,7 +86,7 @@ def test_a_neighbours_text_is_the_same(client: openai.OpenAI, server: Running, m
             ]
         finally:
             ended.set()
-        assert sum(each.result() for each in disturbing) > 4
+        assert all(each.result() for each in disturbing)
     assert [text.choices[0].text for text in texts] == [alone.text] * 4
     wait_for(server.is_idle)
 
