@@ -128,7 +128,7 @@ class CpuMemory:
         if part.entry.kind in ("norm", "layer_norm", "vector"):
             itemsize = compute if part.entry.kind == "norm" else _FLOAT32
             return Bytes(itemsize * values) if stored.itemsize == itemsize else Bytes(copied=itemsize * values)
-        if not stored.mapped:
+        if not stored.mapped or part.entry.kind == "bias":  # biases of q, k and v are joined
             return Bytes(copied=compute * values)
         codes = _code_bytes(stored.scheme, values, stored.itemsize)
         columns = {Scheme.FLOAT: 0, Scheme.W8A8_STATIC: 2 * _FLOAT32}.get(stored.scheme, _FLOAT32)

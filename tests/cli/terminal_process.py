@@ -53,7 +53,7 @@ class TerminalProcess:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline and self.read(1.0):
             continue
-        return self._process.wait(1)
+        return self._process.wait(SECONDS)
 
     def kill(self) -> None:
         """End it, if it runs still."""

@@ -72,7 +72,8 @@ def test_no_worker_outlives_the_conversion(v3_source: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(pipeline, "Workspace", Slow)
     convert_checkpoint(v3_source, tmp_path / "out", method="minmax", workers=2)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("npuq-")]
+    names = {thread.name for thread in threading.enumerate() if thread.name.startswith("npuq-")}
+    assert names <= {"npuq-engine"}  # of a server that other tests share
 
 
 def test_a_workspace_gives_the_same_memory_again() -> None:
