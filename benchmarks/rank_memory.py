@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(model: Path, layout: str, ranks: int, out: Path) -> list[dict[str, dict[str, int]]]:
-    """What each rank of a launch had in memory."""
+    """Memory of each rank of a launch."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(WORKER)]
     arguments = [str(model), layout if ranks > 1 else "auto", str(out), "4", "1000"]
     subprocess.run([*command, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -82,7 +82,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is asked. prompt: characters. conversation: tokens of the first turn."""
+    """Sizes of the requests. prompt: characters. conversation: tokens of the first turn."""
 
     text: str
     prompt: int

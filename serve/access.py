@@ -102,7 +102,7 @@ def _without_port(host: str) -> str:
 
 @dataclass
 class Record:
-    """What is known of a request: for the log."""
+    """Facts of a request, for the log."""
 
     id: str
     key: bytes | None = None

@@ -17,7 +17,7 @@ StopText = Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_STOP_CHARAC
 
 
 class StreamOptions(msgspec.Struct):
-    """What a stream has beside its chunks."""
+    """Options of a stream beside its chunks."""
 
     include_usage: bool | None = None
 

@@ -60,7 +60,7 @@ class Metrics:
 
 
 class _EngineNumbers(Collector):
-    """What the engine knows by itself, read when it is asked for."""
+    """Figures that the engine keeps, read at each scrape."""
 
     def __init__(self, engine: Engine):
         self._engine = engine

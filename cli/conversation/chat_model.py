@@ -23,7 +23,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ending:
-    """What is known when an answer has ended. Counts are None where the model does not tell them.
+    """Facts of an answer that has ended. Counts are None where the model does not tell them.
 
     cached_tokens: those of the prompt whose keys and values the prefix cache held.
     """
@@ -39,7 +39,7 @@ class Reply(Iterator[Delta], Protocol):
 
     @property
     def ending(self) -> Ending:
-        """What is known of the end, after the last delta."""
+        """Facts of the end, after the last delta."""
 
     def stop(self) -> None:
         """End the answer soon, from a signal handler: return, or raise StopReply."""

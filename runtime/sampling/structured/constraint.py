@@ -21,7 +21,7 @@ _MOST_SCHEMA_CHARACTERS: Final = 1 << 16
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a reply must be.
+    """The form that a reply must have.
 
     schema: JSON schema of its content; None: any text. calls: "none", "allowed" or "required" of the format's tools.
     parallel: several calls may come. first_call: number of the reply's first call, counted over the conversation.
