@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from npuq.convert.finish.side_files import side_files
+from npuq.dtypes import ITEM_BYTES
 from npuq.errors import CheckpointError, NpuqError
 from npuq.formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from npuq.formats.safetensors import ITEM_BYTES, encode_header
+from npuq.formats.safetensors import encode_header
 from npuq.formats.sources.opening import open_weights
 from npuq.formats.sources.weights import WeightSource
 from npuq.models.config import ModelConfig

@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from ..dtypes import torch_dtype
 from ..engines.requirements import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import KV_CACHE_NAME, ROPE_NAME
 from ..formats.kv_cache import load_scales
 from ..formats.rope_file import load_rope
-from ..formats.safetensors import DTYPES
 from ..formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, Scheme
 from ..formats.sources.stored_linear import StoredLinear
 from ..formats.sources.weights import Weight, WeightSource
@@ -84,7 +85,7 @@ def _float_problems(weight: Weight, spec: Spec, source: WeightSource | None) -> 
     if not spec.shape or not (known or source is not None):
         return
     for start, stop in _ranges(spec):
-        rows = weight.rows(start, stop).to(DTYPES[weight.float_code])
+        rows = weight.rows(start, stop).to(torch_dtype(weight.float_code))
         if known and not torch.isfinite(rows).all():
             yield f"tensor {spec.name!r} holds infinities or NaN"
             return
@@ -132,9 +133,9 @@ def _rope(subject: Subject) -> Iterator[str]:
             yield f"{ROPE_NAME}: {key} is {stored.metadata.get(key)!r} and must be {value!r}"
     for name, table, expected in (("cos", stored.cos, fresh.cos), ("sin", stored.sin, fresh.sin)):
         # Written so that NaN counts as wrong.
-        right = ((table - expected).abs() <= _ROPE_TOLERANCE * expected.abs().max()).all(1)
+        right = (np.abs(table - expected) <= _ROPE_TOLERANCE * np.abs(expected).max()).all(1)
         if not right.all():
-            position = int((~right).nonzero()[0, 0])
+            position = int(np.flatnonzero(~right)[0])
             yield f"{ROPE_NAME}: {name} at position {position} differs from its recomputation"
 
 
