@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ..deferred import torch
-from ..native.library import library
+from ..native import library as native
 from ..native.quantization import MOST_COLUMNS
 from ..quant.scales import Method, scale_rows
 from ..quant.stored_rows import StoredRows
@@ -143,7 +143,7 @@ def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_p
 
 def is_native(scheme: Scheme, columns: int) -> bool:
     """True where the native kernels are built and quantize rows of this many columns."""
-    return scheme is not Scheme.W8A8_STATIC and 0 < columns <= MOST_COLUMNS and library() is not None
+    return scheme is not Scheme.W8A8_STATIC and 0 < columns <= MOST_COLUMNS and native.library() is not None
 
 
 def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:

@@ -17,6 +17,12 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+def one_thread_of_imported_torch() -> None:
+    """As `one_torch_thread`, but nothing where torch is not imported."""
+    if is_imported():
+        one_torch_thread()
+
+
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
     """Limit torch to one thread within the context, whose caller runs threads itself.

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"hub", "formats", "models", "native", "quant"},
     "convert": {"runtime", "engines", "recipes", "formats", "models", "native", "quant"},
     # An evaluation's record is the runtime's.
-    "verification": {"runtime", "engines", "recipes", "formats", "models", "quant"},
+    "verification": {"runtime", "engines", "recipes", "formats", "models", "native", "quant"},
     "hub": {"formats"},
     "serve": {"runtime"},
     "report": {"verification", "formats", "models"},

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from ..deferred import torch
 from ..dtypes import torch_dtype
 from ..engines.requirements import fused_pairs
 from ..errors import ArtifactError, CheckpointError, NpuqError
@@ -23,9 +23,11 @@ from ..models.roles import Role
 from ..models.rope import rope_tables
 from ..models.tensors import Spec
 from ..parallel.pool import Pool
+from ..parallel.torch_threads import one_torch_thread
 from ..progress import LayersLeft, Progress, Task
 from ..quant.stored_rows import row_ranges
 from ..quant.weight_error import ErrorSums, row_sums
+from .native_check import is_right_float, right_linear
 from .source import Original
 from .subject import Subject
 
@@ -72,12 +74,28 @@ def _check(subject: Subject, spec: Spec, source: WeightSource | None) -> WeightC
         weight = subject.weight(spec)
         if weight is None:
             return WeightCheck(spec)  # named by the stage *structure*
+        right = _right(weight, spec, source) if subject.is_own else None
+        if right is not None:
+            return right
+        one_torch_thread()
         if weight.linear is not None:
             return _check_linear(weight.linear, spec, source, exact=subject.is_own)
         # Another tool may have rewritten the weights that it left float.
         return WeightCheck(spec, tuple(_float_problems(weight, spec, source if subject.is_own else None)))
     except CheckpointError as error:
         return WeightCheck(spec, (str(error),))
+
+
+def _right(weight: Weight, spec: Spec, source: WeightSource | None) -> WeightCheck | None:
+    """The check of a weight in which the native kernels find nothing wrong; None where they do, or cannot read it."""
+    theirs = None if source is None else source.weights[spec.name]
+    if weight.linear is not None:
+        sums = right_linear(weight.linear, theirs)
+        return None if sums is None else WeightCheck(spec, sums=None if theirs is None else sums)
+    if not spec.shape or spec.role is Role.OTHER:
+        return None
+    expected = None if theirs is None else "F32" if spec.kept_dtype is not None else theirs.float_code
+    return WeightCheck(spec) if is_right_float(weight, theirs, expected) else None
 
 
 def _float_problems(weight: Weight, spec: Spec, source: WeightSource | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from ...formats.digests import Digest
 from ...formats.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
 from ...formats.sources.weights import RowBytes, Weight, not_finite
 from ...models.roles import Role
-from ...native.library import library
+from ...native import library as native
 from ...native.quantization import MOST_COLUMNS, NUMBERS, NativeRows, Quantizer, are_finite, decode_rows
 from ...quant.scales import Method, NonFiniteError
 from ...quant.stored_rows import row_ranges
@@ -44,7 +44,7 @@ def runs_natively(job: Job) -> bool:
     if job.scheme is not Scheme.FLOAT:
         return is_native(job.scheme, job.columns)
     # An unknown tensor may hold infinities, which the kernels refuse.
-    return job.role is not Role.OTHER and job.columns > 0 and library() is not None
+    return job.role is not Role.OTHER and job.columns > 0 and native.library() is not None
 
 
 def run_native(
