@@ -70,7 +70,7 @@ NPUQ_API int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_
                                 int32_t mse, int64_t bias_columns, int8_t *codes, float *scale, float *bias,
                                 double *error, double *norm, int64_t *bad_row);
 
-/* Decode rows to a float dtype, each value rounded once; out NULL: only look at them. NPUQ_NOT_FINITE: row *bad_row holds
+/* Decode rows to F32 or BF16, each value rounded once; out NULL: only look at them. NPUQ_NOT_FINITE: row *bad_row holds
  * an infinity or NaN, there or in out_dtype. */
 NPUQ_API int npuq_decode_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t out_dtype,
                               void *out, int64_t *bad_row);

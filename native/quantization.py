@@ -27,6 +27,8 @@ NUMBERS: Final = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "U8": 6}
 # The widest row that `quantize_rows` takes: its sums are exact up to here.
 MOST_COLUMNS: Final = 1 << 17
 MOST_BIAS_COLUMNS: Final = 16
+# The dtypes that `decode_rows` makes.
+DECODED: Final = ("F32", "BF16")
 
 NO_MEMORY, NOT_FINITE, BAD_SIZE, BAD_INDEX = 1, 2, 3, 4
 
@@ -132,10 +134,9 @@ class Quantizer:
 
 
 def decode_rows(stored: SourceRows, dtype: str, out: NDArray[Any] | None, level: str | None = None) -> None:
-    """Decode stored rows [R, K] to `out` [R, K], an array with the bits of a float dtype (`dtypes.array_dtype`), each
-    value rounded once; None: only look at them.
+    """Decode stored rows [R, K] to `out` [R, K], an array with the bits of F32 or BF16 (`dtypes.array_dtype`).
 
-    The numbers are those of `StoredRows.to`. Raises NonFiniteError for an infinity or NaN, stored or in `dtype`.
+    Each value is rounded once; without `out` they are only looked at. The numbers are those of `StoredRows.to`. Raises NonFiniteError for an infinity or NaN, stored or in `dtype`.
     """
     name, found, rows, columns = "decode_rows", _library(), stored.memory.shape[0], stored.columns
     source, bad_row = _source(name, stored), c_int64()
@@ -163,7 +164,7 @@ def are_finite(memory: NDArray[np.uint8], dtype: str) -> bool:
     try:
         for part in (memory[:whole].reshape(-1, width), memory[whole:].reshape(1, -1)):
             if part.size:
-                decode_rows(SourceRows(part, dtype), dtype, None)
+                decode_rows(SourceRows(part, dtype), "F32", None)
     except NonFiniteError:
         return False
     return True
@@ -197,6 +198,8 @@ def compare_rows(
     source = None if stored is None else _source(name, stored)
     if stored is not None:
         _rows_with_scales(name, stored, rows)
+    if not 0 <= sum_columns <= MOST_BIAS_COLUMNS:
+        raise ValueError(f"{name}: {sum_columns} sums a row; there are up to {MOST_BIAS_COLUMNS}")
     result = Compared(np.zeros((rows, sum_columns), np.int32), np.zeros(rows), np.zeros(rows))
     status = call(
         found,

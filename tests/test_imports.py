@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What every room may import. Of these, each may import those before it.
-FLOOR = ("errors", "units", "choices", "progress", "inputs", "parallel")
+FLOOR = ("errors", "units", "choices", "progress", "inputs", "deferred", "dtypes", "parallel")
 # Room → the other rooms that it may import.
 ALLOWED: dict[str, set[str]] = {
     "quant": set(),

@@ -16,7 +16,15 @@ from ..formats.schemes import BIAS, OFFSET, SCALE, WEIGHT, is_native
 from ..formats.sources.stored_linear import Codes, StoredLinear
 from ..formats.sources.weights import RowBytes, Weight
 from ..native import library as native
-from ..native.quantization import MOST_BIAS_COLUMNS, MOST_COLUMNS, NUMBERS, are_finite, compare_rows, decode_rows
+from ..native.quantization import (
+    DECODED,
+    MOST_BIAS_COLUMNS,
+    MOST_COLUMNS,
+    NUMBERS,
+    are_finite,
+    compare_rows,
+    decode_rows,
+)
 from ..quant.scales import NonFiniteError
 from ..quant.stored_rows import row_ranges
 from ..quant.weight_error import ErrorSums
@@ -97,7 +105,7 @@ def is_right_float(weight: Weight, source: Weight | None, expected: str | None) 
     if source is not None and (theirs is None or theirs.dtype not in NUMBERS):
         return False
     decoded = theirs is not None and theirs.dtype != stored.dtype
-    if decoded and columns > MOST_COLUMNS:
+    if decoded and (stored.dtype not in DECODED or columns > MOST_COLUMNS):
         return False
     for start, stop in row_ranges(rows, columns, _CHUNK_ELEMENTS, 1 if source is None else source.block_rows):
         ours = _read(stored, rows, start, stop, "codes")

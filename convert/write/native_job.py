@@ -19,7 +19,7 @@ from ...formats.schemes import BIAS, SCALE, WEIGHT, Scheme, is_native
 from ...formats.sources.weights import RowBytes, Weight, not_finite
 from ...models.roles import Role
 from ...native import library as native
-from ...native.quantization import MOST_COLUMNS, NUMBERS, NativeRows, Quantizer, are_finite, decode_rows
+from ...native.quantization import DECODED, MOST_COLUMNS, NUMBERS, NativeRows, Quantizer, are_finite, decode_rows
 from ...quant.scales import Method, NonFiniteError
 from ...quant.stored_rows import row_ranges
 from ...quant.weight_error import ErrorSums
@@ -58,7 +58,8 @@ def run_native(
         return None
     if job.scheme is not Scheme.FLOAT:
         return _quantized(job, weight, stored, files, workspace, stop)
-    if stored.dtype != job.outputs[0].dtype and job.columns > MOST_COLUMNS:
+    code = job.outputs[0].dtype
+    if stored.dtype != code and (code not in DECODED or job.columns > MOST_COLUMNS):
         return None
     return _decoded(job, weight, stored, files, workspace, stop)
 

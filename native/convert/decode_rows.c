@@ -7,7 +7,7 @@
 int npuq_decode_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t out_dtype, void *out,
                      int64_t *bad_row) {
     const struct kernels *kernels = kernels_of(level);
-    if (kernels == NULL || !is_readable(source, rows, cols) || !is_float(out_dtype)) return NPUQ_BAD_SIZE;
+    if (kernels == NULL || !is_readable(source, rows, cols) || !computes(out_dtype)) return NPUQ_BAD_SIZE;
     const size_t n = (size_t)cols, wide = (n + 63) / 64 * 64;
     float *w = aligned_alloc(64, wide * sizeof *w);
     if (w == NULL) return NPUQ_NO_MEMORY;
