@@ -136,7 +136,8 @@ class Quantizer:
 def decode_rows(stored: SourceRows, dtype: str, out: NDArray[Any] | None, level: str | None = None) -> None:
     """Decode stored rows [R, K] to `out` [R, K], an array with the bits of F32 or BF16 (`dtypes.array_dtype`).
 
-    Each value is rounded once; without `out` they are only looked at. The numbers are those of `StoredRows.to`. Raises NonFiniteError for an infinity or NaN, stored or in `dtype`.
+    Each value is rounded once; without `out` they are only looked at. The numbers are those of `StoredRows.to`. Raises
+    NonFiniteError for an infinity or NaN, stored or in `dtype`.
     """
     name, found, rows, columns = "decode_rows", _library(), stored.memory.shape[0], stored.columns
     source, bad_row = _source(name, stored), c_int64()
