@@ -11,9 +11,9 @@ round, and its least and greatest; processor seconds a GB of source (other work 
 workers, they are the time of a quiet machine); and peak anonymous memory of the process, torch included (the rest of
 its resident memory is mapped files).
 
---profile adds a run with one worker for each method, and the seconds that its thread was in each part: reading, the
-kernel, digests of what was read and written (XXH3), writing, and the shards' SHA-256. "other" is the rest of the run:
-planning, Python between the parts, the last sync. On a busy machine, all parts grow alike: read the shares.
+--profile adds a run with one worker for each method, and the processor seconds that its thread spent in each part:
+reading, the kernel, digests of what was read and written (XXH3), writing, and the shards' SHA-256. "other" is the rest
+of the process: planning, Python between the parts, the ends.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
     for row in rows if options.profile else []:
         parts = row["profile"]
         shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
-        print(f"{row['directory']} {row['method']}, one worker, {sum(parts.values()):.2f} s: {shares}")
+        print(f"{row['directory']} {row['method']}, one worker, {sum(parts.values()):.2f} CPU s: {shares}")
 
 
 def write_source(directory: Path, experts: int, kind: str) -> None:
@@ -204,16 +204,16 @@ PARTS: dict[str, tuple[type, str]] = {
 
 
 def profile(source: Path, method: str, shard_size: int) -> dict[str, float]:
-    """Seconds of a conversion with one worker, by part."""
+    """Processor seconds of a conversion with one worker, by part."""
     seconds = dict.fromkeys(PARTS, 0.0)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started = time.thread_time()
             try:
                 return function(*args, **options)
             finally:
-                seconds[part] += time.perf_counter() - started
+                seconds[part] += time.thread_time() - started
 
         return call
 
@@ -221,9 +221,9 @@ def profile(source: Path, method: str, shard_size: int) -> dict[str, float]:
     with ExitStack() as patches:
         for part, (owner, name) in PARTS.items():
             patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
-        started = time.perf_counter()
+        started = time.process_time()
         convert_checkpoint(source, output, method=method, workers=1, max_shard_size=shard_size)
-        whole = time.perf_counter() - started
+        whole = time.process_time() - started
     shutil.rmtree(output)
     return {**seconds, "other": whole - sum(seconds.values())}
 
