@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..dtypes import ITEM_BYTES, array_dtype
+from ..dtypes import FLOAT_CODES, array_dtype
 from ..formats.schemes import BIAS, OFFSET, SCALE, WEIGHT, is_native
 from ..formats.sources.stored_linear import Codes, StoredLinear
 from ..formats.sources.weights import RowBytes, Weight
@@ -96,7 +96,7 @@ def is_right_float(weight: Weight, source: Weight | None, expected: str | None) 
     """True where a float weight is finite, and its bits are the source's in the dtype `expected`; False where something
     is wrong, or the kernels do not read one of them. Raises CheckpointError."""
     stored = weight.row_bytes()
-    if native.library() is None or stored is None or stored.dtype not in ITEM_BYTES or stored.scale is not None:
+    if native.library() is None or stored is None or stored.dtype not in FLOAT_CODES:
         return False
     rows, columns = weight.shape[0], int(np.prod(weight.shape[1:], dtype=np.int64))
     theirs = None if source is None else source.row_bytes()

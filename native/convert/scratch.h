@@ -2,7 +2,7 @@
 #ifndef NPUQ_CONVERT_SCRATCH_H
 #define NPUQ_CONVERT_SCRATCH_H
 
-#include "convert/int4_mse.h"
+#include "convert/mse/int4_mse.h"
 
 /* A row in one scratch: as a search for int8 codes and as ones for int4 codes want it. */
 struct convert_memory {

@@ -137,8 +137,8 @@ def test_both_config_dialects_give_the_same_tables(name: str, config: dict[str, 
     new = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
     new["rope_parameters"] = {**SCALINGS[name], "rope_theta": config["rope_theta"]}
     first, second = (rope_tables(ModelConfig.from_dict(value)) for value in (old, new))
-    assert torch.equal(first.cos, second.cos)
-    assert torch.equal(first.sin, second.sin)
+    assert np.array_equal(first.cos, second.cos)
+    assert np.array_equal(first.sin, second.sin)
     assert first.metadata == second.metadata
 
 

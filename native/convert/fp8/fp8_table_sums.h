@@ -2,7 +2,7 @@
 #ifndef NPUQ_CONVERT_FP8_FP8_TABLE_SUMS_H
 #define NPUQ_CONVERT_FP8_FP8_TABLE_SUMS_H
 
-#include "convert/mse_breakpoints.h"
+#include "convert/mse/mse_breakpoints.h"
 #include "convert/fp8/fp8_tables.h"
 
 /* The places in a segment's table of the first magnitudes at or above the eight thresholds of half scale h; what is far

@@ -199,7 +199,7 @@ def test_a_dry_run_beside_a_run(v3_source, tmp_path, rig):
 
 def test_a_dry_run_changes_nothing(v3_source, rig, tmp_path, tree):
     output, options = tmp_path / "out", {"method": "minmax", "max_shard_size": 60_000}
-    assert rig(v3_source, output, options=options, kill_at=100, slow=0.001, calls=["pwrite"])["killed"]
+    assert rig(v3_source, output, options=options, kill_at=100, slow=0.01, calls=["pwrite"])["killed"]
     with (output / "npuq" / "progress.jsonl").open("ab") as journal:
         journal.write(b'{"jobs": torn')
     before = tree(output)

@@ -2,10 +2,10 @@
  * states of the whole row at some twenty scales, and no branch depends on a single weight.
  *
  * Every step on scales is one float64 operation at a time, in the order of the torch version; the sums are integers. */
-#ifndef NPUQ_CONVERT_INT8_MSE_H
-#define NPUQ_CONVERT_INT8_MSE_H
+#ifndef NPUQ_CONVERT_MSE_INT8_MSE_H
+#define NPUQ_CONVERT_MSE_INT8_MSE_H
 
-#include "convert/mse_breakpoints.h"
+#include "convert/mse/mse_breakpoints.h"
 #include "convert/magnitude_planes.h"
 
 enum {

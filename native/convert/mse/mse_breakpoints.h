@@ -1,7 +1,7 @@
 /* The last step of both searches for a row's best scale: every breakpoint inside a window of scales is collected, ordered
  * by its exact integer κ, and walked. quant/optimal_scale.py has the mathematics. */
-#ifndef NPUQ_CONVERT_MSE_BREAKPOINTS_H
-#define NPUQ_CONVERT_MSE_BREAKPOINTS_H
+#ifndef NPUQ_CONVERT_MSE_MSE_BREAKPOINTS_H
+#define NPUQ_CONVERT_MSE_MSE_BREAKPOINTS_H
 
 #include <stdlib.h>
 

@@ -12,10 +12,10 @@
  * window reaches z beyond the mark.
  *
  * Where a mark's A is only known within limits, its upper one goes into bounds and its lower one into the best state's. */
-#ifndef NPUQ_CONVERT_INT4_MSE_WINDOW_H
-#define NPUQ_CONVERT_INT4_MSE_WINDOW_H
+#ifndef NPUQ_CONVERT_MSE_INT4_MSE_WINDOW_H
+#define NPUQ_CONVERT_MSE_INT4_MSE_WINDOW_H
 
-#include "convert/mse_breakpoints.h"
+#include "convert/mse/mse_breakpoints.h"
 #include "convert/magnitude_planes.h"
 #include "convert/fp8/fp8_table_sums.h"
 

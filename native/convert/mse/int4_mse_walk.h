@@ -1,9 +1,9 @@
 /* int4 by least squared error, second step: a walk over the window of scales. It finds the weights that change their code
  * inside the window, and the best state. */
-#ifndef NPUQ_CONVERT_INT4_MSE_WALK_H
-#define NPUQ_CONVERT_INT4_MSE_WALK_H
+#ifndef NPUQ_CONVERT_MSE_INT4_MSE_WALK_H
+#define NPUQ_CONVERT_MSE_INT4_MSE_WALK_H
 
-#include "convert/int4_mse_window.h"
+#include "convert/mse/int4_mse_window.h"
 
 /* How far its ends may be apart at most: |w| / 2h in the middle is within 0.47 of m − ½. */
 #define WALKED_RATIO 1.125

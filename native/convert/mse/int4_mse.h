@@ -3,11 +3,11 @@
  * inside it (int4_mse_walk.h, mse_breakpoints.h).
  *
  * States are exact integers and are compared by A² / B in float64, as in the torch version: the results are equal. */
-#ifndef NPUQ_CONVERT_INT4_MSE_H
-#define NPUQ_CONVERT_INT4_MSE_H
+#ifndef NPUQ_CONVERT_MSE_INT4_MSE_H
+#define NPUQ_CONVERT_MSE_INT4_MSE_H
 
-#include "convert/int8_mse.h"
-#include "convert/int4_mse_walk.h"
+#include "convert/mse/int8_mse.h"
+#include "convert/mse/int4_mse_walk.h"
 
 /* The state of a search that is kept from row to row. */
 struct optimal_scratch {
