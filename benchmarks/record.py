@@ -57,7 +57,7 @@ class Benchmark:
 
 BENCHMARKS: dict[str, Benchmark] = {
     "convert": Benchmark(
-        "convert.py --rounds 3 --profile", "convert.py --rounds 2 --experts 8 --shards 1 --directory build", 240
+        "convert.py --rounds 3 --profile", "convert.py --rounds 2 --experts 16 --shards 1 --directory build", 240
     ),
     "first-token": Benchmark("first_token.py --repeat 5", "first_token.py --repeat 1", 150),
     "kernels": Benchmark("kernels.py --rounds 3", "kernels.py --rounds 1 --repeat 2", 240),
