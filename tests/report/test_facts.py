@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from report_support import CALIBRATION, EVALUATION, edit_json
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from npuq.errors import ArtifactError, CheckpointError
 from npuq.formats.checkpoint import Checkpoint
+from npuq.formats.safetensors import TensorInfo
 from npuq.report import read_facts
 from npuq.report.calibration import read_coverage
 from npuq.report.linears import LinearFacts
@@ -80,8 +80,11 @@ def test_every_scale_is_counted_once(values: list[float]) -> None:
         def __init__(self) -> None:
             pass
 
-        def read(self, name: str) -> torch.Tensor:
-            return torch.tensor(values)[:, None]
+        def info(self, name: str) -> TensorInfo:
+            return TensorInfo(name, "F32", (len(values), 1), Path("a.safetensors"), 0, 4 * len(values))
+
+        def read_array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+            return np.array(values, np.float32)[:, None]
 
     linear = LinearFacts("a.weight", "attention", "W8A8_DYNAMIC", 0, None, "a", 0.1, None)
     (histogram,) = scale_histograms(Stored(), [linear, linear])
