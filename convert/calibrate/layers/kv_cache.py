@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ....deferred import torch
 from ....formats.kv_cache import latent_codes, storable_scale
 from ....parallel.pool import Pool
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Fractions of the largest value: a scale may clip a few values for the precision of the others.
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
