@@ -52,7 +52,10 @@ def main() -> None:
 
 def lines() -> Iterator[str]:
     """The lines of the table, in Markdown."""
-    yield "| model | source | artifact | disk | disk from the hub | memory | minutes | 64 GB NPUs | npuq's ranks | cache tokens |"
+    columns = (
+        "source | artifact | disk | disk from the hub | memory | minutes | 64 GB NPUs | npuq's ranks | cache tokens"
+    )
+    yield f"| model | {columns} |"
     yield f"|---|---|{'---:|' * 5}---:|---|---:|"
     for name, config in RELEASES.items():
         yield _model(name, config)
@@ -71,10 +74,10 @@ def _model(name: str, config: dict[str, Any]) -> str:
     ranks = "more than 16 | | " if fits is None else f"{fits.layout.ranks} | `{fits.layout}` | {fits.cache_tokens:,}"
     disk, window = plan.needed_disk_bytes / 1e9, 20.0
     memory = (plan.memory_bytes + plan.plan_bytes) / 1e9
-    minutes = plan.source_bytes / RATES[form] / 60
+    minutes = max(1, round(plan.source_bytes / RATES[form] / 60))
     return (
         f"| {name} | {plan.source_bytes / 1e9:.0f} GB {form} | {plan.output_bytes / 1e9:.0f} GB | "
-        f"{plan.source_bytes / 1e9 + disk:.0f} GB | {disk + window:.0f} GB | {memory:.2f} GB | {minutes:.0f} | {ranks} |"
+        f"{plan.source_bytes / 1e9 + disk:.0f} GB | {disk + window:.0f} GB | {memory:.2f} GB | {minutes} | {ranks} |"
     )
 
 
