@@ -3,8 +3,8 @@
 python benchmarks/guide_table.py            print it
 python benchmarks/guide_table.py --write    put it into the page
 
-Sizes, disk and memory are those of `npuq convert --dry-run` on a checkpoint with every tensor of the release, whose data
-are holes. Cards and layouts are those of `npuq doctor --plan`. Minutes are source bytes by the rates below, which
+Sizes, disk and memory are those of `npuq convert --dry-run` on a checkpoint with every tensor of the release, whose
+data are holes. Cards and layouts are those of `npuq doctor --plan`. Minutes are source bytes by the rates below, which
 benchmarks/README.md has measured on other data.
 """
 

@@ -5,7 +5,8 @@
 To try it without a hub, start the one that the tests use, and say where it is:
 
     python tests/hub/rig/loopback.py build/hub 8765 &
-    HF_ENDPOINT=http://127.0.0.1:8765 HF_TOKEN=hf_writer python examples/push.py build/careful alice/careful build/pulled
+    export HF_ENDPOINT=http://127.0.0.1:8765 HF_TOKEN=hf_writer
+    python examples/push.py build/careful alice/careful build/pulled
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Completion by the shell, as docs/command-line.md sets it up: bash really completes, zsh and fish get their scripts."""
+"""Completion by the shell, as docs/command-line.md sets it up: bash completes, zsh and fish get their scripts."""
 
 from __future__ import annotations
 
