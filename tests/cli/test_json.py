@@ -57,7 +57,6 @@ def test_every_command_that_reports_takes_json() -> None:
         ("verify", "--quiet"),
         ("report", "--quiet"),
         ("doctor",),
-        ("doctor", "--plan"),
         ("generate", "--prompt", "a", "--max-new-tokens", "1"),
     ],
     ids=lambda command: command[0],
@@ -67,6 +66,11 @@ def test_documents_have_a_schema_number_and_one_vocabulary(artifact: Path, comma
     parts = document if command[0] == "generate" else [document]
     assert isinstance(parts, list) and parts and all(part["schema"] == JSON_SCHEMA for part in parts)
     assert not {"nbytes", "bytes"} & keys(document)
+
+
+def test_a_plan_has_the_form_of_its_schema(artifact: Path) -> None:
+    _, document, _ = npuq("doctor", "--plan", artifact, "--json")
+    assert document["layouts"] and document["recommended"]
 
 
 def test_states_are_words(artifact: Path) -> None:

@@ -244,6 +244,7 @@ def test_what_commands_print_goes_through_the_console(path: Path) -> None:
     """`show`, `say` and `emit_json` alone write: they know what a terminal must not be told."""
     allowed = {
         "console": 4,  # `write` and `_to_stderr`, and those that call `write`
+        "log": 1,  # to a file, made printable there
         "main": 1,  # the version
         "generate": 3,  # completions, which are made printable for a terminal there
         "screen": 1,  # answers, which are made printable there

@@ -5,3 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli"))  # for warm.py
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs/_site"))  # for messages.py
