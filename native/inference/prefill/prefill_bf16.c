@@ -33,11 +33,11 @@ static void place_queries(const struct prefill *prefill, const struct block *blo
     }
 }
 
-static struct bf16_rows rows_at(const npuq_strided *rows, int64_t token, size_t head) {
-    return (struct bf16_rows){at(rows, token, head, NPUQ_BF16), (size_t)rows->token_stride * 2, 32};
+static struct key_rows rows_at(const npuq_strided *rows, int64_t token, size_t head) {
+    return (struct key_rows){at(rows, token, head, NPUQ_BF16), (size_t)rows->token_stride * 2, 32, 0};
 }
 
-static int all_finite(const struct bf16_rows *values, size_t count, size_t channels) {
+static int all_finite(const struct key_rows *values, size_t count, size_t channels) {
     unsigned bad = 0;
     for (size_t j = 0; j < count; j++) {
         const char *row = (const char *)values->rows + j * values->row_stride;
@@ -58,7 +58,7 @@ static float bf16_float(uint32_t bits) {
 }
 
 /* bf16_weigh where a value is no number: one that a query does not see must not meet its weight of 0. */
-static void weigh_seen(const uint32_t *weight, const struct bf16_rows *values, size_t channels, const int32_t *seen,
+static void weigh_seen(const uint32_t *weight, const struct key_rows *values, size_t channels, const int32_t *seen,
                        const float *keep, float *out) {
     for (size_t lane = 0; lane < LANES; lane++) {
         float *to = out + lane * channels;
@@ -81,8 +81,8 @@ static void attend_keys(const struct prefill *prefill, const struct block *block
     const npuq_heads *heads = prefill->heads;
     const struct kernels *kernels = prefill->kernels;
     const int64_t token = range->first + first;
-    const struct bf16_rows nope = rows_at(&heads->k_nope, token, head), rope = rows_at(&heads->k_rope, token, 0);
-    const struct bf16_rows values = rows_at(&heads->value, token, head);
+    const struct key_rows nope = rows_at(&heads->k_nope, token, head), rope = rows_at(&heads->k_rope, token, 0);
+    const struct key_rows values = rows_at(&heads->value, token, head);
     const size_t vectors = ((size_t)block->count + LANES - 1) / LANES, n = prefill->value;
     size_t from = 0;
     while (visible(prefill, range->past, (int64_t)(from + 1) * LANES - 1, first, keys) == 0) from++;
