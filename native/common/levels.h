@@ -22,10 +22,12 @@ struct attention_tile {
 };
 
 /* Keys or values. A group of 32 bytes of a row lies together: 16 channels of bf16, or 32 of int8. `group_stride` and
- * `row_stride` are in bytes. paired: values of two keys are interleaved, [groups][pairs of keys][16 channels][2] of bf16. */
+ * `row_stride` are in bytes. next: rows that come after these, in the same order, to prefetch; or NULL. paired: values of
+ * two keys are interleaved, [groups][pairs of keys][16 channels][2] of bf16. */
 struct key_rows {
     const void *rows;
     size_t row_stride, group_stride;
+    const void *next;
     int paired;
 };
 

@@ -30,22 +30,30 @@ struct tile_range {
     vf most, poison;
 };
 
-INLINE struct tile_range find_range(const float *score, size_t count, float scale, vf most, const int all, vi sees) {
-    vf high[2] = {most, most}, poison[2] = {vf_set(0), vf_set(0)};
-    for (size_t j = 0; j < count; j++) {
-        vf now = vf_load(score + 16 * j) * scale, there = now;
-        if (!all) {
-            const vi seen = sees > (int32_t)j;
-            there = (vf)(seen & (vi)now); /* 0 where not seen */
-            now = (vf)((seen & (vi)now) | (~seen & (vi)vf_set(-INFINITY)));
-        }
-        high[j % 2] = vf_max(now, high[j % 2]); /* the maximum so far where a score is no number */
-        poison[j % 2] = vf_fma(there, vf_set(0), poison[j % 2]);
+INLINE vf pick(vi mask, vf a) { return (vf)(mask & (vi)a); }
+
+INLINE void add_score(const float *score, size_t j, float scale, const int all, vi sees, vf *most, vf *poison) {
+    vf now = vf_load(score + 16 * j) * scale, there = now;
+    if (!all) {
+        const vi seen = sees > (int32_t)j;
+        there = pick(seen, now); /* 0 where not seen */
+        now = (vf)((vi)there | (~seen & (vi)vf_set(-INFINITY)));
     }
-    return (struct tile_range){vf_max(high[0], high[1]), poison[0] + poison[1]};
+    *most = vf_max(now, *most); /* the maximum so far where a score is no number */
+    *poison = vf_fma(there, vf_set(0), *poison);
 }
 
-INLINE vf pick(vi mask, vf a) { return (vf)(mask & (vi)a); }
+/* By turns in two sums, so that one need not wait for the one before it. */
+INLINE struct tile_range find_range(const float *score, size_t count, float scale, vf most, const int all, vi sees) {
+    vf high = most, other_high = most, poison = vf_set(0), other_poison = vf_set(0);
+    size_t j = 0;
+    for (; j + 2 <= count; j += 2) {
+        add_score(score, j, scale, all, sees, &high, &poison);
+        add_score(score, j + 1, scale, all, sees, &other_high, &other_poison);
+    }
+    if (j < count) add_score(score, j, scale, all, sees, &high, &poison);
+    return (struct tile_range){vf_max(high, other_high), poison + other_poison};
+}
 
 INLINE vf bf16_weight(const float *score, size_t j, float scale, vf base, const int all, vi sees) {
     const vf weight = falling_exp(vf_load(score + 16 * j) * scale - base);
@@ -64,21 +72,21 @@ INLINE void bf16_softmax_of(const float *score, size_t count, float scale, const
     const struct tile_range range = find_range(score, count, scale, before, all, sees);
     const vf base = pick(range.most != limit, range.most);
     const vi ones = (vi)vf_set(1) | ((vi)vf_set(1) >> 16);
-    vf sum[2] = {vf_set(0), vf_set(0)};
+    vf sum = vf_set(0);
     size_t j = 0;
     for (; j + 2 <= count; j += 2) {
         const vi pair = bf16_pair(bf16_weight(score, j, scale, base, all, sees), bf16_weight(score, j + 1, scale, base, all, sees));
-        sum[j / 2 % 2] = bf16_dot(sum[j / 2 % 2], pair, ones);
+        sum = bf16_dot(sum, pair, ones);
         vf_store((float *)weight + 8 * j, (vf)pair);
     }
     if (j < count) {
         const vi pair = bf16_pair(bf16_weight(score, j, scale, base, all, sees), vf_set(0));
-        sum[j / 2 % 2] = bf16_dot(sum[j / 2 % 2], pair, ones);
+        sum = bf16_dot(sum, pair, ones);
         vf_store((float *)weight + 8 * j, (vf)pair);
     }
     const vf kept = pick(before != limit, vf_exp(before - base));
     vf_store(keep, kept);
-    vf_store(total, vf_load(total) * kept + ((sum[0] + sum[1]) + range.poison));
+    vf_store(total, vf_load(total) * kept + (sum + range.poison));
     vf_store(largest, range.most);
 }
 

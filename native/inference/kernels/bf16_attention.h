@@ -18,6 +18,15 @@ INLINE vi broadcast_pair(const void *p) {
     return (vi)_mm512_set1_epi32(pair);
 }
 
+/* Fetches a group of `count` rows of those that come next, from number `first` on. Two rows or two groups share a line where
+ * they follow each other. */
+INLINE void fetch_group(const struct key_rows *rows, size_t first, size_t count, size_t group) {
+    if (rows->next == NULL || (rows->group_stride == 32 && group % 2 != 0)) return;
+    const char *at = (const char *)rows->next + group * rows->group_stride;
+    const size_t step = rows->row_stride == 32 ? 2 : 1;
+    for (size_t j = first; j < first + count; j += step) __builtin_prefetch(at + j * rows->row_stride, 0, 3);
+}
+
 /* score[j] for `keys` keys from number `first` on, repeating the last where there are fewer; `rows` vectors of rows. */
 INLINE void score_some(const uint32_t *q, const int rows, const struct key_rows *from, size_t channels, size_t first,
                        const int keys, size_t count, int add, float *score) {
@@ -32,6 +41,7 @@ INLINE void score_some(const uint32_t *q, const int rows, const struct key_rows 
     }
     for (size_t group = 0; group < channels / 16; group++) {
         const size_t offset = group * from->group_stride;
+        fetch_group(from, first, (size_t)keys, group);
         for (size_t pair = 0; pair < 8; pair++) {
             vi now[2];
 #pragma GCC unroll 2
@@ -93,7 +103,12 @@ INLINE void weigh_some(const uint32_t *weight, const struct key_rows *values, co
         for (int v = 0; v < vectors; v++) sum[r][v] = vf_load(out + row * ldout + (size_t)v * 16) * keep[row];
     }
     const char *from = (const char *)values->rows + group * values->group_stride;
+    const char *next = values->next == NULL ? NULL : (const char *)values->next + group * values->group_stride;
     for (size_t j = 0; j < count; j += 2) {
+        if (next != NULL) {
+            __builtin_prefetch(next + j * values->row_stride, 0, 3);
+            __builtin_prefetch(next + (j + 1) * values->row_stride, 0, 3);
+        }
         const size_t second = j + 1 < count ? values->row_stride : 0;
         vi both[WEIGHED_VECTORS];
 #pragma GCC unroll 4

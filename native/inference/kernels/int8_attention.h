@@ -13,7 +13,18 @@
 
 enum { WEIGHED_CODE_ROWS = 8 };
 
-INLINE vi flipped_four(const char *key) { return broadcast_pair(key) ^ (int32_t)0x80808080; }
+typedef int32_t int32_u __attribute__((aligned(1), may_alias));
+
+/* Written out: GCC 12 flips the four in a general register and broadcasts it from there, which is slower than all else here. */
+INLINE bytes flipped_four(const char *key) {
+#if defined(__AVX512VNNI__)
+    bytes codes;
+    __asm__("vpxord\t%2%{1to16%}, %1, %0" : "=v"(codes) : "v"(_mm512_set1_epi8((char)0x80)), "m"(*(const int32_u *)(const void *)key));
+    return codes;
+#else /* tests/native/avx512_emulated.h */
+    return (bytes)(broadcast_pair(key) ^ (int32_t)0x80808080);
+#endif
+}
 
 /* As score_some, of codes; `factor` and `offset` [row vectors][16]. */
 INLINE void score_codes(const uint32_t *q, const int rows, const struct key_rows *from, size_t channels, size_t first,
@@ -29,13 +40,14 @@ INLINE void score_codes(const uint32_t *q, const int rows, const struct key_rows
     }
     for (size_t group = 0; group < channels / 32; group++) {
         const size_t offset_of_group = group * from->group_stride;
+        fetch_group(from, first, (size_t)keys, group);
         for (size_t four = 0; four < 8; four++) {
             bytes now[2];
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) now[r] = load_bytes(q + ((size_t)r * (channels / 4) + group * 8 + four) * 16);
 #pragma GCC unroll 16
             for (int j = 0; j < keys; j++) {
-                const bytes codes = (bytes)flipped_four(key[j] + offset_of_group + 4 * four);
+                const bytes codes = flipped_four(key[j] + offset_of_group + 4 * four);
 #pragma GCC unroll 2
                 for (int r = 0; r < rows; r++) sum[j][r] = dot_nibbles(sum[j][r], codes, now[r]);
             }
@@ -105,7 +117,7 @@ INLINE void weigh_codes(const uint32_t *weight, const char *from, size_t count, 
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++) {
             float *to = out + (size_t)r * ldout + 16 * v;
-            vf_store(to, vf_load(to) * keep[r] + vi_float((vi)sum[r][v]) * factor[r]);
+            vf_store(to, vf_fma(vi_float((vi)sum[r][v]), vf_set(factor[r]), vf_load(to) * keep[r]));
         }
     }
 }

@@ -69,12 +69,11 @@ static void load_queries(const struct attention *attention, const struct span *s
     place_rope(attention, span, to.rope);
 }
 
-static void attend_keys(const struct attention *attention, const struct place *now, size_t heads, struct buffers *with,
-                        struct running *in) {
+static void attend_keys(const struct attention *attention, const struct place *now, const struct place *next, size_t heads,
+                        struct buffers *with, struct running *in) {
     const struct kernels *kernels = attention->kernels;
     const size_t vectors = vectors_of(heads), width = attention->latent_width;
-    const struct key_rows latent = rows_of(now->latent, now->block_size, now->first);
-    const struct key_rows rope = rows_of(now->rope, now->block_size, now->first);
+    const struct key_rows latent = latent_rows(now, next), rope = rope_rows(now, next);
     kernels->int8_scores(with->latent, vectors, &latent, width, now->keys, with->factor, with->offset, with->score);
     kernels->bf16_scores(with->rope, vectors, &rope, attention->rope_width, now->keys, 1, with->score);
     for (size_t vector = 0; vector < vectors; vector++) {
@@ -88,10 +87,12 @@ static void attend_keys(const struct attention *attention, const struct place *n
 
 static void attend_span(const struct attention *attention, const struct span *span, struct running *in, void *memory) {
     struct buffers with = buffers_of(attention, span->heads, memory);
+    struct place now = find_keys(attention, span->sequence, span->first, span->end);
     for (size_t key = span->first; key < span->end;) {
-        struct place now = find_keys(attention, span->sequence, key, span->end);
-        attend_keys(attention, &now, span->heads, &with, in);
         key += now.keys;
+        const struct place next = find_keys(attention, span->sequence, key, span->end);
+        attend_keys(attention, &now, &next, span->heads, &with, in);
+        now = next;
     }
 }
 

@@ -36,9 +36,22 @@ static inline void place_rope(const struct attention *attention, const struct sp
     }
 }
 
-/* Rows of a tile in groups of 32 bytes, from the first key on. */
-static inline struct key_rows rows_of(const char *block, size_t block_size, size_t first) {
-    return (struct key_rows){block + first * 32, 32, block_size * 32, 0};
+/* Rows of a tile in groups of 32 bytes, from the first key on; `next_block` (or NULL): where the rows after them are. */
+static inline struct key_rows rows_of(const char *block, size_t block_size, size_t first, const char *next_block, size_t next_first) {
+    return (struct key_rows){
+        .rows = block + first * 32,
+        .row_stride = 32,
+        .group_stride = block_size * 32,
+        .next = next_block == NULL ? NULL : next_block + next_first * 32,
+    };
+}
+
+static inline struct key_rows latent_rows(const struct place *now, const struct place *next) {
+    return rows_of(now->latent, now->block_size, now->first, next->latent, next->first);
+}
+
+static inline struct key_rows rope_rows(const struct place *now, const struct place *next) {
+    return rows_of(now->rope, now->block_size, now->first, next->rope, next->first);
 }
 
 #endif
