@@ -47,7 +47,7 @@ def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], p
 
     found = list(pool.map(lost, batches))
     errors, norm = sum(errors for errors, _ in found), sum(norm for _, norm in found)
-    assert isinstance(errors, Tensor)
+    assert isinstance(errors, torch.Tensor)
     least = errors.min(dim=0)
     return LatentScale(
         scales.gather(0, least.indices[None])[0], math.sqrt(float(least.values.sum()) / float(norm)) if norm else 0.0
