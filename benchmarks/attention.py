@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from machine import as_json
-from machine_limits import Clock, best, fastest_int8, random_int8
-from rounds import Figures, summary, with_spread
+from measure.machine import as_json
+from measure.machine_limits import Clock, best, fastest_int8, random_int8
+from measure.rounds import Figures, summary, with_spread
 
 from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, Keys, Lengths, Queries

@@ -38,7 +38,7 @@ ELSEWHERE = {
     r"npuq doctor --bench": "tests/runtime/diagnostics/test_bench.py",
     r"npuq doctor --tune .*": "tests/ascend/tuning",
     r'eval "\$\(_NPUQ_COMPLETE=.*|_NPUQ_COMPLETE=.*': "tests/cli/test_completion.py",
-    r"python benchmarks/quality\.py .*|python benchmarks/train_tiny\.py .*": "benchmarks/quality.py",
+    r"python benchmarks/quality/(quality|train_tiny)\.py .*": "benchmarks/quality/quality.py",
     r"(HF_ENDPOINT=.*)?python examples/\w+\.py .*": "tests/pages/test_examples.py",
     r"python tests/hub/rig/loopback\.py .*": "tests/pages/test_examples.py",
 }
