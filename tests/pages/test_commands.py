@@ -28,7 +28,7 @@ ELSEWHERE = {
     r"bash examples/quickstart\.sh|bash tests/(run|typecheck)\.sh.*|bash \.ci/run": ".ci/run",
     r".*tests/fuzz/\w+\.py .*": "tests/fuzz/test_commands.py",
     r"npuq convert .*--method (auto|rotate\+smooth\+gptq).*": "tests/convert/calibrate",
-    r"npuq (generate|evaluate) OUT .*--kv-cache-dtype int8": "tests/formats/test_int8_cache.py",
+    r"npuq (generate|evaluate) OUT .*--kv-cache-dtype int8": "tests/runtime/test_int8_cache.py",
     r"npuq (push|pull) .*--hub modelscope": "tests/hub/test_modelscope.py",
     r"(torchrun .*-m )npuq (generate|evaluate|serve) .*": "tests/ranks/test_commands.py",
     r"npuq serve .*|curl http://127\.0\.0\.1:8000/.*": "tests/serve/test_command.py",
