@@ -130,7 +130,7 @@ def command(
     """
     from ..convert import CalibrationText, convert_checkpoint
     from ..convert.calibrate.devices import Device
-    from ..convert.calibrate.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
+    from ..convert.calibrate.settings import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")
