@@ -38,7 +38,6 @@ ELSEWHERE = {
     r"npuq doctor --bench": "tests/runtime/diagnostics/test_bench.py",
     r"npuq doctor --tune .*": "tests/ascend/tuning",
     r'eval "\$\(_NPUQ_COMPLETE=.*|_NPUQ_COMPLETE=.*': "tests/cli/test_completion.py",
-    r"python benchmarks/quality\.py .*|python benchmarks/train_tiny\.py .*": "benchmarks/quality.py",
     r"(HF_ENDPOINT=.*)?python examples/\w+\.py .*": "tests/pages/test_examples.py",
     r"python tests/hub/rig/loopback\.py .*": "tests/pages/test_examples.py",
 }
@@ -48,6 +47,7 @@ NOT_HERE = {
     r"(apt-get download|npm pack) .*": "fetches the sources of built-in texts",
     r"(python -m sglang\.launch_server|vllm serve) .*": "needs an engine and NPUs; tests/engines has their loaders",
     r"npuq generate .* --backend ascend .*|source /usr/local/Ascend/.*": "needs an NPU and CANN",
+    r"python benchmarks/.*": "a measurement, of minutes to hours",
     r"docker run .*|OPENAI_API_BASE=.* aider .*": "another project's client",
     r"npuq evaluate .* --tasks .*|lm_eval .*|.*/check_(lm_eval|tasks)\.py .*": "needs lm-evaluation-harness",
     r"python -m twine .*|bash release/.*\.sh.*|git tag .*|python release/.*": "part of a release",
