@@ -67,24 +67,34 @@ def _model(name: str, config: dict[str, Any]) -> str:
         form = _form(config)
         write_release(source, config)
         plan = npuq.convert_checkpoint(source, Path(folder) / "out", dry_run=True, force=True, workers=WORKERS)
-    model, _ = stored_by_recipe(ModelConfig.from_dict(config), load_recipe("w4a8"))
-    planner = Planner(model, NpuMemory(), DEVICE_BYTES)
-    plans = [recommended(planner.layouts(devices)) for devices in SERVERS]
-    fits = next((found for found in plans if found.fits), None)
-    ranks = "more than 16 | | " if fits is None else f"{fits.layout.ranks} | `{fits.layout}` | {fits.cache_tokens:,}"
+    ranks = _ranks(config)
     disk, window = plan.needed_disk_bytes / 1e9, 20.0
     memory = (plan.memory_bytes + plan.plan_bytes) / 1e9
-    minutes = max(1, round(plan.source_bytes / RATES[form] / 60))
+    minutes = max(1, round(plan.source_bytes / RATES[form] / 60)) if form in RATES else "–"
     return (
         f"| {name} | {plan.source_bytes / 1e9:.0f} GB {form} | {plan.output_bytes / 1e9:.0f} GB | "
         f"{plan.source_bytes / 1e9 + disk:.0f} GB | {disk + window:.0f} GB | {memory:.2f} GB | {minutes} | {ranks} |"
     )
 
 
+def _ranks(config: dict[str, Any]) -> str:
+    """The columns of NPUs, layout and cache tokens; dashes for a model that npuq does not run on NPUs."""
+    try:
+        model, _ = stored_by_recipe(ModelConfig.from_dict(config), load_recipe("w4a8"))
+        planner = Planner(model, NpuMemory(), DEVICE_BYTES)
+        plans = [recommended(planner.layouts(devices)) for devices in SERVERS]
+    except npuq.NpuqError:
+        return "– | – | –"
+    fits = next((found for found in plans if found.fits), None)
+    return "more than 16 | | " if fits is None else f"{fits.layout.ranks} | `{fits.layout}` | {fits.cache_tokens:,}"
+
+
 def _form(config: dict[str, Any]) -> str:
     stated = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if not stated:
         return "BF16"
+    if config.get("expert_dtype") == "fp4":
+        return "FP4"  # no benchmark has its rate
     return "F8_E4M3" if stated.get("quant_method") == "fp8" else "int4"
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -18,12 +18,24 @@ from .terminal.console import emit_json, json_option, say, show
 from .terminal.progress import TerminalProgress, progress_options
 
 if TYPE_CHECKING:
-    from ..runtime import LayerError
+    from ..runtime import Evaluation, LayerError
+
+OF_A_TEXT: Final = ("perplexity", "tokens", "source_perplexity", "kl_divergence", "top1_agreement")
+"""Keys of the JSON document, null without a text."""
 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text.")
+@click.option(
+    "--tasks",
+    "task_files",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="A task file of lm-evaluation-harness, with its documents beside it; may be repeated.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="With --tasks: the first documents of each.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float checkpoint that MODEL was converted from.")
 @as_option("MODEL (and --source)")
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a context.")
@@ -42,7 +54,9 @@ if TYPE_CHECKING:
 @json_option("Print the result as JSON.")
 def command(
     model: Path,
-    text: Path,
+    text: Path | None,
+    task_files: tuple[Path, ...],
+    limit: int | None,
     source: Path | None,
     family: str | None,
     context: int,
@@ -65,6 +79,9 @@ def command(
     attention also the share of the source's selected tokens that the model selects. This reads one layer of each at a
     time.
 
+    --tasks runs tasks of multiple choice and of generation by lm-evaluation-harness (pip install 'npuq[tasks]'), on the
+    source too where it is given. Their files are read as data: no code, no download.
+
     Over several devices or processes: torchrun --nproc-per-node N -m npuq evaluate MODEL …
 
     With --save the artifact keeps the result, its model card shows it, and `npuq report` draws it.
@@ -75,17 +92,29 @@ def command(
     from ..inputs.printable import name_as_text
     from ..runtime import evaluate, layer_errors
     from ..runtime.evaluation.perplexity import load_models
+    from ..runtime.evaluation.task_files import read_task
+    from ..runtime.evaluation.tasks import evaluate_tasks, require_harness
     from ..runtime.text.tokenizer_check import require_tokenizer
-    from ..verification.evaluations import check_can_save, save_evaluation
+    from ..verification.evaluations import check_can_save, save_evaluation, save_tasks
+    from ..verification.task_results import as_entry
     from .transfer import local_model
 
+    if text is None and not task_files:
+        raise click.UsageError("give a text with --text, or a task file with --tasks")
+    if limit is not None and not task_files:
+        raise click.UsageError("--limit is for tasks: add --tasks")
+    if layers and text is None:
+        raise click.UsageError("--layers measures on a text: add --text")
     if layers and source is None:
         raise click.UsageError("--layers compares with the float checkpoint: name it with --source")
     ranks = ranks_of_command()
     if layers and ranks.launch.size > 1:
         raise click.UsageError("--layers reads a layer at a time, in one process: start it without torchrun")
-    stored = read_given_bytes(text, GenerationError)
-    content, digest = decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
+    tasks = [read_task(path) for path in task_files]
+    if tasks:
+        require_harness()
+    stored = b"" if text is None else read_given_bytes(text, GenerationError)
+    content, digest = "" if text is None else decoded(stored, text, GenerationError), hashlib.sha256(stored).hexdigest()
     ranks.join()
     model = ranks.fetch(
         lambda silent: local_model(model, quiet=quiet or silent, progress=progress, before_weights=require_tokenizer)
@@ -100,27 +129,56 @@ def command(
     if not models[0].leads:
         models[0].follow()
         return
+    result, results = None, []
     with TerminalProgress(progress, quiet) as display:
-        result = evaluate(models[0], content, models[1], context, progress=display)
+        if text is not None:
+            result = evaluate(models[0], content, models[1], context, progress=display)
+        if tasks:
+            results = evaluate_tasks(models[0], tasks, models[1], limit, display)
         models[0].close()
         if layers and source is not None:
             errors = layer_errors(model, content, source, context, backend, display, family)
-    if save and not save_evaluation(model, result, name_as_text(text), digest, context, errors, kv_cache_dtype):
-        # Also with --quiet: a request of the user's was not fulfilled.
-        say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
-    values = asdict(result)
+    if save:
+        on_card = not results or save_tasks(model, results)
+        if result is not None and text is not None:
+            name = name_as_text(text)
+            on_card = save_evaluation(model, result, name, digest, context, errors, kv_cache_dtype)
+        if not on_card:
+            # Also with --quiet: a request of the user's was not fulfilled.
+            say(f"{model / CARD_NAME}: has no section of npuq's, so only the manifest keeps the result")
+    entries = [as_entry(each) for each in results]
     if as_json:
+        values = dict.fromkeys(OF_A_TEXT) if result is None else asdict(result)
         if layers:
             values["layers"] = [asdict(error) for error in errors]
-        emit_json(values)
+        emit_json({**values, **({"tasks": entries} if tasks else {})})
         return
+    if result is not None:
+        _show_result(result)
+    if errors:
+        show(*_layer_table(errors))
+    if entries:
+        show(*_task_table(entries))
+
+
+def _show_result(result: Evaluation) -> None:
     show(f"perplexity         {result.perplexity:.3f}  ({result.tokens} tokens)")
-    if source is not None:
+    if result.source_perplexity is not None:
         show(f"source perplexity  {result.source_perplexity:.3f}")
         show(f"KL divergence      {result.kl_divergence:.5f}")
         show(f"top-1 agreement    {100 * (result.top1_agreement or 0.0):.2f} %")
-    if errors:
-        show(*_layer_table(errors))
+
+
+def _task_table(entries: Sequence[dict[str, Any]]) -> list[str]:
+    from ..verification.task_results import rows
+
+    lines = [f"{'task':<24} {'documents':>9}  {'metric':<16} {'value':>18} {'source':>18}"]
+    lines += [
+        f"{entry['task']:<24} {entry['documents']:>9}  {metric:<16} {value:>18} {source:>18}"
+        for entry in entries
+        for metric, value, source in rows(entry)
+    ]
+    return [*lines, f"by {entries[0]['harness']}"]
 
 
 def _layer_table(errors: Sequence[LayerError]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union
@@ -57,6 +58,11 @@ def is_count(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """True for a number from 0 on that is no truth value. The readers of JSON and YAML refuse infinities and NaN."""
     return type(value) in (int, float) and value >= 0
+
+
+def is_finite(value: Any) -> bool:
+    """True for a finite number that is no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def optional(form: Callable[[Any], bool]) -> Callable[[Any], bool]:

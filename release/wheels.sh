@@ -17,8 +17,9 @@ trap 'rm -rf "$work"' EXIT
 tar -xzf "$target"/npuq-*.tar.gz -C "$work" --strip-components 1
 for machine in x86_64 aarch64; do
   (cd "$work" && rm -rf build && NPUQ_TARGET=$machine-linux-gnu.2.17 "$python" -m build --no-isolation --wheel --outdir "$target" .)
-  # auditwheel reads the symbols that the library asks of glibc.
-  "$python" -m auditwheel show "$target"/npuq-*_"$machine".whl | grep -q "\"manylinux_2_17_$machine\"" ||
+  # auditwheel reads the symbols that the library asks of glibc. Its whole output is read: it fails where a pipe closes.
+  shown=$("$python" -m auditwheel show "$target"/npuq-*_"$machine".whl)
+  grep -q "\"manylinux_2_17_$machine\"" <<< "$shown" ||
     { echo "the $machine wheel needs more than glibc 2.17" >&2; exit 1; }
 done
 bash release/try_wheels.sh "$target" "$python"

@@ -23,6 +23,7 @@ from ..inputs.files import inside, read_text
 from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
 from ..verification.evaluations import read_evaluations
+from ..verification.task_results import read_tasks
 from .calibration import Coverage, read_coverage
 from .foreign import foreign_linears, foreign_roles, mtp_layers
 from .linears import LinearFacts, RoleFacts, linear_facts
@@ -52,6 +53,7 @@ class Facts:
     scales: tuple[ScaleHistogram, ...]
     coverage: Coverage | None
     evaluations: tuple[Mapping[str, Any], ...]
+    tasks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def output_bytes(self) -> int:
@@ -115,6 +117,7 @@ def _own(name: str, checkpoint: Checkpoint, progress: Progress | None) -> Facts:
         scales=scale_histograms(checkpoint, linears, progress),
         coverage=read_coverage(manifest),
         evaluations=tuple(read_evaluations(manifest)),
+        tasks=tuple(read_tasks(manifest)),
     )
 
 

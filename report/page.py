@@ -13,6 +13,7 @@ import jinja2
 from .. import __version__
 from ..errors import ReportError
 from ..units import format_bytes
+from ..verification.task_results import rows
 from .style import error, number, scheme_label
 from .summary import largest_errors, tiles, unreached
 
@@ -118,5 +119,11 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"size": format_bytes, "error": error, "scheme": scheme_label, "number": number}
+    environment.filters |= {
+        "size": format_bytes,
+        "error": error,
+        "scheme": scheme_label,
+        "number": number,
+        "task_rows": rows,
+    }
     return environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))

@@ -7,8 +7,7 @@ vouches for the bytes on disk, and a push sends them in its last commit.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,15 @@ from ..errors import ArtifactError
 from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
 from ..formats.output_files import locked_directory, write_error, write_file
 from ..inputs.files import inside, is_inside, read_text
-from ..inputs.forms import Form, Items, Keys, check_form, is_count, is_text, optional
+from ..inputs.forms import Form, Items, Keys, check_form, is_count, is_finite, is_text, optional
 from ..inputs.printable import printable
+from .task_results import KEY as TASKS_KEY
+from .task_results import as_entry, read_tasks, table
 
 if TYPE_CHECKING:
     from ..runtime.evaluation.layer_error import LayerError
     from ..runtime.evaluation.perplexity import Evaluation
+    from ..runtime.evaluation.tasks import TaskResult
 
 KEY = "evaluations"
 _HEADING = "## Evaluation\n"
@@ -31,24 +33,20 @@ _OPTIONAL = ("source_perplexity", "kl_divergence", "top1_agreement")
 _OF_A_LAYER = ("relative_error", "cosine", "own_relative_error", "own_cosine")
 
 
-def _is_finite(number: object) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
-
-
-_LAYER: dict[str, Form] = {"layer": is_count, **dict.fromkeys(_OF_A_LAYER, _is_finite)}
-_OF_A_SPARSE_LAYER: dict[str, Form] = {"own_selection_agreement": optional(_is_finite)}
+_LAYER: dict[str, Form] = {"layer": is_count, **dict.fromkeys(_OF_A_LAYER, is_finite)}
+_OF_A_SPARSE_LAYER: dict[str, Form] = {"own_selection_agreement": optional(is_finite)}
 _RESULT: dict[str, Form] = {
     "text": is_text,
     "text_sha256": is_text,
     "context": is_count,
     "tokens": is_count,
-    "perplexity": _is_finite,
+    "perplexity": is_finite,
 }
 _ENTRY = Keys(
     {
         **_RESULT,
         "kv_cache_dtype": is_text,
-        **dict.fromkeys(_OPTIONAL, optional(_is_finite)),
+        **dict.fromkeys(_OPTIONAL, optional(is_finite)),
         "layers": Items(Keys({**_LAYER, **_OF_A_SPARSE_LAYER}, frozenset(_LAYER))),
     },
     frozenset(_RESULT),
@@ -63,7 +61,9 @@ def check_can_save(artifact: Path) -> None:
             f"{artifact}: is in the Hugging Face cache, which holds what the hub has; `npuq pull` it into a directory, "
             "evaluate that one and push it"
         )
-    read_evaluations(read_manifest(artifact))
+    manifest = read_manifest(artifact)
+    read_evaluations(manifest)
+    read_tasks(manifest)
     _card(artifact)
 
 
@@ -96,17 +96,43 @@ def save_evaluation(
         entry["kv_cache_dtype"] = kv_cache_dtype
     if layers:
         entry["layers"] = [asdict(layer) for layer in layers]
+    return _save(artifact, lambda manifest: _replace(manifest, KEY, read_evaluations(manifest), [entry], _identity))
+
+
+def save_tasks(artifact: Path, results: Sequence[TaskResult]) -> bool:
+    """Save results of tasks in manifest and card, in place of earlier ones of the same task and documents.
+
+    Return value and errors are those of `save_evaluation`.
+    """
+    check_can_save(artifact)
+    entries = [as_entry(result) for result in results]
+    return _save(artifact, lambda manifest: _replace(manifest, TASKS_KEY, read_tasks(manifest), entries, _of_task))
+
+
+def _replace(
+    manifest: dict[str, Any],
+    key: str,
+    old: Sequence[Mapping[str, Any]],
+    new: Sequence[Mapping[str, Any]],
+    identity: Callable[[Mapping[str, Any]], tuple[object, ...]],
+) -> None:
+    made = {identity(entry) for entry in new}
+    manifest[key] = [*(entry for entry in old if identity(entry) not in made), *new]
+
+
+def _save(artifact: Path, change: Callable[[dict[str, Any]], None]) -> bool:
+    """Change the manifest, and make the card show it; True where the card has npuq's section."""
     try:
         with locked_directory(artifact / OWN_FOLDER):
             manifest = read_manifest(artifact)
-            entries = [old for old in read_evaluations(manifest) if _identity(old) != _identity(entry)]
-            manifest[KEY] = [*entries, entry]
+            change(manifest)
             content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
             write_file(artifact, MANIFEST_NAME, content)
             before = _card(artifact)
             shown = CARD_END in before.partition(CARD_BEGIN)[2]
             if shown:
-                write_file(artifact, CARD_NAME, with_evaluations(before, manifest[KEY]).encode())
+                card = with_evaluations(before, read_evaluations(manifest), table(read_tasks(manifest)))
+                write_file(artifact, CARD_NAME, card.encode())
     except OSError as error:
         raise write_error(artifact, error) from error
     return shown
@@ -134,16 +160,20 @@ def evaluated_on(entry: Mapping[str, Any]) -> str:
     return f"{entry['text']} ({entry['kv_cache_dtype']} KV cache)" if "kv_cache_dtype" in entry else str(entry["text"])
 
 
-def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    """The card with the results in npuq's section, between errors and loading; everything else stays as it is."""
+def with_evaluations(card: str, entries: Sequence[Mapping[str, Any]], tasks: str) -> str:
+    """The card with the results in npuq's section, between errors and loading; everything else stays as it is.
+
+    tasks: the table of tasks behind that of texts, empty without any.
+    """
     before, begin, rest = card.partition(CARD_BEGIN)
     section, end, after = rest.partition(CARD_END)
     if not (begin and end):
         return card
     head, heading, tail = section.partition(_NEXT_HEADING)
     head = head.partition(_HEADING)[0].rstrip("\n") + "\n"
-    if entries:
-        head += f"\n{_HEADING}\n{_table(entries)}"
+    parts = [*([_table(entries)] if entries else []), *([tasks] if tasks else [])]
+    if parts:
+        head += f"\n{_HEADING}\n" + "\n".join(parts)
     return f"{before}{begin}{head}\n{heading}{tail}{end}{after}"
 
 
@@ -172,3 +202,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _identity(entry: Mapping[str, Any]) -> tuple[object, ...]:
     return entry["text_sha256"], entry["context"], entry.get("kv_cache_dtype")
+
+
+def _of_task(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    return entry["digest"], entry["documents"], entry["num_fewshot"]

@@ -29,6 +29,7 @@ from ..recipes.reading import artifact_recipe
 from .evaluations import read_evaluations
 from .files import stray_problems
 from .subject import Subject
+from .task_results import read_tasks
 
 
 def structure_problems(subject: Subject) -> Iterator[str]:
@@ -156,6 +157,7 @@ def _manifest(subject: Subject, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Check the manifest's linears against the artifact's, and the form of its evaluations."""
     try:
         read_evaluations(manifest)
+        read_tasks(manifest)
     except ArtifactError as damage:
         yield str(damage)
     linears = manifest.get("linears")

@@ -36,7 +36,8 @@ class Turn:
     def as_dict(self) -> dict[str, Any]:
         """The turn as a JSON object."""
         values = asdict(self)
-        return {**values, **values.pop("ending")}
+        ending = values.pop("ending")
+        return values | ending
 
     def summary(self) -> str:
         """A line on tokens, speed and the prefix cache."""

@@ -57,7 +57,7 @@ def test_in_a_terminal_ctrl_c_stops_the_model_and_its_answer_is_kept(template: P
         process.expect("Ctrl-C again")
         process.type("\x03")
         assert process.wait() == 130
-        assert process.shown.endswith("npuq: error: interrupted\n") and "Traceback" not in process.shown
+        assert process.shown.endswith("npuq: error:\x1b[0m interrupted\n") and "Traceback" not in process.shown
     finally:
         process.kill()
     messages = json.loads(saved.read_text())["messages"]

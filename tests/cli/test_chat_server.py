@@ -327,7 +327,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_it_and_twice_leaves(serve) -> None:
         process.type("\x03")
         process.expect(r"\(Ctrl-C again, or Ctrl-D, leaves\)")
         process.type("\x03")
-        assert process.wait() == 130 and process.shown.endswith("npuq: error: interrupted\n")
+        assert process.wait() == 130 and process.shown.endswith("npuq: error:\x1b[0m interrupted\n")
     finally:
         process.kill()
     messages = json.loads(server.requests[-1][1])["messages"]

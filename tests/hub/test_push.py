@@ -301,7 +301,9 @@ class TestTokens:
 class TestCommand:
     def test_an_artifact_that_verify_rejects(self, hub: LoopbackHub, artifact: Path) -> None:
         alter(shards(artifact)[0])
-        done = npuq_run("push", artifact, REPO)
+        shown = npuq_run("push", artifact, REPO, "--progress", "lines")
+        assert shown.returncode == 1 and "verify: layer 0 done (1 of 5)" in shown.stderr
+        done = npuq_run("push", artifact, REPO, "--quiet")
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
         assert "verification failed: model-00001-of" in done.stderr

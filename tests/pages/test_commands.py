@@ -38,7 +38,6 @@ ELSEWHERE = {
     r"npuq doctor --bench": "tests/runtime/diagnostics/test_bench.py",
     r"npuq doctor --tune .*": "tests/ascend/tuning",
     r'eval "\$\(_NPUQ_COMPLETE=.*|_NPUQ_COMPLETE=.*': "tests/cli/test_completion.py",
-    r"python benchmarks/quality/(quality|train_tiny)\.py .*": "benchmarks/quality/quality.py",
     r"(HF_ENDPOINT=.*)?python examples/\w+\.py .*": "tests/pages/test_examples.py",
     r"python tests/hub/rig/loopback\.py .*": "tests/pages/test_examples.py",
 }
@@ -48,8 +47,9 @@ NOT_HERE = {
     r"(apt-get download|npm pack) .*": "fetches the sources of built-in texts",
     r"(python -m sglang\.launch_server|vllm serve) .*": "needs an engine and NPUs; tests/engines has their loaders",
     r"npuq generate .* --backend ascend .*|source /usr/local/Ascend/.*": "needs an NPU and CANN",
+    r"python benchmarks/.*": "a measurement, of minutes to hours",
     r"docker run .*|OPENAI_API_BASE=.* aider .*": "another project's client",
-    r"lm_eval .*|.*tests/serve/check_lm_eval\.py .*": "needs lm-evaluation-harness, in an environment of its own",
+    r"npuq evaluate .* --tasks .*|lm_eval .*|.*/check_(lm_eval|tasks)\.py .*": "needs lm-evaluation-harness",
     r"python -m twine .*|bash release/.*\.sh.*|git tag .*|python release/.*": "part of a release",
 }
 # Commands that end otherwise with so small a model.
@@ -62,7 +62,7 @@ TEXT = "The state of the Union is strong, and the whale swims in the deep sea. "
 def test_every_command_is_run_somewhere_or_has_a_reason() -> None:
     """What is no command of npuq's has to be in a table, and every line of the tables has a command."""
     assert [command for command in RUN if not command.startswith("npuq ")] == []
-    assert all((ROOT / place).exists() for place in ELSEWHERE.values())
+    assert [place for place in ELSEWHERE.values() if not (ROOT / place).exists()] == []
     unused = [known for known in (*ELSEWHERE, *STATUS) if not any(re.fullmatch(known, command) for command in shown())]
     assert unused == []
 
@@ -141,7 +141,8 @@ def test_commands_run(kind: str, sandbox: Sandbox) -> None:
     ]
     assert commands
     failed = []
-    for command in commands:
+    # The same command about another release runs once: both names mean the small model here.
+    for command in {command.replace("DeepSeek-R1", "DeepSeek-V3"): command for command in commands}.values():
         expected = next((status for known, (status, _) in STATUS.items() if re.fullmatch(known, command)), 0)
         status, output = sandbox.run(command)
         if status != expected:

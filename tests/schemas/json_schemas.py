@@ -20,7 +20,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 def check(name: str, document: Any) -> None:
     """Fail unless the document has the form that docs/schemas/NAME.json gives, and nothing else."""
     errors = [f"{error.json_path}: {error.message}" for error in validator(name).iter_errors(document)]
-    assert errors == [], name
+    assert errors == [], f"{name}: {errors}"
 
 
 def check_output(command: str, document: Any) -> None:

@@ -133,7 +133,7 @@ def test_the_results_of_an_evaluation(kind, v3_artifact, outside, tmp_path):
     artifact = tmp_path / "artifact"
     shutil.copytree(v3_artifact, artifact)
     put(kind, artifact / "npuq" / "partial", outside)
-    save_evaluation(artifact, Evaluation(10, 2.0, None, None, None), "text", "0" * 64, 16)
+    save_evaluation(artifact, Evaluation(10.0, 2, None, None, None), "text", "0" * 64, 16)
     assert outside.read_bytes() == PRECIOUS
     assert json.loads((artifact / "npuq" / "manifest.json").read_text())["evaluations"]
 
