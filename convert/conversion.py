@@ -2,60 +2,52 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import ConversionError, NpuqError
-from ..formats.artifact import CARD_NAME, OWN_FOLDER
-from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
-from ..formats.output_files import write_error
-from ..inputs.files import FileStamp
+from ..formats.artifact import CARD_NAME
+from ..formats.checkpoint import Checkpoint
 from ..models.config_reader import shown
-from ..parallel.pool import Pool
-from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
 from ..quant.weight_error import ErrorSums
 from .calibrate.devices import arithmetic_on
-from .calibrate.effort import calibrated_effort, expected_seconds
-from .calibrate.layer_report import LayerReport
+from .calibrate.effort import expected_seconds
 from .calibrate.memory import calibrated_budget
-from .calibrate.states import remove_states
-from .calibrate.walk import CalibratedWalk
 from .finish.card import check_base_model
-from .finish.finish import finish, rehearse
+from .finish.finish import rehearse
 from .finish.role_totals import totals_by_role
 from .finish.side_files import card_front_matter
+from .make import Internals, Maker, remove_remains
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
 from .plan.prepare import CalibrationText, Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
-from .tally import Tally, data_free_effort
-from .write.journal import Journal, Record
-from .write.output import Finished, check_separate, claim, look
-from .write.pipeline import Durability, OnShard, run_plan
-from .write.resume import (
-    forget_changed_output,
-    forget_changed_source,
-    forget_impossible,
-    forget_lost_shards,
-    stamps_now,
-)
-from .write.shards import ShardFiles, Write
+from .ranks.run import Run, done_so_far
+from .ranks.share import Share
+from .ranks.team import Team
+from .write.journal import Record
+from .write.output import Finished, begun_by_several, check_separate, claim, look
+from .write.pipeline import OnShard
+
+__all__ = ["DEFAULT_SHARD_SIZE", "Internals", "Part", "convert_checkpoint"]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
-@dataclass(frozen=True)
-class Internals:
-    """Settings for tests and benchmarks: intervals between syncs, and the call that writes."""
+class Part(Enum):
+    """The part of a conversion that a process does, where it is neither a rank's share nor one of a team."""
 
-    durability: Durability = field(default_factory=Durability)
-    write: Write = os.pwrite
+    WHOLE = "whole"
+    FINISH = "finish"  # the rest, after shares have made all shards
+
+
+AnyPart: TypeAlias = Part | Share | Team
 
 
 def convert_checkpoint(
@@ -75,6 +67,7 @@ def convert_checkpoint(
     progress: Progress | None = None,
     on_shard: OnShard | None = None,
     internals: Internals | None = None,
+    part: AnyPart = Part.WHOLE,
 ) -> Summary:
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
 
@@ -90,6 +83,10 @@ def convert_checkpoint(
 
     `source` may also be an open checkpoint (one on a hub, say), which is closed at the end. `on_shard` is called in the
     calling thread with the name and sha256 of each output shard whose bytes are final.
+
+    `part` is what this process does of a conversion by several, on one file system and with the same arguments: a
+    `Share(rank, size)` of the shards, and after all of them `Part.FINISH`; or with a `Team` what falls to its rank. The
+    artifact does not depend on it. One process that does the whole continues what several began, and they what it began.
 
     Raises CheckpointError and RecipeError for bad input, ConversionError when the output belongs to something else, the
     disk has too little room or refuses, or memory does not suffice.
@@ -110,7 +107,9 @@ def convert_checkpoint(
         )
         if dry_run:
             return run.planned(force)
-        return run.converted(force, progress or Silent(), on_shard, internals or Internals())
+        shown_at = part.progress if isinstance(part, Team) else progress or Silent()
+        maker = Maker(prepared, run.budget, output, internals or Internals(), shown_at)
+        return run.converted(part, force, maker, on_shard)
     finally:
         prepared.checkpoint.close()
 
@@ -138,7 +137,7 @@ class _Conversion:
         """Summarize a run without writing anything."""
         roles = self._roles({})
         try:
-            found = look(self.output, self.prepared.identity)
+            found = self._look()
         except NpuqError as error:
             return self._summary("planned", 0, roles, self._space(Record()), "refused", str(error))
         if isinstance(found, Finished):
@@ -153,14 +152,23 @@ class _Conversion:
             expected_seconds=self._expected_seconds(record),
         )
 
-    def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
-        """Run the conversion, or recognize a finished artifact."""
+    def converted(self, part: AnyPart, force: bool, maker: Maker, on_shard: OnShard | None) -> Summary:
+        """Run the conversion, or the part of it that is this process's; or recognize a finished artifact."""
+        progress = maker.progress
         for note in self.notes:
             progress.note(note)
-        found = look(self.output, self.prepared.identity)
+        if self.prepared.calibration is not None and isinstance(part, Share):
+            raise ConversionError(
+                f"method {self.prepared.recipe.chain} calibrates layer after layer, on all ranks at a time, and a share "
+                "of the shards alone cannot: start them with torchrun"
+            )
+        found = self._look()
+        if isinstance(part, Team):
+            part.agree(self.prepared.identity | {"output": "finished" if isinstance(found, Finished) else ""})
         if isinstance(found, Finished):
             # A kill after the manifest leaves the files of an unfinished conversion.
-            _remove_remains(self.output, progress)
+            if not isinstance(part, Team) or part.leads:
+                remove_remains(self.output, progress)
             notes = self._finished_notes()
             for note in notes[len(self.notes) :]:
                 progress.note(note)
@@ -169,78 +177,64 @@ class _Conversion:
                 "finished", jobs, found.role_totals["roles"], self._space(None), "finished", notes=notes
             )
         space = self._space(found or Record())
+        if part is Part.FINISH:
+            return self._after_shares(maker, len(self.prepared.plan.jobs), space)
         if not force and not space.suffices:
             raise ConversionError(_too_full(space, self.output))
         if not space.suffices:
             progress.note(f"warning: {space.shortage(self.output)}; when the disk fills up, make room and run again")
+        if isinstance(part, Team):
+            return self._together(maker, part, space)
+        if isinstance(part, Share):
+            return self._share(maker, part, space)
+        if not begun_by_several(self.output):
+            return self._alone(maker, space, on_shard)
+        resumed = self._share(maker, Share(), space).jobs_resumed
+        return self._after_shares(maker, resumed, space)
+
+    def _look(self) -> Record | Finished | None:
+        """The state of the output directory, as `look` finds it; a record of what all its ranks did."""
+        found = look(self.output, self.prepared.identity)
+        if isinstance(found, Record) and begun_by_several(self.output):
+            return done_so_far(self.output, self.prepared.identity, self.prepared.plan)
+        return found
+
+    def _alone(self, maker: Maker, space: Space, on_shard: OnShard | None) -> Summary:
+        """Convert in this process alone."""
         journal = claim(self.output, self.prepared.identity)
         try:
-            return self._run(journal, space, internals, progress, on_shard)
+            made = maker.shards(journal, on_shard=on_shard)
+            maker.rest(journal.record, made.reports)
         finally:
             journal.close()
+        return self._converted(journal.record, made.resumed, space)
 
-    def _run(
-        self, journal: Journal, space: Space, internals: Internals, progress: Progress, on_shard: OnShard | None
-    ) -> Summary:
-        prepared, plan, record = self.prepared, self.prepared.plan, journal.record
-        calibration, walk = prepared.calibration, None
-        reports: tuple[LayerReport, ...] = ()
-        tally = Tally(plan, progress, data_free_effort if calibration is None else calibrated_effort(prepared))
-        files = ShardFiles(self.output, plan, internals.write)
-        try:
-            found = prepared.checkpoint.stamps
-            forget_impossible(record, plan)
-            forget_lost_shards(record, files, plan, progress)
-            if calibration is not None:
-                walk = CalibratedWalk(prepared, calibration, files, journal, self.output, self.budget, tally)
-                walk.forget_unvouched()
-            kept = set() if walk is None else walk.kept_jobs
-            if record.jobs:
-                with Pool(self.budget.workers) as pool:
-                    forget_changed_source(record, prepared.source, plan, found, kept, pool, progress)
-                    forget_changed_output(record, files, plan, pool, progress)
-            if walk is not None:
-                walk.forget_unvouched()
-            _settle(journal, found)
-            resumed = list(record.jobs)
-            tally.start(resumed)
-            prepared.source.announce([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
-            if walk is not None:
-                reports = walk.run()
-                kept = walk.kept_jobs
-            run_plan(plan, prepared.source, files, journal, self.budget, internals.durability, tally, on_shard)
-            self._refuse_moving_source(journal, found, kept, progress)
-        finally:
-            files.close()
-        progress.note("shards are written; finishing")
-        try:
-            # Waking torch's threads would take longer than computing the small rope tables alone.
-            with single_threaded_torch():
-                finish(prepared, self.output, record, reports)
-        except OSError as error:
-            raise write_error(self.output, error) from error
-        _remove_remains(self.output, progress)
+    def _share(self, maker: Maker, share: Share, space: Space, team: Team | None = None) -> Summary:
+        """Make a rank's share of the shards."""
+        plan = self.prepared.plan
+        with Run.begin(self.output, self.prepared.identity, share, maker.internals.pulse) as run:
+            shards = share.shards(plan)
+            run.take(shards, plan, maker.progress)
+            made = maker.shards(run.journal, shards, run.before(plan), team=team)
+        return self._summary("share", made.resumed, self._roles({}), space, "unfinished")
+
+    def _after_shares(self, maker: Maker, resumed: int, space: Space) -> Summary:
+        """Make of finished shards an artifact."""
+        with Run.begin(self.output, self.prepared.identity, Share(), maker.internals.pulse) as run:
+            record = maker.rest_after_ranks(run)
+        return self._converted(record, resumed, space)
+
+    def _together(self, maker: Maker, team: Team, space: Space) -> Summary:
+        """Convert with all ranks of a launch; the last part is rank 0's."""
+        share = self._share(maker, team.share, space, team)
+        team.meet()
+        summary = self._after_shares(maker, share.jobs_resumed, space) if team.leads else share
+        team.part()
+        return summary
+
+    def _converted(self, record: Record, resumed: int, space: Space) -> Summary:
         roles = self._roles({index: entry.stats for index, entry in record.jobs.items()})
-        return self._summary("converted", len(resumed), roles, space, "unfinished" if resumed else "new")
-
-    def _refuse_moving_source(
-        self, journal: Journal, before: Sequence[FileStamp], kept: Collection[int], progress: Progress
-    ) -> None:
-        """Raise ConversionError where the source has changed since its weights were read."""
-        now, record = stamps_now(self.prepared.checkpoint), journal.record
-        if tuple(now) == tuple(before):
-            return
-        # Compare the files that have these names now, not the open ones.
-        self.prepared.checkpoint.close()
-        done = len(record.jobs)
-        with Pool(self.budget.workers) as pool:
-            forget_changed_source(record, self.prepared.source, self.prepared.plan, now, kept, pool, progress)
-        _settle(journal, now)
-        if len(record.jobs) < done:
-            raise ConversionError(
-                f"{self.prepared.checkpoint.directory}: {done - len(record.jobs)} of its weights changed while it was "
-                "converted; run the same command: it makes these again"
-            )
+        return self._summary("converted", resumed, roles, space, "unfinished" if resumed else "new")
 
     def _finished_notes(self) -> tuple[str, ...]:
         """Notes for the user on a finished artifact: its card stays as it is."""
@@ -312,19 +306,3 @@ def _too_full(space: Space, output: Path) -> str:
         f"{space.shortage(output)}: make room, choose another disk, or start all the same with --force (when the disk "
         "fills up, make room and run the same command: it continues)"
     )
-
-
-def _settle(journal: Journal, found: Sequence[FileStamp]) -> None:
-    try:
-        journal.settle(found)
-    except OSError as error:
-        raise write_error(journal.path, error) from error
-
-
-def _remove_remains(output: Path, progress: Progress) -> None:
-    """Remove the files of an unfinished conversion. The artifact is complete with and without them."""
-    try:
-        (output / JOURNAL_NAME).unlink(missing_ok=True)
-        remove_states(output / OWN_FOLDER)
-    except OSError as error:
-        progress.note(f"{error.filename or output}: is not needed any more, and cannot be removed: {error.strerror}")

@@ -22,29 +22,28 @@ def data_free_effort(job: Job) -> float:
 
 
 class Tally:
-    """Counts jobs as they end, for one thread."""
+    """Counts jobs of a plan as they end, for one thread. jobs: those of this process."""
 
-    def __init__(self, plan: Plan, progress: Progress, effort: Callable[[Job], float]):
+    def __init__(self, plan: Plan, jobs: Collection[Job], progress: Progress, effort: Callable[[Job], float]):
         self._plan = plan
+        self._jobs = jobs
         self._progress = progress
         self._effort = effort
-        self._left = LayersLeft(job.layer for job in plan.jobs)
+        self._left = LayersLeft(job.layer for job in jobs)
 
-    def start(self, done: Collection[int]) -> None:
-        """Start the task of all jobs; the jobs `done` (by index) were finished by an earlier run."""
+    def task(self, done: Collection[int]) -> Task:
+        """The task of these jobs; the jobs `done` (by index) were finished by an earlier run. Call it once."""
         jobs = self._plan.jobs
         for index in done:
             self._left.part_done(jobs[index].layer)
-        self._progress.start(
-            Task(
-                "convert",
-                self._plan.source_bytes,
-                done=sum([jobs[index].source_bytes for index in done]),
-                effort=sum([self._effort(job) for job in jobs]),
-                effort_done=sum([self._effort(jobs[index]) for index in done]),
-                layers=self._left.count,
-                layers_done=self._left.done,
-            )
+        return Task(
+            "convert",
+            sum([job.source_bytes for job in self._jobs]),
+            done=sum([jobs[index].source_bytes for index in done]),
+            effort=sum([self._effort(job) for job in self._jobs]),
+            effort_done=sum([self._effort(jobs[index]) for index in done]),
+            layers=self._left.count,
+            layers_done=self._left.done,
         )
 
     def job_done(self, job: Job) -> None:
