@@ -31,6 +31,7 @@ from .plan.summary import Summary, starting_notes
 from .ranks.run import Run, done_so_far
 from .ranks.share import Share
 from .ranks.team import Team
+from .tally import data_free_effort, data_free_seconds
 from .write.journal import Record
 from .write.output import Finished, begun_by_several, check_separate, claim, look
 from .write.pipeline import OnShard
@@ -68,6 +69,7 @@ def convert_checkpoint(
     on_shard: OnShard | None = None,
     internals: Internals | None = None,
     part: AnyPart = Part.WHOLE,
+    ranks: int = 1,
 ) -> Summary:
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
 
@@ -86,7 +88,8 @@ def convert_checkpoint(
 
     `part` is what this process does of a conversion by several, on one file system and with the same arguments: a
     `Share(rank, size)` of the shards, and after all of them `Part.FINISH`; or with a `Team` what falls to its rank. The
-    artifact does not depend on it. One process that does the whole continues what several began, and they what it began.
+    artifact does not depend on it. One process that does the whole continues what several began, and they what one
+    began. A dry run tells of the rank with the most work among `ranks`.
 
     Raises CheckpointError and RecipeError for bad input, ConversionError when the output belongs to something else, the
     disk has too little room or refuses, or memory does not suffice.
@@ -106,7 +109,7 @@ def convert_checkpoint(
             prepared, _budget(prepared, workers, max_memory), output, small_bytes, started, starting_notes(prepared)
         )
         if dry_run:
-            return run.planned(force)
+            return run.planned(force, ranks)
         shown_at = part.progress if isinstance(part, Team) else progress or Silent()
         maker = Maker(prepared, run.budget, output, internals or Internals(), shown_at)
         return run.converted(part, force, maker, on_shard)
@@ -133,7 +136,7 @@ class _Conversion:
     started: float
     notes: tuple[str, ...]
 
-    def planned(self, force: bool) -> Summary:
+    def planned(self, force: bool, ranks: int) -> Summary:
         """Summarize a run without writing anything."""
         roles = self._roles({})
         try:
@@ -150,6 +153,7 @@ class _Conversion:
         return replace(
             self._summary("planned", len(record.jobs), roles, space, state, refusal),
             expected_seconds=self._expected_seconds(record),
+            rank=self._rank(ranks, record) if ranks > 1 else None,
         )
 
     def converted(self, part: AnyPart, force: bool, maker: Maker, on_shard: OnShard | None) -> Summary:
@@ -159,8 +163,8 @@ class _Conversion:
             progress.note(note)
         if self.prepared.calibration is not None and isinstance(part, Share):
             raise ConversionError(
-                f"method {self.prepared.recipe.chain} calibrates layer after layer, on all ranks at a time, and a share "
-                "of the shards alone cannot: start them with torchrun"
+                f"method {self.prepared.recipe.chain} calibrates layer after layer, on all ranks at a time, and a "
+                "share of the shards alone cannot: start them with torchrun"
             )
         found = self._look()
         if isinstance(part, Team):
@@ -213,6 +217,8 @@ class _Conversion:
         """Make a rank's share of the shards."""
         plan = self.prepared.plan
         with Run.begin(self.output, self.prepared.identity, share, maker.internals.pulse) as run:
+            if team is not None:
+                team.works(run)
             shards = share.shards(plan)
             run.take(shards, plan, maker.progress)
             made = maker.shards(run.journal, shards, run.before(plan), team=team)
@@ -262,6 +268,28 @@ class _Conversion:
             return None
         return expected_seconds(prepared, arithmetic_on(prepared.device), self.budget.workers, record.jobs)
 
+    def _rank(self, ranks: int, record: Record) -> dict[str, Any]:
+        """The work of a rank, of the one with most: shards, bytes, memory and expected seconds."""
+        prepared, plan, workers = self.prepared, self.prepared.plan, self.budget.workers
+        memory = self.budget.nbytes + len(plan.jobs) * PLAN_BYTES_PER_JOB
+        if prepared.calibration is not None:
+            seconds = self._expected_seconds(record) or 0.0
+            return {"ranks": ranks, "shards": None, "source_bytes": plan.source_bytes, "memory_bytes": memory} | {
+                "expected_seconds": seconds / ranks
+            }
+        # The costliest shard goes first, and to rank 0: none has more work than one shard beyond another's.
+        shares = [Share(rank, ranks).shards(plan) for rank in range(ranks)]
+        jobs = [[plan.jobs[index] for number in share for index in plan.shards[number].jobs] for share in shares]
+        left = [sum(data_free_effort(job) for job in mine if job.index not in record.jobs) for mine in jobs]
+        most = left.index(max(left))
+        return {
+            "ranks": ranks,
+            "shards": len(shares[most]),
+            "source_bytes": sum(job.source_bytes for job in jobs[most]),
+            "memory_bytes": memory,
+            "expected_seconds": data_free_seconds(left[most]) / workers,
+        }
+
     def _summary(
         self,
         status: str,
@@ -291,6 +319,7 @@ class _Conversion:
             free_disk_bytes=space.free,
             seconds=time.monotonic() - self.started,
             expected_seconds=None,
+            rank=None,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             notes=self.notes if notes is None else notes,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from ..formats.schemes import Scheme
+from ..native.library import library
 from ..progress import LayersLeft, Progress, Task
 from ..quant.scales import Method
 from .plan.plan import Job, Plan
 
 # Nanoseconds of one core: for reading, copying and hashing a byte, and for searching the scale of a weight; measured
-# with the native kernels. Only their ratios matter.
+# with the native kernels. Without them everything takes about so many times as long.
+_TORCH = 40
 _BYTE = 0.4
 _WEIGHT = {Method.MINMAX: 0.3, Method.MSE: 1.4}
 
@@ -19,6 +21,11 @@ def data_free_effort(job: Job) -> float:
     """The cost of a job without calibration: nanoseconds of one core."""
     rounded = 0.0 if job.scheme is Scheme.FLOAT else _WEIGHT[job.method.scale_search] * job.rows * job.columns
     return _BYTE * job.source_bytes + rounded
+
+
+def data_free_seconds(effort: float) -> float:
+    """Seconds of one core for a sum of `data_free_effort`, about: as fast as the machine that was measured."""
+    return effort * 1e-9 * (1 if library() is not None else _TORCH)
 
 
 class Tally:

@@ -29,8 +29,8 @@ class Claims:
     def all(self) -> dict[int, dict[int, str | None]]:
         """The claims of each shard by number: the run of each; None for what is no claim. Raises OSError."""
         found: dict[int, dict[int, str | None]] = {}
-        for name in os.listdir(self.folder):
-            if match := _CLAIM.fullmatch(name):
+        for path in self.folder.iterdir():
+            if match := _CLAIM.fullmatch(path.name):
                 shard, number = int(match[1]), int(match[2])
                 found.setdefault(shard, {})[number] = self.run(shard, number)
         return found
@@ -50,7 +50,7 @@ class Claims:
     def take(self, shard: int, number: int, run: str) -> bool:
         """Make a shard's claim of that number; False where another run has made it. Raises OSError."""
         try:
-            os.symlink(run, self._path(shard, number))
+            self._path(shard, number).symlink_to(run)
         except FileExistsError:
             return False
         return True
@@ -64,7 +64,7 @@ class Claims:
     def run(self, shard: int, number: int) -> str | None:
         """The run of a claim; None where there is no claim of that number. Raises OSError."""
         try:
-            content = os.readlink(self._path(shard, number))
+            content = str(self._path(shard, number).readlink())
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):  # no link
                 return None

@@ -12,6 +12,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -66,7 +67,7 @@ class Watch:
         except FileNotFoundError:
             return State(over=True)
         except ConversionError:
-            pass  # damaged: its times still tell
+            holder = None  # a damaged journal: its times still tell
         return self._by_time(run, path, holder)
 
     def _by_time(self, run: str, path: Path, holder: Holder | None) -> State:
@@ -84,7 +85,8 @@ class Watch:
 
 
 class Heartbeat:
-    """A `thread`, to be started, that calls `beat` every few seconds until `stop`. Errors of the file system do not end it."""
+    """A `thread`, to be started, that calls `beat` every few seconds until `stop`, also after errors of the file
+    system."""
 
     def __init__(self, beat: Callable[[], object], pulse: Pulse):
         self._beat, self._seconds = beat, pulse.beat
@@ -98,7 +100,5 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
-            try:
+            with suppress(OSError):
                 self._beat()
-            except OSError:
-                continue

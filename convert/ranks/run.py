@@ -184,10 +184,10 @@ def remove_runs(output: Path) -> None:
         for number in claims:
             with suppress(FileNotFoundError, IsADirectoryError):
                 (output / CLAIMS_FOLDER / f"{shard}.{number}").unlink()
-    for name in os.listdir(folder):
-        if RUN_NAME.fullmatch(name):
+    for path in folder.iterdir():
+        if RUN_NAME.fullmatch(path.name.removesuffix(".partial")):
             with suppress(FileNotFoundError, IsADirectoryError):
-                (folder / name).unlink()
+                path.unlink()
     for each in (output / CLAIMS_FOLDER, folder):
         with suppress(OSError):
             each.rmdir()

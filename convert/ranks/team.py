@@ -18,6 +18,7 @@ import torch
 from ...inputs.printable import printable
 from ...progress import Progress, Task
 from ...runtime.ranks.world import World
+from .run import Run
 from .share import Share
 
 _TELL_SECONDS: Final = 1.0
@@ -33,6 +34,7 @@ class Team:
         self._world = world
         self.share = Share(world.launch.rank, world.launch.size)
         self.progress: Progress = Together(progress) if world.leads else Told(world)
+        self._run: Run | None = None
         if isinstance(self.progress, Together):
             world.listen(self.progress.hear)
 
@@ -50,6 +52,15 @@ class Team:
         numbers = [task.total, task.done, round(task.effort or 0), round(task.effort_done)]
         total, done, effort, effort_done = self._world.group.all_reduce_sum(torch.tensor(numbers)).tolist()
         return replace(task, total=total, done=done, effort=effort, effort_done=effort_done, layers=0, layers_done=0)
+
+    def works(self, run: Run) -> None:
+        """Remember the run of this process, for `release`."""
+        self._run = run
+
+    def release(self) -> None:
+        """Give this rank's shards back, before the process ends because another rank did."""
+        if self._run is not None:
+            self._run.end()
 
     def meet(self) -> None:
         """Return when all ranks have called this."""
