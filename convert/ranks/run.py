@@ -135,7 +135,7 @@ class Run:
 
     def _beat(self) -> None:
         self.journal.touch()
-        for shard, number in self._mine.items():
+        for shard, number in dict(self._mine).items():
             if self._claims.newest(shard, {number: None})[0] != number:
                 self.journal.refuse(
                     ConversionError(

@@ -104,11 +104,11 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal:
 
 
 def _is_blank(output: Path) -> bool:
-    """True for a directory that is empty, but for files of a run killed before its journal existed."""
+    """True for a directory that is empty, but for files of a run before its journal exists, or killed by then."""
     for entry in output.iterdir():
         if entry.name != OWN_FOLDER or not entry.is_dir():
             return False
-        if any(inner != output / PARTIAL_NAME for inner in entry.iterdir()):
+        if not {output / PARTIAL_NAME, output / RUNS_FOLDER}.issuperset(entry.iterdir()):
             return False
     return True
 
