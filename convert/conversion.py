@@ -16,7 +16,7 @@ from ..formats.checkpoint import Checkpoint
 from ..models.config_reader import shown
 from ..progress import Progress, Silent
 from ..quant.weight_error import ErrorSums
-from .calibrate.devices import arithmetic_on
+from .calibrate.devices import arithmetic_on, result_depends_on
 from .calibrate.effort import expected_seconds
 from .calibrate.memory import calibrated_budget
 from .finish.card import check_base_model
@@ -182,6 +182,11 @@ class _Conversion:
             )
         space = self._space(found or Record())
         if part is Part.FINISH:
+            if self.prepared.calibration is not None:
+                raise ConversionError(
+                    f"--finish follows shares of the shards, and method {self.prepared.recipe.chain} has none: give "
+                    "the same command without it"
+                )
             return self._after_shares(maker, len(self.prepared.plan.jobs), space)
         if not force and not space.suffices:
             raise ConversionError(_too_full(space, self.output))
@@ -191,10 +196,9 @@ class _Conversion:
             return self._together(maker, part, space)
         if isinstance(part, Share):
             return self._share(maker, part, space)
-        if not begun_by_several(self.output):
-            return self._alone(maker, space, on_shard)
-        resumed = self._share(maker, Share(), space).jobs_resumed
-        return self._after_shares(maker, resumed, space)
+        if begun_by_several(self.output):
+            return self._all(maker, space)
+        return self._alone(maker, space, on_shard)
 
     def _look(self) -> Record | Finished | None:
         """The state of the output directory, as `look` finds it; a record of what all its ranks did."""
@@ -221,8 +225,22 @@ class _Conversion:
                 team.works(run)
             shards = share.shards(plan)
             run.take(shards, plan, maker.progress)
-            made = maker.shards(run.journal, shards, run.before(plan), team=team)
+            run.read_earlier(plan)
+            made = maker.shards(run.journal, shards, team=team)
         return self._summary("share", made.resumed, self._roles({}), space, "unfinished")
+
+    def _all(self, maker: Maker, space: Space, team: Team | None = None) -> Summary:
+        """Make everything, where several may have begun, or help."""
+        plan = self.prepared.plan
+        with Run.begin(self.output, self.prepared.identity, Share(), maker.internals.pulse) as run:
+            if team is not None:
+                team.works(run)
+            shards = range(len(plan.shards))
+            run.take(shards, plan, maker.progress)
+            run.read_earlier(plan)
+            made = maker.shards(run.journal, shards, team=team)
+            maker.rest(run.journal.record, made.reports)
+            return self._converted(run.journal.record, made.resumed, space)
 
     def _after_shares(self, maker: Maker, resumed: int, space: Space) -> Summary:
         """Make of finished shards an artifact."""
@@ -232,11 +250,23 @@ class _Conversion:
 
     def _together(self, maker: Maker, team: Team, space: Space) -> Summary:
         """Convert with all ranks of a launch; the last part is rank 0's."""
-        share = self._share(maker, team.share, space, team)
-        team.meet()
-        summary = self._after_shares(maker, share.jobs_resumed, space) if team.leads else share
+        if self.prepared.calibration is not None:
+            summary = self._walked(maker, team, space)
+        else:
+            summary = self._share(maker, team.share, space, team)
+            team.meet()
+            if team.leads:
+                summary = self._after_shares(maker, summary.jobs_resumed, space)
         team.part()
         return summary
+
+    def _walked(self, maker: Maker, team: Team, space: Space) -> Summary:
+        """Convert with calibration: rank 0 makes all shards, with the help of the others."""
+        team.agree({"arithmetic": result_depends_on(self.prepared.device)})
+        if team.leads:
+            return self._all(maker, space, team)
+        maker.walk_along(team.group)
+        return self._summary("share", 0, self._roles({}), space, "unfinished")
 
     def _converted(self, record: Record, resumed: int, space: Space) -> Summary:
         roles = self._roles({index: entry.stats for index, entry in record.jobs.items()})

@@ -15,6 +15,7 @@ from ..inputs.files import FileStamp
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress
+from ..runtime.ranks.group import ALONE, Group
 from .calibrate.effort import calibrated_effort
 from .calibrate.layer_report import LayerReport
 from .calibrate.states import remove_states
@@ -23,7 +24,7 @@ from .finish.finish import finish
 from .plan.memory import Budget
 from .plan.prepare import Prepared
 from .ranks.liveness import Pulse
-from .ranks.run import Run, joined, last_claims, remove_runs
+from .ranks.run import Run, last_claims, remove_runs
 from .ranks.team import Team
 from .tally import Tally, data_free_effort
 from .write.journal import Journal, Record
@@ -72,14 +73,12 @@ class Maker:
         self,
         journal: Journal,
         numbers: Sequence[int] | None = None,
-        before: Sequence[Record] = (),
         on_shard: OnShard | None = None,
         team: Team | None = None,
     ) -> Made:
-        """Make some shards (default: all), as far as an earlier run has not. Afterwards the journal has them.
+        """Make some shards (default: all), as far as the journal's record has not. Afterwards the journal has them.
 
-        before: the records of other journals about these shards, which this one takes over, and from then on speaks
-        for the shards.
+        numbers: those that the journal, one among several, speaks for from then on.
         """
         prepared, plan, record, progress = self.prepared, self.prepared.plan, journal.record, self.progress
         calibration, walk = prepared.calibration, None
@@ -90,25 +89,23 @@ class Maker:
         files = ShardFiles(self.output, plan, self.internals.write)
         try:
             found = prepared.checkpoint.stamps
-            for earlier in before or [record]:
-                forget_impossible(earlier, plan)
-                forget_lost_shards(earlier, files, plan, progress)
+            forget_impossible(record, plan)
+            forget_lost_shards(record, files, plan, progress)
             if calibration is not None:
-                walk = CalibratedWalk(prepared, calibration, files, journal, self.output, self.budget, tally)
+                group = ALONE if team is None else team.group
+                walk = CalibratedWalk(prepared, calibration, files, journal, self.output, self.budget, tally, group)
                 walk.forget_unvouched()
             kept = set() if walk is None else walk.kept_jobs
-            if any(earlier.jobs for earlier in before or [record]):
+            if record.jobs:
                 with Pool(self.budget.workers) as pool:
-                    for earlier in before or [record]:
-                        forget_changed_source(earlier, prepared.source, plan, found, kept, pool, progress)
-                    _take_over(record, before)
+                    forget_changed_source(record, prepared.source, plan, found, kept, pool, progress)
                     forget_changed_output(record, files, plan, pool, progress)
             if walk is not None:
                 walk.forget_unvouched()
             self._settle(journal, found, () if numbers is None else numbers)
             resumed = list(record.jobs)
             task = tally.task(resumed)
-            progress.start(task if team is None else team.whole(task))
+            progress.start(task if team is None or walk is not None else team.whole(task))
             prepared.source.announce([job.source for job in turns], {plan.jobs[index].source for index in resumed})
             if walk is not None:
                 reports = walk.run()
@@ -119,6 +116,13 @@ class Maker:
         finally:
             files.close()
         return Made(len(resumed), reports)
+
+    def walk_along(self, group: Group) -> None:
+        """On a rank but the first: do this rank's part of the calibrated walk of `shards`."""
+        prepared, calibration = self.prepared, self.prepared.calibration
+        assert calibration is not None
+        files = ShardFiles(self.output, prepared.plan)
+        CalibratedWalk(prepared, calibration, files, None, self.output, self.budget, None, group).run()
 
     def rest(self, record: Record, reports: Sequence[LayerReport]) -> None:
         """Write every file but the shards; the record has all of these. Then remove what no finished artifact needs."""
@@ -138,17 +142,12 @@ class Maker:
         """
         prepared, plan = self.prepared, self.prepared.plan
         run.take_now(range(len(plan.shards)), plan)
-        before, files = run.before(plan), ShardFiles(self.output, plan)
-        try:
-            with Pool(self.budget.workers) as pool:
-                for earlier in before:
-                    forget_impossible(earlier, plan)
-                    forget_lost_shards(earlier, files, plan, self.progress)
-                    found = prepared.checkpoint.stamps
-                    forget_changed_source(earlier, prepared.source, plan, found, (), pool, self.progress)
-        finally:
-            files.close()
-        record = joined(before)
+        record, files = run.read_earlier(plan), ShardFiles(self.output, plan)
+        found, progress = prepared.checkpoint.stamps, self.progress
+        forget_impossible(record, plan)
+        forget_lost_shards(record, files, plan, progress)
+        with Pool(self.budget.workers) as pool:
+            forget_changed_source(record, prepared.source, plan, found, (), pool, progress)
         self._refuse_unfinished(run, record)
         self.rest(record, ())
         return record
@@ -194,12 +193,6 @@ class Maker:
             journal.settle(found, shards)
         except OSError as error:
             raise write_error(journal.path, error) from error
-
-
-def _take_over(record: Record, before: Sequence[Record]) -> None:
-    taken = joined(before)
-    record.jobs.update(taken.jobs)
-    record.hashes.update(taken.hashes)
 
 
 def remove_remains(output: Path, progress: Progress) -> None:

@@ -102,12 +102,17 @@ class Run:
             if (state := self._try(shard)) is not None:
                 raise ConversionError(f"{self._held(plan.shards[shard].name, state)}, and run this again")
 
-    def before(self, plan: Plan) -> list[Record]:
-        """What earlier runs did of the claimed shards: a record for each that speaks for some of them."""
+    def read_earlier(self, plan: Plan) -> Record:
+        """Read into the record of this run's journal what earlier ones did of the claimed shards; return it.
+
+        The journal itself has it, and speaks for these shards, once it is settled.
+        """
         try:
-            return _spoken(self._output, self._claims, self.journal.identity, plan, sorted(self._mine), self._mine)
+            found = _spoken(self._output, self._claims, self.journal.identity, plan, sorted(self._mine), self._mine)
         except OSError as error:
             raise _error(self._output, error) from error
+        self.journal.record = _joined(found)
+        return self.journal.record
 
     def _try(self, shard: int) -> State | None:
         """Claim a shard; the state of the run that has it, or None."""
@@ -149,18 +154,9 @@ def done_so_far(output: Path, identity: Mapping[str, str], plan: Plan) -> Record
     """What all runs have done together. Changes nothing. Raises ConversionError."""
     try:
         claims = Claims(output / CLAIMS_FOLDER)
-        return joined(_spoken(output, claims, identity, plan, range(len(plan.shards)), {}))
+        return _joined(_spoken(output, claims, identity, plan, range(len(plan.shards)), {}))
     except OSError as error:
         raise _error(output, error) from error
-
-
-def joined(records: Iterable[Record]) -> Record:
-    """The jobs and hashes of several records, of different shards."""
-    whole = Record()
-    for record in records:
-        whole.jobs.update(record.jobs)
-        whole.hashes.update(record.hashes)
-    return whole
 
 
 def last_claims(output: Path, shards: Sequence[int], but: str) -> dict[int, Share]:
@@ -224,6 +220,16 @@ def _spoken(
         part.jobs |= {index: record.jobs[index] for index in plan.shards[shard].jobs if index in record.jobs}
         part.hashes |= {shard: record.hashes[shard]} if shard in record.hashes else {}
     return list(spoken.values())
+
+
+def _joined(records: Sequence[Record]) -> Record:
+    """The content of several records about different shards. Their source's stamps are unknown where they differ."""
+    stamps = {record.sources for record in records if record.jobs}
+    whole = Record(sources=stamps.pop() if len(stamps) == 1 else ())
+    for record in records:
+        whole.jobs.update(record.jobs)
+        whole.hashes.update(record.hashes)
+    return whole
 
 
 def _read(path: Path, identity: Mapping[str, str]) -> Record:

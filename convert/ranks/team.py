@@ -17,6 +17,7 @@ import torch
 
 from ...inputs.printable import printable
 from ...progress import Progress, Task
+from ...runtime.ranks.group import Group
 from ...runtime.ranks.world import World
 from .run import Run
 from .share import Share
@@ -42,10 +43,14 @@ class Team:
     def leads(self) -> bool:
         return self._world.leads
 
+    @property
+    def group(self) -> Group:
+        return self._world.group
+
     def agree(self, identity: Mapping[str, str]) -> None:
         """Raise RankError on every rank where the ranks would make different artifacts."""
         for name in sorted(identity):
-            self._world.agree(f"{name} to convert", identity[name], "give all of them the same source and options")
+            self._world.agree(f"{name} to convert with", identity[name], "give all of them the same source and options")
 
     def whole(self, task: Task) -> Task:
         """The sum of a task of each rank; its layers are not counted."""

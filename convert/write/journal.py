@@ -82,6 +82,7 @@ class Journal:
         self._refusal: ConversionError | None = None
         # The content of the lines; the record may have lost some of it.
         self._told_jobs, self._told_hashes = set(record.jobs), set(record.hashes)
+        self._told_sources = record.sources
 
     @staticmethod
     def first_line(identity: Mapping[str, str], process: Mapping[str, Any] | None = None) -> bytes:
@@ -151,7 +152,7 @@ class Journal:
         record = self.record
         jobs, hashes = sorted(self._told_jobs - record.jobs.keys()), sorted(self._told_hashes - record.hashes.keys())
         lines = checked_line({"lost_jobs": jobs, "lost_hashes": hashes}) if jobs or hashes else b""
-        if tuple(sources) != record.sources:
+        if tuple(sources) != self._told_sources:
             lines += checked_line({"sources": [list(stamp) for stamp in sources]})
         lines += _told(
             {index: entry for index, entry in record.jobs.items() if index not in self._told_jobs},
@@ -162,7 +163,7 @@ class Journal:
             lines += checked_line({"shards": spoken})
         if lines:
             self._write(lines)
-        record.sources = tuple(sources)
+        record.sources = self._told_sources = tuple(sources)
         record.shards.update(spoken)
         self._told_jobs, self._told_hashes = set(record.jobs), set(record.hashes)
 

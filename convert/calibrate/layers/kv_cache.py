@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....formats.kv_cache import latent_codes, storable_scale
-from ....parallel.pool import Pool
+from ....parallel.pool import Mapper
 
 # Fractions of the largest value: a scale may clip a few values for the precision of the others.
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
@@ -28,7 +28,7 @@ class LatentScale:
     error: float
 
 
-def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], pool: Pool) -> LatentScale:
+def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], pool: Mapper) -> LatentScale:
     """Search the scales of the latents that `latents` returns batch by batch, float32 `[T, L]`, twice for each.
 
     A channel that is zero throughout gets the largest scale of the others.

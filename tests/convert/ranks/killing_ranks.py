@@ -22,17 +22,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from killable import tree_bytes
-
 from npuq.convert.conversion import AnyPart, Internals, Part, convert_checkpoint
 from npuq.convert.ranks import holder
 from npuq.convert.ranks.liveness import Pulse
 from npuq.convert.ranks.share import Share
 from npuq.convert.write.pipeline import Durability
 from npuq.errors import NpuqError
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from killable import tree_bytes  # noqa: E402
 
 OPTIONS = {"method": "minmax", "max_shard_size": 1_000_000, "workers": 1}
 _LONGEST_SECONDS = 300.0
