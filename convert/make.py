@@ -148,16 +148,16 @@ class Maker:
         forget_lost_shards(record, files, plan, progress)
         with Pool(self.budget.workers) as pool:
             forget_changed_source(record, prepared.source, plan, found, (), pool, progress)
-        self._refuse_unfinished(run, record)
+        self._refuse_unfinished(record)
         self.rest(record, ())
         return record
 
-    def _refuse_unfinished(self, run: Run, record: Record) -> None:
+    def _refuse_unfinished(self, record: Record) -> None:
         plan = self.prepared.plan
         left = [number for number in range(len(plan.shards)) if number not in record.hashes]
         if not left:
             return
-        ranks = last_claims(self.output, left, run.journal.path.name)
+        ranks = last_claims(self.output, left)
 
         def told(number: int) -> str:
             jobs = plan.shards[number].jobs

@@ -57,6 +57,8 @@ class Watch:
             return State(over=True)  # no run has this name
         path, holder = self._folder / run, None
         try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return State(over=True)  # no run makes a link or a pipe
             beginning, record = Journal.look(path)
             if record.ended:
                 return State(over=True)
@@ -71,10 +73,7 @@ class Watch:
         return self._by_time(run, path, holder)
 
     def _by_time(self, run: str, path: Path, holder: Holder | None) -> State:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            return State(over=True)
-        now, beat = self._touch(), found.st_mtime_ns
+        now, beat = self._touch(), path.lstat().st_mtime_ns
         before, since = self._seen.get(run, (None, 0.0))
         if before != beat:
             since = time.monotonic()

@@ -159,14 +159,15 @@ def done_so_far(output: Path, identity: Mapping[str, str], plan: Plan) -> Record
         raise _error(output, error) from error
 
 
-def last_claims(output: Path, shards: Sequence[int], but: str) -> dict[int, Share]:
-    """The ranks that last claimed each of some shards, where any but the run `but` did."""
+def last_claims(output: Path, shards: Sequence[int]) -> dict[int, Share]:
+    """The ranks that last claimed each of some shards, where any among several did."""
     found = {}
     for shard, claims in Claims(output / CLAIMS_FOLDER).all().items():
-        names = [name for _, name in sorted(claims.items()) if name not in (None, but)]
-        match = RUN_NAME.fullmatch(names[-1] or "") if names else None
-        if match is not None and shard in shards:
-            found[shard] = Share(int(match[1]), int(match[2]))
+        runs = [RUN_NAME.fullmatch(name) for _, name in sorted(claims.items()) if name is not None]
+        shares = [Share(int(run[1]), int(run[2])) for run in runs if run is not None]
+        # One process alone claims all shards to finish them.
+        if shard in shards and (several := [share for share in shares if share.size > 1]):
+            found[shard] = several[-1]
     return found
 
 
@@ -238,6 +239,10 @@ def _read(path: Path, identity: Mapping[str, str]) -> Record:
         beginning, record = Journal.look(path)
     except (FileNotFoundError, ConversionError):
         return Record()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link
+            return Record()
+        raise
     return record if beginning.identity == identity else Record()
 
 

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from killable import tree_bytes  # noqa: E402
 
+EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3-fp8"
 OPTIONS = {"method": "minmax", "max_shard_size": 1_000_000, "workers": 1}
 _LONGEST_SECONDS = 300.0
 # A dead process of another machine counts as dead after this, and a busy one must not.
@@ -156,7 +157,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--source", type=Path, default=ROOT / "examples" / "tiny-deepseek-v3-fp8")
+    parser.add_argument("--source", type=Path, default=EXAMPLE)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="npuq-kills-") as folder:
         found = campaign(arguments.source, Path(folder), arguments.kills, arguments.seed, arguments.first)
