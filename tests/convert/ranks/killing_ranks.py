@@ -4,6 +4,7 @@
 
 A finding is an artifact with other bytes than one process makes, a rank that does not end, or an error. It is printed
 with the number of its case, which runs it again: `--first 17 --kills 1`. torch is imported once; ranks are forked.
+With `--calibrated` they are ranks of one launch, which calibrate together over gloo.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -21,13 +23,20 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from npuq.convert import CalibrationText
 from npuq.convert.conversion import AnyPart, Internals, Part, convert_checkpoint
 from npuq.convert.ranks import holder
 from npuq.convert.ranks.liveness import Pulse
 from npuq.convert.ranks.share import Share
+from npuq.convert.ranks.team import Team
 from npuq.convert.write.pipeline import Durability
 from npuq.errors import NpuqError
+from npuq.inputs.launch import Launch
+from npuq.progress import Silent
+from npuq.runtime.ranks.lifeline import Loss
+from npuq.runtime.ranks.world import World
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,10 +44,43 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from killable import tree_bytes  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3-fp8"
-OPTIONS = {"method": "minmax", "max_shard_size": 1_000_000, "workers": 1}
+OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 1_000_000, "workers": 1}
+CALIBRATED: dict[str, Any] = OPTIONS | {"method": "rotate+smooth+gptq", "calibration": CalibrationText(None, 4, 32)}
 _LONGEST_SECONDS = 300.0
 # A dead process of another machine counts as dead after this, and a busy one must not.
 _PULSE = Pulse(beat=0.1, silent=3.0)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A rank of a launch that meets at a port of this machine."""
+
+    launch: Launch
+
+    def team(self) -> Team:
+        """Meet the others. The loss of one ends this process at once."""
+        place = {"RANK": self.launch.rank, "WORLD_SIZE": self.launch.size, "MASTER_PORT": self.launch.port}
+        os.environ |= {"MASTER_ADDR": self.launch.address} | {name: str(value) for name, value in place.items()}
+        world = World.join(self.launch, _AtOnce())
+        assert world is not None
+        return Team(world, Silent())
+
+
+class _AtOnce:
+    def report(self, loss: Loss) -> None:
+        return
+
+    def end_after(self, loss: Loss) -> None:
+        os._exit(0)
+
+
+def launched(size: int) -> tuple[AnyPart | Launched, ...]:
+    """The ranks of a launch; one alone is no launch."""
+    if size == 1:
+        return (Part.WHOLE,)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return tuple(Launched(Launch(rank, size, rank, size, "127.0.0.1", port)) for rank in range(size))
 
 
 @dataclass(frozen=True)
@@ -46,15 +88,17 @@ class Round:
     """Ranks started at once, of which some are killed after so many seconds. apart: each on a machine of its own, as
     far as they can tell."""
 
-    parts: tuple[AnyPart, ...]
+    parts: tuple[AnyPart | Launched, ...]
     kills: Mapping[int, float]
     apart: bool
 
     @classmethod
-    def of(cls, draw: random.Random, span: float) -> Round:
+    def of(cls, draw: random.Random, span: float, calibrated: bool) -> Round:
         size = draw.choice((1, 2, 2, 3, 4))
+        if calibrated:
+            return cls(launched(size), {draw.randrange(size): draw.uniform(0.0, span)}, False)
         victims = draw.sample(range(size), draw.randint(1, size))
-        parts: tuple[AnyPart, ...] = tuple(Share(rank, size) for rank in range(size))
+        parts: tuple[AnyPart | Launched, ...] = tuple(Share(rank, size) for rank in range(size))
         if draw.random() < 0.1:
             parts = (Part.WHOLE,)
             victims = [0]
@@ -62,7 +106,9 @@ class Round:
         return cls(parts, kills, draw.random() < 0.1)
 
 
-def fork(source: Path, output: Path, part: AnyPart, machine: str | None) -> tuple[int, int]:
+def fork(
+    source: Path, output: Path, part: AnyPart | Launched, machine: str | None, options: Mapping[str, Any]
+) -> tuple[int, int]:
     """Start a part of the conversion in a forked process; return its number and a pipe for its answer."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -76,7 +122,8 @@ def fork(source: Path, output: Path, part: AnyPart, machine: str | None) -> tupl
             name = machine
             holder._machine = lambda host: name
         internals = Internals(Durability(0.002, 1 << 30), pulse=_PULSE)
-        summary = convert_checkpoint(source, output, part=part, internals=internals, **OPTIONS)
+        mine = part.team() if isinstance(part, Launched) else part
+        summary = convert_checkpoint(source, output, part=mine, internals=internals, **options)
         answer = {"status": summary.status, "resumed": summary.jobs_resumed}
     except NpuqError as error:
         answer = {"error": str(error)}
@@ -86,11 +133,11 @@ def fork(source: Path, output: Path, part: AnyPart, machine: str | None) -> tupl
     os._exit(0)
 
 
-def run(source: Path, output: Path, each: Round) -> list[dict[str, object]]:
+def run(source: Path, output: Path, each: Round, options: Mapping[str, Any] = OPTIONS) -> list[dict[str, object]]:
     """Run a round; return what each rank answered, nothing of killed ones. Raises TimeoutError for one that stays."""
     began = time.monotonic()
     started = [
-        fork(source, output, part, f"machine {number} {began}" if each.apart else None)
+        fork(source, output, part, f"machine {number} {began}" if each.apart else None, options)
         for number, part in enumerate(each.parts)
     ]
     for rank, delay in sorted(each.kills.items(), key=lambda kill: kill[1]):
@@ -114,11 +161,18 @@ def run(source: Path, output: Path, each: Round) -> list[dict[str, object]]:
 
 
 def campaign(
-    source: Path, folder: Path, kills: int, seed: int, first: int = 0, say: Callable[[str], object] = print
+    source: Path,
+    folder: Path,
+    kills: int,
+    seed: int,
+    first: int = 0,
+    say: Callable[[str], object] = print,
+    calibrated: bool = False,
 ) -> list[str]:
     """Run cases until so many ranks were killed; return the findings."""
     expected_at, began = folder / "expected", time.monotonic()
-    convert_checkpoint(source, expected_at, **OPTIONS)
+    options = CALIBRATED if calibrated else OPTIONS
+    run(source, expected_at, Round((Part.WHOLE,), {}, False), options)
     span, expected = 1.5 * (time.monotonic() - began), tree_bytes(expected_at)
     findings, killed, case = [], 0, first
     while killed < kills:
@@ -126,17 +180,20 @@ def campaign(
         fault, rounds = None, []
         try:
             for _ in range(draw.randint(1, 3)):
-                rounds.append(Round.of(draw, span))
-                answers = run(source, output, rounds[-1])
+                rounds.append(Round.of(draw, span, calibrated))
+                answers = run(source, output, rounds[-1], options)
                 killed += len(rounds[-1].kills)
                 fault = fault or next((str(answer) for answer in answers if "fault" in answer), None)
-                if draw.random() < 0.3:  # too early, most often
+                if draw.random() < 0.3 and not calibrated:  # too early, most often
                     answers = run(source, output, Round((Part.FINISH,), {}, False))
                     if "are not finished" not in str(answers) and "status" not in answers[0]:
                         fault = fault or str(answers)
             size = draw.choice((1, 2, 3, 4))
-            shares = run(source, output, Round(tuple(Share(rank, size) for rank in range(size)), {}, False))
-            last = run(source, output, Round((Part.FINISH,), {}, False))
+            if calibrated:
+                shares, last = [], run(source, output, Round(launched(size), {}, False), options)
+            else:
+                shares = run(source, output, Round(tuple(Share(rank, size) for rank in range(size)), {}, False))
+                last = run(source, output, Round((Part.FINISH,), {}, False))
             if any(answer.get("status") not in ("share", "finished") for answer in shares) or "status" not in last[0]:
                 fault = fault or f"{shares} {last}"
             if fault is None and tree_bytes(output) != expected:
@@ -157,10 +214,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--source", type=Path, default=EXAMPLE)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="npuq-kills-") as folder:
-        found = campaign(arguments.source, Path(folder), arguments.kills, arguments.seed, arguments.first)
+        found = campaign(
+            arguments.source,
+            Path(folder),
+            arguments.kills,
+            arguments.seed,
+            arguments.first,
+            calibrated=arguments.calibrated,
+        )
     return 1 if found else 0
 
 
