@@ -47,6 +47,7 @@ EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3-fp8"
 OPTIONS: dict[str, Any] = {"method": "minmax", "max_shard_size": 1_000_000, "workers": 1}
 CALIBRATED: dict[str, Any] = OPTIONS | {"method": "rotate+smooth+gptq", "calibration": CalibrationText(None, 4, 32)}
 _LONGEST_SECONDS = 300.0
+_TORCHRUN_SECONDS = 2.0
 # A dead process of another machine counts as dead after this, and a busy one must not.
 _PULSE = Pulse(beat=0.1, silent=3.0)
 
@@ -143,6 +144,11 @@ def run(source: Path, output: Path, each: Round, options: Mapping[str, Any] = OP
     for rank, delay in sorted(each.kills.items(), key=lambda kill: kill[1]):
         time.sleep(max(0.0, began + delay - time.monotonic()))
         os.kill(started[rank][0], signal.SIGKILL)
+    if any(isinstance(part, Launched) for part in each.parts):
+        # torchrun ends the others, also those that wait for a rank that never came.
+        time.sleep(_TORCHRUN_SECONDS if each.kills else 0)
+        for child, _ in started if each.kills else ():
+            os.kill(child, signal.SIGKILL)
     left = dict(enumerate(started))
     answers: dict[int, dict[str, object]] = {}
     while left:
