@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from ..choices import HUBS
 from ..errors import CheckpointError, HubError
 from .terminal.console import format_bytes
 from .terminal.progress import TerminalProgress
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
 
 _DOWNLOAD: Final = "download"
+hub_option: Final = click.option(
+    "--hub",
+    "which",
+    type=click.Choice(HUBS),
+    default="huggingface",
+    show_default=True,
+    help="The hub that has the repository, or gets it.",
+)
 
 
 def local_model(

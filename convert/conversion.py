@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from ..errors import ConversionError, NpuqError
 from ..formats.artifact import CARD_NAME
@@ -16,27 +16,28 @@ from ..formats.checkpoint import Checkpoint
 from ..models.config_reader import shown
 from ..progress import Progress, Silent
 from ..quant.weight_error import ErrorSums
-from .calibrate.devices import arithmetic_on, result_depends_on
-from .calibrate.effort import expected_seconds
-from .calibrate.memory import calibrated_budget
+from .calibrate.settings import CalibrationText
 from .finish.card import check_base_model
 from .finish.finish import rehearse
 from .finish.role_totals import totals_by_role
 from .finish.side_files import card_front_matter
 from .make import Internals, Maker, remove_remains
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
-from .plan.prepare import CalibrationText, Prepared, prepare
+from .plan.prepare import Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
 from .ranks.run import Run, done_so_far
 from .ranks.share import Share
-from .ranks.team import Team
 from .tally import data_free_effort, data_free_seconds
 from .write.journal import Record
 from .write.output import Finished, begun_by_several, check_separate, claim, look
 from .write.pipeline import OnShard
 
 __all__ = ["DEFAULT_SHARD_SIZE", "Internals", "Part", "convert_checkpoint"]
+
+# What calibrates runs the model, on torch, and so does the network between ranks: only those conversions import it.
+if TYPE_CHECKING:
+    from .ranks.team import Team
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
@@ -48,7 +49,7 @@ class Part(Enum):
     FINISH = "finish"  # the rest, after shares have made all shards
 
 
-AnyPart: TypeAlias = Part | Share | Team
+AnyPart: TypeAlias = Union[Part, Share, "Team"]
 
 
 def convert_checkpoint(
@@ -110,7 +111,7 @@ def convert_checkpoint(
         )
         if dry_run:
             return run.planned(force, ranks)
-        shown_at = part.progress if isinstance(part, Team) else progress or Silent()
+        shown_at = progress or Silent() if isinstance(part, (Part, Share)) else part.progress
         maker = Maker(prepared, run.budget, output, internals or Internals(), shown_at)
         return run.converted(part, force, maker, on_shard)
     finally:
@@ -121,6 +122,8 @@ def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> 
     budget = plan_budget(prepared.plan, workers, max_memory, prepared.source.held_bytes)
     if prepared.calibration is None:
         return budget
+    from .calibrate.memory import calibrated_budget
+
     tokens, length = prepared.calibration.tokens.numel(), prepared.calibration.sequence_length
     return calibrated_budget(prepared.config, tokens, length, budget, max_memory)
 
@@ -167,11 +170,11 @@ class _Conversion:
                 "share of the shards alone cannot: start them with torchrun"
             )
         found = self._look()
-        if isinstance(part, Team):
+        if not isinstance(part, (Part, Share)):
             part.agree(self.prepared.identity | {"output": "finished" if isinstance(found, Finished) else ""})
         if isinstance(found, Finished):
             # A kill after the manifest leaves the files of an unfinished conversion.
-            if not isinstance(part, Team) or part.leads:
+            if isinstance(part, (Part, Share)) or part.leads:
                 remove_remains(self.output, progress)
             notes = self._finished_notes()
             for note in notes[len(self.notes) :]:
@@ -192,10 +195,10 @@ class _Conversion:
             raise ConversionError(_too_full(space, self.output))
         if not space.suffices:
             progress.note(f"warning: {space.shortage(self.output)}; when the disk fills up, make room and run again")
-        if isinstance(part, Team):
-            return self._together(maker, part, space)
         if isinstance(part, Share):
             return self._share(maker, part, space)
+        if not isinstance(part, Part):
+            return self._together(maker, part, space)
         if begun_by_several(self.output):
             return self._all(maker, space)
         return self._alone(maker, space, on_shard)
@@ -262,6 +265,8 @@ class _Conversion:
 
     def _walked(self, maker: Maker, team: Team, space: Space) -> Summary:
         """Convert with calibration: rank 0 makes all shards, with the help of the others."""
+        from .calibrate.devices import result_depends_on
+
         team.agree({"arithmetic": result_depends_on(self.prepared.device)})
         if team.leads:
             return self._all(maker, space, team)
@@ -296,6 +301,9 @@ class _Conversion:
         prepared = self.prepared
         if prepared.calibration is None:
             return None
+        from .calibrate.devices import arithmetic_on
+        from .calibrate.effort import expected_seconds
+
         return expected_seconds(prepared, arithmetic_on(prepared.device), self.budget.workers, record.jobs)
 
     def _rank(self, ranks: int, record: Record) -> dict[str, Any]:

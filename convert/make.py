@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConversionError
 from ..formats.artifact import OWN_FOLDER
@@ -15,17 +16,13 @@ from ..inputs.files import FileStamp
 from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress
-from ..runtime.ranks.group import ALONE, Group
-from .calibrate.effort import calibrated_effort
-from .calibrate.layer_report import LayerReport
 from .calibrate.states import remove_states
-from .calibrate.walk import CalibratedWalk
 from .finish.finish import finish
 from .plan.memory import Budget
+from .plan.plan import Job
 from .plan.prepare import Prepared
 from .ranks.liveness import Pulse
 from .ranks.run import Run, last_claims, remove_runs
-from .ranks.team import Team
 from .tally import Tally, data_free_effort
 from .write.journal import Journal, Record
 from .write.pipeline import Durability, OnShard, run_plan
@@ -37,6 +34,13 @@ from .write.resume import (
     stamps_now,
 )
 from .write.shards import ShardFiles, Write
+
+# The walk runs the model, on torch: only conversions that calibrate import it.
+if TYPE_CHECKING:
+    from ..runtime.ranks.group import Group
+    from .calibrate.layer_report import LayerReport
+    from .calibrate.walk import CalibratedWalk
+    from .ranks.team import Team
 
 # Names of unfinished shards in a message.
 _FEW = 8
@@ -81,11 +85,19 @@ class Maker:
         numbers: those that the journal, one among several, speaks for from then on.
         """
         prepared, plan, record, progress = self.prepared, self.prepared.plan, journal.record, self.progress
-        calibration, walk = prepared.calibration, None
+        calibration = prepared.calibration
+        walk: CalibratedWalk | None = None
         reports: tuple[LayerReport, ...] = ()
         shards = range(len(plan.shards)) if numbers is None else numbers
         turns = plan.turns_of(shards)
-        tally = Tally(plan, turns, progress, data_free_effort if calibration is None else calibrated_effort(prepared))
+        effort: Callable[[Job], float] = data_free_effort
+        if calibration is not None:
+            from ..runtime.ranks.group import ALONE
+            from .calibrate.effort import calibrated_effort
+            from .calibrate.walk import CalibratedWalk
+
+            effort = calibrated_effort(prepared)
+        tally = Tally(plan, turns, progress, effort)
         files = ShardFiles(self.output, plan, self.internals.write)
         try:
             found = prepared.checkpoint.stamps
@@ -119,6 +131,8 @@ class Maker:
 
     def walk_along(self, group: Group) -> None:
         """On a rank but the first: do this rank's part of the calibrated walk of `shards`."""
+        from .calibrate.walk import CalibratedWalk
+
         prepared, calibration = self.prepared, self.prepared.calibration
         assert calibration is not None
         files = ShardFiles(self.output, prepared.plan)
