@@ -107,15 +107,28 @@ def convert_checkpoint(
     try:
         small_bytes = rehearse(prepared)
         run = _Conversion(
-            prepared, _budget(prepared, workers, max_memory), output, small_bytes, started, starting_notes(prepared)
+            prepared=prepared,
+            budget=_budget(prepared, workers, max_memory),
+            output=output,
+            small_bytes=small_bytes,
+            started=started,
+            notes=starting_notes(prepared),
+            ranks=_ranks(part, ranks),
         )
         if dry_run:
-            return run.planned(force, ranks)
+            return run.planned(force)
         shown_at = progress or Silent() if isinstance(part, (Part, Share)) else part.progress
         maker = Maker(prepared, run.budget, output, internals or Internals(), shown_at)
         return run.converted(part, force, maker, on_shard)
     finally:
         prepared.checkpoint.close()
+
+
+def _ranks(part: AnyPart, planned: int) -> int:
+    """The number of ranks that a part is one of, or a plan is for."""
+    if isinstance(part, Part):
+        return planned
+    return part.size if isinstance(part, Share) else part.share.size
 
 
 def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> Budget:
@@ -138,8 +151,9 @@ class _Conversion:
     small_bytes: int
     started: float
     notes: tuple[str, ...]
+    ranks: int
 
-    def planned(self, force: bool, ranks: int) -> Summary:
+    def planned(self, force: bool) -> Summary:
         """Summarize a run without writing anything."""
         roles = self._roles({})
         try:
@@ -156,7 +170,7 @@ class _Conversion:
         return replace(
             self._summary("planned", len(record.jobs), roles, space, state, refusal),
             expected_seconds=self._expected_seconds(record),
-            rank=self._rank(ranks, record) if ranks > 1 else None,
+            rank=self._rank(record) if self.ranks > 1 else None,
         )
 
     def converted(self, part: AnyPart, force: bool, maker: Maker, on_shard: OnShard | None) -> Summary:
@@ -292,7 +306,7 @@ class _Conversion:
 
     def _space(self, record: Record | None) -> Space:
         """The disk space beside a record of finished jobs; None: every job is finished."""
-        return plan_space(self.prepared, self.output, record, self.small_bytes)
+        return plan_space(self.prepared, self.output, record, self.small_bytes, self.ranks)
 
     def _roles(self, stats: Mapping[int, ErrorSums]) -> list[Mapping[str, Any]]:
         return [total.as_dict() for total in totals_by_role(self.prepared.plan.jobs, stats)]
@@ -306,9 +320,9 @@ class _Conversion:
 
         return expected_seconds(prepared, arithmetic_on(prepared.device), self.budget.workers, record.jobs)
 
-    def _rank(self, ranks: int, record: Record) -> dict[str, Any]:
+    def _rank(self, record: Record) -> dict[str, Any]:
         """The work of a rank, of the one with most: shards, bytes, memory and expected seconds."""
-        prepared, plan, workers = self.prepared, self.prepared.plan, self.budget.workers
+        prepared, plan, workers, ranks = self.prepared, self.prepared.plan, self.budget.workers, self.ranks
         memory = self.budget.nbytes + len(plan.jobs) * PLAN_BYTES_PER_JOB
         if prepared.calibration is not None:
             seconds = self._expected_seconds(record) or 0.0
