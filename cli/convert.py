@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..choices import METHODS, RECIPES
 from ..errors import ConversionError, NpuqError, RecipeError
+from ..inputs.launch import MAX_RANKS
 from ..units import format_duration
 from .options.reading import as_option, beginning
+from .ranks import CommandRanks, ranks_of_command
 from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
-from .transfer import open_pusher, open_source
+from .transfer import open_pusher, open_source, remove_downloads
 
 if TYPE_CHECKING:
     from ..convert import Summary
+    from ..convert.conversion import AnyPart
     from ..hub import PushSummary
 
 
@@ -89,6 +93,13 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
     is_flag=True,
     help="Print jobs, sizes, memory and disk needed; write nothing. Exit status 1 where a run would not start.",
 )
+@click.option("--ranks", type=click.IntRange(1, MAX_RANKS), help="With --dry-run: time and memory of each of so many.")
+@click.option(
+    "--shard-of",
+    metavar="I/N",
+    help="Make share I (from 0) of N of the output shards, in a job of its own beside others; --finish follows.",
+)
+@click.option("--finish", is_flag=True, help="Make an artifact of what --shard-of made, once all of it is there.")
 @click.option("--force", is_flag=True, help="Start although the disk has too little room.")
 @progress_options
 @json_option("Print the summary as JSON.")
@@ -111,6 +122,9 @@ def command(
     download_window: int | None,
     repo: str | None,
     dry_run: bool,
+    ranks: int | None,
+    shard_of: str | None,
+    finish: bool,
     force: bool,
     progress: str,
     quiet: bool,
@@ -127,18 +141,27 @@ def command(
     Interrupted at any moment, the same command continues: existing output is read again, and made again where it is not
     as it was written, or where SOURCE is not as it was read. The artifact does not depend on workers, memory or
     interruptions, to the byte; only --time-budget makes it depend on how fast the machine is.
+
+    Several processes can share the work, on one file system: under torchrun, or as independent jobs with --shard-of and
+    --finish. The artifact does not depend on their number, nor that on what an interrupted run had.
     """
     from ..convert import CalibrationText, convert_checkpoint
     from ..convert.calibrate.devices import Device
     from ..convert.calibrate.settings import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
+    from ..convert.conversion import Part
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")
-    display = TerminalProgress(progress, quiet)
+    if ranks is not None and not dry_run:
+        raise click.UsageError("--ranks is for a --dry-run; torchrun, or --shard-of, gives a run its ranks")
+    display, launched = TerminalProgress(progress, quiet), ranks_of_command()
+    launch = launched.launch
+    _check_combination(shard_of, finish, launch.size > 1, dry_run, repo is not None)
+    part, rank = (Part.WHOLE, "") if dry_run else _part(shard_of, finish, launched, display)
     with signals_raise(), display:
         pusher = None if repo is None else open_pusher(output, repo, display.note)
         summary = convert_checkpoint(
-            open_source(source, output, revision, download_window),
+            open_source(source, output, revision, download_window, rank),
             output,
             recipe=recipe,
             method=method,
@@ -149,7 +172,7 @@ def command(
                 None if time_budget is None else 60 * time_budget,
                 Device(device),
             ),
-            workers=workers,
+            workers=workers or max(1, len(os.sched_getaffinity(0)) // launch.local_size),
             max_memory=max_memory,
             max_shard_size=max_shard_size,
             base_model=base_model,
@@ -158,12 +181,55 @@ def command(
             force=force,
             progress=display,
             on_shard=None if pusher is None else pusher.add,
+            part=part,
+            ranks=ranks or launch.size,
         )
+        if summary.status in ("converted", "finished") and launched.leads:
+            remove_downloads(output)
         pushed = None if pusher is None else pusher.finish()
     with nullcontext() if dry_run else work_is_done():
         _print(summary, pushed, as_json)
     if summary.refusal is not None:
         raise ConversionError(summary.refusal)
+
+
+def _check_combination(shard_of: str | None, finish: bool, launched: bool, dry_run: bool, push: bool) -> None:
+    """Raise UsageError for options that exclude each other."""
+    ways = {"--shard-of": shard_of is not None, "--finish": finish, "--dry-run": dry_run, "torchrun": launched}
+    for one, other in (
+        ("--shard-of", "--finish"),
+        ("--shard-of", "--dry-run"),
+        ("--finish", "--dry-run"),
+        ("--shard-of", "torchrun"),
+        ("--finish", "torchrun"),
+    ):
+        if ways[one] and ways[other]:
+            raise click.UsageError(f"{one} and {other} exclude each other")
+    if push and (shard_of is not None or finish or launched):
+        raise click.UsageError("--push is for a conversion by one process: npuq push the finished artifact")
+
+
+def _part(shard_of: str | None, finish: bool, launched: CommandRanks, display: TerminalProgress) -> tuple[AnyPart, str]:
+    """The part of this process, and a name for its rank where it has one. Meets the other ranks of a launch."""
+    from ..convert.conversion import Part
+    from ..convert.ranks.share import Share
+
+    launch = launched.launch
+    if finish:
+        return Part.FINISH, ""
+    if shard_of is not None:
+        share = Share.parse(shard_of)
+        return share, f"{share.rank}-of-{share.size}"
+    if launch.size == 1:
+        return Part.WHOLE, ""
+    from ..convert.ranks.team import Team
+
+    launched.serve()  # signals: a rank ends its work, and then itself
+    world = launched.join()
+    assert world is not None
+    team = Team(world, display)
+    launched.last_words = lambda line: team.release()
+    return team, f"{launch.rank}-of-{launch.size}"
 
 
 @contextmanager
@@ -202,6 +268,9 @@ def _print_summary(summary: Summary) -> None:
         show(f"{summary.output} is finished already, with these arguments: nothing to do")
         return
     show(*_table(summary))
+    if summary.status == "share":
+        show(f"this share of {summary.output} is made in {summary.seconds:.1f} s; --finish follows all shares")
+        return
     if summary.status == "converted":
         resumed = f" ({summary.jobs_resumed} of them before)" if summary.jobs_resumed else ""
         show(
@@ -217,11 +286,24 @@ def _print_summary(summary: Summary) -> None:
     show(f"memory: about {rows} for {summary.workers} workers and {planned} for the plan, beside torch itself")
     if summary.expected_seconds is not None:
         show(f"time: about {format_duration(summary.expected_seconds)} as fast as this machine is now")
+    if summary.rank is not None:
+        show(_rank_line(summary.rank))
     missing = ""
     if summary.missing_disk_bytes < summary.needed_disk_bytes:
         missing = f", {format_bytes(summary.missing_disk_bytes)} of it still"
     needed, free = format_bytes(summary.needed_disk_bytes), format_bytes(summary.free_disk_bytes)
     show(f"disk: {needed} needed{missing}, {free} free")
+
+
+def _rank_line(rank: Mapping[str, Any]) -> str:
+    """What the rank with the most work of several does."""
+    memory, seconds = format_bytes(rank["memory_bytes"]), format_duration(rank["expected_seconds"])
+    if rank["shards"] is None:
+        return f"{rank['ranks']} ranks: each about {memory} beside torch, all for about {seconds}"
+    return (
+        f"{rank['ranks']} ranks: the largest share is {rank['shards']} shards of {format_bytes(rank['source_bytes'])} "
+        f"source; each about {memory} beside torch, and {seconds} of computing where its disk keeps up"
+    )
 
 
 def _table(summary: Summary) -> list[str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..runtime.ranks.lifeline import Loss
     from ..runtime.ranks.world import World
 
-OVER_RANKS: Final = frozenset({"generate", "evaluate", "serve"})
+OVER_RANKS: Final = frozenset({"convert", "generate", "evaluate", "serve"})
 """Commands that several ranks run together."""
 
 _PATIENCE_SECONDS: Final = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..hub import ShardPusher
 
 
+_DOWNLOAD: Final = "download"
 hub_option: Final = click.option(
     "--hub",
     "which",
@@ -56,8 +58,13 @@ def local_model(
     return path
 
 
-def open_source(source: str, output: str, revision: str | None, window_bytes: int | None) -> Path | Checkpoint:
-    """The source of a SOURCE argument: a directory, or an open checkpoint on the hub, to be read from there."""
+def open_source(
+    source: str, output: str, revision: str | None, window_bytes: int | None, rank: str = ""
+) -> Path | Checkpoint:
+    """The source of a SOURCE argument: a directory, or an open checkpoint on the hub, to be read from there.
+
+    rank: tells the window of this process from those of others, such as `0-of-4`.
+    """
     named = None
     if not Path(source).exists():
         from ..hub.locate import repo_and_revision
@@ -76,12 +83,23 @@ def open_source(source: str, output: str, revision: str | None, window_bytes: in
     silence_client()
     repo, pinned = named
     # Beside the output shards: on the same disk, and removed with the output directory.
-    folder = Path(output) / OWN_FOLDER / "download"
+    folder = Path(output) / OWN_FOLDER / (f"{_DOWNLOAD}-{rank}" if rank else _DOWNLOAD)
     try:
         window_bytes = window_bytes or DEFAULT_WINDOW
         return open_remote(repo, folder, revision=revision or pinned, window_bytes=window_bytes)
     except HubError as error:
         raise type(error)(f"{source}: no such directory here; on the hub: {error}") from None
+
+
+def remove_downloads(output: str) -> None:
+    """Remove what interrupted processes, of any number of ranks, have fetched and not used."""
+    from ..formats.artifact import OWN_FOLDER
+    from ..hub.transfer.window import remove_left_over
+
+    with suppress(OSError):
+        for folder in (Path(output) / OWN_FOLDER).glob(f"{_DOWNLOAD}*"):
+            if folder.is_dir() and not folder.is_symlink():
+                remove_left_over(folder)
 
 
 def open_pusher(output: str, repo: str, note: Callable[[str], None]) -> ShardPusher:

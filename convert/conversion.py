@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from ..errors import ConversionError, NpuqError
-from ..formats.artifact import CARD_NAME, OWN_FOLDER
-from ..formats.checkpoint import JOURNAL_NAME, Checkpoint
-from ..formats.output_files import write_error
-from ..inputs.files import FileStamp
+from ..formats.artifact import CARD_NAME
+from ..formats.checkpoint import Checkpoint
 from ..models.config_reader import shown
-from ..parallel.pool import Pool
-from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
 from ..quant.weight_error import ErrorSums
 from .calibrate.settings import CalibrationText
-from .calibrate.states import remove_states
 from .finish.card import check_base_model
-from .finish.finish import finish, rehearse
+from .finish.finish import rehearse
 from .finish.role_totals import totals_by_role
 from .finish.side_files import card_front_matter
+from .make import Internals, Maker, remove_remains
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
-from .plan.plan import Job
 from .plan.prepare import Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
-from .tally import Tally, data_free_effort
-from .write.journal import Journal, Record
-from .write.output import Finished, check_separate, claim, look
-from .write.pipeline import Durability, OnShard, run_plan
-from .write.resume import (
-    forget_changed_output,
-    forget_changed_source,
-    forget_impossible,
-    forget_lost_shards,
-    stamps_now,
-)
-from .write.shards import ShardFiles, Write
+from .ranks.run import Run, done_so_far
+from .ranks.share import Share
+from .tally import data_free_effort, data_free_seconds
+from .write.journal import Record
+from .write.output import Finished, begun_by_several, check_separate, claim, look
+from .write.pipeline import OnShard
 
-# The walk runs the model, on torch: only conversions that calibrate import it.
+__all__ = ["DEFAULT_SHARD_SIZE", "Internals", "Part", "convert_checkpoint"]
+
+# What calibrates runs the model, on torch, and so does the network between ranks: only those conversions import it.
 if TYPE_CHECKING:
-    from .calibrate.layer_report import LayerReport
-    from .calibrate.walk import CalibratedWalk
+    from .ranks.team import Team
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
-@dataclass(frozen=True)
-class Internals:
-    """Settings for tests and benchmarks: intervals between syncs, and the call that writes."""
+class Part(Enum):
+    """The part of a conversion that a process does, where it is neither a rank's share nor one of a team."""
 
-    durability: Durability = field(default_factory=Durability)
-    write: Write = os.pwrite
+    WHOLE = "whole"
+    FINISH = "finish"  # the rest, after shares have made all shards
+
+
+AnyPart: TypeAlias = Union[Part, Share, "Team"]
 
 
 def convert_checkpoint(
@@ -77,6 +69,8 @@ def convert_checkpoint(
     progress: Progress | None = None,
     on_shard: OnShard | None = None,
     internals: Internals | None = None,
+    part: AnyPart = Part.WHOLE,
+    ranks: int = 1,
 ) -> Summary:
     """Convert a checkpoint directory into an artifact directory; started again after any interruption, it continues.
 
@@ -93,6 +87,11 @@ def convert_checkpoint(
     `source` may also be an open checkpoint (one on a hub, say), which is closed at the end. `on_shard` is called in the
     calling thread with the name and sha256 of each output shard whose bytes are final.
 
+    `part` is what this process does of a conversion by several, on one file system and with the same arguments: a
+    `Share(rank, size)` of the shards, and after all of them `Part.FINISH`; or with a `Team` what falls to its rank. The
+    artifact does not depend on it. One process that does the whole continues what several began, and they what one
+    began. A dry run tells of the rank with the most work among `ranks`.
+
     Raises CheckpointError and RecipeError for bad input, ConversionError when the output belongs to something else, the
     disk has too little room or refuses, or memory does not suffice.
     """
@@ -108,13 +107,28 @@ def convert_checkpoint(
     try:
         small_bytes = rehearse(prepared)
         run = _Conversion(
-            prepared, _budget(prepared, workers, max_memory), output, small_bytes, started, starting_notes(prepared)
+            prepared=prepared,
+            budget=_budget(prepared, workers, max_memory),
+            output=output,
+            small_bytes=small_bytes,
+            started=started,
+            notes=starting_notes(prepared),
+            ranks=_ranks(part, ranks),
         )
         if dry_run:
             return run.planned(force)
-        return run.converted(force, progress or Silent(), on_shard, internals or Internals())
+        shown_at = progress or Silent() if isinstance(part, (Part, Share)) else part.progress
+        maker = Maker(prepared, run.budget, output, internals or Internals(), shown_at)
+        return run.converted(part, force, maker, on_shard)
     finally:
         prepared.checkpoint.close()
+
+
+def _ranks(part: AnyPart, planned: int) -> int:
+    """The number of ranks that a part is one of, or a plan is for."""
+    if isinstance(part, Part):
+        return planned
+    return part.size if isinstance(part, Share) else part.share.size
 
 
 def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> Budget:
@@ -137,12 +151,13 @@ class _Conversion:
     small_bytes: int
     started: float
     notes: tuple[str, ...]
+    ranks: int
 
     def planned(self, force: bool) -> Summary:
         """Summarize a run without writing anything."""
         roles = self._roles({})
         try:
-            found = look(self.output, self.prepared.identity)
+            found = self._look()
         except NpuqError as error:
             return self._summary("planned", 0, roles, self._space(Record()), "refused", str(error))
         if isinstance(found, Finished):
@@ -155,16 +170,26 @@ class _Conversion:
         return replace(
             self._summary("planned", len(record.jobs), roles, space, state, refusal),
             expected_seconds=self._expected_seconds(record),
+            rank=self._rank(record) if self.ranks > 1 else None,
         )
 
-    def converted(self, force: bool, progress: Progress, on_shard: OnShard | None, internals: Internals) -> Summary:
-        """Run the conversion, or recognize a finished artifact."""
+    def converted(self, part: AnyPart, force: bool, maker: Maker, on_shard: OnShard | None) -> Summary:
+        """Run the conversion, or the part of it that is this process's; or recognize a finished artifact."""
+        progress = maker.progress
         for note in self.notes:
             progress.note(note)
-        found = look(self.output, self.prepared.identity)
+        if self.prepared.calibration is not None and isinstance(part, Share):
+            raise ConversionError(
+                f"method {self.prepared.recipe.chain} calibrates layer after layer, on all ranks at a time, and a "
+                "share of the shards alone cannot: start them with torchrun"
+            )
+        found = self._look()
+        if not isinstance(part, (Part, Share)):
+            part.agree(self.prepared.identity | {"output": "finished" if isinstance(found, Finished) else ""})
         if isinstance(found, Finished):
             # A kill after the manifest leaves the files of an unfinished conversion.
-            _remove_remains(self.output, progress)
+            if isinstance(part, (Part, Share)) or part.leads:
+                remove_remains(self.output, progress)
             notes = self._finished_notes()
             for note in notes[len(self.notes) :]:
                 progress.note(note)
@@ -173,85 +198,98 @@ class _Conversion:
                 "finished", jobs, found.role_totals["roles"], self._space(None), "finished", notes=notes
             )
         space = self._space(found or Record())
+        if part is Part.FINISH:
+            if self.prepared.calibration is not None:
+                raise ConversionError(
+                    f"--finish follows shares of the shards, and method {self.prepared.recipe.chain} has none: give "
+                    "the same command without it"
+                )
+            return self._after_shares(maker, len(self.prepared.plan.jobs), space)
         if not force and not space.suffices:
             raise ConversionError(_too_full(space, self.output))
         if not space.suffices:
             progress.note(f"warning: {space.shortage(self.output)}; when the disk fills up, make room and run again")
+        if isinstance(part, Share):
+            return self._share(maker, part, space)
+        if not isinstance(part, Part):
+            return self._together(maker, part, space)
+        if begun_by_several(self.output):
+            return self._all(maker, space)
+        return self._alone(maker, space, on_shard)
+
+    def _look(self) -> Record | Finished | None:
+        """The state of the output directory, as `look` finds it; a record of what all its ranks did."""
+        found = look(self.output, self.prepared.identity)
+        if isinstance(found, Record) and begun_by_several(self.output):
+            return done_so_far(self.output, self.prepared.identity, self.prepared.plan)
+        return found
+
+    def _alone(self, maker: Maker, space: Space, on_shard: OnShard | None) -> Summary:
+        """Convert in this process alone."""
         journal = claim(self.output, self.prepared.identity)
         try:
-            return self._run(journal, space, internals, progress, on_shard)
+            made = maker.shards(journal, on_shard=on_shard)
+            maker.rest(journal.record, made.reports)
         finally:
             journal.close()
+        return self._converted(journal.record, made.resumed, space)
 
-    def _run(
-        self, journal: Journal, space: Space, internals: Internals, progress: Progress, on_shard: OnShard | None
-    ) -> Summary:
-        prepared, plan, record = self.prepared, self.prepared.plan, journal.record
-        calibration = prepared.calibration
-        walk: CalibratedWalk | None = None
-        reports: tuple[LayerReport, ...] = ()
-        effort: Callable[[Job], float] = data_free_effort
-        if calibration is not None:
-            from .calibrate.effort import calibrated_effort
-            from .calibrate.walk import CalibratedWalk
+    def _share(self, maker: Maker, share: Share, space: Space, team: Team | None = None) -> Summary:
+        """Make a rank's share of the shards."""
+        plan = self.prepared.plan
+        with Run.begin(self.output, self.prepared.identity, share, maker.internals.pulse) as run:
+            if team is not None:
+                team.works(run)
+            shards = share.shards(plan)
+            run.take(shards, plan, maker.progress)
+            run.read_earlier(plan)
+            made = maker.shards(run.journal, shards, team=team)
+        return self._summary("share", made.resumed, self._roles({}), space, "unfinished")
 
-            effort = calibrated_effort(prepared)
-        tally = Tally(plan, progress, effort)
-        files = ShardFiles(self.output, plan, internals.write)
-        try:
-            found = prepared.checkpoint.stamps
-            forget_impossible(record, plan)
-            forget_lost_shards(record, files, plan, progress)
-            if calibration is not None:
-                walk = CalibratedWalk(prepared, calibration, files, journal, self.output, self.budget, tally)
-                walk.forget_unvouched()
-            kept = set() if walk is None else walk.kept_jobs
-            if record.jobs:
-                with Pool(self.budget.workers) as pool:
-                    forget_changed_source(record, prepared.source, plan, found, kept, pool, progress)
-                    forget_changed_output(record, files, plan, pool, progress)
-            if walk is not None:
-                walk.forget_unvouched()
-            _settle(journal, found)
-            resumed = list(record.jobs)
-            tally.start(resumed)
-            prepared.source.announce([job.source for job in plan.turns], {plan.jobs[index].source for index in resumed})
-            if walk is not None:
-                reports = walk.run()
-                kept = walk.kept_jobs
-            run_plan(plan, prepared.source, files, journal, self.budget, internals.durability, tally, on_shard)
-            self._refuse_moving_source(journal, found, kept, progress)
-        finally:
-            files.close()
-        progress.note("shards are written; finishing")
-        try:
-            # Waking torch's threads would take longer than computing the small rope tables alone.
-            with single_threaded_torch():
-                finish(prepared, self.output, record, reports)
-        except OSError as error:
-            raise write_error(self.output, error) from error
-        _remove_remains(self.output, progress)
+    def _all(self, maker: Maker, space: Space, team: Team | None = None) -> Summary:
+        """Make everything, where several may have begun, or help."""
+        plan = self.prepared.plan
+        with Run.begin(self.output, self.prepared.identity, Share(), maker.internals.pulse) as run:
+            if team is not None:
+                team.works(run)
+            shards = range(len(plan.shards))
+            run.take(shards, plan, maker.progress)
+            run.read_earlier(plan)
+            made = maker.shards(run.journal, shards, team=team)
+            maker.rest(run.journal.record, made.reports)
+            return self._converted(run.journal.record, made.resumed, space)
+
+    def _after_shares(self, maker: Maker, resumed: int, space: Space) -> Summary:
+        """Make of finished shards an artifact."""
+        with Run.begin(self.output, self.prepared.identity, Share(), maker.internals.pulse) as run:
+            record = maker.rest_after_ranks(run)
+        return self._converted(record, resumed, space)
+
+    def _together(self, maker: Maker, team: Team, space: Space) -> Summary:
+        """Convert with all ranks of a launch; the last part is rank 0's."""
+        if self.prepared.calibration is not None:
+            summary = self._walked(maker, team, space)
+        else:
+            summary = self._share(maker, team.share, space, team)
+            team.meet()
+            if team.leads:
+                summary = self._after_shares(maker, summary.jobs_resumed, space)
+        team.part()
+        return summary
+
+    def _walked(self, maker: Maker, team: Team, space: Space) -> Summary:
+        """Convert with calibration: rank 0 makes all shards, with the help of the others."""
+        from .calibrate.devices import result_depends_on
+
+        team.agree({"arithmetic": result_depends_on(self.prepared.device)})
+        if team.leads:
+            return self._all(maker, space, team)
+        maker.walk_along(team.group)
+        return self._summary("share", 0, self._roles({}), space, "unfinished")
+
+    def _converted(self, record: Record, resumed: int, space: Space) -> Summary:
         roles = self._roles({index: entry.stats for index, entry in record.jobs.items()})
-        return self._summary("converted", len(resumed), roles, space, "unfinished" if resumed else "new")
-
-    def _refuse_moving_source(
-        self, journal: Journal, before: Sequence[FileStamp], kept: Collection[int], progress: Progress
-    ) -> None:
-        """Raise ConversionError where the source has changed since its weights were read."""
-        now, record = stamps_now(self.prepared.checkpoint), journal.record
-        if tuple(now) == tuple(before):
-            return
-        # Compare the files that have these names now, not the open ones.
-        self.prepared.checkpoint.close()
-        done = len(record.jobs)
-        with Pool(self.budget.workers) as pool:
-            forget_changed_source(record, self.prepared.source, self.prepared.plan, now, kept, pool, progress)
-        _settle(journal, now)
-        if len(record.jobs) < done:
-            raise ConversionError(
-                f"{self.prepared.checkpoint.directory}: {done - len(record.jobs)} of its weights changed while it was "
-                "converted; run the same command: it makes these again"
-            )
+        return self._summary("converted", resumed, roles, space, "unfinished" if resumed else "new")
 
     def _finished_notes(self) -> tuple[str, ...]:
         """Notes for the user on a finished artifact: its card stays as it is."""
@@ -268,7 +306,7 @@ class _Conversion:
 
     def _space(self, record: Record | None) -> Space:
         """The disk space beside a record of finished jobs; None: every job is finished."""
-        return plan_space(self.prepared, self.output, record, self.small_bytes)
+        return plan_space(self.prepared, self.output, record, self.small_bytes, self.ranks)
 
     def _roles(self, stats: Mapping[int, ErrorSums]) -> list[Mapping[str, Any]]:
         return [total.as_dict() for total in totals_by_role(self.prepared.plan.jobs, stats)]
@@ -281,6 +319,28 @@ class _Conversion:
         from .calibrate.effort import expected_seconds
 
         return expected_seconds(prepared, arithmetic_on(prepared.device), self.budget.workers, record.jobs)
+
+    def _rank(self, record: Record) -> dict[str, Any]:
+        """The work of a rank, of the one with most: shards, bytes, memory and expected seconds."""
+        prepared, plan, workers, ranks = self.prepared, self.prepared.plan, self.budget.workers, self.ranks
+        memory = self.budget.nbytes + len(plan.jobs) * PLAN_BYTES_PER_JOB
+        if prepared.calibration is not None:
+            seconds = self._expected_seconds(record) or 0.0
+            return {"ranks": ranks, "shards": None, "source_bytes": plan.source_bytes, "memory_bytes": memory} | {
+                "expected_seconds": seconds / ranks
+            }
+        # The costliest shard goes first, and to rank 0: none has more work than one shard beyond another's.
+        shares = [Share(rank, ranks).shards(plan) for rank in range(ranks)]
+        jobs = [[plan.jobs[index] for number in share for index in plan.shards[number].jobs] for share in shares]
+        left = [sum(data_free_effort(job) for job in mine if job.index not in record.jobs) for mine in jobs]
+        most = left.index(max(left))
+        return {
+            "ranks": ranks,
+            "shards": len(shares[most]),
+            "source_bytes": sum(job.source_bytes for job in jobs[most]),
+            "memory_bytes": memory,
+            "expected_seconds": data_free_seconds(left[most]) / workers,
+        }
 
     def _summary(
         self,
@@ -311,6 +371,7 @@ class _Conversion:
             free_disk_bytes=space.free,
             seconds=time.monotonic() - self.started,
             expected_seconds=None,
+            rank=None,
             # Linux counts in KiB.
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             notes=self.notes if notes is None else notes,
@@ -326,19 +387,3 @@ def _too_full(space: Space, output: Path) -> str:
         f"{space.shortage(output)}: make room, choose another disk, or start all the same with --force (when the disk "
         "fills up, make room and run the same command: it continues)"
     )
-
-
-def _settle(journal: Journal, found: Sequence[FileStamp]) -> None:
-    try:
-        journal.settle(found)
-    except OSError as error:
-        raise write_error(journal.path, error) from error
-
-
-def _remove_remains(output: Path, progress: Progress) -> None:
-    """Remove the files of an unfinished conversion. The artifact is complete with and without them."""
-    try:
-        (output / JOURNAL_NAME).unlink(missing_ok=True)
-        remove_states(output / OWN_FOLDER)
-    except OSError as error:
-        progress.note(f"{error.filename or output}: is not needed any more, and cannot be removed: {error.strerror}")

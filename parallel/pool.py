@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Protocol, TypeVar
 
 from .threads import StoppedError, held_signals, too_few_threads
@@ -63,8 +64,20 @@ class Pool:
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield results in the order of `items`; at most `workers` + 1 items are in flight."""
-        pending: deque[Future[Result]] = deque()
+        return self._results(deque(), function, iter(items))
+
+    def begin(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`map`, whose first items are in work when this returns."""
+        rest = iter(items)
+        first = deque(self._executor.submit(function, item) for item in islice(rest, self._workers + 1))
+        return self._results(first, function, rest)
+
+    def _results(
+        self, pending: deque[Future[Result]], function: Callable[[Item], Result], items: Iterator[Item]
+    ) -> Iterator[Result]:
         try:
+            if len(pending) > self._workers:
+                yield pending.popleft().result()
             for item in items:
                 pending.append(self._executor.submit(function, item))
                 if len(pending) > self._workers:

@@ -44,9 +44,9 @@ class Hessian:
         self._complete = True
         self.rows = 0
 
-    def add(self, x: Tensor, mapper: Mapper) -> None:
-        """Add rows float32 [T, K]."""
-        columns = range(0, x.shape[1], _PIECE)
+    def add(self, x: Tensor, mapper: Mapper, mine: Callable[[int], bool] = lambda index: True) -> None:
+        """Add rows float32 [T, K]; of the sum only those of its `pieces` that are `mine`, by their indices."""
+        columns = [start for index, start in enumerate(range(0, x.shape[1], _PIECE)) if mine(index)]
         for part in x.to(self._arithmetic.device).split(_TOKENS):
 
             def products(start: int, part: Tensor = part) -> Tensor:
@@ -56,6 +56,11 @@ class Hessian:
                 self._sum[start:, start : start + _PIECE] += product
         self.rows += x.shape[0]
         self._complete = False
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The pieces of the sum, as views: some columns of the lower triangle each."""
+        for start in range(0, self._sum.shape[0], _PIECE):
+            yield self._sum[start:, start : start + _PIECE]
 
     def symmetric(self) -> Tensor:
         """H [K, K]."""

@@ -55,8 +55,7 @@ def run_trials(
     """
     samples = min(walk.samples, max(_LEAST, round(walk.samples * _SHARE)))
     parts = [pair.first(samples * walk.sequence_length) for pair in (streams, middle, out)]
-    smooth, plain = (
-        run(replace(walk, smooth=smooth, linears=walk.linears.trial(), samples=samples, done=lambda job: None), *parts)
-        for smooth in (True, False)
-    )
+    nowhere = walk.linears.trial()
+    trial = replace(walk, linears=nowhere, expert_linears=nowhere, samples=samples, done=lambda job: None)
+    smooth, plain = (run(replace(trial, smooth=smooth), *parts) for smooth in (True, False))
     return Trials(smooth, plain)

@@ -13,7 +13,6 @@ from ...models.config import ModelConfig
 from ...models.family import Block
 from ...models.rope import RopeTables
 from ...models.tensors import ModelTensors, Spec
-from ...parallel.pool import Pool
 from ...runtime.attention.kind import AttentionKind
 from ...runtime.ops import Ops
 from ...runtime.step import RopeRows
@@ -21,6 +20,7 @@ from ..plan.plan import Job
 from ..write.journal import JobEntry
 from .layers.linears import Inputs, JobResult, Linears, factored, measure
 from .layers.operators import CalibrationOps, Deployed, row_chunks
+from .ranks.pool import RankedPool
 from .states import Selections
 
 # Tokens that one step of the forward pass takes, in whole samples; fixed, so that results depend on nothing else.
@@ -32,7 +32,8 @@ class Walk:
     """The model, its calibration tokens and the means to work on it.
 
     attention: as samples of this length run it. dense: without selection of tokens; its cache holds latents in int8.
-    selections: what layers hand on, where attention selects tokens.
+    selections: what layers hand on, where attention selects tokens. pool: over all ranks. linears: writes what every
+    rank computes; expert_linears: what one does.
     """
 
     config: ModelConfig
@@ -44,7 +45,8 @@ class Walk:
     source: WeightSource
     jobs: dict[str, Job]
     linears: Linears
-    pool: Pool
+    expert_linears: Linears
+    pool: RankedPool
     samples: int
     sequence_length: int
     smooth: bool
@@ -65,7 +67,8 @@ class Layer:
     """One decoder layer of a walk: its weights as float32, and the results of its jobs.
 
     `read` has the digest of the bytes that each job of the layer reads, by index; None in a trial. `entries` collects
-    the journal's entry of each job, `errors` the relative output error of each quantized linear.
+    the journal's entry of each job, `errors` the relative output error of each quantized linear, `ranks` the rank that
+    wrote a job where only one computed it.
     """
 
     def __init__(self, walk: Walk, index: int, read: Mapping[int, bytes] | None = None):
@@ -75,6 +78,7 @@ class Layer:
         self.entries: dict[int, JobEntry] = {}
         self._read = read
         self.errors: dict[str, float] = {}
+        self.ranks: dict[int, int] = {}
 
     def has(self, block: Block, part: str) -> bool:
         """True where the layer has a part. The config decides, as it does in engines, and not the checkpoint's other
@@ -122,7 +126,7 @@ class Layer:
         measured = {}
         for scheme, members in groups.items():
             hessian, scale = measure(members, inputs, range(len(walk.batches)), walk.linears.arithmetic, mapper)
-            measured[scheme] = hessian, factored(hessian, walk.linears.arithmetic, mapper), scale
+            measured[scheme] = hessian, factored(hessian, walk.linears.arithmetic, mapper.local), scale
         deployed = []
         for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...deferred import torch
 from ...errors import ConversionError
+from ...native.library import library
 
 if TYPE_CHECKING:
     from ...quant.arithmetic import Arithmetic
@@ -37,3 +38,13 @@ def arithmetic_on(device: Device) -> Arithmetic:
             f"--device {device.value}: torch finds no such device here; leave the option out for the CPU"
         )
     return TorchArithmetic(device.value)
+
+
+def result_depends_on(device: Device) -> str:
+    """All that the last bits of a walk depend on beside its arguments. Ranks must have it in common.
+
+    The native kernels compute the same at every instruction level; torch's norms and scores do not.
+    """
+    kernels = "torch's products" if library() is None else "native kernels"
+    found = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {kernels}"
+    return found if device is Device.CPU else f"{found}, {getattr(torch, device.value).get_device_name()}"

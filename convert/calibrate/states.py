@@ -17,7 +17,7 @@ import numpy as np
 
 from ...deferred import torch
 from ...errors import ConversionError
-from ...formats.output_files import make_folder, new_file, publish
+from ...formats.output_files import make_folder, new_file, publish, refuse_link
 from ...inputs.files import file_sha256, inside, read_bytes
 from ..write.checked_lines import checked_line, line_content
 from .layer_report import LayerReport
@@ -30,6 +30,7 @@ _STATE, _PARTIAL = "state.json", "partial.json"
 _READY = "streams-{}.bin"
 _SCRATCH = "scratch-{}.bin"
 _SELECTIONS = "selections.bin"
+_STAGED = "staged-"
 
 
 class StreamPair:
@@ -103,10 +104,12 @@ def state_bytes(tokens: int, hidden: int, topk: int) -> int:
 
 
 class StateStore:
-    """The folder of a walk's hidden states."""
+    """The folder of a walk's hidden states. rank: of several that share it; each has files of its own, and all read
+    the states that rank 0 publishes."""
 
-    def __init__(self, folder: Path, tokens: int, hidden: int):
+    def __init__(self, folder: Path, tokens: int, hidden: int, rank: int = 0):
         self._folder = folder
+        self._rank = f"rank-{rank}-" if rank else ""
         self._shape = (tokens, hidden)
 
     def load(self) -> tuple[State, Streams] | None:
@@ -129,17 +132,20 @@ class StateStore:
     def new(self, layer: int) -> Streams:
         """New streams for the input of `layer`; they count only once `publish`ed."""
         make_folder(self._folder)
-        return Streams(self._folder / _SCRATCH.format(layer), *self._shape, create=True)
+        return Streams(self._own(_SCRATCH.format(layer)), *self._shape, create=True)
 
     def scratch(self) -> Streams:
         """Streams within a layer; no run resumes from them."""
         make_folder(self._folder)
-        return Streams(self._folder / _SCRATCH.format("inner"), *self._shape, create=True)
+        return Streams(self._own(_SCRATCH.format("inner")), *self._shape, create=True)
 
     def selections(self, topk: int) -> Selections:
         """New selections of `topk` tokens; no run resumes from them."""
         make_folder(self._folder)
-        return Selections(self._folder / _SELECTIONS, self._shape[0], topk)
+        return Selections(self._own(_SELECTIONS), self._shape[0], topk)
+
+    def _own(self, name: str) -> Path:
+        return self._folder / f"{self._rank}{name}"
 
     def carry(self, streams: Streams, used: Streams) -> Streams:
         """Go on with `streams` instead of `used` without a state: a later run starts at the last published one."""
@@ -170,6 +176,21 @@ class StateStore:
         return streams
 
 
+def staged_folder(folder: Path, rank: int) -> Path:
+    """The folder of the weights that a rank has quantized, until rank 0 has copied them to their places."""
+    return folder / f"{_STAGED}{rank}"
+
+
+def remove_staged(folder: Path) -> None:
+    """Remove a rank's staged weights. Raises OSError."""
+    refuse_link(folder)
+    if folder.is_dir():
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def remove_states(output_folder: Path) -> None:
     """Remove the files of a walk's continuation, and its folder unless it holds another file."""
     folder = output_folder / FOLDER
@@ -177,5 +198,7 @@ def remove_states(output_folder: Path) -> None:
         return
     for path in (*folder.glob("*.bin"), *folder.glob("*.json")):
         path.unlink()
+    for staged in folder.glob(f"{_STAGED}*"):
+        remove_staged(staged)
     with suppress(OSError):
         folder.rmdir()

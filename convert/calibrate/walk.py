@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import torch_dtype
-from ...errors import CalibrationError
+from ...errors import CalibrationError, RankError
 from ...formats.artifact import OWN_FOLDER
 from ...formats.digests import source_digest
 from ...formats.output_files import write_error
@@ -24,6 +24,7 @@ from ...models.rope import rope_tables
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
 from ...runtime.attention.kinds import attention_of, dense_attention_of
+from ...runtime.ranks.group import ALONE, Group
 from ..plan.memory import Budget
 from ..plan.plan import Job
 from ..plan.prepare import Prepared
@@ -40,6 +41,8 @@ from .layers.attention import run_attention
 from .layers.feed_forward import run_feed_forward
 from .layers.linears import Linears
 from .layers.operators import CalibrationOps, row_chunks
+from .ranks.pool import RankedPool
+from .ranks.staging import Staging
 from .states import FOLDER, State, StateStore, StreamPair, Streams
 from .texts import Calibration
 
@@ -47,17 +50,22 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class CalibratedWalk:
-    """Converts every tensor of the decoder layers. An interrupted walk continues after the last layer that it kept."""
+    """Converts every tensor of the decoder layers. An interrupted walk continues after the last layer that it kept.
+
+    group: the ranks that walk together. Rank 0 has the journal and the tally, and writes shards and hidden states; the
+    others have neither, and stage what they quantize.
+    """
 
     def __init__(
         self,
         prepared: Prepared,
         calibration: Calibration,
         files: ShardFiles,
-        journal: Journal,
+        journal: Journal | None,
         output: Path,
         budget: Budget,
-        tally: Tally,
+        tally: Tally | None,
+        group: Group = ALONE,
     ):
         self._prepared = prepared
         self._calibration = calibration
@@ -68,7 +76,9 @@ class CalibratedWalk:
         self._arithmetic = arithmetic_on(prepared.device)
         self._folder = output / OWN_FOLDER / FOLDER
         self._time = TimeBudget(prepared.time_budget)
-        self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size)
+        self._group = group
+        self._store = StateStore(self._folder, calibration.tokens.numel(), prepared.config.hidden_size, group.rank)
+        self._staging = Staging(self._folder, prepared.plan)
         self._start = self._loaded()
 
     def _loaded(self) -> tuple[State, Streams] | None:
@@ -88,6 +98,7 @@ class CalibratedWalk:
     def forget_unvouched(self) -> None:
         """Remove from the journal's record the layers that will be walked: all from the first one that is incomplete,
         or without hidden states."""
+        assert self._journal is not None
         record, layers = self._journal.record, self._layers()
         missing = [layer for layer, jobs in layers.items() if any(job not in record.jobs for job in jobs)]
         first = min(missing, default=len(layers))
@@ -117,9 +128,11 @@ class CalibratedWalk:
         """
         calibration, config, arithmetic = self._calibration, self._prepared.config, self._arithmetic
         ops = CalibrationOps(arithmetic)
+        staged = self._files if self._leads else self._staging.files(self._group.rank)
         tables, topk = rope_tables(config), calibration.selected(config)
         try:
             with Pool(self._budget.workers) as pool, single_threaded_torch():
+                self._begin_together(RankedPool(pool, self._group))
                 walk = Walk(
                     config=config,
                     attention=(attention_of if topk else dense_attention_of)(config, tables.softmax_scale),
@@ -129,16 +142,40 @@ class CalibratedWalk:
                     ops=ops,
                     source=self._prepared.source,
                     jobs={job.source: job for job in self._prepared.plan.jobs},
-                    linears=Linears(self._files, arithmetic),
-                    pool=pool,
+                    linears=Linears(self._files if self._leads else None, arithmetic),
+                    expert_linears=Linears(staged, arithmetic),
+                    pool=RankedPool(pool, self._group),
                     samples=calibration.samples,
                     sequence_length=calibration.sequence_length,
                     smooth=self._prepared.recipe.smooth,
-                    done=self._tally.job_done,
+                    done=self._job_done,
                 )
-                return self._run(walk)
+                return self._run(walk, staged)
         except OSError as error:
             raise write_error(self._folder, error) from error
+        finally:
+            if not self._leads:
+                staged.close()
+
+    @property
+    def _leads(self) -> bool:
+        return self._group.rank == 0
+
+    def _job_done(self, job: Job) -> None:
+        if self._tally is not None:
+            self._tally.job_done(job)
+
+    def _begin_together(self, pool: RankedPool) -> None:
+        """Let all ranks begin at the layer where rank 0 does. Raises RankError for one that does not find its state."""
+        layer = pool.from_first(0 if self._start is None else self._start[0].layer)
+        if layer == 0:
+            self._start = None
+        found = pool.of_all(0 if self._start is None else self._start[0].layer)
+        if lost := [rank for rank, other in enumerate(found) if other != layer]:
+            raise RankError(
+                f"rank {lost[0]} does not find the hidden states before layer {layer}, which rank 0 has in "
+                f"{self._folder}: give all ranks the same output, on a file system that they share"
+            )
 
     def _layers(self) -> dict[int, list[int]]:
         """The indices of the jobs of each decoder layer."""
@@ -148,8 +185,9 @@ class CalibratedWalk:
                 layers[job.layer].append(job.index)
         return layers
 
-    def _run(self, walk: Walk) -> tuple[LayerReport, ...]:
-        self._convert_embedding(walk)
+    def _run(self, walk: Walk, staged: ShardFiles) -> tuple[LayerReport, ...]:
+        if self._leads:
+            self._convert_embedding(walk)
         if self._start is None:
             state, streams = State(), _embedded(walk, self._calibration.tokens, self._store)
         else:
@@ -169,20 +207,42 @@ class CalibratedWalk:
             layer = Layer(replace(walk, smooth=smooth), state.layer, read)
             report = replace(_run_layer(layer, streams, middle, out), choice=choice)
             self._time.layer_took(time.monotonic() - began)
+            state = State((*state.reports, report))
+            if not self._leads:
+                streams = self._follow(walk.pool, staged, self._store.carry(out, streams))
+                continue
+            self._collect(layer, walk.pool)
             self._convert_rest(layer, jobs)
             self._files.sync(sorted({job.shard for job in jobs}))
+            assert self._journal is not None
             self._journal.append(layer.entries, {})
-            state = State((*state.reports, report))
             if walk.selections is not None and walk.config.attention.takes_selection(state.layer):
                 # Selections are not kept: a later run starts at the layer that makes them.
                 streams = self._store.carry(out, streams)
             else:
                 streams = self._store.publish(out, state, streams)
+            self._group.barrier()
         return state.reports
+
+    def _follow(self, pool: RankedPool, staged: ShardFiles, streams: Streams) -> Streams:
+        """After a layer, on the other ranks: give rank 0 the staged weights, and wait until it has copied them."""
+        shards = staged.written
+        staged.sync(shards)
+        staged.close()  # file systems show what was written once the file is closed
+        self._group.barrier()
+        self._group.barrier()
+        self._staging.clear(pool.rank)
+        return streams
+
+    def _collect(self, layer: Layer, pool: RankedPool) -> None:
+        """After a layer, on rank 0: copy the weights that the others have staged."""
+        self._group.barrier()
+        staged = {job: rank for job, rank in layer.ranks.items() if rank}
+        self._staging.copy(staged, layer.entries, self._files, pool.local)
 
     def _choose(self, walk: Walk, index: int, streams: tuple[Streams, Streams, Streams]) -> Choice:
         """Choose whether a layer is smoothed, by trials, which overwrite the last two streams."""
-        if not self._time.allows_trials(walk.config.num_hidden_layers - index):
+        if not walk.pool.from_first(self._time.allows_trials(walk.config.num_hidden_layers - index)):
             return Choice(walk.smooth, None)
         began = time.monotonic()
 
@@ -196,6 +256,7 @@ class CalibratedWalk:
     def _convert_embedding(self, walk: Walk) -> None:
         """Convert the embedding first, so that the journal records the one that the hidden states came from."""
         job = walk.jobs[_embedding_of(walk)]
+        assert self._journal is not None
         if job.index not in self._journal.record.jobs:
             entry = self._convert(job)
             self._files.sync([job.shard])
@@ -210,7 +271,7 @@ class CalibratedWalk:
     def _convert(self, job: Job) -> JobEntry:
         """Convert one job by itself."""
         entry = run_job(job, self._prepared.source, self._files, Workspace(_CHUNK_ELEMENTS), threading.Event()).entry
-        self._tally.job_done(job)
+        self._job_done(job)
         return entry
 
 

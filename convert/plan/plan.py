@@ -106,13 +106,22 @@ class Plan:
 
     @property
     def turns(self) -> list[Job]:
-        """All jobs in the order of work: two neighbouring shards fill at the same time, at the same pace.
+        """All jobs in the order of work."""
+        return self.turns_of(range(len(self.shards)))
+
+    def turns_of(self, shards: Sequence[int]) -> list[Job]:
+        """The jobs of some shards, by number, in the order of work: two neighbours among them fill at the same time, at
+        the same pace.
 
         Their digests then grow together, and two take hardly longer than one (`hashes.py`).
         """
         turns = []
-        for first in range(0, len(self.shards), 2):
-            pair = [(filled, job) for shard in self.shards[first : first + 2] for filled, job in self._filling(shard)]
+        for first in range(0, len(shards), 2):
+            pair = [
+                (filled, job)
+                for number in shards[first : first + 2]
+                for filled, job in self._filling(self.shards[number])
+            ]
             turns += [job for _, job in sorted(pair, key=lambda each: each[0])]  # stable
         return turns
 

@@ -37,16 +37,16 @@ class Space:
         return f"{output} needs about {format_bytes(self.missing)} {more}and {format_bytes(self.free)} are free"
 
 
-def plan_space(prepared: Prepared, output: Path, record: Record | None, small_bytes: int) -> Space:
+def plan_space(prepared: Prepared, output: Path, record: Record | None, small_bytes: int, ranks: int = 1) -> Space:
     """The disk space for an artifact in `output` with `small_bytes` beside its shards.
 
-    `record` has the finished jobs; None: every job is finished.
+    `record` has the finished jobs; None: every job is finished. Each of `ranks` has a window and hidden states.
     """
     plan, own = prepared.plan, output / OWN_FOLDER
-    scratch = _window_bytes(prepared.checkpoint)
+    scratch = ranks * _window_bytes(prepared.checkpoint)
     if prepared.calibration is not None:
         calibration, config = prepared.calibration, prepared.config
-        scratch += state_bytes(calibration.tokens.numel(), config.hidden_size, calibration.selected(config))
+        scratch += ranks * state_bytes(calibration.tokens.numel(), config.hidden_size, calibration.selected(config))
     scratch += len(plan.jobs) * _JOURNAL_BYTES_PER_JOB
     needed = plan.output_bytes + small_bytes + scratch
     if record is None:

@@ -19,11 +19,13 @@ class Summary:
 
     `jobs_resumed` were done by an earlier run. `memory_bytes` bounds the working set of the workers, `plan_bytes`
     estimates the plan beside it. `expected_seconds` estimates the rest of a planned conversion that calibrates; else
-    None. `needed_disk_bytes` is the whole artifact's, `missing_disk_bytes` the part not written
-    yet. `refusal` is the reason why a run would not start; None where it would.
+    None. `needed_disk_bytes` is the whole artifact's, `missing_disk_bytes` the part not written yet. `rank` tells, of a
+    conversion planned for several ranks, what the one with the most work has: `ranks`, `shards` (None where all share
+    each), `source_bytes`, `memory_bytes`, `expected_seconds`. `refusal` is the reason why a run would not start; None
+    where it would.
     """
 
-    status: str  # planned, converted, or finished (by an earlier run)
+    status: str  # planned, converted, share (of the shards is made), or finished (by an earlier run)
     output: str
     recipe: str
     jobs: int
@@ -40,6 +42,7 @@ class Summary:
     free_disk_bytes: int
     seconds: float
     expected_seconds: float | None
+    rank: Mapping[str, Any] | None
     peak_rss_bytes: int
     notes: tuple[str, ...]
     roles: tuple[Mapping[str, Any], ...]

@@ -30,24 +30,23 @@ _CHUNK = 256 << 10
 
 
 class ShardHashes:
-    """Digests of all shards of a plan that the journal does not have. Thread-safe: one thread at a time hashes a pair
-    of shards, the others continue their work."""
+    """Digests of some shards of a plan (by default all) that the journal does not have. Thread-safe: one thread at a
+    time hashes a pair of shards, the others continue their work."""
 
-    def __init__(self, plan: Plan, files: ShardFiles, record: Record):
-        streams = [
-            _Stream(
-                number,
-                files,
-                shard,
-                [job for job in map(plan.jobs.__getitem__, shard.jobs) if job.index not in record.jobs],
-            )
-            for number, shard in enumerate(plan.shards)
-        ]
+    def __init__(self, plan: Plan, files: ShardFiles, record: Record, shards: Sequence[int] | None = None):
+        def stream(number: int) -> _Stream:
+            jobs = map(plan.jobs.__getitem__, plan.shards[number].jobs)
+            return _Stream(number, files, plan.shards[number], [job for job in jobs if job.index not in record.jobs])
+
+        numbers = range(len(plan.shards)) if shards is None else shards
         together = 2 if two_at_once() else 1
-        groups = [streams[first : first + together] for first in range(0, len(streams), together)]
-        pairs = [_Pair([stream for stream in group if stream.number not in record.hashes]) for group in groups]
-        self._streams = streams
-        self._pairs = [pairs[number // together] for number in range(len(streams))]
+        self._streams: dict[int, _Stream] = {}
+        self._pairs: dict[int, _Pair] = {}
+        for first in range(0, len(numbers), together):
+            group = {number: stream(number) for number in numbers[first : first + together]}
+            pair = _Pair([each for number, each in group.items() if number not in record.hashes])
+            self._streams |= group
+            self._pairs |= dict.fromkeys(group, pair)
 
     def job_done(self, job: Job, stop: threading.Event, written: Written | None = None) -> list[tuple[int, str]]:
         """Mark every byte of a job as written, and hash as far as that allows.

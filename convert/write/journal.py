@@ -4,6 +4,10 @@ A text file of JSON lines, each with a checksum of its own. The first has the id
 one has the stamps of the source files; or jobs (their error statistics, and digests of the bytes that they read and
 wrote) or shard hashes that were synced to disk before the line was written; or jobs and hashes that were lost since. A
 line that a crash tore or a disk damaged ends the journal: everything after it is done again.
+
+Of several processes each writes a journal of its own, new at each start (`ranks/run.py`). Its first line also names the
+process; a line lists the shards that the journal speaks for from there on, and the last line says that the process is
+done with them.
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from ...errors import ConversionError
 from ...formats.digests import DIGEST_BYTES
+from ...formats.output_files import sync_directory
 from ...inputs.files import FileStamp
 from ...inputs.json_text import parse_object
 from ...inputs.names import Sha256
@@ -43,11 +49,25 @@ class JobEntry:
 @dataclass
 class Record:
     """The content of a journal: finished jobs by index, sha256 of finished shards, and the stamps of the source files
-    in their order, as they were when those jobs read them (empty: not recorded)."""
+    in their order, as they were when those jobs read them (empty: not recorded).
+
+    Of a journal among several: `shards` are those that it speaks for; `ended`: its process is done with them.
+    """
 
     jobs: dict[int, JobEntry] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
     sources: tuple[FileStamp, ...] = ()
+    shards: set[int] = field(default_factory=set)
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first line of a journal: the identity of the conversion, and a description of the process, if it is one of
+    several."""
+
+    identity: Mapping[str, str]
+    process: Any = None
 
 
 class Journal:
@@ -58,13 +78,30 @@ class Journal:
         self.identity = dict(identity)
         self.record = record
         self._descriptor = descriptor
+        self._writing = threading.Lock()
+        self._refusal: ConversionError | None = None
         # The content of the lines; the record may have lost some of it.
         self._told_jobs, self._told_hashes = set(record.jobs), set(record.hashes)
+        self._told_sources = record.sources
 
     @staticmethod
-    def first_line(identity: Mapping[str, str]) -> bytes:
-        """The content of a new journal, its first line."""
-        return checked_line({"npuq_conversion": JOURNAL_VERSION, "identity": dict(identity)})
+    def first_line(identity: Mapping[str, str], process: Mapping[str, Any] | None = None) -> bytes:
+        """The content of a new journal, its first line. process: a description of this one among several."""
+        told = {} if process is None else {"process": dict(process)}
+        return checked_line({"npuq_conversion": JOURNAL_VERSION, "identity": dict(identity), **told})
+
+    @classmethod
+    def create(cls, path: Path, identity: Mapping[str, str], process: Mapping[str, Any]) -> Journal:
+        """Make the journal of one process among several; on stable storage on return. Raises OSError."""
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666)
+        try:
+            journal = cls(path, descriptor, identity, Record())
+            journal._write(cls.first_line(identity, process))
+            sync_directory(path.parent)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return journal
 
     @classmethod
     def open(cls, path: Path) -> Journal:
@@ -76,67 +113,102 @@ class Journal:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | _FLAGS)
         try:
             _lock(descriptor, path, fcntl.LOCK_EX)
-            identity, record, intact = _replay(path, descriptor)
+            beginning, record, intact = _replay(path, descriptor)
             os.ftruncate(descriptor, intact)
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(path, descriptor, identity, record)
+        return cls(path, descriptor, beginning.identity, record)
 
     @staticmethod
-    def look(path: Path) -> tuple[dict[str, str], Record]:
-        """Read identity and record of a journal without changing it. Raises as `open`."""
+    def look(path: Path) -> tuple[Beginning, Record]:
+        """Read a journal without changing it. Raises as `open`."""
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
         try:
             _lock(descriptor, path, fcntl.LOCK_SH)
-            identity, record, _ = _replay(path, descriptor)
+            beginning, record, _ = _replay(path, descriptor)
         finally:
             os.close(descriptor)
-        return identity, record
+        return beginning, record
 
     def append(self, jobs: Mapping[int, JobEntry], hashes: Mapping[int, str]) -> None:
-        """Add finished jobs and shard hashes; on stable storage on return. The shards must be synced before."""
-        lines = b""
-        if jobs:
-            # Python's text of a float reads back exactly.
-            entries = [
-                [index, entry.stats.squared_error, entry.stats.squared_norm, entry.read.hex(), entry.written.hex()]
-                for index, entry in jobs.items()
-            ]
-            lines += checked_line({"jobs": entries})
-        if hashes:
-            lines += checked_line({"hashes": list(hashes.items())})
-        self._write(lines)
+        """Add finished jobs and shard hashes; on stable storage on return. The shards must be synced before.
+
+        Raises OSError, and the error of `refuse`.
+        """
+        self._write(_told(jobs, hashes))
         self.record.jobs.update(jobs)
         self.record.hashes.update(hashes)
         self._told_jobs.update(jobs)
         self._told_hashes.update(hashes)
 
-    def settle(self, sources: Sequence[FileStamp]) -> None:
-        """Write down the jobs and hashes removed from the record, and the stamps of the files that all remaining jobs
-        were read from; on stable storage on return.
+    def settle(self, sources: Sequence[FileStamp], shards: Iterable[int] = ()) -> None:
+        """Write down how the record has changed: jobs and hashes removed from it or taken over into it, and the stamps
+        of the files that all its jobs were read from; on stable storage on return.
 
-        Call it before any of them is made again: a new file soon looks like the lost one.
+        Call it before any lost job is made again: a new file soon looks like the lost one. shards: those that this
+        journal speaks for from now on. Raises as `append`.
         """
-        jobs = sorted(self._told_jobs - self.record.jobs.keys())
-        hashes = sorted(self._told_hashes - self.record.hashes.keys())
+        record = self.record
+        jobs, hashes = sorted(self._told_jobs - record.jobs.keys()), sorted(self._told_hashes - record.hashes.keys())
         lines = checked_line({"lost_jobs": jobs, "lost_hashes": hashes}) if jobs or hashes else b""
-        if tuple(sources) != self.record.sources:
+        if tuple(sources) != self._told_sources:
             lines += checked_line({"sources": [list(stamp) for stamp in sources]})
+        lines += _told(
+            {index: entry for index, entry in record.jobs.items() if index not in self._told_jobs},
+            {shard: digest for shard, digest in record.hashes.items() if shard not in self._told_hashes},
+        )
+        if spoken := sorted(shards):
+            # Last: a torn line before it leaves these shards to the journal that spoke for them.
+            lines += checked_line({"shards": spoken})
         if lines:
             self._write(lines)
-        self.record.sources = tuple(sources)
-        self._told_jobs, self._told_hashes = set(self.record.jobs), set(self.record.hashes)
+        record.sources = self._told_sources = tuple(sources)
+        record.shards.update(spoken)
+        self._told_jobs, self._told_hashes = set(record.jobs), set(record.hashes)
+
+    def end(self) -> None:
+        """Write down that this process is done with its shards; nothing after `refuse`, and no line follows."""
+        if self._refusal is None:
+            self._write(checked_line({"ended": True}))
+            self.refuse(ConversionError(f"{self.path}: has ended"))
+
+    def refuse(self, error: ConversionError) -> None:
+        """Let every later line fail with an error."""
+        self._refusal = self._refusal or error
+
+    def touch(self) -> int:
+        """Set the time of the file, and return it: the file system's own time now, in ns. Raises OSError."""
+        os.utime(self._descriptor)
+        return os.fstat(self._descriptor).st_mtime_ns
 
     def _write(self, lines: bytes) -> None:
-        rest = memoryview(lines)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
-        os.fsync(self._descriptor)
+        with self._writing:
+            if self._refusal is not None:
+                raise self._refusal
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close and unlock; the file remains."""
         os.close(self._descriptor)
+
+
+def _told(jobs: Mapping[int, JobEntry], hashes: Mapping[int, str]) -> bytes:
+    """The lines of jobs and shard hashes; none of nothing."""
+    lines = b""
+    if jobs:
+        # Python's text of a float reads back exactly.
+        entries = [
+            [index, entry.stats.squared_error, entry.stats.squared_norm, entry.read.hex(), entry.written.hex()]
+            for index, entry in jobs.items()
+        ]
+        lines += checked_line({"jobs": entries})
+    if hashes:
+        lines += checked_line({"hashes": list(hashes.items())})
+    return lines
 
 
 def _lock(descriptor: int, path: Path, kind: int) -> None:
@@ -149,14 +221,14 @@ def _lock(descriptor: int, path: Path, kind: int) -> None:
         return
 
 
-def _replay(path: Path, descriptor: int) -> tuple[dict[str, str], Record, int]:
-    """The identity, the record, and the length in bytes of the intact part."""
+def _replay(path: Path, descriptor: int) -> tuple[Beginning, Record, int]:
+    """The first line, the record, and the length in bytes of the intact part."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
         raise ConversionError(f"{path}: not a conversion journal; choose another output directory")
     with open(descriptor, "rb", closefd=False) as file:
         lines = file.read(_MOST_BYTES).split(b"\n")[:-1]  # the rest behind the last newline is torn or empty
-    identity = _identity(path, lines[0] if lines else b"")
+    beginning = _beginning(path, lines[0] if lines else b"")
     record, intact = Record(), len(lines[0]) + 1
     for line in lines[1:]:
         try:
@@ -164,11 +236,11 @@ def _replay(path: Path, descriptor: int) -> tuple[dict[str, str], Record, int]:
         except (DamagedLineError, KeyError, TypeError, ValueError):
             break
         intact += len(line) + 1
-    return identity, record, intact
+    return beginning, record, intact
 
 
-def _identity(path: Path, line: bytes) -> dict[str, str]:
-    """The identity in the first line. Raises ConversionError for another version's line, or one of another kind."""
+def _beginning(path: Path, line: bytes) -> Beginning:
+    """The content of the first line. Raises ConversionError for another version's line, or one of another kind."""
     none = f"{path}: not a conversion journal, or a damaged one; choose another output directory, or remove this one"
     try:
         # The checksum is checked later: versions without checksums had this key too.
@@ -180,12 +252,13 @@ def _identity(path: Path, line: bytes) -> dict[str, str]:
             f"{path}: written by another version of npuq; finish with that version, or choose another output directory"
         )
     try:
-        identity = line_content(line)["identity"]
+        content = line_content(line)
+        identity = content["identity"]
     except (DamagedLineError, KeyError):
         raise ConversionError(none) from None
     if not isinstance(identity, dict) or not all(isinstance(value, str) for value in identity.values()):
         raise ConversionError(none)
-    return identity
+    return Beginning(identity, content.get("process"))
 
 
 def _apply(content: Mapping[str, Any], record: Record) -> None:
@@ -194,12 +267,15 @@ def _apply(content: Mapping[str, Any], record: Record) -> None:
     hashes = {_number(shard): Sha256(digest) for shard, digest in content.get("hashes", ())}
     lost = [list(map(_number, content.get(key, ()))) for key in ("lost_jobs", "lost_hashes")]
     sources = [FileStamp(*map(_whole, stamp)) for stamp in content.get("sources", ())]
+    shards = set(map(_number, content.get("shards", ())))
     record.jobs.update(jobs)
     record.hashes.update(hashes)
     for index in lost[0]:
         record.jobs.pop(index, None)
     for shard in lost[1]:
         record.hashes.pop(shard, None)
+    record.shards.update(shards)
+    record.ended = record.ended or "ended" in content
     if "sources" in content:
         record.sources = tuple(sources)
 

@@ -27,6 +27,9 @@ from ...formats.output_files import (
 )
 from .journal import Journal, Record
 
+RUNS_FOLDER = f"{OWN_FOLDER}/ranks"
+"""Of the journals of several processes (`ranks/run.py`), and of their claims on shards."""
+CLAIMS_FOLDER = f"{RUNS_FOLDER}/claims"
 _REMEDY = "give the same arguments as before, or another output directory, or remove this one yourself"
 
 
@@ -59,7 +62,7 @@ def look(output: Path, identity: Mapping[str, str]) -> Record | Finished | None:
             return _finished(output, identity)
         if journal.exists():
             found, record = Journal.look(journal)
-            _refuse_difference(output, found, identity)
+            refuse_difference(output, found.identity, identity)
             _refuse_unwritable(output, output / OWN_FOLDER, journal)
             return record
         if (
@@ -91,7 +94,9 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal:
     except OSError as error:
         raise write_error(output, error) from error
     try:
-        _refuse_difference(output, opened.identity, identity)
+        refuse_difference(output, opened.identity, identity)
+        if begun_by_several(output):  # after the lock, which they look at once they have their folder
+            raise ConversionError(f"{output}: several processes have begun to convert into it; run this again")
     except ConversionError:
         opened.close()
         raise
@@ -99,11 +104,11 @@ def claim(output: Path, identity: Mapping[str, str]) -> Journal:
 
 
 def _is_blank(output: Path) -> bool:
-    """True for a directory that is empty, but for files of a run killed before its journal existed."""
+    """True for a directory that is empty, but for files of a run before its journal exists, or killed by then."""
     for entry in output.iterdir():
         if entry.name != OWN_FOLDER or not entry.is_dir():
             return False
-        if any(inner != output / PARTIAL_NAME for inner in entry.iterdir()):
+        if not {output / PARTIAL_NAME, output / RUNS_FOLDER}.issuperset(entry.iterdir()):
             return False
     return True
 
@@ -125,7 +130,13 @@ def _refuse_unwritable(*paths: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
-def _refuse_difference(output: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+def begun_by_several(output: Path) -> bool:
+    """True where a conversion by several processes has begun, and is not finished."""
+    return (output / CLAIMS_FOLDER).is_dir()
+
+
+def refuse_difference(output: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ConversionError where an unfinished conversion has another identity than this one."""
     difference = _difference(before, now)
     if difference:
         raise ConversionError(f"{output}: holds an unfinished conversion with another {difference}; {_REMEDY}")

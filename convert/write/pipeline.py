@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -64,13 +64,13 @@ _LOOK_SECONDS = 0.1
 class _Work:
     """The remaining work, handed out to workers: finished shards without a hash, then jobs in turn."""
 
-    def __init__(self, plan: Plan, record: Record):
+    def __init__(self, plan: Plan, record: Record, shards: Sequence[int]):
         self._lock = threading.Lock()
-        self._jobs = iter([job for job in plan.turns if job.index not in record.jobs])
+        self._jobs = iter([job for job in plan.turns_of(shards) if job.index not in record.jobs])
         self._to_hash = [
             number
-            for number, shard in enumerate(plan.shards)
-            if number not in record.hashes and all(index in record.jobs for index in shard.jobs)
+            for number in shards
+            if number not in record.hashes and all(index in record.jobs for index in plan.shards[number].jobs)
         ]
 
     def next(self) -> Job | int | None:
@@ -88,16 +88,19 @@ def run_plan(
     durability: Durability,
     tally: Tally,
     on_shard: OnShard | None = None,
+    shards: Sequence[int] | None = None,
 ) -> None:
-    """Do every job that the journal does not have, and hash every shard; afterwards the journal has them all.
+    """Do every job of some shards (by number; default: all) that the journal does not have, and hash those shards;
+    afterwards the journal has them all.
 
     On an early end (an error, a signal's exception in this thread), workers stop at their next chunk, and the finished
     jobs are journaled before the exception is raised again.
     """
-    work, events, stop = _Work(plan, journal.record), queue.Queue[_Event](), threading.Event()
+    numbers = range(len(plan.shards)) if shards is None else shards
+    work, events, stop = _Work(plan, journal.record, numbers), queue.Queue[_Event](), threading.Event()
     done_jobs: deque[Job] = deque()
     syncer = Syncer(plan, files, journal, durability.seconds, durability.max_bytes)
-    hashes = ShardHashes(plan, files, journal.record)
+    hashes = ShardHashes(plan, files, journal.record, numbers)
 
     def do(task: Job | int, workspace: Workspace) -> None:
         if isinstance(task, int):
@@ -124,16 +127,15 @@ def run_plan(
         events.put(_Ended(failure))
 
     finished: dict[int, str] = {}
-    next_shard = 0
+    unannounced = deque(numbers)
 
     def announce(shard: int, sha256: str) -> None:
         """Announce finished shards in order, although workers may finish two neighbours in any order."""
-        nonlocal next_shard
         finished[shard] = sha256
-        while next_shard in finished:
+        while unannounced and unannounced[0] in finished:
+            ready = unannounced.popleft()
             if on_shard is not None:
-                on_shard(plan.shards[next_shard].name, finished[next_shard])
-            next_shard += 1
+                on_shard(plan.shards[ready].name, finished[ready])
 
     threads = [threading.Thread(target=worker, name=f"npuq-{number}", daemon=True) for number in range(budget.workers)]
     with single_threaded_torch():

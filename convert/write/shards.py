@@ -43,6 +43,12 @@ class ShardFiles:
         self._descriptors: dict[int, int] = {}
         self._new_entries = False
 
+    @property
+    def written(self) -> list[int]:
+        """The shards that are open: those written to since `close`."""
+        with self._lock:
+            return sorted(self._descriptors)
+
     def path(self, shard: int) -> Path:
         return self._directory / self._plan.shards[shard].name
 

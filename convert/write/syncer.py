@@ -119,4 +119,7 @@ class Syncer:
             # Jobs that failed to sync are in no journal: the next run does them again.
             self._failure = write_error(self._journal.path.parent.parent, error)
             return
+        except ConversionError as error:  # the journal is another's by now
+            self._failure = error
+            return
         self._files.close(hashes)

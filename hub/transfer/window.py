@@ -74,6 +74,16 @@ class _Batch:
         self.nbytes = sum(extent.end - extent.start for extent in self.extents)
 
 
+def remove_left_over(folder: Path) -> None:
+    """Remove the files that an interrupted run has left in a window's folder, and the folder if nothing else is in it.
+    Raises OSError."""
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 class StoppedFetchError(Exception):
     """The end of a fetch because the window was closed."""
 

@@ -7,14 +7,14 @@ So rank 0 keeps a connection to each follower beside the collectives, and a thre
 * a rank that was killed says nothing: its connection closes;
 * a rank that was stopped, or whose machine is gone, is silent: the others hear no beat of it.
 
-Messages are lines: `beat`, `leave`, and `fail CODE TEXT`.
+Messages are lines: `beat`, `leave`, `fail CODE TEXT`, and `word TEXT`, of a follower to rank 0, for whoever listens.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, DefaultSelector
@@ -66,6 +66,8 @@ class Lifeline:
         self._lost = threading.Event()
         self._loss: Loss | None = None
         self._over = False
+        self.hear: Callable[[int, str], None] = _nobody_listens
+        """Called in the watching thread with the rank and the text of each word that comes."""
         self._selector = DefaultSelector()
         for peer in peers:
             peer.connection.setblocking(False)
@@ -81,6 +83,11 @@ class Lifeline:
         """Tell the others that this rank's work is done."""
         self._over = True
         self._tell(b"leave\n")
+
+    def tell_leader(self, word: str) -> None:
+        """Tell rank 0 a word of one line. Nothing on rank 0, and after the end."""
+        if self._rank and not self._over:
+            self._tell(_line("word", word))
 
     def fail(self, text: str, code: int) -> None:
         """Tell the others that this rank ends by an error. A follower returns when rank 0 has told the user."""
@@ -145,6 +152,8 @@ class Lifeline:
         for line in lines:
             if line == b"leave":
                 peer.left = True
+            elif line.startswith(b"word "):
+                self.hear(peer.rank, printable(line[5:].decode(errors="replace")))
             elif line.startswith(b"fail "):
                 peer.left = True
                 yield self._told(peer, line.decode(errors="replace"))
@@ -172,4 +181,12 @@ class Lifeline:
 
 
 def _failure(text: str, code: int) -> bytes:
-    return f"fail {code} {' '.join(text.split())}".encode(errors="replace")[: _MOST_BYTES // 2] + b"\n"
+    return _line(f"fail {code}", text)
+
+
+def _line(kind: str, text: str) -> bytes:
+    return f"{kind} {' '.join(text.split())}".encode(errors="replace")[: _MOST_BYTES // 2] + b"\n"
+
+
+def _nobody_listens(rank: int, word: str) -> None:
+    """Drop a word: only some commands have any."""

@@ -188,7 +188,7 @@ class World:
             while not self._closed:
                 message = receive(self.group)
                 if message.model == STOP:
-                    self._part_ways()
+                    self.part_ways()
                 else:
                     self._models[message.model](message.chunks)
         except BaseException as error:
@@ -204,7 +204,7 @@ class World:
             if not self._failed:
                 self._begin_running()
                 send(Message(STOP), self.group)
-                self._part_ways()
+                self.part_ways()
 
     def fail(self, text: str, code: int) -> None:
         """Tell all ranks that this one ends with an error; they end too. On rank 0 the user has been told before."""
@@ -227,7 +227,16 @@ class World:
             words = (f"rank {self.launch.rank}", "" if known else type(error).__name__, str(error))
             self.fail(": ".join(filter(None, words)), error.exit_code if isinstance(error, NpuqError) else 1)
 
-    def _part_ways(self) -> None:
+    def tell_leader(self, word: str) -> None:
+        """Tell rank 0 one line, at once and beside all collectives; nothing on rank 0."""
+        self._lifeline.tell_leader(word)
+
+    def listen(self, hear: Callable[[int, str], None]) -> None:
+        """On rank 0: call `hear` with the rank and the line of whatever the others tell from now on, in a thread."""
+        self._lifeline.hear = hear
+
+    def part_ways(self) -> None:
+        """End the launch: return when all ranks have called this. No collective follows."""
         import torch.distributed as dist
 
         self.group.barrier()

@@ -145,8 +145,11 @@ def run_attention(layer: Layer, streams: StreamPair, out: StreamPair) -> tuple[d
             if selected is not None and attended.selected is not None:
                 selected[batch] = attended.selected
 
-    for _ in walk.pool.map(step, walk.batches):
-        pass
+    walk.pool.each(step, walk.batches)
+    for index, batch in enumerate(walk.batches):
+        for result in (out.floats, out.quantized, float_selected, quantized_selected):
+            if result is not None:
+                walk.pool.share(index, result[batch])
     if not walk.config.attention.cache_scales:
         return strengths, None
     (pool,) = [pool.name for pool in walk.dense.pools(layer.index) if pool.int8]

@@ -76,7 +76,7 @@ def quantize_expert(
     near: further inputs of the quantized stream to calibrate on.
     """
     floats, quantized = own
-    inline, linears = layer.walk.pool.inline, layer.walk.linears
+    inline, linears = layer.walk.pool.inline, layer.walk.expert_linears
     inputs = torch.cat([quantized, near]) if near.shape[0] else quantized
     routing = layer.walk.ops.routing
     truth = routing.mlp(floats, float_mlp(weights))

@@ -14,7 +14,7 @@ from ....runtime.weights import gating_of
 from ...plan.plan import Job
 from ..context import Layer
 from ..states import StreamPair
-from .experts import ExpertResult, Routed, choose_tokens, quantize_expert, smooth_inner
+from .experts import ExpertResult, choose_tokens, quantize_expert, smooth_inner
 from .operators import float_mlp, mlp_weights, row_chunks
 from .smooth import JUDGED_ROWS, STRENGTHS, deployed, least, norm_quotient
 
@@ -135,8 +135,10 @@ class _FeedForward:
             self._out.floats[part] += routing.mlp(self._normed(self._middle.floats[part], self._gain), floats)
             self._out.quantized[part] += routing.mlp(inputs(index), quantized)
 
-        for _ in walk.pool.map(step, range(len(batches))):
-            pass
+        walk.pool.each(step, range(len(batches)))
+        for index, part in enumerate(batches):
+            walk.pool.share(index, self._out.floats[part])
+            walk.pool.share(index, self._out.quantized[part])
 
     def _experts(self) -> Coverage:
         layer, walk = self._layer, self._walk
@@ -148,10 +150,10 @@ class _FeedForward:
         routing, order = self._route(self._middle.quantized, self._stored_gain, stored_router, stored_bias)
         places, middle = self._expert_places(), self._middle
 
-        def one(expert: int) -> tuple[Tensor, Routed, ExpertResult]:
+        def one(expert: int) -> ExpertResult:
             tokens = choose_tokens(routing.ids, order, expert, walk.tokens)
-            float_tokens = (float_routing.ids == expert).any(1).nonzero()[:, 0]
-            result = quantize_expert(
+            float_tokens = _tokens_of(float_routing, expert)
+            return quantize_expert(
                 layer,
                 self._jobs(places[expert]),
                 (
@@ -161,22 +163,46 @@ class _FeedForward:
                 self._normed(middle.quantized[tokens.near], self._stored_gain),
                 self._block(places[expert]),
             )
-            return float_tokens, tokens, result
 
-        coverage, strengths = Coverage([], {}), []
-        for expert, (float_tokens, tokens, result) in enumerate(walk.pool.map(one, range(len(places)))):
-            _add_weighted(self._out.floats, float_routing, expert, float_tokens, result.floats)
-            _add_weighted(self._out.quantized, routing, expert, tokens.own, result.quantized)
-            coverage.expert_tokens.append(tokens.own.shape[0])
-            if result.fallback is not None:
-                coverage.fallbacks[str(expert)] = result.fallback
-            strengths.append(result.strength)
-            layer.errors.update(result.errors)
-            for job in self._jobs(places[expert]):
-                layer.finish(job, result.results[job.index])
+        pool, coverage, strengths = walk.pool, Coverage([], {}), []
+        own = pool.begin(one, [expert for expert in range(len(places)) if pool.mine(expert)])
+        none = self._out.floats[:0]
+        for first in range(0, len(places), pool.size):
+            experts = range(first, min(first + pool.size, len(places)))
+            result = next(own) if first + pool.rank in experts else None
+            floats, quantized = (none, none) if result is None else (result.floats, result.quantized)
+            self._add_outputs(self._out.floats, float_routing, experts, floats)
+            self._add_outputs(self._out.quantized, routing, experts, quantized)
+            told = None
+            if result is not None:
+                told = result.results, result.errors, result.fallback, result.strength
+            for expert, found in zip(experts, pool.of_all(told), strict=False):
+                assert found is not None
+                results, errors, fallback, strength = found
+                coverage.expert_tokens.append(_tokens_of(routing, expert).shape[0])
+                if fallback is not None:
+                    coverage.fallbacks[str(expert)] = fallback
+                strengths.append(strength)
+                layer.errors.update(errors)
+                for job in self._jobs(places[expert]):
+                    layer.ranks[job.index] = expert % pool.size
+                    layer.finish(job, results[job.index])
+        for rank, part in enumerate(pool.slices(walk.tokens)):
+            pool.share(rank, self._out.floats[part])
+            pool.share(rank, self._out.quantized[part])
         if walk.smooth:
             self._strengths[self._strength_name(places[0])] = sum(strengths) / len(strengths)
         return coverage
+
+    def _add_outputs(self, stream: Tensor, routing: Routing, experts: range, rows: Tensor) -> None:
+        """Add the outputs of one expert of each rank, weighted, to the tokens that this rank sums, in order of the
+        experts. rows: those of this rank's expert, for all its tokens."""
+        pool, count = self._walk.pool, self._walk.tokens
+        places = [_tokens_of(routing, expert) for expert in experts]
+        places += [places[0][:0]] * (pool.size - len(places))  # the last experts are fewer than ranks
+        part = pool.slices(count)[pool.rank]
+        for expert, place, part_rows in zip(experts, places, pool.exchange(rows, places, count), strict=False):
+            _add_weighted(stream, routing, expert, place[(place >= part.start) & (place < part.stop)], part_rows)
 
     def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
         """The routing of all tokens, and each token's experts by falling preference, int16 [T, E]."""
@@ -238,6 +264,11 @@ class _FeedForward:
         self._strengths[layer.spec(*_NORM).module] = strength
         if best:
             self._gain, self._factor = trials[best]
+
+
+def _tokens_of(routing: Routing, expert: int) -> Tensor:
+    """The tokens of an expert, int64 [n], rising."""
+    return (routing.ids == expert).any(1).nonzero()[:, 0]
 
 
 def _add_weighted(stream: Tensor, routing: Routing, expert: int, tokens: Tensor, rows: Tensor) -> None:

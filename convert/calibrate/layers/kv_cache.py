@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ....deferred import torch
 from ....formats.kv_cache import latent_codes, storable_scale
-from ....parallel.pool import Pool
+from ....parallel.pool import Mapper
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class LatentScale:
     error: float
 
 
-def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], pool: Pool) -> LatentScale:
+def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], pool: Mapper) -> LatentScale:
     """Search the scales of the latents that `latents` returns batch by batch, float32 `[T, L]`, twice for each.
 
     A channel that is zero throughout gets the largest scale of the others.

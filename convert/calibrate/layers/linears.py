@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from ...plan.plan import Job
 from ...write.jobs import JobOutput, bytes_of
 from ...write.shards import ShardFiles
 from .operators import Deployed, round_inputs
+
+if TYPE_CHECKING:
+    from ..ranks.pool import RankedPool
 
 # Rows for one call of GPTQ. Fixed, so that results do not depend on the number of threads.
 _ROWS = 512
@@ -157,13 +161,13 @@ def _squared_error(weight: Tensor, found: Tensor) -> float:
 
 
 def measure(
-    jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], arithmetic: Arithmetic, mapper: Mapper
+    jobs: Sequence[Job], inputs: Inputs, batches: Iterable[int], arithmetic: Arithmetic, pool: RankedPool
 ) -> tuple[Hessian | None, InputScale | None]:
     """The Hessian and the static input scale that these jobs need for their common inputs; None: not needed."""
     batches, scale = list(batches), None
     if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
-        ranges = [torch.aminmax(x) for x in mapper.map(inputs, batches)]
-        low, high = min(float(found.min) for found in ranges), max(float(found.max) for found in ranges)
+        ranges = list(pool.map(lambda batch: tuple(map(float, torch.aminmax(inputs(batch)))), batches))
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise CalibrationError(
                 f"the inputs of {jobs[0].source!r} are no numbers; the checkpoint is damaged, or its config.json is "
@@ -174,9 +178,12 @@ def measure(
         return None, scale
     scheme = jobs[0].scheme
     hessian: Hessian | None = None
-    for x in mapper.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches):
+    for x in pool.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches):
         hessian = hessian or Hessian(x.shape[1], arithmetic)
-        hessian.add(x, mapper)
+        hessian.add(x, pool.local, pool.mine)
+    if hessian is not None:
+        for index, piece in enumerate(hessian.pieces()):
+            pool.share(index, piece)
     return hessian, scale
 
 

@@ -58,8 +58,8 @@ def test_what_is_written_is_read_back(tmp_path):
     journal.settle([STAMP])
     assert path.stat().st_size == size  # nothing new to say
     journal.close()
-    identity, record = Journal.look(path)
-    assert identity == {"recipe": "w4a8"}
+    beginning, record = Journal.look(path)
+    assert (beginning.identity, beginning.process) == ({"recipe": "w4a8"}, None)
     assert (record.jobs, record.hashes, record.sources) == ({7: ENTRY}, {0: "a" * 64}, (STAMP,))
     assert all(json.loads(line) for line in path.read_text().splitlines())  # JSON lines for whoever wants to look
 

@@ -16,6 +16,8 @@ from support import MANIFEST, as_modelslim, contents, files_of, npuq_run
 
 import npuq
 from npuq.convert import convert_checkpoint
+from npuq.convert.conversion import Part
+from npuq.convert.ranks.share import Share
 from npuq.errors import RecipeError
 from npuq.hub import resolve
 
@@ -39,6 +41,23 @@ def test_the_same_artifact_in_a_small_window(
     fetched = sum(seen.sent for seen in hub.requests(r"^GET .*\.safetensors$"))
     assert total <= fetched + 100_000 <= total + 3 * (1 << 20) + 1_000_000
     assert npuq.verify(tmp_path / "out").ok
+
+
+def test_a_rank_fetches_its_own_part_only(
+    hub: LoopbackHub, source: str, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    total = sum(blob.size for name, blob in hub.state.repos[SOURCE].commit("main").files.items() if "safe" in name)
+    fetched = []
+    for part in (Share(0, 2), Share(1, 2), Part.FINISH):
+        before = sum(seen.sent for seen in hub.requests(r"^GET .*\.safetensors$"))
+        with remote(tmp_path / "out") as checkpoint:
+            convert_checkpoint(checkpoint, tmp_path / "out", part=part, **OPTIONS)  # type: ignore[arg-type]
+        fetched.append(sum(seen.sent for seen in hub.requests(r"^GET .*\.safetensors$")) - before)
+    assert without_manifest(tmp_path / "out") == expected
+    headers = fetched[2]
+    assert headers <= 3 << 20
+    assert max(fetched[:2]) - headers < 0.65 * total
+    assert sum(fetched[:2]) - 2 * headers <= total + 1_000_000
 
 
 @pytest.mark.parametrize("method", ["rotate+mse", "gptq", "smooth+mse"])
