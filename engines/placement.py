@@ -277,7 +277,7 @@ def broken_requirements(engine: str, placement: Placement) -> Iterator[str]:
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:
     found = set()
     for layer in filter(config.moe_at, range(config.num_hidden_layers)):
-        scheme = schemes.get(config.family.name(Block.EXPERT, "down", layer, expert=0))
+        scheme = schemes.get(config.name(Block.EXPERT, "down", layer, expert=0))
         if scheme is not None:
             found.add(scheme)
     # One W4A8 layer is enough for the requirements on W4A8.
