@@ -1,8 +1,8 @@
 """Attention to a sliding window and to compressed entries (DeepSeek-V4).
 
-The cache has three kinds of rows. Keys of the window, and what an unfinished entry still reads of its tokens, are rows
-of a block's last tokens alone. An entry is one row for `ratio` tokens. So a sequence can begin in the blocks of another,
-as in the caches of all kinds.
+The cache has three kinds of rows. Keys of the window, and what an unfinished entry still reads of its tokens, are kept
+for the last tokens of each block alone. An entry is one row for `ratio` tokens. All three lie in blocks of tokens, so
+that a sequence can begin in the blocks of another.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class RankPlan:
     """The memory of the rank of a layout that needs most of it.
 
     weights: bytes by kind. usable: bytes that weights, workspace and cache may take. cache_token: bytes of the cache
-    for a token, rounded up where a block has rows for several tokens. context: the longest sequence. Every rank has the same tokens in its cache.
+    for a token, rounded up where not every token has a row. context: the longest sequence. Every rank has the same
+    tokens in its cache.
     """
 
     layout: Layout

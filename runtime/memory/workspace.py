@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ...models.config import ModelConfig
 from ...models.compressed_attention import CompressedAttention
+from ...models.config import ModelConfig
 from ...models.gqa import Gqa
 from ...models.moe import Moe
 from ...models.sparse_mla import SparseMla
@@ -85,9 +85,9 @@ def _attention(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSize
     compressed entries queries and outputs, normed and rotated, series and gates, and the matrix `o_a` in float32."""
     widths, heads, tokens = config.attention, len(owned.heads), sizes.max_num_batched_tokens
     if isinstance(widths, CompressedAttention):
-        found = widths.sizes()
-        row = 5 * heads * widths.head_dim + 8 * widths.head_dim + found["index_q"] + found["o_lora"]
-        return tokens * row * itemsize + found["o_lora"] * found["group"] * _FLOAT32
+        words = widths.sizes()
+        row = 5 * heads * widths.head_dim + 8 * widths.head_dim + words["index_q"] + words["o_lora"]
+        return tokens * row * itemsize + words["o_lora"] * words["group"] * _FLOAT32
     if isinstance(widths, Gqa):
         queries, keys = heads * widths.head_dim, len(owned.dimension("kv"))
         return tokens * (4 * queries + 6 * keys) * itemsize + _summed(config, owned, tokens)

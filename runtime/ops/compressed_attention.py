@@ -230,7 +230,7 @@ class CompressedAttention(ABC):
         return torch.cat([torch.arange(span.start, span.end) for span in spans])
 
     def queries(self, hidden: Activation, positions: Tensor, weights: Compressed) -> tuple[Tensor, Tensor]:
-        """Project `[T, H]` to (queries `[T, N, d]`, each normed without a gain and rotated; their latent `[T, q_lora]`)."""
+        """Project `[T, H]` to (queries `[T, N, d]`, normed without a gain and rotated; their latent `[T, q_lora]`)."""
         config = weights.config
         latent = self.norms.rms_norm(self.products.linear(hidden, weights.q_a), weights.q_a_norm, config.rms_norm_eps)
         query = self.products.linear(latent, weights.q_b).unflatten(-1, (config.heads, config.head_dim))

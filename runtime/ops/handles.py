@@ -241,8 +241,8 @@ class Keys(NamedTuple):
 class Gating:
     """Gating of a router: from its logits to k experts and their weights.
 
-    scoring: "sigmoid", "softmax" or "sqrtsoftplus". group_count: groups of E/group_count neighbours; the best `k_group` groups stay.
-    A group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
+    scoring: "sigmoid", "softmax" or "sqrtsoftplus". group_count: groups of E/group_count neighbours; the best `k_group`
+    groups stay. A group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
     renormalize: divide the k weights by (their sum + 1e-20). scaling: then multiply by this.
     """
 

@@ -32,12 +32,12 @@ class HyperOps(ABC):
 
     @abstractmethod
     def connect(self, streams: Tensor, weights: HyperWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the streams before a block: (block input `[T, H]`, post `[T, n]`, comb `[T, n, n]`), the last two float32.
+        """Read the streams before a block: (block input `[T, H]`, post `[T, n]`, comb `[T, n, n]`).
 
-        f = fn · flatten(streams) / rms(flatten(streams)), in parts of n, n and n². The block's input is
-        Σ_i (σ(f₁·scale₀ + base) + eps)_i · stream_i, post is 2·σ(f₂·scale₁ + base). comb begins as
-        softmax(f₃·scale₂ + base) over the last axis, + eps; its columns are divided by their sum + eps, and then
-        `iterations` − 1 times its rows, and its columns.
+        post and comb are float32. f = fn · flatten(streams) / rms(flatten(streams)), in parts of n, n and n². The
+        block's input is Σ_i (σ(f₁·scale₀ + base) + eps)_i · stream_i, and post is 2·σ(f₂·scale₁ + base). comb begins as
+        softmax(f₃·scale₂ + base) over the last axis, + eps. Its columns are divided by their sum + eps; then its rows
+        and its columns, `iterations` − 1 times.
         """
 
     @abstractmethod
