@@ -194,7 +194,7 @@ def _sliced_experts(model: StoredModel, owned: Owned) -> Mapping[str, Bytes]:
 
     def of_part(part: Part) -> Bytes:
         if part.block is not Block.EXPERT:
-            ranges = owned.ranges(part.block, part.entry, exact_sum=True)
+            ranges = owned.ranges(part.block, part.entry, exact_sum=True, shape=part.shape)
             return sliced_bytes(part, ranges, backend).times(part.count)
         inner = 1 if part.entry.row_parallel else 0
         sliced = [owned.tiles(size) if axis == inner else range(size) for axis, size in enumerate(part.shape)]
