@@ -18,6 +18,7 @@ from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET
 from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
+from ..models.hash_moe import HashMoe
 from ..models.moe import DenseFirst
 from ..models.roles import Role
 from ..models.tensors import ModelTensors, Spec
@@ -277,6 +278,20 @@ def dense_notes(
             model.floats_dense,
             f"{len(quantized)} dense layer(s) are quantized, and the engine takes them for unquantized and ends at "
             f"{quantized[0]!r}: serve with another release, or convert with dense_mlp in FLOAT",
+        )
+
+
+# Releases whose quantized routed experts compute silu(gate) · up without a limit.
+_UNCLAMPED: Final[Mapping[str, tuple[str, ...]]] = {"vllm-ascend": ("0.23.0",), "sglang": ("0.5.23",)}
+
+
+def clamp_notes(engine: str, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line where releases of `engine` leave out the limit of the routed experts' activations, and the releases."""
+    if isinstance(config.moe, HashMoe):
+        yield (
+            _UNCLAMPED[engine],
+            f"the routed experts are computed without swiglu_limit {config.moe.swiglu_limit:g}, which costs accuracy: "
+            "serve with vllm-ascend 0.30.0rc2",
         )
 
 
