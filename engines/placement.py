@@ -20,7 +20,15 @@ from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.tensors import Spec
-from .parameters import clamp_notes, dense_notes, draft_notes, indexer_notes, key_problems, parameter_problems, refused_names
+from .parameters import (
+    clamp_notes,
+    dense_notes,
+    draft_notes,
+    indexer_notes,
+    key_problems,
+    parameter_problems,
+    refused_names,
+)
 from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
@@ -228,7 +236,11 @@ def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme
     cannot load the artifact while another does."""
     for note in draft_notes(engine, config, schemes):
         yield f"{tested_releases(engine)}: {note}"
-    notes = (*indexer_notes(engine, config, schemes), *dense_notes(engine, config, schemes), *clamp_notes(engine, config))
+    notes = (
+        *indexer_notes(engine, config, schemes),
+        *dense_notes(engine, config, schemes),
+        *clamp_notes(engine, config),
+    )
     for releases, note in notes:
         yield f"{engine} {' and '.join(releases)}: {note}"
 

@@ -394,6 +394,8 @@ RELEASES: dict[str, dict[str, Any]] = {
     "Qwen3-Coder-480B-A35B": QWEN3_CODER_480B,
     "GLM-4.5": GLM_45,
     "GLM-4.5-Air": GLM_45_AIR,
+    "DeepSeek-V4-Flash": V4_FLASH,
+    "DeepSeek-V4-Pro": V4_PRO,
 }
 
 
@@ -409,6 +411,9 @@ def _tensors(config: dict[str, Any]) -> Iterator[Header]:
         yield from kimi_k25_full.headers()
         return
     model = ModelConfig.from_dict(config)
+    if config["model_type"] == "deepseek_v4":
+        yield from _v4_tensors(model)
+        return
     # GLM-5's releases leave out what their MTP layer shares with the model.
     shared = config["model_type"] == "glm_moe_dsa"
     mtp = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
@@ -418,6 +423,25 @@ def _tensors(config: dict[str, Any]) -> Iterator[Header]:
         if "quantization_config" in config and _is_fp8(spec):
             yield name, "F8_E4M3", spec.shape
             yield f"{name}_scale_inv", "F32", (-(-spec.shape[0] // 128), -(-spec.shape[1] // 128))
+        else:
+            yield name, spec.kept_dtype or "BF16", spec.shape
+
+
+def _v4_tensors(model: ModelConfig) -> Iterator[Header]:
+    """FP4 experts, FP8 linears, powers of two beside them; without copies of embedding and head."""
+    drafts = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    fp8 = ("q_a", "q_b", "kv", "o_a", "o_b", "index_q", "e_proj", "h_proj")
+    for name, spec in expected_specs(model, drafts).items():
+        if spec.optional or spec.entry is None:
+            continue
+        scale = name.removesuffix("weight") + "scale"
+        if spec.block is Block.EXPERT:
+            rows, columns = spec.shape
+            yield name, "I8", (rows, columns // 2)
+            yield scale, "F8_E8M0", (rows, columns // 32)
+        elif spec.block is Block.SHARED or spec.entry.part in fp8:
+            yield name, "F8_E4M3", spec.shape
+            yield scale, "F8_E8M0", (-(-spec.shape[0] // 128), -(-spec.shape[1] // 128))
         else:
             yield name, spec.kept_dtype or "BF16", spec.shape
 
