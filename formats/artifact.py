@@ -201,8 +201,9 @@ def artifact_config(
     """The artifact's config.json, from the source's.
 
     `quantization_config` is removed, under text_config too, because both engines would follow it and ignore the
-    description; so is DeepSeek-V4's `expert_dtype`, by which int8 codes would be read as FP4. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized,
-    among the text model's keys: vLLM-Ascend's fused paths read them there.
+    description; so is DeepSeek-V4's `expert_dtype`, by which int8 codes would be read as FP4. `quantize`,
+    `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized, among the text model's
+    keys: vLLM-Ascend's fused paths read them there.
     """
     result = copy.deepcopy(dict(config))
     schemes = (linear, experts, mtp_experts)

@@ -15,8 +15,8 @@ from ..recipes.recipe import STORED, Transform
 from .subject import Subject
 from .weight_errors import LinearError
 
-# The manifest's error was summed from exact integers, this one in floating point. Where codes leave almost no error, what
-# the fixed point leaves off a row (`quant.scales.ScaledRows`) is as large.
+# The manifest's error was summed from exact integers, this one in floating point. Where codes leave almost no error,
+# what the fixed point leaves off a row (`quant.scales.ScaledRows`) is as large.
 _ERROR_TOLERANCE = 1e-3
 _ERROR_FLOOR = 1e-5
 

@@ -186,8 +186,8 @@ def prepare(
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if _needs_calibration(resolved, assignments) and config.family.no_calibration:
             raise RecipeError(
-                f"method {resolved.chain}: not for a {config.model_type}: {config.family.no_calibration}; give --method "
-                "mse or minmax"
+                f"method {resolved.chain}: not for a {config.model_type}: {config.family.no_calibration}; give "
+                "--method mse or minmax"
             )
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):

@@ -1,5 +1,5 @@
-"""Float weights: plain bf16, fp16 or fp32 here, FP8 (`fp8.py`) and FP4 (`fp4.py`) with stored scales; and tables of
-integers, which are copied."""
+"""Float weights: plain bf16, fp16 or fp32 here, and FP8 with stored scales (`fp8.py`); and tables of integers, which
+are copied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ...errors import CheckpointError
 from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
 from ..safetensors import FLOAT_CODES, INTEGER_CODES, TensorInfo
-from .fp4 import fp4_weights, is_beside_fp4
 from .fp8 import FP8_CODE, Fp8Weights, is_beside_fp8, is_scale
 from .weights import OfTensor, RowBytes, Weight
 
@@ -58,16 +57,13 @@ def float_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Wei
     Raises CheckpointError for an unknown dtype, an FP8 weight without its scale, a scale of the wrong shape or dtype,
     and a scale without an FP8 weight.
     """
-    names, tensors, fp8 = list(names), checkpoint.tensors, Fp8Weights(checkpoint)
-    fp4 = fp4_weights(checkpoint, names)
+    tensors, fp8 = checkpoint.tensors, Fp8Weights(checkpoint)
     weights: dict[str, Weight] = {}
     for name in names:
         info = tensors[name]
-        if name in fp4:
-            weights[name] = fp4[name]
-        elif info.dtype == FP8_CODE:
+        if info.dtype == FP8_CODE:
             weights[name] = fp8.weight(info)
-        elif not (is_beside_fp8(tensors, name) or (fp4 and is_beside_fp4(tensors, name))):
+        elif not is_beside_fp8(tensors, name):
             if is_scale(info):
                 raise CheckpointError(f"{info.file}: scale {name!r} belongs to no FP8 weight")
             weights[name] = plain_weight(checkpoint, info)

@@ -9,7 +9,7 @@ config.json's `expert_dtype` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -95,25 +95,15 @@ def has_fp4_experts(config: Mapping[str, Any]) -> bool:
     return stated == "fp4"
 
 
-def fp4_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Weight]:
-    """Find the FP4 weights among the tensors of these names, in headers and config.json alone; none without
-    `expert_dtype` fp4.
+def fp4_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Find the FP4 weights of a checkpoint, in headers and config.json alone; none without `expert_dtype` fp4.
 
     Raises CheckpointError for an I8 tensor without its scale, a scale of the wrong shape or dtype, and rows that are no
     whole number of groups.
     """
     if not has_fp4_experts(checkpoint.text_config):
         return {}
-    infos = (checkpoint.tensors[name] for name in names)
-    return {info.name: _weight(checkpoint, info) for info in infos if info.dtype == "I8"}
-
-
-def is_beside_fp4(tensors: Mapping[str, TensorInfo], name: str) -> bool:
-    """True for the scale of an FP4 weight, where the checkpoint has such weights. Raises nothing."""
-    if not name.endswith(_SCALE):
-        return False
-    weight = tensors.get(name.removesuffix(_SCALE) + _WEIGHT)
-    return weight is not None and weight.dtype == "I8"
+    return {name: _weight(checkpoint, info) for name, info in checkpoint.tensors.items() if info.dtype == "I8"}
 
 
 def _weight(checkpoint: Checkpoint, info: TensorInfo) -> Fp4Weight:

@@ -160,8 +160,8 @@ FAMILY: Final = Family(
     no_rotation=(
         "a hyper-connection reads all streams of the residual at once, and a rotation of each alone is not derived yet"
     ),
-    # Factors between up and down would scale clamp(up, ±limit) and not what is clamped; the norms' readers could take some,
-    # but only the layers' activations say which.
+    # Factors between up and down would scale what is clamped. Those between norms and linears would be exact, but only
+    # the layers' activations tell them.
     no_calibration=(
         "calibration does not run its layers, and smoothing the experts would move the limit at which they clamp "
         "(swiglu_limit), which changes the model"

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 as it is released: FP8 linears, FP4 experts, powers of two as scales, an MTP layer. Packed here by hand."""
+"""DeepSeek-V4 as it is released: FP8 linears, FP4 experts, scales of powers of two, an MTP layer. Packed by hand."""
 
 from __future__ import annotations
 
