@@ -11,8 +11,8 @@ from ..schemes import SUFFIXES
 from .compressed_tensors import compressed_linears, is_compressed
 from .described import described_linears
 from .float_weights import float_weights
-from .fp8 import is_beside_fp8
 from .fp4 import fp4_weights
+from .fp8 import is_beside_fp8
 from .grouped_int4 import grouped_int4_weights
 from .weights import Weight, WeightSource
 

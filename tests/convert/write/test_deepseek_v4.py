@@ -16,6 +16,7 @@ from npuq.convert import convert_checkpoint
 from npuq.errors import CheckpointError, RecipeError
 from npuq.formats.artifact import DESCRIPTION_NAME
 from npuq.models.config import ModelConfig
+from npuq.report.facts import read_facts
 from npuq.verification import verify
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -133,3 +134,19 @@ def test_releases_that_drop_the_limit_are_named(release: Path, tmp_path: Path) -
     summary = convert_checkpoint(release / "packed", tmp_path / "out", dry_run=True)
     dropped = [line for line in summary.notes if "swiglu_limit" in line]
     assert [line.split(":")[0] for line in dropped] == ["vllm-ascend 0.23.0", "sglang 0.5.23"]
+
+
+def test_the_report_has_what_int4_adds_to_fp4(release: Path) -> None:
+    """Against float64: the first rows of every expert, by the best scale of each row and by its largest weight."""
+    values, made = load_file(release / "values" / "model.safetensors"), release / "packed-w4a8"
+    names = [name for name in values if name.startswith("layers.") and ".experts." in name]
+    chosen = names[:: -(-len(names) // 64)]
+    rows = torch.cat([values[name][:8].double() for name in chosen])
+    scale = (rows.abs().amax(1, keepdim=True).float() / 7).double()
+    error = (rows - (rows / scale).round() * scale).square().sum() / rows.square().sum()
+    stated = json.loads((made / "npuq/manifest.json").read_text())["source"]["fp4_error"]
+    assert stated["rows"] == len(rows)
+    assert stated["minmax"] == pytest.approx(float(error) ** 0.5, rel=1e-3)
+    assert 0 < stated["mse"] < stated["minmax"]
+    facts = read_facts(made)
+    assert "by minmax" in facts.provenance["weight error from FP4 to int4"]
