@@ -15,8 +15,7 @@ _ROWS: Final = 8
 
 
 def fp4_error(prepared: Prepared) -> dict[str, Any]:
-    """The manifest's entry `fp4_error`: weight errors of `mse` and of `minmax` on the first rows of some weights, evenly
-    chosen.
+    """The manifest's entry `fp4_error`: weight errors of `mse` and of `minmax` on the first rows of some weights.
 
     Empty without FP4 weights that became int4 by `mse`, and for a checkpoint on a hub, whose weights have passed by.
     """

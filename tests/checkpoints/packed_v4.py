@@ -11,6 +11,9 @@ from deepseek_v4 import CONFIG, golden_model, release_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from npuq.models.config import ModelConfig
+from npuq.models.tensors import ModelTensors
+
 # The OCP Microscaling formats (version 1.0), table 5: the magnitudes of E2M1 by their three bits.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP8_LINEARS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj")
@@ -105,6 +108,28 @@ def write_release(directory: Path, config: dict[str, Any] = RELEASE) -> dict[str
         assert torch.equal(values[name].float(), decoded)
     write(directory, config, stored)
     return values
+
+
+def write_random_release(directory: Path, config: dict[str, Any] = RELEASE) -> None:
+    """Write a release of random weights without transformers."""
+    generator = torch.Generator().manual_seed(9)
+    model = ModelConfig.from_dict(config)
+    layers = model.num_hidden_layers
+    stored = {}
+    for spec in ModelTensors(model).unroll(range(layers, layers + model.num_nextn_predict_layers)):
+        name = spec.name
+        if spec.optional:
+            continue
+        if spec.kept_dtype == "I64":
+            stored[name] = torch.randint(0, model.n_routed_experts, spec.shape, generator=generator)
+            continue
+        drawn = torch.randn(spec.shape, generator=generator) / spec.shape[-1] ** 0.5
+        if is_fp4(name) or is_fp8(name):
+            pack = pack_fp4 if is_fp4(name) else pack_fp8
+            stored[name], stored[name.removesuffix("weight") + "scale"], _ = pack(drawn)
+        else:
+            stored[name] = drawn if spec.kept_dtype else drawn.bfloat16()
+    write(directory, config, stored)
 
 
 def write_values(directory: Path, values: dict[str, Tensor], config: dict[str, Any] = RELEASE) -> None:

@@ -54,3 +54,14 @@ def test_more_than_16_ranks_are_refused(artifact):
     """The engine's own guard, for W4A8 experts without expert parallelism."""
     with pytest.raises(ValueError, match="tp>16"):
         engine.moe_scheme(artifact("v3-mtp"), 32)
+
+
+def test_schemes_of_deepseek_v4_are_found(tmp_path):
+    """Under the names of its classes, which a description with `hc_head_fn` gets beside the release's."""
+    from engine_rig.v4_description import describe, differing
+    from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
+
+    config = AscendModelSlimConfig.from_config(describe(tmp_path))
+    assert differing(config.quant_description) == []
+    assert config.is_layer_skipped_ascend("model.layers.0.self_attn.wo_a")
+    assert not config.is_layer_skipped_ascend("model.layers.0.self_attn.wq_a")
