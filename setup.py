@@ -40,7 +40,7 @@ LEVELS = {
         "portable": [],
         "avx2": ["-DNPUQ_LEVEL_AVX2", *AVX2],
         "avx512vnni": ["-DNPUQ_LEVEL_AVX512", *AVX512],
-        "avx512bf16": ["-DNPUQ_LEVEL_AVX512", "-DNPUQ_LEVEL_BF16", *AVX512, "-mavx512bf16"],
+        "avx512bf16": ["-DNPUQ_LEVEL_AVX512", "-DNPUQ_LEVEL_BF16", *AVX512, "-mavx512vbmi", "-mavx512bf16"],
     },
     "aarch64": {
         "portable": [],

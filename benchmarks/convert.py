@@ -34,13 +34,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from machine import as_json
+from measure.machine import as_json
 
 from npuq.convert import convert_checkpoint
 from npuq.convert.write.hashes import ShardHashes
 from npuq.convert.write.shards import ShardFiles
+from npuq.dtypes import code_of
 from npuq.formats.digests import Digest
-from npuq.formats.safetensors import CODES, encode_header
+from npuq.formats.safetensors import encode_header
 from npuq.formats.sources.weights import RowBytes
 from npuq.native.binding import Quantizer, description
 
@@ -155,7 +156,7 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
             tensors[name] = codes if kind == "fp8" else weight
             if kind == "fp8":
                 tensors[name + "_scale_inv"] = scale
-    entries = [(name, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries = [(name, code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     with (directory / "model.safetensors").open("wb") as file:
         file.write(encode_header(entries, {"format": "pt"}))
         for tensor in tensors.values():

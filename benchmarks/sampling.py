@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import as_json
-from rounds import Figures, Stopwatch, summary, with_spread
+from measure.machine import as_json
+from measure.rounds import Figures, Stopwatch, summary, with_spread
 
 from npuq.runtime import SamplingParams
 from npuq.runtime.ops.native import NativeOps

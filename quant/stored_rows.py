@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from .float8 import decode_e4m3
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,18 @@ class StoredRows:
     @property
     def columns(self) -> int:
         """Values of a row of a matrix."""
-        return self.rows.shape[1] * (2 if self.rows.dtype in _PACKED else 1)
+        return self.rows.shape[1] * (2 if self.rows.dtype in (torch.uint8, torch.int8) else 1)
 
     def to_float32(self) -> Tensor:
         """Decode to float32 [R, …]: float dtypes exactly, others times the scale of the block."""
         if self.blocks is None:
             return self.rows.to(torch.float32)
-        return _scaled(_PACKED[self.rows.dtype](self.rows) if self.rows.dtype in _PACKED else self.rows, self.blocks)
+        rows = self.rows
+        if rows.dtype is torch.uint8:
+            rows = _int4_codes(rows)
+        elif rows.dtype is torch.int8:
+            rows = _fp4_values(rows)
+        return _scaled(rows, self.blocks)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """Convert to a float dtype: unchanged where the rows have it, else `to_float32` rounded once."""
@@ -54,25 +60,21 @@ class StoredRows:
         return self.to_float32().to(dtype)
 
 
-# The values of FP4's sixteen nibbles: the highest bit is the sign.
-_MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1: Final = torch.tensor((*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)))
+# The magnitudes of FP4 by three bits of a nibble; the highest bit is the sign.
+_E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _fp4_values(packed: Tensor) -> Tensor:
     """Unpack int8 [R, K / 2] of E2M1 to float32 [R, K]."""
     nibbles = packed.view(torch.uint8)
-    return _E2M1[torch.stack((nibbles & 15, nibbles >> 4), dim=2).flatten(1).long()]
+    values = torch.tensor((*_E2M1, *(-magnitude for magnitude in _E2M1)))
+    return values[torch.stack((nibbles & 15, nibbles >> 4), dim=2).flatten(1).long()]
 
 
 def _int4_codes(packed: Tensor) -> Tensor:
     """Unpack uint8 [R, K / 2] to int8 [R, K] in −8 to 7."""
     nibbles = torch.stack((packed & 15, packed >> 4), dim=2)
     return nibbles.view(torch.int8).flatten(1).sub_(8)
-
-
-# Unpacks the bytes of two values, by their dtype.
-_PACKED: Final = {torch.uint8: _int4_codes, torch.int8: _fp4_values}
 
 
 def _scaled(codes: Tensor, blocks: BlockScale) -> Tensor:

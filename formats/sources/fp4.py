@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ...deferred import torch
+from ...dtypes import to_float32
 from ...errors import CheckpointError
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import Checkpoint
 from ..safetensors import TensorInfo
 from .weights import RowBytes, Weight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 GROUP: Final = 32
 _WEIGHT, _SCALE, _SCALE_CODE = ".weight", ".scale", "F8_E8M0"
@@ -66,20 +70,21 @@ class Fp4Weight:
 
     def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
         stop = self.shape[0] if stop is None else stop
-        scale = self._checked(self.checkpoint.read_rows(self.scale.name, start, stop))
+        scale = self._checked(self.checkpoint.read_array(self.scale.name, start, stop))
         codes = self.checkpoint.read_rows(self.info.name, start, stop)
-        return StoredRows(codes, BlockScale(scale.to(torch.float32), 0, 1, GROUP))
+        return StoredRows(codes, BlockScale(torch.from_numpy(to_float32(scale, _SCALE_CODE)), 0, 1, GROUP))
 
     def view(self) -> None:
         return None
 
     def row_bytes(self) -> RowBytes:
-        scale = self._checked(self.checkpoint.read(self.scale.name))
-        return RowBytes(self.checkpoint, self.info.name, torch.int8, scale, (1, GROUP))
+        stored = self._checked(self.checkpoint.read_array(self.scale.name))
+        scale = to_float32(stored, _SCALE_CODE)
+        return RowBytes(self.checkpoint, self.info.name, self.info.dtype, scale, (1, GROUP), (stored,))
 
-    def _checked(self, scale: Tensor) -> Tensor:
+    def _checked(self, scale: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The same scales. CheckpointError for a NaN, which is the one byte that is no power of two."""
-        if bool((scale.view(torch.uint8) == 255).any()):
+        if (scale == 255).any():
             raise CheckpointError(
                 f"{self.scale.file}: tensor {self.scale.name!r} holds a scale of NaN (byte 255); the checkpoint is "
                 "damaged: fetch that shard again"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...dtypes import INTEGER_CODES
 from ...errors import CheckpointError
 from ...models.roles import Role
 from ...models.tensors import Spec
-from ..safetensors import INTEGER_CODES
 from .weights import Weight
 
 

@@ -2,7 +2,7 @@
  * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C; with _BF16 or _I8MM where it has
  * more instructions). */
 #include "inference/kernels/paged_attention.h"
-#include "inference/kernels/bf16_attention.h"
+#include "inference/kernels/int8_attention.h"
 #include "inference/kernels/likelihoods.h"
 #include "calibrate/descent.h"
 #include "calibrate/gptq_columns.h"
@@ -10,6 +10,7 @@
 #include "inference/kernels/float_gemm.h"
 #include "inference/kernels/int_gemm.h"
 #include "convert/int4_pack.h"
+#include "convert/compare_row.h"
 #include "common/float_rows.h"
 
 #define JOIN_(a, b) a##b
@@ -51,10 +52,15 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .online_softmax = online_softmax,
     .multiply_row = multiply_row,
     .weigh_relu = weigh_relu,
-    .bf16_scores = BF16_KERNEL(bf16_scores),
-    .bf16_softmax = BF16_KERNEL(bf16_softmax),
-    .bf16_weigh = BF16_KERNEL(bf16_weigh),
-    .bf16_codes = BF16_KERNEL(bf16_codes),
+#if defined(NPUQ_LEVEL_BF16)
+    .bf16_scores = bf16_scores,
+    .bf16_softmax = bf16_softmax,
+    .bf16_weigh = bf16_weigh,
+    .bf16_pair_values = bf16_pair_values,
+    .int8_scores = int8_scores,
+    .int8_softmax = int8_softmax,
+    .int8_weigh = int8_weigh,
+#endif
     .logit_range = logit_range,
     .falling_order = falling_order,
     .likelihoods = likelihoods,
@@ -64,6 +70,8 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .convert_row = convert_row,
     .convert_stored = convert_stored,
     .pack_rows = pack_rows,
+    .unpack_rows = unpack_rows,
+    .compare_row = compare_row,
     .tile_rows = PRODUCT_ROWS,
     .tile_columns = PRODUCT_COLUMNS,
     .product_tile = product_tile,

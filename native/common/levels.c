@@ -74,8 +74,8 @@ static int has_avx512vnni(struct cpu cpu) {
 }
 
 static int has_avx512bf16(struct cpu cpu) {
-    enum { BF16 = 1u << 5 };
-    return has_avx512vnni(cpu) && has(cpu.eax7_1, BF16);
+    enum { BF16 = 1u << 5, VBMI = 1u << 1 }; /* every CPU with AMX or of AMD's has both; Cooper Lake has no VBMI */
+    return has_avx512vnni(cpu) && has(cpu.eax7_1, BF16) && has(cpu.ecx7, VBMI);
 }
 #endif
 

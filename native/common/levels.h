@@ -21,10 +21,14 @@ struct attention_tile {
     float *largest, *total, *out; /* a head's running maximum, sum of exponentials, and [heads, latent_dim] */
 };
 
-/* Rows of bf16: keys or values. Sixteen channels of a row lie together, and groups of sixteen `group_stride` bytes apart. */
-struct bf16_rows {
+/* Keys or values. A group of 32 bytes of a row lies together: 16 channels of bf16, or 32 of int8. `group_stride` and
+ * `row_stride` are in bytes. next: rows that come after these, in the same order, to prefetch; or NULL. paired: values of
+ * two keys are interleaved, [groups][pairs of keys][16 channels][2] of bf16. */
+struct key_rows {
     const void *rows;
     size_t row_stride, group_stride;
+    const void *next;
+    int paired;
 };
 
 enum { MOST_TILE = 12 * 32, DESCENT_BLOCK = 256 };
@@ -127,17 +131,28 @@ struct kernels {
      * bf16_attention.h. `count` is at most ATTENTION_KEYS, `channels` a multiple of 16.
      *
      * score[row vector][ATTENTION_KEYS][16], added to or set, of q[row vector][channels / 2][16]: pairs of channels. */
-    void (*bf16_scores)(const uint32_t *q, size_t row_vectors, const struct bf16_rows *keys, size_t channels, size_t count,
+    void (*bf16_scores)(const uint32_t *q, size_t row_vectors, const struct key_rows *keys, size_t channels, size_t count,
                         int add, float *score);
-    /* One vector of rows: scores times `scale`, of which a row sees the first `seen`, become pairs of weights
+    /* One vector of rows: scores times `scale`, of which a row sees the first `seen` (NULL: all), become pairs of weights
      * [(count + 1) / 2][16], merged into its running maximum and sum; keep: the factor for its output so far. */
-    void (*bf16_softmax)(float *score, size_t count, float scale, const int32_t *seen, float *largest, float *total,
+    void (*bf16_softmax)(const float *score, size_t count, float scale, const int32_t *seen, float *largest, float *total,
                          float *keep, uint32_t *weight);
     /* out[row] = out[row] · keep[row] + Σ_j weight[j][row] · value[j] for up to sixteen rows. */
-    void (*bf16_weigh)(const uint32_t *weight, const struct bf16_rows *values, size_t channels, size_t count, size_t rows,
+    void (*bf16_weigh)(const uint32_t *weight, const struct key_rows *values, size_t channels, size_t count, size_t rows,
                        const float *keep, float *out, size_t ldout);
-    /* out[j] = the sixteen codes from j · stride on, which bf16 holds exactly. */
-    void (*bf16_codes)(const int8_t *codes, size_t stride, size_t count, uint16_t *out);
+    /* pairs[channels / 16][(count + 1) / 2][16]: the rows of paired values. */
+    void (*bf16_pair_values)(const struct key_rows *values, size_t channels, size_t count, uint32_t *pairs);
+    /* The same over codes, in products of int8; see int8_attention.h. `channels` is a multiple of 32.
+     *
+     * score = (Σ (code + 128) · q − offset[row]) · factor[row], of q[row vector][channels / 4][16]: four channels' codes. */
+    void (*int8_scores)(const uint32_t *q, size_t row_vectors, const struct key_rows *keys, size_t channels, size_t count,
+                        const float *factor, const int32_t *offset, float *score);
+    /* Weights [(count + 3) / 4][16] of four keys, each a byte in units of factor[row]. */
+    void (*int8_softmax)(const float *score, size_t count, float scale, float *largest, float *total, float *keep,
+                         float *factor, uint32_t *weight);
+    /* Rows of values follow each other at once (row_stride 32). */
+    void (*int8_weigh)(const uint32_t *weight, const struct key_rows *values, size_t channels, size_t count, size_t rows,
+                       const float *keep, const float *factor, float *out, size_t ldout);
 
     /* Sampling; see likelihoods.h. */
     void (*logit_range)(const float *x, size_t n, float *least, float *largest);
@@ -159,6 +174,11 @@ struct kernels {
     void (*product_tile)(size_t k, const float *a, const float *b, int accumulate, float *c, size_t ldc);
     void (*gptq_columns)(const struct gptq_panel *panel);
     size_t (*descend)(const struct descent *task); /* the number of moves */
+
+    /* Verification; see convert/compare_row.h. `dequantized` is float scratch of the row's length. */
+    void (*unpack_rows)(const int8_t *packed, size_t n, int8_t *even, int8_t *odd);
+    void (*compare_row)(const float *w, const int8_t *codes, float scale, size_t n, float *dequantized, double *error,
+                        double *norm);
 
     /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */
     void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, size_t columns, int8_t *out, int32_t *sums);

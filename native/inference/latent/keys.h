@@ -134,6 +134,6 @@ static inline bool copies_keys(const struct attention *attention) {
     return attention->selected != NULL || attention->cache->latent.layout == NPUQ_ND;
 }
 
-extern const struct arithmetic float_attention, bf16_attention;
+extern const struct arithmetic float_attention, bf16_attention, int8_attention;
 
 #endif

@@ -154,8 +154,9 @@ static int attend(npuq_pool *pool, struct attention *attention) {
     const size_t tokens = (size_t)attention->q_ends[attention->sequences - 1];
     attention->pool = pool;
     attention->kernels = pool_kernels(pool);
-    const int bf16 = attention->kernels->bf16_scores != NULL && cache->rope.dtype == NPUQ_BF16;
-    attention->arithmetic = bf16 ? &bf16_attention : &float_attention;
+    const bool short_products = attention->kernels->bf16_scores != NULL && cache->rope.dtype == NPUQ_BF16;
+    const bool codes = cache->latent.scale != NULL;
+    attention->arithmetic = !short_products ? &float_attention : codes ? &int8_attention : &bf16_attention;
     attention->latent_width = whole_groups(&cache->latent);
     attention->rope_width = whole_groups(&cache->rope);
     divide(attention, tokens, (size_t)pool_threads(pool));
