@@ -29,8 +29,6 @@ SMALL = EngineConfig(block_size=16, max_num_seqs=4, max_num_batched_tokens=24, k
 
 Pair = tuple[Any, Path]
 
-pytestmark = pytest.mark.skip(reason="no source reads I64 tables yet")
-
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
