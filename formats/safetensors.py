@@ -41,6 +41,8 @@ CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 # The dtypes of float weights.
 FLOAT_CODES: Final = ("BF16", "F16", "F32")
+# The dtypes of tables of integers, which no scheme quantizes.
+INTEGER_CODES: Final = ("I64",)
 
 # The limit of the safetensors library itself: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000

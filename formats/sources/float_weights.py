@@ -1,4 +1,5 @@
-"""Float weights: plain bf16, fp16 or fp32 here, and FP8 with stored scales (`fp8.py`)."""
+"""Float weights: plain bf16, fp16 or fp32 here, FP8 (`fp8.py`) and FP4 (`fp4.py`) with stored scales; and tables of
+integers, which are copied."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
-from ..safetensors import FLOAT_CODES, TensorInfo
+from ..safetensors import FLOAT_CODES, INTEGER_CODES, TensorInfo
+from .fp4 import fp4_weights, is_beside_fp4
 from .fp8 import FP8_CODE, Fp8Weights, is_beside_fp8, is_scale
 from .weights import OfTensor, RowBytes, Weight
 
 
 @dataclass(frozen=True, slots=True)
 class PlainWeight(OfTensor):
-    """A weight of one tensor in a float dtype of torch."""
+    """A weight of one tensor in a float dtype of torch, or a table of integers."""
 
     block_rows: ClassVar[int] = 1
 
@@ -51,27 +53,30 @@ class PlainWeight(OfTensor):
 
 
 def float_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Weight]:
-    """Find the float weights among the tensors of these names, in headers alone.
+    """Find the float weights and tables of integers among the tensors of these names, in headers alone.
 
     Raises CheckpointError for an unknown dtype, an FP8 weight without its scale, a scale of the wrong shape or dtype,
     and a scale without an FP8 weight.
     """
-    tensors, fp8 = checkpoint.tensors, Fp8Weights(checkpoint)
+    names, tensors, fp8 = list(names), checkpoint.tensors, Fp8Weights(checkpoint)
+    fp4 = fp4_weights(checkpoint, names)
     weights: dict[str, Weight] = {}
     for name in names:
         info = tensors[name]
-        if info.dtype == FP8_CODE:
+        if name in fp4:
+            weights[name] = fp4[name]
+        elif info.dtype == FP8_CODE:
             weights[name] = fp8.weight(info)
-        elif not is_beside_fp8(tensors, name):
-            if is_scale(name):
+        elif not (is_beside_fp8(tensors, name) or (fp4 and is_beside_fp4(tensors, name))):
+            if is_scale(info):
                 raise CheckpointError(f"{info.file}: scale {name!r} belongs to no FP8 weight")
             weights[name] = plain_weight(checkpoint, info)
     return weights
 
 
 def plain_weight(checkpoint: Checkpoint, info: TensorInfo) -> PlainWeight:
-    """The weight of a float tensor. CheckpointError for another dtype."""
-    if info.dtype not in FLOAT_CODES:
+    """The weight of a float tensor or a table of integers. CheckpointError for another dtype."""
+    if info.dtype not in (*FLOAT_CODES, *INTEGER_CODES):
         quantized = "; if ModelSlim quantized it, its description is missing" if info.dtype == "I8" else ""
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; npuq reads F32, F16, BF16 and FP8 ({FP8_CODE}) "
