@@ -148,6 +148,14 @@ def test_the_cache_keeps_few_rows(pair: Pair) -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_follow_float32(pair: Pair, expected: Tensor, dtype: torch.dtype) -> None:
+    model = npuq.runtime.load(pair[1], "reference", dtype, engine=SMALL)
+    ours = by_chunks(model, TOKENS[:60], [0, 24, 48, 49])
+    assert ours.dtype == dtype
+    assert float((ours.float() - expected[:60]).norm() / expected[:60].norm()) < 0.3
+
+
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
 def test_other_backends_name_what_runs_it(pair: Pair, backend: str) -> None:
     with pytest.raises(BackendError, match=r"reference backend alone.*vLLM-Ascend or SGLang"):
@@ -244,5 +252,13 @@ def test_commands(pair: Pair, artifact: Path, tmp_path: Path, run: Callable[...,
     assert len(errors) == 4 and all(0 < each < 0.5 for each in errors)
     code, out, _ = run("generate", artifact, "--prompt", "w3 w4 w5", "--max-new-tokens", 4, "--backend", "reference")
     assert code == 0 and out.strip()
-    code, out, err = run("generate", artifact, "--prompt", "w3", "--max-new-tokens", 4)
-    assert code == 1 and out == "" and err.count("\n") == 1 and "vLLM-Ascend or SGLang" in err
+    for refused, why in (
+        (("generate", artifact, "--prompt", "w3"), "vLLM-Ascend or SGLang"),
+        (
+            ("generate", artifact, "--prompt", "w3", "--backend", "reference", "--kv-cache-dtype", "int8"),
+            "int8 KV cache",
+        ),
+        (("doctor", "--plan", artifact), "deepseek_v4 has no memory plan"),
+    ):
+        code, out, err = run(*refused)
+        assert code == 1 and out == "" and err.count("\n") == 1 and why in err
