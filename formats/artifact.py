@@ -186,7 +186,7 @@ def artifact_config(
     """The artifact's config.json, from the source's.
 
     `quantization_config` is removed, under text_config too, because both engines would follow it and ignore the
-    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized,
+    description; so is DeepSeek-V4's `expert_dtype`, by which int8 codes would be read as FP4. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized,
     among the text model's keys: vLLM-Ascend's fused paths read them there.
     """
     result = copy.deepcopy(dict(config))
@@ -194,7 +194,7 @@ def artifact_config(
     marks = {key: value for key, scheme in zip(MARKS, schemes, strict=True) if (value := _CONFIG_QUANTIZE.get(scheme))}
     for part in (result, result.get(TEXT_CONFIG)):
         if isinstance(part, dict):
-            for key in ("quantization_config", *MARKS):
+            for key in ("quantization_config", "expert_dtype", *MARKS):
                 part.pop(key, None)
     return with_text_keys(result, marks)
 

@@ -103,6 +103,7 @@ class Family:
     (`language_model.`).
     deepseek_keys: gives a config.json with transformers' keys those of the model's authors, where they differ.
     ropes: reads the rotary parameters. hyper_connections: reads the residual's streams; None with a plain residual.
+    no_rotation, no_calibration: the reasons why a rotation, and why every method that runs the layers, are refused.
     text_types: the model_types that `text_config` of config.json may name, where the keys of the text model stand in
     that object; empty where they stand at the top.
     passthrough: globs of tensors outside the table that are copied unchanged, without a note. ignored: globs of buffers
@@ -125,6 +126,8 @@ class Family:
     deepseek_keys: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     ropes: Callable[[Mapping[str, Any], AttentionWidths], Ropes] = read_one_rope
     hyper_connections: HyperConnectionsReader | None = None
+    no_rotation: str = ""
+    no_calibration: str = ""
     text_types: tuple[str, ...] = ()
     passthrough: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)

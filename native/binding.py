@@ -73,6 +73,8 @@ DTYPES: Final = {
     torch.uint8: 6,  # int4, two inputs a byte (`StoredRows`)
 }
 INT4: Final = 5
+# Stored rows (`StoredRows`): where int8 is FP4, two inputs a byte.
+ROW_DTYPES: Final = {**DTYPES, torch.int8: 7}
 LAYOUTS: Final = {"nz": 0, "nd": 1}
 # The widest row that `quantize` takes: its sums are exact up to here.
 MOST_COLUMNS: Final = 1 << 17
@@ -192,11 +194,11 @@ def _address(x: Tensor, name: str, dtype: torch.dtype, *shape: int) -> int:
 
 def _source(stored: StoredRows) -> Source:
     rows, blocks, dtype = stored.rows, stored.blocks, stored.rows.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"quantize_rows: rows of {dtype}; the native kernel takes {', '.join(map(str, DTYPES))}")
+    if dtype not in ROW_DTYPES:
+        raise ValueError(f"quantize_rows: rows of {dtype}; the native kernel takes {', '.join(map(str, ROW_DTYPES))}")
     data = _address(rows, "rows", dtype, *rows.shape)
     if blocks is None:
-        return Source(data, None, 0, 0, 1, max(1, rows.shape[1]), DTYPES[dtype])
+        return Source(data, None, 0, 0, 1, max(1, rows.shape[1]), ROW_DTYPES[dtype])
     block_rows, block_columns = (
         checked(size, c_int32, "quantize_rows", "block size") for size in (blocks.block_rows, blocks.block_columns)
     )
@@ -204,7 +206,7 @@ def _source(stored: StoredRows) -> Source:
         raise ValueError(f"quantize_rows: blocks of {block_rows}x{block_columns}")
     column_blocks = -(-stored.columns // block_columns)
     scale = _address(blocks.scale, "block scale", torch.float32, blocks.scale.shape[0], column_blocks)
-    return Source(data, scale, column_blocks, blocks.first_row, block_rows, block_columns, DTYPES[dtype])
+    return Source(data, scale, column_blocks, blocks.first_row, block_rows, block_columns, ROW_DTYPES[dtype])
 
 
 def _rows_with_scales(stored: StoredRows, out: NativeRows) -> int:

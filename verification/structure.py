@@ -18,7 +18,7 @@ from ..formats.artifact import (
     is_described,
 )
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path
-from ..formats.safetensors import FLOAT_CODES, read_header
+from ..formats.safetensors import FLOAT_CODES, INTEGER_CODES, read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object
@@ -129,7 +129,7 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
             f"tensor {output.name!r} in {info.file.name} is {info.dtype} {list(info.shape)} "
             f"and must be {output.dtype} {list(output.shape)}"
         )
-    if scheme is Scheme.FLOAT and info.dtype not in FLOAT_CODES:
+    if scheme is Scheme.FLOAT and info.dtype not in FLOAT_CODES and info.dtype not in INTEGER_CODES:
         yield f"tensor {output.name!r} is described as FLOAT and stored as {info.dtype}"
     if subject.described.get(output.name, scheme) is not scheme:
         yield (

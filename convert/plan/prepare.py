@@ -171,6 +171,10 @@ def prepare(
         if text is not None and text.time_budget is not None and not resolved.auto:
             raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
         check_source(resolved, stored is not None)
+        if resolved.rotate and config.family.no_rotation:
+            raise RecipeError(
+                f"method {resolved.chain}: no rotation of a {config.model_type}: {config.family.no_rotation}"
+            )
         heads: list[str] = []
         if resolved.rotate:
             heads = missing_heads(source, config)
@@ -180,6 +184,11 @@ def prepare(
         assignments = resolve(resolved, inventory.specs, config.num_hidden_layers, stored)
         check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
+        if _needs_calibration(resolved, assignments) and config.family.no_calibration:
+            raise RecipeError(
+                f"method {resolved.chain}: not for a {config.model_type}: {config.family.no_calibration}; give --method "
+                "mse or minmax"
+            )
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):
                 read_tokenizer(directory)  # fail here and not after the download

@@ -157,6 +157,15 @@ FAMILY: Final = Family(
     mtp_layers="mtp.",
     experts="ffn.experts.",
     hyper_connections=HyperConnections,
+    no_rotation=(
+        "a hyper-connection reads all streams of the residual at once, and a rotation of each alone is not derived yet"
+    ),
+    # Factors between up and down would scale clamp(up, ±limit) and not what is clamped; the norms' readers could take some,
+    # but only the layers' activations say which.
+    no_calibration=(
+        "calibration does not run its layers, and smoothing the experts would move the limit at which they clamp "
+        "(swiglu_limit), which changes the model"
+    ),
     deepseek_keys=deepseek_keys,
     ropes=read_ropes,
     # transformers' own names.
