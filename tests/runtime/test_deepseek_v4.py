@@ -19,13 +19,25 @@ from npuq import convert_checkpoint
 from npuq.errors import BackendError, CheckpointError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.schemes import Scheme, dequantize
+from npuq.formats.sources.model_config import read_model_config
+from npuq.formats.sources.opening import open_weights
+from npuq.models.config import ModelConfig
 from npuq.runtime import EngineConfig, LanguageModel, SamplingParams
-from npuq.runtime.step import Chunk
+from npuq.runtime.attention.kinds import attention_of
+from npuq.runtime.memory.stored import stored_model
+from npuq.runtime.memory.weights import CpuMemory, weight_bytes
+from npuq.runtime.ops.reference import ReferenceOps
+from npuq.runtime.ranks.layout import Layout
+from npuq.runtime.step import Chunk, RopeRows
+from npuq.runtime.store import open_store
+from npuq.runtime.weights import load_rope_tables, load_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 
 from calibrated import add_tokenizer, text
 from deepseek_v4 import CONFIG, VOCABULARY, golden_model, release_names, release_tensors, write_model
+from held import held_bytes
+from packed_v4 import write_release, write_values
 from safetensors.torch import save_file
 
 TOLERANCE = 1e-4
@@ -96,7 +108,7 @@ def test_whole_sequences(pair: Pair, expected: Tensor) -> None:
 @pytest.mark.parametrize("block_size", [16, 48, 256])
 @pytest.mark.parametrize(
     "starts",
-    [[0, 24, 48, 72, 96, 120], [0, 5, 7, 8, 9, 17, 60], [0, 30, *range(31, 130)]],
+    [[0, 24, 48, 72, 96, 120], [0, 5, 7, 8, 9, 17, 60], [0, 88, *range(89, 130)]],
     ids=["chunks", "uneven chunks", "a prompt, then one by one"],
 )
 def test_through_the_cache(pair: Pair, expected: Tensor, starts: list[int], block_size: int) -> None:
@@ -240,11 +252,34 @@ def test_the_quantized_pass_is_that_of_the_stored_weights(pair: Pair, artifact: 
         assert float(errors.median()) < 0.1 * float(effect.median())
 
 
-def test_commands(pair: Pair, artifact: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    words = tmp_path / "text.txt"
+def test_a_release_is_computed_as_its_values(tmp_path: Path) -> None:
+    write_values(tmp_path / "values", write_release(tmp_path / "release"))
+    ours, golden = (next(iter(load(tmp_path / name).logits([TOKENS[:50]]))) for name in ("release", "values"))
+    assert torch.equal(ours, golden)
+
+
+@pytest.mark.parametrize("name", ["source", "artifact"])
+def test_the_memory_plan_is_what_is_held(pair: Pair, artifact: Path, name: str) -> None:
+    ops = ReferenceOps()
+    with Checkpoint.open(pair[1] if name == "source" else artifact) as checkpoint:
+        config = read_model_config(checkpoint)
+        model = stored_model(config, open_weights(checkpoint).weights)
+        rope = RopeRows.of(load_rope_tables(checkpoint, config), ops)
+        weights = load_weights(open_store(checkpoint, ops.dtype), config, ops, attention_of(config, 1.0))
+        held = held_bytes((weights, rope), checkpoint.files, unread=("scale_bias", "frequencies"))
+    planned = weight_bytes(model, Layout().owned(config, 0), CpuMemory()).values()
+    assert held == (sum(each.mapped for each in planned), sum(each.copied for each in planned))
+
+
+def test_commands(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    """As a user: a release with FP8, FP4 and an MTP layer, converted, evaluated beside its source, and run."""
+    words, source, artifact = tmp_path / "text.txt", tmp_path / "release", tmp_path / "artifact"
     words.write_text(text(150, vocabulary=VOCABULARY))
-    judged = ("evaluate", artifact, "--text", words, "--source", pair[1], "--context", 64, "--json", "--quiet")
-    code, out, err = run(*judged, "--layers", "--backend", "reference")
+    write_release(source)
+    add_tokenizer(source, VOCABULARY)
+    assert run("convert", source, artifact, "--quiet")[0] == 0
+    judged = ("evaluate", artifact, "--text", words, "--source", source, "--context", 64, "--json", "--quiet")
+    code, out, err = run(*judged, "--layers", "--save", "--backend", "reference")
     assert (code, err) == (0, "")
     values = json.loads(out)
     assert values["tokens"] == 150 and 0 < values["kl_divergence"] < 1
@@ -262,3 +297,10 @@ def test_commands(pair: Pair, artifact: Path, tmp_path: Path, run: Callable[...,
     ):
         code, out, err = run(*refused)
         assert code == 1 and out == "" and err.count("\n") == 1 and why in err
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", ["yarn"], 1])
+def test_other_rotary_scaling_is_refused_by_name(kind: object) -> None:
+    scaling = {**CONFIG["rope_scaling"], "type": kind}
+    with pytest.raises(CheckpointError, match=r"config\.json: rope type .*yarn, or default"):
+        ModelConfig.from_dict({**CONFIG, "rope_scaling": scaling})
