@@ -64,6 +64,10 @@ def read_ropes(config: Mapping[str, Any], attention: AttentionWidths) -> Ropes:
             "attention_factor 1 with compress_rope_theta: remove them"
         )
     kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in (None, "default", "yarn", "deepseek_yarn"):
+        raise CheckpointError(
+            f"config.json: rope type {shown(kind)}: DeepSeek-V4's layers with compressed entries have yarn, or default"
+        )
     # DeepSeek's code does not scale cos and sin by YaRN's temperature.
     unscaled = {"attention_factor": 1.0} if isinstance(kind, str) and kind.endswith("yarn") else {}
     positions = {"max_position_embeddings": config.get("max_position_embeddings")}

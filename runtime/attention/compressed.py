@@ -94,7 +94,7 @@ class CompressedAttentionKind:
                 else None
             ),
             ratio=ratio,
-            frequencies=inverse_frequencies(rope, rope.positions),
+            frequencies=torch.from_numpy(inverse_frequencies(rope, rope.positions)),
         )
         return _ops(ops).load(stored, self.config)
 

@@ -32,10 +32,15 @@ def attention_of(config: ModelConfig, softmax_scale: float, heads: int | None = 
     return kind(config, softmax_scale, heads or config.attention.heads)
 
 
+def is_on_reference_alone(config: ModelConfig) -> bool:
+    """True for a model that the reference backend runs, in one process, and no other."""
+    return isinstance(config.attention, CompressedAttention)
+
+
 def check_backend(config: ModelConfig, ops: Ops) -> None:
     """Raise BackendError, naming what runs the model, where a backend has no operators for its attention, or ranks
     would have to divide it."""
-    if not isinstance(config.attention, CompressedAttention):
+    if not is_on_reference_alone(config):
         return
     if ops.compressed is None or ops.hyper is None:
         raise BackendError(

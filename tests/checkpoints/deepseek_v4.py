@@ -138,7 +138,7 @@ def golden_model(config: dict[str, Any], dtype: torch.dtype = torch.float32, see
                 parameter.normal_(0.0, 0.7, generator=generator)
             else:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-            if not _FLOAT32.search(_renamed(name)[0]):
+            if not _FLOAT32.search(release_names(name)[0]):
                 parameter.copy_(parameter.to(dtype))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -161,13 +161,14 @@ def release_tensors(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a golden model under the release's names."""
     tensors = {}
     for name, tensor in model.state_dict().items():
-        for renamed, part in zip(_renamed(name, len(tensor)), _split(name, tensor), strict=True):
+        for renamed, part in zip(release_names(name, len(tensor)), _split(name, tensor), strict=True):
             kept = not part.is_floating_point() or _FLOAT32.search(renamed)
             tensors[renamed] = part.contiguous() if kept else part.to(dtype).contiguous()
     return tensors
 
 
-def _renamed(name: str, experts: int = 0) -> list[str]:
+def release_names(name: str, experts: int = 0) -> list[str]:
+    """The release's names of a tensor of transformers, which stacks so many experts' linears."""
     if name in _TOP:
         return [_TOP[name]]
     found = re.fullmatch(r"model\.layers\.([0-9]+)\.(.*)", name)

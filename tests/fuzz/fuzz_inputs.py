@@ -17,7 +17,8 @@ import npuq
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.errors import NpuqError
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("foreign", "checkpoints")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "foreign"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "checkpoints"))
 from foreign import write_compressed, write_modelslim, write_shards
 from packed_v4 import write_random_release
 
